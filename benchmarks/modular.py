@@ -5,8 +5,8 @@
     python benchmarks/modular.py forgetting FOLDER --seeds 0 1 2   (one language after the other, or together)
     python benchmarks/modular.py tables FOLDER --seeds 0 1 2       (of what the others have left in FOLDER)
 
-FOLDER is that of `modekit demo --modular --out FOLDER --seeds 3`, and is gone on from. All ways read the same number of
-tokens in training (modekit/demo/modular.py). Perplexities are of the report split, which nothing was trained or set by.
+What is in FOLDER is gone on from. All ways read the same number of tokens in training (modular_models.py). Perplexities are
+of the report split, which nothing was trained or set by.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 
 from chat import spread
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.demo.modular import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from modekit.demo.text import unpack_text
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.distill.settings import DistillSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
+from modular_models import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from routers import mean_losses
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {

@@ -24,10 +24,9 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode
-from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.cheap import train_cheap
-from modekit.training.low_rank import make_trainable
-from modekit.training.moving import moving_of
+from modekit.training.moving import make_trainable, moving_of
 from modekit.training.objective import Objective
 from modekit.training.settings import TrainSettings
 
@@ -47,7 +46,7 @@ def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
     for place, expert in enumerate(checkpoint.record.recipe.experts):
         documents = fit_documents(expert, checkpoint.recipe_root, place)
         sequences = encode(tokenizer, documents, max_tokens=tokens * 4, sequence_length=512, shortest_rest=128)
-        corpora.append(Corpus(expert.name, place, sequences))
+        corpora.append(DomainSequences(expert.name, place, sequences))
     settings = TrainSettings(batch_tokens=tokens, what=["routers"])
     averaging = checkpoint.shape.routing.reads_averages
     parts = plan_parts(corpora, settings, steps=1, experts=len(corpora), parts=2 if averaging else 1, pack=not averaging)

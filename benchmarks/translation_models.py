@@ -20,7 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.experts.moving import What
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, without_bars
-from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.text_training import Training, train_on_text
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.text.pairs import Pair
@@ -174,7 +174,7 @@ class Maker:
             parameter.requires_grad_(True)
         longest = training.sequence_length
         sequences = encode(self.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
-        train_language_model(model, list(model.parameters()), sequences, training.with_(seed=self.seed))
+        train_on_text(model, sequences, training.with_(seed=self.seed))
         with without_bars():
             model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model, without_bars
-from modekit.loaded.next_token import Training, train_language_model
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import Training, train_on_text
 from modekit.loaded.trace import RouterTrace
 from modekit.sources.names import in_decoder
 from modekit.text.pairs import Pair
@@ -79,8 +79,8 @@ def trained(
     mixture.prepare_training()
     constants = {id(parameter) for parameter in mixture.constants()}
     moving = [parameter for parameter in model.parameters() if id(parameter) not in constants]
-    for parameter in moving:
-        parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in constants)
     with ExitStack() as meanwhile:
         if capacity is not None:
             meanwhile.enter_context(limited(model, capacity))
@@ -88,7 +88,7 @@ def trained(
         for pairs, training in stages:
             longest = training.sequence_length
             sequences = encode(made.tokenizer, pairs, max_tokens=training.max_tokens, sequence_length=longest)
-            train_language_model(model, moving, sequences, training.with_(seed=made.seed))
+            train_on_text(model, sequences, training.with_(seed=made.seed))
     save_file({key: value.clone() for key, value in model.named_parameters()}, kept)
     return model
 

@@ -18,8 +18,8 @@ from modekit.evaluation.loss import score_domain
 from modekit.evaluation.translation.decoding import Decoding, Written, set_decoding, together, translated
 from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import Training
 from modekit.text.pairs import Pair
 from modekit.text.sequences import encode
 from routers import mean_losses

@@ -23,7 +23,7 @@ import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
-from modekit.demo.translation import TranslatedRow, TranslatedTable
+from modekit.demo.translation import DemoTranslations, TranslatedTable
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
@@ -165,7 +165,7 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
     score = TranslationScore(23.456, 37.04)
-    rows = [TranslatedRow(name, dict.fromkeys([*NAMES, "far"], score)) for name in NAMES]
+    rows = [DemoTranslations(name, dict.fromkeys([*NAMES, "far"], score)) for name in NAMES]
     found = TranslatedTable(rows, NAMES, ["far"], {"bleu": "nrefs:1|case:mixed"})
     check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], translation.print_translated, found)
     assert found.table()[1][0] == [NAMES[0], *["23.5 / 37.0"] * (len(NAMES) + 2)]

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 import modekit.demo.demo as run_module
-import modekit.demo.modular as modular_module
 import modekit.demo.seed as seed_module
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.demo import run_demo
 from modekit.demo.kinds import MIXTURES, REFITTED
-from modekit.demo.modular import TEXTS
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
 from modekit.errors import OutputError
 from modekit.run import Run, silent
@@ -128,26 +126,3 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     assert (seed / DOMAINS[0] / "adapter_config.json").exists()
     low_rank, folded = (json.loads((seed / name / "config.json").read_text()) for name in ("routing", "routing-folded"))
     assert low_rank["architectures"] != folded["architectures"] == ["MixtralForCausalLM"]
-
-
-@pytest.mark.slow
-def test_a_quick_demo_of_students_shows_all_ways_and_makes_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run_demo(tmp_path / "demo", quick=True, what="modular", run=Run(progress=silent))
-    table = first.merged(0)
-    ways = ["ple", "jeet", "moe-ce", "moe-ce without the base beside it", "ffn"]
-    assert [row.name for row in table.rows] == ["base", *TEXTS, "weight average", "oracle", *ways]
-    for language in TEXTS:  # PLE, with each text's own student forced, is that student
-        assert table.row("oracle").scores[language].loss == pytest.approx(table.row(language).scores[language].loss, abs=1e-5)
-    jeet = open_checkpoint(tmp_path / "demo" / "seed0" / "jeet")
-    assert jeet.record.recipe.mixture.modules == "decoder"
-    assert not any(".embed_tokens.experts." in name for name in jeet.tensors)
-
-    def nothing(*_: Any, **__: Any) -> Any:
-        raise AssertionError("what was there was made again")
-
-    for name in ("distill", "train", "train_mixture", "build"):
-        monkeypatch.setattr(modular_module, name, nothing)
-    again = run_demo(tmp_path / "demo", quick=True, what="modular", run=Run(progress=silent))
-    assert again.as_data() == first.as_data()

@@ -17,9 +17,8 @@ import modekit.demo.translation as translation_module
 from command_line import ended
 from modekit.demo.demo import DemoResults, run_demo
 from modekit.demo.kinds import QUICK_PAIRS, Kind
-from modekit.demo.pairs import CATALOGUES, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
-from modekit.demo.text import GENERAL
-from modekit.demo.translation import TranslatedRow, TranslatedTable, make_pair_base
+from modekit.demo.text import CATALOGUES, GENERAL, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
+from modekit.demo.translation import DemoTranslations, TranslatedTable, make_pair_base
 from modekit.errors import ModekitError
 from modekit.evaluation.results import Kind as RowKind
 from modekit.evaluation.results import Results, Row, Score
@@ -112,7 +111,7 @@ def test_a_base_depends_on_its_seed_alone_and_its_fine_tunes_drop_nothing(tmp_pa
 def test_options_without_effect_and_a_lack_of_sacrebleu_are_said_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for other in ("--real", "--full", "--adapters", "--modular"):
+    for other in ("--real", "--full", "--adapters"):
         code, _, said = ended("demo", "--translation", other, "--out", tmp_path / "demo")
         assert code and "--translation" in said and other in said
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
@@ -132,7 +131,7 @@ def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says
     rows = [Row(name, kind, 1, 1, {"gui": Score(loss, 2.0, 1.0)}, name) for kind, name, loss in losses]
     results = Results(rows, ["gui"], [], {}, [])
     for bleu, quick in ((0.0, True), (0.9, False), (14.0, False)):
-        table = TranslatedTable([TranslatedRow("base", {"gui": TranslationScore(bleu, 9.0)})], ["gui"], [], {})
+        table = TranslatedTable([DemoTranslations("base", {"gui": TranslationScore(bleu, 9.0)})], ["gui"], [], {})
         found = DemoResults({0: {"lexical": results}}, 1.0, {0: table}, quick).merged(0)
         closed = found.row("lexical").mean_gap(["gui"])
         assert closed == (pytest.approx(0.98) if bleu > 1 else None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modekit.demo.workers import Task, Workers
+from modekit.demo.workers import WorkerPool, WorkerTask
 from modekit.errors import ModekitError, TextError
 from modekit.run import Progress, silent
 
@@ -33,12 +33,12 @@ def test_results_and_reports_of_all_tasks_come_and_each_is_asked_for_when_one_is
     found: dict[str, int] = {}
     ahead: list[int] = []
 
-    def tasks() -> Iterator[Task]:
+    def tasks() -> Iterator[WorkerTask]:
         for value in range(5):
             ahead.append(value - len(found))
-            yield Task(str(value), partial(double, value))
+            yield WorkerTask(str(value), partial(double, value))
 
-    with Workers(count, 1, lambda stage, done, total: reports.append((stage, done, total))) as workers:
+    with WorkerPool(count, 1, lambda stage, done, total: reports.append((stage, done, total))) as workers:
         for name, (doubled, process) in workers.run(tasks()):
             found[name] = doubled
             assert (process == os.getpid()) == (count == 1)
@@ -51,14 +51,14 @@ def test_results_and_reports_of_all_tasks_come_and_each_is_asked_for_when_one_is
 def test_a_task_that_needs_others_waits_for_them(count: int) -> None:
     ended: dict[str, int] = {}
 
-    def tasks() -> Iterator[Task | None]:
+    def tasks() -> Iterator[WorkerTask | None]:
         for value in (1, 2):
-            yield Task(str(value), partial(double, value))
+            yield WorkerTask(str(value), partial(double, value))
         while not ended.keys() >= {"1", "2"}:
             yield None
-        yield Task("sum", partial(double, sum(ended.values())))
+        yield WorkerTask("sum", partial(double, sum(ended.values())))
 
-    with Workers(count, 1, silent) as workers:
+    with WorkerPool(count, 1, silent) as workers:
         for name, (doubled, _) in workers.run(tasks()):
             ended[name] = doubled
     assert ended == {"1": 2, "2": 4, "sum": 12}
@@ -67,5 +67,5 @@ def test_a_task_that_needs_others_waits_for_them(count: int) -> None:
 def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
     for call, error, text in ((fail, TextError, "write some"), (end, ModekitError, "ended early")):
         run: Any = partial(call)
-        with pytest.raises(error, match=text), Workers(2, 1, silent) as workers:
-            list(workers.run([Task("one", run)]))
+        with pytest.raises(error, match=text), WorkerPool(2, 1, silent) as workers:
+            list(workers.run([WorkerTask("one", run)]))

@@ -23,7 +23,7 @@ from modekit.evaluation.results import Results, results_from_data
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.routing.refit import refit
 from modekit.text.documents import read_documents
 from modekit.text.held_out import fit_documents

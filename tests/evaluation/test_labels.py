@@ -32,8 +32,8 @@ from modekit.evaluation.results import Results, Score, results_from_data
 from modekit.experts.labelled import Labelled
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import Training
 from modekit.recipes.read import parse_recipe
 from modekit.report.content import make_content
 from modekit.report.page import make_page

@@ -11,12 +11,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.demo.pairs import aligned
-from modekit.demo.text import unpack_text
+from modekit.demo.text import aligned, unpack_text
 from modekit.errors import TextError
-from modekit.experts.distill.texts import read_texts as read_for_a_student
+from modekit.experts.distill.inputs import read_texts as read_for_a_student
 from modekit.experts.labelled import Generic, Labelled, Reading, read_material
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.held_out import read_text
 from modekit.text.pairs import Pair
@@ -45,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "wagtail.jsonl", found["wagtail"])
     write(root / "back.jsonl", [Pair(pair.target, pair.source) for pair in found["wagtail"]])
     write(
-        root / "half.jsonl", [*found["wagtail"][:300], *(Pair(pair.target, pair.source) for pair in found["wagtail"][300:360])]
+        root / "half.jsonl",
+        [*found["wagtail"][:300], *(Pair(pair.target, pair.source) for pair in found["wagtail"][300:360])],
     )
     write(root / "same.jsonl", [Pair(pair.source, pair.source) for pair in found["django"]])
     return root

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import modekit.loaded.engine as engine_module
 from command_line import modekit
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.errors import MismatchError, OutputError, TrainingError
 from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.says import BesideStudent
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.student import Lesson, Text, kl_to_teacher
+from modekit.experts.distill.student import HeldOutText, Lesson, kl_to_teacher
+from modekit.experts.distill.teacher import LoadedTeacher
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.text.held_out import read_text
 from modekit.text.sequences import encode
@@ -64,7 +65,7 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     held_out = encode(
         tokenizer, read_text(["./text/law.jsonl"], root=shop.root, where="t").report(), max_tokens=4_000, sequence_length=32
     )
-    lesson = Lesson(BesideStudent(teacher, 96), 96, DistillSettings())
+    lesson = Lesson(LoadedTeacher(teacher, 96), 96, DistillSettings())
     long, distances = TRAINING.with_(steps=80), {}
     for name, settings in {
         "plain": DistillSettings(weights=0.999_999),
@@ -72,16 +73,16 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
         "reverse_kl": DistillSettings(losses={"reverse_kl": 1.0}),
         "total_variation": DistillSettings(losses={"total_variation": 1.0}, temperature=1.0),
     }.items():
-        record = distill(asked(shop, train="full", settings=settings, training=long), shop.root / name)
+        record = distill(asked(shop, train="full", settings=settings, training=long), shop.root / name).as_data()
         distances[name] = record["held_out_kl"]["after"]
-    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, Text(held_out, 0))
+    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, HeldOutText(held_out, 0))
     assert measured == pytest.approx(distances["forward_kl"], rel=1e-3)
     plain = distances.pop("plain")
     assert all(value < 0.9 * plain for value in distances.values()), (plain, distances)
 
 
 def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Workshop) -> None:
-    record = distill(asked(shop), shop.root / "new")
+    record = distill(asked(shop), shop.root / "new").as_data()
     before, after = (load_file(shop.root / name / "model.safetensors") for name in ("base", "new"))
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
@@ -124,6 +125,13 @@ def stopping_at(step: int) -> Run:
     return Run(progress=progress)
 
 
+@pytest.fixture
+def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(engine_module, "_STATE_SHARE", 0)
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
 @pytest.mark.parametrize("train", ["mlp", "lora"])
 def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop, train: Any) -> None:
     settings = DistillSettings(adaptive=True, alternate=True)
@@ -141,6 +149,7 @@ def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop, train: An
     assert not (shop.root / "new.training").exists()
 
 
+@pytest.mark.usefixtures("a_state_after_every_step")
 def test_a_teacher_that_was_changed_meanwhile_is_another_training(shop: Workshop) -> None:
     with pytest.raises(StoppedError):
         distill(asked(shop), shop.root / "new", run=stopping_at(8))
@@ -190,7 +199,7 @@ def test_what_a_kill_left_of_tidying_up_goes_with_the_next_command(shop: Worksho
 def test_embeddings_padded_to_another_number_of_rows_are_no_other_vocabulary(shop: Workshop) -> None:
     save(tiny_model("qwen2", seed=9, hidden_size=48, num_hidden_layers=2, vocab_size=128), shop.root / "wide")
     settings = DistillSettings(weights=0.0, temperature=1.0)
-    record = distill(asked(shop, teacher=shop.root / "wide", train="full", settings=settings), shop.root / "new")
+    record = distill(asked(shop, teacher=shop.root / "wide", train="full", settings=settings), shop.root / "new").as_data()
     assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
 
 

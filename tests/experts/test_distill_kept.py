@@ -16,13 +16,13 @@ from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.distill import distill as distill_module
-from modekit.experts.distill import kept_file
+from modekit.experts.distill import kept_logits
 from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.kept_file import FromDisk, Header, keep
+from modekit.experts.distill.inputs import read_texts
+from modekit.experts.distill.kept_logits import Header, KeptTeacher, keep
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.texts import read_texts
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import add_tags, tagged
@@ -63,10 +63,10 @@ def header_of(top_k: int) -> Header:
 @pytest.mark.parametrize("top_k", [5, 96])
 def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
     """Over several blocks, in an order of its own, and with a pad in between."""
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     model = tiny_model(seed=3)
     keep(tmp_path / "KEPT", header_of(top_k), model, SEQUENCES, run=QUIET)
-    teacher = FromDisk(tmp_path / "KEPT", header_of(top_k), SEQUENCES)
+    teacher = KeptTeacher(tmp_path / "KEPT", header_of(top_k), SEQUENCES)
     starts = torch.tensor([0, *(len(each.ids) for each in SEQUENCES)]).cumsum(0)
     rows = [31, 2, 3, 39, 0]
     width = max(len(SEQUENCES[row].ids) for row in rows)
@@ -79,7 +79,7 @@ def test_what_is_read_is_what_the_teacher_says(tmp_path: Path, monkeypatch: pyte
     predicted = real[:, :-1] & real[:, 1:]
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1][predicted]
-    said = teacher.says(item, predicted)
+    said = teacher.output_of(item, predicted)
     for temperature in (1.0, 2.0):
         _, found = said.beside(torch.zeros_like(logits), temperature)
         wanted = (logits / temperature).softmax(-1)
@@ -97,15 +97,17 @@ def test_a_second_student_reads_what_the_first_had_kept_and_the_teacher_is_not_a
     loaded: list[Path] = []
     real: Callable[..., Any] = distill_module.load_model
     monkeypatch.setattr(distill_module, "load_model", lambda folder, **rest: loaded.append(folder) or real(folder, **rest))
-    record = distill(asked(shop, train="lora", settings=DistillSettings(losses={"total_variation": 1.0})), shop.root / "two")
+    record = distill(
+        asked(shop, train="lora", settings=DistillSettings(losses={"total_variation": 1.0})), shop.root / "two"
+    ).as_data()
     distill(asked(shop, settings=DistillSettings(temperature=1.0)), shop.root / "at one")  # which is kept besides 2
     assert shop.root / "teacher" not in loaded and tree(shop.root / "KEPT") == before
     assert record["held_out_kl"]["over"] == "the teacher's top 8 and the rest"
 
 
 def test_all_tokens_kept_teach_what_the_teacher_itself_teaches(shop: Workshop) -> None:
-    beside = distill(asked(shop, keep=None), shop.root / "beside")
-    kept = distill(asked(shop, top_k=1_000), shop.root / "kept")
+    beside = distill(asked(shop, keep=None), shop.root / "beside").as_data()
+    kept = distill(asked(shop, top_k=1_000), shop.root / "kept").as_data()
     assert kept["held_out_kl"]["over"] == beside["held_out_kl"]["over"] == "the whole vocabulary"
     assert kept["held_out_kl"]["after"] == pytest.approx(beside["held_out_kl"]["after"], rel=1e-3)
     assert kept["distillation_loss"]["last"] == pytest.approx(beside["distillation_loss"]["last"], rel=1e-3)
@@ -123,7 +125,7 @@ def test_text_with_tags_of_its_own_is_learned_alike_from_what_is_kept(tmp_path: 
     shop, read = Workshop(tmp_path), read_texts(["./law.jsonl"], tmp_path, tokenizer, TRAINING, None)
     once = TRAINING.with_(steps=1, batch_tokens=read.corpus.tokens)
     beside, kept = (
-        distill(asked(shop, texts=["./law.jsonl"], training=once, top_k=97, keep=place), tmp_path / name)
+        distill(asked(shop, texts=["./law.jsonl"], training=once, top_k=97, keep=place), tmp_path / name).as_data()
         for name, place in (("beside", None), ("kept", tmp_path / "KEPT"))
     )
     for said in ("held_out_kl", "distillation_loss", "training_loss", "held_out_loss"):
@@ -155,27 +157,27 @@ def test_what_is_kept_of_something_else_is_refused_and_stays(shop: Workshop, cha
 
 
 def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     model = tiny_model(seed=3, num_hidden_layers=1)
     keep(tmp_path / "WHOLE", header_of(5), model, SEQUENCES, run=QUIET)
 
     asked_again: list[int] = []
-    passes = kept_file._Passes._compute
+    passes = kept_logits._Passes._compute
 
     def counted(self: Any, block: Any) -> Any:
         asked_again.append(len(block))
         return passes(self, block)
 
-    blocks = len(kept_file._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
+    blocks = len(kept_logits._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
     below = tmp_path / "below"
     below.mkdir()
     moment = 1
     while dies(lambda: keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET), below, moment):
         if list((below / "KEPT.partial").glob("new/*")) and not (below / "KEPT").exists():
             asked_again.clear()
-            monkeypatch.setattr(kept_file._Passes, "_compute", counted)
+            monkeypatch.setattr(kept_logits._Passes, "_compute", counted)
             keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET)
-            monkeypatch.setattr(kept_file._Passes, "_compute", passes)
+            monkeypatch.setattr(kept_logits._Passes, "_compute", passes)
             assert len(asked_again) <= blocks
             assert tree(below / "KEPT") == tree(tmp_path / "WHOLE")
             assert not (below / "KEPT.partial").exists()
@@ -224,15 +226,15 @@ def test_a_folder_that_is_no_kept_teacher_is_refused(shop: Workshop) -> None:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than a block is held at once, however many there are."""
-    monkeypatch.setattr(kept_file, "_BLOCK", 64)
+    monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     held: list[int] = []
-    passes = kept_file._Passes._compute
+    passes = kept_logits._Passes._compute
 
     def watched(self: Any, block: Any) -> Any:
         found = passes(self, block)
         held.append(sum(array.nbytes for array in found.values()))
         return found
 
-    monkeypatch.setattr(kept_file._Passes, "_compute", watched)
+    monkeypatch.setattr(kept_logits._Passes, "_compute", watched)
     keep(tmp_path / "KEPT", header_of(5), tiny_model(num_hidden_layers=1), SEQUENCES * 3, run=QUIET)
     assert len(held) > 12 and max(held) <= 64 * (5 * 4 + 5 * 4 + 2 * 4)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from modekit.experts.distill.says import BesideStudent, Kept, Whole, predicted_in
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student, Text, kl_to_teacher
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, HeldOutText, Lesson, Student, kl_to_teacher
+from modekit.experts.distill.teacher import FullLogits, LoadedTeacher, TopLogits, predicted_in
 from modekit.text.sequences import TokenSequence
-from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.losses import DIVERGENCES, distillation, divergence
 from modekit.training.settings import train_settings
 
@@ -84,19 +84,19 @@ def test_the_names_of_training_mean_the_same() -> None:
 # Over the kept tokens and all others as one.
 
 
-def kept_of(teacher: torch.Tensor, top_k: int) -> Kept:
+def kept_of(teacher: torch.Tensor, top_k: int) -> TopLogits:
     log_probs = teacher.log_softmax(-1)
     top = log_probs.topk(top_k, dim=-1)
     others = log_probs.scatter(-1, top.indices, -torch.inf)
     whole = top_k == teacher.shape[-1]
-    return Kept(top.indices, top.values, lambda temperature: None if whole else (others / temperature).logsumexp(-1))
+    return TopLogits(top.indices, top.values, lambda temperature: None if whole else (others / temperature).logsumexp(-1))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_all_tokens_kept_is_the_whole_vocabulary(name: str, temperature: float) -> None:
     student, teacher = logits(1, 2.0), logits(2, 2.0)
-    whole = divergence(name, *Whole(teacher).beside(student, temperature), temperature)
+    whole = divergence(name, *FullLogits(teacher).beside(student, temperature), temperature)
     kept = divergence(name, *kept_of(teacher, 11).beside(student, temperature), temperature)
     assert float(kept) == pytest.approx(float(whole), rel=1e-5)
 
@@ -113,7 +113,7 @@ def test_others_as_one_are_exact_where_the_student_shares_them_out_as_the_teache
     top = teacher.topk(4, dim=-1).indices
     student = teacher.scatter_add(-1, top, logits(5, 1.0)[:, :4])  # only the kept ones differ
     for name in ("forward_kl", "reverse_kl", "total_variation"):
-        whole = divergence(name, *Whole(teacher).beside(student, 1.0), 1.0)
+        whole = divergence(name, *FullLogits(teacher).beside(student, 1.0), 1.0)
         kept = divergence(name, *kept_of(teacher, 4).beside(student, 1.0), 1.0)
         assert float(kept) == pytest.approx(float(whole), rel=1e-4), name
 
@@ -130,12 +130,12 @@ def test_a_gradient_over_kept_tokens_is_finite() -> None:
 
 def student_of(**changes: Any) -> Student:
     model, teacher = tiny_model(num_hidden_layers=1), tiny_model(seed=4, num_hidden_layers=1)
-    lesson = Lesson(BesideStudent(teacher, 96), 96, DistillSettings(**changes))
+    lesson = Lesson(LoadedTeacher(teacher, 96), 96, DistillSettings(**changes))
     return Student(model, lesson, train_settings({"what": ["all"]}, where="test"), 10)
 
 
 def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    corpus = Corpus("text", 0, sequences)
+    corpus = DomainSequences("text", 0, sequences)
     asked = train_settings({"what": ["all"], "batch_tokens": sum(len(each.ids) for each in sequences)}, where="test")
     return Batches([corpus], plan_parts([corpus], asked, steps=1, experts=1, parts=1, pack=False), pad_id)[0]
 
@@ -161,7 +161,7 @@ def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> No
     item = batch_of(texts)
     assert int(predicted_in(item).sum()) == int(item["targets"]) == sum(each.scored for each in texts) == 31 + 16 + 16
     teacher = student._lesson.teacher
-    assert isinstance(teacher, BesideStudent)
+    assert isinstance(teacher, LoadedTeacher)
     cross_entropy = distance = 0.0
     for text in texts:
         ids, first = torch.tensor([text.ids]), 1 if text.tag is None else 2
@@ -173,7 +173,7 @@ def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> No
     figures = student.drain()
     assert figures[CROSS_ENTROPY] == pytest.approx(cross_entropy / 63, rel=1e-5)
     assert figures[DISTILLATION] == pytest.approx(distance / 63, rel=1e-4)
-    assert kl_to_teacher(student.student, student._lesson, Text(texts, 0)) == pytest.approx(distance / 63, rel=1e-4)
+    assert kl_to_teacher(student.student, student._lesson, HeldOutText(texts, 0)) == pytest.approx(distance / 63, rel=1e-4)
 
 
 def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:
@@ -187,7 +187,7 @@ def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path
     assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"student"}
     student(**batch_of([LONG]))["loss"].backward()
     teacher = student._lesson.teacher
-    assert isinstance(teacher, BesideStudent)
+    assert isinstance(teacher, LoadedTeacher)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher._model.parameters())
 
 

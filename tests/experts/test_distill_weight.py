@@ -9,7 +9,7 @@ import pytest
 
 from modekit.errors import TrainingError
 from modekit.experts.distill.settings import DistillSettings, distill_settings, losses_of
-from modekit.experts.distill.weight import CrossEntropyWeight, adaptive_share
+from modekit.experts.distill.student import CrossEntropyWeight, adaptive_share
 
 FALLING = [3.0 - 0.01 * step for step in range(20)]
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import modekit.experts.specialist_folder as specialist_folder
-import modekit.loaded.next_token as training_module
+import modekit.loaded.engine as engine_module
+import modekit.loaded.text_training as training_module
 from conftest import Workshop, save, tiny_model
-from modekit.errors import InterruptError, TextError, TrainingError
+from modekit.errors import InterruptError, TrainingError
+from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.public import evaluate
 from modekit.run import DETAIL, QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS, TABLE_TOKENS
@@ -32,7 +33,11 @@ from rounding import assert_close
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
 
 
-def run(workshop: Workshop, name: str, **kwargs: Any) -> dict[str, Any]:
+def fell(loss: BeforeAfter | None) -> bool:
+    return loss is not None and loss.before is not None and loss.after is not None and loss.after < loss.before
+
+
+def run(workshop: Workshop, name: str, **kwargs: Any) -> SpecialistRecord:
     return specialize(
         workshop.root / "base", workshop.root / name, ["./text/law.jsonl"], root=workshop.root, training=TRAINING, **kwargs
     )
@@ -44,8 +49,8 @@ def test_mlp_moves_the_ffn_and_leaves_the_rest_bit_identical(workshop: Workshop)
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
-    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record
+    assert fell(record.held_out_loss)
+    assert json.loads((workshop.root / "new" / "specialist.json").read_text()) == record.as_data()
 
 
 @pytest.mark.parametrize(("model_type", "key"), [("llama", "mlp_bias"), ("starcoder2", "use_bias")])
@@ -123,7 +128,7 @@ def test_the_same_seed_gives_the_same_bytes(workshop: Workshop) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="not finite"):
+    with pytest.raises(TrainingError, match="not finite"):
         specialize(
             workshop.root / "base",
             workshop.root / "new",
@@ -148,8 +153,8 @@ def stopped_at(step: int, error: type[BaseException] = StoppedError) -> Run:
 
 @pytest.fixture
 def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specialist_folder, "STATE_SECONDS", 0.0)
-    monkeypatch.setattr(specialist_folder, "_SHARE", 0)
+    monkeypatch.setattr(engine_module, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(engine_module, "_STATE_SHARE", 0)
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
@@ -158,7 +163,7 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
     changes = dict(changes)
     training = TRAINING.with_(muon_learning_rate=1e-3, shares=2) if changes.pop("muon", False) else TRAINING
 
-    def make(name: str, run: Run = QUIET) -> dict[str, Any]:
+    def make(name: str, run: Run = QUIET) -> SpecialistRecord:
         torch.manual_seed(0)  # as in a new process: an adapter's first weights
         texts = ["./text/law.jsonl"]
         return specialize(
@@ -168,10 +173,11 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
     whole = make("whole")
     with pytest.raises(StoppedError):
         make("new", stopped_at(8))
-    assert [path.name for path in (workshop.root / "new.training").glob("checkpoint-*")] == ["checkpoint-8"]
+    kept = {path.name for path in (workshop.root / "new.training").glob("checkpoint-*")}
+    assert kept == {"checkpoint-6", "checkpoint-7"}  # the step that was reported last was not kept yet
     seen: list[tuple[str, int]] = []
     record = make("new", Run(progress=lambda stage, done, total: seen.append((stage, done))))
-    assert min(done for stage, done in seen if stage.startswith("train")) == 8
+    assert min(done for stage, done in seen if stage.startswith("train")) == 7
     assert not any(stage == "score before" for stage, _ in seen)  # that was kept, too
     assert record == whole
     assert not (workshop.root / "new.training").exists()
@@ -181,7 +187,7 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
 @pytest.mark.usefixtures("a_state_after_every_step")
 def test_what_was_interrupted_says_what_is_kept(workshop: Workshop) -> None:
     with pytest.raises(InterruptError, match="kept up to step 3"):
-        run(workshop, "new", run=stopped_at(3, KeyboardInterrupt))
+        run(workshop, "new", run=stopped_at(4, KeyboardInterrupt))
     assert (workshop.root / "new.training").exists() and not (workshop.root / "new").exists()
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
         run(workshop, "new", train="full")
@@ -197,14 +203,14 @@ def test_what_was_interrupted_before_its_first_state_says_that_nothing_is_kept(w
 @pytest.mark.parametrize("damage", ["short", "other", "empty"])
 def test_a_damaged_state_is_one_clear_error(workshop: Workshop, damage: str) -> None:
     with pytest.raises(StoppedError):
-        run(workshop, "new", run=stopped_at(3))
-    file = workshop.root / "new.training" / "checkpoint-3" / "state.safetensors"
+        run(workshop, "new", run=stopped_at(4))
+    file = workshop.root / "new.training" / "checkpoint-3" / "model.safetensors"
     if damage == "short":
         file.write_bytes(file.read_bytes()[:-7])
     elif damage == "empty":
         file.write_bytes(b"")
     else:
-        save_file({"parameter.0": torch.zeros(3)}, file, metadata={"losses": "[1.0, 1.0, 1.0]"})
+        save_file({"parameter.0": torch.zeros(3)}, file)
     with pytest.raises(TrainingError, match="what an unfinished training left is damaged"):
         run(workshop, "new")
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from modekit.errors import MismatchError, SourceError, TextError, TrainingError,
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
+from modekit.experts.labelled import Generic, Labelled, Reading, RelabelledPasses, generic_share, read_material
+from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
-from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training, _Batches
+from modekit.loaded.text_training import TextBatches, Training
 from modekit.run import Run
 from modekit.text.pairs import Pair
 from modekit.text.records import data_of
@@ -53,7 +53,7 @@ def labelled(root: Path, *labels: str, **drawn: Any) -> Labelled:
 
 
 def run(root: Path, base: str, out: Path, texts: Labelled, **options: Any) -> dict[str, Any]:
-    return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options})
+    return specialize(root / base, out, texts, root=root, **{"training": TRAINING, **options}).as_data()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -315,7 +315,8 @@ def test_models_with_an_encoder_get_rows_too(tmp_path: Path, family: str) -> Non
     texts = write_pairs(tmp_path, 60)
     pair_model(family).save_pretrained(tmp_path / "base")
     pair_tokenizer().save_pretrained(tmp_path / "base")
-    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
+    made = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
+    record = made.as_data()
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     old, new = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name) for name in ("base", "OUT"))
     rows = new.get_input_embeddings().weight
@@ -348,7 +349,9 @@ def test_a_tag_decides_how_a_source_is_translated(tmp_path: Path) -> None:
     AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes)).save_pretrained(tmp_path / "base")
     pair_tokenizer().save_pretrained(tmp_path / "base")
     training = Training(steps=50, batch_tokens=512, sequence_length=16, learning_rate=1e-2)
-    record = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, train="full", training=training)
+    record = specialize(
+        tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, train="full", training=training
+    ).as_data()
     model, tokenizer = load_model(tmp_path / "OUT"), AutoTokenizer.from_pretrained(tmp_path / "OUT")
     held_out = read_material(Labelled(texts), None, Reading(tokenizer, tmp_path, training)).held_out
     ids = dict(zip(("loud", "numbered"), tag_ids(tokenizer, ("loud", "numbered")), strict=True))
@@ -390,10 +393,10 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
     add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
     documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
     sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3)
+    drawn = RelabelledPasses(sequences, Labelled({}, 0.25, to), Reading(tokenizer, Path(), Training(seed=3)))
     own = [number % 2 for number in range(500)] * 100
     labels = [label for number in range(100) for label in drawn.labels(number)]
-    assert len(drawn) == 500 and len(labels) == 50_000
+    assert len(labels) == 50_000
     found = Counter(("own" if label == mine else label) for label, mine in zip(labels, own, strict=True))
     rates = {each: count / 50_000 for each, count in found.items()}
     wanted: Mapping[Any, float] = {
@@ -407,7 +410,7 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
     ids = tag_ids(tokenizer, "abcd")
     for place in range(0, 50_000, 997):
         number, row = divmod(place, 500)
-        read, sequence, label = drawn.of_pass(number, row), sequences[row], labels[place]
+        read, sequence, label = drawn.read(number, row), sequences[row], labels[place]
         rest = tuple(each for each in read.ids if each not in ids)
         assert rest == sequence.with_tag(None).ids and read.scored == sequence.scored
         assert [each for each in read.ids if each in ids] == ([] if label == -1 else [ids[label]])
@@ -439,16 +442,16 @@ def test_drawing_changes_no_order(shop: Path, by_length: bool) -> None:
     training = Training(steps=60, batch_tokens=256, sequence_length=64, by_length=by_length)
     reading = Reading(tokenizer, shop, training)
     sequences = read_material(asked, None, reading).sequences
-    drawn = drawn_anew(sequences, asked, reading)
-    assert list(drawn) == list(sequences)
-    plain, told = (rows_read(texts, training) for texts in (sequences, drawn))
+    plain, told, again = (
+        rows_read(TextBatches(sequences, training, read))
+        for read in (None, *(RelabelledPasses(sequences, asked, reading).read for _ in range(2)))
+    )
     assert sum(map(len, plain)) >= 3 * len(sequences)
     assert [Counter(tuple(each for each in row if each not in ids) for row in step) for step in told] == [
         Counter(row[1:] for row in step) for step in plain
     ]
     changed = sum((row[0] != ids[0]) for step in told for row in step) / sum(map(len, told))
     assert changed == pytest.approx(0.6, abs=0.1)
-    again = rows_read(drawn_anew(sequences, asked, reading), training)
     assert again == told
     by_text: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for row in itertools.chain(*told):
@@ -456,9 +459,9 @@ def test_drawing_changes_no_order(shop: Path, by_length: bool) -> None:
     assert sum(len(each) > 1 for each in by_text.values()) > len(by_text) / 2
 
 
-def rows_read(sequences: Sequence[TokenSequence], training: Training) -> list[list[tuple[int, ...]]]:
+def rows_read(planned: TextBatches) -> list[list[tuple[int, ...]]]:
     """The rows of every step of a training."""
-    batches = itertools.islice(_Batches(sequences, training).forever(), training.steps)
+    batches = [planned[step]["batch"] for step in range(len(planned))]
     return [[tuple(row[real].tolist()) for row, real in zip(each.input_ids, each.mask, strict=True)] for each in batches]
 
 
@@ -482,12 +485,12 @@ def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None
     add_tags(tokenizer, ["law"], where="test")
     material = read_material(labelled(shop, "law"), generic, Reading(tokenizer, shop, TRAINING))
     without = sum(each.size for each in material.sequences if each.tag is None)
-    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.record["generic"]["share"]
+    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.as_data()["generic"]["share"]
     record = run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), generic=generic)
-    assert record["generic"] == material.record["generic"] and record["text"]["documents"] == len(material.fit)
+    assert record["generic"] == material.as_data()["generic"] and record["text"]["documents"] == len(material.fit)
     plain = specialize(
         shop / "tied", tmp_path / "plain", [str(shop / "text" / "law.jsonl")], root=shop, training=TRAINING, generic=generic
-    )
+    ).as_data()
     assert plain["generic"]["share"] == pytest.approx(0.4, abs=0.01) and "labels" not in plain
 
 

@@ -61,9 +61,9 @@ DOORS = {"library_writes", "appearing"}
 """What gives it a place: a call in such a block is in order."""
 ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into the folder that specialize.py and distill.py get from `library_writes`",
-    ("training/trainer.py", "_save_checkpoint"): "into a folder that `new_folder` made",
-    ("training/engine.py", "TrainingArguments"): "OUT.training, in which states_folder.py finds nothing that is `not_own`",
-    ("training/log.py", "TensorBoardCallback"): "OUT.training, likewise",
+    ("loaded/engine.py", "_save_checkpoint"): "into a folder that `new_folder` made",
+    ("loaded/engine.py", "TrainingArguments"): "OUT.training, in which states_folder.py finds nothing that is `not_own`",
+    ("training/engine.py", "TensorBoardCallback"): "OUT.training, likewise",
     ("search/tune/study.py", "JournalFileBackend"): "OUT.tuning, which folder.py has passed by `check_own`",
     ("search/tune/study.py", "JournalFileOpenLock"): "OUT.tuning, likewise",
     ("search/tune/study.py", "truncate"): "of what `go_on_writing` opened",

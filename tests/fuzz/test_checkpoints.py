@@ -43,8 +43,7 @@ from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
 from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import TokenText, load_token_text
-from modekit.training.ended import Ended, Trained
-from modekit.training.folder import TrainingFolder
+from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 
@@ -344,8 +343,8 @@ def left(tmp_path_factory: pytest.TempPathFactory, native: Stranger) -> Stranger
     (folder.path / "checkpoint-2").mkdir(parents=True)
     best = folder.path / "checkpoint-2" / "model.safetensors"
     best.write_bytes((native.folder / "model-router.safetensors").read_bytes())
-    trained = Trained(4, 2, {"law": 3.0}, {"law": 2.5}, "the held-out loss no longer fell", None, best)
-    folder.keep("trained", Ended(trained, ["a note"], 100, 1_000).as_data(folder.path))
+    outcome = TrainingOutcome(steps=4, best_step=2, before={"law": 3.0}, after={"law": 2.5}, notes=["a note"], tokens=1_000)
+    folder.keep("trained", outcome.model_dump(mode="json"))
     folder.keep("before", read_results(open_checkpoint(native.folder)).as_data())
     folder.keep("settings", {"request": "0" * 64, "state": "1" * 64})
     folder.keep("writing", "2" * 64)
@@ -362,8 +361,7 @@ def read_training(path: Path) -> None:
 
     folder = TrainingFolder(path.with_name("OUT"))
     with told():
-        ended = folder.recall("trained", lambda data: Ended.from_data(data, path))
-        assert ended is None or ended.trained.best in (None, path / "checkpoint-2" / "model.safetensors")
+        folder.outcome()
     with told():
         before = folder.recall("before", results_from_data)
         assert before is None or before.markdown()

@@ -28,7 +28,7 @@ from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, tiny_model
 from damage import damaged_bytes
 from modekit.errors import ModekitError, SourceError
-from modekit.experts.distill.kept_file import HEADER_FILE, LOGITS_FILE, FromDisk, Header, check_kept, keep, read_kept
+from modekit.experts.distill.kept_logits import HEADER_FILE, LOGITS_FILE, Header, KeptTeacher, check_kept, keep, read_kept
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
@@ -487,7 +487,7 @@ def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
         found = read_kept(folder)
         assert found is not None
         check_kept(folder, found, header)
-        teacher = FromDisk(folder, found, sequences)
+        teacher = KeptTeacher(folder, found, sequences)
         return teacher.says(item, torch.ones(1, 2, dtype=torch.bool)).beside(torch.zeros(2, VOCAB), 2.0)
 
     plain = json.loads((folder / HEADER_FILE).read_text())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
 
-from modekit.loaded.next_token import Training, _Batches
+from modekit.loaded.text_training import TextBatches, Training
 from modekit.text.sequences import Batch, TokenSequence
 
 LENGTHS = [4 + 7 * place % 60 for place in range(96)]
@@ -14,8 +13,8 @@ TRAINING = Training(batch_tokens=256, sequence_length=64, seed=3)
 
 
 def first_pass(training: Training) -> list[Batch]:
-    batches = _Batches(SEQUENCES, training)
-    return list(islice(batches.forever(), len(batches)))
+    batches = TextBatches(SEQUENCES, training)
+    return [batches[step]["batch"] for step in range(len(batches))]
 
 
 def test_every_sequence_comes_once_per_pass_in_a_drawn_order() -> None:

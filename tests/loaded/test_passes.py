@@ -15,9 +15,9 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.passes import token_losses
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.moments import input_moments
-from modekit.loaded.next_token import Training, train_language_model
 from modekit.loaded.passes import inputs_of, losses_of, reads_target
-from modekit.loaded.shares import NextTokenLoss, Shares
+from modekit.loaded.text_training import TextLoss, Training, train_on_text
+from modekit.loaded.threads import Threads
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer, pairs
 
@@ -80,14 +80,16 @@ def test_training_learns_pairs_and_shares_have_the_gradients_of_the_whole(family
     for count in (1, 3):
         for parameter in parameters:
             parameter.grad = None
-        with Shares(count) as shares:
-            losses.append(shares.gradients(NextTokenLoss(model, bfloat16=False, pads_named=False), parameters, batch))
+        with Threads(count) as threads:
+            loss = TextLoss(model, Training(by_length=True), threads)(batch)["loss"]
+            loss.backward()
+        losses.append(float(loss.detach()))
         gradients.append([torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
     training = Training(steps=40, batch_tokens=200, sequence_length=64, learning_rate=3e-3, by_length=True)
-    found = train_language_model(model, parameters, sequences, training)
+    found = train_on_text(model, sequences, training)
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
     assert np.mean(own_losses(model, sequences)) < 0.8 * losses[0]
 
@@ -101,7 +103,7 @@ def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSe
         with pytest.raises(TextError, match=what):
             score_domain(model, Domain("d", 0, text, {}), lambda _: None)
         with pytest.raises(TextError, match=what):
-            train_language_model(model, list(model.parameters()), text, Training(steps=1))
+            train_on_text(model, text, Training(steps=1))
         with pytest.raises(TextError, match=what):
             next(iter(inputs_of(model, batch) for batch in make_batches(text)))
 

@@ -18,7 +18,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.experts.specialize import specialize
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.door import Door, look_at
 from modekit.members.listing import members_of

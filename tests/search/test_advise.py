@@ -24,7 +24,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import decoder_layers, load_adapted, load_model, load_tokenizer
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe

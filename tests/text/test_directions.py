@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from modekit.building.build import build
-from modekit.demo.pairs import aligned
-from modekit.demo.text import DOMAINS, LANGUAGES, unpack_text
+from modekit.demo.text import DOMAINS, LANGUAGES, aligned, unpack_text
 from modekit.errors import TextError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe

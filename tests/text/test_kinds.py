@@ -13,7 +13,7 @@ from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TextError
 from modekit.experts.specialize import specialize
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.recipes.recipe import Expert
 from modekit.text.held_out import fit_documents
 from modekit.text.records import data_of

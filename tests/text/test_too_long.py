@@ -12,9 +12,9 @@ from conftest import Workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
-from modekit.experts.distill.texts import read_texts as read_for_a_student
+from modekit.experts.distill.inputs import read_texts as read_for_a_student
 from modekit.experts.labelled import Reading, read_material
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.search.tune.selection import read_selection
 from modekit.text.pairs import Pair

@@ -148,7 +148,7 @@ from modekit.loaded.load import load_model
 from rounding import assert_close
 from modekit.text.sequences import TokenSequence
 from modekit.loaded.load import load_model
-from modekit.training.batches import Batches, Corpus, plan_parts
+from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.objective import Objective
 from modekit.training.settings import train_settings
 
@@ -157,7 +157,7 @@ checkpoint = open_checkpoint(Path(sys.argv[1]))
 settings = train_settings({"losses": {"lm": 1.0, "label": 0.2, "z": 0.01}, "what": ["all"]}, where="test")
 draw = torch.Generator().manual_seed(3)
 corpora = [
-    Corpus(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)
+    DomainSequences(name, place, [TokenSequence(tuple(torch.randint(3, 96, (31,), generator=draw).tolist()), 31)] * 2)
     for place, name in enumerate("abc")
 ]
 batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=2, pack=False), 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,8 +11,7 @@ from damage import in_time, no_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results import results_from_data
 from modekit.files.marker import claim_work_folder
-from modekit.training.ended import Ended, Trained
-from modekit.training.folder import TrainingFolder
+from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
 
 
@@ -26,43 +24,28 @@ def folder(tmp_path: Path) -> TrainingFolder:
     return made
 
 
-def ended(folder: TrainingFolder, **changes: Any) -> Ended:
-    best = folder.path / "checkpoint-2" / "model.safetensors"
-    trained = Trained(3, 2, {"law": 3.0}, {"law": float("nan")}, None, TrainingError("no", where="x", found=3.0), best)
-    return Ended(trained, ["a"], 5, 6)
-
-
-def recalled(folder: TrainingFolder) -> Ended | None:
-    return folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
+def ended(best_step: int = 2) -> TrainingOutcome:
+    failed = ("no", "x", "3.0")
+    before, after = {"law": 3.0}, {"law": float("nan")}
+    return TrainingOutcome(steps=3, best_step=best_step, before=before, after=after, failed=failed, notes=["a"], tokens=6)
 
 
 def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:
-    assert recalled(folder) is None
-    folder.keep("trained", ended(folder).as_data(folder.path))
-    assert json.loads((folder.path / "trained.json").read_text())["best"] == "checkpoint-2/model.safetensors"
-    again = recalled(folder)
-    assert again is not None and again.trained.best == folder.path / "checkpoint-2" / "model.safetensors"
-    assert again.as_data(folder.path) == ended(folder).as_data(folder.path)
-
-
-@pytest.mark.parametrize(
-    "best",
-    ["/etc/passwd", "../x.safetensors", "checkpoint-2/../../x.safetensors", "checkpoint-2", "moved/model.safetensors", "", 7],
-)
-def test_the_best_state_lies_in_the_folder(folder: TrainingFolder, tmp_path: Path, best: object) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"x")
-    folder.keep("trained", {**ended(folder).as_data(folder.path), "best": best})
-    with pytest.raises(TrainingError, match="what an unfinished training left is damaged"):
-        recalled(folder)
+    assert folder.outcome() is None
+    folder.keep("trained", ended().model_dump(mode="json"))
+    assert json.loads((folder.path / "trained.json").read_text())["after"] == {"law": None}
+    again = folder.outcome()
+    assert again is not None and again.best_state(folder.path) == folder.path / "checkpoint-2" / "model.safetensors"
+    assert again.model_dump(mode="json") == ended().model_dump(mode="json")
 
 
 def test_the_best_state_is_reached_by_no_link(folder: TrainingFolder, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"x")
     (folder.path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
-    folder.keep("trained", {**ended(folder).as_data(folder.path), "best": "checkpoint-3/model.safetensors"})
+    folder.keep("trained", ended(3).model_dump(mode="json"))
     with pytest.raises(TrainingError, match="leads out of the folder"):
-        recalled(folder)
+        folder.outcome()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +57,7 @@ def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     with pytest.raises(TrainingError, match=r"remove the folder OUT\.training to begin anew"):
         folder._claim("x", "y")
     with pytest.raises(TrainingError):
-        recalled(folder)
+        folder.outcome()
     with pytest.raises(TrainingError):
         folder.recall("before", results_from_data)
 

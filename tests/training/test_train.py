@@ -33,7 +33,7 @@ from modekit.planning.plan import ROUTER_FILE
 from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
-from modekit.training.batches import Batches, Corpus, plan_parts, shares
+from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.finish import TrainedMixture
 from modekit.training.losses import (
@@ -294,10 +294,10 @@ def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[st
         assert total(True, 3) == pytest.approx(alone, rel=1e-4)
 
 
-def small_corpora() -> list[Corpus]:
+def small_corpora() -> list[DomainSequences]:
     generator = torch.Generator().manual_seed(3)
     return [
-        Corpus(
+        DomainSequences(
             name,
             expert,
             [
@@ -382,16 +382,16 @@ def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
 # Text.
 
 
-def corpora_of(sizes: dict[str, int], generic: int = 0) -> list[Corpus]:
-    made = [Corpus(name, place, [sequence(10)] * (size // 10)) for place, (name, size) in enumerate(sizes.items())]
-    return [*made, Corpus("generic", GENERIC, [sequence(10)] * (generic // 10))] if generic else made
+def corpora_of(sizes: dict[str, int], generic: int = 0) -> list[DomainSequences]:
+    made = [DomainSequences(name, place, [sequence(10)] * (size // 10)) for place, (name, size) in enumerate(sizes.items())]
+    return [*made, DomainSequences("generic", GENERIC, [sequence(10)] * (generic // 10))] if generic else made
 
 
 def sequence(length: int) -> TokenSequence:
     return TokenSequence(tuple(range(3, 3 + length)), length)
 
 
-def read_per_corpus(corpora: list[Corpus], settings: TrainSettings, steps: int) -> list[float]:
+def read_per_corpus(corpora: list[DomainSequences], settings: TrainSettings, steps: int) -> list[float]:
     counts = [0] * len(corpora)
     for part in plan_parts(corpora, settings, steps=steps, experts=3, parts=1, pack=True):
         for row in part.rows:
@@ -451,7 +451,7 @@ def test_more_parts_read_the_same_step_and_rows_never_overflow() -> None:
 
 
 def test_every_sequence_is_read_once_before_any_is_read_twice() -> None:
-    corpora = [Corpus("law", 0, [sequence(10)] * 12)]
+    corpora = [DomainSequences("law", 0, [sequence(10)] * 12)]
     parts = plan_parts(corpora, settings_of(batch_tokens=40), steps=3, experts=3, parts=1, pack=True)
     read = [draw.sequence for part in parts for row in part.rows for draw in row]
     assert sorted(read) == list(range(12))

@@ -24,7 +24,7 @@ from modekit.loaded.load import load_model
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import add_tags, tag_ids
-from modekit.training.batches import Batches, Corpus, plan_parts, shares
+from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
 from modekit.training.objective import Objective
@@ -66,8 +66,8 @@ def settings(**said: Any) -> TrainSettings:
 # Which labels are drawn.
 
 
-def long_corpora(expert: int = 1) -> list[Corpus]:
-    return [Corpus("law", expert, [TokenSequence(tuple(range(3, 13)), 10)] * 500)]
+def long_corpora(expert: int = 1) -> list[DomainSequences]:
+    return [DomainSequences("law", expert, [TokenSequence(tuple(range(3, 13)), 10)] * 500)]
 
 
 @pytest.mark.parametrize("to", [None, "half", "all", "others", "generic"])
@@ -105,7 +105,7 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
     (tmp_path / "train.yaml").write_text(json.dumps({**changes, "batch_tokens": 1000}))
     said = given_settings(SettingOptions(generic=["x"], generic_share=0.3).said(), tmp_path / "train.yaml")
     made = [
-        Corpus(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
+        DomainSequences(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
         for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))
     ]
     wanted = [*(0.7 * share for share in domains), 0.3]
@@ -202,7 +202,7 @@ def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(tagged_w
     assert read.corpus.expert == GENERIC and {each.ids[0] for each in read.corpus.sequences} == {TAGS[1]}
 
 
-def check_rows(corpora: list[Corpus], rows: Any, item: dict[str, torch.Tensor]) -> int:
+def check_rows(corpora: list[DomainSequences], rows: Any, item: dict[str, torch.Tensor]) -> int:
     """Compare every sequence of some rows with its own; how many had their label changed."""
     changed = 0
     for number, row in enumerate(rows):

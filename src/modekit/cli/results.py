@@ -112,10 +112,6 @@ class DemoKind:
     adapters: Annotated[
         bool, typer.Option("--adapters", help="LoRA adapters as experts, kept low-rank and folded into a native checkpoint.")
     ] = False
-    modular: Annotated[
-        bool,
-        typer.Option("--modular", help="Students of one teacher for three languages and Python, put together in four ways."),
-    ] = False
     translation: Annotated[
         bool,
         typer.Option("--translation", help="Models that translate messages of programs, mixed; scored by loss, BLEU and chrF."),
@@ -128,7 +124,6 @@ class DemoKind:
         kinds: dict[str, What] = {
             "full": "full",
             "adapters": "lora",
-            "modular": "modular",
             "translation": "translation",
         }
         asked = [name for name in kinds if getattr(self, name)]
@@ -138,12 +133,12 @@ class DemoKind:
                 where=", ".join(f"--{name}" for name in asked),
                 remedy="give one of these options",
             )
-        own = {"modular": "the students' teacher", "translation": "the base that translates"}
-        for name in asked if self.real else ():
-            if name in own:
-                raise ModekitError(
-                    f"{own[name]} is trained by the demo itself", where=f"--{name}, --real", remedy="give one of the two"
-                )
+        if self.real and self.translation:
+            raise ModekitError(
+                "the base that translates is trained by the demo itself",
+                where="--translation, --real",
+                remedy="give one of the two",
+            )
         return kinds[asked[0]] if asked else "mlp"
 
 

@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
-from modekit.demo.modular import BRIEF, TEXTS, WHOLE, Budget, run_modular_seed
-from modekit.demo.pairs import unpack_pairs
 from modekit.demo.seed import folder_of_mixture, run_seed
-from modekit.demo.text import unpack_text
+from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import TranslatedTable, translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.gaps import gaps_of, with_gaps
@@ -137,16 +135,12 @@ def run_demo(
         require_sacrebleu("modekit demo --translation")
     size = size_of(what, real=real, quick=quick)
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
-    texts = _unpack(out / "text", what)
+    texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")
     per_seed: dict[int, dict[str, Results]] = {}
     translated: dict[int, TranslatedTable] = {}
     for seed in seeds:
         folder = out / f"seed{seed}"
-        if isinstance(size, Budget) or what == "modular":
-            assert isinstance(size, Budget)
-            per_seed[seed] = run_modular_seed(folder, texts, seed, size, run)
-        else:
-            per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
+        per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
         if what == "translation":
             translated[seed] = translated_table({name: folder_of_mixture(folder, name) for name in per_seed[seed]})
     results = DemoResults(per_seed, time.monotonic() - started, translated, quick)
@@ -154,19 +148,11 @@ def run_demo(
     return results
 
 
-def size_of(what: What, *, real: bool, quick: bool) -> Size | Budget:
+def size_of(what: What, *, real: bool, quick: bool) -> Size:
     """How much work a kind of demo does."""
-    if what == "modular":
-        return BRIEF if quick else WHOLE
     if what == "translation":
         return QUICK_PAIRS if quick else PAIRS
     return QUICK if quick else REAL if real else SMALL
-
-
-def _unpack(folder: Path, what: What) -> dict[str, Path]:
-    if what == "translation":
-        return unpack_pairs(folder)
-    return unpack_text(folder, TEXTS) if what == "modular" else unpack_text(folder)
 
 
 def _write(folder: Path, results: DemoResults) -> None:

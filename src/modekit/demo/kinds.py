@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
-from modekit.demo.pairs import PAIRED, UNSEEN_PAIRED
-from modekit.demo.text import DOMAINS, UNSEEN
-from modekit.loaded.next_token import Training
+from modekit.demo.text import DOMAINS, PAIRED, UNSEEN, UNSEEN_PAIRED
+from modekit.loaded.text_training import Training
 
 Experts = Literal["mlp", "full", "lora"]
 """What is trained of an expert."""
-Specialists = Experts | Literal["translation"]
+What = Experts | Literal["translation"]
 """Kinds whose experts are fine-tunes of one base (seed.py); translation: FFNs of a model with an encoder, which reads pairs."""
-What = Specialists | Literal["modular"]
-"""modular: students of one teacher (modular.py)."""
 
 _ROUTING = {"method": "routing", "top_k": 2}
 _FOLDED = {"output": {"format": "native"}}
-MIXTURES: dict[Specialists, dict[str, dict[str, Any]]] = {
+MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
     "mlp": {
         "linear": {"mixture": {"method": "linear"}},
         "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},
@@ -89,7 +86,7 @@ class PairSize(Size):
 class Kind:
     """A kind of demo whose experts are fine-tunes of one base."""
 
-    what: Specialists
+    what: What
     size: Size
     real: bool = False
 

@@ -24,7 +24,7 @@ from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
-from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence
@@ -99,7 +99,7 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
     """Train everything on some sequences."""
     training = BASE_TRAINING.with_(steps=steps, seed=seed)
-    train_language_model(model, list(model.parameters()), sequences, training, run=run)
+    train_on_text(model, sequences, training, run=run)
 
 
 def make_real_base(out: Path, run: Run) -> None:

@@ -17,7 +17,7 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.kinds import REFITTED, Experts, Kind, PairSize
 from modekit.demo.models import make_base, make_real_base
 from modekit.demo.translation import make_pair_base, translate_once
-from modekit.demo.workers import Task, Workers
+from modekit.demo.workers import WorkerPool, WorkerTask
 from modekit.errors import CheckpointError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
@@ -46,7 +46,7 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
     else:
         make_base(base, dict(texts), steps=kind.size.base_steps, seed=seed, run=run)
     count, torch_threads = _side_by_side(kind.real)
-    with Workers(count, torch_threads, run.progress) as workers:
+    with WorkerPool(count, torch_threads, run.progress) as workers:
         for _ in workers.run(_trainings(folder, texts, seed, kind)):
             pass
         recipes = {name: _recipe(kind, says, texts) for name, says in kind.mixtures.items()}
@@ -59,12 +59,12 @@ def _side_by_side(real: bool) -> tuple[int, int]:
     return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
 
 
-def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -> Iterator[Task]:
+def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -> Iterator[WorkerTask]:
     """The experts that are not there yet."""
     for place, name in enumerate(kind.domains):
         if not is_there(folder / name):
             training = kind.training.with_(seed=1000 * seed + place)
-            yield Task(name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training))
+            yield WorkerTask(name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training))
 
 
 def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, training: Any, progress: Progress) -> None:
@@ -79,7 +79,7 @@ def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, trainin
     )
 
 
-def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, workers: Workers) -> dict[str, Results]:
+def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, workers: WorkerPool) -> dict[str, Results]:
     """Build and score every mixture, two at a time.
 
     The first is scored while others read text: all later ones take its rows of base and experts over. Those that read text are
@@ -91,10 +91,10 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, wor
     found: dict[str, Results] = {}
     ended: set[str] = set()
 
-    def tasks() -> Iterator[Task | None]:
+    def tasks() -> Iterator[WorkerTask | None]:
         yield _scoring(folder, first, recipes[first], kind, None)
         for name in reading:
-            yield Task(name, partial(_build_alone, folder, name, recipes[name]))
+            yield WorkerTask(name, partial(_build_alone, folder, name, recipes[name]))
         for name in sorted(others, key=reading.__contains__):
             needed = {first, REFITTED.get(name, name)}.intersection([first, *reading])
             while not needed <= ended:
@@ -108,8 +108,8 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, wor
     return {name: found[name] for name in recipes}
 
 
-def _scoring(folder: Path, name: str, recipe: dict[str, Any], kind: Kind, known: Results | None) -> Task:
-    return Task(name, partial(_score, folder, name, recipe, kind=kind, known=known))
+def _scoring(folder: Path, name: str, recipe: dict[str, Any], kind: Kind, known: Results | None) -> WorkerTask:
+    return WorkerTask(name, partial(_score, folder, name, recipe, kind=kind, known=known))
 
 
 def _all_rows(found: Mapping[str, Results]) -> Results:

@@ -17,8 +17,7 @@ from tokenizers import processors
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.pairs import PAIRED
-from modekit.demo.text import GENERAL
+from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
@@ -27,7 +26,7 @@ from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
-from modekit.loaded.next_token import Training, train_language_model, training_sequences
+from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.report.result_files import find_translations
 from modekit.report.translation_file import Translations
 from modekit.report.write import write_report
@@ -87,7 +86,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
     )
     with staging(out, f"demo base of pairs {seed} {steps}", "model") as stage:
         sequences = training_sequences(tokenizer, mixed, training)
-        train_language_model(model, list(model.parameters()), sequences, training, run=run.about("base"))
+        train_on_text(model, sequences, training, run=run.about("base"))
         model.config.dropout = ARCHITECTURE["dropout"]
         with without_bars(), library_writes(stage.folder) as folder:
             model.save_pretrained(folder)
@@ -112,7 +111,7 @@ def translate_once(checkpoint: Checkpoint, pairs: int, run: Run) -> None:
 
 
 @dataclass(frozen=True)
-class TranslatedRow:
+class DemoTranslations:
     """One model: scores by domain."""
 
     name: str
@@ -130,7 +129,7 @@ class TranslatedRow:
 class TranslatedTable:
     """What all models of a seed wrote; `signatures` say what sacrebleu computed."""
 
-    rows: Sequence[TranslatedRow]
+    rows: Sequence[DemoTranslations]
     domains: Sequence[str]
     unseen: Sequence[str]
     signatures: Mapping[str, str]
@@ -145,7 +144,7 @@ class TranslatedTable:
         """Of the rows, in their order."""
         return [row.name for row in self.rows]
 
-    def row(self, name: str) -> TranslatedRow:
+    def row(self, name: str) -> DemoTranslations:
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -180,7 +179,7 @@ def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
     rows += [(name, row) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
     return TranslatedTable(
         [
-            TranslatedRow(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
+            DemoTranslations(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
             for name, row in rows
         ],
         first.domains,

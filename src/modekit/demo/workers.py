@@ -20,14 +20,14 @@ from modekit.run import Progress
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """A call with the keyword `progress`; what it is, takes and returns can be pickled."""
 
     name: str
     call: Callable[..., Any]
 
 
-class Workers:
+class WorkerPool:
     """`count` processes, started when the first task comes; 1 is the calling process alone. Use in `with`."""
 
     def __init__(self, count: int, torch_threads: int, progress: Progress) -> None:
@@ -36,7 +36,7 @@ class Workers:
         self._progress = progress
         self._processes: dict[Connection, SpawnProcess] = {}
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -47,7 +47,7 @@ class Workers:
         for process in self._processes.values():
             process.join()
 
-    def run(self, tasks: Iterable[Task | None]) -> Iterator[tuple[str, Any]]:
+    def run(self, tasks: Iterable[WorkerTask | None]) -> Iterator[tuple[str, Any]]:
         """Names and results as tasks end. A task is asked of `tasks` only when a process is free for it.
 
         None in place of a task says that the next one needs what is at work: it is asked for again when a task has ended.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
-from modekit.loaded.next_token import Passes, Training, training_sequences
+from modekit.experts.specialist import TagsUsed, TextUsed
+from modekit.loaded.text_training import Training, training_sequences
 from modekit.text.directions import Directions
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
@@ -66,14 +67,20 @@ class Material:
         sequences: what is read in training, as often as it stands here.
         held_out: what the loss is shown on, per label; one domain of no name without labels.
         tokens: of `sequences`, each once.
-        record: what specialist.json says of labels and generic text.
+        labels, generic: what specialist.json says of tags, and of generic text.
     """
 
     fit: list[str]
     sequences: Sequence[TokenSequence]
     held_out: list[Domain]
     tokens: int
-    record: dict[str, Any] = field(default_factory=dict)
+    labels: TagsUsed | None = None
+    generic: TextUsed | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """What specialist.json says of labels and generic text, where there are any."""
+        found = {"labels": self.labels, "generic": self.generic}
+        return {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
 
 
 def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
@@ -91,19 +98,19 @@ def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, read
         fit += documents
         sequences += of_these
         held_out.append(domain)
-    record: dict[str, Any] = {}
+    labels = of_generic = None
     if isinstance(texts, Labelled):
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
-        record["labels"] = {"tags": list(texts.texts), **drawn}
+        labels = TagsUsed.model_validate({"tags": list(texts.texts), **drawn})
     if generic is not None:
         documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic", tags=isinstance(texts, Labelled))
         added = generic_share(sequences, of_these, generic.share, reading.training.seed)
         tokens = sum(sequence.size for sequence in added)
         share = tokens / (tokens + sum(sequence.size for sequence in sequences))
-        record["generic"] = {**text_record(documents, tokens), "share": share}
+        of_generic = TextUsed(**text_record(documents, tokens), share=share)
         fit, sequences = fit + documents, sequences + added
     tokens = sum(sequence.size for sequence in sequences)
-    return Material(fit, sequences, held_out, tokens, record)
+    return Material(fit, sequences, held_out, tokens, labels, of_generic)
 
 
 def read_domain(
@@ -156,29 +163,24 @@ def generic_share(
         tokens += following.size
 
 
-class Drawn(Passes):
+class RelabelledPasses:
     """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
 
-    def __init__(
-        self, sequences: Sequence[TokenSequence], tokenizer: PreTrainedTokenizerBase, asked: Labelled, seed: int
-    ) -> None:
-        self._sequences = sequences
-        self._asked = asked
-        self._tags = tag_ids(tokenizer, labels_of(tokenizer))
+    def __init__(self, sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> None:
+        """Raises TextError where there is no other label."""
+        self._sequences, self._asked = sequences, asked
+        self._tags = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
+        if asked.randomise_to in ("all", "others") and len(self._tags) == 1:
+            raise TextError(
+                "there is no other label",
+                where="--randomise-to",
+                found=f"{asked.randomise_to}, and one label",
+                remedy="write generic",
+            )
         places = {tag: place for place, tag in enumerate(self._tags)}
         self._own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(reading.training.seed)
         self._drawn: list[list[int]] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    @overload
-    def __getitem__(self, place: int) -> TokenSequence: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[TokenSequence]: ...
-    def __getitem__(self, place: int | slice) -> TokenSequence | Sequence[TokenSequence]:
-        return self._sequences[place]
 
     def labels(self, number: int) -> list[int]:
         """Labels of all sequences in a pass: places among those that the tokenizer has tags for, GENERIC for none."""
@@ -187,24 +189,9 @@ class Drawn(Passes):
             self._drawn.append([drawn_label(each, randomise, to, len(self._tags), self._generator) for each in self._own])
         return self._drawn[number]
 
-    def of_pass(self, number: int, place: int) -> TokenSequence:
+    def read(self, number: int, place: int) -> TokenSequence:
         """A sequence with the tag of the label that it has in a pass, or without one."""
         sequence, label = self._sequences[place], self.labels(number)[place]
         if sequence.tag is None or (label != GENERIC and self._tags[label] == sequence.ids[sequence.tag]):
             return sequence
         return sequence.with_tag(None if label == GENERIC else self._tags[label])
-
-
-def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> Sequence[TokenSequence]:
-    """What is read where labels are drawn anew: the same sequences in the same order, every pass with labels of its own.
-
-    Raises TextError where there is no other label.
-    """
-    if asked.randomise_to in ("all", "others") and len(labels_of(reading.tokenizer)) == 1:
-        raise TextError(
-            "there is no other label",
-            where="--randomise-to",
-            found=f"{asked.randomise_to}, and one label",
-            remedy="write generic",
-        )
-    return Drawn(sequences, reading.tokenizer, asked, reading.training.seed)

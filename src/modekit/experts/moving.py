@@ -1,9 +1,15 @@
-"""What of a model moves when an expert is made of it, and how what came of it is saved."""
+"""What of a model moves when an expert is made of it, and how what came of it is saved.
+
+Rows of embedding and head for tokens that a base did not have begin as the mean of the others, in the head as in the
+embedding. What a model says then has the mean of the other logits for the new token, so that it takes at most one part in
+(vocabulary + 1) of the probability, by Jensen's inequality; a row of zeros could take nearly all of it, where the other
+logits are below 0.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +25,25 @@ from modekit.sources.model import DTYPE_NAMES, ModelSource
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""
-Trainable = tuple[list[torch.nn.Parameter], Callable[[Path], object]]
-"""The parameters that move, and how to save what came of it."""
+Save = Callable[[Path], object]
+"""Writes what came of a training into a folder."""
 
 
-def weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainable:
+def make_trainable(model: PreTrainedModel, source: ModelSource, train: What, rank: int, new: Sequence[int] = ()) -> Save:
+    """Freeze what does not move, give an adapter its rank, and `new` token ids their rows."""
+    if train == "lora":
+        return _adapter(model, source.folder, rank)
+    if new:
+        add_rows(model, new)
+    save = _weights(model, train, source)
+    return _with_rows(model, save, new) if new else save
+
+
+def _weights(model: PreTrainedModel, train: What, source: ModelSource) -> Save:
     """The model's own weights; they are saved in the dtypes that they have in `source`."""
-    parameters = trainable_parameters(model, train)
+    moving = {id(parameter) for parameter in trainable_parameters(model, train)}
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) in moving)
 
     def save(folder: Path) -> None:
         for name, parameter in model.named_parameters():
@@ -39,10 +53,10 @@ def weights(model: PreTrainedModel, train: What, source: ModelSource) -> Trainab
         with without_bars():
             model.save_pretrained(folder)
 
-    return parameters, save
+    return save
 
 
-def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
+def _adapter(model: PreTrainedModel, base: Path, rank: int) -> Save:
     """LoRA on every linear layer of the decoder. PEFT puts its layers into the model itself, which trains as it is."""
     from peft import LoraConfig, get_peft_model
 
@@ -53,13 +67,12 @@ def adapter(model: PreTrainedModel, base: Path, rank: int) -> Trainable:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def save(folder: Path) -> None:
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
         remove(folder / "README.md")  # PEFT's empty model card, with the base's path on this machine
 
-    return moving, save
+    return save
 
 
 def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.Parameter]:
@@ -78,3 +91,45 @@ def trainable_parameters(model: PreTrainedModel, train: What) -> list[torch.nn.P
     stacks = ((layer, family.stack_of(layer)) for layer in family.layers(config))
     modules = tuple(f"{family.in_layer(layer, path)}." for layer, stack in stacks for path in stack.ffn_modules)
     return [parameter for name, parameter in named.items() if name.startswith(modules)]
+
+
+def add_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Give the model rows for new token ids; it grows where it has too few. Rows that come to lie between those that it had and
+    the new tokens' are the mean as well; nothing else changes.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= old:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    head = model.get_output_embeddings()
+    found = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    biases = getattr(model, "final_logits_bias", None)  # of Bart's kin, (1, V)
+    found.append(biases[0] if biases is not None else None)
+    first, new = min(*ids, old), list(ids)
+    with torch.no_grad():
+        for rows in {id(rows): rows for rows in found if rows is not None}.values():
+            mean = rows[:first].mean(0)
+            rows[new] = mean
+            rows[old:] = mean
+
+
+def _with_rows(model: PreTrainedModel, save: Save, ids: Sequence[int]) -> Save:
+    """The same, and the embedding's rows of some tokens besides; its other rows are saved as they are now, bit for bit.
+
+    The gradient of the others is zero, which AdamW makes nothing of unless weights decay.
+    """
+    embedding: torch.nn.Parameter = model.get_input_embeddings().weight
+    if embedding.requires_grad:
+        return save
+    before = embedding.detach().cpu().clone()
+    moves = torch.zeros(len(embedding), 1)
+    moves[list(ids)] = 1.0
+    embedding.requires_grad_(True)
+    embedding.register_hook(lambda gradient: gradient * moves.to(gradient))  # type: ignore[no-untyped-call]
+    kept = (moves[:, 0] == 0).nonzero().flatten()
+
+    def with_old_rows(folder: Path) -> object:
+        with torch.no_grad():
+            embedding[kept.to(embedding.device)] = before[kept].to(embedding)
+        return save(folder)
+
+    return with_old_rows

@@ -10,33 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
-from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Generic, Labelled, Material, Reading, drawn_anew, read_material
-from modekit.experts.moving import Trainable, What, adapter, weights
-from modekit.experts.specialist_folder import KeptStates, SpecialistFolder, digest_of_source
-from modekit.experts.tag_rows import add_rows, with_rows
-from modekit.files.libraries import library_writes
-from modekit.files.marker import Kind
+from modekit.experts.labelled import Generic, Labelled, Material, Reading, RelabelledPasses, read_material
+from modekit.experts.moving import What, make_trainable
+from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
-from modekit.files.staging import staging
 from modekit.files.typed import as_kind
-from modekit.files.write import write_file, write_json
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
-from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
+from modekit.sources.model import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
-from modekit.text.sequences import TokenSequence
-from modekit.text.splits import TRAINED_FILE, mark_of, text_record
+from modekit.text.splits import text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
 from modekit.training.states_folder import digest_of_data
 
@@ -71,98 +61,57 @@ def specialize(
     generic: Generic | None = None,
     overwrite: bool = False,
     run: Run = QUIET,
-) -> dict[str, Any]:
+) -> SpecialistRecord:
     """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
 
     `rank` is that of the adapter, and so is its alpha: scale 1. `texts` with labels are read with their tags (labelled.py): the
     tokenizer gets those that it does not have, and the model rows for them, which move whatever else does.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
-    domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist_folder.py).
+    domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
 
-    Returns what specialist.json in OUT says: text, settings, and held-out loss before and after. Raises TextError,
+    Returns what specialist.json in OUT says. Raises TextError,
     SourceError, OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
     """
-    asked = _Asked(base, train, rank, training or Training())
+    training = training or Training()
     folder = SpecialistFolder(out)
     folder.tidy()
     refuse_existing(out, replaced_by(overwrite), sources=(base,))
     source = open_source("BASE", str(base), base, run=run)
     run.begin("read the text")
-    reading = Reading(load_tokenizer(base, run=run), root, asked.training)
+    reading = Reading(load_tokenizer(base, run=run), root, training)
     new = _new_tags(texts, reading, train, source.config)
     material = read_material(texts, generic, reading)
-    sequences: Sequence[TokenSequence] = material.sequences
+    read: ReadInPass | None = None
     if isinstance(texts, Labelled) and texts.randomise:
-        sequences = drawn_anew(sequences, texts, reading)
-    request = asked.request(material, new)
-    made_by = f"specialize {request}"
-    made = folder.finished(made_by)
+        read = RelabelledPasses(material.sequences, texts, reading).read
+    # Of all that decides what comes out, but for the base's weights.
+    of_text = text_record(material.fit, material.tokens)
+    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data()], list(new)])
+    wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
+    made = wanted.finished()
     if made is not None:
         return made
     with folder.held(request, digest_of_source(source)):
         model = load_model(base, run=run)
-        parameters, save = _trainable(model, source, (train, rank), new)
+        save = make_trainable(model, source, train, rank, new)
         before = _before(model, material, folder, run)
-        losses = train_language_model(model, parameters, sequences, asked.training, states=KeptStates(folder), run=run)
-        record = asked.record(material, losses, _held_out(before, held_out_losses(model, material.held_out, "after", run)))
-        run.begin("write")
-        kind: Kind = "adapter" if train == "lora" else "model"
-        with staging(out, made_by, kind, sources=(base,), replace=replaced_by(overwrite), sync=run.sync) as stage:
-            stage.settles = False
-            with library_writes(stage.folder) as written:
-                save(written)
-                if train != "lora":
-                    reading.tokenizer.save_pretrained(written)
-            folder.announce(record)
-            write_specialist(stage.folder, material.fit, record)
+        losses = train_on_text(model, material.sequences, training, read=read, folder=folder.path, run=run)
+        after = held_out_losses(model, material.held_out, "after", run)
+        record = SpecialistRecord.model_validate(
+            {
+                "specialist": train,
+                "base_model": base.name,
+                **({"rank": rank} if train == "lora" else {}),
+                "training": {**dataclasses.asdict(training), "steps": len(losses)},
+                "text": of_text,
+                **material.as_data(),
+                "training_loss": {"first": losses[0], "last": losses[-1]},
+                **_held_out(before, after),
+            }
+        )
+        wanted.write(record, save, run)
     return record
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What is asked for, but for text and place."""
-
-    base: Path
-    train: What
-    rank: int
-    training: Training
-
-    def request(self, material: Material, new: Sequence[int]) -> str:
-        """A digest of all that decides what comes out, but for the base's weights."""
-        text = [text_record(material.fit, material.tokens), material.record]
-        return digest_of_data([self.train, self.rank, dataclasses.asdict(self.training), text, list(new)])
-
-    def record(self, material: Material, losses: Sequence[float], held_out: Mapping[str, Any]) -> dict[str, Any]:
-        """What specialist.json says."""
-        return {
-            "specialist": self.train,
-            "base_model": self.base.name,
-            **({"rank": self.rank} if self.train == "lora" else {}),
-            "training": {**dataclasses.asdict(self.training), "steps": len(losses)},
-            "text": text_record(material.fit, material.tokens),
-            **material.record,
-            "training_loss": {"first": losses[0], "last": losses[-1]},
-            **held_out,
-        }
-
-
-def write_specialist(folder: Path, fit: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Write what stands beside the weights of an expert: which documents it was made from, and how."""
-    write_file(folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in fit).encode())
-    write_json(folder / SPECIALIST_FILE, record)
-
-
-def held_out_losses(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, float]:
-    """Held-out loss by domain, of those that have held-out text; `when` is said as progress."""
-    scored = [domain for domain in domains if domain.sequences]
-    total, done = sum(domain.scored_tokens for domain in scored), 0
-    run.begin(f"score {when}", total)
-    losses = {}
-    for domain in scored:
-        losses[domain.name] = score_domain(model, domain, partial(run.progress, f"score {when}", total=total), done).loss
-        done += domain.scored_tokens
-    return losses
 
 
 def _before(model: PreTrainedModel, material: Material, folder: SpecialistFolder, run: Run) -> dict[str, float]:
@@ -223,18 +172,7 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, *, but: Collectio
         raise no_embedding_for(beyond, rows, where="BASE", remedy=f"{first}give the tokenizer that belongs to the model")
 
 
-def _trainable(model: PreTrainedModel, source: ModelSource, asked: tuple[What, int], new: Sequence[int]) -> Trainable:
-    """What moves, by the kind of training and the rank of an adapter, and rows of new tokens."""
-    train, rank = asked
-    if train == "lora":
-        return adapter(model, source.folder, rank)
-    if new:
-        add_rows(model, new)
-    moving = weights(model, train, source)
-    return with_rows(model, moving, new) if new else moving
-
-
-def _held_out(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+def _held_out(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, object]:
     """What the record says of losses: their mean over the domains, and each where there are several."""
     mean = {
         when: sum(losses.values()) / len(losses) if losses else None for when, losses in (("before", before), ("after", after))

@@ -10,10 +10,13 @@ Shape legend: K matrices of one shape, M the shorter and N the longer side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
+
+from modekit.loaded.threads import Threads
 
 # Polar Express (arXiv:2505.16932), first four of the polynomials that converge fastest from singular values above 0.001.
 _POLYNOMIALS = (
@@ -37,16 +40,28 @@ def orthogonal(matrices_KMN: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum (Nesterov, 0.95), made orthogonal in `products`; steps of lr times sqrt(max(1, rows / columns)).
+    """Momentum of matrices (Nesterov, 0.95), made orthogonal in `products`; steps of lr times sqrt(max(1, rows / columns)).
 
-    Every parameter is a matrix and has a gradient.
+    The matrices, each of which has a gradient, are dealt out to threads. All `others` are AdamW's.
     """
 
     def __init__(
-        self, matrices: Sequence[torch.nn.Parameter], *, lr: float, weight_decay: float, products: torch.dtype = torch.float32
+        self,
+        matrices: Sequence[torch.nn.Parameter],
+        others: torch.optim.AdamW | None = None,
+        *,
+        lr: float,
+        weight_decay: float,
+        products: torch.dtype = torch.float32,
+        threads: Threads | None = None,
     ) -> None:
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self._products = products
+        dealt = threads.count if threads is not None else 1
+        shares = [{"params": list(matrices[place::dealt])} for place in range(min(dealt, len(matrices)))]
+        self._shares = len(shares)
+        super().__init__(
+            [*shares, *(others.param_groups if others is not None else [])], {"lr": lr, "weight_decay": weight_decay}
+        )
+        self._others, self._products, self._threads = others, products, threads
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -54,18 +69,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move every matrix once; no closure is taken."""
+        """Move everything once; no closure is taken."""
         assert closure is None
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
-            for matrix in group["params"]:
-                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-            for matrices in by_shape.values():
-                for matrix, update in zip(matrices, self._updates(matrices), strict=True):
-                    rows, columns = matrix.shape
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        jobs: list[Callable[[], object]] = [partial(self._move, group) for group in self.param_groups[: self._shares]]
+        if self._others is not None:  # a state that was read back has new groups
+            self._others.param_groups, self._others.state = self.param_groups[self._shares :], self.state
+            jobs.append(self._others.step)
+        if self._threads is not None:
+            self._threads.run(jobs)
+        else:
+            for job in jobs:
+                job()
         return None
+
+    @torch.no_grad()
+    def _move(self, group: Mapping[str, Any]) -> None:
+        by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
+        for matrix in group["params"]:
+            by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        for matrices in by_shape.values():
+            for matrix, update in zip(matrices, self._updates(matrices), strict=True):
+                rows, columns = matrix.shape
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
     def _updates(self, matrices: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
         """The orthogonal momentum of matrices that have one shape when the shorter side stands first."""

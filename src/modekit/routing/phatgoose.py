@@ -15,7 +15,7 @@ import torch
 
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.modekit import flow_of, place_routers
-from modekit.loaded.next_token import Training, train_language_model
+from modekit.loaded.text_training import Training, train_on_text
 from modekit.routing.examples import examples_of
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.text.held_out import fit_documents
@@ -57,7 +57,7 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
             # Jitter and noise draw from the global generator.
             with _seeded(settings.seed, model.device), flow_of(model).forcing(expert, solo=True):
-                train_language_model(model, gates, own, training, run=fitting.run.about(f"gate of {name}"))
+                train_on_text(model, own, training, run=fitting.run.about(f"gate of {name}"))
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()

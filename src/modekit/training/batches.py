@@ -20,7 +20,7 @@ from modekit.training.settings import RandomiseTo, TrainSettings
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DomainSequences:
     """Text of one domain in sequences; `expert` is the index of its own expert, GENERIC for text of no domain.
 
     `tags`: token ids of the tags of all experts, where text is read with them: then sequences have their own domain's.
@@ -63,7 +63,7 @@ Row = list[Draw]
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Rows that go through the model together, how many predicted tokens the whole step has, and the label of its first
     sequence: of all of them, in a joint training.
     """
@@ -73,7 +73,7 @@ class Part:
     expert: int
 
 
-def shares(corpora: Sequence[Corpus], settings: TrainSettings) -> list[float]:
+def shares(corpora: Sequence[DomainSequences], settings: TrainSettings) -> list[float]:
     """Share of the tokens that each corpus gets: they sum to 1."""
     exponent = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / settings.mix_temperature}[settings.mix]
     sizes = [corpus.tokens**exponent if corpus.expert != GENERIC else 0.0 for corpus in corpora]
@@ -86,27 +86,27 @@ def shares(corpora: Sequence[Corpus], settings: TrainSettings) -> list[float]:
     ]
 
 
-def steps_of_one_pass(corpora: Sequence[Corpus], settings: TrainSettings) -> int:
+def steps_of_one_pass(corpora: Sequence[DomainSequences], settings: TrainSettings) -> int:
     """Steps after which as many tokens were read as the domains have."""
     return max(1, round(sum(corpus.tokens for corpus in corpora) / settings.batch_tokens))
 
 
 def plan_parts(
-    corpora: Sequence[Corpus], settings: TrainSettings, *, steps: int, experts: int, parts: int, pack: bool
-) -> list[Part]:
+    corpora: Sequence[DomainSequences], settings: TrainSettings, *, steps: int, experts: int, parts: int, pack: bool
+) -> list[BatchPart]:
     """All parts of all steps, `parts` per step, in order."""
-    planned: list[Part] = []
+    planned: list[BatchPart] = []
     for draws in _draw_steps(corpora, settings, steps, experts):
         sequences = {draw: corpora[draw.corpus].sequences[draw.sequence] for draw in draws}
         targets = sum(sequences[draw].scored for draw in draws)
         lengths = [sequences[draw].size for draw in draws]
         rows = _packed(draws, lengths, settings.sequence_length) if pack else [[draw] for draw in draws]
         sizes = [sum(sequences[draw].size for draw in row) for row in rows]
-        planned += [Part(dealt, targets, draws[0].label) for dealt in _deal(rows, sizes, parts)]
+        planned += [BatchPart(dealt, targets, draws[0].label) for dealt in _deal(rows, sizes, parts)]
     return planned
 
 
-def _draw_steps(corpora: Sequence[Corpus], settings: TrainSettings, steps: int, experts: int) -> Iterator[list[Draw]]:
+def _draw_steps(corpora: Sequence[DomainSequences], settings: TrainSettings, steps: int, experts: int) -> Iterator[list[Draw]]:
     """Sequences of each step: the corpus that lags its share most comes next; in a joint training it has the whole step, under
     one label.
     """
@@ -191,7 +191,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     has tags, whether they are asked for or stand in it, silent (B, S) bool has the tokens that these keep from being predicted.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], parts: Sequence[Part], pad_id: int) -> None:
+    def __init__(self, corpora: Sequence[DomainSequences], parts: Sequence[BatchPart], pad_id: int) -> None:
         self._corpora = corpora
         self._parts = parts
         self._pad_id = pad_id

@@ -4,7 +4,7 @@ What a router reads while the domain's own expert is active is kept once (evenly
 `cache_bytes`); each gate then starts from what it is and descends the cross-entropy of the domains in small batches. Of all
 states passed, the one with the lowest cross-entropy on the select split is taken.
 
-Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains.
+Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains, T tokens of a batch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
+from modekit.loaded.mixture import ExpertView
 from modekit.loaded.shapes import expert_view, mixture_of
+from modekit.routing.capture import GateInput, run_with_inputs, to_float16
 from modekit.run import Run
 from modekit.text.sequences import TokenSequence
-from modekit.training.batches import Corpus, shares
-from modekit.training.ended import Ended, Trained
-from modekit.training.kept import Keeper, Kept
+from modekit.training.batches import DomainSequences, shares
+from modekit.training.folder import TrainingOutcome
 from modekit.training.request import Request
 from modekit.training.settings import TrainSettings
 
@@ -48,8 +49,8 @@ class CheapResult:
 def train_gates(
     request: Request,
     run: Run,
-) -> Ended:
-    """Train gates on kept activations, and take them when the mixture's held-out loss falls.
+) -> tuple[TrainingOutcome, dict[str, torch.Tensor]]:
+    """Train gates on kept activations: how that went, and the gates, to be taken when held-out loss falls.
 
     Raises TrainingError where a router's score is not linear in what its gate reads.
     """
@@ -73,13 +74,21 @@ def train_gates(
     pairs = ", ".join(f"{old:.3f} -> {new:.3f}" for old, new in zip(result.before, result.after, strict=True))
     notes.append(f"cross-entropy of the domains per router on held-out text: {pairs}")
     named = {slot.name: gate for slot, gate in zip(checkpoint.slots, result.gates, strict=True)}
-    trained = Trained(result.steps, result.steps if better else 0, before, after if better else before, None)
-    return Ended(trained, notes, sum(gate.numel() for gate in gates), result.tokens, named if better else None)
+    outcome = TrainingOutcome(
+        steps=result.steps,
+        best_step=result.steps if better else 0,
+        before=before,
+        after=after if better else before,
+        notes=notes,
+        parameters=sum(gate.numel() for gate in gates),
+        tokens=result.tokens,
+    )
+    return outcome, named
 
 
 def train_cheap(
     checkpoint: Checkpoint,
-    corpora: Sequence[Corpus],
+    corpora: Sequence[DomainSequences],
     select: Mapping[int, Sequence[TokenSequence]],
     settings: TrainSettings,
     run: Run,
@@ -95,7 +104,7 @@ def train_cheap(
     bytes_per_token = 2 * sum(width * len(averages) for width in widths)
     total = sum(corpus.tokens for corpus in corpora) + sum(s.size for texts in select.values() for s in texts)
     keep = min(1.0, settings.cache_bytes / (bytes_per_token * total))
-    keeper = Keeper(expert_view(checkpoint, run=run), averages, prefix, slots, keep)
+    keeper = GateInputsReader(expert_view(checkpoint, run=run), averages, prefix, slots, keep)
     kept = keeper.read({corpus.expert: corpus.sequences for corpus in corpora}, "read", run)
     held_out = keeper.read(select, "read held-out", run)
     mix = {corpus.expert: share for corpus, share in zip(corpora, shares(corpora, settings), strict=True)}
@@ -136,7 +145,7 @@ class _HeldOut:
     shares_N: torch.Tensor
 
     @classmethod
-    def of(cls, kept: Kept, scale: float, experts: int) -> _HeldOut:
+    def of(cls, kept: GateInputs, scale: float, experts: int) -> _HeldOut:
         counts_N = torch.bincount(kept.labels_N, minlength=experts).clamp_min(1)[kept.labels_N]
         shares_N = 1.0 / counts_N.float()
         return cls(kept.x_ND.float() / scale, kept.labels_N, shares_N / shares_N.sum())
@@ -149,7 +158,7 @@ class _HeldOut:
 
 
 def _descend(
-    gate_ED: torch.Tensor, kept: Kept, held_out: Kept, mix: Mapping[int, float], settings: TrainSettings
+    gate_ED: torch.Tensor, kept: GateInputs, held_out: GateInputs, mix: Mapping[int, float], settings: TrainSettings
 ) -> tuple[torch.Tensor, tuple[float, float], int]:
     """AdamW from the gate as it is; the state with the lowest held-out cross-entropy, that loss before and after, and the
     number of steps taken.
@@ -189,3 +198,61 @@ def _shares(labels_N: torch.Tensor, mix: Mapping[int, float]) -> torch.Tensor:
         own = labels_N == expert
         shares_N[own] = share / max(1, int(own.sum()))
     return shares_N
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """What one router's gate took: (N, D) float16, and the domain's expert (N,) of each token."""
+
+    x_ND: torch.Tensor
+    labels_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GateInputsReader:
+    """Keeps a `share` of the tokens for each of `slots` gates, which read `averages` and a `prefix` of their inputs."""
+
+    view: ExpertView
+    averages: Sequence[Mapping[str, float | None]]
+    prefix: int | None
+    slots: int
+    share: float
+
+    def read(self, texts: Mapping[int, Sequence[TokenSequence]], stage: str, run: Run) -> list[GateInputs]:
+        """One forward pass over text by the index of its expert; what is kept, per gate."""
+        whole = sum(sequence.size for sequences in texts.values() for sequence in sequences)
+        done = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            run.progress(stage, done, whole)
+
+        parts: list[list[GateInputs]] = [[] for _ in range(self.slots)]
+        for expert, sequences in texts.items():
+            domain = _DomainInputs(sum(len(sequence.ids) for sequence in sequences), self.share)
+            self.view.use_expert(expert)
+            run_with_inputs(self.view, sequences, [GateInput(self.averages, self.prefix, {})], domain.consume, advance)
+            for slot in range(self.slots):
+                parts[slot].append(GateInputs(domain.kept[slot], torch.full((domain.count,), expert)))
+        return [
+            GateInputs(torch.cat([part.x_ND for part in each]), torch.cat([part.labels_N for part in each])) for each in parts
+        ]
+
+
+class _DomainInputs:
+    """The kept tokens of one domain: `count` of them, evenly spaced; per gate (count, D) float16."""
+
+    def __init__(self, tokens: int, share: float) -> None:
+        self.count = max(1, int(tokens * share))
+        self.kept: dict[int, torch.Tensor] = {}
+        self._row_of = torch.full((tokens,), -1)
+        self._row_of[torch.linspace(0, tokens - 1, self.count, dtype=torch.float64).round().long()] = torch.arange(self.count)
+
+    def consume(self, _way: int, slot: int, x_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Take what one gate took of a batch's tokens, which stand at these positions of the domain's text."""
+        rows = self._row_of[positions_T]
+        wanted = rows >= 0
+        if slot not in self.kept:
+            self.kept[slot] = torch.zeros((self.count, x_TD.shape[1]), dtype=torch.float16)
+        self.kept[slot][rows[wanted]] = to_float16(x_TD[wanted.to(x_TD.device)])

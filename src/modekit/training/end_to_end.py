@@ -9,17 +9,17 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
+from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import has_bfloat16_products
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import has_bfloat16_products
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.sources.family import words
-from modekit.training.batches import Batches, Part, plan_parts, steps_of_one_pass
-from modekit.training.ended import Ended
-from modekit.training.engine import Schedule, run_trainer
-from modekit.training.low_rank import Trainable, make_trainable
-from modekit.training.moving import moving_of
+from modekit.training.batches import Batches, BatchPart, plan_parts, steps_of_one_pass
+from modekit.training.engine import run_trainer
+from modekit.training.folder import TrainingOutcome
+from modekit.training.moving import TrainableMixture, make_trainable, moving_of
 from modekit.training.objective import Objective
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
@@ -31,7 +31,7 @@ def train_end_to_end(
     request: Request,
     folder: Path,
     run: Run,
-) -> Ended:
+) -> TrainingOutcome:
     """Train; what is needed to go on after a kill is kept in `folder`. Raises TrainingError."""
     checkpoint, settings, corpora = request.checkpoint, request.settings, request.corpora
     trainable = _trainable(request, run)
@@ -60,18 +60,19 @@ def train_end_to_end(
         objective,
         Batches(corpora, parts, pad_id=0),
         [text.held_out for text in request.texts],
-        Schedule(steps, accumulate, in_bfloat16(settings, mixture.device)),
+        LoopSettings(steps, accumulate, settings.warmup, settings.clip, settings.seed, in_bfloat16(settings, mixture.device)),
         folder,
         run,
     )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
-    if done.best is None:
+    if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
-    return Ended(done, notes, sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step]))
+    moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
+    return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
 
 
-def _trainable(request: Request, run: Run) -> Trainable:
+def _trainable(request: Request, run: Run) -> TrainableMixture:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
@@ -84,7 +85,7 @@ def _trainable(request: Request, run: Run) -> Trainable:
     return trainable
 
 
-def _read(request: Request, parts: Sequence[Part]) -> int:
+def _read(request: Request, parts: Sequence[BatchPart]) -> int:
     """Tokens in some parts."""
     corpora = request.corpora
     return sum(corpora[draw.corpus].sequences[draw.sequence].size for part in parts for row in part.rows for draw in row)

@@ -1,133 +1,151 @@
-"""The training loop: transformers' Trainer over the planned batches, whatever launcher and however many processes.
+"""The training loop of a mixture: loaded/engine.py's, with states that are judged.
 
-    OUT.training/checkpoint-N/    what moves, optimiser, schedule and random state after step N; `complete` is written last
+    OUT.training/checkpoint-N/    a state (loaded/states.py)
     OUT.training/log.csv          loss, its parts, learning rate and held-out losses by step
+    OUT.training/tensorboard/     the same for TensorBoard, where it is installed
 
-Only what moves is kept in these folders. A state is worth what the held-out loss says: the mean over domains on the select
-split.
+A state is worth what the held-out loss says: the mean over domains on the select split.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
-from modekit.files.write import remove
+from modekit.evaluation.loss import tokens_per_pass
+from modekit.files.write import write_file
+from modekit.loaded.engine import (
+    LoopSettings,
+    ModuleTrainer,
+    NotFiniteError,
+    StepReport,
+    arguments_of,
+    quiet_trainer,
+)
+from modekit.loaded.states import state_to_resume
 from modekit.run import Run
+from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
-from modekit.training.ended import Trained
-from modekit.training.log import watchers
-from modekit.training.resumed import check_resumed
-from modekit.training.trained_module import TrainedModule
-from modekit.training.trainer import COMPLETE, STATE_FILE, MixtureTrainer, NotFiniteError
+from modekit.training.folder import TrainingOutcome
+from modekit.training.objective import Objective
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps there are, of how many parts each process makes one, and whether products are in bfloat16."""
-
-    steps: int
-    accumulate: int
-    bfloat16: bool
-
-
-@contextmanager
-def _loudness_kept() -> Iterator[None]:
-    """Afterwards transformers says as much as it did before; Trainer sets that for the whole process."""
-    before = logging.get_verbosity()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@_loudness_kept()
 def run_trainer(
-    objective: TrainedModule, batches: Batches, select: Sequence[Domain], schedule: Schedule, folder: Path, run: Run
-) -> Trained:
-    """Train until the steps are done or the held-out loss stops falling, from the last complete state in `folder` on.
+    objective: Objective, batches: Batches, select: Sequence[Domain], loop: LoopSettings, folder: Path, run: Run
+) -> TrainingOutcome:
+    """Train until the steps are done or the held-out loss stops falling, from the last whole state in `folder` on.
 
     Raises TrainingError when that state is damaged.
     """
-    last = _goes_on_from(folder)
-    judging = {"eval_strategy": "steps", "metric_for_best_model": "loss", "greater_is_better": False}
-    arguments = _arguments(objective, schedule, folder, **judging, eval_on_start=last is None)
-    failed: TrainingError | None = None
-    trainer = MixtureTrainer(objective, batches, select, arguments, watchers(objective, folder, run), run)
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except NotFiniteError as error:
-        failed = TrainingError(
-            "the loss is not finite: training stopped",
-            where=error.where,
-            found=error.found,
-            remedy="lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far is kept",
+    with quiet_trainer():
+        last = state_to_resume(folder)
+        every = min(loop.steps, objective.settings.evaluate_every or max(1, loop.steps // 10))
+        arguments = arguments_of(
+            objective,
+            loop,
+            folder,
+            eval_strategy="steps",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+            eval_on_start=last is None,
         )
-    return _trained(trainer.state, schedule.steps, failed, folder)
+        failed: NotFiniteError | None = None
+        trainer = _JudgingTrainer(objective, batches, select, loop, arguments, run)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except NotFiniteError as error:
+            failed = error
+        return _outcome(trainer.state, loop.steps, failed)
 
 
-@_loudness_kept()
-def run_all_steps(
-    objective: TrainedModule, batches: Batches, schedule: Schedule, folder: Path, run: Run
-) -> list[dict[str, float]]:
-    """Train until the steps are done, from the last complete state in `folder` on, and judge none; the log of all steps.
+class _JudgingTrainer(ModuleTrainer):
+    """Judges states by the mean loss on `select`, and ends when that no longer falls."""
 
-    `objective` then holds what came of it. Raises TrainingError when that state is damaged, or a loss is not finite.
-    """
-    last = _goes_on_from(folder)
-    arguments = _arguments(objective, schedule, folder, eval_strategy="no")
-    trainer = MixtureTrainer(objective, batches, (), arguments, watchers(objective, folder, run), run)
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except NotFiniteError as error:
-        raise TrainingError(
-            "the loss is not finite: training stopped",
-            where=error.where,
-            found=error.found,
-            remedy="lower the learning rate, or leave this text out",
-        ) from None
-    history: list[dict[str, float]] = trainer.state.log_history
-    return history
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Batches,
+        select: Sequence[Domain],
+        loop: LoopSettings,
+        arguments: TrainingArguments,
+        run: Run,
+    ) -> None:
+        patience = EarlyStoppingCallback(objective.settings.patience)
+        super().__init__(
+            objective,
+            batches,
+            loop,
+            arguments,
+            [patience, *log_writers(Path(arguments.output_dir)), StepReport(objective, run)],
+        )
+        self._select = select
+        self._run = run
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean held-out loss of every domain (select split), and the mean over domains."""
+        losses = self._select_losses()
+        metrics = {
+            "eval_loss": sum(losses.values()) / len(losses),
+            **{f"eval_{name}_loss": loss for name, loss in losses.items()},
+        }
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NotFiniteError(f"held-out text after step {self.state.global_step}", f"loss {metrics['eval_loss']}")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _select_losses(self) -> dict[str, float]:
+        """Loss per domain under the routing that the checkpoint's config says."""
+        self.model.eval()
+        with torch.no_grad(), self._module.as_configured():
+            losses = {}
+            for place, text in enumerate(self._select):
+                self._run.progress("score held-out text", place, len(self._select))
+                losses[text.name] = self._score(text)
+            self._run.progress("score held-out text", len(self._select), len(self._select))
+            return losses
+
+    def _score(self, text: Domain) -> float:
+        total = 0.0
+        for batch in make_batches(text.sequences, tokens=tokens_per_pass(self._module.config)):
+            given = batch.to(self.args.device)
+            item = {"input_ids": given.input_ids, "real": given.mask}
+            item |= {} if given.target is None else {"target": given.target}
+            item |= {} if given.silent is None else {"silent": given.silent}
+            total += float(self.model(score=True, **item)["loss"])
+        return total / text.scored_tokens
 
 
-def _goes_on_from(folder: Path) -> Path | None:
-    """The last complete state, if there is one. Raises TrainingError when it is damaged."""
-    last = _last_complete(folder)
-    if last is not None:
-        check_resumed(last)
-    return last
-
-
-def _trained(state: Any, steps: int, failed: TrainingError | None, folder: Path) -> Trained:
-    """What Trainer's state says. Raises `failed` when not even the start could be judged."""
+def _outcome(state: Any, steps: int, failed: NotFiniteError | None) -> TrainingOutcome:
+    """What Trainer's state says. Raises TrainingError when not even the start could be judged."""
+    error = None if failed is None else failed.as_training_error("lower the learning rate, or leave this text out")
     before = _held_out(state, 0)
     if before is None:
-        assert failed is not None
-        raise failed
+        assert error is not None
+        raise error
     best = state.best_metric if state.best_metric is not None else math.inf
-    start = sum(before.values()) / len(before)
-    if not best < start:
-        return Trained(state.global_step, 0, before, before, _why(state, steps), failed)
-    after = _held_out(state, state.best_global_step)
+    best_step = int(state.best_global_step) if best < sum(before.values()) / len(before) else 0
+    after = _held_out(state, best_step)
     assert after is not None
-    return Trained(
-        state.global_step,
-        int(state.best_global_step),
-        before,
-        after,
-        _why(state, steps),
-        failed,
-        folder / f"checkpoint-{int(state.best_global_step)}" / STATE_FILE,
+    return TrainingOutcome(
+        steps=state.global_step,
+        best_step=best_step,
+        before=before,
+        after=after,
+        stopped=None if state.global_step >= steps else "the held-out loss no longer fell",
+        failed=None if error is None else (error.what, error.where, str(error.found)),
     )
 
 
@@ -143,50 +161,38 @@ def _held_out(state: Any, step: int) -> dict[str, float] | None:
     return None
 
 
-def _why(state: Any, steps: int) -> str | None:
-    return None if state.global_step >= steps else "the held-out loss no longer fell"
+LOG_FILE = "log.csv"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
-def _arguments(objective: TrainedModule, schedule: Schedule, folder: Path, **judging: Any) -> TrainingArguments:
-    settings, steps = objective.settings, schedule.steps
-    every = min(steps, settings.evaluate_every or max(1, steps // 10))
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=schedule.accumulate,
-        max_grad_norm=settings.clip,
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        seed=settings.seed,
-        bf16=schedule.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=objective.skips_parameters,
-        log_level="error",
-        **judging,
-    )
-    if arguments.n_gpu > 1:  # several devices without a launcher: Trainer would cut every part anew
-        arguments._n_gpu = 1
-    return arguments
+def log_writers(folder: Path) -> list[TrainerCallback]:
+    """Callbacks that write into `folder`."""
+    if find_spec("tensorboard") is None:
+        return [_LogFile()]
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder / TENSORBOARD_FOLDER)  # whatever the environment says: they go to OUT/results
+    return [callback, _LogFile()]
 
 
-def _last_complete(folder: Path) -> Path | None:
-    """The newest whole state; halves that a kill left are removed."""
-    numbered = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
-    states = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [state for state in states if (state / COMPLETE).exists()]
-    for state in states:
-        if state not in whole:
-            remove(state)
-    return whole[-1] if whole else None
+class _LogFile(TrainerCallback):  # type: ignore[misc]
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """One row per step that was logged; a column per figure."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "loss" in entry or "eval_loss" in entry:
+            rows.setdefault(int(entry["step"]), {}).update(entry)
+    skipped = {"epoch", "step", "eval_runtime"}
+    named = sorted({key for row in rows.values() for key in row} - skipped)  # a state that was read back has another order
+    columns = ["step", *sorted(named, key=lambda key: (key.startswith("eval_"), not key.startswith("loss")))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "step": step} for step, row in sorted(rows.items()))
+    write_file(path, text.getvalue().encode())

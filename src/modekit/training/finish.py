@@ -25,11 +25,9 @@ from modekit.files.write import files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.processes import processes
 from modekit.run import Run
-from modekit.training.ended import Ended
-from modekit.training.folder import TrainingFolder
-from modekit.training.log import LOG_FILE, TENSORBOARD_FOLDER
-from modekit.training.low_rank import make_trainable
-from modekit.training.moving import moving_of
+from modekit.training.engine import LOG_FILE, TENSORBOARD_FOLDER
+from modekit.training.folder import TrainingFolder, TrainingOutcome
+from modekit.training.moving import make_trainable, moving_of
 from modekit.training.request import Request
 from modekit.training.write import write_trained
 
@@ -52,78 +50,63 @@ class TrainedMixture:
 
 def finish(
     request: Request,
-    ended: Ended,
-    folder: TrainingFolder | None,
+    outcome: TrainingOutcome,
+    kept: TrainingFolder | dict[str, torch.Tensor],
     run: Run,
 ) -> TrainedMixture:
     """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone.
 
-    `folder` is None for a training that keeps nothing.
+    `kept` is where the best state is, or, of a training that keeps nothing, the trained gates by name.
     """
-    trained = ended.trained
-    record = _record(request, ended)
-    improved = trained.best_step > 0
+    record, improved, error = _record(request, outcome), outcome.improved, outcome.error
+    folder = kept if isinstance(kept, TrainingFolder) else None
     if not improved and folder is not None and processes().is_main:
         folder.remove()
     if not improved or not processes().is_main:
-        return TrainedMixture(request.checkpoint, improved, record, None, trained.failed)
+        return TrainedMixture(request.checkpoint, improved, record, None, error)
     before = folder.recall("before", results_from_data) if folder is not None else None
     if folder is not None and folder.is_written:
         written = open_checkpoint(request.target)
     else:
         if before is None:
             before = _evaluate(request, request.checkpoint, None, run, write=False)
-        written = _write(request, ended, record, before, folder, run)
+        if folder is not None and before is not None:  # what a kill must not cost
+            folder.keep("before", before.as_data())
+        moved = _moved(request, outcome, kept, run) if isinstance(kept, TrainingFolder) else kept
+        if folder is not None:
+            folder.announce([*request.checkpoint.record.training, record])
+        written = write_trained(request, moved, record, run)
     after = _evaluate(request, written, before, run, write=True)
     results = _compared(before, after) if before is not None and after is not None else None
     _write_results(written, record, results, folder)
     if folder is not None:
         folder.remove()
     settle(request.target)
-    return TrainedMixture(written, improved, record, results, trained.failed)
+    return TrainedMixture(written, improved, record, results, error)
 
 
-def _record(request: Request, ended: Ended) -> TrainingRecord:
-    trained = ended.trained
+def _record(request: Request, outcome: TrainingOutcome) -> TrainingRecord:
     return TrainingRecord(
         settings=request.settings.model_dump(mode="json"),
         text={text.corpus.name: text.record for text in request.texts},
-        parameters=ended.parameters,
-        steps=trained.steps,
-        tokens=ended.tokens,
-        notes=ended.notes,
-        select_loss={name: {"before": before, "after": trained.after[name]} for name, before in trained.before.items()},
+        parameters=outcome.parameters,
+        steps=outcome.steps,
+        tokens=outcome.tokens,
+        notes=outcome.notes,
+        select_loss={name: {"before": before, "after": outcome.after[name]} for name, before in outcome.before.items()},
     )
 
 
-def _write(
-    request: Request,
-    ended: Ended,
-    record: TrainingRecord,
-    before: Results | None,
-    folder: TrainingFolder | None,
-    run: Run,
-) -> Checkpoint:
-    """The trained mixture in its place. What a kill must not cost is kept first."""
-    if folder is not None and before is not None:
-        folder.keep("before", before.as_data())
-    moved = ended.gates or _moved(request, ended, folder, run)
-    if folder is not None:
-        folder.announce([*request.checkpoint.record.training, record])
-    return write_trained(request, moved, record, run)
-
-
-def _moved(request: Request, ended: Ended, kept: TrainingFolder | None, run: Run) -> dict[str, torch.Tensor]:
+def _moved(request: Request, outcome: TrainingOutcome, kept: TrainingFolder, run: Run) -> dict[str, torch.Tensor]:
     """What moved, as it was in the best state, under its names on disk.
 
     The mixture is loaded anew: whatever shards and wrappers it was trained in, what is written is what a state says.
     transformers itself says how memory and disk correspond.
     """
-    assert ended.trained.best is not None and kept is not None
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
-    best = {name.removeprefix("mixture."): value for name, value in load_file(ended.trained.best).items()}
+    best = {name.removeprefix("mixture."): value for name, value in load_file(outcome.best_state(kept.path)).items()}
     mixture.load_state_dict(best, strict=False)
     folder = kept.path / "moved"
     remove(folder)

@@ -9,14 +9,22 @@ writing.json       what the record in OUT will tell once the trained mixture is 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
+from modekit.errors import TrainingError
+from modekit.files.typed import Count, as_kind
+from modekit.loaded.states import STATE_FILE
 from modekit.training.settings import TrainSettings
 from modekit.training.states_folder import StatesFolder, digest_of_data
-from modekit.training.texts import Text
+from modekit.training.texts import TrainingText
 
 _OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
 
@@ -36,12 +44,22 @@ class TrainingFolder(StatesFolder):
         """Say, before it is written, which trainings the record of the trained mixture will tell of."""
         self.announce_digest(_digest_of(trainings))
 
-    def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[Text]) -> None:
+    def outcome(self) -> TrainingOutcome | None:
+        """How the training ended, if it has. Raises TrainingError where what is kept of that is damaged, or leads elsewhere."""
+
+        def read(data: object) -> TrainingOutcome:
+            outcome = as_kind(data, TrainingOutcome)
+            outcome.best_state(self.path)
+            return outcome
+
+        return self.recall("trained", read)
+
+    def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[TrainingText]) -> None:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
         self.take(digest_of_request(settings, texts), _state(checkpoint))
 
 
-def digest_of_request(settings: TrainSettings, texts: Sequence[Text]) -> str:
+def digest_of_request(settings: TrainSettings, texts: Sequence[TrainingText]) -> str:
     """What was asked for, but for settings that only trade memory for time."""
     asked = settings.model_dump(mode="json", exclude=_OF_MEMORY)
     return digest_of_data([asked, [[text.corpus.name, text.record, text.selected_by] for text in texts]])
@@ -53,3 +71,68 @@ def _state(checkpoint: Checkpoint) -> str:
 
 def _digest_of(trainings: Sequence[TrainingRecord]) -> str:
     return digest_of_data([training.model_dump(mode="json") for training in trainings])
+
+
+Loss = Annotated[
+    float,
+    BeforeValidator(lambda loss: math.nan if loss is None else loss),
+    PlainSerializer(lambda loss: loss if math.isfinite(loss) else None),
+]
+"""Nats per token; null in JSON where it is not finite."""
+
+
+class TrainingOutcome(BaseModel):
+    """How a training ended, before anything of it is written: trained.json, so that a kill costs no step.
+
+    Attributes:
+        steps: how many were taken.
+        best_step: after which the held-out loss was lowest; 0 where no state was better than the start.
+        before, after: held-out losses by domain, at the start and at the best state.
+        stopped: why it ended before its last step, if it did.
+        failed: the error that ended it: what, where, found.
+        notes: what is to be said of it.
+        parameters: how many moved.
+        tokens: how many were read.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: Count
+    best_step: Count
+    before: dict[str, Loss]
+    after: dict[str, Loss]
+    stopped: str | None = None
+    failed: tuple[str, str | None, str | None] | None = None
+    notes: list[str] = []
+    parameters: Count = 0
+    tokens: Count = 0
+
+    @model_validator(mode="after")
+    def _of_the_same_domains(self) -> TrainingOutcome:
+        if self.before.keys() != self.after.keys():
+            raise ValueError("before and after are of other domains")
+        return self
+
+    @property
+    def improved(self) -> bool:
+        """Whether a state was better than the start."""
+        return self.best_step > 0
+
+    @property
+    def error(self) -> TrainingError | None:
+        """What the user should see once all is written."""
+        if self.failed is None:
+            return None
+        what, where, found = self.failed
+        remedy = "lower learning_rate or backbone_learning_rate, or leave this text out; the best state so far was taken"
+        return TrainingError(what, where=where, found=found, remedy=remedy)
+
+    def best_state(self, folder: Path) -> Path:
+        """The file with what moved as it was in the best state, by its names in the model; it may be gone when all is written.
+
+        Raises ValueError where a link leads out of `folder`.
+        """
+        file = folder / f"checkpoint-{self.best_step}" / STATE_FILE
+        if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{file.parent.name} leads out of the folder")
+        return file

@@ -7,13 +7,15 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.loaded.engine import BETAS, TrainedModule
 from modekit.loaded.passes import inputs_of, losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.trace import RouterTrace
@@ -28,8 +30,7 @@ from modekit.training.losses import (
     z_loss,
 )
 from modekit.training.settings import OF_ROUTERS, TrainSettings
-from modekit.training.teachers import Teacher
-from modekit.training.trained_module import TrainedModule
+from modekit.training.teachers import DomainTeacher
 
 
 class Objective(TrainedModule):
@@ -47,7 +48,7 @@ class Objective(TrainedModule):
         checkpoint: Checkpoint,
         settings: TrainSettings,
         *,
-        teachers: Sequence[Teacher | None],
+        teachers: Sequence[DomainTeacher | None],
         train_top_k: int | None,
         packed: bool,
     ) -> None:
@@ -181,6 +182,21 @@ class Objective(TrainedModule):
             if total > 0:
                 weights |= {name: whole * value / total for name, value in values.items()}
         return weights
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """AdamW with a rate of their own for routers, whose weights do not decay."""
+        gates = {f"{self.prefix}.{name}" for name in self.gate_names}
+        settings = self.settings
+        routers: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in named:
+            if parameter.requires_grad:
+                (routers if name in gates else others).append(parameter)
+        groups = [
+            {"params": routers, "lr": settings.learning_rate, "weight_decay": 0.0},
+            {"params": others, "lr": settings.backbone_learning_rate, "weight_decay": settings.weight_decay},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
 
     @contextmanager
     def as_configured(self) -> Iterator[None]:

@@ -12,10 +12,10 @@ import torch
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.processes import processes
-from modekit.training.batches import Corpus
+from modekit.training.batches import DomainSequences
 from modekit.training.folder import digest_of_request
 from modekit.training.settings import OF_ROUTERS, TrainSettings
-from modekit.training.texts import Text, silent_domains
+from modekit.training.texts import TrainingText, silent_domains
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Request:
     checkpoint: Checkpoint
     target: Path
     settings: TrainSettings
-    texts: Sequence[Text]
+    texts: Sequence[TrainingText]
     evaluate_tokens: int | None
     teacher: Path | None = None
 
@@ -39,7 +39,7 @@ class Request:
         return f"train {self.checkpoint.folder.name} {digest_of_request(self.settings, self.texts)}"
 
     @property
-    def corpora(self) -> list[Corpus]:
+    def corpora(self) -> list[DomainSequences]:
         """What is trained on."""
         return [text.corpus for text in self.texts]
 

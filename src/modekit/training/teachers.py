@@ -31,12 +31,12 @@ from modekit.processes import processes
 from modekit.routing.capture import to_float16
 from modekit.run import Run
 from modekit.text.sequences import make_batches
-from modekit.training.batches import Corpus
+from modekit.training.batches import DomainSequences
 from modekit.training.losses import GENERIC
 
 
 @dataclass(frozen=True)
-class Teacher:
+class DomainTeacher:
     """Of one domain: hidden states of all its tokens, (N, D) float16 mapped from disk, and the head that reads them.
 
     `expert` is the index of the expert that says them; None: a model that teaches all domains.
@@ -53,19 +53,19 @@ class Teacher:
 
 def make_teachers(
     checkpoint: Checkpoint,
-    corpora: Sequence[Corpus],
+    corpora: Sequence[DomainSequences],
     folder: Path,
     teacher: Path | None = None,
     *,
     lost: Mapping[int, str] = {},
     run: Run,
-) -> list[Teacher | None]:
+) -> list[DomainTeacher | None]:
     """One teacher per corpus; None for text of no domain, unless `teacher` names a model that teaches all.
 
     Else the teacher is the expert's own model, with all that it learned, or, for those that are `lost`, the mixture with this
     expert forced, which has what the mixture carries of it.
     """
-    found: list[Teacher | None] = []
+    found: list[DomainTeacher | None] = []
     of_all = load_model(teacher, run=run) if teacher is not None else None
     for corpus in corpora:
         path = folder / f"teacher-{corpus.expert}-{processes().rank}.bin"
@@ -86,14 +86,14 @@ def make_teachers(
     return found
 
 
-def lost_teachers(checkpoint: Checkpoint, corpora: Sequence[Corpus], *, run: Run) -> dict[int, str]:
+def lost_teachers(checkpoint: Checkpoint, corpora: Sequence[DomainSequences], *, run: Run) -> dict[int, str]:
     """Expert -> why its own model cannot teach what the mixture has of it: it is gone, or another by now."""
     experts = dict.fromkeys(corpus.expert for corpus in corpora if corpus.expert != GENERIC)
     reasons = {expert: why_not(checkpoint, expert, run=run) for expert in experts}
     return {expert: reason for expert, reason in reasons.items() if reason is not None}
 
 
-def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, *, is_lost: bool, run: Run) -> Teacher:
+def _read_own(checkpoint: Checkpoint, corpus: DomainSequences, path: Path, *, is_lost: bool, run: Run) -> DomainTeacher:
     if not is_lost:
         return _read(load_expert_source(checkpoint, corpus.expert, run=run), corpus, corpus.expert, path, run)
     model = load_model(checkpoint.folder, run=run)
@@ -101,7 +101,7 @@ def _read_own(checkpoint: Checkpoint, corpus: Corpus, path: Path, *, is_lost: bo
         return _read(model, corpus, corpus.expert, path, run)
 
 
-def _read(model: PreTrainedModel, corpus: Corpus, expert: int | None, path: Path, run: Run) -> Teacher:
+def _read(model: PreTrainedModel, corpus: DomainSequences, expert: int | None, path: Path, run: Run) -> DomainTeacher:
     model.requires_grad_(False)
     make_folder(path.parent)
     remove(path)
@@ -125,4 +125,4 @@ def _read(model: PreTrainedModel, corpus: Corpus, expert: int | None, path: Path
             where=f"distill: {corpus.name}",
             remedy="put the model back where the recipe found it, or train without distillation",
         )
-    return Teacher(expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))
+    return DomainTeacher(expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))

@@ -19,7 +19,7 @@ from modekit.text.pairs import check_kind
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
-from modekit.training.batches import Corpus
+from modekit.training.batches import DomainSequences
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
 
@@ -28,10 +28,10 @@ _SHORTEST = 4  # a rest of a document shorter than a quarter of a sequence would
 
 
 @dataclass(frozen=True)
-class Text:
+class TrainingText:
     """Documents of one domain that are trained on and selected by, as sequences; digests of both, and what the record says."""
 
-    corpus: Corpus
+    corpus: DomainSequences
     select: Sequence[TokenSequence]
     trained_on: list[str]
     selected_by: list[str]
@@ -45,7 +45,7 @@ class Text:
 
 def read_texts(
     checkpoint: Checkpoint, settings: TrainSettings, texts: Mapping[str, Sequence[str]], root: Path, *, run: Run
-) -> list[Text]:
+) -> list[TrainingText]:
     """Text of every domain, in recipe order, then generic text.
 
     `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError, also for
@@ -73,12 +73,12 @@ def read_texts(
         given.append((GENERIC_NAME, GENERIC, own.beside(settings.generic, root=root, where="generic")))
     for _, _, text in given:
         check_kind(text.documents, checkpoint.shape.family.reads, where=text.where)
-    reader = _Reader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
+    reader = _TextReader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
     return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _TextReader:
     """How text is read: by which tokenizer, and with the tags of which experts, if with any."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ class _Reader:
     tags: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings: TrainSettings) -> _Reader:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings: TrainSettings) -> _TextReader:
         """Raises TrainingError where tags are asked for and an expert has none."""
         if not settings.tags:
             return cls(tokenizer, settings, ())
@@ -111,7 +111,7 @@ class _Reader:
         return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 
-def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[str], reader: _Reader) -> Text:
+def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[str], reader: _TextReader) -> TrainingText:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
     settings = reader.settings
     fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
@@ -127,11 +127,11 @@ def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[str
                 expected="eight in ten are trained on, one in ten is for comparing, one in ten for the tables",
                 remedy=MORE if settings.share == 1.0 else f"{MORE}; or raise share",
             )
-    corpus = Corpus(name, expert, sequences, reader.tags if expert != GENERIC else ())
-    return Text(corpus, held_out, list(map(mark_of, fit)), list(map(mark_of, select)), text_record(fit, corpus.tokens))
+    corpus = DomainSequences(name, expert, sequences, reader.tags if expert != GENERIC else ())
+    return TrainingText(corpus, held_out, list(map(mark_of, fit)), list(map(mark_of, select)), text_record(fit, corpus.tokens))
 
 
-def silent_domains(checkpoint: Checkpoint, texts: Sequence[Text]) -> list[str]:
+def silent_domains(checkpoint: Checkpoint, texts: Sequence[TrainingText]) -> list[str]:
     """Experts of whose domain there is no text."""
     known = {text.corpus.expert for text in texts}
     return [name for place, name in enumerate(checkpoint.names) if place not in known]

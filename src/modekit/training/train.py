@@ -23,9 +23,8 @@ from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
-from modekit.training.ended import Ended
 from modekit.training.finish import TrainedMixture, finish
-from modekit.training.folder import TrainingFolder
+from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.request import Request, memory_errors
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import read_texts
@@ -62,8 +61,8 @@ def train(
     request.check()
     if settings.speed == "cheap":
         with memory_errors():
-            ended = train_gates(request, run)
-        return finish(request, ended, None, run)
+            outcome, gates = train_gates(request, run)
+        return finish(request, outcome, gates, run)
     try:
         folder.claim(checkpoint, settings, read)
         return finish(request, _go_on(request, folder, run), folder, run)
@@ -102,18 +101,18 @@ def _go_on(
     request: Request,
     folder: TrainingFolder,
     run: Run,
-) -> Ended:
+) -> TrainingOutcome:
     """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
-    kept = folder.recall("trained", lambda data: Ended.from_data(data, folder.path))
+    kept = folder.outcome()
     if kept is not None:
         return kept
     try:
         with memory_errors():
-            ended = train_end_to_end(request, folder.path, run)
+            outcome = train_end_to_end(request, folder.path, run)
     except BaseException:
         if processes().is_main and not folder.has_states:
             folder.remove()
         raise
     if processes().is_main:
-        folder.keep("trained", ended.as_data(folder.path))
-    return ended
+        folder.keep("trained", outcome.model_dump(mode="json"))
+    return outcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from modekit.building.preview import NeededTime, Preview
     from modekit.building.verify import Check
     from modekit.evaluation.results import Results
+    from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.planning.summary import FitWork
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
@@ -45,25 +46,27 @@ def print_notes(notes: Iterable[str]) -> None:
         out.print(Text.assemble(("note:", "yellow"), f" {note}"))
 
 
-def print_specialist(output: Path, record: Mapping[str, Any]) -> None:
+def print_specialist(output: Path, record: SpecialistRecord) -> None:
     """Draw what became of a base model, and of its distance to a teacher where it had one."""
-    loss, kl = record["held_out_loss"], record.get("held_out_kl")
-    change = "no held-out text" if loss["before"] is None else f"held-out loss {loss['before']:.3f} -> {loss['after']:.3f}"
-    said = f": {record['specialist']}, {record['training']['steps']} steps, {change}"
-    if kl is not None and kl["before"] is not None:
-        said += f", KL to the teacher {kl['before']:.3f} -> {kl['after']:.3f} (over {kl['over']})"
-    out.print(Text.assemble((str(output), "bold"), said))
-    labels = record.get("held_out_loss_by_label", {})
-    if labels:
-        each = (f"{name} {losses['before']:.3f} -> {losses['after']:.3f}" for name, losses in labels.items())
+    loss, kl = record.held_out_loss, record.held_out_kl
+    change = "no held-out text" if loss.before is None else f"held-out loss {_change(loss)}"
+    line = f": {record.specialist}, {record.training['steps']} steps, {change}"
+    if kl is not None and kl.before is not None:
+        line += f", KL to the teacher {_change(kl)} (over {kl.over})"
+    out.print(Text.assemble((str(output), "bold"), line))
+    if record.held_out_loss_by_label:
+        each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())
         out.print(Text(f"with their tags: {', '.join(each)}"))
-    if kl is not None:
-        weight = record["cross_entropy_weight"]
+    teacher, distilled, weight = record.teacher, record.distillation_loss, record.cross_entropy_weight
+    if teacher is not None and distilled is not None and weight is not None:
         out.print(
-            f"teacher {record['teacher']['name']}: distillation loss {record['distillation_loss']['first']:.3f} -> "
-            f"{record['distillation_loss']['last']:.3f}; the text counted {weight['mean']:.2f} of the steps' loss, from "
-            f"{weight['lowest']:.2f} to {weight['highest']:.2f}"
+            f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}; the text counted "
+            f"{weight.mean:.2f} of the steps' loss, from {weight.lowest:.2f} to {weight.highest:.2f}"
         )
+
+
+def _change(loss: BeforeAfter) -> str:
+    return "no text" if loss.before is None or loss.after is None else f"{loss.before:.3f} -> {loss.after:.3f}"
 
 
 _SHOWN_CANDIDATES = 12

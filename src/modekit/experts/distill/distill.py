@@ -16,38 +16,32 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
-from modekit.experts.distill.kept_file import FromDisk, Header, check_kept, keep, read_kept
-from modekit.experts.distill.pair import Pair, digest_of_sequences, open_pair
-from modekit.experts.distill.says import BesideStudent, Teacher
+from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
+from modekit.experts.distill.kept_logits import Header, KeptTeacher, check_kept, keep, read_kept
 from modekit.experts.distill.settings import TOP_K, DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, Text, kl_to_teacher
-from modekit.experts.distill.texts import Mix, Texts, read_texts
-from modekit.experts.moving import Trainable, What, adapter, weights
-from modekit.experts.specialist_folder import SpecialistFolder
-from modekit.experts.specialize import RANK, held_out_losses, write_specialist
-from modekit.files.libraries import library_writes
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
+from modekit.experts.distill.teacher import LoadedTeacher, Teacher
+from modekit.experts.moving import Save, What, make_trainable
+from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
+from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
-from modekit.files.staging import staging
-from modekit.files.write import write_file
+from modekit.loaded.engine import LoopSettings, run_all_steps
 from modekit.loaded.load import load_model
-from modekit.loaded.next_token import Training
+from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.splits import text_record
-from modekit.training.batches import Batches, Part, steps_of_one_pass
+from modekit.training.batches import Batches, BatchPart, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
-from modekit.training.engine import Schedule, run_all_steps
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.states_folder import StatesFolder, digest_of_data
 
-LOSSES_FILE = "distill.csv"
 _MOST_ROWS = 1_000
 
 
@@ -79,7 +73,7 @@ class Distillation:
     mix: Mix | None = None
 
 
-def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> dict[str, Any]:
+def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> SpecialistRecord:
     """Train a student and write it to `out`: a plain model folder with its tokenizer and dtypes, or a LoRA adapter.
 
     Goes on after a kill, and ends in the same bytes. Returns what specialist.json in OUT says. Raises SourceError,
@@ -95,13 +89,16 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
     engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
-    made = folder.finished(_made_by(request))
+    wanted = NewSpecialist(folder, "distill", request, (asked.student, asked.teacher), overwrite, pair.tokenizer, texts.fit)
+    made = wanted.finished()
     if made is not None:
         return made
     with folder.held(request, state):
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
-        return _write(asked, pair, texts, taught, _Place(out, overwrite, request, folder), run)
+        record = _record(asked, pair, texts, taught)
+        wanted.write(record, taught.save, run, distill=_table(taught.history))
+    return record
 
 
 def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
@@ -124,7 +121,7 @@ def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
         raise TrainingError(error.what, where=error.where, found=error.found, remedy="correct them") from None
 
 
-def _digests(asked: Distillation, pair: Pair, texts: Texts) -> tuple[str, str]:
+def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tuple[str, str]:
     """Of what is asked for, and of what it starts from."""
     what = [
         asked.train,
@@ -143,7 +140,7 @@ def _digests(asked: Distillation, pair: Pair, texts: Texts) -> tuple[str, str]:
 class _Taught:
     """A student that has learned, how to save it, and what is known of how it went."""
 
-    trainable: Trainable
+    save: Save
     history: Sequence[Mapping[str, float]]
     loss: Mapping[str, float | None]
     kl: Mapping[str, float | None]
@@ -151,14 +148,16 @@ class _Taught:
     tokens: int
 
 
-def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run) -> _Taught:
+def _teach(
+    asked: Distillation, pair: StudentAndTeacher, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
+) -> _Taught:
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
     with torch.random.fork_rng():
         torch.manual_seed(engine.seed)  # a new adapter's first weights
-        trainable = _trainable(asked, student, pair)
+        save = make_trainable(student, pair.student, asked.train, asked.rank)
     lesson = Lesson(teacher, pair.vocabulary, asked.settings)
-    held_out = Text(texts.held_out, texts.corpus.tokens)
+    held_out = HeldOutText(texts.held_out, texts.corpus.tokens)
     before = _measured(student, lesson, held_out, "before", run)
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
@@ -166,18 +165,18 @@ def _teach(asked: Distillation, pair: Pair, texts: Texts, engine: TrainSettings,
     history = run_all_steps(
         module,
         Batches([texts.corpus], parts, pad_id=0),
-        Schedule(steps, 1, in_bfloat16(engine, student.device)),
+        LoopSettings(steps, 1, engine.warmup, engine.clip, engine.seed, in_bfloat16(engine, student.device)),
         folder.path,
         run,
     )
     student.eval()
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
-    return _Taught(trainable, history, loss, kl, teacher.classes, _tokens_in(parts, texts))
+    return _Taught(save, history, loss, kl, teacher.classes, _tokens_in(parts, texts))
 
 
 def _measured(
-    student: PreTrainedModel, lesson: Lesson, held_out: Text, when: str, run: Run
+    student: PreTrainedModel, lesson: Lesson, held_out: HeldOutText, when: str, run: Run
 ) -> tuple[float | None, float | None]:
     """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
     domain = Domain("held-out", None, list(held_out.sequences), {})
@@ -186,16 +185,10 @@ def _measured(
     return loss, kl_to_teacher(student, lesson, held_out)
 
 
-def _trainable(asked: Distillation, student: PreTrainedModel, pair: Pair) -> Trainable:
-    if asked.train == "lora":
-        return adapter(student, asked.student, asked.rank)
-    return weights(student, asked.train, pair.student)
-
-
-def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher:
+def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Run) -> Teacher:
     """The teacher beside the student, or its kept word, which is made first where there is none."""
     if asked.keep is None:
-        return BesideStudent(load_model(asked.teacher, run=run), pair.vocabulary)
+        return LoadedTeacher(load_model(asked.teacher, run=run), pair.vocabulary)
     header = Header(
         teacher=pair.teacher.spec,
         teacher_digest=pair.teacher_digest,
@@ -211,75 +204,39 @@ def _teacher(asked: Distillation, pair: Pair, texts: Texts, run: Run) -> Teacher
         keep(asked.keep, header, load_model(asked.teacher, run=run), texts.all, run=run)
         found = header
     check_kept(asked.keep, found, header)
-    return FromDisk(asked.keep, found, texts.all)
+    return KeptTeacher(asked.keep, found, texts.all)
 
 
-def _tokens_in(parts: Sequence[Part], texts: Texts) -> int:
+def _tokens_in(parts: Sequence[BatchPart], texts: Texts) -> int:
     return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a student goes, and by which request."""
-
-    out: Path
-    overwrite: bool
-    request: str
-    folder: SpecialistFolder
-
-
-def _write(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught, place: _Place, run: Run) -> dict[str, Any]:
-    """The student in its place; what it says of itself is announced first, so that a kill after it costs nothing."""
-    record = _record(asked, pair, texts, taught)
-    _, save = taught.trainable
-    run.begin("write")
-    with staging(
-        place.out,
-        _made_by(place.request),
-        "adapter" if asked.train == "lora" else "model",
-        sources=(asked.student, asked.teacher),
-        replace=replaced_by(place.overwrite),
-        sync=run.sync,
-    ) as stage:
-        stage.settles = False
-        with library_writes(stage.folder) as folder:
-            save(folder)
-            if asked.train != "lora":
-                pair.tokenizer.save_pretrained(folder)
-        write_file(stage.folder / LOSSES_FILE, _table(taught.history))
-        place.folder.announce(record)
-        write_specialist(stage.folder, texts.fit, record)
-    return record
-
-
-def _record(asked: Distillation, pair: Pair, texts: Texts, taught: _Taught) -> dict[str, Any]:
-    steps = _steps(taught.history)
-    settings = asked.settings
-    return {
-        "specialist": asked.train,
-        "base_model": asked.student.name,
-        **({"rank": asked.rank} if asked.train == "lora" else {}),
-        "teacher": {
-            "name": pair.teacher.spec,
-            "digest": pair.teacher_digest,
-            "losses": settings.losses,
-            "temperature": settings.temperature,
-            "weights": "adaptive" if settings.adaptive else settings.weights,
-            "combined": "in turn" if settings.alternate else "sum",
-            "kept_top_k": asked.top_k if asked.keep is not None else None,
-        },
-        "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
-        "text": text_record(texts.fit, texts.corpus.tokens),
-        "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
-        "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
-        "cross_entropy_weight": {
-            "lowest": min(each[SHARE] for each in steps),
-            "highest": max(each[SHARE] for each in steps),
-            "mean": sum(each[SHARE] for each in steps) / len(steps),
-        },
-        "held_out_loss": dict(taught.loss),
-        "held_out_kl": {**taught.kl, "over": taught.classes},
-    }
+def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:
+    steps, settings = _steps(taught.history), asked.settings
+    shares = [each[SHARE] for each in steps]
+    return SpecialistRecord.model_validate(
+        {
+            "specialist": asked.train,
+            "base_model": asked.student.name,
+            **({"rank": asked.rank} if asked.train == "lora" else {}),
+            "teacher": {
+                "name": pair.teacher.spec,
+                "digest": pair.teacher_digest,
+                "losses": settings.losses,
+                "temperature": settings.temperature,
+                "weights": "adaptive" if settings.adaptive else settings.weights,
+                "combined": "in turn" if settings.alternate else "sum",
+                "kept_top_k": asked.top_k if asked.keep is not None else None,
+            },
+            "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
+            "text": text_record(texts.fit, texts.corpus.tokens),
+            "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
+            "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
+            "cross_entropy_weight": {"lowest": min(shares), "highest": max(shares), "mean": sum(shares) / len(steps)},
+            "held_out_loss": dict(taught.loss),
+            "held_out_kl": {**taught.kl, "over": taught.classes},
+        }
+    )
 
 
 def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
@@ -297,7 +254,3 @@ def _table(history: Sequence[Mapping[str, float]]) -> bytes:
         figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
         writer.writerow([int(entry["step"]), *figures])
     return text.getvalue().encode()
-
-
-def _made_by(request: str) -> str:
-    return f"distill {request}"

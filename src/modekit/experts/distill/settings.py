@@ -24,7 +24,7 @@ class DistillSettings(BaseModel):
         losses: name -> weight; their weighted sum is the distillation loss.
         temperature: of both models' probabilities in it (2 in arXiv:2407.19610).
         weights: what cross-entropy counts, from 0 to 1; distillation counts the rest. At 1 the teacher is only compared with.
-        adaptive: in place of it: whichever of the two losses rises counts less (weight.py).
+        adaptive: in place of it: whichever of the two losses rises counts less (student.py).
         alternate: steps move by cross-entropy and distillation in turn, beginning with cross-entropy.
     """
 

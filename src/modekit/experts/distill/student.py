@@ -1,24 +1,34 @@
-"""A student with its losses as one module, and how far it is from its teacher on held-out text.
+"""A student with its losses as one module, how much each counts, and how far the student is from its teacher on held-out text.
+
+The weight of cross-entropy is fixed, or follows the adaptive rule of arXiv:2407.19610 (its code; made finite here): over the
+last k = max(20, steps // 100) values of each loss L,
+
+    w(L) = 1 - clamp((L[-1] - L[-k]) / mean(L[-k:]), 0, 1)
+    share of cross-entropy = w(CE) / (w(CE) + w(KD))
+
+A loss that falls has w = 1 however fast it falls: while both fall the share is exactly one half, and only a loss that rises
+counts less. Where both rise by more than their mean, 0 / 0 is one half, too. A history that is not full is taken as it is.
 
 Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.says import Teacher, predicted_in
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.weight import CrossEntropyWeight
+from modekit.experts.distill.teacher import Teacher, predicted_in
+from modekit.loaded.engine import BETAS, TrainedModule
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.losses import divergence, forward_kl, language_model
 from modekit.training.settings import TrainSettings
-from modekit.training.trained_module import TrainedModule
 
 CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
 """What the log calls both losses per predicted token, and what cross-entropy counted in the step."""
@@ -37,15 +47,13 @@ class Student(TrainedModule):
     """`student` with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     prefix = "student"
-    skips_parameters = False
 
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
-        self.settings = settings
         self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-        self.gate_names = []
+        self._settings = settings
         self._lesson = lesson
         self._weight = CrossEntropyWeight(lesson.settings, steps)
         self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
@@ -68,10 +76,16 @@ class Student(TrainedModule):
     def _distillation(self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of the distillation losses, summed over tokens."""
         settings = self._lesson.settings
-        said = self._lesson.teacher.says(item, predicted)
+        said = self._lesson.teacher.output_of(item, predicted)
         student, teacher = said.beside(logits_NV[:, : self._lesson.vocabulary], settings.temperature)
         losses = [weight * divergence(name, student, teacher, settings.temperature) for name, weight in settings.losses.items()]
         return torch.stack(losses).sum()
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """AdamW, at the backbone's rate."""
+        moving = [parameter for _, parameter in named if parameter.requires_grad]
+        rate, decay = self._settings.backbone_learning_rate, self._settings.weight_decay
+        return torch.optim.AdamW(moving, rate, betas=BETAS, weight_decay=decay)
 
     def drain(self) -> dict[str, float]:
         """Both losses of the step that has just ended, and what cross-entropy counted in it."""
@@ -88,14 +102,14 @@ class Student(TrainedModule):
 
 
 @dataclass(frozen=True)
-class Text:
+class HeldOutText:
     """Sequences, and where their first token stands among those that the teacher has said something of."""
 
     sequences: Sequence[TokenSequence]
     first: int
 
 
-def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: Text) -> float | None:
+def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: HeldOutText) -> float | None:
     """Mean KL(teacher || student) at temperature 1 over the predicted tokens of a text, in nats; None without text."""
     if not text.sequences:
         return None
@@ -114,8 +128,55 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: Text) -> float
             }
             predicted = predicted_in(item)
             logits = student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
-            said = lesson.teacher.says(item, predicted)
+            said = lesson.teacher.output_of(item, predicted)
             ours, theirs = said.beside(logits[:, :-1][predicted][:, : lesson.vocabulary], 1.0)
             total += float(forward_kl(ours, theirs).double())
             count += int(predicted.sum())
     return total / count
+
+
+class CrossEntropyWeight:
+    """What cross-entropy counts in the next step, of `steps` in all; distillation counts the rest."""
+
+    def __init__(self, settings: DistillSettings, steps: int) -> None:
+        self._settings = settings
+        length = max(20, steps // 100)
+        self._cross_entropy: deque[float] = deque(maxlen=length)
+        self._distillation: deque[float] = deque(maxlen=length)
+        self.steps_done = 0
+
+    def remember(self, cross_entropy: float, distillation: float) -> None:
+        """The losses of the step that has just ended, per predicted token."""
+        self._cross_entropy.append(cross_entropy)
+        self._distillation.append(distillation)
+        self.steps_done += 1
+
+    def share(self) -> float:
+        """Between 0 and 1."""
+        if not self._settings.adaptive:
+            return self._settings.weights
+        return adaptive_share(self._cross_entropy, self._distillation)
+
+    def factors(self) -> tuple[float, float]:
+        """What cross-entropy and distillation are multiplied with.
+
+        In turn, each counts twice its share, so that two steps together ask for what two combined steps ask for.
+        """
+        share = self.share()
+        if not self._settings.alternate:
+            return share, 1.0 - share
+        return (2.0 * share, 0.0) if self.steps_done % 2 == 0 else (0.0, 2.0 * (1.0 - share))
+
+
+def adaptive_share(cross_entropy: Sequence[float], distillation: Sequence[float]) -> float:
+    """The share of cross-entropy after some steps, of the histories of both losses."""
+    ours, theirs = _steadiness(cross_entropy), _steadiness(distillation)
+    return 0.5 if ours + theirs == 0 else ours / (ours + theirs)
+
+
+def _steadiness(losses: Sequence[float]) -> float:
+    """w(L): 1 for a loss that does not rise, 0 for one that rises by its mean or more."""
+    mean = sum(losses) / len(losses) if losses else 0.0
+    if mean <= 0:
+        return 1.0
+    return 1.0 - min(1.0, max(0.0, (losses[-1] - losses[0]) / mean))

@@ -1,4 +1,10 @@
-"""A student and its teacher on disk: of any size and family, but with one tokenizer."""
+"""What a distillation reads: a student and its teacher on disk, of any size and family but with one tokenizer, and one text, or
+several that share the steps.
+
+None     shuffled together, so that a larger text has more of every step
+equal    as many tokens of each in every step, short texts begun anew
+turns    one text a step, in turn
+"""
 
 from __future__ import annotations
 
@@ -6,18 +12,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import MismatchError
-from modekit.experts.specialist_folder import digest_of_source
+from modekit.experts.labelled import Reading, read_domain
+from modekit.experts.specialist import digest_of_source
 from modekit.loaded.load import load_tokenizer
+from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.sources.model import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer
 from modekit.text.sequences import TokenSequence
+from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
+from modekit.training.settings import TrainSettings
 from modekit.training.states_folder import digest_of_data
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")  # a pad never counts, whatever it is called
@@ -25,7 +36,7 @@ _READERS = Readers("student", "teacher", "use a teacher that has the student's t
 
 
 @dataclass(frozen=True)
-class Pair:
+class StudentAndTeacher:
     """Student and teacher by header, and the student's tokenizer, which both have."""
 
     student: ModelSource
@@ -57,7 +68,7 @@ class Pair:
         return digest_of_data(self.tokenizer.get_vocab())
 
 
-def open_pair(student: Path, teacher: Path, *, run: Run) -> Pair:
+def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     """Both by header. Raises SourceError, and MismatchError that names what differs between their tokenizers."""
     ours = open_source("STUDENT", student.name, student, run=run)
     theirs = open_source("--teacher", teacher.name, teacher, run=run)
@@ -68,7 +79,7 @@ def open_pair(student: Path, teacher: Path, *, run: Run) -> Pair:
     _check_same(tokenizer, its_own, where)
     for source, label in ((ours, f"STUDENT ({student.name})"), (theirs, where)):
         check_ids_fit(source.folder, _vocab_size(source.config), where=label)
-    return Pair(ours, theirs, tokenizer)
+    return StudentAndTeacher(ours, theirs, tokenizer)
 
 
 def digest_of_sequences(sequences: Sequence[TokenSequence]) -> str:
@@ -108,3 +119,62 @@ def _vocab_size(config: Mapping[str, Any]) -> int:
     inner = config.get("text_config")
     said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
     return said if isinstance(said, int) else 0
+
+
+Mix = Literal["equal", "turns"]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents that are learned from, the same in sequences, and sequences that are held out; `sizes`: how many sequences
+    each text has that steps are shared out to.
+    """
+
+    fit: list[str]
+    sequences: list[TokenSequence]
+    held_out: list[TokenSequence]
+    sizes: tuple[int, ...]
+
+    @property
+    def all(self) -> list[TokenSequence]:
+        """What the teacher is asked about, in the order in which its word is kept."""
+        return [*self.sequences, *self.held_out]
+
+    @property
+    def corpus(self) -> DomainSequences:
+        """What is learned from."""
+        return DomainSequences("the text", 0, self.sequences)
+
+    def parts(self, settings: TrainSettings, steps: int) -> list[BatchPart]:
+        """What every step reads, in terms of `corpus`."""
+        starts = list(accumulate(self.sizes, initial=0))
+        apart = [
+            DomainSequences(f"text {number + 1}", number, self.sequences[start : start + size])
+            for number, (start, size) in enumerate(zip(starts, self.sizes, strict=False))
+        ]
+        planned = plan_parts(apart, settings, steps=steps, experts=len(apart), parts=1, pack=False)
+        return [
+            BatchPart(
+                [[Draw(0, starts[draw.corpus] + draw.sequence, 0) for draw in row] for row in part.rows], part.step_targets, 0
+            )
+            for part in planned
+        ]
+
+
+def read_texts(
+    texts: Sequence[str], root: Path, tokenizer: PreTrainedTokenizerBase, training: Training, mix: Mix | None
+) -> Texts:
+    """All texts as one, or one by one where steps are shared out between them. Raises TextError where one has nothing left."""
+    fit: list[str] = []
+    sequences: list[TokenSequence] = []
+    held_out: list[TokenSequence] = []
+    sizes: list[int] = []
+    reading = Reading(tokenizer, root, training)
+    for together in [list(texts)] if mix is None else [[text] for text in texts]:
+        where = "--text" if mix is None else f"--text {together[0]}"
+        documents, of_these, of_others = read_domain(None, together, reading, where=where)
+        fit += documents
+        sequences += of_these
+        held_out += of_others.sequences
+        sizes.append(len(of_these))
+    return Texts(fit, sequences, held_out, tuple(sizes))

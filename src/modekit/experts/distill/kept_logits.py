@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.says import Item, Kept
+from modekit.experts.distill.teacher import Item, TopLogits
 from modekit.files.output import is_there
 from modekit.files.read import SMALL, UNREADABLE
 from modekit.files.staging import staging
@@ -202,7 +202,7 @@ def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, tor
     return top.indices.int(), top.values, rest_NR
 
 
-class FromDisk:
+class KeptTeacher:
     """A teacher's kept word, read batch by batch."""
 
     def __init__(self, folder: Path, header: Header, sequences: Sequence[TokenSequence]) -> None:
@@ -219,7 +219,7 @@ class FromDisk:
         self._ends = list(accumulate(sum(len(sequence.ids) for sequence in block) for block in blocks))
         self._files = OpenFiles()
 
-    def says(self, item: Item, predicted: torch.Tensor) -> Kept:
+    def output_of(self, item: Item, predicted: torch.Tensor) -> TopLogits:
         """Of the predicted tokens of a batch."""
         places = item["position"][:, :-1][predicted.to(item["position"].device)].tolist()
         parts = [self._read(block, start, stop) for block, start, stop in self._runs(places)]
@@ -228,7 +228,7 @@ class FromDisk:
         finite = bool(log_probs.isfinite().all()) and not bool(rest.isnan().any())
         if not finite or int(ids.min()) < 0 or int(ids.max()) >= self._header.vocabulary:
             raise self._damaged("ids beyond the vocabulary, or values that are no number")
-        return Kept(ids.long().to(device), log_probs.to(device), partial(self._rest, rest.to(device)))
+        return TopLogits(ids.long().to(device), log_probs.to(device), partial(self._rest, rest.to(device)))
 
     def _rest(self, rest_NR: torch.Tensor, temperature: float) -> torch.Tensor | None:
         if self._header.top_k == self._header.vocabulary:

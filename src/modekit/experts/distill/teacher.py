@@ -1,6 +1,6 @@
 """What a teacher says of every token, and how far a student is from it.
 
-Beside the student, batch by batch, over the whole vocabulary; or kept (kept_file.py), over the teacher's top_k tokens at each
+Beside the student, batch by batch, over the whole vocabulary; or kept (kept_logits.py), over the teacher's top_k tokens at each
 place and all others as one class. Divergences over such classes are at most those over the vocabulary, and the same where the
 student shares out what is left as the teacher does.
 
@@ -28,7 +28,7 @@ def predicted_in(item: Item) -> torch.Tensor:
     return found if item.get("silent") is None else found & ~item["silent"][:, 1:]
 
 
-class Said(Protocol):
+class TeacherOutput(Protocol):
     """What a teacher says of N tokens."""
 
     def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,12 +41,12 @@ class Teacher(Protocol):
     classes: str
     """What distributions are compared over, in words."""
 
-    def says(self, item: Item, predicted: torch.Tensor) -> Said:
+    def output_of(self, item: Item, predicted: torch.Tensor) -> TeacherOutput:
         """Of the predicted tokens of a batch."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullLogits:
     """Logits (N, V)."""
 
     logits_NV: torch.Tensor
@@ -57,7 +57,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TopLogits:
     """The teacher's top_k tokens (N, K) int64, their log-probabilities (N, K) float32 at temperature 1, and the rest's.
 
     `log_rest_N` is, by temperature T, log sum p^(1/T) over the other tokens; None where there are no others.
@@ -80,7 +80,7 @@ class Kept:
         return torch.cat([student_NK, others], -1), teacher_NC
 
 
-class BesideStudent:
+class LoadedTeacher:
     """The teacher's model, which never learns; `vocabulary` ids are those of the tokenizer that both models have."""
 
     classes = "the whole vocabulary"
@@ -89,8 +89,8 @@ class BesideStudent:
         self._model = model.requires_grad_(False).eval()
         self._vocabulary = vocabulary
 
-    def says(self, item: Item, predicted: torch.Tensor) -> Whole:
+    def output_of(self, item: Item, predicted: torch.Tensor) -> FullLogits:
         """Of the predicted tokens of a batch."""
         with torch.no_grad():
             output = self._model(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False)
-            return Whole(output.logits[:, :-1][predicted][:, : self._vocabulary])
+            return FullLogits(output.logits[:, :-1][predicted][:, : self._vocabulary])

@@ -1,4 +1,4 @@
-"""One seed of `modekit demo --modular`: students of one teacher for four languages, put together in several ways.
+"""One seed of modular.py: students of one teacher for four languages, put together in several ways.
 
 After "Mixture of Modular Experts" (arXiv 2407.19610). All ways read as many tokens in training:
 
@@ -14,9 +14,8 @@ After "Mixture of Modular Experts" (arXiv 2407.19610). All ways read as many tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,15 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.corpus.byte_level import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
+from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.texts import Mix
 from modekit.experts.moving import What
 from modekit.files.libraries import library_writes
 from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import write_file
 from modekit.loaded.load import without_bars
-from modekit.loaded.next_token import Training, training_sequences
+from modekit.loaded.text_training import Training, training_sequences
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run
@@ -74,7 +73,6 @@ class Budget:
 
 
 WHOLE = Budget(200, 768, 8_192)
-BRIEF = Budget(8, 8, 1_024)
 
 
 class Languages:
@@ -211,22 +209,6 @@ class Languages:
         if not is_there(out):
             distill(asked, out, run=self.run.about(name))
         return out
-
-
-def run_modular_seed(folder: Path, texts: Mapping[str, Path], seed: int, budget: Budget, run: Run) -> dict[str, Results]:
-    """Make what is not there yet, and return the table of every mixture by its name."""
-    made = Languages(folder, texts, seed, budget, run)
-    made.teacher()
-    made.session("base", "equal", made.texts)
-    for language in TEXTS:
-        made.student(language, language, budget.steps // 4)
-    known = made.table(made.mixture("ple", "base", {each: each for each in TEXTS}, whole_models()))
-    ways: dict[str, Callable[[], Checkpoint]] = {
-        "jeet": partial(made.joint, "jeet", {}, CLASSIFIER),
-        "moe-ce": partial(made.joint, "moe-ce", COMMON, CLASSIFIER),
-        "ffn": partial(ffn_specialists, made),
-    }
-    return {"ple": known, **{name: made.table(make(), known) for name, make in ways.items()}}
 
 
 def whole_models(router: dict[str, Any] | None = None) -> dict[str, Any]:

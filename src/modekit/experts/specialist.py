@@ -1,0 +1,250 @@
+"""An expert that is trained alone, by `specialize` or with a teacher: what is kept while it is made, and its record.
+
+OUT.training/checkpoint-N/    states (loaded/states.py), so that the same command goes on after a kill
+OUT.training/before.json      the held-out loss before the first step
+OUT/specialist.json           how it was made (SpecialistRecord)
+OUT/<TRAINED_FILE>            marks of the documents that it was made of
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.errors import InterruptError
+from modekit.evaluation.domains import Domain
+from modekit.evaluation.loss import score_domain
+from modekit.experts.moving import Save, What
+from modekit.files.libraries import library_writes
+from modekit.files.marker import Kind
+from modekit.files.output import replaced_by, settle, was_made_by
+from modekit.files.read import SMALL, UNREADABLE, read_bytes
+from modekit.files.staging import staging
+from modekit.files.typed import read_as
+from modekit.files.write import json_bytes, write_file, write_json
+from modekit.loaded.states import whole_states
+from modekit.run import Run
+from modekit.sources.contents import blake3_of
+from modekit.sources.model import SPECIALIST_FILE, ModelSource
+from modekit.text.splits import TRAINED_FILE, mark_of
+from modekit.training.settings import RandomiseTo
+from modekit.training.states_folder import StatesFolder, digest_of_data
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class BeforeAfter(_Figures):
+    """Nats per token of held-out text before the first step and after the last; None without such text."""
+
+    before: float | None
+    after: float | None
+
+
+class DistanceToTeacher(BeforeAfter):
+    """KL(teacher || student) of held-out text, `over` which classes."""
+
+    over: str
+
+
+class FirstLast(_Figures):
+    """A loss of training in nats per predicted token, of the first step and the last."""
+
+    first: float
+    last: float
+
+
+class WeightRange(_Figures):
+    """What cross-entropy counted in the steps, from 0 to 1."""
+
+    lowest: float
+    highest: float
+    mean: float
+
+
+class TagsUsed(_Figures):
+    """Labels whose tags were read; with which probability others were drawn, and which (training/settings.py)."""
+
+    tags: list[str]
+    randomise: float | None = None
+    randomise_to: RandomiseTo | None = None
+
+
+class TextUsed(_Figures):
+    """How much text, and a digest of its documents; `share`: of text of no domain, its share of all tokens."""
+
+    documents: int
+    tokens: int
+    sha256: str
+    share: float | None = None
+
+
+class TeacherUsed(_Figures):
+    """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (or "adaptive"),
+    `combined` as a sum or in turn, `kept_top_k` tokens at each place where its answers were kept.
+    """
+
+    name: str
+    digest: str
+    losses: dict[str, float]
+    temperature: float
+    weights: float | str
+    combined: str
+    kept_top_k: int | None
+
+
+class SpecialistRecord(_Figures):
+    """specialist.json: how an expert was made. What does not apply is not in the file.
+
+    Attributes:
+        specialist: what moved.
+        base_model: name of the folder that it was made from.
+        rank: of an adapter.
+        teacher, distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone.
+        training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
+        text: what it was trained on.
+        labels, generic: tags that were read, and text of no domain.
+        training_loss: cross-entropy of the text.
+        held_out_loss: mean over the domains; by label where there are several.
+    """
+
+    specialist: What
+    base_model: str
+    rank: int | None = None
+    teacher: TeacherUsed | None = None
+    training: dict[str, int | float | bool | None]
+    text: TextUsed
+    labels: TagsUsed | None = None
+    generic: TextUsed | None = None
+    training_loss: FirstLast
+    distillation_loss: FirstLast | None = None
+    cross_entropy_weight: WeightRange | None = None
+    held_out_loss: BeforeAfter
+    held_out_loss_by_label: dict[str, BeforeAfter] | None = None
+    held_out_kl: DistanceToTeacher | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+@dataclass(frozen=True)
+class NewSpecialist:
+    """Where an expert goes, and by which request (a digest of all that decides what comes out).
+
+    `verb` and `sources` say what makes it, and of which folders; `overwrite`, whether another result may go; `documents`, what
+    it is trained on; a whole model gets the `tokenizer`.
+    """
+
+    folder: SpecialistFolder
+    verb: str
+    request: str
+    sources: tuple[Path, ...]
+    overwrite: bool
+    tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[str]
+
+    @property
+    def made_by(self) -> str:
+        """What OUT says of the command that made it, until that has tidied up."""
+        return f"{self.verb} {self.request}"
+
+    def finished(self) -> SpecialistRecord | None:
+        """What OUT says of how it was made, where this very command made it and was killed while it tidied up; else None."""
+        out = self.folder.out
+        if not was_made_by(out, self.made_by):
+            return None
+        self.folder.tidy()
+        settle(out)
+        return read_as(out / SPECIALIST_FILE, SpecialistRecord, SMALL)
+
+    def write(self, record: SpecialistRecord, save: Save, run: Run, **beside: bytes) -> None:
+        """Put it in its place: weights by `save`, the record, and CSV files `beside`.
+
+        The record is announced first, so that a kill after it costs nothing. Raises OutputError.
+        """
+        run.begin("write")
+        is_adapter, replace = record.specialist == "lora", replaced_by(self.overwrite)
+        kind: Kind = "adapter" if is_adapter else "model"
+        with staging(self.folder.out, self.made_by, kind, sources=self.sources, replace=replace, sync=run.sync) as stage:
+            stage.settles = False
+            with library_writes(stage.folder) as written:
+                save(written)
+                if not is_adapter:
+                    self.tokenizer.save_pretrained(written)
+            for name, content in beside.items():
+                write_file(stage.folder / f"{name}.csv", content)
+            self.folder.announce_digest(hashlib.sha256(json_bytes(record.as_data())).hexdigest())
+            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in self.documents).encode())
+            write_json(stage.folder / SPECIALIST_FILE, record.as_data())
+
+
+class SpecialistFolder(StatesFolder):
+    """OUT.training of a model or adapter that is made alone."""
+
+    changed: ClassVar[str] = "student or teacher, or the base, are no longer what it started from"
+    also_kept: ClassVar[tuple[str, ...]] = ("before",)
+
+    def digest_in_out(self) -> str | None:
+        """Of what OUT says of how it was made, which nobody else writes."""
+        try:
+            return hashlib.sha256(read_bytes(self.out / SPECIALIST_FILE, SMALL)).hexdigest()
+        except UNREADABLE:
+            return None
+
+    @contextmanager
+    def held(self, request: str, state: str) -> Iterator[None]:
+        """Hold the folder while the block trains and writes; digests as `take` has them. When all is done, it goes.
+
+        A training that stops before its first state leaves nothing. Raises InterruptError for Ctrl-C.
+        """
+        try:
+            self.take(request, state)
+            yield
+            self.remove()
+            settle(self.out)
+        except BaseException as error:
+            steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
+            if self.is_held and steps is None:
+                self.remove()
+            if isinstance(error, (KeyboardInterrupt, InterruptError)):
+                raise _interrupted(self.path, steps) from None
+            raise
+        finally:
+            self.release()
+
+
+def _interrupted(folder: Path, steps: str | None) -> InterruptError:
+    if steps is None:
+        return InterruptError("interrupted; nothing was kept", remedy="run the command again to start over")
+    return InterruptError(
+        f"interrupted; the training is kept up to step {steps}",
+        where=str(folder),
+        remedy="run the same command again to go on from there, or remove the folder",
+    )
+
+
+def digest_of_source(source: ModelSource) -> str:
+    """Of a model's config and weights as they are now."""
+    return digest_of_data([dict(source.config), [[file.name, blake3_of(file)] for file in source.files]])
+
+
+def held_out_losses(model: PreTrainedModel, domains: Sequence[Domain], when: str, run: Run) -> dict[str, float]:
+    """Held-out loss by domain, of those that have held-out text; `when` is said as progress."""
+    scored = [domain for domain in domains if domain.sequences]
+    total, done = sum(domain.scored_tokens for domain in scored), 0
+    run.begin(f"score {when}", total)
+    losses = {}
+    for domain in scored:
+        losses[domain.name] = score_domain(model, domain, partial(run.progress, f"score {when}", total=total), done).loss
+        done += domain.scored_tokens
+    return losses

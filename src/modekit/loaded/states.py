@@ -1,0 +1,102 @@
+"""States of a training between two steps, as transformers' Trainer writes and reads them.
+
+    FOLDER/checkpoint-N/    what moves, optimiser, schedule and random state after step N; `complete` is written last
+
+Trainer reads the files of a state as it wrote them, and fails where they are otherwise with whatever error that happens to be:
+here a damaged one ends in modekit's own error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from modekit.errors import ModekitError, TrainingError
+from modekit.files.read import LARGE, open_regular, read_text
+from modekit.files.typed import as_kind, shortened
+from modekit.files.write import remove
+
+COMPLETE = "complete"
+STATE_FILE = "model.safetensors"  # the name that Trainer looks for
+
+
+class _Callback(BaseModel):
+    """What one remembers."""
+
+    args: dict[str, object] = {}
+    attributes: dict[str, object] = {}
+
+
+class _State(BaseModel):
+    """What of trainer_state.json is computed with; figures may be infinite, as a gradient's norm was."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epoch: float
+    global_step: NonNegativeInt
+    max_steps: NonNegativeInt
+    log_history: list[dict[str, float]]
+    best_metric: float | None
+    best_global_step: NonNegativeInt | None
+    best_model_checkpoint: str | None
+    stateful_callbacks: dict[str, _Callback | list[_Callback]]
+
+
+def numbered_states(folder: Path) -> list[Path]:
+    """Folders of states, whole or not, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def whole_states(folder: Path) -> list[Path]:
+    """Those that were written to their end, the newest first."""
+    return [state for state in numbered_states(folder) if (state / COMPLETE).exists()]
+
+
+def state_to_resume(folder: Path) -> Path | None:
+    """The newest whole state, if there is one; halves that a kill left are removed. Raises TrainingError when it is damaged."""
+    whole = whole_states(folder)
+    for state in numbered_states(folder):
+        if state not in whole:
+            remove(state)
+    if not whole:
+        return None
+    path = whole[0] / TRAINER_STATE_NAME
+    with state_read(whole[0], path):
+        as_kind(json.loads(read_text(path, LARGE)), _State)
+        read = TrainerState.load_from_json(str(path))
+        if not all("step" in entry for entry in read.log_history):
+            raise ValueError("log_history: an entry without its step")
+    return whole[0]
+
+
+def check_names(state: Path, moving: Collection[str]) -> None:
+    """Raise ValueError where a state holds other parameters than those that move; Trainer would leave these as they are."""
+    open_regular(state / STATE_FILE).close()  # safetensors would wait for a pipe
+    with safe_open(state / STATE_FILE, framework="pt") as file:
+        if set(file.keys()) != set(moving):
+            raise ValueError(f"{STATE_FILE} holds other parameters than those that move")
+
+
+@contextmanager
+def state_read(state: Path, where: Path | None = None) -> Iterator[None]:
+    """While something of a state is read, whatever goes wrong is damage of `where`, else of the state. Raises TrainingError."""
+    try:
+        yield
+    except (ModekitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Trainer, torch and safetensors each have their own
+        raise TrainingError(
+            "what an unfinished training left is damaged",
+            where=str(where or state),
+            found=shortened(error) or type(error).__name__,
+            remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin anew",
+        ) from None

@@ -1,0 +1,241 @@
+"""Training of some parameters of a model on text, by the engine (engine.py): what a text's next tokens are worth; of a model
+with an encoder pairs, whose targets it learns to say.
+
+Shape legend: B batch, S sequence, T target of a pair, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps
+from modekit.loaded.heads import head_of
+from modekit.loaded.muon import Muon
+from modekit.loaded.passes import check_text, inputs_of
+from modekit.loaded.threads import Threads
+from modekit.run import QUIET, Run
+from modekit.text.amounts import SAMPLE_TOKENS
+from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, encode, make_batches
+
+LOSS = "loss_lm"
+"""What the log calls the mean loss of a step's predicted tokens."""
+_SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
+_LEAST_RATE = 0.02  # of its peak
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps; None passes once over the text.
+        batch_tokens: tokens per step, pads included.
+        sequence_length: longest piece of a document, or side of a pair, in tokens.
+        learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
+        muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
+        weight_decay, warmup, clip: as usual.
+        by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
+            a text they reach no real token of a causal model. A model with an encoder is always told.
+        shares: threads that each take a share of a step's sequences, on a processor; of their number, not of that of the
+            cores, the result depends.
+        autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
+        max_tokens: text read at most.
+        held_out_tokens: tokens on which the loss before and after is measured.
+        seed: order of the sequences.
+    """
+
+    steps: int | None = None
+    batch_tokens: int = 4_096
+    sequence_length: int = 512
+    learning_rate: float = 2e-5
+    muon_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    clip: float = 1.0
+    by_length: bool = False
+    shares: int = 1
+    autocast: bool = False
+    max_tokens: int = 50_000_000
+    held_out_tokens: int = SAMPLE_TOKENS
+    seed: int = 0
+
+    def with_(self, **changes: Any) -> Training:
+        """The same settings with some changed."""
+        return dataclasses.replace(self, **changes)
+
+
+ReadInPass = Callable[[int, int], TokenSequence]
+"""The sequence at a place as a pass reads it; passes are counted from 0."""
+
+
+def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
+    """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
+    return encode(
+        tokenizer,
+        documents,
+        max_tokens=training.max_tokens,
+        sequence_length=training.sequence_length,
+        shortest_rest=training.sequence_length // 4,
+    )
+
+
+def train_on_text(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    training: Training,
+    *,
+    read: ReadInPass | None = None,
+    folder: Path | None = None,
+    run: Run = QUIET,
+) -> list[float]:
+    """Train what of a model has gradients on `sequences`; documents are never joined, pads never count. The loss of each step.
+
+    `read`: how sequences are read, where that is another in every pass.
+
+    It goes on from the last state in `folder`, and ends as if it had never been killed. Raises TextError where text is not of
+    the kind that the model reads, TrainingError when the loss stops being finite, and for a state that is damaged.
+    """
+    check_text(model, sequences)
+    batches = TextBatches(sequences, training, read)
+    loop = LoopSettings(len(batches), 1, training.warmup, training.clip, seed=None, least=_LEAST_RATE)
+    with Threads(training.shares if model.device.type == "cpu" else 1) as threads:
+        history = run_all_steps(TextLoss(model, training, threads), batches, loop, folder, run)
+    model.eval()
+    return [entry[LOSS] for entry in history if LOSS in entry]
+
+
+class TextLoss(TrainedModule):
+    """`model` with the cross-entropy of a batch's next tokens, or of its targets, in nats.
+
+    Pads are not predicted, and those of a causal model never reach the head. Unless `by_length`, attention is told which
+    tokens are pads; encoders, which read to the right, too, always are.
+    """
+
+    prefix = "model"
+
+    def __init__(self, model: PreTrainedModel, training: Training, threads: Threads) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._training, self._threads = training, threads
+        self._bfloat16 = training.autocast and has_bfloat16_products(model.device)
+        self._last = 0.0
+
+    def forward(self, batch: Batch, factor: float = 1.0) -> dict[str, torch.Tensor]:
+        """The mean over all predicted tokens, times `factor`."""
+        threads = self._threads
+        if threads.count == 1:
+            loss = self._loss(batch, "mean")
+        else:
+            tokens, count = batch.scored, min(threads.count, len(batch.rows))
+            # Neighbouring rows are of similar length: every share takes one of them.
+            shares = [batch.share(place, threads.count) for place in range(count)]
+            moving = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            loss = threads.summed(lambda place: self._loss(shares[place], "sum") / tokens, count, moving)
+        self._last = float(loss.detach())
+        return {"loss": loss * factor}
+
+    def _loss(self, batch: Batch, reduction: Literal["mean", "sum"]) -> torch.Tensor:
+        inputs = inputs_of(self.model, batch)
+        labels = batch.labels.to(self.model.device)
+        keep = labels != NO_LABEL
+        # No cache of converted weights: it is one for all threads, and no weight is used twice.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+            if batch.target is not None:  # some families scale or shift between decoder and logits
+                logits = self.model(**inputs, use_cache=False).logits[keep]
+            else:
+                mask = None if self._training.by_length else inputs["attention_mask"]
+                hidden = self.model.model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
+                logits = head_of(self.model)(hidden[:, :-1][keep])  # (real tokens, V)
+        return torch.nn.functional.cross_entropy(logits.float(), labels[keep], reduction=reduction)
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """AdamW; Muon for matrices of decoder layers, where it has a rate."""
+        training, moving = self._training, [(name, each) for name, each in named if each.requires_grad]
+        in_muon = [training.muon_learning_rate > 0 and ".layers." in name and each.ndim == 2 for name, each in moving]
+        groups = [[each for (_, each), its in zip(moving, in_muon, strict=True) if its == which] for which in (True, False)]
+        decay = training.weight_decay
+        adam = torch.optim.AdamW(groups[1], training.learning_rate, betas=BETAS, weight_decay=decay) if groups[1] else None
+        if not groups[0] and adam is not None:
+            return adam
+        products = torch.bfloat16 if has_bfloat16_products(self.model.device) else torch.float32
+        rate = training.muon_learning_rate
+        return Muon(groups[0], adam, lr=rate, weight_decay=decay, products=products, threads=self._threads)
+
+    def drain(self) -> dict[str, float]:
+        """The loss of the last step."""
+        return {LOSS: self._last}
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here.
+
+    Of processors without tile units, AMD's are twice as fast in bfloat16, Intel's half as fast, and others emulate it.
+    """
+    if device.type != "cpu":
+        return True
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
+    """One padded batch per step, in a seeded order that is drawn anew for every pass."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], training: Training, read: ReadInPass | None = None) -> None:
+        self._sequences = sequences
+        self._read = read or (lambda _, place: sequences[place])
+        longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
+        self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
+        self._generator = torch.Generator().manual_seed(training.seed)
+        steps = training.steps or max(1, len(sequences) // self.rows)
+        self._steps = list(islice(self._planned(_SORTED_TOGETHER if training.by_length else 1), steps))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, step: int) -> dict[str, Batch]:
+        (batch,) = make_batches([self._read(*divmod(row, len(self._sequences))) for row in self._steps[step]], tokens=2**31)
+        return {"batch": batch}
+
+    def describe(self, number: int) -> str:
+        """How much a step reads."""
+        return f"{len(self._steps[number])} sequences"
+
+    def _planned(self, sorted_together: int) -> Iterator[list[int]]:
+        """Rows of every step without end, counted on from pass to pass; of several steps that are drawn together each takes
+        sequences of similar length, in a drawn order.
+        """
+        pending: list[int] = []
+        count, begun, drawn = len(self._sequences), 0, self.rows * sorted_together
+        while True:
+            while len(pending) < drawn:
+                pending += [begun + row for row in self._permutation(count)]
+                begun += count
+            rows, pending = pending[:drawn], pending[drawn:]
+            starts = list(range(0, drawn, self.rows))
+            if len(starts) > 1:
+                rows = sorted(rows, key=lambda row: self._sequences[row % count].size)
+                starts = [starts[place] for place in self._permutation(len(starts))]
+            yield from (rows[start : start + self.rows] for start in starts)
+
+    def _permutation(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self._generator).tolist()
