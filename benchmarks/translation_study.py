@@ -20,7 +20,7 @@ from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training
 from modekit.loaded.shapes import mixture_of
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from routers import mean_losses
 from translation_models import (

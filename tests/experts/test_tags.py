@@ -28,7 +28,7 @@ from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
 from modekit.loaded.next_token import Training, _Batches
 from modekit.run import Run
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.tags import add_tags, all_tagged, labels_of, none_tagged, tag_ids, tag_of, tagged

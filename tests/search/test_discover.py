@@ -36,7 +36,7 @@ from modekit.search.discover.space import HiddenSpace, rare_units
 from modekit.search.discover.stream import Stream
 from modekit.search.discover.units import word_units
 from modekit.search.discover.words import words_of
-from modekit.text.chat import Conversation
+from modekit.text.document import Conversation
 from modekit.text.documents import read_documents
 from refusal import checked, refuse, run_python, tree
 

@@ -33,7 +33,7 @@ from modekit.engines.workers import Answer, Workers
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import Decision, TextRouter
-from modekit.text.chat import conversation_of
+from modekit.text.records import conversation_of
 
 AUTO = "auto"
 _GRACE_S = 5.0  # for the last event of an answer that took too long

@@ -35,6 +35,7 @@ from modekit.loaded.next_token import Training, train_language_model
 from modekit.run import QUIET, Run
 from modekit.sources.model import SPECIALIST_FILE, ModelSource, open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
+from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, mark_of, text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
@@ -147,7 +148,7 @@ class _Asked:
         }
 
 
-def write_specialist(folder: Path, fit: Sequence[str], record: Mapping[str, Any]) -> None:
+def write_specialist(folder: Path, fit: Sequence[Document], record: Mapping[str, Any]) -> None:
     """Write what stands beside the weights of an expert: which documents it was made from, and how."""
     write_file(folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in fit).encode())
     write_json(folder / SPECIALIST_FILE, record)

@@ -25,6 +25,7 @@ from modekit.loaded.shares import NextTokenLoss, Shares
 from modekit.loaded.train_state import NO_STATES, States, take_state
 from modekit.run import DETAIL, QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
+from modekit.text.document import Document
 from modekit.text.sequences import Batch, TokenSequence, encode, make_batches
 
 _SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
@@ -79,7 +80,9 @@ class Passes(Sequence[TokenSequence]):
         """The one at a place as a pass reads it; passes are counted from 0."""
 
 
-def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
+def training_sequences(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], training: Training
+) -> list[TokenSequence]:
     """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
     return encode(
         tokenizer,

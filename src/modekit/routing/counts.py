@@ -21,6 +21,7 @@ from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import SHARE, chats_of, read_chats
 from modekit.routing.kept import Get, checked, load_kept, save_kept
+from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, text_record
 
@@ -73,7 +74,7 @@ class _About(BaseModel):
 
 
 def count_domain(
-    tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router, source: dict[str, Any], *, where: str
+    tokenizer: Any, documents: Sequence[Document], expert: Expert, settings: Router, source: dict[str, Any], *, where: str
 ) -> NgramStatistics:
     """Count a domain's n-grams. Raises TextError when the text has none."""
     counts_H = torch.zeros(settings.buckets)
@@ -94,7 +95,9 @@ def count_domain(
     return NgramStatistics(counts_H, rows_N, tuple(len(rows) for rows in sample), tokens, source)
 
 
-def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: Router) -> Iterator[Sequence[TokenSequence]]:
+def _texts(
+    tokenizer: Any, documents: Sequence[Document], expert: Expert, settings: Router
+) -> Iterator[Sequence[TokenSequence]]:
     """The sequences of every document, and every chat."""
     found = tokens = 0
     for document in documents:
@@ -106,7 +109,7 @@ def _texts(tokenizer: Any, documents: Sequence[str], expert: Expert, settings: R
         yield [chat]
 
 
-def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: Any) -> dict[str, Any]:
+def source_of(documents: Sequence[Document], expert: Expert, settings: Router, tokenizer: Any) -> dict[str, Any]:
     """What counts are made from: text and settings."""
     include = {"sequence_length", "keep_tokens", "order", "buckets"}
     how = {**settings.model_dump(mode="json", include=include), **chats_of(tokenizer, expert, settings)}

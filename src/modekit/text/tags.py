@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
 from modekit.files.typed import shortened
-from modekit.text.chat import Conversation
-from modekit.text.pairs import Pair
+from modekit.text.document import Conversation, Document, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,19 +39,23 @@ def tag_ids(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> tuple[
     return tuple(added[tag_of(label)] for label in labels)
 
 
-def tagged(document: str, label: str | None) -> str:
+def tagged(document: Document, label: str | None) -> Document:
     """A document with the tag of a label before it, of a pair before its source; as it is without a label.
 
     Conversations stay as they are: their template decides what stands first.
     """
-    if label is None or isinstance(document, Conversation):
+    if label is None:
         return document
-    if isinstance(document, Pair):
-        return Pair(f"{tag_of(label)} {document.source}", document.target)
-    return f"{tag_of(label)} {document}"
+    match document:
+        case str():
+            return f"{tag_of(label)} {document}"
+        case Pair(source, target):
+            return Pair(f"{tag_of(label)} {source}", target)
+        case Conversation():
+            return document
 
 
-def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], label: str, *, where: str) -> list[str]:
+def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
     """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one, and for text that
     begins with a tag already: two could say different things.
     """
@@ -76,7 +79,7 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], lab
     return [tagged(document, label) for document in found]
 
 
-def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *, where: str) -> list[str]:
+def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, where: str) -> list[Document]:
     """Documents of no domain as they are. Raises TextError for text that begins with a tag: it is read without one."""
     found = list(documents)
     source = _with_own_tag(tokenizer, found)
@@ -91,15 +94,17 @@ def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *,
     return found
 
 
-def _with_own_tag(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> str | None:
+def _with_own_tag(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> str | None:
     """The first text, or source, that begins with a tag, be it behind special tokens that a text was written out with."""
     opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
     for document in documents:
+        if isinstance(document, Conversation):
+            continue
         source = document.source if isinstance(document, Pair) else document
         rest = source
         for token in opening:
             rest = rest.removeprefix(token).lstrip()
-        if not isinstance(document, Conversation) and leading_tag(tokenizer, rest) is not None:
+        if leading_tag(tokenizer, rest) is not None:
             return source
     return None
 

@@ -18,6 +18,7 @@ from modekit.errors import TextError
 from modekit.experts.corpus.settings import WHERE
 from modekit.files.typed import shortened
 from modekit.run import Run
+from modekit.text.document import Document, text_of
 from modekit.text.documents import bytes_of_text, stream_records
 from modekit.text.records import Record
 from modekit.text.splits import digest_of
@@ -74,9 +75,9 @@ class Counted:
         return self.unit_of.get(document, document)
 
 
-def key_of(text: str) -> Key:
+def key_of(document: Document) -> Key:
     """Of a document, as its split is decided: surrounding white space aside."""
-    return bytes.fromhex(digest_of(text)[: 2 * _KEY])
+    return bytes.fromhex(digest_of(document)[: 2 * _KEY])
 
 
 def key_of_id(identity: str) -> Key:
@@ -106,12 +107,12 @@ class Reader:
                 raise TextError(
                     "a document has no id, by which the same one would be known in other domains",
                     where=where,
-                    found=f"document {number}: {shortened(record.document)[:60]}",
+                    found=f"document {number}: {shortened(text_of(record.document))[:60]}",
                     expected="a string in 'id' of every record",
                     remedy="give the records ids, or leave out --common",
                 )
             some = True
-            done += len(record.document.encode())
+            done += len(text_of(record.document).encode())
             if number % _TOGETHER == 0:
                 self.run.progress(stage, min(done, total), max(total, 1))
             yield record
@@ -153,7 +154,7 @@ class Reader:
                 found.duplicates += 1
                 continue
             seen.add(key)
-            yield key, record.document
+            yield key, text_of(record.document)
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> CountTokens:

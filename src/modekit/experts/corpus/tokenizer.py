@@ -25,6 +25,7 @@ from modekit.files.staging import staging
 from modekit.files.write import write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
+from modekit.text.document import text_of
 from modekit.text.documents import stream_documents
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
@@ -73,7 +74,7 @@ class _Domain:
             key = key_of(document)
             if key not in seen:
                 seen.add(key)
-                yield key, str(document)
+                yield key, text_of(document)
 
 
 def _is_chosen(key: bytes, share: float) -> bool:

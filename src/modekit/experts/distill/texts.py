@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.experts.labelled import Reading, read_domain
 from modekit.loaded.next_token import Training
+from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Corpus, Draw, Part, plan_parts
 from modekit.training.settings import TrainSettings
@@ -30,7 +31,7 @@ class Texts:
     each text has that steps are shared out to.
     """
 
-    fit: list[str]
+    fit: list[Document]
     sequences: list[TokenSequence]
     held_out: list[TokenSequence]
     sizes: tuple[int, ...]
@@ -63,7 +64,7 @@ def read_texts(
     texts: Sequence[str], root: Path, tokenizer: PreTrainedTokenizerBase, training: Training, mix: Mix | None
 ) -> Texts:
     """All texts as one, or one by one where steps are shared out between them. Raises TextError where one has nothing left."""
-    fit: list[str] = []
+    fit: list[Document] = []
     sequences: list[TokenSequence] = []
     held_out: list[TokenSequence] = []
     sizes: list[int] = []
