@@ -28,9 +28,8 @@ from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
 from modekit.evaluation.translation.scores import TranslationScore
-from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
-from modekit.experts.corpus.fertility import Fertility, Trained
-from modekit.experts.corpus.settings import BalanceSettings
+from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
+from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
 from modekit.search.discover.serves import Served
@@ -287,13 +286,23 @@ def test_discover(shown: Callable[..., str]) -> None:
 
 
 def test_data(shown: Callable[..., str]) -> None:
-    part = Part(Amount(123_456, 9_876_543), Amount(23_456, 876_543), Amount(99_999, 8_999_999))
-    domains = [BalancedDomain(name, f"./{name}", 17, 3, {"train": part, "validation": part}) for name in NAMES[:4]]
-    found = Balanced(BalanceSettings(common=True), {"name": "./TOKENIZER", "sha256": ""}, domains)
+    amount, kept = Amount(documents=23_456, tokens=876_543), Amount(documents=99_999, tokens=8_999_999)
+    share = DomainShare(found=kept, kept=kept, not_common=amount, over=amount, dropped=0.08875, sha256="")
+    about = {"duplicates": 17, "without_tokens": 3, "train": share, "validation": share}
+    found = Balanced(
+        settings=BalanceSettings(common=True),
+        tokenizer=CountingTokenizer(name="./TOKENIZER", sha256=""),
+        diff_percent={"train": 4.9, "validation": 3.9},
+        domains=[BalancedDomain(name=name, text=f"./{name}", **about) for name in NAMES[:4]],
+        sha256="",
+    )
     cells = [*NAMES[:4], "99,999", "8,999,999", "8.9%", "23,456"]
     check_whole(shown, cells, data.print_balanced, found, Path("OUT"))
-    fertilities = [Fertility(name, 1_234, 5_678_900, 987, 1_234_567, 2_345_678) for name in NAMES[:4]]
-    trained = Trained(31_999, 32_000, NAMES[4], fertilities, 10**6, ["a note " * 20])
+    size = {"documents": 1_234, "bytes": 5_678_900, "words": 987, "tokens": 1_234_567, "per_1000_bytes": 217.4}
+    other = {"per_word": 1_250.8, "against_tokens": 2_345_678, "against_per_1000_bytes": 413.1, "change": -0.474}
+    fertilities = [Fertility(name=name, **size, **other) for name in NAMES[:4]]
+    about = {"vocabulary": 31_999, "asked": 32_000, "against": NAMES[4], "bytes_per_domain": 10**6}
+    trained = TrainedTokenizer(**about, domains=fertilities, notes=["a note " * 20])
     check_whole(shown, [*NAMES[:4], "5,678.9", "217.4", "413.1", "-47.4%"], data.print_tokenizer, trained, Path("OUT"))
 
 

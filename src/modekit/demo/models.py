@@ -20,7 +20,7 @@ from transformers import (
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
-from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars

@@ -28,7 +28,7 @@ from modekit.demo.models import ARCHITECTURE, new_model, train
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
-from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.texts import Mix

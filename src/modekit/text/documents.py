@@ -12,7 +12,7 @@ from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.text.document import Document, Pair, both_kinds, text_of
 from modekit.text.formats import TEXT_SUFFIXES, aligned_files, read_aligned, read_file, read_hub
-from modekit.text.records import Record
+from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
 from modekit.text.tables import SEPARATED
 
@@ -103,7 +103,7 @@ def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterato
     return (record.document for record in stream_records(specs, root=root, where=where))
 
 
-def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[Record]:
+def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[TextRecord]:
     """As `stream_documents`, with the `id` of each: that of its record; of plain text its file's path below the folder that
     was named, without the suffix; else None.
     """
@@ -111,7 +111,7 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
         for record in _read_spec(spec, root=root, where=where):
             text = text_of(record.document).strip()
             if text:
-                yield Record(text, record.id) if isinstance(record.document, str) else record
+                yield TextRecord(text, record.id) if isinstance(record.document, str) else record
 
 
 def is_local(spec: str, root: Path) -> bool:
@@ -188,11 +188,11 @@ def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     return total
 
 
-def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[Record]:
+def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[TextRecord]:
     """The records of a text; with `most` of some of its files, and of each about so many bytes."""
     path, both = locate(spec, root), aligned_files(spec, root)
     if both is not None:
-        yield from map(Record, islice(read_aligned(*both, where=where), most))
+        yield from map(TextRecord, islice(read_aligned(*both, where=where), most))
         return
     if path is None:
         check_present([spec], root=root, where=where)
@@ -211,4 +211,4 @@ def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) ->
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
         plain = file.suffix not in _RECORDS
         for record in read_file(file, where=where, most=most):
-            yield Record(record.document, relative) if plain else record
+            yield TextRecord(record.document, relative) if plain else record

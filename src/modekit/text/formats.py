@@ -14,7 +14,7 @@ from modekit.recipes.paths import locate, sides_of
 from modekit.text.document import Pair, text_of, whole_pair
 from modekit.text.passages import passages
 from modekit.text.plain import lines_of, plain_text, text_pieces
-from modekit.text.records import Record, record_of
+from modekit.text.records import TextRecord, record_of
 from modekit.text.tables import SEPARATED, read_parquet, read_separated
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
@@ -35,7 +35,7 @@ _ROW = 64  # bytes that a row counts as besides its text
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
 
-def read_file(file: Path, *, where: str, most: int | None = None) -> Iterator[Record]:
+def read_file(file: Path, *, where: str, most: int | None = None) -> Iterator[TextRecord]:
     """The documents of one file; with `most` reading ends after about so many bytes.
 
     Raises TextError when it is of no known kind, cannot be read, is binary, or holds a document larger than any should be.
@@ -53,7 +53,7 @@ def read_file(file: Path, *, where: str, most: int | None = None) -> Iterator[Re
             elif file.suffix == ".jsonl":
                 yield from _read_lines(stream, where=place, most=most)
             else:
-                yield from map(Record, passages(lambda: text_pieces(stream, where=place, most=most)))
+                yield from map(TextRecord, passages(lambda: text_pieces(stream, where=place, most=most)))
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
 
@@ -69,7 +69,7 @@ def _unknown_kind(file: Path, where: str) -> TextError:
     )
 
 
-def _read_lines(stream: io.FileIO, *, where: str, most: int | None) -> Iterator[Record]:
+def _read_lines(stream: io.FileIO, *, where: str, most: int | None) -> Iterator[TextRecord]:
     """A record per line. Raises OSError, TextError."""
     read = 0
     for number, data in enumerate(lines_of(stream, where=where), 1):
@@ -81,7 +81,7 @@ def _read_lines(stream: io.FileIO, *, where: str, most: int | None) -> Iterator[
             return
 
 
-def _record(line: str, *, where: str) -> Record:
+def _record(line: str, *, where: str) -> TextRecord:
     try:
         record = record_of(json.loads(line), where=where)
     except (ValueError, RecursionError):
@@ -98,7 +98,7 @@ def _record(line: str, *, where: str) -> Record:
     return record
 
 
-def _records_of(rows: Iterable[Mapping[str, object]], *, where: str, most: int | None = None) -> Iterator[Record]:
+def _records_of(rows: Iterable[Mapping[str, object]], *, where: str, most: int | None = None) -> Iterator[TextRecord]:
     """Of the rows of a table those that hold a document."""
     read = 0
     for number, row in enumerate(rows, 1):
@@ -147,7 +147,7 @@ def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
         )
 
 
-def read_hub(spec: str, *, where: str) -> Iterator[Record]:
+def read_hub(spec: str, *, where: str) -> Iterator[TextRecord]:
     """The documents of a hub data set (split `train`). Raises TextError when there is none that can be reached."""
     try:
         from datasets import load_dataset

@@ -21,7 +21,7 @@ _Data: TypeAlias = Mapping[object, object]
 
 
 @dataclass(frozen=True)
-class Record:
+class TextRecord:
     """A document, and the `id` that its record gives it, or None."""
 
     document: Document
@@ -42,12 +42,12 @@ def data_of(document: Document) -> dict[str, object]:
             return {ASKED[0]: contents["user"], ANSWERED[0]: contents.get("assistant", "")}
 
 
-def record_of(data: object, *, where: str) -> Record | None:
+def record_of(data: object, *, where: str) -> TextRecord | None:
     """None for what is no record of any kind. Raises TextError for a pair of which a side is empty."""
     if not isinstance(data, Mapping):
         return None
     document = _document_of(data, where)
-    return None if document is None else Record(document, _id_of(data.get(ID)))
+    return None if document is None else TextRecord(document, _id_of(data.get(ID)))
 
 
 def _document_of(data: _Data, where: str) -> Document | None:

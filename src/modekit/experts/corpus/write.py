@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import TextError
-from modekit.experts.corpus.count import Counted, Key, Reader, key_of, key_of_id
-from modekit.experts.corpus.settings import WHERE
+from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, key_of, key_of_id
 from modekit.files.read import open_regular
 from modekit.files.write import appearing, create, remove, temporary_in
-from modekit.text.records import Record, data_of
+from modekit.text.records import TextRecord, data_of
 
 _BUFFER = 2**16
 _NAMELESS = "\U0010ffff"  # sorts behind every id
@@ -35,7 +34,7 @@ class _Line:
     length: int
 
 
-def write_domain(counted: Counted, reader: Reader, files: Mapping[Path, Sequence[Key]]) -> list[str]:
+def write_domain(counted: CountedDomain, reader: DomainReader, files: Mapping[Path, Sequence[Key]]) -> list[str]:
     """Write the units of every file; returns the sha256 of each.
 
     Raises TextError when the text has changed since it was counted, OSError.
@@ -52,7 +51,7 @@ def write_domain(counted: Counted, reader: Reader, files: Mapping[Path, Sequence
         remove(spool)
 
 
-def _spooled(counted: Counted, reader: Reader, wanted: set[Key], stream: io.BufferedIOBase) -> dict[Key, _Line]:
+def _spooled(counted: CountedDomain, reader: DomainReader, wanted: set[Key], stream: io.BufferedIOBase) -> dict[Key, _Line]:
     """Documents that are wanted, each once; of a duplicate that has several ids, the first by the alphabet."""
     lines: dict[Key, _Line] = {}
     position = 0
@@ -72,12 +71,12 @@ def _spooled(counted: Counted, reader: Reader, wanted: set[Key], stream: io.Buff
     return lines
 
 
-def _line(record: Record, document: Key) -> bytes:
+def _line(record: TextRecord, document: Key) -> bytes:
     """A record as `text/records.py` reads it; without an id of its own it is called by its hash."""
     return (json.dumps({"id": record.id or document.hex(), **data_of(record.document)}, ensure_ascii=False) + "\n").encode()
 
 
-def _by_unit(counted: Counted, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:
+def _by_unit(counted: CountedDomain, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:
     """Unit -> its documents as they came. Raises TextError when not all are there."""
     found: dict[Key, list[_Line]] = {}
     for document, line in lines.items():
