@@ -179,7 +179,7 @@ def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
     export_adapter(checkpoint, "law", tmp_path / "exported")
     weights = tmp_path / "exported" / "adapter_model.safetensors"
     before = weights.read_bytes()
-    assert export_adapter(checkpoint, "law", tmp_path / "exported")["expert"] == "law"  # it is there: nothing is made
+    assert export_adapter(checkpoint, "law", tmp_path / "exported").expert == "law"  # it is there: nothing is made
     other_weights(tmp_path / "law")
     checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT", overwrite=True)
     with pytest.raises(modekit.ModekitError, match="exists"):

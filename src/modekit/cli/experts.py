@@ -124,7 +124,6 @@ def extract(
     options: ExtractOptions,
 ) -> None:
     """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
-    from modekit.experts.carried import notes_of
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
@@ -152,12 +151,10 @@ def extract(
             run=Run(options.trust_remote_code, progress, options.fsync),
         )
     if options.as_json:
-        sys.stdout.write(json.dumps({**record, "notes": notes_of(record)}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({**record.model_dump(mode="json"), "notes": record.notes()}, indent=2) + "\n")
         return
     print_extract(record)
-    print_notes(notes_of(record))
-    totals = record["totals"]
-    said = (
-        f"{totals['modules']} modules, {bytes_of(totals['bytes'])}, {totals['carried']:.0%} of the model's squared difference"
-    )
+    print_notes(record.notes())
+    totals = record.totals
+    said = f"{totals.modules} modules, {bytes_of(totals.bytes)}, {totals.carried:.0%} of the model's squared difference"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))
