@@ -22,7 +22,7 @@ from modekit.errors import MismatchError, SourceError, TextError, TrainingError,
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Drawn, Generic, Labelled, Reading, drawn_anew, generic_share, read_material
+from modekit.experts.labelled import Generic, Labelled, Reading, RedrawnLabels, drawn_anew, generic_share, read_material
 from modekit.experts.specialize import specialize
 from modekit.experts.tag_rows import add_rows
 from modekit.loaded.load import load_model
@@ -390,7 +390,7 @@ def test_labels_are_drawn_as_often_as_asked_and_every_time_anew(to: Any) -> None
     add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
     documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
     sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    drawn = Drawn(sequences, tokenizer, Labelled({}, 0.25, to), 3)
+    drawn = RedrawnLabels(sequences, tokenizer, Labelled({}, 0.25, to), 3)
     own = [number % 2 for number in range(500)] * 100
     labels = [label for number in range(100) for label in drawn.labels(number)]
     assert len(drawn) == 500 and len(labels) == 50_000

@@ -1,4 +1,4 @@
-"""Commands that make experts."""
+"""Commands that make experts, and list those of a mixture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from modekit.cli.labels import LabelOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.figures import bytes_of
+from modekit.cli.printing.members import print_experts
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -158,3 +159,19 @@ def extract(
     totals = record.totals
     said = f"{totals.modules} modules, {bytes_of(totals.bytes)}, {totals.carried:.0%} of the model's squared difference"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))
+
+
+@app.command()
+def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
+    """List the experts of a mixture: since when, worth what, under which licence."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.members.listing import members_of
+
+    opened = open_checkpoint(resolved(checkpoint))
+    members, history = members_of(opened), opened.record.history
+    if as_json:
+        changes = [change.model_dump(mode="json", exclude_none=True) for change in history]
+        data = {"experts": [member.model_dump(mode="json") for member in members], "history": changes}
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    else:
+        print_experts(members, history)

@@ -153,7 +153,7 @@ def generic_share(
         tokens += following.size
 
 
-class Drawn(Passes):
+class RedrawnLabels(Passes):
     """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
 
     def __init__(
@@ -204,4 +204,4 @@ def drawn_anew(sequences: Sequence[TokenSequence], asked: Labelled, reading: Rea
             found=f"{asked.randomise_to}, and one label",
             remedy="write generic",
         )
-    return Drawn(sequences, reading.tokenizer, asked, reading.training.seed)
+    return RedrawnLabels(sequences, reading.tokenizer, asked, reading.training.seed)

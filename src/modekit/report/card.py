@@ -28,7 +28,7 @@ from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read
 from modekit.files.change import change_together
 from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
-from modekit.members.taught import teachers_of
+from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.result_files import find_translations

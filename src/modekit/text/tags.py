@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
 from modekit.files.typed import shortened
-from modekit.text.document import Conversation, Document, Pair
+from modekit.text.document import Conversation, Document, Pair, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,46 +67,30 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
             expected="text, or pairs",
             remedy="leave --tags away, or give the conversations as text",
         )
-    source = _with_own_tag(tokenizer, found)
-    if source is not None:
-        raise TextError(
-            "a text begins with a tag already",
-            where=where,
-            found=shortened(source),
-            expected="text without its tag",
-            remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
-        )
+    remedy = f"take the tags out of the text: {tag_of(label)} is put before it"
+    _check_untagged(tokenizer, found, "a text begins with a tag already", where=where, remedy=remedy)
     return [tagged(document, label) for document in found]
 
 
 def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, where: str) -> list[Document]:
     """Documents of no domain as they are. Raises TextError for text that begins with a tag: it is read without one."""
-    found = list(documents)
-    source = _with_own_tag(tokenizer, found)
-    if source is not None:
-        raise TextError(
-            "text of no domain begins with a tag",
-            where=where,
-            found=shortened(source),
-            expected="text without a tag",
-            remedy="take the tags out of the text, or give it as text of its domain",
-        )
+    found, remedy = list(documents), "take the tags out of the text, or give it as text of its domain"
+    _check_untagged(tokenizer, found, "text of no domain begins with a tag", where=where, remedy=remedy)
     return found
 
 
-def _with_own_tag(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> str | None:
-    """The first text, or source, that begins with a tag, be it behind special tokens that a text was written out with."""
+def _check_untagged(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], what: str, *, where: str, remedy: str
+) -> None:
+    """Raise TextError for a text, or source, that begins with a tag, also behind special tokens of the tokenizer."""
     opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
     for document in documents:
-        if isinstance(document, Conversation):
-            continue
-        source = document.source if isinstance(document, Pair) else document
+        source = document.source if isinstance(document, Pair) else text_of(document)
         rest = source
         for token in opening:
             rest = rest.removeprefix(token).lstrip()
-        if leading_tag(tokenizer, rest) is not None:
-            return source
-    return None
+        if not isinstance(document, Conversation) and leading_tag(tokenizer, rest) is not None:
+            raise TextError(what, where=where, found=shortened(source), expected="text without its tag", remedy=remedy)
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def write_domain(counted: CountedDomain, reader: DomainReader, files: Mapping[Pa
         with io.BufferedWriter(create(spool), _BUFFER) as stream:
             lines = _spooled(counted, reader, wanted, stream)
         documents = _by_unit(counted, wanted, lines)
-        with open_regular(spool) as stored:
+        with io.BufferedReader(open_regular(spool)) as stored:
             return [_written(path, units, documents, stored) for path, units in files.items()]
     finally:
         remove(spool)
@@ -92,27 +91,12 @@ def _by_unit(counted: CountedDomain, wanted: set[Key], lines: Mapping[Key, _Line
     return found
 
 
-def _written(path: Path, units: Sequence[Key], documents: Mapping[Key, Sequence[_Line]], stored: io.FileIO) -> str:
+def _written(path: Path, units: Sequence[Key], documents: Mapping[Key, Sequence[_Line]], stored: io.BufferedIOBase) -> str:
     digest = hashlib.sha256()
-    with _appearing(path) as stream:
-        for unit in units:
-            for line in documents[unit]:
-                stored.seek(line.start)
-                content = _exactly(stored, line.length)
-                digest.update(content)
-                stream.write(content)
-    return digest.hexdigest()
-
-
-def _exactly(stored: io.FileIO, length: int) -> bytes:
-    parts = []
-    while length and (part := stored.read(length)):
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
     with appearing(path, sync=False) as temporary, io.BufferedWriter(create(temporary), _BUFFER) as stream:
-        yield stream
+        for line in (line for unit in units for line in documents[unit]):
+            stored.seek(line.start)
+            content = stored.read(line.length)
+            digest.update(content)
+            stream.write(content)
+    return digest.hexdigest()
