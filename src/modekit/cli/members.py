@@ -111,7 +111,7 @@ def add(
 @app.command()
 @grouped
 def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, admission: AdmissionOptions, write: WriteOptions) -> None:
-    """Put another model in the place of an expert."""
+    """Replace the model of an expert."""
     from modekit.members.edits import replace_expert
 
     _change(checkpoint, f"replace {name} {model}", lambda opened: replace_expert(opened, name, model.new()), write, admission)
@@ -120,7 +120,7 @@ def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, admission: A
 @app.command()
 @grouped
 def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
-    """Take an expert out: what is left is what a build without it gives."""
+    """Remove an expert; the result is what a build without it gives."""
     from modekit.members.edits import remove_expert
 
     _change(checkpoint, f"remove {name}", lambda opened: remove_expert(opened, name), write)
@@ -134,7 +134,7 @@ def rename(
     new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
     write: WriteOptions,
 ) -> None:
-    """Give an expert and its domain another name."""
+    """Rename an expert and its domain."""
     from modekit.members.edits import rename_expert
 
     _change(checkpoint, f"rename {name} {new_name}", lambda opened: rename_expert(opened, name, new_name), write)
@@ -147,7 +147,7 @@ def _change(
     write: WriteOptions,
     admission: AdmissionOptions | None = None,
 ) -> None:
-    """Plan the change, look at who comes, write it and say what it cost. `asked`: what of the command makes it another."""
+    """Plan the change, measure the new expert, write the mixture and say what it cost. `asked`: what of the command makes it another."""
     from modekit.building.build import build
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.files.output import check_not_made_by

@@ -30,13 +30,13 @@ def print_admission(admission: Admission) -> None:
         out.print(table)
     if admission.nearest is not None:
         name, cosine, distance = admission.nearest
-        near = f"of those who are there {name} is nearest: cosine {cosine:.2f}, distance {three_digits(distance)}"
+        near = f"the nearest expert is {name}: cosine {cosine:.2f}, distance {three_digits(distance)}"
         out.print(f"{admission.expert} moved {three_digits(admission.drift)} of the base's size; {near}.")
     print_findings(admission.findings)
 
 
 def print_experts(experts: Sequence[ListedExpert], history: Sequence[Change]) -> None:
-    """Draw who is in, and who came and went."""
+    """Draw the experts of a mixture and the history of its changes."""
     table = Table("expert", ["is", "of its own", "since", "gain", "gap closed", "licence", "from"])
     for expert in experts:
         figures = ["-" if value is None else f"{value:.3f}" for value in (expert.gain, expert.gap_closed)]
