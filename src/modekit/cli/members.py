@@ -147,7 +147,7 @@ def _change(
     write: WriteOptions,
     admission: AdmissionOptions | None = None,
 ) -> None:
-    """Plan the change, measure the new expert, write the mixture and say what it cost. `asked`: what of the command makes it another."""
+    """Plan the change, measure the new expert, write the mixture. `asked`: what of the command makes it another."""
     from modekit.building.build import build
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.files.output import check_not_made_by

@@ -21,7 +21,7 @@ from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, chat_template_of
-from modekit.text.document import Document, Pair
+from modekit.text.document import Document, reads_of
 from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
@@ -77,7 +77,7 @@ def read_chats(
 
     None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
     """
-    if any(isinstance(document, Pair) for document in documents):
+    if "pairs" in map(reads_of, documents):
         return []
     template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
     if template is None:

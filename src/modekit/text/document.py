@@ -62,6 +62,11 @@ def text_of(document: Document) -> str:
     return document if isinstance(document, str) else document.text
 
 
+def reads_of(document: Document) -> Reads:
+    """Which models read a document: those that read pairs, or the others."""
+    return "pairs" if isinstance(document, Pair) else "text"
+
+
 def message_of(role: str, content: str) -> Message:
     """A message of a conversation."""
     return {"role": role, "content": content}
@@ -84,10 +89,10 @@ def whole_pair(source: str, target: str, *, where: str) -> Pair:
 
 def of_one_kind(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents as they come. Raises TextError where pairs and other text come together: no model reads both."""
-    first: bool | None = None
+    first: Reads | None = None
     for document in documents:
-        first = isinstance(document, Pair) if first is None else first
-        if isinstance(document, Pair) != first:
+        first = first or reads_of(document)
+        if reads_of(document) != first:
             raise both_kinds(found=f"{text_of(document)[:60]!r} among the others")
         yield document
 
@@ -105,7 +110,7 @@ def both_kinds(*, where: str | None = None, found: str | None = None) -> TextErr
 
 def check_kind(documents: Iterable[Document], reads: Reads, *, where: str) -> None:
     """Raise TextError where a model that reads pairs is given plain text, or another one pairs."""
-    odd = next((document for document in documents if isinstance(document, Pair) != (reads == "pairs")), None)
+    odd = next((document for document in documents if reads_of(document) != reads), None)
     if odd is not None:
         raise other_kind(reads, where=where, found=repr(text_of(odd)[:60]))
 

@@ -10,7 +10,8 @@ from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
-from modekit.text.document import Document, Pair, both_kinds, text_of
+from modekit.sources.family import Reads
+from modekit.text.document import Document, both_kinds, reads_of, text_of
 from modekit.text.formats import TEXT_SUFFIXES, aligned_files, read_aligned, read_file, read_hub
 from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
@@ -35,13 +36,13 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Docu
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
     kept = _SmallestHashes(MOST_TEXT)
-    kinds: dict[bool, str] = {}
+    kinds: dict[Reads, str] = {}
     for spec in specs:
         for document in stream_documents([spec], root=root, where=where):
-            kinds.setdefault(isinstance(document, Pair), spec)
+            kinds.setdefault(reads_of(document), spec)
             if len(kinds) > 1:
                 raise both_kinds(
-                    where=where, found=f"pairs in {kinds[True]}, plain text in {kinds[False]}: {text_of(document)[:60]!r}"
+                    where=where, found=f"pairs in {kinds['pairs']}, plain text in {kinds['text']}: {text_of(document)[:60]!r}"
                 )
             kept.add(document)
     documents = kept.documents()

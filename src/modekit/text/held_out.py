@@ -37,7 +37,7 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.sources.family import Reads
-from modekit.text.document import Document, Pair, check_kind
+from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import check_present, found_in, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
@@ -112,7 +112,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     fit, prompts = text.fit(), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
-    if prompts and (reads == "pairs" or any(isinstance(document, Pair) for document in fit)):
+    if prompts and "pairs" in (reads, *map(reads_of, fit)):
         raise TextError(
             "prompts are plain text, and cannot stand beside pairs",
             where=f"experts[{place}] '{expert.name}': prompts",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
-from modekit.text.document import Conversation, Document, Pair, both_kinds, of_one_kind
+from modekit.text.document import Conversation, Document, Pair, both_kinds, of_one_kind, reads_of
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def none_fits(
     documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None, most: int | None = None
 ) -> TextError:
     """The error of documents that `encode` has made no sequence of, be it of at most `most` tokens altogether."""
-    if not any(isinstance(document, Pair) for document in documents):
+    if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
     few = most is not None and most < 2 * sequence_length  # a first pair that is larger is the end, however short its sides
     longer = "read more tokens" if few else "ask for a longer sequence_length, up to the model's positions"

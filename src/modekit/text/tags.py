@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
 from modekit.files.typed import shortened
-from modekit.text.document import Conversation, Document, Pair, text_of
+from modekit.text.document import Conversation, Document, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
     begins with a tag already: two could say different things.
     """
     found = list(documents)
-    if any(isinstance(document, Conversation) for document in found):
+    if any(_source_of(document) is None for document in found):
         raise TextError(
             "a conversation has no place for a tag: its template decides what stands first",
             where=where,
@@ -85,12 +85,22 @@ def _check_untagged(
     """Raise TextError for a text, or source, that begins with a tag, also behind special tokens of the tokenizer."""
     opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
     for document in documents:
-        source = document.source if isinstance(document, Pair) else text_of(document)
-        rest = source
+        rest = source = _source_of(document) or ""
         for token in opening:
             rest = rest.removeprefix(token).lstrip()
-        if not isinstance(document, Conversation) and leading_tag(tokenizer, rest) is not None:
+        if leading_tag(tokenizer, rest) is not None:
             raise TextError(what, where=where, found=shortened(source), expected="text without its tag", remedy=remedy)
+
+
+def _source_of(document: Document) -> str | None:
+    """What a tag stands before; None of a conversation, which has no place for one."""
+    match document:
+        case str():
+            return document
+        case Pair(source):
+            return source
+        case Conversation():
+            return None
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:
