@@ -171,6 +171,17 @@ def test_a_changed_config_shows_in_what_was_folded(whole_bench: Workshop) -> Non
     assert "dora" not in exported(open_checkpoint(out))
 
 
+def test_where_the_config_was_not_recorded_the_parts_are_cut_out(bench: Workshop) -> None:
+    """As older versions wrote modekit.json: nothing tells whether adapter_config.json is what it was."""
+    out = bench.build()
+    record = json.loads((out / "modekit.json").read_text())
+    for source in record["sources"]:
+        source["config"] = ""
+    (out / "modekit.json").write_text(json.dumps(record))
+    written = export_adapter(open_checkpoint(out), "plain", bench.root / "exported")
+    assert not written.as_it_came and "did not record" in written.notes[0]
+
+
 def test_exporting_all_says_what_it_skips_and_why(whole_bench: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     whole_bench.recipe["experts"] += [{"name": "general", "model": "base"}, {"name": "law", "model": "./law"}]
     out = whole_bench.build(mixture={"method": "linear", "modules": ["mlp", "q", "k", "v", "o"]})
