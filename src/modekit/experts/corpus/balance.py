@@ -28,7 +28,7 @@ from modekit.experts.corpus.balanced import (
     DomainShare,
     Split,
 )
-from modekit.experts.corpus.choose import Kept, choose_apart, choose_common, diff_percent, is_held_out
+from modekit.experts.corpus.choose import KeptUnits, choose_apart, choose_common, diff_percent, is_held_out
 from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, checked_texts, token_counter
 from modekit.experts.corpus.write import write_domain
 from modekit.files.output import Replace, refuse_existing
@@ -103,12 +103,12 @@ def _check_settings(settings: BalanceSettings) -> None:
             raise ModekitError("the setting is out of range", where=where, found=found, expected=expected, remedy="correct it")
 
 
-def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict[Split, Kept]:
+def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict[Split, KeptUnits]:
     """What is kept of every split. Raises TextError where that is nothing of some domain."""
     units = [each.units() for each in counted]
     if settings.common:
         _check_common(counted, units)
-    kept: dict[Split, Kept] = {}
+    kept: dict[Split, KeptUnits] = {}
     for split in SPLITS if settings.validation else SPLITS[:1]:
         own = [_of_split(each, split, settings) for each in units]
         for domain, each in zip(counted, own, strict=True):
@@ -172,7 +172,7 @@ def _nothing_left(
 def _balanced_domain(
     place: int,
     counted: Sequence[CountedDomain],
-    kept: Mapping[Split, Kept],
+    kept: Mapping[Split, KeptUnits],
     digests: Mapping[Split, str],
     settings: BalanceSettings,
     root: Path,

@@ -15,7 +15,7 @@ import numpy as np
 
 from modekit.experts.corpus.count import Key
 
-Kept = Sequence[Sequence[Key]]
+KeptUnits = Sequence[Sequence[Key]]
 """Per domain the units that are kept, in order."""
 _ROUNDS = 1_000  # in which a cap is lowered
 _BATCH = 0.005  # of the tuples left is taken out before the totals are looked at again
@@ -39,7 +39,7 @@ def is_held_out(unit: Key, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(b"validation" + unit).digest()[:8], "big") < share * 2**64
 
 
-def choose_apart(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> Kept | None:
+def choose_apart(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> KeptUnits | None:
     """Of every domain's units (with their tokens) those to keep, at most `most` tokens of each; None where none are found.
 
     The smallest domain's total is the cap. Where it leaves a domain too far below, it is lowered to what that one reached and
@@ -69,7 +69,7 @@ def _filled(order: Sequence[Key], tokens: Mapping[Key, int], cap: int) -> list[K
     return kept
 
 
-def choose_common(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> Kept | None:
+def choose_common(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> KeptUnits | None:
     """Units that every domain has, at most `most` tokens of each domain; None where none are left.
 
     Tuples of tokens (of U units in D domains) are taken out until the totals are near enough. A tuple's share in what is wrong
