@@ -41,7 +41,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Score
 from modekit.files.tensors import safetensors_header
 from modekit.members.change import write_change
-from modekit.members.wanted import removing
+from modekit.members.edits import remove_expert
 from modekit.text.documents import read_documents
 
 VOCABULARY = 3_072
@@ -183,7 +183,7 @@ def worth(demo: Path, tokens: int) -> None:
             changes = []
             for expert in whole.names:
                 out = folder / f"{path.parent.name}-{expert}"
-                found = losses_of(write_change(whole, removing(whole, expert), out), tokens)
+                found = losses_of(write_change(whole, remove_expert(whole, expert), out), tokens)
                 changes += [every[name] / score.loss - 1 for name, score in found.items() if name in whole.names]
             print(
                 f"{path.parent.name}: loss on the others' domains changes by {min(changes):+.4f} to {max(changes):+.4f}",

@@ -27,7 +27,7 @@ from modekit.demo.models import ARCHITECTURE, new_model, train
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
-from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
@@ -41,6 +41,7 @@ from modekit.loaded.text_training import Training, training_sequences
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run
+from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 from modekit.training.settings import train_settings
@@ -90,7 +91,9 @@ class Languages:
             name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
             for name, path in self.texts.items()
         }
-        tokenizer = byte_level_bpe((document for documents in fit.values() for document in documents), TEACHER["vocab_size"])
+        tokenizer = byte_level_bpe(
+            (text_of(document) for documents in fit.values() for document in documents), TEACHER["vocab_size"]
+        )
         if not is_there(teacher):
             model = new_model(TEACHER, self.seed)
             of_each = [training_sequences(tokenizer, documents, _TRAINING) for documents in fit.values()]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from translation_models import labelled, match_width, tagged
 from translation_sparse import BALANCE, trained, untrained
 from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dense, of_loaded, of_mixture

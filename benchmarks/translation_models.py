@@ -23,7 +23,7 @@ from modekit.loaded.load import load_model, without_bars
 from modekit.loaded.text_training import Training, train_on_text
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

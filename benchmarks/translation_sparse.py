@@ -23,7 +23,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training, train_on_text
 from modekit.loaded.trace import RouterTrace
 from modekit.sources.names import in_decoder
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from modekit.training.losses import load_balance
 from translation_models import LAYERS, Maker, new_model

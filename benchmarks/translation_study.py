@@ -20,7 +20,7 @@ from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from routers import mean_losses
 from translation_models import (

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.demo.text import unpack_text
+from modekit.text.document import Pair
 from modekit.text.documents import read_documents
-from modekit.text.pairs import Pair
 from modekit.text.splits import HeldOutSplit, Split, documents_of_split
 
 GENERIC = "generic"

@@ -15,7 +15,7 @@ from modekit.building.build import build
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.records import data_of
 
 _BART: dict[str, Any] = {

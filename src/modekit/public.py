@@ -101,11 +101,11 @@ def add(
     raises, and RecipeError or CheckpointError where the mixture cannot take it; then nothing has changed.
     """
     from modekit.members.change import write_change
-    from modekit.members.wanted import NewExpert, adding
+    from modekit.members.edits import NewExpert, add_expert
 
     opened = _opened(checkpoint)
     said = {key: value for key, value in expert.items() if key != "name"}
-    wanted = adding(opened, str(expert.get("name", "")), NewExpert(said, Path.cwd(), weight))
+    wanted = add_expert(opened, str(expert.get("name", "")), NewExpert(said, Path.cwd(), weight))
     return write_change(opened, wanted, opened.folder if out is None else _real(out), run=run)
 
 
@@ -115,10 +115,10 @@ def remove(checkpoint: Folder, name: str, *, out: str | Path | None = None, run:
     Raises RecipeError where the mixture cannot do without it; then nothing has changed.
     """
     from modekit.members.change import write_change
-    from modekit.members.wanted import removing
+    from modekit.members.edits import remove_expert
 
     opened = _opened(checkpoint)
-    return write_change(opened, removing(opened, name), opened.folder if out is None else _real(out), run=run)
+    return write_change(opened, remove_expert(opened, name), opened.folder if out is None else _real(out), run=run)
 
 
 def train(

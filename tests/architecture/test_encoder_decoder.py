@@ -48,7 +48,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.run import Run
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode, make_batches
 from pair_models import inputs, logits_of, pair_model, pair_tokenizer, written
 from refusal import run_python

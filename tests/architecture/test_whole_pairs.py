@@ -35,7 +35,7 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.experts import average_of
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, adding, removing
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -432,10 +432,10 @@ def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
     last = whole.recipe["experts"][2]
     checkpoint = open_checkpoint(two)
     new = NewExpert({"model": last["model"], "text": [last["text"]]}, tmp_path)
-    write_change(checkpoint, adding(checkpoint, last["name"], new), tmp_path / "THREE")
+    write_change(checkpoint, add_expert(checkpoint, last["name"], new), tmp_path / "THREE")
     assert contents(tmp_path / "THREE") == contents(every)
     checkpoint = open_checkpoint(tmp_path / "THREE")
-    write_change(checkpoint, removing(checkpoint, last["name"]), tmp_path / "AGAIN")
+    write_change(checkpoint, remove_expert(checkpoint, last["name"]), tmp_path / "AGAIN")
     assert contents(tmp_path / "AGAIN") == contents(two)
     assert is_proven(verify(open_checkpoint(tmp_path / "AGAIN")))
 
@@ -454,7 +454,7 @@ def test_mixtures_that_lack_the_sentencepiece_files(pair_workshop: Workshop, tmp
     assert is_proven(checks)
     (said,) = [check.detail for check in checks if check.name == "tokenizer files"]
     assert "without spiece.model" in said
-    write_change(checkpoint, removing(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
+    write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
     assert (tmp_path / "CHANGED" / "spiece.model").read_bytes() == b"pieces"
     (tmp_path / "CHANGED" / "spiece.model").write_bytes(b"others")
     assert not is_proven(verify(open_checkpoint(tmp_path / "CHANGED"), reload=False))
@@ -469,10 +469,10 @@ def test_a_change_of_a_mixture_that_routes_as_an_older_version_wrote_it(pair_wor
     (out / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(out)
     with pytest.raises(CheckpointError, match=r"routes in another way than the recipe[\s\S]*modekit fit OUT"):
-        write_change(checkpoint, removing(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
+        write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
     refit(checkpoint, {})
     checkpoint = open_checkpoint(out)
-    write_change(checkpoint, removing(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
+    write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
 
 
 def contents(out: Path) -> dict[str, bytes]:

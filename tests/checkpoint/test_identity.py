@@ -23,7 +23,7 @@ from modekit.evaluation.tasks.results import TaskResults, kept_results, save_res
 from modekit.experts.export import export_adapter
 from modekit.files.write import json_bytes
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, renaming, replacing
+from modekit.members.edits import NewExpert, rename_expert, replace_expert
 from modekit.report.result_files import find_inspection, find_results, find_search, find_tasks
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
@@ -46,7 +46,7 @@ def bench(small_workshop: Workshop, tmp_path: Path) -> Workshop:
 def replaced(bench: Workshop, out: Path) -> None:
     before = open_checkpoint(out)
     new = NewExpert({"model": "./law", "text": bench.recipe["experts"][1]["text"]}, bench.root)
-    write_change(before, replacing(before, "law", new), out)
+    write_change(before, replace_expert(before, "law", new), out)
 
 
 def built_again(bench: Workshop, out: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_name_changes_no_row(bench: Workshop) -> None:
     """Scores of `eval` say what experts compute, not what they are called; all that lists names is of another mixture."""
     before = open_checkpoint(bench.build(output={"format": "modekit"}, mixture={"router": {"fit": "random"}}))
     evaluate(before, tokens_per_domain=100, sequence_length=32)
-    after = write_change(before, renaming(before, "law", "court"), before.folder)
+    after = write_change(before, rename_expert(before, "law", "court"), before.folder)
     assert belongs_to(read_results(after), after) and after.identity != before.identity
 
 
@@ -179,7 +179,7 @@ def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
     export_adapter(checkpoint, "law", tmp_path / "exported")
     weights = tmp_path / "exported" / "adapter_model.safetensors"
     before = weights.read_bytes()
-    assert export_adapter(checkpoint, "law", tmp_path / "exported")["expert"] == "law"  # it is there: nothing is made
+    assert export_adapter(checkpoint, "law", tmp_path / "exported").expert == "law"  # it is there: nothing is made
     other_weights(tmp_path / "law")
     checkpoint = modekit.build(modekit.plan(recipe, root=tmp_path), tmp_path / "OUT", overwrite=True)
     with pytest.raises(modekit.ModekitError, match="exists"):

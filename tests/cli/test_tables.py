@@ -29,9 +29,9 @@ from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
 from modekit.evaluation.translation.scores import TranslationScore
-from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
-from modekit.experts.corpus.fertility import Fertility, Trained
-from modekit.experts.corpus.settings import BalanceSettings
+from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
+from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
+from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
 from modekit.files.figures import three_digits, time_of
 from modekit.search.discover.choice import Tried
 from modekit.search.discover.discovery import Discovery, Group
@@ -150,8 +150,11 @@ def test_verify(shown: Callable[..., str]) -> None:
 
 
 def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
-    row = {"modules": 210, "smallest_rank": 4, "largest_rank": 128, "drift": 0.000712, "weight_error": 0.5, "error": 0.25}
-    record = {"text": {}, "kinds": {"self_attn.q_proj": row}, "totals": row}
+    ranks = {"modules": 210, "smallest_rank": 4, "largest_rank": 128, "parameters": 1, "bytes": 4, "carried": 0.9}
+    row = AdapterTotals(**ranks, drift=0.000712, weight_error=0.5, error=0.25, energy=0.9)
+    settings = RankSettings(rank=None, energy=0.9, max_rank=None, modules=None)
+    about = {"model": "law", "base_model": "base", "settings": settings, "text": {}, "tensors": {}, "unchanged": []}
+    record = Extraction(**about, kinds={"self_attn.q_proj": row}, totals=row, not_carried={})
     check_whole(shown, ["self_attn.q_proj", "4-128", "0.000712", "0.500", "0.250"], mixtures.print_extract, record)
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
@@ -269,13 +272,23 @@ def test_discover(shown: Callable[..., str]) -> None:
 
 
 def test_data(shown: Callable[..., str]) -> None:
-    part = Part(Amount(123_456, 9_876_543), Amount(23_456, 876_543), Amount(99_999, 8_999_999))
-    domains = [BalancedDomain(name, f"./{name}", 17, 3, {"train": part, "validation": part}) for name in NAMES[:4]]
-    found = Balanced(BalanceSettings(common=True), {"name": "./TOKENIZER", "sha256": ""}, domains)
+    amount, kept = Amount(documents=23_456, tokens=876_543), Amount(documents=99_999, tokens=8_999_999)
+    share = DomainShare(found=kept, kept=kept, not_common=amount, over=amount, dropped=0.08875, sha256="")
+    about = {"duplicates": 17, "without_tokens": 3, "train": share, "validation": share}
+    found = Balanced(
+        settings=BalanceSettings(common=True),
+        tokenizer=CountingTokenizer(name="./TOKENIZER", sha256=""),
+        diff_percent={"train": 4.9, "validation": 3.9},
+        domains=[BalancedDomain(name=name, text=f"./{name}", **about) for name in NAMES[:4]],
+        sha256="",
+    )
     cells = [*NAMES[:4], "99,999", "8,999,999", "8.9%", "23,456"]
     check_whole(shown, cells, data.print_balanced, found, Path("OUT"))
-    fertilities = [Fertility(name, 1_234, 5_678_900, 987, 1_234_567, 2_345_678) for name in NAMES[:4]]
-    trained = Trained(31_999, 32_000, NAMES[4], fertilities, 10**6, ["a note " * 20])
+    size = {"documents": 1_234, "bytes": 5_678_900, "words": 987, "tokens": 1_234_567, "per_1000_bytes": 217.4}
+    other = {"per_word": 1_250.8, "against_tokens": 2_345_678, "against_per_1000_bytes": 413.1, "change": -0.474}
+    fertilities = [Fertility(name=name, **size, **other) for name in NAMES[:4]]
+    about = {"vocabulary": 31_999, "asked": 32_000, "against": NAMES[4], "bytes_per_domain": 10**6}
+    trained = TrainedTokenizer(**about, domains=fertilities, notes=["a note " * 20])
     check_whole(shown, [*NAMES[:4], "5,678.9", "217.4", "413.1", "-47.4%"], data.print_tokenizer, trained, Path("OUT"))
 
 

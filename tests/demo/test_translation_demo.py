@@ -25,9 +25,9 @@ from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.translation.scores import TranslationScore
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
+from modekit.text.document import Pair
 from modekit.text.documents import read_documents
 from modekit.text.held_out import RecipeTexts
-from modekit.text.pairs import Pair
 from modekit.text.splits import digest_of
 
 

@@ -21,7 +21,7 @@ from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
 from modekit.engines.registry import GgufSettings
 from modekit.files.marker import marker_of
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, replacing
+from modekit.members.edits import NewExpert, replace_expert
 from modekit.sources import contents
 
 EXACT = GgufSettings("f32")
@@ -68,7 +68,7 @@ def test_new_weights_under_the_same_path_make_it_anew(tmp_path: Path, made: list
     save_byte_model(tmp_path / "law", "llama", 9)
     text = str(tmp_path / "text" / "law.jsonl")
     replaced = write_change(
-        checkpoint, replacing(checkpoint, "law", NewExpert({"model": "./law", "text": text}, tmp_path)), tmp_path / "OUT"
+        checkpoint, replace_expert(checkpoint, "law", NewExpert({"model": "./law", "text": text}, tmp_path)), tmp_path / "OUT"
     )
     assert replaced.record.recipe_digest == checkpoint.record.recipe_digest
     after = gguf_of(open_checkpoint(tmp_path / "OUT"), beside, EXACT).read_bytes()

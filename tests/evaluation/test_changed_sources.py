@@ -24,9 +24,9 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
 from modekit.evaluation.results import Results
+from modekit.members.admission import measure_admission
 from modekit.members.change import before_change, write_change
-from modekit.members.door import look_at
-from modekit.members.wanted import NewExpert, adding
+from modekit.members.edits import NewExpert, add_expert
 from modekit.sources import contents
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -189,7 +189,7 @@ def test_nothing_is_let_in_beside_a_base_that_changed(bench: Workshop) -> None:
     said = recipe["experts"][2]
     new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
     with pytest.raises(ModekitError, match="not the one that the mixture was built with"):
-        write_change(checkpoint, adding(checkpoint, "code", new), bench.root / "ADDED")
+        write_change(checkpoint, add_expert(checkpoint, "code", new), bench.root / "ADDED")
 
 
 def test_who_comes_is_not_compared_with_what_changed(bench: Workshop) -> None:
@@ -198,9 +198,12 @@ def test_who_comes_is_not_compared_with_what_changed(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     said = recipe["experts"][2]
     new = NewExpert({key: said[key] for key in ("model", "text")}, bench.root)
-    assert set(look_at(before_change(checkpoint, adding(checkpoint, "code", new))).likeness) == {"medicine", "law"}
+    assert set(measure_admission(before_change(checkpoint, add_expert(checkpoint, "code", new))).likeness) == {
+        "medicine",
+        "law",
+    }
     change(bench.root / "law")
-    assert set(look_at(before_change(checkpoint, adding(checkpoint, "code", new))).likeness) == {"medicine"}
+    assert set(measure_admission(before_change(checkpoint, add_expert(checkpoint, "code", new))).likeness) == {"medicine"}
 
 
 def test_what_stays_is_not_made_of_other_settings(tmp_path: Path) -> None:

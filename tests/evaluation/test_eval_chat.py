@@ -18,7 +18,8 @@ from modekit.evaluation.chat import CHANGE, GREETINGS, SMALL_TALK, ChatResults, 
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.text.chat import ChatTemplate, Conversation
+from modekit.text.chat import ChatTemplate
+from modekit.text.document import Conversation
 from modekit.text.small_talk import SMALL_TALK as FITTED
 
 

@@ -37,7 +37,7 @@ from modekit.loaded.text_training import Training
 from modekit.recipes.read import parse_recipe
 from modekit.report.content import make_content
 from modekit.report.page import make_page
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from modekit.text.tags import labels_of, tagged
 

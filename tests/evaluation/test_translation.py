@@ -27,7 +27,7 @@ from modekit.evaluation.translation.scores import Scorer, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.report.content import make_content
 from modekit.report.page import FORMATS, make_page
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from pair_models import pair_model, pair_tokenizer, pairs
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from adapter_folders import train_adapter
 from conftest import Workshop, logits_of, make_workshop
-from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import OutputError, UnsupportedError
-from modekit.experts.export import adapter_experts, export_adapter
+from modekit.experts.export import export_adapter, plan_exports
 from refusal import refuse
 
 peft = pytest.importorskip("peft")
@@ -38,6 +38,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "some layers": {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
     "bias of its own": {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ["q_proj", "k_proj"]},
 }
+
+
+def exported(checkpoint: Checkpoint) -> list[str]:
+    """Experts that can be exported."""
+    return [plan.name for plan in plan_exports(checkpoint) if plan.reason is None]
 
 
 @pytest.fixture
@@ -89,10 +94,10 @@ def rescaled(folder: Path) -> None:
 def test_what_goes_in_comes_out_file_by_file(bench: Workshop, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(bench.build())
     names = [name.replace(" ", "-") for name in SETTINGS]
-    assert adapter_experts(checkpoint) == names
+    assert exported(checkpoint) == names
     for name in names:
         out = bench.root / "exported" / name
-        assert export_adapter(checkpoint, name, out)["as_it_came"]
+        assert export_adapter(checkpoint, name, out).as_it_came
         for file in FILES:
             assert (out / file).read_bytes() == (bench.root / name / file).read_bytes()
         expected, found = (with_peft(bench.root / "base", folder, ids) for folder in (bench.root / name, out))
@@ -104,11 +109,11 @@ def test_adapters_that_are_kept_as_whole_modules_go_out_as_they_came(whole_bench
     for text in ("trained-on.txt", "README.md"):
         (root / "dora" / text).write_text("of this adapter\n")
     checkpoint = open_checkpoint(whole_bench.build())
-    assert adapter_experts(checkpoint) == ["rslora", *WHOLE]
+    assert exported(checkpoint) == ["rslora", *WHOLE]
     for name in WHOLE:
         out = root / "exported" / name
         record = export_adapter(checkpoint, name, out)
-        assert record["as_it_came"] and record["kind"] == {"dora": "DoRA", "ia3": "IA3"}.get(name, "LoRA")
+        assert record.as_it_came and record.kind == {"dora": "DoRA", "ia3": "IA3"}.get(name, "LoRA")
         for file in FILES:
             assert (out / file).read_bytes() == (root / name / file).read_bytes()
         expected, found = (with_peft(root / "base", folder, ids) for folder in (root / name, out))
@@ -130,7 +135,7 @@ def test_without_its_folder_the_low_rank_parts_are_cut_out_of_the_mixture(bench:
         shutil.move(bench.root / name, bench.root / f"{name}-moved")
         out = bench.root / "exported" / name
         record = export_adapter(checkpoint, name, out)
-        assert not record["as_it_came"] and "is gone" in record["notes"][0]
+        assert not record.as_it_came and "is gone" in record.notes[0]
         after = load_file(out / "adapter_model.safetensors")
         assert set(before) == set(after)
         for key, tensor in before.items():
@@ -146,7 +151,7 @@ def test_what_was_folded_cannot_be_given_back_without_its_folder(whole_bench: Wo
     rescaled(root / "biases")
     rescaled(root / "head")
     checkpoint = open_checkpoint(out)
-    assert adapter_experts(checkpoint) == ["rslora"]
+    assert exported(checkpoint) == ["rslora"]
     for name, reason in (
         ("dora", "its own folder is gone"),
         ("ia3", "adapter_model.safetensors in its own folder has changed"),
@@ -161,9 +166,20 @@ def test_what_was_folded_cannot_be_given_back_without_its_folder(whole_bench: Wo
 def test_a_changed_config_shows_in_what_was_folded(whole_bench: Workshop) -> None:
     """lora_alpha alone tells the difference: the weights' file, and every shape, are as recorded."""
     out = whole_bench.build(output={"dtype": "bfloat16"})
-    assert "dora" in adapter_experts(open_checkpoint(out))
+    assert "dora" in exported(open_checkpoint(out))
     rescaled(whole_bench.root / "dora")
-    assert "dora" not in adapter_experts(open_checkpoint(out))
+    assert "dora" not in exported(open_checkpoint(out))
+
+
+def test_where_the_config_was_not_recorded_the_parts_are_cut_out(bench: Workshop) -> None:
+    """As older versions wrote modekit.json: nothing tells whether adapter_config.json is what it was."""
+    out = bench.build()
+    record = json.loads((out / "modekit.json").read_text())
+    for source in record["sources"]:
+        source["config"] = ""
+    (out / "modekit.json").write_text(json.dumps(record))
+    written = export_adapter(open_checkpoint(out), "plain", bench.root / "exported")
+    assert not written.as_it_came and "did not record" in written.notes[0]
 
 
 def test_exporting_all_says_what_it_skips_and_why(whole_bench: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +210,7 @@ def test_a_part_of_an_adapter_keeps_the_keys_of_its_config(bench: Workshop, ids:
     out = bench.root / "exported"
     record = export_adapter(checkpoint, "rslora", out)
     config = json.loads((out / "adapter_config.json").read_text())
-    assert not record["as_it_came"] and record["kind"] == "rsLoRA"
+    assert not record.as_it_came and record.kind == "rsLoRA"
     assert (config["use_rslora"], config["r"], config["lora_alpha"], config["lora_dropout"]) == (True, 3, 5, 0.25)
     part = bench.build("PART", experts=[{"name": "part", "adapter": "./exported"}, {"name": "general", "model": "base"}])
     model = AutoModelForCausalLM.from_pretrained(part)
@@ -256,6 +272,6 @@ def test_an_existing_folder_is_kept(bench: Workshop) -> None:
 def test_the_base_is_found_from_anywhere_and_losses_are_noted(bench: Workshop) -> None:
     out = bench.build(mixture={"layers": ["0-1"], "router": {"fit": "random"}}, output={"dtype": "bfloat16"})
     record = export_adapter(open_checkpoint(out), "plain", bench.root / "exported")
-    assert record["modules"] == 4 and len(record["notes"]) == 2
+    assert record.modules == 4 and len(record.notes) == 2
     config = json.loads((bench.root / "exported" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(bench.root / "base")

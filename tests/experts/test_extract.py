@@ -279,16 +279,16 @@ def with_adapter(root: Path) -> Any:
 def test_a_low_rank_fine_tune_is_recovered_and_loads_in_peft(root: Path, ids: torch.Tensor) -> None:
     tuned = tune(root, low_rank())
     record = run(root)
-    assert all(entry["error"] < 1e-5 and entry["rank"] == 3 for entry in record["tensors"].values())
-    assert len(record["tensors"]) == 21 and not record["not_carried"] and not record["unchanged"]
-    assert record["totals"]["carried"] == pytest.approx(1.0)
+    assert all(entry.error < 1e-5 and entry.rank == 3 for entry in record.tensors.values())
+    assert len(record.tensors) == 21 and not record.not_carried and not record.unchanged
+    assert record.totals.carried == pytest.approx(1.0)
     model = with_adapter(root)
     assert (logits_of(model, ids) - logits_of(tuned, ids)).abs().max() < 1e-4
     assert (logits_of(root / "base", ids) - logits_of(tuned, ids)).abs().max() > 0.1
     merged = dict(model.merge_and_unload().named_parameters())
     for name, weight in load_file(tuned / "model.safetensors").items():
         assert torch.allclose(merged[name], weight, atol=1e-5), name
-    assert json.loads((root / "OUT" / "extract.json").read_text()) == record
+    assert json.loads((root / "OUT" / "extract.json").read_text()) == record.model_dump(mode="json")
     config = json.loads((root / "OUT" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["bias"]) == (3, 3, {}, "none")
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -300,7 +300,7 @@ def test_full_rank_is_the_model(tmp_path: Path, model_type: str, ids: torch.Tens
     save(tiny_model(model_type), tmp_path / "base")
     tuned = tune(tmp_path, lambda name, weight: noise(name, weight) if is_linear(name) else None)
     record = run(tmp_path, rank=10_000)
-    assert record["totals"]["error"] < 1e-5
+    assert record.totals.error < 1e-5
     assert (logits_of(with_adapter(tmp_path), ids) - logits_of(tuned, ids)).abs().max() < 1e-4
 
 
@@ -309,16 +309,16 @@ def test_ranks_by_energy_differ_and_every_scale_is_one(root: Path, ids: torch.Te
     record = run(root, energy=0.6, max_rank=12)
     weights = load_file(root / "OUT" / "adapter_model.safetensors")
     base, tuned = (load_file(root / name / "model.safetensors") for name in ("base", "tuned"))
-    ranks = {entry["rank"] for entry in record["tensors"].values()}
+    ranks = {entry.rank for entry in record.tensors.values()}
     assert len(ranks) > 1 and max(ranks) <= 12
-    for name, entry in record["tensors"].items():
+    for name, entry in record.tensors.items():
         delta = (tuned[name] - base[name]).numpy()
         smallest = next(rank for rank in range(1, 33) if 1 - best_error(delta, rank) ** 2 >= 0.6)
-        assert entry["rank"] == min(smallest, 12)
-        assert entry["error"] == pytest.approx(best_error(delta, entry["rank"]), rel=1e-4)
-        assert entry["drift"] == pytest.approx(float(np.linalg.norm(delta) / base[name].norm()), rel=1e-5)
+        assert entry.rank == min(smallest, 12)
+        assert entry.error == pytest.approx(best_error(delta, entry.rank), rel=1e-4)
+        assert entry.drift == pytest.approx(float(np.linalg.norm(delta) / base[name].norm()), rel=1e-5)
     merged = dict(with_adapter(root).merge_and_unload().named_parameters())
-    for name in record["tensors"]:
+    for name in record.tensors:
         a, b = (weights[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
         assert torch.allclose(merged[name], base[name] + b @ a, atol=1e-5)
 
@@ -327,12 +327,12 @@ def test_what_an_adapter_cannot_carry_is_named(root: Path) -> None:
     tune(root, noise)
     record = run(root)
     base = load_file(root / "base" / "model.safetensors")
-    assert set(record["not_carried"]) == {name for name in base if not is_linear(name)}
+    assert set(record.not_carried) == {name for name in base if not is_linear(name)}
     tuned = load_file(root / "tuned" / "model.safetensors")
-    for name, drift in record["not_carried"].items():
+    for name, drift in record.not_carried.items():
         assert drift == pytest.approx(float((tuned[name] - base[name]).norm() / base[name].norm()), rel=1e-5)
-    assert record["totals"]["carried"] < 1
-    assert record["kinds"]["mlp.up_proj"]["modules"] == 3
+    assert record.totals.carried < 1
+    assert record.kinds["mlp.up_proj"].modules == 3
 
 
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
@@ -341,19 +341,19 @@ def test_encoder_and_decoder_are_told_apart(tmp_path: Path, model_type: str) -> 
         pair_model(model_type, seed).save_pretrained(tmp_path / name)
         pair_tokenizer().save_pretrained(tmp_path / name)
     record = run(tmp_path)
-    stacks = [kind.partition(".")[0] for kind in record["kinds"]]
+    stacks = [kind.partition(".")[0] for kind in record.kinds]
     assert stacks == sorted(stacks, reverse=True) and set(stacks) == {"encoder", "decoder"}
-    assert all(row["modules"] <= 2 for row in record["kinds"].values())
-    kind = next(iter(record["kinds"]))
+    assert all(row.modules <= 2 for row in record.kinds.values())
+    kind = next(iter(record.kinds))
     chosen = run(tmp_path, modules=[kind], overwrite=True)
-    assert list(chosen["kinds"]) == [kind] and len(chosen["tensors"]) == 2
+    assert list(chosen.kinds) == [kind] and len(chosen.tensors) == 2
 
 
 def test_unchanged_modules_get_no_factors(root: Path, ids: torch.Tensor) -> None:
     change = low_rank()
     tuned = tune(root, lambda name, weight: change(name, weight) if ".layers.1." in name or "down" in name else None)
     record = run(root)
-    assert len(record["tensors"]) == 9 and len(record["unchanged"]) == 12
+    assert len(record.tensors) == 9 and len(record.unchanged) == 12
     model = with_adapter(root)
     adapted = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert len(adapted) == 9
@@ -363,8 +363,8 @@ def test_unchanged_modules_get_no_factors(root: Path, ids: torch.Tensor) -> None
 def test_modules_can_be_chosen(root: Path) -> None:
     tune(root, low_rank())
     record = run(root, modules=["q_proj", "mlp.down_proj", "layers.1.self_attn.o_proj"])
-    assert len(record["tensors"]) == 7
-    assert len(record["not_carried"]) == 14
+    assert len(record.tensors) == 7
+    assert len(record.not_carried) == 14
     adapted = {name for name, _ in with_adapter(root).named_modules() if name.endswith("lora_A")}
     assert len(adapted) == 7
 
@@ -378,13 +378,13 @@ def test_weighting_by_text_lowers_the_error_of_the_outputs(root: Path, monkeypat
     factors["weighted"] = load_file(root / "OUT" / "adapter_model.safetensors")
     documents = documents_of_split(read_documents([str(text)], root=root, where=""), "fit")
     sequences = encode(character_tokenizer(), documents, max_tokens=16_384, sequence_length=512)
-    assert record["text"]["tokens"] == sum(len(sequence.ids) for sequence in sequences)
+    assert record.text["tokens"] == sum(len(sequence.ids) for sequence in sequences)
     inputs = inputs_of(tuned, sequences)
     deltas = {
         name: (load_file(tuned / "model.safetensors")[name] - load_file(root / "base" / "model.safetensors")[name]).double()
-        for name in record["tensors"]
+        for name in record.tensors
     }
-    for name, entry in record["tensors"].items():
+    for name, entry in record.tensors.items():
         module = name.removesuffix(".weight")
         error = {}
         for way, state in factors.items():
@@ -392,8 +392,8 @@ def test_weighting_by_text_lowers_the_error_of_the_outputs(root: Path, monkeypat
             x = inputs[module].double()
             error[way] = float((x @ (deltas[name] - b @ a).T).norm() / (x @ deltas[name].T).norm())
         assert error["weighted"] < error["plain"], name
-        assert entry["error"] == pytest.approx(error["weighted"], rel=0.1)
-        assert entry["weight_error"] > plain["tensors"][name]["weight_error"]
+        assert entry.error == pytest.approx(error["weighted"], rel=0.1)
+        assert entry.weight_error > plain.tensors[name].weight_error
     monkeypatch.setattr(moments, "MOMENT_BYTES", 2 * 4 * 48**2)  # many groups, one forward pass each: the same bytes
     before = tree(root / "OUT")
     run(root, rank=2, texts=["text/law.jsonl"], overwrite=True)
@@ -443,13 +443,13 @@ def test_models_in_bfloat16_and_in_shards(tmp_path: Path) -> None:
     save(model, tmp_path / "tuned", max_shard_size="40KB")
     assert len(list((tmp_path / "tuned").glob("*.safetensors"))) > 1
     record = run(tmp_path, rank=32)
-    assert record["totals"]["error"] < 1e-5
+    assert record.totals.error < 1e-5
 
 
 def test_tied_heads_are_not_compared(tmp_path: Path) -> None:
     save(tiny_model(tie_word_embeddings=True), tmp_path / "base")
     tune(tmp_path, low_rank())
-    assert not run(tmp_path)["not_carried"]
+    assert not run(tmp_path).not_carried
 
 
 def test_the_list_of_documents_trained_on_is_kept(root: Path) -> None:

@@ -28,7 +28,7 @@ from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import TextBatches, Training
 from modekit.run import Run
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.tags import add_tags, all_tagged, labels_of, none_tagged, tag_ids, tag_of, tagged

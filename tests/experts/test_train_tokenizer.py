@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 
 from command_line import modekit
 from modekit.demo.text import GENERAL, LANGUAGES, unpack_text
-from modekit.experts.corpus.byte_level import SMALLEST, byte_level_bpe
-from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
+from modekit.experts.corpus.tokenizer import SMALLEST, Mix, byte_level_bpe, train_tokenizer
 from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split

@@ -21,7 +21,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import SourceError
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, adding, removing, renaming, replacing
+from modekit.members.edits import NewExpert, add_expert, remove_expert, rename_expert, replace_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import tree
@@ -142,10 +142,10 @@ def test_added_is_built_with_it_and_removed_is_built_without(shop: Workshop, tmp
     before, joint = built(shop, kind, first, tmp_path / "before"), built(shop, kind, kind.names, tmp_path / "joint")
     others = [other for other in first if other not in kind.of_all]
     with gone(shop, *others):
-        added = write_change(before, adding(before, last, new(shop, last)), tmp_path / "added")
+        added = write_change(before, add_expert(before, last, new(shop, last)), tmp_path / "added")
     check_same(added.folder, joint.folder)
     with gone(shop, *others, last):
-        removed = write_change(added, removing(added, last), tmp_path / "removed")
+        removed = write_change(added, remove_expert(added, last), tmp_path / "removed")
     check_same(removed.folder, before.folder)
     assert is_proven(verify(open_checkpoint(added.folder))) and is_proven(verify(open_checkpoint(removed.folder)))
 
@@ -155,7 +155,7 @@ def test_the_first_goes_in_place(shop: Workshop, tmp_path: Path, name: str) -> N
     kind = KINDS[name]
     out, wanted = built(shop, kind, kind.names, tmp_path / "OUT"), built(shop, kind, kind.names[1:], tmp_path / "wanted")
     with gone(shop, *(other for other in kind.names if other not in kind.of_all[1:])):
-        write_change(out, removing(out, kind.names[0]), out.folder)
+        write_change(out, remove_expert(out, kind.names[0]), out.folder)
     check_same(out.folder, wanted.folder)
     assert is_proven(verify(open_checkpoint(out.folder), reload=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "wanted"]
@@ -166,7 +166,7 @@ def test_another_model_in_the_place_of_one(shop: Workshop, tmp_path: Path, name:
     kind = KINDS[name]
     first, second, third = kind.names
     out = built(shop, kind, [first, second], tmp_path / "OUT")
-    replaced = write_change(out, replacing(out, first, new(shop, third)), tmp_path / "replaced")
+    replaced = write_change(out, replace_expert(out, first, new(shop, third)), tmp_path / "replaced")
     said = recipe(kind, [first, second])
     said["experts"][0] = {**expert(third), "name": first}
     wanted = build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted")
@@ -184,7 +184,7 @@ def test_another_name(shop: Workshop, tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
     out = built(shop, kind, kind.names, tmp_path / "OUT")
     with gone(shop, *kind.names):
-        renamed = write_change(out, renaming(out, kind.names[1], "other"), tmp_path / "renamed")
+        renamed = write_change(out, rename_expert(out, kind.names[1], "other"), tmp_path / "renamed")
     said = recipe(kind, kind.names)
     said["experts"][1]["name"] = "other"
     check_same(renamed.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
@@ -193,7 +193,7 @@ def test_another_name(shop: Workshop, tmp_path: Path, name: str) -> None:
 def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) -> None:
     before = built(shop, KINDS["native lexical"], WHOLE[:2], tmp_path / "OUT")
     files = {path.name: path.stat().st_ino for path in before.folder.glob("model-*.safetensors")}
-    write_change(before, adding(before, "code", new(shop, "code")), before.folder)
+    write_change(before, add_expert(before, "code", new(shop, "code")), before.folder)
     after = {path.name: path.stat().st_ino for path in before.folder.glob("model-*.safetensors")}
     same = {name for name in files if after[name] == files[name]}
     kept = {"model-backbone-00001.safetensors", "model-expert-00001-00001.safetensors", "model-expert-00002-00001.safetensors"}
@@ -211,7 +211,7 @@ def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
         make_plan(parse_recipe({**said, "experts": [*said["experts"], expert("code")]}), shop.root), tmp_path / "joint"
     )
     assert before.config["hidden_size"] == 32 + 64 and joint.config["hidden_size"] == 32 + 128
-    added = write_change(before, adding(before, "code", new(shop, "code")), tmp_path / "added")
+    added = write_change(before, add_expert(before, "code", new(shop, "code")), tmp_path / "added")
     check_same(added.folder, joint.folder)
 
 
@@ -228,7 +228,7 @@ def test_what_an_adapter_that_is_gone_gave_stays(shop: Workshop, tmp_path: Path,
         (tmp_path / name).rename(tmp_path / f"{name}.gone")
     kept = tree(out.folder)
     try:
-        renamed = write_change(out, renaming(out, "second", "other"), tmp_path / "renamed")
+        renamed = write_change(out, rename_expert(out, "second", "other"), tmp_path / "renamed")
     except SourceError as error:
         assert dora and "is gone, and this change needs it" in str(error)
         assert tree(out.folder) == kept and not (tmp_path / "renamed").exists()
@@ -246,7 +246,7 @@ def test_an_adapter_that_was_changed_since_is_not_believed(shop: Workshop, tmp_p
     out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
     config = json.loads((tmp_path / "fever" / "adapter_config.json").read_text())
     (tmp_path / "fever" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
-    added = write_change(out, adding(out, "yield", new(shop, "yield")), tmp_path / "added")
+    added = write_change(out, add_expert(out, "yield", new(shop, "yield")), tmp_path / "added")
     for module, place in out.shape.mixture.places.items():
         assert added.shape.mixture.places[module].scales[:2] == place.scales
 
@@ -258,7 +258,7 @@ def test_an_expert_whose_folder_has_another_model_now_can_go(shop: Workshop, tmp
     out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
     shutil.rmtree(tmp_path / "law")
     save(tiny_model(seed=9, intermediate_size=64, num_hidden_layers=2), tmp_path / "law")
-    removed = write_change(out, removing(out, "law"), tmp_path / "removed")
+    removed = write_change(out, remove_expert(out, "law"), tmp_path / "removed")
     check_same(removed.folder, built(shop, KINDS["native random"], ("medicine", "code"), tmp_path / "wanted").folder)
 
 
@@ -274,7 +274,7 @@ def test_no_hub_is_asked_for_an_expert_that_stays(shop: Workshop, tmp_path: Path
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("modekit.sources.hub.download", asked)
-    assert write_change(out, removing(out, "medicine"), tmp_path / "removed").names == ["law", "code"]
+    assert write_change(out, remove_expert(out, "medicine"), tmp_path / "removed").names == ["law", "code"]
 
 
 def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_
     kind = Kind({**_routed("ridge", **SHORT), "backbone": {"expert": "law"}}, NATIVE)
     out = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
     code = NewExpert({"model": "./code", "text": ["./text/law.jsonl"]}, shop.root)
-    replaced = write_change(out, replacing(out, "law", code), tmp_path / "replaced")
+    replaced = write_change(out, replace_expert(out, "law", code), tmp_path / "replaced")
     said = recipe(kind, WHOLE[:2])
     said["experts"][1]["model"] = "./code"
     check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
@@ -294,9 +294,9 @@ def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, 
     for each in said["experts"]:
         each["text"] = [str(tmp_path / "text" / f"{each['name']}.jsonl")]
     out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
-    wanted = write_change(out, removing(out, "code"), tmp_path / "wanted")
+    wanted = write_change(out, remove_expert(out, "code"), tmp_path / "wanted")
     (tmp_path / "text" / "law.jsonl").write_text((tmp_path / "text" / "medicine.jsonl").read_text())
-    check_same(write_change(out, removing(out, "code"), tmp_path / "removed").folder, wanted.folder)
+    check_same(write_change(out, remove_expert(out, "code"), tmp_path / "removed").folder, wanted.folder)
 
 
 def test_a_mixture_of_an_earlier_layout_takes_experts_too(shop: Workshop, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_mixture_of_an_earlier_layout_takes_experts_too(shop: Workshop, tmp_pa
     kind = KINDS["native random"]
     before = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
     _in_one_file(before)
-    added = write_change(open_checkpoint(before.folder), adding(before, "code", new(shop, "code")), tmp_path / "added")
+    added = write_change(open_checkpoint(before.folder), add_expert(before, "code", new(shop, "code")), tmp_path / "added")
     check_same(added.folder, built(shop, kind, WHOLE, tmp_path / "joint").folder)
 
 
@@ -327,9 +327,9 @@ def _in_one_file(checkpoint: Checkpoint) -> None:
 def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> None:
     out = built(shop, KINDS["native random"], WHOLE[:2], tmp_path / "OUT").folder
     assert "history" not in json.loads((out / "modekit.json").read_text())
-    write_change(open_checkpoint(out), adding(open_checkpoint(out), "code", new(shop, "code")), out)
-    write_change(open_checkpoint(out), renaming(open_checkpoint(out), "code", "python"), out)
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), add_expert(open_checkpoint(out), "code", new(shop, "code")), out)
+    write_change(open_checkpoint(out), rename_expert(open_checkpoint(out), "code", "python"), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     record = open_checkpoint(out).record
     assert [(each.what, each.expert, each.was) for each in record.history] == [
         ("add", "code", None),
@@ -344,21 +344,21 @@ def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -
     (out / "notes.txt").write_text("mine")
     (out / "results").mkdir()
     (out / "results" / "eval.json").write_text("{}")
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert (out / "notes.txt").read_text() == "mine" and (out / "results" / "eval.json").exists()
 
 
 def test_nobody_else_may_read_it_afterwards_either(shop: Workshop, tmp_path: Path) -> None:
     out = built(shop, KINDS["native random"], WHOLE, tmp_path / "OUT").folder
     out.chmod(0o700)
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert out.stat().st_mode & 0o777 == 0o700
 
 
 def test_given_weights_follow(shop: Workshop, tmp_path: Path) -> None:
     kind = Kind({"method": "linear", "weights": {"medicine": 2, "law": 1}}, NATIVE)
     before = built(shop, kind, WHOLE[:2], tmp_path / "before")
-    added = write_change(before, adding(before, "code", NewExpert({"model": "./code"}, shop.root, 3.0)), tmp_path / "added")
+    added = write_change(before, add_expert(before, "code", NewExpert({"model": "./code"}, shop.root, 3.0)), tmp_path / "added")
     assert added.record.recipe.mixture.weights == {"medicine": 2, "law": 1, "code": 3}
     said = recipe(kind, WHOLE)
     said["mixture"] = {"method": "linear", "weights": {"medicine": 2, "law": 1, "code": 3.0}}
@@ -375,6 +375,6 @@ def test_vocabulary_of_the_texts(shop: Workshop) -> None:
 def test_recipes_are_kept_as_they_were_written(shop: Workshop, tmp_path: Path) -> None:
     kind = KINDS["native ridge"]
     before = built(shop, kind, WHOLE[:2], tmp_path / "somewhere" / "else" / "OUT")
-    added = write_change(before, adding(before, "code", new(shop, "code")), tmp_path / "added")
+    added = write_change(before, add_expert(before, "code", new(shop, "code")), tmp_path / "added")
     said = added.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
     assert yaml.safe_dump(said) == yaml.safe_dump(recipe(kind, WHOLE))

@@ -18,7 +18,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, RecipeError
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, adding, removing, renaming, replacing
+from modekit.members.edits import NewExpert, add_expert, remove_expert, rename_expert, replace_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import refuse
@@ -101,24 +101,26 @@ def test_labels_go_with_their_experts(shop: Workshop, tmp_path: Path) -> None:
         assert found == open_checkpoint(checkpoint.folder).record.recipe.other_labels
         return found
 
-    renamed = write_change(before, renaming(before, "law", "court"), tmp_path / "renamed")
+    renamed = write_change(before, rename_expert(before, "law", "court"), tmp_path / "renamed")
     assert said(renamed) == {"contracts": 1, "python": 2} and renamed.names[1] == "court"
-    again = write_change(renamed, renaming(renamed, "court", "law"), tmp_path / "again")
+    again = write_change(renamed, rename_expert(renamed, "court", "law"), tmp_path / "again")
     wanted = built(shop, tmp_path / "wanted", {"law": ["contracts"], "code": ["python"]})
     assert (again.folder / "config.json").read_bytes() == (wanted.folder / "config.json").read_bytes()
     assert again.record.recipe_digest == wanted.record.recipe_digest
-    removed = write_change(before, removing(before, "medicine"), tmp_path / "removed")
+    removed = write_change(before, remove_expert(before, "medicine"), tmp_path / "removed")
     assert said(removed) == {"court": 0, "contracts": 0, "python": 1}
-    replaced = write_change(before, replacing(before, "law", NewExpert({"model": "./medicine"}, shop.root)), tmp_path / "new")
+    replaced = write_change(
+        before, replace_expert(before, "law", NewExpert({"model": "./medicine"}, shop.root)), tmp_path / "new"
+    )
     assert said(replaced) == said(before)
     more = NewExpert({"model": "./medicine", "labels": ["duties", "court"]}, shop.root)
-    replaced = write_change(before, replacing(before, "law", more), tmp_path / "newer")
+    replaced = write_change(before, replace_expert(before, "law", more), tmp_path / "newer")
     assert said(replaced) == {**said(before), "duties": 1}
     more = NewExpert({"adapter": "./adapter", "labels": ["letters"]}, shop.root)
-    added = write_change(before, adding(before, "mail", more), tmp_path / "added")
+    added = write_change(before, add_expert(before, "mail", more), tmp_path / "added")
     assert said(added) == {**said(before), "letters": 3}
     assert all(is_proven(verify(each, reload=False)) for each in (renamed, removed, replaced, added))
-    for change in (lambda: renaming(before, "code", "court"), lambda: adding(before, "contracts", more)):
+    for change in (lambda: rename_expert(before, "code", "court"), lambda: add_expert(before, "contracts", more)):
         with pytest.raises(RecipeError, match="already; a label leads to one expert"):
             change()
 

@@ -17,7 +17,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, ModekitError, OutputError
 from modekit.files.staging import staging
 from modekit.members.change import before_change, write_change
-from modekit.members.wanted import NewExpert, adding, removing
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
 from refusal import borrow, refuse, tree
@@ -219,17 +219,17 @@ def test_two_at_once(shared_workshop: Workshop, tmp_path: Path) -> None:
         pytest.raises(OutputError, match="another process is writing"),
         staging(out, "another", "checkpoint", replace="in place"),
     ):
-        write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+        write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert tree(out) == before
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert open_checkpoint(out).names == ["medicine", "code"]
 
 
 def test_one_after_the_other_but_planned_together(shared_workshop: Workshop, tmp_path: Path) -> None:
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build()
-    late = before_change(open_checkpoint(out), removing(open_checkpoint(out), "law"))
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "code"), out)
+    late = before_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"))
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "code"), out)
     after = tree(out)
     with pytest.raises(CheckpointError, match="another command has changed"):
         build(late.plan, out, update=late)
@@ -248,7 +248,7 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
 
     monkeypatch.setattr(building, "_write_shards", with_a_fit)
     with pytest.raises(CheckpointError, match="another command has changed"):
-        write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+        write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert open_checkpoint(out).record.recipe.top_k == 1 and open_checkpoint(out).names == ["medicine", "law", "code"]
 
     def with_notes(*args: Any) -> None:
@@ -256,7 +256,7 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
         (out / "notes.txt").write_text("mine")
 
     monkeypatch.setattr(building, "_write_shards", with_notes)
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
 
 
@@ -311,5 +311,5 @@ def test_an_error_in_the_middle_leaves_the_old_one(
     checkpoint = open_checkpoint(out)
     new = NewExpert({"model": str(shared_workshop.root / "code")}, tmp_path)
     with pytest.raises(ModekitError, match="the fit failed"):
-        write_change(checkpoint, adding(checkpoint, "tax", new), out)
+        write_change(checkpoint, add_expert(checkpoint, "tax", new), out)
     assert tree(bench.root) == before

@@ -13,7 +13,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, Wanted, adding, removing
+from modekit.members.edits import MixtureEdit, NewExpert, add_expert, remove_expert
 from modekit.routing.statistics import load_statistics
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -46,7 +46,7 @@ def code(bench: Workshop) -> NewExpert:
 def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, output: str) -> None:
     before = trained(bench, {"fit": "ridge", **SHORT}, 2, output, what=["routers"], learning_rate=0.2)
     assert before.record.router.status == "trained"
-    added = write_change(before, adding(before, "code", code(bench)), bench.root / "added")
+    added = write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
     assert added.record.router.status == "trained" and added.record.training == before.record.training
     text = load_statistics(added.folder / "router" / "code.safetensors")
     assert text is not None
@@ -54,7 +54,7 @@ def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, 
         assert np.array_equal(theirs[:2], ours)
         logits = text.slots[number].sample_ND.float().numpy() @ theirs.T
         assert (logits.argmax(1) == 2).mean() > 0.8  # what its router reads of its text goes to the new expert
-    removed = write_change(added, removing(added, "code"), bench.root / "removed")
+    removed = write_change(added, remove_expert(added, "code"), bench.root / "removed")
     assert all(np.array_equal(*pair) for pair in zip(removed.gates(), before.gates(), strict=True))
     assert removed.record.router.status == "trained"
     assert is_proven(verify(open_checkpoint(added.folder), reload=False))
@@ -64,10 +64,10 @@ def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, 
 def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
     before = trained(bench, {"fit": "random"}, 2, output, what=["experts"], backbone_learning_rate=0.05)
     assert before.record.trained
-    added = write_change(before, adding(before, "code", code(bench)), bench.root / "added")
+    added = write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
     assert added.record.trained == before.record.trained
     assert is_proven(verify(open_checkpoint(added.folder), reload=False))
-    removed = write_change(added, removing(added, "medicine"), bench.root / "removed")
+    removed = write_change(added, remove_expert(added, "medicine"), bench.root / "removed")
     was = sorted(digest for name, digest in before.record.trained.items() if ".experts.1." in name)
     assert sorted(removed.record.trained.values()) == was and was
     assert is_proven(verify(open_checkpoint(removed.folder), reload=False))
@@ -76,12 +76,12 @@ def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
 def test_a_router_that_is_set_as_a_whole_is_not_patched(bench: Workshop) -> None:
     before = trained(bench, {"fit": "ngram"}, 2, "modekit", what=["routers"], learning_rate=0.05)
     with pytest.raises(RecipeError, match="--refit"):
-        write_change(before, adding(before, "code", code(bench)), bench.root / "added")
-    wanted = adding(before, "code", code(bench))
-    refitted = Wanted(wanted.recipe, wanted.origins, wanted.change, wanted.keeps_text, refits=True)
+        write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
+    wanted = add_expert(before, "code", code(bench))
+    refitted = MixtureEdit(wanted.recipe, wanted.origins, wanted.change, wanted.keeps_text, refits=True)
     added = write_change(before, refitted, bench.root / "added")
     assert added.record.router.status == "fitted" and added.names == ["medicine", "law", "code"]
     three = trained(bench, {"fit": "ngram"}, 3, "modekit", what=["routers"], learning_rate=0.05)
-    removed = write_change(three, removing(three, "law"), bench.root / "removed")
+    removed = write_change(three, remove_expert(three, "law"), bench.root / "removed")
     (ours,), (theirs,) = three.gates(), removed.gates()
     assert np.array_equal(theirs, ours[[0, 2]])

@@ -24,7 +24,7 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import results_from_data
 from modekit.evaluation.results_folder import RESULTS_FILE
 from modekit.members.change import write_change
-from modekit.members.wanted import NewExpert, adding, removing
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.recipes.paths import name_of
 from modekit.report.push import pack, push
 from modekit.report.write import write_report
@@ -71,8 +71,8 @@ def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub:
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build(experts=bench.recipe["experts"][:2])
     new = NewExpert({"model": str(shared_workshop.root / "code")}, tmp_path)
-    write_change(open_checkpoint(out), adding(open_checkpoint(out), "code", new), out)
-    write_change(open_checkpoint(out), removing(open_checkpoint(out), "law"), out)
+    write_change(open_checkpoint(out), add_expert(open_checkpoint(out), "code", new), out)
+    write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     push(pack(open_checkpoint(out)), "me/mine")
     pushed = json.loads((hub / "me" / "mine" / "modekit.json").read_text())
     assert [(each["source"], each["was"]) for each in pushed["history"]] == [("./code", None), (None, "./law")]

@@ -15,8 +15,8 @@ from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.routing.ngram import count_domain
-from modekit.text.chat import ChatTemplate, Conversation
-from modekit.text.pairs import Pair
+from modekit.text.chat import ChatTemplate
+from modekit.text.document import Conversation, Pair
 from modekit.text.sequences import encode
 from modekit.text.small_talk import SMALL_TALK
 

@@ -36,7 +36,7 @@ from modekit.search.discover.space import HiddenSpace, rare_units
 from modekit.search.discover.stream import Stream
 from modekit.search.discover.units import word_units
 from modekit.search.discover.words import words_of
-from modekit.text.chat import Conversation
+from modekit.text.document import Conversation, text_of
 from modekit.text.documents import read_documents
 from refusal import checked, refuse, run_python, tree
 
@@ -154,7 +154,7 @@ def test_documents_stay_whole_and_other_verbs_read_them(tmp_path: Path) -> None:
     conversations = [[*map(dict, each.messages)] for each in after if isinstance(each, Conversation)]
     assert conversations == [said]
     assert sum(each.documents for each in discovery.groups) == len(after)
-    assert sum(each.characters for each in discovery.groups) == sum(map(len, after))
+    assert sum(each.characters for each in discovery.groups) == sum(len(text_of(each)) for each in after)
     experts = [{"name": each.name, "model": "base", "text": f"OUT/{each.file}"} for each in discovery.groups]
     assert parse_recipe({"base_model": "base", "experts": experts, "mixture": {"router": {"fit": "random"}}}).names
 

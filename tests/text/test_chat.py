@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,10 @@ import pytest
 
 from chatting import TEMPLATE, word_tokenizer
 from modekit.errors import TextError
-from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, conversation_of
+from modekit.text.chat import ChatTemplate, chat_template_of
+from modekit.text.document import Conversation, Document, text_of
 from modekit.text.documents import read_documents
+from modekit.text.records import conversation_of
 from modekit.text.sequences import encode
 from modekit.text.splits import digest_of, split_of, text_record
 
@@ -23,7 +23,7 @@ SAID: list[dict[str, str]] = [
 ]
 
 
-def read(tmp_path: Path, name: str, lines: list[Any]) -> list[str]:
+def read(tmp_path: Path, name: str, lines: list[Any]) -> list[Document]:
     path = tmp_path / name
     path.write_text("\n".join(json.dumps(line) for line in lines))
     return read_documents([str(path)], root=tmp_path, where="text")
@@ -32,15 +32,14 @@ def read(tmp_path: Path, name: str, lines: list[Any]) -> list[str]:
 def test_a_record_of_messages_is_one_document_by_what_was_said(tmp_path: Path) -> None:
     (found,) = read(tmp_path, "a.jsonl", [{"messages": SAID}, {"messages": [dict(each) for each in SAID], "id": 2}])
     assert isinstance(found, Conversation) and list(found.messages) == SAID
-    assert found == "what is fever\n\nfever is a thing" and split_of(found) == split_of(str(found))
-    for other in (copy.copy(found), pickle.loads(pickle.dumps(found))):
-        assert isinstance(other, Conversation) and other.messages == found.messages and digest_of(other) == digest_of(found)
+    assert found.text == "what is fever\n\nfever is a thing"
+    assert digest_of(found) == digest_of(found.text) and split_of(found) == split_of(found.text)
 
 
 def test_who_said_it_decides_what_a_fit_remembers_but_not_the_split() -> None:
     """The same words by others are other tokens: what was kept of them must not be used."""
     other = Conversation([{**SAID[0], "role": "system"}, SAID[1]])
-    same = [Conversation(SAID), other, str(other)]
+    same = [Conversation(SAID), other, other.text]
     assert len({split_of(each) for each in same}) == 1
     assert len({text_record([each], 0)["sha256"] for each in same}) == 3
     assert text_record(["the court"], 0) == text_record([" the court\n"], 0)
@@ -50,14 +49,14 @@ def test_text_and_conversations_lie_side_by_side(tmp_path: Path) -> None:
     found = read(
         tmp_path, "a.jsonl", [{"text": "the court"}, {"messages": SAID, "source": "x"}, {"text": "a deed", "messages": SAID}]
     )
-    assert sorted(found) == ["a deed", "the court", "what is fever\n\nfever is a thing"]
-    assert [type(each) for each in sorted(found)] == [str, str, Conversation]
+    assert sorted(map(text_of, found)) == ["a deed", "the court", "what is fever\n\nfever is a thing"]
+    assert [type(each) for each in sorted(found, key=text_of)] == [str, str, Conversation]
 
 
 def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "fever"}]
     (found,) = read(tmp_path, "a.jsonl", [{"messages": [{"role": "user", "content": parts}]}])
-    assert found == "what is fever"
+    assert text_of(found) == "what is fever"
 
 
 def test_a_column_of_messages(tmp_path: Path) -> None:
@@ -67,7 +66,8 @@ def test_a_column_of_messages(tmp_path: Path) -> None:
     assert isinstance(found, Conversation) and list(found.messages) == SAID
     both = {"messages": [SAID, None], "text": [None, "a deed"]}
     parquet.write_table(arrow.table(both), tmp_path / "a.parquet")
-    assert sorted(read_documents([str(tmp_path / "a.parquet")], root=tmp_path, where="text")) == ["a deed", found]
+    again = read_documents([str(tmp_path / "a.parquet")], root=tmp_path, where="text")
+    assert sorted(again, key=text_of) == ["a deed", found]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ import pytest
 
 from chatting import word_tokenizer
 from modekit.errors import TextError
-from modekit.text.chat import Conversation
+from modekit.text.document import Conversation, Document, Pair, text_of
 from modekit.text.documents import read_documents
-from modekit.text.exchanges import Exchange
-from modekit.text.pairs import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import encode
 
@@ -33,7 +31,7 @@ EXCHANGES: list[dict[str, Any]] = [
 TURNS = [{"from": "system", "value": "be kind"}, {"from": "human", "value": SAID[0]}, {"from": "gpt", "value": SAID[1]}]
 
 
-def read(path: Path, *records: dict[str, Any]) -> list[str]:
+def read(path: Path, *records: dict[str, Any]) -> list[Document]:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return read_documents([path.name], root=path.parent, where="law")
 
@@ -43,7 +41,7 @@ def test_a_prompt_and_its_answer_are_a_chat_where_there_is_a_template_and_else_p
     tmp_path: Path, record: dict[str, Any]
 ) -> None:
     (document,) = read(tmp_path / "law.jsonl", record)
-    assert isinstance(document, Exchange) and document == "what is fever\n\na thing"
+    assert isinstance(document, Conversation) and document.is_exchange and document.text == "what is fever\n\na thing"
     for template, text in ((TEMPLATE, "user what is fever assistant a thing "), (None, "what is fever\n\na thing")):
         tokenizer = word_tokenizer(template)
         (sequence,) = encode(tokenizer, [document], max_tokens=99, sequence_length=99)
@@ -52,14 +50,14 @@ def test_a_prompt_and_its_answer_are_a_chat_where_there_is_a_template_and_else_p
 
 def test_what_is_asked_about_stands_behind_what_is_asked(tmp_path: Path) -> None:
     (document,) = read(tmp_path / "law.jsonl", {"instruction": "sum up", "input": "a long text", "output": "short"})
-    assert document == "sum up\n\na long text\n\nshort"
-    assert isinstance(document, Conversation) and [message["role"] for message in document.messages] == ["user", "assistant"]
+    assert isinstance(document, Conversation) and document.text == "sum up\n\na long text\n\nshort"
+    assert [message["role"] for message in document.messages] == ["user", "assistant"]
 
 
 def test_turns_of_from_and_value_are_a_conversation(tmp_path: Path) -> None:
     for key, turns in (("conversations", TURNS), ("conversations", [{"role": "user", "content": SAID[0]}])):
         (document,) = read(tmp_path / "law.jsonl", {key: turns})
-        assert isinstance(document, Conversation) and not isinstance(document, Exchange)
+        assert isinstance(document, Conversation) and not document.is_exchange
     (document,) = read(tmp_path / "law.jsonl", {"conversations": TURNS})
     assert isinstance(document, Conversation) and [m["role"] for m in document.messages] == ["system", "user", "assistant"]
     with pytest.raises(TextError, match="chat template"):
@@ -73,7 +71,7 @@ def test_text_messages_and_pairs_come_first(tmp_path: Path) -> None:
     asked = EXCHANGES[0]
     assert read(tmp_path / "law.jsonl", {**asked, "text": "plain"}) == ["plain"]
     (document,) = read(tmp_path / "law.jsonl", {**asked, "messages": [{"role": "user", "content": "hello"}]})
-    assert document == "hello"
+    assert text_of(document) == "hello"
     (document,) = read(tmp_path / "law.jsonl", {**asked, "source": "a", "target": "b"})
     assert isinstance(document, Pair)
 
@@ -91,7 +89,7 @@ def test_a_record_made_of_it_gives_it_back(tmp_path: Path) -> None:
     for record in EXCHANGES:
         (document,) = read(tmp_path / "law.jsonl", record)
         (again,) = read(tmp_path / "law.jsonl", data_of(document))
-        assert type(again) is type(document) and again.said == document.said  # type: ignore[attr-defined]
+        assert isinstance(again, Conversation) and again == document
 
 
 # tables
@@ -104,7 +102,7 @@ def test_values_that_are_separated(tmp_path: Path, name: str, separator: str) ->
     assert set(read_documents([name], root=tmp_path, where="law")) == {'a "quoted" word\nof two lines', "naïve"}
     (tmp_path / name).write_text(f"question{separator}answer\n{separator.join(SAID)}\n")
     (document,) = read_documents([name], root=tmp_path, where="law")
-    assert isinstance(document, Exchange)
+    assert isinstance(document, Conversation) and document.is_exchange
 
 
 def test_a_table_of_exchanges(tmp_path: Path) -> None:
@@ -112,8 +110,9 @@ def test_a_table_of_exchanges(tmp_path: Path) -> None:
         pa.table({"instruction": [SAID[0]], "input": [""], "output": [SAID[1]], "n": [1]}), tmp_path / "a.parquet"
     )
     parquet.write_table(pa.table({"conversations": [TURNS]}), tmp_path / "b.parquet")
-    assert isinstance(read_documents(["a.parquet"], root=tmp_path, where="law")[0], Exchange)
-    assert isinstance(read_documents(["b.parquet"], root=tmp_path, where="law")[0], Conversation)
+    for name, is_exchange in (("a.parquet", True), ("b.parquet", False)):
+        (document,) = read_documents([name], root=tmp_path, where="law")
+        assert isinstance(document, Conversation) and document.is_exchange == is_exchange
 
 
 def test_a_table_without_names_of_columns(tmp_path: Path) -> None:

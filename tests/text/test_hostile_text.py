@@ -15,9 +15,9 @@ from conftest import character_tokenizer
 from modekit.errors import TextError
 from modekit.recipes.read import parse_recipe
 from modekit.text import sequences
+from modekit.text.document import Pair
 from modekit.text.documents import found_in, read_documents
 from modekit.text.held_out import RecipeTexts
-from modekit.text.pairs import Pair
 from modekit.text.sequences import encode
 from mutations import limited
 

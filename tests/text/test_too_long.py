@@ -17,7 +17,7 @@ from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
 from modekit.search.tune.selection import read_selection
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import encode, none_fits
 from modekit.text.splits import HeldOutSplit

@@ -37,7 +37,6 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
-from modekit.text.directions import Directions
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
@@ -121,12 +120,10 @@ def _check_text(plan: Plan, update: CheckpointUpdate | None) -> None:
 
     That of experts with kept statistics may be gone.
     """
-    directions = Directions(plan.recipe.mixture.modules)
     for number, expert in enumerate(plan.recipe.experts):
         known = update is not None and expert.name in update.statistics
         if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
-            documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
-            directions.add(documents, where=f"experts[{number}] '{expert.name}': text")
+            fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 
 def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:

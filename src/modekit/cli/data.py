@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from modekit.files.output import replaced_by
 from modekit.run import Run
 
 if TYPE_CHECKING:
-    from modekit.experts.corpus.settings import BalanceSettings
+    from modekit.experts.corpus.balanced import BalanceSettings
 
 data = typer.Typer(
     name="data", help="Prepare the text that experts are made of: domains of equal size, a tokenizer.", no_args_is_help=True
@@ -43,9 +44,9 @@ class BalanceOptions:
 
     def settings(self) -> BalanceSettings:
         """For the room that does it, which checks them."""
-        from modekit.experts.corpus.settings import BalanceSettings
+        from modekit.experts.corpus.balanced import BalanceSettings
 
-        return BalanceSettings(self.max_diff_percent, self.common, self.validation, self.max_tokens, self.seed)
+        return BalanceSettings(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,17 @@ def balance(
 ) -> None:
     """Choose whole documents so that every domain has as many tokens, in train and in validation."""
     texts = texts_by_domain(text)
-    from modekit.experts.corpus.balance import Corpus, balance
+    from modekit.experts.corpus.balance import TextsToBalance, balance
     from modekit.loaded.load import load_tokenizer
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
         run = Run(said.trust_remote_code, progress, said.fsync)
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer")
-        corpus = Corpus(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
-        balanced = balance(corpus, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
+        given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
+        balanced = balance(given, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(balanced.as_data(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(balanced.model_dump(mode="json"), indent=2) + "\n")
     else:
         print_balanced(balanced, output)
 
@@ -108,6 +109,6 @@ def make_tokenizer(
         mix = Mix(texts, Path.cwd(), other, against, folder)
         trained = train_tokenizer(mix, vocabulary, resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(trained.as_data(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(trained.model_dump(mode="json"), indent=2) + "\n")
     else:
         print_tokenizer(trained, output)

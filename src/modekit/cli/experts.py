@@ -1,4 +1,4 @@
-"""Commands that make experts."""
+"""Commands that make experts, and list those of a mixture."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from rich.text import Text
 from modekit.cli.labels import LabelOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
+from modekit.cli.printing.members import print_experts
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -223,7 +224,6 @@ def extract(
     options: ExtractOptions,
 ) -> None:
     """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
-    from modekit.experts.carried import notes_of
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
@@ -251,12 +251,26 @@ def extract(
             run=Run(options.trust_remote_code, progress, options.fsync),
         )
     if options.as_json:
-        sys.stdout.write(json.dumps({**record, "notes": notes_of(record)}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({**record.model_dump(mode="json"), "notes": record.notes()}, indent=2) + "\n")
         return
     print_extract(record)
-    print_notes(notes_of(record))
-    totals = record["totals"]
-    said = (
-        f"{totals['modules']} modules, {bytes_of(totals['bytes'])}, {totals['carried']:.0%} of the model's squared difference"
-    )
+    print_notes(record.notes())
+    totals = record.totals
+    said = f"{totals.modules} modules, {bytes_of(totals.bytes)}, {totals.carried:.0%} of the model's squared difference"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))
+
+
+@app.command()
+def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
+    """List the experts of a mixture: since when, worth what, under which licence."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.members.listing import members_of
+
+    opened = open_checkpoint(resolved(checkpoint))
+    members, history = members_of(opened), opened.record.history
+    if as_json:
+        changes = [change.model_dump(mode="json", exclude_none=True) for change in history]
+        data = {"experts": [member.model_dump(mode="json") for member in members], "history": changes}
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    else:
+        print_experts(members, history)

@@ -81,26 +81,26 @@ def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
-    from modekit.experts.export import chosen_ways, ways_out, write_way
+    from modekit.experts.export import plan_exports, write_export
 
-    ways = chosen_ways(checkpoint, options.expert) if options.expert else ways_out(checkpoint)
-    if all(way.reason is not None for way in ways):
+    plans = plan_exports(checkpoint, options.expert)
+    if all(plan.reason is not None for plan in plans):
         raise ModekitError(
             "no expert of this mixture is an adapter that could be written",
             where=str(checkpoint.folder),
-            found="; ".join(f"{way.name}: {way.reason}" for way in ways),
+            found="; ".join(f"{plan.name}: {plan.reason}" for plan in plans),
             remedy="see `modekit extract` for full models",
         )
-    for way in ways:
-        if way.reason is not None:
-            out.print(Text(f"{way.name}: not exported: {way.reason}", style="dim"))
+    for plan in plans:
+        if plan.reason is not None:
+            out.print(Text(f"{plan.name}: not exported: {plan.reason}", style="dim"))
             continue
         run = Run(options.trust_remote_code, sync=options.fsync)
-        record = write_way(checkpoint, way, resolved(output) / way.name, overwrite=options.overwrite, run=run)
-        rank = f", rank {record['rank']}" if record["rank"] is not None else ""
-        origin = "its own files" if record["as_it_came"] else "cut out of the mixture"
-        said = f"{record['kind']}{rank}, {record['modules']} modules, {origin}"
-        _print_written(output / way.name, said, record["notes"])
+        record = write_export(checkpoint, plan, resolved(output) / plan.name, overwrite=options.overwrite, run=run)
+        rank = f", rank {record.rank}" if record.rank is not None else ""
+        origin = "its own files" if record.as_it_came else "cut out of the mixture"
+        said = f"{record.kind}{rank}, {record.modules} modules, {origin}"
+        _print_written(output / plan.name, said, record.notes)
 
 
 def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:

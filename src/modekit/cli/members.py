@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +12,10 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.members import print_door, print_members
+from modekit.cli.printing.members import print_admission
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, resolved
+from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.members.wanted import NewExpert, Wanted
+    from modekit.members.edits import MixtureEdit, NewExpert
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
 
@@ -49,7 +47,7 @@ class ModelOptions:
 
     def new(self, weight: float | None = None) -> NewExpert:
         """As the change takes it. Raises ModekitError."""
-        from modekit.members.wanted import NewExpert
+        from modekit.members.edits import NewExpert
 
         if (self.model is None) == (self.adapter is None):
             raise ModekitError(
@@ -68,8 +66,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DoorOptions:
-    """What is measured before an expert is let in."""
+class AdmissionOptions:
+    """What is measured before an expert is added."""
 
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
@@ -99,33 +97,33 @@ def add(
     checkpoint: OutFolder,
     name: Annotated[str, typer.Option(help="Name of the new expert and of its domain.")],
     model: ModelOptions,
-    door: DoorOptions,
+    admission: AdmissionOptions,
     write: WriteOptions,
     weight: Annotated[float | None, typer.Option(help="Weight of the expert in a linear mixture with given weights.")] = None,
 ) -> None:
-    """Let one more expert in; the others' models and texts are not needed."""
-    from modekit.members.wanted import adding
+    """Add an expert; the models and texts of the others are not needed."""
+    from modekit.members.edits import add_expert
 
     asked = f"add {name} {model} {weight}"
-    _change(checkpoint, asked, lambda opened: adding(opened, name, model.new(weight)), write, door)
+    _change(checkpoint, asked, lambda opened: add_expert(opened, name, model.new(weight)), write, admission)
 
 
 @app.command()
 @grouped
-def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, door: DoorOptions, write: WriteOptions) -> None:
-    """Put another model in the place of an expert."""
-    from modekit.members.wanted import replacing
+def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, admission: AdmissionOptions, write: WriteOptions) -> None:
+    """Replace the model of an expert."""
+    from modekit.members.edits import replace_expert
 
-    _change(checkpoint, f"replace {name} {model}", lambda opened: replacing(opened, name, model.new()), write, door)
+    _change(checkpoint, f"replace {name} {model}", lambda opened: replace_expert(opened, name, model.new()), write, admission)
 
 
 @app.command()
 @grouped
 def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
-    """Take an expert out: what is left is what a build without it gives."""
-    from modekit.members.wanted import removing
+    """Remove an expert; the result is what a build without it gives."""
+    from modekit.members.edits import remove_expert
 
-    _change(checkpoint, f"remove {name}", lambda opened: removing(opened, name), write)
+    _change(checkpoint, f"remove {name}", lambda opened: remove_expert(opened, name), write)
 
 
 @app.command()
@@ -136,30 +134,20 @@ def rename(
     new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
     write: WriteOptions,
 ) -> None:
-    """Give an expert and its domain another name."""
-    from modekit.members.wanted import renaming
+    """Rename an expert and its domain."""
+    from modekit.members.edits import rename_expert
 
-    _change(checkpoint, f"rename {name} {new_name}", lambda opened: renaming(opened, name, new_name), write)
-
-
-@app.command()
-def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
-    """Show who is in the mixture: since when, worth what, under which licence."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.members.listing import as_data, members_of
-
-    opened = open_checkpoint(resolved(checkpoint))
-    members = members_of(opened)
-    if as_json:
-        sys.stdout.write(json.dumps(as_data(opened, members), indent=2) + "\n")
-    else:
-        print_members(members, opened.record.history)
+    _change(checkpoint, f"rename {name} {new_name}", lambda opened: rename_expert(opened, name, new_name), write)
 
 
 def _change(
-    folder: Path, asked: str, wanted: Callable[[Checkpoint], Wanted], write: WriteOptions, door: DoorOptions | None = None
+    folder: Path,
+    asked: str,
+    edit: Callable[[Checkpoint], MixtureEdit],
+    write: WriteOptions,
+    admission: AdmissionOptions | None = None,
 ) -> None:
-    """Plan the change, look at who comes, write it and say what it cost. `asked`: what of the command makes it another."""
+    """Plan the change, measure the new expert, write the mixture. `asked`: what of the command makes it another."""
     from modekit.building.build import build
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.files.output import check_not_made_by
@@ -170,19 +158,19 @@ def _change(
     opened = open_checkpoint(resolved(folder))
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
-        planned = before_change(opened, dataclasses.replace(wanted(opened), refits=write.refit), run=run)
+        planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
         before = dataclasses.replace(planned, made_by=asked)
         found = None
-        if door is not None and door.measure:
-            from modekit.members.door import look_at  # torch, which a change itself may not need
+        if admission is not None and admission.measure:
+            from modekit.members.admission import measure_admission  # torch, which a change itself may not need
 
-            found = look_at(before, tokens=door.tokens, run=run)
-    if found is not None and door is not None:
-        print_door(found)
+            found = measure_admission(before, tokens=admission.tokens, run=run)
+    if found is not None and admission is not None:
+        print_admission(found)
         before = before.measured(found.numbers())
-        if found.refused and not door.force:
+        if found.refused and not admission.force:
             raise ModekitError(
-                "the expert is not let in",
+                "the expert is not added",
                 where=str(folder),
                 found="; ".join(each.what for each in found.refused),
                 remedy="do what is said above, or pass --force",

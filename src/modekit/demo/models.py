@@ -20,12 +20,13 @@ from transformers import (
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
-from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run
+from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import documents_of_split
@@ -67,7 +68,7 @@ def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: 
         for name, path in texts.items()
         if name in (*DOMAINS, GENERAL)
     }
-    tokenizer = make_tokenizer([document for documents in fit.values() for document in documents])
+    tokenizer = make_tokenizer([text_of(document) for documents in fit.values() for document in documents])
     sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]

@@ -22,7 +22,7 @@ from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.scores import TranslationScore
-from modekit.experts.corpus.byte_level import byte_level_bpe
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
@@ -31,8 +31,8 @@ from modekit.report.result_files import find_translations
 from modekit.report.translation_file import Translations
 from modekit.report.write import write_report
 from modekit.run import Run
+from modekit.text.document import Document, Pair
 from modekit.text.documents import read_documents
-from modekit.text.pairs import Pair
 from modekit.text.splits import documents_of_split
 
 VOCABULARY = 2_000
@@ -93,7 +93,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
             tokenizer.save_pretrained(folder)
 
 
-def pair_tokenizer(documents: Mapping[str, Sequence[str]]) -> PreTrainedTokenizerFast:
+def pair_tokenizer(documents: Mapping[str, Sequence[Document]]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of both sides that ends every text with </s>."""
     pairs = [pair for each in documents.values() for pair in each if isinstance(pair, Pair)]
     tokenizer = byte_level_bpe((side for pair in pairs for side in (pair.source, pair.target)), VOCABULARY)

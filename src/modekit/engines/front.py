@@ -31,7 +31,7 @@ from modekit.engines.workers import Worker, WorkerPool
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import Decision, TextRouter
-from modekit.text.chat import conversation_of
+from modekit.text.records import conversation_of
 
 AUTO = "auto"
 _BROKEN_OFF = "the worker's answer broke off; send the request again"

@@ -30,7 +30,8 @@ from modekit.errors import EngineError, TextError
 from modekit.evaluation.uncertainty import mean_error
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
-from modekit.text.chat import chat_template_of, message_of
+from modekit.text.chat import chat_template_of
+from modekit.text.document import message_of
 
 TEXTS = (
     "The heart moves blood through the body. It beats about a hundred thousand times a day, and rests only between two beats.",

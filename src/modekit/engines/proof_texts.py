@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import ModekitError
 from modekit.evaluation.domains import recipe_texts
+from modekit.text.document import Document
 from modekit.text.sequences import encode
 from modekit.text.shipped import shipped_documents
 
@@ -31,7 +32,7 @@ class ProofTexts:
     """Documents, and in words what they are."""
 
     name: str
-    documents: Sequence[str]
+    documents: Sequence[Document]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
         """Their beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out.
@@ -68,7 +69,7 @@ def shipped_texts() -> ProofTexts:
     return _in_turn("text that comes with modekit", map(shipped_documents, _SHIPPED))
 
 
-def _in_turn(name: str, kinds: Iterable[Sequence[str]]) -> ProofTexts:
+def _in_turn(name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
     """One of each kind, then the next of each."""
     rounds = zip_longest(*(documents[:MOST_TOKENS] for documents in kinds))
     return ProofTexts(name, [document for document in chain.from_iterable(rounds) if document is not None])

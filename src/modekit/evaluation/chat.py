@@ -30,7 +30,8 @@ from modekit.files.write import json_bytes
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import place_of_base
 from modekit.run import QUIET, Run
-from modekit.text.chat import ChatTemplate, Conversation, Message, message_of, needed_template
+from modekit.text.chat import ChatTemplate, needed_template
+from modekit.text.document import Conversation, Document, Message, message_of, text_of
 from modekit.text.held_out import HeldOutText
 from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence
@@ -188,13 +189,13 @@ def _is_shown(template: ChatTemplate, system: str) -> bool:
         return False
 
 
-def _said(documents: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, str]]:
+def _said(documents: Sequence[Document], count: int, seed: int) -> Iterator[tuple[str, str]]:
     """Questions, and the words behind each: from every document once before any is asked again."""
     draw = random.Random(seed)
     asked = [document for document in documents if not isinstance(document, Conversation) or _spoken(document)]
     for number in range(count if asked else 0):
         document = asked[number % len(asked)]
-        spoken = _spoken(document) if isinstance(document, Conversation) else _cut(document, draw)
+        spoken = _spoken(document) if isinstance(document, Conversation) else _cut(text_of(document), draw)
         if spoken is not None:
             yield spoken
 

@@ -12,9 +12,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
-from modekit.text.chat import Conversation
+from modekit.text.document import Conversation, check_kind
 from modekit.text.held_out import HeldOutText, RecipeTexts
-from modekit.text.pairs import check_kind
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import HeldOutSplit, text_record
 

@@ -21,7 +21,7 @@ from modekit.weights.stored import Stored, holds_only_finite
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorDifference:
     """One tensor in both models. `squared_delta` and `squared_base` are sums over its elements."""
 
     name: str
@@ -73,7 +73,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     return names
 
 
-def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFiles) -> Pair:
+def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFiles) -> TensorDifference:
     """How far a tensor has moved: read in blocks, summed in float64. Raises SourceError for NaN or Inf."""
     refs = (tuned.tensors[name], origin.tensors[name])
     for source, ref in zip((tuned, origin), refs, strict=True):
@@ -89,52 +89,52 @@ def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFile
         base_block = to_float32(still[part])
         squared_delta += float(np.square(to_float32(moved[part]) - base_block, dtype=np.float64).sum())
         squared_base += float(np.square(base_block, dtype=np.float64).sum())
-    return Pair(name, *refs, squared_delta, squared_base)
+    return TensorDifference(name, *refs, squared_delta, squared_base)
 
 
-def linears_of(pairs: Sequence[Pair]) -> list[Pair]:
+def linears_of(differences: Sequence[TensorDifference]) -> list[TensorDifference]:
     """The linear weights of the decoder layers, by layer and name. Raises UnsupportedError when there are none."""
     found = []
-    for pair in pairs:
-        layer, path = split_layer(pair.name)
-        if layer is not None and path.endswith(".weight") and len(pair.base.shape) == 2 and "norm" not in path:
-            found.append((layer, module_of(path), pair))
+    for each in differences:
+        layer, path = split_layer(each.name)
+        if layer is not None and path.endswith(".weight") and len(each.base.shape) == 2 and "norm" not in path:
+            found.append((layer, module_of(path), each))
     if not found:
         raise UnsupportedError(
             "the model keeps its layers under other names",
             where="BASE",
-            found=pairs[0].name if pairs else "no tensors",
+            found=differences[0].name if differences else "no tensors",
             expected="model.layers.N.*_proj.weight",
             remedy="save both models with a current transformers",
         )
-    return [pair for _, _, pair in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
+    return [each for _, _, each in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
 
 
-def chosen_of(linears: Sequence[Pair], modules: Sequence[str] | None) -> list[Pair]:
+def chosen_of(linears: Sequence[TensorDifference], modules: Sequence[str] | None) -> list[TensorDifference]:
     """The linears whose names end as asked for. Raises ModekitError for an ending that none has."""
     if modules is None:
         return list(linears)
     for ending in modules:
-        if not any(_ends(pair, ending) for pair in linears):
+        if not any(_ends(each, ending) for each in linears):
             raise ModekitError(
                 "no linear weight of the decoder layers has this name",
                 where="--module",
                 found=ending,
-                expected=", ".join(dict.fromkeys(pair.kind for pair in linears)),
+                expected=", ".join(dict.fromkeys(each.kind for each in linears)),
                 remedy="write one of them",
             )
-    return [pair for pair in linears if any(_ends(pair, ending) for ending in modules)]
+    return [each for each in linears if any(_ends(each, ending) for ending in modules)]
 
 
-def _ends(pair: Pair, ending: str) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for name in (pair.module, pair.kind))
+def _ends(each: TensorDifference, ending: str) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for name in (each.module, each.kind))
 
 
-def check_differs(chosen: Sequence[Pair], pairs: Sequence[Pair]) -> None:
+def check_differs(chosen: Sequence[TensorDifference], differences: Sequence[TensorDifference]) -> None:
     """Raise MismatchError when an adapter would be empty."""
     if chosen:
         return
-    moved = [pair.name for pair in pairs if pair.squared_delta]
+    moved = [each.name for each in differences if each.squared_delta]
     if not moved:
         raise MismatchError(
             "the model is its base: no tensor differs", where="MODEL, BASE", remedy="give the fine-tuned model as MODEL"

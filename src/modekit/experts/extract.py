@@ -19,14 +19,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.errors import ModekitError
-from modekit.experts.differences import Pair, check_differs, chosen_of, compare, linears_of, shared_names
-from modekit.experts.extract_record import Adapted, account
+from modekit.experts.differences import TensorDifference, check_differs, chosen_of, compare, linears_of, shared_names
+from modekit.experts.extract_record import (
+    RECORD_FILE,
+    AdaptedWeight,
+    Extraction,
+    RankSettings,
+    errors_by_kind,
+    totals_of,
+    weight_errors,
+)
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
 from modekit.files.output import Replace, refuse_existing, replaced_by
 from modekit.files.staging import Staging, staging
@@ -40,7 +48,9 @@ from modekit.text.splits import TRAINED_FILE, text_record
 from modekit.weights.factorise import Array32, factorise, relative_error
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 
-RECORD_FILE = "extract.json"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SEQUENCE_LENGTH = 512
 
 
@@ -68,10 +78,10 @@ class ExtractSettings:
     base_name: str | None = None
 
     @property
-    def size(self) -> dict[str, Any]:
+    def ranks(self) -> RankSettings:
         """What extract.json says of them."""
         modules = list(self.modules) if self.modules else None
-        return {"rank": self.rank, "energy": self.energy, "max_rank": self.max_rank, "modules": modules}
+        return RankSettings(rank=self.rank, energy=self.energy, max_rank=self.max_rank, modules=modules)
 
 
 def extract(
@@ -82,7 +92,7 @@ def extract(
     *,
     overwrite: bool = False,
     run: Run = QUIET,
-) -> dict[str, Any]:
+) -> Extraction:
     """Write the adapter whose sum with `base` comes closest to `model`, in float32; returns what extract.json says.
 
     Every linear weight of the decoder layers that differs gets factors.
@@ -99,27 +109,32 @@ def extract(
     origin = open_source("BASE", str(base), base, run=run)
     names = shared_names(tuned, origin)
     with OpenFiles() as opened:
-        pairs = []
+        differences = []
         run.begin("compare", len(names))
         for place, name in enumerate(names):
-            pairs.append(compare(tuned, origin, name, opened))
+            differences.append(compare(tuned, origin, name, opened))
             run.progress("compare", place + 1, len(names))
-        linears = linears_of(pairs)
-        chosen = [pair for pair in chosen_of(linears, settings.modules) if pair.squared_delta]
-        check_differs(chosen, pairs)
+        linears = linears_of(differences)
+        chosen = [each for each in chosen_of(linears, settings.modules) if each.squared_delta]
+        check_differs(chosen, differences)
         moments, text = _moments(chosen, model, settings, run)
         adapted = []
         run.begin("factorise", len(chosen))
-        for place, (pair, moment_II) in enumerate(moments):
-            adapted.append(_adapt(pair, moment_II, opened, settings))
+        for place, (each, moment_II) in enumerate(moments):
+            adapted.append(_adapt(each, moment_II, opened, settings))
             run.progress("factorise", place + 1, len(chosen))
-    record = {
-        "model": model.name,
-        "base_model": settings.base_name or base.name,
-        "settings": settings.size,
-        "text": text,
-        **account(adapted, linears, pairs),
-    }
+    adapted_names = {entry.difference.name for entry in adapted}
+    record = Extraction(
+        model=model.name,
+        base_model=settings.base_name or base.name,
+        settings=settings.ranks,
+        text=text,
+        tensors={entry.difference.name: weight_errors(entry) for entry in adapted},
+        kinds=errors_by_kind(adapted, [each.kind for each in linears]),
+        totals=totals_of(adapted, differences),
+        unchanged=[each.name for each in linears if not each.squared_delta],
+        not_carried={each.name: each.drift for each in differences if each.squared_delta and each.name not in adapted_names},
+    )
     run.begin("write")
     config = _adapter_config(adapted, linears, settings.base_name or str(base))
     with _staged(out, adapted, record, (model, base), replaced_by(overwrite), run) as stage:
@@ -156,23 +171,23 @@ def _check_settings(settings: ExtractSettings) -> None:
         )
 
 
-_Moments = Iterator[tuple[Pair, npt.NDArray[np.float32] | None]]
+_Moments: TypeAlias = Iterator[tuple[TensorDifference, npt.NDArray[np.float32] | None]]
 
 
 def _moments(
-    chosen: Sequence[Pair],
+    chosen: Sequence[TensorDifference],
     model: Path,
     settings: ExtractSettings,
     run: Run,
-) -> tuple[_Moments, dict[str, Any] | None]:
+) -> tuple[_Moments, dict[str, int | str] | None]:
     """Each chosen weight with E[x x^T] of what it reads on the text, or None without text; and the record of the text."""
     if not settings.texts:
-        return ((pair, None) for pair in chosen), None
+        return ((each, None) for each in chosen), None
     from modekit.loaded.load import load_model, load_tokenizer
     from modekit.loaded.moments import input_moments
 
     sequences, text = _read_text(settings, load_tokenizer(model, run=run))
-    by_module = {pair.module: pair for pair in chosen}
+    by_module = {each.module: each for each in chosen}
 
     def read() -> _Moments:
         loaded = load_model(model, run=run)
@@ -182,7 +197,9 @@ def _moments(
     return read(), text
 
 
-def _read_text(settings: ExtractSettings, tokenizer: Any) -> tuple[list[TokenSequence], dict[str, Any]]:
+def _read_text(
+    settings: ExtractSettings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[TokenSequence], dict[str, int | str]]:
     """The fit split as sequences: what is held out stays unseen. Raises TextError when nothing is left."""
     text = read_text(settings.texts, root=settings.root, where="--text")
     documents = text.fit()
@@ -194,21 +211,23 @@ def _read_text(settings: ExtractSettings, tokenizer: Any) -> tuple[list[TokenSeq
     return sequences, text_record(documents, sum(len(sequence.ids) for sequence in sequences))
 
 
-def _adapt(pair: Pair, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings) -> Adapted:
+def _adapt(
+    each: TensorDifference, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings
+) -> AdaptedWeight:
     """Factors of one weight's difference."""
-    moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (pair.tuned, pair.base))
-    delta_OI: Array32 = (moved - still).reshape(pair.base.shape)
+    moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (each.tuned, each.base))
+    delta_OI: Array32 = (moved - still).reshape(each.base.shape)
     factors = factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank, moment_II=moment_II)
     plain = factors.error if moment_II is None else relative_error(delta_OI, factors.a, factors.b)
-    return Adapted(pair, factors, plain)
+    return AdaptedWeight(each, factors, plain)
 
 
 @contextmanager
 def _staged(
-    out: Path, adapted: Sequence[Adapted], record: Mapping[str, Any], sources: Sequence[Path], replace: Replace, run: Run
+    out: Path, adapted: Sequence[AdaptedWeight], record: Extraction, sources: Sequence[Path], replace: Replace, run: Run
 ) -> Iterator[Staging]:
     """The adapter folder, by rename. Its digest is that of the factors, so a killed write goes on only with equal ones."""
-    digest = hashlib.sha256(repr(record).encode())
+    digest = hashlib.sha256(record.model_dump_json().encode())
     for entry in adapted:
         digest.update(to_bytes(entry.factors.a, "F32"))
         digest.update(to_bytes(entry.factors.b, "F32"))
@@ -217,29 +236,29 @@ def _staged(
 
 
 def _write(
-    stage: Staging, adapted: Sequence[Adapted], config: Mapping[str, Any], record: Mapping[str, Any], trained_on: Path
+    stage: Staging, adapted: Sequence[AdaptedWeight], config: Mapping[str, object], record: Extraction, trained_on: Path
 ) -> None:
     write_lora(stage, config, [tensor for entry in adapted for tensor in _tensors(entry)])
     if trained_on.exists():
         copy_file(trained_on, stage.folder / TRAINED_FILE)
-    write_json(stage.folder / RECORD_FILE, record)
+    write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
 
 
-def _tensors(entry: Adapted) -> Iterator[PeftTensor]:
+def _tensors(entry: AdaptedWeight) -> Iterator[PeftTensor]:
     for side, array in (("A", entry.factors.a), ("B", entry.factors.b)):
-        name = peft_name(entry.pair.module, f"lora_{side}.weight")
+        name = peft_name(entry.difference.module, f"lora_{side}.weight")
         yield PeftTensor(name, "F32", array.shape, array.nbytes, partial(to_bytes, array, "F32"))
 
 
-def _adapter_config(adapted: Sequence[Adapted], linears: Sequence[Pair], base_name: str) -> dict[str, Any]:
+def _adapter_config(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference], base_name: str) -> dict[str, object]:
     """adapter_config.json. alpha equals the rank in every module, so that every scale is exactly 1."""
-    changes = {entry.pair.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
+    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
     return lora_config(base_name, changes, targets=_targets(adapted, linears))
 
 
-def _targets(adapted: Sequence[Adapted], linears: Sequence[Pair]) -> list[str]:
+def _targets(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference]) -> list[str]:
     """Kinds of module where each is adapted in every layer that has it, else full names: peft adapts all that match."""
-    modules = [entry.pair.module for entry in adapted]
-    left_out = [pair.module for pair in linears if pair.module not in set(modules)]
+    modules = [entry.difference.module for entry in adapted]
+    left_out = [each.module for each in linears if each.module not in set(modules)]
     kinds = {module.rsplit(".", 1)[1] for module in modules}
     return modules if kinds & {module.rsplit(".", 1)[1] for module in left_out} else sorted(kinds)

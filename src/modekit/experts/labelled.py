@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.experts.specialist import TagsUsed, TextUsed
 from modekit.loaded.text_training import Training, training_sequences
-from modekit.text.directions import Directions
+from modekit.text.document import Document
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
@@ -50,12 +50,11 @@ class Generic:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read: by which tokenizer, from where, and how long and fast; `directions`: of all that was read so far."""
+    """What is read: by which tokenizer, from where, and how long and fast."""
 
     tokenizer: PreTrainedTokenizerBase
     root: Path
     training: Training
-    directions: Directions = field(default_factory=Directions)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Material:
         labels, generic: what specialist.json says of tags, and of generic text.
     """
 
-    fit: list[str]
+    fit: list[Document]
     sequences: Sequence[TokenSequence]
     held_out: list[Domain]
     tokens: int
@@ -86,11 +85,10 @@ class Material:
 def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
     """Read the fit split of all texts, and what is held out of those of a domain.
 
-    Raises TextError where one has nothing left, is to have a tag and is a conversation, or has pairs that go another way than
-    those of another: a tag says of which domain a text is, and not into which language it goes.
+    Raises TextError where one has nothing left, or is to have a tag and is a conversation.
     """
     named = texts.texts if isinstance(texts, Labelled) else {None: texts}
-    fit: list[str] = []
+    fit: list[Document] = []
     sequences: list[TokenSequence] = []
     held_out: list[Domain] = []
     for label, specs in named.items():
@@ -115,18 +113,17 @@ def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, read
 
 def read_domain(
     label: str | None, specs: Sequence[str], reading: Reading, where: str = "--text", *, tags: bool = False
-) -> tuple[list[str], list[TokenSequence], Domain]:
+) -> tuple[list[Document], list[TokenSequence], Domain]:
     """Documents to train on, the same as sequences, and sequences that are held out; with the tag of a label, if there is one.
 
-    Raises TextError when nothing is left, for pairs that go another way than those that were read before, and for text of no
-    label that has a tag of its own where others are read with `tags`.
+    Raises TextError when nothing is left, and for text of no label that has a tag of its own where others are read with
+    `tags`.
     """
     where = where if label is None else f"{where} {label}=..."
     text = read_text(specs, root=reading.root, where=where)
-    reading.directions.add(text.documents, where=where)
     fit, report, training = text.fit(), text.report(), reading.training
 
-    def written(documents: list[str]) -> list[str]:
+    def written(documents: list[Document]) -> list[Document]:
         if label is not None:
             return all_tagged(reading.tokenizer, documents, label, where=where)
         return none_tagged(reading.tokenizer, documents, where=where) if tags else documents

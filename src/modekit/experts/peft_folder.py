@@ -9,7 +9,6 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from modekit.files.staging import Staging
 from modekit.files.tensors import Entry, write_all
@@ -54,8 +53,8 @@ def lora_config(
     *,
     targets: Sequence[str] | None = None,
     lora_bias: bool = False,
-    known: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    known: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """adapter_config.json of these modules, which are its targets unless `targets` says it shorter.
 
     `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `known` are keys of an earlier
@@ -108,7 +107,7 @@ def _plain(alpha: float) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def write_lora(stage: Staging, config: Mapping[str, Any], tensors: Sequence[PeftTensor]) -> None:
+def write_lora(stage: Staging, config: Mapping[str, object], tensors: Sequence[PeftTensor]) -> None:
     """Write both files into a staging folder, tensor by tensor."""
     entries: list[Entry] = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
 

@@ -34,6 +34,7 @@ from modekit.loaded.states import whole_states
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
+from modekit.text.document import Document
 from modekit.text.splits import TRAINED_FILE, mark_of
 from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder, digest_of_data
@@ -151,7 +152,7 @@ class NewSpecialist:
     sources: tuple[Path, ...]
     overwrite: bool
     tokenizer: PreTrainedTokenizerBase
-    documents: Sequence[str]
+    documents: Sequence[Document]
 
     @property
     def made_by(self) -> str:

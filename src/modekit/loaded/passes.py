@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from modekit.errors import SourceError, TextError
 from modekit.sources.family import Reads
 from modekit.sources.names import in_decoder
-from modekit.text.pairs import other_kind
+from modekit.text.document import other_kind
 from modekit.text.sequences import Batch, TokenSequence
 
 _READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")

@@ -25,6 +25,7 @@ from modekit.loaded.passes import check_text, inputs_of
 from modekit.loaded.threads import Threads
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
+from modekit.text.document import Document
 from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, encode, make_batches
 
 LOSS = "loss_lm"
@@ -78,7 +79,9 @@ ReadInPass = Callable[[int, int], TokenSequence]
 """The sequence at a place as a pass reads it; passes are counted from 0."""
 
 
-def training_sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], training: Training) -> list[TokenSequence]:
+def training_sequences(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], training: Training
+) -> list[TokenSequence]:
     """Sequences to train on; rests of a document shorter than a quarter of a sequence would mostly be padding."""
     return encode(
         tokenizer,

@@ -11,11 +11,10 @@ OUT gives way to the new mixture by one rename, or stays beside it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from modekit.building.build import build
 from modekit.building.update import CheckpointUpdate
@@ -23,8 +22,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
-from modekit.members.gone import stand_in, tells_dtypes
-from modekit.members.wanted import Wanted
+from modekit.members.edits import MixtureEdit
+from modekit.members.recorded_models import recorded_model, records_dtypes
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
@@ -38,18 +37,18 @@ from modekit.sources.open import Opener, label_of
 from modekit.sources.tokenizer import PAIR_FILES, copied_files, gone_pair_files
 
 
-def write_change(checkpoint: Checkpoint, wanted: Wanted, out: Path, *, run: Run = QUIET) -> Checkpoint:
-    """Write the mixture that is wanted: in the checkpoint's place when `out` is its folder, else beside it.
+def write_change(checkpoint: Checkpoint, edit: MixtureEdit, out: Path, *, run: Run = QUIET) -> Checkpoint:
+    """Write the mixture that the edit gives: in the checkpoint's place when `out` is its folder, else beside it.
 
     Raises SourceError (the base is gone, or what is needed of an expert that is; a model that changed), MismatchError or
     UnsupportedError for a new expert that does not fit, TextError where statistics and text are gone, OutputError,
     CheckpointError when another command changed the mixture meanwhile. Then nothing has changed.
     """
-    before = before_change(checkpoint, wanted, run=run)
+    before = before_change(checkpoint, edit, run=run)
     return build(before.plan, out, update=before, run=run)
 
 
-def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -> CheckpointUpdate:
+def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET) -> CheckpointUpdate:
     """The change, planned: nothing is written. Raises as `write_change`.
 
     Of experts that stay the mixture says what there is to know; their models are opened only where something is made of them
@@ -60,26 +59,26 @@ def before_change(checkpoint: Checkpoint, wanted: Wanted, *, run: Run = QUIET) -
     _check_base(checkpoint, base, run)
     new = {
         place: opener.expert(place, expert, base)
-        for place, (expert, origin) in enumerate(zip(wanted.recipe.experts, wanted.origins, strict=True))
+        for place, (expert, origin) in enumerate(zip(edit.recipe.experts, edit.origins, strict=True))
         if origin is None
     }
-    _check_is_another(checkpoint, wanted, new)
+    _check_is_another(checkpoint, edit, new)
     experts = list(enumerate(checkpoint.record.recipe.experts))
-    said = [base, *(stand_in(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
+    said = [base, *(recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
 
     def opened() -> list[ModelSource]:
-        stay = [number in wanted.origins for number, _ in experts]
+        stay = [number in edit.origins for number, _ in experts]
         return [base, *(_opened(checkpoint, opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
 
-    if not tells_dtypes(checkpoint):  # of adapters: their models do, where they are there
+    if not records_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
-            before = _planned(checkpoint, wanted, opened(), new, run)
+            before = _planned(checkpoint, edit, opened(), new, run)
             if before is not None:
                 return before
-    before = _planned(checkpoint, wanted, said, new, run)
-    if before is not None and not (_merges_adapters(checkpoint, wanted) or _reads_what_is_said(before.plan)):
+    before = _planned(checkpoint, edit, said, new, run)
+    if before is not None and not (_merges_adapters(checkpoint, edit) or _reads_recorded_model(before.plan)):
         return before
-    before = _planned(checkpoint, wanted, opened(), new, run)
+    before = _planned(checkpoint, edit, opened(), new, run)
     if before is None:
         _check_routes_as_said(checkpoint)
         raise SourceError(
@@ -116,12 +115,12 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
 
 
 def _planned(
-    checkpoint: Checkpoint, wanted: Wanted, old: Sequence[ModelSource], new: Mapping[int, ModelSource], run: Run
+    checkpoint: Checkpoint, edit: MixtureEdit, old: Sequence[ModelSource], new: Mapping[int, ModelSource], run: Run
 ) -> CheckpointUpdate | None:
     """The change over these models of the experts that were there; None where they do not give the mixture that is there."""
-    root, recipe = checkpoint.recipe_root, wanted.recipe
+    root, recipe = checkpoint.recipe_root, edit.recipe
     base, sources = old[0], [old[0]]
-    for place, (expert, origin) in enumerate(zip(recipe.experts, wanted.origins, strict=True)):
+    for place, (expert, origin) in enumerate(zip(recipe.experts, edit.origins, strict=True)):
         stays = base if origin is None or expert.is_base else replace(old[1 + origin], label=label_of(place, expert))
         sources.append(new.get(place, stays))
     try:
@@ -132,43 +131,40 @@ def _planned(
         return None
     after = plan_of(recipe, root, tuple(sources), run=run)
     _check_shape(checkpoint, after)
-    planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, wanted.origins)
+    planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, edit.origins)
     names = {} if planned.reused is None else planned.reused.names
-    _check_training_stays(checkpoint, names, wanted.origins, before)
-    statistics = _statistics(checkpoint, wanted, planned, names)
-    return CheckpointUpdate(checkpoint, planned, wanted.origins, statistics, wanted.change, wanted.refits)
+    _check_training_stays(checkpoint, names, edit.origins, before)
+    statistics = _statistics(checkpoint, edit, planned, names)
+    return CheckpointUpdate(checkpoint, planned, edit.origins, statistics, edit.change, edit.refits)
 
 
 def _is_what_is_there(checkpoint: Checkpoint, before: Plan) -> bool:
     """Whether a plan gives the mixture that is there: its tensors and its config."""
     there = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
     planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in before.tensors}
-    left_out = checkpoint.shape.left_out
-    return _without(planned, left_out) == _without(there, left_out) and dict(before.config) == dict(checkpoint.config)
+    left_out = set(checkpoint.shape.left_out)
+    differs = (each for each in there.keys() | planned.keys() if there.get(each) != planned.get(each))
+    return left_out.issuperset(differs) and dict(before.config) == dict(checkpoint.config)
 
 
-def _without(tensors: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in tensors.items() if name not in names}
-
-
-def _reads_what_is_said(plan: Plan) -> bool:
+def _reads_recorded_model(plan: Plan) -> bool:
     """Whether something is needed of a model that is only known by what the mixture says of it."""
     kept = () if plan.reused is None else plan.reused.model.files
     refs = (ref for tensor in plan.tensors for piece in tensor.pieces for ref in piece.refs)
     return any(ref.state is None and ref.file not in kept for ref in refs)
 
 
-def _merges_adapters(checkpoint: Checkpoint, wanted: Wanted) -> bool:
+def _merges_adapters(checkpoint: Checkpoint, edit: MixtureEdit) -> bool:
     """Whether a backbone is merged anew to which adapters give what no tensor of the mixture tells."""
     recipe = checkpoint.record.recipe
     adapters = any(expert.adapter is not None for expert in recipe.experts)
-    return adapters and recipe.mixture.backbone != BASE and wanted.change.what != "rename"
+    return adapters and recipe.mixture.backbone != BASE and edit.change.what != "rename"
 
 
-def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, ModelSource]) -> None:
+def _check_is_another(checkpoint: Checkpoint, edit: MixtureEdit, new: Mapping[int, ModelSource]) -> None:
     """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
     record = checkpoint.record
-    if wanted.change.what != "replace" or wanted.recipe.digest() != record.recipe_digest:
+    if edit.change.what != "replace" or edit.recipe.digest() != record.recipe_digest:
         return
     ((place, source),) = new.items()
     known = record.sources[record.expert_sources[place]].files
@@ -176,7 +172,7 @@ def _check_is_another(checkpoint: Checkpoint, wanted: Wanted, new: Mapping[int, 
         raise RecipeError(
             "this very model exists in its place already",
             where=str(checkpoint.folder),
-            found=f"{wanted.change.expert}: {wanted.change.source}",
+            found=f"{edit.change.expert}: {edit.change.source}",
             remedy="name another model or text",
         )
 
@@ -244,15 +240,15 @@ def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], orig
         )
 
 
-def _statistics(checkpoint: Checkpoint, wanted: Wanted, plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
+def _statistics(checkpoint: Checkpoint, edit: MixtureEdit, plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
     """Expert of the new mixture -> expert of the checkpoint whose statistics are its own.
 
     What was read through another backbone is not of this one.
     """
-    fit = wanted.recipe.mixture.fit
+    fit = edit.recipe.mixture.fit
     backbone = {tensor.name for tensor in plan.tensors if tensor.role == "backbone"}
     if fit is not None and not fit.reads.tokens and not backbone <= names.keys():
         return {}
-    pairs = zip(wanted.recipe.names, wanted.origins, strict=True)
+    pairs = zip(edit.recipe.names, edit.origins, strict=True)
     kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}
-    return kept | {name: name for name in wanted.keeps_text}
+    return kept | {name: name for name in edit.keeps_text}

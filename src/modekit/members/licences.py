@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -142,7 +141,7 @@ def licence_of(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Check
     return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, said_by, languages, bases)
 
 
-def _base_models(matter: dict[str, Any], folder: Path, root: Path) -> tuple[str, ...]:
+def _base_models(matter: dict[str, object], folder: Path, root: Path) -> tuple[str, ...]:
     """Hub ids that a model gives as its base: in its README, else in its config. A folder of somebody's machine is none."""
     said = _strings(matter.get("base_model"))
     for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
@@ -154,7 +153,7 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and _HUB_ID.match(name) is not None
 
 
-def _json_in(path: Path) -> dict[str, Any]:
+def _json_in(path: Path) -> dict[str, object]:
     try:
         data = parse_json(_text_of(path) or "{}")
     except ValueError:
@@ -162,7 +161,7 @@ def _json_in(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def front_matter(readme: Path) -> dict[str, Any]:
+def front_matter(readme: Path) -> dict[str, object]:
     """The YAML at the head of a README; empty when there is none that can be read."""
     matched = _FRONT_MATTER.match(_text_of(readme)[:_LONGEST_MATTER])
     try:
@@ -184,7 +183,7 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each for each in values if isinstance(each, str) and each))
 
 
-def _licence_in(matter: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+def _licence_in(matter: dict[str, object]) -> tuple[str | None, str | None, str | None]:
     """Id, name and link. Several licences, and what is no id, are "other"."""
     said = _strings(matter.get("license"))
     name, link = (next(iter(_strings(matter.get(key))), None) for key in ("license_name", "license_link"))

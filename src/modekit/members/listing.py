@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
@@ -13,14 +14,13 @@ from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import read_results
 from modekit.files.read import UNREADABLE
+from modekit.files.typed import Label, read_as
 from modekit.members.licences import sources_of
-from modekit.members.taught import teachers_of
 from modekit.recipes.recipe import Expert
-from modekit.sources.model import ITEMSIZE
+from modekit.sources.model import ITEMSIZE, SPECIALIST_FILE
 
 
-@dataclass(frozen=True)
-class Member:
+class ListedExpert(BaseModel, frozen=True):
     """One expert.
 
     Attributes:
@@ -44,25 +44,27 @@ class Member:
     licence: str
 
 
-def members_of(checkpoint: Checkpoint) -> list[Member]:
+def members_of(checkpoint: Checkpoint) -> list[ListedExpert]:
     """Every expert in recipe order. Raises CheckpointError when the files are damaged."""
     record = checkpoint.record
-    since = _since(record.history)
-    sizes = _sizes(checkpoint)
-    results = _results(checkpoint)
+    since, results = _since(record.history), _results(checkpoint)
     licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
-    return [
-        Member(
-            expert.name,
-            _kind(expert, teacher),
-            expert.source,
-            since.get(expert.name),
-            size,
-            *_worth(results, expert.name),
-            licences.get(expert.name, licences.get("base model", "")),
+    experts = []
+    for expert, size, teacher in zip(record.recipe.experts, _sizes(checkpoint), teachers_of(checkpoint), strict=True):
+        gain, gap_closed = _worth(results, expert.name)
+        experts.append(
+            ListedExpert(
+                name=expert.name,
+                kind=_kind(expert, teacher),
+                source=expert.source,
+                since=since.get(expert.name),
+                nbytes=size,
+                gain=gain,
+                gap_closed=gap_closed,
+                licence=licences.get(expert.name, licences.get("base model", "")),
+            )
         )
-        for expert, size, teacher in zip(record.recipe.experts, sizes, teachers_of(checkpoint), strict=True)
-    ]
+    return experts
 
 
 def _since(history: Sequence[Change]) -> dict[str, str]:
@@ -119,7 +121,24 @@ def _worth(results: Results | None, domain: str) -> tuple[float | None, float | 
     return base.scores[domain].loss - mixture.scores[domain].loss, mixture.scores[domain].gap_closed
 
 
-def as_data(checkpoint: Checkpoint, members: Sequence[Member]) -> Mapping[str, Any]:
-    """For --json."""
-    history = [change.model_dump(mode="json", exclude_none=True) for change in checkpoint.record.history]
-    return {"experts": [vars(member) for member in members], "history": history}
+class _Teacher(BaseModel):
+    name: Label
+
+
+class _Specialist(BaseModel):
+    teacher: _Teacher | None = None
+
+
+def teachers_of(checkpoint: Checkpoint) -> list[str | None]:
+    """Per expert in recipe order the name of its teacher (`modekit specialize --teacher`), as its own folder says."""
+    record = checkpoint.record
+    return [teacher_of(checkpoint.source_folder(record.sources[place])) for place in record.expert_sources]
+
+
+def teacher_of(folder: Path) -> str | None:
+    """Name of the teacher of the model in a folder; None without one, or where nothing can be read."""
+    try:
+        specialist = read_as(folder / SPECIALIST_FILE, _Specialist)
+    except UNREADABLE:
+        return None
+    return None if specialist.teacher is None else specialist.teacher.name

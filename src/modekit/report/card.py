@@ -26,7 +26,7 @@ from modekit.files.change import change_together
 from modekit.files.figures import count_of
 from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
-from modekit.members.taught import teachers_of
+from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
 from modekit.report.result_files import find_results, find_translations

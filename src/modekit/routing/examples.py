@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.text.chat import ChatTemplate, Conversation, chat_template_of
-from modekit.text.pairs import Pair
+from modekit.text.chat import ChatTemplate, chat_template_of
+from modekit.text.document import Document, reads_of
 from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
@@ -37,7 +37,7 @@ _WINDOW = 2_048  # characters from which words are cut
 
 
 def read_examples(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router, *, most: int
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], expert: Expert, settings: Router, *, most: int
 ) -> list[TokenSequence]:
     """Sequences of at most `most` tokens together: documents and, where the router knows chats, chats.
 
@@ -50,7 +50,7 @@ def read_examples(
 
 
 def examples_of(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], whose: tuple[int, Expert], settings: Router
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], whose: tuple[int, Expert], settings: Router
 ) -> list[TokenSequence]:
     """The same, of as many tokens as a router reads per domain, which is at least one sequence; `whose`: an expert with its
     place. Raises TextError also where there is nothing to read.
@@ -65,7 +65,7 @@ def examples_of(
 
 def read_chats(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     expert: Expert,
     settings: Router,
     count: int,
@@ -76,7 +76,7 @@ def read_chats(
 
     None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
     """
-    if any(isinstance(document, Pair) for document in documents):
+    if "pairs" in map(reads_of, documents):
         return []
     template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
     if template is None:
@@ -111,9 +111,9 @@ def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Route
     return {"chat": hashlib.sha256("\0".join(parts).encode()).hexdigest()}
 
 
-def cut_chats(template: ChatTemplate, documents: Sequence[str], count: int) -> Iterator[TokenSequence]:
+def cut_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
     """So many chats of a few words of the documents, which their number decides."""
-    cut = [document for document in documents if not isinstance(document, Conversation)]
+    cut = [document for document in documents if isinstance(document, str)]
     draw = random.Random(str(count))
     for number in range(count if cut else 0):
         # Every document once before any of them twice, and then at random.

@@ -16,6 +16,7 @@ from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import shortened
 from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
 from modekit.routing.fitting import Fitting
+from modekit.text.document import Document
 from modekit.text.held_out import fit_documents
 
 _Statistics = TypeVar("_Statistics")
@@ -27,7 +28,9 @@ Provenance = dict[str, Any]
 """What statistics were made from: `text`, a record of the text (text/splits.py); `how`, the settings that decide them."""
 
 
-def documents_to_read(fitting: Fitting, place: int, kept: Provenance | None, how: Mapping[str, object]) -> list[str] | None:
+def documents_to_read(
+    fitting: Fitting, place: int, kept: Provenance | None, how: Mapping[str, object]
+) -> list[Document] | None:
     """The text of the expert at `place`; None where what is kept of it holds without: of an expert that stays, or whose text
     is gone.
 

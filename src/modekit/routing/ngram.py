@@ -31,6 +31,7 @@ from modekit.routing.examples import SHARE, chats_of, read_chats
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.routing.unseen import over_base, room_of, with_unknown
+from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import digest_of, text_record
 
@@ -84,7 +85,7 @@ class _CountsHeader(BaseModel):
 
 def count_domain(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     expert: Expert,
     settings: Router,
     source: Provenance,
@@ -111,7 +112,7 @@ def count_domain(
 
 
 def _texts(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], expert: Expert, settings: Router
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], expert: Expert, settings: Router
 ) -> Iterator[Sequence[TokenSequence]]:
     """The sequences of every document, and every chat."""
     found = tokens = 0
@@ -124,7 +125,9 @@ def _texts(
         yield [chat]
 
 
-def source_of(documents: Sequence[str], expert: Expert, settings: Router, tokenizer: PreTrainedTokenizerBase) -> Provenance:
+def source_of(
+    documents: Sequence[Document], expert: Expert, settings: Router, tokenizer: PreTrainedTokenizerBase
+) -> Provenance:
     """What counts are made from: text and settings."""
     include = {"sequence_length", "keep_tokens", "order", "buckets"}
     how = {**settings.model_dump(mode="json", include=include), **chats_of(tokenizer, expert, settings)}

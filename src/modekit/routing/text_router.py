@@ -25,7 +25,8 @@ from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
 from modekit.routing.last_token import LastToken, RoutingData
 from modekit.run import QUIET, Run
-from modekit.text.chat import Message, chat_template_of
+from modekit.text.chat import chat_template_of
+from modekit.text.document import Message
 
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""

@@ -23,6 +23,7 @@ from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens, chats_of, read_examples
 from modekit.routing.fitting import Fitting, TextRecord
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
+from modekit.text.document import Document
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
@@ -143,9 +144,9 @@ class SelectTexts:
         documents, said = self._said(place)
         return encode(self._tokenizer, documents, max_tokens=MOST_TOKENS // 8, sequence_length=self._length), said
 
-    def _said(self, place: int) -> tuple[list[str], TextRecord]:
+    def _said(self, place: int) -> tuple[list[Document], TextRecord]:
         own = self._texts.own(place)
-        documents = [] if own is None else self._texts.select_of(own)
+        documents: list[Document] = [] if own is None else self._texts.select_of(own)
         return documents, text_record(documents, 0)
 
 

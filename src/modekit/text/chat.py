@@ -1,4 +1,4 @@
-"""Conversations as documents, and the chat template of a tokenizer, which writes them.
+"""The chat template of a tokenizer, which writes conversations.
 
 A template is a program that came with a model. It runs in a process of its own (template_process.py), with little time and
 little memory, so that a stranger's cannot hang a fit.
@@ -6,67 +6,19 @@ little memory, so that a stranger's cannot hang a fit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
+from modekit.text.document import Message, message_of
 from modekit.text.template_process import TEMPLATES, RenderError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
-"""`role` (system, user, assistant, ...) and `content`."""
 _USER, _ANSWER = "⁂user⁂", "⁂answer⁂"  # stand for what is said, where only what lies around it is asked for
-
-
-class Conversation(str):
-    """Messages as one document.
-
-    As a string it is what was said, which decides its split and what it is compared by; `encode` writes the messages as the
-    tokenizer's template does.
-    """
-
-    messages: tuple[Message, ...]
-
-    def __new__(cls, messages: Sequence[Message]) -> Conversation:
-        """Of messages that are not empty."""
-        made = super().__new__(cls, "\n\n".join(message["content"].strip() for message in messages).strip())
-        made.messages = tuple(dict(message) for message in messages)
-        return made
-
-    @property
-    def said(self) -> str:
-        """Who said what, as one text."""
-        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.messages,)
-
-
-def conversation_of(value: object) -> Conversation | None:
-    """The conversation of a record's `messages`; None when they are no list of roles with text."""
-    if not isinstance(value, list) or not value:
-        return None
-    messages = []
-    for each in value:
-        role, content = (each.get("role"), _text_of(each.get("content"))) if isinstance(each, Mapping) else (None, None)
-        if not isinstance(role, str) or not role or content is None:
-            return None
-        messages.append({"role": role, "content": content.encode("utf-8", "replace").decode()})
-    return Conversation(messages)
-
-
-def _text_of(content: object) -> str | None:
-    """Text, or the text of parts that are all text."""
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        known = [text for text in texts if isinstance(text, str)]
-        return "".join(known) if known and len(known) == len(content) else None
-    return content if isinstance(content, str) else None
 
 
 class ChatTemplate:
@@ -143,11 +95,6 @@ class ChatTemplate:
     @property
     def _where(self) -> str:
         return str(Path(str(self._tokenizer.name_or_path)))
-
-
-def message_of(role: str, content: str) -> Message:
-    """What somebody says."""
-    return {"role": role, "content": content}
 
 
 def _shown(messages: Sequence[Message]) -> str:

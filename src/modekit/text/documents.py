@@ -10,10 +10,10 @@ from sys import getsizeof
 
 from modekit.errors import TextError
 from modekit.recipes.paths import locate
-from modekit.text.aligned import aligned_files, read_aligned
-from modekit.text.chat import Conversation
-from modekit.text.pairs import Pair, both_kinds
-from modekit.text.records import TEXT_SUFFIXES, Record, read_file, read_hub
+from modekit.sources.family import Reads
+from modekit.text.document import Document, both_kinds, reads_of, text_of
+from modekit.text.formats import TEXT_SUFFIXES, aligned_files, read_aligned, read_file, read_hub
+from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
 from modekit.text.tables import SEPARATED
 
@@ -24,24 +24,26 @@ _HASH = 300  # bytes that a document takes besides its text
 _RECORDS = (".jsonl", ".parquet", *SEPARATED)  # whose documents have ids of their own
 
 
-def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[str]:
+def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Document]:
     """All documents of a domain, in an order that depends only on their text; exact duplicates once.
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
     line ends; .jsonl, .parquet, .csv and .tsv hold one document per record, text in `text`, a conversation in `messages`, a
-    pair in `source` and `target` or in `translation`, or a prompt and its answer (exchanges.py). Two plain files named as one,
+    pair in `source` and `target` or in `translation`, or a prompt and its answer (records.py). Two plain files named as one,
     `news.en+news.fr`, are a pair per line. Anything that is no path is taken for a hub data set (split `train`). Of more than
     MOST_TEXT those are kept that come first in this order: a sample by the hash, whatever the order of the files.
 
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
     kept = _SmallestHashes(MOST_TEXT)
-    kinds: dict[bool, str] = {}
+    kinds: dict[Reads, str] = {}
     for spec in specs:
         for document in stream_documents([spec], root=root, where=where):
-            kinds.setdefault(isinstance(document, Pair), spec)
+            kinds.setdefault(reads_of(document), spec)
             if len(kinds) > 1:
-                raise both_kinds(where=where, found=f"pairs in {kinds[True]}, plain text in {kinds[False]}: {document[:60]!r}")
+                raise both_kinds(
+                    where=where, found=f"pairs in {kinds['pairs']}, plain text in {kinds['text']}: {text_of(document)[:60]!r}"
+                )
             kept.add(document)
     documents = kept.documents()
     if not documents:
@@ -59,10 +61,10 @@ class _SmallestHashes:
 
     def __init__(self, room: int) -> None:
         self._room, self._size = room, 0
-        self._kept: dict[str, str] = {}
+        self._kept: dict[str, Document] = {}
         self._bound: str | None = None  # the smallest hash for which there was no room
 
-    def add(self, document: str) -> None:
+    def add(self, document: Document) -> None:
         """Keep a document where there is room."""
         digest = digest_of(document)
         if self._bound is not None and digest >= self._bound:
@@ -72,7 +74,7 @@ class _SmallestHashes:
         if self._size > self._room * 5 // 4:
             self._make_room()
 
-    def documents(self) -> list[str]:
+    def documents(self) -> list[Document]:
         """By their hashes."""
         self._make_room()
         return list(self._kept.values())
@@ -89,12 +91,12 @@ class _SmallestHashes:
         self._size = sum(map(_bytes_of, self._kept.values()))
 
 
-def _bytes_of(document: str) -> int:
-    """In memory, about: pairs and conversations have their text twice."""
-    return getsizeof(document) * (1 + isinstance(document, Conversation | Pair)) + _HASH
+def _bytes_of(document: Document) -> int:
+    """In memory, about: pairs and conversations have more parts than plain text."""
+    return getsizeof(text_of(document)) * (1 if isinstance(document, str) else 2) + _HASH
 
 
-def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[str]:
+def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[Document]:
     """The documents as they come, file by file, duplicates among them; nothing is kept of those that were read.
 
     Raises TextError as `read_documents`, but for a text that holds nothing.
@@ -102,15 +104,15 @@ def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterato
     return (record.document for record in stream_records(specs, root=root, where=where))
 
 
-def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[Record]:
+def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[TextRecord]:
     """As `stream_documents`, with the `id` of each: that of its record; of plain text its file's path below the folder that
     was named, without the suffix; else None.
     """
     for spec in specs:
         for record in _read_spec(spec, root=root, where=where):
-            document = record.document
-            if document.strip():
-                yield record if isinstance(document, Conversation | Pair) else Record(document.strip(), record.id)
+            text = text_of(record.document).strip()
+            if text:
+                yield TextRecord(text, record.id) if isinstance(record.document, str) else record
 
 
 def is_local(spec: str, root: Path) -> bool:
@@ -145,7 +147,7 @@ def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
             pass
 
 
-def found_in(documents: Sequence[str], specs: Sequence[str], root: Path) -> str:
+def found_in(documents: Sequence[Document], specs: Sequence[str], root: Path) -> str:
     """What `read_documents` found there, in words: 1 document in 1 file."""
     found = [_files_of(spec, root) for spec in specs]
     counts = [(sum(len(files) for files in found if files is not None), "file"), (found.count(None), "data set")]
@@ -187,11 +189,11 @@ def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     return total
 
 
-def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[Record]:
+def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[TextRecord]:
     """The records of a text; with `most` of some of its files, and of each about so many bytes."""
     path, both = locate(spec, root), aligned_files(spec, root)
     if both is not None:
-        yield from map(Record, islice(read_aligned(*both, where=where), most))
+        yield from map(TextRecord, islice(read_aligned(*both, where=where), most))
         return
     if path is None:
         check_present([spec], root=root, where=where)
@@ -210,4 +212,4 @@ def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) ->
         relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
         plain = file.suffix not in _RECORDS
         for record in read_file(file, where=where, most=most):
-            yield Record(record.document, relative) if plain else record
+            yield TextRecord(record.document, relative) if plain else record

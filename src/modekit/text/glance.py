@@ -11,7 +11,8 @@ from pathlib import Path
 
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Reads
-from modekit.text.directions import Directions
+from modekit.text.directions import notes_on_directions
+from modekit.text.document import Document, text_of
 from modekit.text.documents import bytes_of_text, check_beginnings, is_local
 from modekit.text.held_out import DomainText, check_texts_present, fit_documents, read_text
 
@@ -27,16 +28,18 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     """
     check_texts_present(recipe, root)
     notes: list[str] = []
-    directions = Directions(recipe.mixture.modules)
+    read: dict[str, Sequence[Document]] = {}
     for place, expert in enumerate(recipe.experts):
         where = f"experts[{place}] '{expert.name}': text"
         text = _read(expert.text or [], root, where)
         if recipe.mixture.needs_text and (text is not None or not expert.text):
-            directions.add(fit_documents(expert, root, place, reads=reads), where=where)
+            read[expert.name] = fit_documents(expert, root, place, reads=reads)
         if text is not None:
             notes += _too_little(expert.name, text)
     for domain, specs in recipe.eval.items():
         _read(specs, root, f"eval.{domain}")
+    if recipe.mixture.modules != "all":  # each source goes to one of whole models, which may go several ways
+        notes += notes_on_directions(read)
     return notes
 
 
@@ -51,7 +54,7 @@ def _read(specs: Sequence[str], root: Path, where: str) -> DomainText | None:
 
 
 def _too_little(name: str, text: DomainText) -> Iterator[str]:
-    characters = sum(map(len, text.documents))
+    characters = sum(len(text_of(document)) for document in text.documents)
     if len(text.documents) < _FEWEST_DOCUMENTS or characters < _FEWEST_CHARACTERS:
         yield (
             f"{name}: its text is {text.found} with {characters:,} characters, too little to learn a domain from: give at "

@@ -37,9 +37,8 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.sources.family import Reads
-from modekit.text.directions import Directions, check_pairs
+from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import check_present, found_in, read_documents
-from modekit.text.pairs import Pair, check_kind
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 
@@ -51,19 +50,19 @@ MORE = "give more documents: separate them by blank lines, or write one record p
 class DomainText:
     """All documents of one text that a recipe or a command names; `found` says in words how many there are."""
 
-    documents: Sequence[str]
+    documents: Sequence[Document]
     where: str
     found: str | None
 
-    def fit(self) -> list[str]:
+    def fit(self) -> list[Document]:
         """What may set and train."""
         return documents_of_split(self.documents, "fit")
 
-    def select(self, seen: Collection[str] = ()) -> list[str]:
+    def select(self, seen: Collection[str] = ()) -> list[Document]:
         """What may choose, less documents whose marks are `seen`."""
         return unseen(documents_of_split(self.documents, "select"), seen)
 
-    def report(self, seen: Collection[str] = ()) -> list[str]:
+    def report(self, seen: Collection[str] = ()) -> list[Document]:
         """What may be shown, less documents whose marks are `seen`."""
         return unseen(documents_of_split(self.documents, "report"), seen)
 
@@ -71,7 +70,7 @@ class DomainText:
         """The error to raise when no document is left, with what there was."""
         return TextError(what, where=self.where, found=self.found, expected=expected, remedy=remedy)
 
-    def none_fits(self, documents: Sequence[str], sequence_length: int, *, most: int | None = None) -> TextError:
+    def none_fits(self, documents: Sequence[Document], sequence_length: int, *, most: int | None = None) -> TextError:
         """The error to raise when no sequence could be made of some of them, be it of at most `most` tokens altogether."""
         return none_fits(documents, sequence_length, where=self.where, found=self.found, most=most)
 
@@ -84,29 +83,15 @@ class HeldOutText:
 
     name: str
     expert: int | None
-    documents: Sequence[str]
+    documents: Sequence[Document]
     text: DomainText
     used: int = 0
 
 
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
-    """The text that files, folders and data sets give together. Raises TextError when there is none, or its pairs are none."""
+    """The text that files, folders and data sets give together. Raises TextError when there is none."""
     documents = read_documents(specs, root=root, where=where)
-    try:
-        check_pairs(documents, where=where)
-    except TextError:
-        _check_each(specs if len(specs) > 1 else [], root, where)
-        raise
     return DomainText(documents, where, found_in(documents, specs, root))
-
-
-def _check_each(specs: Sequence[str], root: Path, where: str) -> None:
-    """Raise TextError for the one of several texts whose pairs are none, or for two of them that go opposite ways."""
-    directions = Directions()
-    for spec in specs:
-        documents, place = read_documents([spec], root=root, where=where), f"{where} {spec}"
-        check_pairs(documents, where=place)
-        directions.add(documents, where=place)
 
 
 def check_texts_present(recipe: Recipe, root: Path) -> None:
@@ -117,7 +102,7 @@ def check_texts_present(recipe: Recipe, root: Path) -> None:
         check_present(texts, root=root, where=f"eval.{domain}")
 
 
-def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None = None) -> list[str]:
+def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None = None) -> list[Document]:
     """The documents that may set the router for an expert: its prompts, and the fit split of its text.
 
     Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
@@ -127,7 +112,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     fit, prompts = text.fit(), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
-    if prompts and (reads == "pairs" or any(isinstance(document, Pair) for document in fit)):
+    if prompts and "pairs" in (reads, *map(reads_of, fit)):
         raise TextError(
             "prompts are plain text, and cannot stand beside pairs",
             where=f"experts[{place}] '{expert.name}': prompts",
@@ -141,7 +126,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     return documents
 
 
-def unseen(documents: Iterable[str], seen: Collection[str]) -> list[str]:
+def unseen(documents: Iterable[Document], seen: Collection[str]) -> list[Document]:
     """Documents whose marks are not `seen`."""
     return [document for document in documents if mark_of(document) not in seen]
 
@@ -150,14 +135,12 @@ class RecipeTexts:
     """The texts of a recipe, each read once, and what has been made from them so far.
 
     `models` are the folders of base and experts, `mixture` is that of the mixture where there is one. All methods raise
-    TextError when a text cannot be read, or its pairs go another way than those of another; a domain of which no document is
-    left is still there, without documents.
+    TextError when a text cannot be read; a domain of which no document is left is still there, without documents.
     """
 
     def __init__(self, recipe: Recipe, root: Path, *, models: Sequence[Path] = (), mixture: Path | None = None) -> None:
         self._recipe, self._root = recipe, root
         self._read: dict[str, DomainText] = {}
-        self._directions = Directions(recipe.mixture.modules)
         folders = [*models, *([mixture] if mixture is not None else [])]
         trained = {digest for folder in folders for digest in digests_in(folder / TRAINED_FILE)}
         prompts = (p for expert in recipe.experts for p in [*(expert.prompts or []), *(expert.negative_prompts or [])])
@@ -169,18 +152,12 @@ class RecipeTexts:
         expert = self._recipe.experts[place]
         return self._text(expert.text, f"experts[{place}] '{expert.name}': text") if expert.text else None
 
-    def beside(self, specs: Sequence[str], *, root: Path, where: str) -> DomainText:
-        """A text that a command names, beside those of the recipe or in place of one: it goes the same way as they do."""
-        text = read_text(specs, root=root, where=where)
-        self._directions.add(text.documents, where=where)
-        return text
-
-    def fit(self, place: int) -> list[str]:
+    def fit(self, place: int) -> list[Document]:
         """The documents that may set the router for an expert, none where it has no text."""
         own = self.own(place)
         return [*(self._recipe.experts[place].prompts or []), *(own.fit() if own is not None else [])]
 
-    def select_of(self, text: DomainText) -> list[str]:
+    def select_of(self, text: DomainText) -> list[Document]:
         """The documents of a text, one of the recipe's or another, that may choose."""
         return text.select(self._made)
 
@@ -208,7 +185,7 @@ class RecipeTexts:
                 found.append(_held_out(name, place, own.report(), own, used))
         return found
 
-    def _chosen_by_the_fit(self, place: int) -> list[str]:
+    def _chosen_by_the_fit(self, place: int) -> list[Document]:
         fit, own = self._recipe.mixture.fit, self.own(place)
         return own.select() if fit is not None and fit.chooses and own is not None else []
 
@@ -217,11 +194,13 @@ class RecipeTexts:
 
     def _text(self, specs: Sequence[str], where: str) -> DomainText:
         if where not in self._read:
-            self._read[where] = self.beside(specs, root=self._root, where=where)
+            self._read[where] = read_text(specs, root=self._root, where=where)
         return self._read[where]
 
 
-def _held_out(name: str, expert: int | None, documents: Sequence[str], text: DomainText, used: Collection[str]) -> HeldOutText:
+def _held_out(
+    name: str, expert: int | None, documents: Sequence[Document], text: DomainText, used: Collection[str]
+) -> HeldOutText:
     left = unseen(documents, used)
     return HeldOutText(name, expert, left, text, len(documents) - len(left))
 

@@ -12,9 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
-from modekit.text.chat import ChatTemplate, Conversation, chat_template_of, needed_template
-from modekit.text.exchanges import Exchange
-from modekit.text.pairs import Pair, both_kinds, of_one_kind
+from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
+from modekit.text.document import Conversation, Document, Pair, both_kinds, of_one_kind, reads_of
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ class Batch:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[str],
+    documents: Iterable[Document],
     *,
     max_tokens: int,
     sequence_length: int,
@@ -142,25 +141,17 @@ def encode(
     written as it would be without it, and the tag put before.
     """
     sequences: list[TokenSequence] = []
-    templates, tags = _Templates(tokenizer), _Tags(tokenizer)
+    writer = _Writer(tokenizer)
     total = 0
     for document in of_one_kind(documents):
         if isinstance(document, Pair):
-            pair = _encoded(tags, document, sequence_length)
+            pair = writer.pair(document, sequence_length)
             total += 0 if pair is None else pair.size
             if total > max_tokens:
                 break
             sequences += [] if pair is None else [pair]
             continue
-        template = templates.of(document)
-        if template is not None and isinstance(document, Conversation):
-            text = template.text(document.messages)
-            ids, offsets = _tokenise(tokenizer, text, max_tokens - total, whole=True)
-            written = _Written(text, ids, offsets, template.opening(document.messages))
-        else:
-            tag = tags.of(document)
-            text = without_tag(document) if tag else document
-            written = _Written(text, *_tokenise(tokenizer, text, max_tokens - total), tag=tag)
+        written = writer.written(document, max_tokens - total)
         room = int(written.tag is not None)
         longest = sequence_length - room
         for start in range(0, len(written.ids), longest):
@@ -175,10 +166,10 @@ def encode(
 
 
 def none_fits(
-    documents: Sequence[str], sequence_length: int, *, where: str, found: str | None = None, most: int | None = None
+    documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None, most: int | None = None
 ) -> TextError:
     """The error of documents that `encode` has made no sequence of, be it of at most `most` tokens altogether."""
-    if not any(isinstance(document, Pair) for document in documents):
+    if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
     few = most is not None and most < 2 * sequence_length  # a first pair that is larger is the end, however short its sides
     longer = "read more tokens" if few else "ask for a longer sequence_length, up to the model's positions"
@@ -202,39 +193,6 @@ class _Tag:
     def before(self, sequence: TokenSequence) -> TokenSequence:
         """A sequence with the tag."""
         return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
-
-
-class _Templates:
-    """What writes conversations."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def _own(self) -> ChatTemplate | None:
-        return chat_template_of(self.tokenizer)
-
-    def of(self, document: str) -> ChatTemplate | None:
-        """None for what is read as plain text. Raises TextError for messages without a template."""
-        if not isinstance(document, Conversation):
-            return None
-        return self._own if isinstance(document, Exchange) else self._own or needed_template(self.tokenizer, "messages")
-
-
-class _Tags:
-    """The tags of many documents, which all stand behind the same special tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def _opening(self) -> tuple[int, ...]:
-        return opening_ids(self.tokenizer)
-
-    def of(self, document: str) -> _Tag | None:
-        """None where a document, or a source, begins with none that is known."""
-        token = leading_tag(self.tokenizer, document)
-        return None if token is None else _Tag(token, self._opening)
 
 
 @dataclass(frozen=True)
@@ -262,18 +220,52 @@ class _Written:
         return sequence if self.tag is None else self.tag.before(sequence)
 
 
-def _encoded(tags: _Tags, pair: Pair, longest: int) -> TokenSequence | None:
-    """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
-    if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
-        return None
-    tokenizer, tag = tags.tokenizer, tags.of(pair.source)
-    with _panics_told(tokenizer):
-        ids: list[int] = tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
-        target: list[int] = tokenizer(text_target=pair.target, verbose=False)["input_ids"]
-    if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
-        return None
-    sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
-    return sequence if tag is None else tag.before(sequence)
+class _Writer:
+    """Documents of many kinds as tokens. What it asks the tokenizer for is the same for all of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        return chat_template_of(self.tokenizer)
+
+    @cached_property
+    def _opening(self) -> tuple[int, ...]:
+        return opening_ids(self.tokenizer)
+
+    def _tag_of(self, text: str) -> _Tag | None:
+        """None where a text, or a source, begins with none that is known."""
+        token = leading_tag(self.tokenizer, text)
+        return None if token is None else _Tag(token, self._opening)
+
+    def written(self, document: str | Conversation, wanted: int) -> _Written:
+        """Of a long one at least the first `wanted` tokens. Raises TextError for messages without a template."""
+        if isinstance(document, Conversation):
+            template = self._template
+            if template is None and not document.is_exchange:
+                template = needed_template(self.tokenizer, "messages")
+            if template is not None:
+                text = template.text(document.messages)
+                ids, offsets = _tokenise(self.tokenizer, text, wanted, whole=True)
+                return _Written(text, ids, offsets, template.opening(document.messages))
+            document = document.text
+        tag = self._tag_of(document)
+        text = without_tag(document) if tag else document
+        return _Written(text, *_tokenise(self.tokenizer, text, wanted), tag=tag)
+
+    def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
+        """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
+        if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
+            return None
+        tag = self._tag_of(pair.source)
+        with _panics_reported(self.tokenizer):
+            ids: list[int] = self.tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
+            target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
+        if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
+            return None
+        sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
+        return sequence if tag is None else tag.before(sequence)
 
 
 def _tokenise(
@@ -290,7 +282,7 @@ def _tokenise(
     length, most = max(_LONG, wanted), max(4 * _LONG, _THIN * wanted)
     while True:
         end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
-        with _panics_told(tokenizer):
+        with _panics_reported(tokenizer):
             encoded = tokenizer(
                 document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
             )
@@ -304,7 +296,7 @@ def _tokenise(
 
 
 @contextmanager
-def _panics_told(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _panics_reported(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Where a tokenizer gives up on a text, as one does whose patterns find no end in it, TextError says so."""
     try:
         yield

@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from modekit.errors import TextError
 from modekit.files.read import LARGE, UNREADABLE, read_text
-from modekit.text.chat import Conversation
-from modekit.text.pairs import Pair
+from modekit.text.document import Document, text_of
 
 Split = Literal["fit", "select", "report"]
 HeldOutSplit = Literal["select", "report"]
@@ -27,12 +26,12 @@ SELECTED_FILE = "selected-by.txt"  # beside a trained or searched mixture: diges
 TRAINED_DIGITS = 16  # of a digest, in both
 
 
-def digest_of(document: str) -> str:
+def digest_of(document: Document) -> str:
     """sha256 of a document's text, surrounding white space aside."""
-    return hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text_of(document).strip().encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def mark_of(document: str) -> str:
+def mark_of(document: Document) -> str:
     """The beginning of a document's digest, by which trained-on.txt and selected-by.txt know it."""
     return digest_of(document)[:TRAINED_DIGITS]
 
@@ -53,21 +52,21 @@ def digests_in(path: Path) -> set[str]:
         ) from None
 
 
-def split_of(document: str) -> Split:
+def split_of(document: Document) -> Split:
     """The split a document belongs to."""
     place = int(digest_of(document)[:8], 16) % 100
     return "fit" if place < 80 else "select" if place < 90 else "report"
 
 
-def documents_of_split(documents: Iterable[str], split: Split) -> list[str]:
+def documents_of_split(documents: Iterable[Document], split: Split) -> list[Document]:
     """The documents that belong to one split."""
     return [document for document in documents if split_of(document) == split]
 
 
-def text_record(documents: Sequence[str], tokens: int) -> dict[str, Any]:
+def text_record(documents: Sequence[Document], tokens: int) -> dict[str, int | str]:
     """What a result remembers of a text: how much, and a digest of the documents it used (conversations with their roles, pairs
     with their sides).
     """
-    said = (document.said if isinstance(document, Conversation | Pair) else document for document in documents)
-    together = hashlib.sha256("".join(map(digest_of, said)).encode()).hexdigest()
+    texts = (document if isinstance(document, str) else document.as_json for document in documents)
+    together = hashlib.sha256("".join(map(digest_of, texts)).encode()).hexdigest()
     return {"documents": len(documents), "tokens": tokens, "sha256": together}

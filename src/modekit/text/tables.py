@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
-from modekit.text.exchanges import ANSWERED, ASKED, GIVEN, TURNS
-from modekit.text.pairs import SOURCE, TARGET, TRANSLATION
 from modekit.text.parquet_pages import Pages, look_at_pages
 from modekit.text.plain import LARGEST, lines_of, plain_text, too_large
+from modekit.text.records import ANSWERED, ASKED, GIVEN, ID, MESSAGES, SOURCE, TARGET, TEXT, TRANSLATION, TURNS
 
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch
 
 Row = Mapping[str, object]
-TEXT, MESSAGES, ID = "text", "messages", "id"
-"""Columns, and keys of records."""
 SEPARATED = (".csv", ".tsv")
 """Suffixes of values that are separated; a folder is not searched for them, as many hold no text."""
 _COLUMNS = (TEXT, MESSAGES)  # read alone where there are any

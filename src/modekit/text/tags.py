@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
 from modekit.files.typed import shortened
-from modekit.text.chat import Conversation
-from modekit.text.pairs import Pair
+from modekit.text.document import Conversation, Document, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,68 +39,68 @@ def tag_ids(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> tuple[
     return tuple(added[tag_of(label)] for label in labels)
 
 
-def tagged(document: str, label: str | None) -> str:
+def tagged(document: Document, label: str | None) -> Document:
     """A document with the tag of a label before it, of a pair before its source; as it is without a label.
 
     Conversations stay as they are: their template decides what stands first.
     """
-    if label is None or isinstance(document, Conversation):
+    if label is None:
         return document
-    if isinstance(document, Pair):
-        return Pair(f"{tag_of(label)} {document.source}", document.target)
-    return f"{tag_of(label)} {document}"
+    match document:
+        case str():
+            return f"{tag_of(label)} {document}"
+        case Pair(source, target):
+            return Pair(f"{tag_of(label)} {source}", target)
+        case Conversation():
+            return document
 
 
-def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], label: str, *, where: str) -> list[str]:
+def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
     """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one, and for text that
     begins with a tag already: two could say different things.
     """
     found = list(documents)
-    if any(isinstance(document, Conversation) for document in found):
+    if any(_source_of(document) is None for document in found):
         raise TextError(
             "a conversation has no place for a tag: its template decides what stands first",
             where=where,
             expected="text, or pairs",
             remedy="leave --tags away, or give the conversations as text",
         )
-    source = _with_own_tag(tokenizer, found)
-    if source is not None:
-        raise TextError(
-            "a text begins with a tag already",
-            where=where,
-            found=shortened(source),
-            expected="text without its tag",
-            remedy=f"take the tags out of the text: {tag_of(label)} is put before it",
-        )
+    remedy = f"take the tags out of the text: {tag_of(label)} is put before it"
+    _check_untagged(tokenizer, found, "a text begins with a tag already", where=where, remedy=remedy)
     return [tagged(document, label) for document in found]
 
 
-def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], *, where: str) -> list[str]:
+def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, where: str) -> list[Document]:
     """Documents of no domain as they are. Raises TextError for text that begins with a tag: it is read without one."""
-    found = list(documents)
-    source = _with_own_tag(tokenizer, found)
-    if source is not None:
-        raise TextError(
-            "text of no domain begins with a tag",
-            where=where,
-            found=shortened(source),
-            expected="text without a tag",
-            remedy="take the tags out of the text, or give it as text of its domain",
-        )
+    found, remedy = list(documents), "take the tags out of the text, or give it as text of its domain"
+    _check_untagged(tokenizer, found, "text of no domain begins with a tag", where=where, remedy=remedy)
     return found
 
 
-def _with_own_tag(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> str | None:
-    """The first text, or source, that begins with a tag, be it behind special tokens that a text was written out with."""
+def _check_untagged(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], what: str, *, where: str, remedy: str
+) -> None:
+    """Raise TextError for a text, or source, that begins with a tag, also behind special tokens of the tokenizer."""
     opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
     for document in documents:
-        source = document.source if isinstance(document, Pair) else document
-        rest = source
+        rest = source = _source_of(document) or ""
         for token in opening:
             rest = rest.removeprefix(token).lstrip()
-        if not isinstance(document, Conversation) and leading_tag(tokenizer, rest) is not None:
+        if leading_tag(tokenizer, rest) is not None:
+            raise TextError(what, where=where, found=shortened(source), expected="text without its tag", remedy=remedy)
+
+
+def _source_of(document: Document) -> str | None:
+    """What a tag stands before; None of a conversation, which has no place for one."""
+    match document:
+        case str():
+            return document
+        case Pair(source):
             return source
-    return None
+        case Conversation():
+            return None
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:

@@ -14,8 +14,8 @@ from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
-from modekit.text.held_out import MORE, DomainText
-from modekit.text.pairs import check_kind
+from modekit.text.document import Document, check_kind
+from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
@@ -63,14 +63,14 @@ def read_texts(
     own = recipe_texts(checkpoint)
     given: list[tuple[str, int, DomainText]] = []
     for place, name in enumerate(names):
-        text = own.beside(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
+        text = read_text(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
         given += [(name, place, text)] if text is not None else []
     if not given:
         raise TextError(
             "there is no text to train on", where="experts[].text, --text", remedy="give --text domain=FILE for every domain"
         )
     if settings.generic:
-        given.append((GENERIC_NAME, GENERIC, own.beside(settings.generic, root=root, where="generic")))
+        given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
     for _, _, text in given:
         check_kind(text.documents, checkpoint.shape.family.reads, where=text.where)
     reader = _TextReader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
@@ -102,7 +102,7 @@ class _TextReader:
             )
         return cls(tokenizer, settings, tag_ids(tokenizer, names))
 
-    def encode(self, documents: Sequence[str], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
+    def encode(self, documents: Sequence[Document], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
         """Documents as sequences, those of a domain with its tag."""
         if self.tags and expert != GENERIC:
             documents = all_tagged(self.tokenizer, documents, name, where=f"text of {name}")
@@ -111,7 +111,7 @@ class _TextReader:
         return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
 
 
-def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[str], reader: _TextReader) -> TrainingText:
+def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[Document], reader: _TextReader) -> TrainingText:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
     settings = reader.settings
     fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
@@ -137,6 +137,6 @@ def silent_domains(checkpoint: Checkpoint, texts: Sequence[TrainingText]) -> lis
     return [name for place, name in enumerate(checkpoint.names) if place not in known]
 
 
-def _is_in_share(document: str, share: float) -> bool:
+def _is_in_share(document: Document, share: float) -> bool:
     """Whether a document belongs to a share of them that its hash alone decides (other digits than those of the splits)."""
     return int(digest_of(document)[8:16], 16) < share * 2**32

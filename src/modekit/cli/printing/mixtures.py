@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from modekit.building.preview import NeededTime, Preview
     from modekit.building.verify import Check
     from modekit.evaluation.results import Results
+    from modekit.experts.extract_record import Extraction, KindErrors
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.planning.summary import FitWork
     from modekit.search.tune.results import TuneResults
@@ -134,26 +135,26 @@ def print_checks(checks: Sequence[Check]) -> None:
     out.print(table)
 
 
-def print_extract(record: dict[str, Any]) -> None:
+def print_extract(record: Extraction) -> None:
     """Draw what an extraction kept, by the kind of module."""
     table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
-    weighted = record["text"] is not None
+    weighted = record.text is not None
 
-    def add(name: str, row: dict[str, Any], style: str = "") -> None:
-        low, high = row["smallest_rank"], row["largest_rank"]
+    def add(name: str, row: KindErrors, style: str = "") -> None:
+        low, high = row.smallest_rank, row.largest_rank
         table.add(
             name,
-            str(row["modules"]),
+            str(row.modules),
             str(low) if low == high else f"{low}-{high}",
-            _share(row["drift"]),
-            _share(row["weight_error"]),
-            _share(row["error"]) if weighted else "-",
+            _share(row.drift),
+            _share(row.weight_error),
+            _share(row.error) if weighted else "-",
             style=style,
         )
 
-    for kind, row in record["kinds"].items():
+    for kind, row in record.kinds.items():
         add(kind, row)
-    add("all", record["totals"], "bold")
+    add("all", record.totals, "bold")
     out.print("drift: |difference| / |base weight|; error: what the factors leave of the difference, 0 = nothing.")
     out.print(table)
 

@@ -39,7 +39,8 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import has_encoder
 from modekit.planning.shape import RouterPosition
 from modekit.run import QUIET, Run
-from modekit.text.chat import message_of, needed_template
+from modekit.text.chat import needed_template
+from modekit.text.document import message_of
 from modekit.text.plain import decode
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag

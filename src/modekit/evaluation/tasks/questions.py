@@ -20,6 +20,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts, recipe_texts
 from modekit.evaluation.tasks.entries import Entry, entries_of, head_words
+from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import digest_of
 
@@ -52,13 +53,14 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
     made: list[Questions] = []
     notes = []
     for held in held_out_texts(checkpoint):
-        glosses = gloss_items(held.documents, known, random.Random(f"{seed} {held.name} glosses"))
-        continuations = continuation_items(held.documents, random.Random(f"{seed} {held.name} continuations"))
+        texts = list(map(text_of, held.documents))
+        glosses = gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses"))
+        continuations = continuation_items(texts, random.Random(f"{seed} {held.name} continuations"))
         kinds = {"glosses": glosses, "continuations": continuations, "generation": generation_items(glosses, continuations)}
         for kind, items in kinds.items():
             if len(items) >= _FEWEST:
                 made.append(Questions(kind, held.name, held.expert is None, items))
-            elif kind == "continuations" or any(map(entries_of, held.documents)):
+            elif kind == "continuations" or any(map(entries_of, texts)):
                 notes.append(f"{held.name}: no {kind}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
     if not made:
         raise TextError(
@@ -74,8 +76,8 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
 def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
     """Head words of every expert's documents for a fit, which experts, base and router saw, and of `seen` whole."""
     texts = recipe_texts(checkpoint)
-    terms = head_words(read_documents(seen, root=checkpoint.recipe_root, where="--seen")) if seen else set()
-    return terms.union(*(head_words(texts.fit(place)) for place in range(len(checkpoint.names))))
+    terms = head_words(map(text_of, read_documents(seen, root=checkpoint.recipe_root, where="--seen"))) if seen else set()
+    return terms.union(*(head_words(map(text_of, texts.fit(place))) for place in range(len(checkpoint.names))))
 
 
 def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:

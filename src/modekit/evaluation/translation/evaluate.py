@@ -44,8 +44,8 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
+from modekit.text.document import Pair
 from modekit.text.held_out import HeldOutText
-from modekit.text.pairs import Pair
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
 from modekit.text.tags import labels_of

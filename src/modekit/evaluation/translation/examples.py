@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modekit.evaluation.translation.scores import Scorer
-from modekit.text.pairs import Pair
+from modekit.text.document import Pair
 
 SHOWN = 3
 """Examples of a domain."""

@@ -9,12 +9,13 @@ in whatever files and order they lie.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modekit.errors import TextError
+from modekit.errors import ModekitError, TextError
 from modekit.experts.corpus.balanced import (
     JSON_FILE,
     MARKDOWN_FILE,
@@ -22,12 +23,13 @@ from modekit.experts.corpus.balanced import (
     Amount,
     Balanced,
     BalancedDomain,
-    Part,
+    BalanceSettings,
+    CountingTokenizer,
+    DomainShare,
     Split,
 )
-from modekit.experts.corpus.choose import Choice, choose_apart, choose_common, is_held_out
-from modekit.experts.corpus.count import Counted, Key, Reader, token_counter
-from modekit.experts.corpus.settings import WHERE, BalanceSettings, check_settings, checked_texts
+from modekit.experts.corpus.choose import KeptUnits, choose_apart, choose_common, diff_percent, is_held_out
+from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, checked_texts, token_counter
 from modekit.experts.corpus.write import write_domain
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PERCENT = "--max-diff-percent"
-Choices = dict[Split, Choice]
+_MOST_PERCENT, _MOST_HELD_OUT = 1_000_000.0, 0.5
+Units = Mapping[Key, int]
+"""Tokens of a domain's units."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What is balanced: text by domain (paths relative to `root`, or hub data sets), and what counts its tokens."""
+class TextsToBalance:
+    """Text by domain (paths relative to `root`, or hub data sets), and what counts its tokens."""
 
     texts: Mapping[str, Sequence[str]]
     root: Path
@@ -53,71 +57,84 @@ class Corpus:
 
 
 def balance(
-    corpus: Corpus, settings: BalanceSettings, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
+    given: TextsToBalance, settings: BalanceSettings, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> Balanced:
     """Write OUT/train/NAME.jsonl and OUT/validation/NAME.jsonl, balance.json and balance.md.
 
     Raises TextError for text that cannot be read or of which no choice is near enough, ModekitError for settings and names,
     OutputError. `replace` says what may be at OUT.
     """
-    check_settings(settings)
-    texts = checked_texts(corpus.texts, corpus.root, least=2)
-    sources = [*(path for spec in texts.values() if (path := locate(spec, corpus.root))), corpus.tokenizer_folder]
+    _check_settings(settings)
+    texts = checked_texts(given.texts, given.root, least=2)
+    sources = [*(path for spec in texts.values() if (path := locate(spec, given.root))), given.tokenizer_folder]
     refuse_existing(out, replace, sources=sources)
-    reader = Reader(corpus.root, token_counter(corpus.tokenizer), settings.common, run)
+    reader = DomainReader(given.root, token_counter(given.tokenizer), settings.common, run)
     counted = [reader.counted(name, spec) for name, spec in texts.items()]
-    choices = _choices(counted, settings)
-    tokenizer = {"name": name_of(str(corpus.tokenizer_folder), corpus.root), "sha256": _digest_of(corpus.tokenizer)}
-    balanced = Balanced(settings, tokenizer, _domains(counted, choices, settings, corpus.root))
-    digest = f"balance {settings} {tokenizer['sha256']} {_digest_of_texts(counted)}"
+    kept = _choose(counted, settings)
+    name = name_of(str(given.tokenizer_folder), given.root)
+    tokenizer = CountingTokenizer(name=name, sha256=_digest_of(given.tokenizer))
+    digest = f"balance {settings} {tokenizer.sha256} {_digest_of_texts(counted)}"
     with staging(out, digest, "texts", sources=sources, replace=replace, sync=run.sync) as stage:
-        for split in balanced.splits:
+        for split in kept:
             make_folder(stage.folder / split)
+        domains = []
         for place, each in enumerate(counted):
-            files = {stage.folder / split / f"{each.name}.jsonl": choice.units[place] for split, choice in choices.items()}
-            parts = balanced.domains[place].parts.values()
-            for part, sha256 in zip(parts, write_domain(each, reader, files), strict=True):
-                part.sha256 = sha256
-        write_json(stage.folder / JSON_FILE, balanced.as_data(), sync=False)
+            files = {stage.folder / split / f"{each.name}.jsonl": of_split[place] for split, of_split in kept.items()}
+            digests = dict(zip(kept, write_domain(each, reader, files), strict=True))
+            domains.append(_balanced_domain(place, counted, kept, digests, settings, given.root))
+        balanced = _balanced(settings, tokenizer, domains)
+        write_json(stage.folder / JSON_FILE, balanced.model_dump(mode="json"), sync=False)
         write_file(stage.folder / MARKDOWN_FILE, balanced.as_markdown().encode(), sync=False)
     return balanced
 
 
-def _choices(counted: Sequence[Counted], settings: BalanceSettings) -> Choices:
+def _check_settings(settings: BalanceSettings) -> None:
+    """Raise ModekitError for a setting that cannot be."""
+    percent, validation, most = settings.max_diff_percent, settings.validation, settings.max_tokens
+    held_out = f"a share from 0 to {_MOST_HELD_OUT}"
+    wrong = (
+        (PERCENT, percent, "0 or more", math.isfinite(percent) and 0 <= percent <= _MOST_PERCENT),
+        ("--validation", validation, held_out, 0 <= validation <= _MOST_HELD_OUT),
+        ("--max-tokens", most, "1 or more", most is None or most >= 1),
+        ("--seed", settings.seed, "0 or more", settings.seed >= 0),
+    )
+    for where, found, expected, right in wrong:
+        if not right:
+            raise ModekitError("the setting is out of range", where=where, found=found, expected=expected, remedy="correct it")
+
+
+def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict[Split, KeptUnits]:
     """What is kept of every split. Raises TextError where that is nothing of some domain."""
     units = [each.units() for each in counted]
     if settings.common:
         _check_common(counted, units)
-    choices: Choices = {}
+    kept: dict[Split, KeptUnits] = {}
     for split in SPLITS if settings.validation else SPLITS[:1]:
-        own = [_of_split(each, split, settings.validation) for each in units]
+        own = [_of_split(each, split, settings) for each in units]
         for domain, each in zip(counted, own, strict=True):
             if not each:
                 raise TextError(
                     f"no document of a domain is in the {split} split",
                     where=f"{WHERE} {domain.name}",
                     found=f"{len(domain.tokens)} documents in all",
-                    expected=f"a share of about {_share(split, settings):g}",
+                    expected=f"a share of about {settings.share(split):g}",
                     remedy="give more documents, or another --validation (0: none)",
                 )
-        most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * _share(split, settings)))
+        most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
         choose = choose_common if settings.common else choose_apart
-        choice = choose(own, settings.max_diff_percent, most, settings.seed)
-        if choice is None:
+        found = choose(own, settings.max_diff_percent, most, settings.seed)
+        if found is None:
             raise _nothing_left(split, counted, own, settings)
-        choices[split] = choice
-    return choices
+        kept[split] = found
+    return kept
 
 
-def _of_split(units: Mapping[Key, int], split: Split, share: float) -> dict[Key, int]:
-    return {unit: tokens for unit, tokens in units.items() if is_held_out(unit, share) == (split == "validation")}
+def _of_split(units: Units, split: Split, settings: BalanceSettings) -> dict[Key, int]:
+    held_out = split == "validation"
+    return {unit: tokens for unit, tokens in units.items() if is_held_out(unit, settings.validation) == held_out}
 
 
-def _share(split: Split, settings: BalanceSettings) -> float:
-    return settings.validation if split == "validation" else 1 - settings.validation
-
-
-def _check_common(counted: Sequence[Counted], units: Sequence[Mapping[Key, int]]) -> None:
+def _check_common(counted: Sequence[CountedDomain], units: Sequence[Units]) -> None:
     if not set.intersection(*(set(each) for each in units)):
         raise TextError(
             "no document is in all domains",
@@ -129,7 +146,7 @@ def _check_common(counted: Sequence[Counted], units: Sequence[Mapping[Key, int]]
 
 
 def _nothing_left(
-    split: Split, counted: Sequence[Counted], units: Sequence[Mapping[Key, int]], settings: BalanceSettings
+    split: Split, counted: Sequence[CountedDomain], units: Sequence[Units], settings: BalanceSettings
 ) -> TextError:
     """Why no choice is near enough, by what each domain had to choose from."""
     shared = set.intersection(*(set(each) for each in units)) if settings.common else None
@@ -152,24 +169,55 @@ def _nothing_left(
     )
 
 
-def _domains(counted: Sequence[Counted], choices: Choices, settings: BalanceSettings, root: Path) -> list[BalancedDomain]:
-    """Every domain with what was found and what is kept; the files are yet to be written."""
-    shared = set.intersection(*(set(each.units()) for each in counted)) if settings.common else None
-    domains = []
-    for place, each in enumerate(counted):
-        units, documents = each.units(), each.documents_of_units()
+def _balanced_domain(
+    place: int,
+    counted: Sequence[CountedDomain],
+    kept: Mapping[Split, KeptUnits],
+    digests: Mapping[Split, str],
+    settings: BalanceSettings,
+    root: Path,
+) -> BalancedDomain:
+    """A domain with what was found and kept; `digests` of its files."""
+    domain = counted[place]
+    units, documents = domain.units(), domain.documents_of_units()
+    shared = set.intersection(*(set(each.units()) for each in counted)) if settings.common else set(units)
 
-        def amount(of: Iterable[Key], units: Mapping[Key, int] = units, documents: Mapping[Key, int] = documents) -> Amount:
-            keys = list(of)
-            return Amount(sum(documents[key] for key in keys), sum(units[key] for key in keys))
+    def share(split: Split) -> DomainShare:
+        own = _of_split(units, split, settings)
+        found, mine, alone = (
+            Amount(documents=sum(documents[key] for key in keys), tokens=sum(units[key] for key in keys))
+            for keys in (list(own), kept[split][place], [key for key in own if key not in shared])
+        )
+        return DomainShare(
+            found=found,
+            kept=mine,
+            not_common=alone,
+            over=found - alone - mine,
+            dropped=round(1 - mine.tokens / found.tokens, 6),
+            sha256=digests[split],
+        )
 
-        domain = BalancedDomain(each.name, name_of(each.spec, root), each.duplicates, each.silent)
-        for split, choice in choices.items():
-            own = _of_split(units, split, settings.validation)
-            alone = () if shared is None else (key for key in own if key not in shared)
-            domain.parts[split] = Part(amount(own), amount(alone), amount(choice.units[place]))
-        domains.append(domain)
-    return domains
+    return BalancedDomain(
+        name=domain.name,
+        text=name_of(domain.spec, root),
+        duplicates=domain.duplicates,
+        without_tokens=domain.silent,
+        train=share("train"),
+        validation=share("validation") if "validation" in kept else None,
+    )
+
+
+def _balanced(settings: BalanceSettings, tokenizer: CountingTokenizer, domains: list[BalancedDomain]) -> Balanced:
+    shares = {split: [share for domain in domains if (share := domain.share(split))] for split in SPLITS}
+    return Balanced(
+        settings=settings,
+        tokenizer=tokenizer,
+        diff_percent={
+            split: round(diff_percent([share.kept.tokens for share in each]), 4) for split, each in shares.items() if each
+        },
+        domains=domains,
+        sha256=hashlib.sha256("".join(share.sha256 for each in shares.values() for share in each).encode()).hexdigest(),
+    )
 
 
 def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -178,7 +226,7 @@ def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _digest_of_texts(counted: Sequence[Counted]) -> str:
+def _digest_of_texts(counted: Sequence[CountedDomain]) -> str:
     together = hashlib.sha256()
     for each in counted:
         together.update(each.name.encode())

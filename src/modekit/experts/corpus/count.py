@@ -1,4 +1,4 @@
-"""The first reading of a domain's text: how many tokens each document has. Of a document no more is kept than that and a hash.
+"""Domains of text: checked, read, and counted. Of a document no more is kept than its number of tokens and a hash.
 
 A *unit* is what goes in or out as one: a document, known by the hash of its text; or, where only common documents count, all
 documents of one id, known by the hash of the id. Which documents are duplicates, and what a unit holds, depends on the texts
@@ -8,23 +8,28 @@ alone, in whatever order they come.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modekit.errors import TextError
-from modekit.experts.corpus.settings import WHERE
+from pydantic import TypeAdapter, ValidationError
+
+from modekit.errors import ModekitError, TextError
 from modekit.files.typed import shortened
+from modekit.recipes.paths import locate
+from modekit.recipes.strict import Name
 from modekit.run import Run
-from modekit.text.documents import bytes_of_text, stream_records
-from modekit.text.records import Record
+from modekit.text.document import Document, text_of
+from modekit.text.documents import bytes_of_text, check_present, stream_records
+from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WHERE = "--text"
 Key = bytes
 """16 bytes of a sha256."""
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -34,7 +39,7 @@ _CHARACTERS = 2**20  # ... but no more text than this: a tokenizer takes hundred
 
 
 @dataclass
-class Counted:
+class CountedDomain:
     """A domain as it was found.
 
     Attributes:
@@ -74,9 +79,9 @@ class Counted:
         return self.unit_of.get(document, document)
 
 
-def key_of(text: str) -> Key:
+def key_of(document: Document) -> Key:
     """Of a document, as its split is decided: surrounding white space aside."""
-    return bytes.fromhex(digest_of(text)[: 2 * _KEY])
+    return bytes.fromhex(digest_of(document)[: 2 * _KEY])
 
 
 def key_of_id(identity: str) -> Key:
@@ -85,7 +90,7 @@ def key_of_id(identity: str) -> Key:
 
 
 @dataclass(frozen=True)
-class Reader:
+class DomainReader:
     """Reads domains: where their paths begin, by which tokenizer, whether by ids, and who is told of progress."""
 
     root: Path
@@ -93,7 +98,7 @@ class Reader:
     common: bool
     run: Run
 
-    def records(self, name: str, spec: str, doing: str) -> Iterator[Record]:
+    def records(self, name: str, spec: str, doing: str) -> Iterator[TextRecord]:
         """The documents of a domain, while something is done with them. Raises TextError where there is none, or by ids one
         without.
         """
@@ -106,12 +111,12 @@ class Reader:
                 raise TextError(
                     "a document has no id, by which the same one would be known in other domains",
                     where=where,
-                    found=f"document {number}: {shortened(record.document)[:60]}",
+                    found=f"document {number}: {shortened(text_of(record.document))[:60]}",
                     expected="a string in 'id' of every record",
                     remedy="give the records ids, or leave out --common",
                 )
             some = True
-            done += len(record.document.encode())
+            done += len(text_of(record.document).encode())
             if number % _TOGETHER == 0:
                 self.run.progress(stage, min(done, total), max(total, 1))
             yield record
@@ -119,9 +124,9 @@ class Reader:
         if not some:
             raise TextError("the text is empty", where=where, found=spec, remedy="give text with at least one document")
 
-    def counted(self, name: str, spec: str) -> Counted:
+    def counted(self, name: str, spec: str) -> CountedDomain:
         """Read and count a domain. Raises TextError."""
-        found = Counted(name, spec)
+        found = CountedDomain(name, spec)
         new = self._new(self.records(name, spec, "count"), found)
         while together := list(islice(new, _TOGETHER)):
             counts = self.count([text for _, text in together])
@@ -140,7 +145,7 @@ class Reader:
             )
         return found
 
-    def _new(self, records: Iterable[Record], found: Counted) -> Iterator[tuple[Key, str]]:
+    def _new(self, records: Iterable[TextRecord], found: CountedDomain) -> Iterator[tuple[Key, str]]:
         """Documents that were not there before; of a duplicate's ids the one with the smaller hash counts."""
         seen: set[Key] = set()
         for record in records:
@@ -153,7 +158,7 @@ class Reader:
                 found.duplicates += 1
                 continue
             seen.add(key)
-            yield key, record.document
+            yield key, text_of(record.document)
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
@@ -188,3 +193,57 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
             start = end
     if pieces:
         yield places, pieces
+
+
+def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int = 1) -> dict[str, str]:
+    """Domain -> its text. Raises ModekitError for names that cannot be files, and TextError for a text that is not there.
+
+    A name is a file's name in what is written, and one domain has one text: two of a name are a slip of the pen.
+    """
+    seen: dict[str, str] = {}
+    for name, specs in texts.items():
+        try:
+            TypeAdapter(Name).validate_python(name)
+        except ValidationError:
+            raise ModekitError(
+                "not a name of a domain",
+                where=WHERE,
+                found=name,
+                expected="letters, digits, '.', '_' and '-', 64 at most",
+                remedy="rename it",
+            ) from None
+        if len(specs) > 1 or name.lower() in seen:
+            both = specs if len(specs) > 1 else [seen[name.lower()], *specs]
+            raise ModekitError(
+                "a domain is named twice",
+                where=f"{WHERE} {name}",
+                found=", ".join(both),
+                remedy="give it one text, a folder where there are several files, or rename one",
+            )
+        seen[name.lower()] = specs[0]
+        check_present(specs, root=root, where=f"{WHERE} {name}")
+    if len(texts) < least:
+        raise ModekitError(
+            "there is nothing to balance",
+            where=WHERE,
+            found=", ".join(texts) or "no domain",
+            expected=f"{least} domains or more",
+            remedy="give every domain a --text NAME=PATH",
+        )
+    chosen = {name: specs[0] for name, specs in texts.items()}
+    _refuse_one_text_for_two(chosen, root)
+    return chosen
+
+
+def _refuse_one_text_for_two(texts: Mapping[str, str], root: Path) -> None:
+    whose: dict[str, str] = {}
+    for name, spec in texts.items():
+        place = str(locate(spec, root) or spec)
+        if place in whose:
+            raise TextError(
+                "two domains have the same text",
+                where=f"{WHERE} {name}",
+                found=f"{spec}: that of {whose[place]}, too",
+                remedy="correct the path",
+            )
+        whose[place] = name

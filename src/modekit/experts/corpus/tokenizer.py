@@ -9,22 +9,24 @@ are never in memory; what the training holds is how often each word came.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from modekit.errors import ModekitError, TextError
-from modekit.experts.corpus.byte_level import SMALLEST, byte_level_bpe
-from modekit.experts.corpus.count import CountTokens, key_of, token_counter
-from modekit.experts.corpus.fertility import Fertility, Trained
-from modekit.experts.corpus.settings import WHERE, checked_texts
+from modekit.experts.corpus.count import WHERE, CountTokens, checked_texts, key_of, token_counter
 from modekit.files.libraries import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
 from modekit.files.write import write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
+from modekit.text.document import text_of
 from modekit.text.documents import stream_documents
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
@@ -32,12 +34,72 @@ from modekit.text.splits import Split, split_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SPECIAL = ("<s>", "</s>", "<pad>")
+SMALLEST = 256 + len(SPECIAL)
+"""Tokens that there are before anything is joined: a byte each, and the special ones."""
 RECORD = "fertility.json"
 LARGEST = 2**20
 """Tokens of a vocabulary at most."""
 _MOST_TRAINED = 2 * 10**8  # bytes of a domain: more text changes the words' ranks little, and takes minutes
 _MOST_READ = 2 * 10**7  # bytes of a domain on which fertility is measured
 _TOGETHER = 64
+
+
+class Fertility(BaseModel, frozen=True):
+    """How many tokens held-out documents of one domain take.
+
+    Attributes:
+        documents, bytes, words: how much was read; a word is what stands between white space.
+        tokens: of the new tokenizer; also per 1,000 bytes and per word.
+        against_tokens: of the other tokenizer; also per 1,000 bytes; None without another.
+        change: (new - other) / other, so that below zero the new one makes fewer.
+    """
+
+    name: str
+    documents: int
+    bytes: int
+    words: int
+    tokens: int
+    per_1000_bytes: float
+    per_word: float
+    against_tokens: int | None = None
+    against_per_1000_bytes: float | None = None
+    change: float | None = None
+
+
+class TrainedTokenizer(BaseModel, frozen=True):
+    """A tokenizer that was made, as fertility.json has it.
+
+    Attributes:
+        vocabulary: tokens that it has, of so many that were `asked`.
+        against: name of the tokenizer that it is compared with.
+        bytes_per_domain: that it was trained on.
+    """
+
+    format: int = 1
+    vocabulary: int
+    asked: int
+    against: str | None
+    bytes_per_domain: int
+    domains: list[Fertility]
+    notes: list[str]
+
+
+def byte_level_bpe(documents: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most so many tokens, which puts <s> before every text. Documents are read once and not kept."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    start, end, pad = SPECIAL
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=pad)
 
 
 @dataclass(frozen=True)
@@ -52,7 +114,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class _Domain:
+class _DomainText:
     """One domain's text, read again and again, and the bytes of its splits."""
 
     name: str
@@ -73,14 +135,16 @@ class _Domain:
             key = key_of(document)
             if key not in seen:
                 seen.add(key)
-                yield key, str(document)
+                yield key, text_of(document)
 
 
 def _is_chosen(key: bytes, share: float) -> bool:
     return share >= 1 or int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big") < share * 2**64
 
 
-def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET) -> Trained:
+def train_tokenizer(
+    mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
+) -> TrainedTokenizer:
     """Write a tokenizer that transformers opens, beside fertility.json.
 
     Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
@@ -103,12 +167,19 @@ def train_tokenizer(mix: Mix, vocabulary: int, out: Path, *, replace: Replace = 
     count = token_counter(tokenizer)
     other = None if mix.against is None else token_counter(mix.against)
     fertilities = [_fertility(domain, count, other, run) for domain in domains]
-    trained = Trained(len(tokenizer), vocabulary, mix.against_name, fertilities, each, _notes(len(tokenizer), vocabulary))
+    trained = TrainedTokenizer(
+        vocabulary=len(tokenizer),
+        asked=vocabulary,
+        against=mix.against_name,
+        bytes_per_domain=each,
+        domains=fertilities,
+        notes=_notes(len(tokenizer), vocabulary),
+    )
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
         with library_writes(stage.folder) as folder:
             tokenizer.save_pretrained(folder)
-        write_json(stage.folder / RECORD, trained.as_data(), sync=False)
+        write_json(stage.folder / RECORD, trained.model_dump(mode="json"), sync=False)
     return trained
 
 
@@ -116,11 +187,11 @@ def _notes(size: int, asked: int) -> list[str]:
     return [f"the text has words for no more than {size:,} tokens of {asked:,}: give more text"] if size < asked else []
 
 
-def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
+def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:
     """How many bytes the splits of a domain have. Raises TextError where one has none."""
     run.begin(f"look at {name}")
     sizes: dict[Split, int] = {"fit": 0, "report": 0}
-    domain = _Domain(name, spec, root, sizes)
+    domain = _DomainText(name, spec, root, sizes)
     for _, document in domain.all_documents():
         split = split_of(document)
         if split in sizes:
@@ -137,7 +208,7 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _Domain:
     return domain
 
 
-def _mixed(domains: Sequence[_Domain], each: int, run: Run) -> Iterator[str]:
+def _mixed(domains: Sequence[_DomainText], each: int, run: Run) -> Iterator[str]:
     """About `each` bytes of every domain, however much it has."""
     total, done = each * len(domains), 0
     for domain in domains:
@@ -152,17 +223,27 @@ def _mixed(domains: Sequence[_Domain], each: int, run: Run) -> Iterator[str]:
     run.progress("train tokenizer", total, total)
 
 
-def _fertility(domain: _Domain, count: CountTokens, other: CountTokens | None, run: Run) -> Fertility:
+def _fertility(domain: _DomainText, count: CountTokens, other: CountTokens | None, run: Run) -> Fertility:
     """On documents of the report split, which no tokenizer was trained on here."""
-    found = Fertility(domain.name, against=None if other is None else 0)
     size = domain.sizes["report"]
+    documents = text_bytes = words = tokens = against = 0
     for document in domain.documents("report", _MOST_READ / size):
-        found.documents += 1
-        found.text_bytes += len(document.encode())
-        found.words += len(document.split())
-        found.tokens += sum(count([document]))
-        if other is not None and found.against is not None:
-            found.against += sum(other([document]))
-        if found.documents % _TOGETHER == 1:
-            run.progress(f"measure {domain.name}", min(found.text_bytes, size), size)
-    return found
+        documents += 1
+        text_bytes += len(document.encode())
+        words += len(document.split())
+        tokens += sum(count([document]))
+        against += sum(other([document])) if other is not None else 0
+        if documents % _TOGETHER == 1:
+            run.progress(f"measure {domain.name}", min(text_bytes, size), size)
+    return Fertility(
+        name=domain.name,
+        documents=documents,
+        bytes=text_bytes,
+        words=words,
+        tokens=tokens,
+        per_1000_bytes=round(1000 * tokens / max(1, text_bytes), 4),
+        per_word=round(tokens / max(1, words), 4),
+        against_tokens=None if other is None else against,
+        against_per_1000_bytes=None if other is None else round(1000 * against / max(1, text_bytes), 4),
+        change=round(tokens / against - 1, 6) if against else None,
+    )

@@ -10,17 +10,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import TextError
-from modekit.experts.corpus.count import Counted, Key, Reader, key_of, key_of_id
-from modekit.experts.corpus.settings import WHERE
+from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, key_of, key_of_id
 from modekit.files.read import open_regular
 from modekit.files.write import appearing, create, remove, temporary_in
-from modekit.text.records import Record, data_of
+from modekit.text.records import TextRecord, data_of
 
 _BUFFER = 2**16
 _NAMELESS = "\U0010ffff"  # sorts behind every id
@@ -35,7 +33,7 @@ class _Line:
     length: int
 
 
-def write_domain(counted: Counted, reader: Reader, files: Mapping[Path, Sequence[Key]]) -> list[str]:
+def write_domain(counted: CountedDomain, reader: DomainReader, files: Mapping[Path, Sequence[Key]]) -> list[str]:
     """Write the units of every file; returns the sha256 of each.
 
     Raises TextError when the text has changed since it was counted, OSError.
@@ -46,13 +44,13 @@ def write_domain(counted: Counted, reader: Reader, files: Mapping[Path, Sequence
         with io.BufferedWriter(create(spool), _BUFFER) as stream:
             lines = _spooled(counted, reader, wanted, stream)
         documents = _by_unit(counted, wanted, lines)
-        with open_regular(spool) as stored:
+        with io.BufferedReader(open_regular(spool)) as stored:
             return [_written(path, units, documents, stored) for path, units in files.items()]
     finally:
         remove(spool)
 
 
-def _spooled(counted: Counted, reader: Reader, wanted: set[Key], stream: io.BufferedIOBase) -> dict[Key, _Line]:
+def _spooled(counted: CountedDomain, reader: DomainReader, wanted: set[Key], stream: io.BufferedIOBase) -> dict[Key, _Line]:
     """Documents that are wanted, each once; of a duplicate that has several ids, the first by the alphabet."""
     lines: dict[Key, _Line] = {}
     position = 0
@@ -72,12 +70,12 @@ def _spooled(counted: Counted, reader: Reader, wanted: set[Key], stream: io.Buff
     return lines
 
 
-def _line(record: Record, document: Key) -> bytes:
+def _line(record: TextRecord, document: Key) -> bytes:
     """A record as `text/records.py` reads it; without an id of its own it is called by its hash."""
     return (json.dumps({"id": record.id or document.hex(), **data_of(record.document)}, ensure_ascii=False) + "\n").encode()
 
 
-def _by_unit(counted: Counted, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:
+def _by_unit(counted: CountedDomain, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:
     """Unit -> its documents as they came. Raises TextError when not all are there."""
     found: dict[Key, list[_Line]] = {}
     for document, line in lines.items():
@@ -93,27 +91,12 @@ def _by_unit(counted: Counted, wanted: set[Key], lines: Mapping[Key, _Line]) -> 
     return found
 
 
-def _written(path: Path, units: Sequence[Key], documents: Mapping[Key, Sequence[_Line]], stored: io.FileIO) -> str:
+def _written(path: Path, units: Sequence[Key], documents: Mapping[Key, Sequence[_Line]], stored: io.BufferedIOBase) -> str:
     digest = hashlib.sha256()
-    with _appearing(path) as stream:
-        for unit in units:
-            for line in documents[unit]:
-                stored.seek(line.start)
-                content = _exactly(stored, line.length)
-                digest.update(content)
-                stream.write(content)
-    return digest.hexdigest()
-
-
-def _exactly(stored: io.FileIO, length: int) -> bytes:
-    parts = []
-    while length and (part := stored.read(length)):
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
     with appearing(path, sync=False) as temporary, io.BufferedWriter(create(temporary), _BUFFER) as stream:
-        yield stream
+        for line in (line for unit in units for line in documents[unit]):
+            stored.seek(line.start)
+            content = stored.read(line.length)
+            digest.update(content)
+            stream.write(content)
+    return digest.hexdigest()

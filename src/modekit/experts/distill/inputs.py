@@ -26,6 +26,7 @@ from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.sources.model import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer
+from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
 from modekit.training.settings import TrainSettings
@@ -130,7 +131,7 @@ class Texts:
     each text has that steps are shared out to.
     """
 
-    fit: list[str]
+    fit: list[Document]
     sequences: list[TokenSequence]
     held_out: list[TokenSequence]
     sizes: tuple[int, ...]
@@ -165,7 +166,7 @@ def read_texts(
     texts: Sequence[str], root: Path, tokenizer: PreTrainedTokenizerBase, training: Training, mix: Mix | None
 ) -> Texts:
     """All texts as one, or one by one where steps are shared out between them. Raises TextError where one has nothing left."""
-    fit: list[str] = []
+    fit: list[Document] = []
     sequences: list[TokenSequence] = []
     held_out: list[TokenSequence] = []
     sizes: list[int] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modekit.errors import TextError
 from modekit.recipes.recipe import Recipe
 from modekit.search.advise.findings import Finding, finding_of
+from modekit.text.document import Document
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
@@ -26,7 +27,7 @@ class Text:
 
     sequences: Sequence[TokenSequence]
     record: Mapping[str, Any]
-    fit: Sequence[str]
+    fit: Sequence[Document]
 
 
 def read_texts(

@@ -32,6 +32,7 @@ from modekit.search.discover.names import name_of, words_about
 from modekit.search.discover.serves import ASKED, Serving, check_tokenizer
 from modekit.search.discover.settings import DiscoverSettings, check_settings
 from modekit.search.discover.stream import Sample, Stream
+from modekit.text.document import Document, text_of
 from modekit.text.records import data_of
 
 _TOGETHER = 512  # documents that are put to groups at once
@@ -147,9 +148,9 @@ def _put_to_groups(
     with ExitStack() as opened:
         files = [opened.enter_context(_appearing(stage.folder / each.file)) for each in groups] if stage is not None else []
         while together := list(islice(documents, _TOGETHER)):
-            for document, label in zip(together, found.labels([str(each) for each in together]), strict=True):
+            for document, label in zip(together, found.labels([text_of(each) for each in together]), strict=True):
                 groups[label].documents += 1
-                groups[label].characters += len(document)
+                groups[label].characters += len(text_of(document))
                 if files:
                     files[label].write(_line(document))
             done += len(together)
@@ -163,6 +164,6 @@ def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
         yield stream
 
 
-def _line(document: str) -> bytes:
+def _line(document: Document) -> bytes:
     """A record as `text/records.py` reads it."""
     return (json.dumps(data_of(document), ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.search.discover.words import READ
+from modekit.text.document import Document, text_of
 from modekit.text.documents import stream_documents
 from modekit.text.splits import digest_of
 
@@ -43,7 +44,7 @@ class Stream:
         self.sha256 = ""
         """Of the digests that the last reading came upon, once it has ended."""
 
-    def read(self) -> Iterator[tuple[str, str]]:
+    def read(self) -> Iterator[tuple[str, Document]]:
         """Digest and document of each, duplicates once. Raises TextError where the text cannot be read."""
         seen: set[bytes] = set()
         together = hashlib.sha256()
@@ -67,9 +68,9 @@ class Stream:
             count += 1
             rank = -int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest(), 16)
             if len(kept) < most:
-                heapq.heappush(kept, (rank, document[:READ]))
+                heapq.heappush(kept, (rank, text_of(document)[:READ]))
             elif rank > kept[0][0]:
-                heapq.heapreplace(kept, (rank, document[:READ]))
+                heapq.heapreplace(kept, (rank, text_of(document)[:READ]))
         if count < 2:
             raise TextError(
                 "there is nothing to group" if count else "the text is empty",

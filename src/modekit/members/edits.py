@@ -1,4 +1,4 @@
-"""A mixture as it is to be: the recipe of one that is there with an expert more, less, replaced or renamed. Nothing is read."""
+"""Edits of a mixture's recipe: an expert is added, removed, replaced or renamed. Nothing is read."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class NewExpert:
     """An expert that is to come.
 
     Attributes:
-        said: what a recipe says of one, but for its name: `model` or `adapter`, `text`, `prompts`, `as`, `rank`, ...
+        entry: what a recipe says of one, but for its name: `model` or `adapter`, `text`, `prompts`, `as`, `rank`, ...
         root: the folder that its paths are relative to.
         weight: its share where a linear mixture has given weights.
     """
 
-    said: Mapping[str, Any]
+    entry: Mapping[str, object]
     root: Path = field(default_factory=Path)
     weight: float | None = None
 
-    def in_folder(self, folder: Path) -> dict[str, Any]:
-        """What a recipe in `folder` says of it."""
-        said = dict(self.said)
-        for key in ("model", "adapter"):
-            if isinstance(said.get(key), str):
-                said[key] = self._moved(said[key], folder)
-        if said.get("text"):
-            texts = [said["text"]] if isinstance(said["text"], str) else said["text"]
-            said["text"] = [self._moved(spec, folder) for spec in texts]
-        return said
+    def in_folder(self, folder: Path) -> dict[str, object]:
+        """The entry in a recipe in `folder`."""
+        entry = dict(self.entry)
+        for key in ("model", "adapter", "text"):
+            value = entry.get(key)
+            if isinstance(value, str) and value:
+                entry[key] = self._moved(value, folder)
+            elif isinstance(value, list | tuple) and key == "text":
+                entry[key] = [self._moved(str(spec), folder) for spec in value]
+        return entry
 
     def _moved(self, spec: str, folder: Path) -> str:
         """A path from elsewhere; a hub id, which is none here, as it is."""
@@ -57,7 +57,7 @@ class NewExpert:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MixtureEdit:
     """A mixture as it is to be.
 
     Attributes:
@@ -75,7 +75,7 @@ class Wanted:
     refits: bool = False
 
 
-def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
+def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit:
     """With one more expert, the last. Raises RecipeError."""
     data = as_written(checkpoint.record.recipe)
     if name in checkpoint.names:
@@ -85,8 +85,8 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
             found=f"{name}, one of {_list(checkpoint)}",
             remedy="choose another name, or give it a new model with `modekit replace`",
         )
-    said = new.in_folder(checkpoint.recipe_root)
-    data["experts"] = [*data["experts"], {"name": name, **said}]
+    entry = new.in_folder(checkpoint.recipe_root)
+    data["experts"] = [*data["experts"], {"name": name, **entry}]
     weights = checkpoint.record.recipe.mixture.weights
     if weights is None and new.weight is not None:
         raise RecipeError("the mixture has no given weights", where="weight", found=new.weight, remedy="leave it out")
@@ -100,10 +100,10 @@ def adding(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
             )
         data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
     origins = [*range(len(checkpoint.names)), None]
-    return Wanted(_parsed(data, checkpoint), origins, _change("add", name, source=_source(said)))
+    return MixtureEdit(_parsed(data, checkpoint), origins, _change("add", name, source=_source(entry)))
 
 
-def removing(checkpoint: Checkpoint, name: str) -> Wanted:
+def remove_expert(checkpoint: Checkpoint, name: str) -> MixtureEdit:
     """Without an expert. Raises RecipeError where the mixture cannot do without it."""
     number = _number(checkpoint, name)
     _check_unused(checkpoint, name)
@@ -121,26 +121,27 @@ def removing(checkpoint: Checkpoint, name: str) -> Wanted:
         del data["eval"]
     _without_weight(data, name)
     origins = [other for other in range(len(checkpoint.names)) if other != number]
-    return Wanted(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
+    return MixtureEdit(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
 
 
-def replacing(checkpoint: Checkpoint, name: str, new: NewExpert) -> Wanted:
+def replace_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit:
     """With another model for an expert, in its place; it keeps its text unless there is other text, and its labels."""
     number = _number(checkpoint, name)
     data = as_written(checkpoint.record.recipe)
     old = data["experts"][number]
-    said = new.in_folder(checkpoint.recipe_root)
+    entry = new.in_folder(checkpoint.recipe_root)
     kept = {key: value for key, value in old.items() if key not in {"model", "adapter", "as", "rank", "revision"}}
-    labels = dict.fromkeys([*(old.get("labels") or ()), *(said.pop("labels", None) or ())])
-    data["experts"][number] = {**kept, **said, **({"labels": list(labels)} if labels else {})}
+    given = entry.pop("labels", None)
+    labels = dict.fromkeys([*(old.get("labels") or ()), *(given if isinstance(given, list | tuple) else ())])
+    data["experts"][number] = {**kept, **entry, **({"labels": list(labels)} if labels else {})}
     fit = checkpoint.record.recipe.mixture.fit
-    keeps_text = [name] if fit is not None and fit.reads.tokens and "text" not in said else []
+    keeps_text = [name] if fit is not None and fit.reads.tokens and "text" not in entry else []
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
-    change = _change("replace", name, was=_source(old), source=_source(said))
-    return Wanted(_parsed(data, checkpoint), origins, change, keeps_text)
+    change = _change("replace", name, was=_source(old), source=_source(entry))
+    return MixtureEdit(_parsed(data, checkpoint), origins, change, keeps_text)
 
 
-def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
+def rename_expert(checkpoint: Checkpoint, name: str, new_name: str) -> MixtureEdit:
     """With another name for an expert and its domain."""
     number = _number(checkpoint, name)
     if new_name in checkpoint.names:
@@ -163,7 +164,7 @@ def renaming(checkpoint: Checkpoint, name: str, new_name: str) -> Wanted:
     if data.get("eval"):
         data["eval"] = {new_name if key == name else key: texts for key, texts in data["eval"].items()}
     change = _change("rename", new_name, was=name)
-    return Wanted(_parsed(data, checkpoint), list(range(len(checkpoint.names))), change)
+    return MixtureEdit(_parsed(data, checkpoint), list(range(len(checkpoint.names))), change)
 
 
 def _number(checkpoint: Checkpoint, name: str) -> int:
@@ -198,9 +199,10 @@ def _without_weight(data: dict[str, Any], name: str) -> None:
         data["mixture"] = {**data["mixture"], "weights": {key: value for key, value in weights.items() if key != name}}
 
 
-def _source(said: Mapping[str, Any]) -> str | None:
+def _source(entry: Mapping[str, object]) -> str | None:
     """The model or adapter that a recipe's expert names."""
-    return said.get("model") or said.get("adapter")
+    source = entry.get("model") or entry.get("adapter")
+    return source if isinstance(source, str) else None
 
 
 def _list(checkpoint: Checkpoint) -> str:
@@ -212,6 +214,6 @@ def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
     return checkpoint.shape.pinned(parse_recipe(data, where=str(checkpoint.folder)))
 
 
-def _change(what: Literal["add", "remove", "replace", "rename"], name: str, **said: str | None) -> Change:
+def _change(what: Literal["add", "remove", "replace", "rename"], name: str, **entry: str | None) -> Change:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return Change(what=what, expert=name, on=today, was=said.get("was"), source=said.get("source"))
+    return Change(what=what, expert=name, on=today, was=entry.get("was"), source=entry.get("source"))

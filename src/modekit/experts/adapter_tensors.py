@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from modekit.sources.model import ITEMSIZE, TensorRef
 from modekit.weights.numeric import as_array
 
 
-def parts_config(checkpoint: Checkpoint, expert: int, known: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_config_of(checkpoint: Checkpoint, expert: int, known: Mapping[str, object]) -> dict[str, object]:
     """adapter_config.json of what the mixture has of an expert; `known` is the config of its own folder, or empty."""
     places = places_of(checkpoint, expert)
     changes = {module: ModuleChange(place.ranks[expert], place.scales[expert]) for module, place in places.items()}
@@ -29,24 +28,24 @@ def parts_config(checkpoint: Checkpoint, expert: int, known: Mapping[str, Any]) 
     return lora_config(_base_model(checkpoint), changes, lora_bias=biased, known={**known, **revision})
 
 
-def parts_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
+def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
     """A (R, I), B (O, R) and, where it has one, the bias (O,) of every module."""
     for module, place in sorted(places_of(checkpoint, expert).items()):
         start, rank = sum(place.ranks[:expert]), place.ranks[expert]
         own = slice(start, start + rank)
         a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
-        yield _part(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
-        yield _part(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
+        yield _tensor(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
+        yield _tensor(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
         if expert in place.biased:
             bias = checkpoint.tensors[f"{module}.lora_bias"]
             row = (place.biased.index(expert), slice(None))
-            yield _part(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), opened)
+            yield _tensor(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), opened)
 
 
 _Index = tuple[slice | int, slice]
 
 
-def _part(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], opened: OpenFiles) -> PeftTensor:
+def _tensor(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], opened: OpenFiles) -> PeftTensor:
     nbytes = int(np.prod(shape)) * ITEMSIZE[ref.dtype]
     return PeftTensor(name, ref.dtype, shape, nbytes, partial(_read, ref, index, opened))
 

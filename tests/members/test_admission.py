@@ -19,10 +19,10 @@ from modekit.errors import SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
+from modekit.members.admission import Admission, measure_admission
 from modekit.members.change import before_change
-from modekit.members.door import Door, look_at
+from modekit.members.edits import NewExpert, add_expert
 from modekit.members.listing import members_of
-from modekit.members.wanted import NewExpert, adding
 from pair_models import make_pair_workshop
 from refusal import borrow
 
@@ -57,11 +57,11 @@ def _nudged(folder: Path, to: Path) -> None:
     model.save_pretrained(to)
 
 
-def door(shop: Workshop, model: str, *, text: bool = True) -> Door:
+def door(shop: Workshop, model: str, *, text: bool = True) -> Admission:
     checkpoint = open_checkpoint(shop.root / "OUT")
     said = {"model": f"./{model}", **({"text": ["./text/code.jsonl"]} if text else {})}
     new = NewExpert(said, shop.root)
-    return look_at(before_change(checkpoint, adding(checkpoint, "code", new)), tokens=300)
+    return measure_admission(before_change(checkpoint, add_expert(checkpoint, "code", new)), tokens=300)
 
 
 def test_a_specialist_brings_what_was_measured(shop: Workshop) -> None:
@@ -86,7 +86,7 @@ def test_a_twin_is_kept_out(shop: Workshop) -> None:
     assert code == 0
     checkpoint = open_checkpoint(root / "THREE")
     new = NewExpert({"model": "./twin", "text": ["./text/code.jsonl"]}, root)
-    found = look_at(before_change(checkpoint, adding(checkpoint, "again", new)), tokens=300)
+    found = measure_admission(before_change(checkpoint, add_expert(checkpoint, "again", new)), tokens=300)
     assert found.nearest is not None and found.nearest[0] == "code" and found.nearest[1] > 0.999
     assert "nearly the same model as code" in found.refused[0].what
 
@@ -95,7 +95,9 @@ def test_a_twin_is_kept_out(shop: Workshop) -> None:
 def test_a_twin_with_an_encoder_is_kept_out(model_type: str, tmp_path: Path) -> None:
     made = make_pair_workshop(tmp_path, model_type)
     checkpoint = open_checkpoint(made.build(mixture={"top_k": 1, "router": {"fit": "random"}}))
-    found = look_at(before_change(checkpoint, adding(checkpoint, "twin", NewExpert({"model": "./law"}, tmp_path))))
+    found = measure_admission(
+        before_change(checkpoint, add_expert(checkpoint, "twin", NewExpert({"model": "./law"}, tmp_path)))
+    )
     assert found.drift > 0.1 and set(found.likeness) == set(checkpoint.names)
     assert found.nearest is not None and found.nearest[0] == "law" and found.nearest[1] > 0.999
     assert [finding.what for finding in found.refused] == ["it is nearly the same model as law"]
@@ -109,9 +111,9 @@ def test_a_damaged_model_with_an_encoder_is_kept_out(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "damaged")
-    before = before_change(checkpoint, adding(checkpoint, "damaged", NewExpert({"model": "./damaged"}, tmp_path)))
+    before = before_change(checkpoint, add_expert(checkpoint, "damaged", NewExpert({"model": "./damaged"}, tmp_path)))
     with pytest.raises(SourceError, match="NaN or Inf"):
-        look_at(before)
+        measure_admission(before)
 
 
 def test_without_text_that_is_said(shop: Workshop) -> None:
@@ -165,7 +167,7 @@ def test_the_door_refuses_and_can_be_forced(at: Path, shop: Workshop, shared_wor
     shutil.copytree(shared_workshop.root / "code", shop.root / "stranger", dirs_exist_ok=True)
     args = ("add", "COPY", "--name", "code", "--model", "./stranger", "--text", "./text/code.jsonl", *FEW)
     code, said, error = ended(*args)
-    assert code == 2 and "the expert is not let in" in error and "not better than the base" in said
+    assert code == 2 and "the expert is not added" in error and "not better than the base" in said
     assert open_checkpoint(at).names == ["medicine", "law"] and not at.with_name("COPY.partial").exists()
     modekit(*args, "--force")
     assert open_checkpoint(at).names == ["medicine", "law", "code"]

@@ -1,4 +1,4 @@
-"""Experts whose models are gone, by what a mixture says of them: enough to plan with, and nothing of them can be read.
+"""Experts' models by what a mixture records of them: enough to plan with, though the models may be gone.
 
 A mixture that is changed takes the tensors of the experts that stay from itself (planning/reuse.py); of their models it needs
 names and shapes. A full model has those of its base; what an adapter changes, the mixture's own tensors say.
@@ -16,7 +16,7 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import module_of
 
 
-def stand_in(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoint, number: int) -> ModelSource:
+def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoint, number: int) -> ModelSource:
     """What is known of expert `number` of a checkpoint; reading a tensor of it raises SourceError."""
     record = checkpoint.record
     recorded = record.sources[record.expert_sources[number]]
@@ -41,7 +41,7 @@ def stand_in(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoi
     return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced)
 
 
-def tells_dtypes(checkpoint: Checkpoint) -> bool:
+def records_dtypes(checkpoint: Checkpoint) -> bool:
     """Whether the mixture tells in which dtype its adapters were: where they had several, all of them lie in float32."""
     mixed = checkpoint.shape.mixed_tensors(checkpoint.tensors)
     wide = any(part.a.dtype == "F32" for each in mixed for part in each.low_rank.values())

@@ -8,8 +8,7 @@ import pytest
 
 from conftest import Workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.members.listing import members_of
-from modekit.members.taught import taught_by
+from modekit.members.listing import members_of, teacher_of
 from modekit.report.card import make_card
 
 
@@ -29,5 +28,5 @@ def test_an_experts_teacher_is_named(workshop: Workshop) -> None:
 @pytest.mark.parametrize("said", ["", "[]", '{"teacher": 3}', '{"teacher": {"name": 7}}', '{"specialist": "mlp"}'])
 def test_a_folder_that_says_nothing_of_a_teacher_names_none(workshop: Workshop, said: str) -> None:
     (workshop.root / "law" / "specialist.json").write_text(said)
-    assert taught_by(workshop.root / "law") is None
-    assert taught_by(workshop.root / "gone") is None
+    assert teacher_of(workshop.root / "law") is None
+    assert teacher_of(workshop.root / "gone") is None

@@ -1,4 +1,4 @@
-"""What is measured before an expert is let in: what it brings on its own text, whom it resembles, what its licence says.
+"""What is measured before an expert is added: what it brings on its own text, whom it resembles, what its licence says.
 
     loss of base, mixture and expert on the expert's held-out text (select split), in nats per token
     drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (search/advise/drift.py)
@@ -40,7 +40,7 @@ _SERVED = 0.9  # of the expert's gain that the mixture has already
 
 
 @dataclass(frozen=True)
-class Door:
+class Admission:
     """What was found.
 
     Attributes:
@@ -49,7 +49,7 @@ class Door:
         tokens: read for them.
         drift: from the base.
         likeness: expert that is there -> cosine and relative distance; of those whose models are there, too.
-        findings: what follows; an error keeps the expert out.
+        findings: what follows; an error refuses the expert.
     """
 
     expert: str
@@ -61,7 +61,7 @@ class Door:
 
     @property
     def refused(self) -> list[Finding]:
-        """What keeps it out."""
+        """Findings that refuse it."""
         return [finding for finding in self.findings if finding.level == "error"]
 
     @property
@@ -76,7 +76,7 @@ class Door:
         return {**losses, "tokens": self.tokens, "drift": round(self.drift, 6), "nearest_cosine": cosine}
 
 
-def look_at(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Door:
+def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Admission:
     """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     name = before.plan.recipe.names[place]
@@ -86,7 +86,7 @@ def look_at(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run =
     low_rank = before.plan.recipe.experts[place].lora_rank
     missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
     findings = [*_of_losses(name, losses, low_rank), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
-    return Door(name, losses, read, drift, likeness, findings)
+    return Admission(name, losses, read, drift, likeness, findings)
 
 
 def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:

@@ -1,0 +1,134 @@
+"""What a document is: plain text, a pair of parallel text, or a conversation; and which of them a model reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from modekit.errors import TextError
+from modekit.sources.family import Reads
+
+Message = Mapping[str, str]
+"""`role` (system, user, assistant, ...) and `content`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source and its target, neither of them empty: what a model with an encoder reads, and what it is to write."""
+
+    source: str
+    target: str
+
+    @property
+    def text(self) -> str:
+        """Both sides as one text, which decides the split and what the pair is compared by."""
+        return f"{self.source}\n{self.target}"
+
+    @property
+    def as_json(self) -> str:
+        """Both sides, kept apart, as one text."""
+        return json.dumps({"source": self.source, "target": self.target}, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, which the tokenizer's chat template writes.
+
+    `is_exchange`: a prompt and its answer, which are plain text where there is no template.
+    """
+
+    messages: Sequence[Message]
+    is_exchange: bool = False
+
+    @property
+    def text(self) -> str:
+        """The contents as one text, which decides the split and what the conversation is compared by."""
+        return "\n\n".join(message["content"].strip() for message in self.messages).strip()
+
+    @property
+    def as_json(self) -> str:
+        """Messages with their roles as one text."""
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
+
+
+Document: TypeAlias = str | Pair | Conversation
+"""Plain text is itself."""
+
+
+def text_of(document: Document) -> str:
+    """A document as plain text."""
+    return document if isinstance(document, str) else document.text
+
+
+def reads_of(document: Document) -> Reads:
+    """Which models read a document: those that read pairs, or the others."""
+    return "pairs" if isinstance(document, Pair) else "text"
+
+
+def message_of(role: str, content: str) -> Message:
+    """A message of a conversation."""
+    return {"role": role, "content": content}
+
+
+def whole_pair(source: str, target: str, *, where: str) -> Pair:
+    """The pair of two sides without the space around them. Raises TextError when one is empty."""
+    sides = {"source": source.strip(), "target": target.strip()}
+    empty = [name for name, side in sides.items() if not side]
+    if empty:
+        raise TextError(
+            f"a pair has an empty {' and an empty '.join(empty)}",
+            where=where,
+            found=f"{sides['source'][:30]!r} and {sides['target'][:30]!r}",
+            expected="text on both sides",
+            remedy="fill in what is missing, or remove the pair",
+        )
+    return Pair(**sides)
+
+
+def of_one_kind(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents as they come. Raises TextError where pairs and other text come together: no model reads both."""
+    first: Reads | None = None
+    for document in documents:
+        first = first or reads_of(document)
+        if reads_of(document) != first:
+            raise both_kinds(found=f"{text_of(document)[:60]!r} among the others")
+        yield document
+
+
+def both_kinds(*, where: str | None = None, found: str | None = None) -> TextError:
+    """The error of pairs and other text that would be read together."""
+    return TextError(
+        "the text of one domain has pairs and plain text",
+        where=where,
+        found=found,
+        expected="pairs alone, for models with an encoder, or plain text alone, for the others",
+        remedy="leave out one kind: text files, records and prompts alike",
+    )
+
+
+def check_kind(documents: Iterable[Document], reads: Reads, *, where: str) -> None:
+    """Raise TextError where a model that reads pairs is given plain text, or another one pairs."""
+    odd = next((document for document in documents if reads_of(document) != reads), None)
+    if odd is not None:
+        raise other_kind(reads, where=where, found=repr(text_of(odd)[:60]))
+
+
+def other_kind(reads: Reads, *, where: str | None = None, found: str | None = None) -> TextError:
+    """The error of text that is not of the kind that a model reads."""
+    if reads == "pairs":
+        return TextError(
+            "a model with an encoder needs pairs of source and target, and this is plain text",
+            where=where,
+            found=found,
+            expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
+            "or two files with a line for a line: news.en+news.fr",
+            remedy="give parallel text; a record that has a 'text', too, is read as that alone: take it out",
+        )
+    return TextError(
+        "a model without an encoder reads plain text, and these are pairs of source and target",
+        where=where,
+        found=found,
+        remedy="give plain text, or write source and target of each pair into one text",
+    )
