@@ -15,19 +15,19 @@ from rich.console import Console
 import modekit.cli.printing.advice as advice
 import modekit.cli.printing.data as data
 import modekit.cli.printing.discovery as discovery
+import modekit.cli.printing.evaluation as evaluation
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
-import modekit.cli.printing.tasks as tasks
-import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.figures import three_digits, time_of
 from modekit.cli.printing.table import Cell, Table
-from modekit.demo.translation import TranslatedRow, TranslatedTable
+from modekit.demo.translation import TranslatedTable
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
-from modekit.evaluation.translation.scores import TranslationScore
+from modekit.evaluation.translation.results import TranslationRow
+from modekit.evaluation.translation.scores import Signatures, TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
@@ -53,7 +53,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, data, discovery, inspection, mixtures, tasks, translation):
+        for module in (advice, data, discovery, inspection, mixtures, evaluation):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -163,9 +163,10 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
     score = TranslationScore(23.456, 37.04)
-    rows = [TranslatedRow(name, dict.fromkeys([*NAMES, "far"], score)) for name in NAMES]
-    found = TranslatedTable(rows, NAMES, ["far"], {"bleu": "nrefs:1|case:mixed"})
-    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], translation.print_translated, found)
+    scores = dict.fromkeys([*NAMES, "far"], score)
+    rows = [TranslationRow(name, "expert", 1, 1, scores, 0, 0.0, 0) for name in NAMES]
+    found = TranslatedTable(rows, NAMES, ["far"], Signatures("nrefs:1|case:mixed", "nrefs:1"))
+    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], evaluation.print_translated, found)
     assert found.table()[1][0] == [NAMES[0], *["23.5 / 37.0"] * (len(NAMES) + 2)]
 
 
@@ -176,7 +177,7 @@ def test_tasks(shown: Callable[..., str]) -> None:
     )
     found = Some(tasks=dict.fromkeys(NAMES, scores), macro={"acc": scores}, models=["base", *NAMES, "mixture"], notes=[])
     assert {"metric", "chance", "items", "rows", "differences"} <= set(TaskScores.__dataclass_fields__)
-    check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
+    check_whole(shown, [*NAMES, "0.123", "1234"], evaluation.print_tasks, found)
 
 
 def test_inspect(shown: Callable[..., str]) -> None:

@@ -23,12 +23,11 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.text import _windows, inspect_text
 from modekit.evaluation.labels import Gain, Labels, Told, experts_told, tags_told, with_tag, worth_of_labels
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.results import Results, Score, results_from_data
+from modekit.evaluation.results import Results, Score
 from modekit.experts.labelled import Labelled
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
@@ -144,8 +143,8 @@ def test_rows_are_taken_over_but_never_for_another_label(
     assert second.row("mixture, wrong label") == first.rows[-1]
     assert len({row.identity for row in second.rows}) == len(second.rows) - 1
     assert evaluate(checkpoint, **SIZES, labels=Labels()).rows == second.rows and len(loaded) == 1
-    assert belongs_to(second, checkpoint)
-    assert results_from_data(json.loads(json.dumps(second.as_data()))).rows == second.rows
+    assert second.belongs_to(checkpoint)
+    assert Results.from_data(json.loads(json.dumps(second.as_data()))).rows == second.rows
     # Under another label "court" is another expert's text, and what was run for law's is not taken.
     experts = [{key: value for key, value in each.items() if key != "labels"} for each in shop.recipe["experts"]]
     experts[2]["labels"] = [LABEL]
@@ -379,7 +378,7 @@ def test_a_long_text_with_a_tag_is_inspected_as_it_is_scored(shop: Workshop, tex
     shown = inspect_text(checkpoint, said, sequence_length=17)
     read = encode(load_tokenizer(checkpoint.folder), [said], max_tokens=9_999, sequence_length=17)
     for name, folder in (("loss", checkpoint.folder), ("base_loss", shop.root / "base")):
-        wanted = score_domain(load_model(folder), Domain("law", None, read, {}), lambda _: None).loss
+        wanted = score_domain(load_model(folder), Domain("law", None, read), lambda _: None).loss
         assert shown[name] == pytest.approx(wanted, rel=1e-5), name
     tags = [place for place, token in enumerate(shown["tokens"]) if token["text"].startswith("<domain:law>")]
     assert tags == [17 * window for window in range(shown["windows"])] and shown["windows"] - len(read) in (0, 1)
@@ -418,8 +417,6 @@ def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
     refused = [
         (("--labels", "left"), "no such labels"),
         (("--labels", "right,right"), "no such labels"),
-        (("--chat", "--by", "tag"), "the setting has no effect"),
-        (("--tasks", "x", "--labels", "all"), "no effect"),
     ]
     for wrong, said in refused:
         code, _, error = ended("eval", folder, *wrong)

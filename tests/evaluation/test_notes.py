@@ -16,7 +16,7 @@ from modekit.text.sequences import TokenSequence
 
 
 def domain(name: str, expert: int | None = 0, sequences: int = 4) -> Domain:
-    return Domain(name, expert, [TokenSequence(tuple(range(11)), 10)] * sequences, {})
+    return Domain(name, expert, [TokenSequence(tuple(range(11)), 10)] * sequences)
 
 
 def row(name: str, loss: float, jitter: float = 0.0, gap: float | None = None) -> Row:

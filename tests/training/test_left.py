@@ -10,7 +10,7 @@ import pytest
 
 from damage import in_time, no_file
 from modekit.errors import TrainingError
-from modekit.evaluation.results import results_from_data
+from modekit.evaluation.results import Results
 from modekit.files.marker import claim_work_folder
 from modekit.training.ended import Ended, Trained
 from modekit.training.folder import TrainingFolder
@@ -76,7 +76,7 @@ def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     with pytest.raises(TrainingError):
         recalled(folder)
     with pytest.raises(TrainingError):
-        folder.recall("before", results_from_data)
+        folder.recall("before", Results.from_data)
 
 
 def test_a_pipe_is_not_waited_for(folder: TrainingFolder, tmp_path: Path) -> None:

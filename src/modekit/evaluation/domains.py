@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
+from modekit.evaluation.identity import NO_RECORD, SequencesRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.chat import Conversation
@@ -21,14 +21,14 @@ from modekit.text.splits import HeldOutSplit, text_record
 
 @dataclass(frozen=True)
 class Domain:
-    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether there
-    are conversations in it.
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether
+    there are conversations in it.
     """
 
     name: str
     expert: int | None
     sequences: Sequence[TokenSequence]
-    record: Mapping[str, Any]
+    record: SequencesRecord = NO_RECORD
     chats: bool = False
 
     @property
@@ -42,7 +42,7 @@ def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_p
     sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
     record = text_record(held.documents, sum(sequence.size for sequence in sequences))
     chats = any(isinstance(document, Conversation) for document in held.documents)
-    return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length}, chats)
+    return Domain(held.name, held.expert, sequences, SequencesRecord(**record, sequence_length=sequence_length), chats)
 
 
 def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:

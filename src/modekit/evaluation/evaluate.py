@@ -20,8 +20,7 @@ from modekit.evaluation.jobs import Job, label_jobs, row_jobs
 from modekit.evaluation.labels import Labels, check_labels, longest_with_tag
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import label_notes, notes_of
-from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import rows_scored_here, write_table
+from modekit.evaluation.results import Results, Row, Score, rows_scored_here
 from modekit.files.read import UNREADABLE
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
@@ -78,7 +77,7 @@ def evaluate(
         notes,
     )
     if write:
-        write_table(checkpoint, results)
+        results.write(checkpoint)
     return results
 
 

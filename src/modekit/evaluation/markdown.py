@@ -17,3 +17,8 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], escape:
     """A table without a line break at its end; `escape` makes text into a cell."""
     lines = ["| " + " | ".join(map(escape, cells)) + " |" for cells in [header, *body]]
     return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
+
+
+def parameters_of(count: int) -> str:
+    """A number of parameters, in millions or billions."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

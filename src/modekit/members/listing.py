@@ -9,10 +9,7 @@ from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import read_results
-from modekit.files.read import UNREADABLE
 from modekit.members.licences import sources_of
 from modekit.members.taught import teachers_of
 from modekit.recipes.recipe import Expert
@@ -49,7 +46,7 @@ def members_of(checkpoint: Checkpoint) -> list[Member]:
     record = checkpoint.record
     since = _since(record.history)
     sizes = _sizes(checkpoint)
-    results = _results(checkpoint)
+    results = Results.find(checkpoint)
     licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
     return [
         Member(
@@ -99,15 +96,6 @@ def _sizes(checkpoint: Checkpoint) -> list[int]:
             rows = low_rank.a.shape[1] + low_rank.b.shape[0]
             sizes[number] += rank * rows * ITEMSIZE[low_rank.a.dtype]
     return sizes
-
-
-def _results(checkpoint: Checkpoint) -> Results | None:
-    """What `modekit eval` found of the mixture as it is."""
-    try:
-        results = read_results(checkpoint)
-    except UNREADABLE:
-        return None
-    return results if belongs_to(results, checkpoint) else None
 
 
 def _worth(results: Results | None, domain: str) -> tuple[float | None, float | None]:

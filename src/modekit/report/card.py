@@ -21,18 +21,16 @@ from huggingface_hub import ModelCardData
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Record
 from modekit.errors import OutputError
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import RESULTS_FILE, RESULTS_FOLDER, read_results
+from modekit.evaluation.results_folder import RESULTS_FOLDER
+from modekit.evaluation.translation.results import TranslationResults, score_table
 from modekit.files.change import change_together
 from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.taught import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
-from modekit.report.result_files import find_translations
-from modekit.report.translation_file import Scores, Translations
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 
@@ -113,30 +111,30 @@ def is_ours(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What eval and eval --translate found of this mixture, and `problems`: why some of it cannot be shown."""
+    """What eval and eval-translation found of this mixture, and `problems`: why some of it cannot be shown."""
 
     results: Results | None
-    translations: Translations | None
+    translations: TranslationResults | None
     problems: Sequence[str]
 
 
 def _measured(checkpoint: Checkpoint) -> _Measured:
     results, problem = _results(checkpoint)
     problems = [problem] if problem else []
-    return _Measured(results, find_translations(checkpoint, problems), problems)
+    return _Measured(results, TranslationResults.find(checkpoint, problems), problems)
 
 
 def _results(checkpoint: Checkpoint) -> tuple[Results | None, str | None]:
     """The table if it is this checkpoint's, else why there is none."""
     try:
-        results = read_results(checkpoint)
+        results = Results.read(checkpoint)
     except FileNotFoundError:
         return None, "not evaluated yet: `modekit eval` makes the table"
     except UNREADABLE:
-        return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} cannot be read: `modekit eval` makes it anew"
-    if belongs_to(results, checkpoint):
+        return None, f"{RESULTS_FOLDER}/{Results.file} cannot be read: `modekit eval` makes it anew"
+    if results.belongs_to(checkpoint):
         return results, None
-    return None, f"{RESULTS_FOLDER}/{RESULTS_FILE} is of another state of this mixture: `modekit eval` makes it anew"
+    return None, f"{RESULTS_FOLDER}/{Results.file} is of another state of this mixture: `modekit eval` makes it anew"
 
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
@@ -300,23 +298,15 @@ def _losses(results: Results) -> list[str]:
     return [explained, markdown_table(*results.table(), _plain), _notes(results.notes)]
 
 
-def _translations(found: Translations) -> list[str]:
-    """BLEU and chrF of every model, as eval --translate draws them."""
+def _translations(found: TranslationResults) -> list[str]:
+    """BLEU and chrF of every model, as eval-translation draws them."""
     way = "greedily" if found.settings.beams == 1 else f"with {found.settings.beams} beams"
     explained = (
         f"BLEU / chrF of held-out sources, translated {way}; a domain's whole corpus at once, the mean over the domains that "
         f"have an expert. BLEU {_plain(found.signatures.bleu)}; chrF {_plain(found.signatures.chrf)}."
     )
-    header = ["model", *found.domains, "mean", *(f"{name} / unseen" for name in found.unseen)]
-    body = []
-    for row in found.rows:
-        scores = [*map(row.domains.get, found.domains), row.mean, *map(row.domains.get, found.unseen)]
-        body.append([row.name, *map(_score, scores)])
-    return [explained, markdown_table(header, body, _plain), _notes(found.notes)]
-
-
-def _score(score: Scores | None) -> str:
-    return "-" if score is None else f"{score.bleu:.1f} / {score.chrf:.1f}"
+    table = score_table(found.rows, found.domains, found.unseen)
+    return [explained, markdown_table(*table, _plain), _notes(found.notes)]
 
 
 def _notes(notes: Sequence[str]) -> str:

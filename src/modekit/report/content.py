@@ -13,24 +13,22 @@ import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.evaluation.chat import ChatResults
 from modekit.evaluation.results import Results
+from modekit.evaluation.tasks.results import TaskResults
+from modekit.evaluation.translation.results import TranslationResults
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
     Curve,
     Search,
-    Trained,
-    find_chat,
+    TrainingTables,
     find_inspection,
-    find_results,
     find_search,
-    find_tasks,
     find_training,
-    find_translations,
 )
 from modekit.report.routing import routing_of, samples_of
-from modekit.report.translation_file import Translations
 
 _Each = TypeVar("_Each")
 _VARIANTS = 12  # of a search that are shown for their loss alone
@@ -41,11 +39,13 @@ _POINTS = 400  # of a curve; more are thinned
 def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read what is there about a checkpoint; what is missing is null, and `missing` says why and what to run."""
     missing: list[str] = []
-    results = find_results(checkpoint, missing)
+    results = Results.find(checkpoint, missing)
+    if results is not None and not results.domains:
+        missing.append(f"{results.file} has no domain with an expert of its own")
     inspection = find_inspection(checkpoint, missing)
-    trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
-    chat, search = find_chat(checkpoint, missing), find_search(checkpoint, missing)
-    translation = find_translations(checkpoint, missing)
+    trained, tasks = find_training(checkpoint, missing), TaskResults.find(checkpoint, missing)
+    chat, search = ChatResults.find(checkpoint, missing), find_search(checkpoint, missing)
+    translation = TranslationResults.find(checkpoint, missing)
     sources = sources_of(checkpoint)
     content: dict[str, Any] = rounded(
         {
@@ -58,8 +58,8 @@ def make_content(checkpoint: Checkpoint) -> dict[str, Any]:
             "routing": routing_of(inspection) if inspection is not None else None,
             "samples": samples_of(inspection, checkpoint.shape.family) if inspection is not None else None,
             "training": _training(checkpoint, trained),
-            "tasks": tasks.model_dump() if tasks is not None and tasks.tasks else None,
-            "chat": chat.model_dump() if chat is not None and chat.rows else None,
+            "tasks": tasks.as_data() if tasks is not None and tasks.tasks else None,
+            "chat": chat.as_data() if chat is not None and chat.rows else None,
             "translation": _translation(translation) if translation is not None and translation.rows else None,
             "search": _search(search) if search is not None else None,
             "members": _members(checkpoint),
@@ -157,7 +157,7 @@ def _results(results: Results) -> dict[str, Any]:
         )
     every = [*results.domains, *results.unseen]
     lowest = {name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every}
-    text = {name: dict(results.text[name]) for name in every if name in results.text}
+    text = {name: vars(results.text[name]) for name in every if name in results.text}
     return {
         "domains": list(results.domains),
         "unseen": list(results.unseen),
@@ -189,14 +189,15 @@ def _mean_error(errors: Sequence[float | None]) -> float | None:
     return math.sqrt(sum(error * error for error in known)) / len(known) if known and len(known) == len(errors) else None
 
 
-def _translation(found: Translations) -> dict[str, Any]:
+def _translation(found: TranslationResults) -> dict[str, Any]:
     """The table, and the examples of each domain; texts are cut where there are so many that a page has no room for them."""
     room = _CHARACTERS // (5 * len(found.examples) or 1)  # of a text: an example has five
     examples: dict[str, list[dict[str, Any]]] = {}
     for example in found.examples:
-        texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in example if isinstance(text, str)}
-        examples.setdefault(example.domain, []).append({**example.model_dump(), **texts, "domain": example.domain})
-    return {**found.model_dump(), "examples": examples}
+        said = vars(example)
+        texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in said.items() if isinstance(text, str)}
+        examples.setdefault(example.domain, []).append({**said, **texts, "domain": example.domain})
+    return {**found.as_data(), "examples": examples}
 
 
 def _search(search: Search) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def _search(search: Search) -> dict[str, Any]:
     }
 
 
-def _training(checkpoint: Checkpoint, trained: Trained | None) -> dict[str, Any] | None:
+def _training(checkpoint: Checkpoint, trained: TrainingTables | None) -> dict[str, Any] | None:
     records = checkpoint.record.training
     if not records:
         return None
@@ -281,7 +282,7 @@ def _members(checkpoint: Checkpoint) -> dict[str, Any]:
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, Any]:
     record = checkpoint.record
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    scored = {name: dict(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
+    scored = {name: vars(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
     return {
         "recipe": recipe,
         "recipe_digest": record.recipe_digest,

@@ -40,7 +40,7 @@ class Text:
     @property
     def held_out(self) -> Domain:
         """What states are compared on."""
-        return Domain(self.corpus.name, self.corpus.expert, self.select, {})
+        return Domain(self.corpus.name, self.corpus.expert, self.select)
 
 
 def read_texts(

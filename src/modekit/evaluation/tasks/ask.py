@@ -1,4 +1,4 @@
-"""`modekit eval OUT --tasks`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
+"""`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
 
     OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
     OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
@@ -33,9 +33,9 @@ from modekit.evaluation.tasks.harness import (
     require_harness,
     run_tasks,
 )
-from modekit.evaluation.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
+from modekit.evaluation.tasks.intervals import Bootstrap, ItemSums, average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import make_questions
-from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
+from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
@@ -46,7 +46,7 @@ _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "que
 
 
 @dataclass(frozen=True)
-class _Task:
+class TaskRun:
     """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
 
     name: str
@@ -88,8 +88,8 @@ def evaluate_tasks(
     refuse_pairs(
         checkpoint,
         "tasks ask models that write a text on",
-        option="--tasks",
-        remedy="score its pairs: `modekit eval OUT`, and `modekit eval OUT --translate` for BLEU and chrF",
+        option="",
+        remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
     others = [name for name in names if name not in GROUPS]
     forms = wanted_forms(names)
@@ -107,10 +107,10 @@ def evaluate_tasks(
         tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
             build_requests(name, made, limit)
-            tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
+            tasks.append(TaskRun(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, notes, run)
-    results = kept_results(checkpoint, _results(tasks, scored, notes))
-    save_results(checkpoint, results)
+    results = _results(tasks, scored, notes, checkpoint.identity).with_earlier(checkpoint)
+    results.write(checkpoint)
     return results
 
 
@@ -139,7 +139,7 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Mo
 
 def _question_tasks(
     checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, limit: int | None, notes: list[str]
-) -> list[_Task]:
+) -> list[TaskRun]:
     if not forms:
         return []
     from modekit.evaluation.tasks.scores import process_results
@@ -153,7 +153,7 @@ def _question_tasks(
         own = {"process_results": process_results} if form == "generation" else {}
         task = harness_task({**task_config(form, questions, folder.resolve()), **own})
         build_requests(name, task, limit)
-        tasks.append(_Task(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
+        tasks.append(TaskRun(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
     for form in forms:
         if form not in {task.group for task in tasks}:
             notes.append(f"no domain's text gives {form.replace('_plain', '')}")
@@ -162,7 +162,7 @@ def _question_tasks(
 
 def _run(
     checkpoint: Checkpoint,
-    tasks: Sequence[_Task],
+    tasks: Sequence[TaskRun],
     models: Sequence[_Model],
     limit: int | None,
     notes: list[str],
@@ -204,9 +204,14 @@ def _run(
     return scored
 
 
-def _results(tasks: Sequence[_Task], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str]) -> TaskResults:
+def _results(
+    tasks: Sequence[TaskRun],
+    scored: Mapping[str, Mapping[str, Scored]],
+    notes: Sequence[str],
+    identity: Mapping[str, str],
+) -> TaskResults:
     entries: dict[str, TaskScores] = {}
-    members: dict[str, list[tuple[str, Metric, Drawn]]] = {}
+    members: dict[str, list[tuple[str, Metric, Bootstrap]]] = {}
     for task in tasks:
         of_task = {model: found[task.name] for model, found in scored.items()}
         for place, metric in enumerate(task.metrics):
@@ -231,21 +236,21 @@ def _results(tasks: Sequence[_Task], scored: Mapping[str, Mapping[str, Scored]],
         for group, tasks_of_group in members.items()
         if len(tasks_of_group) > 1
     }
-    return TaskResults(entries, macro, list(notes))
+    return TaskResults(entries, macro, list(notes), checkpoint=identity)
 
 
-def _drawn(task: _Task, metric: str, of_task: Mapping[str, Scored]) -> Drawn:
+def _drawn(task: TaskRun, metric: str, of_task: Mapping[str, Scored]) -> Bootstrap:
     """Of a metric that is no mean of its items, and not corpus BLEU, the harness's value without draws."""
-    samples: dict[str, Sample] = {}
+    samples: dict[str, ItemSums] = {}
     for model, scored in of_task.items():
         values = [item[metric] for item in scored.items if metric in item]
-        sample: Sample | None = None
+        sample: ItemSums | None = None
         if metric == "bleu" and values and isinstance(values[0], tuple):
             sample = bleu_sample(values)
         elif len(values) == len(scored.items) and all(isinstance(value, (int, float)) for value in values):
             sample = mean_sample([float(value) for value in values])
         if sample is None or abs(sample.value - scored.totals[metric]) > 1e-6 * max(1.0, abs(sample.value)):
-            return Drawn({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
+            return Bootstrap({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
         samples[model] = sample
     items = next(iter(of_task.values())).items
     clusters = [item["doc"].get("document") if task.group else item["doc_id"] for item in items]
@@ -253,7 +258,7 @@ def _drawn(task: _Task, metric: str, of_task: Mapping[str, Scored]) -> Drawn:
 
 
 def _scores(
-    metric: Metric, items: int, drawn: Drawn, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
+    metric: Metric, items: int, drawn: Bootstrap, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
 ) -> TaskScores:
     return TaskScores(
         metric.name,

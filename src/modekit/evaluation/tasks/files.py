@@ -68,7 +68,7 @@ FORMS: dict[str, dict[str, Any]] = {
 """Form -> what its task file says; the kind of question is the form's first word."""
 
 GROUPS = {**{form: (form,) for form in FORMS}, "questions": ("glosses", "continuations")}
-"""Names that --tasks takes for the questions -> forms."""
+"""Names that TASKS takes for the questions -> forms."""
 
 
 def task_name(form: str, domain: str) -> str:
@@ -107,7 +107,7 @@ def task_config(form: str, questions: Questions, folder: Path | None) -> dict[st
 
 
 def wanted_forms(names: Sequence[str]) -> list[str]:
-    """The forms that names of --tasks ask for."""
+    """The forms that names of TASKS ask for."""
     return list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
 
 

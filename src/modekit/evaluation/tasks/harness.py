@@ -57,7 +57,7 @@ def require_harness() -> None:
     except ImportError as error:
         raise ModekitError(
             "tasks need lm-evaluation-harness, which is not installed",
-            where="modekit eval --tasks",
+            where="modekit eval-tasks",
             found=error,
             remedy="pip install 'modekit[eval]'",
         ) from None
@@ -123,7 +123,7 @@ def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool,
         if not matching:
             raise _unknown(name, [*others, *manager.all_tasks])
         for match in matching:
-            with raising(f"--tasks {match}", "the task cannot be loaded", _DATA_REMEDY):
+            with raising(f"task {match}", "the task cannot be loaded", _DATA_REMEDY):
                 tasks.update(manager.load([match])["tasks"])
     return tasks
 
@@ -168,7 +168,7 @@ def _unknown(name: str, known: Sequence[str]) -> ModekitError:
     close = difflib.get_close_matches(name, known, 3)
     return ModekitError(
         "unknown task",
-        where="--tasks",
+        where="TASKS",
         found=name,
         expected=f"perhaps {', '.join(close)}" if close else None,
         remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
@@ -189,7 +189,7 @@ def raising(where: str, what: str, remedy: str) -> Iterator[None]:
 
 def build_requests(name: str, task: Any, limit: int | None) -> None:
     """Make what a task asks, once for all models. Raises TextError where that is too much, or does not work."""
-    with raising(f"--tasks {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
+    with raising(f"task {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
         _check_size(name, task, limit)
         task.set_fewshot_seed(_SEED)
         task.build_all_requests(limit=limit)
@@ -219,7 +219,7 @@ def _check_item(name: str, doc: object) -> None:
 def _too_large(name: str, found: str) -> TextError:
     return TextError(
         "the task is too large",
-        where=f"--tasks {name}",
+        where=f"task {name}",
         found=found,
         expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters",
         remedy="give --limit",

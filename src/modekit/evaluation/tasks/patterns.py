@@ -56,7 +56,7 @@ class Patterns:
         except (TimeoutError, MemoryError):
             raise TextError(
                 f"a task's regular expression takes too long (all matches may take {_SECONDS:.0f} seconds)",
-                where="--tasks",
+                where="TASKS",
                 found=pattern[:200],
                 remedy="write one without repeats inside of repeats, or leave the filter out",
             ) from None

@@ -23,7 +23,7 @@ def render(template: str, item: Mapping[str, Any]) -> str:
         problem = str(error)
     raise TextError(
         "a task's template cannot be used",
-        where="--tasks",
+        where="TASKS",
         found=f"{problem[:300]} ({' '.join(template.split())[:200]})",
         remedy=f"correct the template, which may give at most {LONGEST:,} characters",
     )

@@ -1,4 +1,4 @@
-"""`modekit eval OUT --translate`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
+"""`modekit eval-translation OUT`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
 
 Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
 in each domain, what the domain's own expert wrote, and the mixture that is told a label by its gate what the label's wrote.
@@ -19,6 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.identity import TextRecord
 from modekit.evaluation.labels import (
     Gain,
     Labels,
@@ -33,12 +34,10 @@ from modekit.evaluation.labels import (
     worth_of_labels,
 )
 from modekit.evaluation.results import Kind
-from modekit.evaluation.results_folder import write_results
-from modekit.evaluation.translation.decoding import Decoding, Written, first_token, set_decoding, together, translated
+from modekit.evaluation.translation.decoding import Decoding, Translations, first_token, set_decoding, together, translated
 from modekit.evaluation.translation.examples import Compared, TranslationExample, compared
-from modekit.evaluation.translation.results import TranslationResults, TranslationRow
+from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationSettings
 from modekit.evaluation.translation.scores import Scorer, require_sacrebleu
-from modekit.files.write import json_bytes
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
@@ -50,13 +49,12 @@ from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
 from modekit.text.tags import labels_of
 
-TRANSLATE_FILE = "translate.json"
 ORACLE, MIXTURE = "oracle", "mixture"
 _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
 
 
 @dataclass(frozen=True)
-class _Domain:
+class PairDomain:
     """Pairs of one domain; `expert` is the place of its own, None for an unseen domain."""
 
     name: str
@@ -66,16 +64,17 @@ class _Domain:
 
     @property
     def references(self) -> list[str]:
+        """What translations are compared with."""
         return [pair.target for pair in self.pairs]
 
 
 @dataclass(frozen=True)
-class _Row:
+class WrittenRow:
     """A row before it is scored; `model`: what it is of, by name, where it was told labels."""
 
     name: str
     kind: Kind
-    written: Mapping[str, Written]
+    written: Mapping[str, Translations]
     model: str = ""
 
 
@@ -107,11 +106,12 @@ def evaluate_translation(
     if positions is not None and decoding.max_new_tokens > positions:
         decoding = replace(decoding, max_new_tokens=positions)
     rows = _Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(labels)
-    results = _results(checkpoint, domains, rows, {**vars(decoding), "pairs": pairs, "machine": _machine()}, notes)
+    settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=_machine())
+    results = _results(checkpoint, domains, rows, settings, notes)
     if labels is not None:
         results = replace(results, notes=[*results.notes, *_label_notes(labels, results, domains, checkpoint)])
     if write:
-        write_results(checkpoint, {TRANSLATE_FILE: json_bytes(results.as_data()), "translate.md": results.markdown().encode()})
+        results.write(checkpoint)
     return results
 
 
@@ -120,14 +120,14 @@ def _check_encoder(checkpoint: Checkpoint) -> None:
     if not family.pair:
         raise MismatchError(
             "only a model with an encoder translates",
-            where=f"{checkpoint.folder}: --translate",
+            where=str(checkpoint.folder),
             found=f"a mixture of {family.model_type} models, which write a text on",
             expected="Bart, mBART, Marian, M2M100 or T5",
-            remedy="leave out --translate: modekit eval scores such a mixture",
+            remedy="run modekit eval, which scores such a mixture by its loss",
         )
 
 
-def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> _Domain:
+def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> PairDomain:
     """The first pairs of a domain of which no side is too long."""
     pairs: list[Pair] = []
     encoded: list[TokenSequence] = []
@@ -151,7 +151,7 @@ def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, l
         raise held.text.nothing_left(
             "no held-out pair fits into the model", expected=f"sides of at most {longest} tokens", remedy="give shorter pairs"
         )
-    return _Domain(held.name, held.expert, pairs, encoded)
+    return PairDomain(held.name, held.expert, pairs, encoded)
 
 
 class _Translator:
@@ -161,7 +161,7 @@ class _Translator:
         self,
         checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase,
-        domains: Sequence[_Domain],
+        domains: Sequence[PairDomain],
         decoding: Decoding,
         run: Run,
         notes: list[str],
@@ -173,7 +173,7 @@ class _Translator:
         self._own = {domain.name: domain.expert for domain in domains}
         self._done = self._total = 0
 
-    def rows(self, labels: Labels | None) -> list[_Row]:
+    def rows(self, labels: Labels | None) -> list[WrittenRow]:
         """In the order of the table."""
         passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
         if labels is not None and labels.by == "tag":  # by gate nothing is written anew
@@ -183,7 +183,7 @@ class _Translator:
         base = list(self._base(told))
         return [*base[:1], *self._mixtures(told), *base[1:]]
 
-    def _base(self, labels: Labels) -> Iterator[_Row]:
+    def _base(self, labels: Labels) -> Iterator[WrittenRow]:
         reason = why_not(self._checkpoint, None, run=self._run)
         if reason is None:
             model = self._ready(load_expert_source(self._checkpoint, None, run=self._run))
@@ -192,10 +192,10 @@ class _Translator:
         else:
             self._notes.append(f"base left out, and so the comparison with it: {reason}")
 
-    def _mixtures(self, labels: Labels) -> Iterator[_Row]:
+    def _mixtures(self, labels: Labels) -> Iterator[WrittenRow]:
         checkpoint = self._checkpoint
         model = self._ready(load_model(checkpoint.folder, run=self._run))
-        experts: list[_Row] = []
+        experts: list[WrittenRow] = []
         if self._folds_weights:
             self._notes.append("experts and oracle left out: given weights are folded into the experts: none is whole")
         else:
@@ -204,19 +204,19 @@ class _Translator:
                     experts.append(self._row(model, name, "expert"))
                 yield experts[-1]
             own = {each.name: experts[each.expert].written[each.name] for each in self._domains if each.expert is not None}
-            yield _Row(ORACLE, "oracle", own)
+            yield WrittenRow(ORACLE, "oracle", own)
         mixture = self._row(model, MIXTURE, "mixture")
         yield from (mixture, *self._told_by_gate(experts, mixture, labels), *self._told_by_tag(model, mixture, labels))
 
-    def _told_by_gate(self, experts: Sequence[_Row], mixture: _Row, labels: Labels) -> Iterator[_Row]:
+    def _told_by_gate(self, experts: Sequence[WrittenRow], mixture: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
         """All weight on the expert whose label a domain is told: what that has written already."""
         for told in labels.told if labels.by == "gate" else ():
             places = experts_told(told, self._own, self._checkpoint.record.recipe)
             written = {name: (mixture if at is None else experts[at]).written[name] for name, at in places.items()}
             if written:
-                yield _Row(labels.row(MIXTURE, told), "label", written, MIXTURE)
+                yield WrittenRow(labels.row(MIXTURE, told), "label", written, MIXTURE)
 
-    def _told_by_tag(self, model: PreTrainedModel, plain: _Row, labels: Labels) -> Iterator[_Row]:
+    def _told_by_tag(self, model: PreTrainedModel, plain: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
         """The tag of a label before every source; without one what the model wrote of it as it is, unless that has a tag."""
         recipe, known = self._checkpoint.record.recipe, labels_of(self._tokenizer)
         for told in labels.told if labels.by == "tag" else ():
@@ -249,7 +249,7 @@ class _Translator:
 
     def _row(
         self, model: PreTrainedModel, name: str, kind: Kind, sources: Mapping[str, Sequence[TokenSequence]] | None = None
-    ) -> _Row:
+    ) -> WrittenRow:
         """A row of what a model writes of `sources` by domain, of every domain's as they are where none are given."""
         read = {domain.name: domain.encoded for domain in self._domains} if sources is None else sources
 
@@ -259,18 +259,22 @@ class _Translator:
 
         batch = self._decoding.batch
         advance(0)
-        return _Row(
+        return WrittenRow(
             name, kind, {domain: translated(model, self._tokenizer, each, batch, advance) for domain, each in read.items()}
         )
 
 
 def _results(
-    checkpoint: Checkpoint, domains: Sequence[_Domain], rows: Sequence[_Row], settings: Mapping[str, Any], notes: Sequence[str]
+    checkpoint: Checkpoint,
+    domains: Sequence[PairDomain],
+    rows: Sequence[WrittenRow],
+    settings: TranslationSettings,
+    notes: Sequence[str],
 ) -> TranslationResults:
     scorer = Scorer()
     scored = [_scored(checkpoint, row, domains, scorer) for row in rows]
     differences, examples = _against_base(scorer, domains, rows)
-    records = {each.name: text_record(each.pairs, sum(pair.size for pair in each.encoded)) for each in domains}
+    records = {each.name: TextRecord(**text_record(each.pairs, sum(s.size for s in each.encoded))) for each in domains}
     return TranslationResults(
         scored,
         [domain.name for domain in domains if domain.expert is not None],
@@ -280,12 +284,12 @@ def _results(
         records,
         differences,
         examples,
-        checkpoint.identity,
         [*notes, *_notes(domains, scored, settings)],
+        checkpoint=checkpoint.identity,
     )
 
 
-def _scored(checkpoint: Checkpoint, row: _Row, domains: Sequence[_Domain], scorer: Scorer) -> TranslationRow:
+def _scored(checkpoint: Checkpoint, row: WrittenRow, domains: Sequence[PairDomain], scorer: Scorer) -> TranslationRow:
     scores = {
         domain.name: scorer.corpus(row.written[domain.name].texts, domain.references)
         for domain in domains
@@ -298,10 +302,10 @@ def _scored(checkpoint: Checkpoint, row: _Row, domains: Sequence[_Domain], score
 
 
 def _against_base(
-    scorer: Scorer, domains: Sequence[_Domain], rows: Sequence[_Row]
+    scorer: Scorer, domains: Sequence[PairDomain], rows: Sequence[WrittenRow]
 ) -> tuple[dict[str, Compared], list[TranslationExample]]:
     """Per domain how often the mixture is better and worse than the base, and examples of both."""
-    by_kind: dict[str, _Row] = {row.kind: row for row in rows if row.kind != "expert"}
+    by_kind: dict[str, WrittenRow] = {row.kind: row for row in rows if row.kind != "expert"}
     if "base" not in by_kind:
         return {}, []
     counted: dict[str, Compared] = {}
@@ -315,20 +319,20 @@ def _against_base(
     return counted, examples
 
 
-def _notes(domains: Sequence[_Domain], rows: Sequence[TranslationRow], settings: Mapping[str, Any]) -> Iterator[str]:
+def _notes(domains: Sequence[PairDomain], rows: Sequence[TranslationRow], settings: TranslationSettings) -> Iterator[str]:
     """What has to be said of every such table."""
     yield f"pairs: {', '.join(f'{domain.name} {len(domain.pairs)}' for domain in domains)}"
     yield "scores are of a domain's whole corpus, by sacrebleu; mean: the arithmetic mean of the domains that have an expert"
     if any(row.kind == "expert" for row in rows):
         yield "an expert's row is the mixture with all weight on it; oracle: each domain by its own expert"
-    yield f"tokens per second were measured on this machine ({settings['machine']}), {settings['batch']} sources at a time"
+    yield f"tokens per second were measured on this machine ({settings.machine}), {settings.batch} sources at a time"
     cut = [f"{row.name} {row.cut}" for row in rows if row.cut and row.kind != "oracle"]
     if cut:
-        yield f"translations that ended at the limit of {settings['max_new_tokens']} tokens: {'; '.join(cut)}"
+        yield f"translations that ended at the limit of {settings.max_new_tokens} tokens: {'; '.join(cut)}"
 
 
 def _label_notes(
-    labels: Labels, results: TranslationResults, domains: Sequence[_Domain], checkpoint: Checkpoint
+    labels: Labels, results: TranslationResults, domains: Sequence[PairDomain], checkpoint: Checkpoint
 ) -> Iterator[str]:
     """Which labels were told, and what they are worth."""
     means = {row.name: row.mean(results.domains) for row in results.rows}
