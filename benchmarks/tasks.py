@@ -40,7 +40,7 @@ from modekit.evaluation.tasks.intervals import (
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
-from modekit.evaluation.tasks.shared import Asked, answers_of
+from modekit.evaluation.tasks.shared import Continuation, answers_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -105,7 +105,7 @@ def speed(mixture: Path, model: Path, limit: int) -> None:
         for context, continuation in pairs:
             before = tokenizer(context)["input_ids"] if context else [tokenizer.bos_token_id]
             after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-            texts.append(Asked((*before, *after), len(before)))
+            texts.append(Continuation((*before, *after), len(before)))
         seconds, found = [], []
         for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], shared.WORTH["cpu"])):
             with torch.inference_mode(), patch.dict(shared.WORTH, {"cpu": worth}):

@@ -16,10 +16,10 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.gaps import SMALLEST_GAP, gaps_of, with_gaps
 from modekit.evaluation.identity import row_identity
-from modekit.evaluation.jobs import Job, label_jobs, row_jobs
-from modekit.evaluation.labels import Labels, check_labels, longest_with_tag
+from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
+from modekit.evaluation.labels import Labels, check_labels, label_notes, longest_with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.notes import label_notes, notes_of
+from modekit.evaluation.notes import loss_gains, notes_of
 from modekit.evaluation.results import Results, Row, Score, rows_scored_here
 from modekit.files.read import UNREADABLE
 from modekit.loaded.load import load_tokenizer
@@ -51,7 +51,7 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)
-        sequence_length = longest_with_tag(sequence_length, checkpoint.config) if labels.by == "tag" else sequence_length
+        sequence_length = longest_with_tag(sequence_length, checkpoint) if labels.by == "tag" else sequence_length
     domains = held_out_domains(
         checkpoint,
         tokens_per_domain=tokens_per_domain,
@@ -68,7 +68,9 @@ def evaluate(
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     rows = with_gaps(rows, gaps)
     notes += notes_of(rows, domains, SMALLEST_GAP)
-    notes += [] if labels is None else label_notes(labels, rows, domains, checkpoint.record.recipe)
+    if labels is not None:
+        named = {row.name: row for row in rows}
+        notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))
     results = Results(
         rows,
         [domain.name for domain in domains if domain.expert is not None],
@@ -81,7 +83,9 @@ def evaluate(
     return results
 
 
-def _run(jobs: Sequence[Job], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run) -> list[Row]:
+def _run(
+    jobs: Sequence[RowJob], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run
+) -> list[Row]:
     """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
     total = sum(domain.scored_tokens for domain in domains) * len(jobs)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -41,6 +41,9 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
 FOLDER = "tasks"
 _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
 
@@ -50,7 +53,7 @@ class TaskRun:
     """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
 
     name: str
-    made: Any
+    made: Task
     metrics: Sequence[Metric]
     group: str | None
     domain: str | None

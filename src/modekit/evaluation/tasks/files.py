@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,8 +17,8 @@ from modekit.evaluation.tasks.questions import Questions
 
 FUNCTION = "!function"
 _ACCURACY = {"aggregation": "mean", "higher_is_better": True}
-_CHOICE: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_target": "answer"}
-FORMS: dict[str, dict[str, Any]] = {
+_CHOICE: dict[str, object] = {"output_type": "multiple_choice", "doc_to_target": "answer"}
+FORMS: dict[str, dict[str, object]] = {
     # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
     "glosses": {
         "output_type": "multiple_choice",
@@ -91,7 +90,7 @@ def task_files(made: Sequence[Questions]) -> dict[str, bytes]:
     return files
 
 
-def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, Any]:
+def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, object]:
     """What the task file says; with a folder, the text is found from anywhere."""
     file = _data_file(questions)
     return {

@@ -66,7 +66,7 @@ def read_folders(folders: Sequence[Path]) -> dict[str, Entry]:
 
     entries: dict[str, Entry] = {}
     for folder in folders:
-        reader = _Reader(folder.resolve())
+        reader = _TaskFolder(folder.resolve())
         found: dict[str, Entry] = {}
         for file in _task_files(folder.resolve()):
             config = reader.merged(file)
@@ -135,7 +135,7 @@ def _task_files(root: Path) -> list[Path]:
 
 
 @dataclass
-class _Reader:
+class _TaskFolder:
     """Reads the files of one folder, each once."""
 
     root: Path

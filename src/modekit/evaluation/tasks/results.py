@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.markdown import markdown_table
-from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import CheckpointResult, write_results
+from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.tasks.intervals import Estimate, SixDigits
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Label
-from modekit.files.write import json_bytes
 from modekit.recipes.strict import BASE
 
 PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100
@@ -73,13 +70,8 @@ class TaskResults(CheckpointResult):
             return replace(self, notes=[*self.notes, dropped])
         return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Write tasks.json, and tasks.md with perplexities of eval.json where that is this checkpoint's, too."""
-        page = self.markdown(perplexities(checkpoint)).encode()
-        write_results(checkpoint, {self.file: json_bytes(self.as_data()), "tasks.md": page})
-
-    def markdown(self, perplexity: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> str:
-        """Means, then a table per domain with `perplexity` (by domain and model), then tasks by name. Intervals are 95 %."""
+    def markdown(self) -> str:
+        """Means, then a table per domain, then tasks by name. Intervals are 95 %."""
         parts = ["Scores of each model, 95 % intervals in brackets (bootstrap over documents, or items).", ""]
         if self.macro:
             parts += ["## Means", "", self._table(self.macro), "", "Mixture minus each other model, paired over items.", ""]
@@ -88,15 +80,13 @@ class TaskResults(CheckpointResult):
             own = {name: scores for name, scores in self.tasks.items() if scores.domain == domain}
             unseen = " (unseen)" if any(scores.unseen for scores in own.values()) else ""
             short = {name.removeprefix(f"modekit_{domain}_"): scores for name, scores in own.items()}
-            parts += [f"## {domain}{unseen}", "", self._table(short, perplexity.get(domain)), ""]
+            parts += [f"## {domain}{unseen}", "", self._table(short), ""]
         named = {name: scores for name, scores in self.tasks.items() if scores.domain is None}
         if named:
             parts += ["## Tasks", "", self._table(named), ""]
         return "\n".join([*parts, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
 
-    def _table(
-        self, columns: Mapping[str, TaskScores], perplexity: Mapping[str, float] | None = None, *, differences: bool = False
-    ) -> str:
+    def _table(self, columns: Mapping[str, TaskScores], *, differences: bool = False) -> str:
         """A row per model, and one of chance."""
         header = ["model", *(f"{name} ({scores.metric}, {scores.items})" for name, scores in columns.items())]
         picked = {name: scores.differences if differences else scores.rows for name, scores in columns.items()}
@@ -108,21 +98,7 @@ class TaskResults(CheckpointResult):
         chances = [scores.chance for scores in columns.values()]
         if not differences and any(chance is not None for chance in chances):
             body.insert(0, ["chance", *("-" if chance is None else f"{chance:.3f}" for chance in chances)])
-        if perplexity:
-            header.insert(1, "perplexity")
-            for cells in body:
-                cells.insert(1, f"{perplexity[cells[0]]:.1f}" if cells[0] in perplexity else "-")
         return markdown_table(header, body)
-
-
-def perplexities(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-    """Domain -> model -> perplexity, from eval.json when it is there and this checkpoint's."""
-    results = Results.find(checkpoint)
-    found: dict[str, dict[str, float]] = {}
-    for row in results.rows if results is not None else ():
-        for domain, score in row.scores.items():
-            found.setdefault(domain, {})[row.name] = score.perplexity
-    return found
 
 
 def cell_of(estimate: Estimate | None, metric: str, signed: bool = False) -> str:

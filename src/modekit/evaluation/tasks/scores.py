@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float | tuple[str, str]]:
     """ChrF and ROUGE-L of one text, 0 to 100, and the pair (reference, text) that corpus BLEU is made of.
 
     With doc["words"] only so many words of the text count. A last full stop does not.

@@ -2,7 +2,7 @@
 
 All else is refused, since the harness imports a metric that it does not know from the hub, hands `generation_kwargs` to
 `generate` (which runs code for `custom_generate`), unpickles some data sets, opens prompt files anywhere, and gives `metadata`
-of a group to the code of its own tasks. Patterns and templates are bounded where they run: `patterns.py`, `templates.py`.
+of a group to the code of its own tasks. Patterns and templates are bounded where they run (`bounded.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -221,7 +221,7 @@ class TaskFile(Overrides):
     metadata: dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]] | None = None
 
 
-class Member(Overrides):
+class GroupMember(Overrides):
     """A task of a group, asked otherwise than its file says."""
 
     task: _Name
@@ -241,7 +241,7 @@ class GroupFile(Overrides):
 
     group: _Name
     group_alias: _Name | None = None
-    task: list[_Name | Member] = Field(min_length=1, max_length=1_000)
+    task: list[_Name | GroupMember] = Field(min_length=1, max_length=1_000)
     tag: _Name | list[_Name] | None = None
     aggregate_metric_list: GroupMetric | list[GroupMetric] | None = None
     metadata: dict[str, _Scalar] | None = None
@@ -254,13 +254,13 @@ _NESTED: Mapping[str, type[BaseModel]] = {
     "fewshot_config": Fewshot,
     "dataset_kwargs": DataKwargs,
     "aggregate_metric_list": GroupMetric,
-    "task": Member,
+    "task": GroupMember,
 }
 _KEY = re.compile(r"[a-z]+(_[a-z]+)*")
 _TYPES = {"str", "int", "float", "bool", "none"}
 
 
-def check_config(config: Mapping[str, Any], where: Path) -> None:
+def check_config(config: Mapping[str, object], where: Path) -> None:
     """Raise ModekitError when a task file, with what it includes, says anything that is not known to be harmless."""
     kind: type[TaskFile] | type[GroupFile] = GroupFile if "group" in config else TaskFile
     try:

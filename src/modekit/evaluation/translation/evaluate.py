@@ -1,7 +1,7 @@
 """`modekit eval-translation OUT`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
 
 Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
-in each domain, what the domain's own expert wrote, and the mixture that is told a label by its gate what the label's wrote.
+in each domain, what the domain's own expert wrote, and the mixture with a label by its gate what the label's wrote.
 
     OUT/results/translate.json, translate.md    BLEU and chrF per domain, speed, and where mixture and base differ most
 """
@@ -18,26 +18,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
-from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.domains import Domain, held_out_texts
 from modekit.evaluation.identity import TextRecord
 from modekit.evaluation.labels import (
     Gain,
     Labels,
-    Told,
     check_labels,
-    experts_told,
     have_tags,
+    label_notes,
+    label_places,
+    label_tags,
     longest_with_tag,
-    notes_of_labels,
-    tags_told,
     with_tag,
-    worth_of_labels,
 )
 from modekit.evaluation.results import Kind
 from modekit.evaluation.translation.decoding import Decoding, Translations, first_token, set_decoding, together, translated
 from modekit.evaluation.translation.examples import Compared, TranslationExample, compared
 from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationSettings
-from modekit.evaluation.translation.scores import Scorer, require_sacrebleu
+from modekit.evaluation.translation.scores import Scorer, TranslationScore, require_sacrebleu
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
@@ -54,13 +52,10 @@ _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
 
 
 @dataclass(frozen=True)
-class PairDomain:
-    """Pairs of one domain; `expert` is the place of its own, None for an unseen domain."""
+class PairDomain(Domain):
+    """A domain with the pairs that its sequences are of."""
 
-    name: str
-    expert: int | None
-    pairs: Sequence[Pair]
-    encoded: Sequence[TokenSequence]
+    pairs: Sequence[Pair] = ()
 
     @property
     def references(self) -> list[str]:
@@ -70,7 +65,7 @@ class PairDomain:
 
 @dataclass(frozen=True)
 class WrittenRow:
-    """A row before it is scored; `model`: what it is of, by name, where it was told labels."""
+    """A row before it is scored; `model`: what it is of, by name, where it got labels."""
 
     name: str
     kind: Kind
@@ -89,7 +84,7 @@ def evaluate_translation(
 ) -> TranslationResults:
     """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
 
-    Raises MismatchError for a mixture without an encoder, or labels that it cannot be told, ModekitError without sacrebleu,
+    Raises MismatchError for a mixture without an encoder, or labels that cannot act on it, ModekitError without sacrebleu,
     TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded.
     """
     _check_encoder(checkpoint)
@@ -100,7 +95,7 @@ def evaluate_translation(
     longest = min(_LONGEST, positions or _LONGEST)
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)
-        longest = longest_with_tag(longest, checkpoint.config) if labels.by == "tag" else longest
+        longest = longest_with_tag(longest, checkpoint) if labels.by == "tag" else longest
     domains = [_domain(held, tokenizer, pairs, longest, notes) for held in held_out_texts(checkpoint)]
     decoding = decoding or Decoding()
     if positions is not None and decoding.max_new_tokens > positions:
@@ -109,7 +104,9 @@ def evaluate_translation(
     settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=_machine())
     results = _results(checkpoint, domains, rows, settings, notes)
     if labels is not None:
-        results = replace(results, notes=[*results.notes, *_label_notes(labels, results, domains, checkpoint)])
+        means = {row.name: mean for row in results.rows if (mean := row.mean(results.domains)) is not None}
+        said = label_notes(labels, domains, checkpoint.record.recipe, means, _score_gains)
+        results = replace(results, notes=[*results.notes, *said])
     if write:
         results.write(checkpoint)
     return results
@@ -151,44 +148,44 @@ def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, l
         raise held.text.nothing_left(
             "no held-out pair fits into the model", expected=f"sides of at most {longest} tokens", remedy="give shorter pairs"
         )
-    return PairDomain(held.name, held.expert, pairs, encoded)
+    return PairDomain(held.name, held.expert, encoded, pairs=pairs)
 
 
+@dataclass
 class _Translator:
     """Runs every row over all domains; one model is in memory at a time."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokenizer: PreTrainedTokenizerBase,
-        domains: Sequence[PairDomain],
-        decoding: Decoding,
-        run: Run,
-        notes: list[str],
-    ) -> None:
-        self._checkpoint, self._tokenizer, self._domains = checkpoint, tokenizer, domains
-        self._decoding, self._run, self._notes = decoding, run, notes
-        self._begins = first_token(tokenizer, (pair for domain in domains for pair in domain.encoded))
-        self._folds_weights = checkpoint.record.recipe.mixture.weights is not None
-        self._own = {domain.name: domain.expert for domain in domains}
-        self._done = self._total = 0
+    _checkpoint: Checkpoint
+    _tokenizer: PreTrainedTokenizerBase
+    _domains: Sequence[PairDomain]
+    _decoding: Decoding
+    _run: Run
+    _notes: list[str]
+    _done: int = 0
+    _total: int = 0
+
+    def __post_init__(self) -> None:
+        self._begins = first_token(self._tokenizer, (pair for domain in self._domains for pair in domain.sequences))
+        self._folds_weights = self._checkpoint.record.recipe.mixture.weights is not None
+        self._own = {domain.name: domain.expert for domain in self._domains}
+        self._have_tags = have_tags(domain.sequences for domain in self._domains)
 
     def rows(self, labels: Labels | None) -> list[WrittenRow]:
         """In the order of the table."""
         passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
         if labels is not None and labels.by == "tag":  # by gate nothing is written anew
-            passes += sum(told != "none" or self._have_tags for _, told in labels.rows())
+            passes += sum(kind != "none" or self._have_tags for _, kind in labels.rows())
         self._total = passes * sum(len(domain.pairs) for domain in self._domains)
-        told = labels or Labels(told=())
-        base = list(self._base(told))
-        return [*base[:1], *self._mixtures(told), *base[1:]]
+        asked = labels or Labels(kinds=())
+        base = list(self._base(asked))
+        return [*base[:1], *self._mixtures(asked), *base[1:]]
 
     def _base(self, labels: Labels) -> Iterator[WrittenRow]:
         reason = why_not(self._checkpoint, None, run=self._run)
         if reason is None:
             model = self._ready(load_expert_source(self._checkpoint, None, run=self._run))
             plain = self._row(model, BASE, "base")
-            yield from (plain, *self._told_by_tag(model, plain, labels))
+            yield from (plain, *self._labelled_by_tag(model, plain, labels))
         else:
             self._notes.append(f"base left out, and so the comparison with it: {reason}")
 
@@ -206,41 +203,36 @@ class _Translator:
             own = {each.name: experts[each.expert].written[each.name] for each in self._domains if each.expert is not None}
             yield WrittenRow(ORACLE, "oracle", own)
         mixture = self._row(model, MIXTURE, "mixture")
-        yield from (mixture, *self._told_by_gate(experts, mixture, labels), *self._told_by_tag(model, mixture, labels))
+        yield from (mixture, *self._labelled_by_gate(experts, mixture, labels), *self._labelled_by_tag(model, mixture, labels))
 
-    def _told_by_gate(self, experts: Sequence[WrittenRow], mixture: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
-        """All weight on the expert whose label a domain is told: what that has written already."""
-        for told in labels.told if labels.by == "gate" else ():
-            places = experts_told(told, self._own, self._checkpoint.record.recipe)
+    def _labelled_by_gate(self, experts: Sequence[WrittenRow], mixture: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
+        """All weight on the expert whose label a domain gets: what that has written already."""
+        for kind in labels.kinds if labels.by == "gate" else ():
+            places = label_places(kind, self._own, self._checkpoint.record.recipe)
             written = {name: (mixture if at is None else experts[at]).written[name] for name, at in places.items()}
             if written:
-                yield WrittenRow(labels.row(MIXTURE, told), "label", written, MIXTURE)
+                yield WrittenRow(labels.row(MIXTURE, kind), "label", written, MIXTURE)
 
-    def _told_by_tag(self, model: PreTrainedModel, plain: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
+    def _labelled_by_tag(self, model: PreTrainedModel, plain: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
         """The tag of a label before every source; without one what the model wrote of it as it is, unless that has a tag."""
         recipe, known = self._checkpoint.record.recipe, labels_of(self._tokenizer)
-        for told in labels.told if labels.by == "tag" else ():
-            places = experts_told(told, self._own, recipe)
+        for kind in labels.kinds if labels.by == "tag" else ():
+            places = label_places(kind, self._own, recipe)
             if not places:
                 continue
-            name, tags = labels.row(plain.name, told), tags_told(places, recipe, known)
+            name, tags = labels.row(plain.name, kind), label_tags(places, recipe, known)
             sources = {
-                each.name: with_tag(self._tokenizer, each.encoded, tags[each.name])
+                each.name: with_tag(self._tokenizer, each.sequences, tags[each.name])
                 for each in self._domains
                 if each.name in tags
             }
-            row = plain if told == "none" and not self._have_tags else self._row(model, name, "label", sources)
+            row = plain if kind == "none" and not self._have_tags else self._row(model, name, "label", sources)
             yield replace(row, name=name, kind="label", model=plain.name)
-
-    @property
-    def _have_tags(self) -> bool:
-        """Whether some source has a tag of its own."""
-        return have_tags(domain.encoded for domain in self._domains)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
         forced = set_decoding(model, replace(self._decoding, max_new_tokens=1), self._begins)
-        translated(model, self._tokenizer, self._domains[0].encoded[:1], 1)
+        translated(model, self._tokenizer, self._domains[0].sequences[:1], 1)
         set_decoding(model, self._decoding, self._begins)
         begun = f"every translation is begun with {self._tokenizer.convert_ids_to_tokens(self._begins)!r}" if forced else ""
         if forced and not any(note.startswith(begun) for note in self._notes):
@@ -251,7 +243,7 @@ class _Translator:
         self, model: PreTrainedModel, name: str, kind: Kind, sources: Mapping[str, Sequence[TokenSequence]] | None = None
     ) -> WrittenRow:
         """A row of what a model writes of `sources` by domain, of every domain's as they are where none are given."""
-        read = {domain.name: domain.encoded for domain in self._domains} if sources is None else sources
+        read = {domain.name: domain.sequences for domain in self._domains} if sources is None else sources
 
         def advance(count: int) -> None:
             self._done += count
@@ -274,7 +266,7 @@ def _results(
     scorer = Scorer()
     scored = [_scored(checkpoint, row, domains, scorer) for row in rows]
     differences, examples = _against_base(scorer, domains, rows)
-    records = {each.name: TextRecord(**text_record(each.pairs, sum(s.size for s in each.encoded))) for each in domains}
+    records = {each.name: TextRecord(**text_record(each.pairs, sum(s.size for s in each.sequences))) for each in domains}
     return TranslationResults(
         scored,
         [domain.name for domain in domains if domain.expert is not None],
@@ -331,21 +323,8 @@ def _notes(domains: Sequence[PairDomain], rows: Sequence[TranslationRow], settin
         yield f"translations that ended at the limit of {settings.max_new_tokens} tokens: {'; '.join(cut)}"
 
 
-def _label_notes(
-    labels: Labels, results: TranslationResults, domains: Sequence[PairDomain], checkpoint: Checkpoint
-) -> Iterator[str]:
-    """Which labels were told, and what they are worth."""
-    means = {row.name: row.mean(results.domains) for row in results.rows}
-    texts = [each.encoded for each in domains]
-    gains: dict[tuple[str, Told], list[Gain]] = {}
-    for model, told in labels.rows():
-        with_label = means.get(labels.row(model, told))
-        without = labels.untold(model, means, texts)
-        if told != "none" and with_label is not None and without is not None:
-            bleu, chrf = (getattr(with_label, name) - getattr(without, name) for name in ("bleu", "chrf"))
-            gains[model, told] = [Gain(bleu, "BLEU", 1), Gain(chrf, "chrF", 1)]
-    yield from notes_of_labels(labels, {each.name: each.expert for each in domains}, checkpoint.record.recipe)
-    yield from worth_of_labels(labels, gains)
+def _score_gains(with_label: TranslationScore, without: TranslationScore) -> list[Gain]:
+    return [Gain(with_label.bleu - without.bleu, "BLEU", 1), Gain(with_label.chrf - without.chrf, "chrF", 1)]
 
 
 def _machine() -> str:
