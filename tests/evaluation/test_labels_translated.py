@@ -208,7 +208,7 @@ def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
 def test_the_command_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
     options = ("--pairs", "2", "--max-new-tokens", "4")
     shown = modekit("eval-translation", checkpoint.folder, *options, "--by", "gate")
-    assert "mixture, right label" in shown and "; wrong -" in shown
+    assert "mixture, right label" in shown and " chrF; wrong " in shown
     data = json.loads(modekit("eval-translation", checkpoint.folder, *options, "--labels", "wrong", "--by", "tag", "--json"))
     assert [row["name"] for row in data["rows"]][-2:] == ["mixture, wrong tag", "base, wrong tag"]
 

@@ -94,13 +94,11 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
 
 
 def _nothing_held_out(held: HeldOutText) -> TextError:
-    if held.used:
-        return held.text.nothing_left(
-            "no held-out document is left to evaluate on: all of them set the router, trained a model or chose its state",
-            expected="documents that nothing was made from",
-            remedy="give other text under eval",
-        )
+    what = "no held-out document is left to evaluate on"
+    if not held.used:
+        return held.text.nothing_left(what, remedy="give more documents (one in ten is held out), or other text under eval")
     return held.text.nothing_left(
-        "no held-out document is left to evaluate on",
-        remedy="give more documents (one in ten is held out), or other text under eval",
+        f"{what}: all of them set the router, trained a model or chose its state",
+        expected="documents that nothing was made from",
+        remedy="give other text under eval",
     )

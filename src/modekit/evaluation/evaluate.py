@@ -21,7 +21,6 @@ from modekit.evaluation.labels import Labels, check_labels, label_notes, longest
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.notes import loss_gains, notes_of
 from modekit.evaluation.results import Results, Row, Score, rows_scored_here
-from modekit.files.read import UNREADABLE
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -41,11 +40,11 @@ def evaluate(
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
     Documents whose digests are `seen` are left out, as those that something was set or trained by always are. With `labels` the
-    mixture that is told a label of every text has rows, too.
+    mixture that reads a label with every text has rows, too.
 
     Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
     taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded, MismatchError
-    for labels that it cannot be told.
+    for labels that cannot act on it.
     """
     run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -61,7 +60,7 @@ def evaluate(
     )
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
-    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
+    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
     gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
@@ -109,10 +108,3 @@ def _run(
         rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
         del model
     return rows
-
-
-def _rows_on_disk(checkpoint: Checkpoint) -> Sequence[Row]:
-    try:
-        return rows_scored_here(checkpoint)
-    except UNREADABLE:
-        return []  # absent, or of another version: then every row is run

@@ -13,13 +13,13 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.identity import SequencesRecord, mixture_identities, row_identity
 from modekit.evaluation.markdown import markdown_table, parameters_of
 from modekit.evaluation.results_folder import Result, results_path
-from modekit.files.read import LARGE, parse_json, read_bytes
+from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes
 from modekit.files.typed import Count, Label, Number
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import json_bytes
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
-"""Of a row; `label`: the mixture, or the base, that was told a label of every text."""
+"""Of a row; `label`: the mixture, or the base, that read a label with every text."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ class Results(Result):
 
 
 def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
-    """The rows of eval.json, if this user's modekit wrote that very file; else none. Raises OSError and ValueError.
+    """The rows of eval.json, if this user's modekit wrote that very file, as this version does; else none.
 
     A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
     """
-    content = read_bytes(results_path(checkpoint, Results.file), LARGE)
-    return Results.from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
+    try:
+        content = read_bytes(results_path(checkpoint, Results.file), LARGE)
+        return Results.from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
+    except UNREADABLE:
+        return ()
 
 
 def _claim(content: bytes) -> str:
