@@ -8,9 +8,8 @@ Results of earlier runs on the same checkpoint stay beside the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +59,6 @@ class TaskRun:
     unseen: bool
 
 
-@dataclass(frozen=True)
-class _Model:
-    name: str
-    load: Callable[[], PreTrainedModel | str]
-
-
 def evaluate_tasks(
     checkpoint: Checkpoint,
     names: Sequence[str],
@@ -103,7 +96,7 @@ def evaluate_tasks(
             )
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     require_harness()
-    chosen = _chosen(checkpoint, models, run)
+    chosen = _chosen(checkpoint, models)
     notes: list[str] = []
     with quiet(run.trust_remote_code):
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
@@ -112,7 +105,7 @@ def evaluate_tasks(
             build_requests(name, made, limit)
             tasks.append(TaskRun(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, notes, run)
-    results = _results(tasks, scored, notes, checkpoint.identity).with_earlier(checkpoint)
+    results = _results(tasks, scored, notes, checkpoint).with_earlier(checkpoint)
     results.write(checkpoint)
     return results
 
@@ -123,21 +116,22 @@ def model_names(checkpoint: Checkpoint) -> list[str]:
     return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
 
 
-def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Model]:
+def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
     known = model_names(checkpoint)
     for name in models:
         if name not in known:
             raise ModekitError(
                 "unknown model", where="--models", found=name, expected=", ".join(known), remedy="write some of them"
             )
+    return [name for name in known if not models or name in models]
 
-    def load(name: str) -> PreTrainedModel | str:
-        if name == MIXTURE:
-            return load_model(checkpoint.folder, run=run)
-        expert = None if name == BASE else checkpoint.names.index(name)
-        return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
-    return [_Model(name, partial(load, name)) for name in known if not models or name in models]
+def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
+    """The model of a row, or why there is none."""
+    if name == MIXTURE:
+        return load_model(checkpoint.folder, run=run)
+    expert = None if name == BASE else checkpoint.names.index(name)
+    return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
 
 def _question_tasks(
@@ -166,7 +160,7 @@ def _question_tasks(
 def _run(
     checkpoint: Checkpoint,
     tasks: Sequence[TaskRun],
-    models: Sequence[_Model],
+    models: Sequence[str],
     limit: int | None,
     notes: list[str],
     run: Run,
@@ -182,13 +176,13 @@ def _run(
 
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
-        stage = f"score {model.name}"
+        stage = f"score {model}"
         advance(0)  # what is left is said while the model loads
-        loaded = model.load()
+        loaded = _load(checkpoint, model, run)
         if isinstance(loaded, str):
-            notes.append(f"{model.name} left out: {loaded}")
+            notes.append(f"{model} left out: {loaded}")
             continue
-        scored[model.name] = run_tasks(
+        scored[model] = run_tasks(
             loaded,
             tokenizer,
             {task.name: task.made for task in tasks},
@@ -208,38 +202,42 @@ def _run(
 
 
 def _results(
-    tasks: Sequence[TaskRun],
-    scored: Mapping[str, Mapping[str, Scored]],
-    notes: Sequence[str],
-    identity: Mapping[str, str],
+    tasks: Sequence[TaskRun], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str], checkpoint: Checkpoint
 ) -> TaskResults:
     entries: dict[str, TaskScores] = {}
-    members: dict[str, list[tuple[str, Metric, Bootstrap]]] = {}
+    members: dict[str, dict[str, Bootstrap]] = {}
     for task in tasks:
         of_task = {model: found[task.name] for model, found in scored.items()}
+        items = len(next(iter(of_task.values())).items)
         for place, metric in enumerate(task.metrics):
             name = task.name if place == 0 else f"{task.name}:{metric.name}"
             drawn = _drawn(task, metric.name, of_task)
-            items = len(next(iter(of_task.values())).items)
-            entries[name] = _scores(metric, items, drawn, task.domain, task.unseen)
+            table = rows(drawn), differences(drawn, MIXTURE)
+            entries[name] = TaskScores(
+                metric.name, metric.higher_is_better, metric.chance, items, *table, task.domain, task.unseen
+            )
             group = metric.name if task.group is None else task.group if place == 0 else f"{task.group}:{metric.name}"
             # The questions are one mean, too: accuracies of the same number of choices, whatever their form.
-            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])]:
-                if not task.unseen:
-                    members.setdefault(each, []).append((name, metric, drawn))
-    macro = {
-        group: _scores(
-            _mean_metric([metric for _, metric, _ in tasks_of_group]),
-            sum(entries[name].items for name, _, _ in tasks_of_group),
-            average([drawn for _, _, drawn in tasks_of_group]),
-            None,
-            False,
-            [name for name, _, _ in tasks_of_group],
-        )
-        for group, tasks_of_group in members.items()
-        if len(tasks_of_group) > 1
-    }
-    return TaskResults(entries, macro, list(notes), checkpoint=identity)
+            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])] if not task.unseen else []:
+                members.setdefault(each, {})[name] = drawn
+    macro = {group: _mean(entries, drawn) for group, drawn in members.items() if len(drawn) > 1}
+    return TaskResults(entries, macro, list(notes), checkpoint=checkpoint.identity)
+
+
+def _mean(entries: Mapping[str, TaskScores], drawn: Mapping[str, Bootstrap]) -> TaskScores:
+    """Over the tasks that were drawn."""
+    tasks, mean = [entries[name] for name in drawn], average(list(drawn.values()))
+    metrics = {task.metric for task in tasks}
+    chances = [task.chance for task in tasks if task.chance is not None]
+    return TaskScores(
+        metrics.pop() if len(metrics) == 1 else "accuracy",
+        tasks[0].higher_is_better,
+        sum(chances) / len(chances) if len(chances) == len(tasks) else None,
+        sum(task.items for task in tasks),
+        rows(mean),
+        differences(mean, MIXTURE),
+        tasks=list(drawn),
+    )
 
 
 def _drawn(task: TaskRun, metric: str, of_task: Mapping[str, Scored]) -> Bootstrap:
@@ -258,30 +256,3 @@ def _drawn(task: TaskRun, metric: str, of_task: Mapping[str, Scored]) -> Bootstr
     items = next(iter(of_task.values())).items
     clusters = [item["doc"].get("document") if task.group else item["doc_id"] for item in items]
     return draw(samples, clusters, task.name)
-
-
-def _scores(
-    metric: Metric, items: int, drawn: Bootstrap, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
-) -> TaskScores:
-    return TaskScores(
-        metric.name,
-        metric.higher_is_better,
-        metric.chance,
-        items,
-        rows(drawn),
-        differences(drawn, MIXTURE),
-        domain,
-        unseen,
-        list(tasks),
-    )
-
-
-def _mean_metric(metrics: Sequence[Metric]) -> Metric:
-    chances = [metric.chance for metric in metrics if metric.chance is not None]
-    whole = len(chances) == len(metrics)
-    names = {metric.name for metric in metrics}
-    return Metric(
-        names.pop() if len(names) == 1 else "accuracy",
-        metrics[0].higher_is_better,
-        sum(chances) / len(chances) if whole else None,
-    )

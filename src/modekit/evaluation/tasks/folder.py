@@ -163,7 +163,7 @@ class _TaskFolder:
             merged.update({key: value for key, value in other.items() if key != "task_list"})
         return {**merged, **{key: value for key, value in said.items() if key != "include"}}
 
-    def with_data(self, config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    def with_data(self, config: Mapping[str, Any], file: Path) -> dict[str, object]:
         """`dataset_kwargs` with whole paths of data files, each checked. Raises ModekitError for any that may not be read."""
         settings = config["dataset_kwargs"]
         files = settings["data_files"]
