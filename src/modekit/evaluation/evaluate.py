@@ -88,7 +88,7 @@ def _run(
     """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
     total = sum(domain.scored_tokens for domain in domains) * len(jobs)
-    done = 0
+    done, sizes = 0, checkpoint.parameters
     rows: list[Row] = []
     for job in jobs:
         identity = row_identity(job.identity, checkpoint, [domain.record for domain in domains])
@@ -105,6 +105,7 @@ def _run(
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
-        rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
+        parameters = (sizes.dense, sizes.dense) if job.dense else (sizes.total, sizes.active)
+        rows.append(Row(job.name, job.kind, *parameters, scores, identity))
         del model
     return rows

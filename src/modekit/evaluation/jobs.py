@@ -29,7 +29,7 @@ ALONE = "without the base beside it"
 
 @dataclass(frozen=True)
 class RowJob:
-    """A row to run: how many parameters it has, what it is made from, and the model.
+    """A row to run: what it is made from, and the model, as large as the base where it is `dense`, else as the mixture.
 
     `text` is what is read of a domain, None where it is not scored; `within` is open while that is scored: the oracle is
     another model in each domain.
@@ -37,12 +37,11 @@ class RowJob:
 
     name: str
     kind: Kind
-    total: int
-    active: int
     identity: str
     load: Callable[[], PreTrainedModel]
     text: Callable[[Domain], Domain | None] = lambda domain: domain
     within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
+    dense: bool = False
 
 
 def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[str]]:
@@ -63,48 +62,42 @@ def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[st
 def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[RowJob]:
     """Base, experts, and their average, as far as their models are still there, and what they were."""
     record = checkpoint.record
-    dense = checkpoint.parameters.dense
     hashes = [" ".join(state.record.digests) for state in states]
     folders = [state.folder for state in states]
     load = partial(load_expert, folders[0], run=run)
     if states[0].is_as_recorded:
-        yield RowJob(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
+        yield RowJob(BASE, "base", hashes[0], partial(load, folders[0]), dense=True)
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
         needed = states[place].is_as_recorded and (states[0].is_as_recorded or not is_adapter(folders[place]))
         if place != 0 and needed:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
-            yield RowJob(name, "expert", dense, dense, identity, partial(load, folders[place]))
+            yield RowJob(name, "expert", identity, partial(load, folders[place]), dense=True)
     if all(state.is_as_recorded for state in states):
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, folders[place]) for place in members]
-        yield RowJob("weight average", "average", dense, dense, identity, partial(average_of, loads))
+        yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)
 
 
 def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[RowJob]:
     """The mixture with each domain's own expert forced, and as it is."""
-    total, active = checkpoint.parameters.total, checkpoint.parameters.active
     carried, decided = mixture_identities(checkpoint)
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
         yield RowJob(
             "oracle",
             "oracle",
-            total,
-            active,
             f"oracle {carried}",
             load,
             text=lambda domain: None if domain.expert is None else domain,
             within=lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )
-    yield RowJob("mixture", "mixture", total, active, f"{carried} {decided}", load)
+    yield RowJob("mixture", "mixture", f"{carried} {decided}", load)
     if checkpoint.shape.routing.runs_common:
         yield RowJob(
             ALONE,
             "mixture",
-            total,
-            active,
             f"alone {carried} {decided}",
             load,
             within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),

@@ -74,7 +74,7 @@ class Result(ABC):
 
     @classmethod
     def find(cls: type[_Kind], checkpoint: Checkpoint, problems: list[str] | None = None) -> _Kind | None:
-        """What lies there of this checkpoint as it is now; None without it. `problems` are told why."""
+        """What lies there of this checkpoint as it is now; None without it. `problems` gets the reason."""
         said: list[str] = [] if problems is None else problems
         if not cls.expected and not os.path.lexists(results_path(checkpoint, cls.file)):
             return None
