@@ -13,8 +13,9 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from modekit.evaluation.results_folder import CheckpointResult
 from modekit.files.typed import Count, Number
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import place_of_base
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.chat import ChatTemplate, Conversation, Message, message_of, needed_template
 from modekit.text.held_out import HeldOutText
 from modekit.text.passages import WORD
@@ -247,19 +248,9 @@ def _leaders(
         mean_SE = decided.weights_RSE.mean(0)
         found[row] = int(mean_SE[len(prompts[row]) - 1].argmax()), int(mean_SE[-1].argmax())
 
-    traced_losses(model, checkpoint, answered, consume, _counted(run, sum(len(each.ids) for each in answered)))
+    work = ProgressCount(run, sum(len(each.ids) for each in answered))
+    traced_losses(model, checkpoint, answered, consume, partial(work.advance, "read routers"))
     return found
-
-
-def _counted(run: Run, total: int) -> Callable[[int], object]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        run.progress("read routers", done, total)
-
-    return advance
 
 
 def _answers(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -52,7 +53,7 @@ class TaskRun:
     """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
 
     name: str
-    made: Task
+    harness: Task
     metrics: Sequence[Metric]
     group: str | None
     domain: str | None
@@ -167,16 +168,10 @@ def _run(
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        run.progress(stage, done, total)
-
+    work = ProgressCount(run, sum(len(task.harness.instances) for task in tasks) * len(models))
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
-        stage = f"score {model}"
+        advance = partial(work.advance, f"score {model}")
         advance(0)  # what is left is said while the model loads
         loaded = _load(checkpoint, model, run)
         if isinstance(loaded, str):
@@ -185,7 +180,7 @@ def _run(
         scored[model] = run_tasks(
             loaded,
             tokenizer,
-            {task.name: task.made for task in tasks},
+            {task.name: task.harness for task in tasks},
             limit=limit,
             trusted=run.trust_remote_code,
             advance=advance,

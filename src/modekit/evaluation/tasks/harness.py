@@ -234,7 +234,7 @@ def run_tasks(
     trusted: bool,
     advance: Callable[[int], object],
 ) -> dict[str, Scored]:
-    """One model on all tasks; `advance` is called with answered requests. Raises ModekitError naming what a task tripped over."""
+    """One model on all tasks; `advance` gets the number of answered requests. Raises ModekitError naming what failed."""
     from lm_eval.evaluator import evaluate
 
     from modekit.evaluation.tasks.scoring import LoadedModel

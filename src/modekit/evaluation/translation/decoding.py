@@ -100,7 +100,7 @@ def translated(
     batch: int,
     advance: Callable[[int], object] = lambda _count: None,
 ) -> Translations:
-    """Translate the sources of pairs, so many at a time; `set_decoding` has said how. `advance` is called with how many are done."""
+    """Translate the sources of pairs, so many at a time; `set_decoding` has said how. `advance` gets how many are done."""
     texts = [""] * len(pairs)
     tokens, cut, seconds = 0, 0, 0.0
     limit = int(model.generation_config.max_new_tokens)

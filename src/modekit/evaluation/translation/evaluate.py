@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.held_out import HeldOutText
 from modekit.text.pairs import Pair
 from modekit.text.sequences import TokenSequence, encode
@@ -161,8 +162,6 @@ class _Translator:
     _decoding: Decoding
     _run: Run
     _notes: list[str]
-    _done: int = 0
-    _total: int = 0
 
     def __post_init__(self) -> None:
         self._begins = first_token(self._tokenizer, (pair for domain in self._domains for pair in domain.sequences))
@@ -175,7 +174,7 @@ class _Translator:
         passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
         if labels is not None and labels.by == "tag":  # by gate nothing is written anew
             passes += sum(kind != "none" or self._have_tags for _, kind in labels.rows())
-        self._total = passes * sum(len(domain.pairs) for domain in self._domains)
+        self._work = ProgressCount(self._run, passes * sum(len(domain.pairs) for domain in self._domains))
         asked = labels or Labels(kinds=())
         base = list(self._base(asked))
         return [*base[:1], *self._mixtures(asked), *base[1:]]
@@ -244,12 +243,7 @@ class _Translator:
     ) -> WrittenRow:
         """A row of what a model writes of `sources` by domain, of every domain's as they are where none are given."""
         read = {domain.name: domain.sequences for domain in self._domains} if sources is None else sources
-
-        def advance(count: int) -> None:
-            self._done += count
-            self._run.progress(f"translate: {name}", self._done, self._total)
-
-        batch = self._decoding.batch
+        advance, batch = partial(self._work.advance, f"translate: {name}"), self._decoding.batch
         advance(0)
         return WrittenRow(
             name, kind, {domain: translated(model, self._tokenizer, each, batch, advance) for domain, each in read.items()}
