@@ -17,7 +17,8 @@ from modekit.evaluation.tasks.questions import Questions
 
 FUNCTION = "!function"
 _ACCURACY = {"aggregation": "mean", "higher_is_better": True}
-_CHOICE: dict[str, object] = {"output_type": "multiple_choice", "doc_to_target": "answer"}
+_CHOICE = {"output_type": "multiple_choice", "doc_to_target": "answer"}
+_CONTINUATION = {**_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": ""}
 FORMS: dict[str, dict[str, object]] = {
     # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
     "glosses": {
@@ -37,21 +38,9 @@ FORMS: dict[str, dict[str, object]] = {
         "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
     },
     # Which continuation gains most by the beginning, log p(continuation | beginning) - log p(continuation).
-    "continuations": {
-        **_CHOICE,
-        "doc_to_text": "beginning",
-        "doc_to_choice": "continuations",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}],
-    },
+    "continuations": {**_CONTINUATION, "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}]},
     # Which continuation is likeliest, log p(continuation | beginning) per character.
-    "continuations_plain": {
-        **_CHOICE,
-        "doc_to_text": "beginning",
-        "doc_to_choice": "continuations",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
-    },
+    "continuations_plain": {**_CONTINUATION, "metric_list": [{"metric": "acc_norm", **_ACCURACY}]},
     "generation": {
         "output_type": "generate_until",
         "doc_to_text": "prompt",
