@@ -15,8 +15,8 @@ import pytest
 from conftest import make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, TextError
-from modekit.evaluation.tasks.ask import evaluate_tasks
 from modekit.evaluation.tasks.bounded import BoundedPatterns, render
+from modekit.evaluation.tasks.evaluate import evaluate_tasks
 
 OWN = """task: spell
 dataset_path: json

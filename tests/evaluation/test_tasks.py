@@ -24,10 +24,10 @@ from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import ModekitError, SourceError
-from modekit.evaluation.tasks import ask as run
+from modekit.evaluation.tasks import evaluate as run
 from modekit.evaluation.tasks import harness, scoring
-from modekit.evaluation.tasks.ask import evaluate_tasks
 from modekit.evaluation.tasks.entries import Entry, entries_of, head_words, key_of
+from modekit.evaluation.tasks.evaluate import evaluate_tasks
 from modekit.evaluation.tasks.files import FORMS, task_name
 from modekit.evaluation.tasks.intervals import average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import CHOICES, continuation_items, gloss_items, make_questions

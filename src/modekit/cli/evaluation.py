@@ -109,7 +109,7 @@ def eval_tasks(
 ) -> None:
     """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
     with _scoring(checkpoint, trust_remote_code) as (opened, run):
-        from modekit.evaluation.tasks.ask import evaluate_tasks
+        from modekit.evaluation.tasks.evaluate import evaluate_tasks
 
         results = evaluate_tasks(
             opened,

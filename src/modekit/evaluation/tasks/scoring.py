@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.evaluation.tasks.shared import Continuation, answers_of
+from modekit.evaluation.tasks.prefixes import Continuation, answers_of
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 _GENERATED = 16  # texts that are generated side by side
