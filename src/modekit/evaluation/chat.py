@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ class ChatResults(CheckpointResult):
     experts: Sequence[str]
     system: str | None
     answer_tokens: Count
-    rows: Sequence[ChatScore]
+    rows: Annotated[Sequence[ChatScore], Field(max_length=2**10)]
     notes: Sequence[str] = field(default_factory=list)
 
     file = "chat.json"

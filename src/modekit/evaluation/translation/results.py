@@ -65,7 +65,7 @@ class TranslationResults(CheckpointResult):
     `differences` (by domain) and `examples` compare the mixture with the base, and are empty without a base.
     """
 
-    rows: Sequence[TranslationRow]
+    rows: Annotated[Sequence[TranslationRow], Field(max_length=2**10)]
     domains: Sequence[Label]
     unseen: Sequence[Label]
     settings: TranslationSettings
