@@ -37,6 +37,12 @@ class Domain:
         return sum(sequence.scored for sequence in self.sequences)
 
 
+def known_and_unseen(domains: Sequence[Domain]) -> tuple[list[str], list[str]]:
+    """Names of the domains that have an expert, and of those that have none."""
+    known = [domain.name for domain in domains if domain.expert is not None]
+    return known, [domain.name for domain in domains if domain.expert is None]
+
+
 def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_per_domain: int, sequence_length: int) -> Domain:
     """Documents as token sequences, none where there are none, with a record of both."""
     sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)

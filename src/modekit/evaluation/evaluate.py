@@ -13,7 +13,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.gaps import SMALLEST_GAP, gaps_of, with_gaps
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
@@ -70,13 +70,8 @@ def evaluate(
     if labels is not None:
         named = {row.name: row for row in rows}
         notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))
-    results = Results(
-        rows,
-        [domain.name for domain in domains if domain.expert is not None],
-        [domain.name for domain in domains if domain.expert is None],
-        {domain.name: domain.record for domain in domains},
-        notes,
-    )
+    records = {domain.name: domain.record for domain in domains}
+    results = Results(rows, *known_and_unseen(domains), records, notes)
     if write:
         results.write(checkpoint)
     return results

@@ -10,7 +10,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.typed import Count, Label
 
 _DECIDES = {"method", "top_k", "top_p", "always_on", "weights", "router"}
-"""Keys of a mixture that say how its router decides; the others say what its experts carry."""
+"""Keys of a mixture that say how its router decides; the others say what its experts are."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ def row_identity(model: str, checkpoint: Checkpoint, records: Sequence[Sequences
 
 
 def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
-    """What the experts carry, which is all that the oracle runs, and how the router decides between them.
+    """What the experts are, which is all that the oracle runs, and how the router decides between them.
 
     Both are of `Checkpoint.identity`, but for what experts are called, which changes no row.
     """
     said, recipe = checkpoint.identity, checkpoint.record.recipe
     low_rank = [expert.lora_rank for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
-    carried = f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
-    carried += f" {said['weights']}"
+    experts_id = (
+        f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
+    )
+    experts_id += f" {said['weights']}"
     decides = recipe.mixture.model_dump(mode="json", include=_DECIDES)
-    return carried, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['embedding']} {said['config']}"
+    return experts_id, f"{decides} {said['router_sha256']} {said['evidence_sha256']} {said['embedding']} {said['config']}"

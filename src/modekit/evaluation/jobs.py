@@ -82,23 +82,23 @@ def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run
 
 def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[RowJob]:
     """The mixture with each domain's own expert forced, and as it is."""
-    carried, decided = mixture_identities(checkpoint)
+    experts_id, router_id = mixture_identities(checkpoint)
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
         yield RowJob(
             "oracle",
             "oracle",
-            f"oracle {carried}",
+            f"oracle {experts_id}",
             load,
             text=lambda domain: None if domain.expert is None else domain,
             within=lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )
-    yield RowJob("mixture", "mixture", f"{carried} {decided}", load)
+    yield RowJob("mixture", "mixture", f"{experts_id} {router_id}", load)
     if checkpoint.shape.routing.runs_common:
         yield RowJob(
             ALONE,
             "mixture",
-            f"alone {carried} {decided}",
+            f"alone {experts_id} {router_id}",
             load,
             within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),
         )
@@ -138,10 +138,10 @@ def label_jobs(
 
 def _by_gate(checkpoint: Checkpoint, job: RowJob, places: Mapping[str, int | None]) -> RowJob:
     """All weight on the expert whose label a domain gets; what the router would say is no part of the row."""
-    carried, _ = mixture_identities(checkpoint)
+    experts_id, _ = mixture_identities(checkpoint)
     return replace(
         job,
-        identity=f"told {dict(places)} {carried}",
+        identity=f"told {dict(places)} {experts_id}",
         text=lambda domain: domain if domain.name in places else None,
         within=lambda model, domain: mixture_of(model, checkpoint).forced(places[domain.name] or 0),
     )

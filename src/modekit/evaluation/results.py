@@ -91,8 +91,8 @@ class Results(Result):
         names = [*self.domains, *self.unseen]
         if mixture is None or any(name not in self.text for name in names):
             return False
-        carried, decided = mixture_identities(checkpoint)
-        return mixture.identity == row_identity(f"{carried} {decided}", checkpoint, [self.text[name] for name in names])
+        experts_id, router_id = mixture_identities(checkpoint)
+        return mixture.identity == row_identity(f"{experts_id} {router_id}", checkpoint, [self.text[name] for name in names])
 
     def cells(self) -> int:
         """Of a row per model and a column per domain. Raises ValueError where two have one name."""

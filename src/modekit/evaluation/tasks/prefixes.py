@@ -51,7 +51,7 @@ class _Reading:
 
     @property
     def first(self) -> int:
-        """The first place whose logits are wanted."""
+        """The first place whose logits are needed."""
         return min(each.start for each in self.asked) - 1
 
     @property
@@ -110,7 +110,7 @@ def _saved(texts: Sequence[_Reading], done: int) -> int:
 
 
 def _groups(texts: Sequence[_Reading], done: int, worth: int) -> list[list[_Reading]]:
-    """Sorted texts parted where they have hardly more than `done` tokens in common with the one before."""
+    """Sorted texts, split where they have hardly more than `done` tokens in common with the one before."""
     groups: list[list[_Reading]] = []
     for text in texts:
         if groups and _common([groups[-1][0], text]) - done > worth // 4:

@@ -66,7 +66,7 @@ class TaskResults(CheckpointResult):
         except UNREADABLE:
             return replace(self, notes=[*self.notes, f"{self.file} was damaged and is written anew"])
         if earlier.checkpoint != self.checkpoint:
-            dropped = f"earlier results in {self.file} were of another state of the checkpoint and are gone"
+            dropped = f"earlier results in {self.file} were of another state of the checkpoint and are dropped"
             return replace(self, notes=[*self.notes, dropped])
         return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
 

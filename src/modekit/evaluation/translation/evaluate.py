@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
-from modekit.evaluation.domains import Domain, held_out_texts
+from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
 from modekit.evaluation.identity import TextRecord
 from modekit.evaluation.labels import (
     Gain,
@@ -263,8 +263,7 @@ def _results(
     records = {each.name: TextRecord(**text_record(each.pairs, sum(s.size for s in each.sequences))) for each in domains}
     return TranslationResults(
         scored,
-        [domain.name for domain in domains if domain.expert is not None],
-        [domain.name for domain in domains if domain.expert is None],
+        *known_and_unseen(domains),
         settings,
         scorer.signatures,
         records,
