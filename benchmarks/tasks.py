@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.tasks import shared
+from modekit.evaluation.tasks import prefixes
 from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, task_files, tasks_of
 from modekit.evaluation.tasks.harness import build_requests, harness_task, quiet, run_tasks
 from modekit.evaluation.tasks.intervals import (
-    Drawn,
+    Bootstrap,
     Estimate,
-    Sample,
+    ItemSums,
     average,
     bleu_sample,
     differences,
@@ -37,10 +37,10 @@ from modekit.evaluation.tasks.intervals import (
     mean_sample,
     rows,
 )
+from modekit.evaluation.tasks.prefixes import Continuation, answers_of
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
-from modekit.evaluation.tasks.shared import Asked, answers_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -105,10 +105,10 @@ def speed(mixture: Path, model: Path, limit: int) -> None:
         for context, continuation in pairs:
             before = tokenizer(context)["input_ids"] if context else [tokenizer.bos_token_id]
             after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-            texts.append(Asked((*before, *after), len(before)))
+            texts.append(Continuation((*before, *after), len(before)))
         seconds, found = [], []
-        for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], shared.WORTH["cpu"])):
-            with torch.inference_mode(), patch.dict(shared.WORTH, {"cpu": worth}):
+        for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], prefixes.WORTH["cpu"])):
+            with torch.inference_mode(), patch.dict(prefixes.WORTH, {"cpu": worth}):
                 begin, answers = time.process_time(), {}
                 for part in parts:
                     for answered, _ in answers_of(loaded, list(dict.fromkeys(part))):
@@ -120,15 +120,15 @@ def speed(mixture: Path, model: Path, limit: int) -> None:
         print(f"| {name} | {len(texts)} | {' | '.join(f'{each:.1f}' for each in seconds)} | {apart:.0e} | {same} |", flush=True)
 
 
-def over_seeds(per_seed: list[dict[str, Any]], name: str, metric: str) -> Sample:
+def over_seeds(per_seed: list[dict[str, Any]], name: str, metric: str) -> ItemSums:
     """One model on one task, the items' scores averaged over seeds (corpus BLEU: the counts summed)."""
     make = bleu_sample if metric == "bleu" else mean_sample
     answered = [each[name][metric] for each in per_seed if name in each]
     samples = [make([tuple(value) if metric == "bleu" else value for value in values]) for values in answered]
-    return Sample(np.sum([sample.parts_NK for sample in samples], axis=0), samples[0].worth)
+    return ItemSums(np.sum([sample.parts_NK for sample in samples], axis=0), samples[0].worth)
 
 
-def drawn_of(found: Found, form: str, metric: str, made: list[Questions]) -> dict[str, Drawn]:
+def drawn_of(found: Found, form: str, metric: str, made: list[Questions]) -> dict[str, Bootstrap]:
     """Domain (items) -> models under the same draws, of those models that were asked."""
     drawn = {}
     for name, (_, questions) in tasks_of([form], made).items():
@@ -140,7 +140,7 @@ def drawn_of(found: Found, form: str, metric: str, made: list[Questions]) -> dic
     return drawn
 
 
-def table(drawn: dict[str, Drawn], metric: str) -> str:
+def table(drawn: dict[str, Bootstrap], metric: str) -> str:
     """Rows: models; columns: domains and their mean, then the mixtures' differences."""
     mean = average(list(drawn.values()))
     mixtures = [model for model in MIXTURES if model in mean.values]
@@ -195,7 +195,7 @@ def main() -> None:
     if args.only:
         return
     sections: list[str] = []
-    whole: dict[str, Drawn] = {}
+    whole: dict[str, Bootstrap] = {}
     for form in dict.fromkeys([*wanted, *FEWER]):
         for metric in [each["metric"] for each in FORMS[form]["metric_list"]]:
             drawn = drawn_of(found, form, metric, made)

@@ -15,7 +15,7 @@ import translation_text
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.translation.decoding import Decoding, Written, set_decoding, together, translated
+from modekit.evaluation.translation.decoding import Decoding, Translations, set_decoding, together, translated
 from modekit.evaluation.translation.scores import Scorer
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -103,7 +103,7 @@ class Study:
         some = with_generic(some, self.generic, SHARE) if generic else some
         return [tagged(pair, label if tag else None) for pair, label in some]
 
-    def write(self, way: Way, domain: str, label: str | None, beams: int) -> Written:
+    def write(self, way: Way, domain: str, label: str | None, beams: int) -> Translations:
         """Translations of a domain's held-out sources."""
         model, reads_tag, context = way(label)
         some = [tagged(pair, label if reads_tag else None) for pair in self.held_out[domain]]
@@ -119,7 +119,7 @@ class Study:
         some = [tagged(pair, label if reads_tag else None) for pair in self.held_out[domain]]
         encoded = encode(self.made.tokenizer, some, max_tokens=10**9, sequence_length=self.size.positions)
         with context:
-            return score_domain(model, Domain(domain, None, encoded, {}), lambda _: None).loss
+            return score_domain(model, Domain(domain, None, encoded), lambda _: None).loss
 
     def asked(self, *, labels: bool) -> dict[str, Mapping[str, str | None]]:
         """Column -> domain -> the label that is told; without `labels` the columns that tell none."""
@@ -153,7 +153,7 @@ class Study:
             }
             written += said.values()
         every = together(written)
-        self.scores.setdefault("signatures", scorer.signatures)
+        self.scores.setdefault("signatures", vars(scorer.signatures))
         return {
             **columns,
             "total": sizes[0],

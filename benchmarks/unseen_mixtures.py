@@ -77,7 +77,7 @@ def texts_of(checkpoint: Checkpoint, wheels: Path) -> list[Domain]:
         sequences: list[TokenSequence] = []
         while ids and sum(len(each.ids) for each in sequences) < EVAL_TOKENS:
             sequences.append(TokenSequence(tuple(ids.pop(0).tolist()), 0))
-        domains.append(Domain(name, None, sequences, {}))
+        domains.append(Domain(name, None, sequences))
     return domains
 
 

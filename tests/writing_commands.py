@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 701, 61),
     "eval": Command(("eval", "OUT", *FEW), 10),
-    "eval chat": Command(("eval", "OUT", "--chat", "--questions", "1"), 10),
+    "eval chat": Command(("eval-chat", "OUT", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
     "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 37, 3),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from modekit.building.verify import Check
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.evaluation.labels import By, Told
+    from modekit.evaluation.labels import By, LabelKind
     from modekit.evaluation.results import Results
     from modekit.planning.plan import Plan
     from modekit.recipes.recipe import Recipe
@@ -146,7 +146,7 @@ def evaluate(
     *,
     tokens: int = TABLE_TOKENS,
     sequence_length: int = 512,
-    labels: Sequence[Told] | Literal["all"] | None = None,
+    labels: Sequence[LabelKind] | Literal["all"] | None = None,
     by: By | None = None,
     run: Run = QUIET,
 ) -> Results:

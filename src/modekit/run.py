@@ -50,5 +50,19 @@ class Run:
         self.progress(phase, 0, max(1, total))
 
 
+@dataclass
+class ProgressCount:
+    """Work that is counted over several phases."""
+
+    run: Run
+    total: int
+    done: int = 0
+
+    def advance(self, phase: str, count: int = 0) -> None:
+        """So much more is done, in a phase."""
+        self.done += count
+        self.run.progress(phase, self.done, self.total)
+
+
 QUIET = Run()
 """No code of others runs, and nobody is told."""

@@ -16,18 +16,19 @@ from adapter_folders import lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.results_folder import read_results
-from modekit.evaluation.tasks.results import TaskResults, kept_results, save_results
+from modekit.evaluation.results import Results
+from modekit.evaluation.tasks.results import TaskResults
 from modekit.experts.export import export_adapter
 from modekit.files.write import json_bytes
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, rename_expert, replace_expert
-from modekit.report.result_files import find_inspection, find_results, find_search, find_tasks
+from modekit.report.result_files import find_inspection, find_search
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
 from refusal import borrow, copy_expert
+
+FINDERS = (Results.find, find_inspection, TaskResults.find, find_search)
 
 
 def other_weights(folder: Path, factor: float = 1.5) -> None:
@@ -70,19 +71,19 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     before = open_checkpoint(out)
     rows = {row.name: row for row in evaluate(before, tokens_per_domain=100, sequence_length=32).rows}
     inspect(before, tokens_per_domain=100, sequence_length=32)
-    save_results(before, TaskResults({}, {}, ["of before"]))
+    TaskResults({}, {}, ["of before"], checkpoint=before.identity).write(before)
     search = {"format": 1, "checkpoint": {"recipe_digest": before.record.recipe_digest}, "candidates": [], "seconds": 1.0}
     (out / "results" / "tune.json").write_text(json.dumps(search))
     problems: list[str] = []
-    assert all(find(before, problems) for find in (find_results, find_inspection, find_tasks, find_search)) and not problems
+    assert all(find(before, problems) for find in FINDERS) and not problems
     other_weights(bench.root / "law")
     replaced(bench, out)
     after = open_checkpoint(out)
     assert (out / "results" / "inspect.json").exists()
-    for find in (find_results, find_inspection, find_tasks, find_search):
+    for find in FINDERS:
         assert find(after, problems) is None
     assert len(problems) == 4
-    assert "another state" in kept_results(after, TaskResults({}, {}, [])).notes[0]
+    assert "another state" in TaskResults({}, {}, [], checkpoint=after.identity).with_earlier(after).notes[0]
     again = {row.name: row for row in evaluate(after, tokens_per_domain=100, sequence_length=32).rows}
     for name, row in again.items():
         losses = [{domain: score.loss for domain, score in each.scores.items()} for each in (row, rows[name])]
@@ -132,7 +133,7 @@ def test_a_shard_of_the_mixture_that_changed_is_scored_and_put_back_is_too(bench
     kept = shard.read_bytes()
     save_file({name: tensor * 0.1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
     changed = open_checkpoint(out)
-    assert changed.identity != identity and not belongs_to(read_results(changed), changed)
+    assert changed.identity != identity and not Results.read(changed).belongs_to(changed)
     found = losses(changed)
     assert {name for name in found if found[name] != expected[name]} == {"oracle", "mixture"}
     shard.write_bytes(kept)
@@ -165,7 +166,7 @@ def test_a_name_changes_no_row(bench: Workshop) -> None:
     before = open_checkpoint(bench.build(output={"format": "modekit"}, mixture={"router": {"fit": "random"}}))
     evaluate(before, tokens_per_domain=100, sequence_length=32)
     after = write_change(before, rename_expert(before, "law", "court"), before.folder)
-    assert belongs_to(read_results(after), after) and after.identity != before.identity
+    assert Results.read(after).belongs_to(after) and after.identity != before.identity
 
 
 def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
@@ -212,9 +213,9 @@ def test_records_of_before_open(bench: Workshop) -> None:
     old = open_checkpoint(out)
     assert old.identity != open_checkpoint(bench.build("OTHER")).identity
     problems: list[str] = []
-    assert find_results(old, problems) is None and "modekit eval" in problems[0]
+    assert Results.find(old, problems) is None and "modekit eval" in problems[0]
     assert {"base", "law", "mixture"} <= {row.name for row in evaluate(old, tokens_per_domain=100, sequence_length=32).rows}
-    assert find_results(old, []) is not None
+    assert Results.find(old, []) is not None
 
 
 def test_a_copy_is_the_same_mixture(bench: Workshop) -> None:

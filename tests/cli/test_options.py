@@ -19,7 +19,7 @@ from command_line import ended, modekit
 from conftest import Workshop
 from modekit.cli.options import grouped
 from modekit.cli.shell import app
-from refusal import borrow, refuse
+from refusal import borrow
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ def test_train_options_are_settings() -> None:
     assert said == {"speed": "cheap", "losses": {"lm": 2.0, "z": 0.001}, "select_tokens": 128, "sequence_length": 64}
 
 
-@pytest.mark.parametrize("option", ["--limit", "--seed"])
-def test_what_has_no_effect_is_refused(option: str) -> None:
-    assert "it belongs to --tasks" in refuse("eval", "OUT", option, 3)
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        (("--tasks", "glosses"), "eval-tasks OUT TASKS"),
+        (("--limit", "3"), "eval-tasks OUT TASKS"),
+        (("--chat", "--questions", "3"), "eval-chat OUT"),
+        (("--translate",), "eval-translation OUT"),
+        (("--beams", "2"), "eval-translation OUT"),
+    ],
+)
+def test_an_option_that_moved_names_its_command(options: tuple[str, ...], command: str, tmp_path: Path) -> None:
+    message = refuse_usage("eval", tmp_path, *options)
+    assert f"this option is gone: {options[0]}" in message and f"run modekit {command}\n" in message

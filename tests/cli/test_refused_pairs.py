@@ -27,9 +27,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["inspect", "--layer", "1"], "--layer", "leave it out"),
         (["inspect", "--text", "fever"], "--text", "leave it out"),
         (["inspect", "--chat"], "--chat", "leave it out"),
-        (["eval", "--chat"], "--chat", "in Python"),
-        (["eval", "--tasks", "hellaswag"], "--tasks", "modekit eval OUT --translate"),
-        (["eval", "--tasks", "questions"], "--tasks", "modekit eval OUT --translate"),
+        (["eval-chat"], "", "in Python"),
+        (["eval-tasks", "hellaswag"], "", "modekit eval-translation OUT"),
+        (["eval-tasks", "questions"], "", "modekit eval-translation OUT"),
     ],
 )
 def test_what_needs_a_decoder_alone(

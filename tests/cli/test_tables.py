@@ -16,19 +16,19 @@ from rich.console import Console
 import modekit.cli.printing.advice as advice
 import modekit.cli.printing.data as data
 import modekit.cli.printing.discovery as discovery
+import modekit.cli.printing.evaluation as evaluation
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
-import modekit.cli.printing.tasks as tasks
-import modekit.cli.printing.translation as translation
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
-from modekit.demo.translation import DemoTranslations, TranslatedTable
+from modekit.demo.translation import TranslatedTable
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
-from modekit.evaluation.translation.scores import TranslationScore
+from modekit.evaluation.translation.results import TranslationRow
+from modekit.evaluation.translation.scores import Signatures, TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
@@ -55,7 +55,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, data, discovery, inspection, mixtures, tasks, translation):
+        for module in (advice, data, discovery, inspection, mixtures, evaluation):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -168,9 +168,10 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
     score = TranslationScore(23.456, 37.04)
-    rows = [DemoTranslations(name, dict.fromkeys([*NAMES, "far"], score)) for name in NAMES]
-    found = TranslatedTable(rows, NAMES, ["far"], {"bleu": "nrefs:1|case:mixed"})
-    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], translation.print_translated, found)
+    scores = dict.fromkeys([*NAMES, "far"], score)
+    rows = [TranslationRow(name, "expert", 1, 1, scores, 0, 0.0, 0) for name in NAMES]
+    found = TranslatedTable(rows, NAMES, ["far"], Signatures("nrefs:1|case:mixed", "nrefs:1"))
+    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], evaluation.print_translated, found)
     assert found.table()[1][0] == [NAMES[0], *["23.5 / 37.0"] * (len(NAMES) + 2)]
 
 
@@ -181,7 +182,7 @@ def test_tasks(shown: Callable[..., str]) -> None:
     )
     found = Some(tasks=dict.fromkeys(NAMES, scores), macro={"acc": scores}, models=["base", *NAMES, "mixture"], notes=[])
     assert {"metric", "chance", "items", "rows", "differences"} <= set(TaskScores.__dataclass_fields__)
-    check_whole(shown, [*NAMES, "0.123", "1234"], tasks.print_tasks, found)
+    check_whole(shown, [*NAMES, "0.123", "1234"], evaluation.print_tasks, found)
 
 
 def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetection | None = None) -> Inspection:

@@ -18,11 +18,12 @@ from command_line import ended
 from modekit.demo.demo import DemoResults, run_demo
 from modekit.demo.kinds import QUICK_PAIRS, Kind
 from modekit.demo.text import CATALOGUES, GENERAL, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
-from modekit.demo.translation import DemoTranslations, TranslatedTable, make_pair_base
+from modekit.demo.translation import TranslatedTable, make_pair_base
 from modekit.errors import ModekitError
 from modekit.evaluation.results import Kind as RowKind
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.translation.scores import TranslationScore
+from modekit.evaluation.translation.results import TranslationRow
+from modekit.evaluation.translation.scores import Signatures, TranslationScore
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
@@ -131,7 +132,8 @@ def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says
     rows = [Row(name, kind, 1, 1, {"gui": Score(loss, 2.0, 1.0)}, name) for kind, name, loss in losses]
     results = Results(rows, ["gui"], [], {}, [])
     for bleu, quick in ((0.0, True), (0.9, False), (14.0, False)):
-        table = TranslatedTable([DemoTranslations("base", {"gui": TranslationScore(bleu, 9.0)})], ["gui"], [], {})
+        row = TranslationRow("base", "base", 1, 1, {"gui": TranslationScore(bleu, 9.0)}, 0, 0.0, 0)
+        table = TranslatedTable([row], ["gui"], [], Signatures("", ""))
         found = DemoResults({0: {"lexical": results}}, 1.0, {0: table}, quick).merged(0)
         closed = found.row("lexical").mean_gap(["gui"])
         assert closed == (pytest.approx(0.98) if bleu > 1 else None)

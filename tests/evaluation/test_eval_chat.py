@@ -1,4 +1,4 @@
-"""`modekit eval --chat` and `inspect --chat`: what is asked, who leads, and what is refused."""
+"""`modekit eval-chat` and `inspect --chat`: what is asked, who leads, and what is refused."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def test_inspect_shows_the_prompt_word_by_word(checkpoint: Checkpoint) -> None:
 
 
 def test_the_command_line(shop: Workshop, checkpoint: Checkpoint) -> None:
-    out = modekit("eval", str(checkpoint.folder), "--chat", "--questions", "4", "--system", "Be brief")
+    out = modekit("eval-chat", str(checkpoint.folder), "--questions", "4", "--system", "Be brief")
     assert "small talk" in out and "change of domain" in out and "chat.json, chat.md" in out
-    assert json.loads(modekit("eval", str(checkpoint.folder), "--chat", "--questions", "4", "--json"))["system"] is None
+    assert json.loads(modekit("eval-chat", str(checkpoint.folder), "--questions", "4", "--json"))["system"] is None
     shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
     assert "the answer begins with code" in shown

@@ -17,9 +17,8 @@ from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.results import Results, results_from_data
+from modekit.evaluation.results import Results
 from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
@@ -103,7 +102,7 @@ def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Worksho
     )
     domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
     seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
-    assert domains["law"].record["documents"] == 60 - len(seen)
+    assert domains["law"].record.documents == 60 - len(seen)
     assert domains["poetry"].expert is None
 
 
@@ -116,7 +115,7 @@ def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop:
     out = workshop.build(experts=experts, mixture={"router": {"fit": "random"}}, eval={"law": "./text/law.jsonl"})
     (domain,) = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
     documents = read_documents(["text/law.jsonl"], root=workshop.root, where="law")
-    assert domain.record["documents"] == len([d for d in documents if split_of(d) != "fit"]) < len(documents)
+    assert domain.record.documents == len([d for d in documents if split_of(d) != "fit"]) < len(documents)
 
 
 def test_domains_without_a_gap_are_named(evaluated: tuple[Checkpoint, Results]) -> None:
@@ -204,7 +203,7 @@ def test_given_weights_weigh_the_experts_and_leave_no_oracle(workshop: Workshop)
 def test_batches_of_any_size_score_the_same() -> None:
     model = tiny_model()
     sequences = [TokenSequence(tuple(range(3, 3 + n)), n) for n in (5, 17, 30, 2)]
-    domain = Domain("x", None, sequences, {})
+    domain = Domain("x", None, sequences)
     expected = score_domain(model, domain, lambda _: None).loss
     total = 0.0
     for batch in make_batches(sequences, tokens=1):
@@ -250,10 +249,10 @@ def test_a_table_carries_its_errors(evaluated: tuple[Checkpoint, Results]) -> No
         for name, score in row.scores.items():
             assert score.loss_error is not None and 0 < score.loss_error < score.loss
             assert score.blocks is not None and sum(score.blocks) == pytest.approx(
-                score.loss * (results.text[name]["tokens"] - results.text[name]["documents"]), rel=0.2
+                score.loss * (results.text[name].tokens - results.text[name].documents), rel=0.2
             )
             assert (score.gap_error is None) or score.gap_closed is not None
-    read = results_from_data(json.loads(json.dumps(results.as_data())))
+    read = Results.from_data(json.loads(json.dumps(results.as_data())))
     assert read.rows == results.rows
 
 
@@ -267,8 +266,8 @@ def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Wor
             for key in ("loss_error", "gap_error", "blocks"):
                 del score[key]
     path.write_text(json.dumps(data))
-    assert results_from_data(data).rows[0].scores["law"].loss == results.rows[0].scores["law"].loss
-    assert belongs_to(results_from_data(data), checkpoint)
+    assert Results.from_data(data).rows[0].scores["law"].loss == results.rows[0].scores["law"].loss
+    assert Results.from_data(data).belongs_to(checkpoint)
     assert evaluate(checkpoint, tokens_per_domain=300, sequence_length=32).rows == results.rows
 
 
@@ -276,11 +275,11 @@ def test_results_know_whose_they_are(workshop: Workshop) -> None:
     checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
-    results = results_from_data(data)
-    assert belongs_to(results, checkpoint)
+    results = Results.from_data(data)
+    assert results.belongs_to(checkpoint)
     changed = refit(checkpoint, {"router": {"temperature": 0.01}})
-    assert not belongs_to(results, changed)
+    assert not results.belongs_to(changed)
     trained = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"trained": {"model.norm.weight": "x"}}))
-    assert not belongs_to(results, trained)
-    assert not belongs_to(Results([], [], [], {}, []), checkpoint)
-    assert not belongs_to(results_from_data({**data, "text": {}}), checkpoint)
+    assert not results.belongs_to(trained)
+    assert not Results([], [], [], {}, []).belongs_to(checkpoint)
+    assert not Results.from_data({**data, "text": {}}).belongs_to(checkpoint)

@@ -260,7 +260,7 @@ def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> 
     data, results = inspect(checkpoint, **SMALL).model_dump(), evaluate(checkpoint, **SMALL, write=False)
     for name, entry in data["per_domain"].items():
         assert entry["loss"] == pytest.approx(results.row("mixture").scores[name].loss, rel=1e-5)
-        assert entry["tokens"] == results.text[name]["tokens"]
+        assert entry["tokens"] == results.text[name].tokens
 
 
 def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.labels import Gain, Labels, Told, with_tag, worth_of_labels
+from modekit.evaluation.labels import Labels, with_tag
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
@@ -34,7 +34,6 @@ from modekit.text.sequences import encode
 from modekit.text.tags import tag_of, tagged
 
 PAIRS, TOKENS = 3, 8
-UNITS = {"bleu": "BLEU", "chrf": "chrF"}
 
 
 def model_of(seed: int) -> PreTrainedModel:
@@ -104,11 +103,13 @@ def test_by_gate_the_experts_of_the_labels_write(checkpoint: Checkpoint, beams: 
     plain = run(checkpoint, beams, None)
     assert [row.scores for row in plain.rows] == [row.scores for row in results.rows[:-3]]
     mean = {row.name: row.mean(DOMAINS) for row in (right, wrong, none)}
-    gains = {
-        told: [Gain(getattr(mean[row.name], name) - getattr(mean[none.name], name), unit, 1) for name, unit in UNITS.items()]
-        for told, row in (("right", right), ("wrong", wrong))
-    }
-    assert [*worth_of_labels(Labels(), {("mixture", told): each for told, each in gains.items()})] == results.notes[-1:]  # type: ignore[misc]
+    said = [gains(mean[row.name], mean[none.name]) for row in (right, wrong)]
+    assert results.notes[-1] == f"mixture, gain of a label over none, mean over the domains: right {said[0]}; wrong {said[1]}"
+
+
+def gains(with_label: TranslationScore | None, without: TranslationScore | None) -> str:
+    assert with_label is not None and without is not None
+    return f"{with_label.bleu - without.bleu:+.1f} BLEU, {with_label.chrf - without.chrf:+.1f} chrF"
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -162,15 +163,12 @@ def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Works
         assert results.row(f"{name}, right tag").scores["law"] == as_it_is.scores["law"]
         differs += written != as_it_is.scores["law"]
         mean = {told: results.row(f"{name}, {told} tag").mean(DOMAINS) for told in ("right", "wrong", "no")}
-        both: tuple[Told, ...] = ("right", "wrong")
-        gains: dict[tuple[str, Told], list[Gain]] = {
-            (name, told): [Gain(getattr(mean[told], each) - getattr(mean["no"], each), unit, 1) for each, unit in UNITS.items()]
-            for told in both
-        }
-        assert set(worth_of_labels(Labels("tag"), gains)) <= set(results.notes)
+        said = [gains(mean[told], mean["no"]) for told in ("right", "wrong")]
+        line = f"{name}, gain of a tag over none, mean over the domains: right {said[0]}; wrong {said[1]}"
+        assert line in results.notes
     assert differs > 0
     told = evaluate_translation(checkpoint, pairs=1, decoding=Decoding(1, 2, 1), labels=Labels("tag", ("right",)), write=False)
-    assert not [note for note in told.notes if "against none" in note]  # no row is of none
+    assert not [note for note in told.notes if "over none" in note]  # no row is of none
 
 
 def test_losses_of_pairs_are_told_labels_too(checkpoint: Checkpoint) -> None:
@@ -199,7 +197,7 @@ def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
     file = checkpoint.folder / "results" / "translate.json"
     run(checkpoint, 1, Labels(), write=True)
     page = make_page(make_content(checkpoint))
-    assert 'scope="row">mixture, right label<' in page and "a label against none, mean over the domains" in page
+    assert 'scope="row">mixture, right label<' in page and "gain of a label over none, mean over the domains" in page
     assert "| mixture, wrong label |" in (file.with_suffix(".md")).read_text()
     assert make_content(checkpoint).data["translation"]["rows"][-1]["kind"] == "label"
     data = json.loads(file.read_text())
@@ -208,10 +206,10 @@ def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
 
 
 def test_the_command_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    options = ("--translate", "--pairs", "2", "--max-new-tokens", "4")
-    shown = modekit("eval", str(checkpoint.folder), *options, "--by", "gate")
-    assert "mixture, right label" in shown and "a wrong one costs" in shown
-    data = json.loads(modekit("eval", str(checkpoint.folder), *options, "--labels", "wrong", "--by", "tag", "--json"))
+    options = ("--pairs", "2", "--max-new-tokens", "4")
+    shown = modekit("eval-translation", checkpoint.folder, *options, "--by", "gate")
+    assert "mixture, right label" in shown and " chrF; wrong " in shown
+    data = json.loads(modekit("eval-translation", checkpoint.folder, *options, "--labels", "wrong", "--by", "tag", "--json"))
     assert [row["name"] for row in data["rows"]][-2:] == ["mixture, wrong tag", "base, wrong tag"]
 
 

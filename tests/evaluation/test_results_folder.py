@@ -11,13 +11,11 @@ import pytest
 from conftest import Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import read_results, write_table
-from modekit.evaluation.tasks.results import perplexities
 from modekit.files.read import UNREADABLE
 from modekit.report.card import write_card
-from modekit.report.result_files import find_results
 
 EMPTY: dict[str, Any] = {"rows": [], "domains": [], "unseen": [], "text": {}, "notes": []}
 WRONG = [json.dumps({**EMPTY, **wrong}) for wrong in ({"domains": 5}, {"text": {"law": 5}}, {"text": []})]
@@ -33,34 +31,35 @@ def checkpoint(shared_workshop: Workshop) -> Checkpoint:
 
 def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None:
     checkpoint = Checkpoint(tmp_path, checkpoint.record)
-    results = Results([Row("mixture", "mixture", 10, 5, SCORES, "x")], ["law"], [], {"law": {"documents": 1}}, ["a note"])
-    write_table(checkpoint, results)
-    assert read_results(checkpoint) == results
+    results = Results(
+        [Row("mixture", "mixture", 10, 5, SCORES, "x")], ["law"], [], {"law": ReadSequences(1, 20, "x", 32)}, ["a note"]
+    )
+    results.write(checkpoint)
+    assert Results.read(checkpoint) == results
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "[3]", "{}", '{"rows": NaN}', "[" * 100_000, *WRONG])
 def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) -> None:
     path = checkpoint.folder / "results" / "eval.json"
     content = path.read_text()
-    assert perplexities(checkpoint) and find_results(checkpoint, []) is not None
+    assert Results.find(checkpoint) is not None
     path.write_text(content[: len(content) // 2] if damage == "cut" else damage)
     if damage == "absent":
         path.unlink()
     problems: list[str] = []
     with pytest.raises(UNREADABLE):
-        read_results(checkpoint)
-    assert perplexities(checkpoint) == {}
-    assert find_results(checkpoint, problems) is None and len(problems) == 1
+        Results.read(checkpoint)
+    assert Results.find(checkpoint, problems) is None and len(problems) == 1
     assert "modekit eval" in write_card(checkpoint, ask_hub=False).notes[0]
     path.write_text(content)
 
 
 def test_a_damaged_table_is_made_anew(checkpoint: Checkpoint) -> None:
     path = checkpoint.folder / "results" / "eval.json"
-    before = read_results(checkpoint)
+    before = Results.read(checkpoint)
     path.write_text(path.read_text()[:100])
     assert evaluate(checkpoint, tokens_per_domain=60, sequence_length=32).domains == before.domains
-    assert [row.identity for row in read_results(checkpoint).rows] == [row.identity for row in before.rows]
+    assert [row.identity for row in Results.read(checkpoint).rows] == [row.identity for row in before.rows]
 
 
 def test_a_bar_in_a_cell_is_no_cell() -> None:

@@ -15,9 +15,8 @@ import pytest
 from conftest import make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, TextError
-from modekit.evaluation.tasks.ask import evaluate_tasks
-from modekit.evaluation.tasks.patterns import Patterns
-from modekit.evaluation.tasks.templates import render
+from modekit.evaluation.tasks.bounded import BoundedPatterns, render
+from modekit.evaluation.tasks.evaluate import evaluate_tasks
 
 OWN = """task: spell
 dataset_path: json
@@ -297,17 +296,17 @@ def test_templates_say_what_the_harness_makes_of_them() -> None:
 
 def test_patterns_say_what_the_harness_makes_of_them_and_end() -> None:
     text = "The answer is (B), 12,000. #### 7"
-    patterns = Patterns()
+    patterns = BoundedPatterns()
     for pattern in (r"#### (\-?[0-9\.\,]+)", r"\(([A-D])\)", r"(?i)ANSWER", r"(\w)(\d)?", r"[0-9,]+"):
         assert patterns.findall(pattern, text) == re.findall(pattern, text) == patterns.compile(pattern).findall(text)
         assert patterns.sub(pattern, "-", text) == re.sub(pattern, "-", text)
     with pytest.raises(TextError, match="takes too long"):
-        Patterns(seconds=0.2).findall("(a|aa)+$", "a" * 60 + "b")
+        BoundedPatterns(seconds=0.2).findall("(a|aa)+$", "a" * 60 + "b")
 
 
 def test_a_filter_s_pattern_ends(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the harness itself, on what a model wrote."""
-    monkeypatch.setattr("modekit.evaluation.tasks.harness.Patterns", lambda: Patterns(seconds=0.3))
+    monkeypatch.setattr("modekit.evaluation.tasks.harness.BoundedPatterns", lambda: BoundedPatterns(seconds=0.3))
     monkeypatch.setattr(
         "modekit.evaluation.tasks.scoring.LoadedModel.generate_until", lambda self, requests: ["a" * 60 + "b"] * len(requests)
     )

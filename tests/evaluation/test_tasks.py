@@ -24,15 +24,14 @@ from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import ModekitError, SourceError
-from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.tasks import ask as run
+from modekit.evaluation.tasks import evaluate as run
 from modekit.evaluation.tasks import harness, scoring
-from modekit.evaluation.tasks.ask import evaluate_tasks
 from modekit.evaluation.tasks.entries import Entry, entries_of, head_words, key_of
+from modekit.evaluation.tasks.evaluate import evaluate_tasks
 from modekit.evaluation.tasks.files import FORMS, task_name
 from modekit.evaluation.tasks.intervals import average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import CHOICES, continuation_items, gloss_items, make_questions
-from modekit.evaluation.tasks.results import results_of
+from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.tasks.scores import process_results
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.documents import read_documents
@@ -191,11 +190,11 @@ def test_continuations_are_cut_at_words_and_stay_as_they_are(asked: Workshop) ->
 
 def test_too_little_text_says_so(workshop: Workshop) -> None:
     workshop.build()
-    message = refuse("eval", workshop.root / "OUT", "--tasks", "questions")
+    message = refuse("eval-tasks", workshop.root / "OUT", "questions")
     assert "no domain has enough held-out text for questions" in message and "passages of 32 words from 4 documents" in message
     workshop.recipe["experts"] = [{**expert, "text": None} for expert in workshop.recipe["experts"]]
     workshop.build()
-    assert "there is no text to evaluate on" in refuse("eval", workshop.root / "OUT", "--tasks", "questions")
+    assert "there is no text to evaluate on" in refuse("eval-tasks", workshop.root / "OUT", "questions")
 
 
 # -------------------------------------------------------------------------------------------------------------- intervals
@@ -576,30 +575,21 @@ def test_results_stay_beside_each_other_until_the_checkpoint_changes(asked: Work
     data = json.loads((folder / "results" / "tasks.json").read_text())
     assert data["format"] == 1 and data["checkpoint"] == checkpoint.identity
     assert {"spell", task_name("continuations", "code")} <= set(data["tasks"]) and "continuations" in data["macro"]
-    assert results_of(data).as_data(checkpoint)["tasks"] == found.as_data(checkpoint)["tasks"]
+    assert TaskResults.from_data(data).as_data() == found.as_data()
     data["checkpoint"]["router_sha256"] = "of another"
     (folder / "results" / "tasks.json").write_text(json.dumps(data))
     alone = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"])
     assert list(alone.tasks) == ["spell"] and "of another state of the checkpoint" in alone.notes[-1]
-    for damaged in ("{", '{"checkpoint": 3}', "[]", json.dumps({**alone.as_data(checkpoint), "tasks": 3})):
+    for damaged in ("{", '{"checkpoint": 3}', "[]", json.dumps({**alone.as_data(), "tasks": 3})):
         (folder / "results" / "tasks.json").write_text(damaged)
         assert list(evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"]).tasks) == ["spell"]
 
 
-def test_perplexity_stands_beside_the_questions_when_it_is_this_checkpoint_s(asked: Workshop) -> None:
+def test_tasks_are_written_to_be_read_by_domain(asked: Workshop) -> None:
     folder = asked.build("beside")
-    checkpoint = open_checkpoint(folder)
-    table = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64)
-    evaluate_tasks(checkpoint, ["continuations"], models=["mixture"], limit=8)
-    shown = f"{table.row('mixture').scores['law'].perplexity:.1f}"
+    found = evaluate_tasks(open_checkpoint(folder), ["continuations"], models=["mixture"], limit=8)
     text = (folder / "results" / "tasks.md").read_text()
-    assert "| model | perplexity | continuations (acc_mutual_info, 8) |" in text and f"| mixture | {shown} |" in text
-    asked.build("other", mixture={"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 7}})
-    other = open_checkpoint(asked.root / "other")
-    (other.folder / "results").mkdir()
-    (other.folder / "results" / "eval.json").write_bytes((folder / "results" / "eval.json").read_bytes())
-    evaluate_tasks(other, ["continuations"], models=["mixture"], limit=8)
-    assert "perplexity" not in (other.folder / "results" / "tasks.md").read_text()
+    assert "| model | continuations (acc_mutual_info, 8) |" in text and "## law" in text and text == found.markdown()
 
 
 def test_a_model_that_is_gone_is_left_out(asked: Workshop, tmp_path: Path) -> None:
@@ -644,30 +634,28 @@ def test_generated_text_is_compared_as_far_as_the_reference_goes() -> None:
 
 def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     out = asked.root / "OUT"
-    assert "expected: base, medicine, law, code, mixture" in refuse("eval", out, "--tasks", "glosses", "--models", "all")
-    assert "the folder of tasks does not exist" in refuse("eval", out, "--tasks", "x", "--include-path", tmp_path / "none")
-    assert "no name is given" in refuse("eval", out, "--tasks", " , ")
-    assert "it belongs to --tasks" in refuse("eval", out, "--limit", "3")
-    assert "--tasks scores no text" in refuse("eval", out, "--tasks", "glosses", "--tokens", "500")
-    assert "no tasks by name are asked for" in refuse("eval", out, "--tasks", "glosses", "--include-path", tmp_path)
+    assert "expected: base, medicine, law, code, mixture" in refuse("eval-tasks", out, "glosses", "--models", "all")
+    assert "the folder of tasks does not exist" in refuse("eval-tasks", out, "x", "--include-path", tmp_path / "none")
+    assert "no name is given" in refuse("eval-tasks", out, " , ")
+    assert "no tasks by name are asked for" in refuse("eval-tasks", out, "glosses", "--include-path", tmp_path)
     tasks = own_task(tmp_path / "own")
-    message = refuse("eval", out, "--tasks", "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
+    message = refuse("eval-tasks", out, "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
     assert "where:    --seen" in message and "no questions are asked for" in message
-    message = refuse("eval", out, "--tasks", "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
+    message = refuse("eval-tasks", out, "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
     assert "a task's template cannot be used" in message and "'nothing' is undefined" in message
 
 
 @pytest.mark.slow
 def test_tasks_of_the_harness(asked: Workshop) -> None:
     """Its thousands of files are looked through: half a minute."""
-    assert "perhaps hellaswag" in refuse("eval", asked.root / "OUT", "--tasks", "helaswag")
-    message = refuse("eval", asked.root / "OUT", "--tasks", "hellaswag")
-    assert "--tasks hellaswag" in message and "on a hub that can be reached" in message
+    assert "perhaps hellaswag" in refuse("eval-tasks", asked.root / "OUT", "helaswag")
+    message = refuse("eval-tasks", asked.root / "OUT", "hellaswag")
+    assert "task hellaswag" in message and "on a hub that can be reached" in message
 
 
 def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    assert "pip install 'modekit[eval]'" in refuse("eval", asked.root / "OUT", "--tasks", "glosses")
+    assert "pip install 'modekit[eval]'" in refuse("eval-tasks", asked.root / "OUT", "glosses")
     with pytest.raises(ModekitError, match="not installed"):
         harness.require_harness()
 
@@ -679,13 +667,13 @@ def only_stages(stderr: str) -> bool:
 def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of the harness's noise, and JSON that is JSON."""
     folder = asked.build("shown")
-    options = ["--tasks", "continuations,generation", "--limit", "6", "--models", "base,mixture"]
+    options = ["continuations,generation", "--limit", "6", "--models", "base,mixture"]
     done = subprocess.run(
-        [sys.executable, "-m", "modekit", "eval", str(folder), *options], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "modekit", "eval-tasks", str(folder), *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and only_stages(done.stderr), done.stderr
     assert "continuations (acc_mutual_info, chance 0.25)" in done.stdout and "tasks.json, tasks.md" in done.stdout
-    monkeypatch.setattr(sys, "argv", ["modekit", "eval", str(folder), *options, "--json"])
+    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), *options, "--json"])
     with pytest.raises(SystemExit) as end:
         main()
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`modekit eval --translate`: what is written, how it is scored, what is shown, and what is refused."""
+"""`modekit eval-translation`: what is written, how it is scored, what is shown, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from tokenizers import decoders, processors
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from command_line import ended, modekit
+from command_line import modekit
 from conftest import Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import MismatchError, ModekitError, TextError
@@ -23,7 +23,7 @@ from modekit.evaluation.translation.decoding import Decoding, first_token, set_d
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.examples import compared
 from modekit.evaluation.translation.results import TranslationResults
-from modekit.evaluation.translation.scores import Scorer, TranslationScore
+from modekit.evaluation.translation.scores import Scorer, Signatures, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.report.content import make_content
 from modekit.report.page import FORMATS, make_page
@@ -141,7 +141,7 @@ def test_scores_are_those_of_sacrebleu(checkpoint: Checkpoint, shop: Workshop, r
         assert results.row(name).scores[domain] == expected, name
         shown = {getattr(each, name, None) for each in results.examples if each.domain == domain}
         assert shown <= {*texts, None}, name
-        assert results.signatures == {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+        assert results.signatures == Signatures(str(bleu.get_signature()), str(chrf.get_signature()))
     assert len({json.dumps(row["domains"]["law"]) for row in results.as_data()["rows"]}) > 3  # every row is another model
     near = ["the court hears both of the parties today", "nobody signed that deed"]
     said = ["the court hears both parties of the claim today", "nobody has signed that deed"]
@@ -299,7 +299,7 @@ def test_pairs_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "base.jsonl").write_text("\n".join(map(json.dumps, long)))
     checkpoint = open_checkpoint(shop.build("OUT"))
     found = evaluate_translation(checkpoint, pairs=2, decoding=Decoding(1, 2, 999))
-    assert found.settings["max_new_tokens"] == 128 and found.text["mail"]["documents"] == 1
+    assert found.settings.max_new_tokens == 128 and found.text["mail"].documents == 1
     assert any("mail: 1 pairs left out" in note for note in found.notes)
     (tmp_path / "base.jsonl").write_text(json.dumps(long[0]))
     with pytest.raises(TextError, match="no held-out pair fits into the model"):
@@ -326,15 +326,12 @@ def test_a_mixture_without_an_encoder_translates_nothing(small_workshop: Worksho
 
 def test_the_command_line(checkpoint: Checkpoint) -> None:
     folder = str(checkpoint.folder)
-    options = ("--translate", "--pairs", "2", "--max-new-tokens", "4", "--batch", "2")
-    shown = modekit("eval", folder, *options)
+    options = ("--pairs", "2", "--max-new-tokens", "4", "--batch", "2")
+    shown = modekit("eval-translation", folder, *options)
     assert "translated greedily, at most 4 tokens" in shown and "oracle" in shown and "nrefs:1" in shown
     assert "translate.json, translate.md" in shown
-    data = json.loads(modekit("eval", folder, *options, "--beams", "2", "--json"))
+    data = json.loads(modekit("eval-translation", folder, *options, "--beams", "2", "--json"))
     assert data["settings"]["beams"] == 2 and data["settings"]["pairs"] == 2 and len(data["rows"]) == 6
-    for wrong in (("--beams", "2"), *(("--translate", *more) for more in (("--tokens", "99"), ("--chat",), ("--tasks", "x")))):
-        code, _, said = ended("eval", folder, *wrong)
-        assert code == 2 and "the setting has no effect" in said, wrong
 
 
 def test_the_page_goes_through_the_domains_as_the_table_does_and_says_on_what_the_router_decides(

@@ -131,7 +131,7 @@ def test_text_with_tags_of_its_own_is_learned_alike_from_what_is_kept(tmp_path: 
     for said in ("held_out_kl", "distillation_loss", "training_loss", "held_out_loss"):
         found = {key: value for key, value in kept[said].items() if key != "over"}
         assert found == pytest.approx({key: beside[said][key] for key in found}, rel=1e-3), said
-    scored = score_domain(load_model(tmp_path / "base"), Domain("law", None, read.sequences, {}), lambda _: None).loss
+    scored = score_domain(load_model(tmp_path / "base"), Domain("law", None, read.sequences), lambda _: None).loss
     assert kept["training_loss"]["first"] == pytest.approx(scored, rel=1e-5)
 
 

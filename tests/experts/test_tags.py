@@ -193,11 +193,11 @@ def test_a_tag_is_not_predicted(shop: Path) -> None:
             2, len(ids)
         )  # of [tag, first, ...] as of [<s>, tag, first, ...], less the first that has nothing before it
         wanted = -sum(float(logits[place - 1, ids[place]]) for place in scored) / len(scored)
-        found = score_domain(model, Domain("law", None, [sequence, TokenSequence((5, 6, 7), 2)][:1], {}), lambda _: None).loss
+        found = score_domain(model, Domain("law", None, [sequence, TokenSequence((5, 6, 7), 2)][:1]), lambda _: None).loss
         assert found == pytest.approx(wanted, rel=1e-5)
         padded = [sequence, encode(tokenizer, ["deeds"], max_tokens=99, sequence_length=40)[0]]
-        both = score_domain(model, Domain("law", None, padded, {}), lambda _: None).loss
-        alone = score_domain(model, Domain("law", None, padded[1:], {}), lambda _: None).loss
+        both = score_domain(model, Domain("law", None, padded), lambda _: None).loss
+        alone = score_domain(model, Domain("law", None, padded[1:]), lambda _: None).loss
         assert both == pytest.approx(
             (found * len(scored) + alone * padded[1].scored) / (len(scored) + padded[1].scored), rel=1e-5
         )
@@ -358,9 +358,9 @@ def test_a_tag_decides_how_a_source_is_translated(tmp_path: Path) -> None:
     right, none = 0.0, 0.0
     for domain, other in zip(held_out, ("numbered", "loud"), strict=True):
         assert record["held_out_loss_by_label"][domain.name]["after"] == pytest.approx(loss_of(model, domain), rel=1e-4)
-        wrong = Domain(domain.name, None, [each.with_tag(ids[other]) for each in domain.sequences], {})
+        wrong = Domain(domain.name, None, [each.with_tag(ids[other]) for each in domain.sequences])
         right += loss_of(model, domain)
-        none += loss_of(model, Domain(domain.name, None, [each.with_tag(None) for each in domain.sequences], {}))
+        none += loss_of(model, Domain(domain.name, None, [each.with_tag(None) for each in domain.sequences]))
         assert loss_of(model, domain) + 1.0 < loss_of(model, wrong)
     assert right + 0.2 < none
 
@@ -592,12 +592,11 @@ LAW = ("--text", "law=text/law.jsonl", "--tags")
         (("--text", "text/law.jsonl", "--tags"), "not domain=FILE"),
         ((*LAW, "--text", "law=text/code.jsonl"), "a label is given twice"),
         (("--text", "a label=text/law.jsonl", "--tags"), "a label that no expert could have"),
-        ((*LAW, "--randomise", "1"), "not a probability"),
-        ((*LAW, "--randomise", "-0.1"), "not a probability"),
-        ((*LAW, "--randomise", "0.1", "--randomise-to", "mine"), "unknown choice"),
+        ((*LAW, "--randomise", "1"), "a probability: at least 0"),
+        ((*LAW, "--randomise", "-0.1"), "a probability: at least 0"),
         ((*LAW, "--randomise-to", "others"), "no effect"),
         ((*LAW, "--generic-share", "0.2"), "no effect"),
-        ((*LAW, "--generic", "text/code.jsonl", "--generic-share", "1"), "not a share"),
+        ((*LAW, "--generic", "text/code.jsonl", "--generic-share", "1"), "a share: above 0"),
         (("--text", "text/law.jsonl", "--randomise", "0.1"), "no effect"),
         ((*LAW, "--teacher", "untied"), "no effect"),
     ],

@@ -30,9 +30,9 @@ from modekit.engines.serve import choose_engine, longest_conversation
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.results_folder import read_results
+from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.intervals import Estimate
-from modekit.evaluation.tasks.results import TaskResults, TaskScores, kept_results, markdown, save_results
+from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.files.read import UNREADABLE
 from modekit.report.card import make_card, write_card
 from modekit.report.content import make_content
@@ -111,7 +111,9 @@ def own(workshop: Workshop) -> Stranger:
 def with_results(checkpoint: Checkpoint) -> Stranger:
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
-    save_results(checkpoint, TaskResults({"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"]))
+    TaskResults(
+        {"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"], checkpoint=checkpoint.identity
+    ).write(checkpoint)
     variant = {
         "name": "ridge",
         "description": "ridge, top-2",
@@ -197,7 +199,7 @@ def read_everything(folder: Path) -> None:
             raise
         return
     try:
-        read_results(checkpoint)
+        Results.read(checkpoint)
     except UNREADABLE as error:
         assert len(str(error)) < 1_000
     with told():
@@ -210,8 +212,8 @@ def read_everything(folder: Path) -> None:
         choose_engine(checkpoint, "auto")
         longest_conversation(checkpoint)
     with told():
-        kept = kept_results(checkpoint, TaskResults({}, {}, []))
-        markdown(kept, {})
+        kept = TaskResults({}, {}, [], checkpoint=checkpoint.identity).with_earlier(checkpoint)
+        kept.markdown()
     for file in (folder / "router").iterdir():
         with told():
             load_statistics(file)
@@ -345,7 +347,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, native: Stranger) -> Stranger
     best.write_bytes((native.folder / "model-router.safetensors").read_bytes())
     outcome = TrainingOutcome(steps=4, best_step=2, before={"law": 3.0}, after={"law": 2.5}, notes=["a note"], tokens=1_000)
     folder.keep("trained", outcome.model_dump(mode="json"))
-    folder.keep("before", read_results(open_checkpoint(native.folder)).as_data())
+    folder.keep("before", Results.read(open_checkpoint(native.folder)).as_data())
     folder.keep("settings", {"request": "0" * 64, "state": "1" * 64})
     folder.keep("writing", "2" * 64)
     return Stranger(folder.path)
@@ -357,13 +359,11 @@ def test_what_is_left_of_a_training(left: Stranger, data: st.DataObject) -> None
 
 
 def read_training(path: Path) -> None:
-    from modekit.evaluation.results import results_from_data
-
     folder = TrainingFolder(path.with_name("OUT"))
     with told():
         folder.outcome()
     with told():
-        before = folder.recall("before", results_from_data)
+        before = folder.recall("before", Results.from_data)
         assert before is None or before.markdown()
     with told():
         folder._claim("0" * 64, "1" * 64)

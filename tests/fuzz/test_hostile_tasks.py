@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def asked(folder: Path) -> object:
-    """A task as `eval --tasks` takes it up, as far as no model is needed."""
+    """A task as `eval-tasks` takes it up, as far as no model is needed."""
     with quiet(trusted=False):
         found = named_tasks(["spell"], [folder], trusted=False)
         for name, task in found.items():

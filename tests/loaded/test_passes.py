@@ -42,7 +42,7 @@ def test_the_loss_is_the_model_s_own(family: str, sequences: list[TokenSequence]
     found = token_losses(model, sequences, lambda _: None)
     assert [len(each) for each in found] == tokens
     np.testing.assert_allclose([each.mean() for each in found], own, rtol=1e-5)
-    score = score_domain(model, Domain("d", 0, sequences, {}), lambda _: None)
+    score = score_domain(model, Domain("d", 0, sequences), lambda _: None)
     assert score.loss == pytest.approx(np.average(own, weights=tokens), rel=1e-5)
     bits = sum(loss * count for loss, count in zip(own, tokens, strict=True)) / np.log(2)
     assert score.bits_per_byte == pytest.approx(bits / sum(each.scored_bytes for each in sequences), rel=1e-5)
@@ -101,7 +101,7 @@ def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSe
         (tiny_model(), sequences, "reads plain text"),
     ):
         with pytest.raises(TextError, match=what):
-            score_domain(model, Domain("d", 0, text, {}), lambda _: None)
+            score_domain(model, Domain("d", 0, text), lambda _: None)
         with pytest.raises(TextError, match=what):
             train_on_text(model, text, Training(steps=1))
         with pytest.raises(TextError, match=what):

@@ -17,9 +17,9 @@ from damage import in_time, no_file
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.results import Results, Row, Score, results_from_data
-from modekit.evaluation.results_folder import read_results
-from modekit.evaluation.tasks.results import TASKS_FILE, TaskResults, kept_results, markdown
+from modekit.evaluation.identity import ReadSequences
+from modekit.evaluation.results import Results, Row, Score
+from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.licences import front_matter
 from modekit.report.card import make_card
 from modekit.report.content import make_content
@@ -108,13 +108,13 @@ TABLE = Results(
     ],
     ["law"],
     [],
-    {"law": {"tokens": 3}},
+    {"law": ReadSequences(1, 3, "x", 32)},
     ["a note"],
 )
 
 
 def test_a_table_comes_back() -> None:
-    assert results_from_data(json.loads(json.dumps(TABLE.as_data()))) == TABLE
+    assert Results.from_data(json.loads(json.dumps(TABLE.as_data()))) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_results_of_other_types_are_no_results(checkpoint: Checkpoint, path: tup
         holder = holder[key]
     holder[path[-1]] = value
     with in_time(), pytest.raises(ValueError, match=r"^.{1,400}$"):
-        results_from_data(data)
+        Results.from_data(data)
 
 
 def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
@@ -155,7 +155,7 @@ def test_damaged_results_are_run_anew(checkpoint: Checkpoint) -> None:
     data["rows"][0]["domains"]["law"]["loss"] = "low"
     file.write_text(json.dumps(data))
     assert "eval.json is damaged or of another version (rows.0.domains.law.loss" in make_content(checkpoint).notes[0]
-    assert evaluate(checkpoint, tokens_per_domain=200, sequence_length=32) == before == read_results(checkpoint)
+    assert evaluate(checkpoint, tokens_per_domain=200, sequence_length=32) == before == Results.read(checkpoint)
 
 
 def test_a_table_without_domains_is_shown(checkpoint: Checkpoint) -> None:
@@ -171,7 +171,7 @@ def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: st
     no_file(checkpoint.folder / "results" / name, kind)
     with in_time():
         content = make_content(checkpoint)
-        kept_results(checkpoint, TaskResults({}, {}, []))
+        TaskResults({}, {}, [], checkpoint=checkpoint.identity).with_earlier(checkpoint)
     assert any(name in line for line in content.notes)
 
 
@@ -187,9 +187,9 @@ def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint)
     for name in ("a\n# b", "<b>|c"):
         data = {"checkpoint": checkpoint.identity, "tasks": {name: scores}, "macro": {}, "notes": []}
         (checkpoint.folder / "results").mkdir(exist_ok=True)
-        (checkpoint.folder / "results" / TASKS_FILE).write_text(json.dumps(data))
-        kept = kept_results(checkpoint, TaskResults({}, {}, []))
-        assert ("damaged" in str(kept.notes)) == ("\n" in name) and "\n# b" not in markdown(kept, {})
+        (checkpoint.folder / "results" / TaskResults.file).write_text(json.dumps(data))
+        kept = TaskResults({}, {}, [], checkpoint=checkpoint.identity).with_earlier(checkpoint)
+        assert ("damaged" in str(kept.notes)) == ("\n" in name) and "\n# b" not in kept.markdown()
 
 
 def test_plots_of_too_many_rows_are_not_drawn(checkpoint: Checkpoint) -> None:

@@ -19,10 +19,8 @@ from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.results import results_from_data
-from modekit.evaluation.results_folder import RESULTS_FILE
+from modekit.evaluation.results import Results
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.recipes.paths import name_of
@@ -115,8 +113,8 @@ def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_
     ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits_of(there, ids), logits_of(out, ids))
     assert AutoModelForCausalLM.from_pretrained(there) is not None
-    results = results_from_data(json.loads((there / "results" / RESULTS_FILE).read_text()))
-    assert belongs_to(results, opened)
+    results = Results.from_data(json.loads((there / "results" / Results.file).read_text()))
+    assert results.belongs_to(opened)
     assert json.loads((there / "results" / "inspect.json").read_text())["checkpoint"] == opened.identity
     verdicts = {check.name: check.verdict for check in verify(opened)}
     assert verdicts["recipe digest"] == "proven" and "failed" not in verdicts.values()

@@ -138,18 +138,20 @@ def put(checkpoint: Checkpoint, name: str, data: object) -> None:
     (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
 
 
-TASKS = {
-    "format": 1,
-    "notes": ["three <questions>"],
-    "later": 1,
-    "tasks": {
-        "qa <i>1</i>": {
-            "metric": "accuracy",
-            "rows": {"base": {"value": 0.25, "low": 0.2, "high": 0.31}, "mixture": {"value": 0.5}},
+def tasks_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    asked = {"higher_is_better": True, "chance": None, "items": 8, "differences": {}}
+    rows = {"base": {"value": 0.25, "low": 0.2, "high": 0.31}, "mixture": {"value": 0.5}}
+    return {
+        "format": 1,
+        "checkpoint": checkpoint.identity,
+        "notes": ["three <questions>"],
+        "later": 1,
+        "macro": {},
+        "tasks": {
+            "qa <i>1</i>": {"metric": "accuracy", "rows": rows, **asked},
+            "items": {"metric": "rouge", "rows": {"mixture": {"value": 0.125, "low": 0.1, "high": 0.15, "n": 3}}, **asked},
         },
-        "items": {"metric": "rouge", "rows": {"mixture": {"value": 0.125, "low": 0.1, "high": 0.15, "n": 3}}},
-    },
-}
+    }
 
 
 def chat_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -224,7 +226,7 @@ def told(workshop: Workshop) -> Checkpoint:
     assert done.improved
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
-    put(done.checkpoint, "tasks.json", TASKS)
+    put(done.checkpoint, "tasks.json", tasks_of(done.checkpoint))
     put(done.checkpoint, "chat.json", chat_of(done.checkpoint))
     put(done.checkpoint, "tune.json", search_of(done.checkpoint))
     return done.checkpoint
@@ -341,10 +343,10 @@ def test_a_search_shows_its_variants_and_its_front(page: Path, opened: Opened) -
 
 def test_tasks_of_another_checkpoint_are_left_out(told: Checkpoint) -> None:
     try:
-        put(told, "tasks.json", {**TASKS, "checkpoint": {"recipe_digest": "0"}})
+        put(told, "tasks.json", {**tasks_of(told), "checkpoint": {"recipe_digest": "0"}})
         content = make_content(told)
     finally:
-        put(told, "tasks.json", TASKS)
+        put(told, "tasks.json", tasks_of(told))
     assert content.data["tasks"] is None and any("tasks.json is of another state" in line for line in content.notes)
 
 
@@ -846,11 +848,12 @@ def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """A translate.json: the mixture is better than the base on one pair of law, and on none or two of the others."""
     scored = {"bleu": 12.34, "chrf": 45.67}
     domains = dict.fromkeys(DOMAINS, scored)
-    row = {"total_parameters": 9, "active_parameters": 9, "tokens_per_second": None, "mean": scored, "domains": domains}
+    row = {"total_parameters": 9, "active_parameters": 9, "tokens": 0, "seconds": 0.0, "cut": 0, "domains": domains}
     return {
         "format": 1,
         "checkpoint": checkpoint.identity,
-        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8},
+        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8, "pairs": 2, "machine": "processor"},
+        "text": {},
         "signatures": {"bleu": "a|b", "chrf": "c"},
         "domains": list(DOMAINS),
         "unseen": [],

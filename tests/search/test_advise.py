@@ -303,7 +303,7 @@ def test_losses_are_those_of_models_put_together_by_hand(trained: Workshop) -> N
     def loss(state: dict[str, torch.Tensor]) -> float:
         model = load_model(sources[0].folder)
         model.load_state_dict(state)
-        return score_domain(model, Domain("", None, text, {}), lambda _: None).loss
+        return score_domain(model, Domain("", None, text), lambda _: None).loss
 
     for name, part in PARTS.items():
         by_hand = loss({n: states[1 if groups[n] in part else 0][n] for n in states[0]})

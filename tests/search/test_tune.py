@@ -212,9 +212,9 @@ def test_what_chose_is_never_reported(shop: Workshop) -> None:
     assert set(select.digests) == chosen and not chosen & set(report.digests)
     shown = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
     for domain in shown:
-        assert domain.record["documents"] == len(documents[domain.name]) - len(
+        assert domain.record.documents == len(documents[domain.name]) - len(
             [d for d in documents[domain.name] if split_of(d) == "select"]
-        ) or domain.record["documents"] == len([d for d in documents[domain.name] if split_of(d) == "report"])
+        ) or domain.record.documents == len([d for d in documents[domain.name] if split_of(d) == "report"])
     evaluate(open_checkpoint(out), tokens_per_domain=200, sequence_length=32)
 
 
@@ -241,7 +241,7 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     tuned = open_checkpoint(out)
     domains = held_out_domains(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     own = [domain for domain in domains if domain.expert is not None]
-    assert found.text["report"] == {domain.name: dict(domain.record) for domain in own}
+    assert found.text["report"] == {domain.name: vars(domain.record) for domain in own}
     results = evaluate(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     reported = found.reported[found.best.number]
     assert reported == pytest.approx({name: results.row("mixture").scores[name].loss for name in DOMAINS}, abs=1e-5)

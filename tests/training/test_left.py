@@ -9,7 +9,7 @@ import pytest
 
 from damage import in_time, no_file
 from modekit.errors import TrainingError
-from modekit.evaluation.results import results_from_data
+from modekit.evaluation.results import Results
 from modekit.files.marker import claim_work_folder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
@@ -59,7 +59,7 @@ def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     with pytest.raises(TrainingError):
         folder.outcome()
     with pytest.raises(TrainingError):
-        folder.recall("before", results_from_data)
+        folder.recall("before", Results.from_data)
 
 
 def test_a_pipe_is_not_waited_for(folder: TrainingFolder, tmp_path: Path) -> None:

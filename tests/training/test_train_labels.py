@@ -166,7 +166,7 @@ def test_a_sequence_is_read_with_the_tag_of_its_label(tagged_workshop: Workshop,
         with torch.no_grad():
             found = float(objective(**item)["loss"])
         read = [corpora[draw.corpus].read_as(draw.sequence, draw.label) for row in parts[0].rows for draw in row]
-        assert found == pytest.approx(score_domain(model, Domain("all", None, read, {}), lambda _: None).loss, rel=1e-4)
+        assert found == pytest.approx(score_domain(model, Domain("all", None, read), lambda _: None).loss, rel=1e-4)
         assert int(item["targets"]) == sum(sequence.scored for sequence in read)
 
 
@@ -184,7 +184,7 @@ def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_w
     objective = Objective(load_model(out), checkpoint, said, teachers=[], train_top_k=None, packed=True)
     with torch.no_grad():
         found = float(objective(**Batches(corpora, parts, pad_id=0)[0])["loss"])
-    wanted = score_domain(load_model(out), Domain("all", None, read, {}), lambda _: None).loss
+    wanted = score_domain(load_model(out), Domain("all", None, read), lambda _: None).loss
     assert found == pytest.approx(wanted, rel=1e-4)
     train(checkpoint, said, evaluate_tokens=None, texts=texts)
     with pytest.raises(TextError, match="begins with a tag already"):

@@ -10,7 +10,8 @@ from modekit.cli import data as data
 from modekit.cli import mixtures as mixtures
 from modekit.cli import members as members
 from modekit.cli import training as training
-from modekit.cli import results as results
+from modekit.cli import evaluation as evaluation
+from modekit.cli import demo as demo
 from modekit.cli import tuning as tuning
 from modekit.cli import inspection as inspection
 from modekit.cli import experts as experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ from modekit.errors import ModekitError
 
 if TYPE_CHECKING:
     from modekit.experts.labelled import Generic, Labelled
-    from modekit.training.settings import RandomiseTo
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class LabelOptions:
     ] = False
     randomise: Annotated[float | None, typer.Option(help="Probability of a random label (--tags; default 0).")] = None
     randomise_to: Annotated[
-        str | None,
+        Literal["all", "others", "generic", "half"] | None,
         typer.Option(help="Labels to draw from: all (default; its own, too), others, generic (none), half (none or another)."),
     ] = None
     generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, read without a tag; repeatable.")] = None
@@ -50,21 +49,9 @@ class LabelOptions:
         if not self.generic:
             refuse_without_effect("text of no domain (--generic FILE)", {"--generic-share": self.generic_share})
         if self.randomise is not None and not 0 <= self.randomise < 1:
-            raise ModekitError(
-                "not a probability",
-                where="--randomise",
-                found=self.randomise,
-                expected="at least 0, and below 1",
-                remedy="correct it",
-            )
+            raise _not_a_share("--randomise", self.randomise, "a probability: at least 0, and below 1")
         if self.generic_share is not None and not 0 < self.generic_share < 1:
-            raise ModekitError(
-                "not a share",
-                where="--generic-share",
-                found=self.generic_share,
-                expected="above 0, and below 1",
-                remedy="correct it",
-            )
+            raise _not_a_share("--generic-share", self.generic_share, "a share: above 0, and below 1")
 
     def texts(self, text: list[str]) -> Sequence[str] | Labelled:
         """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
@@ -73,7 +60,7 @@ class LabelOptions:
             return text
         from modekit.experts.labelled import Labelled
 
-        return Labelled(self._by_label(text), self.randomise or 0.0, self._randomise_to())
+        return Labelled(_by_label(text), self.randomise or 0.0, self.randomise_to or "all")
 
     def of_no_domain(self) -> Generic | None:
         """What --generic says."""
@@ -83,42 +70,32 @@ class LabelOptions:
 
         return Generic(self.generic, SHARE if self.generic_share is None else self.generic_share)
 
-    def _randomise_to(self) -> RandomiseTo:
-        from modekit.training.settings import RandomiseTo
 
-        choices = get_args(RandomiseTo)
-        if self.randomise_to not in (None, *choices):
+def _not_a_share(where: str, found: float, expected: str) -> ModekitError:
+    return ModekitError("the number is out of range", where=where, found=found, expected=expected, remedy="correct it")
+
+
+def _by_label(text: list[str]) -> dict[str, list[str]]:
+    from modekit.recipes.strict import NAME_RULE, is_name
+
+    found = texts_by_domain(text)
+    for label, specs in found.items():
+        if not is_name(label):
             raise ModekitError(
-                "unknown choice",
-                where="--randomise-to",
-                found=self.randomise_to,
-                expected=", ".join(choices),
-                remedy="write one of them",
+                "a label that no expert could have as its name",
+                where="--text",
+                found=label[:80],
+                expected=NAME_RULE,
+                remedy="write --text law=FILE",
             )
-        return cast("RandomiseTo", self.randomise_to or "all")
-
-    @staticmethod
-    def _by_label(text: list[str]) -> dict[str, list[str]]:
-        from modekit.recipes.strict import NAME_RULE, is_name
-
-        found = texts_by_domain(text)
-        for label, specs in found.items():
-            if not is_name(label):
-                raise ModekitError(
-                    "a label that no expert could have as its name",
-                    where="--text",
-                    found=label[:80],
-                    expected=NAME_RULE,
-                    remedy="write --text law=FILE",
-                )
-            if len(specs) > 1:
-                raise ModekitError(
-                    "a label is given twice",
-                    where=f"--text {label}=...",
-                    found=", ".join(specs),
-                    remedy="put its texts into one folder, or leave one out",
-                )
-        return found
+        if len(specs) > 1:
+            raise ModekitError(
+                "a label is given twice",
+                where=f"--text {label}=...",
+                found=", ".join(specs),
+                remedy="put its texts into one folder, or leave one out",
+            )
+    return found
 
 
 def _refuse_labels(text: list[str]) -> None:

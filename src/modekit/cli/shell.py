@@ -38,6 +38,23 @@ Fsync = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
+_MOVED_OPTIONS = {
+    "eval": {
+        **dict.fromkeys(
+            ("--tasks", "--models", "--include-path", "--limit", "--seen", "--seed"), "run modekit eval-tasks OUT TASKS"
+        ),
+        **dict.fromkeys(("--chat", "--system", "--questions"), "run modekit eval-chat OUT"),
+        **dict.fromkeys(
+            ("--translate", "--beams", "--pairs", "--batch", "--max-new-tokens"), "run modekit eval-translation OUT"
+        ),
+    },
+    "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
+    "discover": dict.fromkeys(
+        ("--features", "--model"), "leave it out: texts are grouped by their words, which found domains best"
+    ),
+}
+"""Command -> options that it had -> what to do now."""
+_NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
 _FRAMES = 100  # of a traceback that a log keeps
@@ -126,6 +143,10 @@ def _wrong_usage(said: str) -> ModekitError:
     from modekit.recipes.strict import did_you_mean
 
     said = said.replace(": Value error, ", ": ")
+    option = _NO_OPTION.match(said)
+    moved = _MOVED_OPTIONS.get(_command(), {}).get(option[1]) if option else None
+    if option and moved:
+        return ModekitError(f"this option is gone: {option[1]}", remedy=moved)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     return ModekitError(said, remedy=" ".join(filter(None, [hint, "modekit --help, or --help after a command"])))

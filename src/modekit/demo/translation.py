@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.scores import TranslationScore
+from modekit.evaluation.translation.results import TranslationResults, TranslationRow, score_table
+from modekit.evaluation.translation.scores import Signatures
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
-from modekit.report.result_files import find_translations
-from modekit.report.translation_file import Translations
 from modekit.report.write import write_report
 from modekit.run import Run
 from modekit.text.document import Document, Pair
@@ -105,34 +103,19 @@ def pair_tokenizer(documents: Mapping[str, Sequence[Document]]) -> PreTrainedTok
 
 def translate_once(checkpoint: Checkpoint, pairs: int, run: Run) -> None:
     """Score what a mixture writes, unless that is there, and draw the page that shows it beside what the base writes."""
-    if find_translations(checkpoint, []) is None:
+    if TranslationResults.find(checkpoint) is None:
         evaluate_translation(checkpoint, pairs=pairs, decoding=_DECODING, run=run)
         write_report(checkpoint)
-
-
-@dataclass(frozen=True)
-class DemoTranslations:
-    """One model: scores by domain."""
-
-    name: str
-    scores: Mapping[str, TranslationScore]
-
-    def mean(self, domains: Sequence[str]) -> TranslationScore | None:
-        """Over so many domains; None where one was not translated."""
-        found = [self.scores[domain] for domain in domains if domain in self.scores]
-        if not found or len(found) < len(domains):
-            return None
-        return TranslationScore(sum(s.bleu for s in found) / len(found), sum(s.chrf for s in found) / len(found))
 
 
 @dataclass(frozen=True)
 class TranslatedTable:
     """What all models of a seed wrote; `signatures` say what sacrebleu computed."""
 
-    rows: Sequence[DemoTranslations]
+    rows: Sequence[TranslationRow]
     domains: Sequence[str]
     unseen: Sequence[str]
-    signatures: Mapping[str, str]
+    signatures: Signatures
 
     @property
     def anyone_translates(self) -> bool:
@@ -144,45 +127,33 @@ class TranslatedTable:
         """Of the rows, in their order."""
         return [row.name for row in self.rows]
 
-    def row(self, name: str) -> DemoTranslations:
+    def row(self, name: str) -> TranslationRow:
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
 
-    def as_data(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+    def as_data(self) -> dict[str, object]:
+        """Plain data for JSON: of a row its name and scores."""
+        whole = asdict(self)
+        return {**whole, "rows": [{"name": row["name"], "scores": row["scores"]} for row in whole["rows"]]}
 
     def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
         """Header and cells: BLEU and chrF per domain, their mean, unseen domains; `between` separates the two figures."""
-        header = ["model", *self.domains, "mean", *(f"{name}{between}unseen" for name in self.unseen)]
-        body = []
-        for row in self.rows:
-            scores = [*map(row.scores.get, self.domains), row.mean(self.domains), *map(row.scores.get, self.unseen)]
-            body.append([row.name, *("-" if each is None else f"{each.bleu:.1f}{between}{each.chrf:.1f}" for each in scores)])
-        return header, body
+        return score_table(self.rows, self.domains, self.unseen, between)
 
     def markdown(self) -> str:
         """For demo.md."""
-        said = [f"* {name}: {signature}" for name, signature in self.signatures.items()]
+        said = [f"* {name}: {signature}" for name, signature in vars(self.signatures).items()]
         return "\n".join(["BLEU / chrF of held-out pairs.", "", markdown_table(*self.table()), "", *said]) + "\n"
 
 
 def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
     """One table of the mixtures of a seed, by name: base, experts and oracle once, then every mixture under its name."""
-    found: dict[str, Translations] = {}
+    found: dict[str, TranslationResults] = {}
     for name, folder in folders.items():
-        of_one = find_translations(open_checkpoint(folder), [])
+        of_one = TranslationResults.find(open_checkpoint(folder))
         assert of_one is not None  # `translate_once` has written it
         found[name] = of_one
     first = next(iter(found.values()))
-    rows = [(row.name, row) for row in first.rows if row.kind != "mixture"]
-    rows += [(name, row) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
-    return TranslatedTable(
-        [
-            DemoTranslations(name, {domain: TranslationScore(each.bleu, each.chrf) for domain, each in row.domains.items()})
-            for name, row in rows
-        ],
-        first.domains,
-        first.unseen,
-        first.signatures.model_dump(),
-    )
+    rows = [row for row in first.rows if row.kind != "mixture"]
+    rows += [replace(row, name=name) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
+    return TranslatedTable(rows, first.domains, first.unseen, first.signatures)

@@ -45,6 +45,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,  # so that what it starts is of its group, and ends with it
             text=True,
             encoding="utf-8",
             errors="replace",
@@ -52,6 +53,7 @@ class Child:
         self._said: deque[str] = deque(maxlen=_LINES)
         self._listener = threading.Thread(target=self._listen, args=(_pipe(self._process.stderr),), daemon=True)
         self._listener.start()
+        threading.Thread(target=self._end_group, daemon=True).start()
         stream = _pipe(self._process.stdin)
         with suppress(OSError):  # where it is already gone, whoever waits for its answer learns why
             stream.write(json.dumps(settings) + "\n")
@@ -106,6 +108,16 @@ class Child:
             _pipe(self._process.stdout).close()
         self._listener.join(_PATIENCE_S)
         _pipe(self._process.stderr).close()
+
+    def _end_group(self) -> None:
+        """Once the process has ended, end what it started: that would hold its end of the pipes open."""
+        with suppress(ChildProcessError):  # another thread has taken its exit code
+            if hasattr(os, "waitid"):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its own until it is killed
+            else:
+                self._process.wait()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _listen(self, stream: IO[str]) -> None:
         for line in stream:

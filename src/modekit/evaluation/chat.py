@@ -1,4 +1,4 @@
-"""Where do conversations go? `modekit eval OUT --chat`: short questions inside the chat template, and who leads on them.
+"""Where do conversations go? `modekit eval-chat OUT`: short questions inside the chat template, and who leads on them.
 
 A question is a few words from the beginning of some sentence of held-out text. It is asked under the template's own system
 prompt or a given one, and answered greedily by the mixture itself. An expert leads where the mean of its weights over the
@@ -13,23 +13,26 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.evaluation.markdown import markdown_table
-from modekit.evaluation.results_folder import write_results
-from modekit.files.write import json_bytes
+from modekit.evaluation.results_folder import CheckpointResult
+from modekit.files.typed import Count, Number
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import place_of_base
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.chat import ChatTemplate, needed_template
 from modekit.text.document import Conversation, Document, Message, message_of, text_of
 from modekit.text.held_out import HeldOutText
@@ -63,7 +66,6 @@ GREETINGS = (
     "Hasta luego",
 )
 """Small talk that no fit has seen (text/small_talk.py has other)."""
-CHAT_FILE = "chat.json"
 SMALL_TALK, CHANGE = "small talk", "change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
 _ANSWERED = 32  # words of an answer that stands before a change of domain
@@ -82,26 +84,28 @@ class ChatScore:
 
     name: str
     expert: str | None
-    questions: int
-    at_prompt: float | None
-    after_answer: float | None
-    leaders: Mapping[str, int]
+    questions: Count
+    at_prompt: Number | None
+    after_answer: Number | None
+    leaders: Mapping[str, Count]
 
 
 @dataclass(frozen=True)
-class ChatResults:
-    """A table of `modekit eval --chat`; `checkpoint` is what it is of."""
+class ChatResults(CheckpointResult):
+    """chat.json: a row per kind of question, each answered in at most so many tokens."""
 
     experts: Sequence[str]
     system: str | None
-    answer_tokens: int
-    rows: Sequence[ChatScore]
-    checkpoint: Mapping[str, str]
+    answer_tokens: Count
+    rows: Annotated[Sequence[ChatScore], Field(max_length=2**10)]
     notes: Sequence[str] = field(default_factory=list)
 
-    def as_data(self) -> dict[str, Any]:
-        """For chat.json."""
-        return {"format": 1, **asdict(self), "rows": [asdict(row) for row in self.rows]}
+    file = "chat.json"
+    command = "modekit eval-chat"
+
+    def cells(self) -> int:
+        """Of a row per kind and a column per expert."""
+        return len(self.rows) * (4 + len(self.experts))
 
     def markdown(self) -> str:
         """For chat.md."""
@@ -124,7 +128,9 @@ def share(value: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class ChatQuestion:
+    """What is asked, and the place of the expert that it should go to."""
+
     kind: str
     messages: Sequence[Message]
     expert: int | None
@@ -144,11 +150,12 @@ def evaluate_chat(
 
     `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked.
 
-    Raises TextError when the tokenizer has no chat template, the template takes no system prompt, or a domain has no held-out
-    text.
+    Raises UnsupportedError for a mixture with an encoder; TextError when the tokenizer has no chat template, the template
+    takes no system prompt, or a domain has no held-out text.
     """
+    refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    template = needed_template(tokenizer, "--chat")
+    template = needed_template(tokenizer, "eval-chat")
     above = [] if system is None else [message_of("system", system)]
     if system is not None and not _is_shown(template, system):
         raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
@@ -158,27 +165,27 @@ def evaluate_chat(
     leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
     rows = [_score(kind, asked, leaders, checkpoint.names) for kind in dict.fromkeys(each.kind for each in asked)]
     notes = _notes(template, system, rows)
-    results = ChatResults(checkpoint.names, system, answer_tokens, rows, checkpoint.identity, notes)
+    results = ChatResults(checkpoint.names, system, answer_tokens, rows, notes, checkpoint=checkpoint.identity)
     if write:
-        write_results(checkpoint, {CHAT_FILE: json_bytes(results.as_data()), "chat.md": results.markdown().encode()})
+        results.write(checkpoint)
     return results
 
 
-def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int, seed: int) -> Iterator[_Asked]:
+def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int, seed: int) -> Iterator[ChatQuestion]:
     base = place_of_base(checkpoint.record.recipe.experts)
     said = {text.name: list(_said(text.documents, count, seed)) for text in texts}
     for text in texts:
         own = text.expert if text.expert is not None else base
         for question, _ in said[text.name]:
-            yield _Asked(text.name, [message_of("user", question)], own)
+            yield ChatQuestion(text.name, [message_of("user", question)], own)
     owned = [text for text in texts if text.expert is not None]
     for first, second in zip(owned, [*owned[1:], *owned[:1]], strict=True) if len(owned) > 1 else ():
         for (question, answer), (other, _) in list(zip(said[first.name], said[second.name], strict=False))[: count // 4]:
             if answer:
                 said_before = [message_of("user", question), message_of("assistant", answer)]
-                yield _Asked(CHANGE, [*said_before, message_of("user", other)], second.expert)
+                yield ChatQuestion(CHANGE, [*said_before, message_of("user", other)], second.expert)
     for greeting in GREETINGS:
-        yield _Asked(SMALL_TALK, [message_of("user", greeting)], base)
+        yield ChatQuestion(SMALL_TALK, [message_of("user", greeting)], base)
 
 
 def _is_shown(template: ChatTemplate, system: str) -> bool:
@@ -243,19 +250,9 @@ def _leaders(
         mean_SE = decided.weights_RSE.mean(0)
         found[row] = int(mean_SE[len(prompts[row]) - 1].argmax()), int(mean_SE[-1].argmax())
 
-    traced_losses(model, checkpoint, answered, consume, _counted(run, sum(len(each.ids) for each in answered)))
+    work = ProgressCount(run, sum(len(each.ids) for each in answered))
+    traced_losses(model, checkpoint, answered, consume, partial(work.advance, "read routers"))
     return found
-
-
-def _counted(run: Run, total: int) -> Callable[[int], object]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        run.progress("read routers", done, total)
-
-    return advance
 
 
 def _answers(
@@ -276,7 +273,7 @@ def _answers(
         yield TokenSequence((*prompt, *row[:length]), 0)
 
 
-def _score(kind: str, asked: Sequence[_Asked], leaders: Sequence[tuple[int, int]], names: Sequence[str]) -> ChatScore:
+def _score(kind: str, asked: Sequence[ChatQuestion], leaders: Sequence[tuple[int, int]], names: Sequence[str]) -> ChatScore:
     found = [(each.expert, *lead) for each, lead in zip(asked, leaders, strict=True) if each.kind == kind]
     counts = Counter(names[at_prompt] for _, at_prompt, _ in found)
     own = found[0][0]

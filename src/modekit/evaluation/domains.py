@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
+from modekit.evaluation.identity import NO_RECORD, ReadSequences
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.document import Conversation, check_kind
@@ -20,14 +20,14 @@ from modekit.text.splits import HeldOutSplit, text_record
 
 @dataclass(frozen=True)
 class Domain:
-    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether there
-    are conversations in it.
+    """Held-out text of one domain. `expert` is the place of its own expert, None for an unseen domain; `chats`: whether
+    there are conversations in it.
     """
 
     name: str
     expert: int | None
     sequences: Sequence[TokenSequence]
-    record: Mapping[str, Any]
+    record: ReadSequences = NO_RECORD
     chats: bool = False
 
     @property
@@ -36,12 +36,18 @@ class Domain:
         return sum(sequence.scored for sequence in self.sequences)
 
 
+def known_and_unseen(domains: Sequence[Domain]) -> tuple[list[str], list[str]]:
+    """Names of the domains that have an expert, and of those that have none."""
+    known = [domain.name for domain in domains if domain.expert is not None]
+    return known, [domain.name for domain in domains if domain.expert is None]
+
+
 def domain_of(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, *, tokens_per_domain: int, sequence_length: int) -> Domain:
     """Documents as token sequences, none where there are none, with a record of both."""
     sequences = encode(tokenizer, held.documents, max_tokens=tokens_per_domain, sequence_length=sequence_length)
     record = text_record(held.documents, sum(sequence.size for sequence in sequences))
     chats = any(isinstance(document, Conversation) for document in held.documents)
-    return Domain(held.name, held.expert, sequences, {**record, "sequence_length": sequence_length}, chats)
+    return Domain(held.name, held.expert, sequences, ReadSequences(**record, sequence_length=sequence_length), chats)
 
 
 def recipe_texts(checkpoint: Checkpoint) -> RecipeTexts:
@@ -93,13 +99,11 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
 
 
 def _nothing_held_out(held: HeldOutText) -> TextError:
-    if held.used:
-        return held.text.nothing_left(
-            "no held-out document is left to evaluate on: all of them set the router, trained a model or chose its state",
-            expected="documents that nothing was made from",
-            remedy="give other text under eval",
-        )
+    what = "no held-out document is left to evaluate on"
+    if not held.used:
+        return held.text.nothing_left(what, remedy="give more documents (one in ten is held out), or other text under eval")
     return held.text.nothing_left(
-        "no held-out document is left to evaluate on",
-        remedy="give more documents (one in ten is held out), or other text under eval",
+        f"{what}: all of them set the router, trained a model or chose its state",
+        expected="documents that nothing was made from",
+        remedy="give other text under eval",
     )

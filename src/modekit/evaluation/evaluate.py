@@ -13,16 +13,14 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.gaps import SMALLEST_GAP, gaps_of, with_gaps
 from modekit.evaluation.identity import row_identity
-from modekit.evaluation.jobs import Job, label_jobs, row_jobs
-from modekit.evaluation.labels import Labels, check_labels, longest_with_tag
+from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
+from modekit.evaluation.labels import Labels, check_labels, label_notes, longest_with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.notes import label_notes, notes_of
-from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.results_folder import rows_scored_here, write_table
-from modekit.files.read import UNREADABLE
+from modekit.evaluation.notes import loss_gains, notes_of
+from modekit.evaluation.results import Results, Row, Score, rows_scored_here
 from modekit.loaded.load import load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -42,17 +40,17 @@ def evaluate(
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
     Documents whose digests are `seen` are left out, as those that something was set or trained by always are. With `labels` the
-    mixture that is told a label of every text has rows, too.
+    mixture that reads a label with every text has rows, too.
 
     Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
     taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded, MismatchError
-    for labels that it cannot be told.
+    for labels that cannot act on it.
     """
     run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)
-        sequence_length = longest_with_tag(sequence_length, checkpoint.config) if labels.by == "tag" else sequence_length
+        sequence_length = longest_with_tag(sequence_length, checkpoint) if labels.by == "tag" else sequence_length
     domains = held_out_domains(
         checkpoint,
         tokens_per_domain=tokens_per_domain,
@@ -62,31 +60,30 @@ def evaluate(
     )
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
-    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *_rows_on_disk(checkpoint)], run)
+    rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
     gaps = gaps_of(rows, [domain.name for domain in domains])
     gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     rows = with_gaps(rows, gaps)
     notes += notes_of(rows, domains, SMALLEST_GAP)
-    notes += [] if labels is None else label_notes(labels, rows, domains, checkpoint.record.recipe)
-    results = Results(
-        rows,
-        [domain.name for domain in domains if domain.expert is not None],
-        [domain.name for domain in domains if domain.expert is None],
-        {domain.name: domain.record for domain in domains},
-        notes,
-    )
+    if labels is not None:
+        named = {row.name: row for row in rows}
+        notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))
+    records = {domain.name: domain.record for domain in domains}
+    results = Results(rows, *known_and_unseen(domains), records, notes)
     if write:
-        write_table(checkpoint, results)
+        results.write(checkpoint)
     return results
 
 
-def _run(jobs: Sequence[Job], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run) -> list[Row]:
+def _run(
+    jobs: Sequence[RowJob], checkpoint: Checkpoint, domains: Sequence[Domain], known: Sequence[Row], run: Run
+) -> list[Row]:
     """Every job's scores, taken over where `known` rows have them; one model is in memory at a time."""
     earlier = {(row.identity, name): score for row in known for name, score in row.scores.items()}
     total = sum(domain.scored_tokens for domain in domains) * len(jobs)
-    done = 0
+    done, sizes = 0, checkpoint.parameters
     rows: list[Row] = []
     for job in jobs:
         identity = row_identity(job.identity, checkpoint, [domain.record for domain in domains])
@@ -103,13 +100,7 @@ def _run(jobs: Sequence[Job], checkpoint: Checkpoint, domains: Sequence[Domain],
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
-        rows.append(Row(job.name, job.kind, job.total, job.active, scores, identity))
+        parameters = (sizes.dense, sizes.dense) if job.dense else (sizes.total, sizes.active)
+        rows.append(Row(job.name, job.kind, *parameters, scores, identity))
         del model
     return rows
-
-
-def _rows_on_disk(checkpoint: Checkpoint) -> Sequence[Row]:
-    try:
-        return rows_scored_here(checkpoint)
-    except UNREADABLE:
-        return []  # absent, or of another version: then every row is run

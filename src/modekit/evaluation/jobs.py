@@ -13,7 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import PUT_BACK, SourceState, source_state
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities
-from modekit.evaluation.labels import Labels, experts_told, have_tags, no_place_for_a_tag, tags_told, with_tag
+from modekit.evaluation.labels import Labels, have_tags, label_places, label_tags, no_place_for_a_tag, with_tag
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_expert
 from modekit.loaded.load import load_model
@@ -28,8 +28,8 @@ ALONE = "without the base beside it"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A row to run: how many parameters it has, what it is made from, and the model.
+class RowJob:
+    """A row to run: what it is made from, and the model, as large as the base where it is `dense`, else as the mixture.
 
     `text` is what is read of a domain, None where it is not scored; `within` is open while that is scored: the oracle is
     another model in each domain.
@@ -37,15 +37,14 @@ class Job:
 
     name: str
     kind: Kind
-    total: int
-    active: int
     identity: str
     load: Callable[[], PreTrainedModel]
     text: Callable[[Domain], Domain | None] = lambda domain: domain
     within: Callable[[PreTrainedModel, Domain], AbstractContextManager[None]] = lambda _model, _domain: nullcontext()
+    dense: bool = False
 
 
-def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[Job], list[str]]:
+def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[str]]:
     """Jobs in the order of the table, and what has to be said about rows that are left out."""
     states = [source_state(checkpoint, place, run=run) for place in range(len(checkpoint.record.sources))]
     missing = [state.record.label for state in states if not state.is_there]
@@ -60,52 +59,46 @@ def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[Job], list[str]]
     return [*_source_jobs(checkpoint, states, run), *_mixture_jobs(checkpoint, run)], notes
 
 
-def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[Job]:
+def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[RowJob]:
     """Base, experts, and their average, as far as their models are still there, and what they were."""
     record = checkpoint.record
-    dense = checkpoint.parameters.dense
     hashes = [" ".join(state.record.digests) for state in states]
     folders = [state.folder for state in states]
     load = partial(load_expert, folders[0], run=run)
     if states[0].is_as_recorded:
-        yield Job(BASE, "base", dense, dense, hashes[0], partial(load, folders[0]))
+        yield RowJob(BASE, "base", hashes[0], partial(load, folders[0]), dense=True)
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
         needed = states[place].is_as_recorded and (states[0].is_as_recorded or not is_adapter(folders[place]))
         if place != 0 and needed:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
-            yield Job(name, "expert", dense, dense, identity, partial(load, folders[place]))
+            yield RowJob(name, "expert", identity, partial(load, folders[place]), dense=True)
     if all(state.is_as_recorded for state in states):
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, folders[place]) for place in members]
-        yield Job("weight average", "average", dense, dense, identity, partial(average_of, loads))
+        yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)
 
 
-def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[Job]:
+def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[RowJob]:
     """The mixture with each domain's own expert forced, and as it is."""
-    total, active = checkpoint.parameters.total, checkpoint.parameters.active
-    carried, decided = mixture_identities(checkpoint)
+    experts_id, router_id = mixture_identities(checkpoint)
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
-        yield Job(
+        yield RowJob(
             "oracle",
             "oracle",
-            total,
-            active,
-            f"oracle {carried}",
+            f"oracle {experts_id}",
             load,
             text=lambda domain: None if domain.expert is None else domain,
             within=lambda model, domain: mixture_of(model, checkpoint).forced(domain.expert or 0),
         )
-    yield Job("mixture", "mixture", total, active, f"{carried} {decided}", load)
+    yield RowJob("mixture", "mixture", f"{experts_id} {router_id}", load)
     if checkpoint.shape.routing.runs_common:
-        yield Job(
+        yield RowJob(
             ALONE,
             "mixture",
-            total,
-            active,
-            f"alone {carried} {decided}",
+            f"alone {experts_id} {router_id}",
             load,
             within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),
         )
@@ -116,45 +109,45 @@ def label_jobs(
     labels: Labels,
     domains: Sequence[Domain],
     tokenizer: PreTrainedTokenizerBase,
-    untold: Sequence[Job],
-) -> list[Job]:
-    """Jobs of the mixture that is told a label of every text and, by tag, of the base, where that is among the `untold` jobs.
+    unlabelled: Sequence[RowJob],
+) -> list[RowJob]:
+    """Jobs of the mixture with a label of every text and, by tag, of the base, where that is among the `unlabelled` jobs.
 
     A row without labels is the model as it is, by the same identity, unless texts have tags of their own. Raises TextError for
     conversations under tags.
     """
     recipe, known = checkpoint.record.recipe, labels_of(tokenizer)
-    plain = {job.name: job for job in untold if job.name in (BASE, "mixture")}
+    plain = {job.name: job for job in unlabelled if job.name in (BASE, "mixture")}
     seen = {domain.name: domain.expert for domain in domains}
     chats = next((domain.name for domain in domains if domain.chats), None)
     if labels.by == "tag" and chats is not None:
         raise no_place_for_a_tag(chats)
     jobs = []
-    for model, told in labels.rows():
-        places = experts_told(told, seen, recipe)
+    for model, kind in labels.rows():
+        places = label_places(kind, seen, recipe)
         if model not in plain or not places:
             continue
-        job = replace(plain[model], name=labels.row(model, told), kind="label")
-        if told != "none" and labels.by == "gate":
+        job = replace(plain[model], name=labels.row(model, kind), kind="label")
+        if kind != "none" and labels.by == "gate":
             job = _by_gate(checkpoint, job, places)
-        elif told != "none" or have_tags(domain.sequences for domain in domains):
-            job = _by_tag(job, tags_told(places, recipe, known), tokenizer)
+        elif kind != "none" or have_tags(domain.sequences for domain in domains):
+            job = _by_tag(job, label_tags(places, recipe, known), tokenizer)
         jobs.append(job)
     return jobs
 
 
-def _by_gate(checkpoint: Checkpoint, job: Job, places: Mapping[str, int | None]) -> Job:
-    """All weight on the expert whose label a domain is told; what the router would say is no part of the row."""
-    carried, _ = mixture_identities(checkpoint)
+def _by_gate(checkpoint: Checkpoint, job: RowJob, places: Mapping[str, int | None]) -> RowJob:
+    """All weight on the expert whose label a domain gets; what the router would say is no part of the row."""
+    experts_id, _ = mixture_identities(checkpoint)
     return replace(
         job,
-        identity=f"told {dict(places)} {carried}",
+        identity=f"told {dict(places)} {experts_id}",
         text=lambda domain: domain if domain.name in places else None,
         within=lambda model, domain: mixture_of(model, checkpoint).forced(places[domain.name] or 0),
     )
 
 
-def _by_tag(job: Job, tags: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase) -> Job:
+def _by_tag(job: RowJob, tags: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase) -> RowJob:
     """The tag of a label before every text."""
 
     def text(domain: Domain) -> Domain | None:

@@ -1,16 +1,16 @@
-"""Labels at test time: which label every text is told by, and what a model reads then (arXiv 2407.01126).
+"""Labels at test time: which label every text gets, and what a model reads then (arXiv 2407.01126).
 
     right   the label of the domain's own expert; of an unseen domain that of the expert that knows its name, else none
     wrong   that of the expert behind the right one, the first behind the last; unseen domains without a right one have those
             of the experts in turn
     none    no label
 
-A label is told by `gate`, where all weight is its expert's, or by `tag`, the reserved token of text/tags.py before the text.
+A label acts by `gate`, where all weight is its expert's, or by `tag`, the reserved token of text/tags.py before the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -24,50 +24,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.evaluation.domains import Domain
 
 _Found = TypeVar("_Found")
 By = Literal["gate", "tag"]
-Told = Literal["right", "wrong", "none"]
-TOLD: tuple[Told, ...] = get_args(Told)
+LabelKind = Literal["right", "wrong", "none"]
+LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
+_GIVEN: tuple[LabelKind, ...] = ("right", "wrong")
 _WORDS: Mapping[By, str] = {"gate": "label", "tag": "tag"}
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labels are told, in the order of the rows, and how. Raises ModekitError for others than there are."""
+    """Which kinds of labels texts get, in the order of the rows, and how they act. Raises ModekitError for unknown ones."""
 
     by: By = "gate"
-    told: tuple[Told, ...] = TOLD
+    kinds: tuple[LabelKind, ...] = LABEL_KINDS
 
     def __post_init__(self) -> None:
-        if not set(self.told) <= set(TOLD) or len(set(self.told)) < len(self.told):
+        if not set(self.kinds) <= set(LABEL_KINDS) or len(set(self.kinds)) < len(self.kinds):
             raise ModekitError(
                 "no such labels",
                 where="--labels",
-                found=", ".join(map(str, self.told)),
-                expected=f"some of {', '.join(TOLD)}, each once, or all",
+                found=", ".join(map(str, self.kinds)),
+                expected=f"some of {', '.join(LABEL_KINDS)}, each once, or all",
                 remedy="write right,wrong",
             )
         if self.by not in get_args(By):
             raise ModekitError(
-                "no such way to tell a label", where="--by", found=self.by, expected="gate or tag", remedy="name one"
+                "no such way for a label to act", where="--by", found=self.by, expected="gate or tag", remedy="name one"
             )
 
-    def row(self, model: str, told: Told) -> str:
+    def row(self, model: str, kind: LabelKind) -> str:
         """Name of a model's row under such labels: "mixture, right label", "base, no tag"."""
-        return f"{model}, {'no' if told == 'none' else told} {_WORDS[self.by]}"
+        return f"{model}, {'no' if kind == 'none' else kind} {_WORDS[self.by]}"
 
-    def untold(self, model: str, found: Mapping[str, _Found], texts: Iterable[Sequence[TokenSequence]]) -> _Found | None:
+    def unlabelled(self, model: str, found: Mapping[str, _Found], texts: Iterable[Sequence[TokenSequence]]) -> _Found | None:
         """Of what was found, by name of row, what labels are compared with: the model without one, or as it is,
         where no text has a tag of its own.
         """
         as_it_is = self.by == "gate" or not have_tags(texts)
         return found.get(self.row(model, "none"), found.get(model) if as_it_is else None)
 
-    def rows(self) -> list[tuple[str, Told]]:
-        """The models that are told, each with every kind of label."""
+    def rows(self) -> list[tuple[str, LabelKind]]:
+        """The models that read labels, each with every kind of label."""
         models = ("mixture", BASE) if self.by == "tag" else ("mixture",)
-        return [(model, told) for model in models for told in self.told]
+        return [(model, kind) for model in models for kind in self.kinds]
 
 
 def labels_asked(labels: str | Sequence[str] | None, by: By | None) -> Labels | None:
@@ -78,27 +80,27 @@ def labels_asked(labels: str | Sequence[str] | None, by: By | None) -> Labels | 
     said: Any = [each.strip() for each in labels.split(",")] if isinstance(labels, str) else labels
     if not said and by is None:
         return None
-    return Labels(by or "gate", tuple(said) if said and list(said) != ["all"] else TOLD)
+    return Labels(by or "gate", tuple(said) if said and list(said) != ["all"] else LABEL_KINDS)
 
 
-def experts_told(told: Told, domains: Mapping[str, int | None], recipe: Recipe) -> dict[str, int | None]:
-    """Domain -> place of the expert whose label it is told; None: no label. A domain that has no such label is left out.
+def label_places(kind: LabelKind, domains: Mapping[str, int | None], recipe: Recipe) -> dict[str, int | None]:
+    """Domain -> place of the expert whose label it gets; None: no label. A domain that has no such label is left out.
 
     `domains`: name -> place of its own expert, None for an unseen one.
     """
-    if told == "none":
+    if kind == "none":
         return dict.fromkeys(domains)
     experts = len(recipe.names)
     right = {name: recipe.expert_of(name) if own is None else own for name, own in domains.items()}
-    if told == "right":
+    if kind == "right":
         return {name: place for name, place in right.items() if place is not None}
     strangers = [name for name, place in right.items() if place is None]
     wrong = {name: strangers.index(name) % experts if place is None else (place + 1) % experts for name, place in right.items()}
     return {name: place for name, place in wrong.items() if place != right[name]}  # of a single expert no label is wrong
 
 
-def tags_told(places: Mapping[str, int | None], recipe: Recipe, known: Sequence[str]) -> dict[str, str | None]:
-    """Domain -> the label whose tag stands before its text: its own name, where that leads to the expert told and has a tag
+def label_tags(places: Mapping[str, int | None], recipe: Recipe, known: Sequence[str]) -> dict[str, str | None]:
+    """Domain -> the label whose tag stands before its text: its own name, where that leads to the same expert and has a tag
     (`known`), else the expert's.
     """
     found: dict[str, str | None] = {}
@@ -109,11 +111,11 @@ def tags_told(places: Mapping[str, int | None], recipe: Recipe, known: Sequence[
 
 
 def check_labels(checkpoint: Checkpoint, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise MismatchError when a mixture cannot be told labels so."""
+    """Raise MismatchError when labels cannot act on a mixture so."""
     recipe = checkpoint.record.recipe
     if labels.by == "gate" and recipe.mixture.weights is not None:
         raise MismatchError(
-            "a label cannot be told by the gate: no expert is whole in this mixture",
+            "a label cannot act by the gate: no expert is whole in this mixture",
             where=f"{checkpoint.folder}: --labels",
             found="mixture.weights, which are folded into the experts",
             remedy="leave --labels out, or build without weights",
@@ -121,7 +123,7 @@ def check_labels(checkpoint: Checkpoint, labels: Labels, tokenizer: PreTrainedTo
     missing = [name for name in recipe.names if name not in labels_of(tokenizer)] if labels.by == "tag" else []
     if missing:
         raise MismatchError(
-            "a label cannot be told by a tag: the tokenizer has none for it",
+            "a label cannot act by a tag: the tokenizer has none for it",
             where=f"{checkpoint.folder}: --by tag",
             found=f"no tag for {', '.join(missing)}",
             expected=f"a token for every expert, such as {tag_of(missing[0])}",
@@ -129,10 +131,10 @@ def check_labels(checkpoint: Checkpoint, labels: Labels, tokenizer: PreTrainedTo
         )
 
 
-def longest_with_tag(sequence_length: int, config: Mapping[str, Any]) -> int:
+def longest_with_tag(sequence_length: int, checkpoint: Checkpoint) -> int:
     """How long a text may be so that a tag before it fits into the model's positions, too."""
-    positions: int | None = config.get("max_position_embeddings")
-    return sequence_length if positions is None else max(2, min(sequence_length, positions - 1))
+    positions = checkpoint.config.get("max_position_embeddings")
+    return max(2, min(sequence_length, positions - 1)) if isinstance(positions, int) else sequence_length
 
 
 def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], label: str | None) -> list[TokenSequence]:
@@ -161,56 +163,50 @@ def no_place_for_a_tag(domain: str) -> TextError:
     )
 
 
-def notes_of_labels(labels: Labels, domains: Mapping[str, int | None], recipe: Recipe) -> Iterator[str]:
-    """What has to be said of the labels that were told."""
-    if "right" in labels.told:
-        right = experts_told("right", domains, recipe)
-        mapped = [
-            f"{name} is {recipe.names[right[name] or 0]}'s" for name, own in domains.items() if own is None and name in right
-        ]
-        without = [name for name in domains if name not in right]
-        said = [*([", ".join(mapped)] if mapped else []), *([f"{', '.join(without)}: none"] if without else [])]
-        if said:
-            yield f"right {_WORDS[labels.by]}s of unseen domains: {'; '.join(said)}"
-    if "wrong" in labels.told:
-        wrong = experts_told("wrong", domains, recipe)
-        known = experts_told("right", domains, recipe)
-        said = [
-            f"{whose}: {', '.join(f'{name} was told {recipe.names[place or 0]}' for name, place in told)}"
-            for whose, told in (
-                ("the next expert's", [each for each in wrong.items() if each[0] in known]),
-                ("one expert's after another, where none is right", [each for each in wrong.items() if each[0] not in known]),
-            )
-            if told
-        ]
-        if said:
-            yield f"wrong {_WORDS[labels.by]}s, {'; '.join(said)}"
-
-
 @dataclass(frozen=True)
 class Gain:
-    """What a label gains over none, or costs where it is below 0; so many digits are shown, and the standard error if known."""
+    """What a label gains over none, below 0 where it costs; so many digits are shown, and the standard error if known."""
 
     gain: float
     unit: str
     digits: int
     error: float | None = None
 
-
-def worth_of_labels(labels: Labels, gains: Mapping[tuple[str, Told], Sequence[Gain]]) -> Iterator[str]:
-    """What right labels and wrong ones gain over none, or cost, in one line per model."""
-    for model in dict.fromkeys(model for model, _ in gains):
-        parts = [f"a {told} one {_worth(told, gains[model, told])}" for told in TOLD if (model, told) in gains]
-        yield f"{model}, a {_WORDS[labels.by]} against none, mean over the domains: {', '.join(parts)}"
+    def __str__(self) -> str:
+        """Such as "+0.312 ± 0.010 nats per token"."""
+        error = "" if self.error is None else f" ± {self.error:.{self.digits}f}"
+        return f"{self.gain:+.{self.digits}f}{error} {self.unit}"
 
 
-def _worth(told: Told, gains: Sequence[Gain]) -> str:
-    """Such as "gains 0.3 BLEU and costs 0.1 chrF"; what is 0 as it is shown is said as one expects it of right and wrong."""
-    verb, parts = "", []
-    for each in gains:
-        shown = f"{abs(each.gain):.{each.digits}f}"
-        signed = ("costs" if each.gain < 0 else "gains") if float(shown) else verb or ("gains" if told == "right" else "costs")
-        error = "" if each.error is None else f" ± {each.error:.{each.digits}f}"
-        parts.append(f"{'' if signed == verb else f'{signed} '}{shown}{error} {each.unit}")
-        verb = signed
-    return " and ".join(parts)
+def label_notes(
+    labels: Labels,
+    domains: Sequence[Domain],
+    recipe: Recipe,
+    found: Mapping[str, _Found],
+    gains: Callable[[_Found, _Found], Sequence[Gain]],
+) -> Iterator[str]:
+    """Which labels domains were given, and what labels are worth.
+
+    Args:
+        labels: those that were asked for.
+        domains: what was read.
+        recipe: of the mixture.
+        found: by name of row, what `gains` compares.
+        gains: of what was found with a label over what was found without; none where nothing can be said.
+    """
+    own = {domain.name: domain.expert for domain in domains}
+    for kind in _GIVEN:
+        places = label_places(kind, own, recipe)
+        names = [name for name in own if kind == "wrong" or own[name] is None]
+        given = [f"{name} -> {recipe.names[places[name] or 0] if name in places else 'none'}" for name in names]
+        if given and kind in labels.kinds:
+            yield f"{kind} {_WORDS[labels.by]}s{' of unseen domains' if kind == 'right' else ''}: {', '.join(given)}"
+    texts = [domain.sequences for domain in domains]
+    for model in dict.fromkeys(model for model, _ in labels.rows()):
+        without, worth = labels.unlabelled(model, found, texts), []
+        for kind in _GIVEN:
+            with_label = found.get(labels.row(model, kind))
+            if with_label is not None and without is not None and (said := gains(with_label, without)):
+                worth.append(f"{kind} {', '.join(map(str, said))}")
+        if worth:
+            yield f"{model}, gain of a {_WORDS[labels.by]} over none, mean over the domains: {'; '.join(worth)}"

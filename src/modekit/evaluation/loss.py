@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.results import Score
@@ -19,7 +18,7 @@ from modekit.loaded.passes import check_text, losses_of, tokens_per_batch
 from modekit.text.sequences import make_batches
 
 
-def tokens_per_pass(config: Any) -> int:
+def tokens_per_pass(config: PreTrainedConfig) -> int:
     """Padded tokens of a batch whose logits, (B, S, V) float32, stay within bounds."""
     return max(512, min(8_192, 2**26 // int(config.vocab_size)))
 
@@ -27,7 +26,7 @@ def tokens_per_pass(config: Any) -> int:
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored.
 
-    `progress` is told how many tokens are scored, `done` before the first.
+    `progress` is called with the number of tokens that are scored, `done` before the first.
 
     Raises TextError for text of another kind than the model reads.
     """

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from modekit.evaluation.labels import Gain, Labels, Told, notes_of_labels, worth_of_labels
+from modekit.evaluation.labels import Gain
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.recipes.strict import BASE
 
 if TYPE_CHECKING:
     from modekit.evaluation.domains import Domain
     from modekit.evaluation.results import Row, Score
-    from modekit.recipes.recipe import Recipe
 
 
 def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> list[str]:
@@ -21,23 +20,17 @@ def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> li
     return [*_without_errors(rows, domains), *_beaten(rows, domains, least)]
 
 
-def label_notes(labels: Labels, rows: Sequence[Row], domains: Sequence[Domain], recipe: Recipe) -> list[str]:
-    """Notes on rows that were told labels: which, and what they are worth."""
-    texts = [domain.sequences for domain in domains]
-    own, named = [domain for domain in domains if domain.expert is not None], {row.name: row for row in rows}
-    gains: dict[tuple[str, Told], list[Gain]] = {}
-    for model, told in labels.rows():
-        with_label = named.get(labels.row(model, told))
-        without = labels.untold(model, named, texts)
-        if told != "none" and with_label and without and all(_of(with_label, domain) for domain in own):
-            scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
-            gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
-            errors = [error for each in scores if (error := _error_of_difference(*each)) is not None]
-            known = len(errors) == len(own)  # of a mean without one of them nothing is known
-            error = math.sqrt(sum(error**2 for error in errors)) / len(own) if known else None
-            gains[model, told] = [Gain(gain, "nats per token", 3, error)]
-    seen = {domain.name: domain.expert for domain in domains}
-    return [*notes_of_labels(labels, seen, recipe), *worth_of_labels(labels, gains)]
+def loss_gains(domains: Sequence[Domain], with_label: Row, without: Row) -> list[Gain]:
+    """What a label saves of the loss, mean over the domains that have an expert; none where one of them was not scored."""
+    own = [domain for domain in domains if domain.expert is not None]
+    if not all(_of(with_label, domain) for domain in own):
+        return []
+    scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
+    gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
+    errors = [error for each in scores if (error := _error_of_difference(*each)) is not None]
+    known = len(errors) == len(own)  # of a mean without one of them nothing is known
+    error = math.sqrt(sum(error**2 for error in errors)) / len(own) if known else None
+    return [Gain(gain, "nats per token", 3, error)]
 
 
 def _without_errors(rows: Sequence[Row], domains: Sequence[Domain]) -> Iterator[str]:

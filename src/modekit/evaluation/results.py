@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, model_validator
+from pydantic import Field, JsonValue
 
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.identity import ReadSequences, mixture_identities, row_identity
 from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results_folder import Result, results_path
 from modekit.files.figures import count_of
-from modekit.files.typed import Count, Label, Number, as_kind
+from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes
+from modekit.files.typed import Count, Label, Number
+from modekit.files.user_cache import is_proven_here, keep_proven
+from modekit.files.write import json_bytes
 
 Kind = Literal["base", "expert", "average", "oracle", "mixture", "label"]
-"""Of a row; `label`: the mixture, or the base, that was told a label of every text."""
-MOST_CELLS = 2**18
-"""Of a table that is read from a file: more than anybody measures."""
+"""Of a row; `label`: the mixture, or the base, that read a label with every text."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,11 @@ class Score:
 class Row:
     """One model; `identity` names exactly what was run, so that an unchanged row is not run again."""
 
-    name: str
+    name: Label
     kind: Kind
-    total_parameters: int
-    active_parameters: int
-    scores: Mapping[str, Score]
+    total_parameters: Count
+    active_parameters: Count
+    scores: Annotated[Mapping[Label, Score], Field(alias="domains")]
     identity: str
 
     def renamed(self, name: str) -> Row:
@@ -64,35 +69,50 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Results:
-    """The table. `domains` have an expert and enter the means; `unseen` have none."""
+class Results(Result):
+    """eval.json. `domains` have an expert and enter the means; `unseen` have none. It belongs to the mixture of its row."""
 
     rows: Sequence[Row]
-    domains: Sequence[str]
-    unseen: Sequence[str]
-    text: Mapping[str, Mapping[str, Any]]
+    domains: Sequence[Label]
+    unseen: Sequence[Label]
+    text: Mapping[str, ReadSequences]
     notes: Sequence[str]
+
+    file = "eval.json"
+    command = "modekit eval"
+    expected = True
 
     def row(self, name: str) -> Row:
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
 
-    def as_data(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "rows": [
-                {
-                    **{key: value for key, value in asdict(row).items() if key != "scores"},
-                    "domains": {domain: asdict(score) for domain, score in row.scores.items()},
-                    "mean": {"loss": row.mean_loss(self.domains), "gap_closed": row.mean_gap(self.domains)},
-                }
-                for row in self.rows
-            ],
-            "domains": list(self.domains),
-            "unseen": list(self.unseen),
-            "text": {name: dict(record) for name, record in self.text.items()},
-            "notes": list(self.notes),
-        }
+    def belongs_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether the table's mixture is this checkpoint as it is now: experts, router, training and text."""
+        mixture = next((row for row in self.rows if row.kind == "mixture"), None)
+        names = [*self.domains, *self.unseen]
+        if mixture is None or any(name not in self.text for name in names):
+            return False
+        experts_id, router_id = mixture_identities(checkpoint)
+        return mixture.identity == row_identity(f"{experts_id} {router_id}", checkpoint, [self.text[name] for name in names])
+
+    def cells(self) -> int:
+        """Of a row per model and a column per domain. Raises ValueError where two have one name."""
+        names = [*self.domains, *self.unseen]
+        if len(set(names)) < len(names) or len({row.name for row in self.rows}) < len(self.rows):
+            raise ValueError("a row or column is named twice")
+        return len(self.rows) * (1 + len(names))
+
+    def as_data(self) -> dict[str, JsonValue]:
+        """Plain data for JSON, with the means that the table shows."""
+        data: dict[str, Any] = super().as_data()
+        for row, said in zip(self.rows, data["rows"], strict=True):
+            said["mean"] = {"loss": row.mean_loss(self.domains), "gap_closed": row.mean_gap(self.domains)}
+        return data
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write eval.json and eval.md, and remember that this file is this user's own."""
+        super().write(checkpoint)
+        keep_proven(_claim(json_bytes(self.as_data())))
 
     def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
         """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters.
@@ -127,39 +147,20 @@ class Results:
         return "\n".join(parts) + "\n"
 
 
-class _SavedRow(BaseModel):
-    name: Label
-    kind: Kind
-    total_parameters: Count
-    active_parameters: Count
-    domains: dict[Label, Score]
-    identity: str
+def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
+    """The rows of eval.json, if this user's modekit wrote that very file, as this version does; else none.
+
+    A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
+    """
+    try:
+        content = read_bytes(results_path(checkpoint, Results.file), LARGE)
+        return Results.from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
+    except UNREADABLE:
+        return ()
 
 
-class _Saved(BaseModel):
-    rows: list[_SavedRow]
-    domains: list[Label]
-    unseen: list[Label]
-    text: dict[str, dict[str, Any]]
-    notes: list[str]
-
-    @model_validator(mode="after")
-    def _is_a_table(self) -> _Saved:
-        names = [*self.domains, *self.unseen]
-        if len(set(names)) < len(names) or len({row.name for row in self.rows}) < len(self.rows):
-            raise ValueError("a row or column is named twice")
-        if len(self.rows) * (1 + len(names)) > MOST_CELLS:
-            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
-        return self
-
-
-def results_from_data(data: Any) -> Results:
-    """A table back from `Results.as_data`. Raises ValueError for anything else."""
-    saved = as_kind(data, _Saved)
-    rows = [
-        Row(row.name, row.kind, row.total_parameters, row.active_parameters, row.domains, row.identity) for row in saved.rows
-    ]
-    return Results(rows, saved.domains, saved.unseen, saved.text, saved.notes)
+def _claim(content: bytes) -> str:
+    return f"{Results.file} {hashlib.sha256(content).hexdigest()}"
 
 
 def _gap_text(score: Score | None) -> str:

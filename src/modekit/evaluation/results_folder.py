@@ -1,33 +1,105 @@
-"""OUT/results: where what was found lies, and the one reader of eval.json."""
+"""OUT/results: a class for each file there, by which it is written, read back, printed and reported."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+from pydantic import JsonValue, TypeAdapter
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.results import Results, Row, results_from_data
 from modekit.files.change import change_together
-from modekit.files.read import LARGE, parse_json, read_bytes, read_json
-from modekit.files.user_cache import is_proven_here, keep_proven
+from modekit.files.read import LARGE, UNREADABLE, read_json
+from modekit.files.typed import as_kind, shortened
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
-RESULTS_FILE = "eval.json"
+MOST_CELLS = 2**18
+"""Of a table that is read from a file: more than anybody measures."""
+
+_Read = TypeVar("_Read")
+_Kind = TypeVar("_Kind", bound="Result")
 
 
-def read_results(checkpoint: Checkpoint) -> Results:
-    """The table that eval.json holds, whatever it was made of. Raises OSError and ValueError."""
-    return results_from_data(read_json(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE))
+@dataclass(frozen=True)
+class Result(ABC):
+    """What a command found out about a checkpoint: its fields are the keys of `file`, and FILE.md shows them to people.
 
-
-def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
-    """The rows of eval.json, if this user's modekit wrote that very file; else none. Raises OSError and ValueError.
-
-    A file that somebody else brought is shown as what it says (`modekit report`), but no row of it stands for a score.
+    A part of it that has another key in the file, or other digits, says so in its annotation.
     """
-    content = read_bytes(checkpoint.folder / RESULTS_FOLDER / RESULTS_FILE, LARGE)
-    return results_from_data(parse_json(content.decode())).rows if is_proven_here(_claim(content)) else ()
+
+    file: ClassVar[str]
+    command: ClassVar[str]
+    expected: ClassVar[bool] = False
+    """Whether everybody runs the command, so that a report says when nobody did."""
+
+    @abstractmethod
+    def markdown(self) -> str:
+        """For people to read in a file."""
+
+    @abstractmethod
+    def belongs_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether it was found out about this checkpoint as it is now."""
+
+    @abstractmethod
+    def cells(self) -> int:
+        """Of the table that shows it."""
+
+    def as_data(self) -> dict[str, JsonValue]:
+        """Plain data for JSON."""
+        data: dict[str, JsonValue] = TypeAdapter(type(self)).dump_python(self, mode="json", by_alias=True)
+        return data
+
+    @classmethod
+    def from_data(cls: type[_Kind], data: object) -> _Kind:
+        """Back from `as_data`. Raises ValueError for anything else."""
+        found = as_kind(data, cls)
+        if found.cells() > MOST_CELLS:
+            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
+        return found
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write both files, together. Raises OSError and OutputError."""
+        page = Path(self.file).with_suffix(".md").name
+        write_results(checkpoint, {self.file: json_bytes(self.as_data()), page: self.markdown().encode()})
+
+    @classmethod
+    def read(cls: type[_Kind], checkpoint: Checkpoint) -> _Kind:
+        """What lies in the checkpoint, whatever it was made of. Raises OSError and ValueError."""
+        return cls.from_data(read_json(results_path(checkpoint, cls.file), LARGE))
+
+    @classmethod
+    def find(cls: type[_Kind], checkpoint: Checkpoint, problems: list[str] | None = None) -> _Kind | None:
+        """What lies there of this checkpoint as it is now; None without it. `problems` gets the reason."""
+        said: list[str] = [] if problems is None else problems
+        if not cls.expected and not os.path.lexists(results_path(checkpoint, cls.file)):
+            return None
+        found = read_or_say(cls.file, cls.command, lambda: cls.read(checkpoint), said)
+        if found is not None and not found.belongs_to(checkpoint):
+            said.append(of_another(cls.file, cls.command))
+            return None
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointResult(Result):
+    """A result that names its checkpoint by `Checkpoint.identity`."""
+
+    format: Literal[1] = field(default=1, kw_only=True)
+    checkpoint: Mapping[str, str] = field(kw_only=True)
+
+    def belongs_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether its models, router, recipe and tokenizer are still the same."""
+        return self.checkpoint == checkpoint.identity
+
+
+def results_path(checkpoint: Checkpoint, file: str) -> Path:
+    """Where a file of results lies."""
+    return checkpoint.folder / RESULTS_FOLDER / file
 
 
 def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of: str | None = None) -> None:
@@ -39,12 +111,18 @@ def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of:
     change_together(checkpoint.folder, inside, remove_in=f"{RESULTS_FOLDER}/{all_of}" if all_of else None)
 
 
-def write_table(checkpoint: Checkpoint, results: Results) -> None:
-    """Write eval.json and eval.md."""
-    content = json_bytes(results.as_data())
-    write_results(checkpoint, {RESULTS_FILE: content, "eval.md": results.markdown().encode()})
-    keep_proven(_claim(content))
+def read_or_say(file: str, command: str, read: Callable[[], _Read], problems: list[str]) -> _Read | None:
+    """What is read; None, and in `problems` why and what to run, where there is nothing that can be."""
+    try:
+        return read()
+    except FileNotFoundError:
+        problems.append(f"there is no {file}: run `{command}`")
+    except UNREADABLE as error:
+        problems.append(f"{file} is damaged or of another version ({shortened(error)}): run `{command}`")
+    return None
 
 
-def _claim(content: bytes) -> str:
-    return f"{RESULTS_FILE} {hashlib.sha256(content).hexdigest()}"
+def of_another(file: str, command: str) -> str:
+    """What is said of a file that was made before the checkpoint changed."""
+    changed = "models, router, recipe, tokenizer or training changed since"
+    return f"{file} is of another state of this mixture ({changed}): run `{command}` again"

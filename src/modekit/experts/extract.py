@@ -44,7 +44,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.model import open_source
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.splits import TRAINED_FILE, text_record
+from modekit.text.splits import TRAINED_FILE, TextDigest, text_record
 from modekit.weights.factorise import Array32, factorise, relative_error
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 
@@ -179,7 +179,7 @@ def _moments(
     model: Path,
     settings: ExtractSettings,
     run: Run,
-) -> tuple[_Moments, dict[str, int | str] | None]:
+) -> tuple[_Moments, TextDigest | None]:
     """Each chosen weight with E[x x^T] of what it reads on the text, or None without text; and the record of the text."""
     if not settings.texts:
         return ((each, None) for each in chosen), None
@@ -197,9 +197,7 @@ def _moments(
     return read(), text
 
 
-def _read_text(
-    settings: ExtractSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[TokenSequence], dict[str, int | str]]:
+def _read_text(settings: ExtractSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSequence], TextDigest]:
     """The fit split as sequences: what is held out stays unseen. Raises TextError when nothing is left."""
     text = read_text(settings.texts, root=settings.root, where="--text")
     documents = text.fit()

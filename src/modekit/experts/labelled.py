@@ -136,7 +136,7 @@ def read_domain(
     held_out = encode(
         reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
     )
-    return fit, sequences, Domain(label or where, None, held_out, {})
+    return fit, sequences, Domain(label or where, None, held_out)
 
 
 def generic_share(

@@ -34,7 +34,6 @@ from modekit.sources.open import Opener
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
-from modekit.text.splits import text_record
 
 _SERVED = 0.9  # of the expert's gain that the mixture has already
 
@@ -108,7 +107,7 @@ def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
     if not sequences:
         return {}, 0
     count = sum(len(sequence.ids) for sequence in sequences)
-    domain = Domain(expert.name, place, sequences, text_record(chosen, count))
+    domain = Domain(expert.name, place, sequences)
     loads = {
         "base": partial(load_model, base.folder, run=run),
         "mixture": partial(load_model, mixture, run=run),

@@ -10,9 +10,7 @@ from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import Change
-from modekit.evaluation.identity import belongs_to
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import read_results
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Label, read_as
 from modekit.members.licences import sources_of
@@ -47,7 +45,7 @@ class ListedExpert(BaseModel, frozen=True):
 def members_of(checkpoint: Checkpoint) -> list[ListedExpert]:
     """Every expert in recipe order. Raises CheckpointError when the files are damaged."""
     record = checkpoint.record
-    since, results = _since(record.history), _results(checkpoint)
+    since, results = _since(record.history), Results.find(checkpoint)
     licences = {name.removeprefix("expert "): source.said for source in sources_of(checkpoint) for name in source.used_as}
     experts = []
     for expert, size, teacher in zip(record.recipe.experts, _sizes(checkpoint), teachers_of(checkpoint), strict=True):
@@ -101,15 +99,6 @@ def _sizes(checkpoint: Checkpoint) -> list[int]:
             rows = low_rank.a.shape[1] + low_rank.b.shape[0]
             sizes[number] += rank * rows * ITEMSIZE[low_rank.a.dtype]
     return sizes
-
-
-def _results(checkpoint: Checkpoint) -> Results | None:
-    """What `modekit eval` found of the mixture as it is."""
-    try:
-        results = read_results(checkpoint)
-    except UNREADABLE:
-        return None
-    return results if belongs_to(results, checkpoint) else None
 
 
 def _worth(results: Results | None, domain: str) -> tuple[float | None, float | None]:

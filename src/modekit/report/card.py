@@ -22,6 +22,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
 from modekit.errors import OutputError
 from modekit.evaluation.markdown import markdown_table, plain
+from modekit.evaluation.results import Results
+from modekit.evaluation.translation.results import TranslationResults, score_table
 from modekit.files.change import change_together
 from modekit.files.figures import count_of
 from modekit.files.read import UNREADABLE, read_text
@@ -29,8 +31,6 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.strict import BASE
-from modekit.report.result_files import find_results, find_translations
-from modekit.report.translation_file import Scores
 from modekit.sources.family import architecture_of
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
@@ -204,29 +204,21 @@ def _training(training: TrainingRecord) -> dict[str, object]:
 
 
 def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
-    """Tables of what eval and eval --translate found of this mixture; why some of it cannot be shown goes to `problems`."""
-    results, found = find_results(checkpoint, problems), find_translations(checkpoint, problems)
+    """Tables of what eval and eval-translation found of this mixture; why some of it cannot be shown goes to `problems`."""
+    results, found = Results.find(checkpoint, problems), TranslationResults.find(checkpoint, problems)
     values: dict[str, object] = {"problems": [plain(each) for each in problems]}
     if results is not None:
         values |= {"loss_table": markdown_table(*results.table(), plain), "loss_notes": [plain(note) for note in results.notes]}
     if found is not None:
-        header = ["model", *found.domains, "mean", *(f"{name} / unseen" for name in found.unseen)]
-        body = [
-            [row.name, *map(_score, [*map(row.domains.get, found.domains), row.mean, *map(row.domains.get, found.unseen)])]
-            for row in found.rows
-        ]
+        table = score_table(found.rows, found.domains, found.unseen)
         values |= {
-            "translation_table": markdown_table(header, body, plain),
+            "translation_table": markdown_table(table[0], table[1], plain),
             "translation_notes": [plain(note) for note in found.notes],
             "beams": found.settings.beams,
             "bleu": plain(found.signatures.bleu),
             "chrf": plain(found.signatures.chrf),
         }
     return values
-
-
-def _score(score: Scores | None) -> str:
-    return "-" if score is None else f"{score.bleu:.1f} / {score.chrf:.1f}"
 
 
 def _source_table(sources: Sequence[Source]) -> str:

@@ -15,23 +15,21 @@ from pydantic import BaseModel, JsonValue
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.evaluation.chat import ChatResults
 from modekit.evaluation.results import Results, Row
+from modekit.evaluation.tasks.results import TaskResults
+from modekit.evaluation.translation.results import TranslationResults
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
     Search,
-    Trained,
-    find_chat,
+    TrainingTables,
     find_inspection,
-    find_results,
     find_search,
-    find_tasks,
     find_training,
-    find_translations,
 )
 from modekit.report.routing import routing_of, samples_of
-from modekit.report.translation_file import Translations
 from modekit.sources.family import architecture_of
 
 Points = list[list[float]]
@@ -78,11 +76,13 @@ class Content:
 def make_content(checkpoint: Checkpoint) -> Content:
     """Read what is there about a checkpoint; what is missing is null, and `missing` says why and what to run."""
     missing: list[str] = []
-    results = find_results(checkpoint, missing)
+    results = Results.find(checkpoint, missing)
+    if results is not None and not results.domains:
+        missing.append(f"{results.file} has no domain with an expert of its own")
     inspection = find_inspection(checkpoint, missing)
-    trained, tasks = find_training(checkpoint, missing), find_tasks(checkpoint, missing)
-    chat, search = find_chat(checkpoint, missing), find_search(checkpoint, missing)
-    translation = find_translations(checkpoint, missing)
+    trained, tasks = find_training(checkpoint, missing), TaskResults.find(checkpoint, missing)
+    chat, search = ChatResults.find(checkpoint, missing), find_search(checkpoint, missing)
+    translation = TranslationResults.find(checkpoint, missing)
     sources = sources_of(checkpoint)
     curves, points = _curves(checkpoint, trained), _points(search)
     data = {
@@ -197,7 +197,7 @@ def _results(results: Results | None) -> dict[str, object] | None:
         "domains": results.domains,
         "unseen": results.unseen,
         "rows": rows,
-        "text": {name: dict(results.text[name]) for name in every if name in results.text},
+        "text": {name: vars(results.text[name]) for name in every if name in results.text},
         "lowest": {
             name: _best([(row.name, row.scores[name].loss) for row in results.rows if name in row.scores]) for name in every
         },
@@ -237,14 +237,15 @@ def gap_of(results: Results, row: Row, domain: str | None) -> tuple[float | None
     return row.mean_gap(results.domains), math.sqrt(sum(error * error for error in errors)) / len(errors) if whole else None
 
 
-def _translation(found: Translations) -> dict[str, object]:
+def _translation(found: TranslationResults) -> dict[str, object]:
     """The table, and the examples of each domain; texts are cut where there are so many that a page has no room for them."""
     room = _CHARACTERS // (5 * len(found.examples) or 1)  # of a text: an example has five
     examples: dict[str, list[object]] = {}
     for example in found.examples:
-        texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in example if isinstance(text, str)}
-        examples.setdefault(example.domain, []).append(example.model_copy(update={**texts, "domain": example.domain}))
-    return {**found.model_dump(), "examples": examples}
+        said = vars(example)
+        texts = {name: text if len(text) <= room else f"{text[:room]}…" for name, text in said.items() if isinstance(text, str)}
+        examples.setdefault(example.domain, []).append({**said, **texts, "domain": example.domain})
+    return {**found.as_data(), "examples": examples}
 
 
 def _search(search: Search, points: SearchPoints) -> dict[str, object]:
@@ -278,7 +279,7 @@ def _points(search: Search | None) -> SearchPoints | None:
     return SearchPoints([point for _, point in scored], front)
 
 
-def _training(checkpoint: Checkpoint, trained: Trained | None, curves: LossCurves | None) -> dict[str, object] | None:
+def _training(checkpoint: Checkpoint, trained: TrainingTables | None, curves: LossCurves | None) -> dict[str, object] | None:
     records = checkpoint.record.training
     if not records:
         return None
@@ -301,7 +302,7 @@ def _training(checkpoint: Checkpoint, trained: Trained | None, curves: LossCurve
     }
 
 
-def _curves(checkpoint: Checkpoint, trained: Trained | None) -> LossCurves | None:
+def _curves(checkpoint: Checkpoint, trained: TrainingTables | None) -> LossCurves | None:
     """Of the last training."""
     if trained is None or trained.curve is None:
         return None
@@ -325,7 +326,7 @@ def _members(checkpoint: Checkpoint) -> dict[str, object]:
 def _provenance(checkpoint: Checkpoint, results: Results | None) -> dict[str, object]:
     record = checkpoint.record
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    scored = {name: dict(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
+    scored = {name: vars(results.text[name]) for name in [*results.domains, *results.unseen]} if results is not None else {}
     return {
         "recipe": recipe,
         "recipe_digest": record.recipe_digest,

@@ -15,7 +15,7 @@ from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
 from modekit.sources.family import Reads
 
-TextRecord = dict[str, Any]
+TextProvenance = Mapping[str, Any]
 """What is remembered of a text (text/splits.py)."""
 
 
@@ -56,7 +56,7 @@ class Fitting:
     def fitted(
         self,
         gates: Gates,
-        text: Sequence[TextRecord],
+        text: Sequence[TextProvenance],
         report: Mapping[str, object],
         status: Literal["fitted", "trained"] = "fitted",
     ) -> FittedRouter:

@@ -21,7 +21,7 @@ from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens, chats_of, read_examples
-from modekit.routing.fitting import Fitting, TextRecord
+from modekit.routing.fitting import Fitting, TextProvenance
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.text.document import Document
 from modekit.text.held_out import RecipeTexts
@@ -139,12 +139,12 @@ class SelectTexts:
         """Whether a domain's kept tokens have those documents, too, if they are needed."""
         return not self.needed or (kept.chooses and kept.source.get("held_out") == self._said(place)[1])
 
-    def of(self, place: int) -> tuple[list[TokenSequence], TextRecord]:
+    def of(self, place: int) -> tuple[list[TokenSequence], TextProvenance]:
         """Sequences of a domain's documents, none where it has none, and what the kept tokens say of their source."""
         documents, said = self._said(place)
         return encode(self._tokenizer, documents, max_tokens=MOST_TOKENS // 8, sequence_length=self._length), said
 
-    def _said(self, place: int) -> tuple[list[Document], TextRecord]:
+    def _said(self, place: int) -> tuple[list[Document], TextProvenance]:
         own = self._texts.own(place)
         documents: list[Document] = [] if own is None else self._texts.select_of(own)
         return documents, text_record(documents, 0)

@@ -1,7 +1,7 @@
 """What people say in a chat that is of no domain, and what stands above chats: short texts that a fit may use.
 
 A base model that is an expert takes small talk (routing/examples.py): text of a domain rarely has any, so that a router
-fitted on documents alone finds its few words in some domain. Nothing of what `modekit eval --chat` says to a mixture is here.
+fitted on documents alone finds its few words in some domain. Nothing of what `modekit eval-chat` says to a mixture is here.
 """
 
 from __future__ import annotations

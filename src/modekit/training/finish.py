@@ -16,8 +16,8 @@ from modekit.checkpoint.record import TrainingRecord
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels
-from modekit.evaluation.results import Results, Row, results_from_data
-from modekit.evaluation.results_folder import write_results, write_table
+from modekit.evaluation.results import Results, Row
+from modekit.evaluation.results_folder import write_results
 from modekit.files.libraries import library_writes
 from modekit.files.output import settle
 from modekit.files.read import LARGE, read_bytes
@@ -64,7 +64,7 @@ def finish(
         folder.remove()
     if not improved or not processes().is_main:
         return TrainedMixture(request.checkpoint, improved, record, None, error)
-    before = folder.recall("before", results_from_data) if folder is not None else None
+    before = folder.recall("before", Results.from_data) if folder is not None else None
     if folder is not None and folder.is_written:
         written = open_checkpoint(request.target)
     else:
@@ -153,7 +153,7 @@ def _evaluate(
     if without is not None:
         found = replace(found, notes=[*found.notes, without])
         if write:
-            write_table(checkpoint, found)
+            found.write(checkpoint)
     return found
 
 

@@ -35,12 +35,12 @@ class TrainingText:
     select: Sequence[TokenSequence]
     trained_on: list[str]
     selected_by: list[str]
-    record: dict[str, Any]
+    record: Mapping[str, Any]
 
     @property
     def held_out(self) -> Domain:
         """What states are compared on."""
-        return Domain(self.corpus.name, self.corpus.expert, self.select, {})
+        return Domain(self.corpus.name, self.corpus.expert, self.select)
 
 
 def read_texts(

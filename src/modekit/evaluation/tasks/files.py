@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,8 +17,9 @@ from modekit.evaluation.tasks.questions import Questions
 
 FUNCTION = "!function"
 _ACCURACY = {"aggregation": "mean", "higher_is_better": True}
-_CHOICE: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_target": "answer"}
-FORMS: dict[str, dict[str, Any]] = {
+_CHOICE = {"output_type": "multiple_choice", "doc_to_target": "answer"}
+_CONTINUATION = {**_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": ""}
+FORMS: dict[str, dict[str, object]] = {
     # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
     "glosses": {
         "output_type": "multiple_choice",
@@ -38,21 +38,9 @@ FORMS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
     },
     # Which continuation gains most by the beginning, log p(continuation | beginning) - log p(continuation).
-    "continuations": {
-        **_CHOICE,
-        "doc_to_text": "beginning",
-        "doc_to_choice": "continuations",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}],
-    },
+    "continuations": {**_CONTINUATION, "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}]},
     # Which continuation is likeliest, log p(continuation | beginning) per character.
-    "continuations_plain": {
-        **_CHOICE,
-        "doc_to_text": "beginning",
-        "doc_to_choice": "continuations",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
-    },
+    "continuations_plain": {**_CONTINUATION, "metric_list": [{"metric": "acc_norm", **_ACCURACY}]},
     "generation": {
         "output_type": "generate_until",
         "doc_to_text": "prompt",
@@ -68,7 +56,7 @@ FORMS: dict[str, dict[str, Any]] = {
 """Form -> what its task file says; the kind of question is the form's first word."""
 
 GROUPS = {**{form: (form,) for form in FORMS}, "questions": ("glosses", "continuations")}
-"""Names that --tasks takes for the questions -> forms."""
+"""Names that TASKS takes for the questions -> forms."""
 
 
 def task_name(form: str, domain: str) -> str:
@@ -91,7 +79,7 @@ def task_files(made: Sequence[Questions]) -> dict[str, bytes]:
     return files
 
 
-def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, Any]:
+def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, object]:
     """What the task file says; with a folder, the text is found from anywhere."""
     file = _data_file(questions)
     return {
@@ -107,7 +95,7 @@ def task_config(form: str, questions: Questions, folder: Path | None) -> dict[st
 
 
 def wanted_forms(names: Sequence[str]) -> list[str]:
-    """The forms that names of --tasks ask for."""
+    """The forms that names of TASKS ask for."""
     return list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
 
 

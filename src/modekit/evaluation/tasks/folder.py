@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from modekit.errors import ModekitError
-from modekit.evaluation.tasks.data import LARGEST, SUFFIXES, check_data
 from modekit.evaluation.tasks.trust import check_config, refusal
-from modekit.files.read import UNREADABLE
+from modekit.files.read import UNREADABLE, parse_json, read_text
 from modekit.files.typed import shortened
 from modekit.recipes.strict_yaml import StrictLoader, read_yaml
 
@@ -28,6 +27,11 @@ _MOST_FILES = 10_000
 _MOST_INCLUDES = 50  # of one file
 _MOST_TASKS = 1_000  # of one name
 _DEEPEST = 20  # groups within each other
+_LARGEST = 2**25  # bytes of a data file
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+_MOST_LINES = 200_000
+_MOST_VALUES = 2**21  # lists and objects of a file
+_MOST_COLUMNS = 1_000  # keys within keys count as columns, too
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def read_folders(folders: Sequence[Path]) -> dict[str, Entry]:
 
     entries: dict[str, Entry] = {}
     for folder in folders:
-        reader = _Reader(folder.resolve())
+        reader = _TaskFolder(folder.resolve())
         found: dict[str, Entry] = {}
         for file in _task_files(folder.resolve()):
             config = reader.merged(file)
@@ -135,7 +139,7 @@ def _task_files(root: Path) -> list[Path]:
 
 
 @dataclass
-class _Reader:
+class _TaskFolder:
     """Reads the files of one folder, each once."""
 
     root: Path
@@ -163,7 +167,7 @@ class _Reader:
             merged.update({key: value for key, value in other.items() if key != "task_list"})
         return {**merged, **{key: value for key, value in said.items() if key != "include"}}
 
-    def with_data(self, config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    def with_data(self, config: Mapping[str, Any], file: Path) -> dict[str, object]:
         """`dataset_kwargs` with whole paths of data files, each checked. Raises ModekitError for any that may not be read."""
         settings = config["dataset_kwargs"]
         files = settings["data_files"]
@@ -174,10 +178,10 @@ class _Reader:
             for name in named if isinstance(named, list) else [named]:
                 try:
                     place = self._data(name, file)
-                    check_data(place, config["dataset_path"], settings.get("delimiter") or ",")
+                    _check_data(place, config["dataset_path"], settings.get("delimiter") or ",")
                 except UNREADABLE as error:
                     found = f"dataset_kwargs.data_files: {shortened(name)} ({shortened(error)})"
-                    expected = f"a {', '.join(SUFFIXES)} file of text in {self.root}, of at most {LARGEST:,} bytes"
+                    expected = f"a {', '.join(_SUFFIXES)} file of text in {self.root}, of at most {_LARGEST:,} bytes"
                     raise refusal(file, found, expected) from None
                 whole[split].append(str(place))
         rest = {key: value for key, value in settings.items() if key != "trust_remote_code"}
@@ -189,7 +193,7 @@ class _Reader:
         place = next((place.resolve() for place in places if place.is_file()), None)
         if place is None:
             raise ValueError("it is not there, or not in the folder")
-        if place.suffix not in SUFFIXES or any(sign in str(place) for sign in ("*", "?", "[", "::", "://")):
+        if place.suffix not in _SUFFIXES or any(sign in str(place) for sign in ("*", "?", "[", "::", "://")):
             raise ValueError("its name is none of a data file")
         return place
 
@@ -210,3 +214,40 @@ def _parsed(file: Path) -> Any:
         return read_yaml(file, _TaskLoader)
     except UNREADABLE as error:
         raise refusal(file, f"what cannot be read: {shortened(error)}", "YAML that is whole and not too large") from None
+
+
+def _check_data(place: Path, loader: str, delimiter: str) -> None:
+    """Raise OSError, or ValueError that says why a file is not read by a loader (json, csv, text): nothing packed, no bombs."""
+    from datasets.utils.extract import Extractor
+
+    text = read_text(place, _LARGEST)
+    packed = Extractor.infer_extractor_format(str(place))
+    if packed:
+        raise ValueError(f"it is packed ({packed})")
+    lines = text.splitlines()
+    if len(lines) > _MOST_LINES:
+        raise ValueError(f"it has more than {_MOST_LINES:,} lines")
+    if loader == "csv" and lines and lines[0].count(delimiter) >= _MOST_COLUMNS:
+        raise ValueError(f"it has more than {_MOST_COLUMNS:,} columns")
+    if loader == "json":
+        if text.count("{") + text.count("[") > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} lists and objects")
+        _check_columns(text, lines)
+
+
+def _check_columns(text: str, lines: list[str]) -> None:
+    try:
+        rows = [parse_json(line) for line in lines if line.strip()]
+    except ValueError:  # not one item a line
+        rows = [parse_json(text)]
+    columns: set[tuple[str, ...]] = set()
+    left: list[tuple[tuple[str, ...], Any]] = [((), row) for row in rows]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left += [((*path, key), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            left += [(path, each) for each in value if isinstance(each, (dict, list))]
+        columns.add(path)
+        if len(columns) > _MOST_COLUMNS:
+            raise ValueError(f"it has more than {_MOST_COLUMNS:,} columns")

@@ -12,14 +12,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
+from modekit.evaluation.tasks.bounded import BoundedPatterns, render
 from modekit.evaluation.tasks.folder import check_exists, leaves, read_folders
-from modekit.evaluation.tasks.patterns import Patterns
-from modekit.evaluation.tasks.templates import render
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 _SEED = 1234  # of few-shot examples, as in the harness's own command
 _MOST_REQUESTS = 200_000  # of one task
@@ -57,7 +60,7 @@ def require_harness() -> None:
     except ImportError as error:
         raise ModekitError(
             "tasks need lm-evaluation-harness, which is not installed",
-            where="modekit eval --tasks",
+            where="modekit eval-tasks",
             found=error,
             remedy="pip install 'modekit[eval]'",
         ) from None
@@ -82,33 +85,29 @@ def quiet(trusted: bool) -> Iterator[None]:
         datasets.disable_progress_bars()
         if bars:
             stack.callback(datasets.enable_progress_bars)
-        stack.enter_context(_replaced(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable))
+        _replace(stack, lm_eval.api.task, "tqdm", lambda iterable, **_: iterable)
         if not trusted:
-            patterns = Patterns()
-            stack.enter_context(_replaced(lm_eval.utils, "apply_template", render))
+            patterns = BoundedPatterns()
+            _replace(stack, lm_eval.utils, "apply_template", render)
             for module in (lm_eval.api.metrics, lm_eval.filters.extraction):
-                stack.enter_context(_replaced(module, "re", patterns))
+                _replace(stack, module, "re", patterns)
         yield
 
 
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
+def _replace(stack: ExitStack, module: ModuleType, name: str, value: object) -> None:
+    """Put something in the place of a module's own until the stack is left."""
+    stack.callback(setattr, module, name, getattr(module, name))
     setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
-def harness_task(config: Mapping[str, Any]) -> Any:
+def harness_task(config: Mapping[str, object]) -> Task:
     """A task of the harness from what its file would say."""
     from lm_eval.tasks import TaskManager
 
     return next(iter(TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()))
 
 
-def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Any]:
+def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Task]:
     """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
 
     Raises ModekitError when a name is unknown or a folder asks for more than data without the flag, TextError when a task's
@@ -117,18 +116,18 @@ def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool,
     for folder in folders:
         check_exists(folder)
     manager = _trusted_tasks(names, folders) if trusted else _checked_tasks(names, folders)
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, Task] = {}
     for name in names:
         matching = manager.match_tasks([name])
         if not matching:
             raise _unknown(name, [*others, *manager.all_tasks])
         for match in matching:
-            with raising(f"--tasks {match}", "the task cannot be loaded", _DATA_REMEDY):
+            with raising(f"task {match}", "the task cannot be loaded", _DATA_REMEDY):
                 tasks.update(manager.load([match])["tasks"])
     return tasks
 
 
-def _trusted_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
+def _trusted_tasks(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     """The harness's own way: it reads the folders, and runs what their files name."""
     from lm_eval.tasks import TaskManager
 
@@ -138,7 +137,7 @@ def _trusted_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
     return TaskManager(include_path=[str(folder) for folder in folders])  # with its own: thousands of files
 
 
-def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
+def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     """The harness with the folders' tasks as data. Its own are read only where a name, or a group's member, is not theirs."""
     from lm_eval.tasks import TaskManager
 
@@ -168,7 +167,7 @@ def _unknown(name: str, known: Sequence[str]) -> ModekitError:
     close = difflib.get_close_matches(name, known, 3)
     return ModekitError(
         "unknown task",
-        where="--tasks",
+        where="TASKS",
         found=name,
         expected=f"perhaps {', '.join(close)}" if close else None,
         remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
@@ -187,16 +186,16 @@ def raising(where: str, what: str, remedy: str) -> Iterator[None]:
         raise TextError(what, where=where, found=f"{type(error).__name__}: {said}", remedy=remedy) from error
 
 
-def build_requests(name: str, task: Any, limit: int | None) -> None:
+def build_requests(name: str, task: Task, limit: int | None) -> None:
     """Make what a task asks, once for all models. Raises TextError where that is too much, or does not work."""
-    with raising(f"--tasks {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
+    with raising(f"task {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
         _check_size(name, task, limit)
         task.set_fewshot_seed(_SEED)
         task.build_all_requests(limit=limit)
         task.build_all_requests = lambda **_: None  # the harness would draw other few-shot examples for every model
 
 
-def _check_size(name: str, task: Any, limit: int | None) -> None:
+def _check_size(name: str, task: Task, limit: int | None) -> None:
     """Raise TextError for requests that no memory holds: counted one at a time, and the text of each item first."""
     shots, asked, characters = task.config.num_fewshot or 0, 0, 0
     task.set_fewshot_seed(_SEED)
@@ -219,7 +218,7 @@ def _check_item(name: str, doc: object) -> None:
 def _too_large(name: str, found: str) -> TextError:
     return TextError(
         "the task is too large",
-        where=f"--tasks {name}",
+        where=f"task {name}",
         found=found,
         expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters",
         remedy="give --limit",
@@ -229,13 +228,13 @@ def _too_large(name: str, found: str) -> TextError:
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, Any],
+    tasks: Mapping[str, Task],
     *,
     limit: int | None,
     trusted: bool,
     advance: Callable[[int], object],
 ) -> dict[str, Scored]:
-    """One model on all tasks; `advance` is told of answered requests. Raises ModekitError naming what a task tripped over."""
+    """One model on all tasks; `advance` gets the number of answered requests. Raises ModekitError naming what failed."""
     from lm_eval.evaluator import evaluate
 
     from modekit.evaluation.tasks.scoring import LoadedModel
@@ -265,14 +264,14 @@ def _scored(samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) ->
     )
 
 
-def metrics_of(task: Any, limit: int | None, *, every: bool) -> list[Metric]:
+def metrics_of(task: Task, limit: int | None, *, every: bool) -> list[Metric]:
     """What is shown of a task: one metric, or `every` one of them."""
     better = dict(task.higher_is_better())
     names = list(better) if every else [next((name for name in _PREFERRED if name in better), next(iter(better)))]
     return [Metric(name, bool(better[name]), chance_of(task, limit) if name.startswith("acc") else None) for name in names]
 
 
-def chance_of(task: Any, limit: int | None) -> float | None:
+def chance_of(task: Task, limit: int | None) -> float | None:
     """Expected accuracy of guessing between the choices of each item; None for a task without choices."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None

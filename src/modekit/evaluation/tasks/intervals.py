@@ -6,12 +6,13 @@ Shape legend: N items, C clusters (documents, or single items), R draws, K numbe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import PlainSerializer
 
 from modekit.files.typed import Number
 
@@ -19,23 +20,21 @@ DRAWS = 1_000
 _LEVEL = (2.5, 97.5)  # percentiles: 95 %
 
 Floats = npt.NDArray[np.float64]
+SixDigits = Annotated[Number, PlainSerializer(lambda value: float(f"{value:.6g}"))]
+"""A figure that a file has with 6 significant digits."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value and the bounds of its 95 % interval; None where nothing can be drawn again."""
 
-    value: Number
-    low: Number | None = None
-    high: Number | None = None
-
-    def as_data(self) -> dict[str, float | None]:
-        """Plain data for JSON, 6 significant digits."""
-        return {name: None if value is None else float(f"{value:.6g}") for name, value in vars(self).items()}
+    value: SixDigits
+    low: SixDigits | None = None
+    high: SixDigits | None = None
 
 
 @dataclass(frozen=True)
-class Sample:
+class ItemSums:
     """One model on one task: what every item adds (N, K), and what the sums (..., K) are worth."""
 
     parts_NK: Floats
@@ -47,13 +46,13 @@ class Sample:
         return float(self.worth(self.parts_NK.sum(0)))
 
 
-def mean_sample(values: Sequence[float]) -> Sample:
+def mean_sample(values: Sequence[float]) -> ItemSums:
     """Items whose score is their mean."""
     parts = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1)
-    return Sample(parts, lambda sums: np.asarray(sums[..., 0] / sums[..., 1]))
+    return ItemSums(parts, lambda sums: np.asarray(sums[..., 0] / sums[..., 1]))
 
 
-def bleu_sample(pairs: Sequence[tuple[str, str]]) -> Sample:
+def bleu_sample(pairs: Sequence[tuple[str, str]]) -> ItemSums:
     """Pairs (reference, text) whose score is corpus BLEU, from each sentence's counts."""
     from sacrebleu import sentence_bleu
     from sacrebleu.metrics.bleu import BLEU
@@ -65,18 +64,18 @@ def bleu_sample(pairs: Sequence[tuple[str, str]]) -> Sample:
         counts = [round(number) for number in sums_K]
         return float(BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score)
 
-    return Sample(parts, lambda sums: np.apply_along_axis(one, -1, sums))
+    return ItemSums(parts, lambda sums: np.apply_along_axis(one, -1, sums))
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Bootstrap:
     """A task's models under the same draws: values, and values of every draw (R,); no draws when there is but one cluster."""
 
     values: Mapping[str, float]
     draws: Mapping[str, Floats | None]
 
 
-def draw(samples: Mapping[str, Sample], clusters: Sequence[Any], name: str) -> Drawn:
+def draw(samples: Mapping[str, ItemSums], clusters: Sequence[Hashable], name: str) -> Bootstrap:
     """Draw clusters with replacement, R times; all models get the same draws, which depend on `name` alone.
 
     `clusters` names the cluster of every item: items of one document are drawn together.
@@ -86,7 +85,7 @@ def draw(samples: Mapping[str, Sample], clusters: Sequence[Any], name: str) -> D
     count = len(places)
     values = {model: sample.value for model, sample in samples.items()}
     if count < 2:
-        return Drawn(values, dict.fromkeys(samples))
+        return Bootstrap(values, dict.fromkeys(samples))
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     times_RC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
     draws: dict[str, Floats | None] = {}
@@ -94,14 +93,14 @@ def draw(samples: Mapping[str, Sample], clusters: Sequence[Any], name: str) -> D
         sums_CK = np.zeros((count, sample.parts_NK.shape[1]))
         np.add.at(sums_CK, of_item_N, sample.parts_NK)
         draws[model] = sample.worth(times_RC @ sums_CK)
-    return Drawn(values, draws)
+    return Bootstrap(values, draws)
 
 
-def average(tasks: Sequence[Drawn]) -> Drawn:
+def average(tasks: Sequence[Bootstrap]) -> Bootstrap:
     """The mean over tasks, each drawn by itself."""
     models = list(tasks[0].values)
     draws = {model: [task.draws[model] for task in tasks] for model in models}
-    return Drawn(
+    return Bootstrap(
         {model: float(np.mean([task.values[model] for task in tasks])) for model in models},
         {
             model: None if any(each is None for each in several) else np.mean([e for e in several if e is not None], axis=0)
@@ -110,12 +109,12 @@ def average(tasks: Sequence[Drawn]) -> Drawn:
     )
 
 
-def rows(drawn: Drawn) -> dict[str, Estimate]:
+def rows(drawn: Bootstrap) -> dict[str, Estimate]:
     """Every model's score."""
     return {model: _estimate(value, drawn.draws[model]) for model, value in drawn.values.items()}
 
 
-def differences(drawn: Drawn, of: str) -> dict[str, Estimate]:
+def differences(drawn: Bootstrap, of: str) -> dict[str, Estimate]:
     """Score of one model minus that of each other one; empty when it was not run."""
     if of not in drawn.values:
         return {}

@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
@@ -30,7 +30,37 @@ QUESTIONS, GENERATIONS = 200, 50  # of a domain and kind at most
 _FEWEST = 8  # of a domain and kind: fewer say nothing
 _WORD = re.compile(r"\S+")
 
-Item = dict[str, Any]
+
+class GlossItem(TypedDict):
+    """A gloss, four heads of which that of `answer` is its own, and the same question with bare terms."""
+
+    document: str
+    gloss: str
+    heads: list[str]
+    asked: str
+    terms: list[str]
+    answer: int
+
+
+class ContinuationItem(TypedDict):
+    """A passage's beginning, and four continuations of which that of `answer` is its own."""
+
+    document: str
+    beginning: str
+    continuations: list[str]
+    answer: int
+
+
+class GenerationItem(TypedDict):
+    """What to go on from, and what the text says; of the answer so many `words` are compared, all where that is 0."""
+
+    document: str
+    prompt: str
+    reference: str
+    words: int
+
+
+Items = Sequence[GlossItem] | Sequence[ContinuationItem] | Sequence[GenerationItem]
 
 
 @dataclass(frozen=True)
@@ -40,7 +70,7 @@ class Questions:
     kind: str
     domain: str
     unseen: bool
-    items: Sequence[Item]
+    items: Items
 
 
 def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: int = 0) -> tuple[list[Questions], list[str]]:
@@ -56,7 +86,11 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
         texts = list(map(text_of, held.documents))
         glosses = gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses"))
         continuations = continuation_items(texts, random.Random(f"{seed} {held.name} continuations"))
-        kinds = {"glosses": glosses, "continuations": continuations, "generation": generation_items(glosses, continuations)}
+        kinds: dict[str, Items] = {
+            "glosses": glosses,
+            "continuations": continuations,
+            "generation": generation_items(glosses, continuations),
+        }
         for kind, items in kinds.items():
             if len(items) >= _FEWEST:
                 made.append(Questions(kind, held.name, held.expert is None, items))
@@ -80,12 +114,12 @@ def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
     return terms.union(*(head_words(map(text_of, texts.fit(place))) for place in range(len(checkpoint.names))))
 
 
-def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:
+def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[GlossItem]:
     """One item per entry that is not `known`: its gloss, four heads, and the same question with bare terms."""
     entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
     entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
     chance.shuffle(entries)
-    items: list[Item] = []
+    items: list[GlossItem] = []
     for digest, entry in entries[:QUESTIONS]:
         others = _others(entry, [other for _, other in entries], chance)
         if len(others) == CHOICES - 1:
@@ -124,10 +158,10 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def continuation_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
+def continuation_items(documents: Sequence[str], chance: random.Random) -> list[ContinuationItem]:
     """Passages of the documents from their beginnings on, none overlapping, each with continuations of three others."""
     passages = [(digest_of(document), *passage) for document in documents for passage in _passages(document)]
-    items: list[Item] = []
+    items: list[ContinuationItem] = []
     for digest, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
         continuations = [own]
         for other, _, continuation in chance.sample(passages, len(passages)):
@@ -156,7 +190,7 @@ def _passages(document: str) -> Iterator[tuple[str, str]]:
         yield document[words[start].start() : cut], document[cut:end]
 
 
-def generation_items(glosses: Sequence[Item], continuations: Sequence[Item]) -> list[Item]:
+def generation_items(glosses: Sequence[GlossItem], continuations: Sequence[ContinuationItem]) -> list[GenerationItem]:
     """What a model should write: glosses where there are entries, else continuations (`words`: as many are compared)."""
     if len(glosses) >= _FEWEST:
         return [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 
-def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+def process_results(doc: Mapping[str, str | int], results: Sequence[str]) -> dict[str, float | tuple[str, str]]:
     """ChrF and ROUGE-L of one text, 0 to 100, and the pair (reference, text) that corpus BLEU is made of.
 
     With doc["words"] only so many words of the text count. A last full stop does not.
@@ -13,8 +13,8 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import sentence_chrf
 
-    words = doc.get("words") or 0
-    reference, text = doc["reference"].strip(), results[0].strip()
+    words = int(doc.get("words") or 0)
+    reference, text = str(doc["reference"]).strip(), results[0].strip()
     if words:
         text = " ".join(text.split()[:words])
         reference = " ".join(reference.split())

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.evaluation.tasks.shared import Asked, answers_of
+from modekit.evaluation.tasks.prefixes import Continuation, answers_of
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 _GENERATED = 16  # texts that are generated side by side
@@ -27,17 +28,17 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_GENERATED)
         self._advance = advance
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As HFLM, without its bar."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """As HFLM, without its bar."""
         answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         return answers
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """As HFLM, without its bar."""
         answers: list[str] = []
         for start in range(0, len(requests), 4 * _GENERATED):
@@ -56,33 +57,16 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         asked = {}
         for context, continuation in dict.fromkeys(pairs):  # tasks ask the same again: a continuation by itself
             ids = (context + continuation)[-longest:]
-            asked[context, continuation] = Asked(ids, max(len(ids) - len(continuation), 1))
-        answers: dict[Asked, tuple[float, bool]] = {}
-        report = _Reports(self._advance, len(requests), sum(len(each.ids) for each in set(asked.values())))
+            asked[context, continuation] = Continuation(ids, max(len(ids) - len(continuation), 1))
+        every = list(dict.fromkeys(asked.values()))
+        answers: dict[Continuation, tuple[float, bool]] = {}
+        total, read, reported = sum(len(each.ids) for each in every), 0, 0
         with torch.inference_mode():
-            for answered, tokens in answers_of(self.model, list(dict.fromkeys(asked.values()))):
+            for answered, tokens in answers_of(self.model, every):
                 answers.update(answered)
-                report.done(tokens)
-        report.end()
+                read += tokens  # requests count by their tokens: the longest come first
+                done = len(requests) * read // total
+                self._advance(done - reported)
+                reported = done
+        self._advance(len(requests) - reported)
         return [answers[asked[pair]] for pair in pairs]
-
-
-class _Reports:
-    """Requests counted by their tokens, so that the time left is not that of the longest, which come first."""
-
-    def __init__(self, advance: Callable[[int], object], requests: int, tokens: int) -> None:
-        self._advance, self._requests, self._tokens = advance, requests, tokens
-        self._read = self._said = 0
-
-    def done(self, tokens: int) -> None:
-        """Some more tokens are answered."""
-        self._read += tokens
-        self._say(self._requests * self._read // max(self._tokens, 1))
-
-    def end(self) -> None:
-        """All of them are."""
-        self._say(self._requests)
-
-    def _say(self, requests: int) -> None:
-        self._advance(requests - self._said)
-        self._said = requests

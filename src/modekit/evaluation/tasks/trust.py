@@ -2,16 +2,16 @@
 
 All else is refused, since the harness imports a metric that it does not know from the hub, hands `generation_kwargs` to
 `generate` (which runs code for `custom_generate`), unpickles some data sets, opens prompt files anywhere, and gives `metadata`
-of a group to the code of its own tasks. Patterns and templates are bounded where they run: `patterns.py`, `templates.py`.
+of a group to the code of its own tasks. Patterns and templates are bounded where they run (`bounded.py`).
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -26,11 +26,11 @@ _REMEDY = "correct the file; or read the whole folder, and give --trust-remote-c
 _WITH_CODE = {"custom"}  # filters of the harness that are nothing without a function
 
 
-def _named(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
+def _named(kind: str) -> AfterValidator:
     """A check that a name is one of those that the harness has, asked for only when there is one to check."""
 
     def check(name: str) -> str:
-        known = sorted(names())
+        known = sorted(_known(kind))
         if name not in known:
             raise ValueError(f"one of the harness's {kind}s: {', '.join(known)}")
         return name
@@ -38,37 +38,22 @@ def _named(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _metrics() -> Iterable[str]:
-    import lm_eval.api.metrics  # noqa: F401  fills the registry
-    from lm_eval.api.registry import metric_registry
-
-    return list(metric_registry.keys())
-
-
-def _aggregations() -> Iterable[str]:
-    import lm_eval.api.metrics  # noqa: F401  fills the registry
-    from lm_eval.api.registry import aggregation_registry
-
-    return list(aggregation_registry.keys())
-
-
-def _filters() -> Iterable[str]:
+def _known(kind: str) -> Iterable[str]:
+    """What the harness has of a kind of thing."""
+    import lm_eval.api.metrics
     import lm_eval.filters  # noqa: F401  fills the registry
-    from lm_eval.api.registry import filter_registry
-
-    return set(filter_registry.keys()) - _WITH_CODE
-
-
-def _samplers() -> Iterable[str]:
+    from lm_eval.api import registry
     from lm_eval.api.samplers import SAMPLER_REGISTRY
-
-    return list(SAMPLER_REGISTRY)
-
-
-def _prompts() -> Iterable[str]:
     from lm_eval.prompts import PROMPT_REGISTRY
 
-    return [f"{group}:{name}" for group, prompts in PROMPT_REGISTRY.items() for name in prompts]
+    found: dict[str, Iterable[str]] = {
+        "metric": registry.metric_registry.keys(),
+        "aggregation": registry.aggregation_registry.keys(),
+        "filter": set(registry.filter_registry.keys()) - _WITH_CODE,
+        "sampler": SAMPLER_REGISTRY,
+        "prompt": [f"{group}:{name}" for group, prompts in PROMPT_REGISTRY.items() for name in prompts],
+    }
+    return found[kind]
 
 
 def _pattern(pattern: str) -> str:
@@ -82,11 +67,11 @@ def _column(name: str) -> str:
     return name
 
 
-_Metric = Annotated[str, _named("metric", _metrics)]
-_Aggregation = Annotated[str, _named("aggregation", _aggregations)]
-_Filter = Annotated[str, _named("filter", _filters)]
-_Sampler = Annotated[str, _named("sampler", _samplers)]
-_Prompt = Annotated[str, _named("prompt", _prompts)]
+_Metric = Annotated[str, _named("metric")]
+_Aggregation = Annotated[str, _named("aggregation")]
+_Filter = Annotated[str, _named("filter")]
+_Sampler = Annotated[str, _named("sampler")]
+_Prompt = Annotated[str, _named("prompt")]
 _Pattern = Annotated[str, AfterValidator(_pattern)]
 _Name = Annotated[Label, Field(min_length=1)]
 _Split = Annotated[str, AfterValidator(_column)]
@@ -221,7 +206,7 @@ class TaskFile(Overrides):
     metadata: dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]] | None = None
 
 
-class Member(Overrides):
+class GroupMember(Overrides):
     """A task of a group, asked otherwise than its file says."""
 
     task: _Name
@@ -241,7 +226,7 @@ class GroupFile(Overrides):
 
     group: _Name
     group_alias: _Name | None = None
-    task: list[_Name | Member] = Field(min_length=1, max_length=1_000)
+    task: list[_Name | GroupMember] = Field(min_length=1, max_length=1_000)
     tag: _Name | list[_Name] | None = None
     aggregate_metric_list: GroupMetric | list[GroupMetric] | None = None
     metadata: dict[str, _Scalar] | None = None
@@ -254,13 +239,13 @@ _NESTED: Mapping[str, type[BaseModel]] = {
     "fewshot_config": Fewshot,
     "dataset_kwargs": DataKwargs,
     "aggregate_metric_list": GroupMetric,
-    "task": Member,
+    "task": GroupMember,
 }
 _KEY = re.compile(r"[a-z]+(_[a-z]+)*")
 _TYPES = {"str", "int", "float", "bool", "none"}
 
 
-def check_config(config: Mapping[str, Any], where: Path) -> None:
+def check_config(config: Mapping[str, object], where: Path) -> None:
     """Raise ModekitError when a task file, with what it includes, says anything that is not known to be harmless."""
     kind: type[TaskFile] | type[GroupFile] = GroupFile if "group" in config else TaskFile
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modekit.files.typed import Count
 from modekit.text.sequences import TokenSequence
 
 _OF_THE_MODEL = (
@@ -35,13 +36,13 @@ _OF_THE_MODEL = (
 class Decoding:
     """Of all models alike: beams (1: greedy), sources that are translated together, and tokens of a translation at most."""
 
-    beams: int = 1
-    batch: int = 16
-    max_new_tokens: int = 256
+    beams: Count = 1
+    batch: Count = 16
+    max_new_tokens: Count = 256
 
 
 @dataclass(frozen=True)
-class Written:
+class Translations:
     """Translations in the order of their sources; `tokens` were written in `seconds`, and `cut` of them ended at the limit."""
 
     texts: Sequence[str]
@@ -50,12 +51,12 @@ class Written:
     cut: int
 
 
-def together(parts: Iterable[Written]) -> Written:
+def together(parts: Iterable[Translations]) -> Translations:
     """Several as one."""
     every = list(parts)
     texts = [text for part in every for text in part.texts]
     tokens, seconds, cut = (sum(figures) for figures in zip(*((p.tokens, p.seconds, p.cut) for p in every), strict=True))
-    return Written(texts, int(tokens), float(seconds), int(cut))
+    return Translations(texts, int(tokens), float(seconds), int(cut))
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[TokenSequence]) -> int | None:
@@ -98,8 +99,8 @@ def translated(
     pairs: Sequence[TokenSequence],
     batch: int,
     advance: Callable[[int], object] = lambda _count: None,
-) -> Written:
-    """Translate the sources of pairs, so many at a time; `set_decoding` has said how. `advance` is told how many are done."""
+) -> Translations:
+    """Translate the sources of pairs, so many at a time; `set_decoding` has said how. `advance` gets how many are done."""
     texts = [""] * len(pairs)
     tokens, cut, seconds = 0, 0, 0.0
     limit = int(model.generation_config.max_new_tokens)
@@ -113,7 +114,7 @@ def translated(
             tokens += len(ids)
             cut += len(ids) >= limit
         advance(len(rows))
-    return Written(texts, tokens, seconds, cut)
+    return Translations(texts, tokens, seconds, cut)
 
 
 def _batches(pairs: Sequence[TokenSequence], batch: int) -> Iterator[Sequence[int]]:

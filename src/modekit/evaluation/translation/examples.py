@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from modekit.evaluation.translation.scores import Scorer
+from modekit.files.typed import Count, Label, Number
 from modekit.text.document import Pair
 
 SHOWN = 3
 """Examples of a domain."""
 _LONGEST = 800  # characters of a text that are shown
+ShownText = Annotated[str, Field(max_length=2_000)]
+"""As much of a text as a page has room for."""
 
 
 @dataclass(frozen=True)
@@ -20,24 +26,24 @@ class TranslationExample:
     `base_chrf` and `mixture_chrf` are of the sentence; `gain` is the second less the first.
     """
 
-    domain: str
-    source: str
-    reference: str
-    base: str
-    own: str | None
-    mixture: str
-    base_chrf: float
-    mixture_chrf: float
-    gain: float
+    domain: Label
+    source: ShownText
+    reference: ShownText
+    base: ShownText
+    own: ShownText | None
+    mixture: ShownText
+    base_chrf: Number
+    mixture_chrf: Number
+    gain: Number
 
 
 @dataclass(frozen=True)
 class Compared:
     """On how many pairs of a domain the mixture's chrF is higher than the base's, lower, and the same."""
 
-    better: int
-    worse: int
-    same: int
+    better: Count
+    worse: Count
+    same: Count
 
 
 def compared(

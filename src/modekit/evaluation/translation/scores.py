@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modekit.errors import ModekitError
-from modekit.files.typed import Number
+from modekit.files.typed import Label, Number
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,15 @@ class TranslationScore:
     chrf: Number
 
 
-def require_sacrebleu(where: str = "modekit eval --translate") -> None:
+@dataclass(frozen=True)
+class Signatures:
+    """What sacrebleu computed, as papers quote it."""
+
+    bleu: Label
+    chrf: Label
+
+
+def require_sacrebleu(where: str = "modekit eval-translation") -> None:
     """Raise ModekitError when the extra is not installed; `where` says what needs it."""
     try:
         importlib.import_module("sacrebleu.metrics")
@@ -33,19 +41,22 @@ def require_sacrebleu(where: str = "modekit eval --translate") -> None:
 
 
 class Scorer:
-    """sacrebleu's BLEU and chrF with its own defaults. `signatures` say which they are, as papers quote them."""
+    """sacrebleu's BLEU and chrF with its own defaults."""
 
     def __init__(self) -> None:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
 
         self._bleu, self._chrf = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
-        self.signatures: dict[str, str] = {}
+
+    @property
+    def signatures(self) -> Signatures:
+        """Of what was computed; something must have been."""
+        return Signatures(str(self._bleu.get_signature()), str(self._chrf.get_signature()))
 
     def corpus(self, texts: Sequence[str], references: Sequence[str]) -> TranslationScore:
         """Of translations against one reference each."""
         found = [metric.corpus_score(list(texts), [list(references)]) for metric in (self._bleu, self._chrf)]
-        self.signatures = {"bleu": str(self._bleu.get_signature()), "chrf": str(self._chrf.get_signature())}
         return TranslationScore(*(float(each.score) for each in found))
 
     def sentence_chrf(self, text: str, reference: str) -> float:

@@ -179,7 +179,7 @@ def _measured(
     student: PreTrainedModel, lesson: Lesson, held_out: HeldOutText, when: str, run: Run
 ) -> tuple[float | None, float | None]:
     """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
-    domain = Domain("held-out", None, list(held_out.sequences), {})
+    domain = Domain("held-out", None, list(held_out.sequences))
     loss = held_out_losses(student, [domain], when, run).get(domain.name)
     run.begin(f"compare {when}")
     return loss, kl_to_teacher(student, lesson, held_out)

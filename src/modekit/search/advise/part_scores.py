@@ -149,7 +149,7 @@ class _Scorer:
 
     def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], run: Run) -> None:
         self._model, self._progress = model, run.progress
-        self._blocks = {index: [Domain("", None, part, {}) for part in _cut(text)] for index, text in texts.items()}
+        self._blocks = {index: [Domain("", None, part) for part in _cut(text)] for index, text in texts.items()}
         self._done = self._total = 0
 
     def expect(self, domains: Iterable[int]) -> None:

@@ -148,7 +148,9 @@ def _search(job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Se
         reference=reference_losses(job, plan, texts, run),
         settings=dataclasses.asdict(settings),
         space=job.space.model_dump(mode="json"),
-        text={split: {domain.name: dict(domain.record) for domain in text.domains} for split, text in texts.items()},
+        text={
+            split: {domain.name: dataclasses.asdict(domain.record) for domain in text.domains} for split, text in texts.items()
+        },
         seconds=searched,
     )
 

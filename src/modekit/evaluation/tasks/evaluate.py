@@ -1,4 +1,4 @@
-"""`modekit eval OUT --tasks`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
+"""`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
 
     OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
     OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
@@ -8,11 +8,11 @@ Results of earlier runs on the same checkpoint stay beside the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -33,34 +33,31 @@ from modekit.evaluation.tasks.harness import (
     require_harness,
     run_tasks,
 )
-from modekit.evaluation.tasks.intervals import Drawn, Sample, average, bleu_sample, differences, draw, mean_sample, rows
+from modekit.evaluation.tasks.intervals import Bootstrap, ItemSums, average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import make_questions
-from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores, kept_results, save_results
+from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 FOLDER = "tasks"
 _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
 
 
 @dataclass(frozen=True)
-class _Task:
+class TaskRun:
     """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
 
     name: str
-    made: Any
+    harness: Task
     metrics: Sequence[Metric]
     group: str | None
     domain: str | None
     unseen: bool
-
-
-@dataclass(frozen=True)
-class _Model:
-    name: str
-    load: Callable[[], PreTrainedModel | str]
 
 
 def evaluate_tasks(
@@ -88,8 +85,8 @@ def evaluate_tasks(
     refuse_pairs(
         checkpoint,
         "tasks ask models that write a text on",
-        option="--tasks",
-        remedy="score its pairs: `modekit eval OUT`, and `modekit eval OUT --translate` for BLEU and chrF",
+        option="",
+        remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
     others = [name for name in names if name not in GROUPS]
     forms = wanted_forms(names)
@@ -100,17 +97,17 @@ def evaluate_tasks(
             )
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     require_harness()
-    chosen = _chosen(checkpoint, models, run)
+    chosen = _chosen(checkpoint, models)
     notes: list[str] = []
     with quiet(run.trust_remote_code):
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
             build_requests(name, made, limit)
-            tasks.append(_Task(name, made, metrics_of(made, limit, every=False), None, None, False))
+            tasks.append(TaskRun(name, made, metrics_of(made, limit, every=False), None, None, False))
         scored = _run(checkpoint, tasks, chosen, limit, notes, run)
-    results = kept_results(checkpoint, _results(tasks, scored, notes))
-    save_results(checkpoint, results)
+    results = _results(tasks, scored, notes, checkpoint).with_earlier(checkpoint)
+    results.write(checkpoint)
     return results
 
 
@@ -120,26 +117,27 @@ def model_names(checkpoint: Checkpoint) -> list[str]:
     return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
 
 
-def _chosen(checkpoint: Checkpoint, models: Sequence[str], run: Run) -> list[_Model]:
+def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
     known = model_names(checkpoint)
     for name in models:
         if name not in known:
             raise ModekitError(
                 "unknown model", where="--models", found=name, expected=", ".join(known), remedy="write some of them"
             )
+    return [name for name in known if not models or name in models]
 
-    def load(name: str) -> PreTrainedModel | str:
-        if name == MIXTURE:
-            return load_model(checkpoint.folder, run=run)
-        expert = None if name == BASE else checkpoint.names.index(name)
-        return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
-    return [_Model(name, partial(load, name)) for name in known if not models or name in models]
+def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
+    """The model of a row, or why there is none."""
+    if name == MIXTURE:
+        return load_model(checkpoint.folder, run=run)
+    expert = None if name == BASE else checkpoint.names.index(name)
+    return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
 
 def _question_tasks(
     checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, limit: int | None, notes: list[str]
-) -> list[_Task]:
+) -> list[TaskRun]:
     if not forms:
         return []
     from modekit.evaluation.tasks.scores import process_results
@@ -153,7 +151,7 @@ def _question_tasks(
         own = {"process_results": process_results} if form == "generation" else {}
         task = harness_task({**task_config(form, questions, folder.resolve()), **own})
         build_requests(name, task, limit)
-        tasks.append(_Task(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
+        tasks.append(TaskRun(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
     for form in forms:
         if form not in {task.group for task in tasks}:
             notes.append(f"no domain's text gives {form.replace('_plain', '')}")
@@ -162,33 +160,27 @@ def _question_tasks(
 
 def _run(
     checkpoint: Checkpoint,
-    tasks: Sequence[_Task],
-    models: Sequence[_Model],
+    tasks: Sequence[TaskRun],
+    models: Sequence[str],
     limit: int | None,
     notes: list[str],
     run: Run,
 ) -> dict[str, dict[str, Scored]]:
     """Model -> task -> its items. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    total, done = sum(len(task.made.instances) for task in tasks) * len(models), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        run.progress(stage, done, total)
-
+    work = ProgressCount(run, sum(len(task.harness.instances) for task in tasks) * len(models))
     scored: dict[str, dict[str, Scored]] = {}
     for model in models:
-        stage = f"score {model.name}"
+        advance = partial(work.advance, f"score {model}")
         advance(0)  # what is left is said while the model loads
-        loaded = model.load()
+        loaded = _load(checkpoint, model, run)
         if isinstance(loaded, str):
-            notes.append(f"{model.name} left out: {loaded}")
+            notes.append(f"{model} left out: {loaded}")
             continue
-        scored[model.name] = run_tasks(
+        scored[model] = run_tasks(
             loaded,
             tokenizer,
-            {task.name: task.made for task in tasks},
+            {task.name: task.harness for task in tasks},
             limit=limit,
             trusted=run.trust_remote_code,
             advance=advance,
@@ -204,76 +196,58 @@ def _run(
     return scored
 
 
-def _results(tasks: Sequence[_Task], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str]) -> TaskResults:
+def _results(
+    tasks: Sequence[TaskRun], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str], checkpoint: Checkpoint
+) -> TaskResults:
     entries: dict[str, TaskScores] = {}
-    members: dict[str, list[tuple[str, Metric, Drawn]]] = {}
+    members: dict[str, dict[str, Bootstrap]] = {}
     for task in tasks:
         of_task = {model: found[task.name] for model, found in scored.items()}
+        items = len(next(iter(of_task.values())).items)
         for place, metric in enumerate(task.metrics):
             name = task.name if place == 0 else f"{task.name}:{metric.name}"
             drawn = _drawn(task, metric.name, of_task)
-            items = len(next(iter(of_task.values())).items)
-            entries[name] = _scores(metric, items, drawn, task.domain, task.unseen)
+            table = rows(drawn), differences(drawn, MIXTURE)
+            entries[name] = TaskScores(
+                metric.name, metric.higher_is_better, metric.chance, items, *table, task.domain, task.unseen
+            )
             group = metric.name if task.group is None else task.group if place == 0 else f"{task.group}:{metric.name}"
             # The questions are one mean, too: accuracies of the same number of choices, whatever their form.
-            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])]:
-                if not task.unseen:
-                    members.setdefault(each, []).append((name, metric, drawn))
-    macro = {
-        group: _scores(
-            _mean_metric([metric for _, metric, _ in tasks_of_group]),
-            sum(entries[name].items for name, _, _ in tasks_of_group),
-            average([drawn for _, _, drawn in tasks_of_group]),
-            None,
-            False,
-            [name for name, _, _ in tasks_of_group],
-        )
-        for group, tasks_of_group in members.items()
-        if len(tasks_of_group) > 1
-    }
-    return TaskResults(entries, macro, list(notes))
+            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])] if not task.unseen else []:
+                members.setdefault(each, {})[name] = drawn
+    macro = {group: _mean(entries, drawn) for group, drawn in members.items() if len(drawn) > 1}
+    return TaskResults(entries, macro, list(notes), checkpoint=checkpoint.identity)
 
 
-def _drawn(task: _Task, metric: str, of_task: Mapping[str, Scored]) -> Drawn:
+def _mean(entries: Mapping[str, TaskScores], drawn: Mapping[str, Bootstrap]) -> TaskScores:
+    """Over the tasks that were drawn."""
+    tasks, mean = [entries[name] for name in drawn], average(list(drawn.values()))
+    metrics = {task.metric for task in tasks}
+    chances = [task.chance for task in tasks if task.chance is not None]
+    return TaskScores(
+        metrics.pop() if len(metrics) == 1 else "accuracy",
+        tasks[0].higher_is_better,
+        sum(chances) / len(chances) if len(chances) == len(tasks) else None,
+        sum(task.items for task in tasks),
+        rows(mean),
+        differences(mean, MIXTURE),
+        tasks=list(drawn),
+    )
+
+
+def _drawn(task: TaskRun, metric: str, of_task: Mapping[str, Scored]) -> Bootstrap:
     """Of a metric that is no mean of its items, and not corpus BLEU, the harness's value without draws."""
-    samples: dict[str, Sample] = {}
+    samples: dict[str, ItemSums] = {}
     for model, scored in of_task.items():
         values = [item[metric] for item in scored.items if metric in item]
-        sample: Sample | None = None
+        sample: ItemSums | None = None
         if metric == "bleu" and values and isinstance(values[0], tuple):
             sample = bleu_sample(values)
         elif len(values) == len(scored.items) and all(isinstance(value, (int, float)) for value in values):
             sample = mean_sample([float(value) for value in values])
         if sample is None or abs(sample.value - scored.totals[metric]) > 1e-6 * max(1.0, abs(sample.value)):
-            return Drawn({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
+            return Bootstrap({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
         samples[model] = sample
     items = next(iter(of_task.values())).items
     clusters = [item["doc"].get("document") if task.group else item["doc_id"] for item in items]
     return draw(samples, clusters, task.name)
-
-
-def _scores(
-    metric: Metric, items: int, drawn: Drawn, domain: str | None, unseen: bool, tasks: Sequence[str] = ()
-) -> TaskScores:
-    return TaskScores(
-        metric.name,
-        metric.higher_is_better,
-        metric.chance,
-        items,
-        rows(drawn),
-        differences(drawn, MIXTURE),
-        domain,
-        unseen,
-        list(tasks),
-    )
-
-
-def _mean_metric(metrics: Sequence[Metric]) -> Metric:
-    chances = [metric.chance for metric in metrics if metric.chance is not None]
-    whole = len(chances) == len(metrics)
-    names = {metric.name for metric in metrics}
-    return Metric(
-        names.pop() if len(names) == 1 else "accuracy",
-        metrics[0].higher_is_better,
-        sum(chances) / len(chances) if whole else None,
-    )

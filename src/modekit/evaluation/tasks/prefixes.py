@@ -30,7 +30,7 @@ Answer = tuple[float, bool]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Continuation:
     """Token ids, of which those from `start` on are predicted."""
 
     ids: tuple[int, ...]
@@ -43,15 +43,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class _Text:
+class _Reading:
     """What one pass reads, and all that is answered by it."""
 
     read: tuple[int, ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[Continuation, ...]
 
     @property
     def first(self) -> int:
-        """The first place whose logits are wanted."""
+        """The first place whose logits are needed."""
         return min(each.start for each in self.asked) - 1
 
     @property
@@ -60,24 +60,18 @@ class _Text:
         return sum(len(each.ids) for each in self.asked)
 
 
-def answers_of(model: PreTrainedModel, asked: Sequence[Asked]) -> Iterator[tuple[dict[Asked, Answer], int]]:
+def answers_of(model: PreTrainedModel, asked: Sequence[Continuation]) -> Iterator[tuple[dict[Continuation, Answer], int]]:
     """What is asked, part by part, and how many of its tokens each part answers."""
     shares = _shares(model)
     texts = _texts(asked, shares)
     worth = WORTH.get(model.device.type, _WORTH_ELSEWHERE)
-    alone: list[_Text] = []
+    alone: list[_Reading] = []
     for group in _groups(texts, 0, worth) if shares else [texts]:
         if not shares or _saved(group, 0) <= worth:
             alone += group
-            continue
-        yield from _go_on(model, group, None, 0, worth)
-    sequences = [TokenSequence(text.read, 0) for text in alone]
-    for batch in make_batches(sequences, tokens=tokens_per_pass(model.config)):
-        rows = [alone[row] for row in batch.rows]
-        first = min(text.first for text in rows)
-        ids_BS = batch.input_ids.to(model.device)
-        logits_BKV = _logits(model, ids_BS, batch.mask.to(model.device).long(), first)
-        yield _answers(rows, ids_BS, logits_BKV, first, 0), sum(text.tokens for text in rows)
+        else:
+            yield from _go_on(model, group, None, 0, worth)
+    yield from _read(model, alone, None, 0)
 
 
 def _shares(model: PreTrainedModel) -> bool:
@@ -91,33 +85,33 @@ def _cache_of(output: Mapping[str, object]) -> Cache | None:
     return next((value for value in output.values() if isinstance(value, Cache)), None)
 
 
-def _texts(asked: Sequence[Asked], shares: bool) -> list[_Text]:
+def _texts(asked: Sequence[Continuation], shares: bool) -> list[_Reading]:
     """The texts to read, in the order of their tokens; one that begins another is answered with it."""
-    found: list[_Text] = []
+    found: list[_Reading] = []
     ordered = sorted(asked, key=lambda each: each.read)
     for each, group in itertools.groupby(ordered, key=lambda each: each.read):
         here = tuple(group)
         if found and shares and each[: len(found[-1].read)] == found[-1].read:
             here = (*found.pop().asked, *here)
-        found.append(_Text(each, here))
+        found.append(_Reading(each, here))
     return found
 
 
-def _common(texts: Sequence[_Text]) -> int:
+def _common(texts: Sequence[_Reading]) -> int:
     """How many first tokens sorted texts have in common, of each at least the last one left to read."""
     both = zip(texts[0].read, texts[-1].read, strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     return min(common, *(len(text.read) - 1 for text in texts), *(text.first for text in texts))
 
 
-def _saved(texts: Sequence[_Text], done: int) -> int:
+def _saved(texts: Sequence[_Reading], done: int) -> int:
     """Tokens that need not be read when what sorted texts have in common, beyond `done`, is read once."""
     return (len(texts) - 1) * (_common(texts) - done) if len(texts) > 1 else 0
 
 
-def _groups(texts: Sequence[_Text], done: int, worth: int) -> list[list[_Text]]:
-    """Sorted texts parted where they have hardly more than `done` tokens in common with the one before."""
-    groups: list[list[_Text]] = []
+def _groups(texts: Sequence[_Reading], done: int, worth: int) -> list[list[_Reading]]:
+    """Sorted texts, split where they have hardly more than `done` tokens in common with the one before."""
+    groups: list[list[_Reading]] = []
     for text in texts:
         if groups and _common([groups[-1][0], text]) - done > worth // 4:
             groups[-1].append(text)
@@ -127,8 +121,8 @@ def _groups(texts: Sequence[_Text], done: int, worth: int) -> list[list[_Text]]:
 
 
 def _go_on(
-    model: PreTrainedModel, texts: list[_Text], cache: Cache | None, done: int, worth: int
-) -> Iterator[tuple[dict[Asked, Answer], int]]:
+    model: PreTrainedModel, texts: list[_Reading], cache: Cache | None, done: int, worth: int
+) -> Iterator[tuple[dict[Continuation, Answer], int]]:
     """Answer texts that share more than `done` tokens, which the cache holds."""
     common = _common(texts)
     if common > done:
@@ -137,23 +131,30 @@ def _go_on(
             **_inputs(model, ids_BS, torch.ones(1, common, dtype=torch.int64), cache), use_cache=True, logits_to_keep=1
         )
         cache = _cache_of(output)
-    leaves: list[_Text] = []
+    leaves: list[_Reading] = []
     for group in _groups(texts, common, worth):
         if len(group) < len(texts) and _saved(group, common) > worth:
             yield from _go_on(model, group, copy.deepcopy(cache), common, worth)
         else:
             leaves += group
-    sequences = [TokenSequence(text.read[common:], 0) for text in leaves]
+    yield from _read(model, leaves, cache, common)
+
+
+def _read(
+    model: PreTrainedModel, texts: Sequence[_Reading], cache: Cache | None, done: int
+) -> Iterator[tuple[dict[Continuation, Answer], int]]:
+    """Answer texts, batched by length, whose first `done` tokens the cache holds."""
+    sequences = [TokenSequence(text.read[done:], 0) for text in texts]
     for batch in make_batches(sequences, tokens=tokens_per_pass(model.config)):
-        rows = [leaves[row] for row in batch.rows]
+        rows = [texts[row] for row in batch.rows]
         repeated = copy.deepcopy(cache)
-        assert repeated is not None
-        repeated.batch_repeat_interleave(len(rows))
+        if repeated is not None:
+            repeated.batch_repeat_interleave(len(rows))
         ids_BS = batch.input_ids.to(model.device)
-        mask_BS = torch.cat([torch.ones(len(rows), common, dtype=torch.int64), batch.mask.long()], 1)
-        first = min(text.first for text in rows) - common
+        mask_BS = torch.cat([torch.ones(len(rows), done, dtype=torch.int64), batch.mask.long()], 1)
+        first = min(text.first for text in rows) - done
         logits_BKV = _logits(model, ids_BS, mask_BS, first, repeated)
-        yield _answers(rows, ids_BS, logits_BKV, first, common), sum(text.tokens for text in rows)
+        yield _answers(rows, ids_BS, logits_BKV, first, done), sum(text.tokens for text in rows)
 
 
 def _inputs(
@@ -178,10 +179,10 @@ def _logits(
 
 
 def _answers(
-    texts: Sequence[_Text], ids_BS: torch.Tensor, logits_BKV: torch.Tensor, first: int, done: int
-) -> dict[Asked, Answer]:
+    texts: Sequence[_Reading], ids_BS: torch.Tensor, logits_BKV: torch.Tensor, first: int, done: int
+) -> dict[Continuation, Answer]:
     """What rows say of all that is asked of them; `done` tokens stand before the rows."""
-    answers: dict[Asked, Answer] = {}
+    answers: dict[Continuation, Answer] = {}
     for place, text in enumerate(texts):
         for each in text.asked:
             start, stop = each.start - 1 - done - first, len(each.ids) - 1 - done - first

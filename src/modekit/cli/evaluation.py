@@ -1,0 +1,193 @@
+"""Commands that score: `eval` losses, `eval-tasks` tasks, `eval-chat` who leads in chats, `eval-translation` translations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import typer
+from rich.text import Text
+
+from modekit.cli.options import grouped
+from modekit.cli.printing.console import out
+from modekit.cli.printing.evaluation import print_chat, print_tasks, print_translations
+from modekit.cli.printing.mixtures import print_results
+from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
+from modekit.errors import ModekitError
+from modekit.run import Run
+from modekit.text.amounts import TABLE_TOKENS
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.evaluation.labels import Labels
+    from modekit.evaluation.results_folder import Result
+
+_Result = TypeVar("_Result", bound="Result")
+
+
+@dataclass(frozen=True)
+class LabelRowOptions:
+    """Which labels a mixture is scored with, and how it gets them."""
+
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="right,wrong,none", help="Labels to score the mixture with: some of right, wrong, none, or all."),
+    ] = None
+    by: Annotated[
+        Literal["gate", "tag"] | None,
+        typer.Option(help="How a label acts: gate (default; all weight on its expert) or tag (its token before the text)."),
+    ] = None
+
+    def asked(self) -> Labels | None:
+        """All labels where only the way is given; None without either. Raises ModekitError."""
+        from modekit.evaluation.labels import labels_asked
+
+        return labels_asked(self.labels, self.by)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which models answer which questions."""
+
+    models: Annotated[str | None, typer.Option(help="Models to score, such as base,medicine,mixture (default: all).")] = None
+    include_path: Annotated[list[Path] | None, typer.Option(help="Folder of your own YAML tasks; repeatable.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of items per task.")] = None
+    seen: Annotated[
+        list[str] | None, typer.Option(help="Text that the base was trained on; its terms are not asked for (with questions).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Random seed of the questions.")] = 0
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How translations are written, and of how many pairs."""
+
+    beams: Annotated[int, typer.Option(min=1, help="Number of beams (1: greedy).")] = 1
+    pairs: Annotated[int, typer.Option(min=1, help="Largest number of pairs per domain.")] = 200
+    batch: Annotated[int, typer.Option(min=1, help="Sources per batch.")] = 16
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest translation in tokens.")] = 256
+
+
+@app.command(name="eval")
+@grouped
+def evaluate(
+    checkpoint: OutFolder,
+    labels: LabelRowOptions,
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = TABLE_TOKENS,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
+    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+        from modekit.evaluation.evaluate import evaluate
+
+        results = evaluate(opened, tokens_per_domain=tokens, sequence_length=sequence_length, labels=labels.asked(), run=run)
+    _show(results, checkpoint, None if as_json else print_results)
+
+
+@app.command()
+@grouped
+def eval_tasks(
+    checkpoint: OutFolder,
+    tasks: Annotated[
+        str,
+        typer.Argument(
+            help="Tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, continuations, "
+            "generation), separated by commas."
+        ),
+    ],
+    options: TaskOptions,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
+    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+        from modekit.evaluation.tasks.evaluate import evaluate_tasks
+
+        results = evaluate_tasks(
+            opened,
+            _listed(tasks, "TASKS"),
+            models=() if options.models is None else _listed(options.models, "--models"),
+            folders=[resolved(folder) for folder in options.include_path or ()],
+            limit=options.limit,
+            seen=[str(resolved(Path(each))) for each in options.seen or ()],
+            seed=options.seed,
+            run=run,
+        )
+    _show(results, checkpoint, None if as_json else print_tasks)
+
+
+@app.command()
+def eval_chat(
+    checkpoint: OutFolder,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per domain.")] = 32,
+    system: Annotated[str | None, typer.Option(help="System prompt (default: the template's own).")] = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Ask the mixture short questions in the chat template and show which expert leads."""
+    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+        from modekit.evaluation.chat import evaluate_chat
+
+        results = evaluate_chat(opened, questions=questions, system=system, run=run)
+    _show(results, checkpoint, None if as_json else print_chat)
+
+
+@app.command()
+@grouped
+def eval_translation(
+    checkpoint: OutFolder,
+    options: DecodingOptions,
+    labels: LabelRowOptions,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
+    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+        from modekit.evaluation.translation.decoding import Decoding
+        from modekit.evaluation.translation.evaluate import evaluate_translation
+
+        results = evaluate_translation(
+            opened,
+            pairs=options.pairs,
+            decoding=Decoding(options.beams, options.batch, options.max_new_tokens),
+            labels=labels.asked(),
+            run=run,
+        )
+    _show(results, checkpoint, None if as_json else print_translations)
+
+
+@contextmanager
+def _scoring(checkpoint: Path, trusted: bool) -> Iterator[tuple[Checkpoint, Run]]:
+    """The checkpoint, and how to run; progress is drawn while it is open."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        yield open_checkpoint(resolved(checkpoint)), Run(trusted, progress)
+
+
+def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | None) -> None:
+    """As a table and where its files lie, or, with nothing to draw it, as JSON."""
+    from modekit.evaluation.results_folder import RESULTS_FOLDER
+
+    if draw is None:
+        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+        return
+    draw(results)
+    page = Path(results.file).with_suffix(".md").name
+    out.print(Text(f"{checkpoint / RESULTS_FOLDER}: {results.file}, {page}", style="dim"))
+
+
+def _listed(names: str, where: str) -> list[str]:
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise ModekitError("no name is given", where=where, found=repr(names), remedy="write names with commas between them")
+    return listed
