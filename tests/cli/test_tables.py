@@ -31,10 +31,7 @@ from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
-from modekit.search.discover.choice import Tried
-from modekit.search.discover.discovery import Discovery, Group
-from modekit.search.discover.serves import Served
-from modekit.search.discover.settings import DiscoverSettings
+from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup, TextRead, TriedNumber
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
 WIDTHS = (60, 80, 200)
@@ -276,11 +273,21 @@ def test_advise(shown: Callable[..., str]) -> None:
 
 
 def test_discover(shown: Callable[..., str]) -> None:
-    served = Served(200, {NAMES[7]: 0.875}, 0.9, 0.625, NAMES[7])
+    served = Coverage(documents=200, experts={NAMES[7]: 0.875}, certainty=0.9, served=0.625, expert=NAMES[7])
     words = [f"[red]word{number}[/]" for number in range(8)]
-    groups = [Group(name, words, served, 123_456, 1) for name in NAMES[:6]]
-    tried = [Tried(number, -9.123 + number / 8) for number in range(1, 8)]
-    found = Discovery(DiscoverSettings(), groups, tried, {}, "OUT", ["a note " * 20])
+    found = Discovery(
+        settings=DiscoverSettings(),
+        text=TextRead(documents=1, sha256=""),
+        domains=6,
+        chosen="held-out likelihood",
+        worth=0.06,
+        tried=[TriedNumber(domains=number, held_out=-9.123 + number / 8, gain=0.125) for number in range(1, 8)],
+        mixture="OUT",
+        groups=[
+            DocumentGroup(name=name, file="", documents=123_456, characters=1, words=words, served=served) for name in NAMES[:6]
+        ],
+        notes=["a note " * 20],
+    )
     cells = [*NAMES[:6], "123,456", "17%", "62%", "-8.373", "+0.125", "[red]word7[/]"]
     check_whole(shown, cells, discovery.print_discovery, found, None)
     assert "-8.373*" in shown(None, discovery.print_discovery, found, None)
