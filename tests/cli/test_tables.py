@@ -31,6 +31,17 @@ from modekit.evaluation.translation.scores import TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Part
 from modekit.experts.corpus.fertility import Fertility, Trained
 from modekit.experts.corpus.settings import BalanceSettings
+from modekit.search.advise.result import (
+    Advice,
+    ExpertDrift,
+    ExpertGain,
+    ExpertPairs,
+    Figure,
+    GroupDrift,
+    PartGain,
+    TextSummary,
+    WordTable,
+)
 from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup, TextRead, TriedNumber
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
@@ -237,32 +248,20 @@ def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
 
 
 def test_advise(shown: Callable[..., str]) -> None:
-    places = range(len(NAMES))
-    losses = {place: Some(mean=12.3456) for place in places}
-    parts = {place: {"ffn": None, "all": None} for place in places}
-    share = {"ffn": Some(value=0.5, error=0.25), "all": Some(value=1.0, error=None)}
-    drift = Some(
-        moved=[{1}] * 8,
-        groups=["ffn", "attention"],
-        relative=lambda *_: 0.000712,
-        share=lambda *_: 0.5,
-        total=lambda _: 0.00123,
-        cosine=lambda *_: 0.25,
-    )
-    measured = Some(
-        gains=Some(whole=dict.fromkeys([-1, *places], losses), parts=parts, on_average={}),
-        confusion=Some(domains=[*places], named=[[0.789] * 8] * 8),
-        texts={place: {"tokens": 8192} for place in places},
-    )
-    found = Some(
-        usable=[*places],
-        drift=drift,
-        measured=measured,
+    group = GroupDrift(relative=0.000712, share=0.5)
+    parts = {
+        "ffn": PartGain(loss=1.0, share=Figure(0.5, 0.25)),
+        "all": PartGain(loss=1.0, share=Figure(1.0, None)),
+    }
+    found = Advice(
+        base_model="./base",
+        drift=dict.fromkeys(NAMES, ExpertDrift(relative=0.00123, groups={"ffn": group, "attention": group})),
+        similarity=ExpertPairs(experts=NAMES, cosine=[[0.25] * 8] * 8, distance=[[0.5] * 8] * 8),
+        text=dict.fromkeys(NAMES, TextSummary(documents=9, tokens=8192, sha256="", sequence_length=512)),
+        losses=dict.fromkeys(["base", *NAMES], dict.fromkeys(NAMES, 12.3456)),
+        gain=dict.fromkeys(NAMES, ExpertGain(nats=Figure(1.0, None), parts=parts)),
+        words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, told_apart=0.789),
         findings=[],
-        recipe=None,
-        choices=[],
-        shares=lambda _: share,
-        name=lambda place: "base" if place < 0 else NAMES[place],
     )
     cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]
     check_whole(shown, cells, advice.print_advice, found)

@@ -19,8 +19,8 @@ from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
 from modekit.recipes.backbone import BackboneMerge
 from modekit.run import QUIET, Run
-from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
-from modekit.search.advise.groups import Group
+from modekit.search.advise.gains import BASE_INDEX, PARTS, Gains, Losses
+from modekit.search.advise.result import Group
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource
 from modekit.text.sequences import TokenSequence
@@ -51,20 +51,8 @@ class PatchedBase:
         self._read = PieceReader(opened)
 
     @contextmanager
-    def with_parts(self, expert: int, groups: Collection[Group]) -> Iterator[None]:
-        """While open, these groups are the expert's. Afterwards they are the base's again, bit for bit."""
-        names = [name for name in self._moved[expert] if self._groups[name] in groups]
-        try:
-            for name in names:
-                self._write(name, [expert + 1])
-            yield
-        finally:
-            for name in names:
-                self._write(name, [0])
-
-    @contextmanager
-    def with_average(self, experts: Sequence[int], groups: Collection[Group]) -> Iterator[None]:
-        """While open, these groups are the average of several experts."""
+    def with_parts(self, experts: Sequence[int], groups: Collection[Group]) -> Iterator[None]:
+        """While open, these groups are an expert's, or the average of several. Afterwards they are the base's, bit for bit."""
         moved = frozenset().union(*(self._moved[expert] for expert in experts))
         names = [name for name in moved if self._groups[name] in groups]
         try:
@@ -116,14 +104,14 @@ def measure(
         if not every:
             whole[expert] = base
         else:
-            with patched.with_parts(expert, every):
+            with patched.with_parts([expert], every):
                 whole[expert] = {domain: scorer.score("expert", domain) for domain in texts}
         if expert not in texts:
             continue
         known: dict[frozenset[Group], Losses] = {frozenset(): base[expert], every: whole[expert][expert]}
         for part in sets[expert].values():
             if part not in known:
-                with patched.with_parts(expert, part):
+                with patched.with_parts([expert], part):
                     known[part] = scorer.score("part", expert)
         parts[expert] = {name: known[part] for name, part in sets[expert].items()}
     return Gains(whole, parts)
@@ -137,9 +125,9 @@ def on_average(
     own = [expert for expert in experts if expert in texts]
     scorer.expect(own)
     losses = {}
-    with patched.with_average(experts, PARTS["all"] - PARTS["ffn"]):
+    with patched.with_parts(experts, PARTS["all"] - PARTS["ffn"]):
         for expert in own:
-            with patched.with_parts(expert, PARTS["ffn"]):
+            with patched.with_parts([expert], PARTS["ffn"]):
                 losses[expert] = scorer.score("average", expert)
     return losses
 
