@@ -12,26 +12,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
-from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
 from modekit.files.read import parse_json
-from modekit.files.typed import Count, Number, as_kind, shortened
+from modekit.files.typed import shortened
 from modekit.files.write import go_on_writing
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.search.tune.candidate import Candidate
+from modekit.search.tune.results import Candidate, Mixture
 from modekit.search.tune.selection import RUNGS, Selection, Tally
 from modekit.search.tune.shared_weights import SharedWeights
 from modekit.search.tune.space import Choice, Space
@@ -40,12 +39,16 @@ from modekit.search.tune.switched_model import SwitchedModel
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
 _SAME_AGAIN = 40  # choices in a row that were tried before: the space is used up, or nearly
-_STATES = {TrialState.COMPLETE: "scored", TrialState.PRUNED: "dropped", TrialState.FAIL: "refused"}
+_STATES: dict[TrialState, Literal["scored", "dropped", "refused"]] = {
+    TrialState.COMPLETE: "scored",
+    TrialState.PRUNED: "dropped",
+    TrialState.FAIL: "refused",
+}
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """What every process of a search needs to know; all of it can be sent to another machine.
 
     `native`: whether a candidate that a native architecture says is built in one.
@@ -82,7 +85,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_damage(job: Job) -> Iterator[None]:
+def _damage_reported(job: SearchJob) -> Iterator[None]:
     """Raise TuneError for what reading a journal raises that is not one (optuna: whatever comes)."""
     try:
         yield
@@ -97,14 +100,14 @@ def _told_of_damage(job: Job) -> Iterator[None]:
         ) from None
 
 
-def open_study(job: Job, process: int = 0) -> optuna.Study:
+def open_study(job: SearchJob, process: int = 0) -> optuna.Study:
     """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = str(job.work / _STUDY_FILE)
         # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=RUNGS[0], reduction_factor=RUNGS[1] // RUNGS[0])
-        with _told_of_damage(job):
+        with _damage_reported(job):
             storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
             study = optuna.create_study(
                 study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
@@ -115,7 +118,7 @@ def open_study(job: Job, process: int = 0) -> optuna.Study:
 
 
 @_quiet()
-def prepare(job: Job) -> None:
+def prepare(job: SearchJob) -> None:
     """Put the named variants first; what a killed process was at is tried again. Called once, before any process works."""
     _mend(job.work / _STUDY_FILE)
     study = open_study(job)
@@ -153,7 +156,7 @@ def _mend(path: Path) -> None:
 
 
 @_quiet()
-def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) -> None:
+def work(job: SearchJob, selection: Selection, run: Run = QUIET, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
     study = open_study(job, process)
     worker = _Worker(job, study, selection, job.weights(), SwitchedModel(run=job.run))
@@ -164,7 +167,7 @@ def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) 
         again = 0 if worker.try_one(study.ask()) else again + 1
 
 
-def is_done(job: Job, study: optuna.Study, run: Run) -> bool:
+def is_done(job: SearchJob, study: optuna.Study, run: Run) -> bool:
     """Whether there are as many candidates as were asked for; says how many there are."""
     trials = study.get_trials(deepcopy=False)
     distinct = len([trial for trial in trials if _counts(trial)])
@@ -177,7 +180,7 @@ def is_done(job: Job, study: optuna.Study, run: Run) -> bool:
 class _Worker:
     """What one process scores candidates with."""
 
-    job: Job
+    job: SearchJob
     study: optuna.Study
     selection: Selection
     weights: SharedWeights
@@ -243,7 +246,7 @@ def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
     return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
 
 
-def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
+def _mixture_of(job: SearchJob, trial: optuna.Trial) -> Mixture:
     """What a trial is about: the recipe's own mixture, or a choice along the axes."""
     if "mixture" in trial.user_attrs:
         return dict(json.loads(trial.user_attrs["mixture"]))
@@ -252,47 +255,22 @@ def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
 
 
 @_quiet()
-def candidates(job: Job) -> list[Candidate]:
+def candidates(job: SearchJob) -> list[Candidate]:
     """What was tried, each once, in the order of the search."""
-    with _told_of_damage(job):
+    with _damage_reported(job):
         trials = open_study(job).get_trials(deepcopy=False)
         again = [trial.user_attrs for trial in trials if _is_again(trial)]
-        names = {said["again"]: said["name"] for said in again if said.get("name")}
+        names = {each["again"]: each["name"] for each in again if each.get("name")}
         return [_candidate(trial, names) for trial in trials if trial.state in _STATES and _counts(trial)]
 
 
-class _Told(BaseModel):
-    """What a trial's attributes say."""
-
-    key: str
-    name: str = ""
-    why: str = ""
-    losses: dict[str, Number] = {}
-    tokens: Count = 0
-    active: Count = 0
-    total: Count = 0
-    native: bool = False
-    seconds: Number = 0.0
-
-
 def _candidate(trial: optuna.trial.FrozenTrial, names: Mapping[int, str]) -> Candidate:
-    told = as_kind(trial.user_attrs, _Told)
-    return Candidate(
-        trial.number,
-        told.name or names.get(trial.number) or "",
-        as_kind(parse_json(told.key), dict[str, Any]),
-        _STATES[trial.state],
-        told.why,
-        told.losses,
-        told.tokens,
-        told.active,
-        told.total,
-        told.native,
-        told.seconds,
-    )
+    kept = {**trial.user_attrs, "name": trial.user_attrs.get("name") or names.get(trial.number) or ""}
+    mixture = parse_json(kept.pop("key"))
+    return Candidate.model_validate({**kept, "number": trial.number, "mixture": mixture, "status": _STATES[trial.state]})
 
 
-def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
+def candidate_recipe(recipe: Recipe, mixture: Mixture) -> Recipe:
     """The recipe with another mixture. Raises RecipeError."""
     return parse_recipe(with_mixture(as_written(recipe), mixture), where="candidate")
 
