@@ -23,8 +23,8 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.search.tune.results import Candidate, TuneSettings, describe
-from modekit.search.tune.selection import Tally, read_selection
+from modekit.search.tune.results import Candidate, TuneSettings, describe, mean_of
+from modekit.search.tune.selection import losses_of, read_selection
 from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 
@@ -83,13 +83,12 @@ def from_scratch(recipe: Recipe, folder: Path, candidate: Candidate, tokens: int
     build(plan, out, overwrite=True)
     bases = [source.folder for source in plan.sources]
     select = read_selection(recipe, folder, bases, split="select", tokens_per_domain=tokens, sequence_length=512)
-    tally = Tally()
-    tally.add(load_model(out), select.domains, "from scratch")
+    losses = losses_of(load_model(out), select.domains, "from scratch")
     seconds = time.perf_counter() - started
     shutil.rmtree(out)
-    worst = max(abs(tally.losses[name] - loss) for name, loss in candidate.losses.items())
+    worst = max(abs(losses[name] - loss) for name, loss in candidate.losses.items())
     same = f"within {worst:.1e} of the search's" if candidate.status == "scored" else "dropped in the search"
-    print(f"{seconds:6.1f} s  {tally.mean:.5f}  {same}  {describe(candidate.mixture)}", flush=True)
+    print(f"{seconds:6.1f} s  {mean_of(losses):.5f}  {same}  {describe(candidate.mixture)}", flush=True)
     return seconds
 
 

@@ -541,7 +541,7 @@ def test_a_space_from_a_file(shop: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("router: [ridgy]", "space.yaml: router"),
+        ("router: [ridgy]", "router"),
         ("top_k: 2", "lists under router"),
         ("tempo: [1.0]", "tempo"),
         ("- router", "not a mapping"),

@@ -89,13 +89,12 @@ def measure(
 
     `texts` by the expert whose domain it is; an expert that equals the base is not run again.
     """
-    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
     # A group that did not move changes nothing: what is left of a part is looked up when it is the base, the whole or known.
     sets = {e: {name: groups & patched.moved_groups(e) for name, groups in PARTS.items()} for e in own}
     runs = [e for e in own for part in {*sets[e].values()} if part and part != patched.moved_groups(e)]
     moving = [expert for expert in experts if patched.moved_groups(expert)]
-    scorer.expect([*texts] * (1 + len(moving)) + runs)
+    scorer = _Scorer(patched.model, texts, len(texts) * (1 + len(moving)) + len(runs), run)
     base = {domain: scorer.score("base", domain) for domain in texts}
     whole: dict[int, dict[int, Losses]] = {BASE_INDEX: base}
     parts: dict[int, dict[str, Losses]] = {}
@@ -121,9 +120,8 @@ def on_average(
     patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, run: Run = QUIET
 ) -> dict[int, Losses]:
     """Loss of each expert's FFN on a backbone that is the average of all: what FFN experts could reach there."""
-    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
-    scorer.expect(own)
+    scorer = _Scorer(patched.model, texts, len(own), run)
     losses = {}
     with patched.with_parts(experts, PARTS["all"] - PARTS["ffn"]):
         for expert in own:
@@ -133,16 +131,12 @@ def on_average(
 
 
 class _Scorer:
-    """Scores a model on the blocks of a domain's text and reports progress over everything that was expected."""
+    """Scores a model on the blocks of a domain's text and reports progress over `passes`."""
 
-    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], run: Run) -> None:
-        self._model, self._progress = model, run.progress
+    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], passes: int, run: Run) -> None:
+        self._model, self._passes, self._run = model, passes, run
         self._blocks = {index: [Domain("", None, part, {}) for part in _cut(text)] for index, text in texts.items()}
-        self._done = self._total = 0
-
-    def expect(self, domains: Iterable[int]) -> None:
-        """Say beforehand which domains will be scored, as often as they will be."""
-        self._total = sum(self._tokens(domain) for domain in domains)
+        self._done = 0
 
     def score(self, name: str, domain: int) -> Losses:
         """Losses of the model as it is now."""
@@ -150,12 +144,9 @@ class _Scorer:
         for block in self._blocks[domain]:
             sums.append(score_domain(self._model, block, lambda _: None).loss * block.scored_tokens)
             tokens.append(float(block.scored_tokens))
-            self._done = min(self._done + block.scored_tokens, self._total)
-            self._progress(f"score {name}", self._done, self._total)
+        self._done += 1
+        self._run.progress(f"score {name}", self._done, self._passes)
         return Losses(np.array(sums), np.array(tokens))
-
-    def _tokens(self, domain: int) -> int:
-        return sum(block.scored_tokens for block in self._blocks[domain])
 
 
 def _cut(sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:

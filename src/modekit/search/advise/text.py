@@ -163,7 +163,9 @@ def read_texts(
     findings: list[Finding] = []
     for place, expert in enumerate(recipe.experts):
         if not expert.text and not expert.prompts:
-            findings.append(_without_text(expert.name))
+            what = "no text: what helps it is not known, and no router can be fitted for it"
+            to_do = "add experts[].text; a few hundred documents are enough for advice"
+            findings.append(Finding("warning", expert.name, what, to_do=to_do))
             continue
         try:
             text, fit = own.own(place), own.fit(place)
@@ -174,26 +176,12 @@ def read_texts(
         sequences = encode(tokenizer, chosen, max_tokens=tokens, sequence_length=SEQUENCE_LENGTH)
         count = sum(sequence.size for sequence in sequences)
         if count < tokens / 2:
-            findings.append(_too_little(expert.name, count, tokens))
+            what = "little text to measure on" if count else "no text to measure on"
+            found = f"{count} of {tokens} tokens in the select split (one document in ten)"
+            findings.append(Finding("note", expert.name, what, found, "give more documents"))
         summary = TextSummary(**text_record(chosen, count), sequence_length=SEQUENCE_LENGTH)
         texts[place] = DomainText(sequences, summary, fit)
     return texts, findings
-
-
-def _without_text(name: str) -> Finding:
-    return Finding(
-        "warning",
-        name,
-        "no text: what helps it is not known, and no router can be fitted for it",
-        to_do="add experts[].text; a few hundred documents are enough for advice",
-    )
-
-
-def _too_little(name: str, count: int, tokens: int) -> Finding:
-    what = "little text to measure on" if count else "no text to measure on"
-    return Finding(
-        "note", name, what, f"{count} of {tokens} tokens in the select split (one document in ten)", "give more documents"
-    )
 
 
 def measure_confusion(

@@ -33,11 +33,6 @@ def folder_of(out: Path) -> Path:
     return out.with_name(out.name + _SUFFIX)
 
 
-def out_of(folder: Path) -> str:
-    """The name of the output that a search is for."""
-    return folder.name.removesuffix(_SUFFIX)
-
-
 def announce(out: Path, beside: Mapping[str, bytes]) -> None:
     """Say, before the best mixture is built, which files will lie beside it: a kill after that costs no more than a look."""
     write_json(folder_of(out) / _BUILT_FILE, {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()})
@@ -93,7 +88,7 @@ def identity_of(job: SearchJob, settings: TuneSettings, native: bool, plan: Plan
 
 def claim(folder: Path, identity: SearchIdentity) -> None:
     """Make the work folder, or go on in that of the same search. Raises TuneError for another's."""
-    if not claim_work_folder(folder, "tuning", out_of(folder)):
+    if not claim_work_folder(folder, "tuning", folder.name.removesuffix(_SUFFIX)):
         raise OutputError(
             "a folder that modekit did not make is in the way", where=str(folder), remedy="move it away, or choose another OUT"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from modekit.evaluation.loss import score_domain
 from modekit.files.write import write_json
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
@@ -12,7 +11,7 @@ from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.search.tune.folder import read_kept
 from modekit.search.tune.results import Candidate, Losses, Reference, best_of
-from modekit.search.tune.selection import Selection, Tally
+from modekit.search.tune.selection import Selection, losses_of
 from modekit.search.tune.study import SearchJob, candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
 
@@ -32,9 +31,7 @@ def score_all(
             recipe = candidate_recipe(job.recipe, candidate.mixture)
             shared = weights.checkpoint(weights.plan(recipe))
             model = switched.put(shared, weights.gates(shared, recipe))
-            tally = Tally()
-            tally.add(model, text.domains, f"candidate {number}")
-            known[str(number)] = tally.losses
+            known[str(number)] = losses_of(model, text.domains, f"candidate {number}")
             write_json(path, known)
     run.progress(stage, len(numbers), len(numbers))
     return {number: known[str(number)] for number in numbers}
@@ -66,36 +63,22 @@ def with_smaller_sizes(job: SearchJob, found: Sequence[Candidate], select: Selec
 def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection], run: Run) -> Reference:
     """Per split and domain, the loss of the base and of the domain's own expert."""
     path = job.work / "reference.json"
+    names = [domain.name for domain in splits["select"].domains]
     if path.exists():
         known = read_kept(path, Reference)
-        if _is_whole(known, splits):
+        if all(sorted(known.get(split, {}).get(of, {})) == sorted(names) for split in splits for of in ("base", "own")):
             return known
-    found: Reference = {split: {"base": {}, "own": {}} for split in splits}
     base = plan.sources[0].folder
     model = load_model(base, run=job.run)
     run.begin("score the base")
-    for split, selection in splits.items():
-        for domain in selection.domains:
-            found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
+    found: Reference = {split: {"base": losses_of(model, text.domains, "base"), "own": {}} for split, text in splits.items()}
     for place, domain in enumerate(splits["select"].domains):
-        run.progress("score the experts", place, len(splits["select"].domains))
+        run.progress("score the experts", place, len(names))
         assert domain.expert is not None
-        own = (
-            model
-            if job.recipe.experts[domain.expert].is_base
-            else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
-        )
-        for split, selection in splits.items():
-            text = next(each for each in selection.domains if each.name == domain.name)
-            found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
+        is_base = job.recipe.experts[domain.expert].is_base
+        own = model if is_base else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
+        for split, text in splits.items():
+            domains = [each for each in text.domains if each.name == domain.name]
+            found[split]["own"] |= losses_of(own, domains, f"expert {domain.name}")
     write_json(path, found)
     return found
-
-
-def _is_whole(known: Reference, splits: Mapping[str, Selection]) -> bool:
-    """Whether losses are those of every split and domain, of the base and the own expert."""
-    return all(
-        known.get(split, {}).get(of, {}).keys() == {domain.name for domain in selection.domains}
-        for split, selection in splits.items()
-        for of in ("base", "own")
-    )

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from modekit.errors import RecipeError
+from modekit.files.typed import as_kind
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import Backbone, BackboneMerge
@@ -80,7 +81,7 @@ class Space(BaseModel):
 
         def pick(axis: str, values: Sequence[object], name: str = "") -> str:
             labels = list(dict.fromkeys(label(value) for value in values))
-            choice[name or axis] = labels[0] if len(labels) == 1 else ask(name or axis, labels)
+            choice[name or axis] = ask(name or axis, labels)
             return choice[name or axis]
 
         whole = pick("modules", self.modules) == "all"
@@ -145,31 +146,30 @@ class Space(BaseModel):
             behind = "" if backbone == "base" else f", backbone {backbone}"
             for name, says in _NAMED.items():
                 wanted = {**plain, "backbone": backbone, "top_k": "2", **says}
-                choice = self._wanted(wanted)
+                choice = self._choice_of(wanted)
                 if choice is not None:
                     found[name + behind] = choice
         if "all" in self.modules:
             of_whole = {"n-gram": "ngram", "lexical": "lexical", "sequence": "logistic"}
             for name, router in ((f"whole models, {kind}", router) for kind, router in of_whole.items()):
                 ngram = {"order": "2", "ngram_decay": "0.98"}
-                choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
+                choice = self._choice_of({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
                 if choice is not None:
                     found[name] = choice
         return found
 
-    def _wanted(self, wanted: Mapping[str, str]) -> Choice | None:
-        """The choice that takes these labels wherever it is asked; None when an axis does not hold one."""
-        missing = False
+    def _choice_of(self, labels: Mapping[str, str]) -> Choice | None:
+        """The choice that takes these labels; None when an axis does not hold one."""
 
-        def ask(axis: str, labels: Sequence[str]) -> str:
-            nonlocal missing
-            missing = missing or wanted.get(axis) not in labels
-            return wanted[axis] if wanted.get(axis) in labels else labels[0]
+        def ask(axis: str, possible: Sequence[str]) -> str:
+            if labels.get(axis) not in possible:
+                raise LookupError(axis)
+            return labels[axis]
 
-        choice = self.choose(ask)
-        said = all(choice[axis] == value for axis, value in wanted.items() if axis in choice)
-        router = {"router", "router_of_whole"} & wanted.keys() <= choice.keys()  # of parts is another than of whole models
-        return choice if said and router and not missing else None
+        try:
+            return self.choose(ask)
+        except LookupError:
+            return None
 
 
 _NAMED: dict[str, Choice] = {
@@ -268,16 +268,12 @@ def read_space(path: Path, default: Space) -> Space:
         raw = read_yaml(path)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping of axes")
-        return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        return as_kind({**{name: getattr(default, name) for name in Space.model_fields}, **raw}, Space)
+    except (OSError, ValueError) as error:
         raise RecipeError(
-            "the space of the search has a problem",
-            where=f"{path}: {place}",
-            found=first["msg"],
+            "the space of the search cannot be read",
+            where=str(path),
+            found=error,
             expected=f"lists under {', '.join(Space.model_fields)}",
             remedy="correct it",
         ) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError("the space of the search cannot be read", where=str(path), found=error, remedy="correct it") from None

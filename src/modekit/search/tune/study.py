@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,10 @@ from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.search.tune.results import Candidate, Mixture
-from modekit.search.tune.selection import RUNGS, Selection, Tally
+from modekit.search.tune.results import Candidate, Mixture, mean_of
+from modekit.search.tune.selection import RUNGS, RunningLoss, Selection
 from modekit.search.tune.shared_weights import SharedWeights
-from modekit.search.tune.space import Choice, Space
+from modekit.search.tune.space import Space
 from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
@@ -191,11 +191,11 @@ class _Worker:
         started = time.perf_counter()
         mixture = _mixture_of(self.job, trial)
         key = json.dumps(mixture, sort_keys=True)
-        before = _before(self.study, key)
-        if before is not None:
-            trial.set_user_attr("again", before.number)
-            state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
-            self.study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
+        earlier = _earlier(self.study, key)
+        if earlier is not None:
+            trial.set_user_attr("again", earlier.number)
+            state = earlier.state if earlier.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+            self.study.tell(trial, earlier.value if state == TrialState.COMPLETE else None, state=state)
             return False
         trial.set_user_attr("key", key)
         try:
@@ -229,18 +229,18 @@ class _Worker:
 
     def _score(self, trial: optuna.Trial, model: PreTrainedModel) -> float | None:
         """Mean loss on all of the text; None when others did better on a part. Raises TuneError when it is not a number."""
-        tally = Tally()
+        running = RunningLoss()
         for number, resource in enumerate(RUNGS):
-            tally.add(model, self.selection.rung(number), f"candidate {trial.number}")
-            trial.report(tally.mean, resource)
-            trial.set_user_attr("losses", tally.losses)
-            trial.set_user_attr("tokens", tally.tokens)
+            running.add(model, self.selection.rung(number), f"candidate {trial.number}")
+            trial.report(mean_of(running.losses), resource)
+            trial.set_user_attr("losses", running.losses)
+            trial.set_user_attr("tokens", running.tokens)
             if resource < RUNGS[-1] and trial.should_prune():
                 return None
-        return tally.mean
+        return mean_of(running.losses)
 
 
-def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
+def _earlier(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
     """The trial that the same mixture is counted as."""
     trials = study.get_trials(deepcopy=False)
     return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
@@ -250,8 +250,11 @@ def _mixture_of(job: SearchJob, trial: optuna.Trial) -> Mixture:
     """What a trial is about: the recipe's own mixture, or a choice along the axes."""
     if "mixture" in trial.user_attrs:
         return dict(json.loads(trial.user_attrs["mixture"]))
-    choice: Choice = job.space.choose(lambda axis, labels: str(trial.suggest_categorical(axis, list(labels))))
-    return job.space.mixture(choice, job.recipe)
+
+    def ask(axis: str, labels: Sequence[str]) -> str:
+        return labels[0] if len(labels) == 1 else str(trial.suggest_categorical(axis, list(labels)))
+
+    return job.space.mixture(job.space.choose(ask), job.recipe)
 
 
 @_quiet()
