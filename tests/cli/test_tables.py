@@ -215,7 +215,7 @@ def test_inspect(shown: Callable[..., str]) -> None:
     scores = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
     told = {"at": [32, 64, 128, 256], "auroc": scores, "to_base": dict.fromkeys(NAMES, 0.0123)}
     cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
-    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "told_apart": told}))
+    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "word_accuracy": told}))
 
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
@@ -260,7 +260,7 @@ def test_advise(shown: Callable[..., str]) -> None:
         text=dict.fromkeys(NAMES, TextSummary(documents=9, tokens=8192, sha256="", sequence_length=512)),
         losses=dict.fromkeys(["base", *NAMES], dict.fromkeys(NAMES, 12.3456)),
         gain=dict.fromkeys(NAMES, ExpertGain(nats=Figure(1.0, None), parts=parts)),
-        words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, told_apart=0.789),
+        words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, accuracy=0.789),
         findings=[],
     )
     cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]

@@ -31,7 +31,7 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.search.advise.advise import advise
 from modekit.search.advise.drift import Drift, compare, groups_of
 from modekit.search.advise.findings import of_gains, of_unmixed
-from modekit.search.advise.gains import ON_AVERAGE, PARTS, Gains, Losses, figure_of
+from modekit.search.advise.gains import ON_AVERAGE, PARTS, BlockLosses, Gains, figure_of
 from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 from modekit.search.advise.recipe import recipe_text, write_advised
 from modekit.search.advise.result import Advice, Facts, Figure, Finding
@@ -319,9 +319,9 @@ def test_losses_are_those_of_models_put_together_by_hand(trained: Workshop) -> N
 
 def test_the_error_of_a_mean_is_the_textbooks() -> None:
     values = np.array([1.0, 4.0, 2.0, 7.0, 3.0])
-    got = figure_of(lambda mean: mean, Losses(values * 10, np.full(5, 10.0)))
+    got = figure_of(lambda mean: mean, BlockLosses(values * 10, np.full(5, 10.0)))
     assert got.value == pytest.approx(values.mean()) and got.error == pytest.approx(values.std(ddof=1) / 5**0.5)
-    assert figure_of(lambda mean: mean, Losses(values[:1], np.ones(1))).error is None
+    assert figure_of(lambda mean: mean, BlockLosses(values[:1], np.ones(1))).error is None
 
 
 # What advice comes to
@@ -426,7 +426,7 @@ def test_what_n_grams_are_said_to_name_is_what_the_built_router_decides(trained:
             model(input_ids=torch.tensor([sequence.ids]))
         chosen = torch.cat(weights).argmax(-1)
         assert words.named[place] == pytest.approx([float((chosen == other).float().mean()) for other in range(3)])
-    assert words.told_apart == pytest.approx(np.diagonal(words.named).mean()) and words.told_apart > 0.5
+    assert words.accuracy == pytest.approx(np.diagonal(words.named).mean()) and words.accuracy > 0.5
 
 
 def test_a_recipe_written_elsewhere_names_the_same_files(trained: Workshop, tmp_path: Path) -> None:
@@ -536,7 +536,9 @@ def test_mixed_up_texts(trained: Workshop, tmp_path: Path) -> None:
 def of_losses(losses: dict[int, list[float]]) -> Gains:
     """Gains of models (-1: the base) from their mean loss per domain, the same in each of four blocks."""
     ones = np.ones(4)
-    return Gains({model: {d: Losses(loss * ones, ones) for d, loss in enumerate(row)} for model, row in losses.items()}, {})
+    return Gains(
+        {model: {d: BlockLosses(loss * ones, ones) for d, loss in enumerate(row)} for model, row in losses.items()}, {}
+    )
 
 
 def test_an_expert_that_another_beats_on_its_own_text_is_named_even_when_it_is_the_base() -> None:
@@ -708,7 +710,7 @@ FACTS = Facts(
     shares=dict.fromkeys(PARTS, 1.0),
     backbones=None,
     fit_text=True,
-    told_apart=0.97,
+    word_accuracy=0.97,
 )
 APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
 WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
@@ -717,15 +719,15 @@ TOKEN = {"fit": "logistic", "tokens_per_domain": 65_536}
 LEXICAL = {"fit": "lexical"}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"modules": "auto", "router": LEXICAL}),
-    ({"carried": False}, {"modules": "auto", "router": {"fit": "ngram"}}),
-    ({"told_apart": 0.5}, {"modules": "auto", "router": CONTEXT}),
-    ({"told_apart": None}, {"modules": "auto", "router": CONTEXT}),
+    ({"lexical_fits": False}, {"modules": "auto", "router": {"fit": "ngram"}}),
+    ({"word_accuracy": 0.5}, {"modules": "auto", "router": CONTEXT}),
+    ({"word_accuracy": None}, {"modules": "auto", "router": CONTEXT}),
     ({"native": True}, {"backbone": "base", "router": LEXICAL}),
-    ({"native": True, "carried": False}, {"backbone": "base", "router": TOKEN}),
-    ({"native": True, "told_apart": 0.5}, {"backbone": "base", "router": TOKEN}),
+    ({"native": True, "lexical_fits": False}, {"backbone": "base", "router": TOKEN}),
+    ({"native": True, "word_accuracy": 0.5}, {"backbone": "base", "router": TOKEN}),
     ({"shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
     (
-        {"shares": APART, "told_apart": 0.5},
+        {"shares": APART, "word_accuracy": 0.5},
         {"modules": "all", "router": {**TOKEN, "granularity": "sequence", "per": "model"}},
     ),
     ({"shares": WITH_ATTENTION}, {"modules": "all", "router": {"fit": "ngram"}}),

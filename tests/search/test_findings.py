@@ -6,11 +6,11 @@ import numpy as np
 
 from modekit.recipes.read import parse_recipe
 from modekit.search.advise.findings import of_gains
-from modekit.search.advise.gains import BASE_INDEX, Gains, Losses
+from modekit.search.advise.gains import BASE_INDEX, BlockLosses, Gains
 
 
-def losses(mean: float) -> Losses:
-    return Losses(np.array([10 * mean] * 4), np.array([10.0] * 4))
+def losses(mean: float) -> BlockLosses:
+    return BlockLosses(np.array([10 * mean] * 4), np.array([10.0] * 4))
 
 
 def gains(general: float, medicine: float) -> Gains:

@@ -105,7 +105,7 @@ def _found(compared: ComparedModels, measured: TextMeasurements) -> Advice:
         and WordTable(
             domains=[name[index] for index in confusion.domains],
             named=confusion.named.tolist(),
-            told_apart=confusion.told_apart,
+            accuracy=confusion.accuracy,
         ),
         findings=[],
     )
@@ -143,6 +143,6 @@ def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[i
         shares=shares,
         backbones=backbones,
         fit_text=kept.keys() <= measured.fittable,
-        told_apart=confusion.told_apart if confusion is not None and len(confusion.domains) == len(kept) else None,
-        carried=is_carried(compared.family, compared.base.config, len(kept)),
+        word_accuracy=confusion.accuracy if confusion is not None and len(confusion.domains) == len(kept) else None,
+        lexical_fits=is_carried(compared.family, compared.base.config, len(kept)),
     )

@@ -37,7 +37,7 @@ SMALLEST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
-class Losses:
+class BlockLosses:
     """Summed loss (nats) and scored tokens of each block of a domain's text."""
 
     sums: npt.NDArray[np.float64]
@@ -53,8 +53,8 @@ class Losses:
 class Gains:
     """What was scored: `whole[model][domain]` with BASE_INDEX for the base, `parts[expert][part]` on the expert's own text."""
 
-    whole: Mapping[int, Mapping[int, Losses]]
-    parts: dict[int, dict[str, Losses]]
+    whole: Mapping[int, Mapping[int, BlockLosses]]
+    parts: dict[int, dict[str, BlockLosses]]
 
     @property
     def tokens(self) -> int:
@@ -75,7 +75,7 @@ class Gains:
         """Loss of the second less that of the first on a domain."""
         return figure_of(lambda one, other: other - one, self.whole[first][domain], self.whole[second][domain])
 
-    def share(self, expert: int, losses: Losses) -> Figure:
+    def share(self, expert: int, losses: BlockLosses) -> Figure:
         """Of the gain of an expert on its own text."""
         return figure_of(
             lambda base, own, part: (base - part) / (base - own),
@@ -90,7 +90,7 @@ def has_gain(gain: Figure) -> bool:
     return gain.value > SMALLEST_GAIN
 
 
-def figure_of(figure: Callable[..., float], *losses: Losses) -> Figure:
+def figure_of(figure: Callable[..., float], *losses: BlockLosses) -> Figure:
     """A function of mean losses on the same text, and its jackknife standard error over the blocks."""
     value = figure(*(each.mean for each in losses))
     count = len(losses[0].sums)

@@ -19,7 +19,7 @@ from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
 from modekit.recipes.backbone import BackboneMerge
 from modekit.run import QUIET, Run
-from modekit.search.advise.gains import BASE_INDEX, PARTS, Gains, Losses
+from modekit.search.advise.gains import BASE_INDEX, PARTS, BlockLosses, Gains
 from modekit.search.advise.result import Group
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource
@@ -96,8 +96,8 @@ def measure(
     moving = [expert for expert in experts if patched.moved_groups(expert)]
     scorer = _Scorer(patched.model, texts, len(texts) * (1 + len(moving)) + len(runs), run)
     base = {domain: scorer.score("base", domain) for domain in texts}
-    whole: dict[int, dict[int, Losses]] = {BASE_INDEX: base}
-    parts: dict[int, dict[str, Losses]] = {}
+    whole: dict[int, dict[int, BlockLosses]] = {BASE_INDEX: base}
+    parts: dict[int, dict[str, BlockLosses]] = {}
     for expert in experts:
         every = patched.moved_groups(expert)
         if not every:
@@ -107,7 +107,7 @@ def measure(
                 whole[expert] = {domain: scorer.score("expert", domain) for domain in texts}
         if expert not in texts:
             continue
-        known: dict[frozenset[Group], Losses] = {frozenset(): base[expert], every: whole[expert][expert]}
+        known: dict[frozenset[Group], BlockLosses] = {frozenset(): base[expert], every: whole[expert][expert]}
         for part in sets[expert].values():
             if part not in known:
                 with patched.with_parts([expert], part):
@@ -118,7 +118,7 @@ def measure(
 
 def on_average(
     patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, run: Run = QUIET
-) -> dict[int, Losses]:
+) -> dict[int, BlockLosses]:
     """Loss of each expert's FFN on a backbone that is the average of all: what FFN experts could reach there."""
     own = [expert for expert in experts if expert in texts]
     scorer = _Scorer(patched.model, texts, len(own), run)
@@ -138,7 +138,7 @@ class _Scorer:
         self._blocks = {index: [Domain("", None, part, {}) for part in _cut(text)] for index, text in texts.items()}
         self._done = 0
 
-    def score(self, name: str, domain: int) -> Losses:
+    def score(self, name: str, domain: int) -> BlockLosses:
         """Losses of the model as it is now."""
         sums, tokens = [], []
         for block in self._blocks[domain]:
@@ -146,7 +146,7 @@ class _Scorer:
             tokens.append(float(block.scored_tokens))
         self._done += 1
         self._run.progress(f"score {name}", self._done, self._passes)
-        return Losses(np.array(sums), np.array(tokens))
+        return BlockLosses(np.array(sums), np.array(tokens))
 
 
 def _cut(sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:

@@ -96,11 +96,11 @@ class ExpertGain(BaseModel, frozen=True):
 
 
 class WordTable(BaseModel, frozen=True):
-    """`named[i][j]`: share of domain i's tokens at which n-grams prefer domain j; `told_apart`: mean of the diagonal."""
+    """`named[i][j]`: share of domain i's tokens at which n-grams prefer domain j; `accuracy`: mean of the diagonal."""
 
     domains: list[str]
     named: list[list[float]]
-    told_apart: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Facts:
         shares: part -> smallest share of any expert's gain that it carries; None without text, or without a gain.
         backbones: base and average -> mean share of the gain that FFN experts carry on it; None when not measured.
         fit_text: every expert has text or prompts for a fit.
-        told_apart: share of held-out tokens whose domain an n-gram table names; None when it is not known.
-        carried: whether a native architecture carries a lexical router for this base and so many experts.
+        word_accuracy: share of held-out tokens whose domain an n-gram table names; None when it is not known.
+        lexical_fits: whether a native architecture carries a lexical router for this base and so many experts.
     """
 
     native: bool
@@ -126,8 +126,8 @@ class Facts:
     shares: Mapping[str, float] | None
     backbones: Mapping[str, float] | None
     fit_text: bool
-    told_apart: float | None
-    carried: bool = True
+    word_accuracy: float | None
+    lexical_fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Advice(BaseModel, frozen=True):
         limits: what advice cannot know.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     base_model: str
     drift: dict[str, ExpertDrift]
     similarity: ExpertPairs

@@ -15,7 +15,7 @@ from modekit.search.advise.result import Facts, Recommendation
 
 NEARLY_ALL = 0.95
 """Share of an expert's gain from which on leaving the rest behind is not worth its cost."""
-TOLD_APART = 0.9
+WORDS_DIFFER = 0.9
 """Share of tokens whose domain an n-gram table must name to be the router; on the demo it names 0.97 and closes 0.98."""
 FIT_TOKENS = 65_536
 """More text than the default: 0.878 against 0.850 (token), 0.902 against 0.856 (context); benchmarks/routers.md."""
@@ -58,8 +58,8 @@ def _average_is_better(facts: Facts) -> bool:
     return facts.backbones["average"] > facts.backbones["base"] if facts.backbones else facts.outside_ffn
 
 
-def _told_apart(facts: Facts) -> bool:
-    return facts.told_apart is not None and facts.told_apart >= TOLD_APART
+def _words_differ(facts: Facts) -> bool:
+    return facts.word_accuracy is not None and facts.word_accuracy >= WORDS_DIFFER
 
 
 def _shares(facts: Facts) -> str:
@@ -82,11 +82,11 @@ def _backbones(facts: Facts) -> str:
 
 
 def _words(facts: Facts) -> str:
-    if facts.told_apart is None:
+    if facts.word_accuracy is None:
         return "whether the domains differ in their words is not known"
-    if _told_apart(facts):
-        return f"the domains differ in their words: n-grams name the domain of {facts.told_apart:.2f} of the held-out tokens"
-    return f"n-grams name the domain of only {facts.told_apart:.2f} of the held-out tokens"
+    if _words_differ(facts):
+        return f"the domains differ in their words: n-grams name the domain of {facts.word_accuracy:.2f} of the held-out tokens"
+    return f"n-grams name the domain of only {facts.word_accuracy:.2f} of the held-out tokens"
 
 
 EXPERTS: tuple[Rule, ...] = (
@@ -153,7 +153,7 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/demo.md: uniform 0.37, random router 0.30, fitted from text 0.88 to 0.98",
     ),
     Rule(
-        lambda facts: facts.carried and _told_apart(facts) and (facts.native or not facts.low_rank),
+        lambda facts: facts.lexical_fits and _words_differ(facts) and (facts.native or not facts.low_rank),
         {"method": "routing", "router": {"fit": "lexical"}},
         lambda facts: f"{_words(facts)}, and of whole FFNs a checkpoint is made that every engine opens",
         "benchmarks/demo.md: lexical router in Mixtral 0.97, n-gram router in modekit's own architecture 0.98, logistic 0.88",
@@ -166,7 +166,7 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/demo.md: logistic 0.88, ridge 0.87, random 0.30",
     ),
     Rule(
-        _told_apart,
+        _words_differ,
         {"method": "routing", "router": {"fit": "ngram"}},
         _words,
         "benchmarks/training.md: n-gram 0.979, context 0.90, token 0.88 (FFN specialists), 0.99 (whole models); "

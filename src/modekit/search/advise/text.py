@@ -57,7 +57,7 @@ class Confusion:
     named: npt.NDArray[np.float64]
 
     @property
-    def told_apart(self) -> float:
+    def accuracy(self) -> float:
         """Mean share of tokens at which a domain's own expert is preferred."""
         return float(np.diagonal(self.named).mean())
 
@@ -179,7 +179,7 @@ def read_texts(
             what = "little text to measure on" if count else "no text to measure on"
             found = f"{count} of {tokens} tokens in the select split (one document in ten)"
             findings.append(Finding("note", expert.name, what, found, "give more documents"))
-        summary = TextSummary(**text_record(chosen, count), sequence_length=SEQUENCE_LENGTH)
+        summary = TextSummary.model_validate({**text_record(chosen, count), "sequence_length": SEQUENCE_LENGTH})
         texts[place] = DomainText(sequences, summary, fit)
     return texts, findings
 
