@@ -215,7 +215,7 @@ def test_inspect(shown: Callable[..., str]) -> None:
     scores = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
     told = {"at": [32, 64, 128, 256], "auroc": scores, "to_base": dict.fromkeys(NAMES, 0.0123)}
     cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
-    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "word_accuracy": told}))
+    check_whole(shown, cells, lambda: inspection.print_inspection(Some(), {**data, "told_apart": told}))
 
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
