@@ -1,7 +1,7 @@
 """Does `modekit discover` find domains that nobody has labelled, how many there are, and which a mixture lacks? discover.md.
 
     python benchmarks/discover.py sets FOLDER [--seeds 3]            the demo's text, sets of its domains, shuffled
-    python benchmarks/discover.py ways FOLDER [--seeds 3]            other features, other groupings (trains the demo's base)
+    python benchmarks/discover.py ways FOLDER [--seeds 3]            other features, other groupings
     python benchmarks/discover.py numbers FOLDER [--seeds 3]         other ways to choose how many
     python benchmarks/discover.py styles FOLDER --wheels wheels      text of other makers, on which nothing was chosen
     python benchmarks/discover.py serves FOLDER                      mixtures that lack a domain
@@ -28,30 +28,35 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture
+from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chat import documents
 from modekit.building.build import build
-from modekit.demo.kinds import SMALL
-from modekit.demo.models import ARCHITECTURE, make_base
+from modekit.demo.models import ARCHITECTURE
 from modekit.demo.text import DOMAINS, GENERAL, UNSEEN, unpack_text
-from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.run import QUIET
-from modekit.search.discover.choice import WORTH, choose, gains, try_numbers
 from modekit.search.discover.discover import Unlabelled, discover
-from modekit.search.discover.discovery import Discovery
-from modekit.search.discover.evidence import background, evidence_of
-from modekit.search.discover.grouping import group
-from modekit.search.discover.settings import DiscoverSettings
-from modekit.search.discover.space import DIRECTIONS, HiddenSpace, Space, UnitSpace, rare_units
-from modekit.search.discover.units import Units, token_units, word_units
-from modekit.search.discover.words import words_of
+from modekit.search.discover.grouping import (
+    DIMENSIONS,
+    WORTH,
+    WordSpace,
+    choose,
+    cluster,
+    gains,
+    try_numbers,
+    word_model,
+    word_shares,
+)
+from modekit.search.discover.result import DiscoverSettings, Discovery
+from modekit.search.discover.words import rare_words, word_rows, words_of
 from modekit.text.documents import read_documents
 from other_styles import source_of_a_library
 
@@ -136,7 +141,7 @@ def table(arguments: argparse.Namespace, wanted: Sequence[tuple[Sequence[str], L
     for domains, labels in wanted:
         found = [run(arguments.folder, labels, seed) for seed in range(arguments.seeds)]
         given = [run(arguments.folder, labels, seed, domains=len(domains))[1] for seed in range(arguments.seeds)]
-        steps = ", ".join(f"{gain:.2f}" for gain in gains(found[0][0].tried)[1:9] if gain is not None)
+        steps = ", ".join(f"{each.gain:.2f}" for each in found[0][0].tried[1:9] if each.gain is not None)
         proposed = ", ".join(str(len(each.groups)) for each, _ in found)
         row(", ".join(domains), len(labels), proposed, spread([each for _, each in found]), spread(given), steps)
 
@@ -145,39 +150,47 @@ Prepared = tuple[list[str], Any, Any]
 """Domains of the documents, points (N, D), and rows of units that count (N, V)."""
 
 
-def prepared(labels: Labels, seed: int, space: Space) -> Prepared:
+Featurize = Callable[[Sequence[str]], Any]
+"""Documents -> their features, sparse (N, H)."""
+
+
+class FeatureSpace:
+    """As WordSpace, of any features."""
+
+    def __init__(self, features: Featurize = word_rows, keep: Callable[[Any], Any] = rare_words) -> None:
+        self._features, self._keep = features, keep
+
+    def fit(self, found: Sequence[str], dimensions: int, seed: int) -> Any:
+        rows = self._features(found)
+        rows = rows[:, self._keep(rows)]
+        weights = -np.log(np.maximum(np.asarray(rows.astype(bool).mean(axis=0)).ravel(), 1e-9))
+        points = TruncatedSVD(dimensions, random_state=seed).fit_transform(normalize(rows.multiply(weights).tocsr()))
+        return normalize(np.asarray(points, dtype=np.float64))
+
+
+def prepared(labels: Labels, seed: int, space: FeatureSpace | WordSpace) -> Prepared:
     found = shuffled(labels, seed)
-    rows = word_units().rows(found)
-    return [labels[each] for each in found], space.learn(found, DIRECTIONS, seed), rows[:, rare_units(rows)]
+    rows = word_rows(found)
+    return [labels[each] for each in found], space.fit(found, DIMENSIONS, seed), rows[:, rare_words(rows)]
 
 
-def all_units(rows: Any) -> Any:
+def all_features(rows: Any) -> Any:
     """Those of two documents or more."""
     return np.flatnonzero(np.asarray(rows.astype(bool).sum(axis=0)).ravel() >= 2)
 
 
-class Characters(Units):
+def characters(found: Sequence[str]) -> Any:
     """N-grams of three to five characters within words."""
-
-    def __init__(self) -> None:
-        self._vectorizer = HashingVectorizer(
-            analyzer="char_wb", ngram_range=(3, 5), n_features=2**18, binary=True, alternate_sign=False, norm=None
-        )
-
-    def rows(self, found: Sequence[str]) -> Any:
-        return self._vectorizer.transform(found)
+    return HashingVectorizer(
+        analyzer="char_wb", ngram_range=(3, 5), n_features=2**18, binary=True, alternate_sign=False, norm=None
+    ).transform(found)
 
 
-class Counted(Units):
+def counted(found: Sequence[str]) -> Any:
     """Words as often as they stand there, dampened, as TF-IDF usually has them."""
-
-    def __init__(self) -> None:
-        pass
-
-    def rows(self, found: Sequence[str]) -> Any:
-        rows = HashingVectorizer(analyzer=words_of, n_features=2**18, alternate_sign=False, norm=None).transform(found)
-        rows.data = 1 + np.log(rows.data)
-        return rows
+    rows = HashingVectorizer(analyzer=words_of, n_features=2**18, alternate_sign=False, norm=None).transform(found)
+    rows.data = 1 + np.log(rows.data)
+    return rows
 
 
 def inertia_best(points: Any, groups: int, seed: int) -> Any:
@@ -192,8 +205,7 @@ def multinomial(points: Any, rows: Any, groups: int, seed: int) -> Any:
     """Expectation maximisation of a mixture of multinomials, begun where k-means ends."""
     labels = inertia_best(points, groups, seed)
     for _ in range(50):
-        said = evidence_of(rows, labels, groups, background(rows))
-        after = (said.of(rows) + said.groups_G).argmax(axis=1)
+        after = word_model(rows, labels, word_shares(rows)).predict(rows)
         if (after == labels).all() or len(np.unique(after)) < groups:
             break
         labels = after
@@ -201,33 +213,26 @@ def multinomial(points: Any, rows: Any, groups: int, seed: int) -> Any:
 
 
 def likeliest(points: Any, rows: Any, groups: int, seed: int) -> Any:
-    found = group(points, rows, groups, background(rows), seed)
+    found = cluster(points, rows, groups, word_shares(rows), seed)
     assert found is not None
     return found.labels
 
 
 def ways(arguments: argparse.Namespace) -> None:
-    texts = unpack_text(arguments.folder / "text")
-    base = arguments.folder / "base"
-    if not base.exists():
-        make_base(base, texts, steps=SMALL.base_steps, seed=0, run=QUIET)
     labels = labelled(DOMAINS, demo_documents(arguments.folder))
-    tokenizer = load_tokenizer(base)
-    kinds: dict[str, Callable[[], Space]] = {
-        "rare words, each once (the default)": lambda: UnitSpace(word_units()),
-        "all words, each once": lambda: UnitSpace(word_units(), all_units),
-        "all words, counted (TF-IDF)": lambda: UnitSpace(Counted(), all_units),
-        "rare n-grams of characters": lambda: UnitSpace(Characters()),
-        "all n-grams of characters": lambda: UnitSpace(Characters(), all_units),
-        "rare n-grams of tokens": lambda: UnitSpace(token_units(tokenizer)),
-        "hidden states of the demo's base": lambda: HiddenSpace(load_model(base), tokenizer),
+    kinds = {
+        "rare words, each once (the default)": FeatureSpace(),
+        "all words, each once": FeatureSpace(keep=all_features),
+        "all words, counted (TF-IDF)": FeatureSpace(counted, all_features),
+        "rare n-grams of characters": FeatureSpace(characters),
+        "all n-grams of characters": FeatureSpace(characters, all_features),
     }
     head("features", "likeliest k-means (the default)", "k-means", "Gaussian mixture", "multinomial mixture", "seconds")
     for name, kind in kinds.items():
         figures: list[list[float]] = [[], [], [], []]
         started = time.perf_counter()
         for seed in range(arguments.seeds):
-            names, points, rows = prepared(labels, seed, kind())
+            names, points, rows = prepared(labels, seed, kind)
             groupings = (
                 likeliest(points, rows, 4, seed),
                 inertia_best(points, 4, seed),
@@ -250,7 +255,7 @@ def proposals(points: Any, rows: Any, seed: int, most: int) -> dict[str, int]:
     steps = [step for step in gains(tried) if step is not None]
     return {
         f"held-out likelihood, a domain worth {WORTH} (the default)": choose(tried),
-        "held-out likelihood, largest": max(tried, key=lambda each: each.held_out).domains,
+        "held-out likelihood, largest": 1 + int(np.argmax(tried)),
         "held-out likelihood, largest drop of the gain": 2 + int(np.argmax(-np.diff(steps))),
         "silhouette": max(ks, key=silhouettes.__getitem__),
         "Gaussian mixture, held-out likelihood": max(halves, key=halves.__getitem__),
@@ -279,7 +284,7 @@ def numbers(arguments: argparse.Namespace) -> None:
     for place, domains in enumerate((DOMAINS, *combinations(DOMAINS, 3))):
         own: dict[str, list[int]] = {}
         for seed in range(arguments.seeds):
-            _, points, rows = prepared(labelled(domains, of), seed, UnitSpace(word_units()))
+            _, points, rows = prepared(labelled(domains, of), seed, WordSpace())
             for way, number in proposals(points, rows, seed, arguments.most).items():
                 own.setdefault(way, []).append(number)
         if place == 0:
@@ -327,9 +332,9 @@ def serves(arguments: argparse.Namespace) -> None:
             lines = (arguments.folder / "OUT" / each.file).read_text().splitlines()
             own = [labels[json.loads(line)["text"]] for line in lines]
             about[each.name] = statistics.mode(own)
-            assert each.served is not None and found.next is not None
+            assert each.served is not None
             served[about[each.name]] = f"{each.served.served:.2f}"
-        row(router, lacks, *(served[name] for name in DOMAINS), about[found.next.name], len(found.notes))
+        row(router, lacks, *(served[name] for name in DOMAINS), about[str(found.next)], len(found.notes))
 
 
 def cost(arguments: argparse.Namespace) -> None:

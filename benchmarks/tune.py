@@ -23,10 +23,8 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.search.tune.candidate import Candidate
-from modekit.search.tune.results import describe
-from modekit.search.tune.selection import Tally, read_selection
-from modekit.search.tune.settings import TuneSettings
+from modekit.search.tune.results import Candidate, TuneSettings, describe, mean_of
+from modekit.search.tune.selection import losses_of, read_selection
 from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 
@@ -56,9 +54,10 @@ def main() -> None:
         sample = scored[:: options.every]
         seconds = [from_scratch(recipe, folder, each, options.tokens) for each in sample]
         scratch = sum(seconds) * len(scored) / len(sample)
-        named = {each.name: results.reported[each.number] for each in results.candidates if each.name}
-        best_fixed = min(named, key=lambda name: mean(named[name]))
-        best = results.reported[results.best.number]
+        named = {each.name: each.report.mean_loss for each in results.candidates if each.name and each.report is not None}
+        best_fixed = min(named, key=lambda name: named[name])
+        best = results.best.report
+        assert best is not None
         line = {
             "seed": seed,
             "candidates": len(scored),
@@ -67,11 +66,11 @@ def main() -> None:
             "with_report_and_build": whole,
             "scratch_seconds": scratch,
             "share": search / scratch,
-            "best": describe(results.best.mixture),
-            "best_report": mean(best),
-            "best_gap_closed": results.gap_closed(best, "report"),
+            "best": results.best.description,
+            "best_report": best.mean_loss,
+            "best_gap_closed": best.gap_closed,
             "best_fixed": best_fixed,
-            "best_fixed_report": mean(named[best_fixed]),
+            "best_fixed_report": named[best_fixed],
         }
         print(json.dumps(line), flush=True)
 
@@ -84,18 +83,13 @@ def from_scratch(recipe: Recipe, folder: Path, candidate: Candidate, tokens: int
     build(plan, out, overwrite=True)
     bases = [source.folder for source in plan.sources]
     select = read_selection(recipe, folder, bases, split="select", tokens_per_domain=tokens, sequence_length=512)
-    tally = Tally()
-    tally.add(load_model(out), select.domains, "from scratch")
+    losses = losses_of(load_model(out), select.domains, "from scratch")
     seconds = time.perf_counter() - started
     shutil.rmtree(out)
-    worst = max(abs(tally.losses[name] - loss) for name, loss in candidate.losses.items())
+    worst = max(abs(losses[name] - loss) for name, loss in candidate.losses.items())
     same = f"within {worst:.1e} of the search's" if candidate.status == "scored" else "dropped in the search"
-    print(f"{seconds:6.1f} s  {tally.mean:.5f}  {same}  {describe(candidate.mixture)}", flush=True)
+    print(f"{seconds:6.1f} s  {mean_of(losses):.5f}  {same}  {describe(candidate.mixture)}", flush=True)
     return seconds
-
-
-def mean(losses: dict[str, float]) -> float:
-    return sum(losses.values()) / len(losses)
 
 
 if __name__ == "__main__":

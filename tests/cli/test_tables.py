@@ -33,10 +33,18 @@ from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Ba
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
 from modekit.files.figures import three_digits, time_of
-from modekit.search.discover.choice import Tried
-from modekit.search.discover.discovery import Discovery, Group
-from modekit.search.discover.serves import Served
-from modekit.search.discover.settings import DiscoverSettings
+from modekit.search.advise.result import (
+    Advice,
+    ExpertDrift,
+    ExpertGain,
+    ExpertPairs,
+    Figure,
+    GroupDrift,
+    PartGain,
+    TextSummary,
+    WordTable,
+)
+from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup, TextRead, TriedNumber
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
 WIDTHS = (60, 80, 200)
@@ -110,7 +118,7 @@ def test_tune(shown: Callable[..., str]) -> None:
     candidate = Some(name="x")
     body = [["best", variant, "3.1234", "3.2345", "0.987", "12345.67M", "modekit"]] * 3
     header = ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"]
-    found = Some(table=lambda: (header, body), ranked=lambda: [candidate] * 3, seconds=1.0)
+    found = Some(table=lambda: (header, body), candidates=[candidate] * 3, seconds=1.0)
     check_whole(shown, ["3.1234", "3.2345", "0.987", "12345.67M", "modekit"], mixtures.print_tune, found)
     assert variant in shown(None, mixtures.print_tune, found)
     assert "".join(variant.split()) in "".join(plain(shown(200, mixtures.print_tune, found)).split())
@@ -226,32 +234,20 @@ def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
 
 
 def test_advise(shown: Callable[..., str]) -> None:
-    places = range(len(NAMES))
-    losses = {place: Some(mean=12.3456) for place in places}
-    parts = {place: {"ffn": None, "all": None} for place in places}
-    share = {"ffn": Some(value=0.5, error=0.25), "all": Some(value=1.0, error=None)}
-    drift = Some(
-        moved=[{1}] * 8,
-        groups=["ffn", "attention"],
-        relative=lambda *_: 0.000712,
-        share=lambda *_: 0.5,
-        total=lambda _: 0.00123,
-        cosine=lambda *_: 0.25,
-    )
-    measured = Some(
-        gains=Some(whole=dict.fromkeys([-1, *places], losses), parts=parts, on_average={}),
-        confusion=Some(domains=[*places], named=[[0.789] * 8] * 8),
-        texts={place: {"tokens": 8192} for place in places},
-    )
-    found = Some(
-        usable=[*places],
-        drift=drift,
-        measured=measured,
+    group = GroupDrift(relative=0.000712, share=0.5)
+    parts = {
+        "ffn": PartGain(loss=1.0, share=Figure(0.5, 0.25)),
+        "all": PartGain(loss=1.0, share=Figure(1.0, None)),
+    }
+    found = Advice(
+        base_model="./base",
+        drift=dict.fromkeys(NAMES, ExpertDrift(relative=0.00123, groups={"ffn": group, "attention": group})),
+        similarity=ExpertPairs(experts=NAMES, cosine=[[0.25] * 8] * 8, distance=[[0.5] * 8] * 8),
+        text=dict.fromkeys(NAMES, TextSummary(documents=9, tokens=8192, sha256="", sequence_length=512)),
+        losses=dict.fromkeys(["base", *NAMES], dict.fromkeys(NAMES, 12.3456)),
+        gain=dict.fromkeys(NAMES, ExpertGain(nats=Figure(1.0, None), parts=parts)),
+        words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, accuracy=0.789),
         findings=[],
-        recipe=None,
-        choices=[],
-        shares=lambda _: share,
-        name=lambda place: "base" if place < 0 else NAMES[place],
     )
     cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]
     check_whole(shown, cells, advice.print_advice, found)
@@ -262,11 +258,21 @@ def test_advise(shown: Callable[..., str]) -> None:
 
 
 def test_discover(shown: Callable[..., str]) -> None:
-    served = Served(200, {NAMES[7]: 0.875}, 0.9, 0.625, NAMES[7])
+    served = Coverage(documents=200, experts={NAMES[7]: 0.875}, certainty=0.9, served=0.625, expert=NAMES[7])
     words = [f"[red]word{number}[/]" for number in range(8)]
-    groups = [Group(name, words, served, 123_456, 1) for name in NAMES[:6]]
-    tried = [Tried(number, -9.123 + number / 8) for number in range(1, 8)]
-    found = Discovery(DiscoverSettings(), groups, tried, {}, "OUT", ["a note " * 20])
+    found = Discovery(
+        settings=DiscoverSettings(),
+        text=TextRead(documents=1, sha256=""),
+        domains=6,
+        chosen="held-out likelihood",
+        worth=0.06,
+        tried=[TriedNumber(domains=number, held_out=-9.123 + number / 8, gain=0.125) for number in range(1, 8)],
+        mixture="OUT",
+        groups=[
+            DocumentGroup(name=name, file="", documents=123_456, characters=1, words=words, served=served) for name in NAMES[:6]
+        ],
+        notes=["a note " * 20],
+    )
     cells = [*NAMES[:6], "123,456", "17%", "62%", "-8.373", "+0.125", "[red]word7[/]"]
     check_whole(shown, cells, discovery.print_discovery, found, None)
     assert "-8.373*" in shown(None, discovery.print_discovery, found, None)

@@ -33,7 +33,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover
-from modekit.search.discover.settings import DiscoverSettings
+from modekit.search.discover.result import DiscoverSettings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import open_source, read_header
 from modekit.text.chat import ChatTemplate
@@ -507,7 +507,7 @@ def fuzz_unlabelled(root: Path, _: dict[str, Any]) -> Target:
         path = root / "text" / f"law{drawn[1]}"
         path.write_bytes(drawn[0])
         texts = Unlabelled(["known.jsonl", f"./text/{path.name}"], root)
-        return discover(texts, DiscoverSettings(domains=2), out=root / "FOUND", replace="modekit's own").as_data()
+        return discover(texts, DiscoverSettings(domains=2), out=root / "FOUND", replace="modekit's own").model_dump()
 
     return st.tuples(hostile_bytes(lines.map("\n".join)), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
 

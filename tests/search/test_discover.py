@@ -12,30 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.sparse import csr_matrix
 
 import modekit.search.discover.discover as discover_module
-from chatting import word_tokenizer
-from conftest import Workshop, make_workshop, save, tiny_model
+from command_line import ended
+from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.text import DOMAINS, unpack_text
-from modekit.errors import MismatchError, TextError, UnsupportedError
-from modekit.loaded.load import load_model, load_tokenizer
+from modekit.errors import TextError, UnsupportedError
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
-from modekit.search.discover.choice import WORTH, Tried, choose, try_numbers
-from modekit.search.discover.discover import Unlabelled, discover
-from modekit.search.discover.discovery import Discovery, Group
-from modekit.search.discover.evidence import background, evidence_of
-from modekit.search.discover.grouping import group
-from modekit.search.discover.names import name_of, words_about
-from modekit.search.discover.serves import Served
-from modekit.search.discover.settings import DiscoverSettings
-from modekit.search.discover.space import HiddenSpace, rare_units
-from modekit.search.discover.stream import Stream
-from modekit.search.discover.units import word_units
-from modekit.search.discover.words import words_of
+from modekit.search.discover.discover import Unlabelled, discover, shared_experts
+from modekit.search.discover.documents import UnlabelledDocuments
+from modekit.search.discover.grouping import WORTH, choose, cluster, log_likelihood, try_numbers, word_model, word_shares
+from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup
+from modekit.search.discover.words import describe_groups, name_of, rare_words, word_rows, words_of
 from modekit.text.document import Conversation, text_of
 from modekit.text.documents import read_documents
 from refusal import checked, refuse, run_python, tree
@@ -132,7 +123,7 @@ def test_the_same_text_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_small_sample_groups_all_documents(tmp_path: Path) -> None:
     labels = planted(3, 150)
     text = write_documents(tmp_path / "a.jsonl", list(labels))
-    stream = Stream([str(text)], tmp_path)
+    stream = UnlabelledDocuments([str(text)], tmp_path)
     sample = stream.sample(40, 0)
     assert (len(sample.beginnings), sample.documents) == (40, 450)
     assert stream.sample(40, 1).beginnings != sample.beginnings
@@ -161,14 +152,14 @@ def test_documents_stay_whole_and_other_verbs_read_them(tmp_path: Path) -> None:
 
 def test_text_that_changes_meanwhile_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = write_documents(tmp_path / "a.jsonl", list(planted(3, 20)))
-    learn = discover_module.learn
+    learn = discover_module.group_documents
 
     def learns_slowly(*arguments: Any) -> Any:
         found = learn(*arguments)
         write_documents(text, list(planted(3, 20, seed=1)))
         return found
 
-    monkeypatch.setattr(discover_module, "learn", learns_slowly)
+    monkeypatch.setattr(discover_module, "group_documents", learns_slowly)
     with pytest.raises(TextError, match="changed while it was read"):
         found_in(text, tmp_path / "OUT")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
@@ -180,9 +171,8 @@ def test_likelihoods_are_those_of_the_mixture_of_groups() -> None:
     dense = (draw.random((9, 5)) < 0.6).astype(np.float32)
     dense[0] = 1
     rows, labels = csr_matrix(dense), np.array([0, 1, 0, 1, 1, 0, 2, 2, 1])
-    shares = background(rows)
-    found = evidence_of(rows, labels, 3, shares)
-    assert np.exp(found.units_GV).sum(axis=1) == pytest.approx(np.ones(3)) and np.exp(found.groups_G).sum() == pytest.approx(1)
+    shares = word_shares(rows)
+    found = word_model(rows, labels, shares)
     wanted = 0.0
     for document in dense:
         likelihood = 0.0
@@ -191,39 +181,40 @@ def test_likelihoods_are_those_of_the_mixture_of_groups() -> None:
             probabilities = (own + 300 * shares) / (own.sum() + 300)
             likelihood += (labels == number).mean() * math.prod(probabilities[document > 0].tolist())
         wanted += math.log(likelihood)
-    assert found.held_out(rows) == pytest.approx(wanted)
+    assert log_likelihood(found, rows) == pytest.approx(wanted)
 
 
 def test_the_best_of_several_beginnings_is_the_likeliest() -> None:
     documents = list(planted(4, 30, seed=3))
-    rows = word_units().rows(documents)
-    rows = rows[:, rare_units(rows)]
+    rows = word_rows(documents)
+    rows = rows[:, rare_words(rows)]
     points = np.asarray(np.random.default_rng(0).normal(size=(len(documents), 6)))
 
     def likelihood(seed: int) -> float:
-        found = group(points, rows, 4, background(rows), seed)
+        found = cluster(points, rows, 4, word_shares(rows), seed)
         assert found is not None and (found.nearest(points) == found.labels).all()
-        of = evidence_of(rows, found.labels, 4, background(rows)).of(rows)
+        model = word_model(rows, found.labels, word_shares(rows))
+        of = model.predict_joint_log_proba(rows) - model.class_log_prior_
         return float(of[np.arange(len(documents)), found.labels].sum())
 
     several = likelihood(0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("modekit.search.discover.grouping.BEGINNINGS", 1)
+        patched.setattr("modekit.search.discover.grouping.STARTS", 1)
         alone = [likelihood(seed) for seed in range(10)]
     assert several == max(alone) > min(alone)
 
 
 def test_a_number_is_chosen_by_what_its_groups_are_worth() -> None:
-    assert choose([Tried(1, -9.0), Tried(2, -9.0 + WORTH / 2)]) == 1
-    assert choose([Tried(1, -9.0), Tried(2, -8.8), Tried(3, -8.79), Tried(4, -8.5), Tried(5, -8.46)]) == 4
-    assert choose([Tried(1, -9.0), Tried(2, -8.0), Tried(3, -8.0 + WORTH / 2), Tried(4, -8.0 + 1.9 * WORTH)]) == 2
+    assert choose([-9.0, -9.0 + WORTH / 2]) == 1
+    assert choose([-9.0, -8.8, -8.79, -8.5, -8.46]) == 4
+    assert choose([-9.0, -8.0, -8.0 + WORTH / 2, -8.0 + 1.9 * WORTH]) == 2
 
 
 def test_no_more_numbers_are_tried_than_there_are_places() -> None:
     documents = ["alpha beta gamma", "delta epsilon zeta"] * 10
-    rows = word_units().rows(documents)
-    tried = try_numbers(np.array([[1.0, 0.0], [0.0, 1.0]] * 10), rows[:, rare_units(rows)], 6, 0, lambda done: None)
-    assert [each.domains for each in tried] == [1, 2]
+    rows = word_rows(documents)
+    tried = try_numbers(np.array([[1.0, 0.0], [0.0, 1.0]] * 10), rows[:, rare_words(rows)], 6, 0, lambda done: None)
+    assert len(tried) == 2
 
 
 @pytest.fixture(scope="module")
@@ -246,18 +237,21 @@ def test_the_domain_that_a_mixture_lacks_comes_next(shop: Workshop, tmp_path: Pa
         assert sum(each.served.experts.values()) == pytest.approx(1)
         expert = next((expert for word, expert in served.items() if word in each.words), None)
         if expert is None:
-            assert "yield" in each.words and discovery.next is each and each.served.served < 0.5
+            assert "yield" in each.words and discovery.next == each.name and each.served.served < 0.5
         else:
             assert each.served.experts[expert] == 1 and each.served.served > 0.9 and each.served.expert == expert
-    record = json.loads((tmp_path / "OUT" / "discover.json").read_text())
-    assert record["mixture"] == "TEXT" and record["next"] in {each["name"] for each in record["groups"]}
+    assert discovery.mixture == "TEXT"
+    assert Discovery.model_validate_json((tmp_path / "OUT" / "discover.json").read_text()) == discovery
     assert not discovery.notes
 
 
 def test_an_expert_that_serves_two_groups_is_named() -> None:
-    served = Served(10, {"law": 1.0}, 0.95, 0.9, "law")
-    groups = [Group("1-clause", [], served), Group("2-def", [], served), Group("3-fever", [])]
-    (note,) = discover_module._notes(groups)
+    served = Coverage(documents=10, experts={"law": 1.0}, certainty=0.95, served=0.9, expert="law")
+    groups = [
+        DocumentGroup(name=name, file="", documents=1, characters=1, words=[], served=of)
+        for name, of in (("1-clause", served), ("2-def", served), ("3-fever", None))
+    ]
+    (note,) = shared_experts(groups)
     assert "'law' serves 1-clause, 2-def" in note
 
 
@@ -265,35 +259,6 @@ def test_mixtures_that_cannot_say_it(shop: Workshop, tmp_path: Path) -> None:
     text = [str(shop.root / "text")]
     with pytest.raises(UnsupportedError, match="router needs the model"):
         discover(Unlabelled(text, tmp_path, open_checkpoint(shop.root / "RANDOM")), GIVEN)
-    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "other")
-    word_tokenizer().save_pretrained(tmp_path / "other")
-    settings = DiscoverSettings(domains=3, features="tokens", model=tmp_path / "other")
-    with pytest.raises(MismatchError, match="another tokenizer than the base model"):
-        discover(Unlabelled(text, tmp_path, open_checkpoint(shop.root / "TEXT")), settings)
-
-
-@pytest.mark.parametrize("features", ["tokens", "hidden"])
-def test_tokens_and_hidden_states(shop: Workshop, tmp_path: Path, features: Any) -> None:
-    settings = DiscoverSettings(domains=3, features=features, model=shop.root / "base")
-    labels = {
-        json.loads(line)["text"]: path.stem for path in (shop.root / "text").iterdir() for line in path.read_text().splitlines()
-    }
-    for out in ("OUT1", "OUT2"):
-        discover(Unlabelled([str(shop.root / "text")], tmp_path), settings, out=tmp_path / out)
-    assert tree(tmp_path / "OUT1") == tree(tmp_path / "OUT2")
-    assert purity(tmp_path / "OUT1", labels) > (0.99 if features == "tokens" else 0.6)  # a random model knows letters at most
-
-
-def test_hidden_states_are_the_means_over_a_document(tmp_path: Path) -> None:
-    folder = save(tiny_model(), tmp_path / "base")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    documents = ["fever", "a much longer text about the court", "x"]
-    found = HiddenSpace(model, tokenizer)._means(documents)
-    for document, mean in zip(documents[:2], found[:2], strict=True):
-        with torch.inference_mode():
-            said = model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)
-        assert mean == pytest.approx(said.hidden_states[len(said.hidden_states) // 2][0].mean(0).numpy(), abs=1e-5)
-    assert not found[2].any()  # a single token
 
 
 def test_words_of_any_script() -> None:
@@ -311,17 +276,17 @@ def test_names_are_those_of_files_and_experts(words: list[str]) -> None:
 
 def test_words_tell_a_group_from_the_others() -> None:
     documents = ["the fever rose", "the fever fell", "the court rose", "the court sat"]
-    first, second = words_about(documents, np.array([0, 0, 1, 1]), 2)
+    first, second = describe_groups(documents, np.array([0, 0, 1, 1]), 2)
     assert (first[0], second[0]) == ("fever", "court") and "the" not in (first[0], second[0])
 
 
 def test_rare_words_count_where_there_are_enough() -> None:
-    rows = word_units().rows(list(planted(3, 200)))
-    kept = rare_units(rows)
+    rows = word_rows(list(planted(3, 200)))
+    kept = rare_words(rows)
     found = np.asarray(rows[:, kept].sum(axis=0)).ravel()
     assert found.min() >= 2 and found.max() <= 0.2 * 600
-    few = word_units().rows(["fever dose", "fever artery", "court deed", "court dose"])
-    assert len(rare_units(few)) == 3  # what stands in one document alone says nothing
+    few = word_rows(["fever dose", "fever artery", "court deed", "court dose"])
+    assert len(rare_words(few)) == 3  # what stands in one document alone says nothing
 
 
 def refused(tmp_path: Path, *arguments: object) -> str:
@@ -362,14 +327,10 @@ def test_documents_alike_in_all_that_counts_are_not_told_apart(tmp_path: Path) -
 
 def test_wrong_settings_are_one_error(tmp_path: Path, shop: Workshop) -> None:
     text, base = shop.root / "text", shop.root / "base"
-    for number in (1, 0, -3, 65):
-        assert "--domains" in refused(tmp_path, "--text", text, "--domains", number)
-    assert "--most" in refused(tmp_path, "--text", text, "--most", 1)
+    for option, number in (("--domains", 1), ("--domains", -3), ("--domains", 65), ("--most", 1), ("--sample", 1)):
+        code, stdout, stderr = ended("discover", tmp_path / "OUT", "--text", text, option, number)
+        assert (code, stdout) == (2, "") and f"Invalid value for '{option}'" in stderr and not (tmp_path / "OUT").exists()
     assert "--most" in refused(tmp_path, "--text", text, "--most", 5, "--domains", 3)
-    assert "--sample" in refused(tmp_path, "--text", text, "--sample", 1)
-    assert "words, tokens or hidden" in refused(tmp_path, "--text", text, "--features", "sounds")
-    assert "add --model BASE" in refused(tmp_path, "--text", text, "--features", "hidden")
-    assert "add --features" in refused(tmp_path, "--text", text, "--model", base)
     assert "router needs the model" in refused(tmp_path, "--text", text, "--mixture", shop.root / "RANDOM")
     assert "modekit.json is missing" in refused(tmp_path, "--text", text, "--mixture", base)
 

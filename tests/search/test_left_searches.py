@@ -13,7 +13,8 @@ import pytest
 from damage import in_time, no_file
 from modekit.errors import TuneError
 from modekit.search.tune.folder import read_kept
-from modekit.search.tune.scores import Losses, reference_losses
+from modekit.search.tune.results import Losses
+from modekit.search.tune.scores import reference_losses
 from modekit.search.tune.study import candidates, open_study, prepare
 
 DAMAGE = ["", "[", "null", "[]", "7", '{"1": {"law": "low"}}', '{"1": [3]}', '{"1": {"law": 1e999}}', "[" * 5_000, '{"1": NaN}']

@@ -25,11 +25,11 @@ from conftest import Workshop, make_workshop
 from modekit.errors import SourceError, TuneError
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET
-from modekit.search.tune import on_ray
-from modekit.search.tune.on_ray import ADDRESS, check_answers, search_on_ray, share_of
+from modekit.search.tune import launch
+from modekit.search.tune.launch import ADDRESS, check_answers, search_on_ray, share_of
 from modekit.search.tune.selection import Selection
 from modekit.search.tune.space import Space
-from modekit.search.tune.study import Job
+from modekit.search.tune.study import SearchJob
 from refusal import refuse
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
@@ -80,8 +80,8 @@ def shop_in(root: Path) -> tuple[Workshop, list[object]]:
 @pytest.mark.parametrize("way", ["{}", "ray://{}"])
 @pytest.mark.parametrize("said", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_a_server_that_is_not_ray(way: str, said: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert on_ray._ANSWER_S < SOON_S / 2
-    monkeypatch.setattr(on_ray, "_ANSWER_S", 0.5)
+    assert launch._ANSWER_S < SOON_S / 2
+    monkeypatch.setattr(launch, "_ANSWER_S", 0.5)
     with server(said) as port, pytest.raises(TuneError, match="cluster does not answer"):
         check_answers(way.format(f"127.0.0.1:{port}"))
 
@@ -129,9 +129,9 @@ def test_what_processes_ask_for() -> None:
 def test_a_machine_that_does_not_see_the_folder(tmp_path: Path) -> None:
     shop, words = shop_in(tmp_path)
     recipe = load_recipe(Path(str(words[1])))
-    job = Job(recipe, shop.root, tmp_path / "nowhere", Space(**SPACE), False, 8, 0, False)
+    job = SearchJob(recipe, shop.root, tmp_path / "nowhere", Space(**SPACE), False, 8, 0, False)
     with pytest.raises(TuneError, match="does not see the search's folder") as said:
-        on_ray._work_there(job, Selection([], [], ""), 0)
+        launch._work_there(job, Selection([], [], ""), 0)
     assert str(job.work) in str(said.value.where) and said.value.remedy
 
 
@@ -246,7 +246,7 @@ def test_what_a_process_raises_ends_the_search(tmp_path: Path, cluster: Any, mon
     """Our own errors as they are, any other as a TuneError; a Ray of the caller's is used and left to it."""
     monkeypatch.delenv(ADDRESS, raising=False)
     shop, words = shop_in(tmp_path)
-    job = Job(load_recipe(Path(str(words[1]))), shop.root, tmp_path / "OUT.tuning", Space(**SPACE), False, 8, 0, False)
+    job = SearchJob(load_recipe(Path(str(words[1]))), shop.root, tmp_path / "OUT.tuning", Space(**SPACE), False, 8, 0, False)
     nothing = Selection([], [], "")
     job.work.mkdir()
     with pytest.raises(TuneError, match="ended early") as said:

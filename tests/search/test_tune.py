@@ -30,15 +30,13 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.search.tune.candidate import Candidate, pareto
-from modekit.search.tune.results import describe
+from modekit.search.tune.results import Candidate, TuneResults, TuneSettings, describe, gap_closed, pareto
 from modekit.search.tune.selection import RUNGS, read_selection
-from modekit.search.tune.settings import TuneSettings
 from modekit.search.tune.shared_weights import SharedWeights
-from modekit.search.tune.space import Space, read_space
+from modekit.search.tune.space import Space, backbones_differ, default_space, plain_recipe, read_space
 from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
-from modekit.search.tune.tune import backbones_differ, plain_recipe, space_of, tune
+from modekit.search.tune.tune import tune
 from modekit.text.documents import read_documents
 from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of
 from refusal import run_python
@@ -69,6 +67,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def recipe_of(shop: Workshop, **changes: Any) -> Recipe:
     return load_recipe(shop.write(**changes))
+
+
+def tried(results: TuneResults) -> list[Any]:
+    """Mixtures in the order of the search."""
+    return [each.mixture for each in sorted(results.candidates, key=lambda each: each.number)]
 
 
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -176,10 +179,9 @@ def test_fixed_variants_are_reported_and_the_worse_dropped(tuned: tuple[Path, An
     _, results = tuned
     named = {each.name: each for each in results.candidates if each.name}
     assert set(named) >= {"gate-less (linear)", "noisy", "ridge", "n-gram", "noisy, backbone average"}
-    assert all(each.number in results.reported for each in named.values())
-    assert results.best.number in results.reported
+    assert all(each.report is not None for each in named.values()) and results.best.report is not None
     assert any(each.status == "dropped" for each in results.candidates)
-    ranked = [each.tokens for each in results.ranked()]
+    ranked = [each.tokens for each in results.candidates]
     assert ranked == sorted(ranked, reverse=True)  # losses compare on the same text alone
     full = {each.tokens for each in results.candidates if each.status == "scored"}
     assert len(full) == 1 and all(each.tokens < min(full) for each in results.candidates if each.status == "dropped")
@@ -187,13 +189,13 @@ def test_fixed_variants_are_reported_and_the_worse_dropped(tuned: tuple[Path, An
 
 def test_what_is_written(tuned: tuple[Path, Any]) -> None:
     out, results = tuned
-    data = json.loads((out / "results" / "tune.json").read_text())
-    assert len(data["candidates"]) == len(results.candidates) == SETTINGS.trials
-    assert [row["best"] for row in data["candidates"]].count(True) == 1
-    assert data["checkpoint"]["recipe_digest"] == open_checkpoint(out).record.recipe_digest
-    best = next(row for row in data["candidates"] if row["best"])
-    assert best["report"]["mean_loss"] == pytest.approx(sum(best["report"]["losses"].values()) / 3)
-    assert best["description"] in (out / "results" / "tune.md").read_text()
+    assert TuneResults.model_validate_json((out / "results" / "tune.json").read_text()) == results
+    assert len(results.candidates) == SETTINGS.trials and [each.best for each in results.candidates].count(True) == 1
+    assert results.checkpoint["recipe_digest"] == open_checkpoint(out).record.recipe_digest
+    best, report = results.best, results.best.report
+    assert report is not None and report.mean_loss == pytest.approx(sum(report.losses.values()) / 3)
+    assert best.gap_closed == gap_closed(best.losses, results.reference["select"])
+    assert best.description in (out / "results" / "tune.md").read_text()
     assert not (out.with_name("TUNED.tuning") / "tensors").exists()
 
 
@@ -243,8 +245,10 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     own = [domain for domain in domains if domain.expert is not None]
     assert found.text["report"] == {domain.name: vars(domain.record) for domain in own}
     results = evaluate(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
-    reported = found.reported[found.best.number]
-    assert reported == pytest.approx({name: results.row("mixture").scores[name].loss for name in DOMAINS}, abs=1e-5)
+    assert found.best.report is not None
+    assert found.best.report.losses == pytest.approx(
+        {name: results.row("mixture").scores[name].loss for name in DOMAINS}, abs=1e-5
+    )
     for name in DOMAINS:
         assert found.reference["report"]["own"][name] == pytest.approx(results.row(name).scores[name].loss, abs=1e-5)
     chosen = read_selection(recipe, shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32)
@@ -288,7 +292,7 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
         "import os, sys; from pathlib import Path\n"
         "import modekit.files.staging as staging\n"
         "from modekit.recipes.read import load_recipe\n"
-        "from modekit.search.tune.settings import TuneSettings\n"
+        "from modekit.search.tune.results import TuneSettings\n"
         "from modekit.search.tune.space import Space\n"
         "from modekit.search.tune.tune import tune\n"
         "recipe, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
@@ -332,7 +336,7 @@ def test_an_unfinished_line_is_cut_off(shop: Workshop) -> None:
     with (shop.root / "TORN.tuning" / "study.log").open("ab") as log:
         log.write(b'{"op_code":4,"wor')
     after = tune(recipe_of(shop), shop.root, out, space=space, settings=TuneSettings(6, 300, 32), overwrite=True)
-    assert after.candidates[: len(before.candidates)] == before.candidates and len(after.candidates) > len(before.candidates)
+    assert tried(after)[: len(before.candidates)] == tried(before) and len(after.candidates) > len(before.candidates)
 
 
 def test_a_process_that_dies_is_told(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +377,7 @@ def test_more_trials_go_on_from_the_others(shop: Workshop, tuned: tuple[Path, An
     _, before = tuned
     settings = TuneSettings(trials=17, tokens_per_domain=300, sequence_length=32)
     after = tune(recipe_of(shop), shop.root, shop.root / "TUNED", space=SMALL, settings=settings, overwrite=True)
-    assert [each.mixture for each in after.candidates][:14] == [each.mixture for each in before.candidates]
+    assert tried(after)[:14] == tried(before)
     assert len(after.candidates) == 17 and after.best.mean <= before.best.mean
 
 
@@ -428,7 +432,9 @@ def test_every_choice_of_the_default_space_is_a_recipe(shop: Workshop) -> None:
     import random
 
     recipe, draw = recipe_of(shop), random.Random(0)
-    space = space_of(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root))
+    space = default_space(
+        recipe, shop.root, make_plan(plain_recipe(recipe), shop.root), native=recipe.output.format == "native"
+    )
     assert "all" in space.modules and "average" in space.backbone  # these experts differ everywhere
     seen = set()
     for _ in range(300):
@@ -449,13 +455,13 @@ def test_backbones_are_searched_only_where_they_differ(shop: Workshop, tmp_path:
     assert backbones_differ(recipe, shop.root)
     same = recipe_of(shop, experts=[{"name": n, "model": "./base", "text": f"./text/{n}.jsonl"} for n in DOMAINS])
     assert not backbones_differ(same, shop.root)
-    space = space_of(same, shop.root, make_plan(plain_recipe(same), shop.root))
+    space = default_space(same, shop.root, make_plan(plain_recipe(same), shop.root), native=False)
     assert space.backbone == ["base"] and space.modules == ["auto"]
 
 
 def test_native_searches_what_native_can_say(shop: Workshop) -> None:
     recipe = recipe_of(shop)
-    space = space_of(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root), native=True)
+    space = default_space(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root), native=True)
     choices: list[str] = []
     mixture = space.mixture(space.choose(lambda axis, labels: (choices.append(axis), labels[-1])[1]), recipe)
     assert candidate_recipe(recipe, mixture).mixture.beyond_native() == []
@@ -478,7 +484,12 @@ def test_native_is_what_comes_out(shop: Workshop) -> None:
     with pytest.raises(TuneError, match="candidates keep adapters low-rank"):
         tune(recipe_of(shop, experts=experts), shop.root, shop.root / "FOLDED", settings=SETTINGS, native=True)
     recipe = recipe_of(shop, output=native)
-    assert "ngram" not in space_of(recipe, shop.root, make_plan(plain_recipe(recipe), shop.root)).router
+    assert (
+        "ngram"
+        not in default_space(
+            recipe, shop.root, make_plan(plain_recipe(recipe), shop.root), native=recipe.output.format == "native"
+        ).router
+    )
 
 
 def test_an_adapter_of_lower_layers_stops_no_search(tmp_path: Path) -> None:
@@ -494,8 +505,8 @@ def test_an_adapter_of_lower_layers_stops_no_search(tmp_path: Path) -> None:
 
 
 def test_pareto() -> None:
-    def candidate(number: int, loss: float, active: int, status: str = "scored") -> Candidate:
-        return Candidate(number, "", {}, status, "", {"a": loss}, 1, active, active, True, 0.0)
+    def candidate(number: int, loss: float, active: int, status: Any = "scored") -> Candidate:
+        return Candidate(number=number, mixture={}, status=status, losses={"a": loss}, tokens=1, active=active)
 
     found = [
         candidate(0, 3.0, 10),
@@ -530,7 +541,7 @@ def test_a_space_from_a_file(shop: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("router: [ridgy]", "space.yaml: router"),
+        ("router: [ridgy]", "router"),
         ("top_k: 2", "lists under router"),
         ("tempo: [1.0]", "tempo"),
         ("- router", "not a mapping"),
@@ -610,7 +621,7 @@ def test_the_recipes_own_mixture_is_a_candidate(shop: Workshop) -> None:
     space = SMALL.model_copy(update={"router": ["random"], "top_k": [1]})
     results = tune(recipe_of(shop, mixture=own), shop.root, shop.root / "OWN", space=space, settings=SETTINGS)
     mine = next(each for each in results.candidates if each.name == "the recipe's own")
-    assert mine.mixture == own and mine.number in results.reported
+    assert mine.mixture == own and mine.report is not None
 
 
 def test_a_smaller_mixture_is_scored_in_full_for_the_front(tuned: tuple[Path, Any]) -> None:
@@ -627,4 +638,4 @@ def test_a_recipe_that_leaves_defaults_unsaid_is_searched_and_described(shop: Wo
     out = shop.root / f"UNSAID-{len(own)}"
     results = tune(recipe_of(shop, mixture=own), shop.root, out, space=space, settings=SETTINGS)
     mine = next(each for each in results.candidates if each.name == "the recipe's own")
-    assert mine.mixture == own and results.as_data() and results.markdown()
+    assert mine.mixture == own and mine.description and results.markdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,19 +35,19 @@ def advise(
     What the recipe says under `mixture` is not read. Exit code 1 when nothing is left to mix.
     """
     from modekit.search.advise.advise import advise
-    from modekit.search.advise.recipe_file import check_target, write_advised
+    from modekit.search.advise.recipe import check_target, write_advised
 
     if write is not None:
         check_target(write)
     with drawn_progress() as progress:
         advice = advise(recipe, tokens=tokens, native=native, run=Run(trust_remote_code, progress))
     if as_json:
-        sys.stdout.write(json.dumps(advice.as_data(), indent=2) + "\n")
+        sys.stdout.write(advice.model_dump_json(indent=2) + "\n")
     else:
         print_advice(advice)
     if advice.recipe is None:
         raise typer.Exit(1)
     if write is not None:
-        write_advised(write, advice)
+        write_advised(write, advice, recipe.resolve().parent)
         if not as_json:
             out.print(Text.assemble((str(write), "bold"), f": modekit build {write} OUT"), soft_wrap=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,44 +16,23 @@ from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.files.output import replaced_by
 from modekit.run import Run
-
-if TYPE_CHECKING:
-    from modekit.search.discover.settings import DiscoverSettings
+from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
 
 
 @dataclass(frozen=True)
 class DiscoverOptions:
-    """How many domains, and by what documents are alike."""
+    """Options of `modekit discover`."""
 
-    domains: Annotated[int | None, typer.Option(help="Number of domains (default: chosen by held-out likelihood).")] = None
-    most: Annotated[int | None, typer.Option(help="Largest number of domains to try (default 12; without --domains).")] = None
-    features: Annotated[
-        str, typer.Option(help="words; tokens: n-grams of the base's tokens; hidden: the base's hidden states.")
-    ] = "words"
-    model: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Folder or hub id of the base model, for tokens and hidden.")
+    domains: Annotated[
+        int | None,
+        typer.Option(min=2, max=MOST_DOMAINS, help="Number of domains (default: chosen by held-out likelihood)."),
     ] = None
-    sample: Annotated[int, typer.Option(help="Largest number of documents to learn the groups from.")] = 8_192
+    most: Annotated[
+        int | None,
+        typer.Option(min=2, max=MOST_DOMAINS, help="Largest number of domains to try (default 12; without --domains)."),
+    ] = None
+    sample: Annotated[int, typer.Option(min=2, help="Largest number of documents to learn the groups from.")] = 8_192
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
-
-    def settings(self) -> DiscoverSettings:
-        """Checked. Raises ModekitError, and SourceError for a base model that is not there."""
-        from modekit.search.discover.settings import DiscoverSettings, checked_features
-        from modekit.sources.open import model_folder
-
-        if self.domains is not None and self.most is not None:
-            raise ModekitError(
-                "the setting has no effect", where="--most", found=self.most, expected="no --domains", remedy="remove one"
-            )
-        model = None if self.model is None else model_folder(self.model, None, root=Path.cwd(), label="--model")
-        features = checked_features(self.features)
-        return DiscoverSettings(self.domains, self.most or 12, features, model, self.sample, self.seed)
-
-
-@dataclass(frozen=True)
-class DiscoverOutput:
-    """What is said of the groups, and how."""
-
     mixture: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Mixture whose router is asked which groups it has an expert for.")
     ] = None
@@ -63,13 +41,20 @@ class DiscoverOutput:
     as_json: AsJson = False
     trust_remote_code: Trust = False
 
+    def settings(self) -> DiscoverSettings:
+        """Raises ModekitError for options that exclude each other."""
+        if self.domains is not None and self.most is not None:
+            raise ModekitError(
+                "the setting has no effect", where="--most", found=self.most, expected="no --domains", remedy="remove one"
+            )
+        return DiscoverSettings(domains=self.domains, most=self.most or 12, sample=self.sample, seed=self.seed)
+
 
 @app.command()
 @grouped
 def discover(
     text: Annotated[list[str], typer.Option(help="Unlabelled text: file, folder or hub data set; repeatable.")],
     options: DiscoverOptions,
-    said: DiscoverOutput,
     output: Annotated[
         Path | None, typer.Argument(metavar="[FOLDER]", help="The folder to write: a .jsonl per domain; left out, nothing is.")
     ] = None,
@@ -85,17 +70,16 @@ def discover(
         ) from None
     from modekit.checkpoint.checkpoint import open_checkpoint
 
-    mixture = None if said.mixture is None else open_checkpoint(resolved(said.mixture))
-    folder = None if output is None else resolved(output)
+    mixture = None if options.mixture is None else open_checkpoint(resolved(options.mixture))
     with drawn_progress() as progress:
         discovery = discover(
             Unlabelled(text, Path.cwd(), mixture),
             options.settings(),
-            out=folder,
-            replace=replaced_by(said.overwrite),
-            run=Run(said.trust_remote_code, progress, said.fsync),
+            out=None if output is None else resolved(output),
+            replace=replaced_by(options.overwrite),
+            run=Run(options.trust_remote_code, progress, options.fsync),
         )
-    if said.as_json:
-        sys.stdout.write(json.dumps(discovery.as_data(), indent=2) + "\n")
+    if options.as_json:
+        sys.stdout.write(discovery.model_dump_json(indent=2) + "\n")
     else:
         print_discovery(discovery, output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,32 +53,29 @@ def tune(
     from modekit.recipes.read import load_recipe
 
     try:
-        from modekit.search.tune.settings import TuneSettings
-        from modekit.search.tune.tune import asked_space, tune
+        from modekit.search.tune.results import TuneSettings
+        from modekit.search.tune.tune import tune
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
         raise TuneError(f"a search needs {error.name}", remedy="pip install 'modekit[tune]'") from None
 
-    parsed, root = load_recipe(recipe), resolved(recipe).parent
-    trust = options.trust_remote_code
-    space = asked_space(options.space, parsed, root, native=options.native, run=Run(trust))
     settings = TuneSettings(
         options.trials, options.tokens, options.sequence_length, options.seed, options.processes, options.ray
     )
     with drawn_progress() as progress:
         results = tune(
-            parsed,
-            root,
+            load_recipe(recipe),
+            resolved(recipe).parent,
             resolved(output),
-            space=space,
+            space=options.space,
             settings=settings,
             native=options.native,
             overwrite=options.overwrite,
-            run=Run(trust, progress, options.fsync),
+            run=Run(options.trust_remote_code, progress, options.fsync),
         )
     if options.as_json:
-        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+        sys.stdout.write(results.model_dump_json(indent=2) + "\n")
         return
     print_tune(results)
     said = "the best of them, built; recipe.yaml and results/tune.md are in it"

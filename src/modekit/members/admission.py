@@ -23,11 +23,11 @@ from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.recipes.layers import Layer, layer_at
 from modekit.run import QUIET, Run
-from modekit.search.advise.drift import compare
-from modekit.search.advise.findings import Finding
-from modekit.search.advise.groups import groups_of
-from modekit.search.advise.judge import NEAR_COSINE, SMALLEST_GAIN
-from modekit.search.advise.texts import SEQUENCE_LENGTH
+from modekit.search.advise.drift import compare, groups_of
+from modekit.search.advise.findings import NEAR_COSINE
+from modekit.search.advise.gains import SMALLEST_GAIN
+from modekit.search.advise.result import Finding
+from modekit.search.advise.text import SEQUENCE_LENGTH
 from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
 from modekit.sources.open import Opener

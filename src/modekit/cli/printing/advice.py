@@ -11,64 +11,59 @@ from modekit.cli.printing.console import out, shows_bold
 from modekit.cli.printing.mixtures import fit_said, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.files.figures import bytes_of, count_of, three_digits
+from modekit.recipes.strict import BASE
 
 if TYPE_CHECKING:
-    from modekit.search.advise.advice import Advice
-    from modekit.search.advise.findings import Finding
-    from modekit.search.advise.gain import Figure
+    from modekit.search.advise.result import Advice, Figure, Finding, WordTable
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
 def print_advice(advice: Advice) -> None:
-    """Draw what was found, from the files to the recipe."""
-    moved = [place for place in advice.usable if advice.drift.moved[place]]
+    """Print what was found, from the files to the recipe."""
+    moved = [name for name, drift in advice.drift.items() if drift.relative]
     if moved:
         _print_drift(advice, moved)
     if len(moved) > 1:
         _print_cosines(advice, moved)
-    if advice.measured.gains is not None:
+    if advice.losses:
         _print_losses(advice)
         _print_gains(advice)
-    if advice.measured.confusion is not None:
-        _print_words(advice)
+    if advice.words is not None:
+        _print_words(advice.words)
     print_findings(advice.findings)
-    _print_choices(advice)
+    _print_recommendations(advice)
 
 
-def _print_drift(advice: Advice, moved: Sequence[int]) -> None:
-    drift = advice.drift
-    table = Table("expert", ["all", *drift.groups])
-    for place in moved:
+def _print_drift(advice: Advice, moved: Sequence[str]) -> None:
+    table = Table("expert", ["all", *advice.drift[moved[0]].groups])
+    for name in moved:
         cells = []
-        for group in drift.groups:
-            relative, share = drift.relative(place, group), drift.share(place, group)
-            cells.append("0" if share == 0 else f"{'-' if relative is None else three_digits(relative)}  {share:4.0%}")
-        table.add(advice.name(place), three_digits(drift.total(place)), *cells)
+        for group in advice.drift[name].groups.values():
+            relative = "-" if group.relative is None else three_digits(group.relative)
+            cells.append("0" if group.share == 0 else f"{relative}  {group.share:4.0%}")
+        table.add(name, three_digits(advice.drift[name].relative), *cells)
     out.print("How far experts moved: |difference| / |base|, and the group's share of the squared difference.")
     out.print(table)
 
 
-def _print_cosines(advice: Advice, moved: Sequence[int]) -> None:
-    table = Table("expert", [advice.name(place) for place in moved])
-    for place in moved:
-        cosines = ((other, advice.drift.cosine(place, other)) for other in moved)
-        table.add(
-            advice.name(place),
-            *("" if other == place or cosine is None else f"{cosine:.2f}" for other, cosine in cosines),
-        )
+def _print_cosines(advice: Advice, moved: Sequence[str]) -> None:
+    table = Table("expert", moved)
+    pairs = advice.similarity
+    for name, row in zip(pairs.experts, pairs.cosine, strict=True):
+        if name in moved:
+            cosines = ((other, cosine) for other, cosine in zip(pairs.experts, row, strict=True) if other in moved)
+            table.add(name, *("" if other == name or cosine is None else f"{cosine:.2f}" for other, cosine in cosines))
     out.print("\nWhether they moved the same way: cosine of their differences from the base.")
     out.print(table)
 
 
 def _print_losses(advice: Advice) -> None:
-    gains = advice.measured.gains
-    assert gains is not None
-    domains = list(next(iter(gains.whole.values())))
-    table = Table("model", [advice.name(place) for place in domains])
-    for model, row in gains.whole.items():
-        table.add(advice.name(model), *(Cell(f"{row[domain].mean:.3f}", own=domain == model) for domain in domains))
-    tokens = [advice.measured.texts[place]["tokens"] for place in domains]
+    domains = list(advice.losses[BASE])
+    table = Table("model", domains)
+    for model, losses in advice.losses.items():
+        table.add(model, *(Cell(f"{losses[domain]:.3f}", own=domain == model) for domain in domains))
+    tokens = [advice.text[domain].tokens for domain in domains]
     size = f"{min(tokens):,}" + (f" to {max(tokens):,}" if min(tokens) < max(tokens) else "")
     own = "in bold" if shows_bold(out) else f"marked {OWN}"
     out.print(f"\nHeld-out loss in nats per token ({size} tokens per domain of the select split), an expert's own text {own}.")
@@ -76,40 +71,37 @@ def _print_losses(advice: Advice) -> None:
 
 
 def _print_gains(advice: Advice) -> None:
-    gains = advice.measured.gains
-    assert gains is not None
-    columns = {place: shares for place in gains.parts if (shares := advice.shares(place)) is not None}
+    """Of experts that have a gain; all of their parts have a share then, or none."""
+    columns = {name: gain.parts for name, gain in advice.gain.items() if all(part.share for part in gain.parts.values())}
     if not columns:
         return
-    table = Table("put into the base", [advice.name(place) for place in columns])
+    table = Table("put into the base", list(columns))
     for part in next(iter(columns.values())):
-        table.add(part, *(_with_error(shares[part]) for shares in columns.values()))
-    if gains.on_average:
-        on_average = (gains.share(place, gains.on_average[place]) for place in columns)
-        table.add("ffn, rest averaged", *map(_with_error, on_average))
+        table.add(part, *(_with_error(parts[part].share) for parts in columns.values()))
     out.print("\nWhere the gain sits: share of an expert's gain on its own text, with its standard error.")
     out.print(table)
-    without = [advice.name(place) for place, shares in columns.items() if any(share.error is None for share in shares.values())]
+    without = [
+        name for name, parts in columns.items() if any(part.share and part.share.error is None for part in parts.values())
+    ]
     if without:
         print_notes([f"too little text to say how sure the figures of {', '.join(without)} are: give more, or more --tokens"])
 
 
-def _with_error(share: Figure) -> str:
+def _with_error(share: Figure | None) -> str:
+    assert share is not None
     return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if share.error else "")
 
 
-def _print_words(advice: Advice) -> None:
-    words = advice.measured.confusion
-    assert words is not None
-    table = Table("text of", [advice.name(place) for place in words.domains])
-    for row, place in enumerate(words.domains):
-        table.add(advice.name(place), *(f"{share:.2f}" for share in words.named[row]))
+def _print_words(words: WordTable) -> None:
+    table = Table("text of", words.domains)
+    for name, row in zip(words.domains, words.named, strict=True):
+        table.add(name, *(f"{share:.2f}" for share in row))
     out.print("\nWhich domain n-grams take a token for, knowing the text so far: share of held-out tokens.")
     out.print(table)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Draw findings, the gravest first."""
+    """Print findings, the gravest first."""
     if findings:
         out.print("\nFindings")
     for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
@@ -121,12 +113,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
             out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)
 
 
-def _print_choices(advice: Advice) -> None:
+def _print_recommendations(advice: Advice) -> None:
     out.print("\nAdvice")
     if advice.recipe is None:
         out.print("  Nothing is left to mix: no expert can be used and differs from the base for the better.")
         return
-    for choice in advice.choices:
+    for choice in advice.advice:
         keys = ", ".join(f"{key}: {_inline(value)}" for key, value in choice.mixture.items())
         out.print(Text(keys, style="bold green"), soft_wrap=True)
         out.print(Text(f"  {choice.why}"), soft_wrap=True)

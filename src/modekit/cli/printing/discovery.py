@@ -1,4 +1,4 @@
-"""What `modekit discover` draws: the groups, how many were tried, and what to do next."""
+"""What `modekit discover` prints: the groups, the numbers that were tried, and what to do next."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Cell, Table
 
 if TYPE_CHECKING:
-    from modekit.search.discover.discovery import Discovery, Group
+    from modekit.search.discover.result import Discovery, DocumentGroup
 
 
 def print_discovery(discovery: Discovery, folder: Path | None) -> None:
-    """Draw what was found; `folder` is where it was written, None when it was not."""
+    """Print what was found; `folder` is where it was written, None when it was not."""
     if discovery.tried:
         _print_tried(discovery)
         out.print()
     _print_groups(discovery)
     print_notes(discovery.notes)
-    if discovery.next is not None:
-        _print_next(discovery.next)
+    for group in discovery.groups:
+        if group.name == discovery.next:
+            said = f" {group.name}, of which no expert serves about {group.unserved:,.0f} documents"
+            out.print(Text.assemble(("the next expert:", "bold"), said))
     if folder is not None:
-        count = len(discovery.groups)
-        said = f"{count} domain{'' if count == 1 else 's'} as text, and discover.json"
+        said = f"{discovery.domains} domain{'' if discovery.domains == 1 else 's'} as text, and discover.json"
         out.print(Text.assemble((str(folder), "bold"), f": {said}"), soft_wrap=True)
 
 
 def _print_tried(discovery: Discovery) -> None:
-    from modekit.search.discover.choice import WORTH, gains
-
     table = Table("domains", ["held-out likelihood", "gain"])
-    for tried, gain in zip(discovery.tried, gains(discovery.tried), strict=True):
-        chosen = tried.domains == len(discovery.groups)
-        table.add(str(tried.domains), Cell(f"{tried.held_out:.3f}", own=chosen), "" if gain is None else f"{gain:+.3f}")
-    out.print(f"How many domains: log-likelihood of documents held out, nats per word; a domain must be worth {WORTH}.")
+    for tried in discovery.tried:
+        held_out = Cell(f"{tried.held_out:.3f}", own=tried.domains == discovery.domains)
+        table.add(str(tried.domains), held_out, "" if tried.gain is None else f"{tried.gain:+.3f}")
+    worth = f"a domain must be worth {discovery.worth}"
+    out.print(f"How many domains: log-likelihood of documents held out, nats per word; {worth}.")
     out.print(table)
 
 
@@ -53,13 +53,8 @@ def _print_groups(discovery: Discovery) -> None:
     out.print(table)
 
 
-def _served(group: Group) -> list[str]:
+def _served(group: DocumentGroup) -> list[str]:
     if group.served is None or not group.served.documents:
         return ["-", "-"]
     expert, share = next(iter(group.served.experts.items()))
     return [f"{group.served.served:.0%}", f"{expert} {share:.0%}"]
-
-
-def _print_next(group: Group) -> None:
-    said = f" {group.name}, of which no expert serves about {group.unserved:,.0f} documents"
-    out.print(Text.assemble(("the next expert:", "bold"), said))

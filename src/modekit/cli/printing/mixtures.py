@@ -77,7 +77,7 @@ def print_tune(results: TuneResults) -> None:
     """Draw the best candidates of a search, and the fixed variants."""
     header, body = results.table()
     table = Table("variant", header[2:])
-    named = [bool(candidate.name) for candidate in results.ranked()]
+    named = [bool(candidate.name) for candidate in results.candidates]
     left_out = 0
     for place, (cells, is_named) in enumerate(zip(body, named, strict=True)):
         if place < _SHOWN_CANDIDATES or is_named or cells[0]:

@@ -1,7 +1,9 @@
 """Advice before building: what each expert changed, what of that helps it, and which recipe follows.
 
-files        examined.py, of checks.py, groups.py, drift.py: headers, then every byte once; no torch
-text         measured.py, of texts.py, part_scores.py, gain.py, confusion.py: select text, on the base with experts' parts in it
-judgement    findings.py, judge.py, rules.py: numbers -> findings, and a mixture with its reasons
-result       advise.py: all of it, into advice.py; recipe_file.py writes the recipe
+advise.py        the steps in order
+models.py        files: headers, then every byte once (drift.py); no torch
+text.py          select text, words, and the base with experts' parts in it (part_scores.py, gains.py)
+findings.py      numbers -> findings
+rules.py         numbers -> a mixture with its reasons; recipe.py makes and writes the recipe
+result.py        everything that was found
 """

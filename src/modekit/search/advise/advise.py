@@ -1,40 +1,42 @@
 """`modekit advise recipe.yaml`: everything that can be known of a recipe's models before anything is built.
 
-    files -> findings, drift -> text -> losses, words -> facts -> rules -> a recipe, planned before it is shown
+    files -> drift -> text -> losses, words -> findings, facts -> rules -> a recipe, planned before it is shown
 
 What a recipe says under `mixture` is not read: that is what advice is about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from modekit.planning.channels import is_carried
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.recipes.edit import with_mixture
 from modekit.recipes.read import parse_recipe, read_recipe
-from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.search.advise.advice import Advice
-from modekit.search.advise.examined import Examined, examine
-from modekit.search.advise.groups import is_projection
-from modekit.search.advise.judge import helps, of_files, of_unmixed
-from modekit.search.advise.measured import NOTHING, Measured, measure_text
-from modekit.search.advise.rules import Choice, Facts, choose
+from modekit.search.advise.findings import of_confusion, of_files, of_gains, of_unmixed
+from modekit.search.advise.gains import BASE_INDEX, ON_AVERAGE, Gains, has_gain
+from modekit.search.advise.models import ComparedModels, compare_models
+from modekit.search.advise.recipe import advised_recipe
+from modekit.search.advise.result import (
+    Advice,
+    ExpertDrift,
+    ExpertGain,
+    ExpertPairs,
+    Facts,
+    GroupDrift,
+    PartGain,
+    WordTable,
+)
+from modekit.search.advise.rules import choose
+from modekit.search.advise.text import NOTHING, TextMeasurements, measure_text
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
-def advise(
-    path: Path,
-    *,
-    tokens: int = SAMPLE_TOKENS,
-    native: bool = False,
-    run: Run = QUIET,
-) -> Advice:
+def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run: Run = QUIET) -> Advice:
     """Read the models and the select text of a recipe and say what to build. Nothing is written.
 
     `tokens` per domain; `native`: the result must open in an architecture that other tools know (as `output.format: native`).
@@ -43,90 +45,104 @@ def advise(
     What is wrong with experts and texts becomes findings.
     """
     raw, root = read_recipe(path), path.resolve().parent
-    recipe = _models_of(raw, where=str(path))
+    recipe = parse_recipe(with_mixture(raw, {"method": "linear"}), where=str(path))  # asks nothing of models and texts
     native = native or recipe.output.format == "native"
-    examined = examine(recipe, root, run=run)
-    drift, usable = examined.drift, examined.usable
-    findings = [*examined.models.findings, *of_files(recipe, drift, usable)]
+    compared = compare_models(recipe, root, run=run)
+    findings = [*compared.findings, *of_files(recipe, compared.drift, compared.usable)]
     measured = NOTHING
-    if examined.moved:
-        measured, of_text = measure_text(examined, tokens=tokens, run=run)
+    if compared.moved:
+        measured, of_text = measure_text(compared, tokens=tokens, run=run)
         findings += of_text
+    if measured.confusion is not None:
+        findings += of_confusion(recipe, measured.confusion)
+    if measured.gains is not None:
+        findings += of_gains(recipe, measured.gains, compared.moved)
+    found = _found(compared, measured)
     # Index of every expert of the advised recipe -> whether its own model is worth having; else the base stands for it.
-    kept = {index: index in examined.moved and helps(measured.gains, index) for index in usable}
+    helps = measured.gains.helps if measured.gains is not None else lambda _: True
+    kept = {index: index in compared.moved and helps(index) for index in compared.usable}
     if not any(kept.values()):
-        return Advice(recipe, root, drift, usable, measured, findings, None, (), None, None)
-    facts = _facts(examined, measured, kept, native)
-    choices = choose(facts)
-    full = [index for index, is_own in kept.items() if is_own and not examined.is_low_rank(index)]
-    findings += of_unmixed(recipe, drift, full, choices[0].mixture, facts)
-    data = _advised(raw, kept, measured, choices, native)
+        return found.model_copy(update={"findings": findings})
+    facts = _facts(compared, measured, kept, native)
+    chosen = choose(facts)
+    full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
+    findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
+    data = advised_recipe(raw, kept, measured.unread, chosen, native)
     planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run)).model_dump(mode="json")
     if planned["fit"] is not None and planned["fit"]["reads"] and measured.speed is not None:
         planned["fit"]["seconds"] = planned["fit"]["flops"] / measured.speed
-    return Advice(recipe, root, drift, usable, measured, findings, facts, choices, data, planned)
+    return found.model_copy(update={"findings": findings, "facts": facts, "advice": chosen, "recipe": data, "plan": planned})
 
 
-def _models_of(raw: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe with a mixture that asks nothing of models and texts. Raises RecipeError."""
-    return parse_recipe(with_mixture(raw, {"method": "linear"}), where=where)
+def _found(compared: ComparedModels, measured: TextMeasurements) -> Advice:
+    """What was measured, by name."""
+    recipe, drift, usable = compared.recipe, compared.drift, compared.usable
+    name = {**dict(enumerate(recipe.names)), BASE_INDEX: BASE}
+    gains, confusion = measured.gains, measured.confusion
+    return Advice(
+        base_model=recipe.base_model,
+        drift={
+            name[index]: ExpertDrift(
+                relative=drift.total(index),
+                groups={
+                    group: GroupDrift(relative=drift.relative(index, group), share=drift.share(index, group))
+                    for group in drift.groups
+                },
+            )
+            for index in usable
+        },
+        similarity=ExpertPairs(
+            experts=[name[index] for index in usable],
+            cosine=[[drift.cosine(i, j) for j in usable] for i in usable],
+            distance=[[drift.distance(i, j) for j in usable] for i in usable],
+        ),
+        text={name[index]: text for index, text in measured.texts.items()},
+        losses={}
+        if gains is None
+        else {name[model]: {name[domain]: losses.mean for domain, losses in row.items()} for model, row in gains.whole.items()},
+        gain={} if gains is None else {name[index]: _gain(gains, index) for index in usable if index in gains.parts},
+        words=confusion
+        and WordTable(
+            domains=[name[index] for index in confusion.domains],
+            named=confusion.named.tolist(),
+            accuracy=confusion.accuracy,
+        ),
+        findings=[],
+    )
 
 
-def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key not in keys}
+def _gain(gains: Gains, index: int) -> ExpertGain:
+    nats = gains.gain(index, index)
+    return ExpertGain(
+        nats=nats,
+        parts={
+            part: PartGain(loss=losses.mean, share=gains.share(index, losses) if has_gain(nats) else None)
+            for part, losses in gains.parts[index].items()
+        },
+    )
 
 
-def _facts(examined: Examined, measured: Measured, kept: Mapping[int, bool], native: bool) -> Facts:
+def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[int, bool], native: bool) -> Facts:
     own = [index for index, is_own in kept.items() if is_own]
-    moved = frozenset().union(*(examined.drift.moved[index] for index in own))
-    groups, family = examined.groups, examined.models.family
+    moved = frozenset().union(*(compared.drift.moved[index] for index in own))
     gains, confusion = measured.gains, measured.confusion
     known = [index for index in own if gains is not None and index in gains.parts]
     shares = backbones = None
     if gains is not None and known:
         each = [{part: gains.share(p, losses).value for part, losses in gains.parts[p].items()} for p in known]
         shares = {part: min(one[part] for one in each) for part in each[0]}
-        if gains.on_average:
-            average = [gains.share(index, gains.on_average[index]).value for index in known]
-            backbones = {"base": sum(one["ffn"] for one in each) / len(known), "average": sum(average) / len(known)}
+        if ON_AVERAGE in shares:
+            backbones = {
+                name: sum(one[part] for one in each) / len(each) for name, part in (("base", "ffn"), ("average", ON_AVERAGE))
+            }
     return Facts(
         native=native,
         experts=len(kept),
-        low_rank=all(examined.is_low_rank(index) for index in own),
-        outside_ffn=any(groups[name] != "ffn" for name in moved),
-        named_parts=all(is_projection(name, family) for name in moved if groups[name] == "attention"),
+        low_rank=all(compared.is_low_rank(index) for index in own),
+        outside_ffn=any(compared.groups[name] != "ffn" for name in moved),
         shares=shares,
         backbones=backbones,
         fit_text=kept.keys() <= measured.fittable,
-        told_apart=confusion.told_apart if confusion is not None and len(confusion.domains) == len(kept) else None,
-        carried=is_carried(family, examined.models.base.config, len(kept)),
-    )
-
-
-def _advised(
-    raw: Mapping[str, Any], kept: Mapping[int, bool], measured: Measured, choices: Sequence[Choice], native: bool
-) -> dict[str, Any]:
-    """The recipe as plain data: the user's words for models and texts, the rules' mixture."""
-    experts = []
-    for index, is_own in sorted(kept.items()):
-        dropped = [*(["text"] if index in measured.unread else []), *(["as", "rank"] if native else [])]
-        expert = _without(raw["experts"][index], *dropped)
-        if not is_own and expert.get("model") != BASE:
-            expert = {
-                "name": expert["name"],
-                "model": BASE,
-                **_without(expert, "name", "model", "adapter", "as", "rank", "revision"),
-            }
-        experts.append(expert)
-    mixture: dict[str, Any] = {key: value for choice in reversed(choices) for key, value in choice.mixture.items()}
-    output = {**(raw.get("output") or {}), **({"format": "native"} if native else {})}
-    return with_mixture(
-        {
-            **_without(raw, "experts", "mixture", "output", "eval"),
-            "experts": experts,
-            "mixture": {},
-            **({"output": output} if output else {}),
-            **({"eval": raw["eval"]} if raw.get("eval") else {}),
-        },
-        mixture,
+        word_accuracy=confusion.accuracy if confusion is not None and len(confusion.domains) == len(kept) else None,
+        lexical_fits=is_carried(compared.family, compared.base.config, len(kept)),
     )

@@ -1,5 +1,13 @@
 """How far experts moved from the base, and from each other: one pass over all files, in blocks, in flat memory.
 
+Tensors are in groups, by where the family keeps things, never by a word in a name:
+
+    ffn           what lies in the FFN of its layer: in one module, or in those that the layer calls itself
+    attention     what mixes tokens: every other module of a layer that has modules of its own, their norms included
+    embeddings    the embedding, and with tied embeddings the head; of a model with an encoder learned positions, too
+    head          the head, and what a model with an encoder adds to its logits
+    norms         all that is left
+
 Of every group of tensors the products of the experts' differences from the base are summed, which holds all of it:
 
     drift     |D_e| / |base|        share    |D_e|^2 in the group / |D_e|^2 in all        (Frobenius)
@@ -11,23 +19,58 @@ Shape legend: E experts, N elements of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.building.tensors import PieceReader
 from modekit.planning.pieces import Piece, piece_of, touched
+from modekit.planning.places import ATTENTION
 from modekit.run import QUIET, Run
-from modekit.search.advise.groups import GROUPS, Group
+from modekit.search.advise.result import Group
+from modekit.sources.compatibility import own_names
 from modekit.sources.contents import OpenFiles
+from modekit.sources.family import Family, Stack
 from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.names import HEAD, LOGITS_BIAS, is_looked_up, module_of, split_layer
 from modekit.weights.numeric import BLOCK, to_float32
 from modekit.weights.stored import FlatArray, holds_only_finite
 
+GROUPS: tuple[Group, ...] = get_args(Group)
 _Double = npt.NDArray[np.float64]
 _STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy
+
+
+def groups_of(base: ModelSource, family: Family) -> dict[str, Group]:
+    """Name of every tensor of the base model -> its group. A tied head is no tensor of its own."""
+    names = own_names(base, family)
+    inside = {name: path for name in names for layer, path in [split_layer(name)] if layer is not None}
+    blocks = {path.split(".")[0] for path in inside.values() if path.count(".") > 1}  # modules that have modules
+
+    def group(name: str) -> Group:
+        layer, path = split_layer(name)
+        if layer is not None:
+            stack = family.stack_of(layer)
+            if _lies_in(path, stack.ffn_modules):
+                return "ffn"
+            return "attention" if _lies_in(path, _attention(stack) if family.pair else blocks) else "norms"
+        if is_looked_up(module_of(name)):
+            return "embeddings"
+        return "head" if module_of(name) == HEAD or name == LOGITS_BIAS else "norms"
+
+    return {name: group(name) for name in names}
+
+
+def _attention(stack: Stack) -> set[str]:
+    """Modules of a layer that hold the parts which mix tokens; T5 numbers what holds these, and keeps norms beside them."""
+    return {module_of(stack.parts[part]) for part in ATTENTION if part in stack.parts}
+
+
+def _lies_in(path: str, modules: Collection[str]) -> bool:
+    return any(path.startswith(f"{module}.") for module in modules)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
 from modekit.recipes.backbone import BackboneMerge
 from modekit.run import QUIET, Run
-from modekit.search.advise.gain import BASE_INDEX, PARTS, Gains, Losses
-from modekit.search.advise.groups import Group
+from modekit.search.advise.gains import BASE_INDEX, PARTS, BlockLosses, Gains
+from modekit.search.advise.result import Group
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource
 from modekit.text.sequences import TokenSequence
@@ -51,20 +51,8 @@ class PatchedBase:
         self._read = PieceReader(opened)
 
     @contextmanager
-    def with_parts(self, expert: int, groups: Collection[Group]) -> Iterator[None]:
-        """While open, these groups are the expert's. Afterwards they are the base's again, bit for bit."""
-        names = [name for name in self._moved[expert] if self._groups[name] in groups]
-        try:
-            for name in names:
-                self._write(name, [expert + 1])
-            yield
-        finally:
-            for name in names:
-                self._write(name, [0])
-
-    @contextmanager
-    def with_average(self, experts: Sequence[int], groups: Collection[Group]) -> Iterator[None]:
-        """While open, these groups are the average of several experts."""
+    def with_parts(self, experts: Sequence[int], groups: Collection[Group]) -> Iterator[None]:
+        """While open, these groups are an expert's, or the average of several. Afterwards they are the base's, bit for bit."""
         moved = frozenset().union(*(self._moved[expert] for expert in experts))
         names = [name for name in moved if self._groups[name] in groups]
         try:
@@ -101,29 +89,28 @@ def measure(
 
     `texts` by the expert whose domain it is; an expert that equals the base is not run again.
     """
-    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
     # A group that did not move changes nothing: what is left of a part is looked up when it is the base, the whole or known.
     sets = {e: {name: groups & patched.moved_groups(e) for name, groups in PARTS.items()} for e in own}
     runs = [e for e in own for part in {*sets[e].values()} if part and part != patched.moved_groups(e)]
     moving = [expert for expert in experts if patched.moved_groups(expert)]
-    scorer.expect([*texts] * (1 + len(moving)) + runs)
+    scorer = _Scorer(patched.model, texts, len(texts) * (1 + len(moving)) + len(runs), run)
     base = {domain: scorer.score("base", domain) for domain in texts}
-    whole: dict[int, dict[int, Losses]] = {BASE_INDEX: base}
-    parts: dict[int, dict[str, Losses]] = {}
+    whole: dict[int, dict[int, BlockLosses]] = {BASE_INDEX: base}
+    parts: dict[int, dict[str, BlockLosses]] = {}
     for expert in experts:
         every = patched.moved_groups(expert)
         if not every:
             whole[expert] = base
         else:
-            with patched.with_parts(expert, every):
+            with patched.with_parts([expert], every):
                 whole[expert] = {domain: scorer.score("expert", domain) for domain in texts}
         if expert not in texts:
             continue
-        known: dict[frozenset[Group], Losses] = {frozenset(): base[expert], every: whole[expert][expert]}
+        known: dict[frozenset[Group], BlockLosses] = {frozenset(): base[expert], every: whole[expert][expert]}
         for part in sets[expert].values():
             if part not in known:
-                with patched.with_parts(expert, part):
+                with patched.with_parts([expert], part):
                     known[part] = scorer.score("part", expert)
         parts[expert] = {name: known[part] for name, part in sets[expert].items()}
     return Gains(whole, parts)
@@ -131,43 +118,35 @@ def measure(
 
 def on_average(
     patched: PatchedBase, texts: Mapping[int, Sequence[TokenSequence]], experts: Sequence[int], *, run: Run = QUIET
-) -> dict[int, Losses]:
+) -> dict[int, BlockLosses]:
     """Loss of each expert's FFN on a backbone that is the average of all: what FFN experts could reach there."""
-    scorer = _Scorer(patched.model, texts, run)
     own = [expert for expert in experts if expert in texts]
-    scorer.expect(own)
+    scorer = _Scorer(patched.model, texts, len(own), run)
     losses = {}
-    with patched.with_average(experts, PARTS["all"] - PARTS["ffn"]):
+    with patched.with_parts(experts, PARTS["all"] - PARTS["ffn"]):
         for expert in own:
-            with patched.with_parts(expert, PARTS["ffn"]):
+            with patched.with_parts([expert], PARTS["ffn"]):
                 losses[expert] = scorer.score("average", expert)
     return losses
 
 
 class _Scorer:
-    """Scores a model on the blocks of a domain's text and reports progress over everything that was expected."""
+    """Scores a model on the blocks of a domain's text and reports progress over `passes`."""
 
-    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], run: Run) -> None:
-        self._model, self._progress = model, run.progress
+    def __init__(self, model: PreTrainedModel, texts: Mapping[int, Sequence[TokenSequence]], passes: int, run: Run) -> None:
+        self._model, self._passes, self._run = model, passes, run
         self._blocks = {index: [Domain("", None, part) for part in _cut(text)] for index, text in texts.items()}
-        self._done = self._total = 0
+        self._done = 0
 
-    def expect(self, domains: Iterable[int]) -> None:
-        """Say beforehand which domains will be scored, as often as they will be."""
-        self._total = sum(self._tokens(domain) for domain in domains)
-
-    def score(self, name: str, domain: int) -> Losses:
+    def score(self, name: str, domain: int) -> BlockLosses:
         """Losses of the model as it is now."""
         sums, tokens = [], []
         for block in self._blocks[domain]:
             sums.append(score_domain(self._model, block, lambda _: None).loss * block.scored_tokens)
             tokens.append(float(block.scored_tokens))
-            self._done = min(self._done + block.scored_tokens, self._total)
-            self._progress(f"score {name}", self._done, self._total)
-        return Losses(np.array(sums), np.array(tokens))
-
-    def _tokens(self, domain: int) -> int:
-        return sum(block.scored_tokens for block in self._blocks[domain])
+        self._done += 1
+        self._run.progress(f"score {name}", self._done, self._passes)
+        return BlockLosses(np.array(sums), np.array(tokens))
 
 
 def _cut(sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:

@@ -7,79 +7,68 @@ repository it rests on. Those were made with small models: a rule says where to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+
+from pydantic import JsonValue
+
+from modekit.search.advise.result import Facts, Recommendation
 
 NEARLY_ALL = 0.95
 """Share of an expert's gain from which on leaving the rest behind is not worth its cost."""
-TOLD_APART = 0.9
+WORDS_DIFFER = 0.9
 """Share of tokens whose domain an n-gram table must name to be the router; on the demo it names 0.97 and closes 0.98."""
 FIT_TOKENS = 65_536
 """More text than the default: 0.878 against 0.850 (token), 0.902 against 0.856 (context); benchmarks/routers.md."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the rules look at.
-
-    Attributes:
-        native: the result must open in an architecture that other tools know.
-        experts: how many there are to mix.
-        low_rank: every expert that is not the base is an adapter (or kept as one).
-        outside_ffn: whether any expert differs from the base outside the FFN; known from the files.
-        named_parts: whether all that moved in attention are parts that a recipe can name (q, k, v, o).
-        shares: part -> smallest share of any expert's gain that it carries; None without text, or without a gain.
-        backbones: base and average -> mean share of the gain that FFN experts carry on it; None when not measured.
-        fit_text: every expert has text or prompts for a fit.
-        told_apart: share of held-out tokens whose domain an n-gram table names; None when it is not known.
-        carried: whether a native architecture carries a lexical router for this base and so many experts.
-    """
-
-    native: bool
-    experts: int
-    low_rank: bool
-    outside_ffn: bool
-    named_parts: bool
-    shares: Mapping[str, float] | None
-    backbones: Mapping[str, float] | None
-    fit_text: bool
-    told_apart: float | None
-    carried: bool = True
-
-    def carries(self, part: str) -> bool:
-        """Whether a part alone is known to hold nearly all of every expert's gain."""
-        if part == "ffn" and not self.outside_ffn:
-            return True
-        return self.shares is not None and self.shares[part] >= NEARLY_ALL
-
-    @property
-    def average_is_better(self) -> bool:
-        """Whether FFN experts do better on the average backbone; where nothing was measured, as on the demo."""
-        return self.backbones["average"] > self.backbones["base"] if self.backbones else self.outside_ffn
-
-
-@dataclass(frozen=True)
 class Rule:
     """A row: when it applies, the keys of `mixture` it sets, why (filled with numbers), and what that rests on.
 
-    A row of ROUTERS with `modules` is for mixtures that have these.
+    `modules`: a row of ROUTERS for mixtures that have these.
     """
 
     applies: Callable[[Facts], bool]
-    mixture: Mapping[str, Any]
+    mixture: Mapping[str, JsonValue]
     why: Callable[[Facts], str]
     source: str
     modules: str | None = None
 
 
-def _carried(facts: Facts, *parts: str) -> str:
-    """How much parts carry, in words."""
-    if parts == ("ffn",) and not facts.outside_ffn:
+def choose(facts: Facts) -> tuple[Recommendation, Recommendation]:
+    """What experts have of their own and on which backbone, and how the router is set."""
+    experts = next(rule for rule in EXPERTS if rule.applies(facts))
+    modules = (None, "auto" if facts.native else experts.mixture.get("modules"))
+    router = next(rule for rule in ROUTERS if rule.modules in modules and rule.applies(facts))
+    of_experts, of_router = (Recommendation(rule.mixture, rule.why(facts), rule.source) for rule in (experts, router))
+    if facts.experts < 2 and of_router.mixture["method"] == "routing":
+        of_router = replace(of_router, why=of_router.why + "; with a single expert it has nothing to decide")
+    return of_experts, of_router
+
+
+def carries(facts: Facts, part: str) -> bool:
+    """Whether a part alone is known to hold nearly all of every expert's gain."""
+    if part == "ffn" and not facts.outside_ffn:
+        return True
+    return facts.shares is not None and facts.shares[part] >= NEARLY_ALL
+
+
+def _average_is_better(facts: Facts) -> bool:
+    """Whether FFN experts do better on the average backbone; where nothing was measured, as on the demo."""
+    return facts.backbones["average"] > facts.backbones["base"] if facts.backbones else facts.outside_ffn
+
+
+def _words_differ(facts: Facts) -> bool:
+    return facts.word_accuracy is not None and facts.word_accuracy >= WORDS_DIFFER
+
+
+def _shares(facts: Facts) -> str:
+    if not facts.outside_ffn:
         return "nothing but the FFN differs from the base"
     if facts.shares is None:
         return "where the gain sits is not known"
-    first, *rest = (f"{part} {facts.shares[part]:.2f}" for part in parts)
-    return f"put into the base alone, {', '.join([first, *rest])} of the gain (of the expert that keeps least)"
+    parts = ", ".join(f"{part} {facts.shares[part]:.2f}" for part in ("ffn", "ffn + attention"))
+    return f"put into the base alone, {parts} of the gain (of the expert that keeps least)"
 
 
 def _backbones(facts: Facts) -> str:
@@ -92,15 +81,23 @@ def _backbones(facts: Facts) -> str:
     )
 
 
+def _words(facts: Facts) -> str:
+    if facts.word_accuracy is None:
+        return "whether the domains differ in their words is not known"
+    if _words_differ(facts):
+        return f"the domains differ in their words: n-grams name the domain of {facts.word_accuracy:.2f} of the held-out tokens"
+    return f"n-grams name the domain of only {facts.word_accuracy:.2f} of the held-out tokens"
+
+
 EXPERTS: tuple[Rule, ...] = (
     Rule(
-        lambda facts: facts.native and facts.carries("ffn"),
+        lambda facts: facts.native and carries(facts, "ffn"),
         {"backbone": "base"},
-        lambda facts: f"FFN experts on the base's backbone: {_carried(facts, 'ffn')}",
+        lambda facts: f"FFN experts on the base's backbone: {_shares(facts)}",
         "benchmarks/demo.md: experts trained in their FFN alone lose nothing on the base's backbone (oracle 1.00)",
     ),
     Rule(
-        lambda facts: facts.native and facts.average_is_better,
+        lambda facts: facts.native and _average_is_better(facts),
         {"backbone": "average"},
         lambda facts: f"FFN experts are all that a native mixture has; {_backbones(facts)}",
         "benchmarks/demo.md: full fine-tunes 0.56 on the average, 0.44 on the base; folded adapters 0.76 and 0.69 (oracle). "
@@ -113,35 +110,23 @@ EXPERTS: tuple[Rule, ...] = (
         "measured here, on the base with each expert's FFN",
     ),
     Rule(
-        lambda facts: facts.low_rank and (facts.shares is None or facts.carries("ffn + attention")),
+        lambda facts: facts.low_rank and (facts.shares is None or carries(facts, "ffn + attention")),
         {"modules": "auto"},
         lambda facts: "adapters stay low-rank, with all that they change in linear layers: a few per cent of the base each",
         "benchmarks/demo.md: low-rank oracle 1.00, folded into FFN experts 0.69 to 0.76",
     ),
     Rule(
-        lambda facts: facts.carries("ffn"),
+        lambda facts: carries(facts, "ffn"),
         {"modules": "auto"},
-        lambda facts: f"the FFN as experts: {_carried(facts, 'ffn')}",
+        lambda facts: f"the FFN as experts: {_shares(facts)}",
         "benchmarks/demo.md: FFN specialists, oracle 1.00; with --native they open in other tools, with a token router (0.88). "
         "benchmarks/training.md: training routers and attention afterwards, 1.12",
     ),
     Rule(
-        lambda facts: facts.named_parts and facts.carries("ffn + attention"),
-        {"modules": ["q", "k", "v", "o", "mlp"]},
-        lambda facts: f"attention and FFN as experts: {_carried(facts, 'ffn', 'ffn + attention')}",
-        "measured here; benchmarks/training.md has a case where it does not suffice (0.61)",
-    ),
-    Rule(
-        lambda facts: facts.shares is not None and facts.fit_text,
-        {"modules": "all"},
-        lambda facts: f"whole models as experts: {_carried(facts, 'ffn', 'ffn + attention')}",
-        "benchmarks/training.md: whole models 0.99, FFN experts on the average 0.54, with attention 0.61 (full fine-tunes)",
-    ),
-    Rule(
         lambda facts: facts.fit_text,
         {"modules": "all"},
-        lambda facts: "whole models as experts: where the gain sits is not known, and so nothing is left behind",
-        "benchmarks/training.md: whole models 0.99",
+        lambda facts: f"whole models as experts, which leave nothing behind: {_shares(facts)}",
+        "benchmarks/training.md: whole models 0.99, FFN experts on the average 0.54, with attention 0.61 (full fine-tunes)",
     ),
     Rule(
         lambda facts: True,
@@ -168,10 +153,11 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/demo.md: uniform 0.37, random router 0.30, fitted from text 0.88 to 0.98",
     ),
     Rule(
-        lambda facts: facts.native and facts.carried and facts.told_apart is not None and facts.told_apart >= TOLD_APART,
+        lambda facts: facts.lexical_fits and _words_differ(facts) and (facts.native or not facts.low_rank),
         {"method": "routing", "router": {"fit": "lexical"}},
-        lambda facts: f"{_differ(facts)}, and a plain checkpoint carries a table of what every token says",
-        "benchmarks/demo.md: lexical router in Mixtral 0.97, logistic gate on hidden states 0.88",
+        lambda facts: f"{_words(facts)}, and of whole FFNs a checkpoint is made that every engine opens",
+        "benchmarks/demo.md: lexical router in Mixtral 0.97, n-gram router in modekit's own architecture 0.98, logistic 0.88",
+        modules="auto",
     ),
     Rule(
         lambda facts: facts.native,
@@ -180,16 +166,9 @@ ROUTERS: tuple[Rule, ...] = (
         "benchmarks/demo.md: logistic 0.88, ridge 0.87, random 0.30",
     ),
     Rule(
-        lambda facts: not facts.low_rank and facts.carried and facts.told_apart is not None and facts.told_apart >= TOLD_APART,
-        {"method": "routing", "router": {"fit": "lexical"}},
-        lambda facts: f"{_differ(facts)}, and of whole FFNs a checkpoint is made that every engine opens",
-        "benchmarks/demo.md: lexical router in Mixtral 0.972, n-gram router in the modekit architecture 0.975",
-        modules="auto",
-    ),
-    Rule(
-        lambda facts: facts.told_apart is not None and facts.told_apart >= TOLD_APART,
+        _words_differ,
         {"method": "routing", "router": {"fit": "ngram"}},
-        lambda facts: _differ(facts),
+        _words,
         "benchmarks/training.md: n-gram 0.979, context 0.90, token 0.88 (FFN specialists), 0.99 (whole models); "
         "benchmarks/advise.md: 0.95, context 0.84 (adapters)",
     ),
@@ -199,45 +178,14 @@ ROUTERS: tuple[Rule, ...] = (
             "method": "routing",
             "router": {"fit": "logistic", "granularity": "sequence", "per": "model", "tokens_per_domain": FIT_TOKENS},
         },
-        lambda facts: f"{_unsure(facts)}, so that hidden states decide, once per sequence as whole models need",
+        lambda facts: f"{_words(facts)}, so that hidden states decide, once per sequence as whole models need",
         "benchmarks/demo.md: whole models, one decision per sequence 0.84",
         modules="all",
     ),
     Rule(
         lambda facts: True,
         {"method": "routing", "router": {"fit": "logistic", "granularity": "context", "tokens_per_domain": FIT_TOKENS}},
-        lambda facts: f"{_unsure(facts)}, so that hidden states decide, averaged over the text so far",
+        lambda facts: f"{_words(facts)}, so that hidden states decide, averaged over the text so far",
         "benchmarks/routers.md: context 0.90, token 0.88 (FFN specialists); 0.84 and 0.74 (adapters)",
     ),
 )
-
-
-def _differ(facts: Facts) -> str:
-    return f"the domains differ in their words: n-grams name the domain of {facts.told_apart:.2f} of the held-out tokens"
-
-
-def _unsure(facts: Facts) -> str:
-    if facts.told_apart is None:
-        return "whether the domains differ in their words is not known"
-    return f"n-grams name the domain of only {facts.told_apart:.2f} of the held-out tokens"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a rule came to: the keys it sets, why, and what that rests on."""
-
-    mixture: Mapping[str, Any]
-    why: str
-    source: str
-
-
-def choose(facts: Facts) -> tuple[Choice, Choice]:
-    """What experts have of their own and on which backbone, and how the router is set."""
-    experts = next(rule for rule in EXPERTS if rule.applies(facts))
-    modules = (None, experts.mixture.get("modules"))
-    router = next(rule for rule in ROUTERS if rule.modules in modules and rule.applies(facts))
-    of_experts, of_router = (Choice(rule.mixture, rule.why(facts), rule.source) for rule in (experts, router))
-    if facts.experts < 2 and of_router.mixture["method"] == "routing":
-        note = "; with a single expert it has nothing to decide"
-        of_router = Choice(of_router.mixture, of_router.why + note, of_router.source)
-    return of_experts, of_router

@@ -1,6 +1,6 @@
 """`modekit discover --text FOLDER [OUT]`: unlabelled documents -> domains, in words, and as text for the next expert.
 
-    first reading -> a sample -> units, points -> how many, groups, words -> what a mixture serves -> second reading -> OUT
+    first reading -> a sample -> words, points -> how many, groups, names -> what a mixture serves -> second reading -> OUT
 
 Documents are read twice and never all in memory. The same text and seed give the same bytes, in whatever order documents come
 but for that in which they are written.
@@ -23,19 +23,24 @@ from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import Staging, staging
 from modekit.files.write import appearing, create, write_json
 from modekit.recipes.paths import locate
-from modekit.routing.text_router import TextRouter
 from modekit.run import QUIET, Run
-from modekit.search.discover.discovery import RECORD, Discovery, Group
-from modekit.search.discover.evidence import Labels
-from modekit.search.discover.learned import Learned, learn, space_of
-from modekit.search.discover.names import name_of, words_about
-from modekit.search.discover.serves import ASKED, Serving, check_tokenizer
-from modekit.search.discover.settings import DiscoverSettings, check_settings
-from modekit.search.discover.stream import Sample, Stream
+from modekit.search.discover.coverage import ROUTED, CoverageMeter
+from modekit.search.discover.documents import DocumentSample, UnlabelledDocuments
+from modekit.search.discover.grouping import WORTH, Grouping, gains, group_documents
+from modekit.search.discover.result import (
+    RESULT_FILE,
+    Coverage,
+    DiscoverSettings,
+    Discovery,
+    DocumentGroup,
+    TextRead,
+    TriedNumber,
+)
+from modekit.search.discover.words import describe_groups, name_of
 from modekit.text.document import Document, text_of
 from modekit.text.records import data_of
 
-_TOGETHER = 512  # documents that are put to groups at once
+_TOGETHER = 512  # documents that are assigned at once
 _BUFFER = 2**16
 _MOSTLY = 0.5  # of a group is served: then somebody has to ask whether that is right
 
@@ -60,73 +65,82 @@ def discover(
     """Group documents into domains, and write each as a .jsonl that other commands read, beside discover.json.
 
     Without `out` nothing is written; `replace` says what may be there. Raises TextError for text that cannot be read or holds
-    fewer documents than domains, UnsupportedError for a mixture whose router needs the model, MismatchError for one with
-    another tokenizer than the base model, OutputError, SourceError.
+    fewer documents than domains, UnsupportedError for a mixture whose router needs the model, OutputError.
     """
-    check_settings(settings)
-    if out is not None:
-        refuse_existing(out, replace, sources=_read_from(unlabelled, settings))
-    serving = _serving(unlabelled, settings, run)
-    stream = Stream(unlabelled.texts, unlabelled.root)
-    run.begin("read documents")
-    sample = stream.sample(settings.sample, settings.seed)
-    found = learn(sample, settings, space_of(settings, run), run)
-    groups = _groups(sample, found.grouping.labels, serving, run)
-    discovery = Discovery(
-        settings,
-        groups,
-        found.tried,
-        {"documents": sample.documents, "sha256": sample.sha256},
-        None if unlabelled.mixture is None else unlabelled.mixture.folder.name,
-        _notes(groups),
-    )
-    if out is None:
-        _put_to_groups(stream, sample, found, groups, None, run)
-        return discovery
-    digest = f"discover {settings.as_data()} {sample.sha256} {discovery.mixture}"
-    with staging(out, digest, "texts", sources=_read_from(unlabelled, settings), replace=replace, sync=run.sync) as stage:
-        _put_to_groups(stream, sample, found, groups, stage, run)
-        write_json(stage.folder / RECORD, discovery.as_data(), sync=False)
-    return discovery
-
-
-def _read_from(unlabelled: Unlabelled, settings: DiscoverSettings) -> list[Path]:
-    """What the command reads, on disk."""
+    mixture = unlabelled.mixture
     texts = (locate(text, unlabelled.root) for text in unlabelled.texts)
-    mixture = None if unlabelled.mixture is None else unlabelled.mixture.folder
-    return [path for path in (*texts, settings.model, mixture) if path is not None]
-
-
-def _serving(unlabelled: Unlabelled, settings: DiscoverSettings, run: Run) -> Serving | None:
-    if unlabelled.mixture is None:
-        return None
-    router = TextRouter(unlabelled.mixture, run=run)
-    if settings.model is not None:
-        check_tokenizer(settings.model, unlabelled.mixture.folder)
-    return Serving(unlabelled.mixture, router)
-
-
-def _groups(sample: Sample, labels: Labels, serving: Serving | None, run: Run) -> list[Group]:
+    sources = [path for path in (*texts, None if mixture is None else mixture.folder) if path is not None]
+    if out is not None:
+        refuse_existing(out, replace, sources=sources)
+    meter = None if mixture is None else CoverageMeter(mixture, run)
+    documents = UnlabelledDocuments(unlabelled.texts, unlabelled.root)
+    run.begin("read documents")
+    sample = documents.sample(settings.sample, settings.seed)
+    grouping = group_documents(sample, settings, run)
+    labels = grouping.clusters.labels
     count = int(labels.max()) + 1
-    about = words_about(sample.beginnings, labels, count)
-    groups = [Group(name_of(number, words), words) for number, words in enumerate(about, 1)]
-    if serving is None:
-        return groups
+    words = describe_groups(sample.beginnings, labels, count)
+    names = [name_of(number, own) for number, own in enumerate(words, 1)]
     own = [[sample.beginnings[place] for place in np.flatnonzero(labels == number).tolist()] for number in range(count)]
-    total, asked = sum(min(ASKED, len(each)) for each in own), 0
+    coverage = [None] * count if meter is None else _coverage(meter, own, run)
+    mixture_name = None if mixture is None else mixture.folder.name
+    with ExitStack() as opened:
+        stage = None
+        if out is not None:
+            digest = f"discover {settings.model_dump()} {sample.sha256} {mixture_name}"
+            stage = opened.enter_context(staging(out, digest, "texts", sources=sources, replace=replace, sync=run.sync))
+        sizes = _assign_all(documents, sample, grouping, names, stage, run)
+        groups = [
+            DocumentGroup(name=name, file=_file_of(name), documents=number, characters=characters, words=own, served=served)
+            for name, (number, characters), own, served in zip(names, sizes, words, coverage, strict=True)
+        ]
+        result = _result(settings, sample, grouping, mixture_name, groups)
+        if stage is not None:
+            write_json(stage.folder / RESULT_FILE, result.model_dump(mode="json"), sync=False)
+    return result
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.jsonl"
+
+
+def _coverage(meter: CoverageMeter, groups: Sequence[Sequence[str]], run: Run) -> list[Coverage]:
+    total, done = sum(min(ROUTED, len(each)) for each in groups), 0
 
     def advance() -> None:
-        nonlocal asked
-        asked += 1
-        run.progress("ask the router", asked, total)
+        nonlocal done
+        done += 1
+        run.progress("ask the router", done, total)
 
-    for each, documents in zip(groups, own, strict=True):
-        each.served = serving.of(documents, advance)
-    return groups
+    return [meter.measure(each, advance) for each in groups]
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
-    """What to be wary of: an expert that serves several groups may be none for some of them."""
+def _result(
+    settings: DiscoverSettings,
+    sample: DocumentSample,
+    grouping: Grouping,
+    mixture: str | None,
+    groups: list[DocumentGroup],
+) -> Discovery:
+    return Discovery(
+        settings=settings,
+        text=TextRead(documents=sample.documents, sha256=sample.sha256),
+        domains=len(groups),
+        chosen="held-out likelihood" if grouping.held_out else "given",
+        worth=WORTH,
+        tried=[
+            TriedNumber(domains=number, held_out=round(each, 6), gain=None if gain is None else round(gain, 6))
+            for number, (each, gain) in enumerate(zip(grouping.held_out, gains(grouping.held_out), strict=True), 1)
+        ],
+        mixture=mixture,
+        groups=groups,
+        next=None if mixture is None else max(groups, key=lambda group: group.unserved).name,
+        notes=shared_experts(groups),
+    )
+
+
+def shared_experts(groups: Sequence[DocumentGroup]) -> list[str]:
+    """A note for every expert that serves several groups: it may be none for some of them."""
     serves: dict[str, list[str]] = {}
     for each in groups:
         if each.served is not None and each.served.expert is not None and each.served.served >= _MOSTLY:
@@ -139,23 +153,31 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _put_to_groups(
-    stream: Stream, sample: Sample, found: Learned, groups: Sequence[Group], stage: Staging | None, run: Run
-) -> None:
-    """Read again, count, and write where there is a place to. Raises TextError when the text has changed."""
-    done = 0
-    documents = (document for _, document in stream.read())
+def _assign_all(
+    documents: UnlabelledDocuments,
+    sample: DocumentSample,
+    grouping: Grouping,
+    names: Sequence[str],
+    stage: Staging | None,
+    run: Run,
+) -> list[tuple[int, int]]:
+    """Read again, write where there is a place to, and count documents and characters of every group.
+
+    Raises TextError when the text has changed.
+    """
+    numbers, characters = [0] * len(names), [0] * len(names)
+    read = (document for _, document in documents.read())
     with ExitStack() as opened:
-        files = [opened.enter_context(_appearing(stage.folder / each.file)) for each in groups] if stage is not None else []
-        while together := list(islice(documents, _TOGETHER)):
-            for document, label in zip(together, found.labels([text_of(each) for each in together]), strict=True):
-                groups[label].documents += 1
-                groups[label].characters += len(text_of(document))
+        files = [opened.enter_context(_appearing(stage.folder / _file_of(name))) for name in names] if stage is not None else []
+        while together := list(islice(read, _TOGETHER)):
+            for document, label in zip(together, grouping.assign([text_of(each) for each in together]), strict=True):
+                numbers[label] += 1
+                characters[label] += len(text_of(document))
                 if files:
                     files[label].write(_line(document))
-            done += len(together)
-            run.progress("group documents", min(done, sample.documents), sample.documents)
-        stream.check_same(sample)
+            run.progress("group documents", min(sum(numbers), sample.documents), sample.documents)
+        documents.check_same(sample)
+    return list(zip(numbers, characters, strict=True))
 
 
 @contextmanager

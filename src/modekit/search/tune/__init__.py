@@ -1,7 +1,7 @@
 """Which variant? A search over mixtures of the same experts, on held-out text, that builds nothing twice.
 
-asked        settings.py, space.py: how much is tried, and along which axes
-candidates   study.py, candidate.py, of selection.py (text), shared_weights.py, switched_model.py; launch.py
-result       scores.py, results.py: losses to be shown, and the table
-all of it    tune.py; folder.py says whose search it is
+tune.py             the steps in order; folder.py keeps whose search it is
+space.py            the axes, and the mixture of one choice
+study.py            candidates: of selection.py (text), shared_weights.py, switched_model.py; launch.py starts processes
+results.py          settings and result; scores.py has the losses that are shown
 """

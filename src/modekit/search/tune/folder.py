@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from modekit.errors import OutputError, TuneError
 from modekit.files.libraries import check_own
@@ -17,8 +19,8 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
 from modekit.files.typed import read_as, shortened
 from modekit.files.write import remove, sweep, write_json
 from modekit.planning.plan import Plan
-from modekit.search.tune.settings import TuneSettings
-from modekit.search.tune.study import Job
+from modekit.search.tune.results import TuneSettings
+from modekit.search.tune.study import SearchJob
 
 _Kind = TypeVar("_Kind")
 _SETTINGS_FILE = "settings.json"
@@ -29,11 +31,6 @@ _SUFFIX = ".tuning"
 def folder_of(out: Path) -> Path:
     """Where the search for an output is kept."""
     return out.with_name(out.name + _SUFFIX)
-
-
-def out_of(folder: Path) -> str:
-    """The name of the output that a search is for."""
-    return folder.name.removesuffix(_SUFFIX)
 
 
 def announce(out: Path, beside: Mapping[str, bytes]) -> None:
@@ -60,35 +57,51 @@ def close(out: Path) -> None:
     remove(folder_of(out) / _BUILT_FILE)
 
 
-def claim(job: Job, settings: TuneSettings, native: bool, read: Mapping[str, str]) -> None:
-    """Make the work folder, or go on in that of the same search of the same models and text (`read`: their digests).
+class SearchIdentity(BaseModel, frozen=True):
+    """What makes two searches the same: digests of recipe, space, models and text, and the settings that change losses."""
 
-    Raises TuneError for another's.
-    """
-    folder = job.work
-    asked = {
-        "recipe": job.recipe.digest(),
-        "space": hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
-        "native": native,
-        "tokens_per_domain": settings.tokens_per_domain,
-        "sequence_length": settings.sequence_length,
-        "seed": settings.seed,
-        **read,
-    }
-    path = folder / _SETTINGS_FILE
-    if not claim_work_folder(folder, "tuning", out_of(folder)):
+    recipe: str
+    space: str
+    native: bool
+    tokens_per_domain: int
+    sequence_length: int
+    seed: int
+    models: str
+    text: str
+
+
+def identity_of(job: SearchJob, settings: TuneSettings, native: bool, plan: Plan, text: str) -> SearchIdentity:
+    """Of a search of a plan's models; it changes with size and time of every file. `text`: a digest of what is read."""
+    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
+    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
+    return SearchIdentity(
+        recipe=job.recipe.digest(),
+        space=hashlib.sha256(job.space.model_dump_json().encode()).hexdigest(),
+        native=native,
+        tokens_per_domain=settings.tokens_per_domain,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+        models=hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        text=text,
+    )
+
+
+def claim(folder: Path, identity: SearchIdentity) -> None:
+    """Make the work folder, or go on in that of the same search. Raises TuneError for another's."""
+    if not claim_work_folder(folder, "tuning", folder.name.removesuffix(_SUFFIX)):
         raise OutputError(
             "a folder that modekit did not make is in the way", where=str(folder), remedy="move it away, or choose another OUT"
         )
+    path = folder / _SETTINGS_FILE
     if not path.exists():
-        write_json(path, asked)
-    known = read_kept(path, dict[str, Any])
-    if known != asked:
-        changed = ", ".join(sorted(key for key in asked if known.get(key) != asked[key]))
+        write_json(path, identity.model_dump())
+    known = read_kept(path, SearchIdentity)
+    if known != identity:
+        changed = [name for name, value in identity if getattr(known, name) != value]
         raise TuneError(
             "the folder holds another search",
             where=str(folder),
-            found=f"other {changed}",
+            found=f"other {', '.join(sorted(changed))}",
             remedy="remove the folder to start over, or choose another OUT",
         )
 
@@ -120,10 +133,3 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def stamp(plan: Plan) -> str:
-    """Changes with the models: size and time of every file."""
-    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
-    stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

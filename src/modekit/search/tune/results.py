@@ -1,125 +1,201 @@
-"""What a search found: the table of all candidates, the best, and the Pareto front of loss against active parameters."""
+"""The result of a search: every candidate, the best, and the Pareto front of loss against active parameters.
+
+results/tune.json holds the same; the report reads it back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from modekit.evaluation.gaps import SMALLEST_GAP
 from modekit.evaluation.markdown import markdown_table
 from modekit.files.figures import count_of
+from modekit.files.typed import Count, Number
 from modekit.recipes.fits import DEFAULT_FIT, FITS
-from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.space import label, short_backbone
+from modekit.text.amounts import SAMPLE_TOKENS
 
-Losses = Mapping[str, float]
+Losses = dict[str, Number]
+"""Domain -> nats per token."""
+Reference = dict[str, dict[str, Losses]]
+"""Split -> base, own -> losses of the base and of each domain's own expert."""
+Mixture = dict[str, JsonValue]
+"""As a recipe writes it."""
 
 
 @dataclass(frozen=True)
-class TuneResults:
+class TuneSettings:
+    """How much a search does: candidates, tokens per domain and split, and what may run at once."""
+
+    trials: int = 48
+    tokens_per_domain: int = SAMPLE_TOKENS
+    sequence_length: int = 512
+    seed: int = 0
+    processes: int = 1
+    ray: bool = False
+
+
+class Candidate(BaseModel):
+    """One variant that was tried.
+
+    Attributes:
+        number: in the order of the search.
+        name: of a fixed variant; "" otherwise.
+        status: scored on all of the text, dropped early, or refused with `why`.
+        losses: on the tokens of the select split that were scored.
+        active, total: parameters.
+        native: whether a native architecture can express it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    number: Count
+    name: str = ""
+    mixture: Mixture
+    status: Literal["scored", "dropped", "refused"]
+    why: str = ""
+    losses: Losses = {}
+    tokens: Count = 0
+    active: Count = 0
+    total: Count = 0
+    native: bool = False
+    seconds: Number = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over the domains."""
+        return mean_of(self.losses)
+
+
+class ReportedLoss(BaseModel, frozen=True):
+    """On the report split, which chose nothing."""
+
+    losses: Losses
+    mean_loss: Number
+    gap_closed: Number | None
+
+
+class RankedCandidate(Candidate):
+    """A candidate among the others: its mixture in a line, what it came to, whether it is the best, or on the front."""
+
+    description: str
+    mean_loss: Number | None
+    gap_closed: Number | None
+    report: ReportedLoss | None
+    best: bool
+    pareto: bool
+
+
+class TuneResults(BaseModel, frozen=True):
     """Of a search.
 
     Attributes:
-        candidates: in the order of the search.
-        reported: number of a candidate -> its loss per domain on the report split.
-        reference: split -> base, own -> loss per domain of the base and of the domain's own expert.
+        checkpoint: digest of the recipe of the best.
+        candidates: by loss; dropped ones behind those that were scored in full, and behind those that were dropped after more
+            of the text, since losses on other text do not compare; refused ones last.
+        text: split -> domain -> what was read.
         seconds: that this run of the search took to find the best; the report and the build come on top.
     """
 
-    candidates: Sequence[Candidate]
-    best: Candidate
-    front: Sequence[Candidate]
-    reported: Mapping[int, Losses]
-    reference: Mapping[str, Mapping[str, Losses]]
-    settings: Mapping[str, Any]
-    space: Mapping[str, Any]
-    text: Mapping[str, Mapping[str, Any]]
-    seconds: float
+    format: Literal[1] = 1
+    checkpoint: dict[str, str]
+    candidates: Annotated[list[RankedCandidate], Field(max_length=2**14)]
+    reference: Reference
+    settings: TuneSettings
+    space: dict[str, JsonValue]
+    text: dict[str, dict[str, Mapping[str, Any]]]
+    seconds: Number
 
-    def gap_closed(self, losses: Losses, split: str) -> float | None:
-        """Mean share of the gap closed, over the domains that have one."""
-        base, own = self.reference[split]["base"], self.reference[split]["own"]
-        gaps = [
-            (base[name] - loss) / (base[name] - own[name])
-            for name, loss in losses.items()
-            if base[name] - own[name] > SMALLEST_GAP
-        ]
-        return sum(gaps) / len(gaps) if gaps else None
+    @property
+    def best(self) -> RankedCandidate:
+        """What is built."""
+        return next(each for each in self.candidates if each.best)
 
-    def ranked(self) -> list[Candidate]:
-        """By loss; those that were dropped behind those that were scored in full, and behind those that were dropped after
-        more of the text, since losses on other text do not compare; refused ones last.
-        """
-        order = {"scored": 0, "dropped": 1, "refused": 2}
-        return sorted(self.candidates, key=lambda each: (order[each.status], -each.tokens, each.mean if each.losses else 0.0))
-
-    def as_data(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        front = {candidate.number for candidate in self.front}
-        rows = []
-        for candidate in self.ranked():
-            report = self.reported.get(candidate.number)
-            rows.append(
-                {
-                    **asdict(candidate),
-                    "description": describe(candidate.mixture),
-                    "mean_loss": candidate.mean if candidate.losses else None,
-                    "gap_closed": self.gap_closed(candidate.losses, "select") if candidate.status == "scored" else None,
-                    "report": None
-                    if report is None
-                    else {
-                        "losses": dict(report),
-                        "mean_loss": _mean(report),
-                        "gap_closed": self.gap_closed(report, "report"),
-                    },
-                    "best": candidate.number == self.best.number,
-                    "pareto": candidate.number in front,
-                }
-            )
-        return {
-            "format": 1,
-            "candidates": rows,
-            "reference": self.reference,
-            "settings": dict(self.settings),
-            "space": dict(self.space),
-            "text": self.text,
-            "seconds": self.seconds,
-        }
+    @property
+    def front(self) -> list[RankedCandidate]:
+        """What no other candidate beats with as few active parameters, from few to many."""
+        return sorted((each for each in self.candidates if each.pareto), key=lambda each: each.active)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells, best first."""
-        header = ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"]
-        body = []
-        front = {candidate.number for candidate in self.front}
-        for candidate in self.ranked():
-            report = self.reported.get(candidate.number)
-            gap = self.gap_closed(report, "report") if report is not None else None
-            mark = "best" if candidate.number == self.best.number else "front" if candidate.number in front else ""
-            name = f"{candidate.name}: " if candidate.name else ""
-            body.append(
-                [
-                    mark,
-                    name + describe(candidate.mixture),
-                    _loss_text(candidate),
-                    "-" if report is None else f"{_mean(report):.4f}",
-                    "-" if gap is None else f"{gap:.3f}",
-                    count_of(candidate.active) if candidate.active else "-",
-                    _runs_as(candidate),
-                ]
-            )
-        return header, body
+        return ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"], [
+            [
+                "best" if each.best else "front" if each.pareto else "",
+                (f"{each.name}: " if each.name else "") + each.description,
+                _loss_text(each),
+                "-" if each.report is None else f"{each.report.mean_loss:.4f}",
+                "-" if each.report is None or each.report.gap_closed is None else f"{each.report.gap_closed:.3f}",
+                count_of(each.active) if each.active else "-",
+                "-" if each.status == "refused" else "native" if each.native else "modekit",
+            ]
+            for each in self.candidates
+        ]
 
     def markdown(self) -> str:
         """All candidates; dropped ones with the loss at which they were dropped."""
-        header, body = self.table()
         about = [
             "Mean loss over the domains in nats per token. Candidates were compared on the select split; the report split",
             "chose nothing. In brackets: dropped after a part of the text. Gap closed is that of the report split.",
         ]
-        reasons = {candidate.why: None for candidate in self.candidates if candidate.why}
+        reasons = dict.fromkeys(each.why for each in sorted(self.candidates, key=lambda each: each.number) if each.why)
         refused = ["", "Refused:", *(f"* {' '.join(why.split())}" for why in reasons)] if reasons else []
-        return "\n".join([*about, "", markdown_table(header, body), *refused, ""])
+        return "\n".join([*about, "", markdown_table(*self.table()), *refused, ""])
+
+
+def rank(found: Sequence[Candidate], reported: Mapping[int, Losses], reference: Reference) -> list[RankedCandidate]:
+    """Candidates in the order of the table. `reported`: number -> losses on the report split."""
+    order = {"scored": 0, "dropped": 1, "refused": 2}
+    ranked = sorted(found, key=lambda each: (order[each.status], -each.tokens, each.mean if each.losses else 0.0))
+    best, front = best_of(found), {each.number for each in pareto(found)}
+    rows = []
+    for each in ranked:
+        losses = reported.get(each.number)
+        rows.append(
+            RankedCandidate(
+                **each.model_dump(),
+                description=describe(each.mixture),
+                mean_loss=each.mean if each.losses else None,
+                gap_closed=gap_closed(each.losses, reference["select"]) if each.status == "scored" else None,
+                report=losses
+                and ReportedLoss(losses=losses, mean_loss=mean_of(losses), gap_closed=gap_closed(losses, reference["report"])),
+                best=each is best,
+                pareto=each.number in front,
+            )
+        )
+    return rows
+
+
+def gap_closed(losses: Losses, reference: Mapping[str, Losses]) -> float | None:
+    """Mean share of the gap closed, over the domains that have one."""
+    base, own = reference["base"], reference["own"]
+    gaps = [
+        (base[name] - loss) / (base[name] - own[name]) for name, loss in losses.items() if base[name] - own[name] > SMALLEST_GAP
+    ]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def pareto(found: Sequence[Candidate]) -> list[Candidate]:
+    """Of the fully scored: those that no other beats in loss with as few active parameters, from few to many."""
+    front: list[Candidate] = []
+    scored = [candidate for candidate in found if candidate.status == "scored"]
+    for candidate in sorted(scored, key=lambda each: (each.active, each.mean)):
+        if not front or candidate.mean < front[-1].mean:
+            front.append(candidate)
+    return front
+
+
+def best_of(found: Sequence[Candidate]) -> Candidate | None:
+    """Of the fully scored; None when there is none."""
+    return min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
+
+
+def mean_of(losses: Losses) -> float:
+    """Over the domains, each counting equally."""
+    return sum(losses.values()) / len(losses)
 
 
 def describe(mixture: Mapping[str, Any]) -> str:
@@ -153,13 +229,3 @@ def _loss_text(candidate: Candidate) -> str:
     if not candidate.losses:
         return candidate.status
     return f"{candidate.mean:.4f}" if candidate.status == "scored" else f"({candidate.mean:.4f})"
-
-
-def _runs_as(candidate: Candidate) -> str:
-    if candidate.status == "refused":
-        return "-"
-    return "native" if candidate.native else "modekit"
-
-
-def _mean(losses: Losses) -> float:
-    return sum(losses.values()) / len(losses)

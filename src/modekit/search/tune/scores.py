@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from modekit.evaluation.loss import score_domain
-from modekit.files.typed import Number
 from modekit.files.write import write_json
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
 from modekit.run import Run
-from modekit.search.tune.candidate import Candidate
 from modekit.search.tune.folder import read_kept
-from modekit.search.tune.selection import Selection, Tally
-from modekit.search.tune.study import Job, candidate_recipe
+from modekit.search.tune.results import Candidate, Losses, Reference, best_of
+from modekit.search.tune.selection import Selection, losses_of
+from modekit.search.tune.study import SearchJob, candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
 
-Losses = dict[str, Number]
-"""Domain -> nats per token."""
 
-
-def score_all(job: Job, shown: Sequence[Candidate], text: Selection, file: str, stage: str, run: Run) -> dict[int, Losses]:
+def score_all(
+    job: SearchJob, shown: Sequence[Candidate], text: Selection, file: str, stage: str, run: Run
+) -> dict[int, Losses]:
     """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
     path = job.work / file
     known = read_kept(path, dict[str, Losses]) if path.exists() else {}
@@ -35,24 +31,21 @@ def score_all(job: Job, shown: Sequence[Candidate], text: Selection, file: str, 
             recipe = candidate_recipe(job.recipe, candidate.mixture)
             shared = weights.checkpoint(weights.plan(recipe))
             model = switched.put(shared, weights.gates(shared, recipe))
-            tally = Tally()
-            tally.add(model, text.domains, f"candidate {number}")
-            known[str(number)] = tally.losses
+            known[str(number)] = losses_of(model, text.domains, f"candidate {number}")
             write_json(path, known)
     run.progress(stage, len(numbers), len(numbers))
     return {number: known[str(number)] for number in numbers}
 
 
-def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, run: Run) -> list[Candidate]:
+def with_smaller_sizes(job: SearchJob, found: Sequence[Candidate], select: Selection, run: Run) -> list[Candidate]:
     """The candidates, where of every number of active parameters below the best's the most promising is scored in full.
 
     Dropping compares losses alone; whoever weighs loss against size needs a figure for the smaller ones, too.
     """
-    scored = [candidate for candidate in found if candidate.status == "scored"]
-    if not scored:
+    best = best_of(found)
+    if best is None:
         return list(found)
-    best = min(scored, key=lambda each: each.mean)
-    known = {candidate.active for candidate in scored}
+    known = {candidate.active for candidate in found if candidate.status == "scored"}
     promising: dict[int, Candidate] = {}
     for candidate in sorted(found, key=lambda each: (-each.tokens, each.mean if each.losses else 0.0)):
         if candidate.status == "dropped" and candidate.active < best.active and candidate.active not in known:
@@ -60,45 +53,32 @@ def with_smaller_sizes(job: Job, found: Sequence[Candidate], select: Selection, 
     losses = score_all(job, list(promising.values()), select, "smaller.json", "smaller mixtures", run)
     tokens = sum(domain.scored_tokens for domain in select.domains)
     return [
-        replace(each, status="scored", losses=losses[each.number], tokens=tokens) if each.number in losses else each
+        each.model_copy(update={"status": "scored", "losses": losses[each.number], "tokens": tokens})
+        if each.number in losses
+        else each
         for each in found
     ]
 
 
-def reference_losses(job: Job, plan: Plan, splits: Mapping[str, Selection], run: Run) -> dict[str, dict[str, dict[str, float]]]:
+def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection], run: Run) -> Reference:
     """Per split and domain, the loss of the base and of the domain's own expert."""
     path = job.work / "reference.json"
+    names = [domain.name for domain in splits["select"].domains]
     if path.exists():
-        known = read_kept(path, dict[str, dict[str, Losses]])
-        if _is_whole(known, splits):
+        known = read_kept(path, Reference)
+        if all(sorted(known.get(split, {}).get(of, {})) == sorted(names) for split in splits for of in ("base", "own")):
             return known
-    found: dict[str, dict[str, dict[str, float]]] = {split: {"base": {}, "own": {}} for split in splits}
     base = plan.sources[0].folder
-
     model = load_model(base, run=job.run)
     run.begin("score the base")
-    for split, selection in splits.items():
-        for domain in selection.domains:
-            found[split]["base"][domain.name] = score_domain(model, domain, lambda _: None).loss
+    found: Reference = {split: {"base": losses_of(model, text.domains, "base"), "own": {}} for split, text in splits.items()}
     for place, domain in enumerate(splits["select"].domains):
-        run.progress("score the experts", place, len(splits["select"].domains))
+        run.progress("score the experts", place, len(names))
         assert domain.expert is not None
-        own = (
-            model
-            if job.recipe.experts[domain.expert].is_base
-            else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
-        )
-        for split, selection in splits.items():
-            text = next(each for each in selection.domains if each.name == domain.name)
-            found[split]["own"][domain.name] = score_domain(own, text, lambda _: None).loss
+        is_base = job.recipe.experts[domain.expert].is_base
+        own = model if is_base else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
+        for split, text in splits.items():
+            domains = [each for each in text.domains if each.name == domain.name]
+            found[split]["own"] |= losses_of(own, domains, f"expert {domain.name}")
     write_json(path, found)
     return found
-
-
-def _is_whole(known: Mapping[str, Mapping[str, Losses]], splits: Mapping[str, Selection]) -> bool:
-    """Whether losses are those of every split and domain, of the base and the own expert."""
-    return all(
-        known.get(split, {}).get(of, {}).keys() == {domain.name for domain in selection.domains}
-        for split, selection in splits.items()
-        for of in ("base", "own")
-    )

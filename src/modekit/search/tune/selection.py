@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,25 +90,31 @@ def _digest_of_all(select: Sequence[HeldOutText], report: Sequence[HeldOutText])
     return read.hexdigest()
 
 
-class Tally:
-    """Loss of one candidate, summed over the rungs so far."""
+def losses_of(model: PreTrainedModel, domains: Sequence[Domain], where: str) -> dict[str, float]:
+    """Domain -> nats per token. Raises TuneError when that is not a number."""
+    losses = {domain.name: score_domain(model, domain, lambda _: None).loss for domain in domains}
+    for name, loss in losses.items():
+        if loss != loss:
+            raise TuneError(
+                "the loss is not a number",
+                where=f"{where}, domain {name}",
+                remedy="look for NaN in the models with `modekit build`, which checks every tensor",
+            )
+    return losses
+
+
+class RunningLoss:
+    """Loss of one candidate, summed over the rungs so far; `tokens` are those scored so far."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
+        self._sums: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
 
     def add(self, model: PreTrainedModel, domains: Sequence[Domain], where: str) -> None:
         """Score some text. Raises TuneError when the loss is not a number."""
-        for domain in domains:
-            loss = score_domain(model, domain, lambda _: None).loss
-            if loss != loss:
-                raise TuneError(
-                    "the loss is not a number",
-                    where=f"{where}, domain {domain.name}",
-                    remedy="look for NaN in the models with `modekit build`, which checks every tensor",
-                )
-            self._sums[domain.name] = self._sums.get(domain.name, 0.0) + loss * domain.scored_tokens
-            self._tokens[domain.name] = self._tokens.get(domain.name, 0) + domain.scored_tokens
+        losses = losses_of(model, domains, where)
+        self._sums.update({domain.name: losses[domain.name] * domain.scored_tokens for domain in domains})
+        self._tokens.update({domain.name: domain.scored_tokens for domain in domains})
 
     @property
     def losses(self) -> dict[str, float]:
@@ -115,11 +122,6 @@ class Tally:
         return {name: self._sums[name] / self._tokens[name] for name in self._sums}
 
     @property
-    def mean(self) -> float:
-        """Over the domains, each counting equally."""
-        return sum(self.losses.values()) / len(self.losses)
-
-    @property
     def tokens(self) -> int:
         """Scored so far."""
-        return sum(self._tokens.values())
+        return self._tokens.total()

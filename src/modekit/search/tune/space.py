@@ -11,16 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from modekit.errors import RecipeError
+from modekit.files.typed import as_kind
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
 from modekit.recipes.backbone import Backbone, BackboneMerge
-from modekit.recipes.edit import settings_with_effect, unseen_with_effect
+from modekit.recipes.edit import as_written, settings_with_effect, unseen_with_effect, with_mixture
 from modekit.recipes.fits import FITS, RECIPE, known_fit
 from modekit.recipes.mixture import AlwaysOn, Part
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.recipes.strict_yaml import read_yaml
+from modekit.run import QUIET, Run
+from modekit.sources.contents import OpenFiles
+from modekit.weights.stored import same_bytes
 
 Choice = dict[str, str]
 Ask = Callable[[str, Sequence[str]], str]
@@ -37,11 +43,7 @@ _WHOLE: dict[str, dict[str, str]] = {
 """Routers that are tried where whole models are mixed -> settings with which they decide before the first layer."""
 
 
-def _kind(value: object) -> object:
-    return value if value == LINEAR else known_fit(value)
-
-
-Kind = Annotated[str, BeforeValidator(_kind)]
+RouterKind = Annotated[str, BeforeValidator(lambda value: value if value == LINEAR else known_fit(value))]
 """linear, or the name of a fit."""
 _SEARCHED = {"method", "top_k", "top_p", "modules", "layers", "always_on", "backbone", "weights"}
 _SEARCHED_OF_ROUTERS = {"fit", "granularity", "temperature", "decay", "order", "prefix", "per"}
@@ -56,7 +58,7 @@ class Space(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    router: list[Kind] = Field(min_length=1, description="linear (no gate), or how the gate is set.")
+    router: list[RouterKind] = Field(min_length=1, description="linear (no gate), or how the gate is set.")
     granularity: list[Literal["token", "context", "sequence"]] = Field(["token", "context"], min_length=1)
     top_k: list[int] = Field(min_length=1, description="Experts per token.")
     temperature: list[float] = Field([0.5, 1.0, 2.0], min_length=1)
@@ -79,7 +81,7 @@ class Space(BaseModel):
 
         def pick(axis: str, values: Sequence[object], name: str = "") -> str:
             labels = list(dict.fromkeys(label(value) for value in values))
-            choice[name or axis] = labels[0] if len(labels) == 1 else ask(name or axis, labels)
+            choice[name or axis] = ask(name or axis, labels)
             return choice[name or axis]
 
         whole = pick("modules", self.modules) == "all"
@@ -103,7 +105,7 @@ class Space(BaseModel):
             pick("backbone", self.backbone)
         return choice
 
-    def mixture(self, choice: Choice, recipe: Recipe) -> dict[str, Any]:
+    def mixture(self, choice: Choice, recipe: Recipe) -> dict[str, JsonValue]:
         """The recipe's mixture under a choice; what is not searched stays as the recipe has it."""
         kept = recipe.mixture.model_dump(mode="json", exclude_unset=True)
         settings = {key: value for key, value in kept.pop("router", {}).items() if key not in _SEARCHED_OF_ROUTERS}
@@ -139,31 +141,30 @@ class Space(BaseModel):
             behind = "" if backbone == "base" else f", backbone {backbone}"
             for name, says in _NAMED.items():
                 wanted = {**plain, "backbone": backbone, "top_k": "2", **says}
-                choice = self._wanted(wanted)
+                choice = self._choice_of(wanted)
                 if choice is not None:
                     found[name + behind] = choice
         if "all" in self.modules:
             of_whole = {"n-gram": "ngram", "lexical": "lexical", "sequence": "logistic"}
             for name, router in ((f"whole models, {kind}", router) for kind, router in of_whole.items()):
                 ngram = {"order": "2", "ngram_decay": "0.98"}
-                choice = self._wanted({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
+                choice = self._choice_of({**plain, **ngram, "modules": "all", "router_of_whole": router, "top_k": "2"})
                 if choice is not None:
                     found[name] = choice
         return found
 
-    def _wanted(self, wanted: Mapping[str, str]) -> Choice | None:
-        """The choice that takes these labels wherever it is asked; None when an axis does not hold one."""
-        missing = False
+    def _choice_of(self, labels: Mapping[str, str]) -> Choice | None:
+        """The choice that takes these labels; None when an axis does not hold one."""
 
-        def ask(axis: str, labels: Sequence[str]) -> str:
-            nonlocal missing
-            missing = missing or wanted.get(axis) not in labels
-            return wanted[axis] if wanted.get(axis) in labels else labels[0]
+        def ask(axis: str, possible: Sequence[str]) -> str:
+            if labels.get(axis) not in possible:
+                raise LookupError(axis)
+            return labels[axis]
 
-        choice = self.choose(ask)
-        said = all(choice[axis] == value for axis, value in wanted.items() if axis in choice)
-        router = {"router", "router_of_whole"} & wanted.keys() <= choice.keys()  # of parts is another than of whole models
-        return choice if said and router and not missing else None
+        try:
+            return self.choose(ask)
+        except LookupError:
+            return None
 
 
 _NAMED: dict[str, Choice] = {
@@ -188,12 +189,13 @@ def label(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str) -> JsonValue:
     """What a label stands for."""
     try:
-        return json.loads(text)
+        value: JsonValue = json.loads(text)
     except ValueError:  # a word
         return text
+    return value
 
 
 def short_backbone(backbone: str) -> str:
@@ -207,30 +209,52 @@ def short_backbone(backbone: str) -> str:
     return " ".join([data["method"].replace("_", " "), *settings])
 
 
-def default_space(recipe: Recipe, *, layers: int, backbones_differ: bool, only_adapters: bool, native: bool) -> Space:
+def default_space(recipe: Recipe, root: Path, plan: Plan, *, native: bool) -> Space:
     """What is searched unless a file says otherwise.
 
     Backbones only where experts differ from the base outside of what is mixed; whole models only where there are whole experts.
-    `native`: only what a native architecture can say.
+    `plan`: of the plain recipe; `native`: only what a native architecture can express.
     """
-    count = len(recipe.experts)
-    merged = len([expert for expert in recipe.experts if not expert.is_base])
-    kinds: list[Kind] = ["linear", "random", "centroid", "ridge", "logistic", "lexical"]
-    fitted = all(expert.text or expert.prompts for expert in recipe.experts)
-    kinds = kinds if fitted else ["linear", "random"]
-    backbone: list[Any] = ["base"]
-    if backbones_differ and merged:
+    experts, count = recipe.experts, len(recipe.experts)
+    only_adapters = all(each.adapter is not None or each.lora_rank is not None or each.is_base for each in experts)
+    differ = not only_adapters and backbones_differ(recipe, root, run=Run(trust_remote_code=plan.trust_remote_code))
+    fitted = all(each.text or each.prompts for each in experts)
+    routers: list[RouterKind] = ["linear", "random", *(["centroid", "ridge", "logistic", "lexical"] if fitted else [])]
+    backbone: list[Backbone] = ["base"]
+    if differ:
         backbone += ["average", *(BackboneMerge(method="task_arithmetic", scale=scale) for scale in (0.4, 0.7)), "ties"]
     counts = sorted({1, min(2, count), count})
     if native:
-        return Space(router=kinds, granularity=["token"], top_k=counts, always_on=[None], backbone=backbone)
-    upper: list[list[int | str] | None] = [None, [f"{layers // 2}-{layers - 1}"]] if layers > 1 else [None]
-    if fitted:
-        kinds.append("ngram")
-    if only_adapters:
-        kinds += ["arrow", "spectr"]
-    whole = backbones_differ and not only_adapters
-    return Space(router=kinds, top_k=counts, backbone=backbone, layers=upper, modules=["auto", "all"] if whole else ["auto"])
+        return Space(router=routers, granularity=["token"], top_k=counts, always_on=[None], backbone=backbone)
+    routers += [*(["ngram"] if fitted else []), *(["arrow", "spectr"] if only_adapters else [])]
+    layers: list[list[int | str] | None] = [None, [f"{plan.layers // 2}-{plan.layers - 1}"]] if plan.layers > 1 else [None]
+    return Space(
+        router=routers, top_k=counts, backbone=backbone, layers=layers, modules=["auto", "all"] if differ else ["auto"]
+    )
+
+
+def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:
+    """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
+
+    Reads until the first difference.
+    """
+    if all(expert.is_base for expert in recipe.experts):
+        return False
+    merged = make_plan(plain_recipe(recipe, backbone="average"), root, run=run)
+    with OpenFiles() as opened:
+        for tensor in merged.tensors:
+            if tensor.operation == "merge":
+                base, *others = (piece.ref for piece in tensor.pieces)
+                same = all(base.dtype == other.dtype and same_bytes(opened, base, other) for other in others)
+                if not same or any(piece.change for piece in tensor.pieces):
+                    return True
+        return False
+
+
+def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:
+    """The recipe's experts in the plainest mixture, in whatever architecture suits them."""
+    mixture = {"method": "linear", **({"backbone": backbone} if backbone != BASE else {})}
+    return Recipe.model_validate({**with_mixture(as_written(recipe), mixture), "output": {}})
 
 
 def read_space(path: Path, default: Space) -> Space:
@@ -239,16 +263,12 @@ def read_space(path: Path, default: Space) -> Space:
         raw = read_yaml(path)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping of axes")
-        return Space.model_validate({**{name: getattr(default, name) for name in Space.model_fields}, **raw})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        return as_kind({**{name: getattr(default, name) for name in Space.model_fields}, **raw}, Space)
+    except (OSError, ValueError) as error:
         raise RecipeError(
-            "the space of the search has a problem",
-            where=f"{path}: {place}",
-            found=first["msg"],
+            "the space of the search cannot be read",
+            where=str(path),
+            found=error,
             expected=f"lists under {', '.join(Space.model_fields)}",
             remedy="correct it",
         ) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError("the space of the search cannot be read", where=str(path), found=error, remedy="correct it") from None

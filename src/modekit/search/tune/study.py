@@ -8,44 +8,47 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
-from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, ModekitError, RecipeError, TuneError, UnsupportedError
 from modekit.files.read import parse_json
-from modekit.files.typed import Count, Number, as_kind, shortened
+from modekit.files.typed import shortened
 from modekit.files.write import go_on_writing
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, with_mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.search.tune.candidate import Candidate
-from modekit.search.tune.selection import RUNGS, Selection, Tally
+from modekit.search.tune.results import Candidate, Mixture, mean_of
+from modekit.search.tune.selection import RUNGS, RunningLoss, Selection
 from modekit.search.tune.shared_weights import SharedWeights
-from modekit.search.tune.space import Choice, Space
+from modekit.search.tune.space import Space
 from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
 _SAME_AGAIN = 40  # choices in a row that were tried before: the space is used up, or nearly
-_STATES = {TrialState.COMPLETE: "scored", TrialState.PRUNED: "dropped", TrialState.FAIL: "refused"}
+_STATES: dict[TrialState, Literal["scored", "dropped", "refused"]] = {
+    TrialState.COMPLETE: "scored",
+    TrialState.PRUNED: "dropped",
+    TrialState.FAIL: "refused",
+}
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """What every process of a search needs to know; all of it can be sent to another machine.
 
     `native`: whether a candidate that a native architecture says is built in one.
@@ -82,7 +85,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_damage(job: Job) -> Iterator[None]:
+def _damage_reported(job: SearchJob) -> Iterator[None]:
     """Raise TuneError for what reading a journal raises that is not one (optuna: whatever comes)."""
     try:
         yield
@@ -97,14 +100,14 @@ def _told_of_damage(job: Job) -> Iterator[None]:
         ) from None
 
 
-def open_study(job: Job, process: int = 0) -> optuna.Study:
+def open_study(job: SearchJob, process: int = 0) -> optuna.Study:
     """The study in the work folder, made if need be. Processes draw from different seeds, and so does a search that goes on."""
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = str(job.work / _STUDY_FILE)
         # The other kind of lock is a symbolic link, which Windows gives to administrators alone.
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=RUNGS[0], reduction_factor=RUNGS[1] // RUNGS[0])
-        with _told_of_damage(job):
+        with _damage_reported(job):
             storage = JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
             study = optuna.create_study(
                 study_name="modekit", storage=storage, pruner=pruner, load_if_exists=True, direction="minimize"
@@ -115,7 +118,7 @@ def open_study(job: Job, process: int = 0) -> optuna.Study:
 
 
 @_quiet()
-def prepare(job: Job) -> None:
+def prepare(job: SearchJob) -> None:
     """Put the named variants first; what a killed process was at is tried again. Called once, before any process works."""
     _mend(job.work / _STUDY_FILE)
     study = open_study(job)
@@ -153,7 +156,7 @@ def _mend(path: Path) -> None:
 
 
 @_quiet()
-def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) -> None:
+def work(job: SearchJob, selection: Selection, run: Run = QUIET, *, process: int = 0) -> None:
     """Try candidates until there are `trials` of them. Any number of processes may do so at once."""
     study = open_study(job, process)
     worker = _Worker(job, study, selection, job.weights(), SwitchedModel(run=job.run))
@@ -164,7 +167,7 @@ def work(job: Job, selection: Selection, run: Run = QUIET, *, process: int = 0) 
         again = 0 if worker.try_one(study.ask()) else again + 1
 
 
-def is_done(job: Job, study: optuna.Study, run: Run) -> bool:
+def is_done(job: SearchJob, study: optuna.Study, run: Run) -> bool:
     """Whether there are as many candidates as were asked for; says how many there are."""
     trials = study.get_trials(deepcopy=False)
     distinct = len([trial for trial in trials if _counts(trial)])
@@ -177,7 +180,7 @@ def is_done(job: Job, study: optuna.Study, run: Run) -> bool:
 class _Worker:
     """What one process scores candidates with."""
 
-    job: Job
+    job: SearchJob
     study: optuna.Study
     selection: Selection
     weights: SharedWeights
@@ -188,11 +191,11 @@ class _Worker:
         started = time.perf_counter()
         mixture = _mixture_of(self.job, trial)
         key = json.dumps(mixture, sort_keys=True)
-        before = _before(self.study, key)
-        if before is not None:
-            trial.set_user_attr("again", before.number)
-            state = before.state if before.state in _DONE else TrialState.FAIL  # refused, or another process is at it
-            self.study.tell(trial, before.value if state == TrialState.COMPLETE else None, state=state)
+        earlier = _earlier(self.study, key)
+        if earlier is not None:
+            trial.set_user_attr("again", earlier.number)
+            state = earlier.state if earlier.state in _DONE else TrialState.FAIL  # refused, or another process is at it
+            self.study.tell(trial, earlier.value if state == TrialState.COMPLETE else None, state=state)
             return False
         trial.set_user_attr("key", key)
         try:
@@ -226,73 +229,51 @@ class _Worker:
 
     def _score(self, trial: optuna.Trial, model: PreTrainedModel) -> float | None:
         """Mean loss on all of the text; None when others did better on a part. Raises TuneError when it is not a number."""
-        tally = Tally()
+        running = RunningLoss()
         for number, resource in enumerate(RUNGS):
-            tally.add(model, self.selection.rung(number), f"candidate {trial.number}")
-            trial.report(tally.mean, resource)
-            trial.set_user_attr("losses", tally.losses)
-            trial.set_user_attr("tokens", tally.tokens)
+            running.add(model, self.selection.rung(number), f"candidate {trial.number}")
+            trial.report(mean_of(running.losses), resource)
+            trial.set_user_attr("losses", running.losses)
+            trial.set_user_attr("tokens", running.tokens)
             if resource < RUNGS[-1] and trial.should_prune():
                 return None
-        return tally.mean
+        return mean_of(running.losses)
 
 
-def _before(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
+def _earlier(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
     """The trial that the same mixture is counted as."""
     trials = study.get_trials(deepcopy=False)
     return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
 
 
-def _mixture_of(job: Job, trial: optuna.Trial) -> dict[str, Any]:
+def _mixture_of(job: SearchJob, trial: optuna.Trial) -> Mixture:
     """What a trial is about: the recipe's own mixture, or a choice along the axes."""
     if "mixture" in trial.user_attrs:
         return dict(json.loads(trial.user_attrs["mixture"]))
-    choice: Choice = job.space.choose(lambda axis, labels: str(trial.suggest_categorical(axis, list(labels))))
-    return job.space.mixture(choice, job.recipe)
+
+    def ask(axis: str, labels: Sequence[str]) -> str:
+        return labels[0] if len(labels) == 1 else str(trial.suggest_categorical(axis, list(labels)))
+
+    return job.space.mixture(job.space.choose(ask), job.recipe)
 
 
 @_quiet()
-def candidates(job: Job) -> list[Candidate]:
+def candidates(job: SearchJob) -> list[Candidate]:
     """What was tried, each once, in the order of the search."""
-    with _told_of_damage(job):
+    with _damage_reported(job):
         trials = open_study(job).get_trials(deepcopy=False)
         again = [trial.user_attrs for trial in trials if _is_again(trial)]
-        names = {said["again"]: said["name"] for said in again if said.get("name")}
+        names = {each["again"]: each["name"] for each in again if each.get("name")}
         return [_candidate(trial, names) for trial in trials if trial.state in _STATES and _counts(trial)]
 
 
-class _Told(BaseModel):
-    """What a trial's attributes say."""
-
-    key: str
-    name: str = ""
-    why: str = ""
-    losses: dict[str, Number] = {}
-    tokens: Count = 0
-    active: Count = 0
-    total: Count = 0
-    native: bool = False
-    seconds: Number = 0.0
-
-
 def _candidate(trial: optuna.trial.FrozenTrial, names: Mapping[int, str]) -> Candidate:
-    told = as_kind(trial.user_attrs, _Told)
-    return Candidate(
-        trial.number,
-        told.name or names.get(trial.number) or "",
-        as_kind(parse_json(told.key), dict[str, Any]),
-        _STATES[trial.state],
-        told.why,
-        told.losses,
-        told.tokens,
-        told.active,
-        told.total,
-        told.native,
-        told.seconds,
-    )
+    kept = {**trial.user_attrs, "name": trial.user_attrs.get("name") or names.get(trial.number) or ""}
+    mixture = parse_json(kept.pop("key"))
+    return Candidate.model_validate({**kept, "number": trial.number, "mixture": mixture, "status": _STATES[trial.state]})
 
 
-def candidate_recipe(recipe: Recipe, mixture: dict[str, Any]) -> Recipe:
+def candidate_recipe(recipe: Recipe, mixture: Mixture) -> Recipe:
     """The recipe with another mixture. Raises RecipeError."""
     return parse_recipe(with_mixture(as_written(recipe), mixture), where="candidate")
 

@@ -6,7 +6,6 @@ Shape legend: E experts.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,7 +29,7 @@ class SwitchedModel:
 
     def __init__(self, *, run: Run = QUIET) -> None:
         self._run = run
-        self._places: dict[str, Any] | None = None
+        self._places: dict[str, dict[str, object]] | None = None
         self._bytes: dict[str, _Bytes] = {}
         self._model: PreTrainedModel | None = None
         self.loads = 0
@@ -65,7 +64,7 @@ class SwitchedModel:
                     state[name].data.copy_(tensors.get_tensor(name))
 
 
-def structure(mixture: MixtureConfig) -> dict[str, Any]:
+def structure(mixture: MixtureConfig) -> dict[str, dict[str, object]]:
     """Where routers stand and what they read; a gate's rows are set with the gate."""
     return {name: place.model_dump(exclude_unset=True, exclude={"rows"}) for name, place in mixture.places.items()}
 

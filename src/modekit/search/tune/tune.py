@@ -26,25 +26,18 @@ from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import json_bytes
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.edit import as_written, with_mixture
+from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.search.tune.candidate import pareto
-from modekit.search.tune.folder import alone, announce, claim, close, folder_of, is_built, stamp
-from modekit.search.tune.launch import launch
-from modekit.search.tune.on_ray import check_ray
-from modekit.search.tune.results import TuneResults
+from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built
+from modekit.search.tune.launch import check_ray, launch
+from modekit.search.tune.results import TuneResults, TuneSettings, best_of, pareto, rank
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
 from modekit.search.tune.selection import Selection, read_selection
-from modekit.search.tune.settings import TuneSettings
-from modekit.search.tune.space import Space, default_space, read_space
-from modekit.search.tune.study import Job, candidate_recipe, candidates, prepare
-from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef
+from modekit.search.tune.space import Space, default_space, plain_recipe, read_space
+from modekit.search.tune.study import SearchJob, candidate_recipe, candidates, prepare
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
-from modekit.weights.stored import same_bytes
 
 
 def tune(
@@ -52,7 +45,7 @@ def tune(
     root: Path,
     out: Path,
     *,
-    space: Space | None = None,
+    space: Space | Path | None = None,
     settings: TuneSettings | None = None,
     native: bool = False,
     overwrite: bool = False,
@@ -60,8 +53,8 @@ def tune(
 ) -> TuneResults:
     """Search, build the best at `out` and write what was found.
 
-    `native`: only what a native architecture says, which is what OUT is then built in. Raises what `make_plan` and `build`
-    raise, TextError and TuneError.
+    `space`: a file changes axes of the default one. `native`: only what a native architecture can express, which OUT is built
+    in. Raises what `make_plan` and `build` raise, RecipeError, TextError and TuneError.
     """
     settings = settings or TuneSettings()
     if settings.ray:  # before anything is read
@@ -75,12 +68,14 @@ def tune(
     native = recipe.output.format == "native"
     if native and not plan.shape.plain:
         raise _not_native(recipe, plan)
-    space = space or space_of(recipe, root, plan, native=native)
+    if not isinstance(space, Space):
+        default = default_space(recipe, root, plan, native=native)
+        space = default if space is None else read_space(space, default)
     folder = folder_of(out)
     built_native = plan.shape.plain and recipe.output.format != "modekit"
-    job = Job(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
+    job = SearchJob(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
     texts = _read_texts(job, plan, settings)
-    claim(job, settings, native, {"models": stamp(plan), "text": texts["select"].read})
+    claim(folder, identity_of(job, settings, native, plan, texts["select"].read))
     with alone(folder):
         results = _search(job, plan, settings, texts, run)
         best = make_plan(candidate_recipe(recipe, results.best.mixture), root, run=run)
@@ -103,7 +98,7 @@ def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
     )
 
 
-def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
+def _read_texts(job: SearchJob, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
     """What candidates are compared on, and what is reported of them."""
     folders = list(dict.fromkeys(source.folder for source in plan.sources))
     splits: tuple[HeldOutSplit, ...] = ("select", "report")
@@ -121,14 +116,16 @@ def _read_texts(job: Job, plan: Plan, settings: TuneSettings) -> dict[str, Selec
     }
 
 
-def _search(job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:
+def _search(job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:
     """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
     started = time.perf_counter()
     select, report = texts["select"], texts["report"]
     prepare(job)
     launch(job, select, settings.processes, settings.ray, run)
     found = candidates(job)
-    best = min((each for each in found if each.status == "scored"), key=lambda each: each.mean, default=None)
+    searched = time.perf_counter() - started
+    found = with_smaller_sizes(job, found, select, run)
+    best = best_of(found)
     if best is None:
         raise TuneError(
             "no candidate could be scored",
@@ -136,17 +133,14 @@ def _search(job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Se
             found=next((each.why for each in found), None),
             remedy="widen the space of the search",
         )
-    searched = time.perf_counter() - started
-    found = with_smaller_sizes(job, found, select, run)
-    front = pareto(found)
-    shown = [best, *(each for each in found if each.name), *front]
+    shown = [best, *(each for each in found if each.name), *pareto(found)]
+    reported = score_all(job, shown, report, "reported.json", "report", run)
+    reference = reference_losses(job, plan, texts, run)
     return TuneResults(
-        candidates=found,
-        best=best,
-        front=front,
-        reported=score_all(job, shown, report, "reported.json", "report", run),
-        reference=reference_losses(job, plan, texts, run),
-        settings=dataclasses.asdict(settings),
+        checkpoint={"recipe_digest": candidate_recipe(job.recipe, best.mixture).digest()},
+        candidates=rank(found, reported, reference),
+        reference=reference,
+        settings=settings,
         space=job.space.model_dump(mode="json"),
         text={
             split: {domain.name: dataclasses.asdict(domain.record) for domain in text.domains} for split, text in texts.items()
@@ -158,60 +152,9 @@ def _search(job: Job, plan: Plan, settings: TuneSettings, texts: Mapping[str, Se
 def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
     """Files beside the best mixture, there from its first moment on: its recipe, what chose it, and what else was tried."""
     said = from_folder(as_written(best.recipe), best.root, out)
-    made = {"checkpoint": {"recipe_digest": best.recipe.digest()}}
     return {
         SELECTED_FILE: "".join(f"{digest}\n" for digest in sorted(select.digests)).encode(),
         "recipe.yaml": yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode(),
-        f"{RESULTS_FOLDER}/tune.json": json_bytes({**made, **results.as_data()}),
+        f"{RESULTS_FOLDER}/tune.json": json_bytes(results.model_dump(mode="json")),
         f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
     }
-
-
-def asked_space(file: Path | None, recipe: Recipe, root: Path, *, native: bool, run: Run = QUIET) -> Space | None:
-    """The space that a file narrows the default one to; None without a file. Raises TuneError."""
-    if file is None:
-        return None
-    plan = make_plan(plain_recipe(recipe), root, run=run)
-    return read_space(file, space_of(recipe, root, plan, native=native))
-
-
-def space_of(recipe: Recipe, root: Path, plan: Plan, *, native: bool = False) -> Space:
-    """The default space of a recipe."""
-    only_adapters = all(
-        expert.adapter is not None or expert.lora_rank is not None or expert.is_base for expert in recipe.experts
-    )
-    differ = not only_adapters and backbones_differ(recipe, root, run=Run(trust_remote_code=plan.trust_remote_code))
-    return default_space(
-        recipe,
-        layers=plan.layers,
-        backbones_differ=differ,
-        only_adapters=only_adapters,
-        native=native or recipe.output.format == "native",
-    )
-
-
-def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:
-    """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
-
-    Reads until the first difference.
-    """
-    if all(expert.is_base for expert in recipe.experts):
-        return False
-    merged = make_plan(plain_recipe(recipe, backbone="average"), root, run=run)
-    with OpenFiles() as opened:
-        for tensor in merged.tensors:
-            if tensor.operation == "merge":
-                base, *others = (piece.ref for piece in tensor.pieces)
-                if any(not _same(base, other, opened) for other in others) or any(p.change for p in tensor.pieces):
-                    return True
-        return False
-
-
-def _same(base: TensorRef, other: TensorRef, opened: OpenFiles) -> bool:
-    return base.dtype == other.dtype and same_bytes(opened, base, other)
-
-
-def plain_recipe(recipe: Recipe, backbone: str = BASE) -> Recipe:
-    """The recipe's experts in the plainest mixture, in whatever architecture suits them."""
-    mixture = {"method": "linear", **({"backbone": backbone} if backbone != BASE else {})}
-    return Recipe.model_validate({**with_mixture(as_written(recipe), mixture), "output": {}})

@@ -1,4 +1,4 @@
-"""Can the experts be mixed, and do they read text as the base does? From files, without torch; everything that is wrong.
+"""Can the experts be mixed, do they read text as the base does, and how far did they move? From files, without torch.
 
 `plan` and `build` stop at the first of these with an error. Here each becomes a finding, and an expert that a build would
 refuse is left out of the rest.
@@ -6,42 +6,66 @@ refuse is left out of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modekit.errors import ModekitError
+from modekit.errors import ModekitError, SourceError
 from modekit.planning.pieces import piece_of
 from modekit.recipes.recipe import Expert, Recipe
-from modekit.run import QUIET, Run
-from modekit.search.advise.findings import Finding, finding_of
-from modekit.sources.adapter import AdapterSource, open_adapter
+from modekit.run import Run
+from modekit.search.advise.drift import Drift, compare, groups_of
+from modekit.search.advise.result import Finding, Group, finding_of
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.families import family_of, own_family
 from modekit.sources.family import Family, whole
-from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
-from modekit.sources.open import model_folder
+from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.open import Opener
 from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
 
 
 @dataclass(frozen=True)
-class Models:
-    """The base and the experts that can be mixed, by their index in the recipe; a base expert is the base's source."""
+class ComparedModels:
+    """The models of a recipe, and how far experts moved.
 
+    Attributes:
+        experts: those that can be opened and fit the base, by their index in the recipe; a base expert is the base's source.
+        findings: what is wrong with the others, and what is remarkable.
+        groups: of every tensor.
+        usable: indices of the experts that can be mixed.
+    """
+
+    recipe: Recipe
+    root: Path
     base: ModelSource
     family: Family
-    experts: dict[int, ModelSource]
-    findings: list[Finding]
+    experts: Mapping[int, ModelSource]
+    findings: Sequence[Finding]
+    groups: Mapping[str, Group]
+    drift: Drift
+    usable: Sequence[int]
 
-    def by_index(self, count: int) -> list[ModelSource]:
-        """A source for each of `count` experts; the base's for those that cannot be mixed."""
-        return [self.experts.get(index, self.base) for index in range(count)]
+    @property
+    def sources(self) -> list[ModelSource]:
+        """One per expert; the base's for those that cannot be mixed."""
+        return [self.experts.get(index, self.base) for index in range(len(self.recipe.experts))]
+
+    @property
+    def moved(self) -> list[int]:
+        """Of the usable: those that differ from the base."""
+        return [index for index in self.usable if self.drift.moved[index]]
+
+    def is_low_rank(self, index: int) -> bool:
+        """Whether an expert is an adapter, or is to be kept as one."""
+        adapter = isinstance(self.experts[index], AdapterSource)
+        return adapter or self.recipe.experts[index].lora_rank is not None
 
 
-def open_models(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Models:
-    """Open and check every model. Raises what is wrong with the base model, without which there is nothing to say."""
-    folder = model_folder(recipe.base_model, recipe.revision, root=root, label="base_model")
-    base = open_source("base_model", recipe.base_model, folder, revision=recipe.revision, run=run)
+def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:
+    """Open and check every model, and read every tensor once. Raises what is wrong with the base model."""
+    opener = Opener(root, run)
+    base = opener.base(recipe)
     where = f"base_model ({base.spec})"
     family = family_of(base.config, where=where)
     check_sizes(base, family)
@@ -51,27 +75,25 @@ def open_models(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Models:
     experts: dict[int, ModelSource] = {}
     findings: list[Finding] = []
     for index, expert in enumerate(recipe.experts):
-        if expert.is_base:
-            experts[index] = base
-            continue
         try:
-            source = _open(expert, index, base, root, run)
+            source = opener.expert(index, expert, base)
         except ModekitError as error:
             findings.append(finding_of(error, expert.name))
             continue
-        refused = list(_refusals(expert.name, source, base, family))
-        findings += [*refused, *_remarks(expert, source, base)]
+        refused = [] if expert.is_base else list(_refusals(expert.name, source, base, family))
+        findings += [*refused, *([] if expert.is_base else _remarks(expert, source, base))]
         if not refused:
             experts[index] = source
-    return Models(base, family, experts, findings)
-
-
-def _open(expert: Expert, index: int, base: ModelSource, root: Path, run: Run) -> ModelSource:
-    label = f"experts[{index}] '{expert.name}'"
-    folder = model_folder(expert.source, expert.revision, root=root, label=label)
-    if expert.adapter is not None:
-        return open_adapter(label, expert.source, folder, base, revision=expert.revision)
-    return open_source(label, expert.source, folder, revision=expert.revision, run=run)
+    groups = groups_of(base, family)
+    drift = compare(base, [experts.get(index, base) for index in range(len(recipe.experts))], groups, run=run)
+    if drift.base_damaged:
+        raise SourceError(
+            "the weights hold NaN or Inf",
+            where=f"{where}: {drift.base_damaged[0]}",
+            remedy="the model is damaged: save or download it again",
+        )
+    usable = [index for index in experts if not drift.damaged[index]]
+    return ComparedModels(recipe, root, base, family, experts, findings, groups, drift, usable)
 
 
 def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:

@@ -10,13 +10,13 @@ Losses are kept for a few blocks of the text; leaving out one block at a time sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from modekit.evaluation.uncertainty import jackknife_error
-from modekit.search.advise.groups import Group
+from modekit.search.advise.result import Figure, Group
 
 PARTS: dict[str, frozenset[Group]] = {
     "ffn": frozenset({"ffn"}),
@@ -29,11 +29,15 @@ PARTS: dict[str, frozenset[Group]] = {
     "all": frozenset({"ffn", "attention", "norms", "embeddings", "head"}),
 }
 """What is put into the base, by the name it has in tables."""
+ON_AVERAGE = "ffn on the average"
+"""One more part: the FFN, where the rest is the average of all experts."""
 BASE_INDEX = -1
+SMALLEST_GAIN = 1e-3
+"""Nats per token; below it `modekit eval` sees no gap to close either."""
 
 
 @dataclass(frozen=True)
-class Losses:
+class BlockLosses:
     """Summed loss (nats) and scored tokens of each block of a domain's text."""
 
     sums: npt.NDArray[np.float64]
@@ -46,23 +50,11 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure and its standard error; None with a single block of text."""
-
-    value: float
-    error: float | None
-
-
-@dataclass(frozen=True)
 class Gains:
-    """What was scored: `whole[model][domain]` with BASE_INDEX for the base, `parts[expert][part]` on the expert's own text.
+    """What was scored: `whole[model][domain]` with BASE_INDEX for the base, `parts[expert][part]` on the expert's own text."""
 
-    `on_average[expert]`: the expert's FFN on a backbone that is the average of all experts.
-    """
-
-    whole: Mapping[int, Mapping[int, Losses]]
-    parts: Mapping[int, Mapping[str, Losses]]
-    on_average: Mapping[int, Losses] = field(default_factory=dict)
+    whole: Mapping[int, Mapping[int, BlockLosses]]
+    parts: dict[int, dict[str, BlockLosses]]
 
     @property
     def tokens(self) -> int:
@@ -71,19 +63,19 @@ class Gains:
         scored |= {id(losses): losses for row in self.parts.values() for losses in row.values()}
         return int(sum(losses.tokens.sum() for losses in scored.values()))
 
-    def with_average(self, losses: Mapping[int, Losses]) -> Gains:
-        """The same with what FFNs do on the average backbone."""
-        return replace(self, on_average=losses)
-
     def gain(self, model: int, domain: int) -> Figure:
         """Loss of the base less that of a whole expert on a domain."""
         return figure_of(lambda base, own: base - own, self.whole[BASE_INDEX][domain], self.whole[model][domain])
+
+    def helps(self, index: int) -> bool:
+        """Whether an expert is better than the base on its own text, as far as that is known."""
+        return index not in self.parts or has_gain(self.gain(index, index))
 
     def better(self, first: int, second: int, domain: int) -> Figure:
         """Loss of the second less that of the first on a domain."""
         return figure_of(lambda one, other: other - one, self.whole[first][domain], self.whole[second][domain])
 
-    def share(self, expert: int, losses: Losses) -> Figure:
+    def share(self, expert: int, losses: BlockLosses) -> Figure:
         """Of the gain of an expert on its own text."""
         return figure_of(
             lambda base, own, part: (base - part) / (base - own),
@@ -93,7 +85,12 @@ class Gains:
         )
 
 
-def figure_of(figure: Callable[..., float], *losses: Losses) -> Figure:
+def has_gain(gain: Figure) -> bool:
+    """Whether an expert is better than the base at all."""
+    return gain.value > SMALLEST_GAIN
+
+
+def figure_of(figure: Callable[..., float], *losses: BlockLosses) -> Figure:
     """A function of mean losses on the same text, and its jackknife standard error over the blocks."""
     value = figure(*(each.mean for each in losses))
     count = len(losses[0].sums)

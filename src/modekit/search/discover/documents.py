@@ -1,6 +1,6 @@
-"""Unlabelled documents, read twice: once for a bounded sample, once to be put to groups. Never all in memory.
+"""Unlabelled documents, read twice: once for a bounded sample, once to be assigned to groups. Never all in memory.
 
-Of every document 16 bytes of its digest are kept, by which duplicates are told.
+Of every document 16 bytes of its digest are kept, to find duplicates.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _KEPT_DIGITS = 32  # of a digest
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What was read first.
+class DocumentSample:
+    """What the first reading found.
 
     Attributes:
         beginnings: of the documents to learn from, in an order that depends on their text alone.
@@ -36,7 +36,7 @@ class Sample:
     sha256: str
 
 
-class Stream:
+class UnlabelledDocuments:
     """The documents of texts, as often as they are asked for."""
 
     def __init__(self, texts: Sequence[str], root: Path) -> None:
@@ -57,7 +57,7 @@ class Stream:
                 yield digest, document
         self.sha256 = together.hexdigest()
 
-    def sample(self, most: int, seed: int) -> Sample:
+    def sample(self, most: int, seed: int) -> DocumentSample:
         """Read all and keep the beginnings of `most` documents that a hash chooses: the same ones in whatever order they come.
 
         Raises TextError where there is nothing, or a single document.
@@ -79,9 +79,9 @@ class Stream:
                 expected="two documents or more",
                 remedy="give more text: separate documents by blank lines, or write one record per document into a .jsonl",
             )
-        return Sample([beginning for _, beginning in sorted(kept, reverse=True)], count, self.sha256)
+        return DocumentSample([beginning for _, beginning in sorted(kept, reverse=True)], count, self.sha256)
 
-    def check_same(self, sample: Sample) -> None:
+    def check_same(self, sample: DocumentSample) -> None:
         """Raise TextError when the reading that has just ended came upon other documents than the first."""
         if self.sha256 != sample.sha256:
             raise TextError(
