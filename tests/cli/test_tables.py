@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from modekit.planning.slot import RouterPosition
 from rich.console import Console
 
 import modekit.cli.printing.advice as advice
@@ -33,6 +32,7 @@ from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, Ba
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
 from modekit.files.figures import three_digits, time_of
+from modekit.planning.shape import RouterPosition
 from modekit.search.advise.result import (
     Advice,
     ExpertDrift,
