@@ -62,6 +62,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/measure_house.py --check
+	$(BIN)/python scripts/measure_build.py --check
 
 check: lint test  ## what has to pass before a commit: ruff, mypy --strict, import rules, tests (docs are among them)
 
