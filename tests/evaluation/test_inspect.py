@@ -688,7 +688,7 @@ def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path
     assert "cannot be read" in refuse("inspect", out, "--text-file", tmp_path / "none")
     assert "not UTF-8" in refuse("inspect", out, "--text-file", tmp_path / "binary")
     assert "two texts" in refuse("inspect", out, "--text", "a b", "--text-file", tmp_path / "binary")
-    assert "with a text only" in refuse("inspect", out, "--layer", 1)
+    assert "needs a text" in refuse("inspect", out, "--layer", 1)
     message = refuse("inspect", out, "--layer", 9, "--text", "a b")
     assert "no router in this layer" in message and "one of 0, 1, 2" in message
     assert "not a modekit checkpoint" in refuse("inspect", shared_workshop.root / "base")

@@ -488,7 +488,7 @@ def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
         assert found is not None
         check_kept(folder, found, header)
         teacher = KeptTeacher(folder, found, sequences)
-        return teacher.says(item, torch.ones(1, 2, dtype=torch.bool)).beside(torch.zeros(2, VOCAB), 2.0)
+        return teacher.output_of(item, torch.ones(1, 2, dtype=torch.bool)).beside(torch.zeros(2, VOCAB), 2.0)
 
     plain = json.loads((folder / HEADER_FILE).read_text())
     damaged = hostile_bytes(hostile_json(plain))
