@@ -937,6 +937,7 @@ def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
         "0.000",
         "0.000",
     ]
+    assert [FORMATS["bytes"](value) for value in (12, 18_432, 7_264_000_000)] == ["12 B", "18.4 kB", "7.26 GB"]
     assert [FORMATS["gap"](value) for value in (0.5, -0.5, -0.001)] == ["0.50", "\u22120.50", "0.00"]
 
 
