@@ -18,6 +18,7 @@ import modekit.cli.printing.discovery as discovery
 import modekit.cli.printing.evaluation as evaluation
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
+from modekit.building.preview import Preview
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
@@ -130,7 +131,9 @@ def test_plan(shown: Callable[..., str]) -> None:
         "also_runs_in": "transformers alone",
         "why": "why " * 40,
         "method": "routing",
-        "experts": [{"name": name, "model": f"./{name}"} for name in NAMES],
+        "experts": [{"name": name, "model": f"./{name}", "text": True} for name in NAMES],
+        "mixed": ["mlp"],
+        "layers": 24,
         "top_k": 2,
         "router": "logistic",
         "backbone": "base",
@@ -145,9 +148,10 @@ def test_plan(shown: Callable[..., str]) -> None:
         "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
         "time": {"write": 40.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }
-    check_whole(shown, ["1000.00B total"], mixtures.print_plan, summary)
+    found = Preview.model_validate(summary)
+    check_whole(shown, ["1000.00B total"], mixtures.print_plan, found)
     for name in NAMES:
-        assert name in "".join(plain(shown(80, mixtures.print_plan, summary)).split())
+        assert name in "".join(plain(shown(80, mixtures.print_plan, found)).split())
 
 
 def test_verify(shown: Callable[..., str]) -> None:
