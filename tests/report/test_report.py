@@ -692,7 +692,7 @@ def test_pictures_are_svg_of_their_own_colours_and_text_of_others_is_text_in_the
         kinds = {element.tag.removeprefix("{http://www.w3.org/2000/svg}") for element in picture.iter()}
         assert picture.tag == "{http://www.w3.org/2000/svg}svg" and kinds <= {"svg", "path", "rect", "circle", "text"}
         assert "var(" not in path.read_text() and ("stroke=" in path.read_text() or "fill=" in path.read_text())
-        assert any(element.text for element in picture.iter() if element.tag.endswith("text"))
+        assert [element.text for element in picture.iter() if element.tag.endswith("text")][-1] == picture.get("aria-label")
     content = make_content(told)
     assert content.curves is not None
     curves = replace(content.curves, domains={name: [[0.0, 1.0]] for name in ("<script>x</script>\x07", "b" * 60)})
@@ -937,6 +937,7 @@ def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
         "0.000",
         "0.000",
     ]
+    assert [FORMATS["bytes"](value) for value in (12, 18_432, 7_264_000_000)] == ["12 B", "18.4 kB", "7.26 GB"]
     assert [FORMATS["gap"](value) for value in (0.5, -0.5, -0.001)] == ["0.50", "\u22120.50", "0.00"]
 
 

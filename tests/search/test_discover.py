@@ -308,7 +308,7 @@ def test_wrong_text_is_one_error(tmp_path: Path) -> None:
     assert "there is nothing to group" in refused(tmp_path, "--text", folder)
     (folder / "b.jsonl").write_text('{"text": "another one of some words"}\n{"text": "1 2 3"}\n')
     message = refused(tmp_path, "--text", folder, "--domains", 4)
-    assert "cannot be told into so many domains" in message and "3 documents" in message
+    assert "cannot be split into so many domains" in message and "3 documents" in message
     (folder / "b.jsonl").write_text('{"text": "1 2 3"}\n')
     assert "nothing in common" in refused(tmp_path, "--text", folder, "--domains", 2)
     (folder / "b.jsonl").write_text('{"no": 1}\n')
@@ -322,7 +322,7 @@ def test_documents_alike_in_all_that_counts_are_not_told_apart(tmp_path: Path) -
         tmp_path / "a.jsonl", [f"{number} fever artery" for number in range(9)] + ["court deed", "deed court"]
     )
     message = refused(tmp_path, "--text", text, "--domains", 3)
-    assert "cannot be told into so many domains" in message and "11 documents, in 2 places" in message
+    assert "cannot be split into so many domains" in message and "11 documents, in 2 places" in message
 
 
 def test_wrong_settings_are_one_error(tmp_path: Path, shop: Workshop) -> None:

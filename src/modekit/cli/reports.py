@@ -26,7 +26,7 @@ def report(
 
     written = write_report(open_checkpoint(resolved(checkpoint)), page=resolved(output) if output is not None else None)
     print_notes(written.notes)
-    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} plots"
+    said = f"{bytes_of(written.page.stat().st_size)}, plots: {', '.join(plot.name for plot in written.plots) or 'none'}"
     out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
 
 

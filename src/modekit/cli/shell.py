@@ -146,7 +146,7 @@ def _wrong_usage(said: str) -> ModekitError:
     option = _NO_OPTION.match(said)
     moved = _MOVED_OPTIONS.get(_command(), {}).get(option[1]) if option else None
     if option and moved:
-        return ModekitError(f"this option is gone: {option[1]}", remedy=moved)
+        return ModekitError(f"this option was removed: {option[1]}", remedy=moved)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     return ModekitError(said, remedy=" ".join(filter(None, [hint, "modekit --help, or --help after a command"])))

@@ -196,7 +196,8 @@ def make_pictures(content: Content) -> dict[str, bytes]:
         "training": _curve_picture(content.curves, content.experts) if content.curves is not None else "",
     }
     if search is not None and len(search.points) > 1:
-        drawn["pareto"] = scatter_chart(search.points, search.front, "loss by active parameters")
+        dots = [*_dots(search.points, search.front)]
+        drawn["pareto"] = _captioned(_WIDTH, _HEIGHT, dots, "loss on the select split, nats per token, by active parameters")
     head = '<svg xmlns="http://www.w3.org/2000/svg" '
     return {f"{name}.svg": f"{head}{picture[5:]}\n".encode() for name, picture in drawn.items() if picture}
 
@@ -215,7 +216,7 @@ def _gap_picture(results: Results) -> Markup:
             parts += [_text(8, y + 12, _short(row.name)), _bar(value, error, span, row.kind, at)]
             parts.append(_text(_WIDTH - 56, y + 12, figure))
         y += _LINE + 6
-    return _svg(_WIDTH + 20, y + 8, parts, "gap closed: 0 is the base model, 1 the own expert")
+    return _captioned(_WIDTH + 20, y + 8, parts, "gap closed: 0 is the base model, 1 the own expert")
 
 
 def _curve_picture(curves: LossCurves, experts: Sequence[str]) -> Markup:
@@ -232,7 +233,12 @@ def _curve_picture(curves: LossCurves, experts: Sequence[str]) -> Markup:
             f'<path stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash or "none"}" d="M{x} {y}H{x + 40}"/>'
         )
         parts.append(_text(x + 48, y + 4, name))
-    return _svg(_WIDTH, _HEIGHT + len(lines) * _LINE, parts, "loss, nats per token, by step")
+    return _captioned(_WIDTH, _HEIGHT + len(lines) * _LINE, parts, "loss, nats per token, by step")
+
+
+def _captioned(width: int, height: int, parts: Sequence[str], caption: str) -> Markup:
+    """A picture that says below itself what it shows; nothing for nothing."""
+    return _svg(width, height + _LINE, [*parts, _text(0, height + 8, caption)] if parts else parts, caption)
 
 
 def _text(x: float, y: float, text: str, weight: str = "normal") -> Markup:

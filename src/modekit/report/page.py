@@ -46,7 +46,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "weight": lambda value: f"{value:+.2f}",
     "count": lambda value: f"{value:,}",
     "parameters": lambda value: count_of(int(value)),
-    "bytes": lambda value: bytes_of(int(value)),
+    "bytes": lambda value: f"{value / 1e9:.2f} GB" if value >= 1e9 else bytes_of(int(value)),
     "value": lambda value: f"{value:.3g}",
 }
 """How a figure is written, by what it is."""

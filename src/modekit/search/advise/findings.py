@@ -125,7 +125,7 @@ def of_unmixed(
 
 
 def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
-    """Domains whose texts can hardly be told apart."""
+    """Domains whose texts can hardly be distinguished."""
     for first, second in combinations(confusion.domains, 2):
         mistaken = confusion.between(first, second)
         if mistaken >= _SAME_TEXT:

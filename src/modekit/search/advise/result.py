@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, JsonValue
 
 from modekit.errors import ModekitError
+from modekit.planning.summary import PlanSummary
 
 Level = Literal["error", "warning", "note"]
 """error: the expert cannot be mixed as it is. warning: it can, and something will be lost or wasted. note: good to know."""
@@ -148,7 +149,7 @@ class Advice(BaseModel, frozen=True):
         words: None with text of fewer than two domains.
         advice: none when nothing is left to mix; `recipe` and `plan` are None then.
         recipe: the advised one as plain data.
-        plan: what `modekit plan` says of it.
+        plan: of it, without the time that a build takes.
         limits: what advice cannot know.
     """
 
@@ -164,5 +165,5 @@ class Advice(BaseModel, frozen=True):
     facts: Facts | None = None
     advice: tuple[Recommendation, ...] = ()
     recipe: dict[str, JsonValue] | None = None
-    plan: Mapping[str, Any] | None = None
+    plan: PlanSummary | None = None
     limits: tuple[str, ...] = LIMITS

@@ -119,7 +119,7 @@ def group_documents(sample: DocumentSample, settings: DiscoverSettings, run: Run
         found = cluster(points, rows, domains, word_shares(rows), settings.seed) if len(points) >= domains else None
     if found is None:
         raise TextError(
-            "the documents cannot be told into so many domains",
+            "the documents cannot be split into so many domains",
             where=f"--domains {domains}",
             found=f"{sample.documents:,} documents, in {len(np.unique(points.round(9), axis=0)):,} places by what they have",
             remedy="give more text, or ask for fewer domains",
@@ -131,7 +131,7 @@ def group_documents(sample: DocumentSample, settings: DiscoverSettings, run: Run
 def try_numbers(points: Points, rows: csr_matrix, most: int, seed: int, advance: Callable[[int], None]) -> list[float]:
     """Mean held-out log-likelihood (nats per word) for 1, 2, ... groups; it ends where documents lie in fewer places.
 
-    `advance` is told how many numbers are done.
+    `advance` gets how many numbers are done.
     """
     tried: list[float] = []
     while len(tried) < most and (found := _held_out(points, rows, len(tried) + 1, seed)) is not None:
