@@ -68,5 +68,7 @@ def test_a_worker_ends_with_an_engine_that_is_stopped(path: dict[str, str]) -> N
         "from modekit.engines.child import Child\n"
         f"with Child('starter', {{'pipes': {ALL}}}) as child:\n    print(child.answer()['pid'], flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **path}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **path}, capture_output=True, text=True, check=True
+    )
     until(lambda: is_gone(int(done.stdout)))
