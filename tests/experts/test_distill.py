@@ -87,6 +87,8 @@ def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Works
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
     assert json.loads((shop.root / "new" / "specialist.json").read_text()) == record
+    configs = [json.loads((shop.root / name / "config.json").read_text()) for name in ("base", "new")]
+    assert configs[0] == configs[1] and configs[0]["use_cache"] is True
     said = record["teacher"]
     assert (said["name"], said["losses"], said["temperature"], said["weights"]) == ("teacher", {"forward_kl": 1.0}, 2.0, 0.5)
     assert len(said["digest"]) == 64 and record["training"]["steps"] == 12

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,6 +106,15 @@ def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
     after = load_file(workshop.root / "new" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
     assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+
+
+def test_nothing_else_is_changed_by_a_training(workshop: Workshop) -> None:
+    """Trainer sets `use_cache` of a model and seeds all generators of the process."""
+    draws = [np.random.get_state()[1].tolist(), random.getstate()]
+    run(workshop, "new")
+    assert [np.random.get_state()[1].tolist(), random.getstate()] == draws
+    configs = [json.loads((workshop.root / name / "config.json").read_text()) for name in ("base", "new")]
+    assert configs[0] == configs[1] and configs[0]["use_cache"] is True
 
 
 def test_only_the_fit_split_is_read(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,14 +96,14 @@ def lose_power(
 @pytest.mark.parametrize("over_old", [False, True], ids=["new", "over an old one"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_build(shop: Workshop, monkeypatch: pytest.MonkeyPatch, loss: str, over_old: bool) -> None:
-    assert lose_power(shop, loss, 17, monkeypatch, over_old=over_old) > 30
+    assert lose_power(shop, loss, 17, monkeypatch, over_old=over_old) > 50
 
 
 @pytest.mark.hostile
 @pytest.mark.parametrize("over_old", [False, True], ids=["new", "over an old one"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_build_at_every_moment(shop: Workshop, monkeypatch: pytest.MonkeyPatch, loss: str, over_old: bool) -> None:
-    assert lose_power(shop, loss, 1, monkeypatch, over_old=over_old) > 30
+    assert lose_power(shop, loss, 1, monkeypatch, over_old=over_old) > 50
 
 
 def test_who_does_not_wait_for_the_disk_may_lose_what_is_there(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

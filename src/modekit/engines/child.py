@@ -53,7 +53,8 @@ class Child:
         self._said: deque[str] = deque(maxlen=_LINES)
         self._listener = threading.Thread(target=self._listen, args=(_pipe(self._process.stderr),), daemon=True)
         self._listener.start()
-        threading.Thread(target=self._end_group, daemon=True).start()
+        self._watcher = threading.Thread(target=self._end_group, daemon=True)
+        self._watcher.start()
         stream = _pipe(self._process.stdin)
         with suppress(OSError):  # where it is already gone, whoever waits for its answer learns why
             stream.write(json.dumps(settings) + "\n")
@@ -79,11 +80,13 @@ class Child:
     def answer(self) -> dict[str, str] | None:
         """The next object that it writes, as a line of JSON; None when it ended without one."""
         for line in _pipe(self._process.stdout):
-            with suppress(ValueError):  # a library's own word on the standard output
-                found: dict[str, str] = json.loads(line)
-                return found
-            self._said.append(line.rstrip()[:_LONGEST])
+            with suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    return found
+            self._said.append(line.rstrip()[:_LONGEST])  # a library's own word on the standard output
         self._process.wait()
+        self._watcher.join(_PATIENCE_S)
         self._listener.join(_PATIENCE_S)
         return None
 
@@ -92,7 +95,7 @@ class Child:
         return self._process.poll() is None
 
     def end(self) -> None:
-        """End it: by the end of its standard input, and where it does not heed that, at once."""
+        """End it with what it started: by the end of its standard input, and where it does not heed that, at once."""
         with suppress(OSError):
             _pipe(self._process.stdin).close()
         try:
@@ -100,6 +103,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._watcher.join(_PATIENCE_S)
 
     def stop(self) -> None:
         """End it, and read nothing more of it."""
@@ -111,12 +115,14 @@ class Child:
 
     def _end_group(self) -> None:
         """Once the process has ended, end what it started: that would hold its end of the pipes open."""
-        with suppress(ChildProcessError):  # another thread has taken its exit code
+        if not hasattr(os, "killpg"):  # Windows has no groups
+            return
+        with suppress(ChildProcessError):  # another thread has taken its exit code; what it started keeps its number taken
             if hasattr(os, "waitid"):
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its own until it is killed
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
             else:
                 self._process.wait()
-        with suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _listen(self, stream: IO[str]) -> None:

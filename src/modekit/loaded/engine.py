@@ -7,6 +7,7 @@ What is trained is a `TrainedModule`: a model with its loss. Batches come in the
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -82,7 +84,7 @@ class LoopSettings:
         parts: of how many parts each process makes a step.
         warmup: share of the steps over which rates rise; then they fall linearly.
         clip: largest norm of the gradient.
-        seed: of torch's generators; None leaves them as they are.
+        seed: of all generators; None leaves them as they are.
         bfloat16: whether products are in bfloat16.
         least: share of its peak below which a rate does not fall.
     """
@@ -120,7 +122,7 @@ def run_all_steps(
     with quiet_trainer():
         last = state_to_resume(folder) if folder is not None else None
         arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
-        with torch.random.fork_rng(enabled=loop.seed is None):  # Trainer seeds the generators
+        with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
             callbacks = [StepReport(module, run), *([_StateEvery()] if folder is not None else [])]
             trainer = ModuleTrainer(module, batches, loop, arguments, callbacks)
         try:
@@ -129,6 +131,18 @@ def run_all_steps(
             raise error.as_training_error("lower the learning rate, or leave this text out") from None
         history: list[dict[str, float]] = trainer.state.log_history
         return history
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Afterwards the generators of torch, numpy and Python go on from where they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -159,6 +173,7 @@ def arguments_of(module: TrainedModule, loop: LoopSettings, folder: Path | None,
         label_names=[],
         seed=loop.seed or 0,
         bf16=loop.bfloat16,
+        use_cache=bool(getattr(module.config, "use_cache", False)),  # Trainer writes it into the model's config
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
