@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from sampled import mark_sampled
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 logging.disable_progress_bar()
@@ -196,4 +198,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("hostile"):
             item.add_marker("slow")
+    mark_sampled(items)
     items.sort(key=lambda item: not any(name in item.name for name in ("tutorial", "test_all_of_it")))
