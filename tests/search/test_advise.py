@@ -338,7 +338,7 @@ def test_experts_of_the_ffn_alone(trained: Workshop, tmp_path: Path) -> None:
     assert not [finding for finding in advice.findings if finding.level != "note"]
     native = run(of_trained(trained, tmp_path), native=True)
     assert native.recipe is not None and native.plan is not None
-    assert native.recipe["output"] == {"format": "native"} and native.plan["architecture"] == "MixtralForCausalLM"
+    assert native.recipe["output"] == {"format": "native"} and native.plan.architecture == "MixtralForCausalLM"
     assert native.recipe["mixture"]["router"]["fit"] == "lexical" and native.recipe["mixture"]["backbone"] == "base"
 
 
@@ -778,7 +778,15 @@ def test_the_command(trained: Workshop, tmp_path: Path, capsys: pytest.CaptureFi
 
     recipe = of_trained(trained, tmp_path, "-embeddings").write(mixture={"methud": "what advice does not read"})
     table = said(recipe, "--tokens", TOKENS, "--write", tmp_path / "advised.yaml")
-    for words in ("How far experts moved", "Where the gain sits", "n-grams", "modules: all", "modekit build"):
+    for words in (
+        "How far experts moved",
+        "Where the gain sits",
+        "n-grams",
+        "modules: all",
+        "modekit build",
+        "gives ModekitForCausalLM",
+        "fit reads tokens alone",
+    ):
         assert words in table
     assert yaml.safe_load((tmp_path / "advised.yaml").read_text())["mixture"]["modules"] == "all"
     before = tree(tmp_path)

@@ -24,7 +24,7 @@ from modekit.text.amounts import SAMPLE_TOKENS
 class TuneOptions:
     """How much is searched, where, and by how many."""
 
-    trials: Annotated[int, typer.Option(min=1, help="Number of candidates, fixed baselines included.")] = 48
+    trials: Annotated[int, typer.Option(min=1, help="Number of candidates; all fixed baselines are scored in any case.")] = 48
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain, for the choice and for the report.")] = (
         SAMPLE_TOKENS
     )

@@ -222,7 +222,7 @@ def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
 
 
 def _source_table(sources: Sequence[Source]) -> str:
-    header = ["used as", "model", "revision", "licence", "said by"]
+    header = ["used as", "model", "revision", "licence", "source of the licence"]
     body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
     return markdown_table(header, body, plain)
 

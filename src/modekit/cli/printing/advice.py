@@ -125,12 +125,11 @@ def _print_recommendations(advice: Advice) -> None:
         out.print(Text(f"  {choice.source}", style="dim"), soft_wrap=True)
     plan = advice.plan
     assert plan is not None
-    sizes = plan["parameters"]
-    numbers = f"{count_of(sizes['total'])} parameters, {count_of(sizes['active'])} active per token"
-    gives = f" {plan['architecture']}, {numbers}, {bytes_of(plan['bytes']['written'])}"
-    out.print(Text.assemble(("gives", "bold"), gives), soft_wrap=True)
-    out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan['fit'])}"), soft_wrap=True)
-    for note in plan["notes"]:
+    total, active = plan.parameters["total"], plan.parameters["active"]
+    numbers = f"{count_of(total)} parameters, {count_of(active)} active per token, {bytes_of(plan.bytes['written'])}"
+    out.print(Text.assemble(("gives", "bold"), f" {plan.architecture}, {numbers}"), soft_wrap=True)
+    out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan.fit)}"), soft_wrap=True)
+    for note in plan.notes:
         out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)
     for limit in advice.limits:
         out.print(Text(limit, style="dim"), soft_wrap=True)

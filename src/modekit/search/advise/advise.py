@@ -68,9 +68,10 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
     findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
     data = advised_recipe(raw, kept, measured.unread, chosen, native)
-    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run)).model_dump(mode="json")
-    if planned["fit"] is not None and planned["fit"]["reads"] and measured.speed is not None:
-        planned["fit"]["seconds"] = planned["fit"]["flops"] / measured.speed
+    planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
+    if planned.fit is not None and planned.fit.reads and measured.speed is not None:
+        fit = planned.fit.model_copy(update={"seconds": planned.fit.flops / measured.speed})
+        planned = planned.model_copy(update={"fit": fit})
     return found.model_copy(update={"findings": findings, "facts": facts, "advice": chosen, "recipe": data, "plan": planned})
 
 

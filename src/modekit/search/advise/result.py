@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, JsonValue
 
 from modekit.errors import ModekitError
+from modekit.planning.summary import PlanSummary
 
 Level = Literal["error", "warning", "note"]
 """error: the expert cannot be mixed as it is. warning: it can, and something will be lost or wasted. note: good to know."""
@@ -164,5 +165,5 @@ class Advice(BaseModel, frozen=True):
     facts: Facts | None = None
     advice: tuple[Recommendation, ...] = ()
     recipe: dict[str, JsonValue] | None = None
-    plan: Mapping[str, Any] | None = None
+    plan: PlanSummary | None = None
     limits: tuple[str, ...] = LIMITS
