@@ -78,5 +78,5 @@ def tune(
         sys.stdout.write(results.model_dump_json(indent=2) + "\n")
         return
     print_tune(results)
-    said = "the best of them, built; recipe.yaml and results/tune.md are in it"
+    said = "the best variant; its recipe.yaml, and all variants in results/tune.md"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -123,7 +123,7 @@ def _native_layout(
             raise
         return None, error.what
     return layout, (
-        f"a mixture of whole FFN experts of '{family.model_type}' with a linear router has an exact native form: {native.native_type}"
+        f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
     )
 
 
