@@ -126,4 +126,4 @@ def test_train_options_are_settings() -> None:
 )
 def test_an_option_that_moved_names_its_command(options: tuple[str, ...], command: str, tmp_path: Path) -> None:
     message = refuse_usage("eval", tmp_path, *options)
-    assert f"this option is gone: {options[0]}" in message and f"run modekit {command}\n" in message
+    assert f"this option was removed: {options[0]}" in message and f"run modekit {command}\n" in message
