@@ -18,6 +18,7 @@ import modekit.cli.printing.discovery as discovery
 import modekit.cli.printing.evaluation as evaluation
 import modekit.cli.printing.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
+from modekit.building.preview import Preview
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
@@ -125,15 +126,17 @@ def test_tune(shown: Callable[..., str]) -> None:
 
 
 def test_plan(shown: Callable[..., str]) -> None:
-    summary = {
+    given = {
         "architecture": "ModekitForCausalLM",
         "also_runs_in": "transformers alone",
         "why": "why " * 40,
         "method": "routing",
-        "experts": [{"name": name, "model": f"./{name}"} for name in NAMES],
+        "experts": [{"name": name, "model": f"./{name}", "text": True} for name in NAMES],
         "top_k": 2,
         "router": "logistic",
         "backbone": "base",
+        "mixed": ["mlp"],
+        "layers": 4,
         "parameters": {"total": 10**12, "active": 10**11},
         "tensors": {"total": 1113, "copy": 1113},
         "shards": 3,
@@ -145,6 +148,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
         "time": {"write": 40.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }
+    summary = Preview.model_validate(given)
     check_whole(shown, ["1000.00B total"], mixtures.print_plan, summary)
     for name in NAMES:
         assert name in "".join(plain(shown(80, mixtures.print_plan, summary)).split())
