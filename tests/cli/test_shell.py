@@ -131,3 +131,11 @@ def test_links_that_go_round_and_the_root_are_no_checkpoint(tmp_path: Path) -> N
     (tmp_path / "b").symlink_to("a")
     for folder in (tmp_path / "a", Path("/"), tmp_path / os.fsdecode(b"\xff")):
         assert "modekit.json" in refuse("verify", folder)
+
+
+def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell.sys, "argv", ["modekit", "data"])
+    with pytest.raises(SystemExit) as end:
+        shell.main()
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and "balance" in shown.out + shown.err and "error" not in shown.err

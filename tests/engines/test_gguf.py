@@ -326,8 +326,8 @@ def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mixed", "reason"),
     [
-        ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture says granularity: context"),
-        ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture says modules other than"),
+        ({"router": {"fit": "random", "granularity": "context"}}, "only the modekit architecture has granularity: context"),
+        ({"modules": ["mlp", "q"], "router": {"fit": "random"}}, "only the modekit architecture has modules other than"),
         ({"router": {"fit": "random"}}, "its recipe asks for the modekit architecture (output.format)"),
     ],
     ids=["router", "modules", "asked"],

@@ -157,7 +157,9 @@ def test_the_commands(at: Path) -> None:
     modekit("rename", "COPY", "code", "python")
     modekit("replace", "COPY", "law", "--model", "./twin", "--no-measure")
     listing = modekit("experts", "COPY")
-    assert "code was renamed python" in listing and "medicine went" in listing and "law was replaced: ./twin" in listing
+    assert (
+        "code was renamed to python" in listing and "medicine was removed" in listing and "law was replaced: ./twin" in listing
+    )
     data = json.loads(modekit("experts", "COPY", "--json"))
     assert [each["name"] for each in data["experts"]] == ["law", "python"]
     assert [each["what"] for each in data["history"]] == ["add", "remove", "rename", "replace"]

@@ -102,7 +102,7 @@ def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content
     (mine.root / "law" / name).write_text(content, encoding="latin-1")
     source = sources_of(open_checkpoint(mine.build()))[2]
     assert source.licence == expected and source.used_as == ("expert law",)
-    assert source.said_by == (name if expected else "neither README.md nor a licence file says one")
+    assert source.said_by == (name if expected else "neither README.md nor a licence file names one")
 
 
 @pytest.mark.parametrize(

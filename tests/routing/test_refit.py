@@ -62,8 +62,8 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
         ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "logistic"}}, "router.fit"),
         ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
         ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
-        ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot say granularity: context"),
-        ({"router": {"fit": "random"}}, {"top_p": 0.5}, "native checkpoint cannot say top_p"),
+        ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot have granularity: context"),
+        ({"router": {"fit": "random"}}, {"top_p": 0.5}, "native checkpoint cannot have top_p"),
         ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
     ],
 )

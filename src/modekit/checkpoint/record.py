@@ -184,12 +184,12 @@ class Change(_Record):
     def said(self) -> str:
         """In words."""
         if self.what == "rename":
-            return f"{self.was} was renamed {self.expert}"
+            return f"{self.was} was renamed to {self.expert}"
         if self.what == "remove":
-            return f"{self.expert} went ({self.was})"
+            return f"{self.expert} was removed ({self.was})"
         if self.what == "replace":
             return f"{self.expert} was replaced: {self.source}, in the place of {self.was}"
-        return f"{self.expert} came: {self.source}"
+        return f"{self.expert} was added: {self.source}"
 
 
 class MixtureRecord(_Record):

@@ -30,9 +30,9 @@ def advise(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what to build: what each expert changed, what of it helps, what is wrong, and the recipe that follows.
+    """Recommend a recipe: measure what each expert changed and what of it helps, and list what is wrong.
 
-    What the recipe says under `mixture` is not read. Exit code 1 when nothing is left to mix.
+    The recipe's `mixture` is ignored. Exit code 1 if nothing is left to mix.
     """
     from modekit.search.advise.advise import advise
     from modekit.search.advise.recipe import check_target, write_advised

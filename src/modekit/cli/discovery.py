@@ -34,7 +34,7 @@ class DiscoverOptions:
     sample: Annotated[int, typer.Option(min=2, help="Largest number of documents to learn the groups from.")] = 8_192
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
     mixture: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Mixture whose router is asked which groups it has an expert for.")
+        Path | None, typer.Option(metavar="OUT", help="Mixture to compare with: which groups its router sends to an expert.")
     ] = None
     overwrite: Overwrite = False
     fsync: Fsync = True
@@ -56,10 +56,10 @@ def discover(
     text: Annotated[list[str], typer.Option(help="Unlabelled text: file, folder or hub data set; repeatable.")],
     options: DiscoverOptions,
     output: Annotated[
-        Path | None, typer.Argument(metavar="[FOLDER]", help="The folder to write: a .jsonl per domain; left out, nothing is.")
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Folder to write a .jsonl per domain to (default: write nothing).")
     ] = None,
 ) -> None:
-    """Group unlabelled documents into domains, say what each is about and which of them a mixture serves already."""
+    """Group unlabelled documents into domains, name each by its words, and show which ones a mixture already serves."""
     try:
         from modekit.search.discover.discover import Unlabelled, discover
     except ModuleNotFoundError as error:

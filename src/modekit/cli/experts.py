@@ -154,9 +154,7 @@ def specialize(
     labelled: LabelOptions,
     taught: TeacherOptions,
 ) -> None:
-    """Fine-tune a base model on one domain so that it mixes well, or on several that it reads with their tags; with --teacher,
-    distil another model into it.
-    """
+    """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
     from modekit.sources.open import model_folder
 
     taught.check()
@@ -223,7 +221,7 @@ def extract(
     base: Annotated[str, typer.Option(help="Folder or hub id of the model it was tuned from.")],
     options: ExtractOptions,
 ) -> None:
-    """Turn a full fine-tune into a LoRA adapter over its base, and say what that loses."""
+    """Extract a LoRA adapter from a full fine-tune, and show what that loses."""
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
@@ -262,7 +260,7 @@ def extract(
 
 @app.command()
 def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
-    """List the experts of a mixture: since when, worth what, under which licence."""
+    """List the experts of a mixture: kind, size, date, gain and licence."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.members.listing import members_of
 

@@ -75,7 +75,7 @@ class AdmissionOptions:
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
         SAMPLE_TOKENS
     )
-    force: Annotated[bool, typer.Option("--force", help="Add the expert whatever was measured.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Use the expert whatever was measured.")] = False
 
 
 @dataclass(frozen=True)

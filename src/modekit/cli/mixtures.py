@@ -68,7 +68,7 @@ def build(
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
-        out.print(Text(f"{said}`modekit fit` reads them, and makes them anew from the text", style="dim"))
+        out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
     print_notes(notes_of(checkpoint))
 
 
@@ -141,7 +141,7 @@ def verify(
     trust_remote_code: Trust = False,
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
 ) -> None:
-    """Prove that the checkpoint is what it says; exit code 1 when it is not."""
+    """Compare every tensor of a checkpoint with its source; exit code 1 if a check fails."""
     from modekit.building.verify import is_proven, verify
     from modekit.checkpoint.checkpoint import open_with_any_router
 

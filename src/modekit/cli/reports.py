@@ -11,7 +11,7 @@ from rich.text import Text
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.reports import print_parcel
-from modekit.cli.shell import OutFolder, Overwrite, app, resolved
+from modekit.cli.shell import OutFolder, app, resolved
 from modekit.files.figures import bytes_of
 
 
@@ -26,12 +26,15 @@ def report(
 
     written = write_report(open_checkpoint(resolved(checkpoint)), page=resolved(output) if output is not None else None)
     print_notes(written.notes)
-    said = f"{bytes_of(written.page.stat().st_size)}, plots: {', '.join(plot.name for plot in written.plots) or 'none'}"
+    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
     out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
 
 
 @app.command()
-def card(checkpoint: OutFolder, overwrite: Overwrite = False) -> None:
+def card(
+    checkpoint: OutFolder,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that you wrote or changed.")] = False,
+) -> None:
     """Write the model card (OUT/README.md) with the licences of all sources."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.card import write_card

@@ -49,9 +49,7 @@ _MOVED_OPTIONS = {
         ),
     },
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
-    "discover": dict.fromkeys(
-        ("--features", "--model"), "leave it out: texts are grouped by their words, which found domains best"
-    ),
+    "discover": dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
 }
 """Command -> options that it had -> what to do now."""
 _NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")
@@ -118,6 +116,8 @@ def main() -> None:
         remedy = "free space on this disk" if error.errno in FULL else "mend what is named"
         _fail(ModekitError(f"{error.strerror or error}", where=where, remedy=f"{remedy} and run the command again"))
     except TyperException as error:
+        if not error.format_message():  # without a command the help was printed
+            sys.exit(2)
         _fail(_wrong_usage(error.format_message()))
     except BaseException as error:
         # A library in Rust panics by a class of its own, which is no Exception; the other such ones end the process.

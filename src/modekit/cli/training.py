@@ -44,8 +44,8 @@ class SettingOptions:
     regime: Annotated[
         str | None,
         typer.Option(
-            help="mixture (default): as it routes. joint: every step has one domain, whose own expert takes it; it and what "
-            "all share learn, no other expert does."
+            help="mixture (default): experts as the routers choose. joint: each step has text of one domain and trains its "
+            "expert and what all experts share."
         ),
     ] = None
     teacher: Annotated[

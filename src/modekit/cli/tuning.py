@@ -24,7 +24,7 @@ from modekit.text.amounts import SAMPLE_TOKENS
 class TuneOptions:
     """How much is searched, where, and by how many."""
 
-    trials: Annotated[int, typer.Option(min=1, help="Number of candidates, fixed baselines included.")] = 48
+    trials: Annotated[int, typer.Option(min=1, help="Number of candidates; all fixed baselines are scored in any case.")] = 48
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain, for the choice and for the report.")] = (
         SAMPLE_TOKENS
     )
@@ -78,5 +78,5 @@ def tune(
         sys.stdout.write(results.model_dump_json(indent=2) + "\n")
         return
     print_tune(results)
-    said = "the best of them, built; recipe.yaml and results/tune.md are in it"
+    said = "the best variant; its recipe.yaml, and all variants in results/tune.md"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -286,7 +286,7 @@ def _score(kind: str, asked: Sequence[ChatQuestion], leaders: Sequence[tuple[int
 
 def _notes(template: ChatTemplate, system: str | None, rows: Sequence[ChatScore]) -> list[str]:
     before, _ = template.around(system) or ("", "")
-    notes = [f"before a question stand {len(template.ids(before))} tokens of the template and its system prompt"]
+    notes = [f"the template and its system prompt put {len(template.ids(before))} tokens before a question"]
     if any(row.name == SMALL_TALK and row.expert is None for row in rows):
         notes.append("no expert is the base, to which small talk could go: add one with model: base and some general text")
     return notes

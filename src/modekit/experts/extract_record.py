@@ -100,7 +100,7 @@ class Extraction(BaseModel, frozen=True):
         notes = [f"the adapter keeps {carried:.0%} of the model's squared difference: more is lost than kept"]
         if kept < _LITTLE:
             small = f"rank {self.totals.largest_rank} is too small for its matrices ({kept:.0%} of them kept)"
-            notes.append(f"{small}: raise it, or give --energy 0.9")
+            notes.append(f"{small}: raise --rank (with --energy: --max-rank)")
         outside = list(self.not_carried)
         if outside and carried < _LITTLE * kept:
             more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""

@@ -208,7 +208,7 @@ def _licence_file(folder: Path) -> tuple[str, str | None]:
             whole = _text_of(folder / name).lower()
             known = "bsd-3-clause" if "neither the name" in whole else "bsd-2-clause"
         return name, known or "other"
-    return "neither README.md nor a licence file says one", None
+    return "neither README.md nor a licence file names one", None
 
 
 def _hub_readme(hub_id: str, revision: str | None) -> Path | None:

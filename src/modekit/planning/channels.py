@@ -152,8 +152,8 @@ class Channels:
         """What a user should know of them."""
         share = self.spare / self.hidden
         yield (
-            f"the {recipe.mixture.router.fit} router reads {self.spare} channels besides the base's {self.hidden} "
-            f"({share:.1%}), which one more key-value head besides {self.kv_heads} fills: the rest computes what it did"
+            f"the {recipe.mixture.router.fit} router adds {self.spare} channels to the base's {self.hidden} "
+            f"({share:.1%}) and one key-value head to its {self.kv_heads}; the rest computes the same"
         )
         if recipe.mixture.router.decay is None and self.decays == (1.0,):
             yield "its evidence does not fade: this architecture averages over all of the text so far"

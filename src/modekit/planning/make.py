@@ -103,7 +103,7 @@ def _native_layout(
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:
-        return None, f"only the modekit architecture says {', '.join(beyond)}"
+        return None, f"only the modekit architecture has {', '.join(beyond)}"
     if asked == "auto" and adapters:
         return None, f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} folds them into whole experts"
     native, tried = choose_native(family, base.config)
@@ -123,7 +123,7 @@ def _native_layout(
             raise
         return None, error.what
     return layout, (
-        f"a mixture of whole FFN experts of '{family.model_type}' with a linear router is said exactly by {native.native_type}"
+        f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
     )
 
 

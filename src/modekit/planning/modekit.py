@@ -85,8 +85,8 @@ class ModekitLayout:
         for said in self._recipe.experts:
             if said.lora_rank is not None:
                 yield (
-                    f"{said.name}: of its difference to the base a part of rank {said.lora_rank} is kept; "
-                    "norms and biases are not"
+                    f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
+                    "changes of norms and biases are lost"
                 )
 
     def tensors(self) -> Iterator[PlannedTensor]:

@@ -92,7 +92,7 @@ class ModekitShape:
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.lora_rank is not None]
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.mixture.beyond_native()
-        reasons += [f"only the modekit architecture says {', '.join(beyond)}"] if beyond else []
+        reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
         if not reasons and self.recipe.output.format == "modekit":
             reasons = ["its recipe asks for the modekit architecture (output.format)"]
         return "; ".join(reasons) or f"no native architecture says a mixture of '{self.family.model_type}' models"

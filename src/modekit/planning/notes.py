@@ -46,8 +46,8 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
     if recipe.mixture.fit is not None and recipe.mixture.fit.reads.tokens and not family.pair:
         yield (
-            "the router reads tokens alone, so it can also stand before experts that are served apart (modekit front): that is "
-            "another model, with one expert for a whole text in place of one per token (docs/serve.md has what that costs)"
+            "the router reads only tokens, so `modekit front` can also use it before experts on separate servers; there one "
+            "expert answers a whole text, which is another model (benchmarks/front.md)"
         )
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):

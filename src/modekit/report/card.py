@@ -79,7 +79,7 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
     card = ModelCard.from_template(data, None, template, **values)
     notes = [*problems, *known]
     if data.base_model is None:
-        notes.append("base_model is left out: the sources are folders, and none of them says what it was made from")
+        notes.append("base_model is left out: the sources are folders, and none of them names its base model")
     contents = {CARD_FILE: f"{card.content}\n"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(table, known)
@@ -222,7 +222,7 @@ def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
 
 
 def _source_table(sources: Sequence[Source]) -> str:
-    header = ["used as", "model", "revision", "licence", "said by"]
+    header = ["used as", "model", "revision", "licence", "source of the licence"]
     body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
     return markdown_table(header, body, plain)
 

@@ -56,13 +56,13 @@ def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
     beyond = checkpoint.shape.refusals(recipe)
     if beyond:
         raise RecipeError(
-            f"a native checkpoint cannot say {', '.join(beyond)}",
+            f"a native checkpoint cannot have {', '.join(beyond)}",
             where="mixture",
             remedy="build again with output: {format: modekit}",
         )
     for key in _other_tensors(checkpoint, recipe):
         raise RecipeError(
-            "this change is in the experts, the backbone or the places of routers, not in what routers say",
+            "this change needs other tensors than the gates: a refit changes no expert, backbone or place of a router",
             where=f"mixture.{key}",
             remedy="change the recipe and build again",
         )

@@ -116,7 +116,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 def _print_recommendations(advice: Advice) -> None:
     out.print("\nAdvice")
     if advice.recipe is None:
-        out.print("  Nothing is left to mix: no expert can be used and differs from the base for the better.")
+        out.print("  Nothing is left to mix: no usable expert is better than the base.")
         return
     for choice in advice.advice:
         keys = ", ".join(f"{key}: {_inline(value)}" for key, value in choice.mixture.items())

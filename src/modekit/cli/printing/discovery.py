@@ -36,8 +36,8 @@ def _print_tried(discovery: Discovery) -> None:
     for tried in discovery.tried:
         held_out = Cell(f"{tried.held_out:.3f}", own=tried.domains == discovery.domains)
         table.add(str(tried.domains), held_out, "" if tried.gain is None else f"{tried.gain:+.3f}")
-    worth = f"a domain must be worth {discovery.worth}"
-    out.print(f"How many domains: log-likelihood of documents held out, nats per word; {worth}.")
+    worth = f"a domain more must gain {discovery.worth}"
+    out.print(f"How many domains: held-out log-likelihood, nats per word; {worth}.")
     out.print(table)
 
 

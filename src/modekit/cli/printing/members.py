@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def print_admission(admission: Admission) -> None:
     """Draw what was measured of an expert before it is added."""
     if admission.losses:
-        table = Table("model", ["loss", "base less it"])
+        table = Table("model", ["loss", "gain over base"])
         for name, loss in admission.losses.items():
             table.add(admission.expert if name == "expert" else name, f"{loss:.3f}", f"{admission.losses['base'] - loss:+.3f}")
         out.print(

@@ -61,8 +61,8 @@ def print_specialist(output: Path, record: SpecialistRecord) -> None:
     teacher, distilled, weight = record.teacher, record.distillation_loss, record.cross_entropy_weight
     if teacher is not None and distilled is not None and weight is not None:
         out.print(
-            f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}; the text counted "
-            f"{weight.mean:.2f} of the steps' loss, from {weight.lowest:.2f} to {weight.highest:.2f}"
+            f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}; weight of the text "
+            f"{weight.mean:.2f}, from {weight.lowest:.2f} to {weight.highest:.2f}"
         )
 
 
@@ -86,7 +86,7 @@ def print_tune(results: TuneResults) -> None:
             table.add(f"{mark}: {variant}" if mark else variant, *figures, style=style)
         else:
             left_out += 1
-    out.print("Mean held-out loss; compared on the select split, the report split chose nothing. In brackets: dropped early;")
+    out.print("Mean held-out loss. The select split chooses, the report split is only shown. In brackets: dropped early;")
     out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
     more = f"; {left_out} more in tune.md" if left_out else ""

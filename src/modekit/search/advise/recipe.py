@@ -54,7 +54,7 @@ def _without(mapping: Mapping[str, JsonValue], *keys: str) -> dict[str, JsonValu
 
 def recipe_text(recipe: Mapping[str, JsonValue], advice: Sequence[Recommendation], findings: Sequence[Finding]) -> str:
     """YAML of the advised recipe (plain data) with comments."""
-    parts = ["# As `modekit advise` says; docs/advise.md has what its figures mean.\n"]
+    parts = ["# Recommended by `modekit advise`; docs/advise.md explains the figures.\n"]
     for finding in findings:
         if finding.level != "note":
             parts.append(_comment(f"{finding.level}: {finding.about}: {finding.what}. {finding.to_do}"))

@@ -18,8 +18,8 @@ Group = Literal["ffn", "attention", "norms", "embeddings", "head"]
 """Where a tensor of the base lies: search/advise/drift.py."""
 
 LIMITS = (
-    "The rules rest on models of a few million parameters (benchmarks/advise.md): what a mixture is worth says `modekit eval`.",
-    "A share bounds what any router can reach with that part; how near a router comes is not measured here.",
+    "The rules rest on models of a few million parameters (benchmarks/advise.md): `modekit eval` scores the mixture.",
+    "A share bounds what any router can reach with that part; how close a router comes is not measured here.",
     "Loss on held-out text of a domain is not how well an expert follows instructions or answers questions.",
 )
 

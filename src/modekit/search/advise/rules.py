@@ -155,7 +155,7 @@ ROUTERS: tuple[Rule, ...] = (
     Rule(
         lambda facts: facts.lexical_fits and _words_differ(facts) and (facts.native or not facts.low_rank),
         {"method": "routing", "router": {"fit": "lexical"}},
-        lambda facts: f"{_words(facts)}, and of whole FFNs a checkpoint is made that every engine opens",
+        lambda facts: f"{_words(facts)}, and a checkpoint of whole FFNs opens in every engine",
         "benchmarks/demo.md: lexical router in Mixtral 0.97, n-gram router in modekit's own architecture 0.98, logistic 0.88",
         modules="auto",
     ),

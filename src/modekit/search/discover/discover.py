@@ -146,8 +146,8 @@ def shared_experts(groups: Sequence[DocumentGroup]) -> list[str]:
         if each.served is not None and each.served.expert is not None and each.served.served >= _MOSTLY:
             serves.setdefault(each.served.expert, []).append(each.name)
     return [
-        f"'{expert}' serves {', '.join(names)}: a router knows the text of its experts alone, and may take what is "
-        "foreign to all of them for the nearest"
+        f"'{expert}' serves {', '.join(names)}: a router knows only the text of its experts, and may send "
+        "foreign text to the nearest one"
         for expert, names in serves.items()
         if len(names) > 1
     ]
