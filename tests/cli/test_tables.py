@@ -137,8 +137,6 @@ def test_plan(shown: Callable[..., str]) -> None:
         "top_k": 2,
         "router": "logistic",
         "backbone": "base",
-        "mixed": ["mlp"],
-        "layers": 4,
         "parameters": {"total": 10**12, "active": 10**11},
         "tensors": {"total": 1113, "copy": 1113},
         "shards": 3,
