@@ -1,4 +1,4 @@
-"""What a build would do and how long that takes here, told before it: `modekit plan`. No torch, unless its time is measured.
+"""`modekit plan`: what a build would do, and how long it takes on this machine. No torch, unless its time is measured.
 
 Configs and headers alone are read, and the processor is measured, as busy as it is now, by a twentieth of a second of products.
 The speed of the disk is assumed, and so is how much of the products' speed a model's pass reaches (benchmarks/speed.md has what

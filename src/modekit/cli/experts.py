@@ -138,7 +138,7 @@ class SpecializeOptions:
     ] = None
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-    seed: Annotated[int, typer.Option(help="Random seed of the order of the text.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed of the text order.")] = 0
     overwrite: Overwrite = False
     fsync: Fsync = True
     trust_remote_code: Trust = False

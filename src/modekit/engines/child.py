@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 ProcessSettings = dict[str, Any]
-"""What a process is told, as JSON: its module says which keys it reads."""
+"""Settings of a process, as JSON; its module lists the keys that it reads."""
 _LINES = 40  # of what the child says, for a message
 _SHOWN = 2
 _ERROR = re.compile(r"error|failed|assert|not supported", re.IGNORECASE)

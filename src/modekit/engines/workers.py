@@ -48,7 +48,7 @@ class Version:
 
 @dataclass
 class AdapterFolder:
-    """Which adapters are there, and which worker was told of which.
+    """Which adapters are there, and which worker has loaded which.
 
     Attributes:
         folder: where they lie.
@@ -66,7 +66,7 @@ class AdapterFolder:
     async def bring_to(self, url: str, models: frozenset[str], client: aiohttp.ClientSession) -> bool:
         """Have a worker, which serves `models`, load what is new or written again, and let go what is gone.
 
-        One that it serves under such a name without having been told so here is loaded again: nobody knows which version it is.
+        An adapter that it serves under such a name, but not loaded from here, is loaded again: its version is unknown.
         Returns whether anything was changed.
         """
         there, changed = self._there(), False
