@@ -123,7 +123,7 @@ def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> 
 
 
 class Slots:
-    """Remembers for routers what each sequence's tokens told them, slot by slot (modekit_flow's `Keeper`)."""
+    """Keeps for the routers what they have read of each sequence, slot by slot (modekit_flow's `Keeper`)."""
 
     def __init__(self, layer: str, vllm_config: VllmConfig) -> None:
         self._layer, self._cache = layer, vllm_config.cache_config
