@@ -75,6 +75,7 @@ COMMANDS = {
     "eval": Command(("eval", "OUT", *FEW), 10),
     "eval chat": Command(("eval-chat", "OUT", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
+    "verify": Command(("verify", "OUT", "--deep", "--no-reload"), 10),
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
     "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 37, 3),
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),

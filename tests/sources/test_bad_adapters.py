@@ -343,8 +343,9 @@ def test_adapters_of_layers_that_are_not_mixed(bench: Workshop) -> None:
 def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) -> None:
     write_adapter(law(bench), {**UP, **Q}, target_modules=["up_proj", "q_proj"])
     for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
-        (note,) = [note for note in planned(bench, form, mixture=mixture).notes if "also changes" in note]
-        assert note.startswith("law: ") and "q_proj (3 tensors)" in note and "lost" in note
+        (note,) = [note for note in planned(bench, form, mixture=mixture).notes if "lost on this backbone" in note]
+        assert note.startswith("law: of the 6 tensors that its adapter changes, 3 (q_proj) are not mixed, and lost")
+        assert "`modekit verify --deep` in nats" in note
         assert ("mixtral mixes whole FFNs alone; output: {format: modekit}" in note) == (form == "native"), note
         assert "mixture.backbone: average" in note
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.planning.summary import PlanSummary, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
+from modekit.sources.family import whole
+from modekit.text.amounts import FORCED_TOKENS
 from modekit.text.glance import check_texts
 
 _BYTES_PER_SECOND = 600e6
@@ -109,6 +112,26 @@ def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = t
     return NeededTime(
         write=write, fit=fit, accelerated=work is not None and work.reads and _ACCELERATOR.exists(), range=reaches
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a work takes: seconds at least and at most, and bytes of memory."""
+
+    seconds: tuple[float, float]
+    memory: int
+
+
+def forced_cost(checkpoint: Checkpoint) -> Cost:
+    """Of running every expert of a mixture, forced, beside its own model, all in float32 (`verify --deep`); no torch."""
+    recipe, sizes, machine = checkpoint.record.recipe, checkpoint.parameters, measured()
+    named = {*recipe.eval, *(expert.name for expert in recipe.experts if expert.text)}
+    experts, tokens = len(recipe.experts), FORCED_TOKENS * max(1, len(named))
+    passes = 2.0 * tokens * ((1 + experts) * sizes.dense + experts * sizes.active)
+    read = 4.0 * ((1 + experts) * sizes.dense + sizes.total)
+    seconds = passes / (_SHARE_OF_PRODUCTS * machine.products) + (_FIT_SECONDS + read / _BYTES_PER_SECOND) / machine.share
+    memory = 4 * (sizes.total + sizes.dense + tokens * whole(checkpoint.config, "vocab_size"))
+    return Cost((seconds / _FACTOR, seconds * _FACTOR), memory)
 
 
 @dataclass(frozen=True)

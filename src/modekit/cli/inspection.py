@@ -12,6 +12,7 @@ import typer
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.inspection import print_inspection, print_trace
+from modekit.cli.printing.mixtures import print_forced
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
@@ -68,6 +69,7 @@ def inspect(
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.checkpoint.pairs import refuse_pairs
+    from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.result import Inspection, TextTrace
     from modekit.evaluation.inspection.text import inspect_text
@@ -93,5 +95,8 @@ def inspect(
         sys.stdout.write(json.dumps(found.model_dump(), indent=2) + "\n")
     elif isinstance(found, Inspection):
         print_inspection(checkpoint / RESULTS_FOLDER, found)
+        forced = ForcedExperts.find(opened)
+        if forced is not None:
+            print_forced(forced)
     else:
         print_trace(found)

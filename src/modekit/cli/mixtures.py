@@ -6,18 +6,22 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
-from modekit.cli.printing.mixtures import print_checks, print_notes, print_plan, time_said
+from modekit.cli.printing.mixtures import print_checks, print_forced, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
-from modekit.files.figures import bytes_of
+from modekit.files.figures import bytes_of, range_of
 from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.evaluation.forced import ForcedExperts
 
 
 @app.command()
@@ -44,6 +48,9 @@ def build(
     recipe: RecipePath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     overwrite: Overwrite = False,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Then compare every expert with its own model, as verify --deep does.")
+    ] = False,
     fsync: Fsync = True,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -70,6 +77,20 @@ def build(
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
     print_notes(notes_of(checkpoint))
+    if prove:
+        print_forced(_forced(checkpoint, trust_remote_code))
+
+
+def _forced(checkpoint: Checkpoint, trusted: bool) -> ForcedExperts:
+    """Every expert beside its own model; how long that takes is said before it starts."""
+    from modekit.building.preview import forced_cost
+    from modekit.evaluation.forced import force_experts
+
+    cost = forced_cost(checkpoint)
+    said = f"comparing the experts takes {range_of(*cost.seconds)} on this machine and {bytes_of(cost.memory)} of memory"
+    err.print(Text(said), soft_wrap=True)
+    with drawn_progress() as progress:
+        return force_experts(checkpoint, run=Run(trusted, progress))
 
 
 @dataclass(frozen=True)
@@ -140,21 +161,26 @@ def verify(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also run every expert beside its own model: what of it is carried, in nats.")
+    ] = False,
 ) -> None:
     """Compare every tensor of a checkpoint with its source; exit code 1 if a check fails."""
     from modekit.building.verify import is_proven, verify
     from modekit.checkpoint.checkpoint import open_with_any_router
 
+    opened = open_with_any_router(resolved(checkpoint))
     with drawn_progress() as progress:
-        checks = verify(
-            open_with_any_router(resolved(checkpoint)),
-            run=Run(trust_remote_code, progress),
-            reload=reload,
-        )
-    if as_json:
-        sys.stdout.write(json.dumps([vars(check) for check in checks], indent=2) + "\n")
-    else:
+        checks = verify(opened, run=Run(trust_remote_code, progress), reload=reload)
+    if not as_json:
         print_checks(checks)
+    forced = _forced(opened, trust_remote_code) if deep else None
+    if as_json:
+        said = [vars(check) for check in checks]
+        shown = said if forced is None else {"checks": said, "forced": forced.as_data()}
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    elif forced is not None:
+        print_forced(forced)
     if not is_proven(checks):
         raise typer.Exit(1)
 

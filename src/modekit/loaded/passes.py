@@ -3,7 +3,8 @@
 A causal model reads text and predicts each next token of it. A model with an encoder reads the source of a pair, and predicts
 each token of its target from the source and the tokens before.
 
-Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P predicted tokens, V vocabulary.
+Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P predicted tokens, N those of a
+batch without padding, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from modekit.errors import SourceError, TextError
 from modekit.sources.family import Reads
 from modekit.sources.names import in_decoder
 from modekit.text.document import other_kind
-from modekit.text.sequences import Batch, TokenSequence
+from modekit.text.sequences import NO_LABEL, Batch, TokenSequence
 
 _READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")
 """Modules of a decoder that read what the encoder gives: keys and values of its attention to the source."""
@@ -83,12 +84,21 @@ def run_backbone(model: PreTrainedModel, batch: Batch) -> Any:
 
 def losses_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Loss of every predicted token, (B, P) float32 in nats, on the model's device; 0 where nothing is predicted."""
-    logits = model(**inputs_of(model, batch), use_cache=False).logits
-    if batch.target is None:
-        logits = logits[:, :-1]
+    logits = _logits(model, batch)
     labels = batch.labels.to(logits.device)
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.view_as(labels)
+
+
+def predicted_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """What a model says of every predicted token, (N, V) float32 on the CPU, in the order of `batch.labels`."""
+    logits = _logits(model, batch)
+    return logits[(batch.labels != NO_LABEL).to(logits.device)].float().cpu()
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs_of(model, batch), use_cache=False).logits
+    return logits if batch.target is not None else logits[:, :-1]
 
 
 def _check_length(model: PreTrainedModel, batch: Batch) -> None:

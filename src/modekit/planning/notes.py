@@ -22,6 +22,8 @@ from modekit.sources.tokenizer import chat_template
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 
+_MEASURED = "`modekit advise` measures what it is worth before a build, `modekit verify --deep` in nats after it"
+
 
 def notes_of(recipe: Recipe, sources: Sequence[ModelSource], family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
     """Those of either shape. `way_out`: how a recipe mixes more; `mixed`: the base's tensors of which experts have their own.
@@ -104,7 +106,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
     if names:
         yield (
             f"{', '.join(names)}: whatever a full model changed outside of what is mixed is lost on the base model's backbone "
-            f"(`modekit advise` measures how much); {way_out}, or merge the backbone (mixture.backbone: average)"
+            f"({_MEASURED}); {way_out}, or merge the backbone (mixture.backbone: average)"
         )
 
 
@@ -126,8 +128,9 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
         outside = changed - mixed
         if outside and not merged and kept != expert.name:
             yield (
-                f"{expert.name}: its adapter also changes {_kinds(outside)} ({len(outside)} tensors), which is not mixed here: "
-                f"on this backbone that is lost; {way_out}, or merge the backbone (mixture.backbone: average)"
+                f"{expert.name}: of the {len(changed)} tensors that its adapter changes, {len(outside)} ({_kinds(outside)}) are "
+                f"not mixed, and lost on this backbone ({_MEASURED}); {way_out}, or merge the backbone "
+                "(mixture.backbone: average)"
             )
 
 

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
 from modekit.errors import OutputError
+from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Results
 from modekit.evaluation.translation.results import TranslationResults, score_table
@@ -204,11 +205,15 @@ def _training(training: TrainingRecord) -> dict[str, object]:
 
 
 def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
-    """Tables of what eval and eval-translation found of this mixture; why some of it cannot be shown goes to `problems`."""
+    """Tables of what was measured of this mixture; why some of it cannot be shown goes to `problems`."""
     results, found = Results.find(checkpoint, problems), TranslationResults.find(checkpoint, problems)
+    forced = ForcedExperts.find(checkpoint, problems)
     values: dict[str, object] = {"problems": [plain(each) for each in problems]}
     if results is not None:
         values |= {"loss_table": markdown_table(*results.table(), plain), "loss_notes": [plain(note) for note in results.notes]}
+    if forced is not None:
+        notes = [plain(note) for note in forced.notes]
+        values |= {"forced_table": markdown_table(*forced.table(), plain), "forced_said": forced.said, "forced_notes": notes}
     if found is not None:
         table = score_table(found.rows, found.domains, found.unseen)
         values |= {

@@ -16,6 +16,7 @@ from pydantic import BaseModel, JsonValue
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.evaluation.chat import ChatResults
+from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.translation.results import TranslationResults
@@ -82,7 +83,7 @@ def make_content(checkpoint: Checkpoint) -> Content:
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), TaskResults.find(checkpoint, missing)
     chat, search = ChatResults.find(checkpoint, missing), find_search(checkpoint, missing)
-    translation = TranslationResults.find(checkpoint, missing)
+    translation, forced = TranslationResults.find(checkpoint, missing), ForcedExperts.find(checkpoint, missing)
     sources = sources_of(checkpoint)
     curves, points = _curves(checkpoint, trained), _points(search)
     data = {
@@ -94,6 +95,7 @@ def make_content(checkpoint: Checkpoint) -> Content:
         "results": _results(results),
         "routing": routing_of(inspection) if inspection is not None else None,
         "samples": samples_of(inspection, checkpoint.shape.family) if inspection is not None else None,
+        "forced": _forced(forced) if forced is not None else None,
         "training": _training(checkpoint, trained, curves),
         "tasks": tasks if tasks is not None and tasks.tasks else None,
         "chat": chat if chat is not None and chat.rows else None,
@@ -204,6 +206,12 @@ def _results(results: Results | None) -> dict[str, object] | None:
         "against_base": _against_base(results),
         "notes": results.notes,
     }
+
+
+def _forced(found: ForcedExperts) -> dict[str, object]:
+    """What of every expert the mixture carries, on its own text and on all others."""
+    rows = [{**vars(row), "not_carried": row.not_carried} for row in found.by_expert()]
+    return {"rows": rows, "said": found.said, "notes": found.notes}
 
 
 def _fields(value: object, *left_out: str) -> dict[str, object]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from modekit.building.preview import NeededTime, Preview
     from modekit.building.verify import Check
+    from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.results import Results
     from modekit.experts.extract_record import Extraction, KindErrors
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
@@ -133,6 +134,17 @@ def print_checks(checks: Sequence[Check]) -> None:
     for check in checks:
         table.add(check.name, Cell(check.verdict, colours[check.verdict]), check.detail)
     out.print(table)
+
+
+def print_forced(found: ForcedExperts) -> None:
+    """Draw what of every expert a mixture carries."""
+    (first, *titles), body = found.table()
+    table = Table(first, [title.replace(" ", "\n") for title in titles])
+    for name, *cells in body:
+        table.add(name, *cells)
+    out.print(found.said)
+    out.print(table)
+    print_notes(found.notes)
 
 
 def print_extract(record: Extraction) -> None:

@@ -1,0 +1,265 @@
+"""Every expert of a mixture, gates forced on it, beside its own model: whole, or by how much not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import modekit.loaded.experts as experts_module
+from adapter_folders import quiet, train_adapter
+from command_line import ended, modekit
+from conftest import DOMAINS, Workshop, make_workshop
+from modekit.building.preview import forced_cost
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import CheckpointError, SourceError, UnsupportedError
+from modekit.evaluation.domains import held_out_domains
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.forced import OTHER_TEXTS, OWN_TEXT, ForcedExpert, ForcedExperts, divergence, force_experts
+from modekit.report.card import make_card
+from modekit.report.content import make_content
+from modekit.report.page import make_page
+from pair_models import make_pair_workshop
+from refusal import borrow
+
+ALL = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FEW = {"tokens_per_domain": 300, "sequence_length": 32}
+
+
+def forced(folder: Path) -> ForcedExperts:
+    return force_experts(open_checkpoint(folder), **FEW)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """LoRA, rsLoRA and DoRA that PEFT trained on attention and FFN, each with a text of its own."""
+    shop = make_workshop(tmp_path_factory.mktemp("adapters"))
+    kinds = [{}, {"use_rslora": True}, {"use_dora": True}]
+    for name, kind in zip(DOMAINS, kinds, strict=True):
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", **kind)
+        train_adapter(shop.root / "base", config, shop.root / f"{name}-adapter")
+    shop.recipe["experts"] = [
+        {"name": name, "adapter": f"./{name}-adapter", "text": f"./text/{name}.jsonl"} for name in DOMAINS
+    ]
+    return shop
+
+
+@pytest.fixture(scope="module")
+def whole(adapters: Workshop) -> tuple[Checkpoint, ForcedExperts]:
+    folder = adapters.build("WHOLE", mixture={"modules": "all", "router": {"fit": "random"}})
+    return open_checkpoint(folder), forced(folder)
+
+
+def test_divergence_is_that_of_torch() -> None:
+    own, other = (torch.randn(70, 96, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (1, 2))
+    p, q = own.log_softmax(-1), other.log_softmax(-1)
+    total, largest = divergence(own, other)
+    assert total == pytest.approx(float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)), rel=1e-5)
+    assert largest == pytest.approx(float((p - q).abs().max()), rel=1e-5)
+    assert divergence(own, own) == (0.0, 0.0)
+    assert divergence(own[:, :90], other) == divergence(own[:, :90], other[:, :90])
+    assert divergence(own * float("nan"), other)[0] != divergence(own, other)[0]
+
+
+def test_adapters_kept_low_rank_are_whole(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    _, found = whole
+    assert found.own_models == dict.fromkeys(DOMAINS, "PEFT")
+    assert [(row.expert, row.text) for row in found.rows] == [(name, text) for name in DOMAINS for text in DOMAINS]
+    for row in found.rows:
+        assert row.base_kl > 0.01 and row.kl < 1e-7 and row.largest < 1e-3, row
+        assert row.not_carried is not None and row.not_carried < 1e-5
+        assert row.forced_loss == pytest.approx(row.own_loss, abs=1e-5)
+
+
+def test_losses_are_those_of_peft_and_of_eval(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    """PEFT's by a pass per sequence here; base and oracle as the table of eval has them."""
+    checkpoint, found = whole
+    row = next(row for row in found.rows if (row.expert, row.text) == ("law", "law"))
+    (domain,) = [each for each in held_out_domains(checkpoint, **FEW) if each.name == "law"]
+    with quiet(), torch.inference_mode():
+        base = AutoModelForCausalLM.from_pretrained(checkpoint.recipe_root / "base", dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, checkpoint.recipe_root / "law-adapter").eval()
+        total = sum(
+            float(torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+            for ids in (torch.tensor([sequence.ids]) for sequence in domain.sequences)
+        )
+    assert row.tokens == domain.scored_tokens
+    assert row.own_loss == pytest.approx(total / row.tokens, rel=1e-5)
+    table = evaluate(checkpoint, **FEW, write=False)
+    assert row.forced_loss == pytest.approx(table.row("oracle").scores["law"].loss, rel=1e-5)
+    assert row.base_loss == pytest.approx(table.row("base").scores["law"].loss, rel=1e-5)
+
+
+def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:
+    found = forced(adapters.build("FOLDED", output={"format": "native"}))
+    for row in found.rows:
+        assert row.not_carried is not None and 0.01 < row.not_carried < 2, row
+        assert abs(row.forced_loss - row.own_loss) > 1e-3
+
+
+def test_wider_plain_checkpoints_are_compared_too(adapters: Workshop) -> None:
+    """Channels of a lexical router stand beside the base's."""
+    ffn = peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL[3:], task_type="CAUSAL_LM")
+    experts = [{**expert, "adapter": f"./ffn-{expert['name']}"} for expert in adapters.recipe["experts"][:2]]
+    for expert in experts:
+        train_adapter(adapters.root / "base", ffn, adapters.root / expert["adapter"])
+    router = {"fit": "lexical", "tokens_per_domain": 400}
+    folder = adapters.build("LEXICAL", experts=experts, output={"format": "native"}, mixture={"top_k": 2, "router": router})
+    found = forced(folder)
+    assert open_checkpoint(folder).shape.channels is not None
+    assert all(row.base_kl > 0.01 and row.not_carried is not None and row.not_carried < 1e-3 for row in found.rows), found.rows
+
+
+def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path: Path) -> None:
+    shop = borrow(shared_workshop, tmp_path)
+    shop.recipe["experts"] = [*shop.recipe["experts"][:1], {"name": "general", "model": "base"}]
+    router = {"fit": "random", "granularity": "sequence", "per": "model"}
+    found = forced(shop.build(mixture={"modules": "all", "router": router}))
+    assert found.own_models == {"medicine": "full model", "general": "base"}
+    medicine, general = found.rows
+    assert medicine.kl < 1e-7 and medicine.base_kl > 0.01
+    assert general.base_kl == 0 and general.not_carried is None and general.kl < 1e-7
+    assert found.table()[1][1][3] == "-"
+
+
+def test_a_damaged_expert_shows(adapters: Workshop, whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    """And what was found before is no longer of this checkpoint."""
+    _, before = whole
+    folder = adapters.build("DAMAGED", mixture={"modules": "all", "router": {"fit": "random"}})
+    forced(folder)
+    name = next(name for name in open_checkpoint(folder).tensors if name.endswith("lora_B"))
+    path = open_checkpoint(folder).tensors[name].file
+    tensors = load_file(path)
+    tensors[name][:, 4:8] *= -1.0  # the second adapter's columns
+    save_file(tensors, path, metadata={"format": "pt"})
+    damaged = open_checkpoint(folder)
+    assert ForcedExperts.find(damaged) is None
+    for row, was in zip(force_experts(damaged, **FEW).rows, before.rows, strict=True):
+        assert (row.kl > 1e-4) == (row.expert == "law"), row
+        assert row.own_loss == pytest.approx(was.own_loss, rel=1e-5)
+    tensors[name][:, 4:8] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="expert 'law'"):
+        forced(folder)
+
+
+def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    checkpoint, found = whole
+    found.write(checkpoint)
+    assert ForcedExperts.find(checkpoint) == ForcedExperts.read(checkpoint)
+    assert ForcedExperts.from_data(json.loads(json.dumps(found.as_data()))).as_data() == found.as_data()
+    page = (checkpoint.folder / "results" / "forced.md").read_text()
+    assert "| law | code |" in page and "law: its own model is PEFT's of base and adapter" in page
+    card = make_card(checkpoint, ask_hub=False).contents["README.md"].decode()
+    assert f"| law | {OWN_TEXT} |" in card and f"| law | {OTHER_TEXTS} |" in card and "not carried" in card
+    html = make_page(make_content(checkpoint))
+    assert "What of each expert is in it" in html and 'data-at="/forced/rows/5/kl"' in html
+    for wrong in ({"rows": []}, {"rows": [{"kl": float("inf")}]}, {"own_models": {"law": "pickle"}}):
+        with pytest.raises(ValueError, match=r"\w"):
+            ForcedExperts.from_data({**found.as_data(), **wrong})
+
+
+def test_texts_are_pooled_by_their_tokens(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    _, found = whole
+    some = ForcedExpert("law", "law", 10, 0.5, 0.1, 1.0, 3.0, 3.1, 3.5)
+    others = [
+        ForcedExpert("law", text, tokens, 1.5, kl, 2.0, 2.0, 2.0, 2.0) for text, tokens, kl in (("a", 10, 0.4), ("b", 30, 0.8))
+    ]
+    own, rest = replace(found, rows=[some, *others], own_models={"law": "PEFT"}).by_expert()
+    assert own == replace(some, text=OWN_TEXT)
+    assert (rest.text, rest.tokens, rest.largest) == (OTHER_TEXTS, 40, 1.5)
+    assert rest.kl == pytest.approx(0.7) and rest.not_carried == pytest.approx(0.35)
+
+
+def test_without_text_english_that_comes_along_is_read(shared_workshop: Workshop, tmp_path: Path) -> None:
+    shop = borrow(shared_workshop, tmp_path)
+    experts = [{"name": name, "model": f"./{name}"} for name in DOMAINS[:2]]
+    found = forced(shop.build(experts=experts))
+    assert [row.text for row in found.rows] == ["general"] * 2 and not found.own_text
+    assert "general English that comes with modekit" in found.notes[0] and "there is no text to evaluate on" in found.notes[0]
+
+
+def test_models_that_are_gone_are_left_out_and_said(workshop: Workshop) -> None:
+    folder = workshop.build()
+    (workshop.root / "law").rename(workshop.root / "moved")
+    found = forced(folder)
+    assert list(found.own_models) == ["medicine", "code"]
+    assert found.notes == ["law is left out: it is no longer where the recipe found it"]
+    (workshop.root / "base").rename(workshop.root / "moved-base")
+    with pytest.raises(SourceError, match="base: it is no longer"):
+        forced(folder)
+
+
+def test_given_weights_leave_no_expert_whole(workshop: Workshop) -> None:
+    mixture = {"method": "linear", "weights": {name: place + 1.0 for place, name in enumerate(DOMAINS)}}
+    with pytest.raises(UnsupportedError, match="given weights"):
+        forced(workshop.build(mixture=mixture))
+
+
+def test_pairs_are_read_by_models_with_an_encoder(tmp_path: Path) -> None:
+    shop = make_pair_workshop(tmp_path, "t5")
+    found = forced(
+        shop.build(mixture={"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}})
+    )
+    assert all(row.kl < 1e-7 < row.base_kl for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    "change", [{"target_modules": r".*\.(q|v|o|gate|up|down)_proj"}, {"rank_pattern": {"(a+)+": 4}}], ids=["targets", "ranks"]
+)
+def test_peft_is_given_no_patterns_of_strangers(adapters: Workshop, tmp_path: Path, change: dict[str, Any]) -> None:
+    """It has no time limit for them."""
+    folder = tmp_path / "patterns"
+    folder.mkdir()
+    source = adapters.root / "medicine-adapter"
+    (folder / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+    config = json.loads((source / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    assert not experts_module._names_are_plain(folder) and experts_module._names_are_plain(source)
+    expert = {**adapters.recipe["experts"][0], "adapter": str(folder)}
+    if "target_modules" in change:
+        found = forced(adapters.build("PATTERNS", experts=[expert], mixture={"modules": "all", "router": {"fit": "random"}}))
+        assert found.own_models == {"medicine": "folded"} and all(row.kl < 1e-7 < row.base_kl for row in found.rows)
+
+
+def test_an_adapter_that_peft_does_not_take_whole_is_folded(
+    adapters: Workshop, whole: tuple[Checkpoint, ForcedExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = peft.PeftModel.load_adapter
+
+    def loses_one(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options)
+        loaded.missing_keys.append("one")
+        return loaded
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", loses_one)
+    assert experts_module.load_own_model(whole[0], 1)[1] == "folded"
+
+
+def test_the_commands(adapters: Workshop) -> None:
+    adapters.write(mixture={"modules": "all", "router": {"fit": "random"}})
+    out = adapters.root / "TYPED"
+    said = modekit("build", adapters.root / "recipe.yaml", out, "--prove")
+    assert "Every expert, gates forced on it" in said and "all others" in said
+    (out / "results" / "forced.json").unlink()
+    code, said, err = ended("verify", out, "--deep", "--no-reload")
+    assert code == 0 and "copied tensors" in said and "its own" in said and "comparing the experts takes" in err
+    both = json.loads(modekit("verify", out, "--deep", "--no-reload", "--json"))
+    assert {check["verdict"] for check in both["checks"]} == {"proven"} and len(both["forced"]["rows"]) == 9
+    assert "gates forced on it" in modekit("inspect", out, "--tokens", "200")
+    assert isinstance(json.loads(modekit("verify", out, "--no-reload", "--json")), list)
+
+
+def test_the_cost_is_said_before(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    checkpoint, _ = whole
+    cost = forced_cost(checkpoint)
+    sizes = checkpoint.parameters
+    assert 0 < cost.seconds[0] < cost.seconds[1]
+    assert cost.memory == 4 * (sizes.total + sizes.dense + 3 * 1_024 * 96)
