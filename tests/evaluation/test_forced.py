@@ -53,7 +53,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def whole(adapters: Workshop) -> tuple[Checkpoint, ForcedExperts]:
-    folder = adapters.build("WHOLE", mixture={"modules": "all", "router": {"fit": "random"}})
+    folder = adapters.build("WHOLE")
     return open_checkpoint(folder), forced(folder)
 
 
@@ -101,7 +101,7 @@ def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:
     found = forced(adapters.build("FOLDED", output={"format": "native"}))
     for row in found.rows:
         assert row.not_carried is not None and 0.01 < row.not_carried < 2, row
-        assert abs(row.forced_loss - row.own_loss) > 1e-3
+        assert row.largest > 0.1 and row.forced_loss != row.own_loss
 
 
 def test_wider_plain_checkpoints_are_compared_too(adapters: Workshop) -> None:
@@ -110,7 +110,7 @@ def test_wider_plain_checkpoints_are_compared_too(adapters: Workshop) -> None:
     experts = [{**expert, "adapter": f"./ffn-{expert['name']}"} for expert in adapters.recipe["experts"][:2]]
     for expert in experts:
         train_adapter(adapters.root / "base", ffn, adapters.root / expert["adapter"])
-    router = {"fit": "lexical", "tokens_per_domain": 400}
+    router = {"fit": "lexical"}
     folder = adapters.build("LEXICAL", experts=experts, output={"format": "native"}, mixture={"top_k": 2, "router": router})
     found = forced(folder)
     assert open_checkpoint(folder).shape.channels is not None
@@ -132,7 +132,7 @@ def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path
 def test_a_damaged_expert_shows(adapters: Workshop, whole: tuple[Checkpoint, ForcedExperts]) -> None:
     """And what was found before is no longer of this checkpoint."""
     _, before = whole
-    folder = adapters.build("DAMAGED", mixture={"modules": "all", "router": {"fit": "random"}})
+    folder = adapters.build("DAMAGED")
     forced(folder)
     name = next(name for name in open_checkpoint(folder).tensors if name.endswith("lora_B"))
     path = open_checkpoint(folder).tensors[name].file
@@ -180,7 +180,7 @@ def test_texts_are_pooled_by_their_tokens(whole: tuple[Checkpoint, ForcedExperts
 
 def test_without_text_english_that_comes_along_is_read(shared_workshop: Workshop, tmp_path: Path) -> None:
     shop = borrow(shared_workshop, tmp_path)
-    experts = [{"name": name, "model": f"./{name}"} for name in DOMAINS[:2]]
+    experts = [{key: expert[key] for key in ("name", "model")} for expert in shop.recipe["experts"][:2]]
     found = forced(shop.build(experts=experts))
     assert [row.text for row in found.rows] == ["general"] * 2 and not found.own_text
     assert "general English that comes with modekit" in found.notes[0] and "there is no text to evaluate on" in found.notes[0]
@@ -225,7 +225,8 @@ def test_peft_is_given_no_patterns_of_strangers(adapters: Workshop, tmp_path: Pa
     assert not experts_module._names_are_plain(folder) and experts_module._names_are_plain(source)
     expert = {**adapters.recipe["experts"][0], "adapter": str(folder)}
     if "target_modules" in change:
-        found = forced(adapters.build("PATTERNS", experts=[expert], mixture={"modules": "all", "router": {"fit": "random"}}))
+        mixture = {"top_k": 1, "router": {"fit": "random"}}
+        found = forced(adapters.build("PATTERNS", experts=[expert], mixture=mixture))
         assert found.own_models == {"medicine": "folded"} and all(row.kl < 1e-7 < row.base_kl for row in found.rows)
 
 
@@ -244,7 +245,7 @@ def test_an_adapter_that_peft_does_not_take_whole_is_folded(
 
 
 def test_the_commands(adapters: Workshop) -> None:
-    adapters.write(mixture={"modules": "all", "router": {"fit": "random"}})
+    adapters.write()
     out = adapters.root / "TYPED"
     said = modekit("build", adapters.root / "recipe.yaml", out, "--prove")
     assert "Every expert, gates forced on it" in said and "all others" in said

@@ -155,7 +155,7 @@ def force_experts(
     Read are at most `tokens_per_domain` of every domain that `eval` scores; where the recipe has no such text, of general
     English that comes with modekit, which a note says. In memory are the mixture, one other model, and the base's logits.
 
-    Raises UnsupportedError for experts that given weights are folded into, SourceError where base or experts are no longer there,
+    Raises UnsupportedError for experts that given weights are folded into, SourceError where base or experts are gone,
     CheckpointError where a forced expert says nothing finite, TextError for pairs without text.
     """
     if checkpoint.record.recipe.mixture.weights is not None:

@@ -128,8 +128,8 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
         outside = changed - mixed
         if outside and not merged and kept != expert.name:
             yield (
-                f"{expert.name}: of the {len(changed)} tensors that its adapter changes, {len(outside)} ({_kinds(outside)}) are "
-                f"not mixed, and lost on this backbone ({_MEASURED}); {way_out}, or merge the backbone "
+                f"{expert.name}: of the {len(changed)} tensors that its adapter changes, {len(outside)} ({_kinds(outside)}) "
+                f"are not mixed, and lost on this backbone ({_MEASURED}); {way_out}, or merge the backbone "
                 "(mixture.backbone: average)"
             )
 
