@@ -30,7 +30,7 @@ from pair_models import make_pair_workshop
 from refusal import borrow
 
 ALL = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FEW = {"tokens_per_domain": 300, "sequence_length": 32}
+FEW: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 32}
 
 
 def forced(folder: Path) -> ForcedExperts:
@@ -41,7 +41,7 @@ def forced(folder: Path) -> ForcedExperts:
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """LoRA, rsLoRA and DoRA that PEFT trained on attention and FFN, each with a text of its own."""
     shop = make_workshop(tmp_path_factory.mktemp("adapters"))
-    kinds = [{}, {"use_rslora": True}, {"use_dora": True}]
+    kinds: list[dict[str, Any]] = [{}, {"use_rslora": True}, {"use_dora": True}]
     for name, kind in zip(DOMAINS, kinds, strict=True):
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM", **kind)
         train_adapter(shop.root / "base", config, shop.root / f"{name}-adapter")
@@ -161,7 +161,8 @@ def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedE
     assert f"| law | {OWN_TEXT} |" in card and f"| law | {OTHER_TEXTS} |" in card and "not carried" in card
     html = make_page(make_content(checkpoint))
     assert "What of each expert is in it" in html and 'data-at="/forced/rows/5/kl"' in html
-    for wrong in ({"rows": []}, {"rows": [{"kl": float("inf")}]}, {"own_models": {"law": "pickle"}}):
+    mistakes: list[dict[str, Any]] = [{"rows": []}, {"rows": [{"kl": float("inf")}]}, {"own_models": {"law": "pickle"}}]
+    for wrong in mistakes:
         with pytest.raises(ValueError, match=r"\w"):
             ForcedExperts.from_data({**found.as_data(), **wrong})
 

@@ -67,10 +67,11 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
 
 
 def _names_are_plain(folder: Path) -> bool:
+    """Whether no name of a module in an adapter's config, which is checked, is more of a pattern than a dot or an end."""
     config = read_adapter_config(folder, where=str(folder))
-    values = [config.get(key) or () for key in _NAMES]
-    names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
-    return all(_PLAIN_NAME.fullmatch(name) for name in names)
+    values = [config.get(key) for key in _NAMES]
+    names = [[value] if isinstance(value, str) else value for value in values if isinstance(value, (str, list, dict))]
+    return all(_PLAIN_NAME.fullmatch(name) for each in names for name in each)
 
 
 def _in_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:

@@ -22,7 +22,7 @@ from modekit.sources.tokenizer import chat_template
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 
-_MEASURED = "`modekit advise` measures what it is worth before a build, `modekit verify --deep` in nats after it"
+_MEASURED = "`modekit advise` measures before a build what that is worth, `modekit verify --deep` after it"
 
 
 def notes_of(recipe: Recipe, sources: Sequence[ModelSource], family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
@@ -105,33 +105,34 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
     ]
     if names:
         yield (
-            f"{', '.join(names)}: whatever a full model changed outside of what is mixed is lost on the base model's backbone "
-            f"({_MEASURED}); {way_out}, or merge the backbone (mixture.backbone: average)"
+            f"{', '.join(names)}: whatever a full model changed outside of what is mixed is lost on the base model's backbone. "
+            f"{_MEASURED}; {way_out}, or merge the backbone (mixture.backbone: average)"
         )
 
 
 def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
-    """A note for each adapter of which something is lost. Raises UnsupportedError when that is all."""
-    merged, backbone = recipe.mixture.merge is not None, recipe.mixture.backbone
+    """A note on the adapters of which something is lost. Raises UnsupportedError when that is all of one."""
+    merged, backbone, lost = recipe.mixture.merge is not None, recipe.mixture.backbone, list[str]()
     kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if not isinstance(source, AdapterSource):
             continue
         changed = {*source.changes, *source.bias_changes, *source.replaced}
-        if not changed & mixed:
+        outside = changed - mixed
+        if outside == changed:
             raise UnsupportedError(
                 "the adapter changes nothing that this recipe mixes",
                 where=f"{source.label} ({source.spec})",
                 found=f"it changes {_kinds(changed)}",
                 remedy=f"{way_out}, or remove the expert",
             )
-        outside = changed - mixed
         if outside and not merged and kept != expert.name:
-            yield (
-                f"{expert.name}: of the {len(changed)} tensors that its adapter changes, {len(outside)} ({_kinds(outside)}) "
-                f"are not mixed, and lost on this backbone ({_MEASURED}); {way_out}, or merge the backbone "
-                "(mixture.backbone: average)"
-            )
+            lost.append(f"{len(outside)} of the {len(changed)} tensors that {expert.name} changes ({_kinds(outside)})")
+    if lost:
+        yield (
+            f"not mixed, and lost on this backbone: {', '.join(lost)}. {_MEASURED}; {way_out}, or merge the "
+            "backbone (mixture.backbone: average)"
+        )
 
 
 def _kinds(names: set[str]) -> str:
