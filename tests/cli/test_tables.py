@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Some
 from typing import Any
@@ -23,6 +24,7 @@ from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.demo.translation import TranslatedTable
+from modekit.evaluation.forced import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
@@ -159,6 +161,20 @@ def test_verify(shown: Callable[..., str]) -> None:
     check_whole(shown, ["copied tensors", "proven"], mixtures.print_checks, checks)
     text = plain(shown(80, mixtures.print_checks, checks)).splitlines()
     assert text[1].startswith("copied tensors  proven   1113 tensors") and text[2].startswith(" " * 24)
+
+
+def test_forced(shown: Callable[..., str]) -> None:
+    figures = (0.000002346, 0.25, 12.3456, 12.3456, 13.4567)
+    rows = [ForcedExpert(name, text, 10, 12.3, *figures) for name in NAMES for text in NAMES]
+    found = ForcedExperts(
+        rows, {}, dict(zip(NAMES, NAMES, strict=True)), dict.fromkeys(NAMES, "PEFT"), ["a note " * 20], checkpoint={}
+    )
+    cells = [*NAMES, "its own", "all others", "2.35e-06", "9.38e-06", "12.3", "12.3456", "13.4567"]
+    check_whole(shown, cells, mixtures.print_forced, found)
+    row = replace(rows[0], expert="medicine", text="medicine")
+    small = ForcedExperts([row], {}, {"medicine": "medicine"}, {"medicine": "PEFT"}, checkpoint={})
+    table = plain(shown(80, mixtures.print_forced, small)).splitlines()[-1]
+    assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
 def test_extract_training_and_demo(shown: Callable[..., str]) -> None:

@@ -230,10 +230,10 @@ def _compared(
                 own_NV = _logits(own, batch, count, f"force {name}")
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
-                kl, apart = divergence(own_NV, forced_NV)
+                from_forced, from_base = divergences(own_NV, forced_NV, base_NV)
                 losses = [_loss(logits_NV, batch) for logits_NV in (own_NV, forced_NV, base_NV)]
-                sums += torch.tensor([kl, divergence(own_NV, base_NV)[0], *losses])
-                largest = max(largest, apart)
+                sums += torch.tensor([from_forced.kl, from_base.kl, *losses], dtype=torch.float64)
+                largest = max(largest, from_forced.largest)
             rows.append(_row(name, text, batches, largest, sums))
         del own
     return rows, made
@@ -247,7 +247,7 @@ def _row(name: str, text: str, batches: Sequence[Batch], largest: float, sums: t
             remedy="look for what is damaged with `modekit verify`",
         )
     tokens = sum(batch.scored for batch in batches)
-    return ForcedExpert(name, text, tokens, largest, *(sums / tokens).tolist())
+    return ForcedExpert(name, text, tokens, largest, *(sums / tokens).clamp(min=0.0).tolist())
 
 
 def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: str) -> torch.Tensor:
@@ -264,17 +264,23 @@ def _loss(logits_NV: torch.Tensor, batch: Batch) -> float:
     return float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
 
 
-def divergence(own_NV: torch.Tensor, other_NV: torch.Tensor) -> tuple[float, float]:
-    """Sum over tokens of KL(own || other) in nats, and the largest |difference| of log-probabilities, both in float64.
+@dataclass
+class Divergence:
+    """Sum over tokens of KL(own || other) in nats, and the largest |difference| of log-probabilities."""
 
-    Over the tokens that both vocabularies have: the first of each, as many as the smaller one has.
-    """
-    total, largest = 0.0, 0.0
-    width = min(own_NV.shape[1], other_NV.shape[1])
+    kl: float = 0.0
+    largest: float = 0.0
+
+
+def divergences(own_NV: torch.Tensor, *others: torch.Tensor) -> list[Divergence]:
+    """Of logits (N, V) from those of each other model, in float64; over the first tokens of the vocabulary, that all have."""
+    found = [Divergence() for _ in others]
+    width = min(logits.shape[1] for logits in (own_NV, *others))
     step = max(1, _AT_ONCE // width)
     for start in range(0, len(own_NV), step):
-        own, other = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, other_NV))
-        difference = own - other
-        total += float((own.exp() * difference).sum())
-        largest = max(largest, float(difference.abs().max()))
-    return max(0.0, total) if total == total else total, largest
+        own, *rest = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, *others))
+        p_own = own.exp()
+        for each, other in zip(found, rest, strict=True):
+            each.kl += float((p_own * (own - other)).sum())
+            each.largest = max(each.largest, float((own - other).abs().max()))
+    return found
