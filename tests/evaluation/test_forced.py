@@ -125,7 +125,10 @@ def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path
     medicine, general = found.rows
     assert medicine.kl < 1e-7 and medicine.base_kl > 0.01
     assert general.base_kl == 0 and general.not_carried is None and general.kl < 1e-7
-    assert found.table()[1][1][3] == "-"
+    assert found.table()[1][1][3] == "-" and found.notes == []
+    checkpoint = open_checkpoint(tmp_path / "OUT")
+    moved = checkpoint.record.model_copy(update={"trained": {"a tensor": "0" * 64}})
+    assert force_experts(Checkpoint(checkpoint.folder, moved), **FEW).notes[0].startswith("the mixture was trained")
 
 
 def test_a_damaged_expert_shows(adapters: Workshop, whole: tuple[Checkpoint, ForcedExperts]) -> None:

@@ -166,6 +166,8 @@ def force_experts(
         )
     run.begin("read the text")
     domains, notes = _texts(checkpoint, tokens_per_domain, sequence_length, run)
+    if checkpoint.record.trained:
+        notes.append("the mixture was trained since the build: what that moved counts as not carried, too")
     why = [why_not(checkpoint, place, run=run) for place in range(len(checkpoint.names))]
     notes += [f"{name} is left out: {reason}" for name, reason in zip(checkpoint.names, why, strict=True) if reason]
     places = [place for place, reason in enumerate(why) if not reason]
