@@ -7,10 +7,10 @@ pairs.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.family import LINEAR, Config, Family, Stack, whole
+from modekit.sources.family import LINEAR, Config, Family, Stack, whole, words
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
@@ -45,6 +45,35 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
+
+
+def _rope_by_kind(config: Config) -> Config:
+    """Gemma 3 since transformers 5: rotary settings for each kind of attention; before, those of windows were one number."""
+    rope = config["rope_parameters"]
+    if not isinstance(rope, Mapping) or "full_attention" in rope:
+        kinds = rope if isinstance(rope, Mapping) else {}
+        return {**config, "rope_parameters": {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}}
+    local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 10_000.0}
+    return {**config, "rope_parameters": {"full_attention": rope, "sliding_attention": local}, "rope_local_base_freq": None}
+
+
+def _gemma4_kinds(config: Config) -> list[str]:
+    """Gemma 4: the last layer has no window, whatever its number."""
+    return [*_every("", 6, "sliding_attention")(config)[:-1], "full_attention"]
+
+
+def _gemma4_layer(config: Config, layer: int) -> Config:
+    """Gemma 4: layers without a window may have wider heads; the last ones may use earlier keys and values, and a wider FFN."""
+    kind = words(config, "layer_types")[layer]
+    own: Config = {}
+    if kind == "full_attention":
+        heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+        own = {"head_dim": config.get("global_head_dim") or 512, **({"num_key_value_heads": heads} if heads else {})}
+    if isinstance(said := config.get("per_layer_config"), Mapping):
+        own = each if isinstance(each := said.get(str(layer)), Mapping) else {}
+    shared = layer >= whole(config, "num_hidden_layers") - whole(config, "num_kv_shared_layers")
+    wide = {"intermediate_size": 2 * whole(config, "intermediate_size")} if shared and config.get("use_double_wide_mlp") else {}
+    return {**config, **own, **wide, "kind": f"{kind} without keys" if shared else kind}
 
 
 _TOKENS_OF_LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -191,8 +220,52 @@ DECODERS: tuple[Family, ...] = (
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
         head_dim=256,
         rope_theta=1_000_000.0,
-        defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096},
+        defaults={
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+        },
         layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
+        meant=_rope_by_kind,
+    ),
+    Family(
+        model_type="gemma4_text",
+        is_variant=lambda config: not config.get("enable_moe_block"),
+        rope_theta=1_000_000.0,
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "sliding_window": 512,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "use_bidirectional_attention": None,
+        },
+        layer_types=_gemma4_kinds,
+        of_layer=_gemma4_layer,
+        must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
+        without_vllm="it was not tried there",
+    ),
+    Family(
+        model_type="ministral3",
+        head_dim=128,
+        rope_theta=1_000_000.0,
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "sliding_window": None,
+        },
     ),
     Family(
         model_type="phi3",

@@ -124,6 +124,7 @@ class Family:
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
+        of_layer: the dense config as it holds for one layer by number, where layers differ in more than their kind of attention.
         norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
@@ -146,6 +147,7 @@ class Family:
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
     layer_types: Callable[[Config], list[str]] | None = None
+    of_layer: Callable[[Config, int], Config] = lambda config, layer: config
     norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
     without_vllm: str = ""
