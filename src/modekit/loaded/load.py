@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -165,7 +166,9 @@ def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrained
             for name, ref in source.tensors.items()
         }
     config = AutoConfig.for_model(**source.config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype
+    )
     return model
 
 
