@@ -19,6 +19,13 @@ _TEXT = {**SMALL, "head_dim": 8}
 _WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 _GEMMA4 = {
+    "vision_config": {**_TOWER, "num_key_value_heads": 2, "head_dim": 8, "model_type": "gemma4_vision", "patch_size": 4},
+    "audio_config": None,
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "audio_token_id": 92,
+}
+_GEMMA4_TEXT = {
     "layer_types": _WINDOWS,
     "sliding_window": 6,
     "global_head_dim": 16,
@@ -79,12 +86,25 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "gemma4",
         {
-            "text_config": {**_TEXT, "model_type": "gemma4_text", **_GEMMA4},
-            "vision_config": {**_TOWER, "num_key_value_heads": 2, "head_dim": 8, "model_type": "gemma4_vision", "patch_size": 4},
-            "audio_config": None,
-            "image_token_id": 90,
-            "video_token_id": 91,
-            "audio_token_id": 92,
+            "text_config": {**_TEXT, "model_type": "gemma4_text", **_GEMMA4_TEXT},
+            **_GEMMA4,
+        },
+    ),
+    "gemma4 shared": (
+        "gemma4",
+        {
+            "text_config": {
+                **_TEXT,
+                "model_type": "gemma4_text",
+                **_GEMMA4_TEXT,
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+                "use_double_wide_mlp": True,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
+            },
+            **_GEMMA4,
         },
     ),
 }
