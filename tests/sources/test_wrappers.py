@@ -12,12 +12,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key, revert_weight_conversion
 
 from adapter_folders import quiet
-from conftest import SMALL, logits_of, save
+from conftest import logits_of, save
 from generated import check_generation
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -28,8 +28,11 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.sources.compatibility import _plain
+from modekit.sources.families import CONFIG_MUST_MATCH, family_of
 from modekit.sources.model import open_source
-from modekit.sources.wrappers import WRAPPERS, plain_names
+from modekit.sources.model_config import check_values
+from modekit.sources.wrappers import WRAPPERS, plain_names, text_config
 from wrapped_models import WRAPPED, save_wrapped, text_model, wrapped_config, wrapped_model
 
 RANDOM = {"method": "routing", "top_k": 1, "router": {"fit": "random"}}
@@ -144,3 +147,132 @@ def test_text_is_generated_as_in_one_pass(shop: Path) -> None:
     """With a cache, left padding, beams; the routers' averages are of all tokens, whichever a layer is given."""
     router = {"fit": "random", "granularity": "context", "decay": [0.5], "seed": 1}
     check_generation(built(shop, "base", ("full", "lora"), "TEXT", router=router))
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_stays_behind_is_said(case: str, tmp_path: Path) -> None:
+    """Tower, heads that predict further tokens, keys that no layer reads; and what an adapter changes of a tower."""
+    model = wrapped_model(case)
+    save(model, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    extra = {"mtp.fc.weight": torch.zeros(4, 8)}
+    if case == "gemma4 shared":
+        extra["model.language_model.layers.3.self_attn.k_proj.weight"] = torch.zeros(4, 8)
+    save_file({**tensors, **extra}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tower = {"qwen3_5": r"visual.*\.qkv", "gemma4": "embed_vision.*projection"}.get(case.split()[0], r"vision_tower.*\.q_proj")
+    adapter(model, tmp_path / "lora", target_modules=rf".*(language_model.*\.up_proj|{tower})")
+    recipe = parse_recipe({"base_model": "./base", "experts": [{"name": "law", "adapter": "./lora"}], "mixture": RANDOM})
+    plan = make_plan(recipe, tmp_path)
+    base, law = (note for note in plan.notes if note.endswith("stay behind"))
+    assert base.startswith("base_model: only the language model is mixed") and "mtp (1 tensors, 128 B)" in base
+    assert law.startswith("experts[0] 'law'") and re.search("visual|vision", law)
+    assert ("what no layer reads (1 tensors, 128 B)" in base) == (case == "gemma4 shared")
+    assert set(plan.source_states) == {tmp_path / "base" / "model.safetensors", tmp_path / "lora" / "adapter_model.safetensors"}
+
+
+OLD_GEMMA3 = {
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("case", [*WRAPPED, "as Gemma 3 was published"])
+def test_a_silent_config_means_what_transformers_takes_it_for(case: str) -> None:
+    """Settings that equal their class's defaults are left out, and rotary settings may be those of old versions."""
+    silent: dict[str, Any] = OLD_GEMMA3
+    if case in WRAPPED:
+        full = wrapped_config(case).to_dict()
+        text = full["text_config"]
+        class_says = AutoConfig.for_model(text["model_type"]).to_dict()
+        sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "model_type"}
+        said = {key: value for key, value in text.items() if key in sizes or value != class_says.get(key, ...)}
+        silent = {"model_type": full["model_type"], "text_config": said}
+    full = AutoConfig.for_model(**silent).to_dict()
+    ours, theirs = (text_config(each, ["lm_head.weight"], where="model") for each in (silent, full))
+    family = family_of(ours, where="model")
+    meant = [family.meant(family.dense_config(each)) for each in (ours, theirs)]
+    for key in (*CONFIG_MUST_MATCH, *family.must_match):
+        assert _plain(meant[0].get(key)) == _plain(meant[1].get(key)), key
+    check_values(ours, where="model")
+    assert AutoConfig.for_model(**ours).to_diff_dict().keys() - {"eos_token_id"} == AutoConfig.for_model(**theirs).to_diff_dict().keys() - {"eos_token_id"}
+
+
+def test_the_language_model_is_saved_by_its_own_class(shop: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    save(load_model(shop / "base"), tmp_path / "alone")
+    assert open_source("base", "base", tmp_path / "alone").wrapper is None
+    assert torch.equal(logits_of(tmp_path / "alone", ids), logits_of(load_model(shop / "base"), ids))
+
+
+def test_what_was_saved_out_of_a_wrapper_may_keep_its_names(ids: torch.Tensor, tmp_path: Path) -> None:
+    """As transformers saves what it opened as Qwen3_5ForCausalLM."""
+    save_wrapped("qwen3_5", tmp_path / "base")
+    save(changed(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r"\.mlp\.", 1), tmp_path / "law")
+    assert any("language_model" in name for name in load_file(tmp_path / "law" / "model.safetensors"))
+    assert json.loads((tmp_path / "law" / "config.json").read_text())["model_type"] == "qwen3_5_text"
+    experts = [{"name": "law", "model": "./law"}, {"name": "rest", "model": "base"}]
+    build(make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": RANDOM}), tmp_path), tmp_path / "OUT")
+    checkpoint = open_checkpoint(tmp_path / "OUT")
+    assert checkpoint.shape.native_type == "qwen3_5_moe_text"
+    model = load_model(tmp_path / "OUT")
+    with mixture_of(model, checkpoint).forced(0):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(tmp_path / "law", ids), atol=1e-4, rtol=0)
+
+
+def test_a_native_mixture_of_shards(ids: torch.Tensor, tmp_path: Path) -> None:
+    """The tower in files of its own, which are recorded, too."""
+    save(wrapped_model("mistral3"), tmp_path / "base", max_shard_size="20KB")
+    save(changed(wrapped_model("mistral3"), r"\.mlp\.", 1), tmp_path / "law", max_shard_size="20KB")
+    experts = [{"name": "law", "model": "./law"}, {"name": "rest", "model": "base"}]
+    build(make_plan(parse_recipe({"base_model": "./base", "experts": experts, "mixture": RANDOM}), tmp_path), tmp_path / "OUT")
+    checkpoint = open_checkpoint(tmp_path / "OUT")
+    assert checkpoint.shape.native_type == "mixtral" and is_proven(verify(checkpoint))
+    assert set(checkpoint.record.sources[0].files) == {file.name for file in (tmp_path / "base").glob("*.safetensors")}
+    model, ids = load_model(tmp_path / "OUT"), ids.clamp(max=89)
+    with mixture_of(model, checkpoint).forced(0):
+        torch.testing.assert_close(logits_of(model, ids), logits_of(own(tmp_path, "law"), ids), atol=1e-4, rtol=0)
+
+
+NAMED = "model.language_model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "wanted"),
+    [
+        ({"text_config": [1]}, {}, "no usable text_config"),
+        ({"text_config": None}, {}, "no usable text_config"),
+        ({"text_config": {"model_type": "mixtral"}}, {}, "wraps a model of this family"),
+        ({"text_config": {"model_type": ["mistral"]}}, {}, "wraps a model of this family"),
+        ({"quantization_config": {"quant_method": "gptq"}}, {}, "quantised"),
+        ({"text_config": {"hidden_size": "wide"}}, {}, "no usable hidden_size"),
+        ({"text_config": {"auto_map": {"AutoModel": "x.Y"}}}, {}, "code of its own"),
+        ({}, {"model.layers.0.mlp.up_proj.weight": (48, 32)}, "named in two ways"),
+        ({}, {NAMED: (48, 32)}, "named in two ways"),
+        ({}, {"lm_head.weight": (96, 32)}, "mean the same"),
+        ({}, {"language_model.model.layers.7.mlp.up_proj.weight": (48, 32)}, "that the base model lacks"),
+        ({}, {"language_model.model.layers.0.mlp.up_proj.lora_A.weight": (48, 32)}, "expert has tensors|another shape|lacks"),
+    ],
+)
+def test_a_wrapper_that_lies_is_refused(
+    config: dict[str, Any], more: dict[str, tuple[int, int]], wanted: str, tmp_path: Path
+) -> None:
+    save_wrapped("mistral3", tmp_path / "base")
+    save_wrapped("mistral3", tmp_path / "law")
+    said = json.loads((tmp_path / "law" / "config.json").read_text())
+    inner = config.get("text_config", {})
+    whole = {**said["text_config"], **inner} if isinstance(inner, dict) else inner
+    (tmp_path / "law" / "config.json").write_text(json.dumps({**said, **config, "text_config": whole}))
+    tensors = load_file(tmp_path / "law" / "model.safetensors")
+    tensors |= {name: torch.zeros(shape) for name, shape in more.items()}
+    save_file(tensors, tmp_path / "law" / "model.safetensors", metadata={"format": "pt"})
+    recipe = {"base_model": "./base", "experts": [{"name": "law", "model": "./law"}], "mixture": RANDOM}
+    with pytest.raises(ModekitError, match=wanted):
+        make_plan(parse_recipe(recipe), tmp_path)

@@ -17,7 +17,7 @@ from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Family
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
-from modekit.sources.names import is_ignored
+from modekit.sources.names import is_ignored, split_layer
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.tokenizer import chat_template
 
@@ -139,7 +139,9 @@ def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
         sizes: dict[str, list[int]] = {}
         for name, ref in source.beside.items():
-            sizes.setdefault(name.removeprefix("model.").partition(".")[0], []).append(ref.nbytes)
+            layer, _ = split_layer(name)
+            part = name.removeprefix("model.").partition(".")[0] if layer is None else "what no layer reads"
+            sizes.setdefault(part, []).append(ref.nbytes)
         said = ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
         of.setdefault(said, []).append(source.label)
     of.pop("", None)

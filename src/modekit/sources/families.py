@@ -58,8 +58,18 @@ def _rope_by_kind(config: Config) -> Config:
 
 
 def _gemma4_kinds(config: Config) -> list[str]:
-    """Gemma 4: the last layer has no window, whatever its number."""
-    return [*_every("", 6, "sliding_attention")(config)[:-1], "full_attention"]
+    """Gemma 4: a window in five of six layers, never in the last one."""
+    count = whole(config, "num_hidden_layers")
+    return ["full_attention" if layer % 6 == 5 or layer == count - 1 else "sliding_attention" for layer in range(count)]
+
+
+def _gemma4_unread(config: Config) -> frozenset[str]:
+    """Gemma 4: keys and values of the layers that use those of earlier ones, which published files hold nevertheless."""
+    config = {"num_kv_shared_layers": 0, **config}
+    count, shared = whole(config, "num_hidden_layers"), whole(config, "num_kv_shared_layers")
+    parts = ("k_proj", "v_proj", "k_norm", "v_norm")
+    layers = range(max(count - shared, 0), min(count, 1_000))
+    return frozenset(f"{Stack().layers}{layer}.self_attn.{part}.weight" for layer in layers for part in parts)
 
 
 def _gemma4_layer(config: Config, layer: int) -> Config:
@@ -252,6 +262,7 @@ DECODERS: tuple[Family, ...] = (
         },
         layer_types=_gemma4_kinds,
         of_layer=_gemma4_layer,
+        unread=_gemma4_unread,
         must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
         without_vllm="it was not tried there",
     ),

@@ -133,6 +133,7 @@ class Family:
         copies: tensors that files may hold besides the embedding and that are the same parameter.
         shares: whether they are so whatever config.json says of tying, and the head has weights of its own or is the embedding.
         computed: tensors that files may hold and that every model computes for itself.
+        unread: tensors that files may hold and that the class never reads, by config.
         optional: tensors that an expert may have and its base may lack, where they are zero.
         same_as: key of config.json -> the key whose value it has where it says none.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
@@ -156,6 +157,7 @@ class Family:
     copies: tuple[str, ...] = ()
     shares: bool = False
     computed: tuple[str, ...] = ()
+    unread: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     optional: tuple[str, ...] = ()
     same_as: Mapping[str, str] = field(default_factory=dict)
     meant: Callable[[Config], Config] = lambda config: config

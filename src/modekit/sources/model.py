@@ -20,7 +20,8 @@ from typing import Any
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.family import Config
+from modekit.sources.families import own_family
+from modekit.sources.family import Config, Family
 from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
@@ -297,10 +298,12 @@ def source_of(
         return ModelSource(label, spec, folder, revision, config, tensors)
     names, wraps = plain_names(tensors, where=where), config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
+    text = text_config(config, own, where=where) if wraps else config
+    unread = own_family(text, Family("")).unread(text)
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
+    beside |= {name: own.pop(name) for name in own.keys() & unread}
     if not wraps and own.keys() == tensors.keys():
         return ModelSource(label, spec, folder, revision, config, tensors)
-    text = text_config(config, own, where=where) if wraps else config
     return ModelSource(label, spec, folder, revision, text, own, wrapper=config, beside=beside)
 
 

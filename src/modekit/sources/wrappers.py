@@ -110,7 +110,7 @@ def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config
             expected="the settings of the language model that is wrapped",
             remedy=SAVE_AGAIN,
         )
-    kind = inner.get("model_type", kinds[0])
+    kind = inner.get("model_type", kinds[0]) if len(kinds) > 1 else kinds[0]  # the class of one kind does not ask
     if kind not in kinds:
         raise UnsupportedError(
             f"a '{config['model_type']}' model that wraps a model of this family cannot be mixed",
