@@ -57,6 +57,12 @@ def _rope_by_kind(config: Config) -> Config:
     return {**config, "rope_parameters": {"full_attention": rope, "sliding_attention": local}, "rope_local_base_freq": None}
 
 
+def _partial_rope(config: Config) -> Config:
+    """Qwen3.5: a quarter of each head turns, unless config.json says otherwise."""
+    rope = config["rope_parameters"]
+    return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **(rope if isinstance(rope, Mapping) else {})}}
+
+
 def _gemma4_kinds(config: Config) -> list[str]:
     """Gemma 4: a window in five of six layers, never in the last one."""
     count = whole(config, "num_hidden_layers")
@@ -214,8 +220,14 @@ DECODERS: tuple[Family, ...] = (
             "hidden_act": "silu",
             "attention_bias": False,
             "num_key_value_heads": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
+        meant=_partial_rope,
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
     Family(model_type="gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
@@ -252,6 +264,8 @@ DECODERS: tuple[Family, ...] = (
             "num_key_value_heads": 4,
             "head_dim": 256,
             "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
             "sliding_window": 512,
             "hidden_size_per_layer_input": 256,
             "vocab_size_per_layer_input": 262_144,
@@ -259,6 +273,10 @@ DECODERS: tuple[Family, ...] = (
             "num_kv_shared_layers": 0,
             "use_double_wide_mlp": False,
             "use_bidirectional_attention": None,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            },
         },
         layer_types=_gemma4_kinds,
         of_layer=_gemma4_layer,
