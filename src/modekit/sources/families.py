@@ -246,7 +246,6 @@ DECODERS: tuple[Family, ...] = (
             "vocab_size": 262_208,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
-            "head_dim": 256,
             "hidden_activation": "gelu_pytorch_tanh",
             "rms_norm_eps": 1e-6,
             "query_pre_attn_scalar": 256,
@@ -259,10 +258,10 @@ DECODERS: tuple[Family, ...] = (
     Family(
         model_type="gemma4_text",
         is_variant=lambda config: not config.get("enable_moe_block"),
+        head_dim=256,
         rope_theta=1_000_000.0,
         defaults={
             "num_key_value_heads": 4,
-            "head_dim": 256,
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "rms_norm_eps": 1e-6,
