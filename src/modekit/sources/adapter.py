@@ -139,9 +139,7 @@ def adapter_of(
     if not changes and not replaced:
         raise SourceError("the adapter changes nothing", where=where, found=f"no tensor in {WEIGHTS_FILE}", remedy=SAVE_AGAIN)
     bias_changes, beside = rules.bias_changes(changes), resolved.beside
-    return AdapterSource(
-        label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside
-    )
+    return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
 
 
 def _weights_file(folder: Path, *, where: str) -> Path:

@@ -281,7 +281,7 @@ DECODERS: tuple[Family, ...] = (
         of_layer=_gemma4_layer,
         unread=_gemma4_unread,
         must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
-        without_vllm="it was not tried there",
+        without_vllm="nobody has run its classes there yet",
     ),
     Family(
         model_type="ministral3",
@@ -294,6 +294,7 @@ DECODERS: tuple[Family, ...] = (
             "num_key_value_heads": 8,
             "sliding_window": None,
         },
+        without_vllm="nobody has run its classes there yet",
     ),
     Family(
         model_type="phi3",

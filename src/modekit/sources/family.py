@@ -124,7 +124,7 @@ class Family:
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
-        of_layer: the dense config as it holds for one layer by number, where layers differ in more than their kind of attention.
+        of_layer: the dense config as it holds for one layer; its `kind` is shared by the layers that have the same tensors.
         norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
