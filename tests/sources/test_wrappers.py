@@ -28,6 +28,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.sources.adapter import open_adapter
 from modekit.sources.compatibility import _plain
 from modekit.sources.families import CONFIG_MUST_MATCH, family_of
 from modekit.sources.model import open_source
@@ -278,3 +279,17 @@ def test_a_wrapper_that_lies_is_refused(
     recipe = {"base_model": "./base", "experts": [{"name": "law", "model": "./law"}], "mixture": RANDOM}
     with pytest.raises(ModekitError, match=wanted):
         make_plan(parse_recipe(recipe), tmp_path)
+
+
+def test_every_linear_layer_and_a_head_of_its_own(ids: torch.Tensor, tmp_path: Path) -> None:
+    """PEFT's shorthand means the tower's layers, too; whole copies of modules go by the wrapper's names."""
+    save_wrapped("mistral3", tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    adapter(model, tmp_path / "lora", target_modules="all-linear", modules_to_save=["lm_head"])
+    source = open_source("base_model", "base", tmp_path / "base")
+    found = open_adapter("experts[0]", "lora", tmp_path / "lora", source)
+    assert found.replaced.keys() == {"lm_head.weight"} and found.changes.keys() <= source.tensors.keys()
+    assert len(found.changes) == 7 * 3 and all("vision" in name or "projector" in name for name in found.beside)
+    expected = logits_of(own(tmp_path, "lora"), ids.clamp(max=89))
+    alone = logits_of(load_expert(tmp_path / "base", tmp_path / "lora"), ids.clamp(max=89))
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=0)
