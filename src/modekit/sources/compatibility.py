@@ -118,7 +118,7 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    kinds = {layer: _kind_of(source, family, layer, len(layers)) for layer in layers}
+    kinds = _kinds_of(source, family, layers)
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)
@@ -141,13 +141,13 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
             source.tensor(family.in_layer(layer, path))
 
 
-def _kind_of(source: ModelSource, family: Family, layer: Layer, count: int) -> object:
-    """What layers that have the same tensors have in common."""
-    name, number = stack_of(layer)
-    said = words(source.config, "layer_types")
-    if family.pair or len(said) != count:
-        return name
-    return family.of_layer(family.dense_config(source.config), number).get("kind", said[number])
+def _kinds_of(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[Layer, object]:
+    """Layer -> what layers with the same tensors have in common."""
+    dense = family.dense_config(source.config)
+    said = words(dense, "layer_types")
+    if family.pair or len(said) != len(layers):
+        return {layer: stack_of(layer)[0] for layer in layers}
+    return {layer: family.of_layer(dense, number).get("kind", said[number]) for number, layer in enumerate(layers)}
 
 
 def _counted(layers: Sequence[Layer]) -> str:

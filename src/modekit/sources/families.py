@@ -50,17 +50,18 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
 def _rope_by_kind(config: Config) -> Config:
     """Gemma 3 since transformers 5: rotary settings for each kind of attention; before, those of windows were one number."""
     rope = config["rope_parameters"]
-    if not isinstance(rope, Mapping) or "full_attention" in rope:
-        kinds = rope if isinstance(rope, Mapping) else {}
-        return {**config, "rope_parameters": {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}}
+    assert isinstance(rope, Mapping)
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 10_000.0}
-    return {**config, "rope_parameters": {"full_attention": rope, "sliding_attention": local}, "rope_local_base_freq": None}
+    kinds = rope if "full_attention" in rope else {"full_attention": rope, "sliding_attention": local}
+    said = {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}
+    return {**config, "rope_parameters": said, "rope_local_base_freq": None}
 
 
 def _partial_rope(config: Config) -> Config:
     """Qwen3.5: a quarter of each head turns, unless config.json says otherwise."""
     rope = config["rope_parameters"]
-    return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **(rope if isinstance(rope, Mapping) else {})}}
+    assert isinstance(rope, Mapping)
+    return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **rope}}
 
 
 def _gemma4_kinds(config: Config) -> list[str]:
@@ -80,7 +81,7 @@ def _gemma4_unread(config: Config) -> frozenset[str]:
 
 def _gemma4_layer(config: Config, layer: int) -> Config:
     """Gemma 4: layers without a window may have wider heads; the last ones may use earlier keys and values, and a wider FFN."""
-    kind = words(config, "layer_types")[layer]
+    kind = next(iter(words(config, "layer_types")[layer : layer + 1]), None)
     own: Config = {}
     if kind == "full_attention":
         heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
