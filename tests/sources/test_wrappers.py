@@ -76,7 +76,7 @@ def adapter(model: PreTrainedModel, folder: Path, seed: int = 3, **said: Any) ->
     with quiet():
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, **said))
         changed(adapted, "lora_B", seed)
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(str(folder))
     return folder
 
 
@@ -100,7 +100,10 @@ def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     save(text_model(wrapped_model(case)), root / "base text")
     save(changed(wrapped_model(case), r"\.mlp\.", 1), root / "full")
     save(changed(text_model(wrapped_model(case)), r"\.mlp\.", 2), root / "full text")
-    pattern = r".*language_model.*\.(q_proj|up_proj)"
+    pattern = (  # as Unsloth writes it
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|up_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj|up_proj)))"
+    )
     adapter(wrapped_model(case), root / "lora", target_modules=pattern)
     adapter(text_model(wrapped_model(case)), root / "lora text", target_modules=["o_proj", "down_proj"])
     renamed(root / "lora", root / "lora old")
