@@ -16,11 +16,10 @@ def check_generation(folder: Path) -> None:
     texts = ["fever artery lesion", "licence"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     for beams in (1, 3):
-        made = model.generate(**batch, max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0)
+        said = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+        made = model.generate(**batch, **said)
         for row, text in enumerate(texts):
-            alone = model.generate(
-                **tokenizer([text], return_tensors="pt"), max_new_tokens=12, do_sample=False, num_beams=beams, pad_token_id=0
-            )
+            alone = model.generate(**tokenizer([text], return_tensors="pt"), **said)
             assert made[row, -12:].tolist() == alone[0, -12:].tolist()
             if beams == 1:
                 whole = model(input_ids=alone).logits[0, -13:-1].argmax(-1)

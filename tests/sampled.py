@@ -42,6 +42,8 @@ SAMPLED = {
     "members/test_come_and_go.py::test_the_first_goes_in_place": _WHEN_CHANGED,
     "routing/test_fit_to_fit.py::test_adapters_go_from_every_router_to_every_other": nothing,  # full models do in the same file
     "sources/test_bad_models.py::test_nan_and_inf": r"nan0?$|up_proj",
+    "sources/test_wrappers.py::test_one_recipe_of_every_form": r"-base$|^gemma3-",
+    "sources/test_wrappers.py::test_text_is_generated_as_in_one_pass": r"^(qwen3_5|gemma4 shared)$",
     "text/test_template_process.py::test_the_child_ends_with_its_parent": r"^killed-computing$",
     "training/test_train.py::test_a_damaged_state_says_what_to_remove": r"content2|cut short",
     "training/test_train.py::test_a_kill_after_the_last_step_is_gone_on_from_too": r"^True-after",

@@ -21,7 +21,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from adapter_folders import UP, write_adapter
 from chatting import word_tokenizer
@@ -42,6 +48,7 @@ from modekit.text.glance import check_texts
 from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES
+from wrapped_models import WRAPPED, wrapped_config
 
 RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
@@ -51,6 +58,7 @@ TARGETS = [
     "headers",
     "configs",
     "families",
+    "wrappers",
     "indexes",
     "adapters",
     "recipes",
@@ -72,6 +80,11 @@ def write_headers(folder: Path, model_type: str, **overrides: Any) -> None:
     with torch.device("meta"):
         kind = AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM
         model = kind.from_config(AutoConfig.for_model(model_type, **{**sizes, **overrides}), dtype=torch.float32)
+    write_model(folder, model)
+
+
+def write_model(folder: Path, model: PreTrainedModel) -> None:
+    """The same of any model; its tensors may be on no device."""
     header: dict[str, Any] = {}
     position = 0
     skipped = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -231,6 +244,45 @@ def fuzz_families(root: Path, recipe: dict[str, Any]) -> Target:
         return planned(root, {"base_model": f"./{kind}", "experts": experts, "mixture": RANDOM, "output": {"format": form}})
 
     return strategy, door
+
+
+def fuzz_wrappers(root: Path, _: dict[str, Any]) -> Target:
+    """Settings within settings that lie, of base and expert alike or of one, and names of a language model and of others."""
+    configs, headers, sizes = {}, {}, {}
+    for case in WRAPPED:
+        with torch.device("meta"):
+            write_model(root / case, AutoModelForImageTextToText.from_config(wrapped_config(case), dtype=torch.float32))
+        shutil.copytree(root / case, root / f"{case} expert")
+        configs[case] = json.loads((root / case / "config.json").read_text())
+        headers[case] = header_of(root / case / "model.safetensors")
+        sizes[case] = max(entry["data_offsets"][1] for entry in headers[case].values())
+
+    @st.composite
+    def drawn(draw: st.DrawFn) -> tuple[str, bytes, bytes, bool]:
+        case = draw(st.sampled_from(sorted(configs)))
+        text = configs[case]["text_config"]
+        nested = hostile_json(text).map(lambda inner: json.dumps(configs[case]).replace(json.dumps(text), inner))
+        config = draw(hostile_bytes(st.one_of(nested, hostile_json(configs[case]))))
+        few = {name: headers[case][name] for name in draw(st.lists(st.sampled_from(sorted(headers[case])), max_size=4))}
+        others = {f"{draw(st.sampled_from(_STRANGE))}{name.rpartition('language_model.')[2]}": few[name] for name in few}
+        header = json.dumps({**headers[case], **others})
+        return case, config, header.encode(), draw(st.booleans())
+
+    def door(drawn: tuple[str, bytes, bytes, bool]) -> object:
+        case, config, header, both = drawn
+        for folder in (root / case, root / f"{case} expert")[not both :]:
+            (folder / "config.json").write_bytes(config)
+        write_weights(root / f"{case} expert" / "model.safetensors", header, sizes[case])
+        experts = [{"name": "one", "model": f"./{case} expert"}]
+        try:
+            return planned(root, {"base_model": f"./{case}", "experts": experts, "mixture": RANDOM})
+        finally:
+            (root / case / "config.json").write_text(json.dumps(configs[case]))
+
+    return drawn(), door
+
+
+_STRANGE = ["model.", "language_model.model.", "model.language_model.", "", "model.visual.", "language_model."]
 
 
 def fuzz_indexes(root: Path, _: dict[str, Any]) -> Target:

@@ -196,6 +196,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         flow, asked = self.flow, asks_for_log(self.config, kwargs)
+        kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
             given = {**dict(zip(arguments, args, strict=False)), **kwargs}

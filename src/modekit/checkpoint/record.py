@@ -263,7 +263,7 @@ def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], kn
         files, config = known.files, known.config
     else:
         files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
-        config = settings_digest(source.config)
+        config = settings_digest(source.config if source.wrapper is None else source.wrapper)
     folder = os.path.relpath(source.folder, out)
     return SourceRecord(
         label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files, config=config

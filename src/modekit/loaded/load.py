@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
@@ -20,10 +28,12 @@ from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
+from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.native import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
+from modekit.sources.wrappers import may_wrap
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import as_array, to_float32
 
@@ -120,10 +130,15 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     """
     check_loadable(folder, run=run)
     run.begin(LOADING)
+    wrapped = _wrapped(folder, run)
     try:
         with without_bars(), without_report(folder):
-            model: PreTrainedModel = auto_class(folder).from_pretrained(
-                folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
+            model: PreTrainedModel = (
+                auto_class(folder).from_pretrained(
+                    folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
+                )
+                if wrapped is None
+                else _language_model(wrapped, dtype)
             )
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         raise SourceError(
@@ -133,6 +148,28 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
             remedy="save or build it again; memory must suffice for it",
         ) from None
     return model.to(default_device()).eval()
+
+
+def _wrapped(folder: Path, run: Run) -> ModelSource | None:
+    """The language model within a folder's model; None of a folder that holds it alone."""
+    if not may_wrap(read_config(folder, where=str(folder))):
+        return None
+    source = open_source("model", str(folder), folder, run=run)
+    return source if source.wrapper is not None else None
+
+
+def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
+    """As its own class has it, so that it is saved by that class's names."""
+    with OpenFiles() as opened:
+        state = {
+            name: torch.frombuffer(opened.read(ref), dtype=getattr(torch, DTYPE_NAMES[ref.dtype])).view(ref.shape)
+            for name, ref in source.tensors.items()
+        }
+    config = AutoConfig.for_model(**source.config)
+    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype
+    )
+    return model
 
 
 def auto_class(folder: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from modekit.errors import RecipeError, UnsupportedError
+from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
@@ -16,7 +17,7 @@ from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Family
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
-from modekit.sources.names import is_ignored
+from modekit.sources.names import is_ignored, split_layer
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.tokenizer import chat_template
 
@@ -36,6 +37,7 @@ def notes_of(recipe: Recipe, sources: Sequence[ModelSource], family: Family, way
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, way_out, mixed)
+    yield from _beside(sources)
 
 
 def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterator[str]:
@@ -133,6 +135,21 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
             f"not mixed, and lost on this backbone: {', '.join(lost)}. {_MEASURED}; {way_out}, or merge the "
             "backbone (mixture.backbone: average)"
         )
+
+
+def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
+    """What stays behind of models that wrap a language model, and of their adapters."""
+    of: dict[str, list[str]] = {}
+    for source in dict.fromkeys(sources):
+        sizes: dict[str, list[int]] = {}
+        for name, ref in source.beside.items():
+            layer, _ = split_layer(name)
+            part = name.removeprefix("model.").partition(".")[0] if layer is None else "what no layer reads"
+            sizes.setdefault(part, []).append(ref.nbytes)
+        said = ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
+        of.setdefault(said, []).append(source.label)
+    of.pop("", None)
+    yield from (f"{', '.join(labels)}: only the language model is mixed; {said} stay behind" for said, labels in of.items())
 
 
 def _kinds(names: set[str]) -> str:

@@ -23,9 +23,10 @@ from modekit.sources.adapter_config import (
     parse_settings,
     read_adapter_config,
 )
-from modekit.sources.adapter_resolve import Resolution
+from modekit.sources.adapter_resolve import Resolution, peft_plain
 from modekit.sources.model import ModelSource, TensorRef, read_header
 from modekit.sources.names import is_looked_up, module_of
+from modekit.sources.wrappers import naming_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -130,13 +131,15 @@ def adapter_of(
     """An adapter by the config in a folder and the header of its weights, wherever these are. Raises as `open_adapter`."""
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)
-    settings = parse_settings(config, where=where)
-    resolved = Resolution(where, settings, base, tensors)
+    naming = naming_of((peft_plain(name) for name in tensors), where=where)
+    settings = parse_settings(config, where=where, naming=naming)
+    resolved = Resolution(where, settings, base, tensors, naming)
     rules = _Rules(resolved)
     changes, replaced, notes = rules.changes(), resolved.replaced(), tuple(rules.notes())
     if not changes and not replaced:
         raise SourceError("the adapter changes nothing", where=where, found=f"no tensor in {WEIGHTS_FILE}", remedy=SAVE_AGAIN)
-    return AdapterSource(label, spec, folder, revision, config, tensors, changes, rules.bias_changes(changes), replaced, notes)
+    bias_changes, beside = rules.bias_changes(changes), resolved.beside
+    return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
 
 
 def _weights_file(folder: Path, *, where: str) -> Path:

@@ -19,6 +19,7 @@ from modekit.files.typed import shortened
 from modekit.sources.family import Config
 from modekit.sources.names import HEAD, is_looked_up
 from modekit.sources.patterns import ModulePatterns
+from modekit.sources.wrappers import PLAIN, Naming
 
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
@@ -57,7 +58,7 @@ _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "
 
 
 class AdapterSettings(BaseModel):
-    """AdapterSettings that LoRA and IA3 share, with PEFT's defaults."""
+    """AdapterSettings that LoRA and IA3 share, with PEFT's defaults. Methods name modules as the base model does."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -66,6 +67,7 @@ class AdapterSettings(BaseModel):
     modules_to_save: _Names | None = None
     fan_in_fan_out: bool = False
     _patterns: ModulePatterns = PrivateAttr(default_factory=ModulePatterns)
+    _naming: Naming = PrivateAttr(default=PLAIN)
 
     @property
     def takes_all_linear(self) -> bool:
@@ -79,17 +81,18 @@ class AdapterSettings(BaseModel):
 
     def targets(self, module: str) -> bool:
         """Whether PEFT puts an adapter on a module (`check_target_module_exists`)."""
-        if self._excludes(module):
+        named = self._naming.named(module)
+        if self._excludes(named):
             return False
         if self.takes_all_linear:
             return module != HEAD and not is_looked_up(module)
         if isinstance(self.target_modules, str):
-            return self._patterns.fullmatch(self.target_modules, module)
-        return module in self.target_modules or (_ends_with(module, self.target_modules) and self._is_in_layers(module))
+            return self._patterns.fullmatch(self.target_modules, named)
+        return named in self.target_modules or (_ends_with(named, self.target_modules) and self._is_in_layers(named))
 
     def saves(self, module: str) -> bool:
         """Whether PEFT keeps a whole copy of a module: by the end of its name, or of that of a module around it."""
-        parts = module.split(".")
+        parts = self._naming.named(module).split(".")
         around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
         return any(name.endswith(tuple(self.modules_to_save or ())) for name in around)
 
@@ -140,10 +143,12 @@ class LoraSettings(AdapterSettings):
     def unused_patterns(self, modules: Iterable[str]) -> list[str]:
         """Entries of rank_pattern and alpha_pattern that match none of the adapted modules."""
         patterns = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}
-        return [pattern for pattern in patterns if not any(self._patterns.ends(pattern, module) for module in modules)]
+        named = [self._naming.named(module) for module in modules]
+        return [pattern for pattern in patterns if not any(self._patterns.ends(pattern, module) for module in named)]
 
     def _by_pattern(self, patterns: Mapping[str, _Value] | None, module: str, default: _Value) -> _Value:
         """The value of the first pattern that matches the module's name or its end."""
+        module = self._naming.named(module)
         return next((value for pattern, value in (patterns or {}).items() if self._patterns.ends(pattern, module)), default)
 
     def _is_in_layers(self, module: str) -> bool:
@@ -165,6 +170,7 @@ class IA3Settings(AdapterSettings):
 
     def scales_inputs(self, module: str) -> bool:
         """Whether a target is a feedforward module, whose input is scaled (PEFT asks for no dot before the name here)."""
+        module = self._naming.named(module)
         if isinstance(self.feedforward_modules, str):
             return self._patterns.fullmatch(self.feedforward_modules, module)
         return module.endswith(tuple(self.feedforward_modules))
@@ -203,8 +209,8 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
     return config
 
 
-def parse_settings(config: Config, *, where: str) -> AdapterSettings:
-    """The settings that shape the weights.
+def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> AdapterSettings:
+    """The settings that shape the weights; `naming` is that of the model on which the adapter was trained.
 
     Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
     """
@@ -237,7 +243,7 @@ def parse_settings(config: Config, *, where: str) -> AdapterSettings:
             expected=problem,
             remedy=SAVE_AGAIN,
         ) from None
-    settings._patterns.where = where
+    settings._patterns.where, settings._naming = where, naming
     if isinstance(settings, LoraSettings):
         _check_lora(settings, where=where)
     return settings

@@ -17,6 +17,7 @@ from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSetti
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
+from modekit.sources.wrappers import PLAIN, Naming
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -27,9 +28,14 @@ _FUSED: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")
 """Fused projection -> the projections whose rows it stacks, in order (Phi3's layout)."""
 
 
+def peft_plain(key: str) -> str:
+    """A tensor's name without what PEFT puts before all names."""
+    return key.removeprefix(_PREFIX)
+
+
 @dataclass(frozen=True)
 class Resolution:
-    """What the tensors of one adapter file mean for one base model.
+    """What the tensors of one adapter file mean for one base model; `naming` is that of the model it was trained on.
 
     Raises SourceError, MismatchError or UnsupportedError when made, or when asked, for what no base weight can say.
     """
@@ -38,6 +44,7 @@ class Resolution:
     settings: AdapterSettings
     base: ModelSource
     tensors: Mapping[str, TensorRef]
+    naming: Naming = PLAIN
 
     def __post_init__(self) -> None:
         for ref in self.tensors.values():
@@ -100,7 +107,9 @@ class Resolution:
         """Tensors of the file under their name in the base model, with what PEFT appends."""
         found: dict[str, TensorRef] = {}
         for key, ref in self.tensors.items():
-            name = key.removeprefix(_PREFIX)
+            name = self._name_in_base(key)
+            if name is None:
+                continue
             if name in found:
                 raise SourceError(
                     "two tensors of the adapter mean the same",
@@ -110,6 +119,15 @@ class Resolution:
                 )
             found[name] = ref
         return found
+
+    def _name_in_base(self, key: str) -> str | None:
+        name = peft_plain(key)
+        return name if self.naming is PLAIN else self.naming.plain(name)
+
+    @cached_property
+    def beside(self) -> dict[str, TensorRef]:
+        """Tensors of an adapter of a wrapper that are for no part of the language model, such as those of a vision tower."""
+        return {peft_plain(key): ref for key, ref in self.tensors.items() if self._name_in_base(key) is None}
 
     @cached_property
     def parts(self) -> dict[str, dict[str, TensorRef]]:

@@ -118,8 +118,7 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
 def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
     """Raise SourceError when a layer lacks what another of its kind has, or when there are more layers than configured."""
-    said = words(source.config, "layer_types")
-    kinds = {layer: said[place] if len(said) == len(layers) else stack_of(layer)[0] for place, layer in enumerate(layers)}
+    kinds = _kinds_of(source, family, layers)
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)
@@ -142,6 +141,15 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
             source.tensor(family.in_layer(layer, path))
 
 
+def _kinds_of(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[Layer, object]:
+    """Layer -> what layers with the same tensors have in common."""
+    dense = family.dense_config(source.config)
+    said = words(dense, "layer_types")
+    if family.pair or len(said) != len(layers):
+        return {layer: stack_of(layer)[0] for layer in layers}
+    return {layer: family.of_layer(dense, number).get("kind", said[number]) for number, layer in enumerate(layers)}
+
+
 def _counted(layers: Sequence[Layer]) -> str:
     """2 layers; 6 layers in the encoder, 2 layers in the decoder."""
     counts = Counter(stack_of(layer)[0] for layer in layers)
@@ -152,17 +160,16 @@ def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Lay
     """Name -> the shape that follows from config.json."""
     hidden = family.hidden(source.config)
     shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (whole(source.config, "vocab_size"), hidden)}
+    dense = family.dense_config(source.config)
     for layer in layers:
-        stack = family.stack_of(layer)
-        expert_hidden, paths = whole(source.config, stack.ffn_width), stack.mlp
+        stack, own = family.stack_of(layer), family.of_layer(dense, stack_of(layer)[1])
+        expert_hidden, paths = whole(own, stack.ffn_width), stack.mlp
         for part, path in paths.items():
             rows = expert_hidden * list(paths.values()).count(path)  # gate and up in one module
             shapes[family.in_layer(layer, path)] = (hidden, expert_hidden) if part == "down" else (rows, hidden)
-    if family.pair:
-        return shapes
-    dense = family.dense_config(source.config)
-    heads, head_dim = whole(dense, "num_key_value_heads"), whole(dense, "head_dim")
-    for layer in layers:
+    for layer in () if family.pair else layers:
+        own = family.of_layer(dense, stack_of(layer)[1])
+        heads, head_dim = whole(own, "num_key_value_heads"), whole(own, "head_dim")
         for name in (family.in_layer(layer, f"self_attn.{part}_proj.weight") for part in ("k", "v")):
             if name in source.tensors:
                 shapes[name] = (heads * head_dim, hidden)

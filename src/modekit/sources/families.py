@@ -7,10 +7,10 @@ pairs.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.family import LINEAR, Config, Family, Stack, whole
+from modekit.sources.family import LINEAR, Config, Family, Stack, whole, words
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
@@ -45,6 +45,52 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
+
+
+def _rope_by_kind(config: Config) -> Config:
+    """Gemma 3 since transformers 5: rotary settings for each kind of attention; before, those of windows were one number."""
+    rope = config["rope_parameters"]
+    assert isinstance(rope, Mapping)
+    local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 10_000.0}
+    kinds = rope if "full_attention" in rope else {"full_attention": rope, "sliding_attention": local}
+    said = {kind: kinds.get(kind) for kind in ("full_attention", "sliding_attention")}
+    return {**config, "rope_parameters": said, "rope_local_base_freq": None}
+
+
+def _partial_rope(config: Config) -> Config:
+    """Qwen3.5: a quarter of each head turns, unless config.json says otherwise."""
+    rope = config["rope_parameters"]
+    assert isinstance(rope, Mapping)
+    return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **rope}}
+
+
+def _gemma4_kinds(config: Config) -> list[str]:
+    """Gemma 4: a window in five of six layers, never in the last one."""
+    count = whole(config, "num_hidden_layers")
+    return ["full_attention" if layer % 6 == 5 or layer == count - 1 else "sliding_attention" for layer in range(count)]
+
+
+def _gemma4_unread(config: Config) -> frozenset[str]:
+    """Gemma 4: keys and values of the layers that use those of earlier ones, which published files hold nevertheless."""
+    config = {"num_kv_shared_layers": 0, **config}
+    count, shared = whole(config, "num_hidden_layers"), whole(config, "num_kv_shared_layers")
+    parts = ("k_proj", "v_proj", "k_norm", "v_norm")
+    layers = range(max(count - shared, 0), min(count, 1_000))
+    return frozenset(f"{Stack().layers}{layer}.self_attn.{part}.weight" for layer in layers for part in parts)
+
+
+def _gemma4_layer(config: Config, layer: int) -> Config:
+    """Gemma 4: layers without a window may have wider heads; the last ones may use earlier keys and values, and a wider FFN."""
+    kind = next(iter(words(config, "layer_types")[layer : layer + 1]), None)
+    own: Config = {}
+    if kind == "full_attention":
+        heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+        own = {"head_dim": config.get("global_head_dim") or 512, **({"num_key_value_heads": heads} if heads else {})}
+    if isinstance(said := config.get("per_layer_config"), Mapping):
+        own = each if isinstance(each := said.get(str(layer)), Mapping) else {}
+    shared = layer >= whole(config, "num_hidden_layers") - whole(config, "num_kv_shared_layers")
+    wide = {"intermediate_size": 2 * whole(config, "intermediate_size")} if shared and config.get("use_double_wide_mlp") else {}
+    return {**config, **own, **wide, "kind": f"{kind} without keys" if shared else kind}
 
 
 _TOKENS_OF_LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -175,8 +221,14 @@ DECODERS: tuple[Family, ...] = (
             "hidden_act": "silu",
             "attention_bias": False,
             "num_key_value_heads": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
         },
         layer_types=_every("full_attention_interval", 4, "linear_attention"),
+        meant=_partial_rope,
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
     Family(model_type="gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
@@ -191,8 +243,59 @@ DECODERS: tuple[Family, ...] = (
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
         head_dim=256,
         rope_theta=1_000_000.0,
-        defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096},
+        defaults={
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+        },
         layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
+        meant=_rope_by_kind,
+    ),
+    Family(
+        model_type="gemma4_text",
+        is_variant=lambda config: not config.get("enable_moe_block"),
+        head_dim=256,
+        rope_theta=1_000_000.0,
+        defaults={
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "sliding_window": 512,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "use_bidirectional_attention": None,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            },
+        },
+        layer_types=_gemma4_kinds,
+        of_layer=_gemma4_layer,
+        unread=_gemma4_unread,
+        must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
+        without_vllm="nobody has run its classes there yet",
+    ),
+    Family(
+        model_type="ministral3",
+        head_dim=128,
+        rope_theta=1_000_000.0,
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "sliding_window": None,
+        },
+        without_vllm="nobody has run its classes there yet",
     ),
     Family(
         model_type="phi3",

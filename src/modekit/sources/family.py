@@ -124,6 +124,7 @@ class Family:
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
+        of_layer: the dense config as it holds for one layer; its `kind` is shared by the layers that have the same tensors.
         norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
@@ -132,6 +133,7 @@ class Family:
         copies: tensors that files may hold besides the embedding and that are the same parameter.
         shares: whether they are so whatever config.json says of tying, and the head has weights of its own or is the embedding.
         computed: tensors that files may hold and that every model computes for itself.
+        unread: tensors that files may hold and that the class never reads, by config.
         optional: tensors that an expert may have and its base may lack, where they are zero.
         same_as: key of config.json -> the key whose value it has where it says none.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
@@ -146,6 +148,7 @@ class Family:
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
     layer_types: Callable[[Config], list[str]] | None = None
+    of_layer: Callable[[Config, int], Config] = lambda config, layer: config
     norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
     without_vllm: str = ""
@@ -154,6 +157,7 @@ class Family:
     copies: tuple[str, ...] = ()
     shares: bool = False
     computed: tuple[str, ...] = ()
+    unread: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     optional: tuple[str, ...] = ()
     same_as: Mapping[str, str] = field(default_factory=dict)
     meant: Callable[[Config], Config] = lambda config: config

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, adapter_of, open_adapter
-from modekit.sources.model import ModelSource, TensorRef, open_source
+from modekit.sources.model import ModelSource, TensorRef, open_source, source_of
 from modekit.sources.model_config import check_no_code, read_config
 
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -50,7 +50,7 @@ def open_hub_headers(label: str, spec: str, revision: str | None, *, run: Run = 
         metadata = get_safetensors_metadata(spec, revision=revision)
     files = (_refs(folder / file, header.tensors) for file, header in metadata.files_metadata.items())
     tensors = {name: ref for refs in files for name, ref in refs.items()}
-    return ModelSource(label, spec, folder, revision, config, tensors)
+    return source_of(label, spec, folder, revision, config, tensors)
 
 
 def open_hub_adapter(label: str, spec: str, base: ModelSource, revision: str | None) -> AdapterSource:

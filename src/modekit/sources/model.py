@@ -20,8 +20,10 @@ from typing import Any
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.family import Config
+from modekit.sources.families import own_family
+from modekit.sources.family import Config, Family
 from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
+from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
 ITEMSIZE = {
     "F64": 8,
@@ -190,9 +192,11 @@ def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: s
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A dense model on disk.
+    """A dense model on disk; of one that wraps a language model, that alone.
 
-    `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says.
+    `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says. `wrapper` is
+    config.json as it stands where the files are a wrapper's, or name the language model as a wrapper does; `beside` are tensors
+    that are no part of the language model, such as those of a vision tower.
     """
 
     label: str
@@ -201,6 +205,8 @@ class ModelSource:
     revision: str | None = None
     config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+    wrapper: Config | None = field(default=None, compare=False, kw_only=True)
+    beside: Mapping[str, TensorRef] = field(default_factory=dict, compare=False, kw_only=True)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -210,7 +216,7 @@ class ModelSource:
     @cached_property
     def states(self) -> dict[Path, FileState | None]:
         """Every weight file, and its state when its header was read."""
-        return {ref.file: ref.state for ref in self.tensors.values()}
+        return {ref.file: ref.state for ref in (*self.tensors.values(), *self.beside.values())}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
@@ -280,7 +286,25 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
             found="adapter_config.json",
             remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
         )
-    return ModelSource(label, spec, folder, revision, config, tensors)
+    return source_of(label, spec, folder, revision, config, tensors)
+
+
+def source_of(
+    label: str, spec: str, folder: Path, revision: str | None, config: Config, tensors: Mapping[str, TensorRef]
+) -> ModelSource:
+    """A model by its config.json and headers. Raises SourceError, or UnsupportedError, for a wrapper that cannot be read."""
+    where = f"{label} ({spec})"
+    if not may_wrap(config):
+        return ModelSource(label, spec, folder, revision, config, tensors)
+    names, wraps = plain_names(tensors, where=where), config["model_type"] in WRAPPERS
+    own = {name: replace(tensors[named], name=name) for name, named in names.items()}
+    text = text_config(config, own, where=where) if wraps else config
+    unread = own_family(text, Family("")).unread(text)
+    beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
+    beside |= {name: own.pop(name) for name in own.keys() & unread}
+    if not wraps and own.keys() == tensors.keys():
+        return ModelSource(label, spec, folder, revision, config, tensors)
+    return ModelSource(label, spec, folder, revision, text, own, wrapper=config, beside=beside)
 
 
 def weight_files(folder: Path, *, where: str) -> list[Path]:

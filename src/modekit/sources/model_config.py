@@ -49,6 +49,9 @@ class _Values(BaseModel):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     max_position_embeddings: Size | None = None
+    global_head_dim: Size | None = None
+    num_global_key_value_heads: Size | None = None
+    num_kv_shared_layers: Count | None = None
     sliding_window: Count | None = None
     max_window_layers: Count | None = None
     sliding_window_pattern: Size | Word | None = None

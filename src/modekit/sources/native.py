@@ -276,6 +276,8 @@ _WITHOUT_PARTNER = {
     "gemma": "GeGLU experts",
     "gemma2": "GeGLU experts and sandwich norms",
     "gemma3_text": "GeGLU experts and sandwich norms",
+    "gemma4_text": "GeGLU experts and sandwich norms",
+    "ministral3": "queries that grow with their position",
     "phi3": "fused projections",
     "olmo3": "a window that differs between layers",
     "smollm3": "layers without rotary embedding",

@@ -1,0 +1,125 @@
+"""Models that wrap a language model: its settings lie under `text_config`, and a vision tower or further heads beside it.
+
+The language model is read as if it lay alone, by the names that its own class gives its tensors. transformers says which
+names mean the same (`conversion_mapping`), and tests/sources/test_wrappers.py compares; that module imports torch, and a
+plan must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from modekit.errors import SourceError, UnsupportedError
+from modekit.sources.families import own_family
+from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
+
+WRAPPERS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
+}
+"""`model_type` of a wrapper -> those of the language models that it may hold; the first is meant where it says none."""
+_WRAPPED = frozenset(kind for kinds in WRAPPERS.values() for kind in kinds)
+_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
+"""Settings of a wrapper that are its language model's, too, where that says nothing else."""
+_STACK = "model."
+_OF_TEXT = (Stack().layers, f"{EMBEDDING}.", f"{FINAL_NORM}.", "language_model.", "model.language_model.")
+"""What names of a language model begin with, in any naming."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a class names a language model: what the names of its stack begin with, and its head."""
+
+    stack: str = _STACK
+    head: str = HEAD
+
+    def plain(self, name: str) -> str | None:
+        """What the language model's own class calls a module or tensor; None for what is no part of it."""
+        if name.startswith(self.stack):
+            return _STACK + name.removeprefix(self.stack)
+        head = next((head for head in (self.head, HEAD) if f"{name}.".startswith(f"{head}.")), None)
+        return None if head is None else HEAD + name.removeprefix(head)
+
+    def named(self, name: str) -> str:
+        """What a module or tensor of the language model is called here."""
+        if name.startswith(_STACK):
+            return self.stack + name.removeprefix(_STACK)
+        return self.head + name.removeprefix(HEAD) if f"{name}.".startswith(f"{HEAD}.") else name
+
+
+PLAIN = Naming()
+_NAMINGS = (Naming("model.language_model."), Naming("language_model.model.", "language_model.lm_head"))
+"""Of wrappers: as their classes name their parts now, and as they did before transformers 4.52; many still save so."""
+
+
+def naming_of(names: Iterable[str], *, where: str) -> Naming:
+    """How tensors are named. Raises SourceError where those of one language model are named in two ways."""
+    names = list(names)
+    naming = next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), PLAIN)
+    strange = next((name for name in names if naming.plain(name) is None and name.startswith(_OF_TEXT)), None)
+    if naming is not PLAIN and strange is not None:
+        raise SourceError(
+            "the tensors of one language model are named in two ways",
+            where=f"{where}: {strange}",
+            expected=f"a name that begins with {naming.stack}",
+            remedy=SAVE_AGAIN,
+        )
+    return naming
+
+
+def may_wrap(config: Config) -> bool:
+    """Whether tensors may be named as a wrapper's: it is one, or a language model that may have been saved out of one."""
+    return config.get("model_type") in {*WRAPPERS, *_WRAPPED}
+
+
+def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
+    """Name of a tensor of the language model -> its name in the file. Raises SourceError where two mean the same."""
+    tensors = list(tensors)
+    naming = naming_of(tensors, where=where)
+    found: dict[str, str] = {}
+    for name in tensors:
+        plain = naming.plain(name) if naming is not PLAIN else name
+        if plain in found:
+            raise SourceError(
+                "two tensors of the model mean the same",
+                where=f"{where}: {plain}",
+                found=f"{found[plain]} and {name}",
+                remedy=SAVE_AGAIN,
+            )
+        if plain is not None:
+            found[plain] = name
+    return found
+
+
+def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config:
+    """Settings of a wrapper's language model, with its class's defaults written out; `tensors` are the language model's.
+
+    Raises SourceError where there are none, UnsupportedError for a language model that the wrapper is not read with.
+    """
+    kinds = WRAPPERS[str(config["model_type"])]
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        raise SourceError(
+            "config.json gives no usable text_config",
+            where=f"{where}: config.json",
+            found=inner,
+            expected="the settings of the language model that is wrapped",
+            remedy=SAVE_AGAIN,
+        )
+    kind = inner.get("model_type", kinds[0]) if len(kinds) > 1 else kinds[0]  # the class of one kind does not ask
+    if kind not in kinds:
+        raise UnsupportedError(
+            f"a '{config['model_type']}' model that wraps a model of this family cannot be mixed",
+            where=f"{where}: config.json: text_config",
+            found=kind,
+            expected=" or ".join(kinds),
+            remedy="give the language model alone, as its own class saves it",
+        )
+    both = {key: config[key] for key in _BOTH if key in config}
+    defaults = own_family({"model_type": kind}, Family("")).defaults
+    # Where the files hold a head, transformers keeps it, whatever the two configs say.
+    return {**defaults, **both, **inner, "model_type": kind, "tie_word_embeddings": weight_of(HEAD) not in set(tensors)}
