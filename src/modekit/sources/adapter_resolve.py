@@ -179,9 +179,17 @@ class Resolution:
             found.setdefault(weight_of(self._embedding), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
-            if ref.shape != expected:
+            if ref.shape != expected and not (self._has_tokens(name) and ref.shape[1:] == expected[1:]):
                 self.refuse_shape(ref, expected)
         return found
+
+    def _has_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row for each token, of which the adapter may have more or fewer than the base."""
+        return not self._shares and name in (weight_of(self._embedding), weight_of(HEAD), f"{HEAD}.bias")
+
+    def whole_or_base(self, name: str, ref: TensorRef) -> TensorRef:
+        """The file's copy of a tensor of the base, or the base's: what an adapter's change is added to."""
+        return self.whole.get(name, ref)
 
     def weights(self, module: str) -> dict[str, TensorRef]:
         """The base's weights, (O, I) each, that an adapted module stands for."""

@@ -192,7 +192,8 @@ def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: s
 class ModelSource:
     """A dense model on disk.
 
-    `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says.
+    `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says. `on_disk` is its
+    config.json where `config` has more tokens (vocabulary.py).
     """
 
     label: str
@@ -201,6 +202,7 @@ class ModelSource:
     revision: str | None = None
     config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+    on_disk: Config | None = field(default=None, compare=False)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
