@@ -202,7 +202,7 @@ class ModelSource:
     revision: str | None = None
     config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
-    on_disk: Config | None = field(default=None, compare=False)
+    on_disk: Config | None = field(default=None, compare=False, kw_only=True)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
