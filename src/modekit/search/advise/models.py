@@ -19,10 +19,12 @@ from modekit.search.advise.result import Finding, Group, finding_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.families import family_of, own_family
-from modekit.sources.family import Family, whole
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.names import HEAD, module_of
 from modekit.sources.open import Opener
-from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template
+from modekit.sources.vocabulary import one_vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,23 @@ def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:
     check_sizes(base, family)
     check_dtypes(base)
     check_complete(base, family, family.layers(base.config))
-    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
     experts: dict[int, ModelSource] = {}
     findings: list[Finding] = []
+    one_vocabulary((base,), family, "mean")  # whether its tokenizer can be read
     for index, expert in enumerate(recipe.experts):
         try:
             source = opener.expert(index, expert, base)
         except ModekitError as error:
             findings.append(finding_of(error, expert.name))
             continue
-        refused = [] if expert.is_base else list(_refusals(expert.name, source, base, family))
+        others = (base, *experts.values())
+        refused = [] if expert.is_base else list(_refusals(expert.name, source, others, family))
         findings += [*refused, *([] if expert.is_base else _remarks(expert, source, base))]
         if not refused:
             experts[index] = source
+    vocabulary = one_vocabulary((base, *experts.values()), family, recipe.mixture.tokens or "mean")
+    experts = dict(zip(experts, vocabulary.sources[1:], strict=True))
+    base = vocabulary.sources[0]
     groups = groups_of(base, family)
     drift = compare(base, [experts.get(index, base) for index in range(len(recipe.experts))], groups, run=run)
     if drift.base_damaged:
@@ -96,13 +102,16 @@ def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:
     return ComparedModels(recipe, root, base, family, experts, findings, groups, drift, usable)
 
 
-def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:
-    """What a build would refuse; every check speaks for itself, so that one does not hide the next."""
+def _refusals(name: str, source: ModelSource, others: tuple[ModelSource, ...], family: Family) -> Iterator[Finding]:
+    """What a build beside others, the base first, would refuse; every check speaks for itself, so that one does not hide the
+    next.
+    """
+    base = others[0]
     layers = family.layers(base.config)
 
     def shapes() -> None:
         for ref in base.tensors.values():
-            if ref.name in source.tensors:
+            if ref.name in source.tensors and (family.pair or module_of(ref.name) not in (family.embedding, HEAD)):
                 piece_of((base, source), 1, ref)
 
     of_full_models: list[Callable[[], object]] = [
@@ -114,7 +123,7 @@ def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family)
     ]
 
     def tokenizers() -> None:
-        check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+        one_vocabulary((*others, source), family, "mean")
 
     for check in [*([] if isinstance(source, AdapterSource) else of_full_models), tokenizers]:
         try:
