@@ -68,8 +68,16 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
     said = [base, *(recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
 
     def opened() -> list[ModelSource]:
-        stay = [number in edit.origins for number, _ in experts]
-        return [base, *(_opened(checkpoint, opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
+        sources = [base]
+        for number, expert in experts:
+            if number in edit.origins:
+                sources.append(_opened(checkpoint, opener, number, expert, base))
+                continue
+            sources.append(said[1 + number])
+            if checkpoint.record.tokens is not None:  # whose rows for which tokens, its own files alone say
+                with suppress(SourceError):
+                    sources[-1] = _opened(checkpoint, opener, number, expert, base)
+        return sources
 
     if not records_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
