@@ -24,7 +24,7 @@ from modekit.loaded.experts import load_expert, load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
-from modekit.members.edits import NewExpert, add_expert, remove_expert
+from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
@@ -344,3 +344,14 @@ def test_experts_with_more_tokens_come_and_go(tmp_path: Path, mixture: dict[str,
     less = write_change(joint, remove_expert(joint, "law"), joint.folder)
     check_same(less.folder, without.folder)
     assert is_proven(verify(less)) and less.record.tokens is None and not (less.folder / "chat_template.jinja").exists()
+
+
+def test_another_model_in_the_folder_of_one_that_gave_rows(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    checkpoint = built(shop)
+    shutil.rmtree(tmp_path / "law")
+    save(tmp_path / "law", 9, CHAT)
+    said = NewExpert({"model": "./law"}, tmp_path)
+    changed = write_change(checkpoint, replace_expert(checkpoint, "law", said), tmp_path / "CHANGED")
+    assert torch.equal(weights(changed.folder)[EMBEDDING][96:], weights(tmp_path / "law")[EMBEDDING][96:])
+    assert is_proven(verify(changed))

@@ -169,8 +169,8 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     names = ", ".join(file.name for file in lacking)
     without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
     count = len(plan.copied_files) + len(plan.written_files) - len(lacking)
-    owner = "the base model" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return Check(name, "proven", f"{count} files as {owner}'s{without}")
+    owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
+    return Check(name, "proven", f"{count} files as {owner}{without}")
 
 
 def _unlike(checkpoint: Checkpoint, name: str, content: bytes) -> str | None:

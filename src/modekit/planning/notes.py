@@ -63,7 +63,8 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         return
     if tokenizer.has_template:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
-        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
+        whose = "the base's" if tokenizer.number == 0 else "its"
+        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
     elif asked:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",

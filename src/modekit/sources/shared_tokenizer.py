@@ -82,8 +82,9 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
         if largest and most is not None:
             between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER, more="")
             check_alike(most, read, where=where, readers=between, below=min(most.size, read.size))
-        _check_once(read, first.size, where)
-        largest = number if read.size > (most or first).size else largest
+        if read.size > (most or first).size:
+            _check_once(read, first.size, where)
+            largest = number
     return SharedTokens(found, largest)
 
 
@@ -123,8 +124,8 @@ class TokenizerChoice:
 
     @property
     def owner(self) -> str:
-        """Whose tokenizer it is, for messages."""
-        return self.source.label if self.number else "the base model"
+        """Whose files they are, for messages."""
+        return f"those of {self.source.label}" if self.number else "the base model's"
 
     @property
     def has_template(self) -> bool:

@@ -64,7 +64,8 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=f"base_model ({base.spec})")
         return Vocabulary(sources, TokenizerChoice(base))
     shared = share_tokens(unique)
-    models = [_Model(source, base, family, read and read.tokens) for source, read in zip(unique, shared.read, strict=True)]
+    pairs = zip(unique, shared.read, strict=True)
+    models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
     check_ids_fit(owner.source.folder, rows, where=owner.label)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
