@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import VOCAB, Workshop, character_tokenizer, logits_of, tiny_model
 from members.test_come_and_go import check_same
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import MismatchError, ModekitError
+from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.experts import load_expert, load_expert_source
 from modekit.loaded.load import load_model
@@ -304,6 +305,27 @@ def test_a_hostile_tokenizer_is_refused_within_bounds(tmp_path: Path, added: dic
     with limited(), pytest.raises(ModekitError, match=words) as caught:
         planned(shop)
     assert len(str(caught.value)) < 3_000
+
+
+def test_rows_without_end_are_not_looked_at(tmp_path: Path) -> None:
+    """A file that says how long it is and holds nothing."""
+    shop = shop_of(tmp_path, RANDOM)
+    shutil.rmtree(tmp_path / "code")
+    rows, size = 2**30, 32 * 4 * 2**30
+    names = [f"base_model.model.{name}" for name in (EMBEDDING, HEAD)]
+    said = {
+        name: {"dtype": "F32", "shape": [rows, 32], "data_offsets": [n * size, (n + 1) * size]} for n, name in enumerate(names)
+    }
+    header = json.dumps(said).encode()
+    (tmp_path / "code").mkdir()
+    with (tmp_path / "code" / "adapter_model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + 2 * size)
+    config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]}
+    (tmp_path / "code" / "adapter_config.json").write_text(json.dumps(config))
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
+    with limited(), pytest.raises(UnsupportedError, match="more rows than any tokenizer"):
+        planned(shop)
 
 
 def test_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:

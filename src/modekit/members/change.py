@@ -68,16 +68,14 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
     said = [base, *(recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts)]
 
     def opened() -> list[ModelSource]:
-        sources = [base]
-        for number, expert in experts:
-            if number in edit.origins:
-                sources.append(_opened(checkpoint, opener, number, expert, base))
-                continue
-            sources.append(said[1 + number])
-            if checkpoint.record.tokens is not None:  # whose rows for which tokens, its own files alone say
-                with suppress(SourceError):
-                    sources[-1] = _opened(checkpoint, opener, number, expert, base)
-        return sources
+        stay = [number in edit.origins for number, _ in experts]
+        return [
+            base,
+            *(
+                _opened(checkpoint, opener, n, e, base) if stay[n] else _leaving(checkpoint, opener, n, said)
+                for n, e in experts
+            ),
+        ]
 
     if not records_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
@@ -121,6 +119,14 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
             remedy="put back what it was, or build the mixture anew",
         )
     return source
+
+
+def _leaving(checkpoint: Checkpoint, opener: Opener, number: int, said: Sequence[ModelSource]) -> ModelSource:
+    """The model of an expert that goes: what the mixture says of it, unless it gave rows, which its own files alone tell."""
+    if checkpoint.record.tokens is not None:
+        with suppress(SourceError):
+            return _opened(checkpoint, opener, number, checkpoint.record.recipe.experts[number], said[0])
+    return said[1 + number]
 
 
 def _planned(

@@ -32,6 +32,7 @@ from modekit.sources.tokenizer import Tokens, check_ids_fit, check_same_tokenize
 
 Rule = Literal["mean", "first"]
 """What several experts give to a token that the base lacks."""
+_MOST = 2**20  # rows that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         return Vocabulary(sources, TokenizerChoice(base))
     for model in models:
         model.check_rows()
+        if model.rows > _MOST:
+            raise UnsupportedError(
+                "the model has more rows than any tokenizer has tokens",
+                where=model.label,
+                found=f"{model.rows:,}",
+                expected=f"{_MOST:,} at most, where models have different numbers of tokens",
+                remedy="download or save the model again",
+            )
     grown = _Grown(models, rows, rule)
     choice = choose_tokenizer(unique, shared)
     made = {model.source: grown.model(model) for model in models}
@@ -179,14 +188,12 @@ class _Grown:
 
     def _change(self, model: _Model, name: str, change: Change) -> Change:
         """An adapter's change of embedding or head, which is zero for tokens that the adapter does not know."""
-        if name not in (weight_of(model.family.embedding), weight_of(HEAD)) or not isinstance(change, LowRank):
+        count = (model.tensor(name) or self._base.tensors.get(name, change.refs[0])).shape[0]
+        if name not in (weight_of(model.family.embedding), weight_of(HEAD)) or count == self._rows:
             return change
-        count = change.a.shape[1] if change.transposed else change.b.shape[0]
-        if count == self._rows:
-            return change
-        if change.magnitude is not None or change.bias is not None:
+        if not isinstance(change, LowRank) or change.magnitude is not None or change.bias is not None:
             raise UnsupportedError(
-                "an adapter with DoRA or lora_bias on embedding or head cannot be given more tokens",
+                "an adapter with DoRA, lora_bias or IA3 on embedding or head cannot be given more tokens",
                 where=f"{model.label}: {name}",
                 found=f"{count} tokens",
                 expected=f"{self._rows}, as the mixture has",
