@@ -248,8 +248,12 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
 
 
 def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
-    """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
-    read = read_tokens(folder, where=where)
+    """Raise MismatchError when a folder's tokenizer has ids for which the model has no embedding."""
+    check_rows_for(read_tokens(folder, where=where), vocab_size, where=where)
+
+
+def check_rows_for(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:
+    """The same of a tokenizer that has been read."""
     beyond = beyond_rows({} if read is None else read.tokens, vocab_size)
     if beyond:
         remedy = "give the tokenizer that belongs to the model, or resize the model's embeddings"

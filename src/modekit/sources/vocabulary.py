@@ -28,7 +28,7 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import HEAD, weight_of
 from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
 from modekit.sources.shared_tokenizer import SharedTokens, TokenizerChoice, choose_tokenizer, share_tokens
-from modekit.sources.tokenizer import Tokens, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import Tokens, check_ids_fit, check_rows_for, check_same_tokenizer
 
 Rule = Literal["mean", "first"]
 """What several experts give to a token that the base lacks."""
@@ -68,7 +68,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     pairs = zip(unique, shared.read, strict=True)
     models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
-    check_ids_fit(owner.source.folder, rows, where=owner.label)
+    check_rows_for(shared.read[shared.largest], rows, where=owner.label)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, TokenizerChoice(base))
     for model in models:
