@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from adapter_folders import UP, write_adapter
 from byte_level import byte_tokenizer, save_byte_model
@@ -98,6 +99,22 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, dense: str, native: str, ov
     assert foreign_files(tmp_path / "GGUF") == []
     said = json.loads((written.file.parent / EXPORT_FILE).read_text())
     assert said["proof"]["same"] == written.proof.same and said["identity"] == checkpoint.identity
+
+
+@pytest.mark.slow
+def test_tokens_that_one_expert_added_are_there(tmp_path: Path) -> None:
+    experts = model_experts(tmp_path, family="llama")
+    law = tmp_path / "law"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(law), load_tokenizer(law)
+    rows = model.config.vocab_size + 2
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(law)
+    tokenizer.save_pretrained(law)
+    checkpoint = built(tmp_path, {"base_model": "./medicine", "experts": experts, "mixture": RANDOM})
+    assert checkpoint.vocabulary == rows
+    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    assert written.proof.same == written.proof.written >= 48 and written.proof.difference < 1e-4
 
 
 @pytest.mark.parametrize(("dense", "overrides"), REFUSED, ids=[dense for dense, _ in REFUSED])

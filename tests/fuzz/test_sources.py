@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -29,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adapter_folders import UP, write_adapter
+from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, tiny_model
 from damage import damaged_bytes
@@ -64,6 +65,7 @@ TARGETS = [
     "recipes",
     "mergekit",
     "tokenizers",
+    "vocabularies",
     "texts",
     "tables",
     "parquets",
@@ -428,6 +430,34 @@ def fuzz_tokenizers(root: Path, recipe: dict[str, Any]) -> Target:
         return planned(root, recipe)
 
     return st.tuples(texts, st.sampled_from(["tokenizer.json", "vocab.json"]), st.booleans()), door
+
+
+def fuzz_vocabularies(root: Path, recipe: dict[str, Any]) -> Target:
+    """Of an expert that has more tokens than the base, and of an adapter that trains some."""
+    shutil.rmtree(root / "law")
+    write_headers(root / "law", "llama", num_hidden_layers=2, vocab_size=VOCAB + 2)
+    said = json.loads((root / "base" / "tokenizer.json").read_text())
+    few = {**said["model"], "vocab": {"<pad>": 0, "<s>": 1}}
+    (root / "base" / "tokenizer.json").write_text(json.dumps({**said, "model": few, "added_tokens": []}))
+    more = {**few, "vocab": {**few["vocab"], "<|im_start|>": 96}}
+    added = {"model": more, "added_tokens": [{"id": 97, "content": "<|im_end|>"}]}
+    rows = np.zeros((2, SMALL["hidden_size"]), np.float32)
+    trained = f"{PREFIX.removesuffix('layers.')}embed_tokens.token_adapter.trainable_tokens_delta"
+    write_adapter(root / "code", {**{name: each for name, each in UP.items() if ".2." not in name}, trained: rows})
+    config = json.loads((root / "code" / "adapter_config.json").read_text())
+    texts = st.one_of(hostile_json(added, most=2), hostile_json({"<|im_start|>": 96, "<|im_end|>": 97}))
+    indices = hostile_json({**config, "trainable_token_indices": {"embed_tokens": [3, 9]}}, most=1)
+
+    def door(drawn: tuple[bytes, str, bytes]) -> object:
+        content, name, settings = drawn
+        for old in ("tokenizer.json", "vocab.json", "added_tokens.json", "generation_config.json"):
+            (root / "law" / old).unlink(missing_ok=True)
+        (root / "law" / name).write_bytes(content)
+        (root / "code" / "adapter_config.json").write_bytes(settings)
+        return planned(root, recipe)
+
+    names = st.sampled_from(["tokenizer.json", "vocab.json", "added_tokens.json", "generation_config.json"])
+    return st.tuples(hostile_bytes(texts), names, hostile_bytes(indices)), door
 
 
 def fuzz_texts(root: Path, _: dict[str, Any]) -> Target:

@@ -65,7 +65,6 @@ def test_a_name_that_is_not_there(bench: Workshop, command: tuple[str, ...]) -> 
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "sizes": (lambda folder: save(tiny_model(seed=5, intermediate_size=64), folder), "intermediate_size"),
-    "vocabulary": (lambda folder: save(tiny_model(seed=5, vocab_size=128), folder), "vocab_size"),
     "family": (lambda folder: save(tiny_model("qwen2", seed=5), folder), "another family"),
     "nothing": (lambda folder: folder.mkdir(), "config.json"),
 }

@@ -28,7 +28,7 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import link_file, make_folder, remove, write_file, write_json
-from modekit.planning.pieces import Piece, PlannedTensor
+from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.routing.fit import fit_router
@@ -37,6 +37,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
+from modekit.sources.model import TensorRef
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
@@ -106,7 +107,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     write_json(stage.folder / "config.json", dict(plan.config))
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
-    for name, content in beside.items():
+    for name, content in {**plan.written_files, **beside}.items():
         make_folder((stage.folder / name).parent)
         write_file(stage.folder / name, content)
     record = _set_router(plan, stage, hashes, update, run)
@@ -215,23 +216,23 @@ def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
 def write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
     """Write the bytes of a planned tensor. Raises SourceError."""
     if tensor.operation == "copy":
-        for piece in tensor.pieces:
-            _copy(piece, read.opened, stream)
+        for ref in (ref for piece in tensor.pieces for ref in piece.refs):
+            _copy(ref, read.opened, stream)
     else:
         for block in computed_blocks(plan, tensor, read):
             write_all(stream, block)
 
 
-def _copy(piece: Piece, opened: OpenFiles, stream: io.FileIO) -> None:
+def _copy(ref: TensorRef, opened: OpenFiles, stream: io.FileIO) -> None:
     """From page cache to page cache inside the kernel where the system can, else through the process."""
-    source, position = opened.file(piece.ref), piece.ref.start
-    while position < piece.ref.end:
+    source, position = opened.file(ref), ref.start
+    while position < ref.end:
         try:
-            sent = os.sendfile(stream.fileno(), source.descriptor, position, piece.ref.end - position)
+            sent = os.sendfile(stream.fileno(), source.descriptor, position, ref.end - position)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _NOT_IN_THE_KERNEL:
                 raise
-            for chunk in source.chunks(position, piece.ref.end):
+            for chunk in source.chunks(position, ref.end):
                 write_all(stream, chunk)
             return
         if sent == 0:

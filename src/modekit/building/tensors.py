@@ -101,7 +101,8 @@ def _bytes_of(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[
         yield from computed_blocks(plan, tensor, read)
         return
     for piece in tensor.pieces:
-        yield from read.opened.chunks(piece.ref)
+        for ref in piece.refs:
+            yield from read.opened.chunks(ref)
 
 
 def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:

@@ -21,6 +21,7 @@ from modekit.planning.reuse import Origins
 from modekit.routing.fitting import FittedRouter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.tokenizer import COPIED_FILES
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 
@@ -111,6 +112,8 @@ class CheckpointUpdate:
         old = self.checkpoint.folder
         if self.is_of(out):
             made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
+            if self.plan.vocabulary is not None and (self.plan.vocabulary.is_grown or self.checkpoint.record.tokens):
+                made_anew |= {*COPIED_FILES}  # of another model, perhaps
             weights = {ref.file.name for ref in self.checkpoint.tensors.values()}
             carry_over(old, folder, but=made_anew | weights, links=True)
             return

@@ -161,12 +161,25 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     name = "tokenizer files"
     lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
     wrong = _differing(checkpoint, [file for file in plan.copied_files if file not in lacking])
+    for file, content in plan.written_files.items():
+        wrong = wrong or _unlike(checkpoint, file, content)
     gone = gone_pair_files(checkpoint.folder, plan.copied_files)
     if wrong is not None or gone:
         return Check(name, "failed", wrong or f"{gone[0]} is no longer beside the base model")
     names = ", ".join(file.name for file in lacking)
     without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
-    return Check(name, "proven", f"{len(plan.copied_files) - len(lacking)} files as the base model's{without}")
+    count = len(plan.copied_files) + len(plan.written_files) - len(lacking)
+    owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
+    return Check(name, "proven", f"{count} files as {owner}{without}")
+
+
+def _unlike(checkpoint: Checkpoint, name: str, content: bytes) -> str | None:
+    """What is wrong with a file that is made of several models'."""
+    try:
+        same = read_bytes(checkpoint.folder / name, LARGE) == content
+    except UNREADABLE as error:
+        return f"{name} cannot be read ({error})"
+    return None if same else f"{name} is not what the models' files give"
 
 
 def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
@@ -206,12 +219,13 @@ def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: 
 
 def _is_copied(checkpoint: Checkpoint, tensor: PlannedTensor, opened: OpenFiles) -> bool:
     ours = checkpoint.tensors.get(tensor.name)
-    if ours is None or ours.nbytes != sum(piece.ref.nbytes for piece in tensor.pieces):
+    refs = [ref for piece in tensor.pieces for ref in piece.refs]
+    if ours is None or ours.nbytes != sum(ref.nbytes for ref in refs):
         return False
     start = 0
-    for piece in tensor.pieces:
-        stop = start + piece.ref.nbytes
-        if not same_bytes(opened, span_of(ours, start, stop), piece.ref):
+    for ref in refs:
+        stop = start + ref.nbytes
+        if not same_bytes(opened, span_of(ours, start, stop), ref):
             return False
         start = stop
     return True

@@ -129,6 +129,20 @@ class _Shown(BaseModel):
     generic: list[str] = []
 
 
+class TokensRecord(_Record):
+    """Whose tokens a mixture of models with different vocabularies has.
+
+    Attributes:
+        tokenizer: place in `sources` of the model whose tokenizer it is.
+        eos: ids of the tokens at which a text may end; empty: as the base says.
+        written: names of files beside the weights that were made of several models'.
+    """
+
+    tokenizer: Count
+    eos: list[Count] = []
+    written: list[PlainName] = []
+
+
 class TrainingRecord(_Record):
     """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
 
@@ -213,21 +227,24 @@ class MixtureRecord(_Record):
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
     history: list[Change] = []
+    tokens: TokensRecord | None = None
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:
         numbers = self.expert_sources
         if len(numbers) != len(self.recipe.experts) or not all(0 <= number < len(self.sources) for number in numbers):
             raise ValueError("expert_sources must name a source for every expert")
+        if self.tokens is not None and self.tokens.tokenizer >= len(self.sources):
+            raise ValueError("tokens.tokenizer must name a source")
         if len(self.sources) > 1 + len(numbers):
             raise ValueError("sources must be the base model's and the experts', each once")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_history(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What no mixture has that was only built."""
+    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What most mixtures do not have: those that were only built no history, those of one vocabulary no tokens."""
         said: dict[str, Any] = handler(self)
-        return said if self.history else {key: value for key, value in said.items() if key != "history"}
+        return {key: value for key, value in said.items() if value or key not in ("history", "tokens")}
 
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
@@ -255,7 +272,15 @@ def make_record(
         expert_sources=[unique.index(source) for source in plan.sources[1:]],
         sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
         router=router,
+        tokens=_tokens_record(plan),
     )
+
+
+def _tokens_record(plan: Plan) -> TokensRecord | None:
+    if plan.vocabulary is None or not plan.vocabulary.is_grown:
+        return None
+    tokenizer = plan.vocabulary.tokenizer
+    return TokensRecord(tokenizer=tokenizer.number, eos=list(tokenizer.eos), written=sorted(tokenizer.written))
 
 
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
@@ -263,7 +288,7 @@ def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], kn
         files, config = known.files, known.config
     else:
         files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
-        config = settings_digest(source.config if source.wrapper is None else source.wrapper)
+        config = settings_digest(source.written_config)
     folder = os.path.relpath(source.folder, out)
     return SourceRecord(
         label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files, config=config

@@ -104,6 +104,11 @@ def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> 
     state = source_state(checkpoint, place, run=run)
     if state.is_as_recorded and place != 0 and is_adapter(state.folder):
         state = source_state(checkpoint, 0, run=run)
+    others = range(len(checkpoint.record.sources)) if checkpoint.record.tokens is not None else ()
+    for each in others if state.is_as_recorded else ():  # their rows are those of tokens that it lacks
+        state = source_state(checkpoint, each, run=run)
+        if not state.is_as_recorded:
+            break
     if not state.is_there:
         return GONE
     return f"{state.said} has changed since the mixture was built: {PUT_BACK}" if state.changed else None

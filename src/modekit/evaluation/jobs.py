@@ -15,7 +15,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities
 from modekit.evaluation.labels import Labels, have_tags, label_places, label_tags, no_place_for_a_tag, with_tag
 from modekit.evaluation.results import Kind
-from modekit.loaded.experts import average_of, load_expert
+from modekit.loaded.experts import average_of, load_recorded
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
@@ -64,19 +64,21 @@ def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run
     record = checkpoint.record
     hashes = [" ".join(state.record.digests) for state in states]
     folders = [state.folder for state in states]
-    load = partial(load_expert, folders[0], run=run)
-    if states[0].is_as_recorded:
-        yield RowJob(BASE, "base", hashes[0], partial(load, folders[0]), dense=True)
+    load = partial(load_recorded, checkpoint, run=run)
+    every = all(state.is_as_recorded for state in states)
+    if states[0].is_as_recorded and (every or record.tokens is None):  # who lacks tokens gets rows of those that have them
+        yield RowJob(BASE, "base", hashes[0], partial(load, 0), dense=True)
     for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
         needed = states[place].is_as_recorded and (states[0].is_as_recorded or not is_adapter(folders[place]))
+        needed = every if record.tokens is not None else needed
         if place != 0 and needed:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
-            yield RowJob(name, "expert", identity, partial(load, folders[place]), dense=True)
-    if all(state.is_as_recorded for state in states):
+            yield RowJob(name, "expert", identity, partial(load, place), dense=True)
+    if every:
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
-        loads = [partial(load, folders[place]) for place in members]
+        loads = [partial(load, place) for place in members]
         yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)
 
 

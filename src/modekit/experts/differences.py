@@ -15,7 +15,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import module_of, split_layer
+from modekit.sources.names import module_of, split_layer, weight_of
 from modekit.weights.numeric import blocks, to_float32
 from modekit.weights.stored import Stored, holds_only_finite
 
@@ -62,6 +62,15 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
         check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
     names = own_names(origin, family)
+    ours, theirs = (source.tensor(weight_of(family.embedding)).shape[0] for source in (origin, tuned))
+    if ours != theirs:
+        raise MismatchError(
+            "the model has another number of tokens than its base, which an adapter of its layers cannot hold",
+            where=f"{tuned.label} ({tuned.spec}): vocab_size",
+            found=theirs,
+            expected=ours,
+            remedy="mix the model itself: `as: lora` keeps its layers low-rank and its tokens whole",
+        )
     for name in names:
         tuned.matching(origin.tensors[name])
         if ".experts." in name:

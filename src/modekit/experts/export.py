@@ -33,6 +33,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.contents import OpenFiles
+from modekit.sources.names import HEAD
 from modekit.text.splits import TRAINED_FILE
 
 EXPORT_FILE = "export.json"
@@ -170,6 +171,9 @@ def _plan_export(checkpoint: Checkpoint, expert: int, name: str) -> ExportPlan:
     notes = tuple(dict.fromkeys(_notes(checkpoint, expert, own)))
     if own is not None and own.problem is not None:
         places = places_of(checkpoint, expert)
+        if checkpoint.record.tokens is not None and HEAD in places:
+            reason = f"its head has rows for the tokens of other models, and {own.problem}"
+            return ExportPlan(expert, name, own, reason)
         if not places or any(expert in place.own for place in places.values()):
             reason = f"parts of it were folded into whole modules (DoRA, IA3, biases), and {own.problem}"
             return ExportPlan(expert, name, own, reason)

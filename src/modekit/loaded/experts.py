@@ -8,14 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_adapted, load_model
+from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import is_adapter, open_adapter
 from modekit.sources.adapter_config import read_adapter_config
-from modekit.sources.model import open_source
+from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
+from modekit.sources.contents import OpenFiles
+from modekit.sources.family import whole
+from modekit.sources.model import ModelSource, open_source
+from modekit.sources.names import HEAD, embedding_in, weight_of
+from modekit.sources.rows import rows_of
+from modekit.weights.folding import reader
+from modekit.weights.numeric import to_float32
 
 OwnModel = Literal["base", "full model", "PEFT", "folded"]
 """How an expert's own model was made: PEFT's of base and adapter, or, where PEFT is not asked, the adapter folded in."""
@@ -44,10 +52,41 @@ def load_expert_source(checkpoint: Checkpoint, expert: int | None, *, run: Run =
 
     Only for one that is what it was (checkpoint/sources.py).
     """
+    return load_recorded(checkpoint, 0 if expert is None else checkpoint.record.expert_sources[expert], run=run)
+
+
+def load_recorded(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> PreTrainedModel:
+    """The model at a place of the record's sources; it reads all tokens of the mixture, with the rows that this has."""
     record = checkpoint.record
-    place = 0 if expert is None else record.expert_sources[expert]
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
-    return load_expert(base, folder, run=run)
+    model = load_expert(base, folder, run=run)
+    if record.tokens is not None:
+        sources = make_plan(record.recipe, checkpoint.recipe_root, run=run).sources
+        give_rows(model, [*dict.fromkeys(sources)][place], sources[0])
+    return model
+
+
+def give_rows(model: PreTrainedModel, source: ModelSource, base: ModelSource) -> None:
+    """Give a loaded model rows for the tokens of a mixture that it lacks, from the plan's `source` of it and of its base.
+
+    Without them no text with such a token could be scored.
+    """
+    own = source.replaced if isinstance(source, AdapterSource) else source.tensors
+    before = int(model.get_input_embeddings().weight.shape[0])
+    rows = whole(base.config, "vocab_size")
+    if rows == before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    head = model.get_output_embeddings()
+    names = {weight_of(embedding_in(base.tensors)): model.get_input_embeddings().weight, weight_of(HEAD): head.weight}
+    if getattr(head, "bias", None) is not None:
+        names[f"{HEAD}.bias"] = head.bias
+    with OpenFiles() as opened, torch.no_grad():
+        for name, parameter in names.items():
+            ref = own.get(name) or base.tensors.get(name)
+            if ref is not None:  # a tied head has none
+                added = to_float32(reader(opened)(rows_of(ref, before, rows)))
+                parameter[before:] = torch.from_numpy(added).view(rows - before, *parameter.shape[1:]).to(parameter)
 
 
 def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> tuple[PreTrainedModel, OwnModel]:
@@ -60,7 +99,9 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
     place = record.expert_sources[expert]
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     if not is_adapter(folder):
-        return load_model(folder, run=run), "full model" if place else "base"
+        return load_recorded(checkpoint, place, run=run), "full model" if place else "base"
+    if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
+        return load_recorded(checkpoint, place, run=run), "folded"
     open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base, run=run))
     adapted = _in_peft(load_model(base, run=run), folder) if _names_are_plain(folder) else None
     return (load_expert(base, folder, run=run), "folded") if adapted is None else (adapted, "PEFT")

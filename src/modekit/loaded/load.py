@@ -30,12 +30,13 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
 from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.native import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
 from modekit.sources.wrappers import may_wrap
 from modekit.weights.folding import Folded, folded_bias, reader
-from modekit.weights.numeric import as_array, to_float32
+from modekit.weights.numeric import to_float32
 
 LOADING = "load a model"
 """Phase of whatever reads a model into memory."""
@@ -195,6 +196,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> PreTrainedModel:
     """The base model with an adapter folded into its weights, in float32, for evaluation."""
     model = load_model(base, run=run)
+    rows = next((ref.shape[0] for name, ref in adapter.replaced.items() if is_looked_up(module_of(name))), None)
+    if rows not in (None, model.get_input_embeddings().weight.shape[0]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
     parameters = dict(model.named_parameters())
     opened = OpenFiles()
     try:
@@ -203,7 +207,7 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
             parameter = parameters[name]
             values = parameter.detach().cpu().float().numpy().ravel()
             if name in adapter.replaced:
-                values = to_float32(as_array(opened.read(adapter.replaced[name]), adapter.replaced[name].dtype))
+                values = to_float32(read(adapter.replaced[name]))
             if name in adapter.changes:
                 rows, columns = parameter.shape
                 values = Folded(adapter.changes[name], values, (rows, columns), read)[:]

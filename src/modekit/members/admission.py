@@ -90,7 +90,7 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
 
 def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
     from modekit.evaluation.loss import score_domain
-    from modekit.loaded.experts import load_expert
+    from modekit.loaded.experts import give_rows, load_expert
     from modekit.loaded.load import load_model, load_tokenizer
 
     plan, mixture = before.plan, before.checkpoint.folder
@@ -117,7 +117,10 @@ def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
     found = {}
     for number, (name, load) in enumerate(loads.items()):
         said = partial(run.progress, f"score {name}", total=total)
-        found[name] = score_domain(load(), domain, said, number * domain.scored_tokens).loss
+        model = load()
+        if name != "mixture":
+            give_rows(model, source if name == "expert" else base, base)
+        found[name] = score_domain(model, domain, said, number * domain.scored_tokens).loss
     return found, count
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from modekit.building.build import build
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import MixtureRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
@@ -68,7 +69,13 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
 
     def opened() -> list[ModelSource]:
         stay = [number in edit.origins for number, _ in experts]
-        return [base, *(_opened(checkpoint, opener, n, e, base) if stay[n] else said[1 + n] for n, e in experts)]
+        return [
+            base,
+            *(
+                _opened(checkpoint, opener, n, e, base) if stay[n] else _leaving(checkpoint, opener, n, said)
+                for n, e in experts
+            ),
+        ]
 
     if not records_dtypes(checkpoint):  # of adapters: their models do, where they are there
         with suppress(SourceError):
@@ -112,6 +119,14 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
             remedy="put back what it was, or build the mixture anew",
         )
     return source
+
+
+def _leaving(checkpoint: Checkpoint, opener: Opener, number: int, said: Sequence[ModelSource]) -> ModelSource:
+    """The model of an expert that goes: what the mixture says of it, unless it gave rows, which its own files alone tell."""
+    if checkpoint.record.tokens is not None:
+        with suppress(SourceError):
+            return _opened(checkpoint, opener, number, checkpoint.record.recipe.experts[number], said[0])
+    return said[1 + number]
 
 
 def _planned(
@@ -203,13 +218,16 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
     """Raise SourceError when the base is no longer the one that the mixture and its statistics were made with."""
     folder, record = checkpoint.folder, checkpoint.record
     dense = family_of(base.config, where=f"base_model ({base.spec})").dense_config(base.config)
-    differs = "config.json is another" if dense != record.dense_config else ""
+    is_other = bool(changed_settings(record.sources[0], base.folder)) if record.tokens else dense != record.dense_config
+    differs = "config.json is another" if is_other else ""
     if not differs and changed_weights(record.sources[0], base.folder, run):
         differs = "its weights are others"
-    copied = copied_files(base.folder, where=f"base_model ({base.spec})") if not differs else ()
-    gone = gone_pair_files(folder, copied) if not differs else []
+    copied = copied_files(base.folder, where=f"base_model ({base.spec})") if not differs and _has_its_tokens(record) else ()
+    gone = gone_pair_files(folder, copied) if not differs and _has_its_tokens(record) else []
     differs = f"{gone[0]} is gone" if gone else differs
     for file in copied:
+        if record.tokens is not None and file.name in record.tokens.written:
+            continue
         if file.name in PAIR_FILES and not (folder / file.name).exists():  # of an older version: it gets them now
             continue
         try:
@@ -224,6 +242,11 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
             found=differs,
             remedy="put it back, or build the mixture anew",
         )
+
+
+def _has_its_tokens(record: MixtureRecord) -> bool:
+    """Whether the mixture's tokenizer is the base model's."""
+    return record.tokens is None or record.tokens.tokenizer == 0
 
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:

@@ -7,7 +7,7 @@ both share is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
-from modekit.sources.family import Family, whole
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, natural_key, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
-from modekit.sources.tokenizer import TOKENIZER_FILES, check_ids_fit, check_same_tokenizer, copied_files
+from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.vocabulary import one_vocabulary
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Layout = NativeLayout | ModekitLayout
@@ -49,13 +50,15 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
     check_mixable(sources, family)
-    _check_tokenizers(recipe, sources)
+    vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
+    _check_text(recipe, vocabulary.tokenizer.source)
+    sources = vocabulary.sources
     code_of = partial(_code_of, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed = layout.mixed_names()
     tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
-    notes = notes_of(recipe, sources, family, layout.mixes_more, mixed)
+    notes = notes_of(recipe, vocabulary, family, layout.mixes_more, mixed)
     return Plan(
         recipe,
         root,
@@ -65,9 +68,10 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         sources,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
-        copied_files(base.folder, where=f"base_model ({base.spec})"),
-        (*notes, *layout.notes(), *twins(recipe, sources)),
+        vocabulary.tokenizer.copied_files,
+        (*vocabulary.notes, *notes, *layout.notes(), *twins(recipe, sources)),
         run.trust_remote_code,
+        vocabulary=vocabulary,
     )
 
 
@@ -127,23 +131,17 @@ def _native_layout(
     )
 
 
-def _check_tokenizers(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
-    """Raise MismatchError for experts that read text in another way, SourceError where a fit has nothing to read it with."""
-    base = sources[0]
-    where = f"base_model ({base.spec})"
-    for source in dict.fromkeys(sources[1:]):
-        if source is not base:
-            check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+def _check_text(recipe: Recipe, reader: ModelSource) -> None:
+    """Raise SourceError where a fit has nothing to read text with; `reader` is the model whose tokenizer the result has."""
     if recipe.mixture.fit is not None:
         recipe.mixture.fit.check_library()
-    if recipe.mixture.needs_text and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
+    if recipe.mixture.needs_text and not any((reader.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",
-            where=where,
+            where=f"base_model ({reader.spec})",
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
         )
-    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
 
 
 class _Giver:

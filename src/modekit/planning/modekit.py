@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, rows_of
+from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, some_rows
 from modekit.planning.places import Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
@@ -163,7 +163,7 @@ class ModekitLayout:
         for expert, kind in enumerate(place.kinds):
             if isinstance(kind, LowRank):
                 a_pieces.append(Piece(1 + expert, kind.a, expert=expert))
-                b_pieces.append(Piece(1 + expert, rows_of(kind.b, kind.rows), expert=expert))
+                b_pieces.append(Piece(1 + expert, some_rows(kind.b, kind.rows), expert=expert))
             elif isinstance(kind, int):
                 full = piece_of(self._sources, 1 + expert, weight).ref
                 a_pieces.append(Piece(1 + expert, weight, factor=Factor("A", kind, full), expert=expert))

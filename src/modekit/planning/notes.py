@@ -19,21 +19,22 @@ from modekit.sources.family import Family
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
 from modekit.sources.names import is_ignored, split_layer
 from modekit.sources.targets import forced_by_one_side
-from modekit.sources.tokenizer import chat_template
+from modekit.sources.vocabulary import Vocabulary
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 
 _MEASURED = "`modekit advise` measures before a build what that is worth, `modekit verify --deep` after it"
 
 
-def notes_of(recipe: Recipe, sources: Sequence[ModelSource], family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
+def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
     """Those of either shape. `way_out`: how a recipe mixes more; `mixed`: the base's tensors of which experts have their own.
 
     Raises UnsupportedError when an adapter changes nothing that is mixed, and RecipeError for chats without a template.
     """
+    sources = vocabulary.sources
     yield from _of_routing(recipe, sources, family)
     yield from _lost_of_adapters(recipe, sources, way_out, mixed)
-    yield from _of_chats(recipe, sources[0])
+    yield from _of_chats(recipe, vocabulary)
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, way_out, mixed)
@@ -58,19 +59,21 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
             yield from (f"{expert.name}: {note}" for note in source.notes)
 
 
-def _of_chats(recipe: Recipe, base: ModelSource) -> Iterable[str]:
+def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
+    tokenizer = vocabulary.tokenizer
     asked = recipe.mixture.router.chat
     if not recipe.mixture.needs_text or asked is False:
         return
-    if chat_template(base.folder):
+    if tokenizer.has_template:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
-        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in the base's chat template"
+        whose = "the base's" if tokenizer.number == 0 else "its"
+        yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
     elif asked:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",
             where="mixture.router.chat",
-            found=str(base.folder),
+            found=str(tokenizer.source.folder),
             remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
         )
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.rows import RowsRef, is_joined, rows_of, stored_refs
 
 EMBEDDING_FILE = "model-embedding.safetensors"
 """The embedding where it carries a router's evidence, which a new fit replaces."""
@@ -127,7 +128,8 @@ class Piece:
     def refs(self) -> tuple[TensorRef, ...]:
         """Every tensor that is read for it."""
         changed = self.change.refs if self.change is not None else ()
-        return (self.ref, *changed, *((self.factor.expert,) if self.factor is not None else ()))
+        given = (self.ref, *changed, *((self.factor.expert,) if self.factor is not None else ()))
+        return tuple(stored for ref in given for stored in stored_refs(ref))
 
     def identity(self) -> list[object]:
         """What distinguishes it from other pieces, for a plan's digest."""
@@ -141,6 +143,7 @@ class Piece:
             getattr(self.change, "scale", None),
             getattr(self.change, "rows", None),
             *([list(self.columns)] if self.columns is not None else []),
+            *([[[part.count, len(part.refs)] for part in self.ref.ranges]] if isinstance(self.ref, RowsRef) else []),
         ]
 
 
@@ -182,7 +185,7 @@ def joined(
     name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...], expert: int | None = None
 ) -> PlannedTensor:
     """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
-    operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
+    operation: Operation = "copy" if all(is_joined(piece.ref, dtype) for piece in pieces) else "cast"
     if any(piece.change is not None for piece in pieces):
         operation = "fold"
     elif any(piece.factor is not None for piece in pieces):
@@ -238,13 +241,9 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def rows_of(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:
-    """Some rows of a tensor, which lie together in its file."""
-    if rows is None:
-        return ref
-    row = math.prod(ref.shape[1:]) * ITEMSIZE[ref.dtype]
-    first, last = rows
-    return replace(ref, shape=(last - first, *ref.shape[1:]), start=ref.start + first * row, end=ref.start + last * row)
+def some_rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:
+    """Some rows of a tensor; all without any."""
+    return ref if rows is None else rows_of(ref, *rows)
 
 
 @dataclass(frozen=True)

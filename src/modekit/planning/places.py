@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
-from modekit.planning.pieces import low_rank, rows_of, touched
+from modekit.planning.pieces import low_rank, some_rows, touched
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
@@ -195,7 +195,7 @@ class Places:
         if change is None or change.bias is None:
             return None
         folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
-        return None if folded else rows_of(change.bias, change.rows)
+        return None if folded else some_rows(change.bias, change.rows)
 
     def scale(self, place: PlannedPlace, expert: int) -> float:
         """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""

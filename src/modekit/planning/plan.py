@@ -20,6 +20,7 @@ from modekit.planning.shapes import Shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, Family, architecture_of, whole
 from modekit.sources.model import ModelSource
+from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factor_size import working_bytes
 
 ROUTER_FILE = "model-router.safetensors"
@@ -48,6 +49,7 @@ class Plan:
     """Everything that `build` needs to know. `sources[0]` is the base model, `sources[1 + e]` expert e's.
 
     `shape` is that of the result; `why` says why it was chosen. `reused` is set where the plan changes a mixture that is there.
+    `copied_files` go along as they are; `vocabulary` says whose they are.
     """
 
     recipe: Recipe
@@ -62,11 +64,17 @@ class Plan:
     notes: tuple[str, ...]
     trust_remote_code: bool = False
     reused: Reused | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
         """All that pieces are taken from, by `Piece.source`."""
         return self.sources if self.reused is None else (*self.sources, self.reused.model)
+
+    @property
+    def written_files(self) -> Mapping[str, bytes]:
+        """Files beside the weights that no model has like this -> their content."""
+        return {} if self.vocabulary is None else self.vocabulary.tokenizer.written
 
     @property
     def config(self) -> Config:

@@ -26,7 +26,7 @@ _JOINED = {"copy", "cast", "fold", "factor", "columns"}
 def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Plan:
     """The plan `after` that takes what `before` has made, which are the tensors of a checkpoint in `folder`."""
     model = ModelSource("the mixture", str(folder), folder, None, {}, tensors)
-    finder = _Finder(model, before, origins, number=len(after.sources))
+    finder = _Finder(model, before, after, origins)
     names: dict[str, str] = {}
     shards = []
     for shard in after.shards:
@@ -54,10 +54,12 @@ def _key(tensor: PlannedTensor, origins: Origins) -> tuple[int | None, str]:
 
 
 class _Finder:
-    """Finds in the checkpoint what a new plan asks for. `number` is the checkpoint's among the plan's models."""
+    """Finds in the checkpoint what a new plan asks for; the checkpoint is the last of the plan's models."""
 
-    def __init__(self, model: ModelSource, before: Plan, origins: Origins, *, number: int) -> None:
-        self._model, self._origins, self._number = model, origins, number
+    def __init__(self, model: ModelSource, before: Plan, after: Plan, origins: Origins) -> None:
+        self._model, self._origins, self._number = model, origins, len(after.sources)
+        experts = zip(after.sources[1:], origins, strict=True)
+        self._new = {file for source, origin in experts if origin is None for file in source.files} - {*after.sources[0].files}
         same = range(before.experts)
         self._old = {_key(tensor, same): tensor for shard in before.shards for tensor in shard.tensors}
         self._same = same
@@ -68,7 +70,8 @@ class _Finder:
         ref = None if was is None else self._model.tensors.get(was.name)
         if was is None or ref is None or (ref.dtype, ref.shape) != (was.dtype, was.shape):
             return tensor, None
-        if _made(tensor, _sources_of(self._origins)) == _made(was, _sources_of(self._same)):
+        rows_of_new = any(ref.file in self._new for piece in (tensor.inner or tensor).pieces for ref in piece.refs)
+        if not rows_of_new and _made(tensor, _sources_of(self._origins)) == _made(was, _sources_of(self._same)):
             plain = PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.role, "copy", expert=tensor.expert)
             return replace(plain, pieces=(Piece(self._number, ref),)), was.name
         if not (tensor.pieces and _is_plain(tensor) and _is_plain(was)):

@@ -40,7 +40,7 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("unseen",)
+    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens")
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
@@ -67,6 +67,9 @@ class Mixture(Strict):
     )
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
+    tokens: Literal["mean", "first"] | None = Field(
+        None, description="Rows of a token that the base lacks and several experts have: their mean (default), or the first's."
+    )
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Mixture:

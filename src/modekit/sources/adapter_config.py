@@ -17,7 +17,7 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.family import Config
-from modekit.sources.names import HEAD, is_looked_up
+from modekit.sources.names import EMBEDDING, HEAD, is_looked_up
 from modekit.sources.patterns import ModulePatterns
 from modekit.sources.wrappers import PLAIN, Naming
 
@@ -28,6 +28,7 @@ _MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pr
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
 _Names = Annotated[list[str], Field(max_length=10_000)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
 _Rank = Annotated[int, Field(ge=1, le=10**100)]
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
@@ -125,6 +126,7 @@ class LoraSettings(AdapterSettings):
     layers_pattern: str | _Names | None = None
     init_lora_weights: bool | str | None = True
     ensure_weight_tying: bool = False
+    trainable_token_indices: _Ids | dict[str, _Ids] | None = None
 
     @property
     def ties_copies(self) -> bool:
@@ -139,6 +141,12 @@ class LoraSettings(AdapterSettings):
         """The factor of B A."""
         rank, alpha = self.rank(module), self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def trained_tokens(self, module: str) -> list[int]:
+        """Ids of the tokens of which the adapter has rows of its own in an embedding or head."""
+        said = self.trainable_token_indices or {}
+        named = said if isinstance(said, dict) else {EMBEDDING.rpartition(".")[2]: said}
+        return next((ids for name, ids in named.items() if module.endswith(name)), [])
 
     def unused_patterns(self, modules: Iterable[str]) -> list[str]:
         """Entries of rank_pattern and alpha_pattern that match none of the adapted modules."""

@@ -13,17 +13,21 @@ from functools import cached_property
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings
+from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings, LoraSettings
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
 from modekit.sources.wrappers import PLAIN, Naming
+from modekit.sources.rows import with_rows
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|ia3_l)"
 )
+_TOKENS = ".token_adapter"
+"""Behind the name of a module of which the file has rows of some tokens (trainable_token_indices)."""
+_ROWS = f"{_TOKENS}.trainable_tokens_delta"
 _FUSED: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Fused projection -> the projections whose rows it stacks, in order (Phi3's layout)."""
 
@@ -154,10 +158,10 @@ class Resolution:
         """Whole tensors of the file by their name in the base: biases, modules_to_save, saved embeddings."""
         found: dict[str, TensorRef] = {}
         for name, ref in self._by_name.items():
-            if _PART.fullmatch(name) or self._is_inside_wrapper(name):
+            if _PART.fullmatch(name) or self._is_inside_wrapper(name) or name.endswith(_ROWS):
                 continue
             module, _, last = name.rpartition(".")
-            own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
+            own = module.removesuffix(".base_layer").removesuffix(_TOKENS)  # the adapted module itself lies under base_layer
             is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(HEAD)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
@@ -165,17 +169,55 @@ class Resolution:
                 self._refuse_shared(ref)
             if not is_tied and f"{own}.{last}" not in self._base_names:
                 self._refuse_unknown(ref, own)
-            if (own in self.parts) != (own != module):
+            if (own in self.parts or own in self.token_rows) != (own != module):
                 self.refuse_unexplained(ref, "PEFT gives it no place beside the module's adapter")
             found[f"{own}.{last}"] = ref
         return found
+
+    @cached_property
+    def token_rows(self) -> dict[str, TensorRef]:
+        """Embedding or head -> rows of some of its tokens. Raises where these are not the tokens that the config names."""
+        found = {name.removesuffix(_ROWS): ref for name, ref in self._by_name.items() if name.endswith(_ROWS)}
+        for module, ref in found.items():
+            ids = self._trained_tokens(self._embedding if self._is_tied else module)
+            if module not in (self._embedding, HEAD) or self._shares:
+                self._refuse_unknown(ref, module)
+            if self._trained_tokens(module) not in ([], ids):
+                self._refuse_tied(ref)
+            if ref.shape != (len(ids), *self.base.tensors[weight_of(self._embedding)].shape[1:]) or len(set(ids)) < len(ids):
+                self.refuse_unexplained(ref, f"{ref.shape[0] if ref.shape else 0} rows, and other tokens in the config")
+        lacking = [each for each in (self._embedding, HEAD) if self._trained_tokens(each) and each not in found]
+        if lacking and not (self._is_tied and self._embedding in found):
+            raise SourceError(
+                "the adapter file lacks the rows of trainable_token_indices",
+                where=f"{self.where}: {lacking[0]}",
+                remedy=SAVE_AGAIN,
+            )
+        return found
+
+    def _trained_tokens(self, module: str) -> list[int]:
+        return self.settings.trained_tokens(module) if isinstance(self.settings, LoraSettings) else []
+
+    def _with_token_rows(self, name: str, own: TensorRef, rows: TensorRef) -> TensorRef:
+        """A tensor with the file's rows of some tokens in place of its own."""
+        ids = self._trained_tokens(module_of(name))
+        if max(ids) >= own.shape[0]:
+            raise MismatchError(
+                "the adapter has a token that its embedding has no row for",
+                where=f"{self.where}: {rows.name}",
+                found=f"token {max(ids)}",
+                expected=f"below {own.shape[0]}, the rows of {own.name}",
+                remedy="save the adapter with save_embedding_layers=True, or use the base model that it was trained on",
+            )
+        return with_rows(own, {token: ((rows, place),) for place, token in sorted(enumerate(ids), key=lambda each: each[1])})
 
     def _is_inside_wrapper(self, name: str) -> bool:
         """With bias: all, PEFT saves biases of modules_to_save three times; two of the names are never read again."""
         module, _, last = name.rpartition(".")
         for inside in (".original_module", ".modules_to_save"):
             own = module.removesuffix(inside)
-            if own != module and self.settings.saves(own) and f"{own}.{last}" in self._by_name:
+            saves = self.settings.saves(own) or (own == HEAD and self._is_tied and self.settings.ties_copies)
+            if own != module and saves and f"{own}.{last}" in self._by_name:
                 return True
         return False
 
@@ -197,9 +239,21 @@ class Resolution:
             found.setdefault(weight_of(self._embedding), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
-            if ref.shape != expected:
+            if ref.shape != expected and not (self._has_tokens(name) and ref.shape[1:] == expected[1:]):
                 self.refuse_shape(ref, expected)
+        for module, rows in self.token_rows.items():
+            name = weight_of(module)
+            if rows.shape[0] and not (self._is_tied and module == HEAD):
+                found[name] = self._with_token_rows(name, found.get(name, self.base.tensors[name]), rows)
         return found
+
+    def _has_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row for each token, of which the adapter may have more or fewer than the base."""
+        return not self._shares and name in (weight_of(self._embedding), weight_of(HEAD), f"{HEAD}.bias")
+
+    def whole_or_base(self, name: str, ref: TensorRef) -> TensorRef:
+        """The file's copy of a tensor of the base, or the base's: what an adapter's change is added to."""
+        return self.whole.get(name, ref)
 
     def weights(self, module: str) -> dict[str, TensorRef]:
         """The base's weights, (O, I) each, that an adapted module stands for."""

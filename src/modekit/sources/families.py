@@ -367,7 +367,7 @@ def own_family(config: Config, other: Family) -> Family:
 
 
 _MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
-_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling"}
-"""`Family.dense_config` has what they mean under other keys."""
+_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_size"}
+"""`Family.dense_config` has what they mean under other keys; how tokens may differ says vocabulary.py."""
 CONFIG_MUST_MATCH = ("model_type", *(key for key in SETTINGS if key not in _MAY_DIFFER | _SAID_OTHERWISE))
 """Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

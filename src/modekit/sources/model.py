@@ -196,7 +196,8 @@ class ModelSource:
 
     `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says. `wrapper` is
     config.json as it stands where the files are a wrapper's, or name the language model as a wrapper does; `beside` are tensors
-    that are no part of the language model, such as those of a vision tower.
+    that are no part of the language model, such as those of a vision tower. `on_disk` is its config where `config` has more
+    tokens (vocabulary.py).
     """
 
     label: str
@@ -207,6 +208,12 @@ class ModelSource:
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
     wrapper: Config | None = field(default=None, compare=False, kw_only=True)
     beside: Mapping[str, TensorRef] = field(default_factory=dict, compare=False, kw_only=True)
+    on_disk: Config | None = field(default=None, compare=False, kw_only=True)
+
+    @property
+    def written_config(self) -> Config:
+        """config.json as it stands."""
+        return next((each for each in (self.wrapper, self.on_disk) if each is not None), self.config)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,27 +107,44 @@ def check_tokenizer_files(folder: Path, *, where: str) -> None:
         )
 
 
-def read_vocabulary(folder: Path, *, where: str) -> dict[str, int] | None:
-    """Token -> id from tokenizer.json or vocab.json; None when the folder has neither. Raises SourceError."""
-    read = _read(folder, where=where)
-    return None if read is None else read[0]
+Tokens = dict[str, int]
+"""Token -> id."""
 
 
-def _read(folder: Path, *, where: str) -> tuple[dict[str, int], list[tuple[str, ...]] | None] | None:
-    """The vocabulary, and the merges of BPE where tokenizer.json has some; None without either file."""
-    path = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()), None)
+@dataclass(frozen=True)
+class ReadTokens:
+    """The tokens of a tokenizer, and the merges of BPE where tokenizer.json has some."""
+
+    tokens: Tokens
+    merges: list[tuple[str, ...]] | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self.tokens.values(), default=-1) + 1
+
+
+def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> ReadTokens | None:
+    """From tokenizer.json, or from vocab.json and added_tokens.json; None when the folder has none of them.
+
+    `beside`: tokens of a folder that has added_tokens.json alone. Raises SourceError.
+    """
+    names = ("tokenizer.json", "vocab.json", *(() if beside is None else ("added_tokens.json",)))
+    path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         return None
     try:
         raw: Any = read_json(path, LARGE)
-        if path.name == "vocab.json":
-            return {token: _id(index) for token, index in raw.items()}, None
+        if path.name != "tokenizer.json":
+            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+            first = beside if path.name == "added_tokens.json" else None
+            return ReadTokens({**(first or {}), **{token: _id(index) for token, index in {**raw, **added}.items()}})
         vocab = raw["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], index) for index, entry in enumerate(vocab))
         tokens = {_text(token): _id(index) for token, index in pairs}
         tokens.update({_text(added["content"]): _id(added["id"]) for added in raw.get("added_tokens") or []})
         merges = raw["model"].get("merges")
-        return tokens, None if merges is None else [_pair(each) for each in merges]
+        return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges])
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SourceError(
             "the tokenizer cannot be read",
@@ -171,24 +189,25 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
 
     A folder without tokenizer files is taken to use the base model's.
     """
-    base_read, expert_read = _read(base, where="base_model"), _read(expert, where=where)
-    if not ((base / "tokenizer.json").exists() and (expert / "tokenizer.json").exists()):
-        _check_same_pieces(base, expert, where=where, readers=readers)
-    if base_read is None or expert_read is None:
-        return
-    (ours, our_merges), (theirs, their_merges) = base_read, expert_read
-    if ours == theirs:
-        if our_merges is not None and their_merges is not None and our_merges != their_merges:
+    ours, theirs = read_tokens(base, where="base_model"), read_tokens(expert, where=where)
+    check_same_pieces(base, expert, where=where, readers=readers)
+    if ours is not None and theirs is not None:
+        check_alike(ours, theirs, where=where, readers=readers)
+
+
+def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Readers = Readers(), below: int = 2**62) -> None:
+    """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, or for other merges."""
+    ours, theirs = one.tokens, other.tokens
+    found = {token for token, number in ours.items() ^ theirs.items() if number < below} if ours != theirs else set()
+    if not found:
+        if one.merges is not None and other.merges is not None and one.merges != other.merges:
             raise MismatchError(
                 f"the {readers.theirs}'s tokenizer has the {readers.ours}'s tokens but joins them by other merges",
                 where=where,
                 remedy=readers.remedy,
             )
         return
-    differing = sorted(
-        {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)},
-        key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
-    )
+    differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
     name = readers.ours.removesuffix(" model")
     shown = ", ".join(
         f"{token[:60]!r} ({name} {ours.get(token, '-')}, {readers.theirs} {theirs.get(token, '-')})" for token in differing[:5]
@@ -203,9 +222,12 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
     )
 
 
-def _check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers) -> None:
-    """Raise MismatchError for a file of sentencepiece, or of a target's vocabulary, that both have and that differs."""
-    for name in PAIR_FILES:
+def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
+    """Raise MismatchError for a file of sentencepiece, or of a target's vocabulary, that both have and that differs.
+
+    Where both have a tokenizer.json, that is what counts.
+    """
+    for name in () if (base / "tokenizer.json").exists() and (expert / "tokenizer.json").exists() else PAIR_FILES:
         if not ((base / name).exists() and (expert / name).exists()):
             continue
         read: Callable[[Path, int], Any] = read_json if name.endswith(".json") else read_bytes
@@ -226,8 +248,13 @@ def _check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers
 
 
 def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
-    """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
-    beyond = beyond_rows(read_vocabulary(folder, where=where) or {}, vocab_size)
+    """Raise MismatchError when a folder's tokenizer has ids for which the model has no embedding."""
+    check_rows_for(read_tokens(folder, where=where), vocab_size, where=where)
+
+
+def check_rows_for(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:
+    """The same of a tokenizer that has been read."""
+    beyond = beyond_rows({} if read is None else read.tokens, vocab_size)
     if beyond:
         remedy = "give the tokenizer that belongs to the model, or resize the model's embeddings"
         raise no_embedding_for(beyond, vocab_size, where=where, remedy=remedy)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from modekit.sources.adapter import Change, LowRank, Scaling
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
-from modekit.weights.numeric import BLOCK, as_array, to_float32
-from modekit.weights.stored import FlatArray
+from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.stored import FlatArray, Stored
 
 Array = npt.NDArray[np.generic]
 Read = Callable[[TensorRef], Array]
@@ -28,7 +28,7 @@ _Double = npt.NDArray[np.float64]
 
 def reader(opened: OpenFiles) -> Read:
     """Read adapter tensors into memory."""
-    return lambda ref: as_array(opened.read(ref), ref.dtype)
+    return lambda ref: Stored(opened, ref)[:]
 
 
 class _Rows:
@@ -123,7 +123,10 @@ class _LowRankRows:
             return moved.astype(np.float32)
 
     def _plain(self, rows: slice) -> _Double:
-        return _moved(self._base[rows], self._scale * (self._left[rows].astype(np.float64) @ self._right))
+        base, left = self._base[rows], self._left[rows].astype(np.float64)
+        shift = np.zeros(base.shape, np.float64)  # of tokens that the adapter does not know, nothing
+        shift[: len(left)] = self._scale * (left @ self._right)
+        return _moved(base, shift)
 
     def _column_factor(self) -> _Double:
         if self._factor_of_columns is None:

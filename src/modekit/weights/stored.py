@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
-from modekit.weights.numeric import as_array, is_finite
+from modekit.sources.rows import RowRange, RowsRef
+from modekit.weights.numeric import DTYPES, as_array, is_finite
 
 
 class FlatArray(Protocol):
@@ -35,21 +37,54 @@ class Stored:
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a stored tensor is read in order, not by steps of {step}")
+        if isinstance(self._ref, RowsRef):
+            return self._of_ranges(self._ref, start, max(start, stop))
         read = self._opened.read(self._ref, start * self._itemsize, max(start, stop) * self._itemsize)
         return as_array(read, self._ref.dtype)
+
+    def _of_ranges(self, ref: RowsRef, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Elements of a tensor whose rows come from several, in its dtype."""
+        values, position = np.empty(stop - start, DTYPES[ref.dtype]), 0
+        row = ref.numel // max(1, ref.shape[0])
+        for part in ref.ranges:
+            first, last = max(start, position), min(stop, position + part.count * row)
+            if first < last:
+                values[first - start : last - start] = self._of_range(part, slice(first - position, last - position))
+            position += part.count * row
+        return values
+
+    def _of_range(self, part: RowRange, elements: slice) -> npt.NDArray[np.generic]:
+        """Of one tensor its elements, of several their mean, summed in float64; of none zeros."""
+        found = [Stored(self._opened, each)[elements] for each in part.refs]
+        if len(found) == 1:
+            return found[0]
+        total = np.zeros(elements.stop - elements.start, np.float64)
+        for each in found:
+            total += each.astype(np.float64)
+        return (total / max(1, len(found))).astype(np.float32)
 
 
 def holds_only_finite(opened: OpenFiles, ref: TensorRef) -> bool:
     """Whether a tensor on disk has neither NaN nor Inf. Raises SourceError when it cannot be read."""
-    return all(is_finite(chunk, ref.dtype) for chunk in opened.chunks(ref))
+    return all(is_finite(chunk, ref.dtype) for chunk in _chunks(opened, ref))
 
 
 def same_bytes(opened: OpenFiles, first: TensorRef, second: TensorRef) -> bool:
     """Whether two tensors on disk, of whatever dtype and shape, are the same bytes. Raises SourceError as above."""
     if first.nbytes != second.nbytes:
         return False
-    pairs = zip(opened.chunks(first), opened.chunks(second), strict=True)
+    pairs = zip(_chunks(opened, first), _chunks(opened, second), strict=True)
     return all(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)) for one, other in pairs)
+
+
+def _chunks(opened: OpenFiles, ref: TensorRef) -> Iterator[memoryview]:
+    """A tensor's bytes in order, wherever its rows come from."""
+    if not isinstance(ref, RowsRef):
+        yield from opened.chunks(ref)
+        return
+    stored, step = Stored(opened, ref), CHUNK // ITEMSIZE[ref.dtype]
+    for start in range(0, len(stored), step):
+        yield stored[start : start + step].view(np.uint8).data
 
 
 def span_of(ref: TensorRef, start: int, stop: int) -> TensorRef:

@@ -19,10 +19,12 @@ from modekit.search.advise.result import Finding, Group, finding_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_complete, check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.families import family_of, own_family
-from modekit.sources.family import Family, whole
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.names import HEAD, module_of
 from modekit.sources.open import Opener
-from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import TOKENIZER_FILES, chat_template
+from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,27 @@ def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:
     check_sizes(base, family)
     check_dtypes(base)
     check_complete(base, family, family.layers(base.config))
-    check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=where)
     experts: dict[int, ModelSource] = {}
+    remarked: list[tuple[Expert, ModelSource]] = []
     findings: list[Finding] = []
+    one_vocabulary((base,), family, "mean")  # whether its tokenizer can be read
     for index, expert in enumerate(recipe.experts):
         try:
             source = opener.expert(index, expert, base)
         except ModekitError as error:
             findings.append(finding_of(error, expert.name))
             continue
-        refused = [] if expert.is_base else list(_refusals(expert.name, source, base, family))
-        findings += [*refused, *([] if expert.is_base else _remarks(expert, source, base))]
+        others = (base, *experts.values())
+        refused = [] if expert.is_base else list(_refusals(expert.name, source, others, family))
+        findings += refused
+        if not expert.is_base:
+            remarked.append((expert, source))
         if not refused:
             experts[index] = source
+    vocabulary = one_vocabulary((base, *experts.values()), family, recipe.mixture.tokens or "mean")
+    findings += [each for expert, source in remarked for each in _remarks(expert, source, base, vocabulary)]
+    experts = dict(zip(experts, vocabulary.sources[1:], strict=True))
+    base = vocabulary.sources[0]
     groups = groups_of(base, family)
     drift = compare(base, [experts.get(index, base) for index in range(len(recipe.experts))], groups, run=run)
     if drift.base_damaged:
@@ -96,13 +106,16 @@ def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:
     return ComparedModels(recipe, root, base, family, experts, findings, groups, drift, usable)
 
 
-def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family) -> Iterator[Finding]:
-    """What a build would refuse; every check speaks for itself, so that one does not hide the next."""
+def _refusals(name: str, source: ModelSource, others: tuple[ModelSource, ...], family: Family) -> Iterator[Finding]:
+    """What a build beside others, the base first, would refuse; every check speaks for itself, so that one does not hide the
+    next.
+    """
+    base = others[0]
     layers = family.layers(base.config)
 
     def shapes() -> None:
         for ref in base.tensors.values():
-            if ref.name in source.tensors:
+            if ref.name in source.tensors and (family.pair or module_of(ref.name) not in (family.embedding, HEAD)):
                 piece_of((base, source), 1, ref)
 
     of_full_models: list[Callable[[], object]] = [
@@ -114,7 +127,7 @@ def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family)
     ]
 
     def tokenizers() -> None:
-        check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+        one_vocabulary((*others, source), family, "mean")
 
     for check in [*([] if isinstance(source, AdapterSource) else of_full_models), tokenizers]:
         try:
@@ -123,31 +136,32 @@ def _refusals(name: str, source: ModelSource, base: ModelSource, family: Family)
             yield finding_of(error, name)
 
 
-def _remarks(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator[Finding]:
+def _remarks(expert: Expert, source: ModelSource, base: ModelSource, vocabulary: Vocabulary) -> Iterator[Finding]:
     """What a build takes without a word and a user may be surprised by."""
     name = expert.name
     if isinstance(source, AdapterSource):
         yield from (Finding("note", name, note) for note in source.notes)
     elif not any((source.folder / file).exists() for file in TOKENIZER_FILES):
         yield Finding("note", name, "the folder has no tokenizer; the base model's is taken to be its own")
-    ours, theirs = chat_template(base.folder), chat_template(source.folder)
+    ours, theirs = chat_template(vocabulary.tokenizer.source.folder), chat_template(source.folder)
     if theirs is not None and ours != theirs:
+        whose = vocabulary.tokenizer.owner
         yield Finding(
             "warning",
             name,
-            "its chat template is not the base model's, and a mixture has the base model's",
-            "none in the base" if ours is None else "another one in the base",
+            f"its chat template is not {whose}, and a mixture has {whose}",
+            "none there" if ours is None else "another one there",
             "if all experts share it, put it into the base model's folder before building; else prompt as each expert knows",
         )
     if not isinstance(source, AdapterSource):
-        yield from _remarks_on_model(expert, source, base)
+        yield from _remarks_on_model(expert, source, base, vocabulary)
 
 
-def _remarks_on_model(expert: Expert, source: ModelSource, base: ModelSource) -> Iterator[Finding]:
+def _remarks_on_model(expert: Expert, source: ModelSource, base: ModelSource, vocabulary: Vocabulary) -> Iterator[Finding]:
     """Of a full model: where its settings are not the base's."""
     name = expert.name
     ends = [model.config.get("eos_token_id") for model in (base, source)]
-    if ends[0] != ends[1]:
+    if ends[0] != ends[1] and not vocabulary.tokenizer.eos:
         yield Finding(
             "warning",
             name,

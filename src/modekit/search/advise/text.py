@@ -123,6 +123,7 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
     """Losses of parts of every expert; of FFNs on the average of all, too, where the FFN alone does not carry the gain. And
     how fast the passes were.
     """
+    from modekit.loaded.experts import give_rows
     from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
@@ -130,6 +131,7 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
     try:
         base = compared.base
         model = load_model(base.folder, run=run)
+        give_rows(model, base, base)
         patched = PatchedBase(model, [base, *compared.sources], compared.groups, compared.drift.moved, opened)
         started = time.perf_counter()
         gains = measure(patched, scored, compared.usable, run=run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from modekit.files.write import write_json
-from modekit.loaded.experts import load_expert
+from modekit.loaded.experts import give_rows, load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.plan import Plan
 from modekit.run import Run
@@ -70,6 +70,7 @@ def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection]
             return known
     base = plan.sources[0].folder
     model = load_model(base, run=job.run)
+    give_rows(model, plan.sources[0], plan.sources[0])
     run.begin("score the base")
     found: Reference = {split: {"base": losses_of(model, text.domains, "base"), "own": {}} for split, text in splits.items()}
     for place, domain in enumerate(splits["select"].domains):
@@ -77,6 +78,7 @@ def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection]
         assert domain.expert is not None
         is_base = job.recipe.experts[domain.expert].is_base
         own = model if is_base else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
+        give_rows(own, plan.sources[1 + domain.expert], plan.sources[0])
         for split, text in splits.items():
             domains = [each for each in text.domains if each.name == domain.name]
             found[split]["own"] |= losses_of(own, domains, f"expert {domain.name}")

@@ -25,7 +25,7 @@ from modekit.checkpoint.record import RECORD_FILE, RouterRecord, make_record
 from modekit.checkpoint.router_file import Gates, write_index, write_router_file
 from modekit.files.lock import waiting
 from modekit.files.tensors import safetensors_header, write_all
-from modekit.files.write import appearing, copy_file, create, link_file, make_folder, remove, write_json
+from modekit.files.write import appearing, copy_file, create, link_file, make_folder, remove, write_file, write_json
 from modekit.planning.make import make_plan
 from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.plan import ROUTER_FILE, Plan
@@ -157,6 +157,8 @@ class SharedWeights:
         write_json(partial / "config.json", dict(plan.config))
         for file in (*plan.copied_files, *plan.shape.code_files):
             copy_file(file, partial / file.name)
+        for name, content in plan.written_files.items():
+            write_file(partial / name, content, sync=False)
         zeros = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
         sha256 = write_router_file(partial / ROUTER_FILE, plan.slots, zeros, plan.router_dtype)
         # Sources are hashed by the build of what the search finds; nothing here is shown.

@@ -1,0 +1,230 @@
+"""One vocabulary for models that have different numbers of tokens: which rows embedding and head have in the mixture.
+
+    id                  0 to 31,999    32,000, 32,001      32,002 to 32,063
+    base                its own        -                   -
+    law (ChatML)        its own        its own             -
+    code (padded)       its own        padding             padding
+    rows of the base    its own        law's               code's
+
+A model keeps the rows of the tokens that it has. Other rows are the base's; those that the base lacks too are those of the
+experts that have the token (their mean, or the first one's), and padding where nobody has it. A model has the tokens of its
+tokenizer, or of the base's without one, as far as it has rows for them.
+
+Shape legend: V tokens, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from modekit.errors import MismatchError, UnsupportedError
+from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.compatibility import is_tied
+from modekit.sources.family import Family, whole
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.names import HEAD, weight_of
+from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
+from modekit.sources.shared_tokenizer import SharedTokens, TokenizerChoice, choose_tokenizer, share_tokens
+from modekit.sources.tokenizer import Tokens, check_ids_fit, check_rows_for, check_same_tokenizer
+
+Rule = Literal["mean", "first"]
+"""What several experts give to a token that the base lacks."""
+_MOST = 2**20  # rows that are looked at one by one
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The models of a mixture with rows for all its tokens, and the tokenizer that knows them.
+
+    Attributes:
+        sources: in the order in which they were given; the base's config says how many rows there are.
+        tokenizer: whose it is, and what goes with it.
+        is_grown: whether any model has other tokens or rows than the base.
+        notes: what a user should know.
+    """
+
+    sources: tuple[ModelSource, ...]
+    tokenizer: TokenizerChoice
+    is_grown: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule) -> Vocabulary:
+    """The models, base first, with the tokens of all of them.
+
+    Raises MismatchError for tokenizers that disagree, or have tokens without a row; SourceError for one that cannot be read;
+    UnsupportedError for an adapter that cannot be given more rows.
+    """
+    base, unique = sources[0], list(dict.fromkeys(sources))
+    if family.pair:
+        for source in unique[1:]:
+            check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
+        check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=f"base_model ({base.spec})")
+        return Vocabulary(sources, TokenizerChoice(base))
+    shared = share_tokens(unique)
+    pairs = zip(unique, shared.read, strict=True)
+    models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
+    rows, owner = max(model.rows for model in models), models[shared.largest]
+    check_rows_for(shared.read[shared.largest], rows, where=owner.label)
+    if shared.are_same and all(model.rows in (0, rows) for model in models):
+        return Vocabulary(sources, TokenizerChoice(base))
+    for model in models:
+        model.check_rows()
+        if model.rows > _MOST:
+            raise UnsupportedError(
+                "the model has more rows than any tokenizer has tokens",
+                where=model.label,
+                found=f"{model.rows:,}",
+                expected=f"{_MOST:,} at most, where models have different numbers of tokens",
+                remedy="download or save the model again",
+            )
+    grown = _Grown(models, rows, rule)
+    choice = choose_tokenizer(unique, shared)
+    made = {model.source: grown.model(model) for model in models}
+    config = {**base.config, "vocab_size": rows, **choice.settings}
+    made[base] = replace(made[base], config=config, on_disk=base.config)
+    notes = (*_notes(models, shared, rows, rule), *choice.notes)
+    return Vocabulary(tuple(made[source] for source in sources), choice, True, notes)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model and its rows. `tokens`: of its tokenizer; None without one, when it has all its rows."""
+
+    source: ModelSource
+    base: ModelSource
+    family: Family
+    tokens: Tokens | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label} ({self.source.spec})"
+
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """Of its tokenizer."""
+        return frozenset((self.tokens or {}).values())
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Embedding, head and the head's bias, as far as the model has its own."""
+        source = self.source
+        own = source.replaced if isinstance(source, AdapterSource) else source.tensors
+        names = (weight_of(self.family.embedding), weight_of(HEAD), f"{HEAD}.bias")
+        return {name: own[name] for name in names if name in own}
+
+    def tensor(self, name: str) -> TensorRef | None:
+        """One of them; a tied head is the embedding. None where the model has the base's."""
+        if name == weight_of(HEAD) and name not in self.tensors and is_tied(self.base, self.family):
+            return self.tensors.get(weight_of(self.family.embedding))
+        return self.tensors.get(name)
+
+    @property
+    def rows(self) -> int:
+        """V of the model; 0 of an adapter that has the base's."""
+        return max((ref.shape[0] for ref in self.tensors.values()), default=0)
+
+    def check_rows(self) -> None:
+        """Raise MismatchError unless embedding and head have as many rows as each other."""
+        base = self.base.tensor(weight_of(self.family.embedding)).shape[0]
+        untied = not is_tied(self.base, self.family)
+        names = [weight_of(self.family.embedding), *([weight_of(HEAD)] if untied else [])]
+        found = {name: self.tensors[name].shape[0] if name in self.tensors else base for name in names}
+        if len(set(found.values())) > 1:
+            raise MismatchError(
+                "the model's embedding and head have different numbers of tokens",
+                where=self.label,
+                found=", ".join(f"{name} {rows}" for name, rows in found.items()),
+                expected="as many rows in both",
+                remedy="save both in the adapter (modules_to_save: [embed_tokens, lm_head])"
+                if isinstance(self.source, AdapterSource)
+                else "save the model again",
+            )
+
+    def has(self, ref: TensorRef) -> set[int]:
+        """Ids of the tokens for which the model has a row of its own in a tensor."""
+        rows = ref.shape[0]
+        return set(range(rows)) if self.tokens is None else {number for number in self.ids if number < rows}
+
+
+class _Grown:
+    """Models with rows for all tokens."""
+
+    def __init__(self, models: Sequence[_Model], rows: int, rule: Rule) -> None:
+        self._models, self._rows, self._rule = models, rows, rule
+        self._base = models[0]
+
+    def model(self, model: _Model) -> ModelSource:
+        """The model with `rows` rows."""
+        made = {name: self._tensor(model, name, ref) for name, ref in model.tensors.items()}
+        source = model.source
+        if not isinstance(source, AdapterSource):
+            return replace(source, tensors={name: made.get(name, ref) for name, ref in source.tensors.items()})
+        replaced = {name: made.get(name, ref) for name, ref in source.replaced.items()}
+        changes = {name: self._change(model, name, change) for name, change in source.changes.items()}
+        return replace(source, replaced=replaced, changes=changes)
+
+    def _tensor(self, model: _Model, name: str, own: TensorRef) -> TensorRef:
+        """A model's tensor with a row for every token; itself where it has them."""
+        owners = [(each, ref, each.has(ref)) for each in self._models if (ref := each.tensor(name)) is not None]
+        lacking = set().union(*(ids for _, _, ids in owners)) - model.has(own)
+        if not lacking and own.shape[0] == self._rows:
+            return own
+        for each, _, ids in owners:
+            if ids & lacking:
+                _check_gives(each, name)
+
+        def giver(row: int) -> Giver:
+            given = [(each, ref) for each, ref, ids in owners if row in ids]
+            if given and (given[0][0] is self._base or self._rule == "first"):
+                given = given[:1]
+            return tuple((ref, row) for _, ref in given) or next(((ref, row),) for _, ref, _ in owners if row < ref.shape[0])
+
+        elsewhere = sorted(lacking.union(range(own.shape[0], self._rows)))
+        return with_rows(own, {row: giver(row) for row in elsewhere})
+
+    def _change(self, model: _Model, name: str, change: Change) -> Change:
+        """An adapter's change of embedding or head, which is zero for tokens that the adapter does not know."""
+        count = (model.tensor(name) or self._base.tensors.get(name, change.refs[0])).shape[0]
+        if name not in (weight_of(model.family.embedding), weight_of(HEAD)) or count == self._rows:
+            return change
+        if not isinstance(change, LowRank) or change.magnitude is not None or change.bias is not None:
+            raise UnsupportedError(
+                "an adapter with DoRA, lora_bias or IA3 on embedding or head cannot be given more tokens",
+                where=f"{model.label}: {name}",
+                found=f"{count} tokens",
+                expected=f"{self._rows}, as the mixture has",
+                remedy=_MERGE,
+            )
+        if change.transposed:
+            return change  # folded row by row: the rows that it lacks stay (weights/folding.py)
+        return replace(change, b=joined_rows(change.b, [RowRange(count, (change.b,)), RowRange(self._rows - count)]))
+
+
+def _check_gives(model: _Model, name: str) -> None:
+    """Raise UnsupportedError where a row that a model gives is not in its file as the model has it."""
+    if isinstance(model.source, AdapterSource) and name in model.source.changes:
+        raise UnsupportedError(
+            "the adapter adds tokens and has a low-rank change on their embedding or head as well",
+            where=f"{model.label}: {name}",
+            remedy=_MERGE,
+        )
+
+
+_MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+
+
+def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int, rule: Rule) -> Iterator[str]:
+    """Which tokens the base lacks, who has them, and how many rows there are."""
+    added = [model.ids - models[0].ids for model in models]
+    tokens = sorted(set().union(*added))
+    if tokens:
+        names = [model.source.label for model, ids in zip(models, added, strict=True) if ids]
+        several = any(sum(token in ids for ids in added) > 1 for token in tokens)
+        which = {"mean": ", the mean of their rows", "first": ", the rows of the first"}[rule] if several else ""
+        yield f"{len(tokens)} tokens that the base model lacks ({shared.shown(tokens)}) come from {', '.join(names)}{which}"
+    sizes = ", ".join(f"{model.source.label} {model.rows:,}" for model in models if model.rows)
+    yield f"embedding and head have {rows:,} rows, as many as the largest model's ({sizes})"

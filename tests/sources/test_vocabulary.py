@@ -1,0 +1,379 @@
+"""Models with different numbers of tokens in one mixture. Oracles: each model's own logits, and PEFT's merged models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from adapter_folders import quiet
+from conftest import VOCAB, Workshop, character_tokenizer, logits_of, tiny_model, write_text
+from members.test_come_and_go import check_same
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import MismatchError, ModekitError, UnsupportedError
+from modekit.evaluation.evaluate import evaluate
+from modekit.loaded.experts import load_expert, load_expert_source
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+from modekit.members.change import write_change
+from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert
+from modekit.planning.make import make_plan
+from modekit.planning.plan import Plan
+from modekit.recipes.read import parse_recipe
+from mutations import limited
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WHOLE: dict[str, Any] = {"modules": "all", "top_k": 1, "router": {"fit": "ngram", "chat": False}}
+RANDOM: dict[str, Any] = {"top_k": 1, "router": {"fit": "random"}}
+SEEDS = {"base": 0, "law": 1, "code": 2}
+
+
+def save(folder: Path, seed: int, tokens: tuple[str, ...] = (), rows: int | None = None, **overrides: Any) -> Path:
+    """A model with these tokens behind the 96 that all have; `rows` of its embedding, as many as tokens by default."""
+    rows = VOCAB + len(tokens) if rows is None else rows
+    tiny_model(seed=seed, **{"num_hidden_layers": 1, "vocab_size": rows, **overrides}).save_pretrained(folder)
+    tokenizer = character_tokenizer()
+    if tokens:
+        tokenizer.add_tokens([*tokens], special_tokens=True)
+        tokenizer.eos_token = tokens[-1]
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def shop_of(root: Path, mixture: dict[str, Any], **models: dict[str, Any]) -> Workshop:
+    """A base and two experts; who is not named has 96 tokens."""
+    for name, seed in SEEDS.items():
+        save(root / name, seed, **models.get(name, {}))
+    write_text(root / "text", ("law", "code"))
+    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in ("law", "code")]
+    return Workshop(root, {"base_model": "./base", "experts": experts, "mixture": mixture})
+
+
+def planned(shop: Workshop, **changes: Any) -> Plan:
+    return make_plan(parse_recipe({**shop.recipe, **changes}), shop.root)
+
+
+def built(shop: Workshop, **changes: Any) -> Checkpoint:
+    checkpoint = open_checkpoint(shop.build(**changes))
+    assert is_proven(checks := verify(checkpoint)), checks
+    return checkpoint
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def some_ids(rows: int) -> torch.Tensor:
+    return torch.randint(3, rows, (2, 16), generator=torch.Generator().manual_seed(4))
+
+
+def written(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Greedy text after prompts of two lengths, the shorter one padded on the left, with a cache."""
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    return made[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("larger", ["base", "law", "code"])
+def test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has(tmp_path: Path, larger: str, tied: bool) -> None:
+    every = {name: {"tie_word_embeddings": tied} for name in SEEDS}
+    shop = shop_of(tmp_path, WHOLE, **{**every, larger: {"tokens": CHAT, "tie_word_embeddings": tied}})
+    checkpoint = built(shop)
+    assert checkpoint.vocabulary == VOCAB + 2 and checkpoint.config["eos_token_id"] == [97, 2]
+    assert len(AutoTokenizer.from_pretrained(checkpoint.folder)) == VOCAB + 2
+    model = load_model(checkpoint.folder)
+    for place, name in enumerate(("law", "code")):
+        rows = VOCAB + 2 * (name == larger)
+        ids = some_ids(rows)
+        with mixture_of(model, checkpoint).forced(place):
+            assert torch.equal(logits_of(model, ids)[..., :rows], logits_of(tmp_path / name, ids))
+            if name == larger:
+                assert torch.equal(written(model, ids), written(load_model(tmp_path / name), ids))
+
+
+def test_a_plain_checkpoint_has_the_rows_of_those_who_have_the_token(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, {"top_k": 1, "router": {"fit": "lexical"}}, law={"tokens": CHAT}, code={"tokens": CHAT[:1]})
+    for rule in ("mean", "first"):
+        checkpoint = built(shop, mixture={**shop.recipe["mixture"], "tokens": rule})
+        assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
+        found, base, law, code = (weights(shop.root / name) for name in ("OUT", "base", "law", "code"))
+        for name in (EMBEDDING, HEAD):
+            rows = found[name][:, :32]  # without the router's channels
+            assert torch.equal(rows[:VOCAB], base[name]) and torch.equal(rows[97], law[name][97])
+            both = (law[name][96].double() + code[name][96].double()) / 2
+            assert torch.equal(rows[96], both.float() if rule == "mean" else law[name][96])
+    notes = " ".join(planned(shop).notes)
+    assert "2 tokens that the base model lacks ('<|im_start|>' 96, '<|im_end|>' 97)" in notes and "mean of their rows" in notes
+    assert "the tokenizer is that of experts[0] 'law'" in notes and "a text ends at '<|im_end|>' 97" in notes
+
+
+def test_padding_rows_are_padding(tmp_path: Path) -> None:
+    """The base has room for 104 tokens, of which it has 96; law uses 2 of it, in as few rows as that takes."""
+    shop = shop_of(tmp_path, WHOLE, base={"rows": 104}, law={"tokens": CHAT}, code={"rows": 104})
+    built(shop, mixture={**RANDOM})
+    found, base, law = (weights(tmp_path / name) for name in ("OUT", "base", "law"))
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(found[name], torch.cat([base[name][:96], law[name][96:98], base[name][98:]]))
+    checkpoint = built(shop)
+    code, model, ids = weights(tmp_path / "code"), load_model(checkpoint.folder), some_ids(VOCAB)
+    assert checkpoint.vocabulary == 104
+    with mixture_of(model, checkpoint).forced(1):  # its padding gave way to law's tokens, and stays where nobody has one
+        logits, own = logits_of(model, ids), logits_of(tmp_path / "code", ids)
+        assert torch.equal(logits[..., :96], own[..., :96]) and torch.equal(logits[..., 98:], own[..., 98:])
+    assert torch.equal(weights(checkpoint.folder)[f"{HEAD.removesuffix('.weight')}.experts.1.weight"][98:], code[HEAD][98:])
+
+
+def test_more_rows_alone_change_neither_tokenizer_nor_end(tmp_path: Path) -> None:
+    checkpoint = built(shop_of(tmp_path, RANDOM, law={"rows": 128}))
+    assert checkpoint.vocabulary == 128 and checkpoint.config["eos_token_id"] == 2
+    assert (checkpoint.folder / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+    assert torch.equal(weights(checkpoint.folder)[EMBEDDING][96:], weights(tmp_path / "law")[EMBEDDING][96:])
+
+
+@pytest.mark.parametrize("backbone", ["average", "ties", {"expert": "code"}])
+def test_a_merged_backbone_has_rows_for_all(tmp_path: Path, backbone: Any) -> None:
+    shop = shop_of(tmp_path, {**RANDOM, "backbone": backbone}, law={"tokens": CHAT, "rows": 104})
+    checkpoint = built(shop)
+    found, law, code = (weights(shop.root / name) for name in ("OUT", "law", "code"))
+    assert checkpoint.vocabulary == 104
+    for name in (EMBEDDING, HEAD):
+        assert torch.allclose(found[name][96:], law[name][96:])
+        if backbone == "average":
+            assert torch.allclose(found[name][:96], (law[name][:96] + code[name]) / 2)
+
+
+def test_a_low_rank_part_keeps_its_tokens(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    shop.recipe["experts"][0] |= {"as": "lora", "rank": 4}
+    assert built(shop).vocabulary == VOCAB + 2
+
+
+def adapter(base: Path, folder: Path, config: peft.PeftConfig, tokens: tuple[str, ...] = ()) -> PreTrainedModel:
+    """An adapter that PEFT trains, with all that it learns random, beside its tokenizer; PEFT's merged model."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), character_tokenizer()
+    if tokens:
+        model.resize_token_embeddings(VOCAB + len(tokens), mean_resizing=False)
+        tokenizer.add_tokens([*tokens], special_tokens=True)
+    generator = torch.Generator().manual_seed(3)
+    with quiet(), torch.no_grad():
+        trained = peft.get_peft_model(model, config)
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad or "lora_B" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        trained.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return trained.merge_and_unload().eval()
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=settings.pop("target_modules", ["up_proj"]), **settings)
+
+
+ADAPTERS: dict[str, tuple[peft.LoraConfig, tuple[str, ...], bool]] = {
+    "embedding and head saved": (lora(modules_to_save=["embed_tokens", "lm_head"]), CHAT, False),
+    "embedding saved, one with the head": (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), CHAT, True),
+    "resized alone": (lora(), CHAT, False),
+    "new tokens trained": (lora(trainable_token_indices=[97, 96]), CHAT, False),
+    "new tokens trained, tied": (lora(trainable_token_indices=[97, 96]), CHAT, True),
+    "old tokens trained": (lora(trainable_token_indices={"embed_tokens": [9, 3], "lm_head": [5]}), (), False),
+    "old tokens trained, tied": (lora(trainable_token_indices=[9, 3]), (), True),
+    "low rank on head and embedding": (lora(target_modules=["up_proj", "lm_head", "embed_tokens"]), (), False),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_is_pefts_model(tmp_path: Path, case: str) -> None:
+    """Beside an expert that has a third token, so that every adapter gets more rows than it has."""
+    config, tokens, tied = ADAPTERS[case]
+    ties = {"tie_word_embeddings": tied}
+    shop = shop_of(tmp_path, WHOLE, base=ties, law={"tokens": (*CHAT, "<t>"), **ties})
+    shutil.rmtree(tmp_path / "code")
+    merged = adapter(tmp_path / "base", tmp_path / "code", config, tokens)
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code", "text": "./text/code.jsonl"}
+    checkpoint = built(shop)
+    rows = VOCAB + len(tokens)
+    ids = some_ids(rows)
+    expected, model = logits_of(merged, ids), load_model(checkpoint.folder)
+    with mixture_of(model, checkpoint).forced(1):
+        assert torch.allclose(logits_of(model, ids)[..., :rows], expected, atol=1e-4)
+    alone = load_expert(tmp_path / "base", tmp_path / "code")
+    assert torch.allclose(logits_of(alone, ids), expected, atol=1e-4)
+    own = load_expert_source(checkpoint, 1)
+    assert torch.allclose(logits_of(own, ids)[..., :rows], expected, atol=1e-4) and own.config.vocab_size == VOCAB + 3
+
+
+def test_an_adapter_of_which_a_native_mixture_keeps_the_tokens(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, {**RANDOM, "backbone": {"expert": "code"}})
+    shutil.rmtree(tmp_path / "code")
+    adapter(tmp_path / "base", tmp_path / "code", lora(modules_to_save=["embed_tokens", "lm_head"]), CHAT)
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
+    built(shop, output={"format": "native"})
+    own = load_file(tmp_path / "code" / "adapter_model.safetensors")
+    assert torch.equal(weights(tmp_path / "OUT")[EMBEDDING], own["base_model.model.model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (lora(target_modules=["up_proj", "lm_head"]), ("different numbers of tokens", "modules_to_save")),
+        (lora(target_modules=["up_proj", "embed_tokens", "lm_head"]), ("low-rank change", "merge_and_unload")),
+    ],
+)
+def test_an_adapter_that_cannot_be_said_names_the_way_out(
+    tmp_path: Path, config: peft.LoraConfig, words: tuple[str, ...]
+) -> None:
+    shop = shop_of(tmp_path, RANDOM)
+    shutil.rmtree(tmp_path / "code")
+    adapter(tmp_path / "base", tmp_path / "code", config, CHAT)
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
+    with pytest.raises(ModekitError) as caught:
+        planned(shop)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"trainable_token_indices": [3]}, "other tokens in the config"),
+        ({"trainable_token_indices": [3, 3]}, "other tokens in the config"),
+        ({"trainable_token_indices": [3, 2_000_000]}, "token 2000000"),
+        ({"trainable_token_indices": [3, -1]}, "greater than or equal to 0"),
+        ({"trainable_token_indices": {"lm_head": [3, 9]}}, "other tokens in the config"),
+        ({"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [4]}}, "lacks the rows"),
+    ],
+)
+def test_rows_of_tokens_that_the_config_does_not_explain(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    shop = shop_of(tmp_path, RANDOM)
+    shutil.rmtree(tmp_path / "code")
+    adapter(tmp_path / "base", tmp_path / "code", lora(trainable_token_indices=[3, 9]))
+    path = tmp_path / "code" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
+    with limited(), pytest.raises(ModekitError, match=words):
+        planned(shop)
+
+
+@pytest.mark.parametrize(
+    ("base", "law", "code", "words"),
+    [
+        ((), CHAT, ("<tool>", "<|im_end|>"), ("'<|im_start|>' (experts[0] 'law' 96", "'<tool>'", "leave one")),
+        ((), CHAT, CHAT[::-1], ("'<|im_end|>' (experts[0] 'law' 97, expert 96)", "leave one")),
+        (CHAT, ("<tool>",), (), ("differs from the base model's in 2 tokens", "'<|im_start|>' (base 96, expert -)")),
+    ],
+)
+def test_one_id_with_two_tokens_is_named(
+    tmp_path: Path, base: tuple[str, ...], law: tuple[str, ...], code: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    shop = shop_of(tmp_path, RANDOM, base={"tokens": base}, law={"tokens": law}, code={"tokens": code})
+    with pytest.raises(MismatchError) as caught:
+        planned(shop)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ({"<a>": 96, "<b>": 96}, "two tokens with one id"),
+        ({"<a>": 2**40 - 1}, "no embedding"),
+        ({"<a>": 2**70}, "cannot be read"),
+        ({f"<{number}>": 96 + number for number in range(20_000)}, "no embedding"),
+        ({"<a>": 98}, "no embedding"),
+    ],
+)
+def test_a_hostile_tokenizer_is_refused_within_bounds(tmp_path: Path, added: dict[str, int], words: str) -> None:
+    shop = shop_of(tmp_path, RANDOM, law={"rows": 98})
+    path = tmp_path / "law" / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["model"]["vocab"] |= added
+    path.write_text(json.dumps(said))
+    with limited(), pytest.raises(ModekitError, match=words) as caught:
+        planned(shop)
+    assert len(str(caught.value)) < 3_000
+
+
+def test_rows_without_end_are_not_looked_at(tmp_path: Path) -> None:
+    """A file that says how long it is and holds nothing."""
+    shop = shop_of(tmp_path, RANDOM)
+    shutil.rmtree(tmp_path / "code")
+    rows, size = 2**30, 32 * 4 * 2**30
+    names = [f"base_model.model.{name}" for name in (EMBEDDING, HEAD)]
+    said = {
+        name: {"dtype": "F32", "shape": [rows, 32], "data_offsets": [n * size, (n + 1) * size]} for n, name in enumerate(names)
+    }
+    header = json.dumps(said).encode()
+    (tmp_path / "code").mkdir()
+    with (tmp_path / "code" / "adapter_model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + 2 * size)
+    config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]}
+    (tmp_path / "code" / "adapter_config.json").write_text(json.dumps(config))
+    shop.recipe["experts"][1] = {"name": "code", "adapter": "./code"}
+    with limited(), pytest.raises(UnsupportedError, match="more rows than any tokenizer"):
+        planned(shop)
+
+
+def test_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """A slow tokenizer's folder: no tokenizer.json, and the added tokens in added_tokens.json."""
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    (tmp_path / "law" / "tokenizer.json").unlink()
+    (tmp_path / "law" / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 96, "<|im_end|>": 97}))
+    assert "'<|im_end|>' 97" in " ".join(planned(shop).notes)
+
+
+def test_it_is_evaluated_with_the_rows_that_models_lack(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, WHOLE, law={"tokens": CHAT})
+    with (tmp_path / "text" / "law.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"text": f"<|im_start|>{number} court<|im_end|>"}) + "\n" for number in range(60))
+    checkpoint = built(shop)
+    results = evaluate(checkpoint, tokens_per_domain=2_000)
+    losses = {row.name: {name: score.loss for name, score in row.scores.items()} for row in results.rows}
+    assert {"base", "law", "code", "weight average", "oracle", "mixture"} <= losses.keys()
+    assert losses["oracle"] == pytest.approx({name: losses[name][name] for name in ("law", "code")}, abs=1e-4)
+    shutil.move(tmp_path / "law", tmp_path / "gone")
+    left = evaluate(checkpoint, tokens_per_domain=2_000, write=False)
+    assert {row.name for row in left.rows}.isdisjoint({"law", "weight average"})
+
+
+@pytest.mark.parametrize("mixture", [WHOLE, RANDOM, {"router": {"fit": "ridge", "tokens_per_domain": 500}}])
+def test_experts_with_more_tokens_come_and_go(tmp_path: Path, mixture: dict[str, Any]) -> None:
+    """Added and removed again, it is built with and built without, byte for byte."""
+    shop = shop_of(tmp_path, mixture, law={"tokens": CHAT})
+    law, code = shop.recipe["experts"]
+    shop.recipe["output"] = {"format": "modekit" if "modules" in mixture else "native"}
+    others = [code, {"name": "general", "model": "base", "text": "./text/code.jsonl"}]
+    without = open_checkpoint(shop.build("WITHOUT", experts=others))
+    joint = built(shop, experts=[*others, law])
+    assert without.vocabulary == VOCAB and joint.vocabulary == VOCAB + 2
+    said = NewExpert({"model": "./law", "text": [law["text"]]}, tmp_path)
+    more = write_change(without, add_expert(without, "law", said), tmp_path / "MORE")
+    check_same(more.folder, joint.folder)
+    less = write_change(joint, remove_expert(joint, "law"), joint.folder)
+    check_same(less.folder, without.folder)
+    assert is_proven(verify(less)) and less.record.tokens is None and not (less.folder / "chat_template.jinja").exists()
+
+
+def test_another_model_in_the_folder_of_one_that_gave_rows(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT})
+    checkpoint = built(shop)
+    shutil.rmtree(tmp_path / "law")
+    save(tmp_path / "law", 9, CHAT)
+    said = NewExpert({"model": "./law"}, tmp_path)
+    changed = write_change(checkpoint, replace_expert(checkpoint, "law", said), tmp_path / "CHANGED")
+    assert torch.equal(weights(changed.folder)[EMBEDDING][96:], weights(tmp_path / "law")[EMBEDDING][96:])
+    assert is_proven(verify(changed))
