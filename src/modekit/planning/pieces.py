@@ -182,7 +182,8 @@ def joined(
     name: str, dtype: str, shape: tuple[int, ...], role: Role, pieces: tuple[Piece, ...], expert: int | None = None
 ) -> PlannedTensor:
     """A tensor made of pieces one after the other, by the cheapest operation that gives it."""
-    operation: Operation = "copy" if all(piece.ref.dtype == dtype for piece in pieces) else "cast"
+    stored = all(piece.ref.dtype == dtype and piece.ref.parts == (piece.ref,) for piece in pieces)
+    operation: Operation = "copy" if stored else "cast"
     if any(piece.change is not None for piece in pieces):
         operation = "fold"
     elif any(piece.factor is not None for piece in pieces):

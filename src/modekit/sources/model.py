@@ -21,7 +21,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.family import Config
-from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
+from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 
 ITEMSIZE = {
     "F64": 8,
@@ -61,6 +61,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 _LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
+CONVERTED = "model.gguf"
+"""In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
 _INDEX_FILE = "model.safetensors.index.json"
 _REMEDY = "download or save the file again"
 
@@ -89,6 +91,16 @@ class TensorRef:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors in files that are read for it: itself, unless it is packed (packed.py)."""
+        return (self,)
+
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that it gets where a recipe says `dtype: source`."""
+        return self.dtype
 
 
 def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
@@ -193,6 +205,7 @@ class ModelSource:
     """A dense model on disk.
 
     `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says.
+    `packed` says in what its weights are quantised: 4 bits (gptq); empty where they are not.
     """
 
     label: str
@@ -201,6 +214,7 @@ class ModelSource:
     revision: str | None = None
     config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
+    packed: str = field(default="", compare=False)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -210,7 +224,7 @@ class ModelSource:
     @cached_property
     def states(self) -> dict[Path, FileState | None]:
         """Every weight file, and its state when its header was read."""
-        return {ref.file: ref.state for ref in self.tensors.values()}
+        return {part.file: part.state for ref in self.tensors.values() for part in ref.parts}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
@@ -247,13 +261,6 @@ def no_model_folder(path: Path, where: str) -> SourceError:
         is_file = path.is_file()
     except (OSError, ValueError):  # a name that no file system has
         is_file = False
-    if path.suffix.lower() == ".gguf" and is_file:
-        return SourceError(
-            "the model is a GGUF file, which modekit does not read yet",
-            where=where,
-            found=str(path),
-            remedy=f"{SAFETENSORS} from which the file was made",
-        )
     if is_file:
         remedy = "name the folder of the model or adapter that the file is part of"
         return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
@@ -271,8 +278,15 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
-    for file in weight_files(folder, where=where):
-        tensors.update(read_header(file, where=where))
+    files, packing, packed = weight_files(folder, where=where), config.pop("quantization_config", None), ""
+    if packing:
+        from modekit.sources.quantised import unpack  # few models need it
+
+        unpacked = unpack(packing, config, files, where=where)
+        tensors, packed = unpacked.tensors, unpacked.said
+    else:
+        for file in files:
+            tensors.update(read_header(file, where=where))
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
             "the folder holds both a model and an adapter",
@@ -280,7 +294,7 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
             found="adapter_config.json",
             remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
         )
-    return ModelSource(label, spec, folder, revision, config, tensors)
+    return ModelSource(label, spec, folder, revision, config, tensors, packed)
 
 
 def weight_files(folder: Path, *, where: str) -> list[Path]:
@@ -299,6 +313,8 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         return [folder / name for name in names]
     if single.exists():
         return [single]
+    if (folder / CONVERTED).is_symlink():
+        return [folder / CONVERTED]
     refuse_adapter(folder, where=where)
     refuse_gguf(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]
