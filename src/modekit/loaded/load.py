@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
@@ -20,6 +29,7 @@ from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource, is_quantised, open_source
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.native import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
@@ -120,11 +130,18 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     """
     check_loadable(folder, run=run)
     run.begin(LOADING)
+    source = open_source("model", str(folder), folder, run=run) if is_quantised(folder) else None
+    numbers = None if source is None else _numbers(source)
     try:
         with without_bars(), without_report(folder):
-            model: PreTrainedModel = auto_class(folder).from_pretrained(
-                folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
-            )
+            if source is None:
+                model: PreTrainedModel = auto_class(folder).from_pretrained(
+                    folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
+                )
+            else:
+                config = AutoConfig.for_model(**source.config)
+                kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+                model = kinds[type(config)].from_pretrained(None, config=config, state_dict=numbers, dtype=dtype)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         raise SourceError(
             "transformers cannot load the model",
@@ -133,6 +150,13 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
             remedy="save or build it again; memory must suffice for it",
         ) from None
     return model.to(default_device()).eval()
+
+
+def _numbers(source: ModelSource) -> dict[str, torch.Tensor]:
+    """Every tensor of a quantised model, in float32 where it is packed. Raises SourceError."""
+    with OpenFiles() as opened:
+        arrays = {name: as_array(opened.read(ref), ref.dtype).reshape(ref.shape) for name, ref in source.tensors.items()}
+        return {name: torch.from_numpy(to_float32(array)) for name, array in arrays.items()}
 
 
 def auto_class(folder: Path) -> Any:

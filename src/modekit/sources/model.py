@@ -297,6 +297,11 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     return ModelSource(label, spec, folder, revision, config, tensors, packed)
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether config.json says so of a model's weights. Raises SourceError."""
+    return bool(read_config(folder, where=str(folder)).get("quantization_config"))
+
+
 def weight_files(folder: Path, *, where: str) -> list[Path]:
     """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read."""
     index, single = folder / _INDEX_FILE, folder / "model.safetensors"
