@@ -57,7 +57,7 @@ def gguf_folder(file: Path, *, where: str) -> Path:
 
 def _convert(gguf: Gguf, folder: Path, where: str) -> None:
     """Write the folder."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.utils import logging
 
@@ -67,9 +67,7 @@ def _convert(gguf: Gguf, folder: Path, where: str) -> None:
         said: dict[str, Any] = load_gguf_checkpoint(str(gguf.file))["config"]
         _check_sizes(gguf, said)
         config = AutoConfig.for_model(**said).to_dict()
-        tokenizer = AutoTokenizer.from_pretrained(gguf.file.parent, gguf_file=gguf.file.name)
-        _mend_digits(gguf, tokenizer)
-        tokenizer.save_pretrained(folder)
+        _tokenizer(gguf, int(config["vocab_size"])).save_pretrained(folder)
         written = {key: value for key, value in config.items() if key not in _NO_WORDS}
         written |= _special_ids(gguf) | _rope(gguf, written)
         written = json.loads(json.dumps(written | {"dtype": _dtype(gguf), "quantization_config": {"quant_method": "gguf"}}))
@@ -103,13 +101,28 @@ def _special_ids(gguf: Gguf) -> dict[str, int]:
     return {key: value for key, value in found.items() if type(value) is int}
 
 
-def _mend_digits(gguf: Gguf, tokenizer: Any) -> None:
-    """SmolLM makes every digit a word of its own before all else, which transformers' converter leaves out."""
-    if gguf.settings.get("tokenizer.ggml.pre") == "smollm":
-        from tokenizers import pre_tokenizers
+def _tokenizer(gguf: Gguf, vocab_size: int) -> Any:
+    """transformers' converted tokenizer, without the special tokens that its class adds to those of the file.
 
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    SmolLM makes every digit a word of its own before all else, which the converter leaves out.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = AutoTokenizer.from_pretrained(gguf.file.parent, gguf_file=gguf.file.name)
+    said = json.loads(made.backend_tokenizer.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < vocab_size]
+    if gguf.settings.get("tokenizer.ggml.pre") == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        said["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    special = {key: token for key, token in made.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)),
+        chat_template=made.chat_template,
+        model_input_names=made.model_input_names,
+        **{key: token for key, token in special.items() if made.convert_tokens_to_ids(token) < vocab_size},
+    )
 
 
 def _dtype(gguf: Gguf) -> str:

@@ -214,7 +214,7 @@ class ModelSource:
     revision: str | None = None
     config: Config = field(default_factory=dict, compare=False)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
-    packed: str = field(default="", compare=False)
+    packed: str = field(default="", compare=False, kw_only=True)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -294,7 +294,7 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
             found="adapter_config.json",
             remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
         )
-    return ModelSource(label, spec, folder, revision, config, tensors, packed)
+    return ModelSource(label, spec, folder, revision, config, tensors, packed=packed)
 
 
 def is_quantised(folder: Path) -> bool:
