@@ -16,9 +16,23 @@ Tensors = dict[str, torch.Tensor]
 Packed = tuple[Tensors, torch.Tensor]
 """A weight's parts by the rest of their names, and the weight that they stand for."""
 NF4 = [
-    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-]  # fmt: off
+    -1.0,
+    -0.6961928,
+    -0.52507305,
+    -0.39491749,
+    -0.28444138,
+    -0.18477343,
+    -0.09105004,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.33791524,
+    0.44070983,
+    0.562617,
+    0.72295684,
+    1.0,
+]
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -175,7 +189,7 @@ def quantise(folder: Path, out: Path, form: str) -> Tensors:
     return stands
 
 
-def write_gguf(folder: Path, file: Path, kind: str = "Q8_0", **settings: int) -> Path:
+def write_gguf(folder: Path, file: Path, kind: str = "Q8_0") -> Path:
     """A Llama folder as GGUF, as llama.cpp's converter writes it: the rows of queries and keys in pairs."""
     import gguf
 
@@ -199,8 +213,6 @@ def write_gguf(folder: Path, file: Path, kind: str = "Q8_0", **settings: int) ->
     writer.add_token_merges(["3 4", "5 6"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for key, value in settings.items():
-        writer.add_uint32(key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     quant = gguf.GGMLQuantizationType[kind]
     block = gguf.GGML_QUANT_SIZES[quant][0]

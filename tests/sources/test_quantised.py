@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from adapter_folders import write_adapter
 from conftest import logits_of, save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import ModekitError, SourceError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
@@ -154,3 +156,164 @@ def test_gguf(kind: str, tmp_path: Path, ids: torch.Tensor) -> None:
     said = open_checkpoint(out).record.sources[1].packed
     assert said == ("" if kind.startswith("F") else said) and (kind.startswith("F") or kind in said)
     assert (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"},
+        {"load_in_8bit": True},
+    ],
+    ids=["nf4 nested", "fp4", "nf4 in bfloat16", "8 bits"],
+)
+def test_bitsandbytes_itself(how: dict[str, Any], tmp_path: Path) -> None:
+    """What bitsandbytes writes and dequantises on the CPU (0.50.2 is wrong there where a block crosses a row's end)."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    plain = save(tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1), tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**how), device_map="cpu"
+    )
+    save(model, tmp_path / "packed")
+    found, count = numbers_of(tmp_path / "packed"), 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            stands = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            stands = weight.CB * weight.SCB[:, None] / 127
+        else:
+            continue
+        count += 1
+        torch.testing.assert_close(found[f"{name}.weight"], stands.float(), rtol=1e-6, atol=1e-7)
+    assert count == 7
+    assert open_source("m", "m", tmp_path / "packed").packed.startswith("8" if "load_in_8bit" in how else "4")
+
+
+@pytest.mark.parametrize("form", ["compressed", "compressed 3 bits with zeros"])
+def test_compressed_tensors_itself(form: str) -> None:
+    """The writer here packs as that library unpacks."""
+    pack_quantized = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    settings, pack = FORMS[form]
+    parts, stands = pack(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)))
+    scheme = QuantizationScheme(**{**settings["config_groups"]["group_0"], "targets": ["Linear"]})
+    found = pack_quantized.PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    torch.testing.assert_close(found, stands.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8 per tensor"])
+def test_fp8_of_transformers(form: str) -> None:
+    parts, stands = FORMS[form][1](torch.randn(32, 64, generator=torch.Generator().manual_seed(1)))
+    scale = parts["weight_scale_inv"]
+    found = Fp8Dequantize(None)._dequantize_one(parts["weight"], scale if scale.ndim else scale.reshape(1, 1), torch.float32)
+    torch.testing.assert_close(found, stands, rtol=1e-6, atol=1e-7)
+
+
+GATE = "model.layers.0.mlp.gate_proj"
+STATE = f"{GATE}.weight.quant_state.bitsandbytes__nf4"
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def state(**changes: Any) -> torch.Tensor:
+    return as_bytes(json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": [64, 32], **changes}))
+
+
+LIES: list[tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = [
+    ("gptq", {"quant_method": "exl2"}, {}, "in a form that modekit does not read"),
+    ("gptq", {"quant_method": None}, {}, "in a form that modekit does not read"),
+    ("gptq", {"bits": 8}, {}, ".qzeros"),
+    ("gptq", {"bits": 10**9}, {}, "no usable settings of gptq"),
+    ("gptq", {"group_size": 1}, {}, ".scales"),
+    ("gptq", {}, {f"{GATE}.scales": None}, f"missing\n  where:    m (m): {GATE}.scales"),
+    ("gptq", {}, {f"{GATE}.qweight": torch.zeros(4, 0, dtype=torch.int32)}, f"{GATE}.qweight"),
+    ("gptq", {}, {f"{GATE}.g_idx": torch.zeros(5, dtype=torch.int32)}, f"{GATE}.g_idx"),
+    ("awq", {"version": "gemv"}, {}, "version gemv"),
+    ("awq", {"group_size": -1}, {}, ".scales"),
+    ("nf4", {}, {STATE: state(shape=[2**30, 2**30])}, f"{GATE}.weight"),
+    ("nf4", {}, {STATE: state(shape=[64])}, STATE),
+    ("nf4", {}, {STATE: state(blocksize=2**40)}, STATE),
+    ("nf4", {}, {STATE: state(blocksize=128)}, ".absmax"),
+    ("nf4", {}, {STATE: as_bytes("{" * 9_000)}, STATE),
+    ("nf4", {}, {STATE: torch.zeros(2**17, dtype=torch.uint8)}, STATE),
+    ("nf4", {}, {f"{GATE}.weight.quant_map": torch.zeros(15)}, ".quant_map"),
+    ("8 bits", {}, {f"{GATE}.SCB": torch.zeros(3)}, f"{GATE}.SCB"),
+    ("fp8", {}, {f"{GATE}.weight_scale_inv": torch.zeros(7, 5)}, f"{GATE}.weight_scale_inv"),
+    ("fp8", {}, {f"{GATE}.weight_scale_inv": torch.zeros(0, 1)}, f"{GATE}.weight_scale_inv"),
+    ("fp8", {}, {f"{GATE}.weight_scale_inv": None}, f"{GATE}.weight"),
+    ("fp8", {"weight_block_size": [0, 1]}, {}, "no usable settings of fp8"),
+    ("compressed", {"format": "nvfp4-pack-quantized"}, {}, "format nvfp4-pack-quantized"),
+    ("compressed", {"config_groups": {}}, {}, "0 kinds of weights"),
+    ("compressed", {}, {f"{GATE}.weight_shape": torch.tensor([64, 2**40])}, f"{GATE}.weight_packed"),
+    ("compressed", {}, {f"{GATE}.weight_shape": torch.tensor([-64, 32])}, f"{GATE}.weight_packed"),
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: f"{lie[0]} {lie[3]}"[:60])
+def test_what_lies_is_refused_by_the_headers(lie: tuple[str, dict[str, Any], dict[str, Any], str], tmp_path: Path) -> None:
+    form, settings, parts, said = lie
+    save(tiny_model(num_hidden_layers=1, intermediate_size=64), tmp_path / "plain")
+    folder = tmp_path / "packed"
+    quantise(tmp_path / "plain", folder, form)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors") | parts
+    save_file({name: each for name, each in tensors.items() if each is not None}, folder / "model.safetensors")
+    with pytest.raises(ModekitError) as caught:
+        make_plan(parse_recipe({**TWO, "base_model": str(folder)}), tmp_path)
+    assert said in str(caught.value).replace(f"base_model ({folder})", "m (m)")
+    assert "to do:" in str(caught.value)
+
+
+TWO = {"experts": [{"name": "one", "model": "base"}, {"name": "two", "model": "./plain"}], "mixture": RANDOM}
+
+
+def test_plain_weights_that_are_said_to_be_quantised(tmp_path: Path) -> None:
+    folder = save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": FORMS["gptq"][0]}))
+    with pytest.raises(SourceError, match="remove quantization_config"):
+        open_source("m", "m", folder)
+
+
+def test_a_gguf_that_lies(tmp_path: Path) -> None:
+    """Counts, lengths, shapes, types and places that the file does not have."""
+    pytest.importorskip("gguf")
+    save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    good = write_gguf(tmp_path / "plain", tmp_path / "good.gguf").read_bytes()
+    first, file = good.index(b"output.weight") + len(b"output.weight"), tmp_path / "bad.gguf"
+    huge = (2**60).to_bytes(8, "little")
+    changed = {
+        8: huge,  # tensors
+        16: huge,  # keys
+        24: huge,  # length of the first key
+        first: b"\xff\xff\xff\xff",  # axes
+        first + 4: huge,  # columns
+        first + 20: b"\xff\x00\x00\x00",  # type
+        first + 28: huge,  # place
+        first + 24: b"\x01",  # not aligned
+        4: b"\x00\x00\x00\x03",  # version, in the other order
+    }
+    for place, content in changed.items():
+        file.write_bytes(good[:place] + content + good[place + len(content) :])
+        with pytest.raises(SourceError, match="the GGUF file is damaged, or none"):
+            model_folder("bad.gguf", None, root=tmp_path, label="m")
+    for length in (0, 4, 30, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:length])
+        with pytest.raises(SourceError, match="the GGUF file is damaged, or none"):
+            model_folder("bad.gguf", None, root=tmp_path, label="m")
+
+
+def test_a_gguf_with_a_tensor_that_has_no_name(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    good = write_gguf(tmp_path / "plain", tmp_path / "good.gguf").read_bytes()
+    (tmp_path / "bad.gguf").write_bytes(good.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
+    with pytest.raises(SourceError, match=r"no name for blk\.0\.ffn_xx\.weight"):
+        open_source("m", "m", model_folder("bad.gguf", None, root=tmp_path, label="m"))

@@ -92,8 +92,8 @@ class Inspector:
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
         files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
-        used = (ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs)
-        for ref in dict.fromkeys(part for ref in used for part in ref.parts):
+        pieces = (piece for tensor in self._plan.tensors for piece in tensor.pieces)
+        for ref in dict.fromkeys(part for piece in pieces for used in piece.refs for part in used.parts):
             if ref.file in files:  # and not of a mixture that is changed, which was looked at when it was built
                 files[ref.file].append(ref)
         return files

@@ -126,7 +126,10 @@ class OpenFiles:
         return self._files[ref.file]
 
     def read(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> memoryview:
-        """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own; of a packed tensor, of its numbers in float32."""
+        """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own.
+
+        Of a packed tensor, those of its numbers in float32.
+        """
         stop = ref.nbytes if stop is None else stop
         if isinstance(ref, PackedRef):
             return ref.unpacked(self._read_part, start, stop)

@@ -117,7 +117,13 @@ class _Header:
                 raise ValueError(f"{name}: type {kind} is not known")
             block, size = self._kinds[kind]
             nbytes = math.prod(shape) // block * size
-            if name in found or offset % alignment or offset < position or shape[-1] % block or start + offset + nbytes > self._whole:
+            if (
+                name in found
+                or offset % alignment
+                or offset < position
+                or shape[-1] % block
+                or start + offset + nbytes > self._whole
+            ):
                 raise ValueError(f"{name}: {list(shape)} of type {kind} at byte {offset} of {self._whole - start:,}")
             position = offset + nbytes
             ref = TensorRef(name, file, "U8", (nbytes,), start + offset, start + position, state)
@@ -137,8 +143,10 @@ class _Header:
         """A value; of a list, which is passed over, None."""
         if kind == _STRING:
             return self._text(longest)
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
         if kind != _ARRAY:
-            return self._number(_SCALARS[kind]) if kind in _SCALARS else self._unknown(kind)
+            raise ValueError(f"a value of kind {kind}")
         inner, count = int(self._number("<I")), int(self._number("<Q"))
         if inner in _SCALARS:
             self._bytes(count * struct.calcsize(_SCALARS[inner]))
@@ -146,11 +154,8 @@ class _Header:
             for _ in range(count):
                 self._bytes(self._length(_LONGEST_TOKEN))
         else:
-            self._unknown(inner)
+            raise ValueError(f"a list of kind {inner}, {count:,} long")
         return None
-
-    def _unknown(self, kind: int) -> None:
-        raise ValueError(f"a value of kind {kind}")
 
     def _number(self, form: str) -> int | float | bool:
         value: int | float | bool = struct.unpack(form, self._bytes(struct.calcsize(form)))[0]

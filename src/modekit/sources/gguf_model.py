@@ -1,4 +1,4 @@
-"""A GGUF file as a model: config and names by transformers' own tables, tokenizer by its converters, numbers where they are read.
+"""A GGUF file as a model: config and names by transformers' own tables, tokenizer by its converters.
 
     CACHE/gguf/<sha256 of path and state>/   config.json, the tokenizer's files, and a link to the file
 
@@ -82,7 +82,9 @@ def _convert(gguf: Gguf, folder: Path, where: str) -> None:
 
 
 def _unread(where: str, found: object) -> SourceError:
-    return SourceError("transformers does not read this GGUF file", where=where, found=found, remedy=f"{SAFETENSORS}, if there is one")
+    return SourceError(
+        "transformers does not read this GGUF file", where=where, found=found, remedy=f"{SAFETENSORS}, if there is one"
+    )
 
 
 def _check_sizes(gguf: Gguf, said: Config) -> None:
@@ -102,7 +104,7 @@ def _special_ids(gguf: Gguf) -> dict[str, int]:
 
 
 def _tokenizer(gguf: Gguf, vocab_size: int) -> Any:
-    """transformers' converted tokenizer, without the special tokens that its class adds to those of the file.
+    """Transformers' converted tokenizer, without the special tokens that its class adds to those of the file.
 
     SmolLM makes every digit a word of its own before all else, which the converter leaves out.
     """
@@ -154,7 +156,9 @@ def _rope(gguf: Gguf, config: Mapping[str, Any]) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8_192,
     }
-    scaled = LlamaConfig(**{key: config[key] for key in ("hidden_size", "num_attention_heads", "head_dim")}, rope_parameters=rope)
+    scaled = LlamaConfig(
+        **{key: config[key] for key in ("hidden_size", "num_attention_heads", "head_dim")}, rope_parameters=rope
+    )
     inverse = ROPE_INIT_FUNCTIONS["llama3"](scaled, "cpu")[0].numpy()
     width = 2 * len(inverse)
     plain = 1.0 / rope["rope_theta"] ** (np.arange(0, width, 2, dtype=np.float32) / width)
@@ -171,9 +175,7 @@ def tensors_of(file: Path, config: Config, written: str, *, where: str) -> Unpac
         placed = dict(_placed(gguf, processor, names))
     except Exception as error:
         raise _unread(where, shortened(error) or type(error).__name__) from None
-    tensors: dict[str, TensorRef] = {
-        name: PackedRef.of(name, shape, form, written) for name, (shape, form) in placed.items()
-    }
+    tensors: dict[str, TensorRef] = {name: PackedRef.of(name, shape, form, written) for name, (shape, form) in placed.items()}
     lost = sorted(gguf.tensors.keys() - {form.data.name for _, form in placed.values()} - {_ROPE})
     if lost:
         raise _unread(where, f"no name for {shortened(', '.join(lost))}")
@@ -184,7 +186,7 @@ def tensors_of(file: Path, config: Config, written: str, *, where: str) -> Unpac
 
 
 def _names(gguf: Gguf, config: Config) -> tuple[Any, dict[str, str]]:
-    """transformers' processor of a family's tensors, and its names by those of the GGUF."""
+    """Transformers' processor of a family's tensors, and its names by those of the GGUF."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -231,4 +233,4 @@ def _order(finish: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.i
         return None
     if made.shape != (shape[0], 1) or not np.array_equal(np.sort(made.ravel()), np.arange(shape[0])):
         return None
-    return made.ravel().astype(np.int64)
+    return np.asarray(made.ravel(), np.int64)

@@ -87,7 +87,9 @@ class PackedRef(TensorRef):
         first = start // size
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by who reads it
             values = self.form.values(read, first, -(-stop // size))
-        found: memoryview = np.ascontiguousarray(values, np.float32).view(np.uint8).data[start - first * size : stop - first * size]
+        found: memoryview = (
+            np.ascontiguousarray(values, np.float32).view(np.uint8).data[start - first * size : stop - first * size]
+        )
         return found
 
 
@@ -168,7 +170,12 @@ class Coded:
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """Weight, absmax, code, and those of the absmax."""
-        return (self.weight, self.absmax, self.code, *((self.nested.scale, self.nested.code) if self.nested is not None else ()))
+        return (
+            self.weight,
+            self.absmax,
+            self.code,
+            *((self.nested.scale, self.nested.code) if self.nested is not None else ()),
+        )
 
     @property
     def unit(self) -> int:
@@ -189,15 +196,17 @@ class Coded:
         if nested is None:
             return given.astype(np.float32)
         scales = numbers(read, nested.scale).astype(np.float32)[np.arange(first, last) // nested.block]
-        return np.asarray(numbers(read, nested.code).astype(np.float32)[given.astype(np.int64)] * scales + np.float32(nested.offset))
+        return np.asarray(
+            numbers(read, nested.code).astype(np.float32)[given.astype(np.int64)] * scales + np.float32(nested.offset)
+        )
 
 
 @dataclass(frozen=True)
 class Words:
     """Integers of a few bits in words of 32, with a scale and a zero per group of columns: W = (Q - zero) * scale.
 
-    gptq: weight (I bits/32, O) and scales (G, O), zeros less one where `shift` is 1. awq: weight (I, O bits/32), eight numbers of
-    a word out of order. compressed (compressed-tensors' pack-quantized): weight (O, I bits/32), scales (O, G), signed numbers.
+    gptq: weight (I bits/32, O) and scales (G, O), zeros less one where `shift` is 1. awq: weight (I, O bits/32), the eight
+    numbers of a word out of order. compressed (compressed-tensors' pack-quantized): weight (O, I bits/32), scales (O, G), signed numbers.
     """
 
     layout: Literal["gptq", "awq", "compressed"]
@@ -240,8 +249,8 @@ class Words:
     def _zeros(self, words: npt.NDArray[np.generic], rows: slice) -> Integers:
         """(N, G)."""
         if self.layout == "compressed":
-            return self._across(words.T, rows) - 2 ** (self.bits - 1)
-        return self._across(words, rows) + self.shift
+            return np.asarray(self._across(words.T, rows) - 2 ** (self.bits - 1))
+        return np.asarray(self._across(words, rows) + self.shift)
 
     def _across(self, words: npt.NDArray[np.generic], rows: slice) -> Integers:
         """Of words (X, O bits/32) with one row's numbers beside the other's, those of these rows: (N, X)."""

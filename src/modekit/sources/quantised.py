@@ -68,7 +68,7 @@ class _State(BaseModel):
     """What bitsandbytes says of one weight."""
 
     quant_type: Literal["nf4", "fp4"]
-    blocksize: Size
+    blocksize: Annotated[int, Field(ge=2, le=2**16)]
     shape: tuple[Size, Size]
     nested_blocksize: Size | None = None
     nested_offset: Number = 0.0
@@ -197,17 +197,25 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
         said = as_kind(parse_json(_content(state).decode("utf-8")), _State)
     except UNREADABLE as error:
         raise SourceError(
-            "what bitsandbytes says of a weight cannot be read", where=f"{parts.where}: {state.name}", found=error, remedy=_REMEDY
+            "what bitsandbytes says of a weight cannot be read",
+            where=f"{parts.where}: {state.name}",
+            found=error,
+            remedy=_REMEDY,
         ) from None
     count = math.prod(said.shape)
     blocks = -(-count // said.blocksize)
     weight = parts.part(name, ("U8", "BF16", "F16", "F32"))
     if weight.nbytes != -(-count // 2) or said.blocksize % 2:
-        parts.refuse(name, f"{weight.nbytes} bytes, blocks of {said.blocksize}", f"4 bits for each of {list(said.shape)}, even blocks")
+        parts.refuse(
+            name, f"{weight.nbytes} bytes, blocks of {said.blocksize}", f"4 bits for each of {list(said.shape)}, even blocks"
+        )
     nested = None
     if said.nested_blocksize is not None:
         above = -(-blocks // said.nested_blocksize)
-        scale, code = parts.part(f"{name}.nested_absmax", ("F32",), (above,)), parts.part(f"{name}.nested_quant_map", ("F32",), (256,))
+        scale, code = (
+            parts.part(f"{name}.nested_absmax", ("F32",), (above,)),
+            parts.part(f"{name}.nested_quant_map", ("F32",), (256,)),
+        )
         nested = DoubleQuantised(scale, code, said.nested_blocksize, said.nested_offset)
     absmax = parts.part(f"{name}.absmax", ("F32",) if nested is None else ("U8",), (blocks,))
     parts.used.add(state.name)
@@ -225,7 +233,7 @@ def _content(ref: TensorRef) -> bytes:
 
 
 def _gptq(parts: _Parts) -> Found:
-    """qweight (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
+    """Qweight (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
     said = as_kind(parts.settings, _Words)
     for module in parts.modules(".qweight"):
         weight = parts.matrix(f"{module}.qweight", ("I32",))
@@ -243,7 +251,7 @@ def _gptq(parts: _Parts) -> Found:
 
 
 def _awq(parts: _Parts) -> Found:
-    """qweight (I, O/8), scales (G, O), qzeros (G, O/8)."""
+    """Qweight (I, O/8), scales (G, O), qzeros (G, O/8)."""
     said = as_kind(parts.settings, _Words)
     if said.bits != 4 or (said.version or "gemm").lower() != "gemm":
         parts.refuse("config.json", f"{said.bits} bits, version {said.version}", "4 bits, version gemm")
@@ -280,14 +288,13 @@ def _scaled(parts: _Parts, module: str, suffix: str, said: tuple[int, int] | Non
     scale = parts.part(f"{module}{suffix}", (*_FLOATS, "F8_E8M0"))
     rows, columns = weight.shape
     above, beside = (*scale.shape, 1, 1)[:2]
-    block = (-(-rows // max(above, 1)), -(-columns // max(beside, 1)))
-    if said is not None and (above, beside) == (-(-rows // said[0]), -(-columns // said[1])):
-        block = said
-    even = (-(-rows // block[0]), -(-columns // block[1])) == (above, beside)
-    if len(scale.shape) > 2 or not scale.numel or not even or (said is None and not (rows % above == 0 == columns % beside)):
-        parts.refuse(scale.name, list(scale.shape), f"a scale for each block of {list(said or weight.shape)} in {list(weight.shape)}")
+    fits = said is not None and (above, beside) == (-(-rows // said[0]), -(-columns // said[1]))
+    if len(scale.shape) > 2 or not scale.numel or not (fits or rows % above == 0 == columns % beside):
+        parts.refuse(
+            scale.name, list(scale.shape), f"a scale for each block of {list(said or weight.shape)} in {list(weight.shape)}"
+        )
     zero = parts.there(f"{module}.weight_zero_point", ("I8",), scale.shape)
-    return Scaled(weight, scale, block, zero=zero)
+    return Scaled(weight, scale, said if said is not None and fits else (rows // above, columns // beside), zero=zero)
 
 
 def _compressed(parts: _Parts) -> Found:
@@ -295,7 +302,9 @@ def _compressed(parts: _Parts) -> Found:
     said = as_kind(parts.settings, _Groups)
     weights = {scheme.weights.model_dump_json(): scheme.weights for scheme in said.config_groups.values() if scheme.weights}
     if said.format not in _COMPRESSED or len(weights) != 1:
-        parts.refuse("config.json", f"format {said.format}, {len(weights)} kinds of weights", f"one of {', '.join(_COMPRESSED)}")
+        parts.refuse(
+            "config.json", f"format {said.format}, {len(weights)} kinds of weights", f"one of {', '.join(_COMPRESSED)}"
+        )
     (one,) = weights.values()
     parts.bits.add(str(one.num_bits))
     for module in parts.modules(".weight_packed"):
@@ -312,7 +321,9 @@ def _pack_quantised(parts: _Parts, module: str, bits: int) -> Words:
     try:
         content = _content(stated)
     except OSError as error:
-        raise SourceError("a weight file cannot be read", where=str(stated.file), found=error.strerror, remedy=_REMEDY) from None
+        raise SourceError(
+            "a weight file cannot be read", where=str(stated.file), found=error.strerror, remedy=_REMEDY
+        ) from None
     rows, columns = (int.from_bytes(content[start : start + 8], "little", signed=True) for start in (0, 8))
     if rows != weight.shape[0] or columns < 1 or -(-columns * bits // 32) != weight.shape[1]:
         parts.refuse(weight.name, list(weight.shape), f"{bits} bits for each of {[rows, columns]}")
