@@ -210,7 +210,7 @@ def write_gguf(folder: Path, file: Path, kind: str = "Q8_0") -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["3 4", "5 6"])
+    writer.add_token_merges(["3 4"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])

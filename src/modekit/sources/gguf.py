@@ -63,11 +63,11 @@ def read_gguf(file: Path, *, where: str) -> Gguf:
         raise SourceError(
             "a GGUF file is read with a package that is not installed", where=where, remedy="pip install 'modekit[quantised]'"
         ) from None
-    where = f"{where}: {file.name}"
+    where, kinds = f"{where}: {file.name}", {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     try:
         with open_regular(file) as raw:
             state = FileState.of(raw)
-            found = _Header(io.BufferedReader(raw), state.size, gguf.GGML_QUANT_SIZES).read(file, state)
+            found = _Header(io.BufferedReader(raw), state.size, kinds).read(file, state)
     except OSError as error:
         raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
     except (ValueError, struct.error) as error:

@@ -206,7 +206,8 @@ class Words:
     """Integers of a few bits in words of 32, with a scale and a zero per group of columns: W = (Q - zero) * scale.
 
     gptq: weight (I bits/32, O) and scales (G, O), zeros less one where `shift` is 1. awq: weight (I, O bits/32), the eight
-    numbers of a word out of order. compressed (compressed-tensors' pack-quantized): weight (O, I bits/32), scales (O, G), signed numbers.
+    numbers of a word out of order. compressed (compressed-tensors' pack-quantized): weight (O, I bits/32), scales (O, G),
+    signed numbers.
     """
 
     layout: Literal["gptq", "awq", "compressed"]
