@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from modekit.errors import SourceError
-from modekit.files.libraries import new_folder
+from modekit.files.libraries import library_writes, new_folder
 from modekit.files.read import FileState, open_regular
 from modekit.files.typed import shortened
 from modekit.files.user_cache import cached_folder
@@ -67,7 +67,8 @@ def _convert(gguf: Gguf, folder: Path, where: str) -> None:
         said: dict[str, Any] = load_gguf_checkpoint(str(gguf.file))["config"]
         _check_sizes(gguf, said)
         config = AutoConfig.for_model(**said).to_dict()
-        _tokenizer(gguf, int(config["vocab_size"])).save_pretrained(folder)
+        with library_writes(folder) as new:
+            _tokenizer(gguf, int(config["vocab_size"])).save_pretrained(new)
         written = {key: value for key, value in config.items() if key not in _NO_WORDS}
         written |= _special_ids(gguf) | _rope(gguf, written)
         written = json.loads(json.dumps(written | {"dtype": _dtype(gguf), "quantization_config": {"quant_method": "gguf"}}))
