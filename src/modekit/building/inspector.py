@@ -21,6 +21,7 @@ from modekit.files.user_cache import keep_digest
 from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
 from modekit.sources.model import TensorRef
+from modekit.weights.numeric import DTYPES
 
 _MOST_THREADS = 4
 """A disk that has to be read gives no more to more."""
@@ -91,7 +92,8 @@ class Inspector:
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
         files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
-        for ref in dict.fromkeys(ref for tensor in self._plan.tensors for piece in tensor.pieces for ref in piece.refs):
+        pieces = (piece for tensor in self._plan.tensors for piece in tensor.pieces)
+        for ref in dict.fromkeys(part for piece in pieces for used in piece.refs for part in used.parts):
             if ref.file in files:  # and not of a mixture that is changed, which was looked at when it was built
                 files[ref.file].append(ref)
         return files
@@ -104,7 +106,7 @@ class Inspector:
                 if self._halt.is_set():
                     return None
                 hasher.update(chunk)
-                if ref is not None:
+                if ref is not None and ref.dtype in DTYPES:
                     check_finite(self._plan, ref, chunk)
         return hasher.hexdigest()
 

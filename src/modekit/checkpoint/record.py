@@ -44,7 +44,7 @@ class FileRecord(_Record):
 class SourceRecord(_Record):
     """A model that the mixture was made from; `folder` is relative to the checkpoint.
 
-    `config` is the digest of its settings; records of older versions have none.
+    `config` is the digest of its settings; records of older versions have none. `packed` is `ModelSource.packed`.
     """
 
     label: str
@@ -53,6 +53,12 @@ class SourceRecord(_Record):
     folder: RelativePath
     files: dict[PlainName, FileRecord]
     config: Digest = ""
+    packed: str = ""
+
+    @model_serializer(mode="wrap")
+    def _packed_where_it_is(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = handler(self)
+        return said if self.packed else {key: value for key, value in said.items() if key != "packed"}
 
     @property
     def digests(self) -> list[str]:
@@ -291,5 +297,11 @@ def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], kn
         config = settings_digest(source.written_config)
     folder = os.path.relpath(source.folder, out)
     return SourceRecord(
-        label=source.label, spec=source.spec, revision=source.revision, folder=folder, files=files, config=config
+        label=source.label,
+        spec=source.spec,
+        revision=source.revision,
+        folder=folder,
+        files=files,
+        config=config,
+        packed=source.packed,
     )

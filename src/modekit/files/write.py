@@ -163,6 +163,11 @@ def link_file(file: Path, target: Path) -> None:
     copy_file(file, target)
 
 
+def link_to(file: Path, name: Path) -> None:
+    """A link under a free name. Raises OSError."""
+    name.symlink_to(file)
+
+
 def files_below(folder: Path) -> list[str]:
     """Everything in a folder and its folders that is no folder, by its path with slashes; links are named, not followed."""
     found = []

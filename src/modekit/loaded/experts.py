@@ -15,8 +15,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
-from modekit.sources.adapter_config import read_adapter_config
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
+from modekit.sources.adapter_config import read_adapter_config
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import whole
 from modekit.sources.model import ModelSource, open_source

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -28,7 +29,7 @@ from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import DTYPE_NAMES, ModelSource, open_source
+from modekit.sources.model import DTYPE_NAMES, ModelSource, is_quantised, open_source
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.native import leaves_out
@@ -131,15 +132,15 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     """
     check_loadable(folder, run=run)
     run.begin(LOADING)
-    wrapped = _wrapped(folder, run)
+    read = _read_by_us(folder, run)
     try:
         with without_bars(), without_report(folder):
             model: PreTrainedModel = (
                 auto_class(folder).from_pretrained(
                     folder, dtype=dtype, trust_remote_code=run.trust_remote_code, use_safetensors=True
                 )
-                if wrapped is None
-                else _language_model(wrapped, dtype)
+                if read is None
+                else _language_model(read, dtype)
             )
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         raise SourceError(
@@ -151,25 +152,24 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
     return model.to(default_device()).eval()
 
 
-def _wrapped(folder: Path, run: Run) -> ModelSource | None:
-    """The language model within a folder's model; None of a folder that holds it alone."""
-    if not may_wrap(read_config(folder, where=str(folder))):
+def _read_by_us(folder: Path, run: Run) -> ModelSource | None:
+    """A quantised model, or the language model within a wrapper; None of a folder that transformers reads as we do."""
+    if not is_quantised(folder) and not may_wrap(read_config(folder, where=str(folder))):
         return None
     source = open_source("model", str(folder), folder, run=run)
-    return source if source.wrapper is not None else None
+    return source if source.packed or source.wrapper is not None else None
 
 
 def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
-    """As its own class has it, so that it is saved by that class's names."""
+    """As its own class has it, so that it is saved by that class's names; what is packed in float32. Raises SourceError."""
     with OpenFiles() as opened:
         state = {
             name: torch.frombuffer(opened.read(ref), dtype=getattr(torch, DTYPE_NAMES[ref.dtype])).view(ref.shape)
             for name, ref in source.tensors.items()
         }
     config = AutoConfig.for_model(**source.config)
-    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype
-    )
+    kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    model: PreTrainedModel = kinds[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model
 
 

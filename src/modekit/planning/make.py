@@ -76,7 +76,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
 
 
 def _code_of(dtype: str, ref: TensorRef) -> str:
-    return ref.dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
+    return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
 def _backbone(

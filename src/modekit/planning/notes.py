@@ -32,6 +32,7 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: st
     Raises UnsupportedError when an adapter changes nothing that is mixed, and RecipeError for chats without a template.
     """
     sources = vocabulary.sources
+    yield from _of_packed(sources)
     yield from _of_routing(recipe, sources, family)
     yield from _lost_of_adapters(recipe, sources, way_out, mixed)
     yield from _of_chats(recipe, vocabulary)
@@ -39,6 +40,13 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: st
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, way_out, mixed)
     yield from _beside(sources)
+
+
+def _of_packed(sources: Sequence[ModelSource]) -> Iterator[str]:
+    """A note for each model whose weights are quantised."""
+    for source in dict.fromkeys(sources):
+        if source.packed:
+            yield f"{source.label}: its weights are read from {source.packed}; what quantising took from them stays lost"
 
 
 def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterator[str]:

@@ -145,7 +145,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of source tensors that the result is made from; a source used twice counts once."""
-        refs = (ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs)
+        refs = (part for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs for part in ref.parts)
         return sum({(ref.file, ref.start): ref.nbytes for ref in refs}.values())
 
     def parameters(self) -> dict[str, int]:

@@ -186,6 +186,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "fixed_weights": recipe.mixture.method == "linear",
         "recipe": dumped,
         "fence": "`" * max(3, *(len(run) + 1 for run in re.findall("`+", dumped) or [""])),  # longer than any inside
+        "packed": [plain(f"{source.label} (from {source.packed})") for source in record.sources if source.packed],
         "taught": [f"{plain(name)} by {plain(teacher)}" for name, teacher in taught if teacher],
         "text_table": markdown_table(["domain", "documents", "tokens", "sha256"], text, plain) if text else "",
         "trainings": [_training(each) for each in record.training],

@@ -17,8 +17,8 @@ from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSetti
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
-from modekit.sources.wrappers import PLAIN, Naming
 from modekit.sources.rows import with_rows
+from modekit.sources.wrappers import PLAIN, Naming
 
 _PREFIX = "base_model.model."
 _PART = re.compile(

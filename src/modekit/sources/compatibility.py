@@ -80,12 +80,8 @@ def check_sizes(source: ModelSource, family: Family) -> None:
 
 
 def check_dtypes(source: ModelSource) -> None:
-    """Raise SourceError for quantised models and tensors that are no floats."""
+    """Raise SourceError for tensors that are no floats."""
     where = f"{source.label} ({source.spec})"
-    if source.config.get("quantization_config"):
-        raise SourceError(
-            "the model is quantised; its tensors cannot be mixed exactly", where=where, remedy="give the unquantised model"
-        )
     for name, ref in source.tensors.items():
         if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
             raise SourceError(

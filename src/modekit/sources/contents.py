@@ -18,10 +18,12 @@ from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular
 from modekit.files.user_cache import keep_digest, known_digest
 from modekit.sources.model import TensorRef
+from modekit.sources.packed import PackedRef
 
 CHUNK = 2**19
 """Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""
 
+_HELD = 8  # of one packed tensor there are five at most
 _ALONE = "leave the models alone while they are read, and run the command again"
 
 
@@ -104,6 +106,8 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._files: dict[Path, WeightFile] = {}
+        # Whole parts of the packed tensors at hand, which are read block by block.
+        self._parts: dict[TensorRef, memoryview] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
@@ -122,14 +126,31 @@ class OpenFiles:
         return self._files[ref.file]
 
     def read(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> memoryview:
-        """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own."""
-        buffer: memoryview = np.empty((ref.nbytes if stop is None else stop) - start, np.uint8).data
+        """A tensor's bytes, or those from `start` to `stop` of them, in memory of their own.
+
+        Of a packed tensor, those of its numbers in float32.
+        """
+        stop = ref.nbytes if stop is None else stop
+        if isinstance(ref, PackedRef):
+            return ref.unpacked(self._read_part, start, stop)
+        buffer: memoryview = np.empty(stop - start, np.uint8).data
         self.file(ref).fill(buffer, ref.start + start)
         return buffer
 
     def chunks(self, ref: TensorRef) -> Iterator[memoryview]:
-        """A tensor's bytes in order, in whole elements. Each chunk lies in the same memory as the one before it."""
+        """A tensor's bytes in order, in whole elements. Each chunk may lie in the same memory as the one before it."""
+        if isinstance(ref, PackedRef):
+            return (self.read(ref, start, min(start + CHUNK, ref.nbytes)) for start in range(0, ref.nbytes, CHUNK))
         return self.file(ref).chunks(ref.start, ref.end)
+
+    def _read_part(self, ref: TensorRef, start: int, stop: int) -> memoryview:
+        if (start, stop) != (0, ref.nbytes):
+            return self.read(ref, start, stop)
+        if ref not in self._parts:
+            if len(self._parts) >= _HELD:
+                self._parts.clear()
+            self._parts[ref] = self.read(ref)
+        return self._parts[ref]
 
     def blake3(self, ref: TensorRef) -> str:
         """A tensor's hash."""

@@ -46,6 +46,8 @@ def open_hub_headers(label: str, spec: str, revision: str | None, *, run: Run = 
         return open_source(label, spec, folder, revision=revision, run=run)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
+    if config.get("quantization_config"):  # some forms say only in the weights what shape they have
+        return open_source(label, spec, download(spec, revision, where=where), revision=revision, run=run)
     with _explained(where):
         metadata = get_safetensors_metadata(spec, revision=revision)
     files = (_refs(folder / file, header.tensors) for file, header in metadata.files_metadata.items())

@@ -22,7 +22,7 @@ from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
 from modekit.sources.family import Config, Family
-from modekit.sources.model_config import SAFETENSORS, check_no_code, read_config, refuse_adapter, refuse_gguf
+from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
 ITEMSIZE = {
@@ -63,6 +63,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 _LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
+CONVERTED = "model.gguf"
+"""In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
 _INDEX_FILE = "model.safetensors.index.json"
 _REMEDY = "download or save the file again"
 
@@ -91,6 +93,16 @@ class TensorRef:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors in files that are read for it: itself, unless it is packed (packed.py)."""
+        return (self,)
+
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that it gets where a recipe says `dtype: source`."""
+        return self.dtype
 
 
 def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
@@ -197,7 +209,7 @@ class ModelSource:
     `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says. `wrapper` is
     config.json as it stands where the files are a wrapper's, or name the language model as a wrapper does; `beside` are tensors
     that are no part of the language model, such as those of a vision tower. `on_disk` is its config where `config` has more
-    tokens (vocabulary.py).
+    tokens (vocabulary.py). `packed` says in what its weights are quantised: 4 bits (gptq); empty where they are not.
     """
 
     label: str
@@ -209,6 +221,7 @@ class ModelSource:
     wrapper: Config | None = field(default=None, compare=False, kw_only=True)
     beside: Mapping[str, TensorRef] = field(default_factory=dict, compare=False, kw_only=True)
     on_disk: Config | None = field(default=None, compare=False, kw_only=True)
+    packed: str = field(default="", compare=False, kw_only=True)
 
     @property
     def written_config(self) -> Config:
@@ -223,7 +236,7 @@ class ModelSource:
     @cached_property
     def states(self) -> dict[Path, FileState | None]:
         """Every weight file, and its state when its header was read."""
-        return {ref.file: ref.state for ref in (*self.tensors.values(), *self.beside.values())}
+        return {part.file: part.state for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
@@ -260,13 +273,6 @@ def no_model_folder(path: Path, where: str) -> SourceError:
         is_file = path.is_file()
     except (OSError, ValueError):  # a name that no file system has
         is_file = False
-    if path.suffix.lower() == ".gguf" and is_file:
-        return SourceError(
-            "the model is a GGUF file, which modekit does not read yet",
-            where=where,
-            found=str(path),
-            remedy=f"{SAFETENSORS} from which the file was made",
-        )
     if is_file:
         remedy = "name the folder of the model or adapter that the file is part of"
         return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
@@ -284,8 +290,15 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
     tensors: dict[str, TensorRef] = {}
-    for file in weight_files(folder, where=where):
-        tensors.update(read_header(file, where=where))
+    files, packing, packed = weight_files(folder, where=where), config.pop("quantization_config", None), ""
+    if packing:
+        from modekit.sources.quantised import unpack  # few models need it
+
+        unpacked = unpack(packing, config, files, where=where)
+        tensors, packed = unpacked.tensors, unpacked.said
+    else:
+        for file in files:
+            tensors.update(read_header(file, where=where))
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
             "the folder holds both a model and an adapter",
@@ -293,7 +306,7 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
             found="adapter_config.json",
             remedy="name it as adapter: in the recipe, or take the adapter's files out of the folder",
         )
-    return source_of(label, spec, folder, revision, config, tensors)
+    return replace(source_of(label, spec, folder, revision, config, tensors), packed=packed)
 
 
 def source_of(
@@ -314,6 +327,11 @@ def source_of(
     return ModelSource(label, spec, folder, revision, text, own, wrapper=config, beside=beside)
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether config.json says so of a model's weights. Raises SourceError."""
+    return bool(read_config(folder, where=str(folder)).get("quantization_config"))
+
+
 def weight_files(folder: Path, *, where: str) -> list[Path]:
     """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read."""
     index, single = folder / _INDEX_FILE, folder / "model.safetensors"
@@ -330,6 +348,8 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         return [folder / name for name in names]
     if single.exists():
         return [single]
+    if (folder / CONVERTED).is_symlink():
+        return [folder / CONVERTED]
     refuse_adapter(folder, where=where)
     refuse_gguf(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]

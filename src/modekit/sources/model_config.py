@@ -25,7 +25,9 @@ _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
 _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
 """Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""
-_NO_SETTINGS = frozenset({"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision"})
+_NO_SETTINGS = frozenset(
+    {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
+)
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 """What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
 
@@ -185,10 +187,10 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         raise SourceError(
-            "the weights are in GGUF, which modekit does not read yet",
+            "the folder holds GGUF files, of which each is a model",
             where=where,
             found=", ".join(files[:3]),
-            remedy=f"{SAFETENSORS} from which they were made",
+            remedy="name the file in place of the folder (parts of one file: join them with llama-gguf-split --merge)",
         ) from None
 
 

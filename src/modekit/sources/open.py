@@ -16,12 +16,16 @@ from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
     """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
 
-    Raises SourceError when it is a path to nothing.
+    Of a GGUF file, modekit's own folder for it. Raises SourceError when it is a path to nothing.
     """
     try:
         folder = (root / Path(spec).expanduser()).resolve()
         if folder.is_dir():
             return folder
+        if folder.suffix.lower() == ".gguf" and folder.is_file():
+            from modekit.sources.gguf_model import gguf_folder  # few models need it
+
+            return gguf_folder(folder, where=f"{label} ({spec})")
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or folder.name.lower().endswith(".gguf"):

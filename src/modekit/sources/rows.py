@@ -90,5 +90,5 @@ def stored_refs(ref: TensorRef) -> Iterator[TensorRef]:
 def is_joined(ref: TensorRef, dtype: str) -> bool:
     """Whether the bytes of its `stored_refs` one after the other are the tensor in this dtype."""
     if not isinstance(ref, RowsRef):
-        return ref.dtype == dtype
+        return ref.dtype == dtype and ref.parts == (ref,)
     return all(len(part.refs) == 1 and is_joined(part.refs[0], dtype) for part in ref.ranges)
