@@ -7,7 +7,7 @@ what the experts with modules of their own leave over, and all low-rank changes 
     y = (1 - sum_own g_e) W x + sum_own g_e W_e x + B (g_r s_r (A x))      A (R, I), B (O, R): all adapters' ranks in a row
 
 where g_r and s_r are the weight and the scale (alpha / rank) of the adapter that rank r belongs to. A and B are the
-adapters' own tensors, bit for bit.
+adapters' own tensors, bit for bit. Of an embedding, whose weight is (V, D) and whose x are ids, the change of row x is B[x] A.
 
 Shape legend: B batch, S sequence, T tokens of all sequences, E experts, R ranks of all adapters together, I and O width in and
 out.
@@ -54,8 +54,10 @@ class Mixed(nn.Module):
         self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
+        self._reads_ids = isinstance(dense, nn.Embedding)
         if any(self.ranks):
-            width_in, width_out = int(dense.in_features), int(dense.out_features)  # type: ignore[arg-type]
+            sizes = ("embedding_dim", "num_embeddings") if self._reads_ids else ("in_features", "out_features")
+            width_in, width_out = (int(getattr(dense, size)) for size in sizes)
             self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
             self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
             if self.biased:
@@ -74,7 +76,6 @@ class Mixed(nn.Module):
             )
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
-        self._reads_ids = isinstance(dense, nn.Embedding)
         self._is_head = name == "lm_head"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,10 +158,9 @@ class Mixed(nn.Module):
         alone = self._flow[0].alone
         if alone is not None:
             return self._plus_one(y, x, alone)
-        hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
-        lora_B = self.lora_B.to(x.dtype)
+        hidden, lora_B = self._hidden(x, y.dtype)
         if self.per_feature:
-            weights = weights.to(x.dtype)
+            weights = weights.to(hidden.dtype)
             present = [expert for expert, rank in enumerate(self.ranks) if rank]
             sizes = [self.ranks[expert] for expert in present]
             parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
@@ -175,9 +175,16 @@ class Mixed(nn.Module):
         first, rank = sum(self.ranks[:expert]), self.ranks[expert]
         if not rank:
             return y
-        lora_A, lora_B = self.lora_A[first : first + rank].to(x.dtype), self.lora_B[:, first : first + rank].to(x.dtype)
-        hidden = nn.functional.linear(x, lora_A.contiguous()) * self.scales[expert]
-        return self._plus_product(y, hidden, lora_B.contiguous())
+        hidden, lora_B = self._hidden(x, y.dtype, slice(first, first + rank))
+        return self._plus_product(y, hidden * self.scales[expert], lora_B)
+
+    def _hidden(self, x: torch.Tensor, dtype: torch.dtype, ranks: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """A x (B, S, R) of some ranks, and what it is multiplied with, B (O, R). Of an embedding B[x] and A^T."""
+        lora_A, lora_B = self.lora_A[ranks], self.lora_B[:, ranks]
+        if self._reads_ids:
+            rows = nn.functional.embedding(x, lora_B.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
+            return rows, lora_A.to(dtype).t().contiguous()
+        return nn.functional.linear(x, lora_A.to(x.dtype).contiguous()), lora_B.to(x.dtype).contiguous()
 
     def _plus_product(self, y: torch.Tensor, weighted: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         """Return y + B h, h (B, S, R)."""

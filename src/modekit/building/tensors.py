@@ -42,6 +42,8 @@ class PieceReader:
 
     def values(self, piece: Piece) -> FlatArray:
         """The piece's elements in order: its own dtype when it is plain, else float32."""
+        if piece.factor is not None and piece.factor.side == "whole":
+            return self._difference(piece.factor.expert, piece.ref).ravel()
         if piece.factor is not None:
             factors = self._factors(piece.ref, piece.factor)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()

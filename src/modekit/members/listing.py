@@ -84,7 +84,8 @@ def _kind(expert: Expert, teacher: str | None) -> str:
     if expert.adapter is not None:
         kind = "adapter"
     else:
-        kind = "full model" if expert.lora_rank is None else f"rank {expert.lora_rank} of a model"
+        kind = f"rank {expert.lora_rank} of a model" if expert.lora_rank else "full model"
+        kind = kind if expert.budget is None else f"{expert.budget:g}x of a model"
     return kind if teacher is None else f"{kind}, taught by {teacher}"
 
 

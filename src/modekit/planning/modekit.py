@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, rows_of
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, joined, piece_of, rows_of
 from modekit.planning.places import Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
@@ -83,6 +83,9 @@ class ModekitLayout:
         if parts.splits_ffn and parts.mixes_whole_ffn and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
+            if said.budget is not None:
+                chosen = "ranks as the recipe says" if said.ranks else "a build chooses a rank per module by what it gains"
+                yield f"{said.name}: {chosen}, within {said.budget:g}x of the base's parameters; the rest of its change is lost"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
@@ -99,8 +102,8 @@ class ModekitLayout:
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
-            biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]
-            pieces = [Piece(1 + expert, ref, expert=expert) for expert, ref in biases if ref is not None]
+            biases = [self._places.added_bias(place, expert) for expert in range(self._count)]
+            pieces = [piece for piece in biases if piece is not None]
             if pieces:
                 shape = (len(pieces), place.weight.shape[0])
                 yield joined(f"{place.module}.lora_bias", self._adapter_code(pieces), shape, "adapter", tuple(pieces))
@@ -165,9 +168,8 @@ class ModekitLayout:
                 a_pieces.append(Piece(1 + expert, kind.a, expert=expert))
                 b_pieces.append(Piece(1 + expert, rows_of(kind.b, kind.rows), expert=expert))
             elif isinstance(kind, int):
-                full = piece_of(self._sources, 1 + expert, weight).ref
-                a_pieces.append(Piece(1 + expert, weight, factor=Factor("A", kind, full), expert=expert))
-                b_pieces.append(Piece(1 + expert, weight, factor=Factor("B", kind, full), expert=expert))
+                a_pieces.append(self._places.difference(place, expert, "A"))
+                b_pieces.append(self._places.difference(place, expert, "B"))
         ranks = sum(place.ranks)
         code = self._adapter_code([*a_pieces, *b_pieces])
         yield joined(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", tuple(a_pieces))
@@ -175,8 +177,9 @@ class ModekitLayout:
         yield PlannedTensor(f"{place.module}.lora_B", code, shape, "adapter", "columns", tuple(b_pieces))
 
     def _adapter_code(self, pieces: list[Piece]) -> str:
-        """The dtype of adapters: their own, so that they stay bit for bit; float32 when they differ."""
+        """The dtype of adapters: their own, so that they stay bit for bit, the base's within a budget; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(pieces[0].ref)
-        codes = {"F32" if piece.factor is not None else piece.ref.dtype for piece in pieces}
+        kept = {place for place, said in enumerate(self._recipe.experts) if said.is_low_rank and said.budget is None}
+        codes = {"F32" if piece.factor is not None and piece.expert in kept else piece.ref.dtype for piece in pieces}
         return codes.pop() if len(codes) == 1 else "F32"

@@ -89,7 +89,7 @@ class ModekitShape:
         """Why llama.cpp does not run it."""
         if self.mixture.family.pair:
             return "it has an encoder"
-        adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.lora_rank is not None]
+        adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.mixture.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []

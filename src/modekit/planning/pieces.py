@@ -33,6 +33,8 @@ EMBEDDING_FILE = "model-embedding.safetensors"
 Role = Literal["backbone", "expert", "adapter", "router", "constant"]
 Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros", "pad"]
 
+Side = Literal["A", "B", "whole"]
+
 CodeOf = Callable[[TensorRef], str]
 """The safetensors dtype of what is made from a tensor."""
 Entry = tuple[int, int, float]
@@ -86,9 +88,9 @@ class Pad:
 
 @dataclass(frozen=True)
 class Factor:
-    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`)."""
+    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`); or all of it."""
 
-    side: Literal["A", "B"]
+    side: Side
     rank: int
     expert: TensorRef
 
@@ -118,7 +120,7 @@ class Piece:
     @property
     def numel(self) -> int:
         """Elements that it gives."""
-        if self.factor is not None:
+        if self.factor is not None and self.factor.side != "whole":
             return self.factor.rank * self.ref.shape[1 if self.factor.side == "A" else 0]
         rows = self.ref.shape[0]
         return self.ref.numel if self.columns is None else rows * (self.columns[1] - self.columns[0])

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
+from modekit.planning.budgets import Budget, is_whole
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
-from modekit.planning.pieces import low_rank, rows_of, touched
+from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, rows_of, touched
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
@@ -27,6 +28,7 @@ from modekit.sources.names import (
     EMBEDDING,
     HEAD,
     LOGITS_BIAS,
+    POSITIONS,
     in_decoder,
     is_ignored,
     is_looked_up,
@@ -90,7 +92,39 @@ class PlannedPlace:
     @property
     def weight(self) -> TensorRef:
         """Of the base's module."""
-        return next(ref for ref in self.refs if ref.name == weight_of(self.module))
+        weight = weight_in(self.module, self.refs)
+        assert weight is not None, self.module
+        return weight
+
+    @property
+    def may_be_low_rank(self) -> bool:
+        """Whether it is a linear map, or an embedding of tokens."""
+        weight = weight_in(self.module, self.refs)
+        return weight is not None and len(weight.shape) == 2 and self.module.rpartition(".")[2] not in POSITIONS
+
+    def with_rank(self, expert: int, rank: int | None) -> PlannedPlace:
+        """The same where an expert has a rank here; None: what it has."""
+        if rank is None:
+            return self
+        kind: Kind = "own" if is_whole(rank, self.weight.shape) else rank
+        return replace(self, kinds=(*self.kinds[:expert], kind, *self.kinds[expert + 1 :]))
+
+
+def weight_in(module: str, refs: Iterable[TensorRef]) -> TensorRef | None:
+    """The weight among a module's tensors; a tied head's bears the embedding's name."""
+    return next((ref for ref in refs if ref.name == weight_of(module) or (module == HEAD and ref.name != LOGITS_BIAS)), None)
+
+
+def budget_of(places: Iterable[PlannedPlace], expert: int, base: int) -> Budget:
+    """What an expert may take of the places where it differs from a base of so many parameters."""
+    shapes: dict[str, tuple[int, int]] = {}
+    fixed = 0
+    for place in places:
+        if place.kinds[expert] is not None:
+            low = place.weight if place.may_be_low_rank else None
+            fixed += sum(ref.numel for ref in place.refs if ref != low)
+            shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
+    return Budget(shapes, fixed, base)
 
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
@@ -189,13 +223,28 @@ class Places:
         """Whether the base's module stays beside what the experts have."""
         return needs_base(self._recipe, self._family, place.module, place.own)
 
-    def added_bias(self, place: PlannedPlace, expert: int) -> TensorRef | None:
-        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
+    def added_bias(self, place: PlannedPlace, expert: int) -> Piece | None:
+        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; by what an expert
+        with a budget differs from the base's.
+        """
         change = self._change(place, expert)
+        if self._recipe.experts[expert].budget is not None and isinstance(place.kinds[expert], int):
+            bias = next((ref for ref in place.refs if ref != place.weight), None)
+            return None if bias is None else self._difference(expert, bias, "whole", 1)
         if change is None or change.bias is None:
             return None
         folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
-        return None if folded else rows_of(change.bias, change.rows)
+        return None if folded else Piece(1 + expert, rows_of(change.bias, change.rows), expert=expert)
+
+    def difference(self, place: PlannedPlace, expert: int, side: Side) -> Piece:
+        """A side of the low-rank part of a full model's weight."""
+        kind = place.kinds[expert]
+        assert isinstance(kind, int), place.module
+        return self._difference(expert, place.weight, side, kind)
+
+    def _difference(self, expert: int, ref: TensorRef, side: Side, rank: int) -> Piece:
+        full = piece_of(self._sources, 1 + expert, ref).ref
+        return Piece(1 + expert, ref, factor=Factor(side, rank, full), expert=expert)
 
     def scale(self, place: PlannedPlace, expert: int) -> float:
         """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""
@@ -227,7 +276,7 @@ class Places:
 
     @cached_property
     def _all(self) -> list[PlannedPlace]:
-        places = list(self._of_everything() if self._whole else self._of_layers())
+        places = self._with_budgets(list(self._of_everything() if self._whole else self._of_layers()))
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in what is mixed",
@@ -236,6 +285,22 @@ class Places:
             )
         self._check_reader(places[0].module)
         return places
+
+    def _with_budgets(self, places: list[PlannedPlace]) -> list[PlannedPlace]:
+        """The places with the ranks of experts that have a budget."""
+        for expert, said in enumerate(self._recipe.experts):
+            if said.budget is not None:
+                ranks = budget_of(places, expert, self._base_size).ranks(said, f"experts[{expert}] '{said.name}'")
+                places = [place.with_rank(expert, ranks.get(place.module)) for place in places]
+        return places
+
+    @property
+    def _base_size(self) -> int:
+        return sum(self._base.tensors[name].numel for name in own_names(self._base, self._family))
+
+    def budget(self, expert: int) -> Budget:
+        """What an expert with a budget may take."""
+        return budget_of(self, expert, self._base_size)
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
@@ -331,11 +396,13 @@ class Places:
                 return None
             change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
             return change or "own"
-        if said.lora_rank is None:
+        if not said.is_low_rank:
             return "own"
+        if said.budget is not None:
+            return 1 if PlannedPlace(module, refs, ()).may_be_low_rank else "own"  # until all places are known
         if weight is None or len(weight.shape) != 2 or module == HEAD or is_looked_up(module):
             return None
-        return min(said.lora_rank, *weight.shape)
+        return min(said.rank or 16, *weight.shape)
 
     def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
         """What an expert's adapter does to the weight of a place, if that is a low-rank change."""
