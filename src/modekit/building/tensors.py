@@ -43,7 +43,7 @@ class PieceReader:
     def values(self, piece: Piece) -> FlatArray:
         """The piece's elements in order: its own dtype when it is plain, else float32."""
         if piece.factor is not None and piece.factor.side == "whole":
-            return self._difference(piece.factor.expert, piece.ref).ravel()
+            return self.difference(piece.ref, piece.factor).ravel()
         if piece.factor is not None:
             factors = self._factors(piece.ref, piece.factor)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()
@@ -62,12 +62,12 @@ class PieceReader:
             self._factored = (base, {})
         known, key = self._factored[1], (factor.expert, factor.rank)
         if key not in known:
-            known[key] = factorise(self._difference(factor.expert, base), rank=factor.rank)
+            known[key] = factorise(self.difference(base, factor), rank=factor.rank)
         return known[key]
 
-    def _difference(self, expert: TensorRef, base: TensorRef) -> npt.NDArray[np.float32]:
+    def difference(self, base: TensorRef, factor: Factor) -> npt.NDArray[np.float32]:
         """The whole of an expert's difference to the base, (O, I)."""
-        moved, still = Stored(self.opened, expert), Stored(self.opened, base)
+        moved, still = Stored(self.opened, factor.expert), Stored(self.opened, base)
         delta = np.empty(len(still), np.float32)
         with np.errstate(over="ignore"):
             for part in blocks(len(still)):

@@ -11,6 +11,7 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
-from modekit.loaded.passes import check_text, reads_target, run_backbone
+from modekit.loaded.passes import check_text, losses_of, reads_target, run_backbone
 from modekit.text.sequences import TokenSequence, make_batches
 
 MOMENT_BYTES = 4 * 2**30
@@ -133,3 +134,47 @@ class _InputSums:
                 self._sums[name] = product_II
 
         return read
+
+
+def sensitivities(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    sequences: Sequence[TokenSequence],
+    *,
+    advance: Callable[[int, int], None] = lambda _done, _total: None,
+) -> dict[str, float]:
+    """Module -> E[x^2] E[g^2] over a text: mean squares of a number that it reads, and of the gradient of the text's loss (in
+    nats, summed over tokens) by a number that it gives. An embedding reads one 1 among V numbers.
+
+    Sums are float64. `advance(tokens done, tokens to do)` is called after each batch. Raises TextError as `input_moments`.
+    """
+    check_text(model, sequences)
+    read, given = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    total, done = sum(sequence.size for sequence in sequences), 0
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def listen(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            looked_up = isinstance(module, nn.Embedding)
+            x = args[0].detach()
+            squares = x.numel() / module.num_embeddings if looked_up else float(x.double().square().sum()) / x.shape[-1]
+            read[name] += float(squares)
+            y.register_hook(partial(gradient, name))
+
+        return listen
+
+    def gradient(name: str, g: torch.Tensor) -> None:
+        given[name] += float(g.double().square().sum()) / g.shape[-1]
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    model.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)  # so that all that follows has gradients
+    try:
+        for batch in make_batches(sequences, tokens=1):  # one sequence each, without pads
+            losses_of(model, batch).sum().backward()
+            model.zero_grad()
+            done += batch.tokens
+            advance(done, total)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: read[name] / total * given[name] / total for name in names}

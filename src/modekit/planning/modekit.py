@@ -177,7 +177,7 @@ class ModekitLayout:
         yield PlannedTensor(f"{place.module}.lora_B", code, shape, "adapter", "columns", tuple(b_pieces))
 
     def _adapter_code(self, pieces: list[Piece]) -> str:
-        """The dtype of adapters: their own, so that they stay bit for bit, the base's within a budget; float32 when they differ."""
+        """Their own dtype, so that adapters stay bit for bit; within a budget the base's; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(pieces[0].ref)
         kept = {place for place, said in enumerate(self._recipe.experts) if said.is_low_rank and said.budget is None}

@@ -47,7 +47,7 @@ class Expert(Strict):
         Field(
             None,
             gt=0,
-            description="In place of rank (as: lora only): what the expert may add, as a share of the base's bytes, like 0.125x. "
+            description="In place of rank (as: lora only): share of the base's parameters that the expert may add, like 0.125x. "
             "A build chooses a rank per module by what it gains; norms and biases are kept whole.",
         )
     )
@@ -291,7 +291,7 @@ def _parse_budget(value: object) -> object:
     if isinstance(number, float | int) and number > 1:
         raise ValueError(
             f"it is what the expert adds, as a share of the base model's bytes; {value} is more than the whole expert takes"
-            + (f": 1.25x of the base in all is 0.25x" if number <= 2 else "")
+            + (": 1.25x of the base in all is 0.25x" if number <= 2 else "")
         )
     return float(number) if isinstance(number, int) else number
 
