@@ -11,7 +11,6 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -150,31 +149,33 @@ def sensitivities(
     """
     check_text(model, sequences)
     read, given = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    outputs: dict[str, torch.Tensor] = {}
     total, done = sum(sequence.size for sequence in sequences), 0
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def listen(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
-            looked_up = isinstance(module, nn.Embedding)
-            x = args[0].detach()
-            squares = x.numel() / module.num_embeddings if looked_up else float(x.double().square().sum()) / x.shape[-1]
-            read[name] += float(squares)
-            y.register_hook(partial(gradient, name))
+            x, outputs[name] = args[0].detach(), y
+            read[name] += x.numel() / module.num_embeddings if isinstance(module, nn.Embedding) else _sum_of_squares(x)
 
         return listen
 
-    def gradient(name: str, g: torch.Tensor) -> None:
-        given[name] += float(g.double().square().sum()) / g.shape[-1]
-
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     model.requires_grad_(False)
-    model.get_input_embeddings().weight.requires_grad_(True)  # so that all that follows has gradients
+    model.get_input_embeddings().requires_grad_(True)  # so that all that follows has gradients
     try:
         for batch in make_batches(sequences, tokens=1):  # one sequence each, without pads
-            losses_of(model, batch).sum().backward()
-            model.zero_grad()
+            loss = losses_of(model, batch).sum()
+            for name, g in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+                given[name] += _sum_of_squares(g)
+            outputs.clear()
             done += batch.tokens
             advance(done, total)
     finally:
         for handle in handles:
             handle.remove()
     return {name: read[name] / total * given[name] / total for name in names}
+
+
+def _sum_of_squares(x_XI: torch.Tensor) -> float:
+    """Over all tokens, of the mean over a token's numbers."""
+    return float(x_XI.double().square().sum()) / x_XI.shape[-1]

@@ -47,7 +47,7 @@ class Expert(Strict):
         Field(
             None,
             gt=0,
-            description="In place of rank (as: lora only): share of the base's parameters that the expert may add, like 0.125x. "
+            description="In place of rank (as: lora only): what the expert may add, like 0.125x of the base's parameters. "
             "A build chooses a rank per module by what it gains; norms and biases are kept whole.",
         )
     )

@@ -255,11 +255,23 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         notes.append(
             f"classifier of the first {recipe.mixture.router.prefix_tokens} tokens: {checkpoint.record.router.choice.said}"
         )
+    notes += [
+        f"{each.name}: {each.budget:g}x of the base, ranks {_by_kind(each.ranks)}" for each in recipe.experts if each.ranks
+    ]
     if len(recipe.experts) == 1:
         notes.append("there is one expert: none can be left out")
     if any(slot.features for slot in checkpoint.slots):
         notes.append("routers decide per output feature: weights are means over the features")
     return notes
+
+
+def _by_kind(ranks: Mapping[str, int]) -> str:
+    """Smallest and largest rank of the modules that have one last name: q_proj 3 to 9, lm_head 40."""
+    kinds: dict[str, list[int]] = {}
+    for module, rank in ranks.items():
+        kinds.setdefault(module.rpartition(".")[2], []).append(rank)
+    spans = {kind: sorted({min(found), max(found)}) for kind, found in kinds.items()}
+    return ", ".join(f"{kind} {' to '.join(map(str, span))}" for kind, span in spans.items())
 
 
 def _notes_on_pairs(domains: Sequence[Domain], samples: Sequence[object]) -> list[str]:
