@@ -73,6 +73,27 @@ def mixtures(folder: Path, seed: int, only: str) -> dict[str, dict[str, float]]:
 
 def recipe(kept: dict[str, Any]) -> dict[str, Any]:
     """Four full fine-tunes under a lexical router that decides for the whole model."""
+    output = {"format": "modekit", "dtype": kept.pop("dtype", "source")}
     experts = [{"name": name, "model": f"./{name}", "text": f"../text/{name}.jsonl", **kept} for name in DOMAINS]
     mixture = {"modules": "all", "top_k": 2, "router": {"fit": "lexical"}}
-    return {"base_model": "./base", "experts": experts, "mixture": mixture, "eval": {UNSEEN: f"../text/{UNSEEN}.jsonl"}}
+    seen = {UNSEEN: f"../text/{UNSEEN}.jsonl"}
+    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": output, "eval": seen}
+
+
+def main() -> None:
+    """Run a part of the study."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=["train", "ways", "mixtures"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="", help="Names of variants, separated by commas.")
+    said = parser.parse_args()
+    for seed in said.seeds:
+        if said.part == "train":
+            train(said.folder.resolve(), seed)
+        elif said.part == "mixtures":
+            mixtures(said.folder.resolve(), seed, said.only)
+
+
+if __name__ == "__main__":
+    main()

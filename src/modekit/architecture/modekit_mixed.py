@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modekit_few_bits import FewBits
 from .modekit_flow import Flow
 from .modekit_router import Router
 
@@ -31,6 +32,7 @@ class Mixed(nn.Module):
 
     `place` is its entry in `modekit.places`:
         ranks, scales: per expert the rank and scale of its adapter, 0 without one.
+        bits: per expert those of each number of its difference (modekit_few_bits.py), 0 without one.
         own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
         base: whether the base's module is kept (some expert is made of it).
         router: the place whose router decides here. Its first place in the order of execution owns it.
@@ -55,11 +57,16 @@ class Mixed(nn.Module):
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         self._reads_ids = isinstance(dense, nn.Embedding)
-        if any(self.ranks):
+        bits: list[int] = list(place.get("bits", []))
+        self.few_bits = [expert for expert, each in enumerate(bits) if each]
+        if self.few_bits or any(self.ranks):
             sizes = ("embedding_dim", "num_embeddings") if self._reads_ids else ("in_features", "out_features")
             width_in, width_out = (int(getattr(dense, size)) for size in sizes)
-            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
-            self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
+            made = (FewBits(width_out, width_in, bits[expert], looked_up=self._reads_ids) for expert in self.few_bits)
+            self.differences = nn.ModuleList(made)
+            if any(self.ranks):
+                self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
+                self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
             if self.biased:
                 self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
         self.router: Router | None = None
@@ -114,6 +121,8 @@ class Mixed(nn.Module):
         y = self._whole_parts(x, weights)
         if any(self.ranks):
             y = self._plus_low_rank(y, x, weights)
+        for number, expert in enumerate(self.few_bits):
+            y = self._plus_few_bits(y, x, weights[..., expert], number)
         for row, expert in enumerate(self.biased):
             weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
             y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
@@ -167,6 +176,21 @@ class Mixed(nn.Module):
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
             return y + torch.stack(terms).sum(0)
         return self._plus_product(y, self._weighted(hidden, weights), lora_B)
+
+    def _plus_few_bits(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, number: int) -> torch.Tensor:
+        """Return y + g D x of one expert, on the tokens that give it weight."""
+        scale = getattr(self.base, "embed_scale", 1.0) if self._reads_ids else 1.0
+        difference = self.differences[number]
+        if self.per_feature or torch.compiler.is_compiling():
+            added = difference(x, y.dtype)
+            return y + added * (weight.to(y.dtype) if self.per_feature else _broadcast(weight * scale, y))
+        weight_T = weight.flatten()
+        rows = weight_T.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return y
+        x_XI = x.flatten(0, 1)[rows]
+        added = difference(x_XI, y.dtype) * (weight_T[rows] * scale)[:, None].to(y.dtype)
+        return y.flatten(0, 1).index_add(0, rows, added).view(y.shape)
 
     def _plus_one(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Return y + B s A x with one adapter's A and B, whatever others there are, down to the last bit: sums over all ranks

@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 import numpy as np
 
 from modekit.building.inspector import Inspector
-from modekit.building.ranks import settled
+from modekit.building.parts import settled
 from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modekit.building.build import build
-from modekit.building.ranks import settled
+from modekit.building.parts import settled
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import changed_settings, changed_weights

@@ -95,6 +95,8 @@ def _sizes(checkpoint: Checkpoint) -> list[int]:
     for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors):
         for number, part in mixed.own.items():
             sizes[number] += math.prod(mixed.shape) * ITEMSIZE[part.ref.dtype]
+        for number, few in mixed.few_bits.items():
+            sizes[number] += few.codes.nbytes + few.steps.nbytes
         for number, low_rank in mixed.low_rank.items():
             rank = low_rank.ranks.stop - low_rank.ranks.start
             rows = low_rank.a.shape[1] + low_rank.b.shape[0]

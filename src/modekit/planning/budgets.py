@@ -1,8 +1,9 @@
-"""What an expert with a budget has at each place: norms, biases and positions whole, every other weight low-rank.
+"""What an expert with a budget has at each place: norms, biases and positions whole, every other weight by a part of its
+difference from the base's.
 
-A weight (O, I) of rank R takes R (O + I) parameters; where that is no less than its own O I, it is kept whole. Which ranks are
-worth most a build measures (building/ranks.py) and writes into the recipe that it records. A plan without them shows one rank
-for all weights, the largest within the budget: no build takes more.
+A part is low-rank, or all of the difference in a few bits per number, or the whole weight. Which parts are worth most a build
+measures (building/parts.py) and writes into the recipe that it records. A plan without them shows the same part for all
+weights, the largest within the budget: no build takes more.
 
 Shape legend: O outputs, I inputs, R rank.
 """
@@ -14,67 +15,98 @@ from dataclasses import dataclass
 
 from modekit.errors import RecipeError
 from modekit.recipes.recipe import Expert
+from modekit.sources.model import ITEMSIZE
+from modekit.weights.few_bits_size import bytes_of_codes
+
+BITS = (1, 2, 3, 4, 8)
+"""Per number of a difference: what a build chooses from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is kept of the difference of a weight: factors of a rank, or bits per number; without either the whole weight."""
+
+    rank: int = 0
+    bits: int = 0
+
+    @classmethod
+    def read(cls, said: str) -> Part:
+        """As a recipe says it: rank 8, 2 bits, whole."""
+        if said == "whole":
+            return cls()
+        rank = said.startswith("rank ")
+        number = int(said.removeprefix("rank ") if rank else said.partition(" ")[0])
+        return cls(rank=number) if rank else cls(bits=number)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" if self.rank else f"{self.bits} bits" if self.bits else "whole"
+
+    def price(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of it for a weight (O, I) whose numbers have so many."""
+        outputs, inputs = shape
+        if self.bits:
+            return bytes_of_codes(outputs, inputs, self.bits) + outputs * ITEMSIZE["F32"]
+        return itemsize * (self.rank * (outputs + inputs) if self.rank else outputs * inputs)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one expert may take.
+    """What one expert may take, in bytes.
 
     Attributes:
-        shapes: module -> (O, I) of a weight that may be kept low-rank.
-        fixed: parameters of what is kept whole.
-        base: parameters of the base model.
+        shapes: module -> (O, I) of a weight of which a part is kept.
+        itemsize: of the result's numbers.
+        fixed: of what is kept whole.
+        base: of the base model, in the result's dtype.
     """
 
     shapes: Mapping[str, tuple[int, int]]
+    itemsize: int
     fixed: int
     base: int
 
-    def taken(self, ranks: Mapping[str, int]) -> int:
-        """Parameters with these ranks."""
-        return self.fixed + sum(min(ranks[module] * sum(shape), shape[0] * shape[1]) for module, shape in self.shapes.items())
+    def most(self, said: Expert) -> int:
+        """What an expert may add."""
+        return int((said.budget or 0) * self.base)
 
-    def even(self, said: Expert, where: str) -> int:
-        """The largest rank for all within the expert's budget. Raises RecipeError when that is none."""
-        most = int((said.budget or 0) * self.base)
-        least = self.taken(dict.fromkeys(self.shapes, 1))
-        if least > most:
-            raise RecipeError(
-                "the budget is too small for norms, biases and one rank of every weight",
-                where=f"{where}: budget",
-                found=f"{said.budget:g}x",
-                expected=f"{least / self.base:.2g}x or more",
-                remedy="give more, or mix fewer modules",
-            )
-        low, high = 1, 1 + max((min(shape) for shape in self.shapes.values()), default=1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.taken(dict.fromkeys(self.shapes, middle)) <= most else (low, middle)
-        return low
+    def taken(self, parts: Mapping[str, Part]) -> int:
+        """By these parts."""
+        return self.fixed + sum(parts[module].price(shape, self.itemsize) for module, shape in self.shapes.items())
 
-    def ranks(self, said: Expert, where: str) -> dict[str, int]:
+    def parts(self, said: Expert, where: str) -> dict[str, Part]:
         """Those of the recipe, or the same for all. Raises RecipeError where they are of other modules or exceed the budget."""
-        if said.ranks is None:
-            return dict.fromkeys(self.shapes, self.even(said, where))
-        if said.ranks.keys() != self.shapes.keys():
-            wrong = sorted(said.ranks.keys() ^ self.shapes.keys())
+        if said.parts is None:
+            return dict.fromkeys(self.shapes, self._same(said, where))
+        if said.parts.keys() != self.shapes.keys():
+            wrong = sorted(said.parts.keys() ^ self.shapes.keys())
             raise RecipeError(
-                "ranks must name every module that is mixed, once",
-                where=f"{where}: ranks",
+                "parts must name every module that is mixed, once",
+                where=f"{where}: parts",
                 found=f"{len(wrong)} too many or too few, first {wrong[0]}",
-                remedy="remove 'ranks', and a build chooses them",
+                remedy="remove 'parts', and a build chooses them",
             )
-        if self.taken(said.ranks) > (said.budget or 0) * self.base:
+        parts = {module: Part.read(each) for module, each in said.parts.items()}
+        if self.taken(parts) > self.most(said):
             raise RecipeError(
-                "the ranks exceed the budget",
-                where=f"{where}: ranks",
-                found=f"{self.taken(said.ranks) / self.base:.4f}x",
+                "the parts exceed the budget",
+                where=f"{where}: parts",
+                found=f"{self.taken(parts) / self.base:.4f}x",
                 expected=f"{said.budget:g}x",
-                remedy="give a larger budget, or remove 'ranks'",
+                remedy="give a larger budget, or remove 'parts'",
             )
-        return dict(said.ranks)
+        return parts
 
-
-def is_whole(rank: int, shape: tuple[int, ...]) -> bool:
-    """Whether a weight takes no more whole than at this rank."""
-    return rank * sum(shape) >= shape[0] * shape[1]
+    def _same(self, said: Expert, where: str) -> Part:
+        """The largest part for all within an expert's budget. Raises RecipeError when there is none."""
+        bits, ranks = (Part(bits=bits) for bits in reversed(BITS)), (Part(rank=2**power) for power in range(9, -1, -1))
+        for part in (Part(), *bits, *ranks):
+            taken = self.taken(dict.fromkeys(self.shapes, part))
+            if taken <= self.most(said):
+                return part
+        raise RecipeError(
+            "the budget is too small for norms, biases and one rank of every weight",
+            where=f"{where}: budget",
+            found=f"{said.budget:g}x",
+            expected=f"{taken / self.base:.2g}x or more",
+            remedy="give more, or mix fewer modules",
+        )

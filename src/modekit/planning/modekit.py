@@ -22,6 +22,7 @@ from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
+from modekit.weights.few_bits_size import bytes_of_codes
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -84,8 +85,8 @@ class ModekitLayout:
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
             if said.budget is not None:
-                chosen = "ranks as the recipe says" if said.ranks else "a build chooses a rank per module by what it gains"
-                yield f"{said.name}: {chosen}, within {said.budget:g}x of the base's parameters; the rest of its change is lost"
+                chosen = "parts as the recipe says" if said.parts else "a build chooses a part per module by what it gains"
+                yield f"{said.name}: {chosen}, within {said.budget:g}x of the base's bytes; the rest of its change is lost"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
@@ -102,6 +103,7 @@ class ModekitLayout:
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
+            yield from self._few_bits_tensors(place)
             biases = [self._places.added_bias(place, expert) for expert in range(self._count)]
             pieces = [piece for piece in biases if piece is not None]
             if pieces:
@@ -131,6 +133,8 @@ class ModekitLayout:
             "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
         }
+        if any(place.bits):
+            entry["bits"] = place.bits
         biased = [expert for expert in range(self._count) if self._places.added_bias(place, expert) is not None]
         if biased:
             entry["biased"] = biased
@@ -175,6 +179,17 @@ class ModekitLayout:
         yield joined(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", tuple(a_pieces))
         shape = (weight.shape[0], ranks)
         yield PlannedTensor(f"{place.module}.lora_B", code, shape, "adapter", "columns", tuple(b_pieces))
+
+    def _few_bits_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
+        """Codes and steps, of every expert its own."""
+        kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
+        for number, (expert, bits) in enumerate(kept):
+            outputs, inputs = place.weight.shape
+            shape = (outputs, bits, bytes_of_codes(1, inputs, 1))
+            for side, code, sizes in (("codes", "U8", shape), ("steps", "F32", (outputs,))):
+                pieces = (self._places.difference(place, expert, side),)
+                name = f"{place.module}.differences.{number}.{side}"
+                yield PlannedTensor(name, code, sizes, "adapter", "bits", pieces, expert=expert)
 
     def _adapter_code(self, pieces: list[Piece]) -> str:
         """Their own dtype, so that adapters stay bit for bit; within a budget the base's; float32 when they differ."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.planning.budgets import Budget, is_whole
+from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, rows_of, touched
@@ -23,7 +23,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import PARTS, Family, whole
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.sources.names import (
     EMBEDDING,
     HEAD,
@@ -44,8 +44,9 @@ ATTENTION = {
     **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
 }
 """Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
-Kind = LowRank | str | int | None
-"""What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
+Kind = LowRank | Part | str | int | None
+"""What an expert has at a place: its low-rank change, a difference in a few bits, "own" a module of its own, a rank to factorise
+to, or the base's."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class PlannedPlace:
         return [kind.rank if isinstance(kind, LowRank) else kind if isinstance(kind, int) else 0 for kind in self.kinds]
 
     @property
+    def bits(self) -> list[int]:
+        """Per expert those of each number of its difference; 0 without one."""
+        return [kind.bits if isinstance(kind, Part) else 0 for kind in self.kinds]
+
+    @property
     def scales(self) -> list[float]:
         """Per expert what its change is multiplied with."""
         return [kind.scale if isinstance(kind, LowRank) else 1.0 for kind in self.kinds]
@@ -102,29 +108,17 @@ class PlannedPlace:
         weight = weight_in(self.module, self.refs)
         return weight is not None and len(weight.shape) == 2 and self.module.rpartition(".")[2] not in POSITIONS
 
-    def with_rank(self, expert: int, rank: int | None) -> PlannedPlace:
-        """The same where an expert has a rank here; None: what it has."""
-        if rank is None:
+    def with_part(self, expert: int, part: Part | None) -> PlannedPlace:
+        """The same where an expert has this part of a difference here; None: what it has."""
+        if part is None:
             return self
-        kind: Kind = "own" if is_whole(rank, self.weight.shape) else rank
+        kind: Kind = part if part.bits else min(part.rank, *self.weight.shape) or "own"
         return replace(self, kinds=(*self.kinds[:expert], kind, *self.kinds[expert + 1 :]))
 
 
 def weight_in(module: str, refs: Iterable[TensorRef]) -> TensorRef | None:
     """The weight among a module's tensors; a tied head's bears the embedding's name."""
     return next((ref for ref in refs if ref.name == weight_of(module) or (module == HEAD and ref.name != LOGITS_BIAS)), None)
-
-
-def budget_of(places: Iterable[PlannedPlace], expert: int, base: int) -> Budget:
-    """What an expert may take of the places where it differs from a base of so many parameters."""
-    shapes: dict[str, tuple[int, int]] = {}
-    fixed = 0
-    for place in places:
-        if place.kinds[expert] is not None:
-            low = place.weight if place.may_be_low_rank else None
-            fixed += sum(ref.numel for ref in place.refs if ref != low)
-            shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
-    return Budget(shapes, fixed, base)
 
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
@@ -228,7 +222,7 @@ class Places:
         with a budget differs from the base's.
         """
         change = self._change(place, expert)
-        if self._recipe.experts[expert].budget is not None and isinstance(place.kinds[expert], int):
+        if self._recipe.experts[expert].budget is not None and isinstance(place.kinds[expert], int | Part):
             bias = next((ref for ref in place.refs if ref != place.weight), None)
             return None if bias is None else self._difference(expert, bias, "whole", 1)
         if change is None or change.bias is None:
@@ -237,10 +231,11 @@ class Places:
         return None if folded else Piece(1 + expert, rows_of(change.bias, change.rows), expert=expert)
 
     def difference(self, place: PlannedPlace, expert: int, side: Side) -> Piece:
-        """A side of the low-rank part of a full model's weight."""
+        """A tensor of the part of a full model's weight that is kept."""
         kind = place.kinds[expert]
-        assert isinstance(kind, int), place.module
-        return self._difference(expert, place.weight, side, kind)
+        size = kind.bits if isinstance(kind, Part) else kind
+        assert isinstance(size, int), place.module
+        return self._difference(expert, place.weight, side, size)
 
     def _difference(self, expert: int, ref: TensorRef, side: Side, rank: int) -> Piece:
         full = piece_of(self._sources, 1 + expert, ref).ref
@@ -290,17 +285,27 @@ class Places:
         """The places with the ranks of experts that have a budget."""
         for expert, said in enumerate(self._recipe.experts):
             if said.budget is not None:
-                ranks = budget_of(places, expert, self._base_size).ranks(said, f"experts[{expert}] '{said.name}'")
-                places = [place.with_rank(expert, ranks.get(place.module)) for place in places]
+                parts = self._budget(places, expert).parts(said, f"experts[{expert}] '{said.name}'")
+                places = [place.with_part(expert, parts.get(place.module)) for place in places]
         return places
-
-    @property
-    def _base_size(self) -> int:
-        return sum(self._base.tensors[name].numel for name in own_names(self._base, self._family))
 
     def budget(self, expert: int) -> Budget:
         """What an expert with a budget may take."""
-        return budget_of(self, expert, self._base_size)
+        return self._budget(self, expert)
+
+    def _budget(self, places: Iterable[PlannedPlace], expert: int) -> Budget:
+        dtype, shapes, fixed = self._recipe.output.dtype, dict[str, tuple[int, int]](), 0
+        itemsize = 4 if dtype == "float32" else 2 if dtype != "source" else max(ITEMSIZE[ref.dtype] for ref in self._own)
+        for place in places:
+            if place.kinds[expert] is not None:
+                low = place.weight if place.may_be_low_rank else None
+                fixed += sum(ref.numel for ref in place.refs if ref != low)
+                shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
+        return Budget(shapes, itemsize, fixed * itemsize, sum(ref.numel for ref in self._own) * itemsize)
+
+    @cached_property
+    def _own(self) -> list[TensorRef]:
+        return [self._base.tensors[name] for name in own_names(self._base, self._family)]
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""

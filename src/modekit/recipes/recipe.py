@@ -36,7 +36,7 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "ranks")
+    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
@@ -48,11 +48,11 @@ class Expert(Strict):
             None,
             gt=0,
             description="In place of rank (as: lora only): what the expert may add, like 0.125x of the base's parameters. "
-            "A build chooses a rank per module by what it gains; norms and biases are kept whole.",
+            "A build chooses what is kept of each module by what it gains; norms and biases are whole.",
         )
     )
-    ranks: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="Ranks per module that a build chose for the budget; give them to choose them yourself."
+    parts: dict[str, Annotated[str, Field(pattern=r"^(rank [1-9][0-9]{0,4}|[1-8] bits|whole)$")]] | None = Field(
+        None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(None, description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set.")
@@ -79,9 +79,9 @@ class Expert(Strict):
         if self.budget is not None and self.as_ != "lora":
             problems.append("'budget' has no effect without 'as: lora'; add that, or remove it")
         if self.budget is not None and self.rank is not None:
-            problems.append("'budget' chooses a rank per module, and 'rank' is one for all: remove one of them")
-        if self.ranks is not None and self.budget is None:
-            problems.append("'ranks' are those of a 'budget'; add that, or remove them")
+            problems.append("'budget' chooses what is kept of each module, and 'rank' is one for all: remove one of them")
+        if self.parts is not None and self.budget is None:
+            problems.append("'parts' are those of a 'budget'; add that, or remove them")
         return checked(self, problems)
 
     @property
