@@ -15,20 +15,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save, tiny_model, write_text
 from modekit.building.build import build
-from modekit.building.ranks import chosen
+from modekit.building.parts import chosen, options_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.moments import sensitivities
-from modekit.planning.budgets import Budget
+from modekit.members.listing import members_of
+from modekit.planning.budgets import Part
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.text.sequences import TokenSequence
 from modekit.weights.factorise import energies
+from modekit.weights.few_bits import codes_of, decoded, squared_error, steps_of
 
 WHOLE = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
-PLACE = {"self_attn.q_proj": 3, "mlp.down_proj": 7}
+MIXED = {"q_proj": "rank 3", "down_proj": "2 bits", "lm_head": "3 bits", "embed_tokens": "1 bits", "v_proj": "whole"}
+"""Last name of a module -> what is kept of it; of all others rank 5."""
 
 
 def experts(budget: float | str | None, **more: Any) -> list[dict[str, Any]]:
@@ -55,18 +58,29 @@ def mixed(root: Path, said: list[dict[str, Any]], out: str = "out", mixture: dic
     return build(make_plan(recipe, root), root / out)
 
 
-def truncated(base: PreTrainedModel, expert: PreTrainedModel, ranks: dict[str, int]) -> PreTrainedModel:
-    """The base with the best part of a rank of the expert's difference in every weight; all else is the expert's."""
+def parts_of(base: PreTrainedModel, kept: dict[str, str] = MIXED) -> dict[str, str]:
+    """A part for every matrix of a model."""
+    matrices = [name.removesuffix(".weight") for name, parameter in base.named_parameters() if parameter.ndim == 2]
+    return {name: kept.get(name.rpartition(".")[2], "rank 5") for name in matrices}
+
+
+def kept_of(base: PreTrainedModel, expert: PreTrainedModel, parts: dict[str, str]) -> PreTrainedModel:
+    """The base with these parts of the expert's differences; all else is the expert's."""
     made = copy.deepcopy(base)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            module, own = name.removesuffix(".weight"), expert.get_parameter(name)
-            if module in ranks and ranks[module] * sum(own.shape) < own.numel():
-                left, singular, right = torch.linalg.svd(own.double() - parameter.double(), full_matrices=False)
-                rank = ranks[module]
-                parameter.add_((left[:, :rank] * singular[:rank] @ right[:rank]).float())
-            else:
+            part, own = parts.get(name.removesuffix(".weight"), "whole"), expert.get_parameter(name)
+            number = 0 if part == "whole" else int(part.replace("rank ", "").partition(" ")[0])
+            delta = own - parameter
+            if part == "whole":
                 parameter.copy_(own)
+            elif part.startswith("rank"):
+                left, singular, right = torch.linalg.svd(delta.double(), full_matrices=False)
+                parameter.add_((left[:, :number] * singular[:number] @ right[:number]).float())
+            else:
+                step = torch.from_numpy(steps_of(delta.numpy(), number))[:, None]
+                codes = ((delta / step).nan_to_num().floor() + 2 ** (number - 1)).clamp(0, 2**number - 1)
+                parameter.add_((codes - (2**number - 1) / 2) * step)
     return made
 
 
@@ -79,16 +93,38 @@ def logits(model: PreTrainedModel, expert: str | None = None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "starcoder2", "cohere2"])
-def test_a_forced_expert_is_the_base_plus_the_best_parts_of_these_ranks(tmp_path: Path, model_type: str) -> None:
+def test_a_forced_expert_is_the_base_plus_its_parts(tmp_path: Path, model_type: str) -> None:
     made = models(tmp_path, model_type, **({"head_dim": 8} if model_type == "gemma3_text" else {}))
-    checkpoint = mixed(tmp_path, experts("0.4x"))
+    said = experts(1.0, parts=parts_of(made["base"]))
+    said[1] |= {"parts": parts_of(made["base"], {"o_proj": "4 bits", "embed_tokens": "rank 7"})}
+    checkpoint = mixed(tmp_path, said)
     loaded = load_model(checkpoint.folder)
-    for expert in checkpoint.record.recipe.experts:
-        assert expert.ranks is not None
-        assert len(set(expert.ranks.values())) > 1
-        wanted = logits(truncated(made["base"], made[expert.name], expert.ranks))
-        torch.testing.assert_close(logits(loaded, expert.name), wanted, atol=1e-4, rtol=0)
+    for expert in said:
+        wanted = logits(kept_of(made["base"], made[expert["name"]], expert["parts"]))
+        torch.testing.assert_close(logits(loaded, expert["name"]), wanted, atol=1e-4, rtol=0)
         assert (wanted - logits(made["base"])).abs().max() > 0.1
+    assert is_proven(verify(checkpoint))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routed_tokens_get_what_their_experts_say(tmp_path: Path, top_k: int) -> None:
+    """With all parts whole, of few bits or of low rank: the weighted sum of what the experts say at a place."""
+    made = models(tmp_path)
+    parts = parts_of(made["base"])
+    mixture = {"modules": ["q", "mlp"], "top_k": top_k, "router": {"fit": "random"}}
+    low = {
+        name: part for name, part in parts.items() if name.rpartition(".")[2] in ("q_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    checkpoint = mixed(tmp_path, experts(1.0, parts=low), mixture=mixture)
+    loaded = load_model(checkpoint.folder)
+    place = loaded.get_submodule("model.layers.1.mlp.down_proj")
+    x, weights = torch.randn(2, 5, 48), torch.rand(2, 5, 2)
+    weights = torch.where(weights == weights.max(-1, keepdim=True)[0], weights, 0) if top_k == 1 else weights
+    weights = weights / weights.sum(-1, keepdim=True)
+    place.leader.weights = weights
+    said = [kept_of(made["base"], made[name], low).get_submodule("model.layers.1.mlp.down_proj")(x) for name in ("one", "two")]
+    wanted = sum(weights[..., expert, None] * y for expert, y in enumerate(said))
+    torch.testing.assert_close(place(x), wanted, atol=1e-4, rtol=0)
 
 
 def test_with_enough_budget_it_is_the_whole_expert_bit_for_bit(tmp_path: Path) -> None:
@@ -98,58 +134,48 @@ def test_with_enough_budget_it_is_the_whole_expert_bit_for_bit(tmp_path: Path) -
         assert torch.equal(logits(loaded, name), logits(made[name]))
 
 
-def test_it_takes_no_more_than_its_budget_and_is_proven(tmp_path: Path) -> None:
-    made = models(tmp_path)
+@pytest.mark.parametrize("dtype", ["source", "bfloat16"])
+def test_it_takes_no_more_than_its_budget_and_is_proven(tmp_path: Path, dtype: str) -> None:
+    models(tmp_path)
     said = experts(0.3)
-    said[1]["budget"] = 0.15
-    checkpoint = mixed(tmp_path, said)
-    base = sum(parameter.numel() for parameter in made["base"].parameters())
-    for expert, budget in enumerate((0.3, 0.15)):
-        ranks = [(place.ranks[expert], name) for name, place in checkpoint.shape.mixture.places.items()]
-        taken = sum(rank * sum(made["base"].get_submodule(name).weight.shape) for rank, name in ranks)
-        taken += sum(parameter.numel() for name, parameter in made["base"].named_parameters() if parameter.ndim == 1)
-        assert 0.9 * budget < taken / base <= budget
+    said[1]["budget"] = 0.12
+    recipe = {"base_model": "./base", "experts": said, "mixture": WHOLE, "output": {"format": "modekit", "dtype": dtype}}
+    plan = make_plan(parse_recipe(recipe), tmp_path)
+    checkpoint = build(plan, tmp_path / "out")
+    base = sum(ref.nbytes for name, ref in checkpoint.tensors.items() if ".base." in name)
+    base += sum(ref.nbytes for name, ref in checkpoint.tensors.items() if "norm" in name and ".experts.0." in name)
+    for place, budget in enumerate((0.3, 0.12)):
+        assert 0.85 * budget < members_of(checkpoint)[place].nbytes / base <= budget
+    assert len(set((checkpoint.record.recipe.experts[1].parts or {}).values())) > 1
     assert is_proven(verify(checkpoint))
+    assert sum(tensor.nbytes for tensor in plan.tensors) <= 1.5 * base
 
 
 def test_a_changed_factor_is_found(tmp_path: Path) -> None:
     models(tmp_path)
-    checkpoint = mixed(tmp_path, experts(0.3))
-    ref = checkpoint.tensors["lm_head.lora_B"]
-    with open(ref.file, "r+b") as file:
+    checkpoint = mixed(tmp_path, experts(0.1))
+    ref = checkpoint.tensors["lm_head.differences.0.codes"]
+    with ref.file.open("r+b") as file:
         file.seek(ref.start)
-        file.write(np.full(64, 0.5, np.float32).tobytes())
+        file.write(bytes(64))
     found = {check.name: check for check in verify(open_checkpoint(checkpoint.folder))}
     assert found["computed tensors"].verdict == "failed"
     assert "lm_head" in found["computed tensors"].detail
 
 
-def test_recorded_ranks_build_the_same_bytes(tmp_path: Path) -> None:
+def test_recorded_parts_build_the_same_bytes(tmp_path: Path) -> None:
     models(tmp_path)
     first = mixed(tmp_path, experts(0.3), "first")
     again = json.loads((first.folder / "modekit.json").read_text())["recipe"]["experts"]
-    assert all(expert["ranks"] for expert in again)
+    assert all(expert["parts"] for expert in again)
     second = mixed(tmp_path, again, "second")
     assert {file.name: file.read_bytes() for file in first.folder.glob("*.*")} == {
         file.name: file.read_bytes() for file in second.folder.glob("*.*")
     }
 
 
-def test_parts_of_layers_alone_take_a_budget(tmp_path: Path) -> None:
-    made = models(tmp_path)
-    checkpoint = mixed(tmp_path, experts(0.2), mixture={"modules": ["q", "mlp"], "router": {"fit": "random"}})
-    (ranks,) = [each.ranks for each in checkpoint.record.recipe.experts if each.name == "two"]
-    assert ranks is not None
-    assert len(ranks) == 3 * 4
-    wanted = copy.deepcopy(made["base"])
-    part = truncated(made["base"], made["two"], ranks)
-    for name in ranks:
-        wanted.get_submodule(name).load_state_dict(part.get_submodule(name).state_dict())
-    torch.testing.assert_close(logits(load_model(checkpoint.folder), "two"), logits(wanted), atol=1e-4, rtol=0)
-
-
-def test_text_says_where_a_rank_is_worth_most(tmp_path: Path) -> None:
-    """A module whose output the rest of the model ignores gets one rank; without text nobody knows."""
+def test_text_says_where_bytes_are_worth_most(tmp_path: Path) -> None:
+    """A module whose output the rest of the model ignores gets the least; without text nobody knows."""
     models(tmp_path)
     for name in ("base", "one", "two"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -159,8 +185,8 @@ def test_text_says_where_a_rank_is_worth_most(tmp_path: Path) -> None:
     texts = write_text(tmp_path / "text")
     said = [{**each, "text": str(texts["law"])} for each in experts(0.3)]
     up = "model.layers.1.mlp.up_proj"
-    ranks = [mixed(tmp_path, each, out).record.recipe.experts[0].ranks for each, out in ((said, "a"), (experts(0.3), "b"))]
-    assert [each[up] > 1 for each in ranks if each is not None] == [False, True]
+    parts = [mixed(tmp_path, each, out).record.recipe.experts[0].parts for each, out in ((said, "a"), (experts(0.3), "b"))]
+    assert [each[up] == "rank 1" for each in parts if each is not None] == [True, False]
 
 
 def test_sensitivities_are_what_autograd_says(tmp_path: Path) -> None:
@@ -191,12 +217,34 @@ def test_energies_are_squared_singular_values() -> None:
     assert energies(np.zeros((5, 4), np.float32), 3).tolist() == [0, 0, 0]
 
 
-def test_the_next_rank_goes_where_it_gains_most_per_parameter() -> None:
-    budget = Budget({"a": (10, 10), "b": (10, 90)}, fixed=5, base=1_000)
-    worth = {"a": np.array([9.0, 4.0, 1.0, 0.5, 0.1]), "b": np.array([50.0, 15.0, 11.0, 0.0])}
-    ranks = chosen(budget, worth, 5 + 20 + 100 + 150)
-    assert ranks == {"a": 3, "b": 2}
-    assert budget.taken(ranks) == 5 + 3 * 20 + 2 * 100
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_few_bits_err_as_little_as_they_can(bits: int) -> None:
+    """Of a normal distribution as much as Max (1960) found; codes and steps give back what was measured."""
+    rows = np.random.default_rng(0).standard_normal((64, 1_003)).astype(np.float32)
+    rows[3] = 0
+    steps = steps_of(rows, bits)
+    again = decoded(codes_of(rows, steps, bits), steps, 1_003)
+    error = float(np.square(rows - again, dtype=np.float64).sum())
+    assert error == pytest.approx(squared_error(rows, bits), rel=1e-5)
+    best = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 1.2e-4}[bits]
+    assert error / np.square(rows).sum() < 1.02 * best
+    assert not again[3].any()
+    if bits == 1:
+        np.testing.assert_allclose(np.abs(again), np.abs(rows).mean(1, keepdims=True).repeat(1_003, 1), rtol=1e-5)
+
+
+def test_a_difference_of_low_rank_is_kept_by_its_rank_and_another_in_bits() -> None:
+    draw = np.random.default_rng(0)
+    low = (draw.standard_normal((64, 2)) @ draw.standard_normal((2, 80))).astype(np.float32)
+    flat = draw.standard_normal((64, 80)).astype(np.float32)
+    options = {"low": options_of(low, 4), "flat": options_of(flat, 4)}
+    for found in options.values():
+        prices, errors = [price for price, _, _ in found], [error for _, error, _ in found]
+        assert prices == sorted(set(prices))
+        assert errors == sorted(set(errors), reverse=True)
+    kept = chosen(options, 4 * 2 * (64 + 80) + 64 * (4 + 2 * 10))
+    assert kept == {"low": Part(rank=2), "flat": Part(bits=2)}
+    assert chosen(options, 2 * 4 * 64 * 80) == {"low": Part(rank=2), "flat": Part()}
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -205,8 +253,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"budget": "much"}, "like 0.125x"),
     "beside a rank": ({"rank": 4}, "remove one of them"),
     "of a whole model": ({"as": "full"}, "without 'as: lora'"),
-    "ranks of other modules": ({"ranks": {"lm_head": 3}}, "first model.embed_tokens"),
-    "ranks without it": ({"budget": None, "ranks": {"lm_head": 3}}, "of a 'budget'"),
+    "parts of other modules": ({"parts": {"lm_head": "rank 3"}}, "first model.embed_tokens"),
+    "parts without it": ({"budget": None, "parts": {"lm_head": "rank 3"}}, "of a 'budget'"),
+    "a part of another kind": ({"parts": {"lm_head": "9 bits"}}, "parts"),
 }
 
 
@@ -219,8 +268,7 @@ def test_what_cannot_be_is_refused_by_the_plan(tmp_path: Path, case: str) -> Non
         make_plan(parse_recipe({"base_model": "./base", "experts": wrong, "mixture": WHOLE}), tmp_path)
 
 
-def test_ranks_beyond_the_budget_are_refused(tmp_path: Path) -> None:
-    models(tmp_path)
-    first = mixed(tmp_path, experts(0.3)).record.recipe.experts[0].ranks
+def test_parts_beyond_the_budget_are_refused(tmp_path: Path) -> None:
+    parts = parts_of(models(tmp_path)["base"])
     with pytest.raises(RecipeError, match="exceed the budget"):
-        mixed(tmp_path, experts(0.2, ranks=first), "again")
+        mixed(tmp_path, experts(0.1, parts=parts))

@@ -39,6 +39,7 @@ _TOKENS = 8_192  # of an expert's text
 _SEQUENCE_LENGTH = 512
 _ROWS = 512  # of a weight, on which errors of few bits are measured
 _MOST_RANK = 64  # of a weight that is decomposed by iteration: beyond, a difference is no longer of low rank
+_ROUNDING = 1e-10  # of a squared norm: less is that of float32
 _Option = tuple[int, float, Part]
 """Bytes, error, and what is kept."""
 
@@ -85,7 +86,8 @@ def options_of(delta_OI: Array32, itemsize: int) -> list[_Option]:
     smaller, shape = min(delta_OI.shape), delta_OI.shape
     most = smaller if smaller <= SMALL else _MOST_RANK
     energies_X, total = energies(delta_OI, most), float(np.square(delta_OI, dtype=np.float64).sum())
-    left_X = np.maximum(total - np.cumsum(energies_X), 0.0)
+    left_X = total - np.cumsum(energies_X)
+    left_X[left_X < _ROUNDING * total] = 0.0
     parts = [(Part(rank=rank), float(left)) for rank, left in enumerate(left_X, 1)]
     rows = delta_OI[:: -(-len(delta_OI) // _ROWS)]
     sample = float(np.square(rows, dtype=np.float64).sum())

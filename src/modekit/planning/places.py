@@ -45,8 +45,8 @@ ATTENTION = {
 }
 """Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 Kind = LowRank | Part | str | int | None
-"""What an expert has at a place: its low-rank change, a difference in a few bits, "own" a module of its own, a rank to factorise
-to, or the base's."""
+"""What an expert has at a place: its low-rank change, a difference in a few bits, "own" a module of its own, a rank to
+factorise to, or the base's."""
 
 
 @dataclass(frozen=True)
