@@ -10,8 +10,6 @@ All are scored on the report split. `train` keeps models that are there.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from pathlib import Path
 from typing import Any
 
