@@ -15,8 +15,9 @@ Shape legend: O outputs, I inputs.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 
@@ -28,18 +29,19 @@ from modekit.planning.places import Places
 from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
+from modekit.text.document import Document
 from modekit.text.held_out import fit_documents
-from modekit.text.sequences import encode, none_fits
 from modekit.weights.factor_size import SMALL
 from modekit.weights.factorise import Array32, energies
 from modekit.weights.few_bits import squared_error
 
 _PHASE = "choose parts"
-_TOKENS = 8_192  # of an expert's text
-_SEQUENCE_LENGTH = 512
 _ROWS = 512  # of a weight, on which errors of few bits are measured
 _MOST_RANK = 64  # of a weight that is decomposed by iteration: beyond, a difference is no longer of low rank
 _ROUNDING = 1e-10  # of a squared norm: less is that of float32
+_SENSITIVITIES = "modekit.loaded.moments:sensitivities_on"
+"""By its path, as it needs torch and a build without text does not."""
+_Sensitivities = Callable[[Path, Path, Sequence[Document], Sequence[str], Run], dict[str, float]]
 _Option = tuple[int, float, Part]
 """Bytes, error, and what is kept."""
 
@@ -136,12 +138,6 @@ def _from_text(plan: Plan, expert: int, modules: Sequence[str], run: Run) -> dic
     said, source = plan.recipe.experts[expert], plan.sources[1 + expert]
     if not (said.text or said.prompts):
         return {}
-    from modekit.loaded.load import load_model, load_tokenizer
-    from modekit.loaded.moments import sensitivities
-
     documents = fit_documents(said, plan.root, expert, reads=plan.family.reads)
-    tokenizer = load_tokenizer(plan.sources[0].folder, run=run)
-    sequences = encode(tokenizer, documents, max_tokens=_TOKENS, sequence_length=_SEQUENCE_LENGTH)
-    if not sequences:
-        raise none_fits(documents, _SEQUENCE_LENGTH, where=f"experts[{expert}] '{said.name}'", most=_TOKENS)
-    return sensitivities(load_model(source.folder, run=run), modules, sequences, advance=partial(run.progress, "read text"))
+    read: _Sensitivities = resolve_name(_SENSITIVITIES)
+    return read(source.folder, plan.sources[0].folder, documents, modules, run)

@@ -11,6 +11,8 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +21,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import check_text, losses_of, reads_target, run_backbone
-from modekit.text.sequences import TokenSequence, make_batches
+from modekit.run import Run
+from modekit.text.document import Document
+from modekit.text.sequences import TokenSequence, encode, make_batches, none_fits
 
 MOMENT_BYTES = 4 * 2**30
+_TOKENS = 8_192  # of an expert's text, for sensitivities
+_SEQUENCE_LENGTH = 512
 
 
 def input_moments(
@@ -174,6 +181,19 @@ def sensitivities(
         for handle in handles:
             handle.remove()
     return {name: read[name] / total * given[name] / total for name in names}
+
+
+def sensitivities_on(
+    folder: Path, base: Path, documents: Sequence[Document], names: Sequence[str], run: Run
+) -> dict[str, float]:
+    """The same of a model in a folder, over documents that the base's tokenizer reads.
+
+    Raises SourceError, and TextError when there is nothing to read.
+    """
+    sequences = encode(load_tokenizer(base, run=run), documents, max_tokens=_TOKENS, sequence_length=_SEQUENCE_LENGTH)
+    if not sequences:
+        raise none_fits(documents, _SEQUENCE_LENGTH, where=str(folder), most=_TOKENS)
+    return sensitivities(load_model(folder, run=run), names, sequences, advance=partial(run.progress, "read text"))
 
 
 def _sum_of_squares(x_XI: torch.Tensor) -> float:
