@@ -19,8 +19,11 @@ from modekit.building.parts import chosen, options_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
+from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import load_model
 from modekit.loaded.moments import sensitivities
+from modekit.members.change import write_change
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.members.listing import members_of
 from modekit.planning.budgets import Part
 from modekit.planning.make import make_plan
@@ -272,3 +275,42 @@ def test_parts_beyond_the_budget_are_refused(tmp_path: Path) -> None:
     parts = parts_of(models(tmp_path)["base"])
     with pytest.raises(RecipeError, match="exceed the budget"):
         mixed(tmp_path, experts(0.1, parts=parts))
+
+
+def test_who_comes_and_goes_leaves_the_parts_of_the_others(tmp_path: Path) -> None:
+    """Added is built with it, removed is built without, byte for byte; the new one's parts are chosen then."""
+    models(tmp_path)
+    save(tiny_model(seed=3), tmp_path / "three")
+    three = {"model": "./three", "as": "lora", "budget": 0.15}
+    both = mixed(tmp_path, experts(0.15))
+    added = write_change(both, add_expert(both, "three", NewExpert(three, tmp_path)), tmp_path / "added")
+    kept = added.record.recipe.experts
+    assert [each.parts for each in kept[:2]] == [each.parts for each in both.record.recipe.experts]
+    assert kept[2].parts
+    as_built = mixed(tmp_path, [*experts(0.15), {"name": "three", **three}], "built")
+    for file in sorted(as_built.folder.glob("*.safetensors")):
+        assert (added.folder / file.name).read_bytes() == file.read_bytes(), file.name
+    removed = write_change(added, remove_expert(added, "one"), tmp_path / "removed")
+    without = mixed(tmp_path, [experts(0.15)[1], {"name": "three", **three}], "without")
+    for file in sorted(without.folder.glob("*.safetensors")):
+        assert (removed.folder / file.name).read_bytes() == file.read_bytes(), file.name
+    assert is_proven(verify(removed))
+
+
+def test_inspect_and_the_list_say_what_is_kept(tmp_path: Path) -> None:
+    made = models(tmp_path)
+    texts = write_text(tmp_path / "text")
+    parts = parts_of(made["base"])
+    said = experts(1.0, parts=parts)
+    said = [{**each, "text": str(texts[domain])} for each, domain in zip(said, ("law", "code"), strict=True)]
+    checkpoint = mixed(tmp_path, said, mixture={"modules": "all", "router": {"fit": "ngram", "buckets": 64}})
+    found = inspect(checkpoint, tokens_per_domain=300, write=False)
+    assert "one: 1x of the base: embed_tokens 1 bits (1); q_proj rank 3 (3); k_proj rank 5 (3)" in "\n".join(found.notes)
+    assert members_of(checkpoint)[0].kind == "1x of a model"
+    changes = []
+    for name in ("one", "two"):
+        kept = kept_of(made["base"], made[name], parts).named_parameters()
+        changes.append(torch.cat([(own - made["base"].get_parameter(key)).flatten() for key, own in kept]))
+    wanted = float(torch.nn.functional.cosine_similarity(*changes, dim=0))
+    assert found.similarity is not None
+    assert found.similarity.experts[0][1] == pytest.approx(wanted, abs=1e-4)

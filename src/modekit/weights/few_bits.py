@@ -24,13 +24,13 @@ _FIRST = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 
 def steps_of(delta_XI: Array32, bits: int) -> Array32:
     """The step of every row (X,), float32; 0 for a row of zeros. A row's step depends on that row alone."""
-    size_X = np.sqrt(np.mean(np.square(delta_XI, dtype=np.float64), axis=1))
+    size_X = np.asarray(np.sqrt(np.mean(np.square(delta_XI, dtype=np.float64), axis=1)))
     step_X1 = (_FIRST.get(bits, 8.0 / 2**bits) * size_X)[:, None]
     for _ in range(_TURNS):
         level_XI = _codes(delta_XI, step_X1.astype(np.float32), bits) - np.float32((2**bits - 1) / 2)
         both = np.sum(delta_XI * level_XI, axis=1, dtype=np.float64), np.sum(np.square(level_XI), axis=1, dtype=np.float64)
         step_X1 = (both[0] / both[1])[:, None]
-    return step_X1[:, 0].astype(np.float32)
+    return np.asarray(step_X1[:, 0], np.float32)
 
 
 def codes_of(delta_XI: Array32, step_X: Array32, bits: int) -> Codes:
@@ -57,4 +57,4 @@ def squared_error(delta_XI: Array32, bits: int) -> float:
 
 def _codes(delta_XI: Array32, step_X1: Array32, bits: int) -> Codes:
     scaled_XI = np.divide(delta_XI, step_X1, out=np.zeros_like(delta_XI), where=step_X1 > 0)
-    return np.clip(np.floor(scaled_XI) + 2 ** (bits - 1), 0, 2**bits - 1).astype(np.uint8)
+    return np.asarray(np.clip(np.floor(scaled_XI) + 2 ** (bits - 1), 0, 2**bits - 1), np.uint8)
