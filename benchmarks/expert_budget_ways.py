@@ -4,8 +4,8 @@
 
 FOLDER is that of `expert_budget.py train`. A difference is taken from the base or from the mean of the four experts; norms
 are whole. Low rank: the singular values of G^1/2 D M^1/2, M and G second moments of a module's inputs and of the loss's
-gradients by its outputs (none; one number each; diagonals; whole matrices), the same rank everywhere or chosen by singular value
-per parameter. Few bits: as `modekit build` keeps them, the same number everywhere.
+gradients by its outputs (none; one number each; diagonals; whole matrices), the same rank everywhere or chosen by singular
+value per parameter. Few bits: as `modekit build` keeps them, the same number everywhere.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from modekit.building.build import build
 from modekit.building.parts import chosen, options_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import RecipeError
+from modekit.engines.adapters import chosen_adapters
+from modekit.errors import RecipeError, UnsupportedError
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import load_model
 from modekit.loaded.moments import sensitivities
@@ -314,3 +315,26 @@ def test_inspect_and_the_list_say_what_is_kept(tmp_path: Path) -> None:
     wanted = float(torch.nn.functional.cosine_similarity(*changes, dim=0))
     assert found.similarity is not None
     assert found.similarity.experts[0][1] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_codes_stay_codes_in_another_dtype_and_are_no_adapter(tmp_path: Path) -> None:
+    made = models(tmp_path)
+    checkpoint = mixed(tmp_path, experts(1.0, parts=parts_of(made["base"])))
+    rounded = load_model(checkpoint.folder, dtype=torch.bfloat16)
+    codes = rounded.get_submodule("lm_head").differences[0].codes
+    assert codes.dtype == torch.uint8
+    wanted = logits(load_model(checkpoint.folder), "one")
+    assert (logits(rounded, "one").float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    for ending in (adapters_of, without_vllm):
+        assert "few bits" in ending(checkpoint)
+
+
+def adapters_of(checkpoint: Checkpoint) -> str:
+    with pytest.raises(UnsupportedError) as refused:
+        chosen_adapters(checkpoint, None)
+    return str(refused.value)
+
+
+def without_vllm(checkpoint: Checkpoint) -> str:
+    places = {name: place for name, place in checkpoint.shape.mixture.places.items() if name != "lm_head"}
+    return checkpoint.shape.mixture.model_copy(update={"places": places}).without_vllm or ""

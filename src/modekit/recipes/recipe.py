@@ -222,11 +222,11 @@ class Recipe(Strict):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
-        whole = [expert.name for expert in self.experts if expert.is_whole]
+        whole = [expert.name for expert in self.experts if expert.is_whole or expert.budget is not None]
         if whole and self.mixture.fit is not None and self.mixture.fit.reads.low_rank:
             yield (
                 f"router fit '{self.mixture.fit.name}' scores low-rank changes, and these experts are full models: "
-                f"{', '.join(whole)} (add as: lora, or choose another fit)"
+                f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"
             )
 
     def _problems_of_the_backbone(self) -> Iterator[str]:
