@@ -182,7 +182,7 @@ class Mixed(nn.Module):
         scale = getattr(self.base, "embed_scale", 1.0) if self._reads_ids else 1.0
         difference = self.differences[number]
         if self.per_feature or torch.compiler.is_compiling():
-            added = difference(x, y.dtype)
+            added: torch.Tensor = difference(x, y.dtype)
             return y + added * (weight.to(y.dtype) if self.per_feature else _broadcast(weight * scale, y))
         weight_T = weight.flatten()
         rows = weight_T.nonzero().squeeze(-1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, joined, piece_of, rows_of
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, rows_of
 from modekit.planning.places import Places
 from modekit.planning.planned_place import PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
@@ -187,7 +187,8 @@ class ModekitLayout:
         for number, (expert, bits) in enumerate(kept):
             outputs, inputs = place.weight.shape
             shape = (outputs, bits, bytes_of_codes(1, inputs, 1))
-            for side, code, sizes in (("codes", "U8", shape), ("steps", "F32", (outputs,))):
+            tensors: list[tuple[Side, str, tuple[int, ...]]] = [("codes", "U8", shape), ("steps", "F32", (outputs,))]
+            for side, code, sizes in tensors:
                 pieces = (self._places.difference(place, expert, side),)
                 name = f"{place.module}.differences.{number}.{side}"
                 yield PlannedTensor(name, code, sizes, "adapter", "bits", pieces, expert=expert)

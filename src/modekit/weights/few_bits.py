@@ -24,12 +24,12 @@ _FIRST = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 
 def steps_of(delta_XI: Array32, bits: int) -> Array32:
     """The step of every row (X,), float32; 0 for a row of zeros. A row's step depends on that row alone."""
-    size_X = np.asarray(np.sqrt(np.mean(np.square(delta_XI, dtype=np.float64), axis=1)))
-    step_X1 = (_FIRST.get(bits, 8.0 / 2**bits) * size_X)[:, None]
+    size_X1 = np.sqrt(np.mean(np.square(delta_XI, dtype=np.float64), axis=1, keepdims=True))
+    step_X1 = np.asarray(_FIRST.get(bits, 8.0 / 2**bits) * size_X1)
     for _ in range(_TURNS):
         level_XI = _codes(delta_XI, step_X1.astype(np.float32), bits) - np.float32((2**bits - 1) / 2)
         both = np.sum(delta_XI * level_XI, axis=1, dtype=np.float64), np.sum(np.square(level_XI), axis=1, dtype=np.float64)
-        step_X1 = (both[0] / both[1])[:, None]
+        step_X1 = np.asarray(both[0] / both[1])[:, None]
     return np.asarray(step_X1[:, 0], np.float32)
 
 
