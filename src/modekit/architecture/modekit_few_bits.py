@@ -27,8 +27,7 @@ class FewBits(nn.Module):
         """Of x (X, I), or of ids (X,), (X, O) or (X, I) in a dtype."""
         if self.looked_up:
             return self._rows(self.codes[x], self.steps[x].to(dtype))
-        y: torch.Tensor = nn.functional.linear(x, self._rows(self.codes, self.steps.to(x.dtype)))
-        return y
+        return nn.functional.linear(x, self._rows(self.codes, self.steps.to(x.dtype)))
 
     def _rows(self, codes_XPC: torch.Tensor, steps_X: torch.Tensor) -> torch.Tensor:
         """The numbers (X, I) that codes and steps stand for."""
@@ -36,5 +35,5 @@ class FewBits(nn.Module):
         level_XI = torch.zeros((), dtype=torch.uint8, device=codes_XPC.device)
         for plane in range(bits):
             level_XI = level_XI + (((codes_XPC[..., plane, :, None] >> places) & 1) << plane)
-        centred_XI = level_XI.flatten(-2)[..., : self.inputs].to(steps_X.dtype) - (2**bits - 1) / 2
+        centred_XI: torch.Tensor = level_XI.flatten(-2)[..., : self.inputs].to(steps_X.dtype) - (2**bits - 1) / 2
         return centred_XI * steps_X[..., None]
