@@ -30,7 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "0.25x": {"as": "lora", "budget": 0.25},
     "0.125x": {"as": "lora", "budget": 0.125},
+    "0.125x of bfloat16": {"as": "lora", "budget": 0.125, "dtype": "bfloat16"},
     "0.0625x": {"as": "lora", "budget": 0.0625},
+    "0.03125x": {"as": "lora", "budget": 0.03125},
 }
 """How each of the four experts is kept."""
 
@@ -54,14 +56,15 @@ def mixtures(folder: Path, seed: int, only: str) -> dict[str, dict[str, float]]:
         if only and name not in only.split(","):
             continue
         plan = make_plan(parse_recipe(recipe(kept), where=name), home)
-        checkpoint = build(plan, home / f"mixture-{name}", overwrite=True)
+        checkpoint = build(plan, home / f"mixture-{name.replace(' ', '-')}", overwrite=True)
         said = evaluate(
             checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None
         )
         known.append(said)
-        sizes = plan.parameters()
+        itemsize = 2 if "bfloat16" in name else 4
+        size = sum(ref.nbytes for ref in checkpoint.tensors.values())
         found[name] = {
-            "total": sizes["total"] / checkpoint.record.dense_parameters,
+            "total bytes over the base's": size / (itemsize * checkpoint.record.dense_parameters),
             "mixture": said.row("mixture").mean_gap(DOMAINS) or 0.0,
             "forced": said.row("oracle").mean_gap(DOMAINS) or 0.0,
         }
@@ -71,8 +74,9 @@ def mixtures(folder: Path, seed: int, only: str) -> dict[str, dict[str, float]]:
 
 def recipe(kept: dict[str, Any]) -> dict[str, Any]:
     """Four full fine-tunes under a lexical router that decides for the whole model."""
-    output = {"format": "modekit", "dtype": kept.pop("dtype", "source")}
-    experts = [{"name": name, "model": f"./{name}", "text": f"../text/{name}.jsonl", **kept} for name in DOMAINS]
+    output = {"format": "modekit", "dtype": kept.get("dtype", "source")}
+    low = {key: value for key, value in kept.items() if key != "dtype"}
+    experts = [{"name": name, "model": f"./{name}", "text": f"../text/{name}.jsonl", **low} for name in DOMAINS]
     mixture = {"modules": "all", "top_k": 2, "router": {"fit": "lexical"}}
     seen = {UNSEEN: f"../text/{UNSEEN}.jsonl"}
     return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": output, "eval": seen}
