@@ -5,9 +5,10 @@ To second order, and with inputs and gradients of a module taken as independent 
 
     1/2 E[x^2] E[g^2] |D|^2        x inputs of the module, g gradients of the loss by its outputs, mean squares of a number
 
-which the expert's own model tells on the fit split of its text. Without text a module's error is taken in proportion to its
-difference. |D|^2 of a rank is what its singular values leave, of a few bits it is measured. From the smallest parts on, the
-module that gains most per byte gets its next larger one.
+which the expert's own model tells on the fit split of its text. Of a module that loses its whole difference that says too
+little; there an error's share of the difference tells more. The geometric mean of both counts; without text that share. |D|^2
+of a rank is what its singular values leave, of a few bits it is measured. From the smallest parts on, the module that gains
+most per byte gets its next larger one.
 
 Shape legend: O outputs, I inputs.
 """
@@ -15,6 +16,7 @@ Shape legend: O outputs, I inputs.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -77,7 +79,8 @@ def _parts(plan: Plan, places: Places, expert: int, run: Run) -> dict[str, Part]
                     for chunk in opened.chunks(ref):
                         check_finite(plan, ref, chunk)
                 delta_OI = read.difference(place.weight, factor)
-                costs = known[place.module] if known else 1 / (float(np.square(delta_OI, dtype=np.float64).sum()) or 1.0)
+                size = float(np.square(delta_OI, dtype=np.float64).sum()) or 1.0
+                costs = math.sqrt(known.get(place.module, 1 / size) / size)
                 found = options_of(delta_OI, budget.itemsize)
                 options[place.module] = [(price, error * costs, part) for price, error, part in found]
     return chosen(options, budget.most(plan.recipe.experts[expert]) - budget.fixed)
