@@ -7,7 +7,7 @@ what the experts with modules of their own leave over, and all low-rank changes 
     y = (1 - sum_own g_e) W x + sum_own g_e W_e x + B (g_r s_r (A x))      A (R, I), B (O, R): all adapters' ranks in a row
 
 where g_r and s_r are the weight and the scale (alpha / rank) of the adapter that rank r belongs to. A and B are the
-adapters' own tensors, bit for bit.
+adapters' own tensors, bit for bit. Of an embedding, whose weight is (V, D) and whose x are ids, the change of row x is B[x] A.
 
 Shape legend: B batch, S sequence, T tokens of all sequences, E experts, R ranks of all adapters together, I and O width in and
 out.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modekit_few_bits import FewBits
 from .modekit_flow import Flow
 from .modekit_router import Router
 
@@ -31,6 +32,7 @@ class Mixed(nn.Module):
 
     `place` is its entry in `modekit.places`:
         ranks, scales: per expert the rank and scale of its adapter, 0 without one.
+        bits: per expert those of each number of its difference (modekit_few_bits.py), 0 without one.
         own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
         base: whether the base's module is kept (some expert is made of it).
         router: the place whose router decides here. Its first place in the order of execution owns it.
@@ -54,10 +56,17 @@ class Mixed(nn.Module):
         self.weights: torch.Tensor | None = None  # of the running pass, for the places that share this router
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
-        if any(self.ranks):
-            width_in, width_out = int(dense.in_features), int(dense.out_features)  # type: ignore[arg-type]
-            self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
-            self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
+        self._reads_ids = isinstance(dense, nn.Embedding)
+        bits: list[int] = list(place.get("bits", []))
+        self.few_bits = [expert for expert, each in enumerate(bits) if each]
+        if self.few_bits or any(self.ranks):
+            sizes = ("embedding_dim", "num_embeddings") if self._reads_ids else ("in_features", "out_features")
+            width_in, width_out = (int(getattr(dense, size)) for size in sizes)
+            made = (FewBits(width_out, width_in, bits[expert], looked_up=self._reads_ids) for expert in self.few_bits)
+            self.differences = nn.ModuleList(made)
+            if any(self.ranks):
+                self.lora_A = nn.Parameter(torch.zeros(sum(self.ranks), width_in))
+                self.lora_B = nn.Parameter(torch.zeros(width_out, sum(self.ranks)))
             if self.biased:
                 self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
         self.router: Router | None = None
@@ -74,7 +83,6 @@ class Mixed(nn.Module):
             )
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
-        self._reads_ids = isinstance(dense, nn.Embedding)
         self._is_head = name == "lm_head"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,6 +121,8 @@ class Mixed(nn.Module):
         y = self._whole_parts(x, weights)
         if any(self.ranks):
             y = self._plus_low_rank(y, x, weights)
+        for number, expert in enumerate(self.few_bits):
+            y = self._plus_few_bits(y, x, weights[..., expert], number)
         for row, expert in enumerate(self.biased):
             weight = weights[..., expert] if self.per_feature else weights[..., expert, None]
             y = y + weight.to(y.dtype) * (self.lora_bias[row].to(y.dtype) * self.scales[expert])
@@ -157,16 +167,30 @@ class Mixed(nn.Module):
         alone = self._flow[0].alone
         if alone is not None:
             return self._plus_one(y, x, alone)
-        hidden = nn.functional.linear(x, self.lora_A.to(x.dtype))
-        lora_B = self.lora_B.to(x.dtype)
+        hidden, lora_B = self._hidden(x, y.dtype)
         if self.per_feature:
-            weights = weights.to(x.dtype)
+            weights = weights.to(hidden.dtype)
             present = [expert for expert, rank in enumerate(self.ranks) if rank]
             sizes = [self.ranks[expert] for expert in present]
             parts = zip(present, torch.split(hidden, sizes, -1), torch.split(lora_B, sizes, 1), strict=True)
             terms = [weights[..., e] * self.scales[e] * nn.functional.linear(h, b) for e, h, b in parts]
             return y + torch.stack(terms).sum(0)
         return self._plus_product(y, self._weighted(hidden, weights), lora_B)
+
+    def _plus_few_bits(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, number: int) -> torch.Tensor:
+        """Return y + g D x of one expert, on the tokens that give it weight."""
+        scale = getattr(self.base, "embed_scale", 1.0) if self._reads_ids else 1.0
+        difference = self.differences[number]
+        if self.per_feature or torch.compiler.is_compiling():
+            added: torch.Tensor = difference(x, y.dtype)
+            return y + added * (weight.to(y.dtype) if self.per_feature else _broadcast(weight * scale, y))
+        weight_T = weight.flatten()
+        rows = weight_T.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return y
+        x_XI = x.flatten(0, 1)[rows]
+        added = difference(x_XI, y.dtype) * (weight_T[rows] * scale)[:, None].to(y.dtype)
+        return y.flatten(0, 1).index_add(0, rows, added).view(y.shape)
 
     def _plus_one(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Return y + B s A x with one adapter's A and B, whatever others there are, down to the last bit: sums over all ranks
@@ -175,9 +199,16 @@ class Mixed(nn.Module):
         first, rank = sum(self.ranks[:expert]), self.ranks[expert]
         if not rank:
             return y
-        lora_A, lora_B = self.lora_A[first : first + rank].to(x.dtype), self.lora_B[:, first : first + rank].to(x.dtype)
-        hidden = nn.functional.linear(x, lora_A.contiguous()) * self.scales[expert]
-        return self._plus_product(y, hidden, lora_B.contiguous())
+        hidden, lora_B = self._hidden(x, y.dtype, slice(first, first + rank))
+        return self._plus_product(y, hidden * self.scales[expert], lora_B)
+
+    def _hidden(self, x: torch.Tensor, dtype: torch.dtype, ranks: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """A x (B, S, R) of some ranks, and what it is multiplied with, B (O, R). Of an embedding B[x] and A^T."""
+        lora_A, lora_B = self.lora_A[ranks], self.lora_B[:, ranks]
+        if self._reads_ids:
+            rows = nn.functional.embedding(x, lora_B.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
+            return rows, lora_A.to(dtype).t().contiguous()
+        return nn.functional.linear(x, lora_A.to(x.dtype).contiguous()), lora_B.to(x.dtype).contiguous()
 
     def _plus_product(self, y: torch.Tensor, weighted: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         """Return y + B h, h (B, S, R)."""

@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 import numpy as np
 
 from modekit.building.inspector import Inspector
+from modekit.building.parts import settled
 from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -75,6 +76,7 @@ def build(
         _check_text(plan, update)
     run.begin("check the models")
     _check_copies(plan, update)
+    plan = settled(plan, run=run)
     in_place = update is not None and update.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)

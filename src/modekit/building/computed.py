@@ -45,7 +45,7 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     factored: dict[str, None] = {}
     for tensor in computed:
         if not _same_bits(checkpoint, plan, tensor, read):
-            if not any(piece.factor is not None for piece in tensor.pieces):
+            if tensor.operation == "bits" or not any(piece.factor is not None for piece in tensor.pieces):
                 return ComputedAgain(len(computed), wrong=tensor.name)
             factored[tensor.name.rpartition(".")[0]] = None
         done += tensor.nbytes

@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from modekit.checkpoint.evidence import row_sizes
 from modekit.errors import SourceError
-from modekit.planning.pieces import Factor, MeasuredColumn, Pad, Piece, PlannedTensor
+from modekit.planning.pieces import Factor, MeasuredColumn, Pad, Piece, PlannedTensor, rows_of
 from modekit.planning.plan import Plan
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
 from modekit.weights.factorise import Factors, factorise
+from modekit.weights.few_bits import codes_of, steps_of
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
@@ -42,6 +43,8 @@ class PieceReader:
 
     def values(self, piece: Piece) -> FlatArray:
         """The piece's elements in order: its own dtype when it is plain, else float32."""
+        if piece.factor is not None and piece.factor.side == "whole":
+            return self.difference(piece.ref, piece.factor).ravel()
         if piece.factor is not None:
             factors = self._factors(piece.ref, piece.factor)
             return (factors.a if piece.factor.side == "A" else factors.b).ravel()
@@ -60,11 +63,15 @@ class PieceReader:
             self._factored = (base, {})
         known, key = self._factored[1], (factor.expert, factor.rank)
         if key not in known:
-            known[key] = factorise(self._difference(factor.expert, base), rank=factor.rank)
+            known[key] = factorise(self.difference(base, factor), rank=factor.rank)
         return known[key]
 
-    def _difference(self, expert: TensorRef, base: TensorRef) -> npt.NDArray[np.float32]:
-        """The whole of an expert's difference to the base, (O, I)."""
+    def difference(self, base: TensorRef, factor: Factor, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """The whole of an expert's difference to the base, or some rows of it, (O, I)."""
+        if rows is not None:
+            base, expert = rows_of(base, (rows.start, rows.stop)), rows_of(factor.expert, (rows.start, rows.stop))
+        else:
+            expert = factor.expert
         moved, still = Stored(self.opened, expert), Stored(self.opened, base)
         delta = np.empty(len(still), np.float32)
         with np.errstate(over="ignore"):
@@ -86,7 +93,9 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
         # Before computing, which can hide them: ties drops a NaN from its sum.
         for chunk in read.opened.chunks(ref):
             check_finite(plan, ref, chunk)
-    if tensor.operation == "merge":
+    if tensor.operation == "bits":
+        yield from _in_few_bits(tensor, read)
+    elif tensor.operation == "merge":
         yield from _merged(plan, tensor, read)
     elif tensor.operation == "columns":
         yield from _side_by_side(plan, tensor, read)
@@ -157,6 +166,18 @@ def _side_by_side(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Itera
             finite = (is_finite(to_bytes(part.ravel(), tensor.dtype), tensor.dtype) for part in taken)
             _refuse_overflow(plan, next(piece for piece, fits in zip(tensor.pieces, finite, strict=True) if not fits), tensor)
         yield converted
+
+
+def _in_few_bits(tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+    """Codes, or steps, of a difference, some rows at a time."""
+    (piece,) = tensor.pieces
+    factor, (rows, columns) = piece.factor, piece.ref.shape
+    assert factor is not None
+    for part in blocks(rows, columns):
+        delta_XI = read.difference(piece.ref, factor, part)
+        steps_X = steps_of(delta_XI, factor.rank)
+        made = steps_X if factor.side == "steps" else codes_of(delta_XI, steps_X, factor.rank)
+        yield np.ascontiguousarray(made).view(np.uint8).data.cast("B")
 
 
 def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoReturn:

@@ -118,6 +118,9 @@ def _adapter_of(checkpoint: Checkpoint, expert: int) -> Adapter | str:
     added = [tensor.name for tensor in mixed if expert in tensor.own and tensor.holds_changes]
     whole = [tensor.name for tensor in mixed if expert in tensor.own and not tensor.holds_changes]
     asked = checkpoint.record.recipe.experts[expert]
+    few = [tensor.name for tensor in mixed if expert in tensor.few_bits]
+    if few:
+        return f"it has {_shown(few)} in a few bits (experts[].budget)"
     if whole and asked.adapter is None:
         return "it is a full model"
     if whole:

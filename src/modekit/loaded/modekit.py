@@ -36,6 +36,7 @@ class ModekitMixture(LoadedMixture):
         for mixed in flow_of(self.model).mixed.values():
             yield from mixed.experts.parameters()
             yield from mixed.parameters(recurse=False)  # lora_A, lora_B, lora_bias
+            yield from mixed.differences.parameters() if mixed.few_bits else ()
 
     def constants(self) -> Iterator[nn.Parameter]:
         """There are none."""

@@ -84,7 +84,8 @@ def _kind(expert: Expert, teacher: str | None) -> str:
     if expert.adapter is not None:
         kind = "adapter"
     else:
-        kind = "full model" if expert.lora_rank is None else f"rank {expert.lora_rank} of a model"
+        kind = f"rank {expert.lora_rank} of a model" if expert.lora_rank else "full model"
+        kind = kind if expert.budget is None else f"{expert.budget:g}x of a model"
     return kind if teacher is None else f"{kind}, taught by {teacher}"
 
 
@@ -94,6 +95,8 @@ def _sizes(checkpoint: Checkpoint) -> list[int]:
     for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors):
         for number, part in mixed.own.items():
             sizes[number] += math.prod(mixed.shape) * ITEMSIZE[part.ref.dtype]
+        for number, few in mixed.few_bits.items():
+            sizes[number] += few.codes.nbytes + few.steps.nbytes
         for number, low_rank in mixed.low_rank.items():
             rank = low_rank.ranks.stop - low_rank.ranks.start
             rows = low_rank.a.shape[1] + low_rank.b.shape[0]

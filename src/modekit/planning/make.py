@@ -103,7 +103,7 @@ def _native_layout(
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
     base, asked = sources[0], recipe.output.format
     beyond = recipe.mixture.beyond_native()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:

@@ -114,6 +114,7 @@ class Place(_Said):
     own: Annotated[list[int], _PerExpert]
     base: bool
     router: str
+    bits: Annotated[list[Annotated[int, Field(ge=0, le=8)]], _PerExpert] = []
     biased: Annotated[list[int], _PerExpert] = []
     features: _Rank = 0
     sequence_axis: Literal[1, 2] = 1
@@ -130,7 +131,12 @@ class Place(_Said):
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here, an added bias aside."""
-        return bool(self.ranks[expert]) or expert in self.own
+        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits
+
+    @property
+    def few_bits(self) -> list[int]:
+        """Experts whose difference is kept in a few bits, in order."""
+        return [expert for expert, bits in enumerate(self.bits) if bits]
 
 
 class MixtureConfig(_Said):
@@ -178,6 +184,8 @@ class MixtureConfig(_Said):
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
+            if place.bits and len(place.bits) != count:
+                raise ValueError(f"places.{module}: bits must have {count} entries")
             for named in (place.own, place.biased):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
                     raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once and in order")
@@ -195,6 +203,8 @@ class MixtureConfig(_Said):
         """Why vLLM does not serve the mixture; None where it does."""
         if HEAD in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
+        if any(place.bits for place in self.places.values()):
+            return "it keeps differences in a few bits (budget), which modekit's plug-in does not read"
         if self.routing.runs_common:
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.score == "tfidf":

@@ -12,8 +12,9 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, some_rows
-from modekit.planning.places import Places, PlannedPlace
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, some_rows
+from modekit.planning.places import Places
+from modekit.planning.planned_place import PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
@@ -22,6 +23,7 @@ from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
+from modekit.weights.few_bits_size import bytes_of_codes
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -83,6 +85,9 @@ class ModekitLayout:
         if parts.splits_ffn and parts.mixes_whole_ffn and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
+            if said.budget is not None:
+                chosen = "parts as the recipe says" if said.parts else "a build chooses a part per module by what it gains"
+                yield f"{said.name}: {chosen}, within {said.budget:g}x of the base's bytes; the rest of its change is lost"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
@@ -99,8 +104,9 @@ class ModekitLayout:
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
-            biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]
-            pieces = [Piece(1 + expert, ref, expert=expert) for expert, ref in biases if ref is not None]
+            yield from self._few_bits_tensors(place)
+            biases = [self._places.added_bias(place, expert) for expert in range(self._count)]
+            pieces = [piece for piece in biases if piece is not None]
             if pieces:
                 shape = (len(pieces), place.weight.shape[0])
                 yield joined(f"{place.module}.lora_bias", self._adapter_code(pieces), shape, "adapter", tuple(pieces))
@@ -128,6 +134,8 @@ class ModekitLayout:
             "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
         }
+        if any(place.bits):
+            entry["bits"] = place.bits
         biased = [expert for expert in range(self._count) if self._places.added_bias(place, expert) is not None]
         if biased:
             entry["biased"] = biased
@@ -165,18 +173,30 @@ class ModekitLayout:
                 a_pieces.append(Piece(1 + expert, kind.a, expert=expert))
                 b_pieces.append(Piece(1 + expert, some_rows(kind.b, kind.rows), expert=expert))
             elif isinstance(kind, int):
-                full = piece_of(self._sources, 1 + expert, weight).ref
-                a_pieces.append(Piece(1 + expert, weight, factor=Factor("A", kind, full), expert=expert))
-                b_pieces.append(Piece(1 + expert, weight, factor=Factor("B", kind, full), expert=expert))
+                a_pieces.append(self._places.difference(place, expert, "A"))
+                b_pieces.append(self._places.difference(place, expert, "B"))
         ranks = sum(place.ranks)
         code = self._adapter_code([*a_pieces, *b_pieces])
         yield joined(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", tuple(a_pieces))
         shape = (weight.shape[0], ranks)
         yield PlannedTensor(f"{place.module}.lora_B", code, shape, "adapter", "columns", tuple(b_pieces))
 
+    def _few_bits_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
+        """Codes and steps, of every expert its own."""
+        kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
+        for number, (expert, bits) in enumerate(kept):
+            outputs, inputs = place.weight.shape
+            shape = (outputs, bits, bytes_of_codes(1, inputs, 1))
+            tensors: list[tuple[Side, str, tuple[int, ...]]] = [("codes", "U8", shape), ("steps", "F32", (outputs,))]
+            for side, code, sizes in tensors:
+                pieces = (self._places.difference(place, expert, side),)
+                name = f"{place.module}.differences.{number}.{side}"
+                yield PlannedTensor(name, code, sizes, "adapter", "bits", pieces, expert=expert)
+
     def _adapter_code(self, pieces: list[Piece]) -> str:
-        """The dtype of adapters: their own, so that they stay bit for bit; float32 when they differ."""
+        """Their own dtype, so that adapters stay bit for bit; within a budget the base's; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(pieces[0].ref)
-        codes = {"F32" if piece.factor is not None else piece.ref.dtype for piece in pieces}
+        kept = {place for place, said in enumerate(self._recipe.experts) if said.is_low_rank and said.budget is None}
+        codes = {"F32" if piece.factor is not None and piece.expert in kept else piece.ref.dtype for piece in pieces}
         return codes.pop() if len(codes) == 1 else "F32"

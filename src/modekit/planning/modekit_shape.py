@@ -16,6 +16,7 @@ from modekit.planning.places import leaders_of
 from modekit.planning.routing_config import gate_rows, needs_base, routing_config, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
+    FewBitsPart,
     LowRankPart,
     MixedTensor,
     Parameters,
@@ -30,6 +31,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
+from modekit.weights.few_bits_size import bytes_of_codes
 
 _FIRST = ".experts.0."
 _GATE_KEYS = {"router", "width", "rows", "features"}
@@ -89,7 +91,7 @@ class ModekitShape:
         """Why llama.cpp does not run it."""
         if self.mixture.family.pair:
             return "it has an encoder"
-        adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.lora_rank is not None]
+        adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.mixture.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
@@ -174,7 +176,7 @@ class ModekitShape:
         of_module = _leaves(tensors)
         for module, place in self.mixture.places.items():
             leaves = of_module.get(module, [])
-            if any(place.ranks) and "weight" not in leaves:
+            if (place.few_bits or any(place.ranks)) and "weight" not in leaves:
                 leaves = [*leaves, "weight"]
             for leaf in leaves:
                 own = {expert: tensors[f"{module}.experts.{n}.{leaf}"] for n, expert in enumerate(place.own)}
@@ -186,6 +188,7 @@ class ModekitShape:
                     TensorPart(kept) if kept is not None else None,
                     {expert: TensorPart(ref) for expert, ref in own.items()},
                     _low_rank(tensors, module, place) if leaf == "weight" else {},
+                    _few_bits(tensors, module, place) if leaf == "weight" else {},
                 )
             yield from _added_bias(tensors, module, place)
 
@@ -236,6 +239,13 @@ def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) 
             name = f"{module}.lora_{side}"
             if name not in tensors or tensors[name].shape != shape:
                 yield name
+    for number, expert in enumerate(place.few_bits):
+        outputs, inputs = weight.shape if weight is not None and len(weight.shape) == 2 else (0, 0)
+        wanted = {"codes": (outputs, place.bits[expert], bytes_of_codes(1, inputs, 1)), "steps": (outputs,)}
+        for leaf, sizes in wanted.items():
+            name = f"{module}.differences.{number}.{leaf}"
+            if name not in tensors or tensors[name].shape != sizes or (leaf == "codes") != (tensors[name].dtype == "U8"):
+                yield name
     bias = tensors.get(f"{module}.lora_bias")
     if place.biased and (bias is None or len(bias.shape) != 2 or bias.shape[0] != len(place.biased)):
         yield f"{module}.lora_bias"
@@ -250,6 +260,13 @@ def _low_rank(tensors: Tensors, module: str, place: Place) -> dict[int, LowRankP
         expert: LowRankPart(place.scales[expert], a, b, slice(stop - rank, stop))
         for expert, (rank, stop) in enumerate(zip(place.ranks, stops, strict=True))
         if rank
+    }
+
+
+def _few_bits(tensors: Tensors, module: str, place: Place) -> dict[int, FewBitsPart]:
+    return {
+        expert: FewBitsPart(*(tensors[f"{module}.differences.{number}.{leaf}"] for leaf in ("codes", "steps")))
+        for number, expert in enumerate(place.few_bits)
     }
 
 

@@ -113,7 +113,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
     names = [
         expert.name
         for expert, source in zip(recipe.experts, sources[1:], strict=True)
-        if not (expert.is_base or expert.lora_rank is not None or isinstance(source, AdapterSource))
+        if not (expert.is_base or expert.is_low_rank or isinstance(source, AdapterSource))
         and not (_mixes_every_ffn(recipe) and _changed_ffn_alone(source))
     ]
     if names:

@@ -24,7 +24,7 @@ class MixedParts:
     def splits_ffn(self) -> bool:
         """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
         low = any(
-            isinstance(source, AdapterSource) or expert.lora_rank is not None
+            isinstance(source, AdapterSource) or expert.is_low_rank
             for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True)
         )
         return low or self._recipe.mixture.router.scope in {"projection", "feature"}
@@ -59,7 +59,7 @@ class MixedParts:
                 paths = {(self._family.stack_of(layer).name, path) for layer, path in changed}
                 for stack in self._family.stacks:
                     wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
-            elif expert.lora_rank is not None:
+            elif expert.is_low_rank:
                 wanted |= set(self._family.all_parts)
             elif not expert.is_base:
                 wanted.add("mlp")

@@ -27,12 +27,15 @@ from typing import Literal
 from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.sources.rows import RowsRef, is_joined, rows_of, stored_refs
+from modekit.weights.few_bits_size import bytes_of_codes
 
 EMBEDDING_FILE = "model-embedding.safetensors"
 """The embedding where it carries a router's evidence, which a new fit replaces."""
 
 Role = Literal["backbone", "expert", "adapter", "router", "constant"]
-Operation = Literal["copy", "cast", "scale", "fold", "factor", "columns", "merge", "zeros", "pad"]
+Operation = Literal["copy", "cast", "scale", "fold", "factor", "bits", "columns", "merge", "zeros", "pad"]
+
+Side = Literal["A", "B", "whole", "codes", "steps"]
 
 CodeOf = Callable[[TensorRef], str]
 """The safetensors dtype of what is made from a tensor."""
@@ -87,9 +90,11 @@ class Pad:
 
 @dataclass(frozen=True)
 class Factor:
-    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`)."""
+    """One side of the best rank-R approximation of a full expert's difference to the base (`as: lora`); or all of it, whole or
+    as codes and steps of `rank` bits (weights/few_bits.py).
+    """
 
-    side: Literal["A", "B"]
+    side: Side
     rank: int
     expert: TensorRef
 
@@ -119,7 +124,10 @@ class Piece:
     @property
     def numel(self) -> int:
         """Elements that it gives."""
-        if self.factor is not None:
+        if self.factor is not None and self.factor.side in ("codes", "steps"):
+            rows, columns = self.ref.shape
+            return rows if self.factor.side == "steps" else bytes_of_codes(rows, columns, self.factor.rank)
+        if self.factor is not None and self.factor.side != "whole":
             return self.factor.rank * self.ref.shape[1 if self.factor.side == "A" else 0]
         rows = self.ref.shape[0]
         return self.ref.numel if self.columns is None else rows * (self.columns[1] - self.columns[0])
@@ -154,9 +162,9 @@ class PlannedTensor:
     `expert`: whose it is alone; None for what others share.
 
     copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
-    fold: the same, where adapters are folded in. factor: the same, of low-rank parts. columns: the pieces concatenated
-    along the second axis. scale: the piece times `factor`. merge: the backbone merge of the pieces, base first. zeros: no
-    piece. pad: another tensor, `inner`, widened.
+    fold: the same, where adapters are folded in. factor: the same, of low-rank parts. bits: codes or steps of the piece.
+    columns: the pieces concatenated along the second axis. scale: the piece times `factor`. merge: the backbone merge of the
+    pieces, base first. zeros: no piece. pad: another tensor, `inner`, widened.
     """
 
     name: str

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
+from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import MixedParts
-from modekit.planning.pieces import low_rank, some_rows, touched
+from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
+from modekit.planning.planned_place import Kind, PlannedPlace
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import PARTS, Family, whole
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.sources.names import (
     EMBEDDING,
     HEAD,
@@ -42,55 +43,6 @@ ATTENTION = {
     **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
 }
 """Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
-Kind = LowRank | str | int | None
-"""What an expert has at a place: its low-rank change, "own" a module of its own, a rank to factorise to, or the base's."""
-
-
-@dataclass(frozen=True)
-class PlannedPlace:
-    """A module of the base, the tensors in it, and what each expert has there.
-
-    `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
-    """
-
-    module: str
-    refs: tuple[TensorRef, ...]
-    kinds: tuple[Kind, ...]
-    calls: tuple[str, ...] = ()
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether any expert differs from the base here."""
-        return any(kind is not None for kind in self.kinds)
-
-    @property
-    def own(self) -> list[int]:
-        """Experts with a module of their own."""
-        return [expert for expert, kind in enumerate(self.kinds) if kind == "own"]
-
-    @property
-    def ranks(self) -> list[int]:
-        """Per expert the rank of its change; 0 without one."""
-        return [kind.rank if isinstance(kind, LowRank) else kind if isinstance(kind, int) else 0 for kind in self.kinds]
-
-    @property
-    def scales(self) -> list[float]:
-        """Per expert what its change is multiplied with."""
-        return [kind.scale if isinstance(kind, LowRank) else 1.0 for kind in self.kinds]
-
-    @property
-    def prefix(self) -> str:
-        """What the names of its tensors begin with."""
-        return f"{module_of(self.module) if self.calls else self.module}."
-
-    def within(self, tensor: str) -> str:
-        """A tensor's name inside the place; of a tied head, which bears the embedding's name, the last part."""
-        return tensor.removeprefix(self.prefix) if tensor.startswith(self.prefix) else tensor.rpartition(".")[2]
-
-    @property
-    def weight(self) -> TensorRef:
-        """Of the base's module."""
-        return next(ref for ref in self.refs if ref.name == weight_of(self.module))
 
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
@@ -189,13 +141,29 @@ class Places:
         """Whether the base's module stays beside what the experts have."""
         return needs_base(self._recipe, self._family, place.module, place.own)
 
-    def added_bias(self, place: PlannedPlace, expert: int) -> TensorRef | None:
-        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in."""
+    def added_bias(self, place: PlannedPlace, expert: int) -> Piece | None:
+        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; by what an expert
+        with a budget differs from the base's.
+        """
         change = self._change(place, expert)
+        if self._recipe.experts[expert].budget is not None and isinstance(place.kinds[expert], int | Part):
+            bias = next((ref for ref in place.refs if ref != place.weight), None)
+            return None if bias is None else self._difference(expert, bias, "whole", 1)
         if change is None or change.bias is None:
             return None
         folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
-        return None if folded else some_rows(change.bias, change.rows)
+        return None if folded else Piece(1 + expert, some_rows(change.bias, change.rows), expert=expert)
+
+    def difference(self, place: PlannedPlace, expert: int, side: Side) -> Piece:
+        """A tensor of the part of a full model's weight that is kept."""
+        kind = place.kinds[expert]
+        size = kind.bits if isinstance(kind, Part) else kind
+        assert isinstance(size, int), place.module
+        return self._difference(expert, place.weight, side, size)
+
+    def _difference(self, expert: int, ref: TensorRef, side: Side, rank: int) -> Piece:
+        full = piece_of(self._sources, 1 + expert, ref).ref
+        return Piece(1 + expert, ref, factor=Factor(side, rank, full), expert=expert)
 
     def scale(self, place: PlannedPlace, expert: int) -> float:
         """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""
@@ -227,7 +195,7 @@ class Places:
 
     @cached_property
     def _all(self) -> list[PlannedPlace]:
-        places = list(self._of_everything() if self._whole else self._of_layers())
+        places = self._with_budgets(list(self._of_everything() if self._whole else self._of_layers()))
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in what is mixed",
@@ -236,6 +204,32 @@ class Places:
             )
         self._check_reader(places[0].module)
         return places
+
+    def _with_budgets(self, places: list[PlannedPlace]) -> list[PlannedPlace]:
+        """The places with the ranks of experts that have a budget."""
+        for expert, said in enumerate(self._recipe.experts):
+            if said.budget is not None:
+                parts = self._budget(places, expert).parts(said, f"experts[{expert}] '{said.name}'")
+                places = [place.with_part(expert, parts.get(place.module)) for place in places]
+        return places
+
+    def budget(self, expert: int) -> Budget:
+        """What an expert with a budget may take."""
+        return self._budget(self, expert)
+
+    def _budget(self, places: Iterable[PlannedPlace], expert: int) -> Budget:
+        dtype, shapes, fixed = self._recipe.output.dtype, dict[str, tuple[int, int]](), 0
+        itemsize = 4 if dtype == "float32" else 2 if dtype != "source" else max(ITEMSIZE[ref.dtype] for ref in self._own)
+        for place in places:
+            if place.kinds[expert] is not None:
+                low = place.weight if place.may_be_low_rank else None
+                fixed += sum(ref.numel for ref in place.refs if ref != low)
+                shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
+        return Budget(shapes, itemsize, fixed * itemsize, sum(ref.numel for ref in self._own) * itemsize)
+
+    @cached_property
+    def _own(self) -> list[TensorRef]:
+        return [self._base.tensors[name] for name in own_names(self._base, self._family)]
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
@@ -331,11 +325,13 @@ class Places:
                 return None
             change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
             return change or "own"
-        if said.lora_rank is None:
+        if not said.is_low_rank:
             return "own"
+        if said.budget is not None:
+            return 1 if PlannedPlace(module, refs, ()).may_be_low_rank else "own"  # until all places are known
         if weight is None or len(weight.shape) != 2 or module == HEAD or is_looked_up(module):
             return None
-        return min(said.lora_rank, *weight.shape)
+        return min(said.rank or 16, *weight.shape)
 
     def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
         """What an expert's adapter does to the weight of a place, if that is a low-rank change."""

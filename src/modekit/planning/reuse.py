@@ -19,7 +19,7 @@ from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""
-_NUMBER = re.compile(r"\.experts\.\d+\.")
+_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.")
 _JOINED = {"copy", "cast", "fold", "factor", "columns"}
 
 
@@ -50,7 +50,7 @@ def _key(tensor: PlannedTensor, origins: Origins) -> tuple[int | None, str]:
     """What a tensor is, whatever number its expert has."""
     if tensor.expert is None:
         return None, tensor.name
-    return origins[tensor.expert], _NUMBER.sub(".experts.*.", tensor.name)
+    return origins[tensor.expert], _NUMBER.sub(r".\1.*.", tensor.name)
 
 
 class _Finder:

@@ -72,7 +72,7 @@ def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
     remedy = "choose a router fit that reads text (lexical or logistic)"
     if expert.adapter is not None:
         remedy += ", or train the adapter as plain LoRA (without DoRA, IA3 and modules_to_save)"
-    elif expert.lora_rank is None:
+    elif not expert.is_low_rank:
         remedy += ", or keep a low-rank part of the model (as: lora)"
     return UnsupportedError(
         "the expert's part is no low-rank change that this router could score",

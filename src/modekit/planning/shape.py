@@ -117,6 +117,14 @@ class LowRankPart:
 
 
 @dataclass(frozen=True)
+class FewBitsPart:
+    """A change in a few bits per number (weights/few_bits.py): codes (O, P, C) and steps (O,)."""
+
+    codes: TensorRef
+    steps: TensorRef
+
+
+@dataclass(frozen=True)
 class MixedTensor:
     """One tensor of the base of which experts have their own.
 
@@ -126,6 +134,7 @@ class MixedTensor:
         base: where the checkpoint holds the base's; None when it does not.
         own: expert -> its whole tensor, or, with `holds_changes`, its change.
         low_rank: expert -> its low-rank change.
+        few_bits: expert -> its change in a few bits.
         holds_changes: there is no tensor of the base to take from `own`.
     """
 
@@ -134,4 +143,5 @@ class MixedTensor:
     base: TensorPart | None = None
     own: dict[int, TensorPart] = field(default_factory=dict)
     low_rank: dict[int, LowRankPart] = field(default_factory=dict)
+    few_bits: dict[int, FewBitsPart] = field(default_factory=dict)
     holds_changes: bool = False

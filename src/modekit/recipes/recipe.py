@@ -36,13 +36,24 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels",)
+    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
     adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter (LoRA, IA3) of the base.")
     as_: Literal["full", "lora"] = Field("full", alias="as", description="lora: keep only a low-rank part of a full model.")
     rank: int | None = Field(None, ge=1, description="Rank of that part (as: lora only; default 16).")
+    budget: Annotated[float, BeforeValidator(lambda value: _parse_budget(value), json_schema_input_type=float | str)] | None = (
+        Field(
+            None,
+            gt=0,
+            description="In place of rank (as: lora only): what the expert may add, like 0.125x of the base's parameters. "
+            "A build chooses what is kept of each module by what it gains; norms and biases are whole.",
+        )
+    )
+    parts: dict[str, Annotated[str, Field(pattern=r"^(rank [1-9][0-9]{0,4}|[1-8] bits|whole)$")]] | None = Field(
+        None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
+    )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(None, description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set.")
     prompts: list[str] | None = Field(
@@ -65,6 +76,12 @@ class Expert(Strict):
             problems.append(f"'as: lora' keeps a low-rank part of a full model, and this is {kind}: remove 'as'")
         if self.rank is not None and self.as_ != "lora":
             problems.append("'rank' has no effect without 'as: lora'; remove it (an adapter has the rank it was trained with)")
+        if self.budget is not None and self.as_ != "lora":
+            problems.append("'budget' has no effect without 'as: lora'; add that, or remove it")
+        if self.budget is not None and self.rank is not None:
+            problems.append("'budget' chooses what is kept of each module, and 'rank' is one for all: remove one of them")
+        if self.parts is not None and self.budget is None:
+            problems.append("'parts' are those of a 'budget'; add that, or remove them")
         return checked(self, problems)
 
     @property
@@ -78,9 +95,14 @@ class Expert(Strict):
         return self.model == BASE
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether a low-rank part of a full model is kept."""
+        return self.as_ == "lora"
+
+    @property
     def lora_rank(self) -> int | None:
-        """Rank of the low-rank part to take of a full model; None when nothing is to be taken."""
-        return (self.rank or 16) if self.as_ == "lora" else None
+        """The one rank of that part; None where nothing is to be taken, or a budget says how much."""
+        return (self.rank or 16) if self.is_low_rank and self.budget is None else None
 
     @property
     def is_whole(self) -> bool:
@@ -200,11 +222,11 @@ class Recipe(Strict):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
-        whole = [expert.name for expert in self.experts if expert.is_whole]
+        whole = [expert.name for expert in self.experts if expert.is_whole or expert.budget is not None]
         if whole and self.mixture.fit is not None and self.mixture.fit.reads.low_rank:
             yield (
                 f"router fit '{self.mixture.fit.name}' scores low-rank changes, and these experts are full models: "
-                f"{', '.join(whole)} (add as: lora, or choose another fit)"
+                f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"
             )
 
     def _problems_of_the_backbone(self) -> Iterator[str]:
@@ -258,6 +280,20 @@ class Recipe(Strict):
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""
         canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _parse_budget(value: object) -> object:
+    """0.125x, or 0.125, of the base."""
+    try:
+        number = float(value.strip().removesuffix("x")) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"'{value}' is not a share of the base model; write one like 0.125x") from None
+    if isinstance(number, float | int) and number > 1:
+        raise ValueError(
+            f"it is what the expert adds, as a share of the base model's bytes; {value} is more than the whole expert takes"
+            + (": 1.25x of the base in all is 0.25x" if number <= 2 else "")
+        )
+    return float(number) if isinstance(number, int) else number
 
 
 def _parse_size(value: object) -> object:

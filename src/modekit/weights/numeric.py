@@ -45,7 +45,7 @@ def blocks(count: int, arrays: int = 1) -> Iterator[slice]:
 
 def as_array(view: memoryview, dtype: str) -> npt.NDArray[np.generic]:
     """The bytes as a flat array of their own dtype, without a copy."""
-    return np.frombuffer(view, DTYPES[dtype])
+    return np.frombuffer(view, np.uint8 if dtype == "U8" else DTYPES[dtype])
 
 
 def to_float32(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:

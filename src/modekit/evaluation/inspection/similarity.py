@@ -21,11 +21,12 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.evaluation.inspection.result import Similarity
-from modekit.planning.shape import MixedTensor, TensorPart
+from modekit.planning.shape import FewBitsPart, MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef, open_source
 from modekit.sources.names import HEAD, module_of, weight_of
+from modekit.weights.few_bits import decoded
 from modekit.weights.numeric import as_array, to_float32
 from modekit.weights.stored import Stored
 
@@ -82,6 +83,13 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
     def whole(ref: TensorRef) -> Array64:
         return to_float32(as_array(opened.read(ref), ref.dtype)).astype(np.float64).reshape(ref.shape)
 
+    def decode(part: FewBitsPart, first: int, last: int) -> Array64:
+        shape = part.codes.shape
+        width = shape[1] * shape[2]
+        codes = Stored(opened, part.codes)[first * width : last * width].astype(np.uint8).reshape(-1, *shape[1:])
+        steps = to_float32(Stored(opened, part.steps)[first:last])
+        return decoded(codes, steps, columns).astype(np.float64).ravel()
+
     gram = np.zeros((count, count))
     rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))
     factors: dict[int, tuple[Array64, Array64]] = {}
@@ -93,11 +101,12 @@ def _products(tensor: MixedTensor, count: int, opened: OpenFiles) -> Array64:
         for other, (a_other, b_other) in factors.items():
             gram[one, other] = np.sum((b_one.T @ b_other) * (a_one @ a_other.T))
     step = max(1, _BLOCK // columns)
-    own = list(tensor.own)
+    own = [*tensor.own, *tensor.few_bits]
     for first in range(0, rows if own else 0, step):
         last = min(rows, first + step)
         base = read(tensor.base, first, last) if tensor.base is not None else 0.0
-        changes = np.stack([read(tensor.own[expert], first, last) - base for expert in own])
+        whole_changes = [read(part, first, last) - base for part in tensor.own.values()]
+        changes = np.stack([*whole_changes, *(decode(part, first, last) for part in tensor.few_bits.values())])
         gram[np.ix_(own, own)] += changes @ changes.T
         for other, (a_other, b_other) in factors.items():
             for number, expert in enumerate(own):

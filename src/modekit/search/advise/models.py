@@ -61,7 +61,7 @@ class ComparedModels:
     def is_low_rank(self, index: int) -> bool:
         """Whether an expert is an adapter, or is to be kept as one."""
         adapter = isinstance(self.experts[index], AdapterSource)
-        return adapter or self.recipe.experts[index].lora_rank is not None
+        return adapter or self.recipe.experts[index].is_low_rank
 
 
 def compare_models(recipe: Recipe, root: Path, *, run: Run) -> ComparedModels:

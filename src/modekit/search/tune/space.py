@@ -216,7 +216,7 @@ def default_space(recipe: Recipe, root: Path, plan: Plan, *, native: bool) -> Sp
     `plan`: of the plain recipe; `native`: only what a native architecture can express.
     """
     experts, count = recipe.experts, len(recipe.experts)
-    only_adapters = all(each.adapter is not None or each.lora_rank is not None or each.is_base for each in experts)
+    only_adapters = all(each.adapter is not None or each.is_low_rank or each.is_base for each in experts)
     differ = not only_adapters and backbones_differ(recipe, root, run=Run(trust_remote_code=plan.trust_remote_code))
     fitted = all(each.text or each.prompts for each in experts)
     routers: list[RouterKind] = ["linear", "random", *(["centroid", "ridge", "logistic", "lexical"] if fitted else [])]

@@ -90,7 +90,7 @@ def tune(
 
 
 def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
-    low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.lora_rank is not None]
+    low = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     return TuneError(
         "native mixtures of these experts cannot be searched",
         found=f"{', '.join(low)}: candidates keep adapters low-rank" if low else plan.why,
