@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
+from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
@@ -120,6 +121,12 @@ class RouterRecord(_Record):
         return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
 
 
+class CarryRecord(CarrySize):
+    """What a native checkpoint carries, and the sha256 of the file that keeps how (checkpoint/carried.py)."""
+
+    sha256: Digest = ""
+
+
 class _Shown(BaseModel):
     """What pages and cards say of a training's settings; later versions may have others."""
 
@@ -195,8 +202,8 @@ class Change(_Record):
 class MixtureRecord(_Record):
     """modekit.json.
 
-    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history` has who came
-    and went since the build.
+    `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
+    moved, with the blake3 of their bytes. `history` has who came and went since the build.
     """
 
     format: Literal[1]
@@ -210,6 +217,7 @@ class MixtureRecord(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord] = Field(min_length=1)
     router: RouterRecord
+    carry: CarryRecord | None = None
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
     history: list[Change] = []
@@ -224,10 +232,10 @@ class MixtureRecord(_Record):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_history(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What no mixture has that was only built."""
+    def _without_what_few_have(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """No history in a mixture that was only built."""
         said: dict[str, Any] = handler(self)
-        return said if self.history else {key: value for key, value in said.items() if key != "history"}
+        return {key: value for key, value in said.items() if value or key not in ("history", "carry")}
 
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:

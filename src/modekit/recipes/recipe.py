@@ -93,10 +93,13 @@ def place_of_base(experts: Sequence[Expert]) -> int | None:
     return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
+Times = Annotated[float, BeforeValidator(lambda value: _parse_times(value), json_schema_input_type=float | str)]
+
+
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels",)
+    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "budget")
 
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
@@ -111,7 +114,26 @@ class Output(Strict):
         ge=32,
         le=2**16,
         multiple_of=32,
-        description="Native, fit: lexical: channels besides the base's; default the fewest, by 64. 256 suits K-quants.",
+        description="Native, fit: lexical: channels besides the base's; default the fewest, by 32. 256 suits K-quants.",
+    )
+    carry: Literal["ffn", "all"] | None = Field(
+        None,
+        description="Native, fit: lexical: what of the experts to carry. ffn: their FFNs alone. all: attention, head and "
+        "embedding, too. Default: all if an adapter changes more than FFNs.",
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=2**12,
+        description="Channels for attention's output, and for its input, head and embedding; default: as exact needs where few, else 64.",
+    )
+    budget: Annotated[float | None, BeforeValidator(lambda value: _parse_times(value), json_schema_input_type=float | str)] = (
+        Field(
+            None,
+            gt=1,
+            le=10,
+            description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
+        )
     )
 
 
@@ -198,6 +220,13 @@ class Recipe(Strict):
         fit = self.mixture.fit
         if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
+        asked = [key for key in ("carry", "rank", "budget") if getattr(self.output, key) is not None]
+        if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
+            yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
+        if self.output.rank is not None and self.output.budget is not None:
+            yield "output.rank and output.budget say the same in two ways; remove one of them"
+        if self.output.carry == "ffn" and asked[1:]:
+            yield f"output.{asked[1]} has no effect with carry: ffn; remove it"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole = [expert.name for expert in self.experts if expert.is_whole]
@@ -258,6 +287,16 @@ class Recipe(Strict):
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""
         canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _parse_times(value: object) -> object:
+    """1.1x -> 1.1."""
+    if isinstance(value, str):
+        try:
+            return float(value.strip().lower().removesuffix("x"))
+        except ValueError:
+            raise ValueError(f"'{value}' is not a multiple; write one like 1.1x") from None
+    return value
 
 
 def _parse_size(value: object) -> object:
