@@ -244,13 +244,18 @@ class MixtureRecord(_Record):
 
 
 def make_record(
-    plan: Plan, out: Path, hashes: Mapping[str, str], router: RouterRecord, known: Mapping[ModelSource, SourceRecord] = {}
+    plan: Plan,
+    out: Path,
+    hashes: Mapping[str, str],
+    router: RouterRecord,
+    known: Mapping[ModelSource, SourceRecord] = {},
+    carried: str = "",
 ) -> MixtureRecord:
     """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
 
-    `known`: records of sources that were read before, and may be gone.
+    `known`: records of sources that were read before, and may be gone; `carried`: sha256 of carried.safetensors.
     """
-    unique = list(dict.fromkeys(plan.sources))
+    unique, carry = list(dict.fromkeys(plan.sources)), plan.shape.channels and plan.shape.channels.carry
     return MixtureRecord(
         format=1,
         modekit_version=version("modekit"),
@@ -263,6 +268,7 @@ def make_record(
         expert_sources=[unique.index(source) for source in plan.sources[1:]],
         sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
         router=router,
+        carry=CarryRecord(**dict(carry), sha256=carried) if carry else None,
     )
 
 

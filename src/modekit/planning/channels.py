@@ -204,7 +204,8 @@ class Channels:
             return Pad(columns=added * self.head_dim, scale=self.norm_scale)
         part = next((part for part in _ATTENTION if family.parts[part] == module), None)
         if part is None:
-            return Pad(columns=self.spare) if shape[-1:] == (self.hidden,) else None
+            over_heads = module.rpartition(".")[0] == family.parts["q"].rpartition(".")[0]
+            return Pad(columns=self.spare) if shape[-1:] == (self.hidden,) and not over_heads else None
         heads = self.more_heads * self.head_dim
         added = {"q": self.group * heads, "k": heads, "v": heads, "o": self.spare}[part]
         if leaf == "bias":

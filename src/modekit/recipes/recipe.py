@@ -125,15 +125,14 @@ class Output(Strict):
         None,
         ge=1,
         le=2**12,
-        description="Channels for attention's output, and for its input, head and embedding; default: as exact needs where few, else 64.",
+        description="Channels for attention's output, and for its input, head and embedding; default: as many as exact needs "
+        "where those are few, else 64.",
     )
-    budget: Annotated[float | None, BeforeValidator(lambda value: _parse_times(value), json_schema_input_type=float | str)] = (
-        Field(
-            None,
-            gt=1,
-            le=10,
-            description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
-        )
+    budget: Times | None = Field(
+        None,
+        gt=1,
+        le=10,
+        description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
     )
 
 
