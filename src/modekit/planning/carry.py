@@ -19,13 +19,15 @@ from modekit.errors import UnsupportedError
 from modekit.planning.pieces import low_rank, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
+from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import ModelSource
 from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
-from modekit.weights.pass_through import TERMS
 
 BLOCK = 32
 """Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
+TERMS, EXACT_TERMS = 2, 3
+"""K: with two units per channel the error is one in a hundred, which truncated changes hide; with three a thousandth."""
 FULL_RANK = 64
 """R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
 
@@ -43,7 +45,7 @@ class CarrySize(BaseModel):
 
     outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
     inputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
-    terms: int = Field(TERMS, ge=1, le=4)
+    terms: int = Field(ge=1, le=4)
     head: bool = False
     embedding: bool = False
 
@@ -70,26 +72,60 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
     changing = [source for source in experts if isinstance(source, AdapterSource) and _reaches(source, sources[0], family)]
     if not changing and output.carry is None:
         return None
-    layers = range(whole(config, "num_hidden_layers"))
-    outputs = max(sum(_rank(source, sources[0], family, layer, ("o",)) for source in experts) for layer in layers)
-    inputs = max(sum(_rank(source, sources[0], family, layer, ("q", "k", "v")) for source in experts) for layer in layers)
-    ends = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
-    tied = weight_of(HEAD) not in sources[0].tensors
-    head, embedding = (ends[0] or (tied and ends[1])), ends[1]
-    most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
-    if output.budget is not None:
-        raise UnsupportedError("output.budget is yet to come", where="output.budget")
-    return CarrySize(
-        outputs=_blocks(_within(outputs, most, output.rank) or (FULL_RANK if embedding else 0)),
-        inputs=_blocks(_within(inputs, most, output.rank) or (FULL_RANK if head else 0)),
-        head=head,
-        embedding=embedding,
+    tied = is_tied(sources[0], family)
+    own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
+    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1])
+    needed = _needed(experts, sources[0], family, whole(config, "num_hidden_layers"), size)
+    if output.budget is None:
+        most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
+        return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
+    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size) <= output.budget]
+    if fitting:
+        return fitting[-1]
+    least = _active(recipe, config, _of_rank(size, needed, BLOCK, otherwise=BLOCK))
+    raise UnsupportedError(
+        "the budget leaves no room for more of the experts than their FFNs",
+        where="output.budget",
+        found=f"{output.budget:g}x",
+        expected=f"at least {math.ceil(least * 100) / 100:g}x",
+        remedy="raise it, or write output: {carry: ffn}",
     )
 
 
-def _within(needed: float, most: int, rank: int | None) -> int:
-    """All where that is little, else a rank that experience shows to suffice."""
-    return int(needed) if needed <= most else (rank or FULL_RANK)
+def _needed(
+    experts: Sequence[ModelSource], base: ModelSource, family: Family, layers: int, size: CarrySize
+) -> tuple[float, float]:
+    """R_U and R_V that carry everything exactly; infinite where changes have no small rank."""
+    outputs = max(sum(_rank(source, base, family, layer, ("o",)) for source in experts) for layer in range(layers))
+    inputs = max(sum(_rank(source, base, family, layer, ("q", "k", "v")) for source in experts) for layer in range(layers))
+    return math.inf if size.embedding else outputs, math.inf if size.head else inputs
+
+
+def _of_rank(size: CarrySize, needed: tuple[float, float], most: int, *, otherwise: int) -> CarrySize:
+    """All that is needed where that is at most `most`, else `otherwise`."""
+    outputs, inputs = (int(each) if each <= most else otherwise for each in needed)
+    terms = EXACT_TERMS if max(needed) <= most else TERMS
+    return size.model_copy(update={"outputs": _blocks(outputs), "inputs": _blocks(inputs), "terms": terms})
+
+
+def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize]:
+    """Of rising rank, up to what is needed."""
+    rank, last = BLOCK, None
+    while (found := _of_rank(size, needed, rank, otherwise=rank)) != last and rank <= 2**12:
+        yield found
+        rank, last = rank + BLOCK, found
+
+
+def _active(recipe: Recipe, config: Config, size: CarrySize) -> float:
+    """Parameters that a token is multiplied with, over those of the base."""
+    hidden, units, layers = (whole(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    heads = whole(config, "num_attention_heads") + whole(config, "num_key_value_heads")
+    attention, vocabulary = 2 * heads * whole(config, "head_dim"), whole(config, "vocab_size")
+    wide = hidden + 2 * BLOCK + size.channels  # evidence of most mixtures fits into two blocks
+    experts = recipe.top_k * 3 * (units + size.units)
+    return (wide * ((layers + 1) * (attention + experts) + vocabulary)) / (
+        hidden * (layers * (attention + 3 * units) + vocabulary)
+    )
 
 
 def _blocks(channels: int) -> int:
