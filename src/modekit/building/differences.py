@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.tensors import PieceReader, stored_blocks
+from modekit.building.tensors import PieceReader, check_finite, stored_blocks
 from modekit.planning.pieces import Piece, PlannedTensor, low_rank, piece_of, touched
 from modekit.planning.plan import Plan
 from modekit.sources.adapter import AdapterSource
@@ -118,12 +118,16 @@ class Differences:
         return Difference(self.own(name, expert) - self.shared(name))
 
     def _stored(self, ref: TensorRef) -> Singles:
+        check_finite(self._plan, ref, self._read.opened.read(ref))
         return to_float32(as_array(self._read.opened.read(ref), ref.dtype)).reshape(ref.shape)
 
     def own(self, name: str, expert: int) -> Singles:
         """A tensor of the base as an expert has it."""
         ref = self._base.tensor(name)
-        return to_float32(self._read.values(piece_of(self._plan.sources, 1 + expert, ref))[:]).reshape(ref.shape)
+        piece = piece_of(self._plan.sources, 1 + expert, ref)
+        for each in piece.refs:
+            check_finite(self._plan, each, self._read.opened.read(each))
+        return to_float32(self._read.values(piece)[:]).reshape(ref.shape)
 
     def shared(self, name: str) -> Singles:
         """A tensor of the base as the backbone has it."""
