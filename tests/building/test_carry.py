@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import quiet, train_adapter
+from byte_level import save_byte_model
 from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
 from generated import check_generation
 from modekit.building.verify import is_proven, verify
@@ -40,9 +41,14 @@ FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def adapter_shop(root: Path, family: str = "llama", *, modules: list[str] = LINEAR, **overrides: Any) -> Workshop:
-    """A base and a LoRA adapter per domain, of rank 2 on `modules`."""
-    save(tiny_model(family, **{**SIZES, **overrides}), root / "base")
+def adapter_shop(
+    root: Path, family: str = "llama", *, modules: list[str] = LINEAR, reads_bytes: bool = False, **overrides: Any
+) -> Workshop:
+    """A base and a LoRA adapter per domain, of rank 2 on `modules`; llama.cpp and vLLM know tokenizers that read bytes."""
+    if reads_bytes:
+        save_byte_model(root / "base", family, 0, **{**SIZES, **overrides})
+    else:
+        save(tiny_model(family, **{**SIZES, **overrides}), root / "base")
     write_text(root / "text")
     experts = []
     for seed, name in enumerate(DOMAINS):
@@ -159,7 +165,7 @@ def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: to
 
 
 def test_generation_pads_and_caches(carried: Checkpoint) -> None:
-    check_generation(AutoModelForCausalLM.from_pretrained(carried.folder).eval())
+    check_generation(carried.folder)
 
 
 def test_a_build_again_is_the_same_bytes(shop: Workshop, carried: Checkpoint) -> None:

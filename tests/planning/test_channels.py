@@ -22,8 +22,8 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.channels import Channels
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.native import NATIVES
 from modekit.sources.names import in_layer, split_layer
+from modekit.sources.native import NATIVES
 from modekit.sources.rotary import turns_per_token
 from sources.test_families import CASES
 
