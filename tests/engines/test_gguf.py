@@ -13,10 +13,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from adapter_folders import UP, write_adapter
+from building.test_carry import adapter_shop
 from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
-from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import converter, proof_result
 from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
@@ -135,6 +136,14 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
 )
 def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
     proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)[0].proof
+    assert proof.same == proof.written and proof.difference < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "qwen2"])
+def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(adapter_shop(tmp_path, family, reads_bytes=True).build("OUT"))
+    assert checkpoint.record.carry is not None
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)[0].proof
     assert proof.same == proof.written and proof.difference < 1e-4
 
 

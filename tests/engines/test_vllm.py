@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from architecture.test_mixtures import OVERRIDES
+from building.test_carry import adapter_shop
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from engines.test_gguf import REFUSED as NOT_IN_LLAMA
 from engines.test_gguf import RUNS as IN_LLAMA
-from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines.registry import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.sources.families import DECODERS
@@ -178,6 +179,14 @@ def test_the_lexical_router_in_a_plain_checkpoint(tmp_path: Path, compiled: bool
     checkpoint = mixture(tmp_path, "llama", HEAD, {"top_k": 1, "router": {"fit": "lexical", "decay": [0.9]}})
     prompts = prompts_of(checkpoint, PROMPTS)
     check_same(in_vllm(checkpoint, prompts, enforce_eager=not compiled), in_transformers(checkpoint, prompts))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_whole_adapters_in_a_plain_checkpoint(tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(adapter_shop(tmp_path, family, reads_bytes=True, **HEAD).build("OUT"))
+    assert checkpoint.record.carry is not None
+    prompts = prompts_of(checkpoint, PROMPTS)
+    check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -16,10 +16,14 @@ from pkgutil import resolve_name
 
 import numpy as np
 
+from modekit.building.carry_bases import carry_bases
+from modekit.building.carrying import Carrying
+from modekit.building.differences import Differences
 from modekit.building.inspector import Inspector
 from modekit.building.parts import settled
 from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.building.update import CheckpointUpdate
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
@@ -43,12 +47,15 @@ from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
 from modekit.weights.stored import same_bytes
+from modekit.weights.stream import Stream
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 
 _TRAINED_GATES = "modekit.routing.kept_rows:trained_gates"
 """By its path, as it needs torch and a build without text does not."""
+_MEASURE_STREAM = "modekit.routing.stream:measure_stream"
+_MeasureStream = Callable[[Plan, Run], Stream]
 _TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
 
@@ -97,9 +104,10 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
         stage.made_by = update.made_by or stage.made_by
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
+    carried = _carried(plan, stage, run)
     inspector = Inspector(plan, stage, update.hashes if update is not None else {})
     try:
-        _write_shards(plan, stage, run)
+        _write_shards(plan, stage, carried, run)
     except BaseException:
         inspector.stop()
         raise
@@ -116,6 +124,19 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     run.begin("write to the disk" if run.sync else "put in place")
     return record
+
+
+def _carried(plan: Plan, stage: Staging, run: Run) -> Carried | None:
+    """By what a text shows, how a native checkpoint carries more than FFNs; kept beside its weights."""
+    size = plan.shape.channels and plan.shape.channels.carry
+    if not size:
+        return None
+    measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
+    stream = measure(plan, run)
+    with OpenFiles() as opened:
+        carried = carry_bases(Differences(plan, PieceReader(opened)), size, stream, run)
+    write_file(stage.folder / CARRIED_FILE, carried.content())
+    return carried
 
 
 def _check_text(plan: Plan, update: CheckpointUpdate | None) -> None:
@@ -170,7 +191,8 @@ def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: Chec
     placeholder = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
     sha256 = write_router_file(stage.folder / ROUTER_FILE, plan.slots, placeholder, plan.router_dtype)
     unfitted, known = RouterRecord.unfitted(plan.recipe, sha256), update.sources if update is not None else {}
-    checkpoint = Checkpoint(stage.folder, make_record(plan, stage.out, hashes, unfitted, known))
+    record = make_record(plan, stage.out, hashes, unfitted, known, carried_digest(stage.folder))
+    checkpoint = Checkpoint(stage.folder, record)
     if update is not None:
         checkpoint = Checkpoint(stage.folder, update.continued(checkpoint.record, checkpoint.tensors))
     stays = update.statistics if update is not None else ()
@@ -192,11 +214,13 @@ def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRou
     return trained_gates(fitting, update.checkpoint, update.origins)
 
 
-def _write_shards(plan: Plan, stage: Staging, run: Run) -> None:
+def _write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) -> None:
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
     with OpenFiles() as opened:
         read = PieceReader(opened)
+        if carried is not None:
+            read.fills = Carrying(plan, read, carried).fill
         for shard in plan.shards:
             if plan.reused is not None and shard.file in plan.reused.files:
                 if not (stage.folder / shard.file).exists():

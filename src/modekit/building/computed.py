@@ -1,7 +1,8 @@
 """Computed tensors of a checkpoint computed again: cast, scaled, folded, merged and zero ones come out bit for bit.
 
 Low-rank parts of full models (`as: lora`) do so on the kind of processor that built them. Elsewhere the factors may be
-turned or differ in their last bits; what counts is their product, the change that an expert makes.
+turned or differ in their last bits; what counts is their product, the change that an expert makes. What a native checkpoint
+carries besides FFNs is computed with the bases that it keeps, and may differ in its last bits, too.
 
 Shape legend: O, I rows and columns of a weight, R ranks of all experts.
 """
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from modekit.building.carrying import Carrying
 from modekit.building.tensors import PieceReader, computed_blocks, free_part
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import Plan
@@ -41,6 +44,10 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     trained = checkpoint.record.trained
     computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
     read = PieceReader(opened)
+    if checkpoint.record.carry is not None:
+        if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
+            return ComputedAgain(0, wrong=CARRIED_FILE)
+        read.fills = Carrying(plan, read, read_carried(checkpoint.folder)).fill
     total, done = sum(tensor.nbytes for tensor in computed), 0
     factored: dict[str, None] = {}
     for tensor in computed:
@@ -63,10 +70,24 @@ def _same_bits(checkpoint: Checkpoint, plan: Plan, tensor: PlannedTensor, read: 
         found = read.opened.read(ref, start, start + len(block))
         if tensor.pad is not None and tensor.pad.free is not None:  # what the router's fit wrote is not of the recipe alone
             found = free_part(tensor.pad, tensor.dtype, tensor.shape[1], found).data.cast("B")
-        if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(block, np.uint8)):
+        if tensor.pad is not None and tensor.pad.carried is not None:
+            if not _alike(tensor, found, block):
+                return False
+        elif not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(block, np.uint8)):
             return False
         start += len(block)
     return True
+
+
+def _alike(tensor: PlannedTensor, found: memoryview, again: memoryview) -> bool:
+    """Whether a block of whole rows has the base's numbers as they are, and the new ones up to some roundings."""
+    assert tensor.inner is not None
+    columns, wide = tensor.inner.shape[-1], tensor.shape[-1]
+    ours, theirs = (to_float32(as_array(view, tensor.dtype)).reshape(-1, wide) for view in (found, again))
+    parts = ((ours[:, :columns], theirs[:, :columns]), (ours[:, columns:], theirs[:, columns:]))
+    return all(
+        bool(np.linalg.norm(one - other) <= _ALIKE[tensor.dtype] * np.linalg.norm(other)) for one, other in parts if one.size
+    )
 
 
 def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceReader) -> bool:

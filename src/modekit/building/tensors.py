@@ -9,7 +9,9 @@ Shape legend: O, I rows and columns of a matrix of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from modekit.checkpoint.evidence import row_sizes
 from modekit.errors import SourceError
-from modekit.planning.pieces import Factor, MeasuredColumn, Pad, Piece, PlannedTensor, rows_of
+from modekit.planning.pieces import CarriedPart, Factor, MeasuredColumn, Pad, Piece, PlannedTensor, rows_of
 from modekit.planning.plan import Plan
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
@@ -28,12 +30,38 @@ from modekit.weights.merge import merge_blocks
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.stored import FlatArray, Stored
 
+_Singles = npt.NDArray[np.float32]
+
 _PLAIN = 8  # arrays of a plain block: read, in float32, scaled, rounded; small, so that they stay in the processor's cache
 _WIDENED = 2**21  # bytes of a block of what is widened, likewise
 
 
+@dataclass(frozen=True)
+class Fill:
+    """New numbers beside and below a matrix (O, I).
+
+    Attributes:
+        beside: rows -> their numbers in the new columns, (rows, P).
+        below: the new rows, as wide as the result.
+        column_scales: what the columns of the matrix are multiplied with, (I,).
+    """
+
+    beside: Callable[[slice], _Singles] | None = None
+    below: _Singles | None = None
+    column_scales: _Singles | None = None
+
+
+Fills = Callable[[CarriedPart, int], Fill]
+"""What is carried, and the number of a matrix -> its new part (carrying.py)."""
+
+
 class PieceReader:
-    """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor."""
+    """Reads pieces as flat arrays of numbers, computing what adapters and low-rank parts make of a tensor.
+
+    `fills` is set where tensors carry more than FFNs.
+    """
+
+    fills: Fills | None = None
 
     def __init__(self, opened: OpenFiles) -> None:
         self.opened = opened
@@ -87,7 +115,12 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
             yield memoryview(bytes(part.stop - part.start))
         return
     if tensor.inner is not None and tensor.pad is not None:
-        yield from padded_blocks(tensor.pad, tensor.dtype, tensor.inner.shape, _bytes_of(plan, tensor.inner, read))
+        given = stored_blocks(plan, tensor.inner, read)
+        if tensor.pad.carried is None or read.fills is None:
+            yield from padded_blocks(tensor.pad, tensor.dtype, tensor.inner.shape, given)
+        else:
+            fills = partial(read.fills, tensor.pad.carried)
+            yield from _checked(plan, tensor, padded_blocks(tensor.pad, tensor.dtype, tensor.inner.shape, given, fills))
         return
     for ref in dict.fromkeys(ref for piece in tensor.pieces for ref in piece.refs):
         # Before computing, which can hide them: ties drops a NaN from its sum.
@@ -104,7 +137,7 @@ def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Ite
             yield from _converted(plan, piece, tensor, read)
 
 
-def _bytes_of(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
+def stored_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """The same, of plain copies, too."""
     if tensor.operation != "copy":
         yield from computed_blocks(plan, tensor, read)
@@ -204,10 +237,28 @@ def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[me
         yield merged
 
 
-def padded_blocks(pad: Pad, dtype: str, shape: tuple[int, ...], given: Iterable[memoryview]) -> Iterator[memoryview]:
+def _checked(plan: Plan, tensor: PlannedTensor, given: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Raise SourceError where what is carried does not fit the dtype."""
+    for block in given:
+        if not is_finite(block, tensor.dtype):
+            raise SourceError(
+                f"what the experts differ by does not fit {DTYPES[tensor.dtype]}",
+                where=tensor.name,
+                remedy="choose output: {dtype: bfloat16} or float32, or output: {carry: ffn}",
+            )
+        yield block
+
+
+def padded_blocks(
+    pad: Pad,
+    dtype: str,
+    shape: tuple[int, ...],
+    given: Iterable[memoryview],
+    fills: Callable[[int], Fill] = lambda matrix: Fill(),
+) -> Iterator[memoryview]:
     """The bytes of the larger tensor, from those of the base's tensor of this shape and dtype in blocks of any size.
 
-    Each block lies in the same memory as the one before it.
+    `fills` gives the new part of every matrix. Each block lies in the same memory as the one before it.
     """
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
     wide, itemsize = columns + pad.columns, ITEMSIZE[dtype]
@@ -215,20 +266,25 @@ def padded_blocks(pad: Pad, dtype: str, shape: tuple[int, ...], given: Iterable[
     whole_rows = _whole_rows(given, columns * itemsize)
     row, count = 0, rows * math.prod(shape[:-2])
     buffer = np.zeros((max(1, _WIDENED // (wide * itemsize)), wide * itemsize), np.uint8)
+    fill = fills(0)
     while row < count:
         block = next(whole_rows)
         for start in range(0, len(block), len(buffer)):
             # A block ends where a matrix does: what stands below it comes first.
             for part in _cut_at_matrices(block[start : start + len(buffer)], row, rows):
                 out = buffer[: len(part)]
-                out[:, : part.shape[1]] = part
+                out[:, : part.shape[1]] = part if fill.column_scales is None else _scaled(part, fill.column_scales, dtype)
+                if fill.beside is not None:
+                    out[:, part.shape[1] :] = _rows_of_bytes(fill.beside(slice(row % rows, row % rows + len(part))), dtype)
                 _write_column(pad.measured, out, part, dtype, itemsize)
                 _write_entries(entries, out, row, dtype, itemsize)
                 yield out.data.cast("B")
                 _clear_entries(entries, out, row, itemsize)
                 row += len(part)
-                if row % rows == 0 and pad.rows:
-                    yield from _below(entries, row == rows, rows, pad.rows, wide, dtype)
+                if row % rows == 0:
+                    below = None if fill.below is None else _rows_of_bytes(fill.below, dtype)
+                    yield from _below(entries if row == rows else {}, rows, (pad.rows, wide), below, dtype)
+                    fill = fills(row // rows) if row < count else fill
 
 
 def free_part(pad: Pad, dtype: str, wide: int, block: memoryview) -> npt.NDArray[np.uint8]:
@@ -301,14 +357,27 @@ def _write_column(
     out[:, start : start + itemsize] = np.frombuffer(column, np.uint8).reshape(len(part), itemsize)
 
 
-def _below(entries: _Entries, is_first: bool, rows: int, more: int, wide: int, dtype: str) -> Iterator[memoryview]:
-    """The rows under a matrix: zeros, and in the first one the entries there."""
-    itemsize = ITEMSIZE[dtype]
-    for part in blocks(more, max(1, wide)):
+def _below(
+    entries: _Entries, rows: int, more: tuple[int, int], filled: npt.NDArray[np.uint8] | None, dtype: str
+) -> Iterator[memoryview]:
+    """The rows (count, columns) under a matrix: zeros or what they are filled with, and entries there."""
+    (count, wide), itemsize = more, ITEMSIZE[dtype]
+    for part in blocks(count, max(1, wide)):
         block = np.zeros((part.stop - part.start, wide * itemsize), np.uint8)
-        if is_first:
-            _write_entries(entries, block, rows + part.start, dtype, itemsize)
+        if filled is not None:
+            block[:, : filled.shape[1]] = filled[part]
+        _write_entries(entries, block, rows + part.start, dtype, itemsize)
         yield block.data.cast("B")
+
+
+def _scaled(part: npt.NDArray[np.uint8], scales_I: _Singles, dtype: str) -> npt.NDArray[np.uint8]:
+    """Rows with their columns scaled."""
+    values = to_float32(as_array(np.ascontiguousarray(part).data.cast("B"), dtype)).reshape(len(part), -1)
+    return _rows_of_bytes(values * scales_I, dtype)
+
+
+def _rows_of_bytes(rows_OX: _Singles, dtype: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(to_bytes(rows_OX, dtype), np.uint8).reshape(len(rows_OX), -1)
 
 
 def _number(value: float, dtype: str) -> npt.NDArray[np.uint8]:

@@ -83,7 +83,7 @@ class Checkpoint:
             as_kind(config, _Config)
         except UNREADABLE as error:
             raise self._damaged("config.json", error) from None
-        return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config)
+        return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config, record.carry)
 
     @property
     def config(self) -> Config:

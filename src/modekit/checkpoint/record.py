@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
+from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
@@ -126,6 +127,12 @@ class RouterRecord(_Record):
         return cls(status="unfitted", settings=settings, sha256=sha256, text={}, report={})
 
 
+class CarryRecord(CarrySize):
+    """What a native checkpoint carries, and the sha256 of the file that keeps how (checkpoint/carried.py)."""
+
+    sha256: Digest = ""
+
+
 class _Shown(BaseModel):
     """What pages and cards say of a training's settings; later versions may have others."""
 
@@ -215,8 +222,8 @@ class Change(_Record):
 class MixtureRecord(_Record):
     """modekit.json.
 
-    `trained` names the tensors, gates aside, that a training moved, with the blake3 of their bytes. `history` has who came
-    and went since the build.
+    `carry` says what besides FFN experts a native checkpoint carries. `trained` names the tensors, gates aside, that a training
+    moved, with the blake3 of their bytes. `history` has who came and went since the build.
     """
 
     format: Literal[1]
@@ -230,6 +237,7 @@ class MixtureRecord(_Record):
     expert_sources: list[int]
     sources: list[SourceRecord] = Field(min_length=1)
     router: RouterRecord
+    carry: CarryRecord | None = None
     trained: dict[str, str] = {}
     training: list[TrainingRecord] = []
     history: list[Change] = []
@@ -250,7 +258,7 @@ class MixtureRecord(_Record):
     def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What most mixtures do not have: those that were only built no history, those of one vocabulary no tokens."""
         said: dict[str, Any] = handler(self)
-        return {key: value for key, value in said.items() if value or key not in ("history", "tokens")}
+        return {key: value for key, value in said.items() if value or key not in ("history", "tokens", "carry")}
 
     @field_serializer("recipe")
     def _as_written(self, recipe: Recipe) -> dict[str, Any]:
@@ -259,13 +267,18 @@ class MixtureRecord(_Record):
 
 
 def make_record(
-    plan: Plan, out: Path, hashes: Mapping[str, str], router: RouterRecord, known: Mapping[ModelSource, SourceRecord] = {}
+    plan: Plan,
+    out: Path,
+    hashes: Mapping[str, str],
+    router: RouterRecord,
+    known: Mapping[ModelSource, SourceRecord] = {},
+    carried: str = "",
 ) -> MixtureRecord:
     """The record of a build; paths are kept relative to `out`, so that two builds side by side are the same bytes.
 
-    `known`: records of sources that were read before, and may be gone.
+    `known`: records of sources that were read before, and may be gone; `carried`: sha256 of carried.safetensors.
     """
-    unique = list(dict.fromkeys(plan.sources))
+    unique, carry = list(dict.fromkeys(plan.sources)), plan.shape.channels and plan.shape.channels.carry
     return MixtureRecord(
         format=1,
         modekit_version=version("modekit"),
@@ -279,6 +292,7 @@ def make_record(
         sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
         router=router,
         tokens=_tokens_record(plan),
+        carry=CarryRecord(**dict(carry), sha256=carried) if carry else None,
     )
 
 

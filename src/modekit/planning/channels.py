@@ -1,15 +1,16 @@
 """Channels besides the base's: how a lexical router is carried inside a plain native checkpoint.
 
 Of P channels behind the base's D, J E carry what a token says of its domain (its row of the table, written into the
-embedding), one a constant, and J E what one more attention head, in the first layer, makes of the former: their average over
-the text so far. The gates of all layers read the latter. docs/lexical.md has the mathematics, and why the rest of the model
-computes what it did.
+embedding), one a constant, and J E what attention makes of the former: their average over the text so far. The gates of all
+layers read the latter. That attention is a head of a layer of its own, in front of the base's first, or, where a norm behind
+attention forbids that and in older checkpoints, one more head in the first layer. benchmarks/lexical.md has the mathematics,
+and why the rest of the model computes what it did. What experts differ by outside of their FFNs has channels, too (carry.py).
 
     embedding    [e, eps r W_x, 0, eps r c]     r = sqrt(mean(e^2) + norm eps), by which the first norm divides
     norms        w sqrt(D / (D + P)), norm eps times D / (D + P); the last norm is zero on the channels
     first layer  a key-value head and its group of query heads: values read eps W_x, outputs are written beside it; queries
                  and keys read the constant, and score the distance of two tokens (recency) or nothing (the mean)
-    elsewhere    zeros
+    elsewhere    zeros, or what is carried
 
 Shape legend: D hidden size, P channels, E experts, J averages, H head size, G query heads per key-value head, V vocabulary.
 """
@@ -19,11 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from modekit.errors import UnsupportedError
-from modekit.planning.pieces import Entry, MeasuredColumn, Pad
+from modekit.planning.carry import BLOCK, CarrySize
+from modekit.planning.pieces import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family, number, whole
+from modekit.sources.family import Config, Family, number, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native, Widening
@@ -33,9 +36,13 @@ _EPS = 2.0**-12
 """Size of the evidence beside a stream of size 1: its square is what the norms see of it."""
 _EPS_BEFORE_NORM = 2.0**-20
 """Where what attention adds is normed by itself, and may be much smaller than the stream."""
+_AVERAGED = 2.0**-4
+"""Of averages that a layer in front writes: embeddings may be small, and the base's first norm sees both."""
 CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
-_STEP = 64
+_OLD_STEP = 64  # of channels without a layer in front
+_FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size")
+_ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
 _FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
 
@@ -45,7 +52,7 @@ class Channels:
     """Where everything lies, for one base and one recipe.
 
     Attributes:
-        hidden, heads, kv_heads, head_dim: of the base: D, its heads, H.
+        hidden, heads, kv_heads, head_dim, layers, expert_hidden: of the base: D, its heads, H, layers, F.
         spare: P.
         experts: E.
         decays: of the averages, J.
@@ -53,12 +60,16 @@ class Channels:
         norm_eps: of the base's norms.
         score_scale, embedding_scale, residual_scale: by which the family multiplies scores, embeddings, what layers add.
         turns: of the rotary embedding, where evidence fades.
+        front: whether a layer in front of the base's averages the evidence.
+        carry: what else has channels.
     """
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    layers: int
+    expert_hidden: int
     spare: int
     experts: int
     decays: tuple[float, ...]
@@ -68,11 +79,30 @@ class Channels:
     embedding_scale: float
     residual_scale: float
     turns: tuple[float, ...]
+    front: bool = False
+    carry: CarrySize | None = None
 
     @property
     def group(self) -> int:
         """G."""
         return self.heads // self.kv_heads
+
+    @property
+    def more_heads(self) -> int:
+        """Key-value heads besides the base's."""
+        if not self.front:
+            return 1
+        return self.spare // (self.group * self.head_dim) if self.widening.whole_heads else 0
+
+    @property
+    def first_kv_head(self) -> int:
+        """The key-value head that averages."""
+        return 0 if self.front else self.kv_heads
+
+    @property
+    def more_units(self) -> int:
+        """Hidden units of an expert besides its own."""
+        return 0 if self.carry is None else self.carry.units
 
     @property
     def eps(self) -> float:
@@ -91,8 +121,30 @@ class Channels:
 
     @property
     def constant(self) -> int:
-        """The channel that is the same for all tokens: the last one."""
-        return self.hidden + self.spare - 1
+        """The channel that is the same for all tokens behind the first norm: the last one, or that before what is carried."""
+        if self.carry is None:
+            return self.hidden + self.spare - 1
+        return self.hidden + _blocks_of(self._evident + 1) - 1
+
+    @property
+    def _evident(self) -> int:
+        """Channels of evidence, its averages, and the constant."""
+        return 2 * self.experts * len(self.decays) + 1
+
+    @property
+    def still(self) -> int:
+        """The channel that is the same for all tokens in the stream itself, where anything is carried."""
+        return self.constant - 1
+
+    @property
+    def outputs(self) -> slice:
+        """U: what attention's output is multiplied with, for the experts; of embeddings, what tells experts apart."""
+        return slice(self.constant + 1, self.constant + 1 + (0 if self.carry is None else self.carry.outputs))
+
+    @property
+    def inputs(self) -> slice:
+        """V: what an expert adds to queries, keys and values of the next layer, or to the logits."""
+        return slice(self.outputs.stop, self.outputs.stop + (0 if self.carry is None else self.carry.inputs))
 
     @property
     def norm_scale(self) -> float:
@@ -114,76 +166,130 @@ class Channels:
         wide = {
             **config,
             "hidden_size": self.hidden + self.spare,
-            "num_attention_heads": self.heads + self.group,
-            "num_key_value_heads": self.kv_heads + 1,
+            "num_attention_heads": self.heads + self.group * self.more_heads,
+            "num_key_value_heads": self.kv_heads + self.more_heads,
             "rms_norm_eps": self.norm_eps * self.hidden / (self.hidden + self.spare),
         }
+        if self.front:
+            wide |= self._one_layer_more(config)
+        for key in _FFN_WIDTHS:
+            if config.get(key) is not None:
+                wide[key] = self.expert_hidden + self.more_units
+        if self.carry is not None and self.carry.head:
+            wide["tie_word_embeddings"] = False
         if not self.widening.whole_heads or wide.get("head_dim") is not None:
             wide["head_dim"] = self.head_dim
         return wide
 
+    def _one_layer_more(self, config: Config) -> dict[str, object]:
+        """What a config, wide already or not, says of the layers; the one in front is of the first one's kind."""
+        said: dict[str, object] = {"num_hidden_layers": self.layers + 1}
+        if whole(config, "num_hidden_layers") == self.layers:
+            if isinstance(config.get("layer_types"), list):
+                said["layer_types"] = [*words(config, "layer_types")[:1], *words(config, "layer_types")]
+            if config.get("max_window_layers") is not None:
+                said["max_window_layers"] = whole(config, "max_window_layers") + 1
+        return said
+
     def pad_of(self, name: str, shape: tuple[int, ...], family: Family) -> Pad | None:
-        """How a tensor of the base is widened; None when it stays as it is."""
+        """How a tensor of the base, by its name in the result, is widened; None when it stays as it is."""
         layer, path = split_layer(name)
         if not isinstance(layer, int):
-            if name == weight_of(EMBEDDING):
-                return Pad(columns=self.spare, measured=self.row_scale, free=self.evidence)
-            return Pad(columns=self.spare, scale=1.0 if name == weight_of(HEAD) else self.norm_scale)
+            return self._pad_outside(name)
         module, _, leaf = path.rpartition(".")
         if module in self.widening.norms:
             return Pad(columns=self.spare, scale=self.norm_scale, entries=self._norm_entries(layer, module))
         if module in self.widening.over_heads:
-            added = self.group if module == self.widening.over_heads[0] else 1
+            added = self.more_heads * (self.group if module == self.widening.over_heads[0] else 1)
             return Pad(columns=added * self.head_dim, scale=self.norm_scale)
-        part = next((part for part in ("q", "k", "v", "o") if family.parts[part] == module), None)
+        part = next((part for part in _ATTENTION if family.parts[part] == module), None)
         if part is None:
-            return Pad(columns=self.spare) if shape[-1:] == (self.hidden,) else None
-        added = {"q": self.group * self.head_dim, "k": self.head_dim, "v": self.head_dim, "o": self.spare}[part]
+            over_heads = module.rpartition(".")[0] == family.parts["q"].rpartition(".")[0]
+            return Pad(columns=self.spare) if shape[-1:] == (self.hidden,) and not over_heads else None
+        heads = self.more_heads * self.head_dim
+        added = {"q": self.group * heads, "k": heads, "v": heads, "o": self.spare}[part]
         if leaf == "bias":
             return Pad(columns=added)
-        columns = self.group * self.head_dim if part == "o" else self.spare
-        return Pad(added, columns, entries=self._entries(part) if layer == 0 else ())
+        columns = self.group * heads if part == "o" else self.spare
+        carries = self.carry is not None and layer > 0 and (self.carry.outputs if part == "o" else self.carry.inputs)
+        return Pad(
+            added,
+            columns,
+            entries=self._entries(part) if layer == 0 else (),
+            carried=CarriedPart(part, layer) if carries else None,
+        )
 
-    def expert_pad(self, part: str) -> Pad:
-        """How the FFN's gate, up (F, D) or down (D, F) is widened."""
-        return Pad(rows=self.spare) if part == "down" else Pad(columns=self.spare)
+    def _pad_outside(self, name: str) -> Pad:
+        """Of embedding, head and last norm."""
+        if name == weight_of(EMBEDDING):
+            carried = CarriedPart("embedding") if self.carry is not None else None
+            return Pad(columns=self.spare, measured=self.row_scale, free=self.evidence, carried=carried)
+        carries = self.carry is not None and self.carry.head
+        if name == weight_of(HEAD):
+            return Pad(columns=self.spare, carried=CarriedPart("head") if carries else None)
+        passed = range(self.inputs.start, self.inputs.stop) if carries else ()
+        return Pad(columns=self.spare, scale=self.norm_scale, entries=tuple((0, column, self.norm_scale) for column in passed))
+
+    def expert_pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad:
+        """How the FFN's gate, up (F, D) or down (D, F) in a layer of the result is widened."""
+        carried = None if self.carry is None else CarriedPart(part, layer, expert)
+        if part == "down":
+            return Pad(rows=self.spare, columns=self.more_units, carried=carried)
+        return Pad(rows=self.more_units, columns=self.spare, carried=carried)
 
     def notes(self, recipe: Recipe) -> Iterable[str]:
         """What a user should know of them."""
         share = self.spare / self.hidden
+        added = "a layer in front" if self.front else f"one key-value head to its {self.kv_heads}"
         yield (
             f"the {recipe.mixture.router.fit} router adds {self.spare} channels to the base's {self.hidden} "
-            f"({share:.1%}) and one key-value head to its {self.kv_heads}; the rest computes the same"
+            f"({share:.1%}) and {added}; the rest computes the same"
         )
+        if self.carry is not None:
+            yield self._carry_note(self.carry)
         if recipe.mixture.router.decay is None and self.decays == (1.0,):
             yield "its evidence does not fade: this architecture averages over all of the text so far"
 
+    def _carry_note(self, carry: CarrySize) -> str:
+        parts = ["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])]
+        return (
+            f"{' and '.join(parts)} of every expert: carried through {carry.channels} of these channels and {carry.units} "
+            "hidden units; `modekit verify --deep` measures how exactly"
+        )
+
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:
-        """What norms let through of the channels: evidence to the first attention, averages to every router."""
+        """What norms let through of the channels: evidence to the first attention, averages to every router, and to all what
+        they read of what is carried.
+        """
         passed: list[int] = []
         if module == self.widening.after_attention:
             passed = list(range(self.context.start, self.context.stop))
+            if self.carry is not None:
+                passed += [self.still, *range(self.outputs.start, self.inputs.stop)]
         elif module == self.widening.before_attention and layer == 0:
             passed = [*range(self.evidence.start, self.evidence.stop), self.constant]
+        elif module == self.widening.before_attention:
+            passed = list(range(self.inputs.start, self.inputs.stop))
         return tuple((0, column, self.norm_scale) for column in passed)
 
     def _entries(self, part: str) -> tuple[Entry, ...]:
-        """Of the new heads in the first layer."""
-        size, count = self.head_dim, self.experts * len(self.decays)
+        """Of the heads that average, in the first layer."""
+        size, count, query = self.head_dim, self.experts * len(self.decays), self.first_kv_head * self.group
         if part == "v":
-            first = self.kv_heads * size
+            first = self.first_kv_head * size
             return tuple((first + number, self.evidence.start + number, 1.0) for number in range(count))
         if part == "o":
             places = ((number, number // self.experts) for number in range(count))
+            written = _AVERAGED if self.front else 1.0
             return tuple(
-                (self.context.start + number, (self.heads + head) * size + number, 1.0 / self.residual_scale)
+                (self.context.start + number, (query + head) * size + number, written / self.residual_scale)
                 for number, head in places
             )
         if self._reference is None:  # queries and keys of zero: the mean
             return ()
         if part == "k":
-            return self._rotated(self.kv_heads, [self._scores(self._reference)])
-        return self._rotated(self.heads, [self._scores(tau, self._reference) for tau in map(time_constant, self.decays)])
+            return self._rotated(self.first_kv_head, [self._scores(self._reference)])
+        return self._rotated(query, [self._scores(tau, self._reference) for tau in map(time_constant, self.decays)])
 
     @property
     def _reference(self) -> float | None:
@@ -216,8 +322,12 @@ def time_constant(decay: float) -> float | None:
     return None if decay == 1.0 else -1.0 / math.log(decay)
 
 
-def channels_of(recipe: Recipe, native: Native, dense: Config) -> Channels | None:
+def channels_of(
+    recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None, *, front: bool = True
+) -> Channels | None:
     """The channels of a recipe over a dense config with every default written out; None when its router needs none.
+
+    Checkpoints of older versions have no layer in front.
 
     Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
     """
@@ -230,10 +340,19 @@ def channels_of(recipe: Recipe, native: Native, dense: Config) -> Channels | Non
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
-    return _channels(recipe, native, native.widening, dense)
+    front = front and native.widening.in_front
+    if carry is not None and not front:
+        raise UnsupportedError(
+            f"{native.native_type} cannot carry more of an expert than its FFN: it has norms behind attention",
+            where="output.carry",
+            remedy="write output: {carry: ffn}, or output: {format: modekit}",
+        )
+    return _channels(recipe, native, native.widening, dense, carry, front)
 
 
-def _channels(recipe: Recipe, native: Native, widening: Widening, dense: Config) -> Channels:
+def _channels(
+    recipe: Recipe, native: Native, widening: Widening, dense: Config, carry: CarrySize | None, front: bool
+) -> Channels:
     size, heads = whole(dense, "head_dim"), whole(dense, "num_attention_heads")
     group, experts = heads // whole(dense, "num_key_value_heads"), len(recipe.experts)
     decays, turns = _decays(recipe, native, dense)
@@ -243,7 +362,9 @@ def _channels(recipe: Recipe, native: Native, widening: Widening, dense: Config)
         heads,
         whole(dense, "num_key_value_heads"),
         size,
-        _spare(recipe, widening, 2 * len(decays) * experts + 1, group * size),
+        whole(dense, "num_hidden_layers"),
+        whole(dense, "intermediate_size"),
+        _spare(recipe, widening, _needed(2 * len(decays) * experts + 1, carry), group * size, front),
         experts,
         decays,
         widening,
@@ -252,7 +373,18 @@ def _channels(recipe: Recipe, native: Native, widening: Widening, dense: Config)
         number(dense, "embedding_multiplier", 1.0),
         number(dense, "residual_multiplier", 1.0),
         turns,
+        front,
+        carry,
     )
+
+
+def _blocks_of(channels: int) -> int:
+    return -(-channels // BLOCK) * BLOCK
+
+
+def _needed(evident: int, carry: CarrySize | None) -> int:
+    """Channels of the router, and of what is carried, which begins with a block of its own."""
+    return evident if carry is None else _blocks_of(evident + 1) + carry.channels
 
 
 def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
@@ -315,25 +447,26 @@ def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float,
     return decays, tuple(turns or ())
 
 
-def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> int:
+def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int, front: bool) -> int:
     """P."""
     asked = recipe.output.channels
     if widening.whole_heads:
-        if needed > of_heads or asked not in (None, of_heads):
+        fewest = -(-needed // of_heads) * of_heads if front else of_heads
+        if needed > fewest or asked not in (None, fewest):
             raise UnsupportedError(
                 "this architecture takes as many channels as its new heads are wide",
                 where="output.channels",
                 found=asked or f"{needed} needed",
-                expected=of_heads,
+                expected=fewest,
                 remedy="leave output.channels out, or mix fewer experts",
             )
-        return of_heads
+        return fewest
     if asked is not None and asked < needed:
         raise UnsupportedError(
-            "too few channels for the evidence of so many experts",
+            "too few channels for what they are to carry",
             where="output.channels",
             found=asked,
             expected=f"at least {needed}",
             remedy="leave it out, or raise it",
         )
-    return asked or -(-needed // _STEP) * _STEP
+    return asked or _blocks_of(needed) if front else asked or -(-needed // _OLD_STEP) * _OLD_STEP

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from modekit.errors import UnsupportedError
+from modekit.planning.carry import carried_size
 from modekit.planning.channels import channels_of
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.pieces import CodeOf, Operation, Pad, Piece, PlannedTensor, joined, piece_of, widened
+from modekit.planning.pieces import CodeOf, FFNKind, Operation, Pad, Piece, PlannedTensor, Role, joined, piece_of, widened
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import in_layer, split_layer
+from modekit.sources.names import in_layer, is_ignored, split_layer
 from modekit.sources.native_row import Native
+
+_FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
+_Pieces = dict[str, list[Piece | None]]
+"""Part of the FFN -> what each expert has of it; None where nobody has anything."""
 
 
 class NativeLayout:
@@ -24,8 +30,6 @@ class NativeLayout:
         unties: whether head and embedding, one tensor in the base, are two in the result.
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
     """
-
-    unties = False
 
     def __init__(
         self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, native: Native, code_of: CodeOf
@@ -39,7 +43,11 @@ class NativeLayout:
         self.mixes_more = (
             f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         )
-        self._channels = channels_of(recipe, native, family.dense_config(self._base.config))
+        dense = family.dense_config(self._base.config)
+        self._carry = None if channels_of(recipe, native, dense) is None else carried_size(recipe, sources, family, dense)
+        self._channels = channels_of(recipe, native, dense, self._carry)
+        self._front = int(self._channels is not None and self._channels.front)
+        self.unties = self._carry is not None and self._carry.head and is_tied(self._base, family)
 
     def backbone_name(self, name: str) -> str | None:
         """What a tensor of the base is called in the backbone; None for the experts'. Raises UnsupportedError."""
@@ -53,7 +61,7 @@ class NativeLayout:
                 expected=", ".join(self._family.mlp.values()),
                 remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
             )
-        return name
+        return name if not isinstance(layer, int) else in_layer(layer + self._front, path)
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which every expert has its own."""
@@ -95,51 +103,81 @@ class NativeLayout:
 
     def tensors(self) -> Iterable[PlannedTensor]:
         """Experts and constants."""
+        yield from self._in_front()
         yield from self._experts(self._layers)
-        spare = 0 if self._channels is None else self._channels.spare
-        hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._gate.shape[0]
+        spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
+        hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._gate.shape[0] + units
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
-        for layer in range(self._layers):
+        for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape = tuple(letters[letter] if letter in letters else int(letter) for letter in constant.shape)
                 yield PlannedTensor(in_layer(layer, constant.name), self.router_dtype, shape, "constant", "zeros")
 
+    def _in_front(self) -> Iterable[PlannedTensor]:
+        """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
+        else, norms as there, experts that add nothing of their own.
+        """
+        if not self._front:
+            return
+        within = in_layer(0)
+        for name, ref in self._base.tensors.items():
+            if name.startswith(within) and name not in self._ffn and not is_ignored(name):
+                is_norm = name.rpartition(".")[0].removeprefix(within) in self._passed_norms
+                pieces = (Piece(0, ref),) if is_norm else ()
+                code = self._code_of(ref)
+                plain = joined(name, code, ref.shape, "backbone", pieces) if is_norm else _zeros(name, code, ref.shape)
+                yield self.widened(plain)
+        nothing: list[Piece | None] = [None] * len(self._recipe.experts)
+        yield from self._of_layer(0, dict.fromkeys(self._family.mlp, nothing), dict.fromkeys(self._recipe.names, 1.0))
+
+    def _as_in_base(self, layer: int, part: str) -> TensorRef:
+        """A part of the FFN as the base has it in a layer of the result; in front, as in its first."""
+        return self._base.tensor(in_layer(max(0, layer - self._front), self._family.mlp[part]))
+
+    @property
+    def _passed_norms(self) -> tuple[str, ...]:
+        assert self._channels is not None
+        return (*self._channels.widening.norms, *self._channels.widening.over_heads)
+
     def _experts(self, layers: int) -> Iterable[PlannedTensor]:
-        """The FFN of every expert in every layer."""
+        """The FFN of every expert in every layer of the base."""
         factors = self._factors()
         for layer in range(layers):
             refs = {part: self._base.tensor(in_layer(layer, path)) for part, path in self._family.mlp.items()}
-            pieces = {
+            pieces: _Pieces = {
                 part: [self._piece(1 + expert, ref) for expert in range(len(self._recipe.experts))]
                 for part, ref in refs.items()
             }
-            yield from self._apart(layer, pieces, factors) if self._native.fused is None else self._fused(layer, pieces)
+            yield from self._of_layer(layer + self._front, pieces, factors)
 
-    def _apart(self, layer: int, pieces: dict[str, list[Piece]], factors: dict[str, float]) -> Iterable[PlannedTensor]:
-        """Every projection of every expert a tensor."""
+    def _of_layer(self, layer: int, pieces: _Pieces, factors: Mapping[str, float]) -> Iterable[PlannedTensor]:
+        return self._apart(layer, pieces, factors) if self._native.fused is None else self._fused(layer, pieces)
+
+    def _apart(self, layer: int, pieces: _Pieces, factors: Mapping[str, float]) -> Iterable[PlannedTensor]:
+        """Every projection of every expert a tensor, in a layer of the result; zeros where there is no piece."""
         assert self._native.experts is not None
         for part, path in self._native.experts.items():
-            ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
-            code = self._code_of(ref)
+            ref = self._as_in_base(layer, part)
             for expert, piece in enumerate(pieces[part]):
                 factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
-                tensor = joined(in_layer(layer, path.format(expert=expert)), code, ref.shape, "expert", (piece,), expert)
-                operation: Operation = "scale" if factor != 1.0 else tensor.operation
+                tensor = _of_all(in_layer(layer, path.format(expert=expert)), self._code_of(ref), ref.shape, [piece], expert)
+                operation: Operation = "scale" if factor != 1.0 and piece is not None else tensor.operation
                 plain = replace(tensor, operation=operation, factor=factor)
-                yield widened(plain, self._pad(part))
+                yield widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
 
-    def _fused(self, layer: int, pieces: dict[str, list[Piece]]) -> Iterable[PlannedTensor]:
-        """All experts in two tensors, gate and up side by side in the first."""
+    def _fused(self, layer: int, pieces: _Pieces) -> Iterable[PlannedTensor]:
+        """All experts in two tensors, gate and up side by side in the first: there, matrices are widened one by one."""
         assert self._native.fused is not None
-        ref = self._base.tensor(in_layer(layer, self._family.mlp["gate"]))
+        ref = self._as_in_base(layer, "gate")
         (rows, columns), code, count = ref.shape, self._code_of(ref), len(self._recipe.experts)
-        gate_up = tuple(piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair)
         both, down = (in_layer(layer, path) for path in self._native.fused)
-        yield widened(joined(both, code, (count, 2 * rows, columns), "expert", gate_up), self._pad("gate"))
-        yield widened(joined(down, code, (count, columns, rows), "expert", tuple(pieces["down"])), self._pad("down"))
+        gate_up = [piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair]
+        apart = widened(_of_all(both, code, (2 * count, rows, columns), gate_up), self._pad("gate_up", layer))
+        yield replace(apart, shape=(count, 2 * apart.shape[1], apart.shape[2]))
+        yield widened(_of_all(down, code, (count, columns, rows), pieces["down"]), self._pad("down", layer))
 
-    def _pad(self, part: str) -> Pad | None:
-        return None if self._channels is None else self._channels.expert_pad(part)
+    def _pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad | None:
+        return None if self._channels is None else self._channels.expert_pad(part, layer, expert)
 
     def _piece(self, number: int, ref: TensorRef) -> Piece:
         source = self._sources[number]
@@ -167,3 +205,17 @@ class NativeLayout:
                 remedy="leave weights out (all experts equal), or use output: {format: modekit}",
             )
         return factors
+
+
+def _zeros(name: str, code: str, shape: tuple[int, ...], role: Role = "backbone") -> PlannedTensor:
+    return PlannedTensor(name, code, shape, role, "zeros")
+
+
+def _of_all(
+    name: str, code: str, shape: tuple[int, ...], pieces: Sequence[Piece | None], expert: int | None = None
+) -> PlannedTensor:
+    """A tensor of some experts, or of `expert` alone; zeros without pieces."""
+    found = tuple(piece for piece in pieces if piece is not None)
+    if not found:
+        return replace(_zeros(name, code, shape, "expert"), expert=expert)
+    return joined(name, code, shape, "expert", found, expert)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
+from modekit.planning.carry import CarrySize
 from modekit.planning.channels import Channels, channels_of
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import (
@@ -53,8 +54,10 @@ class NativeShape:
     code_files: ClassVar[tuple[Path, ...]] = ()
 
     @classmethod
-    def opened(cls, config: Config, recipe: Recipe, where: str, native_type: str, dense: Config) -> NativeShape:
-        """The shape of a finished checkpoint, by the row that it was written by.
+    def opened(
+        cls, config: Config, recipe: Recipe, where: str, native_type: str, dense: Config, carry: CarrySize | None
+    ) -> NativeShape:
+        """The shape of a finished checkpoint, by the row that it was written by, and what its record says that it carries.
 
         Raises CheckpointError when this version has none, or config.json has other numbers of experts or channels than there
         can be.
@@ -78,7 +81,7 @@ class NativeShape:
                     expected=f"1 to {most}, the number of experts",
                     remedy=BUILD_AGAIN,
                 )
-        return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense))
+        return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
     @property
     def family(self) -> Family:
@@ -207,23 +210,22 @@ class NativeShape:
             raise disagreement(f"{self.where}: {name}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """What each expert has of gate, up and down of every layer, without the channels besides the base's."""
-        for layer in range(self._layers):
+        """What each expert has of gate, up and down of every layer of the base, without channels and units besides its own."""
+        for layer in range(self._in_front, self._layers):
             for part, path in self.native.family.mlp.items():
                 shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
                 # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
                 own = {expert: each for expert, each in parts.items() if each.factor > 0}
-                yield self._narrowed(MixedTensor(in_layer(layer, path), shape, own=own), part)
+                yield self._narrowed(MixedTensor(in_layer(layer - self._in_front, path), shape, own=own), part)
 
     def _narrowed(self, tensor: MixedTensor, part: str) -> MixedTensor:
-        """In the base's shape: the channels are the last rows of down, and the last columns of gate and up."""
+        """In the base's shape: channels are the last rows of down, units its last columns; of gate and up the other way."""
         if self.channels is None:
             return tensor
-        rows, columns = tensor.shape
-        if part == "down":
-            return replace(tensor, shape=(rows - self.channels.spare, columns))
+        (rows, columns), spare, units = tensor.shape, self.channels.spare, self.channels.more_units
         own = {expert: replace(each, width=columns) for expert, each in tensor.own.items()}
-        return replace(tensor, shape=(rows, columns - self.channels.spare), own=own)
+        shape = (rows - spare, columns - units) if part == "down" else (rows - units, columns - spare)
+        return replace(tensor, shape=shape, own=own)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
@@ -237,6 +239,11 @@ class NativeShape:
         if self.channels is None:  # what remains with one expert, no router and no constants
             dense = total - router - constants - per_expert * (self.experts - 1)
         return Parameters(total, per_expert, total - per_expert * (self.experts - self.recipe.top_k), dense)
+
+    @property
+    def _in_front(self) -> int:
+        """Layers before the base's first."""
+        return int(self.channels is not None and self.channels.front)
 
     @property
     def _layers(self) -> int:
@@ -269,12 +276,16 @@ def _carried(recipe: Recipe) -> object:
     fit = recipe.mixture.fit
     if fit is None or not fit.carried:
         return None
-    return recipe.mixture.router.decay or fit.decides.fading, recipe.output.channels
+    output = recipe.output
+    return recipe.mixture.router.decay or fit.decides.fading, output.channels, output.carry, output.rank, output.budget
 
 
-def _channels_said_by(config: Config, recipe: Recipe, where: str, native: Native, dense: Config) -> Channels | None:
+def _channels_said_by(
+    config: Config, recipe: Recipe, where: str, native: Native, dense: Config, carry: CarrySize | None
+) -> Channels | None:
     try:
-        channels = channels_of(recipe, native, dense)
+        in_front = config.get("num_hidden_layers") != dense.get("num_hidden_layers")  # older checkpoints have no such layer
+        channels = channels_of(recipe, native, dense, carry, front=in_front)
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(

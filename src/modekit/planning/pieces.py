@@ -55,6 +55,25 @@ class MeasuredColumn:
     norm_eps: float | None
 
 
+FFNKind = Literal["gate", "up", "gate_up", "down"]
+CarriedKind = Literal["q", "k", "v", "o", "head", "embedding"] | FFNKind
+
+
+@dataclass(frozen=True)
+class CarriedPart:
+    """Whose numbers stand in the new rows and columns of a tensor where a native checkpoint carries more than FFNs (carry.py).
+
+    Attributes:
+        kind: which part of a layer it is.
+        layer: of the result; 0 is the one in front.
+        expert: whose it is; None for what all share, and for all experts in one tensor.
+    """
+
+    kind: CarriedKind
+    layer: int | None = None
+    expert: int | None = None
+
+
 @dataclass(frozen=True)
 class Pad:
     """A tensor of the base in a larger one: its own numbers first, zeros or `entries` behind them.
@@ -66,6 +85,7 @@ class Pad:
         entries: in the new part of the first matrix.
         measured: a column that follows from the row, if there is one.
         free: columns that the fit of a router sets later.
+        carried: what the experts' differences make of the new part.
     """
 
     rows: int = 0
@@ -74,6 +94,7 @@ class Pad:
     entries: tuple[Entry, ...] = ()
     measured: MeasuredColumn | None = None
     free: slice | None = None
+    carried: CarriedPart | None = None
 
     def widened(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the result for a tensor of this shape."""
@@ -85,7 +106,8 @@ class Pad:
         """What distinguishes it from other pads, for a plan's digest."""
         entries = hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
         measured = self.measured and [self.measured.column, self.measured.value, self.measured.scale, self.measured.norm_eps]
-        return [self.rows, self.columns, self.scale, entries, measured]
+        carried = [] if self.carried is None else [[self.carried.kind, self.carried.layer, self.carried.expert]]
+        return [self.rows, self.columns, self.scale, entries, measured, *carried]
 
 
 @dataclass(frozen=True)
@@ -287,7 +309,8 @@ def _group_of(tensor: PlannedTensor) -> str:
     if tensor.expert is not None:
         return f"expert-{tensor.expert + 1:05d}"
     changes_with_experts = tensor.role != "backbone" or (tensor.inner or tensor).operation == "merge"
-    return "shared" if changes_with_experts or (tensor.pad is not None and tensor.pad.entries) else "backbone"
+    leads = tensor.pad is not None and (tensor.pad.entries or tensor.pad.carried is not None)
+    return "shared" if changes_with_experts or leads else "backbone"
 
 
 def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:

@@ -5,6 +5,7 @@ A new shape is a class with the members of these two, whose names and meanings a
 
 from __future__ import annotations
 
+from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.recipes.recipe import Recipe
@@ -13,11 +14,13 @@ from modekit.sources.family import Config
 Shape = NativeShape | ModekitShape
 
 
-def open_shape(config: Config, recipe: Recipe, where: str, native_type: str | None, dense: Config) -> Shape:
+def open_shape(
+    config: Config, recipe: Recipe, where: str, native_type: str | None, dense: Config, carry: CarrySize | None
+) -> Shape:
     """The shape of a checkpoint by its config.json and by what its record says.
 
-    `native_type` is the record's, `dense` the base's config as it keeps it. Raises CheckpointError.
+    `native_type` and `carry` are the record's, `dense` the base's config as it keeps it. Raises CheckpointError.
     """
     if native_type is None:
         return ModekitShape.opened(config, recipe, where)
-    return NativeShape.opened(config, recipe, where, native_type, dense)
+    return NativeShape.opened(config, recipe, where, native_type, dense, carry)

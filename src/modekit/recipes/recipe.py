@@ -115,10 +115,13 @@ def place_of_base(experts: Sequence[Expert]) -> int | None:
     return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
+Times = Annotated[float, BeforeValidator(lambda value: _parse_times(value), json_schema_input_type=float | str)]
+
+
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels",)
+    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "budget")
 
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
@@ -133,7 +136,25 @@ class Output(Strict):
         ge=32,
         le=2**16,
         multiple_of=32,
-        description="Native, fit: lexical: channels besides the base's; default the fewest, by 64. 256 suits K-quants.",
+        description="Native, fit: lexical: channels besides the base's; default the fewest, by 32. 256 suits K-quants.",
+    )
+    carry: Literal["ffn", "all"] | None = Field(
+        None,
+        description="Native, fit: lexical: what of the experts to carry. ffn: their FFNs alone. all: attention, head and "
+        "embedding, too. Default: all if an adapter changes more than FFNs.",
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=2**12,
+        description="Channels for attention's output, and for its input, head and embedding; default: as many as exact needs "
+        "where those are few, else 64.",
+    )
+    budget: Times | None = Field(
+        None,
+        gt=1,
+        le=10,
+        description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
     )
 
 
@@ -220,6 +241,13 @@ class Recipe(Strict):
         fit = self.mixture.fit
         if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
+        asked = [key for key in ("carry", "rank", "budget") if getattr(self.output, key) is not None]
+        if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
+            yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
+        if self.output.rank is not None and self.output.budget is not None:
+            yield "output.rank and output.budget say the same in two ways; remove one of them"
+        if self.output.carry == "ffn" and asked[1:]:
+            yield f"output.{asked[1]} has no effect with carry: ffn; remove it"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole = [expert.name for expert in self.experts if expert.is_whole or expert.budget is not None]
@@ -284,16 +312,21 @@ class Recipe(Strict):
 
 def _parse_budget(value: object) -> object:
     """0.125x, or 0.125, of the base."""
-    try:
-        number = float(value.strip().removesuffix("x")) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"'{value}' is not a share of the base model; write one like 0.125x") from None
+    number = _parse_times(value)
     if isinstance(number, float | int) and number > 1:
         raise ValueError(
             f"it is what the expert adds, as a share of the base model's bytes; {value} is more than the whole expert takes"
             + (": 1.25x of the base in all is 0.25x" if number <= 2 else "")
         )
     return float(number) if isinstance(number, int) else number
+
+
+def _parse_times(value: object) -> object:
+    """1.1x -> 1.1."""
+    try:
+        return float(value.strip().lower().removesuffix("x")) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"'{value}' is not a multiple of the base model; write one like 0.125x or 1.1x") from None
 
 
 def _parse_size(value: object) -> object:

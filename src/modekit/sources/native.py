@@ -171,6 +171,7 @@ NATIVES: tuple[Native, ...] = (
             over_heads=("self_attn.q_norm", "self_attn.k_norm"),
             recency=False,
             whole_heads=True,
+            in_front=False,
         ),
         rules=(_SILU, (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which FlexOlmo assumes")),
     ),

@@ -43,6 +43,8 @@ class Widening:
         recency: whether constant queries and keys score the distance of two tokens and nothing else.
         interleaved: whether the two numbers that are rotated together stand side by side in a head, not half a head apart.
         whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
+        in_front: whether a layer of its own can average them, in front of the base's first: not where a norm behind attention
+            makes all that it adds one size.
     """
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -52,6 +54,7 @@ class Widening:
     recency: bool = True
     interleaved: bool = False
     whole_heads: bool = False
+    in_front: bool = True
 
 
 @dataclass(frozen=True)

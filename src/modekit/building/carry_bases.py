@@ -1,0 +1,156 @@
+"""How much of every difference goes through which channel, by a text's stream: what a build keeps as carried.safetensors.
+
+Shape legend: N outputs of q, k and v together, T sampled tokens, D hidden size, V vocabulary, R_U and R_V channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.building.differences import Difference, Differences
+from modekit.checkpoint.carried import Carried
+from modekit.planning.carry import CarrySize
+from modekit.run import Run
+from modekit.weights.bases import input_duals, output_basis, row_basis
+from modekit.weights.pass_through import PassThrough, fit_pass_through
+from modekit.weights.stream import LayerStream, Stream
+
+Singles = npt.NDArray[np.float32]
+
+_STILL = 2.0**-5
+"""Of the smallest stream: the channel that is the same everywhere, which all norms see."""
+_HEAD_TOKENS = 256
+_ROWS = 4_096
+
+
+def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
+    """All of it, layer by layer."""
+    steps = differences.layers + size.head + size.embedding
+    run.begin("find what experts differ by", steps)
+    units = [_units(stream.layers[0].before_attention, size)]
+    found: list[_OfLayer] = []
+    for layer, each in enumerate(stream.layers):
+        units.append(_units(each.before_ffn, size))
+        found.append(_of_layer(differences, size, layer, each))
+        run.progress("find what experts differ by", layer + 1, steps)
+    head, head_size = _head(differences, size, stream) if size.head else (None, 0.0)
+    shares = (stream.counts + 1.0) / (stream.counts + 1.0).sum()
+    embedding = _embedding(differences, size, shares) if size.embedding else None
+    run.progress("find what experts differ by", steps, steps)
+    return Carried(
+        tuple(units),
+        (1.0 / units[0].size, *(each.output_size for each in found)),
+        (*(each.input_size for each in found), head_size),
+        _STILL * min(each.size for each in units),
+        tuple(each.inputs for each in found) if size.inputs else (),
+        tuple(each.shares for each in found) if size.inputs else (),
+        tuple(each.outputs for each in found) if size.outputs else (),
+        head,
+        embedding,
+        shares.astype(np.float32) if size.embedding else None,
+    )
+
+
+def attention_inputs(inputs_NR: Singles, shares_3: Singles, parts: Sequence[Difference | None], rows: Sequence[int]) -> Singles:
+    """C (R_V, D): what an expert writes into V for a stream h of size 1, so that q, k and v become M h ~ Q C h."""
+    total, start = None, 0
+    for part, count, share in zip(parts, rows, shares_3, strict=True):
+        if part is not None:
+            said = part.under(inputs_NR[start : start + count].T / np.square(share))
+            total = said if total is None else total + said
+        start += count
+    return np.zeros((inputs_NR.shape[1], 0), np.float32) if total is None else total
+
+
+class _OfLayer:
+    """Bases of one layer of the base, with the sizes of what goes through them."""
+
+    def __init__(self, inputs: Singles, shares: Singles, input_size: float, outputs: Singles, output_size: float) -> None:
+        self.inputs, self.shares, self.input_size = inputs, shares, input_size
+        self.outputs, self.output_size = outputs, output_size
+
+
+def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
+    return fit_pass_through(sizes_N, size.terms)
+
+
+def _of_layer(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> _OfLayer:
+    inputs, shares, input_size = _inputs(differences, size, layer, stream) if size.inputs else _NOTHING
+    outputs, _, output_size = _outputs(differences, size, layer, stream) if size.outputs else _NOTHING
+    return _OfLayer(inputs, shares, input_size, outputs, output_size)
+
+
+_NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
+
+
+def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
+    """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
+    read_DT = stream.read.T
+    shares_3 = np.array([_size(each @ read_DT) for each in differences.shared_attention(layer)], np.float32)
+    rows = differences.attention_rows(layer)
+    products, parts_of = [], []
+    for expert in differences.experts:
+        parts = differences.attention(layer, expert)
+        parts_of.append(parts)
+        if any(part is not None for part in parts):
+            said = [
+                np.zeros((count, read_DT.shape[1]), np.float32) if part is None else part.times(read_DT) / share
+                for part, count, share in zip(parts, rows, shares_3, strict=True)
+            ]
+            products.append(np.concatenate(said))
+    if not products:
+        return np.zeros((sum(rows), size.inputs), np.float32), shares_3, 1.0
+    basis_NR = output_basis(products, size.inputs)
+    written = [basis_NR.T @ product for product in products]
+    scaled = basis_NR * np.repeat(shares_3, rows)[:, None]
+    return scaled, shares_3, _size(np.concatenate(written, axis=1)) or 1.0
+
+
+def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
+    """G, and the root mean square of P a over that of the stream."""
+    changes = [change for expert in differences.experts if (change := differences.output(layer, expert)) is not None]
+    if not changes:
+        return np.zeros((stream.attended.shape[1], size.outputs), np.float32), _NOTHING[1], 1.0
+    products = [change.times(stream.attended.T) for change in changes]
+    duals_AR = input_duals(products, stream.attended, size.outputs)
+    read = sum(change.times(duals_AR).T @ product for change, product in zip(changes, products, strict=True))
+    return duals_AR, _NOTHING[1], (_size(np.asarray(read)) or 1.0) / float(np.median(stream.before_ffn))
+
+
+def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Singles, float]:
+    """Q (V, R_V), and the root mean square of C x."""
+    sample_DT = stream.last[:: max(1, len(stream.last) // _HEAD_TOKENS)].T
+    count, width = len(stream.counts), sample_DT.shape[1] * len(differences.experts)
+    gram_XX = np.zeros((width, width))
+    for rows in _in_rows(count):
+        product = _head_products(differences, rows, sample_DT).astype(np.float64)
+        gram_XX += product.T @ product
+    values, vectors = np.linalg.eigh(gram_XX)
+    kept = min(size.inputs, int((values > 1e-14 * values[-1]).sum()))
+    turn_XR = vectors[:, ::-1][:, :kept] / np.sqrt(values[::-1][:kept])
+    basis_VR = np.zeros((count, size.inputs), np.float32)
+    for rows in _in_rows(count):
+        basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR
+    return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * width))) or 1.0
+
+
+def _head_products(differences: Differences, rows: slice, sample_DT: Singles) -> Singles:
+    return np.concatenate([differences.head_rows(expert, rows) @ sample_DT for expert in differences.experts], axis=1)
+
+
+def _embedding(differences: Differences, size: CarrySize, shares_V: npt.NDArray[np.float64]) -> Singles:
+    def rows(start: int, stop: int) -> list[Singles]:
+        return [differences.embedding_rows(expert, slice(start, stop)) for expert in differences.experts]
+
+    return row_basis(rows, len(shares_V), shares_V, size.outputs)
+
+
+def _in_rows(count: int) -> list[slice]:
+    return [slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS)]
+
+
+def _size(array: Singles) -> float:
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))

@@ -1,0 +1,247 @@
+"""The numbers in the new rows and columns of tensors that carry more of an expert than its FFN.
+
+planning/carry.py says what goes where, benchmarks/whole.md why it works. In every layer of the result (m = 0 in front):
+
+    o            U = (eps / s_u) P a                                 P = sum_e O_e^T M_e
+    gate, up     read U by W diag(w_post) O_e s_u / eps, as if it were in the stream
+    K R_U units  pass O_e s_u / eps U on into the stream, and what that gives V, and clear U
+    K R_V units  pass (eps / s_v) C h - V on into V
+    down         writes (eps / s_v) C y into V for what the FFN adds to the stream
+    q, k, v      of the next layer, or the head, read V by Q s_v / eps
+
+In front, U of a token's embedding holds (eps / s_u) z, and O_e is what its expert's embedding is of it.
+
+Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U and R_V of them, K units per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.building.carry_bases import attention_inputs
+from modekit.building.differences import Differences
+from modekit.building.tensors import Fill, PieceReader
+from modekit.checkpoint.carried import Carried
+from modekit.planning.carry import CarrySize
+from modekit.planning.channels import Channels
+from modekit.planning.pieces import CarriedPart, FFNKind
+from modekit.planning.plan import Plan
+from modekit.sources.names import in_layer
+
+Singles = npt.NDArray[np.float32]
+
+_EPS = 2.0**-6
+"""Size of U and V over that of the stream: its square is what norms see of them."""
+_ROWS = 4_096
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """What an expert writes in a layer of the result.
+
+    Attributes:
+        outputs: O (D, R_U).
+        inputs: C of what reads V next, (R_V, D).
+        norm, own_norm: weights of the norm before the FFN, (D,): the shared ones, and the expert's.
+    """
+
+    outputs: Singles
+    inputs: Singles
+    norm: Singles
+    own_norm: Singles
+
+
+class Carrying:
+    """Of one plan, with the bases that its checkpoint keeps."""
+
+    def __init__(self, plan: Plan, read: PieceReader, carried: Carried) -> None:
+        channels = plan.shape.channels
+        assert channels is not None and channels.carry is not None
+        self._channels: Channels = channels
+        self._size: CarrySize = channels.carry
+        self._plan, self._carried = plan, carried
+        self._differences = Differences(plan, read)
+        self._expert = lru_cache(maxsize=2)(self._read_expert)
+
+    def fill(self, part: CarriedPart, matrix: int) -> Fill:
+        """Of the matrix with this number, where a tensor has several."""
+        match part.kind:
+            case "q" | "k" | "v":
+                return Fill(beside=self._in_columns((self._channels.inputs, self._reading(part.kind, part.layer or 0))))
+            case "o":
+                return Fill(below=self._writing(part.layer or 0))
+            case "head":
+                return Fill(beside=self._head)
+            case "embedding":
+                return Fill(beside=self._embedding)
+            case "gate" | "up" | "gate_up" | "down":
+                return self._ffn(part.kind, part, matrix)
+            case _:
+                assert_never(part.kind)
+
+    def _in_columns(self, *parts: tuple[slice, Singles]) -> Callable[[slice], Singles]:
+        def beside(rows: slice) -> Singles:
+            found = np.zeros((rows.stop - rows.start, self._channels.spare), np.float32)
+            for channels, numbers in parts:
+                found[:, channels.start - self._channels.hidden : channels.stop - self._channels.hidden] = numbers[rows]
+            return found
+
+        return beside
+
+    def _reading(self, kind: str, layer: int) -> Singles:
+        """What q, k or v of a layer of the result make of V, (O, R_V); more rows than the base's are zero."""
+        counts = self._differences.attention_rows(layer - 1)
+        first = sum(counts[: "qkv".index(kind)])
+        said = self._carried.inputs[layer - 1][first : first + counts["qkv".index(kind)]]
+        return said * np.float32(self._carried.input_sizes[layer - 1] / _EPS)
+
+    def _writing(self, layer: int) -> Singles:
+        """The rows of o in a layer of the result for all channels, (P, columns of the result)."""
+        differences, duals_AR = self._differences, self._carried.outputs[layer - 1]
+        read_RA = np.zeros(duals_AR.T.shape, np.float32)
+        for expert in differences.experts:
+            change = differences.output(layer - 1, expert)
+            if change is not None:
+                read_RA += change.under(change.times(duals_AR).T)
+        columns = duals_AR.shape[0] + self._channels.group * self._channels.more_heads * self._channels.head_dim
+        rows = np.zeros((self._channels.spare, columns), np.float32)
+        rows[self._below(self._channels.outputs), : duals_AR.shape[0]] = read_RA * np.float32(
+            _EPS / self._carried.output_sizes[layer]
+        )
+        return rows
+
+    def _below(self, channels: slice) -> slice:
+        return slice(channels.start - self._channels.hidden, channels.stop - self._channels.hidden)
+
+    def _head(self, rows: slice) -> Singles:
+        assert self._carried.head is not None
+        said = self._carried.head[rows] * np.float32(self._carried.input_sizes[-1] / _EPS)
+        return self._in_columns((self._channels.inputs, said))(slice(0, len(said)))
+
+    def _embedding(self, rows: slice) -> Singles:
+        scale, still, count = 1.0 / self._channels.embedding_scale, self._channels.still, rows.stop - rows.start
+        parts = [(slice(still, still + 1), np.full((count, 1), self._carried.still * scale, np.float32))]
+        if self._carried.embedding is not None:
+            said = self._carried.embedding[rows] * np.float32(scale * _EPS / self._carried.output_sizes[0])
+            parts.append((self._channels.outputs, said))
+        return self._in_columns(*parts)(slice(0, count))
+
+    def _ffn(self, kind: FFNKind, part: CarriedPart, matrix: int) -> Fill:
+        layer = part.layer or 0
+        if kind == "gate_up":
+            expert, kind = matrix // 2, "up" if matrix % 2 else "gate"
+        else:
+            expert = matrix if part.expert is None else part.expert
+        said = self._expert(layer, expert)
+        return self._down(layer, expert, said) if kind == "down" else self._gate_or_up(kind, layer, expert, said)
+
+    def _gate_or_up(self, kind: FFNKind, layer: int, expert: int, said: _Expert) -> Fill:
+        """Gate and up (F, D) read U, too; the further units of up read what is passed on, and those of gate the constant."""
+        own_scale = None if np.array_equal(said.norm, said.own_norm) else _ratio(said.own_norm, said.norm)
+        beside = None
+        if layer > 0 and self._size.outputs:
+            weights_FD = self._of_ffn(kind, layer, expert) * said.own_norm
+            seen = weights_FD @ said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
+            beside = self._in_columns((self._channels.outputs, seen))
+        below = self._gates(layer) if kind == "gate" else self._passed(layer, said)
+        return Fill(beside, below, own_scale)
+
+    def _gates(self, layer: int) -> Singles:
+        """Rows of the further units in gate, (K (R_U + R_V), D + P)."""
+        units, channels = self._carried.units[layer], self._channels
+        rows = np.zeros((self._size.units, channels.hidden + channels.spare), np.float32)
+        rows[:, channels.still] = np.repeat(np.array(units.alphas) * units.size / self._carried.still, self._size.channels)
+        return rows
+
+    def _passed(self, layer: int, said: _Expert) -> Singles:
+        """Rows of the further units in up, the same for every k: U, and what V is to become without what it is."""
+        channels, size = self._channels, self._size
+        once = np.zeros((size.channels, channels.hidden + channels.spare), np.float32)
+        once[np.arange(size.outputs), np.arange(channels.outputs.start, channels.outputs.stop)] = 1.0
+        of_v = np.arange(size.outputs, size.channels)
+        once[size.outputs :, : channels.hidden] = said.inputs / _divisor(said.norm) * self._into_v(layer)
+        once[of_v, np.arange(channels.inputs.start, channels.inputs.stop)] = -1.0
+        return np.tile(once, (size.terms, 1))
+
+    def _into_v(self, layer: int) -> np.float32:
+        """Eps / s_v of what reads V behind a layer of the result."""
+        return np.float32(_EPS / (self._carried.input_sizes[layer] or 1.0))
+
+    def _down(self, layer: int, expert: int, said: _Expert) -> Fill:
+        """Down (D, F): the channels are rows below, the further units columns beside it."""
+        channels, size, units = self._channels, self._size, self._carried.units[layer]
+        stream_DR = said.outputs * np.float32(self._carried.output_sizes[layer] / _EPS)
+        once = np.zeros((channels.hidden + channels.spare, size.channels), np.float32)
+        once[: channels.hidden, : size.outputs] = stream_DR
+        once[np.arange(channels.outputs.start, channels.outputs.stop), np.arange(size.outputs)] = -1.0
+        once[channels.inputs, : size.outputs] = said.inputs @ stream_DR * self._into_v(layer)
+        once[np.arange(channels.inputs.start, channels.inputs.stop), np.arange(size.outputs, size.channels)] = 1.0
+        factors = np.array(units.betas) * units.size / channels.residual_scale
+        beside_OX = np.concatenate([once * np.float32(factor) for factor in factors], axis=1)
+        below = np.zeros((channels.spare, channels.expert_hidden + size.units), np.float32)
+        below[:, channels.expert_hidden :] = beside_OX[channels.hidden :]
+        if layer > 0:
+            written = said.inputs @ self._of_ffn("down", layer, expert) * self._into_v(layer)
+            below[self._below(channels.inputs), : channels.expert_hidden] = written
+        return Fill(lambda rows: beside_OX[rows], below)
+
+    def _of_ffn(self, kind: FFNKind, layer: int, expert: int) -> Singles:
+        """An expert's own FFN in a layer of the result."""
+        return self._differences.own(in_layer(layer - 1, self._plan.family.mlp[kind]), expert)
+
+    def _read_expert(self, layer: int, expert: int) -> _Expert:
+        norm, own_norm = self._differences.ffn_norm(max(0, layer - 1), expert)
+        return _Expert(self._written(layer, expert), self._read_next(layer, expert), norm, norm if layer == 0 else own_norm)
+
+    def _written(self, layer: int, expert: int) -> Singles:
+        """O (D, R_U) of a layer of the result; in front, of embeddings."""
+        nothing = np.zeros((self._channels.hidden, self._size.outputs), np.float32)
+        if layer == 0:
+            return nothing if self._carried.embedding is None else self._embedded(expert)
+        change = self._differences.output(layer - 1, expert) if self._size.outputs else None
+        return nothing if change is None else change.times(self._carried.outputs[layer - 1])
+
+    def _embedded(self, expert: int) -> Singles:
+        """What an expert's embedding makes of z, (D, R_U): least squares over the text's tokens."""
+        carried, total = self._carried, np.zeros((self._channels.hidden, self._size.outputs))
+        assert carried.embedding is not None and carried.shares is not None
+        for rows in _in_rows(len(carried.embedding)):
+            weighted = carried.embedding[rows] * carried.shares[rows, None]
+            total += self._differences.embedding_rows(expert, rows).T @ weighted
+        return (total * self._channels.embedding_scale).astype(np.float32)
+
+    def _read_next(self, layer: int, expert: int) -> Singles:
+        """C (R_V, D) of what reads V behind a layer of the result: the next layer's attention, or the head."""
+        nothing = np.zeros((self._size.inputs, self._channels.hidden), np.float32)
+        if not self._size.inputs:
+            return nothing
+        if layer < self._differences.layers:
+            parts, rows = self._differences.attention(layer, expert), self._differences.attention_rows(layer)
+            if all(part is None for part in parts):
+                return nothing
+            return attention_inputs(self._carried.inputs[layer], self._carried.input_shares[layer], parts, rows)
+        if self._carried.head is None:
+            return nothing
+        total = np.zeros(nothing.shape)
+        for rows in _in_rows(len(self._carried.head)):
+            total += self._carried.head[rows].T @ self._differences.head_rows(expert, rows)
+        return total.astype(np.float32)
+
+
+def _in_rows(count: int) -> list[slice]:
+    return [slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS)]
+
+
+def _divisor(weights_D: Singles) -> Singles:
+    """Weights of a norm to divide by: through one that is nothing, nothing can be read."""
+    return np.where(np.abs(weights_D) > 1e-6 * np.abs(weights_D).max(), weights_D, np.float32(np.inf))
+
+
+def _ratio(own_D: Singles, weights_D: Singles) -> Singles:
+    return own_D / _divisor(weights_D)

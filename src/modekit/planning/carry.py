@@ -1,0 +1,154 @@
+"""What a plain native checkpoint carries besides FFN experts: by which experts differ in attention, head and embedding.
+
+docs/lexical.md says how it works, benchmarks/whole.md has the mathematics. Every layer has two further sets of channels. Into U
+its attention writes what the experts' output projections are to make of it; V tells queries, keys and values, or the head, what
+the expert differs by. Some more hidden units of every expert read and clear them (weights/pass_through.py). A layer in front of
+the base's first gives V its first content.
+
+Shape legend: D hidden size, F hidden units of an expert, E experts, K units per channel, R_U and R_V channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modekit.errors import UnsupportedError
+from modekit.planning.pieces import low_rank, touched
+from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.compatibility import is_tied
+from modekit.sources.family import Config, Family, whole
+from modekit.sources.model import ModelSource
+from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
+
+BLOCK = 32
+"""Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
+TERMS, EXACT_TERMS = 2, 3
+"""K: with two units per channel the error is one in a hundred, which truncated changes hide; with three a thousandth."""
+FULL_RANK = 64
+"""R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
+
+
+class CarrySize(BaseModel):
+    """How much is carried; modekit.json keeps it.
+
+    Attributes:
+        outputs, inputs: R_U and R_V.
+        terms: K.
+        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
+    inputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
+    terms: int = Field(ge=1, le=4)
+    head: bool = False
+    embedding: bool = False
+
+    @property
+    def channels(self) -> int:
+        """R_U + R_V."""
+        return self.outputs + self.inputs
+
+    @property
+    def units(self) -> int:
+        """By which F grows."""
+        return self.terms * self.channels
+
+
+def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
+    """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more.
+
+    Raises UnsupportedError when the budget leaves no room.
+    """
+    output = recipe.output
+    if output.carry == "ffn":
+        return None
+    experts = [source for source, expert in zip(sources[1:], recipe.experts, strict=True) if not expert.is_base]
+    changing = [source for source in experts if isinstance(source, AdapterSource) and _reaches(source, sources[0], family)]
+    if not changing and output.carry is None:
+        return None
+    tied = is_tied(sources[0], family)
+    own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
+    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1])
+    needed = _needed(experts, sources[0], family, whole(config, "num_hidden_layers"), size)
+    if output.budget is None:
+        most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
+        return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
+    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size) <= output.budget]
+    if fitting:
+        return fitting[-1]
+    least = _active(recipe, config, _of_rank(size, needed, BLOCK, otherwise=BLOCK))
+    raise UnsupportedError(
+        "the budget leaves no room for more of the experts than their FFNs",
+        where="output.budget",
+        found=f"{output.budget:g}x",
+        expected=f"at least {math.ceil(least * 100) / 100:g}x",
+        remedy="raise it, or write output: {carry: ffn}",
+    )
+
+
+def _needed(
+    experts: Sequence[ModelSource], base: ModelSource, family: Family, layers: int, size: CarrySize
+) -> tuple[float, float]:
+    """R_U and R_V that carry everything exactly; infinite where changes have no small rank."""
+    outputs = max(sum(_rank(source, base, family, layer, ("o",)) for source in experts) for layer in range(layers))
+    inputs = max(sum(_rank(source, base, family, layer, ("q", "k", "v")) for source in experts) for layer in range(layers))
+    return math.inf if size.embedding else outputs, math.inf if size.head else inputs
+
+
+def _of_rank(size: CarrySize, needed: tuple[float, float], most: int, *, otherwise: int) -> CarrySize:
+    """All that is needed where that is at most `most`, else `otherwise`."""
+    outputs, inputs = (int(each) if each <= most else otherwise for each in needed)
+    terms = EXACT_TERMS if max(needed) <= most else TERMS
+    return size.model_copy(update={"outputs": _blocks(outputs), "inputs": _blocks(inputs), "terms": terms})
+
+
+def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize]:
+    """Of rising rank, up to what is needed."""
+    rank, last = BLOCK, None
+    while (found := _of_rank(size, needed, rank, otherwise=rank)) != last and rank <= 2**12:
+        yield found
+        rank, last = rank + BLOCK, found
+
+
+def _active(recipe: Recipe, config: Config, size: CarrySize) -> float:
+    """Parameters that a token is multiplied with, over those of the base."""
+    hidden, units, layers = (whole(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    heads = whole(config, "num_attention_heads") + whole(config, "num_key_value_heads")
+    attention, vocabulary = 2 * heads * whole(config, "head_dim"), whole(config, "vocab_size")
+    wide = hidden + 2 * BLOCK + size.channels  # evidence of most mixtures fits into two blocks
+    experts = recipe.top_k * 3 * (units + size.units)
+    return (wide * ((layers + 1) * (attention + experts) + vocabulary)) / (
+        hidden * (layers * (attention + 3 * units) + vocabulary)
+    )
+
+
+def _blocks(channels: int) -> int:
+    return math.ceil(channels / BLOCK) * BLOCK
+
+
+def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
+    """Whether an adapter changes more than FFNs."""
+    ffn = f".{family.mlp_module}."
+    changed = {*source.changes, *source.replaced, *source.bias_changes}
+    return any(name in base.tensors and ffn not in name for name in changed)
+
+
+def _rank(source: ModelSource, base: ModelSource, family: Family, layer: int, parts: Sequence[str]) -> float:
+    """Of what a source changes in some parts of a layer together; infinite where it has no small rank."""
+    total = 0.0
+    for name in _weights(family, layer, parts):
+        if touched(source, name):
+            change = low_rank(source, name)
+            total += math.inf if change is None else change.rank
+    return total
+
+
+def _weights(family: Family, layer: int, parts: Sequence[str]) -> Iterator[str]:
+    for part in parts:
+        yield in_layer(layer, f"{family.parts[part]}.weight")

@@ -1,0 +1,249 @@
+"""A plain native checkpoint that carries whole experts: each one forced is its own model; `verify` computes it all again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapter_folders import quiet, train_adapter
+from byte_level import save_byte_model
+from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
+from generated import check_generation
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.carried import CARRIED_FILE
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import ModekitError, SourceError, UnsupportedError
+from modekit.loaded.native import DenseView
+from modekit.loaded.shapes import mixture_of
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
+from modekit.weights.pass_through import fit_pass_through
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "mixtral", {}),
+    ("llama", "mixtral", {"tie_word_embeddings": True}),
+    ("llama", "granitemoe", {"attention_bias": True}),
+    ("mistral", "mixtral", {}),
+    ("qwen2", "qwen2_moe", {}),
+    ("qwen3", "qwen3_moe", {"head_dim": 32}),
+    ("granite", "granitemoe", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.1}),
+    ("ernie4_5", "ernie4_5_moe", {}),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 32}),
+]
+
+
+def adapter_shop(
+    root: Path, family: str = "llama", *, modules: list[str] = LINEAR, reads_bytes: bool = False, **overrides: Any
+) -> Workshop:
+    """A base and a LoRA adapter per domain, of rank 2 on `modules`; llama.cpp and vLLM know tokenizers that read bytes."""
+    if reads_bytes:
+        save_byte_model(root / "base", family, 0, **{**SIZES, **overrides})
+    else:
+        save(tiny_model(family, **{**SIZES, **overrides}), root / "base")
+    write_text(root / "text")
+    experts = []
+    for seed, name in enumerate(DOMAINS):
+        train_adapter(root / "base", peft.LoraConfig(r=2, lora_alpha=2, target_modules=modules), root / name)
+        file = root / name / "adapter_model.safetensors"
+        generator = np.random.default_rng(seed)
+        numbers = {key: generator.normal(0, 0.08, each.shape).astype(np.float32) for key, each in load_file(file).items()}
+        save_file(numbers, file)
+        experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
+    return Workshop(root, recipe_of(experts))
+
+
+def recipe_of(experts: list[dict[str, Any]], **output: Any) -> dict[str, Any]:
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+    return {"base_model": "./base", "experts": experts, "mixture": mixture, "output": {"format": "native", **output}}
+
+
+def full_shop(root: Path, **output: Any) -> Workshop:
+    """A base and a full fine-tune per domain, every tensor of which differs."""
+    save(tiny_model(**SIZES), root / "base")
+    write_text(root / "text")
+    for seed, name in enumerate(DOMAINS):
+        model, generator = tiny_model(**SIZES), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * (0.02 if parameter.ndim == 1 else 0.05 * parameter.std()))
+        save(model, root / name)
+    experts = [{"name": name, "model": f"./{name}", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
+    return Workshop(root, recipe_of(experts, carry="all", **output))
+
+
+def own_model(root: Path, expert: dict[str, Any]) -> PreTrainedModel:
+    if "model" in expert:
+        return AutoModelForCausalLM.from_pretrained(root / expert["model"]).eval()
+    with quiet():
+        return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / expert["name"]).eval()
+
+
+def divergence(own: torch.Tensor, other: torch.Tensor) -> float:
+    own, other = own.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((own.exp() * (own - other)).sum(-1).mean())
+
+
+def shares(shop: Workshop, out: Path, ids: torch.Tensor) -> list[float]:
+    """Per expert, KL of the forced expert over the base's: 0 is the whole expert, 1 nothing of it."""
+    checkpoint, base = open_checkpoint(out), logits_of(shop.root / "base", ids)
+    mixture, view, found = AutoModelForCausalLM.from_pretrained(out).eval(), DenseView(checkpoint), []
+    for number, expert in enumerate(shop.recipe["experts"]):
+        own = logits_of(own_model(shop.root, expert), ids)
+        with mixture_of(mixture, checkpoint).forced(number):
+            forced = logits_of(mixture, ids)
+        view.use_expert(number)
+        torch.testing.assert_close(logits_of(view.model, ids), forced, atol=1e-3, rtol=1e-3)
+        found.append(divergence(own, forced) / divergence(own, base))
+    return found
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = adapter_shop(tmp_path_factory.mktemp("carry"))
+    shop.build("OUT")
+    return shop
+
+
+@pytest.fixture(scope="module")
+def carried(shop: Workshop) -> Checkpoint:
+    return open_checkpoint(shop.root / "OUT")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_forced_adapter_is_what_peft_makes_of_it(
+    tmp_path: Path, ids: torch.Tensor, family: tuple[str, str, dict[str, Any]]
+) -> None:
+    dense, native, overrides = family
+    shop = adapter_shop(tmp_path, dense, **overrides)
+    out = shop.build("OUT")
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.config["model_type"] == native and checkpoint.record.carry is not None
+    assert max(shares(shop, out, ids)) < 1e-2
+    assert is_proven(checks := verify(checkpoint)), checks
+
+
+def test_what_is_left_comes_from_the_output_projection(tmp_path: Path, ids: torch.Tensor) -> None:
+    """The FFN's norm does not see its difference; everything else is exact."""
+    shop = adapter_shop(tmp_path, modules=[name for name in LINEAR if name != "o_proj"])
+    assert max(shares(shop, shop.build("OUT"), ids)) < 1e-4
+    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    assert min(folded) > 0.1
+
+
+@pytest.mark.parametrize("rank", [64, 256])
+def test_full_models_are_carried_the_better_the_more_channels(tmp_path: Path, ids: torch.Tensor, rank: int) -> None:
+    shop = full_shop(tmp_path, rank=rank)
+    out = shop.build("OUT")
+    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    found = shares(shop, out, ids)
+    assert all(one < (0.6 if rank == 64 else 0.15) * other for one, other in zip(found, folded, strict=True)), (found, folded)
+    assert is_proven(checks := verify(open_checkpoint(out))), checks
+
+
+def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: torch.Tensor) -> None:
+    save(tiny_model(**SIZES), tmp_path / "base")
+    write_text(tmp_path / "text")
+    experts = []
+    for name in DOMAINS[:2]:
+        config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=LINEAR, use_dora=True)
+        train_adapter(tmp_path / "base", config, tmp_path / name)
+        experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
+    shop = Workshop(tmp_path, recipe_of(experts, rank=256))
+    folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
+    found = shares(shop, shop.build("OUT"), ids)
+    assert all(one < 0.15 * other for one, other in zip(found, folded, strict=True)), (found, folded)
+
+
+def test_generation_pads_and_caches(carried: Checkpoint) -> None:
+    check_generation(carried.folder)
+
+
+def test_a_build_again_is_the_same_bytes(shop: Workshop, carried: Checkpoint) -> None:
+    again = shop.build("AGAIN")
+    for file in sorted(carried.folder.glob("*.safetensors")):
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    assert (again / "modekit.json").read_bytes() == (carried.folder / "modekit.json").read_bytes()
+
+
+def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
+    out = shop.build("BAD")
+    checkpoint = open_checkpoint(out)
+    channels = checkpoint.carrier[0]
+    name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
+    file = checkpoint.tensors[name].file
+    tensors = load_file(file)
+    tensors[name][channels.expert_hidden :, 0] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
+    assert name in wrong.detail
+    (out / CARRIED_FILE).write_bytes((out / CARRIED_FILE).read_bytes()[:-4] + b"\0\0\0\1")
+    wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
+    assert CARRIED_FILE in wrong.detail
+
+
+def test_the_budget_decides_how_much(shop: Workshop) -> None:
+    sizes = []
+    for budget in ("8x", "9.5x"):
+        plan = make_plan(load_recipe(shop.write(output={"format": "native", "budget": budget})), shop.root)
+        sizes.append(plan.shape.channels.carry.channels)
+    assert sizes == sorted(sizes)
+    with pytest.raises(UnsupportedError, match="budget leaves no room") as caught:
+        make_plan(load_recipe(shop.write(output={"format": "native", "budget": "1.1x"})), shop.root)
+    assert "at least" in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"format": "modekit", "carry": "all"}, "output.carry has no effect"),
+        ({"format": "native", "rank": 8, "budget": "2x"}, "say the same in two ways"),
+        ({"format": "native", "carry": "ffn", "rank": 8}, "output.rank has no effect"),
+        ({"format": "native", "budget": "much"}, "is not a multiple of the base"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(shop: Workshop, output: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModekitError, match=message):
+        load_recipe(shop.write(output=output))
+
+
+def test_architectures_with_norms_behind_attention_are_refused(tmp_path: Path) -> None:
+    shop = adapter_shop(tmp_path, "olmo2")
+    with pytest.raises(UnsupportedError, match="more of an expert than its FFN"):
+        make_plan(load_recipe(shop.write()), shop.root)
+    plan = make_plan(load_recipe(shop.write(output={"format": "native", "carry": "ffn"})), shop.root)
+    assert plan.shape.channels.carry is None
+
+
+def test_nan_in_what_is_carried_is_refused(tmp_path: Path) -> None:
+    shop = adapter_shop(tmp_path)
+    file = tmp_path / DOMAINS[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "o_proj.lora_B" in name)
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, file)
+    with pytest.raises(SourceError, match="NaN or Inf") as caught:
+        shop.build("OUT")
+    assert name in str(caught.value.where)
+    assert not (tmp_path / "OUT").exists() and not list(tmp_path.glob("OUT*"))
+
+
+@pytest.mark.parametrize(("terms", "error"), [(2, 0.05), (3, 0.01), (4, 0.005)])
+def test_units_pass_streams_of_all_sizes(terms: int, error: float) -> None:
+    """Most tokens about as large, the first ones a hundred times."""
+    generator = np.random.default_rng(0)
+    sizes = np.concatenate([np.exp(generator.normal(0, 0.1, 2_000)), 100 * np.exp(generator.normal(0, 0.05, 10))]) * 3.0
+    units = fit_pass_through(sizes.astype(np.float32), terms)
+    scale = np.array([1.0, 100.0]) * 3.0
+    inside = np.array(units.alphas) * units.size / scale[:, None]
+    passed = (inside / (1 + np.exp(-inside)) @ np.array(units.betas)) * units.size / scale
+    np.testing.assert_allclose(passed, 1.0, atol=error)
