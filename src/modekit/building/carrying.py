@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -82,8 +81,6 @@ class Carrying:
                 return Fill(beside=self._embedding)
             case "gate" | "up" | "gate_up" | "down":
                 return self._ffn(part.kind, part, matrix)
-            case _:
-                assert_never(part.kind)
 
     def _in_columns(self, *parts: tuple[slice, Singles]) -> Callable[[slice], Singles]:
         def beside(rows: slice) -> Singles:
@@ -95,11 +92,11 @@ class Carrying:
         return beside
 
     def _reading(self, kind: str, layer: int) -> Singles:
-        """What q, k or v of a layer of the result make of V, (O, R_V); more rows than the base's are zero."""
+        """What q, k or v of a layer of the result make of V, (O, R_V)."""
         counts = self._differences.attention_rows(layer - 1)
         first = sum(counts[: "qkv".index(kind)])
-        said = self._carried.inputs[layer - 1][first : first + counts["qkv".index(kind)]]
-        return said * np.float32(self._carried.input_sizes[layer - 1] / _EPS)
+        said: Singles = self._carried.inputs[layer - 1][first : first + counts["qkv".index(kind)]]
+        return np.asarray(said * np.float32(self._carried.input_sizes[layer - 1] / _EPS))
 
     def _writing(self, layer: int) -> Singles:
         """The rows of o in a layer of the result for all channels, (P, columns of the result)."""
@@ -169,9 +166,9 @@ class Carrying:
         once[of_v, np.arange(channels.inputs.start, channels.inputs.stop)] = -1.0
         return np.tile(once, (size.terms, 1))
 
-    def _into_v(self, layer: int) -> np.float32:
+    def _into_v(self, layer: int) -> float:
         """Eps / s_v of what reads V behind a layer of the result."""
-        return np.float32(_EPS / (self._carried.input_sizes[layer] or 1.0))
+        return _EPS / (self._carried.input_sizes[layer] or 1.0)
 
     def _down(self, layer: int, expert: int, said: _Expert) -> Fill:
         """Down (D, F): the channels are rows below, the further units columns beside it."""
@@ -229,8 +226,8 @@ class Carrying:
         if self._carried.head is None:
             return nothing
         total = np.zeros(nothing.shape)
-        for rows in _in_rows(len(self._carried.head)):
-            total += self._carried.head[rows].T @ self._differences.head_rows(expert, rows)
+        for part in _in_rows(len(self._carried.head)):
+            total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
         return total.astype(np.float32)
 
 

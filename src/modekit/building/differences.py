@@ -33,12 +33,16 @@ class Difference:
 
     def times(self, columns_IX: Singles) -> Singles:
         """M columns, (O, X)."""
-        return self.left @ (columns_IX if self.right is None else self.right @ columns_IX)
+        if self.right is not None:
+            columns_IX = self.right @ columns_IX
+        return np.asarray(self.left @ columns_IX)
 
     def under(self, rows_XO: Singles) -> Singles:
         """Rows M, (X, I)."""
-        product = rows_XO @ self.left
-        return product if self.right is None else product @ self.right
+        product: Singles = rows_XO @ self.left
+        if self.right is not None:
+            product = product @ self.right
+        return product
 
 
 class Differences:
@@ -67,7 +71,7 @@ class Differences:
     def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
         """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""
         weights_D, own_D = self._vectors(in_layer(layer, f"{self._widening.before_attention}.weight"), expert)
-        found = []
+        found: list[Difference | None] = []
         for name in self._projections(layer):
             plain = self.of(name, expert)
             if not np.array_equal(weights_D, own_D):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from modekit.checkpoint.evidence import row_sizes
 from modekit.errors import SourceError
-from modekit.planning.pieces import CarriedPart, Factor, MeasuredColumn, Pad, Piece, PlannedTensor, rows_of
+from modekit.planning.pieces import CarriedPart, Factor, MeasuredColumn, Pad, Piece, PlannedTensor, some_rows
 from modekit.planning.plan import Plan
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ITEMSIZE, TensorRef
@@ -97,7 +97,7 @@ class PieceReader:
     def difference(self, base: TensorRef, factor: Factor, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """The whole of an expert's difference to the base, or some rows of it, (O, I)."""
         if rows is not None:
-            base, expert = rows_of(base, (rows.start, rows.stop)), rows_of(factor.expert, (rows.start, rows.stop))
+            base, expert = (some_rows(each, (rows.start, rows.stop)) for each in (base, factor.expert))
         else:
             expert = factor.expert
         moved, still = Stored(self.opened, expert), Stored(self.opened, base)
