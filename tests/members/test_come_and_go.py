@@ -53,6 +53,7 @@ KINDS = {
     "native logistic": Kind(_routed("logistic", **SHORT), NATIVE),
     "native lexical": Kind(_routed("lexical"), NATIVE),
     "native lexical with the base": Kind(_routed("lexical"), NATIVE, ("base_too", *WHOLE)),
+    "native that carries all": Kind(_routed("lexical"), {**NATIVE, "carry": "all", "rank": 32}, WHOLE, WHOLE),
     "native in small files": Kind(_routed("random", seed=3), {**NATIVE, "shard_size": "20KB"}),
     "native average": Kind({**_routed("random", seed=3), "backbone": "average"}, NATIVE, WHOLE, WHOLE),
     "native uniform": Kind({"method": "linear"}, NATIVE),

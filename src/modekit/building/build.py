@@ -27,7 +27,7 @@ from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
-from modekit.errors import FinishedError, SourceError
+from modekit.errors import FinishedError, SourceError, UnsupportedError
 from modekit.files.output import Replace, check_room, replaced_by
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
@@ -55,7 +55,7 @@ _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP,
 _TRAINED_GATES = "modekit.routing.kept_rows:trained_gates"
 """By its path, as it needs torch and a build without text does not."""
 _MEASURE_STREAM = "modekit.routing.stream:measure_stream"
-_MeasureStream = Callable[[Plan, Run], Stream]
+_MeasureStream = Callable[[Plan, Path, Run], Stream]
 _TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
 
@@ -104,7 +104,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
         stage.made_by = update.made_by or stage.made_by
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
-    carried = _carried(plan, stage, run)
+    carried = _carried(plan, stage, update, run)
     inspector = Inspector(plan, stage, update.hashes if update is not None else {})
     try:
         _write_shards(plan, stage, carried, run)
@@ -126,13 +126,23 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     return record
 
 
-def _carried(plan: Plan, stage: Staging, run: Run) -> Carried | None:
+def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: Run) -> Carried | None:
     """By what a text shows, how a native checkpoint carries more than FFNs; kept beside its weights."""
     size = plan.shape.channels and plan.shape.channels.carry
     if not size:
         return None
+    remove(stage.folder / CARRIED_FILE)
+    kept = None if update is None else update.carried(stage.folder)
+    if kept is not None:
+        return kept
+    if update is not None and update.checkpoint.record.trained:
+        raise UnsupportedError(
+            "a mixture that was trained, and carries more of its experts than FFNs, cannot change its experts",
+            where=str(update.checkpoint.folder),
+            remedy="build it with the other experts, and train it again",
+        )
     measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
-    stream = measure(plan, run)
+    stream = measure(plan, stage.folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
         carried = carry_bases(Differences(plan, PieceReader(opened)), size, stream, run)
     write_file(stage.folder / CARRIED_FILE, carried.content())

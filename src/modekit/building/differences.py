@@ -56,7 +56,8 @@ class Differences:
         self._widening = channels.widening
         self._head = EMBEDDING if is_tied(self._base, plan.family) else HEAD
         self._whole: dict[str, Singles] = {}
-        self._made = {tensor.name: tensor for tensor in plan.tensors if tensor.role == "backbone"}
+        shards = plan.shards if plan.reused is None else plan.reused.otherwise
+        self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
 
     @property
     def experts(self) -> range:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
 from modekit.files.marker import INTERNAL
@@ -62,6 +63,14 @@ class CheckpointUpdate:
         text = {names.get(name, name): said for name, said in router.text.items()}
         return FittedRouter(self.checkpoint.gates(), router.model_copy(update={"text": text}))
 
+    def carried(self, folder: Path) -> Carried | None:
+        """The bases that the mixture carries more than FFNs by, where they stay; linked into the new mixture's folder."""
+        checkpoint = self.checkpoint
+        if self.change.what != "rename" or checkpoint.record.carry is None:
+            return None
+        link_file(checkpoint.folder / CARRIED_FILE, folder / CARRIED_FILE)
+        return read_carried(folder)
+
     def measured(self, numbers: Mapping[str, float | None]) -> CheckpointUpdate:
         """The same, and the history will say what was measured of who comes."""
         return replace(self, change=self.change.model_copy(update={"door": dict(numbers)}))
@@ -111,7 +120,7 @@ class CheckpointUpdate:
         self.checkpoint.check_unchanged()
         old = self.checkpoint.folder
         if self.is_of(out):
-            made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
+            made_anew = {RECORD_FILE, ROUTER_FILE, INDEX_FILE, CARRIED_FILE, "config.json", STATISTICS_FOLDER, *INTERNAL}
             if self.plan.vocabulary is not None and (self.plan.vocabulary.is_grown or self.checkpoint.record.tokens):
                 made_anew |= {*COPIED_FILES}  # of another model, perhaps
             weights = {ref.file.name for ref in self.checkpoint.tensors.values()}

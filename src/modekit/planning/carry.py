@@ -105,7 +105,7 @@ def _of_rank(size: CarrySize, needed: tuple[float, float], most: int, *, otherwi
     """All that is needed where that is at most `most`, else `otherwise`."""
     outputs, inputs = (int(each) if each <= most else otherwise for each in needed)
     terms = EXACT_TERMS if max(needed) <= most else TERMS
-    return size.model_copy(update={"outputs": _blocks(outputs), "inputs": _blocks(inputs), "terms": terms})
+    return size.model_copy(update={"outputs": blocks_of(outputs), "inputs": blocks_of(inputs), "terms": terms})
 
 
 def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize]:
@@ -128,7 +128,8 @@ def _active(recipe: Recipe, config: Config, size: CarrySize) -> float:
     )
 
 
-def _blocks(channels: int) -> int:
+def blocks_of(channels: int) -> int:
+    """As many channels or more, in whole blocks."""
     return math.ceil(channels / BLOCK) * BLOCK
 
 

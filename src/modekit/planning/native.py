@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import carried_size
-from modekit.planning.channels import channels_of
+from modekit.planning.channel_choice import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.pieces import CodeOf, FFNKind, Operation, Pad, Piece, PlannedTensor, Role, joined, piece_of, widened
 from modekit.recipes.recipe import Recipe, place_of_base

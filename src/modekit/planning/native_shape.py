@@ -10,7 +10,8 @@ from typing import ClassVar
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.planning.carry import CarrySize
-from modekit.planning.channels import Channels, channels_of
+from modekit.planning.channel_choice import channels_of
+from modekit.planning.channels import Channels
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.shape import (
     BUILD_AGAIN,

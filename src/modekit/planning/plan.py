@@ -37,11 +37,13 @@ class Reused:
         model: its tensors.
         files: shards of the plan that are files of it.
         names: tensor of the plan that holds something of the mixture's -> the mixture's tensor.
+        otherwise: the plan's shards if it took nothing.
     """
 
     model: ModelSource
     files: frozenset[str]
     names: Mapping[str, str] = field(default_factory=dict)
+    otherwise: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True)

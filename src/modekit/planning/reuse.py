@@ -37,7 +37,7 @@ def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after:
     for ref in sorted(tensors.values(), key=lambda ref: ref.start):
         files.setdefault(ref.file, []).append(ref)
     there = frozenset(shard.file for shard in shards if _is_there(shard, files.get(folder / shard.file, [])))
-    return replace(after, shards=tuple(shards), reused=Reused(model, there, names))
+    return replace(after, shards=tuple(shards), reused=Reused(model, there, names, after.shards))
 
 
 def _is_there(shard: Shard, there: Sequence[TensorRef]) -> bool:
@@ -62,13 +62,15 @@ class _Finder:
         self._new = {file for source, origin in experts if origin is None for file in source.files} - {*after.sources[0].files}
         same = range(before.experts)
         self._old = {_key(tensor, same): tensor for shard in before.shards for tensor in shard.tensors}
-        self._same = same
+        self._same, self._unchanged = same, [*origins] == [*same]
 
     def taken(self, tensor: PlannedTensor) -> tuple[PlannedTensor, str | None]:
         """The tensor with the checkpoint in place of its sources where that has it, and its name there."""
         was = self._old.get(_key(tensor, self._origins))
         ref = None if was is None else self._model.tensors.get(was.name)
         if was is None or ref is None or (ref.dtype, ref.shape) != (was.dtype, was.shape):
+            return tensor, None
+        if tensor.pad is not None and tensor.pad.carried is not None and not self._unchanged:  # bases are of all experts
             return tensor, None
         rows_of_new = any(ref.file in self._new for piece in (tensor.inner or tensor).pieces for ref in piece.refs)
         if not rows_of_new and _made(tensor, _sources_of(self._origins)) == _made(was, _sources_of(self._same)):

@@ -32,7 +32,7 @@ from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.routing.unseen import made_texts
 from modekit.text.chat import ChatTemplate
-from modekit.text.sequences import TokenSequence, make_batches
+from modekit.text.sequences import make_batches
 
 _LEAN = 0.01
 """Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
@@ -197,7 +197,7 @@ def _factors(
         with torch.inference_mode():
             for place, text in enumerate(texts):
                 view.use_expert(place)
-                for batch in make_batches(_beginning(text, max(16, _MEASURED_TOKENS // len(texts)))):
+                for batch in make_batches(text.beginning(max(16, _MEASURED_TOKENS // len(texts)))):
                     mask_BS = batch.mask
                     wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
                     view.model.model(
@@ -216,14 +216,3 @@ def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averag
     parts = torch.split(values_BSN, experts, dim=-1)
     said = [causal_average(part, mask_BS.float(), decay, None)[0] for part, decay in zip(parts, averaging.decays, strict=True)]
     return torch.cat(said, dim=-1)
-
-
-def _beginning(text: TokenText, most: int) -> list[TokenSequence]:
-    taken: list[TokenSequence] = []
-    tokens = 0
-    for ids, _ in text.sequences():
-        if tokens >= most:
-            break
-        taken.append(TokenSequence(tuple(ids[: most - tokens].tolist()), 0))
-        tokens += len(taken[-1].ids)
-    return taken

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from modekit.errors import TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.planning.channels import Channels
 from modekit.planning.plan import Plan
+from modekit.routing.token_text import load_token_text
 from modekit.run import Run
+from modekit.sources.family import whole
 from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
@@ -28,11 +32,14 @@ _SAMPLE, _BYTES = 1_024, 2**28
 _MEASURE = "measure the stream"
 
 
-def measure_stream(plan: Plan, run: Run) -> Stream:
-    """Run the base over the beginning of every domain's fit text. Raises SourceError and TextError."""
+def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
+    """Run the base over the beginning of every domain's fit text; where that is gone, over the tokens that `kept` has of it.
+
+    Raises SourceError and TextError.
+    """
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
-    sequences = _sequences(plan, run)
+    sequences = _sequences(plan, kept, run)
     model = load_model(base.folder, run=run)
     total = sum(each.size for each in sequences)
     layers = len(decoder_layers(model))
@@ -53,12 +60,19 @@ def measure_stream(plan: Plan, run: Run) -> Stream:
     return taps.stream(layers, np.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0]))
 
 
-def _sequences(plan: Plan, run: Run) -> list[TokenSequence]:
+def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
+    share = max(64, _TOKENS // plan.experts)
     found: list[TokenSequence] = []
     for number, expert in enumerate(plan.recipe.experts):
-        documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
-        share = max(64, _TOKENS // plan.experts)
+        try:
+            documents = fit_documents(expert, plan.root, number, reads=plan.family.reads)
+        except TextError:
+            text = load_token_text(kept / f"{expert.name}.safetensors", whole(plan.config, "vocab_size"))
+            if text is None:
+                raise
+            found += text.beginning(share)
+            continue
         found += encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length))
     return found
 

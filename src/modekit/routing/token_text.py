@@ -52,6 +52,16 @@ class TokenText:
         """Every sequence, and where it starts to say something."""
         return list(zip(torch.split(self.ids_N, self.lengths.tolist()), self.starts.tolist(), strict=True))
 
+    def beginning(self, most: int) -> list[TokenSequence]:
+        """Of its sequences at most so many tokens altogether."""
+        taken: list[TokenSequence] = []
+        for ids, _ in self.sequences():
+            if most <= 0:
+                break
+            taken.append(TokenSequence(tuple(ids[:most].tolist()), 0))
+            most -= len(ids)
+        return taken
+
     def held_out(self) -> list[Tokens]:
         """Every sequence of the documents that may choose."""
         if self.held_N is None or self.held_lengths is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from modekit.planning.channels import is_carried
+from modekit.planning.channel_choice import is_carried
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.recipes.edit import with_mixture

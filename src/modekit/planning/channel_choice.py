@@ -1,0 +1,163 @@
+"""Which channels besides the base's a recipe needs, and whether an architecture can have them (channels.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modekit.errors import UnsupportedError
+from modekit.planning.carry import CarrySize, blocks_of
+from modekit.planning.channels import Channels
+from modekit.recipes.recipe import Recipe
+from modekit.sources.family import Config, Family, number, whole
+from modekit.sources.native import choose_native
+from modekit.sources.native_row import Native, Widening
+from modekit.sources.rotary import turns_per_token
+
+_OLD_STEP = 64  # of channels without a layer in front
+_LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
+
+
+def channels_of(
+    recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None, *, front: bool = True
+) -> Channels | None:
+    """The channels of a recipe over a dense config with every default written out; None when its router needs none.
+
+    Checkpoints of older versions have no layer in front.
+
+    Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
+    """
+    fit = recipe.mixture.fit
+    if fit is None or not fit.carried:
+        return None
+    if isinstance(native.widening, str):
+        raise UnsupportedError(
+            f"{native.native_type} cannot carry a {fit.label} router: {native.widening}",
+            where="mixture.router.fit",
+            remedy="choose another fit, or output: {format: modekit}",
+        )
+    front = front and native.widening.in_front
+    if carry is not None and not front:
+        raise UnsupportedError(
+            f"{native.native_type} cannot carry more of an expert than its FFN: it has norms behind attention",
+            where="output.carry",
+            remedy="write output: {carry: ffn}, or output: {format: modekit}",
+        )
+    return _channels(recipe, native, native.widening, dense, carry, front)
+
+
+def _channels(
+    recipe: Recipe, native: Native, widening: Widening, dense: Config, carry: CarrySize | None, front: bool
+) -> Channels:
+    size, heads = whole(dense, "head_dim"), whole(dense, "num_attention_heads")
+    group, experts = heads // whole(dense, "num_key_value_heads"), len(recipe.experts)
+    decays, turns = _decays(recipe, native, dense)
+    _check_room(experts, decays, group, size)
+    return Channels(
+        whole(dense, "hidden_size"),
+        heads,
+        whole(dense, "num_key_value_heads"),
+        size,
+        whole(dense, "num_hidden_layers"),
+        whole(dense, "intermediate_size"),
+        _spare(recipe, widening, _needed(2 * len(decays) * experts + 1, carry), group * size, front),
+        experts,
+        decays,
+        widening,
+        number(dense, "rms_norm_eps"),
+        number(dense, "attention_multiplier", size**-0.5),
+        number(dense, "embedding_multiplier", 1.0),
+        number(dense, "residual_multiplier", 1.0),
+        turns,
+        front,
+        carry,
+    )
+
+
+def _needed(evident: int, carry: CarrySize | None) -> int:
+    """Channels of the router, and of what is carried, which begins with a block of its own."""
+    return evident if carry is None else blocks_of(evident + 1) + carry.channels
+
+
+def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
+    """Raise UnsupportedError unless one key-value head with its queries carries all evidence."""
+    if len(decays) > group:
+        raise UnsupportedError(
+            "more averages than the new head has queries",
+            where="mixture.router.decay",
+            found=len(decays),
+            expected=f"at most {group}, heads per key-value head of the base",
+            remedy="name fewer decays",
+        )
+    if len(decays) * experts > size:
+        raise UnsupportedError(
+            "more experts than an attention head can carry evidence for",
+            where="experts",
+            found=len(decays) * experts,
+            expected=f"experts times decays up to {size}, the size of a head",
+            remedy="leave experts out, or output: {format: modekit}",
+        )
+
+
+def is_carried(family: Family, config: Config, experts: int) -> bool:
+    """Whether a native architecture of this base carries a lexical router of its own choosing over so many experts."""
+    row, _ = choose_native(family, config)
+    if not row:
+        return False
+    names = [{"name": f"e{number}", "model": "./e", "text": "./t"} for number in range(experts)]
+    recipe = Recipe.model_validate({"base_model": "b", "experts": names, "mixture": {"router": {"fit": "lexical"}}})
+    try:
+        return bool(channels_of(recipe, row, family.dense_config(config)))
+    except UnsupportedError:
+        return False
+
+
+def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The recipe's, else the fit's own where the architecture can say it, else that of the mean; and the rotary turns."""
+    assert isinstance(native.widening, Widening)
+    turns = turns_per_token(dense) if native.widening.recency else None
+    asked = recipe.mixture.router.decay
+    decays = tuple(recipe.mixture.router.decays)
+    if asked is None and turns is None:
+        return (1.0,), ()
+    for decay in decays:
+        if decay != 1.0 and turns is None:
+            raise UnsupportedError(
+                f"{native.native_type} with this base's norms or rotary embedding cannot say that older tokens fade",
+                where="mixture.router.decay",
+                found=decay,
+                remedy="write decay: [1.0], the mean of the text so far",
+            )
+        if decay < _LEAST_DECAY:
+            raise UnsupportedError(
+                "an attention head cannot fade so fast",
+                where="mixture.router.decay",
+                found=decay,
+                expected=f"{_LEAST_DECAY} to 1 in a native architecture",
+                remedy="choose a decay in this range",
+            )
+    return decays, tuple(turns or ())
+
+
+def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int, front: bool) -> int:
+    """P."""
+    asked = recipe.output.channels
+    if widening.whole_heads:
+        fewest = -(-needed // of_heads) * of_heads if front else of_heads
+        if needed > fewest or asked not in (None, fewest):
+            raise UnsupportedError(
+                "this architecture takes as many channels as its new heads are wide",
+                where="output.channels",
+                found=asked or f"{needed} needed",
+                expected=fewest,
+                remedy="leave output.channels out, or mix fewer experts",
+            )
+        return fewest
+    if asked is not None and asked < needed:
+        raise UnsupportedError(
+            "too few channels for what they are to carry",
+            where="output.channels",
+            found=asked,
+            expected=f"at least {needed}",
+            remedy="leave it out, or raise it",
+        )
+    return asked or blocks_of(needed) if front else asked or -(-needed // _OLD_STEP) * _OLD_STEP
