@@ -58,7 +58,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed = layout.mixed_names()
     tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
-    notes = notes_of(recipe, vocabulary, family, layout.mixes_more, mixed)
+    notes = notes_of(recipe, vocabulary, family, layout.mixes_more, mixed | layout.carried_names())
     return Plan(
         recipe,
         root,
@@ -109,7 +109,7 @@ def _native_layout(
     if asked == "auto" and beyond:
         return None, f"only the modekit architecture has {', '.join(beyond)}"
     if asked == "auto" and adapters:
-        return None, f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} folds them into whole experts"
+        return None, _stay_low_rank(recipe, adapters)
     native, tried = choose_native(family, base.config)
     if native is None and asked == "native":
         raise UnsupportedError(
@@ -126,9 +126,20 @@ def _native_layout(
         if asked == "native" or recipe.output.channels is not None:
             raise
         return None, error.what
+    if layout.carried_names():
+        return (
+            layout,
+            f"a {native.native_type} carries experts of '{family.model_type}', attention and all, where its router is",
+        )
     return layout, (
         f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
     )
+
+
+def _stay_low_rank(recipe: Recipe, adapters: Sequence[str]) -> str:
+    carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
+    does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
+    return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} {does}"
 
 
 def _check_text(recipe: Recipe, reader: ModelSource) -> None:

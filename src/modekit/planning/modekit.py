@@ -55,6 +55,10 @@ class ModekitLayout:
         """Tensors of the base of which experts have their own."""
         return {name for name, place in self._places.by_tensor.items() if place.is_mixed}
 
+    def carried_names(self) -> set[str]:
+        """None: what experts differ by is theirs here."""
+        return set()
+
     def shape(self, where: str) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}

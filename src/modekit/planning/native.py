@@ -15,7 +15,7 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import in_layer, is_ignored, split_layer
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native_row import Native
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
@@ -66,6 +66,17 @@ class NativeLayout:
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which every expert has its own."""
         return self._ffn
+
+    def carried_names(self) -> set[str]:
+        """Tensors of the base by which experts may differ although all share them."""
+        if self._carry is None or self._channels is None:
+            return set()
+        widening, parts = self._channels.widening, self._family.parts
+        modules = [parts[part] for part in ("q", "k", "v", "o")]
+        modules += [norm for norm in (widening.before_attention, widening.after_attention) if norm is not None]
+        names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
+        ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
+        return names | {weight_of(module) for module, carried in ends.items() if carried}
 
     def shape(self, where: str) -> NativeShape:
         """The native config.json."""
