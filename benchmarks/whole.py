@@ -1,0 +1,121 @@
+"""What a plain checkpoint carries of whole experts: gap closed and what is lost, whole.md.
+
+    python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2      base and four experts, as `modekit demo` makes them
+    python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
+
+Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes). `train` keeps models that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from modekit.building.build import build
+from modekit.demo.kinds import SMALL
+from modekit.demo.models import SEQUENCE_LENGTH, make_base
+from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
+from modekit.evaluation.evaluate import evaluate
+from modekit.evaluation.forced import force_experts
+from modekit.evaluation.results import Results
+from modekit.experts.specialize import specialize
+from modekit.files.output import is_there
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.run import QUIET
+
+EVAL_TOKENS = 8_192
+NATIVE = {"format": "native"}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapters": {
+        "modekit architecture": {"output": {"format": "modekit"}},
+        "plain, FFN alone": {"output": {**NATIVE, "carry": "ffn"}},
+        "plain, whole": {"output": NATIVE},
+        "plain, whole, rank 192 (exact)": {"output": {**NATIVE, "rank": 192}},
+        "plain, whole, rank 32": {"output": {**NATIVE, "rank": 32}},
+        "plain, whole, top-2": {"output": NATIVE, "top_k": 2},
+    },
+    "full": {
+        "modekit architecture, all": {"output": {"format": "modekit"}, "modules": "all"},
+        "plain, FFN alone, average": {"output": {**NATIVE, "carry": "ffn"}, "backbone": "average"},
+        "plain, whole, base, rank 64": {"output": {**NATIVE, "carry": "all"}},
+        "plain, whole, average, rank 32": {"output": {**NATIVE, "carry": "all", "rank": 32}, "backbone": "average"},
+        "plain, whole, average, rank 64": {"output": {**NATIVE, "carry": "all"}, "backbone": "average"},
+        "plain, whole, average, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}, "backbone": "average"},
+    },
+}
+"""How the experts of a kind are mixed."""
+
+
+def train(folder: Path, kind: str, seed: int) -> None:
+    """Base and experts of one seed."""
+    texts, home = unpack_text(folder / "text"), folder / f"seed{seed}"
+    home.mkdir(parents=True, exist_ok=True)
+    if not is_there(home / "base"):
+        make_base(home / "base", texts, steps=SMALL.base_steps, seed=seed, run=QUIET)
+    for place, name in enumerate(DOMAINS):
+        out = home / f"{kind}-{name}"
+        if not is_there(out):
+            training = SMALL.lora_training if kind == "adapters" else SMALL.expert_training
+            moved = "lora" if kind == "adapters" else "full"
+            with_seed = training.with_(seed=1000 * seed + place)
+            specialize(home / "base", out, [str(texts[name])], root=home, train=moved, training=with_seed, run=QUIET)
+
+
+def recipe(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
+    """A lexical router over the four experts."""
+    source = "adapter" if kind == "adapters" else "model"
+    experts = [{"name": name, source: f"./{kind}-{name}", "text": f"../text/{name}.jsonl"} for name in DOMAINS]
+    mixed = {key: value for key, value in variant.items() if key != "output"}
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, **mixed}
+    said = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": variant["output"]}
+    return {**said, "eval": {UNSEEN: f"../text/{UNSEEN}.jsonl"}}
+
+
+def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
+    """A row of the table per variant."""
+    home, known = folder / f"seed{seed}", list[Results]()
+    print(f"\n| seed {seed} | gap closed | forced | not carried | unseen / base | active / base | build s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, variant in VARIANTS[kind].items():
+        if only and only not in name:
+            continue
+        start = time.process_time()
+        plan = make_plan(parse_recipe(recipe(kind, variant), where=name), home)
+        checkpoint = build(plan, home / f"{kind}-mixture", overwrite=True)
+        took = time.process_time() - start
+        said = evaluate(
+            checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None
+        )
+        known.append(said)
+        forced = force_experts(checkpoint, tokens_per_domain=1_024)
+        lost = [row.not_carried or 0.0 for row in forced.rows if forced.own_text.get(row.expert) == row.text]
+        base, mixed = said.row("base"), said.row("mixture")
+        print(
+            f"| {name} | {mixed.mean_gap(DOMAINS):.3f} | {said.row('oracle').mean_gap(DOMAINS):.3f} "
+            f"| {max(lost):.1e} | {mixed.scores[UNSEEN].loss / base.scores[UNSEEN].loss:.3f} "
+            f"| {checkpoint.parameters.active / checkpoint.record.dense_parameters:.2f} | {took:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """One step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["train", "mixtures"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=[*VARIANTS], required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="")
+    said = parser.parse_args()
+    for seed in said.seeds:
+        if said.step == "train":
+            train(said.folder.resolve(), said.kind, seed)
+        else:
+            mixtures(said.folder.resolve(), said.kind, seed, said.only)
+
+
+if __name__ == "__main__":
+    main()
