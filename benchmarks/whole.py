@@ -1,6 +1,6 @@
 """What a plain checkpoint carries of whole experts: gap closed and what is lost, whole.md.
 
-    python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2      base and four experts, as `modekit demo` makes them
+    python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2      base and four experts, as `modekit demo` has
     python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
 
 Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes). `train` keeps models that are there.
