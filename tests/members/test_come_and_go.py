@@ -203,15 +203,15 @@ def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) 
 
 
 def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
-    """64 carry 31 experts: with one more every tensor is wider, and comes from the models again."""
+    """32 carry 15 experts: with one more every tensor is wider, and comes from the models again."""
     shop = make_workshop(tmp_path, num_hidden_layers=1, head_dim=64)
-    same = [{"name": f"base{number}", "model": "base", "text": ["./text/law.jsonl"]} for number in range(29)]
+    same = [{"name": f"base{number}", "model": "base", "text": ["./text/law.jsonl"]} for number in range(13)]
     said = {**recipe(KINDS["native lexical"], WHOLE[:2]), "experts": [*map(expert, WHOLE[:2]), *same]}
     before = build(make_plan(parse_recipe(said), shop.root), tmp_path / "before")
     joint = build(
         make_plan(parse_recipe({**said, "experts": [*said["experts"], expert("code")]}), shop.root), tmp_path / "joint"
     )
-    assert before.config["hidden_size"] == 32 + 64 and joint.config["hidden_size"] == 32 + 128
+    assert before.config["hidden_size"] == 32 + 32 and joint.config["hidden_size"] == 32 + 64
     added = write_change(before, add_expert(before, "code", new(shop, "code")), tmp_path / "added")
     check_same(added.folder, joint.folder)
 

@@ -124,7 +124,7 @@ def test_a_row_of_the_table_opens_what_a_record_names(shared_workshop: Workshop,
     workshop = borrow(shared_workshop, tmp_path)
     checkpoint = open_checkpoint(workshop.build(output={"format": "native"}))
     record = checkpoint.record
-    shape = open_shape(checkpoint.config, record.recipe, "here", record.native_type, record.dense_config)
+    shape = open_shape(checkpoint.config, record.recipe, "here", record.native_type, record.dense_config, None)
     assert (
         isinstance(shape, NativeShape)
         and shape.native_type == "mixtral"

@@ -567,7 +567,6 @@ def test_refuses_other_kinds_of_adapters_and_lists_the_known_ones(
 REFUSED_SETTINGS: dict[str, Any] = {
     "layer_replication": [[0, 2]],
     "target_parameters": ["mlp.experts.down_proj"],
-    "trainable_token_indices": [1],
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "megatron_config": {"a": 1},

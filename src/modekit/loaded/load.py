@@ -154,10 +154,11 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = torch.float32, run: R
 
 def _read_by_us(folder: Path, run: Run) -> ModelSource | None:
     """A quantised model, or the language model within a wrapper; None of a folder that transformers reads as we do."""
-    if not is_quantised(folder) and not may_wrap(read_config(folder, where=str(folder))):
+    quantised = is_quantised(folder)
+    if not quantised and not may_wrap(read_config(folder, where=str(folder))):
         return None
     source = open_source("model", str(folder), folder, run=run)
-    return source if source.packed or source.wrapper is not None else None
+    return source if quantised or source.wrapper is not None else None
 
 
 def _language_model(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -128,13 +128,13 @@ class Scaled:
         found = numbers(read, self.weight, first, last).astype(np.float32)
         rows, columns = np.arange(first, last) // self.block[0], np.arange(self.unit) // self.block[1]
 
-        def spread(ref: TensorRef) -> Array32:
+        def repeated(ref: TensorRef) -> Array32:
             grid = numbers(read, ref).astype(np.float32).reshape(rows_of(self.weight, self.block), -1)
             return grid[rows][:, columns] if grid.shape[1] > 1 else grid[rows]
 
         if self.zero is not None:
-            found -= spread(self.zero)
-        found *= spread(self.scale) * np.float32(self.factor)
+            found -= repeated(self.zero)
+        found *= repeated(self.scale) * np.float32(self.factor)
         return found.ravel()
 
 
