@@ -97,9 +97,7 @@ def export_gguf(
     made = made_of(checkpoint, settings)
     name = _name(checkpoint, made)
     with staged_export(checkpoint, out, made, replace, run) as stage:
-        finer = _CARRIER if shape.channels is not None and made["outtype"] in _COARSE else None
-        guess = guessed_pre_tokenizer(checkpoint.folder)
-        convert_into(stage, checkpoint, name, Conversion(made["outtype"], settings.pre_tokenizer, guess, finer), run)
+        convert_into(stage, checkpoint, name, conversion_of(checkpoint, settings), run)
         file, texts = stage.folder / name, texts_of(checkpoint)
         proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
         if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
@@ -109,6 +107,13 @@ def export_gguf(
         write_record(stage, made, written.as_data())
     keep_proven(_claim(made, written.file, run))
     return [written]
+
+
+def conversion_of(checkpoint: Checkpoint, settings: GgufSettings) -> Conversion:
+    """How a native mixture is converted: what carries its router's evidence keeps 16 bits where others get fewer."""
+    outtype = made_of(checkpoint, settings)["outtype"]
+    finer = _CARRIER if checkpoint.shape.channels is not None and outtype in _COARSE else None
+    return Conversion(outtype, settings.pre_tokenizer, guessed_pre_tokenizer(checkpoint.folder), finer)
 
 
 @contextmanager
