@@ -24,7 +24,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 BOUNDS = {
     "entries at the root": 26,
-    "source lines": 53_000,
+    "source lines": 57_500,
     "file lines, median": 150,
     "file lines, max": 400,
     "function body, p90": 20,
@@ -33,7 +33,7 @@ BOUNDS = {
     "bool flags handed down": 39,
     "public signatures with Any": 60,
     "class names in two files or more": 10,
-    "words of README and docs": 22_000,
+    "words of README and docs": 23_000,
 }
 """Most that each figure may be."""
 
