@@ -735,6 +735,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"shares": APART, "native": True}, {"backbone": "average", "router": LEXICAL}),
     ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": LEXICAL}),
     ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": LEXICAL}),
+    ({"shares": APART, "native": True, "low_rank": True}, {"backbone": "base", "router": LEXICAL}),
     ({"shares": None}, {"modules": "all", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto", "router": {"fit": "ngram"}}),
     ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),

@@ -89,7 +89,18 @@ def _words(facts: Facts) -> str:
     return f"n-grams name the domain of only {facts.word_accuracy:.2f} of the held-out tokens"
 
 
+def _carries_adapters(facts: Facts) -> bool:
+    """Whether a native mixture has a lexical router, which carries adapters whole."""
+    return facts.native and facts.low_rank and facts.fit_text and facts.lexical_fits and _words_differ(facts)
+
+
 EXPERTS: tuple[Rule, ...] = (
+    Rule(
+        _carries_adapters,
+        {"backbone": "base"},
+        lambda facts: "adapters whole, attention included, in a plain checkpoint with a lexical router",
+        "benchmarks/whole.md: 0.92 of the gap, 0.93 in the modekit architecture, 0.67 with FFNs alone (adapters, top-1)",
+    ),
     Rule(
         lambda facts: facts.native and carries(facts, "ffn"),
         {"backbone": "base"},
