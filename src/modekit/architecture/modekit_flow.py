@@ -16,6 +16,7 @@ _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with
 _HELD = (
     "mask_BS",
     "ids_BS",
+    "shape_BS",
     "states",
     "forced",
     "encoding",
@@ -45,6 +46,8 @@ class Flow:
         averages: whether any router averages over tokens.
         ids_BS: token ids of this pass; None when embeddings were given in their place.
         mask_BS: real tokens of this pass; None when all are.
+        shape_BS: sequences and tokens of this pass.
+        told_padding: what generate says of pads, on its way past a family's own classes.
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
@@ -77,6 +80,8 @@ class Flow:
         self.averages = False
         self.ids_BS: torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
+        self.shape_BS: tuple[int, int] | None = None
+        self.told_padding: dict[str, Any] = {}
         self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}

@@ -95,7 +95,7 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    piece = piece_of(self._sources, 1 + expert, ref)
+                    piece = piece_of(self._sources, 1 + expert, self._places.original(ref))
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
@@ -113,6 +113,7 @@ class ModekitLayout:
         return MixtureConfig(
             format=FORMAT,
             dense_type=self._family.model_type,
+            **({"derived": self._family.derived} if self._family.derived is not None else {}),
             experts=self._recipe.names,
             routing=routing_config(self._recipe),
             places={place.module: self._entry(place) for place in self._places},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import ClassVar
 
 from modekit.errors import UnsupportedError
 from modekit.planning.channels import channels_of
@@ -25,7 +26,7 @@ class NativeLayout:
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
     """
 
-    unties = False
+    unties: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, native: Native, code_of: CodeOf

@@ -14,9 +14,10 @@ from functools import cached_property
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings
-from modekit.sources.families import FAMILIES
+from modekit.sources.families import family_of
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
+from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -59,21 +60,39 @@ class Resolution:
     @cached_property
     def _shares(self) -> bool:
         """Whether encoder and decoder of the base have embeddings of their own that are one with its embedding."""
-        return any(family.shares and family.model_type == self.base.config.get("model_type") for family in FAMILIES)
+        return self._family.shares
+
+    @cached_property
+    def _family(self) -> Family:
+        return family_of(self.base.config, where=f"{self.base.label} ({self.base.spec})")
+
+    def looks_up(self, module: str) -> bool:
+        """Whether an adapted module is an embedding."""
+        return self._family.looks_up(module)
+
+    def keeps_columns(self, module: str) -> bool:
+        """Whether a linear module of the base keeps its weight as (I, O)."""
+        return self._family.keeps_columns(module)
 
     @cached_property
     def _is_tied(self) -> bool:
+        if self._family.derived is not None:
+            return bool(self._family.ties)
         says = not self._shares and bool(self.base.config.get("tie_word_embeddings"))
-        return says or weight_of(HEAD) not in self.base.tensors
+        return says or weight_of(self._head) not in self.base.tensors
 
     @cached_property
     def _embedding(self) -> str:
-        return embedding_in(self.base.tensors)
+        return self._family.embedding if self._family.derived is not None else embedding_in(self.base.tensors)
+
+    @property
+    def _head(self) -> str:
+        return self._family.head
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
         """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
-        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(HEAD)))
+        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(self._head)))
 
     @cached_property
     def _base_modules(self) -> frozenset[str]:
@@ -120,7 +139,7 @@ class Resolution:
             if match is None:
                 continue
             module = match["module"]
-            if self._is_tied and module in {self._embedding, HEAD}:
+            if self._is_tied and module in {self._embedding, self._head}:
                 self._refuse_tied(ref)
             if self._shares and module == self._embedding:
                 self._refuse_shared(ref)
@@ -140,7 +159,7 @@ class Resolution:
                 continue
             module, _, last = name.rpartition(".")
             own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
-            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(HEAD)}
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(self._head)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
             if self._shares and not is_tied and own == self._embedding and self.settings.saves(own):
@@ -163,7 +182,7 @@ class Resolution:
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""
-        names = self._base_names | {weight_of(HEAD)}  # PEFT copies the head of a tied base, too
+        names = self._base_names | {weight_of(self._head)}  # PEFT copies the head of a tied base, too
         missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self.whole)
         if missing:
             raise SourceError(
@@ -174,8 +193,8 @@ class Resolution:
                 remedy=SAVE_AGAIN,
             )
         found = dict(self.whole)
-        if self._is_tied and weight_of(HEAD) in found:
-            head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
+        if self._is_tied and weight_of(self._head) in found:
+            head = found.pop(weight_of(self._head))  # one parameter with the embedding, saved under both names
             found.setdefault(weight_of(self._embedding), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
@@ -188,7 +207,7 @@ class Resolution:
         members = self.members(module)
         weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
         for name, ref in weights.items():
-            if len(ref.shape) != 2 or (self.is_ia3 and is_looked_up(module)):
+            if len(ref.shape) != 2 or (self.is_ia3 and self.looks_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
                     where=f"{self.where}: {name}",
@@ -210,9 +229,9 @@ class Resolution:
     def _check_targets_are_there(self) -> None:
         """Raise SourceError when the config targets a module that the file does not adapt."""
         fused = {member for module in self.parts for member in self._fused_modules.get(module, ())}
-        modules = self._base_modules | {HEAD}
+        modules = self._base_modules | ({self._head} - {""})
         if self.settings.takes_all_linear:
-            modules = frozenset(module for module in modules - {HEAD} if len(self.base.tensors[weight_of(module)].shape) == 2)
+            modules = frozenset(module for module in modules - {self._head} if len(self.base.tensors[weight_of(module)].shape) == 2)
         missing = {module for module in modules - self.parts.keys() - fused if self.settings.targets(module)}
         # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
         kinds = {module.rpartition(".")[2] for module in self.parts if module in self._fused_modules}

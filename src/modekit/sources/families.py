@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.sources.derived import derive, is_installed
 from modekit.sources.family import LINEAR, Config, Family, Stack, whole
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
@@ -248,6 +249,8 @@ def family_of(config: Config, *, where: str) -> Family:
         if family.model_type == model_type and family.is_variant(config):
             return family
     wraps = "text_config" in config
+    if not wraps and is_installed(model_type):
+        return derive(config, where=where)
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
         + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),
