@@ -31,7 +31,8 @@ class MixedAny(Mixed):
         """What the module returns; of an expert alone what its own module does."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         flow, shape_BS = self._flow[0], self._flow[0].shape_BS
-        layout = self._layout(given[0]) if len(given) == len(args) + len(kwargs) == 1 else None
+        plain = len(given) == len(args) + len(kwargs) == 1 and not any(True for _ in self._dense.children())
+        layout = self._layout(given[0]) if plain else None
         if flow.alone is not None:
             if self.router is not None:
                 self._decided(given[0])
@@ -40,19 +41,29 @@ class MixedAny(Mixed):
             y = super().forward(given[0].unflatten(0, shape_BS))
             return y.flatten(0, 1)
         if layout is not None:
-            self.sequence_axis = 2 if layout == "heads first" else 1
             return super().forward(given[0])
         return self._sum_of_all(args, kwargs, self._decided(given[0]))
+
+    def __getattr__(self, name: str) -> Any:
+        """What code around the place asks of its module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base", "experts"):
+                raise
+            return getattr(self._dense, name)
+
+    @property
+    def _dense(self) -> Any:
+        return self.base if self.base is not None else self.experts[0]
 
     def _layout(self, x: torch.Tensor) -> str | None:
         """How x counts tokens; None where `Mixed` cannot read it."""
         if self._flow[0].shape_BS is None:
             return None
         batch, length = self._flow[0].shape_BS
-        if x.ndim >= 2 and x.shape[0] == batch and x.shape[1] <= length and (x.ndim < 4 or x.shape[1] == length):
+        if x.ndim > self.sequence_axis and x.shape[0] == batch and x.shape[self.sequence_axis] in (length, 1):
             return "tokens"
-        if x.ndim == 4 and x.shape[0] == batch and x.shape[2] == length:
-            return "heads first"
         return "flat" if x.ndim == 2 and x.is_floating_point() and x.shape[0] == batch * length else None
 
     def _of_one(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,7 +86,8 @@ class MixedAny(Mixed):
         for number, (module, weight) in enumerate(parts):
             if cache is None and not bool(weight.any()) and (total is not None or number + 1 < len(parts)):
                 continue
-            with _memory(cache, getattr(module, "layer_idx", None), number):
+            layers = (getattr(each, "layer_idx", None) for each in module.modules())
+            with _memory(cache, next((each for each in layers if each is not None), None), number):
                 y = module(*args, **kwargs)
             total = self._added(total, y, weight)
         return total
@@ -94,6 +106,7 @@ class MixedAny(Mixed):
         weight = weight.to(y.dtype)
         if y.ndim == 2 and y.shape[0] == shape_BS[0] * shape_BS[1]:
             return y * weight.expand(shape_BS).flatten()[:, None]
+        y = y[None] if y.ndim == 2 and y.shape[0] == shape_BS[1] else y  # positions, the same of all sequences
         return y * weight[:, -y.shape[1] :].reshape(len(weight), -1, *[1] * (y.ndim - 2))
 
 

@@ -16,7 +16,7 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
-from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of, pieces_of
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
@@ -170,11 +170,17 @@ class _Giver:
 
     def tensor(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The backbone's tensor for a tensor of the base model. Raises MismatchError."""
+        if self._merges and ref.parts:
+            raise UnsupportedError(
+                "the backbone cannot be merged: this class keeps in one tensor what the files hold in many",
+                where=f"mixture.backbone: {name}",
+                remedy="choose backbone: base",
+            )
         if self._merges:
             pieces = (Piece(0, ref), *(piece_of(self._sources, number, ref) for number in self._merged))
             return PlannedTensor(name, code, ref.shape, "backbone", "merge", pieces)
-        return joined(name, code, ref.shape, "backbone", (piece_of(self._sources, self._one, ref),))
+        return joined(name, code, ref.shape, "backbone", pieces_of(self._sources, self._one, ref))
 
     def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The base model's tensor itself."""
-        return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
+        return joined(name, code, ref.shape, "backbone", tuple(Piece(0, part) for part in ref.parts or (ref,)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, rows_of
+from modekit.planning.pieces import CodeOf, Factor, Piece, PlannedTensor, joined, piece_of, pieces_of, rows_of
 from modekit.planning.places import Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
@@ -95,8 +95,8 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    piece = piece_of(self._sources, 1 + expert, self._places.original(ref))
-                    yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
+                    pieces = pieces_of(self._sources, 1 + expert, self._places.original(ref))
+                    yield joined(name, self._code_of(ref), ref.shape, "expert", pieces, expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]

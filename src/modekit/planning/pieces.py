@@ -217,6 +217,12 @@ def piece_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> P
     return Piece(number if ref.name in source.replaced else 0, given)
 
 
+def pieces_of(sources: tuple[ModelSource, ...], number: int, ref: TensorRef) -> tuple[Piece, ...]:
+    """The same as `piece_of`, of a tensor that lies in many places piece by piece."""
+    piece = piece_of(sources, number, ref)
+    return tuple(replace(piece, ref=part) for part in piece.ref.parts) or (piece,)
+
+
 def touched(source: ModelSource, name: str) -> bool:
     """Whether an adapter does anything to a tensor of the base; a full model always has its own."""
     if not isinstance(source, AdapterSource):

@@ -275,7 +275,7 @@ class Places:
         """Every module of the base that holds tensors, embedding first, head last."""
         self._check_bias()
         embedding = self._family.embedding
-        modules = {embedding, self._family.head or embedding}
+        modules = {embedding, self._family.place_of(weight_of(self._family.head or embedding))}
         if self._family.derived is not None:
             modules |= {self._family.place_of(name) for name in (*own_names(self._base, self._family), *self.unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == self._family.head, natural_key(module)))

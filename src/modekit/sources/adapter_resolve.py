@@ -207,7 +207,7 @@ class Resolution:
         members = self.members(module)
         weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
         for name, ref in weights.items():
-            if len(ref.shape) != 2 or (self.is_ia3 and self.looks_up(module)):
+            if ref.parts or len(ref.shape) != 2 or (self.is_ia3 and self.looks_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
                     where=f"{self.where}: {name}",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,10 +23,13 @@ from modekit.sources.names import split_layer
 if TYPE_CHECKING:
     from torch import nn
 
+    from modekit.sources.model import TensorRef
+
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 """Keys of config.json that every family with a row has; a mixture's has them whatever its class calls them."""
 _MOST = 4096
 """Layers, or experts of one layer, that are made on the meta device."""
+_TOKENS = 13
 _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
@@ -40,25 +44,27 @@ class Derived(BaseModel):
 
     Attributes:
         layers: what the names of the layers' tensors begin with.
-        parts: part -> linear module under a layer, in the order of the class; a part without a usual name is called by its path.
+        parts: linear modules under a layer, in the order of the class.
         ffn: module of the whole FFN under a layer; empty where no module holds it.
         embedding, head: their modules; `head` is empty where the class has none.
         tied: tensors that are others under a second name -> those others.
         lookups: embeddings besides the first, whole names.
         columns: linear modules that keep weights as (I, O), under a layer or whole names.
+        heads_first: modules under a layer that see (B, heads, S, width).
         blocks: modules that only work as a whole, whole names: tensors of theirs are read by code outside of small modules.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     layers: _Name
-    parts: Annotated[dict[_Name, _Name], Field(max_length=256)]
+    parts: _Names
     ffn: _Name = ""
     embedding: _Name
     head: _Name = ""
     tied: Annotated[dict[_Name, _Name], Field(max_length=4096)] = {}
     lookups: _Names = []
     columns: _Names = []
+    heads_first: _Names = []
     blocks: Annotated[list[_Name], Field(max_length=65_536)] = []
 
 
@@ -66,16 +72,23 @@ def family_from(model_type: str, derived: Derived, **more: Any) -> Family:
     """The row that what was found in a class amounts to."""
     layer, _ = split_layer(f"{derived.layers}0.x")
     name = "" if layer is None else stack_of(layer)[0]
-    stack = Stack(name=name, layers=derived.layers, parts=derived.parts, ffn=derived.ffn)
+    stack = Stack(name=name, layers=derived.layers, parts=_named(derived.parts), ffn=derived.ffn)
     return Family(
         model_type,
         (stack,),
         embedding=derived.embedding,
         head=derived.head,
+        heads_first=tuple(derived.heads_first),
         without_vllm="its family has no row in modekit's table, and nobody tried it in vLLM",
         derived=derived,
         **more,
     )
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """Part -> its module; a part that has no usual name, or none of its own, is called by its path."""
+    usual = [_PART_OF.get(path.rpartition(".")[2], path) for path in paths]
+    return {name if usual.count(name) == 1 else path: path for name, path in zip(usual, paths, strict=True)}
 
 
 def is_installed(model_type: str) -> bool:
@@ -87,14 +100,21 @@ def is_installed(model_type: str) -> bool:
 
 def derive(config: Config, *, where: str) -> Family:
     """The row of a config, from its installed class. Raises UnsupportedError where it cannot be mixed, and SourceError."""
-    return _derive(json.dumps(config, sort_keys=True), where)
+    return _structure(json.dumps(config, sort_keys=True), where).family
+
+
+def class_tensors(config: Config, tensors: Mapping[str, TensorRef], *, where: str) -> dict[str, TensorRef]:
+    """A model's tensors by the names of its class, which transformers maps those of files to when it loads them.
+
+    Raises UnsupportedError where it computes with them on the way.
+    """
+    return _structure(json.dumps(config, sort_keys=True), where).tensors(tensors)
 
 
 @lru_cache(maxsize=16)
-def _derive(config_json: str, where: str) -> Family:
+def _structure(config_json: str, where: str) -> _Structure:
     config: dict[str, Any] = json.loads(config_json)
-    model = _on_meta(config, where)
-    return _Structure(model, where).family()
+    return _Structure(_on_meta(config, where), where)
 
 
 def _on_meta(config: Mapping[str, Any], where: str) -> Any:
@@ -141,9 +161,13 @@ class _Structure:
 
         self._model, self._where, self._nn, self._columns = model, where, torch.nn, Conv1D
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._called: dict[str, None] = {}
+        self._heads_first: dict[str, None] = {}
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
 
+    @cached_property
     def family(self) -> Family:
+        """The row."""
         config = self._model.config
         layers = self._layers()
         parts, lookups, columns = self._parts(layers)
@@ -160,12 +184,50 @@ class _Structure:
             tied=self._tied,
             lookups=lookups,
             columns=columns,
+            heads_first=sorted({name.removeprefix(layers).partition(".")[2] for name in self._heads_first if name.startswith(layers)}),
             blocks=self._blocks(layers),
         )
-        known = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
+        found = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
+        known = {key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()}
         tensors = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
         return family_from(config.model_type, derived, known=known, tensors=tensors, defaults=settings)
+
+    def tensors(self, found: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+        """See `class_tensors`."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        known, prefix = self._model.state_dict(), self._model.base_model_prefix
+        mapping = get_model_conversion_mapping(self._model)
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+        named: dict[str, TensorRef] = {}
+        many: dict[str, dict[str, list[TensorRef]]] = {}
+        for name in sorted(found, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if pattern is None or target == name:
+                named[target] = replace(found[name], name=target)
+            else:
+                many.setdefault(target, {}).setdefault(pattern, []).append(found[name])
+        operations = {pattern: each.operations for each in converters for pattern in each.source_patterns}
+        for target, by_pattern in many.items():
+            steps = [(type(each).__name__, each.dim) for each in operations[next(iter(by_pattern))]]
+            order = next(each.source_patterns for each in converters if next(iter(by_pattern)) in each.source_patterns)
+            parts = [by_pattern[pattern] for pattern in order if pattern in by_pattern]
+            named[target] = self._joined(target, parts, steps, known)
+        return named
+
+    def _joined(
+        self, target: str, parts: list[list[TensorRef]], steps: list[tuple[str, int]], known: Mapping[str, Any]
+    ) -> TensorRef:
+        """One tensor of the class, whose bytes are those of many tensors of files one after the other."""
+        stacked = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
+        rows = [each for members in zip(*parts, strict=True) for each in members] if stacked else sum(parts, [])
+        whole = target in known and sum(each.numel for each in rows) == known[target].numel()
+        if not whole or len({each.dtype for each in rows}) > 1 or not (stacked or steps == [("Concatenate", 0)]):
+            raise self._refused(f"transformers computes {target} from what its files hold ({', '.join(name for name, _ in steps)})")
+        return replace(rows[0], name=target, shape=tuple(known[target].shape), parts=tuple(rows))
 
     def _refused(self, why: str) -> UnsupportedError:
         return UnsupportedError(
@@ -189,7 +251,7 @@ class _Structure:
     def _name_of(self, module: Any) -> str:
         return next((name for name, each in self._modules.items() if each is module), "")
 
-    def _parts(self, layers: str) -> tuple[dict[str, str], list[str], list[str]]:
+    def _parts(self, layers: str) -> tuple[list[str], list[str], list[str]]:
         """Parts of the layers, embeddings besides the first, and linear modules that keep their weights the other way round."""
         paths: dict[str, None] = {}
         lookups, columns = [], []
@@ -201,11 +263,33 @@ class _Structure:
             inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
             if inside and isinstance(module, self._nn.Linear | self._columns) and ".experts." not in f".{inside}.":
                 paths[inside] = None
-        usual: dict[str, list[str]] = {}
-        for path in paths:
-            usual.setdefault(_PART_OF.get(path.rpartition(".")[2], path), []).append(path)
-        named = {path: part if len(same) == 1 else path for part, same in usual.items() for path in same}
-        return {named[path]: path for path in paths}, lookups, columns
+        self._run()
+        called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
+        order = [path for path in dict.fromkeys(called) if path in paths]
+        return list(dict.fromkeys((*order, *paths))), lookups, columns
+
+    def _run(self) -> None:
+        """Note which modules a pass calls, in that order, and which of them see (B, heads, S, width): as far as code comes that
+        may look at numbers, of which there are none.
+        """
+        import torch
+
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            self._called[name] = None
+            if args and isinstance(args[0], torch.Tensor) and args[0].ndim == 4 and args[0].shape[2] == _TOKENS:
+                self._heads_first[name] = None
+
+        hooks = [each.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, each in self._modules.items()]
+        mask = torch.zeros((2, 1, _TOKENS, _TOKENS), device="meta")
+        try:
+            self._model.config._attn_implementation = "eager"
+            with torch.no_grad():
+                self._model(torch.zeros((2, _TOKENS), dtype=torch.long, device="meta"), attention_mask=mask, use_cache=False)
+        except Exception:  # it is enough to know what came first
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _ffn(self, layers: str) -> str:
         """A child of every layer that is called as FFNs are."""
@@ -229,6 +313,4 @@ class _Structure:
         if not name.startswith(layers):
             return name
         number, _, path = name.removeprefix(layers).partition(".")
-        if not path:
-            raise self._refused(f"its layers hold tensors that belong to no module ({name})")
-        return f"{layers}{number}.{path.partition('.')[0]}"
+        return f"{layers}{number}.{path.partition('.')[0]}".rstrip(".")

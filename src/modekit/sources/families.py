@@ -8,10 +8,12 @@ pairs.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.derived import derive, is_installed
+from modekit.sources.derived import class_tensors, derive, is_installed
 from modekit.sources.family import LINEAR, Config, Family, Stack, whole
+from modekit.sources.model import ModelSource
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
@@ -245,9 +247,9 @@ FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
 def family_of(config: Config, *, where: str) -> Family:
     """The row of a dense config. Raises UnsupportedError when there is none."""
     model_type = str(config.get("model_type"))
-    for family in FAMILIES:
-        if family.model_type == model_type and family.is_variant(config):
-            return family
+    row = _row_of(config)
+    if row is not None:
+        return row
     wraps = "text_config" in config
     if not wraps and is_installed(model_type):
         return derive(config, where=where)
@@ -258,6 +260,26 @@ def family_of(config: Config, *, where: str) -> Family:
         expected=f"a family of {', '.join(sorted({row.model_type for row in FAMILIES}))}",
         remedy="choose a base model of one of these families",
     )
+
+
+def _row_of(config: Config) -> Family | None:
+    for family in FAMILIES:
+        alone = family.pair and config.get("is_encoder_decoder") is False  # a decoder of such a family, by itself
+        if family.model_type == config.get("model_type") and family.is_variant(config) and not alone:
+            return family
+    return None
+
+
+def named_by_class(source: ModelSource) -> ModelSource:
+    """A model of a family without a row with its tensors under the names that its class has for them.
+
+    Raises as `family_of` does, and UnsupportedError for files that only arithmetic turns into these tensors.
+    """
+    config = source.config
+    if _row_of(config) is not None or "text_config" in config or not is_installed(str(config.get("model_type"))):
+        return source
+    where = f"{source.label} ({source.spec})"
+    return replace(source, tensors=class_tensors(config, source.tensors, where=where))
 
 
 def own_family(config: Config, other: Family) -> Family:

@@ -69,7 +69,8 @@ _REMEDY = "download or save the file again"
 class TensorRef:
     """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end).
 
-    `state` is the file's when its header was read; None where the header is not of a file on this disk.
+    `state` is the file's when its header was read; None where the header is not of a file on this disk. `parts`: where a class
+    keeps in one tensor what files hold in many, those, whose bytes follow each other; the range is then the first one's.
     """
 
     name: str
@@ -79,11 +80,12 @@ class TensorRef:
     start: int
     end: int
     state: FileState | None = field(default=None, compare=False, repr=False)
+    parts: tuple[TensorRef, ...] = field(default=(), repr=False)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.end - self.start
+        return sum(part.nbytes for part in self.parts) or self.end - self.start
 
     @property
     def numel(self) -> int:
@@ -210,7 +212,7 @@ class ModelSource:
     @cached_property
     def states(self) -> dict[Path, FileState | None]:
         """Every weight file, and its state when its header was read."""
-        return {ref.file: ref.state for ref in self.tensors.values()}
+        return {each.file: each.state for ref in self.tensors.values() for each in ref.parts or (ref,)}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
