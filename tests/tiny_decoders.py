@@ -34,12 +34,17 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(_FFN, 48),
     **dict.fromkeys(_EXPERTS, 4),
     **dict.fromkeys(_TOP_K, 2),
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "n_positions": 128,
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim", "swa_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim", "lru_width"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "index_n_heads", "mamba_d_state", "ssm_state_size", "mamba_n_groups"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "n_groups", "n_group"), 2),
+    **dict.fromkeys(("linear_num_value_heads", "swa_num_attention_heads"), 4),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "shape_vocab_size", "pronunciation_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("unpadded_vocab_size", "padded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
+    **dict.fromkeys(("num_dense_layers", "first_k_dense_replace", "attn_layer_offset", "topk_group"), 1),
+    **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -49,32 +54,49 @@ SIZES: dict[str, Any] = {
     "sliding_window": 16,
 }
 """Key of a config, where it has it -> what a small model has."""
+OWN: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8, "num_buckets": 2},
+    "nemotron_h": {"layers_block_type": ["attention", "mamba"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+}
+"""What one type alone needs."""
 
 
 def tiny_config(model_type: str, **says: Any) -> PreTrainedConfig:
     """A config of a type with everything small; `says` are settings of its own."""
-    config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
-    return AutoConfig.for_model(model_type, **_small(default), **says)
+    default = CONFIG_MAPPING[model_type]()
+    return AutoConfig.for_model(model_type, **{**_small(default), **OWN.get(model_type, {}), **says})
 
 
 def _small(default: PreTrainedConfig) -> dict[str, Any]:
     given = default.to_dict()
     names = getattr(default, "attribute_map", {})
-    made = {names.get(key, key): value for key, value in SIZES.items() if hasattr(default, key)}
+    made = {names.get(key, key): value for key, value in SIZES.items() if names.get(key, key) in given}
+    made = {key: value for key, value in made.items() if given[key] is not None or not key.endswith(("lora_rank", "window"))}
+    if "kv_lora_rank" in given and "num_key_value_heads" in made:
+        made["num_key_value_heads"] = HEADS
+    count = next((given[key] for key in map(lambda key: names.get(key, key), _LAYERS) if key in given), None)
     for key, value in given.items():
-        if key == "layer_types" or (isinstance(value, list) and len(value) == getattr(default, "num_hidden_layers", -1) > LAYERS):
+        if isinstance(value, list) and value and len(value) == count:
             made[key] = _both(value)
+        if isinstance(value, dict) and "model_type" in value:
+            made[key] = _small(getattr(default, key))
     return made
 
 
-def _both(values: list[Any] | None) -> list[Any] | None:
-    """One layer of each of the first two kinds."""
-    if not values:
-        return None
+def _both(values: list[Any]) -> list[Any]:
+    """One layer of the first kind of attention, and one of the first other kind."""
     kinds = list(dict.fromkeys(map(str, values)))
-    first = [next(value for value in values if str(value) == kind) for kind in kinds[:LAYERS]]
-    return (first * LAYERS)[:LAYERS]
+    full = [kind for kind in kinds if "attention" in kind and "linear" not in kind][:1] or kinds[:1]
+    chosen = (full + [kind for kind in kinds if kind not in full])[:LAYERS]
+    return [next(value for value in values if str(value) == kind) for kind in (chosen * LAYERS)[:LAYERS]]
 
 
 def tiny_decoder(model_type: str, seed: int = 0, **says: Any) -> PreTrainedModel:
@@ -86,3 +108,7 @@ def tiny_decoder(model_type: str, seed: int = 0, **says: Any) -> PreTrainedModel
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+REFUSED: dict[str, str] = {}
+"""Type -> why no mixture of it is made, or tried."""

@@ -316,7 +316,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
-    filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length())
+    filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and _holds_text(cache)
     if filled and getattr(cache, "streams", 1) != flow.streams:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not _averages(flow) or flow.keeper is not None or (flow.forced is not None and not flow.solo):
@@ -330,6 +330,13 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
         )
     if _is_packed(flow, kwargs):
         raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
+
+
+def _holds_text(cache: Cache) -> bool:
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # no layer of it counts tokens
+        return any(bool(getattr(layer, "has_previous_state", False)) for layer in cache.layers)
 
 
 def _averages(flow: Flow) -> bool:

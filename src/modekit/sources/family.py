@@ -113,8 +113,8 @@ class Stack:
 
     @property
     def in_order(self) -> list[str]:
-        """Its parts as they run: usual ones first, in the order of PARTS."""
-        return [*(part for part in PARTS if part in self.parts), *(part for part in self.parts if part not in PARTS)]
+        """Its parts as they run."""
+        return list(self.parts)
 
     def rank(self, path: str) -> int:
         """Where a part, or the whole FFN, runs among the others."""
