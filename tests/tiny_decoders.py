@@ -12,7 +12,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LAYERS, WIDTH, HEADS, VOCABULARY = 2, 32, 4, 96
 
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "embedding_size", "n_embed", "word_embed_proj_dim", "emb_dim")
+_WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embed_dim",
+    "dim",
+    "embedding_size",
+    "n_embed",
+    "word_embed_proj_dim",
+    "emb_dim",
+)
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_decoder_layers"),
     "num_encoder_layers",
@@ -36,7 +46,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(_TOP_K, 2),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim", "swa_head_dim"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim", "lru_width"), 16),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "index_n_heads", "mamba_d_state", "ssm_state_size", "mamba_n_groups"), 4),
+    **dict.fromkeys(
+        ("mamba_n_heads", "mamba_num_heads", "index_n_heads", "mamba_d_state", "ssm_state_size", "mamba_n_groups"), 4
+    ),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "n_groups", "n_group"), 2),
     **dict.fromkeys(("linear_num_value_heads", "swa_num_attention_heads"), 4),
@@ -82,7 +94,7 @@ def _small(default: PreTrainedConfig) -> dict[str, Any]:
     made = {key: value for key, value in made.items() if given[key] is not None or not key.endswith(("lora_rank", "window"))}
     if "kv_lora_rank" in given and "num_key_value_heads" in made:
         made["num_key_value_heads"] = HEADS
-    count = next((given[key] for key in map(lambda key: names.get(key, key), _LAYERS) if key in given), None)
+    count = next((given[key] for key in [names.get(key, key) for key in _LAYERS] if key in given), None)
     for key, value in given.items():
         if isinstance(value, list) and value and len(value) == count:
             made[key] = _both(value)
@@ -108,7 +120,3 @@ def tiny_decoder(model_type: str, seed: int = 0, **says: Any) -> PreTrainedModel
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
-
-
-REFUSED: dict[str, str] = {}
-"""Type -> why no mixture of it is made, or tried."""

@@ -1,7 +1,7 @@
 """Every causal type of the installed transformers, most of them without a row in the table of families.
 
-A tiny model of each is base; a second one, and an adapter on the linear parts of its layers, are experts. Forced, each expert is
-the model that transformers or PEFT makes of it. Why a type is not mixed says REFUSED.
+A tiny model of each is base; a second one, and an adapter on the linear parts of its layers, are experts. Forced, each
+expert is the model that transformers or PEFT makes of it. Why a type is not mixed says REFUSED.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save
+from families_table import REFUSED
 from modekit.building.build import build
-from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import ModekitError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.derived import derive
-from modekit.sources.families import family_of
-from tiny_decoders import REFUSED, TYPES, tiny_decoder
+from tiny_decoders import TYPES, tiny_decoder
 
 ONE_ROUTER = {"fit": "random", "granularity": "sequence", "per": "model"}
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -58,7 +55,9 @@ def linear_parts(root: Path) -> list[str]:
     stack = derive(config, where="base").stacks[0]
     beside = [path for path in stack.parts.values() if not (stack.ffn and path.startswith(f"{stack.ffn}."))]
     model = opened(root / "base")
-    plain = [path for path in stack.parts.values() if not any(p.ndim > 2 for n, p in model.named_parameters() if stack.ffn in n)]
+    plain = [
+        path for path in stack.parts.values() if not any(p.ndim > 2 for n, p in model.named_parameters() if stack.ffn in n)
+    ]
     plain = [path for path in plain or beside if not (is_refused_by_peft(config["model_type"]) and path.endswith("out_proj"))]
     names = [f"{stack.layers}{layer}.{path}" for layer in range(2) for path in plain]
     return [name for name in names if name in dict(model.named_modules())]

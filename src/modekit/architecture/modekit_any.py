@@ -1,7 +1,7 @@
 """A place in a class that no row of modekit's table describes: a module that may be called with anything, in any layout.
 
-A module of one tensor is brought into the layout of `Mixed`, (B, S, ...). Whatever else is called, such as a whole mixture of
-experts, attention with tensors of its own, or a recurrence, runs once for every expert with weight, and what comes out is summed:
+A module of one tensor is brought into the layout of `Mixed`, (B, S, ...). Whatever else is called, such as a whole mixture
+of experts, attention with tensors of its own, or a recurrence, runs once for every expert with weight, and the sum is taken:
 
     y = sum_e g_e E_e(arguments)
 
@@ -93,7 +93,7 @@ class MixedAny(Mixed):
         return total
 
     def _added(self, total: Any, y: Any, weight: torch.Tensor) -> Any:
-        """What comes out, times its weight, on top of the rest; of several outputs the first is the sum, others are the last's."""
+        """What comes out, times its weight, on top of the rest; of several outputs the first is the sum, others the last's."""
         if isinstance(y, tuple):
             return (self._added(None if total is None else total[0], y[0], weight), *y[1:])
         scaled = self._weighted_by(y, weight)

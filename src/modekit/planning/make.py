@@ -79,7 +79,10 @@ def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[Model
     """Models of a family without a row with their sizes under the usual names, too; what was one stays one."""
     if not family.known:
         return sources
-    full = {id(each): each if isinstance(each, AdapterSource) else replace(each, config={**each.config, **family.known}) for each in sources}
+    full = {
+        id(each): each if isinstance(each, AdapterSource) else replace(each, config={**each.config, **family.known})
+        for each in sources
+    }
     return tuple(full[id(each)] for each in sources)
 
 

@@ -231,7 +231,9 @@ class Resolution:
         fused = {member for module in self.parts for member in self._fused_modules.get(module, ())}
         modules = self._base_modules | ({self._head} - {""})
         if self.settings.takes_all_linear:
-            modules = frozenset(module for module in modules - {self._head} if len(self.base.tensors[weight_of(module)].shape) == 2)
+            modules = frozenset(
+                module for module in modules - {self._head} if len(self.base.tensors[weight_of(module)].shape) == 2
+            )
         missing = {module for module in modules - self.parts.keys() - fused if self.settings.targets(module)}
         # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
         kinds = {module.rpartition(".")[2] for module in self.parts if module in self._fused_modules}

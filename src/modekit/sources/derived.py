@@ -34,7 +34,17 @@ _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
 _NO_MEANING = ("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures")
-_NO_MEANING += ("_name_or_path", "output_", "return_dict", "id2label", "label2id", "problem_type", "task_specific", "loss", "aux_")
+_NO_MEANING += (
+    "_name_or_path",
+    "output_",
+    "return_dict",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "task_specific",
+    "loss",
+    "aux_",
+)
 _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
 _Names = Annotated[list[_Name], Field(max_length=512)]
 
@@ -126,7 +136,8 @@ def _on_meta(config: Mapping[str, Any], where: str) -> Any:
     _check_counts(config, where)
     try:
         with torch.device("meta"):
-            made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            config_class = CONFIG_MAPPING[config["model_type"]]
+            made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
         raise SourceError(
@@ -148,7 +159,11 @@ def _check_counts(config: Any, where: str) -> None:
             waiting += [(key, each) for each in value if isinstance(each, Mapping)]
         elif isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
             raise SourceError(
-                f"config.json gives no usable {key[:64]}", where=where, found=value, expected=f"at most {_MOST}", remedy=SAVE_AGAIN
+                f"config.json gives no usable {key[:64]}",
+                where=where,
+                found=value,
+                expected=f"at most {_MOST}",
+                remedy=SAVE_AGAIN,
             )
 
 
@@ -184,11 +199,15 @@ class _Structure:
             tied=self._tied,
             lookups=lookups,
             columns=columns,
-            heads_first=sorted({name.removeprefix(layers).partition(".")[2] for name in self._heads_first if name.startswith(layers)}),
+            heads_first=sorted(
+                {name.removeprefix(layers).partition(".")[2] for name in self._heads_first if name.startswith(layers)}
+            ),
             blocks=self._blocks(layers),
         )
         found = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
-        known = {key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()}
+        known = {
+            key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()
+        }
         tensors = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
         return family_from(config.model_type, derived, known=known, tensors=tensors, defaults=settings)
@@ -223,10 +242,12 @@ class _Structure:
     ) -> TensorRef:
         """One tensor of the class, whose bytes are those of many tensors of files one after the other."""
         stacked = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
-        rows = [each for members in zip(*parts, strict=True) for each in members] if stacked else sum(parts, [])
+        rows = [each for members in (zip(*parts, strict=True) if stacked else parts) for each in members]
         whole = target in known and sum(each.numel for each in rows) == known[target].numel()
         if not whole or len({each.dtype for each in rows}) > 1 or not (stacked or steps == [("Concatenate", 0)]):
-            raise self._refused(f"transformers computes {target} from what its files hold ({', '.join(name for name, _ in steps)})")
+            raise self._refused(
+                f"transformers computes {target} from what its files hold ({', '.join(name for name, _ in steps)})"
+            )
         return replace(rows[0], name=target, shape=tuple(known[target].shape), parts=tuple(rows))
 
     def _refused(self, why: str) -> UnsupportedError:
@@ -279,7 +300,9 @@ class _Structure:
             if args and isinstance(args[0], torch.Tensor) and args[0].ndim == 4 and args[0].shape[2] == _TOKENS:
                 self._heads_first[name] = None
 
-        hooks = [each.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, each in self._modules.items()]
+        hooks = [
+            each.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, each in self._modules.items()
+        ]
         mask = torch.zeros((2, 1, _TOKENS, _TOKENS), device="meta")
         try:
             self._model.config._attn_implementation = "eager"

@@ -124,7 +124,9 @@ class Stack:
     @property
     def ffn_parts(self) -> set[str]:
         """The parts that make up the FFN."""
-        return {part for part, path in self.parts.items() if part in FFN_PARTS or (self.ffn and path.startswith(f"{self.ffn}."))}
+        return {
+            part for part, path in self.parts.items() if part in FFN_PARTS or (self.ffn and path.startswith(f"{self.ffn}."))
+        }
 
     def size(self, config: Config) -> int:
         """How many layers config.json says there are."""
