@@ -13,14 +13,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import save
+from conftest import save, write_text
 from families_table import REFUSED
 from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import ModekitError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.derived import derive
+from modekit.sources.families import family_of
 from tiny_decoders import TYPES, tiny_decoder
 
 ONE_ROUTER = {"fit": "random", "granularity": "sequence", "per": "model"}
@@ -100,3 +105,54 @@ def test_an_expert_alone_is_its_own_model(model_type: str, tmp_path: Path) -> No
         assert torch.isfinite(mixed).all() and (mixed - base).abs().max() > 1e-3
         with torch.no_grad():
             model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.mark.parametrize("fit", ["logistic", "ngram", "lexical"])
+def test_routers_are_fitted_on_a_class_without_a_row(fit: str, tmp_path: Path) -> None:
+    """Those that read hidden states, and those that read tokens; the checkpoint is proven, and opens."""
+    save_models("gpt2", tmp_path)
+    expected = save_adapter(tmp_path)
+    texts = write_text(tmp_path / "text", ("law", "code"))
+    experts = [
+        {"name": "law", "adapter": "./lora", "text": str(texts["law"])},
+        {"name": "code", "model": "base", "text": str(texts["code"])},
+    ]
+    model = mixture(
+        tmp_path,
+        "OUT",
+        experts,
+        router={"fit": fit, "tokens_per_domain": 512, **({"buckets": 64} if fit == "ngram" else {})},
+    )
+    torch.testing.assert_close(forced(model, 0), expected, atol=1e-4, rtol=0)
+    assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "glm", "olmoe"])
+def test_whole_ffns_are_experts(model_type: str, tmp_path: Path) -> None:
+    save_models(model_type, tmp_path)
+    by_hand = opened(tmp_path / "base")
+    other = dict(opened(tmp_path / "other").named_parameters())
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if ".mlp." in name:
+                parameter.copy_(other[name])
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules=["mlp"], router={"fit": "random"})
+    torch.testing.assert_close(forced(model, 1), logits(by_hand), atol=1e-4, rtol=0)
+
+
+def test_a_config_of_a_billion_layers_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(ModekitError, match="n_layer"):
+        family_of({"model_type": "gpt2", "n_layer": 10**9}, where="base_model")
+
+
+def test_names_as_older_files_have_them(tmp_path: Path) -> None:
+    """GPT-2 on the hub: without the name of the base model, and with masks that every model computes for itself."""
+    save_models("gpt2", tmp_path)
+    for name in ("base", "other"):
+        file = tmp_path / name / "model.safetensors"
+        tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+        save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file, metadata={"format": "pt"})
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    torch.testing.assert_close(forced(model, 1), logits(opened(tmp_path / "other")), atol=1e-4, rtol=0)

@@ -79,13 +79,13 @@ def carrier(cache_class: Any) -> Any:
     return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
 
 
-def remembering(cache: Any) -> CarriesRouterStates:
+def remembering(cache: object) -> CarriesRouterStates:
     """The cache itself, which from now on carries what a mixture keeps."""
     if not isinstance(cache, CarriesRouterStates):
         cache.__class__ = carrier(cache.__class__)
-        cache.router_states, cache.of_modules = {}, {}
-    found: CarriesRouterStates = cache
-    return found
+        cache.__dict__ |= {"router_states": {}, "of_modules": {}}
+    assert isinstance(cache, CarriesRouterStates)
+    return cache
 
 
 def _carrying(cache_class: Any, members: dict[str, Any]) -> Any:

@@ -51,6 +51,7 @@ class Flow:
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
+        cache: of keys and values, as the pass was given it.
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
@@ -85,6 +86,7 @@ class Flow:
         self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}
+        self.cache: Any = None
         self.forced: int | torch.Tensor | None = None
         self.left_out: int | None = None
         self.keeper: Keeper | None = None

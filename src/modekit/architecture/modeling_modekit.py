@@ -144,12 +144,10 @@ class MixtureForCausalLM(InBoth):
 
 def _inner(causal: Any) -> Any:
     """The model within a causal one that all passes go through: its base model, or what holds the layers."""
-    name = causal.config.modekit.get("derived", {}).get("layers", "")
-    while name:
+    name = causal.config.modekit.get("derived", {}).get("layers", "").rpartition(".")[0]
+    while name and not isinstance(causal.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
-        if name and isinstance(causal.get_submodule(name), PreTrainedModel):
-            return causal.get_submodule(name)
-    return causal.base_model
+    return causal.get_submodule(name) if name else causal.base_model
 
 
 def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) -> None:
@@ -314,6 +312,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
     flow.shape_BS = None if tokens is None else (tokens.shape[0], tokens.shape[1])
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    flow.cache = cache
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
     filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and _holds_text(cache)
@@ -360,14 +359,14 @@ def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
 def finish_pass(flow: Flow, output: Any) -> None:
     """Keep the routers' averages beside the keys and values."""
     values = output.values() if hasattr(output, "values") else output
-    cache = next((value for value in values if isinstance(value, Cache)), None)
+    cache = next((value for value in (*values, flow.cache) if isinstance(value, Cache)), None)
     if isinstance(cache, CarriesRouterStates) and not flow.fresh:  # an expert was forced: the averages miss these tokens
         cache.router_states = {}
     elif cache is not None and (flow.fresh or flow.sequences is not None):
         remembering(cache)
         cache.router_states = flow.fresh
         cache.streams = 1 if flow.sequences is None else 2
-    flow.states, flow.fresh = {}, {}
+    flow.states, flow.fresh, flow.cache = {}, {}, None
 
 
 class ModekitModel:

@@ -205,6 +205,10 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )
+    _check_same_settings(base, source, family, where)
+
+
+def _check_same_settings(base: ModelSource, source: ModelSource, family: Family, where: str) -> None:
     ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
     if family.derived is not None:  # with every setting that its class has

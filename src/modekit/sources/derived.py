@@ -78,7 +78,7 @@ class Derived(BaseModel):
     blocks: Annotated[list[_Name], Field(max_length=65_536)] = []
 
 
-def family_from(model_type: str, derived: Derived, **more: Any) -> Family:
+def family_from(model_type: str, derived: Derived) -> Family:
     """The row that what was found in a class amounts to."""
     layer, _ = split_layer(f"{derived.layers}0.x")
     name = "" if layer is None else stack_of(layer)[0]
@@ -91,7 +91,6 @@ def family_from(model_type: str, derived: Derived, **more: Any) -> Family:
         heads_first=tuple(derived.heads_first),
         without_vllm="its family has no row in modekit's table, and nobody tried it in vLLM",
         derived=derived,
-        **more,
     )
 
 
@@ -210,7 +209,7 @@ class _Structure:
         }
         tensors = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
-        return family_from(config.model_type, derived, known=known, tensors=tensors, defaults=settings)
+        return replace(family_from(config.model_type, derived), known=known, tensors=tensors, defaults=settings)
 
     def tensors(self, found: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
         """See `class_tensors`."""
