@@ -28,6 +28,8 @@ from modekit.sources.derived import derive
 from modekit.sources.families import family_of
 from tiny_decoders import TYPES, tiny_decoder
 
+FORCED_WRITERS = ("mamba", "falcon_mamba", "xlm")
+"""Their passes do not hand on the cache in which routers of averages keep what they read."""
 ONE_ROUTER = {"fit": "random", "granularity": "sequence", "per": "model"}
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -103,6 +105,8 @@ def test_an_expert_alone_is_its_own_model(model_type: str, tmp_path: Path) -> No
             torch.testing.assert_close(forced(model, expert), own, atol=1e-4, rtol=0)
         mixed = logits(model)
         assert torch.isfinite(mixed).all() and (mixed - base).abs().max() > 1e-3
+        if model_type in FORCED_WRITERS:
+            model.use_expert(1)
         with torch.no_grad():
             model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -121,7 +125,7 @@ def test_routers_are_fitted_on_a_class_without_a_row(fit: str, tmp_path: Path) -
         tmp_path,
         "OUT",
         experts,
-        router={"fit": fit, "tokens_per_domain": 512, **({"buckets": 64} if fit == "ngram" else {})},
+        router={"fit": fit, **({"buckets": 64} if fit == "ngram" else {})},
     )
     torch.testing.assert_close(forced(model, 0), expected, atol=1e-4, rtol=0)
     assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))

@@ -30,6 +30,7 @@ SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 _MOST = 4096
 """Layers, or experts of one layer, that are made on the meta device."""
 _TOKENS = 13
+_READ_FIRST = ("q_proj", "query", "q_lin")
 _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
@@ -230,14 +231,14 @@ class _Structure:
                 many.setdefault(target, {}).setdefault(pattern, []).append(found[name])
         operations = {pattern: each.operations for each in converters for pattern in each.source_patterns}
         for target, by_pattern in many.items():
-            steps = [(type(each).__name__, each.dim) for each in operations[next(iter(by_pattern))]]
+            steps = [(type(each).__name__, getattr(each, "dim", None)) for each in operations[next(iter(by_pattern))]]
             order = next(each.source_patterns for each in converters if next(iter(by_pattern)) in each.source_patterns)
             parts = [by_pattern[pattern] for pattern in order if pattern in by_pattern]
             named[target] = self._joined(target, parts, steps, known)
         return named
 
     def _joined(
-        self, target: str, parts: list[list[TensorRef]], steps: list[tuple[str, int]], known: Mapping[str, Any]
+        self, target: str, parts: list[list[TensorRef]], steps: list[tuple[str, int | None]], known: Mapping[str, Any]
     ) -> TensorRef:
         """One tensor of the class, whose bytes are those of many tensors of files one after the other."""
         stacked = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
@@ -286,7 +287,8 @@ class _Structure:
         self._run()
         called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
         order = [path for path in dict.fromkeys(called) if path in paths]
-        return list(dict.fromkeys((*order, *paths))), lookups, columns
+        first = [path for path in paths if path.rpartition(".")[2] in _READ_FIRST]  # where the class says nothing
+        return list(dict.fromkeys((*order, *first, *paths))), lookups, columns
 
     def _run(self) -> None:
         """Note which modules a pass calls, in that order, and which of them see (B, heads, S, width): as far as code comes that
@@ -320,16 +322,21 @@ class _Structure:
 
     def _blocks(self, layers: str) -> list[str]:
         """Modules with tensors that are no weight and bias of a plain map: their nearest parent that is a module of a layer."""
-        found: dict[str, None] = {}
-        for name, module in self._modules.items():
-            own = dict(module.named_parameters(recurse=False))
-            if own and not self._is_plain(module, own):
-                found[self._around(name, layers)] = None
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, tensor in self._model.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            tensors.setdefault(module, {})[leaf] = tensor
+        found = dict.fromkeys(
+            self._around(name, layers) for name, own in tensors.items() if not self._is_plain(self._modules[name], own)
+        )
+        if any(layers.startswith(f"{name}.") or not name for name in found):
+            raise self._refused("it holds tensors that belong to no part of it")
         return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
     def _is_plain(self, module: Any, own: Mapping[str, Any]) -> bool:
         known = isinstance(module, self._nn.Linear | self._nn.Embedding | self._columns) or "Norm" in type(module).__name__
-        return known and own.keys() <= {"weight", "bias"} and all(each.ndim <= 2 for each in own.values())
+        alone = not any(True for _ in module.children())
+        return known and alone and own.keys() <= {"weight", "bias"} and all(each.ndim <= 2 for each in own.values())
 
     def _around(self, name: str, layers: str) -> str:
         if not name.startswith(layers):
