@@ -15,7 +15,21 @@ from modekit.sources.families import FAMILIES
 from modekit.sources.native import NATIVES
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-REFUSED: dict[str, str] = {}
+_WRAPS = "wraps a decoder"
+_COMPUTED = "transformers computes its tensors from those of files"
+_UNTRIED = "no small model of it could be made, so that nothing was tried"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "mllama"), _WRAPS),
+    **dict.fromkeys(("moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _WRAPS),
+    **dict.fromkeys(("dots3_note", "git"), _WRAPS),
+    **dict.fromkeys(("hrm_text", "inkling2_loop_text", "inkling2_text", "lara_mini", "sarvam_moe"), _COMPUTED),
+    **dict.fromkeys(("blt", "cohere_compass_text", "dbrx", "dots1", "falcon_h1", "gemma3n_text", "phi4_multimodal"), _UNTRIED),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant", "qwen4_exp_text", "xlstm", "zamba"), _UNTRIED),
+    "deepseek_v4": "its files hold a table of integers",
+    "prophetnet": "its config takes no number of layers",
+    "xlnet": "a tensor belongs to no module",
+    "youtu": "one logit, of the token that pads, differs from transformers'",
+}
 """Type -> why no mixture of it is made, or none was tried."""
 _HEAD = """# Families
 

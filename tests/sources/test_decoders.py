@@ -28,7 +28,7 @@ from modekit.sources.derived import derive
 from modekit.sources.families import family_of
 from tiny_decoders import TYPES, tiny_decoder
 
-FORCED_WRITERS = ("mamba", "falcon_mamba", "xlm")
+FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
 """Their passes do not hand on the cache in which routers of averages keep what they read."""
 ONE_ROUTER = {"fit": "random", "granularity": "sequence", "per": "model"}
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(5))

@@ -37,8 +37,8 @@ class MixedAny(Mixed):
             if self.router is not None:
                 self._decided(given[0])
             return self._of_one(flow.alone, args, kwargs)
-        if layout == "flat":
-            y = super().forward(given[0].unflatten(0, shape_BS))
+        if layout == "flat" and shape_BS is not None:
+            y = super().forward(given[0].view(*shape_BS, -1))
             return y.flatten(0, 1)
         if layout is not None:
             return super().forward(given[0])
@@ -122,6 +122,9 @@ def _memory(cache: Cache | None, layer: int | None, number: int) -> Iterator[Non
     if number == 0:
         if (layer, 0) not in kept:
             kept[layer, 0] = copy.deepcopy(cache.layers[layer]) if layer < len(cache.layers) else None
+        yield
+        return
+    if layer >= len(cache.layers):  # nothing is kept here
         yield
         return
     first = cache.layers[layer]

@@ -114,8 +114,9 @@ class MixtureForCausalLM(InBoth):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         flow = self.base_model.flow = Flow()
-        inner = _inner(self)
-        inner.__class__, inner.flow = _mixture_class(type(inner), config.__class__), flow
+        inner, config_class = _inner(self), config.__class__
+        dense_model: Any = type(inner)
+        inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
         install(self, "", config, flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 

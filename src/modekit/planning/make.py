@@ -50,7 +50,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
-    sources = _with_sizes(sources, family)
+    as_saved, sources = sources, _with_sizes(sources, family)
     base = sources[0]
     check_mixable(sources, family)
     _check_tokenizers(recipe, sources)
@@ -66,7 +66,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         family,
         layout.shape(str(root)),
         why,
-        sources,
+        as_saved,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
         copied_files(base.folder, where=f"base_model ({base.spec})"),

@@ -95,8 +95,8 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    pieces = pieces_of(self._sources, 1 + expert, self._places.original(ref))
-                    yield joined(name, self._code_of(ref), ref.shape, "expert", pieces, expert)
+                    own = pieces_of(self._sources, 1 + expert, self._places.original(ref))
+                    yield joined(name, self._code_of(ref), ref.shape, "expert", own, expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             biases = [(expert, self._places.added_bias(place, expert)) for expert in range(self._count)]
@@ -110,10 +110,10 @@ class ModekitLayout:
         labels = self._recipe.other_labels
         optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
         optional |= {"labels": labels} if labels else {}
+        optional |= {"derived": self._family.derived} if self._family.derived is not None else {}
         return MixtureConfig(
             format=FORMAT,
             dense_type=self._family.model_type,
-            **({"derived": self._family.derived} if self._family.derived is not None else {}),
             experts=self._recipe.names,
             routing=routing_config(self._recipe),
             places={place.module: self._entry(place) for place in self._places},

@@ -34,18 +34,12 @@ _READ_FIRST = ("q_proj", "query", "q_lin")
 _COUNTS = ("layer", "expert", "block", "depth", "codebook")
 _PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
 _FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
-_NO_MEANING = ("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures")
-_NO_MEANING += (
-    "_name_or_path",
-    "output_",
-    "return_dict",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "task_specific",
-    "loss",
-    "aux_",
+_NO_MEANING: tuple[str, ...] = (
+    *("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures", "loss"),
+    *("_name_or_path", "output_", "return_dict", "id2label", "label2id", "problem_type", "task_specific", "aux_"),
 )
+_NOT_CALLED = ("dt_proj",)
+"""Linear modules whose weights their layer reads past them."""
 _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
 _Names = Annotated[list[_Name], Field(max_length=512)]
 
@@ -282,7 +276,12 @@ class _Structure:
             if isinstance(module, self._columns):
                 columns.append(name)
             inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
-            if inside and isinstance(module, self._nn.Linear | self._columns) and ".experts." not in f".{inside}.":
+            if (
+                inside
+                and isinstance(module, self._nn.Linear | self._columns)
+                and ".experts." not in f".{inside}."
+                and not inside.endswith(_NOT_CALLED)
+            ):
                 paths[inside] = None
         self._run()
         called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
@@ -317,7 +316,7 @@ class _Structure:
 
     def _ffn(self, layers: str) -> str:
         """A child of every layer that is called as FFNs are."""
-        children = [{name for name, _ in layer.named_children()} for layer in self._modules[layers.rstrip(".")]]  # type: ignore[attr-defined]
+        children = [{name for name, _ in layer.named_children()} for layer in self._modules[layers.rstrip(".")].children()]
         return next((name for name in _FFN if all(name in each for each in children)), "")
 
     def _blocks(self, layers: str) -> list[str]:
