@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save, write_text
-from families_table import REFUSED
+from families_table import NO_WHOLE, REFUSED
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -60,12 +60,12 @@ def linear_parts(root: Path) -> list[str]:
     """The linear modules of the layers; of a mixture of experts those outside of it."""
     config = json.loads((root / "base" / "config.json").read_text())
     stack = derive(config, where="base").stacks[0]
-    beside = [path for path in stack.parts.values() if not (stack.ffn and path.startswith(f"{stack.ffn}."))]
-    model = opened(root / "base")
-    plain = [
-        path for path in stack.parts.values() if not any(p.ndim > 2 for n, p in model.named_parameters() if stack.ffn in n)
-    ]
-    plain = [path for path in plain or beside if not (is_refused_by_peft(config["model_type"]) and path.endswith("out_proj"))]
+    model, paths = opened(root / "base"), list(stack.parts.values())
+    if any(parameter.ndim > 2 and "experts" in name for name, parameter in model.named_parameters()):
+        paths = [
+            path for path in paths if not path.endswith(("gate_proj", "up_proj", "down_proj"))
+        ]  # PEFT takes them for experts
+    plain = [path for path in paths if not (is_refused_by_peft(config["model_type"]) and path.endswith("out_proj"))]
     names = [f"{stack.layers}{layer}.{path}" for layer in range(2) for path in plain]
     return [name for name in names if name in dict(model.named_modules())]
 
@@ -98,11 +98,13 @@ def test_an_expert_alone_is_its_own_model(model_type: str, tmp_path: Path) -> No
     adapted = save_adapter(tmp_path)
     experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}, {"name": "low", "adapter": "./lora"}]
     for name, rest in (("whole", {"modules": "all"}), ("adapters", {})):
+        if name == "whole" and model_type in NO_WHOLE:
+            continue
         here = experts if name == "whole" else [experts[0], experts[2]]
         model = mixture(tmp_path, name, here, router=ONE_ROUTER, **rest)
         expected = [base, other, adapted] if name == "whole" else [base, adapted]
         for expert, own in enumerate(expected):
-            torch.testing.assert_close(forced(model, expert), own, atol=1e-4, rtol=0)
+            torch.testing.assert_close(forced(model, expert), own, atol=1e-4 * max(1.0, float(own.abs().max()) / 10), rtol=0)
         mixed = logits(model)
         assert torch.isfinite(mixed).all() and (mixed - base).abs().max() > 1e-3
         if model_type in FORCED_WRITERS:

@@ -82,7 +82,8 @@ def carrier(cache_class: Any) -> Any:
 def remembering(cache: object) -> CarriesRouterStates:
     """The cache itself, which from now on carries what a mixture keeps."""
     if not isinstance(cache, CarriesRouterStates):
-        cache.__class__ = carrier(cache.__class__)
+        dense: Any = cache.__class__
+        cache.__class__ = carrier(dense)
         cache.__dict__ |= {"router_states": {}, "of_modules": {}}
     assert isinstance(cache, CarriesRouterStates)
     return cache

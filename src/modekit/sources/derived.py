@@ -183,7 +183,7 @@ class _Structure:
         embedding, head = self._name_of(self._model.get_input_embeddings()), self._name_of(self._model.get_output_embeddings())
         if not embedding:
             raise self._refused("no embedding of tokens was found in its class")
-        rows, width = self._modules[embedding].weight.shape
+        rows, width = self._model.get_input_embeddings().weight.shape
         derived = Derived(
             layers=layers,
             parts=parts,
@@ -261,7 +261,7 @@ class _Structure:
         return f"{max(sizes, key=lambda name: sizes[name])}."
 
     def _count(self, layers: str) -> int:
-        return len(self._modules[layers.rstrip(".")])  # type: ignore[arg-type]
+        return sum(1 for _ in self._modules[layers.rstrip(".")].children())
 
     def _name_of(self, module: Any) -> str:
         return next((name for name, each in self._modules.items() if each is module), "")
