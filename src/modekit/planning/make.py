@@ -8,6 +8,7 @@ both share is here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import HEAD, natural_key, weight_of
+from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
@@ -49,6 +51,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
+    as_saved, sources = sources, _with_sizes(sources, family)
     check_mixable(sources, family)
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
@@ -65,7 +68,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         family,
         layout.shape(str(root)),
         why,
-        sources,
+        sources if vocabulary.is_grown else as_saved,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
         vocabulary.tokenizer.copied_files,
@@ -73,6 +76,19 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         run.trust_remote_code,
         vocabulary=vocabulary,
     )
+
+
+def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
+    """Models of a family without a row with their sizes under the usual names, too; what was one stays one."""
+    if not family.known:
+        return sources
+    full = {
+        id(each): each
+        if isinstance(each, AdapterSource)
+        else replace(each, config={**each.config, **family.known}, on_disk=each.on_disk or each.config)
+        for each in sources
+    }
+    return tuple(full[id(each)] for each in sources)
 
 
 def _code_of(dtype: str, ref: TensorRef) -> str:
@@ -88,8 +104,8 @@ def _backbone(
     """
     base, giver = sources[0], _Giver(recipe, sources)
     refs = {name: base.tensors[name] for name in own_names(base, family)}
-    if layout.unties:
-        refs[weight_of(HEAD)] = base.tensor(weight_of(family.embedding))
+    for name, original in layout.unties.items():
+        refs[name] = base.tensor(original)
     for name, ref in refs.items():
         renamed = layout.backbone_name(name)
         if renamed is not None:
