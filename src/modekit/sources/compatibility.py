@@ -124,7 +124,7 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)
-        if layer is None or is_ignored(name):
+        if layer is None or is_ignored(name) or name != family.in_layer(layer, path):  # a list of layers beside the model's
             continue
         if layer not in found:
             raise SourceError(
