@@ -70,8 +70,11 @@ class MixedAny(Mixed):
         module = self.experts[self.own.index(expert)] if expert in self.own else self.base
         assert module is not None
         y = module(*args, **kwargs)
-        if self.ranks[expert]:
-            y = self._plus_one(y, args[0] if args else next(iter(kwargs.values())), expert)
+        if self.ranks[expert] or expert in self.few_bits:
+            x = args[0] if args else next(iter(kwargs.values()))
+            y = self._plus_one(y, x, expert)
+        if expert in self.few_bits:
+            y = y + self.differences[self.few_bits.index(expert)](x, y.dtype)
         if expert in self.biased:
             y = y + self.lora_bias[self.biased.index(expert)].to(y.dtype) * self.scales[expert]
         return y

@@ -51,7 +51,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
-    as_saved, sources = sources, _with_sizes(sources, family)
+    sources = _with_sizes(sources, family)
     check_mixable(sources, family)
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
@@ -68,7 +68,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         family,
         layout.shape(str(root)),
         why,
-        sources if vocabulary.is_grown else as_saved,
+        sources,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
         vocabulary.tokenizer.copied_files,
@@ -80,15 +80,15 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
 
 def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
     """Models of a family without a row with their sizes under the usual names, too; what was one stays one."""
-    if not family.known:
+    if family.derived is None:
         return sources
-    full = {
-        id(each): each
-        if isinstance(each, AdapterSource)
-        else replace(each, config={**each.config, **family.known}, on_disk=each.on_disk or each.config)
-        for each in sources
-    }
+    full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
     return tuple(full[id(each)] for each in sources)
+
+
+def _with_own_sizes(source: ModelSource) -> ModelSource:
+    family = family_of(source.config, where=f"{source.label} ({source.spec})")
+    return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
 def _code_of(dtype: str, ref: TensorRef) -> str:

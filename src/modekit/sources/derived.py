@@ -234,12 +234,7 @@ class Structure:
             if isinstance(module, self._columns):
                 columns.append(name)
             inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
-            if (
-                inside
-                and isinstance(module, self._nn.Linear | self._columns)
-                and ".experts." not in f".{inside}."
-                and not inside.endswith(_NOT_CALLED)
-            ):
+            if inside and self._is_linear(module) and ".experts." not in f".{inside}." and not inside.endswith(_NOT_CALLED):
                 paths[inside] = None
         self._run()
         called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
@@ -290,8 +285,18 @@ class Structure:
             raise self.refused("it holds tensors that belong to no part of it")
         return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
+    def _is_linear(self, module: Any) -> bool:
+        """Whether it is a linear map and nothing else; some routers descend from one and return more."""
+        import torch
+
+        if not isinstance(module, self._nn.Linear | self._columns) or type(module).forward is self._nn.Linear.forward:
+            return isinstance(module, self._nn.Linear)
+        width = module.in_features if isinstance(module, self._nn.Linear) else module.weight.shape[0]
+        with torch.no_grad():
+            return isinstance(module(module.weight.new_zeros(2, width)), torch.Tensor)
+
     def _is_plain(self, module: Any, own: Mapping[str, Any]) -> bool:
-        known = isinstance(module, self._nn.Linear | self._nn.Embedding | self._columns) or "Norm" in type(module).__name__
+        known = self._is_linear(module) or isinstance(module, self._nn.Embedding) or "Norm" in type(module).__name__
         alone = not any(True for _ in module.children())
         return known and alone and own.keys() <= {"weight", "bias"} and all(each.ndim <= 2 for each in own.values())
 

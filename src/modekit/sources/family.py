@@ -292,11 +292,15 @@ class Family:
         layer, path = split_layer(module)
         return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
+    def with_sizes(self, config: Config) -> dict[str, object]:
+        """A config with its sizes under the names that other families use."""
+        return {**config, **{key: size for key, size in self.known.items() if type(config.get(key)) is not int}}
+
     def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
         full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
         if self.derived is not None:
-            return full
+            return self.with_sizes(full)
         if self.pair:
             return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:
