@@ -11,6 +11,7 @@ import pytest
 
 nothing = r"^$"
 _PAIRS = r"^(marian|t5)\b(?! gated)"
+_DECODERS = r"^(gpt2|opt|bert|gpt_neox|phi|bloom|olmoe|gpt_oss|bamba|bart)$"
 _WHEN_CHANGED = r"^(native random|native lexical|whole models by n-grams|everything)$"
 
 SAMPLED = {
@@ -41,6 +42,7 @@ SAMPLED = {
     "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": _WHEN_CHANGED,
     "members/test_come_and_go.py::test_the_first_goes_in_place": _WHEN_CHANGED,
     "routing/test_fit_to_fit.py::test_adapters_go_from_every_router_to_every_other": nothing,  # full models do in the same file
+    "sources/test_decoders.py::test_an_expert_alone_is_its_own_model": _DECODERS,
     "sources/test_bad_models.py::test_nan_and_inf": r"nan0?$|up_proj",
     "sources/test_wrappers.py::test_one_recipe_of_every_form": r"-base$|^gemma3-",
     "sources/test_wrappers.py::test_text_is_generated_as_in_one_pass": r"^(qwen3_5|gemma4 shared)$",

@@ -32,13 +32,16 @@ class ModekitConfig(PreTrainedConfig):  # type: ignore[misc]
             dense_type = config_dict["modekit"]["dense_type"]
         except (KeyError, TypeError):
             raise ValueError("config.json says model_type modekit but does not say what is mixed (key 'modekit')") from None
-        return family_config(dense_type).from_dict(config_dict, **kwargs)
+        config_class = family_config(dense_type)
+        if "derived" in config_dict["modekit"]:
+            _register(config_class)
+        return config_class.from_dict(config_dict, **kwargs)
 
 
 @functools.cache
 def family_config(dense_type: str) -> type[PreTrainedConfig]:
     """The dense family's config class under model_type modekit, known to the Auto classes."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # late: a config alone needs no torch
+    from transformers import AutoModelForSeq2SeqLM  # late: a config alone needs no torch
 
     members = {
         "__module__": __name__,
@@ -53,11 +56,18 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
 
         AutoModelForSeq2SeqLM.register(config_class, ModekitForSeq2SeqLM, exist_ok=True)
     else:
-        from .modeling_modekit import ModekitForCausalLM, ModekitModel
-
-        AutoModel.register(config_class, ModekitModel, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
+        _register(config_class)
     return config_class
+
+
+def _register(config_class: type[PreTrainedConfig]) -> None:
+    """Let the Auto classes of decoders know a family's config."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from .modeling_modekit import ModekitForCausalLM, ModekitModel
+
+    AutoModel.register(config_class, ModekitModel, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

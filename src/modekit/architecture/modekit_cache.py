@@ -16,6 +16,8 @@ class CarriesRouterStates:
     """
 
     router_states: dict[str, torch.Tensor]
+    of_modules: dict[tuple[int, int], Any]
+    """Layer and number of an expert's module -> what that keeps of the text, where it keeps something (modekit_any.py)."""
     streams = 1
     """How often every sequence stands in the cache (modekit_streams.py)."""
 
@@ -29,31 +31,40 @@ class CarriesRouterStates:
     def _change(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.router_states = {place: rule(state) for place, state in self.router_states.items()}
 
+    def _in_modules(self, change: str, *args: Any) -> None:
+        for (_, number), layer in self.of_modules.items():
+            if number and layer is not None:
+                getattr(layer, change)(*args)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences in another order (beam search)."""
         super().reorder_cache(self._places(beam_idx))  # type: ignore[misc]
+        self._in_modules("reorder_cache", beam_idx)
         self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._in_modules("batch_repeat_interleave", repeats)
         self._change(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some sequences."""
         super().batch_select_indices(self._places(indices))  # type: ignore[misc]
+        self._in_modules("batch_select_indices", indices)
         self._change(lambda state: state[indices.to(state.device)])
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
-        self.router_states = {}
+        self.router_states, self.of_modules = {}, {}
 
     def crop(self, tokens: int) -> None:
         """Take tokens back from the keys and values. An average cannot take them back: what it held is forgotten, and
         a pass that would go on from here is refused.
         """
         super().crop(tokens)  # type: ignore[misc]
+        self._in_modules("crop", tokens)
         if tokens:  # generate crops by 0 after every token, and the last one when all is done
             self.router_states = {}
 
@@ -66,6 +77,16 @@ class CarriesRouterStates:
 def carrier(cache_class: Any) -> Any:
     """The class of a cache, with the routers' averages."""
     return type(cache_class.__name__, (CarriesRouterStates, cache_class), {"__module__": __name__})
+
+
+def remembering(cache: object) -> CarriesRouterStates:
+    """The cache itself, which from now on carries what a mixture keeps."""
+    if not isinstance(cache, CarriesRouterStates):
+        dense: Any = cache.__class__
+        cache.__class__ = carrier(dense)
+        cache.__dict__ |= {"router_states": {}, "of_modules": {}}
+    assert isinstance(cache, CarriesRouterStates)
+    return cache
 
 
 def _carrying(cache_class: Any, members: dict[str, Any]) -> Any:

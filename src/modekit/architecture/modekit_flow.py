@@ -16,6 +16,7 @@ _OF_A_PASS = ("listener", "log", "keeper")  # what no copy of a model takes with
 _HELD = (
     "mask_BS",
     "ids_BS",
+    "shape_BS",
     "states",
     "forced",
     "encoding",
@@ -45,9 +46,12 @@ class Flow:
         averages: whether any router averages over tokens.
         ids_BS: token ids of this pass; None when embeddings were given in their place.
         mask_BS: real tokens of this pass; None when all are.
+        shape_BS: sequences and tokens of this pass.
+        told_padding: what generate says of pads, on its way past a family's own classes.
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).
         fresh: router place -> state after it.
+        cache: of keys and values, as the pass was given it.
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
@@ -77,9 +81,12 @@ class Flow:
         self.averages = False
         self.ids_BS: torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
+        self.shape_BS: tuple[int, int] | None = None
+        self.told_padding: dict[str, Any] = {}
         self.kept: torch.Tensor | None = None
         self.states: dict[str, torch.Tensor] = {}
         self.fresh: dict[str, torch.Tensor] = {}
+        self.cache: Any = None
         self.forced: int | torch.Tensor | None = None
         self.left_out: int | None = None
         self.keeper: Keeper | None = None

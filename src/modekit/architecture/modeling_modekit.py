@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import ModekitConfig, family_config
-from .modekit_cache import CarriesRouterStates, carrier
+from .modekit_any import MixedAny
+from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow
 from .modekit_mixed import Mixed
@@ -112,14 +113,16 @@ class MixtureForCausalLM(InBoth):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        model = family_classes(config.__class__)[0](config)
-        setattr(self, self.base_model_prefix, model)  # type: ignore[attr-defined]
-        install(self, "", config, model.flow, only="lm_head")  # type: ignore[arg-type]
+        flow = self.base_model.flow = Flow()
+        inner, config_class = _inner(self), config.__class__
+        dense_model: Any = type(inner)
+        inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
+        install(self, "", config, flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
         """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
-        self.base_model.use_expert(expert)
+        self.base_model.flow.forced = places_of(expert, self.config.modekit)
 
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
@@ -140,17 +143,26 @@ class MixtureForCausalLM(InBoth):
         super()._init_weights(module)  # type: ignore[misc]
 
 
-def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow, only: str | None = None) -> None:
-    """Wrap the places under `root` (all, or `only` one) that the config names; their names start with `prefix`."""
+def _inner(causal: Any) -> Any:
+    """The model within a causal one that all passes go through: its base model, or what holds the layers."""
+    name = causal.config.modekit.get("derived", {}).get("layers", "").rpartition(".")[0]
+    while name and not isinstance(causal.get_submodule(name), PreTrainedModel):
+        name = name.rpartition(".")[0]
+    return causal.get_submodule(name) if name else causal.base_model
+
+
+def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) -> None:
+    """Wrap the places under `root` that the config names; their names start with `prefix`."""
     modekit: dict[str, Any] = config.modekit
+    kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
     here: list[str] = []
     for name, place in modekit["places"].items():
-        if name == only if only is not None else name.startswith(prefix):
+        if name.startswith(prefix):
             parent, _, leaf = name.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
             dense = Chain(owner, calls) if calls else getattr(owner, leaf)
-            module = KINDS.get(leaf, Mixed)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
+            module = kinds.get(leaf, other)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
             flow.mixed[name] = module
             here.append(name)
@@ -176,17 +188,24 @@ def initialise(module: nn.Module) -> None:
 def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
-    dense_model, dense_causal = MODEL_MAPPING[dense_config], MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    dense_causal = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    members = {**_members(config_class, "ModekitForCausalLM"), "forward": _causal_forward_of(dense_causal)}
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), {**members, "_auto_class": "AutoModelForCausalLM"})
+    dense_model = MODEL_MAPPING.get(dense_config, None)
+    return dense_model and _mixture_class(dense_model, config_class), causal
+
+
+@functools.cache
+def _mixture_class(dense_model: Any, config_class: Any) -> Any:
+    """A base model's class with a mixture's pass."""
+    members = {**_members(config_class, "ModekitModel"), "forward": _forward_of(dense_model), "_auto_class": "AutoModel"}
+    return type("ModekitModel", (MixtureModel, dense_model), members)
+
+
+def _members(config_class: Any, name: str) -> dict[str, Any]:
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
-    shared = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
-    dense_type = dense_config.model_type
-    members = {**shared, "__qualname__": f"ModekitModel_{dense_type}", "forward": _forward_of(dense_model)}
-    members["_auto_class"] = "AutoModel"
-    model = type("ModekitModel", (MixtureModel, dense_model), members)
-    members = {**shared, "__qualname__": f"ModekitForCausalLM_{dense_type}", "forward": _causal_forward_of(dense_causal)}
-    members["_auto_class"] = "AutoModelForCausalLM"
-    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
-    return model, causal
+    members = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
+    return {**members, "__qualname__": f"{name}_{config_class.__mro__[1].model_type}"}
 
 
 def _forward_of(dense_model: Any) -> Callable[..., Any]:
@@ -199,7 +218,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
-            given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+            given = {**dict(zip(arguments, args, strict=False)), **flow.told_padding, **kwargs}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)
             if flow.streams == 2:
@@ -234,6 +253,7 @@ def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
         with flow.one_pass():
             kept = {**dict(zip(arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
             flow.kept = kept if isinstance(kept, torch.Tensor) else None
+            flow.told_padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             run = functools.partial(dense_causal.forward, self, *args, **kwargs)
             return logged(flow, run) if asked else run()
 
@@ -292,10 +312,12 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     given = kwargs.get("attention_mask")
     mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(PADDING)
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
+    flow.shape_BS = None if tokens is None else (tokens.shape[0], tokens.shape[1])
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    flow.cache = cache
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}
     flow.fresh = {}
-    filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and int(cache.get_seq_length())
+    filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and _holds_text(cache)
     if filled and getattr(cache, "streams", 1) != flow.streams:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
     if not _averages(flow) or flow.keeper is not None or (flow.forced is not None and not flow.solo):
@@ -309,6 +331,13 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
         )
     if _is_packed(flow, kwargs):
         raise ValueError("context and sequence routers read one sequence per row; give packed sequences as rows with padding")
+
+
+def _holds_text(cache: Cache) -> bool:
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # no layer of it counts tokens
+        return any(bool(getattr(layer, "has_previous_state", False)) for layer in cache.layers)
 
 
 def _averages(flow: Flow) -> bool:
@@ -332,15 +361,14 @@ def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
 def finish_pass(flow: Flow, output: Any) -> None:
     """Keep the routers' averages beside the keys and values."""
     values = output.values() if hasattr(output, "values") else output
-    cache = next((value for value in values if isinstance(value, Cache)), None)
+    cache = next((value for value in (*values, flow.cache) if isinstance(value, Cache)), None)
     if isinstance(cache, CarriesRouterStates) and not flow.fresh:  # an expert was forced: the averages miss these tokens
         cache.router_states = {}
     elif cache is not None and (flow.fresh or flow.sequences is not None):
-        if not isinstance(cache, CarriesRouterStates):
-            cache.__class__ = carrier(cache.__class__)
+        remembering(cache)
         cache.router_states = flow.fresh
         cache.streams = 1 if flow.sequences is None else 2
-    flow.states, flow.fresh = {}, {}
+    flow.states, flow.fresh, flow.cache = {}, {}, None
 
 
 class ModekitModel:

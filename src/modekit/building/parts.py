@@ -74,11 +74,12 @@ def _parts(plan: Plan, places: Places, expert: int, run: Run) -> dict[str, Part]
         for place in places:
             if place.module in budget.shapes:
                 run.progress(_PHASE, len(options), len(budget.shapes))
-                factor = Factor("whole", 1, piece_of(plan.sources, 1 + expert, place.weight).ref)
-                for ref in (place.weight, factor.expert):
+                base = places.original(place.weight)
+                factor = Factor("whole", 1, piece_of(plan.sources, 1 + expert, base).ref)
+                for ref in (base, factor.expert):
                     for chunk in opened.chunks(ref):
                         check_finite(plan, ref, chunk)
-                delta_OI = read.difference(place.weight, factor)
+                delta_OI = read.difference(base, factor)
                 size = float(np.square(delta_OI, dtype=np.float64).sum()) or 1.0
                 costs = math.sqrt(known.get(place.module, 1 / size) / size)
                 found = options_of(delta_OI, budget.itemsize)

@@ -78,7 +78,7 @@ def run_backbone(model: PreTrainedModel, batch: Batch) -> Any:
     """A pass for those who want what modules read on the way: of a causal model without its head, which costs a third of a
     small model's pass.
     """
-    runs = model if has_encoder(model) else model.model
+    runs = model if has_encoder(model) else model.base_model
     return runs(**inputs_of(model, batch), use_cache=False)
 
 

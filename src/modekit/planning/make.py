@@ -8,6 +8,7 @@ both share is here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import HEAD, natural_key, weight_of
+from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
@@ -49,6 +51,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     """The same over models that are open: the base's, then each expert's in recipe order."""
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
+    sources = _with_sizes(sources, family)
     check_mixable(sources, family)
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
@@ -75,6 +78,19 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     )
 
 
+def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
+    """Models of a family without a row with their sizes under the usual names, too; what was one stays one."""
+    if family.derived is None:
+        return sources
+    full = {id(each): each if isinstance(each, AdapterSource) else _with_own_sizes(each) for each in sources}
+    return tuple(full[id(each)] for each in sources)
+
+
+def _with_own_sizes(source: ModelSource) -> ModelSource:
+    family = family_of(source.config, where=f"{source.label} ({source.spec})")
+    return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
+
+
 def _code_of(dtype: str, ref: TensorRef) -> str:
     return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
@@ -88,8 +104,8 @@ def _backbone(
     """
     base, giver = sources[0], _Giver(recipe, sources)
     refs = {name: base.tensors[name] for name in own_names(base, family)}
-    if layout.unties:
-        refs[weight_of(HEAD)] = base.tensor(weight_of(family.embedding))
+    for name, original in layout.unties.items():
+        refs[name] = base.tensor(original)
     for name, ref in refs.items():
         renamed = layout.backbone_name(name)
         if renamed is not None:

@@ -16,9 +16,10 @@ from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.fits import ScoreKind
 from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
+from modekit.sources.derived import Derived, family_from
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
-from modekit.sources.names import HEAD, LOGITS_BIAS, module_of, natural_key, split_layer
+from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -147,6 +148,7 @@ class MixtureConfig(_Said):
 
     format: int
     dense_type: str
+    derived: Derived | None = None
     variant: Annotated[str, Field(max_length=64)] = ""
     experts: list[str] = Field(min_length=1, max_length=2**12)
     labels: Annotated[dict[Annotated[str, Field(max_length=64)], _Index], Field(max_length=2**18)] = {}
@@ -156,7 +158,8 @@ class MixtureConfig(_Said):
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
         count = len(self.experts)
-        if (self.dense_type, self.variant) not in {(family.model_type, family.variant) for family in FAMILIES}:
+        rows = {(family.model_type, family.variant) for family in FAMILIES}
+        if self.derived is None and (self.dense_type, self.variant) not in rows:
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
         if any(place >= count or label in self.experts for label, place in self.labels.items()):
             raise ValueError(f"labels are other names of {count} experts")
@@ -172,7 +175,7 @@ class MixtureConfig(_Said):
             raise ValueError(f"routing.weights must have {count} entries")
         if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
-        if routing.runs_common and (HEAD in self.places or not all(place.base for place in self.places.values())):
+        if routing.runs_common and (self.family.head in self.places or not all(place.base for place in self.places.values())):
             raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
         if routing.unseen is not None and routing.unseen >= count:
             raise ValueError(f"routing.unseen: there are only {count} experts")
@@ -196,12 +199,14 @@ class MixtureConfig(_Said):
     @cached_property
     def family(self) -> Family:
         """The row of the dense family."""
+        if self.derived is not None:
+            return family_from(self.dense_type, self.derived)
         return next(row for row in FAMILIES if (row.model_type, row.variant) == (self.dense_type, self.variant))
 
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the mixture; None where it does."""
-        if HEAD in self.places:
+        if self.family.head in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if any(place.bits for place in self.places.values()):
             return "it keeps differences in a few bits (budget), which modekit's plug-in does not read"

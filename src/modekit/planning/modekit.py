@@ -104,7 +104,7 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    piece = piece_of(self._sources, 1 + expert, ref)
+                    piece = piece_of(self._sources, 1 + expert, self._places.original(ref))
                     yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
@@ -120,6 +120,7 @@ class ModekitLayout:
         labels = self._recipe.other_labels
         optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
         optional |= {"labels": labels} if labels else {}
+        optional |= {"derived": self._family.derived} if self._family.derived is not None else {}
         return MixtureConfig(
             format=FORMAT,
             dense_type=self._family.model_type,

@@ -28,6 +28,7 @@ from modekit.planning.shape import (
     disagreement,
 )
 from modekit.recipes.recipe import Recipe
+from modekit.sources.derived import SIZES
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
@@ -76,7 +77,10 @@ class ModekitShape:
                 remedy=BUILD_AGAIN,
             )
         try:
-            check_values(config, where=where, pair=said.family.pair)
+            if said.derived is None:
+                check_values(config, where=where, pair=said.family.pair)
+            for key in SIZES if said.derived is not None else ():
+                whole(config, key)
         except SourceError as error:
             raise CheckpointError(error.what, where=error.where, found=error.found, remedy=BUILD_AGAIN) from None
         return cls(config, recipe, where, said)
@@ -294,7 +298,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
             said["features"] = weight[0]
         if leaders[module] == module:
             read = [mixture.places[name].ranks for name in readers(module, family, leaders)]
-            said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else weight[-1])
+            said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else family.width_in(module, weight))
             said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
         changed[module] = Place.model_validate(said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})

@@ -47,7 +47,8 @@ class NativeLayout:
         self._carry = None if channels_of(recipe, native, dense) is None else carried_size(recipe, sources, family, dense)
         self._channels = channels_of(recipe, native, dense, self._carry)
         self._front = int(self._channels is not None and self._channels.front)
-        self.unties = self._carry is not None and self._carry.head and is_tied(self._base, family)
+        carries_head = self._carry is not None and self._carry.head and is_tied(self._base, family)
+        self.unties: Mapping[str, str] = family.ties if carries_head else {}
 
     def backbone_name(self, name: str) -> str | None:
         """What a tensor of the base is called in the backbone; None for the experts'. Raises UnsupportedError."""

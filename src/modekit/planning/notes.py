@@ -15,9 +15,9 @@ from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import Family
+from modekit.sources.family import Family, Stack
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
-from modekit.sources.names import is_ignored, split_layer
+from modekit.sources.names import is_ignored
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.vocabulary import Vocabulary
 
@@ -154,8 +154,8 @@ def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
         sizes: dict[str, list[int]] = {}
         for name, ref in source.beside.items():
-            layer, _ = split_layer(name)
-            part = name.removeprefix("model.").partition(".")[0] if layer is None else "what no layer reads"
+            in_layers = name.startswith(Stack().layers)
+            part = "what no layer reads" if in_layers else name.removeprefix("model.").partition(".")[0]
             sizes.setdefault(part, []).append(ref.nbytes)
         said = ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
         of.setdefault(said, []).append(source.label)

@@ -6,11 +6,9 @@ from modekit.errors import UnsupportedError
 from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import PARTS, Family
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource
 from modekit.sources.names import module_of, split_layer
-
-_FFN = {"gate", "up", "down"}
 
 
 class MixedParts:
@@ -38,13 +36,12 @@ class MixedParts:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
         wanted, stack = self._wanted(), self._family.stack_of(layer)
         if "mlp" in wanted and self.splits_ffn:
-            wanted = (wanted - {"mlp"}) | _FFN
-        chosen = {"mlp": stack.ffn} if "mlp" in wanted else {}
-        for part in PARTS:
-            path = stack.parts.get(part)
-            if part in wanted and path is not None and path not in chosen.values():
-                chosen[part] = path
-        return sorted(chosen.items(), key=lambda entry: PARTS.index("gate" if entry[0] == "mlp" else entry[0]))
+            wanted = (wanted - {"mlp"}) | stack.ffn_parts
+        chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
+        for part in stack.in_order:
+            if part in wanted and stack.parts[part] not in chosen.values():
+                chosen[part] = stack.parts[part]
+        return sorted(chosen.items(), key=lambda entry: stack.rank(entry[1]))
 
     def _wanted(self) -> set[str]:
         modules = self._recipe.mixture.modules
@@ -63,8 +60,8 @@ class MixedParts:
                 wanted |= set(self._family.all_parts)
             elif not expert.is_base:
                 wanted.add("mlp")
-        if "mlp" in wanted and wanted & _FFN:
-            wanted -= _FFN
+        if "mlp" in wanted:
+            wanted -= {part for stack in self._family.stacks for part in stack.ffn_parts}
         return wanted or {"mlp"}
 
     def _check(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice, takewhile
 
@@ -22,15 +23,13 @@ from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
-from modekit.sources.family import PARTS, Family, whole
+from modekit.sources.family import Family, whole
 from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
 from modekit.sources.names import (
-    EMBEDDING,
     HEAD,
     LOGITS_BIAS,
     in_decoder,
     is_ignored,
-    is_looked_up,
     module_of,
     natural_key,
     split_layer,
@@ -47,7 +46,7 @@ ATTENTION = {
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
     """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
-    ways = (*family.entrances, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts["q"]))
+    ways = (*family.entrances, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts.get("q", "")))
     return next(module for module in ways if module in modules)
 
 
@@ -57,25 +56,27 @@ def leaders_of(places: Iterable[str], scope: str, family: Family, *, whole: bool
         return dict.fromkeys(places, first_to_run([*places], family))
     ways = {place: _way(place, family) for place in places}
     leaders: dict[object, str] = {}
-    for place, (layer, part) in sorted(ways.items(), key=lambda item: item[1]):
-        leaders.setdefault(_sharers(place, layer, part, scope), place)
-    return {place: leaders[_sharers(place, *way, scope)] for place, way in ways.items()}
+    for place in sorted(ways, key=lambda place: ways[place]):
+        leaders.setdefault(_sharers(place, family, scope), place)
+    return {place: leaders[_sharers(place, family, scope)] for place in ways}
 
 
 def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
     """(layer, number of its first part in the order in which parts run) of a place."""
     layer, path = split_layer(place)
     assert layer is not None, place
-    parts = family.stack_of(layer).parts
-    first = next((part for part in PARTS if parts.get(part) == path), "gate")  # a whole FFN runs where its gate would
-    return order_of(layer), PARTS.index(first)
+    return order_of(layer), family.stack_of(layer).rank(path)
 
 
-def _sharers(place: str, layer: tuple[int, int], part: int, scope: str) -> object:
+def _sharers(place: str, family: Family, scope: str) -> object:
     """What places that share a router have in common."""
-    if scope == "layer":
-        return layer, ATTENTION.get(PARTS[part])
-    return scope if scope == "model" else place
+    layer, path = split_layer(place)
+    if scope != "layer" or layer is None:
+        return scope if scope == "model" else place
+    if family.derived is not None:  # what the layer calls: its attention, its FFN
+        return layer, path.rpartition(".")[0].partition(".")[0]
+    parts = family.stack_of(layer).parts
+    return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)
 
 
 def _check_pair(recipe: Recipe, family: Family) -> None:
@@ -116,9 +117,9 @@ class Places:
         _check_pair(recipe, family)
         self._count = len(recipe.experts)
         self._whole = recipe.mixture.is_whole
-        self._shared = {EMBEDDING, HEAD} if recipe.mixture.modules == "decoder" else set()
+        self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
         self.parts = MixedParts(recipe, sources, family)
-        self.unties = recipe.mixture.modules == "all" and is_tied(self._base, family)
+        self.unties = family.ties if recipe.mixture.modules == "all" and is_tied(self._base, family) else {}
 
     def __iter__(self) -> Iterator[PlannedPlace]:
         return iter(self._all)
@@ -128,8 +129,11 @@ class Places:
         """The place that a tensor of the base belongs to; a tied head that is untied here is found by its own name."""
         found = {ref.name: place for place in self for ref in place.refs if ref.name.startswith(place.prefix)}
         head = next((place for place in self if place.module == HEAD), None)
-        own = dict.fromkeys((weight_of(HEAD), LOGITS_BIAS), head) if head is not None else {}
-        return {**found, **own}
+        return found if head is None else {**found, LOGITS_BIAS: head}
+
+    def original(self, ref: TensorRef) -> TensorRef:
+        """The tensor of the base that a place's tensor is, which has another name where models tie what is untied here."""
+        return self._base.tensor(self.unties.get(ref.name, ref.name))
 
     @cached_property
     def leaders(self) -> dict[str, str]:
@@ -162,6 +166,7 @@ class Places:
         return self._difference(expert, place.weight, side, size)
 
     def _difference(self, expert: int, ref: TensorRef, side: Side, rank: int) -> Piece:
+        ref = self.original(ref)
         full = piece_of(self._sources, 1 + expert, ref).ref
         return Piece(1 + expert, ref, factor=Factor(side, rank, full), expert=expert)
 
@@ -177,8 +182,7 @@ class Places:
             return said
         if not any(ref.name == weight_of(place.module) for ref in place.refs):
             return self._family.hidden(self._base.config)  # a whole FFN
-        shape = place.weight.shape
-        return shape[1] if len(shape) == 2 else shape[0]
+        return self._family.width_in(place.module, place.weight.shape)
 
     def rows(self, leader: PlannedPlace) -> list[int]:
         """Rows of a leader's gate per expert, by the ranks over all places that read the same input."""
@@ -222,10 +226,13 @@ class Places:
         itemsize = 4 if dtype == "float32" else 2 if dtype != "source" else max(ITEMSIZE[ref.dtype] for ref in self._own)
         for place in places:
             if place.kinds[expert] is not None:
-                low = place.weight if place.may_be_low_rank else None
+                low = place.weight if self._may_be_low_rank(place) else None
                 fixed += sum(ref.numel for ref in place.refs if ref != low)
                 shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
         return Budget(shapes, itemsize, fixed * itemsize, sum(ref.numel for ref in self._own) * itemsize)
+
+    def _may_be_low_rank(self, place: PlannedPlace) -> bool:
+        return place.may_be_low_rank and self._family.may_be_low_rank(place.module)
 
     @cached_property
     def _own(self) -> list[TensorRef]:
@@ -267,7 +274,10 @@ class Places:
         """Every module of the base that holds tensors, embedding first, head last."""
         self._check_bias()
         embedding = self._family.embedding
-        modules = {embedding, HEAD}
+        modules = {embedding, self._family.place_of(weight_of(self._family.head or embedding))}
+        if self._family.derived is not None:
+            modules |= {self._family.place_of(name) for name in (*own_names(self._base, self._family), *self.unties)}
+            return sorted(modules, key=lambda module: (module != embedding, module == self._family.head, natural_key(module)))
         for name in own_names(self._base, self._family):
             ref = self._base.tensors[name]
             if name == LOGITS_BIAS:  # with the head
@@ -295,13 +305,17 @@ class Places:
 
     def _place(self, module: str, calls: tuple[str, ...] = ()) -> PlannedPlace:
         modules = [f"{module_of(module)}.{each}" for each in calls] or [module]
-        refs = tuple(ref for each in modules for ref in self._within(each) if not is_ignored(ref.name))
-        if module == HEAD and self.unties:
-            refs = (self._base.tensor(weight_of(self._family.embedding)),)
+        refs = tuple(ref for each in modules for ref in self._within(each) if self._is_own(ref.name))
+        ties = [(name, original) for name, original in self.unties.items() if name.startswith(f"{module}.")]
+        refs += tuple(replace(self._base.tensor(original), name=name) for name, original in ties)
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
             refs = (*refs, self._base.tensor(LOGITS_BIAS))
         kinds = tuple(self._kind(expert, module, refs) for expert in range(self._count))
         return PlannedPlace(module, refs, kinds, calls)
+
+    def _is_own(self, name: str) -> bool:
+        known = self._family.tensors
+        return (name in known if known else not is_ignored(name)) and name not in self.unties
 
     def _within(self, module: str) -> list[TensorRef]:
         """The base's tensors whose names begin with a module's, in its order."""
@@ -321,15 +335,16 @@ class Places:
             return None
         weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
         if isinstance(source, AdapterSource):
-            if not any(touched(source, ref.name) for ref in refs):
+            if not any(touched(source, self.original(ref).name) for ref in refs):
                 return None
             change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
             return change or "own"
         if not said.is_low_rank:
             return "own"
         if said.budget is not None:
-            return 1 if PlannedPlace(module, refs, ()).may_be_low_rank else "own"  # until all places are known
-        if weight is None or len(weight.shape) != 2 or module == HEAD or is_looked_up(module):
+            return 1 if self._may_be_low_rank(PlannedPlace(module, refs, ())) else "own"  # until all places are known
+        is_end = module == self._family.head or self._family.looks_up(module)
+        if weight is None or len(weight.shape) != 2 or is_end or not self._family.may_be_low_rank(module):
             return None
         return min(said.rank or 16, *weight.shape)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from modekit.planning.budgets import Part
 from modekit.sources.adapter import LowRank
 from modekit.sources.model import TensorRef
-from modekit.sources.names import HEAD, LOGITS_BIAS, POSITIONS, module_of, weight_of
+from modekit.sources.names import POSITIONS, module_of, weight_of
 
 Kind = LowRank | Part | str | int | None
 """What an expert has at a place: its low-rank change, a difference in a few bits, "own" a module of its own, a rank to
@@ -58,7 +58,7 @@ class PlannedPlace:
         return f"{module_of(self.module) if self.calls else self.module}."
 
     def within(self, tensor: str) -> str:
-        """A tensor's name inside the place; of a tied head, which bears the embedding's name, the last part."""
+        """A tensor's name inside the place; of the bias of logits, which stands with the head, the last part."""
         return tensor.removeprefix(self.prefix) if tensor.startswith(self.prefix) else tensor.rpartition(".")[2]
 
     @property
@@ -83,5 +83,5 @@ class PlannedPlace:
 
 
 def weight_in(module: str, refs: Iterable[TensorRef]) -> TensorRef | None:
-    """The weight among a module's tensors; a tied head's bears the embedding's name."""
-    return next((ref for ref in refs if ref.name == weight_of(module) or (module == HEAD and ref.name != LOGITS_BIAS)), None)
+    """The weight among a module's tensors."""
+    return next((ref for ref in refs if ref.name == weight_of(module)), None)

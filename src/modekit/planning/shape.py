@@ -37,6 +37,8 @@ def check_sizes(config: Config, family: Family, tensors: Tensors, where: str) ->
         layers = 1 + max((number for name, number in map(stack_of, there) if name == stack.name), default=-1)
         if stack.size(config) > layers:
             raise disagreement(f"{where}: {stack.count[0]}", f"{stack.size(config)}, and weights of {layers} layers")
+    if family.derived is not None:
+        return
     width = family.hidden(config)
     names = (name for name in tensors if name.startswith(f"{family.embedding}.") and name.endswith(".weight"))
     if width not in {tensors[name].shape[-1] for name in names if tensors[name].shape}:

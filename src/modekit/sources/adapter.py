@@ -25,7 +25,7 @@ from modekit.sources.adapter_config import (
 )
 from modekit.sources.adapter_resolve import Resolution, peft_plain
 from modekit.sources.model import ModelSource, TensorRef, read_header
-from modekit.sources.names import is_looked_up, module_of
+from modekit.sources.names import module_of
 from modekit.sources.wrappers import naming_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -203,8 +203,9 @@ class _Rules:
     ) -> LowRank:
         settings = self.resolved.settings
         assert isinstance(settings, LoraSettings)
-        is_embedding = is_looked_up(module)
-        rank, (inputs, outputs) = settings.rank(module), shape if is_embedding else shape[::-1]
+        is_embedding = self.resolved.looks_up(module)
+        other_way = is_embedding or self.resolved.keeps_columns(module)
+        rank, (inputs, outputs) = settings.rank(module), shape if other_way else shape[::-1]
         names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         expected: dict[str, tuple[int, ...]] = {names[0]: (rank, inputs), names[1]: (outputs, rank)}
         if settings.use_dora:
@@ -225,7 +226,7 @@ class _Rules:
         if settings.lora_bias:
             self._check_has_bias(module)
         magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
-        return LowRank(parts[names[0]], parts[names[1]], settings.scale(module), rows, magnitude, bias, transposed=is_embedding)
+        return LowRank(parts[names[0]], parts[names[1]], settings.scale(module), rows, magnitude, bias, transposed=other_way)
 
     def _scaling(
         self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, int], rows: tuple[int, int] | None

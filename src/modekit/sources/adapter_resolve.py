@@ -14,9 +14,10 @@ from functools import cached_property
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings, LoraSettings
-from modekit.sources.families import FAMILIES
+from modekit.sources.families import family_of
+from modekit.sources.family import Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
-from modekit.sources.names import HEAD, embedding_in, is_looked_up, layers_of, module_of, split_layer, weight_of
+from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.rows import with_rows
 from modekit.sources.wrappers import PLAIN, Naming
 
@@ -70,21 +71,39 @@ class Resolution:
     @cached_property
     def _shares(self) -> bool:
         """Whether encoder and decoder of the base have embeddings of their own that are one with its embedding."""
-        return any(family.shares and family.model_type == self.base.config.get("model_type") for family in FAMILIES)
+        return self._family.shares
+
+    @cached_property
+    def _family(self) -> Family:
+        return family_of(self.base.config, where=f"{self.base.label} ({self.base.spec})")
+
+    def looks_up(self, module: str) -> bool:
+        """Whether an adapted module is an embedding."""
+        return self._family.looks_up(module)
+
+    def keeps_columns(self, module: str) -> bool:
+        """Whether a linear module of the base keeps its weight as (I, O)."""
+        return self._family.keeps_columns(module)
 
     @cached_property
     def _is_tied(self) -> bool:
+        if self._family.derived is not None:
+            return bool(self._family.ties)
         says = not self._shares and bool(self.base.config.get("tie_word_embeddings"))
-        return says or weight_of(HEAD) not in self.base.tensors
+        return says or weight_of(self._head) not in self.base.tensors
 
     @cached_property
     def _embedding(self) -> str:
-        return embedding_in(self.base.tensors)
+        return self._family.embedding if self._family.derived is not None else embedding_in(self.base.tensors)
+
+    @property
+    def _head(self) -> str:
+        return self._family.head
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
         """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
-        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(HEAD)))
+        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(self._head)))
 
     @cached_property
     def _base_modules(self) -> frozenset[str]:
@@ -142,7 +161,7 @@ class Resolution:
             if match is None:
                 continue
             module = match["module"]
-            if self._is_tied and module in {self._embedding, HEAD}:
+            if self._is_tied and module in {self._embedding, self._head}:
                 self._refuse_tied(ref)
             if self._shares and module == self._embedding:
                 self._refuse_shared(ref)
@@ -162,7 +181,7 @@ class Resolution:
                 continue
             module, _, last = name.rpartition(".")
             own = module.removesuffix(".base_layer").removesuffix(_TOKENS)  # the adapted module itself lies under base_layer
-            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(HEAD)}
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(self._head)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
             if self._shares and not is_tied and own == self._embedding and self.settings.saves(own):
@@ -180,13 +199,13 @@ class Resolution:
         found = {name.removesuffix(_ROWS): ref for name, ref in self._by_name.items() if name.endswith(_ROWS)}
         for module, ref in found.items():
             ids = self._trained_tokens(self._embedding if self._is_tied else module)
-            if module not in (self._embedding, HEAD) or self._shares:
+            if module not in (self._embedding, self._head) or self._shares:
                 self._refuse_unknown(ref, module)
             if self._trained_tokens(module) not in ([], ids):
                 self._refuse_tied(ref)
             if ref.shape != (len(ids), *self.base.tensors[weight_of(self._embedding)].shape[1:]) or len(set(ids)) < len(ids):
                 self.refuse_unexplained(ref, f"{ref.shape[0] if ref.shape else 0} rows, and other tokens in the config")
-        lacking = [each for each in (self._embedding, HEAD) if self._trained_tokens(each) and each not in found]
+        lacking = [each for each in (self._embedding, self._head) if self._trained_tokens(each) and each not in found]
         if lacking and not (self._is_tied and self._embedding in found):
             raise SourceError(
                 "the adapter file lacks the rows of trainable_token_indices",
@@ -216,14 +235,14 @@ class Resolution:
         module, _, last = name.rpartition(".")
         for inside in (".original_module", ".modules_to_save"):
             own = module.removesuffix(inside)
-            saves = self.settings.saves(own) or (own == HEAD and self._is_tied and self.settings.ties_copies)
+            saves = self.settings.saves(own) or (own == self._head and self._is_tied and self.settings.ties_copies)
             if own != module and saves and f"{own}.{last}" in self._by_name:
                 return True
         return False
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""
-        names = self._base_names | {weight_of(HEAD)}  # PEFT copies the head of a tied base, too
+        names = self._base_names | {weight_of(self._head)}  # PEFT copies the head of a tied base, too
         missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self.whole)
         if missing:
             raise SourceError(
@@ -234,8 +253,8 @@ class Resolution:
                 remedy=SAVE_AGAIN,
             )
         found = dict(self.whole)
-        if self._is_tied and weight_of(HEAD) in found:
-            head = found.pop(weight_of(HEAD))  # one parameter with the embedding, saved under both names
+        if self._is_tied and weight_of(self._head) in found:
+            head = found.pop(weight_of(self._head))  # one parameter with the embedding, saved under both names
             found.setdefault(weight_of(self._embedding), head)
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
@@ -243,13 +262,13 @@ class Resolution:
                 self.refuse_shape(ref, expected)
         for module, rows in self.token_rows.items():
             name = weight_of(module)
-            if rows.shape[0] and not (self._is_tied and module == HEAD):
+            if rows.shape[0] and not (self._is_tied and module == self._head):
                 found[name] = self._with_token_rows(name, found.get(name, self.base.tensors[name]), rows)
         return found
 
     def _has_tokens(self, name: str) -> bool:
         """Whether a tensor has a row for each token, of which the adapter may have more or fewer than the base."""
-        return not self._shares and name in (weight_of(self._embedding), weight_of(HEAD), f"{HEAD}.bias")
+        return not self._shares and name in (weight_of(self._embedding), weight_of(self._head), f"{self._head}.bias")
 
     def whole_or_base(self, name: str, ref: TensorRef) -> TensorRef:
         """The file's copy of a tensor of the base, or the base's: what an adapter's change is added to."""
@@ -260,7 +279,7 @@ class Resolution:
         members = self.members(module)
         weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
         for name, ref in weights.items():
-            if len(ref.shape) != 2 or (self.is_ia3 and is_looked_up(module)):
+            if len(ref.shape) != 2 or (self.is_ia3 and self.looks_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
                     where=f"{self.where}: {name}",
@@ -282,9 +301,11 @@ class Resolution:
     def _check_targets_are_there(self) -> None:
         """Raise SourceError when the config targets a module that the file does not adapt."""
         fused = {member for module in self.parts for member in self._fused_modules.get(module, ())}
-        modules = self._base_modules | {HEAD}
+        modules = self._base_modules | ({self._head} - {""})
         if self.settings.takes_all_linear:
-            modules = frozenset(module for module in modules - {HEAD} if len(self.base.tensors[weight_of(module)].shape) == 2)
+            modules = frozenset(
+                module for module in modules - {self._head} if len(self.base.tensors[weight_of(module)].shape) == 2
+            )
         missing = {module for module in modules - self.parts.keys() - fused if self.settings.targets(module)}
         # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
         kinds = {module.rpartition(".")[2] for module in self.parts if module in self._fused_modules}

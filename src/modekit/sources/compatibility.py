@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from modekit.errors import MismatchError, SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.families import CONFIG_MUST_MATCH, own_family
+from modekit.sources.families import CONFIG_MUST_MATCH, family_of, own_family
 from modekit.sources.family import Config, Family, whole, words
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.model_config import check_values
@@ -27,7 +27,7 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
     """
     base = sources[0]
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
-    for source in models:  # before anything is computed from their settings
+    for source in models if family.derived is None else ():  # before anything is computed from their settings
         check_sizes(source, own_family(source.config, family))
     for source in models:
         check_dtypes(source)
@@ -40,6 +40,8 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
 
 def is_tied(source: ModelSource, family: Family) -> bool:
     """Whether the head is the embedding. A T5 that has a head of its own says so by its weights alone."""
+    if family.derived is not None:
+        return bool(family.ties)
     if family.shares:
         return weight_of(HEAD) not in source.tensors
     return bool(source.config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings")))
@@ -49,6 +51,8 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
     """Names of a model's tensors in its order, without buffers and without copies of the embedding: a tied head, and what
     encoder and decoder call it, who else have embeddings of their own.
     """
+    if family.tensors:
+        return [name for name in source.tensors if name in family.tensors]
     tied = is_tied(source, family)
     copies = {*(family.copies if tied or family.shares else ()), *([weight_of(HEAD)] if tied else ())}
     left_out = {*copies, *family.computed}
@@ -57,8 +61,9 @@ def own_names(source: ModelSource, family: Family) -> list[str]:
 
 def copies_of(source: ModelSource, family: Family) -> dict[str, str]:
     """Tensors in a model's files that are taken to be its embedding under other names -> the embedding's name."""
-    left_out = {*family.copies, weight_of(HEAD)} - {*own_names(source, family)}
-    return {name: weight_of(family.embedding) for name in source.tensors if name in left_out}
+    own = {*own_names(source, family)}
+    copies = {**dict.fromkeys((*family.copies, weight_of(HEAD)), weight_of(family.embedding)), **family.ties}
+    return {name: copies[name] for name in source.tensors if name in copies and name not in own}
 
 
 def check_sizes(source: ModelSource, family: Family) -> None:
@@ -98,8 +103,9 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
 
     Every layer must have what the other layers of its kind have; embedding, final norm, head and FFN must be as configured.
     """
-    _check_layers_alike(source, family, layers)
-    for name in [*family.outside, *([] if is_tied(source, family) else [weight_of(HEAD)])]:
+    if family.derived is None:
+        _check_layers_alike(source, family, layers)
+    for name in [*family.outside, *([] if family.derived or is_tied(source, family) else [weight_of(HEAD)])]:
         source.tensor(name)
     for name, shape in _configured_shapes(source, family, layers).items():
         if source.tensor(name).shape != shape:
@@ -118,7 +124,7 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
     found: dict[Layer, set[str]] = {layer: set() for layer in layers}
     for name in source.tensors:
         layer, path = split_layer(name)
-        if layer is None or is_ignored(name):
+        if layer is None or is_ignored(name) or name != family.in_layer(layer, path):  # a list of layers beside the model's
             continue
         if layer not in found:
             raise SourceError(
@@ -154,6 +160,8 @@ def _counted(layers: Sequence[Layer]) -> str:
 
 def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that follows from config.json."""
+    if family.derived is not None:
+        return dict(family_of(source.config, where=f"{source.label} ({source.spec})").tensors)
     hidden = family.hidden(source.config)
     shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (whole(source.config, "vocab_size"), hidden)}
     dense = family.dense_config(source.config)
@@ -200,9 +208,16 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )
+    _check_same_settings(base, source, family, where)
+
+
+def _check_same_settings(base: ModelSource, source: ModelSource, family: Family, where: str) -> None:
     ours, theirs = (family.meant(family.dense_config(each.config)) for each in (base, source))
     keys = [*CONFIG_MUST_MATCH, *family.must_match]
-    if not family.pair and _rope_type(ours) in {"dynamic", "longrope"}:
+    if family.derived is not None:  # with every setting that its class has
+        theirs = family_of(source.config, where=where).defaults
+        ours, keys = family.defaults, sorted({*family.defaults, *theirs} - {"vocab_size"})
+    elif not family.pair and _rope_type(ours) in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from modekit.errors import SourceError, UnsupportedError
+from modekit.sources.derived import derive, is_installed
 from modekit.sources.family import LINEAR, Config, Family, Stack, whole, words
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
@@ -347,10 +348,12 @@ FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
 def family_of(config: Config, *, where: str) -> Family:
     """The row of a dense config. Raises UnsupportedError when there is none."""
     model_type = str(config.get("model_type"))
-    for family in FAMILIES:
-        if family.model_type == model_type and family.is_variant(config):
-            return family
+    row = row_of(config)
+    if row is not None:
+        return row
     wraps = "text_config" in config
+    if not wraps and is_installed(model_type):
+        return derive(config, where=where)
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
         + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),
@@ -358,6 +361,15 @@ def family_of(config: Config, *, where: str) -> Family:
         expected=f"a family of {', '.join(sorted({row.model_type for row in FAMILIES}))}",
         remedy="choose a base model of one of these families",
     )
+
+
+def row_of(config: Config) -> Family | None:
+    """The row of a dense config; None where there is none."""
+    for family in FAMILIES:
+        alone = family.pair and config.get("is_encoder_decoder") is False  # a decoder of such a family, by itself
+        if family.model_type == config.get("model_type") and family.is_variant(config) and not alone:
+            return family
+    return None
 
 
 def own_family(config: Config, other: Family) -> Family:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.names import EMBEDDING, FINAL_NORM, module_of, split_layer
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_looked_up, module_of, split_layer, weight_of
+
+if TYPE_CHECKING:
+    from modekit.sources.derived import Derived
 
 Config = Mapping[str, object]
 """config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
@@ -22,6 +25,7 @@ Reads = Literal["pairs", "text"]
 SAVE_AGAIN = "download or save the model again"
 PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
 """Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
+FFN_PARTS = {"gate", "up", "down"}
 READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
 """Parts of a layer that read the same input."""
 
@@ -107,6 +111,23 @@ class Stack:
         """The modules under the layer that hold the FFN."""
         return tuple(dict.fromkeys((self.ffn, *self.ffn_calls)))
 
+    @property
+    def in_order(self) -> list[str]:
+        """Its parts as they run."""
+        return list(self.parts)
+
+    def rank(self, path: str) -> int:
+        """Where a part, or the whole FFN, runs among the others."""
+        paths = [self.parts[part] for part in self.in_order]
+        return next((place for place, each in enumerate(paths) if each == path or each.startswith(f"{path}.")), len(paths))
+
+    @property
+    def ffn_parts(self) -> set[str]:
+        """The parts that make up the FFN."""
+        return {
+            part for part, path in self.parts.items() if part in FFN_PARTS or (self.ffn and path.startswith(f"{self.ffn}."))
+        }
+
     def size(self, config: Config) -> int:
         """How many layers config.json says there are."""
         return whole(config, next(key for key in self.count if config.get(key) is not None))
@@ -138,6 +159,10 @@ class Family:
         same_as: key of config.json -> the key whose value it has where it says none.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
+        head: the module of the head.
+        derived: of a family without a row, what was found in its class (derived.py); `known`, what its config.json says of
+            sizes under the names that other families use, and `tensors`, name -> shape of all that a model has, where it
+            was looked for now.
     """
 
     model_type: str
@@ -162,6 +187,36 @@ class Family:
     same_as: Mapping[str, str] = field(default_factory=dict)
     meant: Callable[[Config], Config] = lambda config: config
     must_match: tuple[str, ...] = ()
+    head: str = HEAD
+    derived: Derived | None = None
+    known: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Tensors of a model that ties its head to the embedding -> what they are a second name of."""
+        return self.derived.tied if self.derived is not None else {weight_of(self.head): weight_of(self.embedding)}
+
+    def looks_up(self, module: str) -> bool:
+        """Whether a module is an embedding, of tokens or positions."""
+        return is_looked_up(module) if self.derived is None else module in self.derived.lookups
+
+    def keeps_columns(self, module: str) -> bool:
+        """Whether a linear module keeps its weight as (I, O)."""
+        return self.derived is not None and module in self.derived.columns
+
+    def may_be_low_rank(self, module: str) -> bool:
+        """Whether a part of a difference can stand at a module with a weight: a linear one; of rows also the embedding."""
+        return self.derived is None or module not in {*self.derived.lookups, *self.derived.columns, *self.derived.blocks}
+
+    def width_in(self, module: str, weight: tuple[int, ...]) -> int:
+        """Width of what a module with a weight of this shape reads."""
+        return weight[0 if self.keeps_columns(module) else -1]
+
+    def place_of(self, tensor: str) -> str:
+        """The module that a tensor belongs to: the smallest that can be another expert's."""
+        blocks = self.derived.blocks if self.derived is not None else ()
+        return next((block for block in blocks if tensor.startswith(f"{block}.")), module_of(tensor))
 
     @property
     def reads(self) -> Reads:
@@ -181,7 +236,8 @@ class Family:
     @property
     def all_parts(self) -> list[str]:
         """What any stack has, in the order in which parts run."""
-        return [part for part in PARTS if any(part in stack.parts for stack in self.stacks)]
+        parts = dict.fromkeys(part for stack in self.stacks for part in stack.in_order)
+        return sorted(parts, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
 
     @property
     def mlp_module(self) -> str:
@@ -196,6 +252,8 @@ class Family:
     @property
     def outside(self) -> list[str]:
         """Tensors outside of the layers that must be there, but for the head."""
+        if self.derived is not None:
+            return [f"{self.embedding}.weight"]
         own = [name for stack in self.stacks for name in stack.outside]
         return [
             f"{self.embedding}.weight",
@@ -234,9 +292,15 @@ class Family:
         layer, path = split_layer(module)
         return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
+    def with_sizes(self, config: Config) -> dict[str, object]:
+        """A config with its sizes under the names that other families use."""
+        return {**config, **{key: size for key, size in self.known.items() if type(config.get(key)) is not int}}
+
     def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
         full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
+        if self.derived is not None:
+            return self.with_sizes(full)
         if self.pair:
             return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:

@@ -96,7 +96,7 @@ class TensorRef:
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
-        """The tensors in files that are read for it: itself, unless it is packed (packed.py)."""
+        """The tensors in its model's files that are read for it: itself, unless packed (packed.py) or joined (rows.py)."""
         return (self,)
 
     @property

@@ -22,6 +22,10 @@ POSITIONS = ("embed_positions", "relative_attention_bias")
 _LAYERS = "model.layers."
 _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
+_IN_LIST = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?|attentions|resblocks)\.([0-9]{1,9})\.(.+)$", re.DOTALL | re.ASCII
+)
+"""Layers of classes without a row in the table of families."""
 _FIRST = re.compile(r"^(model\.)?(shared|embed_tokens)(\.|$)")
 _STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 _IGNORED = re.compile(
@@ -41,7 +45,10 @@ def split_layer(name: str) -> tuple[Layer | None, str]:
     if match is not None:
         return int(match[1]), match[2]
     match = _IN_STACK.match(name)
-    return (layer_at(match[1], int(match[2])), match[3]) if match is not None else (None, name)
+    if match is not None:
+        return layer_at(match[1], int(match[2])), match[3]
+    match = _IN_LIST.match(name)
+    return (int(match[1]), match[2]) if match is not None else (None, name)
 
 
 def in_decoder(name: str) -> bool:

@@ -10,6 +10,7 @@ from modekit.errors import SourceError
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
+from modekit.sources.class_names import named_by_class
 from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_source
 
 
@@ -92,9 +93,9 @@ class Opener:
         if self.headers_only and local_folder(spec, root=self.root, label=label) is None:
             from modekit.sources.hub import open_hub_headers
 
-            return open_hub_headers(label, spec, revision, run=self.run)
+            return named_by_class(open_hub_headers(label, spec, revision, run=self.run))
         folder = model_folder(spec, revision, root=self.root, label=label)
-        return open_source(label, spec, folder, revision=revision, run=self.run)
+        return named_by_class(open_source(label, spec, folder, revision=revision, run=self.run))
 
 
 def label_of(place: int, expert: Expert) -> str:

@@ -1,7 +1,10 @@
-"""Tensors whose rows lie in several places: embedding and head of a model that has more tokens in a mixture than on disk."""
+"""Tensors whose rows lie in several places: embedding and head of a model that has more tokens in a mixture than on disk,
+and what a class keeps in one tensor and files in many (class_names.py).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -11,7 +14,9 @@ from modekit.sources.model import ITEMSIZE, TensorRef
 
 @dataclass(frozen=True)
 class RowRange:
-    """`count` rows: those of one tensor, the mean of several of the same shape, or zeros where there is none."""
+    """`count` rows: those of one tensor, the mean of several of the same shape, or zeros where there is none. A tensor of a
+    stack is one row of it, whatever its own shape.
+    """
 
     count: int
     refs: tuple[TensorRef, ...] = ()
@@ -19,9 +24,22 @@ class RowRange:
 
 @dataclass(frozen=True)
 class RowsRef(TensorRef):
-    """A tensor (V, ...) that is made of ranges of rows, in order; `file` and `state` are those of the model's own tensor."""
+    """A tensor (V, ...) that is made of ranges of rows, in order; `file` and `state` are those of the first of `own`, the
+    tensors of the model itself.
+    """
 
     ranges: tuple[RowRange, ...] = ()
+    own: tuple[TensorRef, ...] = ()
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """Those of the model's own tensors."""
+        return tuple(part for ref in self.own for part in ref.parts)
+
+    @property
+    def source_dtype(self) -> str:
+        """That of the model's own."""
+        return self.own[0].source_dtype
 
 
 def rows_of(ref: TensorRef, first: int, last: int) -> TensorRef:
@@ -39,7 +57,8 @@ def _ranges_within(ref: RowsRef, first: int, last: int) -> Iterator[RowRange]:
     for part in ref.ranges:
         start, stop = max(first - position, 0), min(last - position, part.count)
         if start < stop:
-            yield RowRange(stop - start, tuple(rows_of(each, start, stop) for each in part.refs))
+            whole = stop - start == part.count
+            yield RowRange(stop - start, part.refs if whole else tuple(rows_of(each, start, stop) for each in part.refs))
         position += part.count
 
 
@@ -70,11 +89,25 @@ def with_rows(own: TensorRef, others: Mapping[int, Giver]) -> RowsRef:
 
 def joined_rows(own: TensorRef, ranges: Sequence[RowRange]) -> RowsRef:
     """Ranges of rows as one tensor under the name and in the dtype of `own`."""
-    count, row = sum(part.count for part in ranges), ITEMSIZE[own.dtype]
-    for size in own.shape[1:]:
-        row *= size
-    shape = (count, *own.shape[1:])
-    return RowsRef(own.name, own.file, own.dtype, shape, 0, count * row, own.state, tuple(ranges))
+    shape = (sum(part.count for part in ranges), *own.shape[1:])
+    return _of_ranges(own.name, (own,), shape, ranges)
+
+
+def concatenated(name: str, refs: Sequence[TensorRef]) -> RowsRef:
+    """Tensors (O, ...) one below the other: their rows in order."""
+    ranges = [RowRange(ref.shape[0], (ref,)) for ref in refs]
+    return _of_ranges(name, refs, (sum(part.count for part in ranges), *refs[0].shape[1:]), ranges)
+
+
+def stacked(name: str, refs: Sequence[TensorRef]) -> RowsRef:
+    """Tensors of one shape as one with a further axis in front."""
+    return _of_ranges(name, refs, (len(refs), *refs[0].shape), [RowRange(1, (ref,)) for ref in refs])
+
+
+def _of_ranges(name: str, own: Sequence[TensorRef], shape: tuple[int, ...], ranges: Sequence[RowRange]) -> RowsRef:
+    first = own[0]
+    size = math.prod(shape) * ITEMSIZE[first.dtype]
+    return RowsRef(name, first.file, first.dtype, shape, 0, size, first.state, tuple(ranges), tuple(own))
 
 
 def stored_refs(ref: TensorRef) -> Iterator[TensorRef]:

@@ -25,7 +25,7 @@ from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family, whole
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import HEAD, weight_of
+from modekit.sources.names import weight_of
 from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
 from modekit.sources.shared_tokenizer import SharedTokens, TokenizerChoice, choose_tokenizer, share_tokens
 from modekit.sources.tokenizer import Tokens, check_ids_fit, check_rows_for, check_same_tokenizer
@@ -85,7 +85,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     choice = choose_tokenizer(unique, shared)
     made = {model.source: grown.model(model) for model in models}
     config = {**base.config, "vocab_size": rows, **choice.settings}
-    made[base] = replace(made[base], config=config, on_disk=base.config)
+    made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
     notes = (*_notes(models, shared, rows, rule), *choice.notes)
     return Vocabulary(tuple(made[source] for source in sources), choice, True, notes)
 
@@ -113,12 +113,12 @@ class _Model:
         """Embedding, head and the head's bias, as far as the model has its own."""
         source = self.source
         own = source.replaced if isinstance(source, AdapterSource) else source.tensors
-        names = (weight_of(self.family.embedding), weight_of(HEAD), f"{HEAD}.bias")
+        names = (weight_of(self.family.embedding), weight_of(self.family.head), f"{self.family.head}.bias")
         return {name: own[name] for name in names if name in own}
 
     def tensor(self, name: str) -> TensorRef | None:
         """One of them; a tied head is the embedding. None where the model has the base's."""
-        if name == weight_of(HEAD) and name not in self.tensors and is_tied(self.base, self.family):
+        if name == weight_of(self.family.head) and name not in self.tensors and is_tied(self.base, self.family):
             return self.tensors.get(weight_of(self.family.embedding))
         return self.tensors.get(name)
 
@@ -130,8 +130,8 @@ class _Model:
     def check_rows(self) -> None:
         """Raise MismatchError unless embedding and head have as many rows as each other."""
         base = self.base.tensor(weight_of(self.family.embedding)).shape[0]
-        untied = not is_tied(self.base, self.family)
-        names = [weight_of(self.family.embedding), *([weight_of(HEAD)] if untied else [])]
+        untied = self.family.head and not is_tied(self.base, self.family)
+        names = [weight_of(self.family.embedding), *([weight_of(self.family.head)] if untied else [])]
         found = {name: self.tensors[name].shape[0] if name in self.tensors else base for name in names}
         if len(set(found.values())) > 1:
             raise MismatchError(
@@ -189,7 +189,7 @@ class _Grown:
     def _change(self, model: _Model, name: str, change: Change) -> Change:
         """An adapter's change of embedding or head, which is zero for tokens that the adapter does not know."""
         count = (model.tensor(name) or self._base.tensors.get(name, change.refs[0])).shape[0]
-        if name not in (weight_of(model.family.embedding), weight_of(HEAD)) or count == self._rows:
+        if name not in (weight_of(model.family.embedding), weight_of(model.family.head)) or count == self._rows:
             return change
         if not isinstance(change, LowRank) or change.magnitude is not None or change.bias is not None:
             raise UnsupportedError(

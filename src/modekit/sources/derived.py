@@ -1,0 +1,307 @@
+"""Decoders without a row in families.py: what a mixture must know of them, found in their installed class.
+
+The class is made on torch's meta device, where nothing is allocated, and looked at by structure: the list of layers with most
+parameters is the stack, its linear modules are the parts, and whatever else holds tensors is part of whole models only. Only
+classes that transformers itself has are made. torch and transformers are imported here and only for such a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modekit.errors import SourceError, UnsupportedError
+from modekit.recipes.layers import stack_of
+from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.names import split_layer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
+"""Keys of config.json that every family with a row has; a mixture's has them whatever its class calls them."""
+_MOST = 4096
+"""Layers, or experts of one layer, that are made on the meta device."""
+_TOKENS = 13
+_READ_FIRST = ("q_proj", "query", "q_lin")
+_COUNTS = ("layer", "expert", "block", "depth", "codebook")
+_PART_OF = {f"{part}_proj": part for part in ("q", "k", "v", "o", "gate", "up", "down")}
+_FFN = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "feedforward")
+_NO_MEANING: tuple[str, ...] = (
+    *("dropout", "drop", "initializer", "use_cache", "dtype", "token_id", "transformers_version", "architectures", "loss"),
+    *("_name_or_path", "output_", "return_dict", "id2label", "label2id", "problem_type", "task_specific", "aux_"),
+)
+_NOT_CALLED = ("dt_proj",)
+"""Linear modules whose weights their layer reads past them."""
+_Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
+_Names = Annotated[list[_Name], Field(max_length=512)]
+
+
+class Derived(BaseModel):
+    """What was found in a class: written into a mixture's config.json, so that it opens without looking again.
+
+    Attributes:
+        layers: what the names of the layers' tensors begin with.
+        parts: linear modules under a layer, in the order of the class.
+        ffn: module of the whole FFN under a layer; empty where no module holds it.
+        embedding, head: their modules; `head` is empty where the class has none.
+        tied: tensors that are others under a second name -> those others.
+        lookups: embeddings besides the first, whole names.
+        columns: linear modules that keep weights as (I, O), under a layer or whole names.
+        heads_first: modules under a layer that see (B, heads, S, width).
+        blocks: modules that only work as a whole, whole names: tensors of theirs are read by code outside of small modules.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    layers: _Name
+    parts: _Names
+    ffn: _Name = ""
+    embedding: _Name
+    head: _Name = ""
+    tied: Annotated[dict[_Name, _Name], Field(max_length=4096)] = {}
+    lookups: _Names = []
+    columns: _Names = []
+    heads_first: _Names = []
+    blocks: Annotated[list[_Name], Field(max_length=65_536)] = []
+
+
+def family_from(model_type: str, derived: Derived) -> Family:
+    """The row that what was found in a class amounts to."""
+    layer, _ = split_layer(f"{derived.layers}0.x")
+    name = "" if layer is None else stack_of(layer)[0]
+    stack = Stack(name=name, layers=derived.layers, parts=_named(derived.parts), ffn=derived.ffn)
+    return Family(
+        model_type,
+        (stack,),
+        embedding=derived.embedding,
+        head=derived.head,
+        heads_first=tuple(derived.heads_first),
+        without_vllm="its family has no row in modekit's table, and nobody tried it in vLLM",
+        derived=derived,
+    )
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """Part -> its module; a part that has no usual name, or none of its own, is called by its path."""
+    usual = [_PART_OF.get(path.rpartition(".")[2], path) for path in paths]
+    return {name if usual.count(name) == 1 else path: path for name, path in zip(usual, paths, strict=True)}
+
+
+def is_installed(model_type: str) -> bool:
+    """Whether transformers has a causal language model of a type. Imports transformers, not torch."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def derive(config: Config, *, where: str) -> Family:
+    """The row of a config, from its installed class. Raises UnsupportedError where it cannot be mixed, and SourceError."""
+    return structure(config, where=where).family
+
+
+def structure(config: Config, *, where: str) -> Structure:
+    """What the installed class of a config is made of. Raises SourceError where transformers cannot make it."""
+    return _structure(json.dumps(config, sort_keys=True), where)
+
+
+@lru_cache(maxsize=16)
+def _structure(config_json: str, where: str) -> Structure:
+    config: dict[str, Any] = json.loads(config_json)
+    return Structure(_on_meta(config, where), where)
+
+
+def _on_meta(config: Mapping[str, Any], where: str) -> Any:
+    """The causal language model of a config, without numbers."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    _check_counts(config, where)
+    try:
+        with torch.device("meta"):
+            config_class = CONFIG_MAPPING[config["model_type"]]
+            made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
+    except Exception as error:  # by what a config says, anything may go wrong in a model's own code
+        raise SourceError(
+            f"transformers cannot make a '{config['model_type']}' model of this config.json",
+            where=where,
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy=SAVE_AGAIN,
+        ) from None
+
+
+def _check_counts(config: Any, where: str) -> None:
+    """Raise SourceError before anything has an entry for each of a billion layers."""
+    waiting = [("", config)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += list(value.items())
+        elif isinstance(value, list):
+            waiting += [(key, each) for each in value if isinstance(each, Mapping)]
+        elif isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
+            raise SourceError(
+                f"config.json gives no usable {key[:64]}",
+                where=where,
+                found=value,
+                expected=f"at most {_MOST}",
+                remedy=SAVE_AGAIN,
+            )
+
+
+class Structure:
+    """What a model on the meta device is made of."""
+
+    def __init__(self, model: Any, where: str) -> None:
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        self.model, self._where, self._nn, self._columns = model, where, torch.nn, Conv1D
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._called: dict[str, None] = {}
+        self._heads_first: dict[str, None] = {}
+        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+    @cached_property
+    def family(self) -> Family:
+        """The row."""
+        config = self.model.config
+        layers = self._layers()
+        parts, lookups, columns = self._parts(layers)
+        embedding, head = self._name_of(self.model.get_input_embeddings()), self._name_of(self.model.get_output_embeddings())
+        if not embedding:
+            raise self.refused("no embedding of tokens was found in its class")
+        rows, width = self.model.get_input_embeddings().weight.shape
+        derived = Derived(
+            layers=layers,
+            parts=parts,
+            ffn=self._ffn(layers),
+            embedding=embedding,
+            head=head,
+            tied=self._tied,
+            lookups=lookups,
+            columns=columns,
+            heads_first=sorted(
+                {name.removeprefix(layers).partition(".")[2] for name in self._heads_first if name.startswith(layers)}
+            ),
+            blocks=self._blocks(layers),
+        )
+        found = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
+        known = {
+            key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()
+        }
+        tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
+        settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
+        return replace(family_from(config.model_type, derived), known=known, tensors=tensors, defaults=settings)
+
+    def refused(self, why: str) -> UnsupportedError:
+        """The error for a model that cannot be mixed."""
+        return UnsupportedError(
+            f"models of the family '{self.model.config.model_type}' cannot be mixed: {why}",
+            where=self._where,
+            remedy="choose a base model of another family (docs/families.md)",
+        )
+
+    def _layers(self) -> str:
+        """The list of modules, in no other list, with most parameters."""
+        lists = [name for name, module in self._modules.items() if isinstance(module, self._nn.ModuleList) and len(module)]
+        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        sizes = {name: sum(each.numel() for each in self._modules[name].parameters()) for name in outer}
+        if not sizes:
+            raise self.refused("no list of layers was found in its class")
+        return f"{max(sizes, key=lambda name: sizes[name])}."
+
+    def _count(self, layers: str) -> int:
+        return sum(1 for _ in self._modules[layers.rstrip(".")].children())
+
+    def _name_of(self, module: Any) -> str:
+        return next((name for name, each in self._modules.items() if each is module), "")
+
+    def _parts(self, layers: str) -> tuple[list[str], list[str], list[str]]:
+        """Parts of the layers, embeddings besides the first, and linear modules that keep their weights the other way round."""
+        paths: dict[str, None] = {}
+        lookups, columns = [], []
+        for name, module in self._modules.items():
+            if isinstance(module, self._nn.Embedding):
+                lookups.append(name)
+            if isinstance(module, self._columns):
+                columns.append(name)
+            inside = name.removeprefix(layers).partition(".")[2] if name.startswith(layers) else ""
+            if inside and self._is_linear(module) and ".experts." not in f".{inside}." and not inside.endswith(_NOT_CALLED):
+                paths[inside] = None
+        self._run()
+        called = (name.removeprefix(layers).partition(".")[2] for name in self._called if name.startswith(layers))
+        order = [path for path in dict.fromkeys(called) if path in paths]
+        first = [path for path in paths if path.rpartition(".")[2] in _READ_FIRST]  # where the class says nothing
+        return list(dict.fromkeys((*order, *first, *paths))), lookups, columns
+
+    def _run(self) -> None:
+        """Note which modules a pass calls, in that order, and which of them see (B, heads, S, width): as far as code comes that
+        may look at numbers, of which there are none.
+        """
+        import torch
+
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            self._called[name] = None
+            if args and isinstance(args[0], torch.Tensor) and args[0].ndim == 4 and args[0].shape[2] == _TOKENS:
+                self._heads_first[name] = None
+
+        hooks = [
+            each.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, each in self._modules.items()
+        ]
+        mask = torch.zeros((2, 1, _TOKENS, _TOKENS), device="meta")
+        try:
+            self.model.config._attn_implementation = "eager"
+            with torch.no_grad():
+                self.model(torch.zeros((2, _TOKENS), dtype=torch.long, device="meta"), attention_mask=mask, use_cache=False)
+        except Exception:  # it is enough to know what came first
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ffn(self, layers: str) -> str:
+        """A child of every layer that is called as FFNs are."""
+        children = [{name for name, _ in layer.named_children()} for layer in self._modules[layers.rstrip(".")].children()]
+        return next((name for name in _FFN if all(name in each for each in children)), "")
+
+    def _blocks(self, layers: str) -> list[str]:
+        """Modules with tensors that are no weight and bias of a plain map: their nearest parent that is a module of a layer."""
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, tensor in self.model.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            tensors.setdefault(module, {})[leaf] = tensor
+        found = dict.fromkeys(
+            self._around(name, layers) for name, own in tensors.items() if not self._is_plain(self._modules[name], own)
+        )
+        if any(layers.startswith(f"{name}.") or not name for name in found):
+            raise self.refused("it holds tensors that belong to no part of it")
+        return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+    def _is_linear(self, module: Any) -> bool:
+        """Whether it is a linear map and nothing else; some routers descend from one and return more."""
+        import torch
+
+        if not isinstance(module, self._nn.Linear | self._columns) or type(module).forward is self._nn.Linear.forward:
+            return isinstance(module, self._nn.Linear)
+        width = module.in_features if isinstance(module, self._nn.Linear) else module.weight.shape[0]
+        with torch.no_grad():
+            return isinstance(module(module.weight.new_zeros(2, width)), torch.Tensor)
+
+    def _is_plain(self, module: Any, own: Mapping[str, Any]) -> bool:
+        known = self._is_linear(module) or isinstance(module, self._nn.Embedding) or "Norm" in type(module).__name__
+        alone = not any(True for _ in module.children())
+        return known and alone and own.keys() <= {"weight", "bias"} and all(each.ndim <= 2 for each in own.values())
+
+    def _around(self, name: str, layers: str) -> str:
+        if not name.startswith(layers):
+            return name
+        number, _, path = name.removeprefix(layers).partition(".")
+        return f"{layers}{number}.{path.partition('.')[0]}".rstrip(".")

@@ -1,0 +1,211 @@
+"""Every causal type of the installed transformers, most of them without a row in the table of families.
+
+A tiny model of each is base; a second one, and an adapter on the linear parts of its layers, are experts. Forced, each
+expert is the model that transformers or PEFT makes of it. Why a type is not mixed says REFUSED.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import save, tiny_model, write_text
+from families_table import NO_WHOLE, PARTLY, REFUSED
+from modekit.building.build import build
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import ModekitError
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.sources.derived import derive
+from modekit.sources.families import family_of
+from tiny_decoders import TYPES, tiny_decoder
+
+FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
+"""Their passes do not hand on the cache in which routers of averages keep what they read."""
+ONE_ROUTER = {"fit": "random", "granularity": "sequence", "per": "model"}
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval().float()(input_ids=IDS).logits
+
+
+def mixture(root: Path, name: str, experts: list[dict[str, str]], **says: Any) -> PreTrainedModel:
+    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"method": "gating", **says}})
+    build(make_plan(recipe, root), root / name, overwrite=True)
+    return opened(root / name)
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def forced(model: PreTrainedModel, expert: int | torch.Tensor) -> torch.Tensor:
+    model.use_expert(expert)
+    said = logits(model)
+    model.use_expert(None)
+    return said
+
+
+def linear_parts(root: Path) -> list[str]:
+    """The linear modules of the layers; of a mixture of experts those outside of it."""
+    config = json.loads((root / "base" / "config.json").read_text())
+    stack = derive(config, where="base").stacks[0]
+    model, paths = opened(root / "base"), list(stack.parts.values())
+    if any(parameter.ndim > 2 and "experts" in name for name, parameter in model.named_parameters()):
+        paths = [
+            path for path in paths if not path.endswith(("gate_proj", "up_proj", "down_proj"))
+        ]  # PEFT takes them for experts
+    plain = [path for path in paths if not (is_refused_by_peft(config["model_type"]) and path.endswith("out_proj"))]
+    names = [f"{stack.layers}{layer}.{path}" for layer in range(2) for path in plain]
+    return [name for name in names if name in dict(model.named_modules())]
+
+
+def is_refused_by_peft(model_type: str) -> bool:
+    return model_type in {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+
+
+def save_models(model_type: str, root: Path) -> None:
+    for seed, name in enumerate(("base", "other")):
+        save(tiny_decoder(model_type, seed), root / name)
+
+
+def save_adapter(root: Path) -> torch.Tensor:
+    """Logits of PEFT's merged model."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=linear_parts(root), init_lora_weights=False)
+    adapted = peft.get_peft_model(opened(root / "base"), config)
+    adapted.save_pretrained(root / "lora")
+    return logits(adapted.merge_and_unload())
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_expert_alone_is_its_own_model(model_type: str, tmp_path: Path) -> None:
+    """Whole models and adapters, bit for bit where tensors are copied; mixed, the result is finite and of all experts."""
+    if model_type in REFUSED | PARTLY:
+        pytest.skip((REFUSED | PARTLY)[model_type])
+    save_models(model_type, tmp_path)
+    base, other = (logits(opened(tmp_path / name)) for name in ("base", "other"))
+    adapted = save_adapter(tmp_path)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}, {"name": "low", "adapter": "./lora"}]
+    for name, rest in (("whole", {"modules": "all"}), ("adapters", {})):
+        if name == "whole" and model_type in NO_WHOLE:
+            continue
+        here = experts if name == "whole" else [experts[0], experts[2]]
+        model = mixture(tmp_path, name, here, router=ONE_ROUTER, **rest)
+        expected = [base, other, adapted] if name == "whole" else [base, adapted]
+        for expert, own in enumerate(expected):
+            torch.testing.assert_close(forced(model, expert), own, atol=1e-4 * max(1.0, float(own.abs().max()) / 10), rtol=0)
+        mixed = logits(model)
+        assert torch.isfinite(mixed).all() and (mixed - base).abs().max() > 1e-3
+        if model_type in FORCED_WRITERS:
+            model.use_expert(1)
+        with torch.no_grad():
+            model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.mark.parametrize("fit", ["logistic", "ngram", "lexical"])
+def test_routers_are_fitted_on_a_class_without_a_row(fit: str, tmp_path: Path) -> None:
+    """Those that read hidden states, and those that read tokens; the checkpoint is proven, and opens."""
+    save_models("gpt2", tmp_path)
+    expected = save_adapter(tmp_path)
+    texts = write_text(tmp_path / "text", ("law", "code"))
+    experts = [
+        {"name": "law", "adapter": "./lora", "text": str(texts["law"])},
+        {"name": "code", "model": "base", "text": str(texts["code"])},
+    ]
+    model = mixture(
+        tmp_path,
+        "OUT",
+        experts,
+        router={"fit": fit, **({"buckets": 64} if fit == "ngram" else {})},
+    )
+    torch.testing.assert_close(forced(model, 0), expected, atol=1e-4, rtol=0)
+    assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "glm", "olmoe"])
+def test_whole_ffns_are_experts(model_type: str, tmp_path: Path) -> None:
+    save_models(model_type, tmp_path)
+    by_hand = opened(tmp_path / "base")
+    other = dict(opened(tmp_path / "other").named_parameters())
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if ".mlp." in name:
+                parameter.copy_(other[name])
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules=["mlp"], router={"fit": "random"})
+    torch.testing.assert_close(forced(model, 1), logits(by_hand), atol=1e-4, rtol=0)
+
+
+def test_a_budget_keeps_most_of_a_model(tmp_path: Path) -> None:
+    """With differences in a few bits; alone, and sequence by sequence, it is the same model."""
+    save_models("gpt_neox", tmp_path)
+    base, other = (logits(opened(tmp_path / name)) for name in ("base", "other"))
+    said = {"name": "other", "model": "./other", "as": "lora", "budget": 0.5}
+    model = mixture(tmp_path, "OUT", [{"name": "plain", "model": "base"}, said], router=ONE_ROUTER)
+    assert any(any(place.get("bits", ())) for place in model.config.modekit["places"].values())
+    alone = forced(model, 1)
+    torch.testing.assert_close(forced(model, torch.tensor([1, 1])), alone, atol=1e-4, rtol=0)
+    assert (alone - other).norm() < (base - other).norm()
+    assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
+
+
+def test_an_expert_has_more_tokens_than_a_base_without_a_row(tmp_path: Path) -> None:
+    save(tiny_decoder("gpt_neox", 0), tmp_path / "base")
+    grown = tiny_decoder("gpt_neox", 1)
+    grown.resize_token_embeddings(104)
+    save(grown, tmp_path / "other")
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    torch.testing.assert_close(forced(model, 1), logits(opened(tmp_path / "other")), atol=1e-4, rtol=0)
+
+
+def test_joined_experts_are_merged_into_a_backbone(tmp_path: Path) -> None:
+    """Tensors that files hold expert by expert: proven in whole models, averaged in a merged backbone."""
+    save_models("olmoe", tmp_path)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
+    experts[0]["model"] = "./base"
+    model = mixture(tmp_path, "OUT", experts, modules=["q"], backbone="average", router=ONE_ROUTER)
+    name = "model.layers.1.mlp.experts.down_proj"
+    mean = sum(opened(tmp_path / each).get_parameter(name) for each in ("base", "other")) / 2
+    torch.testing.assert_close(model.get_parameter(name), mean, atol=1e-6, rtol=0)
+
+
+def test_further_lists_of_layers_are_none_of_the_model(tmp_path: Path) -> None:
+    """A head that predicts further tokens, in the files of a family with a row."""
+    for seed, name in enumerate(("base", "other")):
+        save(tiny_model(seed=seed), tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        save_file({**load_file(file), "mtp.layers.0.fc.weight": torch.zeros(4, 4)}, file, metadata={"format": "pt"})
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules=["mlp"], router={"fit": "random"})
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_a_config_of_a_billion_layers_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(ModekitError, match="n_layer"):
+        family_of({"model_type": "gpt2", "n_layer": 10**9}, where="base_model")
+
+
+def test_names_as_older_files_have_them(tmp_path: Path) -> None:
+    """GPT-2 on the hub: without the name of the base model, and with masks that every model computes for itself."""
+    save_models("gpt2", tmp_path)
+    for name in ("base", "other"):
+        file = tmp_path / name / "model.safetensors"
+        tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+        save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file, metadata={"format": "pt"})
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    torch.testing.assert_close(forced(model, 1), logits(opened(tmp_path / "other")), atol=1e-4, rtol=0)
