@@ -1,8 +1,7 @@
 """Models of the modekit architecture: the installed transformers classes of a dense family, with modules replaced.
 
-Nothing of a family's modelling code is copied: its own classes are built, then every place that the config names is
-wrapped in a `Mixed` module. `family_classes` makes the two classes of a family; `ModekitModel` and
-`ModekitForCausalLM` are what the Auto classes are given, and open as the family's.
+Nothing of a family's modelling code is copied: its own classes are built, then every place that the config names is wrapped in
+a `Mixed` module. `family_classes` makes the two classes of a family; `ModekitModel` and `ModekitForCausalLM` open as these.
 
 Shape legend: B batch, S sequence.
 """
