@@ -99,7 +99,7 @@ EXPERTS: tuple[Rule, ...] = (
         _carries_adapters,
         {"backbone": "base"},
         lambda facts: "adapters whole, attention included, in a plain checkpoint with a lexical router",
-        "benchmarks/whole.md: 0.92 of the gap, 0.93 in the modekit architecture, 0.67 with FFNs alone (adapters, top-1)",
+        "benchmarks/whole.md: 0.92 of the gap, 0.93 in the modekit architecture, 0.66 with FFNs alone (adapters, top-1)",
     ),
     Rule(
         lambda facts: facts.native and carries(facts, "ffn"),
