@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.carrying import Carrying
+from modekit.building.carrying import Carrying, carried_of
 from modekit.building.tensors import PieceReader, computed_blocks, free_part
-from modekit.checkpoint.carried import CARRIED_FILE, carried_digest, read_carried
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import SourceError
 from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import Plan
 from modekit.run import Run
@@ -47,7 +48,10 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     if checkpoint.record.carry is not None:
         if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
             return ComputedAgain(0, wrong=CARRIED_FILE)
-        read.fills = Carrying(plan, read, read_carried(checkpoint.folder)).fill
+        try:
+            read.fills = Carrying(plan, read, carried_of(plan, checkpoint.folder)).fill
+        except SourceError:
+            return ComputedAgain(0, wrong=CARRIED_FILE)
     total, done = sum(tensor.nbytes for tensor in computed), 0
     factored: dict[str, None] = {}
     for tensor in computed:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from modekit.errors import TextError
+from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.planning.channels import Channels
 from modekit.planning.plan import Plan
@@ -56,6 +56,12 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.cat(taps.sizes["last"]).isfinite().all():
+        raise SourceError(
+            "the base model computes NaN or Inf",
+            where=f"base_model ({base.spec})",
+            remedy="the model is damaged: save or download it again",
+        )
     ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
     return taps.stream(layers, np.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0]))
 
