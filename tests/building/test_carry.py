@@ -213,6 +213,10 @@ def test_another_file_of_what_is_carried_is_refused(shop: Workshop) -> None:
     with pytest.raises(SourceError, match="not of this checkpoint") as caught:
         write_change(checkpoint := open_checkpoint(out), rename_expert(checkpoint, "law", "jura"), shop.root / "RENAMED")
     assert "outputs.1" in str(caught.value.where)
+    record["carry"]["head"] = True
+    (out / "modekit.json").write_text(json.dumps(record))
+    wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
+    assert "carry in modekit.json" in wrong.detail
 
 
 def test_a_killed_build_goes_on_with_the_channels_that_it_has_written(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,9 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
     read = PieceReader(opened)
     if checkpoint.record.carry is not None:
+        planned = plan.shape.channels and plan.shape.channels.carry
+        if planned is None or dict(planned) != checkpoint.record.carry.model_dump(exclude={"sha256"}):
+            return ComputedAgain(0, wrong="carry in modekit.json")
         if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
             return ComputedAgain(0, wrong=CARRIED_FILE)
         try:
