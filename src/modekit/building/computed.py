@@ -46,7 +46,7 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
     read = PieceReader(opened)
     if checkpoint.record.carry is not None:
-        planned = plan.shape.channels and plan.shape.channels.carry
+        planned = None if plan.shape.channels is None else plan.shape.channels.carry
         if planned is None or dict(planned) != checkpoint.record.carry.model_dump(exclude={"sha256"}):
             return ComputedAgain(0, wrong="carry in modekit.json")
         if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
