@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import quiet, train_adapter
 from byte_level import save_byte_model
-from conftest import DOMAINS, Workshop, logits_of, save, tiny_model, write_text
+from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, save, tiny_model, write_text
 from generated import check_generation
+from kills import KILLED
+from modekit.building.build import build, write_tensor
 from modekit.building.verify import is_proven, verify
-from modekit.checkpoint.carried import CARRIED_FILE
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import ModekitError, SourceError, UnsupportedError
+from modekit.errors import CheckpointError, ModekitError, SourceError, UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
+from modekit.members.change import write_change
+from modekit.members.edits import rename_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
+from modekit.routing.refit import refit
 from modekit.weights.pass_through import fit_pass_through
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -191,6 +198,84 @@ def test_verify_finds_a_number_that_was_changed(shop: Workshop) -> None:
     assert CARRIED_FILE in wrong.detail
 
 
+def test_another_file_of_what_is_carried_is_refused(shop: Workshop) -> None:
+    """Whether the record knows of it or not: no array of another shape is read, and no rename makes it right."""
+    out = shop.build("OTHER")
+    arrays = load_file(out / CARRIED_FILE)
+    save_file({**arrays, "outputs.1": np.zeros((2, 3), np.float32)}, out / CARRIED_FILE)
+    with pytest.raises(CheckpointError, match="not as recorded"):
+        write_change(checkpoint := open_checkpoint(out), rename_expert(checkpoint, "law", "jura"), shop.root / "RENAMED")
+    record = json.loads((out / "modekit.json").read_text())
+    record["carry"]["sha256"] = carried_digest(out)
+    (out / "modekit.json").write_text(json.dumps(record))
+    wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
+    assert CARRIED_FILE in wrong.detail
+    with pytest.raises(SourceError, match="not of this checkpoint") as caught:
+        write_change(checkpoint := open_checkpoint(out), rename_expert(checkpoint, "law", "jura"), shop.root / "RENAMED")
+    assert "outputs.1" in str(caught.value.where)
+    record["carry"]["head"] = True
+    (out / "modekit.json").write_text(json.dumps(record))
+    wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
+    assert "carry in modekit.json" in wrong.detail
+
+
+def test_a_killed_build_goes_on_with_the_channels_that_it_has_written(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the text is another one by then: half the tensors would read what nobody writes."""
+    plan = make_plan(load_recipe(shop.write()), shop.root)
+    text = shop.root / "text" / "law.jsonl"
+    was = text.read_bytes()
+
+    written = iter(range(40))
+
+    def write(*args: Any) -> None:
+        if next(written, None) is None:
+            os._exit(KILLED)
+        write_tensor(*args)
+
+    process = os.fork()
+    if process == 0:
+        monkeypatch.setattr("modekit.building.build.write_tensor", write)
+        build(plan, shop.root / "KILLED")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == KILLED
+    try:
+        text.write_text(json.dumps({"text": "another text"}) + "\n")
+        checkpoint = build(plan, shop.root / "KILLED")
+    finally:
+        text.write_bytes(was)
+    assert (checkpoint.folder / CARRIED_FILE).read_bytes() == (shop.build("WHOLE") / CARRIED_FILE).read_bytes()
+    checks = verify(checkpoint, reload=False)
+    assert next(check for check in checks if check.name == "computed tensors").verdict == "proven", checks
+
+
+def test_a_fit_leaves_what_is_carried(tmp_path: Path) -> None:
+    """Also where the recipe says how much."""
+    shop = full_shop(tmp_path, rank=64)
+    checkpoint = refit(open_checkpoint(shop.build("OUT")), {"router": {"seed": 7}})
+    assert is_proven(checks := verify(checkpoint, reload=False)), checks
+
+
+def test_a_few_words_of_text_are_enough(tmp_path: Path, ids: torch.Tensor) -> None:
+    """Fewer tokens than a change has directions: the rest of it is carried, too."""
+    shop = adapter_shop(tmp_path)
+    for name in DOMAINS:
+        (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
+    assert max(shares(shop, shop.build("OUT"), ids)) < 1e-2
+
+
+def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
+    shop = full_shop(tmp_path)
+    model = tiny_model(**SIZES, seed=1)
+    model.resize_token_embeddings(100)
+    save(model, tmp_path / "law")
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens([f"<new{number}>" for number in range(4)])
+    tokenizer.save_pretrained(tmp_path / "law")
+    checkpoint = open_checkpoint(shop.build("OUT", mixture={**shop.recipe["mixture"], "tokens": "mean"}))
+    assert checkpoint.config["vocab_size"] == 100
+    assert is_proven(checks := verify(checkpoint)), checks
+
+
 def test_the_budget_decides_how_much(shop: Workshop) -> None:
     sizes = []
     for budget in ("8x", "9.5x"):
@@ -235,6 +320,24 @@ def test_nan_in_what_is_carried_is_refused(tmp_path: Path) -> None:
         shop.build("OUT")
     assert name in str(caught.value.where)
     assert not (tmp_path / "OUT").exists() and not list(tmp_path.glob("OUT*"))
+
+
+@pytest.mark.parametrize(
+    ("whose", "name", "where"),
+    [
+        ("law", "lm_head.weight", "lm_head.weight"),
+        ("law", "model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("base", "model.layers.0.self_attn.q_proj.weight", "base_model"),
+    ],
+)
+def test_nan_in_a_model_that_is_carried_is_named(tmp_path: Path, whose: str, name: str, where: str) -> None:
+    shop = full_shop(tmp_path)
+    tensors = load_file(tmp_path / whose / "model.safetensors")
+    tensors[name][3, 3] = np.nan
+    save_file(tensors, tmp_path / whose / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="NaN or Inf") as caught:
+        shop.build("OUT")
+    assert where in str(caught.value.where) and (whose != "law" or "law" in str(caught.value.where))
 
 
 @pytest.mark.parametrize(("terms", "error"), [(2, 0.05), (3, 0.01), (4, 0.005)])

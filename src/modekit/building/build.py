@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 import numpy as np
 
 from modekit.building.carry_bases import carry_bases
-from modekit.building.carrying import Carrying
+from modekit.building.carrying import Carrying, carried_of
 from modekit.building.differences import Differences
 from modekit.building.inspector import Inspector
 from modekit.building.parts import settled
@@ -131,7 +131,6 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
     size = plan.shape.channels and plan.shape.channels.carry
     if not size:
         return None
-    remove(stage.folder / CARRIED_FILE)
     kept = None if update is None else update.carried(stage.folder)
     if kept is not None:
         return kept
@@ -141,11 +140,13 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
             where=str(update.checkpoint.folder),
             remedy="build it with the other experts, and train it again",
         )
+    if (stage.folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
+        return carried_of(plan, stage.folder)
     measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
     stream = measure(plan, stage.folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
         carried = carry_bases(Differences(plan, PieceReader(opened)), size, stream, run)
-    write_file(stage.folder / CARRIED_FILE, carried.content())
+    write_file(stage.folder / CARRIED_FILE, carried.write)
     return carried
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from modekit.building.differences import Difference, Differences
 from modekit.checkpoint.carried import Carried
-from modekit.planning.carry import CarrySize
+from modekit.planning.carry import EXACT_TERMS, CarrySize
 from modekit.run import Run
 from modekit.weights.bases import input_duals, output_basis, row_basis
 from modekit.weights.pass_through import PassThrough, fit_pass_through
@@ -23,6 +23,7 @@ Singles = npt.NDArray[np.float32]
 _STILL = 2.0**-5
 """Of the smallest stream: the channel that is the same everywhere, which all norms see."""
 _HEAD_TOKENS = 256
+_SMALL = 2.0**-6
 _ROWS = 4_096
 
 
@@ -88,13 +89,12 @@ _NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
 
 def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
-    read_DT = stream.read.T
-    shares_3 = np.array([_size(each @ read_DT) for each in differences.shared_attention(layer)], np.float32)
+    real, read_DT = len(stream.read), _spread(stream.read, size, size.inputs).T
+    shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
     rows = differences.attention_rows(layer)
-    products, parts_of = [], []
+    products = []
     for expert in differences.experts:
         parts = differences.attention(layer, expert)
-        parts_of.append(parts)
         if any(part is not None for part in parts):
             said = [
                 np.zeros((count, read_DT.shape[1]), np.float32) if part is None else part.times(read_DT) / share
@@ -104,7 +104,7 @@ def _inputs(differences: Differences, size: CarrySize, layer: int, stream: Layer
     if not products:
         return np.zeros((sum(rows), size.inputs), np.float32), shares_3, 1.0
     basis_NR = output_basis(products, size.inputs)
-    written = [basis_NR.T @ product for product in products]
+    written = [basis_NR.T @ product[:, :real] for product in products]
     scaled = basis_NR * np.repeat(shares_3, rows)[:, None]
     return scaled, shares_3, _size(np.concatenate(written, axis=1)) or 1.0
 
@@ -114,10 +114,21 @@ def _outputs(differences: Differences, size: CarrySize, layer: int, stream: Laye
     changes = [change for expert in differences.experts if (change := differences.output(layer, expert)) is not None]
     if not changes:
         return np.zeros((stream.attended.shape[1], size.outputs), np.float32), _NOTHING[1], 1.0
-    products = [change.times(stream.attended.T) for change in changes]
-    duals_AR = input_duals(products, stream.attended, size.outputs)
-    read = sum(change.times(duals_AR).T @ product for change, product in zip(changes, products, strict=True))
+    real, attended_TA = len(stream.attended), _spread(stream.attended, size, size.outputs)
+    products = [change.times(attended_TA.T) for change in changes]
+    duals_AR = input_duals(products, attended_TA, size.outputs)
+    read = sum(change.times(duals_AR).T @ product[:, :real] for change, product in zip(changes, products, strict=True))
     return duals_AR, _NOTHING[1], (_size(np.asarray(read)) or 1.0) / float(np.median(stream.before_ffn))
+
+
+def _spread(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
+    """A sample and, where all that experts differ by has room, small inputs of every direction behind it: a short text, or a
+    first layer that sees few tokens, does not show all that a change reads.
+    """
+    if size.terms < EXACT_TERMS:
+        return sample_TI
+    inputs = np.random.default_rng(0).standard_normal((rank, sample_TI.shape[1]), np.float32)
+    return np.concatenate([sample_TI, inputs * np.float32(_SMALL * _size(sample_TI))])
 
 
 def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Singles, float]:

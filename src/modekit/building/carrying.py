@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,12 @@ import numpy.typing as npt
 from modekit.building.carry_bases import attention_inputs
 from modekit.building.differences import Differences
 from modekit.building.tensors import Fill, PieceReader
-from modekit.checkpoint.carried import Carried
+from modekit.checkpoint.carried import Carried, read_carried
 from modekit.planning.carry import CarrySize
 from modekit.planning.channels import Channels
 from modekit.planning.pieces import CarriedPart, FFNKind
 from modekit.planning.plan import Plan
-from modekit.sources.names import in_layer
+from modekit.sources.names import EMBEDDING, in_layer, weight_of
 
 Singles = npt.NDArray[np.float32]
 
@@ -54,6 +55,12 @@ class _Expert:
     inputs: Singles
     norm: Singles
     own_norm: Singles
+
+
+def carried_of(plan: Plan, folder: Path) -> Carried:
+    """What the checkpoint of a plan keeps. Raises SourceError."""
+    assert plan.shape.channels is not None
+    return read_carried(folder, plan.shape.channels, plan.sources[0].tensor(weight_of(EMBEDDING)).shape[0])
 
 
 class Carrying:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.carrying import Carrying
+from modekit.building.carrying import Carrying, carried_of
 from modekit.building.tensors import PieceReader, computed_blocks, free_part
-from modekit.checkpoint.carried import CARRIED_FILE, carried_digest, read_carried
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import SourceError
 from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import Plan
 from modekit.run import Run
@@ -45,9 +46,15 @@ def compute_again(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Ru
     computed = [t for t in plan.tensors if t.role != "router" and t.operation != "copy" and t.name not in trained]
     read = PieceReader(opened)
     if checkpoint.record.carry is not None:
+        planned = None if plan.shape.channels is None else plan.shape.channels.carry
+        if planned is None or dict(planned) != checkpoint.record.carry.model_dump(exclude={"sha256"}):
+            return ComputedAgain(0, wrong="carry in modekit.json")
         if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
             return ComputedAgain(0, wrong=CARRIED_FILE)
-        read.fills = Carrying(plan, read, read_carried(checkpoint.folder)).fill
+        try:
+            read.fills = Carrying(plan, read, carried_of(plan, checkpoint.folder)).fill
+        except SourceError:
+            return ComputedAgain(0, wrong=CARRIED_FILE)
     total, done = sum(tensor.nbytes for tensor in computed), 0
     factored: dict[str, None] = {}
     for tensor in computed:

@@ -56,6 +56,7 @@ class Differences:
         self._widening = channels.widening
         self._head = EMBEDDING if is_tied(self._base, plan.family) else HEAD
         self._whole: dict[str, Singles] = {}
+        self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
 
@@ -130,9 +131,15 @@ class Differences:
         """A tensor of the base as an expert has it."""
         ref = self._base.tensor(name)
         piece = piece_of(self._plan.sources, 1 + expert, ref)
-        for each in piece.refs:
-            check_finite(self._plan, each, self._read.opened.read(each))
-        return to_float32(self._read.values(piece)[:]).reshape(ref.shape)
+        return to_float32(self._values(piece)[:]).reshape(ref.shape)
+
+    def _values(self, piece: Piece) -> FlatArray:
+        for ref in piece.refs:
+            if ref not in self._finite:
+                for chunk in self._read.opened.chunks(ref):
+                    check_finite(self._plan, ref, chunk)
+                self._finite.add(ref)
+        return self._read.values(piece)
 
     def shared(self, name: str) -> Singles:
         """A tensor of the base as the backbone has it."""
@@ -160,13 +167,13 @@ class Differences:
 
     def _own_rows(self, module: str, expert: int, rows: slice) -> Singles:
         ref = self._base.tensor(weight_of(module))
-        return _rows(self._read.values(piece_of(self._plan.sources, 1 + expert, ref)), ref.shape[1], rows)
+        return _rows(self._values(piece_of(self._plan.sources, 1 + expert, ref)), ref.shape[1], rows)
 
     def _shared_rows(self, module: str, rows: slice) -> Singles:
         name = weight_of(module)
         if self._is_plain(name):
             ref = self._base.tensor(name)
-            return _rows(self._read.values(Piece(0, ref)), ref.shape[1], rows)
+            return _rows(self._values(Piece(0, ref)), ref.shape[1], rows)
         if name not in self._whole:
             self._whole[name] = self.shared(name)
         return self._whole[name][rows]

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modekit.checkpoint.carried import CARRIED_FILE, Carried, read_carried
+from modekit.building.carrying import carried_of
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
+from modekit.errors import CheckpointError
 from modekit.files.marker import INTERNAL
 from modekit.files.write import carry_over, link_file, make_folder
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
@@ -68,8 +70,15 @@ class CheckpointUpdate:
         checkpoint = self.checkpoint
         if self.change.what != "rename" or checkpoint.record.carry is None:
             return None
+        if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
+            raise CheckpointError(
+                "the file of what is carried is not as recorded",
+                where=str(checkpoint.folder / CARRIED_FILE),
+                remedy="build the mixture again",
+            )
+        carried = carried_of(self.plan, checkpoint.folder)
         link_file(checkpoint.folder / CARRIED_FILE, folder / CARRIED_FILE)
-        return read_carried(folder)
+        return carried
 
     def measured(self, numbers: Mapping[str, float | None]) -> CheckpointUpdate:
         """The same, and the history will say what was measured of who comes."""

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.files.read import LARGE, read_bytes
-from modekit.files.tensors import safetensors_header
+from modekit.errors import SourceError
+from modekit.files.read import open_regular
+from modekit.files.tensors import safetensors_header, write_all
+from modekit.planning.channels import Channels
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import read_header
 from modekit.weights.numeric import as_array, to_float32
@@ -27,6 +29,8 @@ from modekit.weights.pass_through import PassThrough
 CARRIED_FILE = "carried.safetensors"
 
 Singles = npt.NDArray[np.float32]
+
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Carried:
     embedding: Singles | None = None
     shares: Singles | None = None
 
-    def content(self) -> bytes:
+    def write(self, stream: io.FileIO) -> None:
         """As a file of safetensors."""
         arrays = {
             "units": np.array([[each.size, each.error, *each.alphas, *each.betas] for each in self.units], np.float32),
@@ -71,17 +75,27 @@ class Carried:
         for name, array in (("head", self.head), ("embedding", self.embedding), ("shares", self.shares)):
             if array is not None:
                 arrays[name] = array
-        stream = io.BytesIO()
-        stream.write(safetensors_header([(name, "F32", each.shape, each.nbytes) for name, each in arrays.items()]))
+        header = safetensors_header([(name, "F32", each.shape, each.nbytes) for name, each in arrays.items()])
+        write_all(stream, memoryview(header))
         for each in arrays.values():
-            stream.write(np.ascontiguousarray(each, np.float32).tobytes())
-        return stream.getvalue()
+            write_all(stream, np.ascontiguousarray(each, np.float32).ravel().view(np.uint8).data)
 
 
-def read_carried(folder: Path) -> Carried:
-    """Of a checkpoint. Raises SourceError where the file is damaged, KeyError where something is missing."""
+def read_carried(folder: Path, channels: Channels, vocabulary: int) -> Carried:
+    """Of a checkpoint with these channels. Raises SourceError where the file is damaged, or other arrays are in it."""
+    refs = read_header(folder / CARRIED_FILE, where=str(folder))
+    found = {name: (ref.dtype, ref.shape) for name, ref in refs.items()}
+    expected = {name: ("F32", shape) for name, shape in _shapes(channels, vocabulary).items()}
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise SourceError(
+                "the file of what is carried is not of this checkpoint",
+                where=f"{folder / CARRIED_FILE}: {name}",
+                found=found.get(name),
+                expected=expected.get(name),
+                remedy="build the mixture again",
+            )
     with OpenFiles() as opened:
-        refs = read_header(folder / CARRIED_FILE, where=str(folder))
         arrays = {name: to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape) for name, ref in refs.items()}
     return Carried(
         tuple(_units(*map(float, row)) for row in arrays["units"]),
@@ -99,8 +113,37 @@ def read_carried(folder: Path) -> Carried:
 
 def carried_digest(folder: Path) -> str:
     """sha256 of the file in a checkpoint's folder; empty where there is none."""
-    path = folder / CARRIED_FILE
-    return hashlib.sha256(read_bytes(path, LARGE)).hexdigest() if path.exists() else ""
+    path, digest = folder / CARRIED_FILE, hashlib.sha256()
+    if not path.exists():
+        return ""
+    with open_regular(path) as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _shapes(channels: Channels, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Of every array."""
+    size, layers = channels.carry, channels.layers
+    assert size is not None
+    read = channels.heads * channels.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "units": (layers + 1, 2 + 2 * size.terms),
+        "output_sizes": (layers + 1,),
+        "input_sizes": (layers + 1,),
+        "still": (1,),
+    }
+    for layer in range(layers):
+        if size.inputs:
+            shapes[f"inputs.{layer}"] = (read + 2 * channels.kv_heads * channels.head_dim, size.inputs)
+            shapes[f"input_shares.{layer}"] = (3,)
+        if size.outputs:
+            shapes[f"outputs.{layer}"] = (read, size.outputs)
+    if size.head:
+        shapes["head"] = (vocabulary, size.inputs)
+    if size.embedding:
+        shapes |= {"embedding": (vocabulary, size.outputs), "shares": (vocabulary,)}
+    return shapes
 
 
 def _units(size: float, error: float, *both: float) -> PassThrough:

@@ -273,12 +273,11 @@ class NativeShape:
 
 
 def _carried(recipe: Recipe) -> object:
-    """What of a recipe decides which channels there are, and what its first attention makes of them."""
+    """What of a recipe's mixture decides which channels there are, and what its first attention makes of them."""
     fit = recipe.mixture.fit
     if fit is None or not fit.carried:
         return None
-    output = recipe.output
-    return recipe.mixture.router.decay or fit.decides.fading, output.channels, output.carry, output.rank, output.budget
+    return recipe.mixture.router.decay or fit.decides.fading
 
 
 def _channels_said_by(

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from modekit.errors import TextError
+from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.planning.channels import Channels
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.family import whole
-from modekit.sources.names import in_layer
+from modekit.sources.names import EMBEDDING, in_layer, weight_of
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.stream import LayerStream, Stream
@@ -56,8 +56,14 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.cat(taps.sizes["last"]).isfinite().all():
+        raise SourceError(
+            "the base model computes NaN or Inf",
+            where=f"base_model ({base.spec})",
+            remedy="the model is damaged: save or download it again",
+        )
     ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
-    return taps.stream(layers, np.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0]))
+    return taps.stream(layers, np.bincount(ids, minlength=base.tensor(weight_of(EMBEDDING)).shape[0]))
 
 
 def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
