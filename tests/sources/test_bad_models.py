@@ -308,11 +308,11 @@ def test_expert_of_another_family(bench: Workshop) -> None:
     assert "qwen3" in message
 
 
-def test_base_of_a_family_without_partner(bench: Workshop) -> None:
+def test_base_whose_tensors_are_not_those_of_its_class(bench: Workshop) -> None:
     change_config(copy_base(bench), model_type="gpt_neox")
     message = refuse_build(bench)
-    assert "base_model (./base)" in message
-    assert "'gpt_neox'" in message
+    assert "tensor is missing" in message
+    assert "base_model: gpt_neox.embed_in.weight" in message
 
 
 def test_expert_with_one_tensor_of_another_shape(bench: Workshop) -> None:
