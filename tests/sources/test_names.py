@@ -26,7 +26,6 @@ from modekit.sources.names import (
         ("lm_head", None, "lm_head"),
         ("model.norm.weight", None, "model.norm.weight"),
         ("model.layers.x.mlp", None, "model.layers.x.mlp"),
-        ("other.layers.3.mlp", 3, "mlp"),
     ],
 )
 def test_a_name_is_a_layer_and_a_path(name: str, layer: int | None, path: str) -> None:
