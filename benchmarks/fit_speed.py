@@ -45,7 +45,11 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 49_152, (arguments.tokens // 512, 512))
     sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
-    view: Any = SimpleNamespace(model=model, router_inputs=lambda: [layer.mlp for layer in model.model.layers])
+    view: Any = SimpleNamespace(
+        model=model,
+        router_inputs=lambda: [layer.mlp for layer in model.model.layers],
+        in_decoder=lambda: [False] * len(model.model.layers),
+    )
 
     def forward(run: Callable[..., Any]) -> None:
         with torch.inference_mode():
