@@ -81,7 +81,7 @@ def main() -> None:
     for fit in ("centroid", "lda", "ridge", "logistic"):
         started = time.perf_counter()
         fit_gates(Router(fit=fit), domains)
-        kept = domains[0].sample_LND.shape[1]
+        kept = len(domains[0].slots[0].sample_ND)
         print(f"solve {fit:9} {time.perf_counter() - started:6.2f} s for 30 layers, 4 domains, {kept} kept tokens each")
 
 
