@@ -39,8 +39,8 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     """
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
-    sequences = _sequences(plan, kept, run)
     model = load_model(base.folder, run=run)
+    sequences = _sequences(plan, kept, model.get_input_embeddings().weight.shape[0], run)
     total = sum(each.size for each in sequences)
     layers = len(decoder_layers(model))
     width = 4 * layers * (channels.hidden + channels.heads * channels.head_dim)
@@ -57,10 +57,11 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
         for handle in handles:
             handle.remove()
     ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
-    return taps.stream(layers, np.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0]))
+    return taps.stream(layers, np.bincount(ids, minlength=whole(plan.config, "vocab_size")))
 
 
-def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
+def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequence]:
+    """Of tokens that the base has: `rows`, which may be fewer than the mixture's."""
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
     share = max(64, _TOKENS // plan.experts)
     found: list[TokenSequence] = []
@@ -71,7 +72,8 @@ def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
             text = load_token_text(kept / f"{expert.name}.safetensors", whole(plan.config, "vocab_size"))
             if text is None:
                 raise
-            found += text.beginning(share)
+            own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(share))
+            found += [TokenSequence(ids, 0) for ids in own if ids]
             continue
         found += encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length))
     return found
