@@ -158,6 +158,19 @@ def test_gguf(kind: str, tmp_path: Path, ids: torch.Tensor) -> None:
     assert (out / "tokenizer.json").exists()
 
 
+def test_gguf_and_plain_models_in_one_mixture(tmp_path: Path) -> None:
+    """GGUF keeps settings such as rms_norm_eps in 32 bits: they are those of config.json all the same."""
+    pytest.importorskip("gguf")
+    for seed, name in enumerate(("base", "law")):
+        save(tiny_model(seed=seed, num_hidden_layers=1), tmp_path / name)
+        write_gguf(tmp_path / name, tmp_path / f"{name}.gguf", "F32")
+        (tmp_path / name / "tokenizer.json").unlink()  # the converted one is another
+        (tmp_path / name / "tokenizer_config.json").unlink()
+    for base, law in (("./base", "./law.gguf"), ("./base.gguf", "./law")):
+        plan = make_plan(recipe_of({"still": "base", "law": law}, base), tmp_path)
+        assert plan.sources[2].config["rms_norm_eps"] == plan.sources[0].config["rms_norm_eps"] == 1e-6
+
+
 @pytest.mark.parametrize(
     "how",
     [

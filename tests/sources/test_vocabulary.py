@@ -19,6 +19,7 @@ from conftest import VOCAB, Workshop, character_tokenizer, logits_of, tiny_model
 from members.test_come_and_go import check_same
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.experts import load_expert, load_expert_source
@@ -29,6 +30,7 @@ from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import parse_recipe
+from modekit.routing.token_text import load_token_text
 from mutations import limited
 
 CHAT = ("<|im_start|>", "<|im_end|>")
@@ -214,6 +216,45 @@ def test_an_adapter_is_pefts_model(tmp_path: Path, case: str) -> None:
     assert torch.allclose(logits_of(alone, ids), expected, atol=1e-4)
     own = load_expert_source(checkpoint, 1)
     assert torch.allclose(logits_of(own, ids)[..., :rows], expected, atol=1e-4) and own.config.vocab_size == VOCAB + 3
+
+
+@pytest.mark.parametrize("code", [{}, {"as": "lora", "budget": "1x"}], ids=["whole", "within a budget"])
+def test_a_larger_expert_within_a_budget(tmp_path: Path, code: dict[str, str]) -> None:
+    """Its parts are chosen after all models have their rows; the base on disk stays the one that was opened."""
+    shop = shop_of(tmp_path, WHOLE, law={"tokens": CHAT})
+    law, other = shop.recipe["experts"]
+    checkpoint = built(shop, experts=[{**law, "as": "lora", "budget": "1x"}, {**other, **code}])
+    model = load_model(checkpoint.folder)
+    for place, (name, rows) in enumerate((("law", VOCAB + 2), ("code", VOCAB))):
+        assert why_not(checkpoint, place) is None
+        with mixture_of(model, checkpoint).forced(place):
+            assert torch.allclose(
+                logits_of(model, some_ids(rows))[..., :rows], logits_of(tmp_path / name, some_ids(rows)), atol=1e-4
+            )
+
+
+def test_a_plain_checkpoint_carries_whole_experts_that_have_more_tokens(tmp_path: Path) -> None:
+    """The base, which the build runs, has fewer rows than the text that a checkpoint keeps may need."""
+    shop = shop_of(tmp_path, {"top_k": 1, "router": {"fit": "lexical"}}, law={"tokens": CHAT})
+    write_text(tmp_path / "text", ("medicine",))
+    law = tmp_path / "text" / "law.jsonl"
+    law.write_text(law.read_text().replace("licence", CHAT[1]))
+    checkpoint = built(shop, output={"format": "native", "carry": "all", "rank": 128})
+    assert checkpoint.shape.plain and checkpoint.vocabulary == VOCAB + 2
+    model, base = load_model(checkpoint.folder), load_model(tmp_path / "base")
+    for place, name in enumerate(("law", "code")):
+        own, ids = load_model(tmp_path / name), some_ids(VOCAB)
+        with mixture_of(model, checkpoint).forced(place):
+            forced = logits_of(model, ids)[..., :VOCAB]
+        own_V, base_V = (logits_of(each, ids)[..., :VOCAB] for each in (own, base))
+        assert (forced - own_V).square().mean() < 0.02 * (base_V - own_V).square().mean()
+    law.unlink()
+    kept = load_token_text(checkpoint.folder / "router" / "law.safetensors", checkpoint.vocabulary)
+    assert kept is not None and any(97 in sequence.ids for sequence in kept.beginning(1000))
+    save(tmp_path / "medicine", 3, num_hidden_layers=1)
+    new = NewExpert({"model": "./medicine", "text": ["./text/medicine.jsonl"]}, tmp_path)
+    grown = write_change(checkpoint, add_expert(checkpoint, "medicine", new), tmp_path / "GROWN")
+    assert is_proven(checks := verify(grown)), checks
 
 
 def test_an_adapter_of_which_a_native_mixture_keeps_the_tokens(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def settled(plan: Plan, *, run: Run = QUIET) -> Plan:
         parts = _parts(plan, places, expert, run.about(experts[expert].name))
         said = {module: str(part) for module, part in parts.items()}
         experts[expert] = experts[expert].model_copy(update={"parts": said})
-    return plan_of(plan.recipe.model_copy(update={"experts": experts}), plan.root, plan.sources, run=run)
+    given = plan.sources if plan.vocabulary is None else plan.vocabulary.given  # plan_of gives them their rows itself
+    return plan_of(plan.recipe.model_copy(update={"experts": experts}), plan.root, given, run=run)
 
 
 def _parts(plan: Plan, places: Places, expert: int, run: Run) -> dict[str, Part]:

@@ -246,10 +246,10 @@ class Channels:
             yield "its evidence does not fade: this architecture averages over all of the text so far"
 
     def _carry_note(self, carry: CarrySize) -> str:
-        parts = ["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])]
+        parts = ", ".join(["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])])
         return (
-            f"{' and '.join(parts)} of every expert: carried through {carry.channels} of these channels and {carry.units} "
-            "hidden units; `modekit verify --deep` measures how exactly"
+            f"{' and '.join(parts.rsplit(', ', 1))} of every expert: carried through {carry.channels} of these channels and "
+            f"{carry.units} hidden units; `modekit verify --deep` measures how exactly"
         )
 
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:

@@ -20,7 +20,7 @@ from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
 from modekit.sources.family import whole
-from modekit.sources.names import EMBEDDING, in_layer, weight_of
+from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.stream import LayerStream, Stream
@@ -39,8 +39,8 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     """
     channels, base = plan.shape.channels, plan.sources[0]
     assert channels is not None
-    sequences = _sequences(plan, kept, run)
     model = load_model(base.folder, run=run)
+    sequences = _sequences(plan, kept, model.get_input_embeddings().weight.shape[0], run)
     total = sum(each.size for each in sequences)
     layers = len(decoder_layers(model))
     width = 4 * layers * (channels.hidden + channels.heads * channels.head_dim)
@@ -63,10 +63,11 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
             remedy="the model is damaged: save or download it again",
         )
     ids = np.concatenate([np.asarray(each.ids, np.int64) for each in sequences])
-    return taps.stream(layers, np.bincount(ids, minlength=base.tensor(weight_of(EMBEDDING)).shape[0]))
+    return taps.stream(layers, np.bincount(ids, minlength=whole(plan.config, "vocab_size")))
 
 
-def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
+def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequence]:
+    """Of tokens that the base has: `rows`, which may be fewer than the mixture's."""
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
     share = max(64, _TOKENS // plan.experts)
     found: list[TokenSequence] = []
@@ -77,7 +78,8 @@ def _sequences(plan: Plan, kept: Path, run: Run) -> list[TokenSequence]:
             text = load_token_text(kept / f"{expert.name}.safetensors", whole(plan.config, "vocab_size"))
             if text is None:
                 raise
-            found += text.beginning(share)
+            own = (tuple(each for each in sequence.ids if each < rows) for sequence in text.beginning(share))
+            found += [TokenSequence(ids, 0) for ids in own if ids]
             continue
         found += encode(tokenizer, documents, max_tokens=share, sequence_length=min(share, settings.sequence_length))
     return found

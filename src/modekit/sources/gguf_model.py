@@ -71,7 +71,8 @@ def _convert(gguf: Gguf, folder: Path, where: str) -> None:
             _tokenizer(gguf, int(config["vocab_size"])).save_pretrained(new)
         written = {key: value for key, value in config.items() if key not in _NO_WORDS}
         written |= _special_ids(gguf) | _rope(gguf, written)
-        written = json.loads(json.dumps(written | {"dtype": _dtype(gguf), "quantization_config": {"quant_method": "gguf"}}))
+        written |= {"dtype": _dtype(gguf), "quantization_config": {"quant_method": "gguf"}}
+        written = json.loads(json.dumps(written), parse_float=_shortest)
     except SourceError:
         raise
     except Exception as error:  # of what a stranger's file says, anything may go wrong in another library
@@ -80,6 +81,14 @@ def _convert(gguf: Gguf, folder: Path, where: str) -> None:
         logging.set_verbosity(verbosity)
     link_to(gguf.file.resolve(), folder / CONVERTED)
     write_json(folder / "config.json", written, sync=False)
+
+
+def _shortest(said: str) -> float:
+    """A number as a model's own config.json has it: GGUF keeps 1e-06 in 32 bits, which are 9.999999974752427e-07."""
+    number = float(said)
+    with np.errstate(over="ignore"):
+        single = np.float32(number)
+    return float(str(single)) if float(single) == number else number
 
 
 def _unread(where: str, found: object) -> SourceError:

@@ -183,6 +183,11 @@ class Readers:
     remedy: str = "use experts fine-tuned without changing the tokenizer"
     more: str = ", or put the base's tokenizer files into the expert's folder if only the files differ"
 
+    @property
+    def other(self) -> str:
+        """Our tokenizer: the base model's, that of experts[0] 'law'."""
+        return f"that of {self.ours}" if self.ours.endswith("'") else f"the {self.ours}'s"
+
 
 def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
     """Raise MismatchError that names the tokens in which an expert's tokenizer differs from the base model's.
@@ -202,7 +207,7 @@ def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Read
     if not found:
         if one.merges is not None and other.merges is not None and one.merges != other.merges:
             raise MismatchError(
-                f"the {readers.theirs}'s tokenizer has the {readers.ours}'s tokens but joins them by other merges",
+                f"the {readers.theirs}'s tokenizer has the same tokens as {readers.other} but joins them by other merges",
                 where=where,
                 remedy=readers.remedy,
             )
@@ -214,7 +219,7 @@ def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Read
     )
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise MismatchError(
-        f"the {readers.theirs}'s tokenizer differs from the {readers.ours}'s in {len(differing)} tokens",
+        f"the {readers.theirs}'s tokenizer differs from {readers.other} in {len(differing)} tokens",
         where=where,
         found=shown + more,
         expected="the same token for the same id",

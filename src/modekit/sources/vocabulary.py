@@ -41,12 +41,14 @@ class Vocabulary:
 
     Attributes:
         sources: in the order in which they were given; the base's config says how many rows there are.
+        given: the same models as their files have them.
         tokenizer: whose it is, and what goes with it.
         is_grown: whether any model has other tokens or rows than the base.
         notes: what a user should know.
     """
 
     sources: tuple[ModelSource, ...]
+    given: tuple[ModelSource, ...]
     tokenizer: TokenizerChoice
     is_grown: bool = False
     notes: tuple[str, ...] = ()
@@ -63,14 +65,14 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         for source in unique[1:]:
             check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
         check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=f"base_model ({base.spec})")
-        return Vocabulary(sources, TokenizerChoice(base))
+        return Vocabulary(sources, sources, TokenizerChoice(base))
     shared = share_tokens(unique)
     pairs = zip(unique, shared.read, strict=True)
     models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
     check_rows_for(shared.read[shared.largest], rows, where=owner.label)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
-        return Vocabulary(sources, TokenizerChoice(base))
+        return Vocabulary(sources, sources, TokenizerChoice(base))
     for model in models:
         model.check_rows()
         if model.rows > _MOST:
@@ -87,7 +89,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     config = {**base.config, "vocab_size": rows, **choice.settings}
     made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
     notes = (*_notes(models, shared, rows, rule), *choice.notes)
-    return Vocabulary(tuple(made[source] for source in sources), choice, True, notes)
+    return Vocabulary(tuple(made[source] for source in sources), sources, choice, True, notes)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int, rule: Rule
         names = [model.source.label for model, ids in zip(models, added, strict=True) if ids]
         several = any(sum(token in ids for ids in added) > 1 for token in tokens)
         which = {"mean": ", the mean of their rows", "first": ", the rows of the first"}[rule] if several else ""
-        yield f"{len(tokens)} tokens that the base model lacks ({shared.shown(tokens)}) come from {', '.join(names)}{which}"
+        count = f"{len(tokens)} tokens" if tokens[1:] else "1 token"
+        verb = "come" if tokens[1:] else "comes"
+        yield f"{count} that the base model lacks ({shared.shown(tokens)}) {verb} from {', '.join(names)}{which}"
     sizes = ", ".join(f"{model.source.label} {model.rows:,}" for model in models if model.rows)
     yield f"embedding and head have {rows:,} rows, as many as the largest model's ({sizes})"
