@@ -89,7 +89,7 @@ _NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
 
 def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
-    real, read_DT = len(stream.read), _spread(stream.read, size, size.inputs).T
+    real, read_DT = len(stream.read), _wider_sample(stream.read, size, size.inputs).T
     shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
     rows = differences.attention_rows(layer)
     products = []
@@ -114,14 +114,14 @@ def _outputs(differences: Differences, size: CarrySize, layer: int, stream: Laye
     changes = [change for expert in differences.experts if (change := differences.output(layer, expert)) is not None]
     if not changes:
         return np.zeros((stream.attended.shape[1], size.outputs), np.float32), _NOTHING[1], 1.0
-    real, attended_TA = len(stream.attended), _spread(stream.attended, size, size.outputs)
+    real, attended_TA = len(stream.attended), _wider_sample(stream.attended, size, size.outputs)
     products = [change.times(attended_TA.T) for change in changes]
     duals_AR = input_duals(products, attended_TA, size.outputs)
     read = sum(change.times(duals_AR).T @ product[:, :real] for change, product in zip(changes, products, strict=True))
     return duals_AR, _NOTHING[1], (_size(np.asarray(read)) or 1.0) / float(np.median(stream.before_ffn))
 
 
-def _spread(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
+def _wider_sample(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
     """A sample and, where all that experts differ by has room, small inputs of every direction behind it: a short text, or a
     first layer that sees few tokens, does not show all that a change reads.
     """
