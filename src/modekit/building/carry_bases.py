@@ -6,6 +6,7 @@ Shape legend: N outputs of q, k and v together, T sampled tokens, D hidden size,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -66,12 +67,15 @@ def attention_inputs(inputs_NR: Singles, shares_3: Singles, parts: Sequence[Diff
     return np.zeros((inputs_NR.shape[1], 0), np.float32) if total is None else total
 
 
+@dataclass(frozen=True)
 class _OfLayer:
     """Bases of one layer of the base, with the sizes of what goes through them."""
 
-    def __init__(self, inputs: Singles, shares: Singles, input_size: float, outputs: Singles, output_size: float) -> None:
-        self.inputs, self.shares, self.input_size = inputs, shares, input_size
-        self.outputs, self.output_size = outputs, output_size
+    inputs: Singles
+    shares: Singles
+    input_size: float
+    outputs: Singles
+    output_size: float
 
 
 def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
@@ -136,14 +140,14 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
     sample_DT = stream.last[:: max(1, len(stream.last) // _HEAD_TOKENS)].T
     count, width = len(stream.counts), sample_DT.shape[1] * len(differences.experts)
     gram_XX = np.zeros((width, width))
-    for rows in _in_rows(count):
+    for rows in in_rows(count):
         product = _head_products(differences, rows, sample_DT).astype(np.float64)
         gram_XX += product.T @ product
     values, vectors = np.linalg.eigh(gram_XX)
     kept = min(size.inputs, int((values > 1e-14 * values[-1]).sum()))
     turn_XR = vectors[:, ::-1][:, :kept] / np.sqrt(values[::-1][:kept])
     basis_VR = np.zeros((count, size.inputs), np.float32)
-    for rows in _in_rows(count):
+    for rows in in_rows(count):
         basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR
     return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * width))) or 1.0
 
@@ -159,7 +163,8 @@ def _embedding(differences: Differences, size: CarrySize, shares_V: npt.NDArray[
     return row_basis(rows, len(shares_V), shares_V, size.outputs)
 
 
-def _in_rows(count: int) -> list[slice]:
+def in_rows(count: int) -> list[slice]:
+    """Slices that cover the rows of a vocabulary, some thousand at a time."""
     return [slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS)]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.carry_bases import attention_inputs
+from modekit.building.carry_bases import attention_inputs, in_rows
 from modekit.building.differences import Differences
 from modekit.building.tensors import Fill, PieceReader
 from modekit.checkpoint.carried import Carried, read_carried
@@ -38,7 +38,6 @@ Singles = npt.NDArray[np.float32]
 
 _EPS = 2.0**-6
 """Size of U and V over that of the stream: its square is what norms see of them."""
-_ROWS = 4_096
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class Carrying:
         """What an expert's embedding makes of z, (D, R_U): least squares over the text's tokens."""
         carried, total = self._carried, np.zeros((self._channels.hidden, self._size.outputs))
         assert carried.embedding is not None and carried.shares is not None
-        for rows in _in_rows(len(carried.embedding)):
+        for rows in in_rows(len(carried.embedding)):
             weighted = carried.embedding[rows] * carried.shares[rows, None]
             total += self._differences.embedding_rows(expert, rows).T @ weighted
         return (total * self._channels.embedding_scale).astype(np.float32)
@@ -233,13 +232,9 @@ class Carrying:
         if self._carried.head is None:
             return nothing
         total = np.zeros(nothing.shape)
-        for part in _in_rows(len(self._carried.head)):
+        for part in in_rows(len(self._carried.head)):
             total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
         return total.astype(np.float32)
-
-
-def _in_rows(count: int) -> list[slice]:
-    return [slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS)]
 
 
 def _divisor(weights_D: Singles) -> Singles:
