@@ -29,8 +29,7 @@ from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenD
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskScores
-from modekit.evaluation.translation.results import TranslationRow
-from modekit.evaluation.translation.scores import Signatures, TranslationScore
+from modekit.evaluation.translation.results import Signatures, TranslationRow, TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings

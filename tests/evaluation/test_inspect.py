@@ -32,8 +32,7 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
-from modekit.evaluation.inspection.tokens import split_text, token_texts
-from modekit.evaluation.inspection.words import words_of
+from modekit.evaluation.inspection.tokens import split_text, token_texts, words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE

@@ -13,7 +13,7 @@ from conftest import SMALL, logits_of, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
-from modekit.evaluation.inspection.routers import decisions
+from modekit.evaluation.inspection.passes import decisions
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan

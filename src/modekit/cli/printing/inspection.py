@@ -23,7 +23,7 @@ from modekit.recipes.layers import order_of
 
 if TYPE_CHECKING:
     from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenWeight, TopToken, UnseenDetection
-    from modekit.evaluation.inspection.words import Word
+    from modekit.evaluation.inspection.tokens import Word
 
 _MOST_WORDS = 200
 _MOST_LAYERS = 8
@@ -143,7 +143,7 @@ def _print_dead(found: Inspection) -> None:
 
 def print_trace(trace: TextTrace) -> None:
     """Draw a text word by word, then what each expert is worth for it."""
-    from modekit.evaluation.inspection.words import words_of
+    from modekit.evaluation.inspection.tokens import words_of
 
     words, more = words_of(trace, _MOST_WORDS)
     coloured = out.color_system is not None and not out.no_color

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.inspection.evidence import evidence_of, strongest
 from modekit.evaluation.inspection.passes import (
     Advance,
     Array32,
@@ -37,7 +36,7 @@ from modekit.evaluation.inspection.result import (
     only_figures,
 )
 from modekit.evaluation.inspection.similarity import similarity
-from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
 from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from modekit.evaluation.gaps import SMALLEST_GAP
 from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results import SMALLEST_GAP
 from modekit.files.figures import count_of
 from modekit.files.typed import Count, Number
 from modekit.recipes.fits import DEFAULT_FIT, FITS
