@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import SMALLEST_GAP
 from modekit.files.figures import count_of
@@ -107,7 +108,7 @@ class TuneResults(BaseModel, frozen=True):
     reference: Reference
     settings: TuneSettings
     space: dict[str, JsonValue]
-    text: dict[str, dict[str, Mapping[str, Any]]]
+    text: dict[str, dict[str, ReadSequences]]
     seconds: Number
 
     @property

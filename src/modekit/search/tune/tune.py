@@ -11,7 +11,6 @@ the Pareto front is of the text that `modekit eval OUT` scores, which chose noth
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,9 +141,7 @@ def _search(job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[s
         reference=reference,
         settings=settings,
         space=job.space.model_dump(mode="json"),
-        text={
-            split: {domain.name: dataclasses.asdict(domain.record) for domain in text.domains} for split, text in texts.items()
-        },
+        text={split: {domain.name: domain.record for domain in text.domains} for split, text in texts.items()},
         seconds=searched,
     )
 
