@@ -12,14 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import modekit
-from adapter_folders import lora, write_adapter
+from adapter_folders import export_adapter, lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
-from modekit.experts.export import export_adapter
 from modekit.files.write import json_bytes
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, rename_expert, replace_expert

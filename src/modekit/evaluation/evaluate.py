@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -26,10 +25,6 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
-
-if TYPE_CHECKING:
-    from modekit.evaluation.domains import Domain
-    from modekit.evaluation.results import Row, Score
 
 
 def evaluate(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, stronge
 from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import TokenSequence
 
@@ -111,13 +112,8 @@ def top_k_of(checkpoint: Checkpoint) -> int | None:
 def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
     """An `Advance` that reports tokens of all passes over these sequences: as they are, and without each expert."""
     passes = 1 + (len(checkpoint.names) if len(checkpoint.names) > 1 else 0)
-    total, done = passes * sum(sequence.size for sequence in sequences), 0
-
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        run.progress("inspect", done, total)
-
+    work = ProgressCount(run, passes * sum(sequence.size for sequence in sequences))
+    advance = partial(work.advance, "inspect")
     advance(0)
     return advance
 

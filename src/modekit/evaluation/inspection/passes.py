@@ -1,9 +1,11 @@
-"""Passes of a mixture over token sequences: the loss of every token, what the routers decided, and what each expert is worth.
+"""Passes of a mixture over token sequences: the loss of every token, what the routers decided (the weights that the layers use,
+not logits), and what each expert is worth.
 
 Every sequence starts anew; pads take no part, and what is found is kept per sequence, so that neither padding nor the order
 of batches changes a number beyond rounding.
 
-Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens.
+Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens,
+O output features.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Decided:
     Attributes:
         routers: their places among all.
         of_target: whether the tokens are those of a pair's target.
-        weights_RSE, chosen_RSE, entropy_RS: see routers.Decisions.
+        weights_RSE, chosen_RSE, entropy_RS: see Decisions.
     """
 
     routers: list[int]
@@ -57,44 +59,43 @@ _TRACED = 2**26  # floats that a traced pass may keep
 
 def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
     """Loss of every predicted token, nats, per sequence: (S - 1), 0 where a tag is not; or of a pair (T)."""
-    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
-    for batch, losses_BP in _passes(model, sequences, tokens_per_pass(model.config), advance):
-        for place, row in enumerate(batch.rows):
-            losses[row] = losses_BP[place, : sequences[row].places].numpy()
-    return losses
+    return _losses(model, sequences, tokens_per_pass(model.config), advance, lambda _batch: None)
 
 
 def traced_losses(
     model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], consume: Consume, advance: Advance
 ) -> list[Array32]:
     """As `token_losses`; what the routers decided goes to `consume`."""
-    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
     mixture = mixture_of(model, checkpoint)
     tokens = min(tokens_per_pass(model.config), max(512, _TRACED // mixture.floats_per_token()))
     with mixture.traced() as trace:
-        for batch, losses_BP in _passes(model, sequences, tokens, advance):
+
+        def give(batch: Batch) -> None:
             made = decisions(checkpoint, trace, batch)
             for place, row in enumerate(batch.rows):
-                losses[row] = losses_BP[place, : sequences[row].places].numpy()
                 for each in made:
-                    consume(row, _of_row(each, place, sequences[row]))
+                    consume(row, each.of_row(place, sequences[row]))
+
+        return _losses(model, sequences, tokens, advance, give)
+
+
+@torch.inference_mode()
+def _losses(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    tokens: int,
+    advance: Advance,
+    passed: Callable[[Batch], None],
+) -> list[Array32]:
+    """`passed` gets every batch, as soon as the model has read it."""
+    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
+    for batch in make_batches(sequences, tokens=tokens):
+        losses_BP = losses_of(model, batch).cpu()
+        for place, row in enumerate(batch.rows):
+            losses[row] = losses_BP[place, : sequences[row].places].numpy()
+        passed(batch)
+        advance(batch.tokens)
     return losses
-
-
-def _of_row(made: Decisions, place: int, sequence: TokenSequence) -> Decided:
-    length = len(sequence.target if made.of_target else sequence.ids)
-    parts = (made.weights_RBSE, made.chosen_RBSE, made.entropy_RBS)
-    return Decided(made.routers, made.of_target, *(part[:, place, :length].numpy() for part in parts))
-
-
-def _passes(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], tokens: int, advance: Advance
-) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Each batch with the loss of its predicted tokens, (B, P) float32 on the CPU."""
-    with torch.inference_mode():
-        for batch in make_batches(sequences, tokens=tokens):
-            yield batch, losses_of(model, batch).cpu()
-            advance(batch.tokens)
 
 
 def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> list[float | None]:
@@ -145,6 +146,12 @@ class Decisions:
     weights_RBSE: torch.Tensor
     chosen_RBSE: torch.Tensor
     entropy_RBS: torch.Tensor
+
+    def of_row(self, place: int, sequence: TokenSequence) -> Decided:
+        """Of a sequence, by its place in the batch."""
+        length = len(sequence.target if self.of_target else sequence.ids)
+        parts = (self.weights_RBSE, self.chosen_RBSE, self.entropy_RBS)
+        return Decided(self.routers, self.of_target, *(part[:, place, :length].numpy() for part in parts))
 
 
 def decisions(checkpoint: Checkpoint, trace: RouterTrace, batch: Batch) -> list[Decisions]:

@@ -22,7 +22,6 @@ from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
 from modekit.evaluation.inspection.passes import (
-    Array32,
     Decided,
     changes_without,
     loss_per_token,
@@ -95,7 +94,9 @@ def inspect_text(
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
     del model  # before the base model comes
     without_base = why_not(checkpoint, None, run=run)
-    base_losses = _base_losses(checkpoint, windows, run) if without_base is None else None
+    base_losses = None
+    if without_base is None:  # of the base model on the same tokens
+        base_losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
     per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
     scored = sum(window.scored for window in windows)
     with only_figures(checkpoint):
@@ -165,8 +166,11 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:
     """Token ids, and the text that belongs to each."""
-    written = _in_template(tokenizer, text) if isinstance(text, UserMessage) else text
-    clean = written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    written = text
+    if isinstance(text, UserMessage):
+        above = [] if text.system is None else [message_of("system", text.system)]
+        written = needed_template(tokenizer, "--chat").text([*above, message_of("user", text.text)], answer=True)
+    clean = str(written).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     encoded: Any = {}
     if clean.strip():
         encoded = tokenizer(
@@ -206,16 +210,6 @@ def _windows(
         windows.append(window)
         shown += said
     return windows, shown, length
-
-
-def _in_template(tokenizer: PreTrainedTokenizerBase, said: UserMessage) -> str:
-    above = [] if said.system is None else [message_of("system", said.system)]
-    return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
-
-
-def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32]:
-    """Of the base model on the same tokens."""
-    return token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
 
 
 def _notes(windows: int, length: int, detailed: bool, without_base: str | None) -> list[str]:

@@ -1,4 +1,8 @@
-"""Tokens as text, words made of them, and the tokens that an expert is leading on."""
+"""Tokens as text, words made of them for a person to read, and which tokens speak for an expert: by what routers decided on
+text, and by the table of a router that reads tokens, which needs no text to be read.
+
+Shape legend: T tokens, E experts, R routers, J averages, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -134,9 +138,6 @@ def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
     return Word(text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1])
 
 
-_SHOWN_HERE = 12
-
-
 def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
     """What each token adds to the logits of each expert, (V, E), averages together; None where the router has no such table."""
     experts, mixture = len(checkpoint.names), checkpoint.record.recipe.mixture
@@ -158,7 +159,7 @@ def strongest(
     for place, name in enumerate(names):
         others = np.delete(table_VE[often_V], place, axis=1)
         lead_V = table_VE[often_V, place] - (others.mean(1) if others.shape[1] else 0)
-        best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN_HERE]
+        best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN]
         found[name] = [
             TokenWeight(token=str(tokenizer.decode([int(often_V[at])])), weight=float(lead_V[at]))
             for at in best
