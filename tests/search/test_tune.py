@@ -31,7 +31,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.search.tune.results import Candidate, TuneResults, TuneSettings, describe, gap_closed, pareto
-from modekit.search.tune.selection import RUNGS, read_selection
+from modekit.search.tune.selection import RUNGS, read_selections
 from modekit.search.tune.shared_weights import SharedWeights
 from modekit.search.tune.space import Space, backbones_differ, default_space, plain_recipe, read_space
 from modekit.search.tune.study import candidate_recipe
@@ -159,9 +159,8 @@ def test_the_best_is_built_and_proven(shop: Workshop, tuned: tuple[Path, Any]) -
     best = results.best
     assert best.mean == min(each.mean for each in results.candidates if each.status == "scored")
     model = load_model(out)
-    select = read_selection(
-        recipe_of(shop), shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32
-    )
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    select = read_selections(recipe_of(shop), shop.root, [shop.root / "base"], **sizes)["select"]
     for domain in select.domains:
         assert score_domain(model, domain, lambda _: None).loss == pytest.approx(best.losses[domain.name], abs=1e-5)
 
@@ -206,10 +205,8 @@ def test_what_chose_is_never_reported(shop: Workshop) -> None:
     out = shop.root / "HONEST"
     tune(recipe, shop.root, out, space=SMALL.model_copy(update={"router": ["linear"]}), settings=SETTINGS)
     documents = {name: read_documents([text], root=shop.root, where=name) for name, text in texts.items()}
-    select, report = (
-        read_selection(recipe, shop.root, [shop.root / "base"], split=split, tokens_per_domain=10**6, sequence_length=64)
-        for split in ("select", "report")
-    )
+    texts = read_selections(recipe, shop.root, [shop.root / "base"], tokens_per_domain=10**6, sequence_length=64)
+    select, report = texts["select"], texts["report"]
     chosen = {digest_of(d)[:TRAINED_DIGITS] for own in documents.values() for d in own if split_of(d) == "select"}
     assert set(select.digests) == chosen and not chosen & set(report.digests)
     shown = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
@@ -251,7 +248,8 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     )
     for name in DOMAINS:
         assert found.reference["report"]["own"][name] == pytest.approx(results.row(name).scores[name].loss, abs=1e-5)
-    chosen = read_selection(recipe, shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32)
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    chosen = read_selections(recipe, shop.root, [shop.root / "base"], **sizes)["select"]
     texts = {held.name: held for held in held_out_texts(tuned)}
     assert not set(chosen.digests) & {mark_of(document) for held in texts.values() for document in held.documents}
     if case == "beside":
@@ -409,14 +407,8 @@ def test_prompts_that_set_routers_choose_nothing(shop: Workshop) -> None:
     documents = read_documents(["./text/law.jsonl"], root=shop.root, where="law")
     prompts = [each for each in documents if split_of(each) == "select"][:2]
     experts = [{**each, "prompts": prompts} if each["name"] == "law" else each for each in shop.recipe["experts"]]
-    select = read_selection(
-        recipe_of(shop, experts=experts),
-        shop.root,
-        [shop.root / "base"],
-        split="select",
-        tokens_per_domain=10**6,
-        sequence_length=64,
-    )
+    sizes = {"tokens_per_domain": 10**6, "sequence_length": 64}
+    select = read_selections(recipe_of(shop, experts=experts), shop.root, [shop.root / "base"], **sizes)["select"]
     assert not {digest_of(prompt)[:TRAINED_DIGITS] for prompt in prompts} & set(select.digests)
 
 
@@ -520,9 +512,8 @@ def test_pareto() -> None:
 
 
 def test_rungs_cover_the_text_once(shop: Workshop) -> None:
-    select = read_selection(
-        recipe_of(shop), shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32
-    )
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    select = read_selections(recipe_of(shop), shop.root, [shop.root / "base"], **sizes)["select"]
     for place, domain in enumerate(select.domains):
         parts = [part for number in range(len(RUNGS)) for part in select.rung(number) if part.expert == place]
         assert [s.ids for part in parts for s in part.sequences] == [s.ids for s in domain.sequences]

@@ -46,11 +46,9 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     mixed = [_with_base(tensor, base, checkpoint) for tensor in kept]
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
-    run.begin("compare experts", len(mixed))
     with OpenFiles() as opened:
-        for done, tensor in enumerate(mixed, 1):
+        for tensor in run.over("compare experts", mixed, len(mixed)):
             gram += _products(tensor, count, opened)
-            run.progress("compare experts", done, len(mixed))
     whole = sum(_is_whole(tensor) for tensor in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"

@@ -133,9 +133,8 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[s
     tally = _Tally(len(experts))
     with OpenFiles() as opened:
         read = PieceReader(opened)
-        for done, (name, group) in enumerate(groups.items(), 1):
+        for name, group in run.over("compare", groups.items(), len(groups)):
             tally.add(name, group, _pieces(sources, name), read)
-            run.progress("compare", done, len(groups))
     return tally.drift()
 
 

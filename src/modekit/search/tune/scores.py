@@ -14,6 +14,7 @@ from modekit.search.tune.results import Candidate, Losses, Reference, best_of
 from modekit.search.tune.selection import Selection, losses_of
 from modekit.search.tune.study import SearchJob, candidate_recipe
 from modekit.search.tune.switched_model import SwitchedModel
+from modekit.text.splits import HeldOutSplit
 
 
 def score_all(
@@ -25,15 +26,13 @@ def score_all(
     weights = job.weights()
     switched = SwitchedModel(run=job.run)
     numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
-    for place, (number, candidate) in enumerate(numbers.items()):
-        run.progress(stage, place, len(numbers))
+    for number, candidate in run.over(stage, numbers.items(), len(numbers)):
         if known.get(str(number), {}).keys() != {domain.name for domain in text.domains}:
             recipe = candidate_recipe(job.recipe, candidate.mixture)
             shared = weights.checkpoint(weights.plan(recipe))
             model = switched.put(shared, weights.gates(shared, recipe))
             known[str(number)] = losses_of(model, text.domains, f"candidate {number}")
             write_json(path, known)
-    run.progress(stage, len(numbers), len(numbers))
     return {number: known[str(number)] for number in numbers}
 
 
@@ -60,7 +59,7 @@ def with_smaller_sizes(job: SearchJob, found: Sequence[Candidate], select: Selec
     ]
 
 
-def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection], run: Run) -> Reference:
+def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[HeldOutSplit, Selection], run: Run) -> Reference:
     """Per split and domain, the loss of the base and of the domain's own expert."""
     path = job.work / "reference.json"
     names = [domain.name for domain in splits["select"].domains]
@@ -73,8 +72,7 @@ def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[str, Selection]
     give_rows(model, plan.sources[0], plan.sources[0])
     run.begin("score the base")
     found: Reference = {split: {"base": losses_of(model, text.domains, "base"), "own": {}} for split, text in splits.items()}
-    for place, domain in enumerate(splits["select"].domains):
-        run.progress("score the experts", place, len(names))
+    for domain in run.over("score the experts", splits["select"].domains, len(names)):
         assert domain.expert is not None
         is_base = job.recipe.experts[domain.expert].is_base
         own = model if is_base else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)

@@ -33,7 +33,7 @@ from modekit.search.tune.folder import alone, announce, claim, close, folder_of,
 from modekit.search.tune.launch import check_ray, launch
 from modekit.search.tune.results import TuneResults, TuneSettings, best_of, pareto, rank
 from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
-from modekit.search.tune.selection import Selection, read_selection
+from modekit.search.tune.selection import Selection, read_selections
 from modekit.search.tune.space import Space, default_space, plain_recipe, read_space
 from modekit.search.tune.study import SearchJob, candidate_recipe, candidates, prepare
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
@@ -73,7 +73,9 @@ def tune(
     folder = folder_of(out)
     built_native = plan.shape.plain and recipe.output.format != "modekit"
     job = SearchJob(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
-    texts = _read_texts(job, plan, settings)
+    folders = list(dict.fromkeys(source.folder for source in plan.sources))
+    sizes = {"tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
+    texts = read_selections(recipe, root, folders, **sizes, run=job.run)
     claim(folder, identity_of(job, settings, native, plan, texts["select"].read))
     with alone(folder):
         results = _search(job, plan, settings, texts, run)
@@ -97,25 +99,9 @@ def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
     )
 
 
-def _read_texts(job: SearchJob, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
-    """What candidates are compared on, and what is reported of them."""
-    folders = list(dict.fromkeys(source.folder for source in plan.sources))
-    splits: tuple[HeldOutSplit, ...] = ("select", "report")
-    return {
-        split: read_selection(
-            job.recipe,
-            job.root,
-            folders,
-            split=split,
-            tokens_per_domain=settings.tokens_per_domain,
-            sequence_length=settings.sequence_length,
-            run=job.run,
-        )
-        for split in splits
-    }
-
-
-def _search(job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:
+def _search(
+    job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[HeldOutSplit, Selection], run: Run
+) -> TuneResults:
     """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
     started = time.perf_counter()
     select, report = texts["select"], texts["report"]
