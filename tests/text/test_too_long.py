@@ -16,6 +16,7 @@ from modekit.experts.distill.inputs import read_texts as read_for_a_student
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
+from modekit.search.tune.selection import read_selections
 from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import encode, none_fits
