@@ -13,11 +13,11 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
-import modekit.cli.printing.advice as advice
-import modekit.cli.printing.data as data
-import modekit.cli.printing.discovery as discovery
-import modekit.cli.printing.evaluation as evaluation
-import modekit.cli.printing.inspection as inspection
+import modekit.cli.advice as advice
+import modekit.cli.data as data
+import modekit.cli.discovery as discovery
+import modekit.cli.evaluation as evaluation
+import modekit.cli.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
 from modekit.building.preview import Preview
 from modekit.building.verify import Check

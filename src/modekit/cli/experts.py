@@ -12,9 +12,9 @@ import typer
 from rich.text import Text
 
 from modekit.cli.labels import LabelOptions
+from modekit.cli.members import print_experts
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.members import print_experts
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
