@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +11,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out
+from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
@@ -84,7 +82,7 @@ def balance(
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(balanced.model_dump(mode="json"), indent=2) + "\n")
+        print_json(balanced.model_dump(mode="json"))
     else:
         print_balanced(balanced, output)
 
@@ -113,7 +111,7 @@ def make_tokenizer(
         mix = Mix(texts, Path.cwd(), other, against, folder)
         trained = train_tokenizer(mix, vocabulary, resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(trained.model_dump(mode="json"), indent=2) + "\n")
+        print_json(trained.model_dump(mode="json"))
     else:
         print_tokenizer(trained, output)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
+from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
@@ -183,7 +181,7 @@ def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | 
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     if draw is None:
-        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+        print_json(results.as_data())
         return
     draw(results)
     page = Path(results.file).with_suffix(".md").name

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from rich.style import Style
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out, shows_bold, visible
+from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
@@ -103,7 +101,7 @@ def inspect(
         else:
             found = inspect_text(opened, text, layer=shown.layer, sequence_length=sequence_length, run=run)
     if as_json:
-        sys.stdout.write(json.dumps(found.model_dump(), indent=2) + "\n")
+        print_json(found.model_dump())
     elif isinstance(found, Inspection):
         print_inspection(checkpoint / RESULTS_FOLDER, found)
         forced = ForcedExperts.find(opened)

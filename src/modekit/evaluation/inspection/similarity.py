@@ -49,7 +49,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     with OpenFiles() as opened:
         for tensor in run.over("compare experts", mixed, len(mixed)):
             gram += _products(tensor, count, opened)
-    whole = sum(_is_whole(tensor) for tensor in mixed)
+    whole = sum(bool(each.own) and each.base is None and not each.holds_changes for each in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"
     if whole:
@@ -136,8 +136,3 @@ def _with_base(mixed: MixedTensor, tensors: Mapping[str, TensorRef], checkpoint:
     tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
     ref = tensors.get(mixed.name, tensors.get(tied))
     return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
-
-
-def _is_whole(tensor: MixedTensor) -> bool:
-    """Whether experts' tensors stand for their changes, as nothing is known of the base's."""
-    return bool(tensor.own) and tensor.base is None and not tensor.holds_changes

@@ -120,7 +120,8 @@ def gloss_items(documents: Sequence[str], known: Collection[str], chance: random
     chance.shuffle(entries)
     items: list[GlossItem] = []
     for digest, entry in entries[:QUESTIONS]:
-        others = _others(entry, [other for _, other in entries], chance)
+        others = [other for _, other in entries if other is not entry]
+        others = chance.sample(others, min(CHOICES - 1, len(others)))
         if len(others) == CHOICES - 1:
             choices = [entry, *others]
             chance.shuffle(choices)
@@ -129,7 +130,7 @@ def gloss_items(documents: Sequence[str], known: Collection[str], chance: random
                     "document": digest[:16],
                     "gloss": entry.gloss + ".",
                     "heads": [f"{choice.head}:" for choice in choices],
-                    "asked": _capital(entry.gloss) + ":",
+                    "asked": f"{entry.gloss[:1].upper()}{entry.gloss[1:]}:",
                     "terms": [choice.terms[0] for choice in choices],
                     "answer": choices.index(entry),
                 }
@@ -147,14 +148,6 @@ def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entr
             taken |= marks
             kept.append((digest, entry))
     return kept
-
-
-def _others(entry: Entry, entries: Sequence[Entry], chance: random.Random) -> list[Entry]:
-    return chance.sample([other for other in entries if other is not entry], min(CHOICES - 1, len(entries) - 1))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def continuation_items(documents: Sequence[str], chance: random.Random) -> list[ContinuationItem]:

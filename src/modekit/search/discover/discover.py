@@ -40,7 +40,7 @@ from modekit.search.discover.result import (
     TriedNumber,
 )
 from modekit.search.discover.words import describe_groups, name_of
-from modekit.text.document import Document, text_of
+from modekit.text.document import text_of
 from modekit.text.records import data_of
 
 _TOGETHER = 512  # documents that are assigned at once
@@ -169,7 +169,8 @@ def _assign_all(
                 numbers[label] += 1
                 characters[label] += len(text_of(document))
                 if files:
-                    files[label].write(_line(document))
+                    line = json.dumps(data_of(document), ensure_ascii=False, sort_keys=True)
+                    files[label].write(f"{line}\n".encode())
             run.progress("group documents", min(sum(numbers), sample.documents), sample.documents)
         documents.check_same(sample)
     return list(zip(numbers, characters, strict=True))
@@ -179,11 +180,6 @@ def _assign_all(
 def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
     with appearing(path, sync=False) as temporary, io.BufferedWriter(create(temporary), _BUFFER) as stream:
         yield stream
-
-
-def _line(document: Document) -> bytes:
-    """A record as `text/records.py` reads it."""
-    return (json.dumps(data_of(document), ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 SURE = 0.9
