@@ -23,10 +23,9 @@ from modekit.errors import TextError, UnsupportedError
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover, shared_experts
-from modekit.search.discover.documents import UnlabelledDocuments
+from modekit.search.discover.documents import UnlabelledDocuments, describe_groups, name_of, rare_words, word_rows, words_of
 from modekit.search.discover.grouping import WORTH, choose, cluster, log_likelihood, try_numbers, word_model, word_shares
 from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup
-from modekit.search.discover.words import describe_groups, name_of, rare_words, word_rows, words_of
 from modekit.text.document import Conversation, text_of
 from modekit.text.documents import read_documents
 from refusal import checked, refuse, run_python, tree

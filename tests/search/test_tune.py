@@ -32,10 +32,9 @@ from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.search.tune.results import Candidate, TuneResults, TuneSettings, describe, gap_closed, pareto
 from modekit.search.tune.selection import RUNGS, read_selections
-from modekit.search.tune.shared_weights import SharedWeights
+from modekit.search.tune.shared_weights import SharedWeights, SwitchedModel
 from modekit.search.tune.space import Space, backbones_differ, default_space, plain_recipe, read_space
 from modekit.search.tune.study import candidate_recipe
-from modekit.search.tune.switched_model import SwitchedModel
 from modekit.search.tune.tune import tune
 from modekit.text.documents import read_documents
 from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of

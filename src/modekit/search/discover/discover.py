@@ -28,7 +28,7 @@ from modekit.recipes.paths import locate
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import TextRouter
 from modekit.run import QUIET, ProgressCount, Run
-from modekit.search.discover.documents import DocumentSample, UnlabelledDocuments
+from modekit.search.discover.documents import DocumentSample, UnlabelledDocuments, describe_groups, name_of
 from modekit.search.discover.grouping import WORTH, Grouping, gains, group_documents
 from modekit.search.discover.result import (
     RESULT_FILE,
@@ -39,7 +39,6 @@ from modekit.search.discover.result import (
     TextRead,
     TriedNumber,
 )
-from modekit.search.discover.words import describe_groups, name_of
 from modekit.text.document import text_of
 from modekit.text.records import data_of
 

@@ -32,9 +32,8 @@ from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.search.tune.results import Candidate, Mixture, mean_of
 from modekit.search.tune.selection import RUNGS, RunningLoss, Selection
-from modekit.search.tune.shared_weights import SharedWeights
+from modekit.search.tune.shared_weights import SharedWeights, SwitchedModel
 from modekit.search.tune.space import Space
-from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
