@@ -259,7 +259,7 @@ def _translation(found: TranslationResults) -> dict[str, object]:
 def _search(search: TuneResults, points: SearchPoints) -> dict[str, object]:
     """The first variants of a search, the fixed ones and the front; all that were scored in full as points."""
     keys = dict.fromkeys(("name", "description", "mean_loss", "active", "native", "best", "pareto"), True)
-    fields = {**keys, "report": {"mean_loss", "gap_closed"}}
+    fields: dict[str, bool | set[str]] = {**keys, "report": {"mean_loss", "gap_closed"}}
     shown = [
         # What a dropped one came to is of a part of the text, and no figure to stand beside the others'.
         variant.model_dump(include=fields) | ({} if variant.status == "scored" else {"mean_loss": None})

@@ -2,7 +2,6 @@
 
 discover.py    the steps in order, what a mixture's router makes of a group, and what is written
 result.py      settings and result
-documents.py   documents read twice, a bounded sample kept
-words.py       words of documents; names of groups
+documents.py   documents read twice, a bounded sample kept; their words, and names of groups
 grouping.py    points, k-means, the number of groups
 """
