@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -84,7 +84,7 @@ class SettingOptions:
     ] = None
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
 
-    def said(self) -> dict[str, Any]:
+    def said(self) -> dict[str, object]:
         """The settings that were given, by their names in a settings file."""
         from modekit.training.settings import WEIGHTS, losses_said
 

@@ -65,7 +65,7 @@ class DemoResults:
             gaps, notes = {}, [_NO_TRANSLATION, *notes]
         return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
         translated = {str(seed): table.as_data() for seed, table in self.translated.items()}
         return {

@@ -104,7 +104,7 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, wor
 
     for name, table in workers.run(tasks()):
         ended.add(name)
-        if table is not None:
+        if isinstance(table, Results):
             found[name] = table
     return {name: found[name] for name in recipes}
 
