@@ -112,7 +112,7 @@ def export_gguf(
         file, texts = stage.folder / name, texts_of(checkpoint)
         proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
         if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
-            proof = proof.beside(_loss_of_base(checkpoint, stage.folder, made, texts, run))
+            proof = dataclasses.replace(proof, base=_loss_of_base(checkpoint, stage.folder, made, texts, run))
         proof = proof.judged(file, accept=settings.accept)
         written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
         _write_record(stage, made, written.as_data())
@@ -266,8 +266,8 @@ def prove_adapters(
         for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
             both.model.use_expert(adapter.name)
             both.llama.use_adapter(place)
-            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(loss_of_base)
-            proofs.append(proof.judged(file, accept=settings.accept))
+            proof = told_once.proof(file, outtype, texts=texts, run=run)
+            proofs.append(dataclasses.replace(proof, base=loss_of_base).judged(file, accept=settings.accept))
     return proofs
 
 
