@@ -239,7 +239,7 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     tuned = open_checkpoint(out)
     domains = held_out_domains(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     own = [domain for domain in domains if domain.expert is not None]
-    assert found.text["report"] == {domain.name: vars(domain.record) for domain in own}
+    assert found.text["report"] == {domain.name: domain.record for domain in own}
     results = evaluate(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     assert found.best.report is not None
     assert found.best.report.losses == pytest.approx(
