@@ -112,7 +112,8 @@ def write_export(
 ) -> ExportRecord:
     """Write one expert as planned (`reason` is None). Raises OutputError."""
     given_back = plan.own if plan.as_it_came else None
-    config = dict(given_back.config) if given_back is not None else adapter_config_of(checkpoint, plan.expert, _known(plan))
+    known = plan.own.config if plan.own is not None and plan.own.config.get("peft_type") == "LORA" else {}
+    config = dict(given_back.config) if given_back is not None else adapter_config_of(checkpoint, plan.expert, known)
     rank = config.get("r")
     record = ExportRecord(
         expert=plan.name,
@@ -189,11 +190,6 @@ def _notes(checkpoint: Checkpoint, expert: int, own: OwnFiles | None) -> Iterato
         yield "the adapter changes the base model; in the mixture it stands on a merged backbone (mixture.backbone)"
     if recipe.experts[expert].lora_rank is not None:
         yield "a low-rank part of a full model's difference to the base (as: lora)"
-
-
-def _known(plan: ExportPlan) -> Mapping[str, object]:
-    config = plan.own.config if plan.own is not None else {}
-    return config if config.get("peft_type") == "LORA" else {}
 
 
 def _kind(config: Mapping[str, object]) -> str:

@@ -128,7 +128,9 @@ def extract(
         not_carried={each.name: each.drift for each in differences if each.squared_delta and each.name not in adapted_names},
     )
     run.begin("write")
-    config = _adapter_config(adapted, linears, settings.base_name or str(base))
+    # alpha equals the rank in every module, so that every scale is exactly 1
+    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
+    config = lora_config(settings.base_name or str(base), changes, targets=_targets(adapted, linears))
     digest, replace = f"extract {_digest_of(record, adapted)}", replaced_by(overwrite)
     with staging(out, digest, "adapter", sources=(model, base), replace=replace, sync=run.sync) as stage:
         write_lora(stage, config, [tensor for entry in adapted for tensor in _tensors(entry)])
@@ -228,12 +230,6 @@ def _tensors(entry: AdaptedWeight) -> Iterator[PeftTensor]:
     for side, array in (("A", entry.factors.a), ("B", entry.factors.b)):
         name = peft_name(entry.difference.module, f"lora_{side}.weight")
         yield PeftTensor(name, "F32", array.shape, array.nbytes, partial(to_bytes, array, "F32"))
-
-
-def _adapter_config(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference], base_name: str) -> dict[str, object]:
-    """adapter_config.json. alpha equals the rank in every module, so that every scale is exactly 1."""
-    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
-    return lora_config(base_name, changes, targets=_targets(adapted, linears))
 
 
 def _targets(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference]) -> list[str]:

@@ -37,11 +37,14 @@ Advance = Callable[[int], object]
 @dataclass(frozen=True)
 class Decided:
     """What routers made of the real tokens of one sequence: of all of them, or of a pair those that read its source, or target.
+    With one decision per output feature, the mean over features; one for a whole source stands at each of its tokens.
 
     Attributes:
         routers: their places among all.
         of_target: whether the tokens are those of a pair's target.
-        weights_RSE, chosen_RSE, entropy_RS: see Decisions.
+        weights_RSE: of the experts; they sum to one, less what an always-on base takes.
+        chosen_RSE: 1 where an expert has a weight above zero.
+        entropy_RS: of the weights, nats.
     """
 
     routers: list[int]
@@ -71,10 +74,8 @@ def traced_losses(
     with mixture.traced() as trace:
 
         def give(batch: Batch) -> None:
-            made = decisions(checkpoint, trace, batch)
-            for place, row in enumerate(batch.rows):
-                for each in made:
-                    consume(row, each.of_row(place, sequences[row]))
+            for row, decided in decisions(checkpoint, trace, batch, sequences):
+                consume(row, decided)
 
         return _losses(model, sequences, tokens, advance, give)
 
@@ -128,53 +129,32 @@ def changes_without(
 _TINY = 1e-30
 
 
-@dataclass(frozen=True)
-class Decisions:
-    """What some routers made of a batch, float32 on the CPU. With one decision per output feature, the mean over features; one
-    decision for a whole source stands at each of its tokens.
-
-    Attributes:
-        routers: their places among all.
-        of_target: whether they read the tokens of the targets; else those of plain text, or of the sources.
-        weights_RBSE: of the experts; they sum to one, less what an always-on base takes.
-        chosen_RBSE: 1 where an expert has a weight above zero.
-        entropy_RBS: of the weights, nats.
-    """
-
-    routers: list[int]
-    of_target: bool
-    weights_RBSE: torch.Tensor
-    chosen_RBSE: torch.Tensor
-    entropy_RBS: torch.Tensor
-
-    def of_row(self, place: int, sequence: TokenSequence) -> Decided:
-        """Of a sequence, by its place in the batch."""
-        length = len(sequence.target if self.of_target else sequence.ids)
-        parts = (self.weights_RBSE, self.chosen_RBSE, self.entropy_RBS)
-        return Decided(self.routers, self.of_target, *(part[:, place, :length].numpy() for part in parts))
-
-
-def decisions(checkpoint: Checkpoint, trace: RouterTrace, batch: Batch) -> list[Decisions]:
-    """What the routers decided in the traced pass over a batch: all together; over pairs first those that read the sources,
-    then those that read the targets.
+def decisions(
+    checkpoint: Checkpoint, trace: RouterTrace, batch: Batch, sequences: Sequence[TokenSequence]
+) -> Iterator[tuple[int, Decided]]:
+    """What the routers decided in the traced pass over a batch of these sequences, with the place of each: all together;
+    over pairs first those that read its source, then those that read its target.
     """
     names = [router.name for router in checkpoint.shape.positions]
     of_target = [batch.target is not None and reads_target(name) for name in names]
     shapes = [(batch.target_mask if each else batch.mask).shape for each in of_target]
     weights = list(_weights(checkpoint, trace, shapes))
-    stacks = {each: [place for place, own in enumerate(of_target) if own is each] for each in (False, True)}
-    return [_of_stack(places, each, [weights[place] for place in places]) for each, places in stacks.items() if places]
+    stacks = [(each, [place for place, own in enumerate(of_target) if own is each]) for each in (False, True)]
+    parts = [(each, places, _stacked([weights[place] for place in places])) for each, places in stacks if places]
+    for at, row in enumerate(batch.rows):
+        for each, places, arrays in parts:
+            length = len(sequences[row].target if each else sequences[row].ids)
+            yield row, Decided(places, each, *(array[:, at, :length].numpy() for array in arrays))
 
 
-def _of_stack(places: list[int], of_target: bool, stack: Sequence[torch.Tensor]) -> Decisions:
-    weights, chosen, entropy = [], [], []
+def _stacked(stack: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Weights, what is chosen (R, B, S, E) and entropies (R, B, S), means over the features, on the CPU."""
+    found = []
     for weight in stack:
         every = weight[:, :, None] if weight.ndim == 3 else weight  # (B, S, O, E)
-        relative = every / every.sum(-1, keepdim=True).clamp_min(_TINY)
-        weights.append(every.mean(2).cpu())
-        chosen.append((every > 0).float().mean(2).cpu())
-        entropy.append(torch.special.entr(relative).sum(-1).mean(2).cpu())
-    return Decisions(places, of_target, torch.stack(weights), torch.stack(chosen), torch.stack(entropy))
+        entropy = torch.special.entr(every / every.sum(-1, keepdim=True).clamp_min(_TINY)).sum(-1)
+        found.append([each.mean(2).cpu() for each in (every, (every > 0).float(), entropy)])
+    return [torch.stack(each) for each in zip(*found, strict=True)]
 
 
 def _weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:

@@ -98,7 +98,7 @@ def inspect_text(
     if without_base is None:  # of the base model on the same tokens
         base_losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
     per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
-    scored = sum(window.scored for window in windows)
+    scored, scores = sum(window.scored for window in windows), scores_of(checkpoint, windows)
     with only_figures(checkpoint):
         return TextTrace(
             experts=checkpoint.names,
@@ -111,16 +111,11 @@ def inspect_text(
             windows=len(windows),
             tokens=[TokenLoss(text=token, loss=loss) for token, loss in zip(texts, per_token, strict=True)],
             weights=read.weights_RTE.tolist(),
-            scores=_scores(checkpoint, windows),
+            scores={name: np.concatenate([each[name] for each in scores]).tolist() for name in scores[0]} if scores else None,
             prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
             without=named_changes(checkpoint, changes_EN.sum(1) / scored),
             notes=_notes(len(windows), length, detailed, without_base),
         )
-
-
-def _scores(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> dict[str, list[float]] | None:
-    found = scores_of(checkpoint, windows)
-    return {name: np.concatenate([each[name] for each in found]).tolist() for name in found[0]} if found else None
 
 
 class _Read:
