@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from command_line import modekit
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.printing.console import out as console
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.report.content import make_content, rounded
@@ -31,7 +31,7 @@ from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop
-from refusal import refuse, run_python, tree
+from refusal import refuse, tree
 from searches import candidate, reported, search_of
 
 LIMIT = 2_000_000
@@ -930,11 +930,8 @@ def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
 
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     out = workshop.build("COMMAND")
-    with console.capture() as said:
-        code = "import sys; sys.argv[1:1] = []; from modekit.cli import main; main()"
-        done = run_python(code, "report", out, "--out", tmp_path / "my.html")
-    assert done.returncode == 0, done.stderr
-    assert said.get() == "" and "my.html" in done.stdout and "modekit eval" in done.stdout
+    printed = modekit("report", out, "--out", tmp_path / "my.html")
+    assert "my.html" in printed and "modekit eval" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"my.html", "my.json"}
 
 
