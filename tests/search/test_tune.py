@@ -18,6 +18,7 @@ import yaml
 
 import modekit.search.tune.study as study_module
 from adapter_folders import UP, write_adapter
+from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -38,7 +39,7 @@ from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 from modekit.text.documents import read_documents
 from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of
-from refusal import run_python
+from refusal import run_python, without
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
@@ -559,10 +560,10 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.M
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
 
 
-def test_without_optuna(shop: Workshop) -> None:
-    code = "import sys; sys.modules['optuna'] = None; from modekit.cli import main; sys.argv[:1] = ['modekit', 'tune']; main()"
-    ended = run_python(code, shop.write(), shop.root / "NONE")
-    assert ended.returncode == 2 and "modekit[tune]" in ended.stderr and "Traceback" not in ended.stderr
+def test_without_optuna(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("optuna", "modekit.search.tune", monkeypatch)
+    code, _, said = ended("tune", shop.write(), shop.root / "NONE")
+    assert code == 2 and "modekit[tune]" in said and "Traceback" not in said
 
 
 def test_two_commands_do_not_share_a_search(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
