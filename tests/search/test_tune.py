@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -20,6 +21,7 @@ import modekit.search.tune.study as study_module
 from adapter_folders import UP, write_adapter
 from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model, write_text
+from kills import KILLED
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -27,6 +29,7 @@ from modekit.errors import ModekitError, OutputError, RecipeError, TextError, Tu
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
+from modekit.files.staging import Staging
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
@@ -39,7 +42,7 @@ from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 from modekit.text.documents import read_documents
 from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of
-from refusal import run_python, without
+from refusal import without
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
@@ -286,27 +289,24 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
     """What chose the mixture, its recipe and the results are there as soon as the folder is."""
     recipe = shop.write(mixture={"method": "linear"})
     out = shop.root / f"CUT-{moment}"
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "import modekit.files.staging as staging\n"
-        "from modekit.recipes.read import load_recipe\n"
-        "from modekit.search.tune.results import TuneSettings\n"
-        "from modekit.search.tune.space import Space\n"
-        "from modekit.search.tune.tune import tune\n"
-        "recipe, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
-        "commit = staging.Staging.commit\n"
-        "def cut(stage):\n"
-        "    moment == 'after' and commit(stage)\n"
-        "    os._exit(9)\n"
-        "staging.Staging.commit = cut\n"
-        "space = Space(router=['linear'], top_k=[1], backbone=['base'], layers=[None])\n"
-        "tune(load_recipe(recipe), recipe.parent, out, space=space, settings=TuneSettings(2, 300, 32))\n"
-    )
-    ended = run_python(code, recipe, out, moment)
-    assert ended.returncode == 9, ended.stderr
+    commit = Staging.commit
+    space = Space(router=["linear"], top_k=[1], backbone=["base"], layers=[None])
+
+    def cut(stage: Staging) -> None:
+        if moment == "after":
+            commit(stage)
+        os._exit(KILLED)
+
+    forked = os.fork()
+    if forked == 0:
+        Staging.commit = cut  # type: ignore[method-assign]
+        try:
+            tune(load_recipe(recipe), shop.root, out, space=space, settings=TuneSettings(2, 300, 32))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == KILLED
     if moment == "before":
         assert not out.exists()
-        space = Space(router=["linear"], top_k=[1], backbone=["base"], layers=[None])
         tune(load_recipe(recipe), shop.root, out, space=space, settings=TuneSettings(2, 300, 32))
     assert is_proven(verify(open_checkpoint(out)))
     assert load_recipe(out / "recipe.yaml") and json.loads((out / "results" / "tune.json").read_text())["candidates"]
