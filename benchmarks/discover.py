@@ -44,6 +44,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.search.discover.discover import Unlabelled, discover
+from modekit.search.discover.documents import rare_words, word_rows, words_of
 from modekit.search.discover.grouping import (
     DIMENSIONS,
     WORTH,
@@ -56,7 +57,6 @@ from modekit.search.discover.grouping import (
     word_shares,
 )
 from modekit.search.discover.result import DiscoverSettings, Discovery
-from modekit.search.discover.words import rare_words, word_rows, words_of
 from modekit.text.documents import read_documents
 from other_styles import source_of_a_library
 

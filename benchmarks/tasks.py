@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.evaluation.tasks import prefixes
+from modekit.evaluation.tasks import scoring
 from modekit.evaluation.tasks.files import FORMS, GROUPS, task_config, task_files, tasks_of
 from modekit.evaluation.tasks.harness import build_requests, harness_task, quiet, run_tasks
 from modekit.evaluation.tasks.intervals import (
@@ -37,10 +37,10 @@ from modekit.evaluation.tasks.intervals import (
     mean_sample,
     rows,
 )
-from modekit.evaluation.tasks.prefixes import Continuation, answers_of
 from modekit.evaluation.tasks.questions import Questions, make_questions
 from modekit.evaluation.tasks.results import cell_of
 from modekit.evaluation.tasks.scores import process_results
+from modekit.evaluation.tasks.scoring import Continuation, answers_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -107,8 +107,8 @@ def speed(mixture: Path, model: Path, limit: int) -> None:
             after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
             texts.append(Continuation((*before, *after), len(before)))
         seconds, found = [], []
-        for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], prefixes.WORTH["cpu"])):
-            with torch.inference_mode(), patch.dict(prefixes.WORTH, {"cpu": worth}):
+        for parts, worth in (([[text] for text in texts], 2**40), ([texts], 2**40), ([texts], scoring.WORTH["cpu"])):
+            with torch.inference_mode(), patch.dict(scoring.WORTH, {"cpu": worth}):
                 begin, answers = time.process_time(), {}
                 for part in parts:
                     for answered, _ in answers_of(loaded, list(dict.fromkeys(part))):

@@ -16,7 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.translation.decoding import Decoding, Translations, set_decoding, together, translated
-from modekit.evaluation.translation.scores import Scorer
+from modekit.evaluation.translation.results import Scorer
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training

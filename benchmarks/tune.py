@@ -24,7 +24,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.search.tune.results import Candidate, TuneSettings, describe, mean_of
-from modekit.search.tune.selection import losses_of, read_selection
+from modekit.search.tune.selection import losses_of, read_selections
 from modekit.search.tune.study import candidate_recipe
 from modekit.search.tune.tune import tune
 
@@ -82,7 +82,7 @@ def from_scratch(recipe: Recipe, folder: Path, candidate: Candidate, tokens: int
     plan = make_plan(candidate_recipe(recipe, candidate.mixture), folder)
     build(plan, out, overwrite=True)
     bases = [source.folder for source in plan.sources]
-    select = read_selection(recipe, folder, bases, split="select", tokens_per_domain=tokens, sequence_length=512)
+    select = read_selections(recipe, folder, bases, tokens_per_domain=tokens, sequence_length=512)["select"]
     losses = losses_of(load_model(out), select.domains, "from scratch")
     seconds = time.perf_counter() - started
     shutil.rmtree(out)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from command_line import ended
 from conftest import Workshop
 
@@ -39,6 +41,13 @@ def checked(code: object, stdout: str, stderr: str, *, expected: int = 2) -> str
     assert "\n  where: " in stderr, f"no place: {stderr}"
     assert "\n  to do: " in stderr or "\n  - " in stderr, f"no remedy: {stderr}"
     return stderr
+
+
+def without(package: str, importer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rest of the test a package is not installed, and what imports it has not been imported yet."""
+    for name in [name for name in sys.modules if name.startswith((f"{package}.", importer))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
 
 
 def refuse_build(workshop: Workshop, *flags: str, **changes: Any) -> str:

@@ -23,7 +23,9 @@ SAMPLED = {
     "architecture/test_whole_pairs.py::test_an_expert_alone_is_its_own_model_bit_for_bit": _PAIRS,
     "architecture/test_whole_pairs.py::test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all": _PAIRS,
     "architecture/test_whole_pairs.py::test_it_opens_without_modekit": _PAIRS,
-    "checkpoint/test_resume.py::test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes": r"^random$",
+    "checkpoint/test_bad_output.py::test_a_full_disk": r"^(False-(100|20000)|True-(5000|40000))$",
+    "checkpoint/test_bad_output.py::test_ctrl_c": r"^False-.*(record|fit_router)$|^True-.*write_index$",
+    "checkpoint/test_resume.py::test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes": r"^random here and there$",
     "checkpoint/test_resume.py::test_a_build_killed_at_any_journal_line_ends_in_the_same_bytes": r"^within the line$",
     "checkpoint/test_resume.py::test_killing_the_replacement_of_an_old_folder_loses_neither": nothing,  # test_kills: build over
     "cli/test_cli.py::test_a_walk_with_adapters": nothing,
@@ -34,6 +36,7 @@ SAMPLED = {
     "engines/test_kept_gguf.py::test_a_strangers_file_is_not_believed": r"^junk$",
     "engines/test_lora_gguf.py::test_other_families_without_their_sources": r"^granite$",
     "engines/test_serve.py::test_the_engine_ends_with_the_command": r"^9-",
+    "evaluation/test_inspect.py::test_similarity_leaves_out_the_channels_of_a_lexical_router": r"^llama$",
     "evaluation/test_mixtures_of_pairs.py::test_it_is_fitted_scored_and_inspected": r"^t5-",
     "experts/test_distill.py::test_a_training_goes_on_and_ends_in_the_same_bytes": r"^lora$",
     "files/test_kills.py::test_it_befalls_here_and_there": r"^(build|fit)-",
@@ -41,7 +44,7 @@ SAMPLED = {
     "files/test_links.py::test_some_entries_lead_elsewhere": r"^(build|train)$",
     "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": _WHEN_CHANGED,
     "members/test_come_and_go.py::test_the_first_goes_in_place": _WHEN_CHANGED,
-    "routing/test_fit_to_fit.py::test_adapters_go_from_every_router_to_every_other": nothing,  # full models do in the same file
+    "report/test_card.py::test_the_snippet_asks_a_model_that_knows_conversations": r"^chat_template",
     "sources/test_decoders.py::test_an_expert_alone_is_its_own_model": _DECODERS,
     "sources/test_bad_models.py::test_nan_and_inf": r"nan0?$|up_proj",
     "sources/test_wrappers.py::test_one_recipe_of_every_form": r"-base$|^gemma3-",

@@ -5,8 +5,11 @@ Progress is a callback that the command line draws; library code neither prints 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+_Item = TypeVar("_Item")
 
 DETAIL = " · "
 """Between the name of a phase and what is said of it for the moment, as a loss: `train · loss 2.310`."""
@@ -44,6 +47,13 @@ class Run:
     def about(self, name: str) -> Run:
         """The same, whose phases are told as those of something that has a name."""
         return replace(self, progress=lambda stage, done, total: self.progress(f"{name}: {stage}", done, total))
+
+    def over(self, phase: str, items: Iterable[_Item], count: int) -> Iterator[_Item]:
+        """Each of so many items; what came before it is reported as done, and all of them at the end."""
+        for done, item in enumerate(items):
+            self.progress(phase, done, max(1, count))
+            yield item
+        self.progress(phase, max(1, count), max(1, count))
 
     def begin(self, phase: str, total: int = 1) -> None:
         """Name a phase before its first work is done; without a total its work is not counted."""

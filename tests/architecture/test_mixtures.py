@@ -595,7 +595,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
     return mixture
 
 
-FEW = settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -608,6 +608,13 @@ def test_a_mixture_of_adapters_is_routed_by_what_its_gates_say(drawn: dict[str, 
 @FEW
 @given(drawn=recipes(), seed=st.integers(0, 99))
 def test_a_mixture_is_the_weighted_sum_of_its_experts(drawn: dict[str, Any], seed: int) -> None:
+    check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
+
+
+@pytest.mark.slow
+@MANY
+@given(drawn=recipes(LOW_RANK, ("arrow", "spectr", "seqr", "phatgoose")), seed=st.integers(0, 99))
+def test_many_mixtures_of_adapters_are_routed_by_what_their_gates_say(drawn: dict[str, Any], seed: int) -> None:
     check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
 
 

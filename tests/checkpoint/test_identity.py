@@ -12,14 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import modekit
-from adapter_folders import lora, write_adapter
+from adapter_folders import export_adapter, lora, write_adapter
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
-from modekit.experts.export import export_adapter
 from modekit.files.write import json_bytes
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, rename_expert, replace_expert
@@ -27,6 +26,7 @@ from modekit.report.result_files import find_inspection, find_search
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
 from refusal import borrow, copy_expert
+from searches import search_of
 
 FINDERS = (Results.find, find_inspection, TaskResults.find, find_search)
 
@@ -72,8 +72,7 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     rows = {row.name: row for row in evaluate(before, tokens_per_domain=100, sequence_length=32).rows}
     inspect(before, tokens_per_domain=100, sequence_length=32)
     TaskResults({}, {}, ["of before"], checkpoint=before.identity).write(before)
-    search = {"format": 1, "checkpoint": {"recipe_digest": before.record.recipe_digest}, "candidates": [], "seconds": 1.0}
-    (out / "results" / "tune.json").write_text(json.dumps(search))
+    (out / "results" / "tune.json").write_text(json.dumps(search_of(before.record.recipe_digest)))
     problems: list[str] = []
     assert all(find(before, problems) for find in FINDERS) and not problems
     other_weights(bench.root / "law")

@@ -177,13 +177,15 @@ def test_a_build_killed_at_any_journal_line_ends_in_the_same_bytes(
     assert tree(out) == whole
 
 
-@pytest.mark.parametrize("mixture", [RANDOM, FITTED], ids=["random", "fitted"])
+@pytest.mark.parametrize(
+    ("mixture", "stride"), [(RANDOM, 4), (RANDOM, 1), (FITTED, 1)], ids=["random here and there", "random", "fitted"]
+)
 def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(
-    bench: Workshop, expected: Callable[..., Tree], mixture: dict[str, Any]
+    bench: Workshop, expected: Callable[..., Tree], mixture: dict[str, Any], stride: int
 ) -> None:
     whole, plan = expected(mixture=mixture), plan_of(bench, mixture=mixture)
     finished = 0
-    for count in range(1, 1000):
+    for count in range(1, 1000, stride):
         out = bench.root / f"OUT{count}"
         if not build_and_die(plan, out, at_file_operation(out), count):
             break

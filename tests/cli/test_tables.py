@@ -13,11 +13,11 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
-import modekit.cli.printing.advice as advice
-import modekit.cli.printing.data as data
-import modekit.cli.printing.discovery as discovery
-import modekit.cli.printing.evaluation as evaluation
-import modekit.cli.printing.inspection as inspection
+import modekit.cli.advice as advice
+import modekit.cli.data as data
+import modekit.cli.discovery as discovery
+import modekit.cli.evaluation as evaluation
+import modekit.cli.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
 from modekit.building.preview import Preview
 from modekit.building.verify import Check
@@ -28,9 +28,8 @@ from modekit.evaluation.forced import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
-from modekit.evaluation.tasks.results import TaskScores
-from modekit.evaluation.translation.results import TranslationRow
-from modekit.evaluation.translation.scores import Signatures, TranslationScore
+from modekit.evaluation.tasks.results import TaskResults, TaskScores
+from modekit.evaluation.translation.results import Signatures, TranslationRow, TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
@@ -205,12 +204,10 @@ def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
 
 def test_tasks(shown: Callable[..., str]) -> None:
     rows = {name: Estimate(0.1234, 0.1, 0.2) for name in ["base", *NAMES, "mixture"]}
-    scores = Some(
-        metric="acc", chance=0.25, higher_is_better=True, items=1234, rows=rows, differences=rows, domain=None, unseen=False
-    )
-    found = Some(tasks=dict.fromkeys(NAMES, scores), macro={"acc": scores}, models=["base", *NAMES, "mixture"], notes=[])
-    assert {"metric", "chance", "items", "rows", "differences"} <= set(TaskScores.__dataclass_fields__)
-    check_whole(shown, [*NAMES, "0.123", "1234"], evaluation.print_tasks, found)
+    scores = TaskScores("acc", True, 0.25, 1234, rows, rows)
+    found = TaskResults(dict.fromkeys(NAMES, scores), {"acc": scores}, ["a note"], checkpoint={})
+    check_whole(shown, [*NAMES, "0.123", "1234", "0.250"], evaluation.print_tasks, found)
+    assert "0.123 / [0.100, 0.200]" in shown(None, evaluation.print_tasks, found)
 
 
 def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetection | None = None) -> Inspection:

@@ -22,8 +22,7 @@ from modekit.demo.translation import TranslatedTable, make_pair_base
 from modekit.errors import ModekitError
 from modekit.evaluation.results import Kind as RowKind
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.translation.results import TranslationRow
-from modekit.evaluation.translation.scores import Signatures, TranslationScore
+from modekit.evaluation.translation.results import Signatures, TranslationRow, TranslationScore
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair

@@ -18,7 +18,7 @@ from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof_result
+from modekit.engines import converter, proof_result, proof_texts
 from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
@@ -84,6 +84,12 @@ def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return mixture(tmp_path_factory.mktemp("mixtral"), "llama", {})
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs of fewer bits read less text: for tests of anything but how well a loss is known."""
+    monkeypatch.setattr(proof_texts, "MOST_TOKENS", 500)
 
 
 def test_every_row_is_run_or_refused() -> None:
@@ -157,6 +163,7 @@ def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: An
     assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     """The embedding and the first layer's attention, which carry it, keep 16: they are no larger a part of what is lost."""
     checkpoint = mixture(tmp_path, "llama", {}, {"top_k": 1, "router": {"fit": "lexical"}})
@@ -171,6 +178,7 @@ def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     assert proof.typical < 0.03 and proof.typical < coarse / 2
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
     """The file of other experts, and that of the same ones, in place of one another."""
     other = mixture(tmp_path, "llama", {"rms_norm_eps": 1e-2})
@@ -222,6 +230,7 @@ def test_accepting_lets_no_other_model_pass_as_exact(mixtral: Checkpoint, tmp_pa
     assert not list(tmp_path.glob("GGUF*"))
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_a_file_that_loses_too_much_is_kept_where_the_user_says_so(
     mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +377,7 @@ def test_whole_models_are_refused_for_the_true_reason(tmp_path: Path, mixed: dic
     assert reason in str(checkpoint.shape.without_gguf)
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Path) -> None:
     export_gguf(mixtral, tmp_path / "GGUF", EXACT)
     with pytest.raises(OutputError, match="exists"):

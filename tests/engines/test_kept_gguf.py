@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from byte_level import save_byte_model
 from domain_mixtures import model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import gguf
-from modekit.engines.converter import converter_folder, is_installed
+from modekit.engines.converter import Conversion, converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
+from modekit.engines.proof_result import Loss, Proof
 from modekit.engines.registry import GgufSettings
 from modekit.files.marker import marker_of
 from modekit.members.change import write_change
@@ -42,6 +44,20 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
+@pytest.fixture
+def made_of_weights(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The same for who asks only when a file is made anew: it is a digest of the weights, and passes as proven."""
+
+    def convert(model: Path, file: Path, _how: Conversion) -> None:
+        made.append(file)
+        file.write_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))).digest())
+
+    passed = Proof("f32", 96, 96, "none", 4, 300, 1e-6, 1e-7, 10.0, 10.0, Loss(0.0, 0.0))
+    monkeypatch.setattr(gguf, "convert", convert)
+    monkeypatch.setattr(gguf, "compare", lambda *_, **__: passed)
+    return made
+
+
 def mixture(root: Path, seed: int = 1) -> Checkpoint:
     """Of two models, the second by a seed."""
     experts = model_experts(root)
@@ -61,7 +77,7 @@ def test_it_is_made_once_and_not_read_twice(tmp_path: Path, made: list[Path], mo
     assert gguf_of(checkpoint, beside, EXACT) == file and len(made) == 1
 
 
-def test_new_weights_under_the_same_path_make_it_anew(tmp_path: Path, made: list[Path]) -> None:
+def test_new_weights_under_the_same_path_make_it_anew(tmp_path: Path, made_of_weights: list[Path]) -> None:
     """The recipe and the gates are the same; llama.cpp would go on with the old experts."""
     checkpoint, beside = mixture(tmp_path), tmp_path / "OUT.gguf"
     before = gguf_of(checkpoint, beside, EXACT).read_bytes()
@@ -72,13 +88,13 @@ def test_new_weights_under_the_same_path_make_it_anew(tmp_path: Path, made: list
     )
     assert replaced.record.recipe_digest == checkpoint.record.recipe_digest
     after = gguf_of(open_checkpoint(tmp_path / "OUT"), beside, EXACT).read_bytes()
-    assert len(made) == 2 and after != before
+    assert len(made_of_weights) == 2 and after != before
     again = gguf_of(mixture(tmp_path, 10), beside, EXACT).read_bytes()  # build --overwrite
-    assert len(made) == 3 and again not in (before, after)
+    assert len(made_of_weights) == 3 and again not in (before, after)
 
 
 @pytest.mark.parametrize("content", [b"GGUF junk", None], ids=["junk", "another mixture's"])
-def test_a_strangers_file_is_not_believed(tmp_path: Path, made: list[Path], content: bytes | None) -> None:
+def test_a_strangers_file_is_not_believed(tmp_path: Path, made_of_weights: list[Path], content: bytes | None) -> None:
     """With a mark, an export.json and a time that say it is the mixture's."""
     checkpoint, beside = mixture(tmp_path), tmp_path / "OUT.gguf"
     file = gguf_of(checkpoint, beside, EXACT)
@@ -92,13 +108,13 @@ def test_a_strangers_file_is_not_believed(tmp_path: Path, made: list[Path], cont
     assert all(said[key] == value for key, value in made_of(checkpoint, EXACT).items())
     (beside / ".modekit").write_bytes(marker_of(beside, "gguf").as_bytes())
     assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own
-    assert len([path for path in made if path.is_relative_to(tmp_path / "OUT.gguf.partial")]) == 2
+    assert len([path for path in made_of_weights if path.is_relative_to(tmp_path / "OUT.gguf.partial")]) == 2
 
 
-def test_without_the_record_it_is_proven_anew(tmp_path: Path, made: list[Path]) -> None:
+def test_without_the_record_it_is_proven_anew(tmp_path: Path, made_of_weights: list[Path]) -> None:
     """As on another machine: whoever wrote the folder, nobody here has compared it."""
     checkpoint, beside = mixture(tmp_path), tmp_path / "OUT.gguf"
     own = gguf_of(checkpoint, beside, EXACT).read_bytes()
     shutil.rmtree(tmp_path / "cache" / "proven")
-    assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made) == 2
-    assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made) == 2
+    assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made_of_weights) == 2
+    assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made_of_weights) == 2

@@ -22,9 +22,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter
 from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
 from modekit.engines.convert_process import place_of
-from modekit.engines.gguf import EXPORT_FILE
+from modekit.engines.gguf import EXPORT_FILE, GgufFile, export_adapters_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.lora_gguf import GgufFile, export_adapters_gguf
 from modekit.engines.proof import compare
 from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, OutputError, UnsupportedError

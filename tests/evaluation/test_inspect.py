@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import modekit.cli.printing.inspection as printing_module
+import modekit.cli.inspection as printing_module
 import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
 from checkpoint_states import result_of
@@ -32,8 +32,7 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
-from modekit.evaluation.inspection.tokens import split_text, token_texts
-from modekit.evaluation.inspection.words import words_of
+from modekit.evaluation.inspection.tokens import split_text, token_texts, words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE

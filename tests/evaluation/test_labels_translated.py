@@ -24,8 +24,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels, with_tag
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import TranslationResults
-from modekit.evaluation.translation.scores import TranslationScore
+from modekit.evaluation.translation.results import TranslationResults, TranslationScore
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.report.content import make_content
 from modekit.report.page import make_page

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.notes import loss_gains, notes_of
+from modekit.evaluation.evaluate import loss_gains, notes_of
 from modekit.evaluation.results import Row, Score
 from modekit.text.sequences import TokenSequence
 

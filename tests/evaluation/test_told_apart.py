@@ -19,8 +19,8 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.inspection.tokens import words_of
 from modekit.evaluation.inspection.unseen import auroc, detect_unseen
-from modekit.evaluation.inspection.words import words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.report.write import write_report

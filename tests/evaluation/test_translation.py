@@ -21,9 +21,7 @@ from modekit.errors import MismatchError, ModekitError, TextError
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, translated
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.examples import compared
-from modekit.evaluation.translation.results import TranslationResults
-from modekit.evaluation.translation.scores import Scorer, Signatures, TranslationScore
+from modekit.evaluation.translation.results import Scorer, Signatures, TranslationResults, TranslationScore, compared
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.report.content import make_content
 from modekit.report.page import FORMATS, make_page

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adapter_folders import train_adapter
+from adapter_folders import export_adapter, train_adapter
 from conftest import Workshop, logits_of, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import OutputError, UnsupportedError
-from modekit.experts.export import export_adapter, plan_exports
+from modekit.experts.export import plan_exports
 from refusal import refuse
 
 peft = pytest.importorskip("peft")

@@ -46,6 +46,7 @@ from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import train_settings
 from modekit.training.train import train
+from searches import candidate, reported, search_of
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
@@ -114,23 +115,12 @@ def with_results(checkpoint: Checkpoint) -> Stranger:
     TaskResults(
         {"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"], checkpoint=checkpoint.identity
     ).write(checkpoint)
-    variant = {
-        "name": "ridge",
-        "description": "ridge, top-2",
-        "status": "scored",
-        "mean_loss": 3.1,
-        "active": 10_000,
-        "native": True,
-        "report": {"mean_loss": 3.2, "gap_closed": 0.5},
-        "best": True,
-        "pareto": True,
-    }
-    search = {
-        "format": 1,
-        "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest},
-        "seconds": 1.5,
-        "candidates": [variant, {**variant, "mean_loss": 3.4, "best": False}],
-    }
+    best = {"name": "ridge", "report": reported(3.2, 0.5), "best": True, "pareto": True}
+    candidates = (
+        candidate("ridge, top-2", 3.1, 10_000, **best),
+        candidate("ridge, top-2", 3.4, 10_000, name="ridge", pareto=True),
+    )
+    search = search_of(checkpoint.record.recipe_digest, *candidates, seconds=1.5)
     (checkpoint.folder / "results" / "tune.json").write_text(json.dumps(search))
     write_card(checkpoint, ask_hub=False)
     return Stranger(checkpoint.folder)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 import modekit.loaded.speed as speed
+from command_line import modekit
 from conftest import SMALL, Workshop, make_workshop
 from modekit.building.preview import NeededTime, fit_seconds, needed_time, preview
 from modekit.cli.printing.mixtures import fit_said, time_said
@@ -69,12 +70,11 @@ def test_a_layer_of_a_family_is_timed(tmp_path: Path, family: str) -> None:
 
 def test_the_command_says_about_how_long_and_measures_a_layer_when_asked(shared_workshop: Workshop, tmp_path: Path) -> None:
     recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
-    command = [sys.executable, "-m", "modekit", "plan", str(recipe)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = modekit("plan", recipe)
     assert "at most 49,152 tokens" in said and re.search(r"time +about \S+ to \S+ \S+ on this machine", said)
-    said = subprocess.run([*command, "--time"], capture_output=True, text=True, check=True).stdout
+    said = modekit("plan", recipe, "--time")
     assert "on this machine" in said and "unknown" not in said
-    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    data = json.loads(modekit("plan", recipe, "--json"))
     assert data["fit"]["seconds"] is None and data["fit"]["tokens"] == 49_152
     assert preview(recipe).model_dump(mode="json")["fit"] == data["fit"]
     assert 0 < data["time"]["range"][0] < data["time"]["range"][1]

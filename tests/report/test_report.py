@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from command_line import modekit
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.printing.console import out as console
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.report.content import make_content, rounded
@@ -31,7 +31,8 @@ from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop
-from refusal import refuse, run_python, tree
+from refusal import refuse, tree
+from searches import candidate, reported, search_of
 
 LIMIT = 2_000_000
 RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -168,34 +169,20 @@ def chat_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def search_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    def variant(name: str, status: str, loss: float, active: int, **marks: bool) -> dict[str, Any]:
-        report = {"mean_loss": loss + 0.01, "gap_closed": 0.5} if status == "scored" else None
-        return {
-            "name": name,
-            "description": "ridge <b>T</b>",
-            "status": status,
-            "mean_loss": loss,
-            "report": report,
-            "active": active,
-            "native": True,
-            "best": False,
-            "pareto": False,
-            **marks,
-        }
+def search_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    def variant(name: str, status: str, loss: float, active: int, **said: Any) -> dict[str, Any]:
+        report = reported(loss + 0.01, 0.5) if status == "scored" else None
+        return candidate("ridge <b>T</b>", loss, active, **{"name": name, "status": status, "report": report, **said})
 
-    return {
-        "format": 1,
-        "checkpoint": {"recipe_digest": checkpoint.record.recipe_digest},
-        "seconds": 12.5,
-        "candidates": [
-            variant("", "scored", 3.1, 2_000_000, best=True, pareto=True),
-            variant("noisy", "scored", 3.4, 2_000_000),
-            variant("", "scored", 3.2, 1_500_000, pareto=True),
-            variant("", "dropped", 3.9, 2_500_000),
-            {**variant("gate-less", "dropped", 3.8, 2_000_000), "report": {"mean_loss": 3.7, "gap_closed": 0.1}},
-        ],
-    }
+    return search_of(
+        checkpoint.record.recipe_digest,
+        variant("", "scored", 3.1, 2_000_000, best=True, pareto=True),
+        variant("noisy", "scored", 3.4, 2_000_000),
+        variant("", "scored", 3.2, 1_500_000, pareto=True),
+        variant("", "dropped", 3.9, 2_500_000),
+        variant("gate-less", "dropped", 3.8, 2_000_000, report=reported(3.7, 0.1)),
+        seconds=12.5,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +215,7 @@ def told(workshop: Workshop) -> Checkpoint:
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
     put(done.checkpoint, "tasks.json", tasks_of(done.checkpoint))
     put(done.checkpoint, "chat.json", chat_of(done.checkpoint))
-    put(done.checkpoint, "tune.json", search_of(done.checkpoint))
+    put(done.checkpoint, "tune.json", search_data(done.checkpoint))
     return done.checkpoint
 
 
@@ -364,7 +351,7 @@ def test_chats_are_shown_and_those_of_another_checkpoint_are_left_out(told: Chec
 
 
 def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
-    data = {**search_of(told), "checkpoint": {"recipe_digest": "0"}}
+    data = {**search_data(told), "checkpoint": {"recipe_digest": "0"}}
     kept = (told.folder / "results" / "tune.json").read_text()
     try:
         put(told, "tune.json", data)
@@ -943,11 +930,8 @@ def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
 
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     out = workshop.build("COMMAND")
-    with console.capture() as said:
-        code = "import sys; sys.argv[1:1] = []; from modekit.cli import main; main()"
-        done = run_python(code, "report", out, "--out", tmp_path / "my.html")
-    assert done.returncode == 0, done.stderr
-    assert said.get() == "" and "my.html" in done.stdout and "modekit eval" in done.stdout
+    printed = modekit("report", out, "--out", tmp_path / "my.html")
+    assert "my.html" in printed and "modekit eval" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"my.html", "my.json"}
 
 

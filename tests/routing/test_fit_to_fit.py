@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,23 @@ def asked(name: str) -> dict[str, Any]:
     return {"method": "routing", "router": router}
 
 
+Walk = Callable[[Sequence[str]], Iterator[str]]
+
+
+def a_round(names: Sequence[str]) -> Iterator[str]:
+    """To each, and back to the first."""
+    yield from (*names, names[0])
+
+
 def every_pair(names: Sequence[str]) -> Iterator[str]:
     """A walk that goes from each to each."""
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
             yield from (first, second)
         yield first
+
+
+WALKS = pytest.mark.parametrize("walk", [a_round, pytest.param(every_pair, marks=pytest.mark.slow)])
 
 
 def shop_of(root: Path) -> Workshop:
@@ -70,9 +81,10 @@ def says(checkpoint: Checkpoint, name: str) -> bool:
     return mixture.method == LINEAR if name == LINEAR else mixture.router.fit == name
 
 
-def test_adapters_go_from_every_router_to_every_other(shop: Workshop) -> None:
+@WALKS
+def test_adapters_go_from_every_router_to_every_other(shop: Workshop, walk: Walk) -> None:
     out = built(shop, "WALK", {"router": {"fit": "random"}}, adapters=True).folder
-    for name in every_pair([*FITS, LINEAR]):
+    for name in walk([*FITS, LINEAR]):
         done = refit(open_checkpoint(out), asked(name))
         assert says(done, name)
         assert is_proven(verify(open_checkpoint(out), reload=False)), name
@@ -105,10 +117,11 @@ def test_what_only_the_old_router_needed_is_dropped(shop: Workshop, name: str, p
         assert (done.folder / file).read_bytes() == (fresh / file).read_bytes(), file
 
 
-def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(shop: Workshop) -> None:
+@WALKS
+def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(shop: Workshop, walk: Walk) -> None:
     names = [name for name, row in FITS.items() if not row.reads.low_rank]
     out = built(shop, "FULL", {"router": {"fit": "random"}}, adapters=False, form="modekit").folder
-    for name in every_pair([*names, LINEAR]):
+    for name in walk([*names, LINEAR]):
         assert says(refit(open_checkpoint(out), asked(name)), name)
         assert is_proven(verify(open_checkpoint(out), reload=False)), name
     for name in FITS.keys() - set(names):
@@ -116,9 +129,10 @@ def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(s
             refit(open_checkpoint(out), asked(name))
 
 
-def test_a_native_checkpoint_goes_from_every_native_router_to_every_other(shop: Workshop) -> None:
+@WALKS
+def test_a_native_checkpoint_goes_from_every_native_router_to_every_other(shop: Workshop, walk: Walk) -> None:
     out = built(shop, "NATIVE", {"router": {"fit": "random"}}, adapters=False, form="native").folder
-    for name in every_pair([*NATIVE, LINEAR]):
+    for name in walk([*NATIVE, LINEAR]):
         assert says(refit(open_checkpoint(out), asked(name)), name)
         assert is_proven(verify(open_checkpoint(out), reload=False)), name
 

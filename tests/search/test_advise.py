@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from command_line import ended
 from conftest import DOMAINS, Workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -808,9 +809,8 @@ def test_nothing_to_mix_ends_with_exit_code_1(trained: Workshop, tmp_path: Path)
     for expert in workshop.recipe["experts"]:
         expert["model"] = "./nowhere"
     workshop.write()
-    code = "import sys; from modekit.cli import main; sys.argv = ['modekit', 'advise', sys.argv[1], *sys.argv[2:]]; main()"
-    done = run_python(code, tmp_path / "recipe.yaml", "--write", tmp_path / "advised.yaml")
-    assert done.returncode == 1 and "Nothing is left to mix" in done.stdout, done.stderr
+    code, printed, _ = ended("advise", tmp_path / "recipe.yaml", "--write", tmp_path / "advised.yaml")
+    assert code == 1 and "Nothing is left to mix" in printed
     assert not (tmp_path / "advised.yaml").exists()
 
 

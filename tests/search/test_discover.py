@@ -23,13 +23,12 @@ from modekit.errors import TextError, UnsupportedError
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.search.discover.discover import Unlabelled, discover, shared_experts
-from modekit.search.discover.documents import UnlabelledDocuments
+from modekit.search.discover.documents import UnlabelledDocuments, describe_groups, name_of, rare_words, word_rows, words_of
 from modekit.search.discover.grouping import WORTH, choose, cluster, log_likelihood, try_numbers, word_model, word_shares
 from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup
-from modekit.search.discover.words import describe_groups, name_of, rare_words, word_rows, words_of
 from modekit.text.document import Conversation, text_of
 from modekit.text.documents import read_documents
-from refusal import checked, refuse, run_python, tree
+from refusal import refuse, tree, without
 
 GIVEN = DiscoverSettings(domains=3)
 
@@ -347,13 +346,9 @@ def test_the_output_is_replaced_only_where_it_is_modekits(tmp_path: Path) -> Non
     assert "lies in" in refuse("discover", tmp_path / "OUT" / "in", "--text", tmp_path / "OUT", "--domains", 2)
 
 
-def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path) -> None:
-    code = (
-        "import sys\nsys.modules['sklearn'] = None\nfrom modekit.cli import main\n"
-        f"sys.argv = ['modekit', 'discover', '--text', {str(tmp_path)!r}]\nmain()"
-    )
-    done = run_python(code)
-    assert "pip install 'modekit[discover]'" in checked(done.returncode, done.stdout, done.stderr)
+def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("sklearn", "modekit.search.discover", monkeypatch)
+    assert "pip install 'modekit[discover]'" in refuse("discover", "--text", tmp_path)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:

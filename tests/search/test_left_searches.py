@@ -14,8 +14,8 @@ from damage import in_time, no_file
 from modekit.errors import TuneError
 from modekit.search.tune.folder import read_kept
 from modekit.search.tune.results import Losses
-from modekit.search.tune.scores import reference_losses
 from modekit.search.tune.study import candidates, open_study, prepare
+from modekit.search.tune.tune import reference_losses
 
 DAMAGE = ["", "[", "null", "[]", "7", '{"1": {"law": "low"}}', '{"1": [3]}', '{"1": {"law": 1e999}}', "[" * 5_000, '{"1": NaN}']
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -18,7 +19,9 @@ import yaml
 
 import modekit.search.tune.study as study_module
 from adapter_folders import UP, write_adapter
+from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model, write_text
+from kills import KILLED
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -26,20 +29,20 @@ from modekit.errors import ModekitError, OutputError, RecipeError, TextError, Tu
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
+from modekit.files.staging import Staging
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.search.tune.results import Candidate, TuneResults, TuneSettings, describe, gap_closed, pareto
-from modekit.search.tune.selection import RUNGS, read_selection
-from modekit.search.tune.shared_weights import SharedWeights
+from modekit.search.tune.selection import RUNGS, read_selections
+from modekit.search.tune.shared_weights import SharedWeights, SwitchedModel
 from modekit.search.tune.space import Space, backbones_differ, default_space, plain_recipe, read_space
 from modekit.search.tune.study import candidate_recipe
-from modekit.search.tune.switched_model import SwitchedModel
 from modekit.search.tune.tune import tune
 from modekit.text.documents import read_documents
 from modekit.text.splits import TRAINED_DIGITS, digest_of, mark_of, split_of
-from refusal import run_python
+from refusal import without
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
 RIDGE = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
@@ -159,9 +162,8 @@ def test_the_best_is_built_and_proven(shop: Workshop, tuned: tuple[Path, Any]) -
     best = results.best
     assert best.mean == min(each.mean for each in results.candidates if each.status == "scored")
     model = load_model(out)
-    select = read_selection(
-        recipe_of(shop), shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32
-    )
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    select = read_selections(recipe_of(shop), shop.root, [shop.root / "base"], **sizes)["select"]
     for domain in select.domains:
         assert score_domain(model, domain, lambda _: None).loss == pytest.approx(best.losses[domain.name], abs=1e-5)
 
@@ -206,10 +208,8 @@ def test_what_chose_is_never_reported(shop: Workshop) -> None:
     out = shop.root / "HONEST"
     tune(recipe, shop.root, out, space=SMALL.model_copy(update={"router": ["linear"]}), settings=SETTINGS)
     documents = {name: read_documents([text], root=shop.root, where=name) for name, text in texts.items()}
-    select, report = (
-        read_selection(recipe, shop.root, [shop.root / "base"], split=split, tokens_per_domain=10**6, sequence_length=64)
-        for split in ("select", "report")
-    )
+    texts = read_selections(recipe, shop.root, [shop.root / "base"], tokens_per_domain=10**6, sequence_length=64)
+    select, report = texts["select"], texts["report"]
     chosen = {digest_of(d)[:TRAINED_DIGITS] for own in documents.values() for d in own if split_of(d) == "select"}
     assert set(select.digests) == chosen and not chosen & set(report.digests)
     shown = held_out_domains(open_checkpoint(out), tokens_per_domain=10**6, sequence_length=64)
@@ -243,7 +243,7 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     tuned = open_checkpoint(out)
     domains = held_out_domains(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     own = [domain for domain in domains if domain.expert is not None]
-    assert found.text["report"] == {domain.name: vars(domain.record) for domain in own}
+    assert found.text["report"] == {domain.name: domain.record for domain in own}
     results = evaluate(tuned, tokens_per_domain=SETTINGS.tokens_per_domain, sequence_length=SETTINGS.sequence_length)
     assert found.best.report is not None
     assert found.best.report.losses == pytest.approx(
@@ -251,7 +251,8 @@ def test_the_report_is_of_the_text_that_eval_scores(shop: Workshop, case: str) -
     )
     for name in DOMAINS:
         assert found.reference["report"]["own"][name] == pytest.approx(results.row(name).scores[name].loss, abs=1e-5)
-    chosen = read_selection(recipe, shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32)
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    chosen = read_selections(recipe, shop.root, [shop.root / "base"], **sizes)["select"]
     texts = {held.name: held for held in held_out_texts(tuned)}
     assert not set(chosen.digests) & {mark_of(document) for held in texts.values() for document in held.documents}
     if case == "beside":
@@ -288,27 +289,24 @@ def test_a_kill_at_the_commit_leaves_all_or_nothing(shop: Workshop, moment: str)
     """What chose the mixture, its recipe and the results are there as soon as the folder is."""
     recipe = shop.write(mixture={"method": "linear"})
     out = shop.root / f"CUT-{moment}"
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "import modekit.files.staging as staging\n"
-        "from modekit.recipes.read import load_recipe\n"
-        "from modekit.search.tune.results import TuneSettings\n"
-        "from modekit.search.tune.space import Space\n"
-        "from modekit.search.tune.tune import tune\n"
-        "recipe, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
-        "commit = staging.Staging.commit\n"
-        "def cut(stage):\n"
-        "    moment == 'after' and commit(stage)\n"
-        "    os._exit(9)\n"
-        "staging.Staging.commit = cut\n"
-        "space = Space(router=['linear'], top_k=[1], backbone=['base'], layers=[None])\n"
-        "tune(load_recipe(recipe), recipe.parent, out, space=space, settings=TuneSettings(2, 300, 32))\n"
-    )
-    ended = run_python(code, recipe, out, moment)
-    assert ended.returncode == 9, ended.stderr
+    commit = Staging.commit
+    space = Space(router=["linear"], top_k=[1], backbone=["base"], layers=[None])
+
+    def cut(stage: Staging) -> None:
+        if moment == "after":
+            commit(stage)
+        os._exit(KILLED)
+
+    forked = os.fork()
+    if forked == 0:
+        Staging.commit = cut  # type: ignore[method-assign]
+        try:
+            tune(load_recipe(recipe), shop.root, out, space=space, settings=TuneSettings(2, 300, 32))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == KILLED
     if moment == "before":
         assert not out.exists()
-        space = Space(router=["linear"], top_k=[1], backbone=["base"], layers=[None])
         tune(load_recipe(recipe), shop.root, out, space=space, settings=TuneSettings(2, 300, 32))
     assert is_proven(verify(open_checkpoint(out)))
     assert load_recipe(out / "recipe.yaml") and json.loads((out / "results" / "tune.json").read_text())["candidates"]
@@ -409,14 +407,8 @@ def test_prompts_that_set_routers_choose_nothing(shop: Workshop) -> None:
     documents = read_documents(["./text/law.jsonl"], root=shop.root, where="law")
     prompts = [each for each in documents if split_of(each) == "select"][:2]
     experts = [{**each, "prompts": prompts} if each["name"] == "law" else each for each in shop.recipe["experts"]]
-    select = read_selection(
-        recipe_of(shop, experts=experts),
-        shop.root,
-        [shop.root / "base"],
-        split="select",
-        tokens_per_domain=10**6,
-        sequence_length=64,
-    )
+    sizes = {"tokens_per_domain": 10**6, "sequence_length": 64}
+    select = read_selections(recipe_of(shop, experts=experts), shop.root, [shop.root / "base"], **sizes)["select"]
     assert not {digest_of(prompt)[:TRAINED_DIGITS] for prompt in prompts} & set(select.digests)
 
 
@@ -520,9 +512,8 @@ def test_pareto() -> None:
 
 
 def test_rungs_cover_the_text_once(shop: Workshop) -> None:
-    select = read_selection(
-        recipe_of(shop), shop.root, [shop.root / "base"], split="select", tokens_per_domain=300, sequence_length=32
-    )
+    sizes = {"tokens_per_domain": 300, "sequence_length": 32}
+    select = read_selections(recipe_of(shop), shop.root, [shop.root / "base"], **sizes)["select"]
     for place, domain in enumerate(select.domains):
         parts = [part for number in range(len(RUNGS)) for part in select.rung(number) if part.expert == place]
         assert [s.ids for part in parts for s in part.sequences] == [s.ids for s in domain.sequences]
@@ -569,10 +560,10 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.M
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
 
 
-def test_without_optuna(shop: Workshop) -> None:
-    code = "import sys; sys.modules['optuna'] = None; from modekit.cli import main; sys.argv[:1] = ['modekit', 'tune']; main()"
-    ended = run_python(code, shop.write(), shop.root / "NONE")
-    assert ended.returncode == 2 and "modekit[tune]" in ended.stderr and "Traceback" not in ended.stderr
+def test_without_optuna(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("optuna", "modekit.search.tune", monkeypatch)
+    code, _, said = ended("tune", shop.write(), shop.root / "NONE")
+    assert code == 2 and "modekit[tune]" in said and "Traceback" not in said
 
 
 def test_two_commands_do_not_share_a_search(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

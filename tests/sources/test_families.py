@@ -13,7 +13,7 @@ from conftest import SMALL, logits_of, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import UnsupportedError
-from modekit.evaluation.inspection.routers import decisions
+from modekit.evaluation.inspection.passes import decisions
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
@@ -22,7 +22,7 @@ from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.family import Family
 from modekit.sources.native import NATIVES, choose_native
 from modekit.sources.native_row import Native
-from modekit.text.sequences import Batch
+from modekit.text.sequences import Batch, TokenSequence
 from rounding import assert_close
 
 LLAMA3_ROPE = {
@@ -189,8 +189,9 @@ def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], id
     with torch.inference_mode(), mixture_of(mixture, checkpoint).traced() as trace:
         mixture(input_ids=ids)
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), (0, 1))
-        (said,) = decisions(checkpoint, trace, batch)
-        weights_LBSE = said.weights_RBSE
+        sequences = [TokenSequence(tuple(row), 0) for row in ids.tolist()]
+        made = [torch.from_numpy(each.weights_RSE) for _, each in decisions(checkpoint, trace, batch, sequences)]
+        weights_LBSE = torch.stack(made, 1)
     view = DenseView(checkpoint)
     expected = [torch.zeros_like(y) for _, y in seen]
     for expert in range(3):

@@ -10,9 +10,8 @@ import pytest
 
 from modekit.demo.text import LANGUAGES, aligned, unpack_text
 from modekit.recipes.read import parse_recipe
-from modekit.text.directions import notes_on_directions
 from modekit.text.document import Document, Pair
-from modekit.text.glance import check_texts
+from modekit.text.glance import check_texts, notes_on_directions
 from modekit.text.records import data_of
 
 Corpus = dict[str, list[Pair]]

@@ -212,7 +212,7 @@ def test_a_forked_process_has_a_child_of_its_own() -> None:
 
 
 PARENT = """
-import os, sys
+import os, sys, time
 from chatting import word_tokenizer
 from modekit.text.chat import ChatTemplate
 from modekit.text.template_process import TEMPLATES
@@ -223,7 +223,7 @@ if {source!r}:
 else:
     ChatTemplate(word_tokenizer()).text([{{"role": "user", "content": "x"}}])
 while TEMPLATES._process is None:
-    pass
+    time.sleep(0.01)
 if os.fork() == 0:  # holds no end of the pipe
     os.execvp("sleep", ["sleep", "600"])
 print(TEMPLATES._process.pid, flush=True)

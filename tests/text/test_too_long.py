@@ -16,11 +16,10 @@ from modekit.experts.distill.inputs import read_texts as read_for_a_student
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
-from modekit.search.tune.selection import read_selection
+from modekit.search.tune.selection import read_selections
 from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import encode, none_fits
-from modekit.text.splits import HeldOutSplit
 from modekit.training.settings import train_settings
 from modekit.training.texts import read_texts
 from pair_models import make_pair_workshop, pair_tokenizer
@@ -76,11 +75,10 @@ def test_whatever_compares_says_so(shop: Workshop) -> None:
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*and of 300 together[\s\S]*read more tokens"):
         held_out_domains(checkpoint, tokens_per_domain=300, sequence_length=400)
     recipe = checkpoint.record.recipe
-    recipe = recipe.model_copy(update={"experts": [recipe.experts[1].model_copy(update={"text": ["./long.jsonl"]})]})
-    splits: tuple[HeldOutSplit, ...] = ("select", "report")
-    for split in splits:
-        with pytest.raises(TextError, match=TOO_LONG):
-            read_selection(recipe, shop.root, [shop.root / "base"], split=split, tokens_per_domain=1_000, sequence_length=128)
+    to_choose = recipe.model_copy(update={"experts": [recipe.experts[1].model_copy(update={"text": ["./long.jsonl"]})]})
+    for each, where in ((to_choose, "experts"), (recipe, "eval")):
+        with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*{where}"):
+            read_selections(each, shop.root, [shop.root / "base"], tokens_per_domain=1_000, sequence_length=128)
 
 
 def test_an_eval_that_set_the_router_is_not_called_too_short(shop: Workshop) -> None:

@@ -20,13 +20,13 @@ from transformers.utils import logging
 
 import modekit.training.finish as finish_module
 import modekit.training.objective as objective_module
+from adapter_folders import export_adapter
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import OutputError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.experts.export import export_adapter
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from modekit.cli.printing.advice import print_advice
-from modekit.cli.printing.console import out
+from modekit.cli.printing.console import out, shows_bold
+from modekit.cli.printing.mixtures import fit_said, print_notes
+from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Trust, app
+from modekit.files.figures import bytes_of, count_of, three_digits
+from modekit.recipes.strict import BASE
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from modekit.search.advise.result import Advice, Figure, Finding, WordTable
 
 
 @app.command()
@@ -51,3 +58,129 @@ def advise(
         write_advised(write, advice, recipe.resolve().parent)
         if not as_json:
             out.print(Text.assemble((str(write), "bold"), f": modekit build {write} OUT"), soft_wrap=True)
+
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+
+
+def print_advice(advice: Advice) -> None:
+    """Print what was found, from the files to the recipe."""
+    moved = [name for name, drift in advice.drift.items() if drift.relative]
+    if moved:
+        _print_drift(advice, moved)
+    if len(moved) > 1:
+        _print_cosines(advice, moved)
+    if advice.losses:
+        _print_losses(advice)
+        _print_gains(advice)
+    if advice.words is not None:
+        _print_words(advice.words)
+    print_findings(advice.findings)
+    _print_recommendations(advice)
+
+
+def _print_drift(advice: Advice, moved: Sequence[str]) -> None:
+    table = Table("expert", ["all", *advice.drift[moved[0]].groups])
+    for name in moved:
+        cells = []
+        for group in advice.drift[name].groups.values():
+            relative = "-" if group.relative is None else three_digits(group.relative)
+            cells.append("0" if group.share == 0 else f"{relative}  {group.share:4.0%}")
+        table.add(name, three_digits(advice.drift[name].relative), *cells)
+    out.print("How far experts moved: |difference| / |base|, and the group's share of the squared difference.")
+    out.print(table)
+
+
+def _print_cosines(advice: Advice, moved: Sequence[str]) -> None:
+    table = Table("expert", moved)
+    pairs = advice.similarity
+    for name, row in zip(pairs.experts, pairs.cosine, strict=True):
+        if name in moved:
+            cosines = ((other, cosine) for other, cosine in zip(pairs.experts, row, strict=True) if other in moved)
+            table.add(name, *("" if other == name or cosine is None else f"{cosine:.2f}" for other, cosine in cosines))
+    out.print("\nWhether they moved the same way: cosine of their differences from the base.")
+    out.print(table)
+
+
+def _print_losses(advice: Advice) -> None:
+    domains = list(advice.losses[BASE])
+    table = Table("model", domains)
+    for model, losses in advice.losses.items():
+        table.add(model, *(Cell(f"{losses[domain]:.3f}", own=domain == model) for domain in domains))
+    tokens = [advice.text[domain].tokens for domain in domains]
+    size = f"{min(tokens):,}" + (f" to {max(tokens):,}" if min(tokens) < max(tokens) else "")
+    own = "in bold" if shows_bold(out) else f"marked {OWN}"
+    out.print(f"\nHeld-out loss in nats per token ({size} tokens per domain of the select split), an expert's own text {own}.")
+    out.print(table)
+
+
+def _print_gains(advice: Advice) -> None:
+    """Of experts that have a gain; all of their parts have a share then, or none."""
+    columns = {name: gain.parts for name, gain in advice.gain.items() if all(part.share for part in gain.parts.values())}
+    if not columns:
+        return
+    table = Table("put into the base", list(columns))
+    for part in next(iter(columns.values())):
+        table.add(part, *(_with_error(parts[part].share) for parts in columns.values()))
+    out.print("\nWhere the gain sits: share of an expert's gain on its own text, with its standard error.")
+    out.print(table)
+    without = [
+        name for name, parts in columns.items() if any(part.share and part.share.error is None for part in parts.values())
+    ]
+    if without:
+        print_notes([f"too little text to say how sure the figures of {', '.join(without)} are: give more, or more --tokens"])
+
+
+def _with_error(share: Figure | None) -> str:
+    assert share is not None
+    return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if share.error else "")
+
+
+def _print_words(words: WordTable) -> None:
+    table = Table("text of", words.domains)
+    for name, row in zip(words.domains, words.named, strict=True):
+        table.add(name, *(f"{share:.2f}" for share in row))
+    out.print("\nWhich domain n-grams take a token for, knowing the text so far: share of held-out tokens.")
+    out.print(table)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print findings, the gravest first."""
+    if findings:
+        out.print("\nFindings")
+    for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
+        found = f": {finding.found}" if finding.found else ""
+        colour = _COLOURS[finding.level]
+        text = Text.assemble((finding.level, colour), "  ", (finding.about, "bold"), f"  {finding.what}{found}")
+        out.print(text, soft_wrap=True)
+        if finding.to_do:
+            out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)
+
+
+def _print_recommendations(advice: Advice) -> None:
+    out.print("\nAdvice")
+    if advice.recipe is None:
+        out.print("  Nothing is left to mix: no usable expert is better than the base.")
+        return
+    for choice in advice.advice:
+        keys = ", ".join(f"{key}: {_inline(value)}" for key, value in choice.mixture.items())
+        out.print(Text(keys, style="bold green"), soft_wrap=True)
+        out.print(Text(f"  {choice.why}"), soft_wrap=True)
+        out.print(Text(f"  {choice.source}", style="dim"), soft_wrap=True)
+    plan = advice.plan
+    assert plan is not None
+    sizes = plan.parameters
+    numbers = f"{count_of(sizes['total'])} parameters, {count_of(sizes['active'])} active per token"
+    gives = f" {plan.architecture}, {numbers}, {bytes_of(plan.bytes['written'])}"
+    out.print(Text.assemble(("gives", "bold"), gives), soft_wrap=True)
+    out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan.fit)}"), soft_wrap=True)
+    for note in plan.notes:
+        out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)
+    for limit in advice.limits:
+        out.print(Text(limit, style="dim"), soft_wrap=True)
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_inline(entry)}" for key, entry in value.items()) + "}"
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)

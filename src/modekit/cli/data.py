@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.data import print_balanced, print_tokenizer
+from modekit.cli.printing.console import out, print_json
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
 from modekit.files.output import replaced_by
 from modekit.run import Run
 
 if TYPE_CHECKING:
-    from modekit.experts.corpus.balanced import BalanceSettings
+    from modekit.experts.corpus.balanced import Balanced, BalanceSettings
+    from modekit.experts.corpus.tokenizer import TrainedTokenizer
 
 data = typer.Typer(
     name="data", help="Prepare the text that experts are made of: domains of equal size, a tokenizer.", no_args_is_help=True
@@ -27,7 +29,7 @@ data = typer.Typer(
 app.add_typer(data)
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
-Text = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
+DomainTexts = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class DataOutput:
 @grouped
 def balance(
     output: Output,
-    text: Text,
+    text: DomainTexts,
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id of the model whose tokens are counted.")],
     options: BalanceOptions,
     said: DataOutput,
@@ -80,7 +82,7 @@ def balance(
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(balanced.model_dump(mode="json"), indent=2) + "\n")
+        print_json(balanced.model_dump(mode="json"))
     else:
         print_balanced(balanced, output)
 
@@ -89,7 +91,7 @@ def balance(
 @grouped
 def make_tokenizer(
     output: Output,
-    text: Text,
+    text: DomainTexts,
     said: DataOutput,
     vocabulary: Annotated[int, typer.Option(help="Largest size of the vocabulary.")] = 8_000,
     against: Annotated[
@@ -109,6 +111,39 @@ def make_tokenizer(
         mix = Mix(texts, Path.cwd(), other, against, folder)
         trained = train_tokenizer(mix, vocabulary, resolved(output), replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
-        sys.stdout.write(json.dumps(trained.model_dump(mode="json"), indent=2) + "\n")
+        print_json(trained.model_dump(mode="json"))
     else:
         print_tokenizer(trained, output)
+
+
+def print_balanced(balanced: Balanced, folder: Path) -> None:
+    """Draw what was kept and dropped."""
+    header, rows = balanced.table()
+    table = Table(" ".join(header[:2]), header[2:])
+    for split, name, *cells in rows:
+        table.add(f"{split} {name}", *cells)
+    out.print(table)
+    print_notes(balanced.notes())
+    said = (
+        f": {len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {balanced.differences()}"
+    )
+    out.print(Text.assemble((str(folder), "bold"), said))
+
+
+def print_tokenizer(trained: TrainedTokenizer, folder: Path) -> None:
+    """Draw fertility per domain."""
+    compared = trained.against is not None
+    table = Table(
+        "domain", ["documents", "kB", "tokens per word", "per 1,000 bytes", *(["against", "change"] if compared else [])]
+    )
+    for each in trained.domains:
+        cells = [f"{each.documents:,}", f"{each.bytes / 1000:,.1f}", f"{each.per_word:.2f}", f"{each.per_1000_bytes:.1f}"]
+        if compared:
+            other, change = each.against_per_1000_bytes, each.change
+            cells += ["-" if other is None else f"{other:.1f}", "-" if change is None else f"{change:+.1%}"]
+        table.add(each.name, *cells)
+    against = f", against {trained.against}" if compared else ""
+    out.print(Text(f"Tokens of documents held out of the training{against}."))
+    out.print(table)
+    print_notes(trained.notes)
+    out.print(Text.assemble((str(folder), "bold"), f": a tokenizer of {trained.vocabulary:,} tokens"))

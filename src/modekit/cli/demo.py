@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from modekit.cli.evaluation import print_translated
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.evaluation import print_translated
 from modekit.cli.printing.mixtures import print_results, print_summary
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import app, resolved

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
-from modekit.cli.printing.evaluation import print_chat, print_tasks, print_translations
-from modekit.cli.printing.mixtures import print_results
+from modekit.cli.printing.console import out, print_json
+from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
+from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
@@ -25,8 +23,12 @@ from modekit.text.amounts import TABLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.demo.translation import TranslatedTable
+    from modekit.evaluation.chat import ChatResults
     from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
+    from modekit.evaluation.tasks.results import TaskResults
+    from modekit.evaluation.translation.results import TranslationResults
 
 _Result = TypeVar("_Result", bound="Result")
 
@@ -179,7 +181,7 @@ def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | 
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     if draw is None:
-        sys.stdout.write(json.dumps(results.as_data(), indent=2) + "\n")
+        print_json(results.as_data())
         return
     draw(results)
     page = Path(results.file).with_suffix(".md").name
@@ -191,3 +193,52 @@ def _listed(names: str, where: str) -> list[str]:
     if not listed:
         raise ModekitError("no name is given", where=where, found=repr(names), remedy="write names with commas between them")
     return listed
+
+
+def print_tasks(results: TaskResults) -> None:
+    """Draw means, then a table per domain, then tasks by name: a row per model."""
+    out.print(f"Scores of each model, 95 % interval {'after /' if out.soft_wrap else 'below'}.")
+    for title, header, body in results.tables(between="\n"):
+        out.print(Text(title, style="bold"))
+        out.print(table_of_models(header, body))
+    print_notes(results.notes)
+
+
+def print_chat(results: ChatResults) -> None:
+    """Draw a row per kind of question: the share on which the right expert leads, and how often each one does."""
+    from modekit.evaluation.chat import share
+
+    out.print(
+        f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
+        "tokens of answer; then how often each expert leads at the last prompt token."
+    )
+    table = Table("", ["questions", "prompt", "answer", *results.experts])
+    for row in results.rows:
+        counts = [Cell(str(row.leaders.get(name, 0)), own=name == row.expert) for name in results.experts]
+        table.add(row.name, Cell(str(row.questions), "dim"), share(row.at_prompt), share(row.after_answer), *counts)
+    out.print(table)
+    print_notes(results.notes)
+
+
+def print_translations(results: TranslationResults) -> None:
+    """Draw a row per model: BLEU and chrF, speed and parameters; then how often the mixture is better than the base."""
+    table = table_of_models(*results.table(between="\n"))
+    out.print(results.said())
+    out.print(table)
+    if results.differences:
+        out.print("Pairs on which the mixture's sentence chrF is higher than the base's, lower, and the same.")
+        counts = Table("", ["higher", "lower", "same"])
+        for domain, counted in results.differences.items():
+            counts.add(domain, str(counted.better), str(counted.worse), str(counted.same))
+        out.print(counts)
+    for metric, signature in vars(results.signatures).items():
+        out.print(Text(f"{metric}: {signature}", style="dim"))
+    print_notes(results.notes)
+
+
+def print_translated(found: TranslatedTable) -> None:
+    """Draw BLEU and chrF of all models of a demo's seed."""
+    out.print("BLEU / chrF of held-out pairs, translated greedily.")
+    out.print(table_of_models(*found.table(between="\n")))
+    for metric, signature in vars(found.signatures).items():
+        out.print(Text(f"{metric}: {signature}", style="dim"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -12,9 +10,9 @@ import typer
 from rich.text import Text
 
 from modekit.cli.labels import LabelOptions
+from modekit.cli.members import print_experts
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
-from modekit.cli.printing.members import print_experts
+from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
@@ -249,7 +247,7 @@ def extract(
             run=Run(options.trust_remote_code, progress, options.fsync),
         )
     if options.as_json:
-        sys.stdout.write(json.dumps({**record.model_dump(mode="json"), "notes": record.notes()}, indent=2) + "\n")
+        print_json({**record.model_dump(mode="json"), "notes": record.notes()})
         return
     print_extract(record)
     print_notes(record.notes())
@@ -269,6 +267,6 @@ def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
     if as_json:
         changes = [change.model_dump(mode="json", exclude_none=True) for change in history]
         data = {"experts": [member.model_dump(mode="json") for member in members], "history": changes}
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        print_json(data)
     else:
         print_experts(members, history)

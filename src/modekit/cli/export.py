@@ -63,8 +63,7 @@ def export(
 
 
 def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
-    from modekit.engines.gguf import export_gguf
-    from modekit.engines.lora_gguf import export_adapters_gguf
+    from modekit.engines.gguf import export_adapters_gguf, export_gguf
 
     if not checkpoint.shape.plain:
         exported: Callable[..., list[GgufFile]] = partial(export_adapters_gguf, experts=options.expert)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import colorsys
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len, set_cell_size
+from rich.style import Style
+from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.inspection import print_inspection, print_trace
-from modekit.cli.printing.mixtures import print_forced
+from modekit.cli.printing.console import out, print_json, shows_bold, visible
+from modekit.cli.printing.mixtures import print_forced, print_notes
+from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
+from modekit.recipes.layers import order_of
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
+    from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenWeight, TopToken, UnseenDetection
     from modekit.evaluation.inspection.text import UserMessage
+    from modekit.evaluation.inspection.tokens import Word
 
 _OPTIONS = ("--text", "--text-file", "--chat", "--system", "--layer")
 
@@ -71,7 +80,7 @@ def inspect(
     from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.inspection.inspect import inspect
-    from modekit.evaluation.inspection.result import Inspection, TextTrace
+    from modekit.evaluation.inspection.result import Inspection
     from modekit.evaluation.inspection.text import inspect_text
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
@@ -92,7 +101,7 @@ def inspect(
         else:
             found = inspect_text(opened, text, layer=shown.layer, sequence_length=sequence_length, run=run)
     if as_json:
-        sys.stdout.write(json.dumps(found.model_dump(), indent=2) + "\n")
+        print_json(found.model_dump())
     elif isinstance(found, Inspection):
         print_inspection(checkpoint / RESULTS_FOLDER, found)
         forced = ForcedExperts.find(opened)
@@ -100,3 +109,211 @@ def inspect(
             print_forced(forced)
     else:
         print_trace(found)
+
+
+_MOST_WORDS = 200
+_MOST_LAYERS = 8
+_TOP_TOKENS = 10
+_UNSURE = 0.8  # of the largest entropy
+_SAYS_SCORE = "; then by how much experts stand above the base: below zero it is the base's."
+_GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
+
+
+def print_inspection(folder: Path, found: Inspection) -> None:
+    """Draw what inspect.json holds, the mean over the routers where there are several."""
+    usages = found.per_domain.values()
+    titles = [f"{name}\nunseen" if name in found.unseen else name for name in found.per_domain]
+    own = "in bold" if shows_bold(out) else f"marked {OWN}"
+    out.print(f"Mean weight of each expert per domain (its own {own}); in brackets the fraction of tokens that chose it.")
+    table = Table("expert", [*titles, "used"])
+    for place, name in enumerate(found.experts):
+        cells = [
+            Cell(f"{_mean_of(each.shares, place):.2f} ({_mean_of(each.chosen, place):.2f})", own=each.expert == name)
+            for each in usages
+        ]
+        table.add(name, *cells, f"{_mean_of(found.utilisation, place):.2f}")
+    agreement = ["-" if each.agreement is None else f"{fmean(each.agreement):.2f}" for each in usages]
+    table.add("agreement", *agreement, "", style="dim")
+    table.add("entropy", *(f"{fmean(each.entropy):.2f}" for each in usages), "", style="dim")
+    out.print(table)
+    _print_routers(found)
+    if any(each.without for each in usages):
+        _print_without(found, titles)
+    if found.similarity is not None:
+        out.print(Text(f"\nSimilarity (cosine) of {found.similarity.of}."))
+        table = Table("", found.experts)
+        for name, row in zip(found.experts, found.similarity.experts, strict=True):
+            table.add(name, *(f"{value:.2f}" for value in row))
+        out.print(table)
+    _print_dead(found)
+    out.print("\nTokens with the largest mean weight of each expert.")
+    _print_tokens(found.top_tokens)
+    if found.evidence is not None:
+        out.print("\nTokens that speak most for each expert, by the router's own table.")
+        _print_tokens(found.evidence)
+    if found.told_apart is not None:
+        _print_unseen(found.told_apart)
+    print_notes(found.notes)
+    out.print(Text(f"{folder}: inspect.json", style="dim"))
+
+
+def _mean_of(rows: Sequence[Sequence[float]], place: int) -> float:
+    """Of an expert, over the routers."""
+    return fmean(row[place] for row in rows)
+
+
+def _print_routers(found: Inspection) -> None:
+    """Agreement and entropy layer by layer, of a few layers when there are many."""
+    layers = sorted({router.layer for router in found.routers if router.layer is not None}, key=order_of)
+    if len(layers) < 2:
+        return
+    own = [found.per_domain[name] for name in found.domains]
+    shown = layers[:: math.ceil(len(layers) / _MOST_LAYERS)]
+    out.print("\nAgreement with the domain's own expert, entropy in brackets, by layer; means over domains.")
+    table = Table("router", [str(layer) for layer in shown])
+    for module in dict.fromkeys(router.module for router in found.routers if router.layer is not None):
+        places = {router.layer: place for place, router in enumerate(found.routers) if router.module == module}
+        agreement, entropy = [each.agreement or [] for each in own], [each.entropy for each in own]
+        cells = [
+            f"{_mean_of(agreement, places[layer]):.2f} ({_mean_of(entropy, places[layer]):.2f})" if layer in places else "-"
+            for layer in shown
+        ]
+        table.add(module, *cells)
+    out.print(table)
+
+
+def _print_without(found: Inspection, titles: Sequence[str]) -> None:
+    out.print("\nWhat leaving out an expert adds to the loss, nats per token. named: texts that miss their own expert most.")
+    usages = found.per_domain.values()
+    table = Table("left out", titles)
+    for name in found.experts:
+        table.add(name, *(Cell(_change(each.without.get(name)), own=each.expert == name) for each in usages))
+    table.add("loss", *(f"{each.loss:.3f}" for each in usages), style="dim")
+    table.add("named", *("-" if each.named is None else f"{each.named:.0%}" for each in usages), style="dim")
+    out.print(table)
+
+
+def _change(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _print_tokens(of_experts: Mapping[str, Sequence[TopToken] | Sequence[TokenWeight]]) -> None:
+    for name, found in of_experts.items():
+        tokens = "  ".join(printable(each.token) for each in found[:_TOP_TOKENS])
+        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
+
+
+def _print_unseen(found: UnseenDetection) -> None:
+    """How well running scores tell each unseen domain from the domains, and where the base leads."""
+    for name in next(iter(found.auroc.values())):
+        out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))
+        table = Table("score", [str(at) for at in found.at])
+        for score, of_domains in found.auroc.items():
+            table.add(score, *("-" if each is None else f"{each:.3f}" for each in of_domains[name]))
+        out.print(table)
+    if found.to_base is not None:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in found.to_base.items())
+        out.print(Text(f"\nTokens on which the base leads: {shares}."))
+
+
+def _print_dead(found: Inspection) -> None:
+    routers: dict[str, list[str]] = {}
+    for dead in found.dead:
+        router = found.routers[dead.router]
+        routers.setdefault(dead.expert, []).append("" if router.layer is None else f"{router.layer} {router.module}")
+    out.print("\nDead experts: " + ("none." if not routers else ""))
+    for name, places in routers.items():
+        where = "in every router" if len(places) == len(found.routers) else f"in layer {', '.join(places)}"
+        out.print(Text.assemble("  ", (name, "yellow"), f" {where}"))
+
+
+def print_trace(trace: TextTrace) -> None:
+    """Draw a text word by word, then what each expert is worth for it."""
+    from modekit.evaluation.inspection.tokens import words_of
+
+    words, more = words_of(trace, _MOST_WORDS)
+    coloured = out.color_system is not None and not out.no_color
+    letters = [chr(ord("A") + place) if place < 26 else f"E{place}" for place in range(len(trace.experts))]
+    said = (
+        "Each word by the expert that leads on it, the stronger its weight the stronger the colour; below it its loss"
+        if coloured
+        else "Below each word: the leading expert's letter and its weight in percent, and the word's loss"
+    )
+    out.print(said + (_SAYS_SCORE if any(word.over_base is not None for word in words) else "."))
+    if coloured:
+        _print_glossed(words, _loss, lambda word: _tint(word.leader, float(word.weights_E.max())))
+    else:
+        _print_glossed(
+            words, lambda word: f"{letters[word.leader]}{100 * word.weights_E.max():.0f} {_loss(word)}", lambda _: Style()
+        )
+    legend = [
+        Text(f" {name} ", style=_tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
+        for place, name in enumerate(trace.experts)
+    ]
+    out.print(Text("  ").join(legend))
+    if more:
+        shown = f"The first {len(words)} words are shown; the text has {len(trace.tokens):,} tokens."
+        out.print(Text(shown, style="dim"))
+    _print_worth(trace)
+    if trace.prompt_end is not None:
+        shares = sorted(zip(trace.prompt_end, trace.experts, strict=True), reverse=True)
+        said = ", ".join(f"{name} {weight:.2f}" for weight, name in shares if weight >= 0.005)
+        out.print(Text.assemble("the answer begins with ", (said, "bold")))
+    print_notes(trace.notes)
+
+
+def _print_worth(trace: TextTrace) -> None:
+    table = Table("expert", ["mean\nweight", "left out\nadds"])
+    for place, name in enumerate(trace.experts):
+        table.add(name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", _change(trace.without.get(name)))
+    out.print()
+    out.print(table)
+    largest = math.log(min(trace.top_k or len(trace.experts), len(trace.experts)))
+    base = "" if trace.base_loss is None else f", of the base model {trace.base_loss:.3f}"
+    out.print(f"loss {trace.loss:.3f} nats per token{base}; entropy {trace.entropy:.2f} of at most {largest:.2f} nats")
+    if largest and trace.entropy > _UNSURE * largest:
+        out.print(Text("The routers are unsure: this text is like that of no domain, or of several.", style="yellow"))
+    if trace.base_loss is not None and trace.loss >= trace.base_loss:
+        out.print(Text("The base model is as good without any expert: this text is like that of no domain.", style="yellow"))
+
+
+def _print_glossed(words: Sequence[Word], gloss: Callable[[Word], str], style: Callable[[Word], Style]) -> None:
+    """Words side by side with a line below them, wrapped to the terminal's width, in a file to a line one can read."""
+    above, below, used = Text(), Text(), 0
+    for word in words:
+        shown, under = printable(word.text), gloss(word)
+        width = min(max(cell_len(shown), cell_len(under)), out.width - 1)
+        if used and used + width > out.width - 1:
+            _print_lines(above, below)
+            above, below, used = Text(), Text(), 0
+        tinted = Text(set_cell_size(shown, min(cell_len(shown), width)), style=style(word))
+        above.append_text(tinted).append(" " * (width - tinted.cell_len + 1))
+        below.append(set_cell_size(under, width) + " ")
+        used += width + 1
+    if used:
+        _print_lines(above, below)
+
+
+def _print_lines(above: Text, below: Text) -> None:
+    below.stylize("dim")
+    for line in (above, below):
+        line.rstrip()
+        out.print(line, no_wrap=True, overflow="crop", highlight=False)
+
+
+def _loss(word: Word) -> str:
+    score = "" if word.over_base is None else f" {word.over_base:+.1f}"
+    return ("-" if word.loss is None else f"{word.loss:.1f}") + score
+
+
+def _tint(expert: int, strength: float) -> Style:
+    """Black on a colour of the expert's own, paler the weaker."""
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert * _GOLDEN % 1, 0.7 * strength, 1.0))
+    return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control and format characters are written out, a space at an end is shown."""
+    shown = visible(text).replace("\n", "\\n")
+    stripped = shown.strip(" ")
+    return "␣" * (len(shown) - len(shown.lstrip(" "))) + stripped if stripped else "␣" * len(shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import err, out
+from modekit.cli.printing.console import err, out, print_json
 from modekit.cli.printing.mixtures import print_checks, print_forced, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
@@ -38,7 +37,7 @@ def plan(
 
     found = preview(recipe, measure=measure, run=Run(trust_remote_code))
     if as_json:
-        sys.stdout.write(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
+        print_json(found.model_dump(mode="json"))
     else:
         print_plan(found)
 
@@ -178,7 +177,7 @@ def verify(
     if as_json:
         said = [vars(check) for check in checks]
         shown = said if forced is None else {"checks": said, "forced": forced.as_data()}
-        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+        print_json(shown)
     elif forced is not None:
         print_forced(forced)
     if not is_proven(checks):

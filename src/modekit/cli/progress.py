@@ -107,7 +107,7 @@ class Works:
         if self.work.is_done:
             return f"after {self.phase}: still at work"
         left = self.work.left(self._clock())
-        parts = [f"{_percent(self.work)} %"] if self.work.is_counted else []
+        parts = [f"{100 * self.work.done // self.work.total} %"] if self.work.is_counted else []
         parts += [f"{time_of(left)} left"] if left is not None else []
         parts += [self.detail] if self.detail else []
         return f"{self.phase}{': ' if parts else ''}{', '.join(parts)}"
@@ -157,11 +157,6 @@ class Lines:
             phase = self._works.phase
             line = line.replace(phase, f"{phase[: max(8, len(phase) - too_long - 1)]}…", 1)
         self._write(line)
-
-
-def _percent(work: Work) -> int:
-    """Rounded down: 100 is all of it."""
-    return 100 * work.done // work.total
 
 
 def _name_of_work(phase: str) -> str:

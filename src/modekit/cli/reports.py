@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
-from modekit.cli.printing.reports import print_parcel
+from modekit.cli.printing.table import Table
 from modekit.cli.shell import OutFolder, app, resolved
 from modekit.files.figures import bytes_of
+
+if TYPE_CHECKING:
+    from modekit.report.push import Parcel
 
 
 @app.command()
@@ -61,3 +64,18 @@ def push(
     print_parcel(parcel, repo)
     if not dry_run:
         out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)
+
+
+def print_parcel(parcel: Parcel, repo: str) -> None:
+    """Draw what goes to a repository and what stays."""
+    sizes = parcel.sizes()
+    table = Table(f"to {repo}", ["bytes", "how"])
+    for name, size in sizes.items():
+        table.add(name, bytes_of(size), "made for it" if isinstance(parcel.files[name], bytes) else "as it is")
+    out.print(table)
+    print_notes(parcel.notes)
+    if parcel.left:
+        left = ", ".join(f"{name} ({bytes_of(size)})" for name, size in parcel.left.items())
+        out.print(Text(f"stays here: {left}"))
+    going, staying = bytes_of(sum(sizes.values())), bytes_of(sum(parcel.left.values()))
+    out.print(Text.assemble((going, "bold"), f" in {len(sizes)} files go, {staying} stay"))

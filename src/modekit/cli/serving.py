@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
+from modekit.cli.printing.console import out, print_json
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
@@ -153,7 +152,7 @@ def route(
     router = TextRouter(open_checkpoint(resolved(checkpoint)), run=Run(trust_remote_code))
     decision = router.decide(sys.stdin.read() if text == "-" else text)
     if as_json:
-        sys.stdout.write(json.dumps(vars(decision), indent=2) + "\n")
+        print_json(vars(decision))
         return
     shares = ", ".join(
         f"{name} {share:.0%}" for name, share in sorted(decision.probabilities.items(), key=lambda each: -each[1])

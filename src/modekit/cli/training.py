@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from modekit.cli.options import grouped, texts_by_domain
+from modekit.cli.printing.console import print_json
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
@@ -85,7 +84,7 @@ class SettingOptions:
     ] = None
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
 
-    def said(self) -> dict[str, Any]:
+    def said(self) -> dict[str, object]:
         """The settings that were given, by their names in a settings file."""
         from modekit.training.settings import WEIGHTS, losses_said
 
@@ -145,7 +144,7 @@ def train(
     if processes().is_main:
         if options.as_json:
             record = {"improved": done.improved, **done.record.model_dump(mode="json")}
-            sys.stdout.write(json.dumps(record, indent=2) + "\n")
+            print_json(record)
         else:
             print_training(options.output if options.output is not None and done.improved else checkpoint, done)
     if done.failed is not None:

@@ -26,9 +26,8 @@ from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import TranslatedTable, translated_table
 from modekit.errors import OutputError
-from modekit.evaluation.gaps import gaps_of, with_gaps
-from modekit.evaluation.results import Results, Row
-from modekit.evaluation.translation.scores import TranslationScore, require_sacrebleu
+from modekit.evaluation.results import Results, Row, gaps_of, with_gaps
+from modekit.evaluation.translation.results import TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
@@ -66,7 +65,7 @@ class DemoResults:
             gaps, notes = {}, [_NO_TRANSLATION, *notes]
         return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
         translated = {str(seed): table.as_data() for seed, table in self.translated.items()}
         return {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from modekit.demo.models import BATCH_TOKENS, SEQUENCE_LENGTH
 from modekit.demo.text import DOMAINS, PAIRED, UNSEEN, UNSEEN_PAIRED
+from modekit.demo.translation import BASE_TRAINING
 from modekit.loaded.text_training import Training
 
 Experts = Literal["mlp", "full", "lora"]
@@ -14,46 +15,42 @@ Experts = Literal["mlp", "full", "lora"]
 What = Experts | Literal["translation"]
 """Kinds whose experts are fine-tunes of one base (seed.py); translation: FFNs of a model with an encoder, which reads pairs."""
 
-_ROUTING = {"method": "routing", "top_k": 2}
+_ROUTING: dict[str, Any] = {"method": "routing", "top_k": 2}
+_FITS: dict[str, dict[str, Any]] = {
+    "noisy": {"fit": "random"},
+    "ridge": {"fit": "ridge"},
+    "context": {"granularity": "context"},
+    "ngram": {"fit": "ngram"},
+    "lexical": {"fit": "lexical"},
+    "bigrams": {"fit": "lexical", "orders": [1, 2]},
+}
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear"},
+    "routing": _ROUTING,
+    **{name: {**_ROUTING, "router": router} for name, router in _FITS.items()},
+    **{f"{name}-top-1": {**_ROUTING, "top_k": 1, "router": _FITS[name]} for name in ("lexical", "bigrams")},
+    **{f"routing {name}": {**_ROUTING, "backbone": name} for name in ("average", "task_arithmetic", "ties")},
+    "sequence whole": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}},
+    "ngram whole": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}},
+}
+
+
+def _mixtures(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: {"mixture": _MIXTURES[name]} for name in names}
+
+
 _FOLDED = {"output": {"format": "native"}}
 MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
-    "mlp": {
-        "linear": {"mixture": {"method": "linear"}},
-        "noisy": {"mixture": {**_ROUTING, "router": {"fit": "random"}}},
-        "ridge": {"mixture": {**_ROUTING, "router": {"fit": "ridge"}}},
-        "routing": {"mixture": _ROUTING},
-        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
-        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
-        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
-        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
-    },
-    "full": {
-        "linear": {"mixture": {"method": "linear"}},
-        "routing": {"mixture": _ROUTING},
-        **{
-            f"routing {backbone}": {"mixture": {**_ROUTING, "backbone": backbone}}
-            for backbone in ("average", "task_arithmetic", "ties")
-        },
-        "sequence whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}}},
-        "ngram whole": {"mixture": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}}},
-    },
+    "mlp": _mixtures("linear", "noisy", "ridge", "routing", "context", "ngram", "lexical", "lexical-top-1"),
+    "full": _mixtures(
+        "linear", "routing", "routing average", "routing task_arithmetic", "routing ties", "sequence whole", "ngram whole"
+    ),
     "lora": {
-        "linear": {"mixture": {"method": "linear"}},
-        "routing": {"mixture": _ROUTING},
-        "context": {"mixture": {**_ROUTING, "router": {"granularity": "context"}}},
-        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
-        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
-        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
+        **_mixtures("linear", "routing", "context", "ngram", "lexical", "lexical-top-1"),
         "routing folded": {"mixture": _ROUTING, **_FOLDED},
-        "routing folded average": {"mixture": {**_ROUTING, "backbone": "average"}, **_FOLDED},
+        "routing folded average": {"mixture": _MIXTURES["routing average"], **_FOLDED},
     },
-    "translation": {
-        "lexical": {"mixture": {**_ROUTING, "router": {"fit": "lexical"}}},
-        "lexical-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical"}}},
-        "bigrams": {"mixture": {**_ROUTING, "router": {"fit": "lexical", "orders": [1, 2]}}},
-        "bigrams-top-1": {"mixture": {**_ROUTING, "top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}}},
-        "ngram": {"mixture": {**_ROUTING, "router": {"fit": "ngram"}}},
-    },
+    "translation": _mixtures("lexical", "lexical-top-1", "bigrams", "bigrams-top-1", "ngram"),
 }
 """What the experts are -> name -> what the recipe says. `routing` is what a recipe gets that says nothing about the router;
 what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
@@ -149,17 +146,7 @@ REAL = Size(
     2_048,
     without=("linear", "noisy", "ridge", "routing folded", "routing folded average"),  # minutes each; the average has a row
 )
-_PAIRS = Training(
-    steps=120,
-    batch_tokens=3_000,
-    sequence_length=96,
-    learning_rate=3e-3,
-    muon_learning_rate=0.02,
-    warmup=0.1,
-    weight_decay=0.05,
-    by_length=True,
-    autocast=True,
-)
+_PAIRS = BASE_TRAINING.with_(steps=120, batch_tokens=3_000, learning_rate=3e-3)
 PAIRS = PairSize(base_steps=800, expert_training=_PAIRS, lora_training=_PAIRS, fit_tokens=131_072, eval_tokens=16_384)
 QUICK_PAIRS = PairSize(
     8, _PAIRS.with_(steps=2), _PAIRS.with_(steps=2), 2_048, 1_024, without=("bigrams", "bigrams-top-1"), translated=4

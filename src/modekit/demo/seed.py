@@ -99,23 +99,18 @@ def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, wor
             needed = {first, REFITTED.get(name, name)}.intersection([first, *reading])
             while not needed <= ended:
                 yield None
-            yield _scoring(folder, name, recipes[name], kind, _all_rows(found))
+            rows = [row for table in found.values() for row in table.rows]  # what these hold need not be scored again
+            yield _scoring(folder, name, recipes[name], kind, dataclasses.replace(found[first], rows=rows))
 
     for name, table in workers.run(tasks()):
         ended.add(name)
-        if table is not None:
+        if isinstance(table, Results):
             found[name] = table
     return {name: found[name] for name in recipes}
 
 
 def _scoring(folder: Path, name: str, recipe: dict[str, Any], kind: Kind, known: Results | None) -> WorkerTask:
     return WorkerTask(name, partial(_score, folder, name, recipe, kind=kind, known=known))
-
-
-def _all_rows(found: Mapping[str, Results]) -> Results:
-    """The tables so far as one: what it holds need not be scored again."""
-    first = next(iter(found.values()))
-    return dataclasses.replace(first, rows=[row for table in found.values() for row in table.rows])
 
 
 def _score(

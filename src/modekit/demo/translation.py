@@ -20,8 +20,7 @@ from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import TranslationResults, TranslationRow, score_table
-from modekit.evaluation.translation.scores import Signatures
+from modekit.evaluation.translation.results import Signatures, TranslationResults, TranslationRow, score_table
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging

@@ -47,7 +47,7 @@ class WorkerPool:
         for process in self._processes.values():
             process.join()
 
-    def run(self, tasks: Iterable[WorkerTask | None]) -> Iterator[tuple[str, Any]]:
+    def run(self, tasks: Iterable[WorkerTask | None]) -> Iterator[tuple[str, object]]:
         """Names and results as tasks end. A task is asked of `tasks` only when a process is free for it.
 
         None in place of a task says that the next one needs what is at work: it is asked for again when a task has ended.

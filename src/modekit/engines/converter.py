@@ -15,11 +15,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from modekit.engines.child import Child
+from modekit.engines.listening import check_packages, missing_packages
 from modekit.errors import EngineError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.user_cache import cache_folder
@@ -36,14 +36,12 @@ _LAST_LINES = 3
 
 def is_installed() -> bool:
     """Whether what a conversion and its proof need is installed."""
-    return not _missing()
+    return not missing_packages(_NEEDED)
 
 
 def check_installed() -> None:
     """Raise EngineError unless it is."""
-    missing = _missing()
-    if missing:
-        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+    check_packages(_NEEDED, INSTALL)
 
 
 @dataclass(frozen=True)
@@ -118,17 +116,6 @@ def _install(folder: Path) -> None:
             )
 
 
-def _missing() -> list[str]:
-    return [name for name in _NEEDED if not _is_there(name)]
-
-
-def _is_there(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 _GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 _LLAMA3 = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
@@ -143,14 +130,10 @@ def guessed_pre_tokenizer(folder: Path) -> str | None:
         content = read_json(folder / "tokenizer.json")
         if content["model"]["type"] != "BPE":
             return None
-        steps = _steps(content.get("pre_tokenizer") or {})
-        return _name_of(steps)
+        step = content.get("pre_tokenizer") or {}
+        return _name_of(step["pretokenizers"] if step["type"] == "Sequence" else [step])
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
         return None
-
-
-def _steps(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list(step["pretokenizers"]) if step["type"] == "Sequence" else [step]
 
 
 def _name_of(steps: list[Mapping[str, Any]]) -> str | None:

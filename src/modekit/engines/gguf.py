@@ -1,27 +1,35 @@
-"""A native mixture as one GGUF file for llama.cpp and what is built on it: `modekit export OUT FOLDER --gguf`.
+"""A mixture as GGUF for llama.cpp and what is built on it: `modekit export OUT FOLDER --gguf`.
 
-FOLDER/<OUT>-<outtype>.gguf    the mixture
-FOLDER/export.json             what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
+    of a native mixture     FOLDER/<OUT>-<outtype>.gguf     all of it
+    of adapters             FOLDER/<base>-<outtype>.gguf    the backbone, which is the base model
+                            FOLDER/<expert>.lora.gguf       what an expert changes of it
+    FOLDER/export.json      what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
 
-The folder appears when the proof is done, so that no file is ever there that was not compared with transformers.
+The folder appears when all is proven, so that no file is ever there that was not compared with transformers: the mixture; or
+the backbone alone, and with each adapter, against the mixture in transformers that always takes this expert.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
+import torch
+from transformers import PreTrainedModel
+
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
+from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
-from modekit.engines.proof import compare
+from modekit.engines.proof import compare, in_both
 from modekit.engines.proof_result import EXACT, Loss, Proof
 from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.registry import GgufSettings, Outtype
@@ -33,7 +41,10 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import remove, write_json
+from modekit.loaded.modekit import flow_of
 from modekit.planning.shapes import Shape
+from modekit.recipes.paths import name_of
+from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
 
@@ -96,15 +107,15 @@ def export_gguf(
     check_installed()
     made = made_of(checkpoint, settings)
     name = _name(checkpoint, made)
-    with staged_export(checkpoint, out, made, replace, run) as stage:
-        convert_into(stage, checkpoint, name, conversion_of(checkpoint, settings), run)
+    with _staged(checkpoint, out, made, replace, run) as stage:
+        _convert_into(stage, checkpoint, name, conversion_of(checkpoint, settings), run)
         file, texts = stage.folder / name, texts_of(checkpoint)
         proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
         if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
-            proof = proof.beside(_loss_of_base(checkpoint, stage.folder, made, texts, run))
+            proof = dataclasses.replace(proof, base=_loss_of_base(checkpoint, stage.folder, made, texts, run))
         proof = proof.judged(file, accept=settings.accept)
         written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
-        write_record(stage, made, written.as_data())
+        _write_record(stage, made, written.as_data())
     keep_proven(_claim(made, written.file, run))
     return [written]
 
@@ -116,15 +127,13 @@ def conversion_of(checkpoint: Checkpoint, settings: GgufSettings) -> Conversion:
     return Conversion(outtype, settings.pre_tokenizer, guessed_pre_tokenizer(checkpoint.folder), finer)
 
 
-@contextmanager
-def staged_export(checkpoint: Checkpoint, out: Path, made: Made, replace: Replace, run: Run) -> Iterator[Staging]:
+def _staged(checkpoint: Checkpoint, out: Path, made: Made, replace: Replace, run: Run) -> AbstractContextManager[Staging]:
     """The folder of an export in the making. Raises OutputError."""
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        yield stage
+    return staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync)
 
 
-def convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Conversion, run: Run) -> None:
+def _convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Conversion, run: Run) -> None:
     """Write the mixture's GGUF files, unless an earlier, interrupted run has. Raises EngineError."""
     if not stage.recall("converted"):
         run.begin("convert")
@@ -133,7 +142,7 @@ def convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Convers
         stage.record("converted", True)
 
 
-def write_record(stage: Staging, made: Made, said: Mapping[str, object]) -> None:
+def _write_record(stage: Staging, made: Made, said: Mapping[str, object]) -> None:
     """Write export.json."""
     write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
 
@@ -203,3 +212,98 @@ def _notes(shape: Shape) -> Iterator[str]:
         yield f"llama.cpp attends to all of the text where the model attends to {window:,} tokens: the same up to there"
     if window and shape.native_type in _KEEPS_WINDOW:
         yield "start llama.cpp with --swa-full: without it, a prompt that continues a cached one came out otherwise"
+
+
+def export_adapters_gguf(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: GgufSettings,
+    *,
+    experts: Sequence[str] | None = None,
+    replace: Replace = "nothing",
+    run: Run = QUIET,
+) -> list[GgufFile]:
+    """Write a folder with the backbone and adapters as GGUF, proven in llama.cpp; returns the backbone's file and theirs.
+
+    `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no
+    such form; EngineError when one cannot be converted, or is another model there; OutputError.
+    """
+    refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
+    adapters = chosen_adapters(checkpoint, experts)
+    check_installed()
+    made: Made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
+    names = [f"{_base_name(checkpoint)}-{made['outtype']}.gguf", *(f"{adapter.name}.lora.gguf" for adapter in adapters)]
+    with _staged(checkpoint, out, made, replace, run) as stage:
+        files, guess = [stage.folder / name for name in names], guessed_pre_tokenizer(checkpoint.folder)
+        theirs = [(adapter.expert, name) for adapter, name in zip(adapters, names[1:], strict=True)]
+        how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
+        _convert_into(stage, checkpoint, names[0], how, run)
+        proofs = prove_adapters(checkpoint, files, adapters, GgufSettings(made["outtype"], accept=settings.accept), run=run)
+        known = [_notes_of_backbone(checkpoint), *(_notes_of(adapter, checkpoint) for adapter in adapters)]
+        written = [
+            GgufFile(out / name, proof, (*notes, *proof.notes), expert)
+            for name, proof, notes, expert in zip(names, proofs, known, [None, *made["experts"]], strict=True)
+        ]
+        said = [each.as_data() for each in written]
+        _write_record(stage, made, {"base": said[0], "adapters": said[1:]})
+    return written
+
+
+def prove_adapters(
+    checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], settings: GgufSettings, *, run: Run = QUIET
+) -> list[Proof]:
+    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order.
+
+    Raises EngineError where one is another model, or lost too much.
+    """
+    outtype, texts = str(settings.outtype), texts_of(checkpoint)
+    with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:
+        both.model.use_expert(adapters[0].name)
+        with _without_changes(both.model):
+            proofs = [both.proof(files[0], outtype, texts=texts, run=run).judged(files[0], accept=settings.accept)]
+        told_once = dataclasses.replace(both, notes=())
+        loss_of_base = None if outtype == EXACT else proofs[0].loss
+        for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
+            both.model.use_expert(adapter.name)
+            both.llama.use_adapter(place)
+            proof = told_once.proof(file, outtype, texts=texts, run=run)
+            proofs.append(dataclasses.replace(proof, base=loss_of_base).judged(file, accept=settings.accept))
+    return proofs
+
+
+@contextmanager
+@torch.no_grad()
+def _without_changes(model: PreTrainedModel) -> Iterator[None]:
+    """While open, low-rank changes are zero: a mixture that takes an expert which is nothing else is its backbone alone."""
+    kept = [(mixed.lora_B, mixed.lora_B.clone()) for mixed in flow_of(model).mixed.values() if any(mixed.ranks)]
+    try:
+        for changes, _ in kept:
+            changes.zero_()
+        yield
+    finally:
+        for changes, values in kept:
+            changes.copy_(values)
+
+
+def _base_name(checkpoint: Checkpoint) -> str:
+    """Of the base model: its folder's, or the last part of its hub id; the mixture's where that folder is gone and has none."""
+    name = Path(name_of(checkpoint.record.recipe.base_model, checkpoint.recipe_root)).name
+    return name if name.strip(".") else checkpoint.folder.name
+
+
+def _notes_of_backbone(checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of the backbone's file."""
+    if checkpoint.record.recipe.mixture.backbone != BASE:
+        yield "it is the mixture's merged backbone (mixture.backbone) and not the base model; the adapters belong to it"
+    window = checkpoint.record.dense_config.get("sliding_window")
+    if window:
+        yield f"texts longer than the model's window of {window:,} tokens were not compared; start llama.cpp with --swa-full"
+
+
+def _notes_of(adapter: Adapter, checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of an adapter's file."""
+    if adapter.folded:
+        yield f"the scale of {len(adapter.folded)} of {len(adapter.changes)} modules is folded into B: a file has one alpha"
+    mixture = checkpoint.record.recipe.mixture
+    if isinstance(mixture.modules, list) or mixture.layers is not None:
+        yield "only what the mixture mixes is in it (mixture.modules, mixture.layers)"

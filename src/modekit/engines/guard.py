@@ -109,7 +109,7 @@ class Guard:
             body = await self._aside(len(content), body_of, content)
             if self._rewrite is not None:
                 body = await self._rewrite(body)
-                content = await self._aside(len(content), _written, body)
+                content = (await self._aside(len(content), json.dumps, body)).encode()
             headers.pop(b"transfer-encoding", None)
             headers[b"content-length"] = str(len(content)).encode()
             receive = _again(content, receive)
@@ -208,10 +208,6 @@ def sizes_of(text: str) -> tuple[int, int]:
         return entries, 0
     outside = "".join(bare.split('"')[::2])
     return outside.count(",") + outside.count("[") + outside.count("{"), outside.count(":")
-
-
-def _written(body: Body) -> bytes:
-    return json.dumps(body).encode()
 
 
 def _described(fault: BaseException) -> dict[str, object]:

@@ -54,11 +54,16 @@ def refuse_other_machines(host: str) -> None:
         )
 
 
-def check_packages(names: Sequence[str]) -> None:
-    """Raise EngineError where a package of the extra `serve` is missing."""
-    missing = [name for name in names if find_spec(name) is None]
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Those that are not installed."""
+    return [name for name in names if not (find_spec(name.partition(".")[0]) and find_spec(name))]
+
+
+def check_packages(names: Sequence[str], remedy: str = INSTALL) -> None:
+    """Raise EngineError where a package is missing; without `remedy` it is one of the extra `serve`."""
+    missing = missing_packages(names)
     if missing:
-        raise EngineError("a package is missing", where=", ".join(missing), remedy=INSTALL)
+        raise EngineError("a package is missing", where=", ".join(missing), remedy=remedy)
 
 
 def server_of(app: App, listener: socket.socket) -> uvicorn.Server:

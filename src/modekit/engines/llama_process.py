@@ -45,17 +45,13 @@ def main() -> None:
         params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     else:
-        params.cache_ram_mib = min(params.cache_ram_mib, _machine_mib() // 8)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # the machine's
+        params.cache_ram_mib = min(params.cache_ram_mib, memory // 2**20 // 8)
     server = Server(params)
     if not settings["exact"]:
         _bound_memory(params.cache_ram_mib)
     answer_caller({"address": server.listening_address})
     threading.Event().wait()
-
-
-def _machine_mib() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
 def _bound_memory(cache_mib: int) -> None:

@@ -113,8 +113,7 @@ class BothEngines:
         """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
         wanted = list(texts.ids(self.tokenizer, self.longest)) or self.beginnings
         compared: list[_Compared] = []
-        for done, ids in enumerate(wanted):
-            run.progress(f"compare {file.name} in llama.cpp", done, len(wanted))
+        for ids in run.over(f"compare {file.name} in llama.cpp", wanted, len(wanted)):
             compared.append(self._compared(ids))
             if len(compared) >= FEWEST_TEXTS and _loss(compared).is_known:
                 break

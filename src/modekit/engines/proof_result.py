@@ -89,17 +89,21 @@ class Proof:
         """For a record."""
         return {name: value for name, value in asdict(self).items() if name != "notes"}
 
-    def beside(self, base: Loss | None) -> Proof:
-        """The same, with what the dense base model lost."""
-        return replace(self, base=base)
-
     def judged(self, file: Path, *, accept: bool = False) -> Proof:
         """The same, marked where only `accept` lets it pass; `file` is what messages name.
 
         Raises EngineError where llama.cpp computes another model, whatever is accepted, or fewer bits lost too much.
         """
         if self.outtype == EXACT:
-            return self._exact(file)
+            if self.same < self.written or not self.difference <= TOLERANCE:
+                raise EngineError(
+                    "llama.cpp computes another model than transformers",
+                    where=str(file),
+                    found=str(self),
+                    expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
+                    remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
+                )
+            return self
         if not self.loss.is_too_large and self.typical <= LARGEST_TYPICAL:
             return self
         if not accept:
@@ -112,17 +116,6 @@ class Proof:
             )
         note = f"it lost more than a proof allows ({_BOUND}), and was kept since --accept says so"
         return replace(self, accepted=True, notes=(*self.notes, note))
-
-    def _exact(self, file: Path) -> Proof:
-        if self.same < self.written or not self.difference <= TOLERANCE:
-            raise EngineError(
-                "llama.cpp computes another model than transformers",
-                where=str(file),
-                found=str(self),
-                expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
-                remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
-            )
-        return self
 
     @property
     def _blame(self) -> str:

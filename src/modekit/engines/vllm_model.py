@@ -39,7 +39,9 @@ class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
         self.logits_processor.scale /= getattr(self.config, "logits_scaling", 1.0)  # Granite's, which vLLM leaves out
         flow = self.model.flow
         if as_kind(self.config.modekit, MixtureConfig).routing.remembers:
-            attention = _first_attention(self.model)
+            from vllm.model_executor.layers.attention import Attention
+
+            attention = next(module for module in self.model.modules() if isinstance(module, Attention))
             backend = attention.attn_backend.get_name()
             if backend not in _BACKENDS:
                 raise ValueError(
@@ -47,12 +49,6 @@ class ModekitForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
                     f"one of {', '.join(_BACKENDS)}"
                 )
             flow.keeper = attention.modekit_slots = Slots(attention.layer_name, vllm_config)
-
-
-def _first_attention(model: torch.nn.Module) -> Any:
-    from vllm.model_executor.layers.attention import Attention
-
-    return next(module for module in model.modules() if isinstance(module, Attention))
 
 
 class PassMetadata(Protocol):

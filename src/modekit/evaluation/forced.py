@@ -233,7 +233,11 @@ def _compared(
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
                 from_forced, from_base = divergences(own_NV, forced_NV, base_NV)
-                losses = [_loss(logits_NV, batch) for logits_NV in (own_NV, forced_NV, base_NV)]
+                labels_N = batch.labels[batch.labels != NO_LABEL]
+                losses = [
+                    float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
+                    for logits_NV in (own_NV, forced_NV, base_NV)
+                ]
                 sums += torch.tensor([from_forced.kl, from_base.kl, *losses], dtype=torch.float64)
                 largest = max(largest, from_forced.largest)
             rows.append(_row(name, text, batches, largest, sums))
@@ -259,11 +263,6 @@ def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: s
         logits_NV = predicted_logits(model, batch)
     count.advance(phase, batch.scored)
     return logits_NV
-
-
-def _loss(logits_NV: torch.Tensor, batch: Batch) -> float:
-    labels_N = batch.labels[batch.labels != NO_LABEL]
-    return float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
 
 
 @dataclass

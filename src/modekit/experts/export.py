@@ -13,28 +13,33 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import UnsupportedError
-from modekit.experts.adapter_tensors import adapter_config_of, adapter_tensors_of
-from modekit.experts.own_files import TRAINED, OwnFiles, is_trained, own_files, places_of
-from modekit.experts.peft_folder import write_lora
+from modekit.checkpoint.sources import changed_settings
+from modekit.errors import ModekitError, UnsupportedError
+from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
 from modekit.files.marker import foreign_files
 from modekit.files.output import mend, replaced_by, settle
 from modekit.files.read import UNREADABLE
-from modekit.files.staging import Staging, staging
+from modekit.files.staging import staging
 from modekit.files.typed import read_as
 from modekit.files.write import copy_file, write_json
+from modekit.planning.mixture_config import Place
+from modekit.recipes.paths import locate
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import WEIGHTS_FILE
+from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import OpenFiles, blake3_of
+from modekit.sources.model import ITEMSIZE, TensorRef, open_source
 from modekit.sources.names import HEAD
 from modekit.text.splits import TRAINED_FILE
+from modekit.weights.numeric import as_array
 
 EXPORT_FILE = "export.json"
 _BESIDE = (TRAINED_FILE, "README.md")
@@ -102,20 +107,13 @@ def plan_exports(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> 
     return [plans[name] for name in names or plans]
 
 
-def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: bool = False) -> ExportRecord:
-    """Write one expert as a PEFT folder that changes the base model as the expert does.
-
-    Raises UnsupportedError when the expert is no adapter, or cannot be given back; OutputError.
-    """
-    return write_export(checkpoint, plan_exports(checkpoint, [name])[0], out, overwrite=overwrite)
-
-
 def write_export(
     checkpoint: Checkpoint, plan: ExportPlan, out: Path, *, overwrite: bool = False, run: Run = QUIET
 ) -> ExportRecord:
     """Write one expert as planned (`reason` is None). Raises OutputError."""
     given_back = plan.own if plan.as_it_came else None
-    config = dict(given_back.config) if given_back is not None else adapter_config_of(checkpoint, plan.expert, _known(plan))
+    known = plan.own.config if plan.own is not None and plan.own.config.get("peft_type") == "LORA" else {}
+    config = dict(given_back.config) if given_back is not None else adapter_config_of(checkpoint, plan.expert, known)
     rank = config.get("r")
     record = ExportRecord(
         expert=plan.name,
@@ -130,20 +128,20 @@ def write_export(
     if not overwrite and _is_written(out, record):
         settle(out)
         return record
-    opened = OpenFiles()
-    try:
-        with staging(
-            out, digest, "adapter", sources=_read_from(checkpoint, plan), replace=replaced_by(overwrite), sync=run.sync
-        ) as stage:
-            if given_back is not None:
-                for file in (CONFIG_FILE, WEIGHTS_FILE):
-                    copy_file(given_back.folder / file, stage.folder / file)
-            else:
-                write_lora(stage, config, list(adapter_tensors_of(checkpoint, plan.expert, opened)))
-            _write_beside(plan, stage)
-            write_json(stage.folder / EXPORT_FILE, record.model_dump(mode="json"))
-    finally:
-        opened.close()
+    sources = [checkpoint.folder, *([plan.own.folder] if plan.own is not None else [])]
+    with (
+        OpenFiles() as opened,
+        staging(out, digest, "adapter", sources=sources, replace=replaced_by(overwrite), sync=run.sync) as stage,
+    ):
+        if given_back is not None:
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                copy_file(given_back.folder / file, stage.folder / file)
+        else:
+            write_lora(stage, config, list(adapter_tensors_of(checkpoint, plan.expert, opened)))
+        for path in (source / file for source in sources[1:] for file in _BESIDE):
+            if path.is_file():
+                copy_file(path, stage.folder / path.name)
+        write_json(stage.folder / EXPORT_FILE, record.model_dump(mode="json"))
     return record
 
 
@@ -154,11 +152,6 @@ def _is_written(out: Path, record: ExportRecord) -> bool:
         return foreign_files(out) == [] and read_as(out / EXPORT_FILE, ExportRecord) == record
     except UNREADABLE:
         return False
-
-
-def _read_from(checkpoint: Checkpoint, plan: ExportPlan) -> list[Path]:
-    """Folders that the output must not touch."""
-    return [checkpoint.folder, *([plan.own.folder] if plan.own is not None else [])]
 
 
 def _plan_export(checkpoint: Checkpoint, expert: int, name: str) -> ExportPlan:
@@ -199,20 +192,115 @@ def _notes(checkpoint: Checkpoint, expert: int, own: OwnFiles | None) -> Iterato
         yield "a low-rank part of a full model's difference to the base (as: lora)"
 
 
-def _known(plan: ExportPlan) -> Mapping[str, object]:
-    config = plan.own.config if plan.own is not None else {}
-    return config if config.get("peft_type") == "LORA" else {}
-
-
 def _kind(config: Mapping[str, object]) -> str:
     if config["peft_type"] == "IA3":
         return "IA3"
     return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
-def _write_beside(plan: ExportPlan, stage: Staging) -> None:
-    if plan.own is None:
-        return
-    for file in _BESIDE:
-        if (plan.own.folder / file).is_file():
-            copy_file(plan.own.folder / file, stage.folder / file)
+TRAINED = "it was trained on in the mixture (modekit train)"
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """An adapter's folder and its config as they are now; `problem` says why they are not what the mixture was built from."""
+
+    folder: Path
+    config: Mapping[str, object] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def places_of(checkpoint: Checkpoint, expert: int) -> dict[str, Place]:
+    """Module -> its place, where an expert has something of its own."""
+    return {module: place for module, place in checkpoint.shape.mixture.places.items() if place.has(expert)}
+
+
+def is_trained(checkpoint: Checkpoint, expert: int) -> bool:
+    """Whether `modekit train` moved a part of an expert since the build."""
+    for module, place in places_of(checkpoint, expert).items():
+        own = f"{module}.experts.{place.own.index(expert)}." if expert in place.own else f"{module}.lora_"
+        if any(name.startswith(own) for name in checkpoint.record.trained):
+            return True
+    return False
+
+
+def own_files(checkpoint: Checkpoint, expert: int) -> OwnFiles:
+    """Look at the folder of an adapter expert. Reads its weights once; raises nothing, a problem is part of the answer."""
+    record = checkpoint.record.sources[checkpoint.record.expert_sources[expert]]
+    folder = (checkpoint.folder / record.folder).resolve()
+    try:
+        for name, expected in record.files.items():
+            file = folder / name
+            if not file.is_file():
+                return OwnFiles(folder, problem=f"its own folder is gone ({folder})")
+            if file.stat().st_size != expected.size or blake3_of(file) != expected.blake3:
+                return OwnFiles(folder, problem=f"{name} in its own folder has changed since the build")
+        source = _opened(checkpoint, expert, folder)
+        return OwnFiles(folder, source.config, _problem_of(checkpoint, expert, source))
+    except ModekitError as error:
+        return OwnFiles(folder, problem=f"its own folder cannot be read any more ({error.what})")
+
+
+def _opened(checkpoint: Checkpoint, expert: int, folder: Path) -> AdapterSource:
+    recipe, base = checkpoint.record.recipe, checkpoint.record.sources[0]
+    # Headers alone are read: no code of the model's runs, whatever it brings.
+    model = open_source(base.label, base.spec, (checkpoint.folder / base.folder).resolve(), run=Run(trust_remote_code=True))
+    return open_adapter(f"experts[{expert}]", str(recipe.experts[expert].adapter), folder, model)
+
+
+def _problem_of(checkpoint: Checkpoint, expert: int, source: AdapterSource) -> str | None:
+    if is_trained(checkpoint, expert):
+        return TRAINED
+    places = places_of(checkpoint, expert)
+    changed = {*source.changes, *source.bias_changes, *source.replaced}
+    outside = [name for name in changed if not any(name.startswith(f"{module}.") for module in places)]
+    if outside:
+        return f"only a part of it is mixed: {len(outside)} of the {len(changed)} tensors that it changes are not"
+    record = checkpoint.record.sources[checkpoint.record.expert_sources[expert]]
+    if not record.config:
+        return "the mixture was built by a version of modekit that did not record adapter_config.json"
+    return f"{CONFIG_FILE} in its own folder has changed since the build" if changed_settings(record, source.folder) else None
+
+
+def adapter_config_of(checkpoint: Checkpoint, expert: int, known: Mapping[str, object]) -> dict[str, object]:
+    """adapter_config.json of what the mixture has of an expert; `known` is the config of its own folder, or empty."""
+    places = places_of(checkpoint, expert)
+    changes = {module: ModuleChange(place.ranks[expert], place.scales[expert]) for module, place in places.items()}
+    biased = any(expert in place.biased for place in places.values())
+    revision = {"revision": checkpoint.record.recipe.revision}
+    return lora_config(_base_model(checkpoint), changes, lora_bias=biased, known={**known, **revision})
+
+
+def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
+    """A (R, I), B (O, R) and, where it has one, the bias (O,) of every module."""
+    for module, place in sorted(places_of(checkpoint, expert).items()):
+        start, rank = sum(place.ranks[:expert]), place.ranks[expert]
+        own = slice(start, start + rank)
+        a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
+        yield _tensor(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
+        yield _tensor(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
+        if expert in place.biased:
+            bias = checkpoint.tensors[f"{module}.lora_bias"]
+            row = (place.biased.index(expert), slice(None))
+            yield _tensor(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), opened)
+
+
+_Index = tuple[slice | int, slice]
+
+
+def _tensor(name: str, ref: TensorRef, index: _Index, shape: tuple[int, ...], opened: OpenFiles) -> PeftTensor:
+    nbytes = int(np.prod(shape)) * ITEMSIZE[ref.dtype]
+    return PeftTensor(name, ref.dtype, shape, nbytes, partial(_read_part, ref, index, opened))
+
+
+def _read_part(ref: TensorRef, index: _Index, opened: OpenFiles) -> memoryview:
+    part = np.ascontiguousarray(as_array(opened.read(ref), ref.dtype).reshape(ref.shape)[index])
+    view: memoryview = part.view(np.uint8).reshape(-1).data
+    return view
+
+
+def _base_model(checkpoint: Checkpoint) -> str:
+    """Where PEFT finds the base model, whatever folder it is called from: a hub id, or the folder itself."""
+    recipe = checkpoint.record.recipe
+    folder = locate(recipe.base_model, checkpoint.recipe_root)
+    return recipe.base_model if folder is None else str(folder.resolve())

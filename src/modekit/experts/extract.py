@@ -14,8 +14,7 @@ Shape legend: O outputs, I inputs, R rank of a module's factors.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,8 @@ from modekit.experts.extract_record import (
     weight_errors,
 )
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
-from modekit.files.output import Replace, refuse_existing, replaced_by
-from modekit.files.staging import Staging, staging
+from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.staging import staging
 from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
@@ -109,20 +108,13 @@ def extract(
     origin = open_source("BASE", str(base), base, run=run)
     names = shared_names(tuned, origin)
     with OpenFiles() as opened:
-        differences = []
-        run.begin("compare", len(names))
-        for place, name in enumerate(names):
-            differences.append(compare(tuned, origin, name, opened))
-            run.progress("compare", place + 1, len(names))
+        differences = [compare(tuned, origin, name, opened) for name in run.over("compare", names, len(names))]
         linears = linears_of(differences)
         chosen = [each for each in chosen_of(linears, settings.modules) if each.squared_delta]
         check_differs(chosen, differences)
         moments, text = _moments(chosen, model, settings, run)
-        adapted = []
-        run.begin("factorise", len(chosen))
-        for place, (each, moment_II) in enumerate(moments):
-            adapted.append(_adapt(each, moment_II, opened, settings))
-            run.progress("factorise", place + 1, len(chosen))
+        weights = run.over("factorise", moments, len(chosen))
+        adapted = [_adapt(each, moment_II, opened, settings) for each, moment_II in weights]
     adapted_names = {entry.difference.name for entry in adapted}
     record = Extraction(
         model=model.name,
@@ -136,9 +128,15 @@ def extract(
         not_carried={each.name: each.drift for each in differences if each.squared_delta and each.name not in adapted_names},
     )
     run.begin("write")
-    config = _adapter_config(adapted, linears, settings.base_name or str(base))
-    with _staged(out, adapted, record, (model, base), replaced_by(overwrite), run) as stage:
-        _write(stage, adapted, config, record, model / TRAINED_FILE)
+    # alpha equals the rank in every module, so that every scale is exactly 1
+    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
+    config = lora_config(settings.base_name or str(base), changes, targets=_targets(adapted, linears))
+    digest, replace = f"extract {_digest_of(record, adapted)}", replaced_by(overwrite)
+    with staging(out, digest, "adapter", sources=(model, base), replace=replace, sync=run.sync) as stage:
+        write_lora(stage, config, [tensor for entry in adapted for tensor in _tensors(entry)])
+        if (model / TRAINED_FILE).exists():
+            copy_file(model / TRAINED_FILE, stage.folder / TRAINED_FILE)
+        write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     return record
 
 
@@ -220,38 +218,18 @@ def _adapt(
     return AdaptedWeight(each, factors, plain)
 
 
-@contextmanager
-def _staged(
-    out: Path, adapted: Sequence[AdaptedWeight], record: Extraction, sources: Sequence[Path], replace: Replace, run: Run
-) -> Iterator[Staging]:
-    """The adapter folder, by rename. Its digest is that of the factors, so a killed write goes on only with equal ones."""
+def _digest_of(record: Extraction, adapted: Sequence[AdaptedWeight]) -> str:
+    """Of an adapter with its factors, so that a killed write goes on only with equal ones."""
     digest = hashlib.sha256(record.model_dump_json().encode())
-    for entry in adapted:
-        digest.update(to_bytes(entry.factors.a, "F32"))
-        digest.update(to_bytes(entry.factors.b, "F32"))
-    with staging(out, f"extract {digest.hexdigest()}", "adapter", sources=sources, replace=replace, sync=run.sync) as stage:
-        yield stage
-
-
-def _write(
-    stage: Staging, adapted: Sequence[AdaptedWeight], config: Mapping[str, object], record: Extraction, trained_on: Path
-) -> None:
-    write_lora(stage, config, [tensor for entry in adapted for tensor in _tensors(entry)])
-    if trained_on.exists():
-        copy_file(trained_on, stage.folder / TRAINED_FILE)
-    write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
+    for factor in (factor for entry in adapted for factor in (entry.factors.a, entry.factors.b)):
+        digest.update(to_bytes(factor, "F32"))
+    return digest.hexdigest()
 
 
 def _tensors(entry: AdaptedWeight) -> Iterator[PeftTensor]:
     for side, array in (("A", entry.factors.a), ("B", entry.factors.b)):
         name = peft_name(entry.difference.module, f"lora_{side}.weight")
         yield PeftTensor(name, "F32", array.shape, array.nbytes, partial(to_bytes, array, "F32"))
-
-
-def _adapter_config(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference], base_name: str) -> dict[str, object]:
-    """adapter_config.json. alpha equals the rank in every module, so that every scale is exactly 1."""
-    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
-    return lora_config(base_name, changes, targets=_targets(adapted, linears))
 
 
 def _targets(adapted: Sequence[AdaptedWeight], linears: Sequence[TensorDifference]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +75,7 @@ class Material:
     labels: TagsUsed | None = None
     generic: TextUsed | None = None
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """What specialist.json says of labels and generic text, where there are any."""
         found = {"labels": self.labels, "generic": self.generic}
         return {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ class SpecialistRecord(_Figures):
     held_out_loss_by_label: dict[str, BeforeAfter] | None = None
     held_out_kl: DistanceToTeacher | None = None
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
         return self.model_dump(mode="json", exclude_unset=True)
 

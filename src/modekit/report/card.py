@@ -84,11 +84,8 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
     contents = {CARD_FILE: f"{card.content}\n"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(table, known)
-    return Card({name: _marked(text).encode() for name, text in contents.items()}, str(data.license), notes)
-
-
-def _marked(content: str) -> str:
-    return f"{content}\n<!-- modekit card {hashlib.sha256(content.encode()).hexdigest()} -->\n"
+    marks = {name: f"\n<!-- modekit card {hashlib.sha256(text.encode()).hexdigest()} -->\n" for name, text in contents.items()}
+    return Card({name: (text + marks[name]).encode() for name, text in contents.items()}, str(data.license), notes)
 
 
 def is_ours(path: Path) -> bool:

@@ -24,13 +24,13 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.report.result_files import (
-    Search,
     TrainingTables,
     find_inspection,
     find_search,
     find_training,
 )
 from modekit.report.routing import routing_of, samples_of
+from modekit.search.tune.results import TuneResults
 from modekit.sources.family import architecture_of
 
 Points = list[list[float]]
@@ -256,12 +256,13 @@ def _translation(found: TranslationResults) -> dict[str, object]:
     return {**found.as_data(), "examples": examples}
 
 
-def _search(search: Search, points: SearchPoints) -> dict[str, object]:
+def _search(search: TuneResults, points: SearchPoints) -> dict[str, object]:
     """The first variants of a search, the fixed ones and the front; all that were scored in full as points."""
-    keys = {"name", "description", "mean_loss", "report", "active", "native", "best", "pareto"}
+    keys = dict.fromkeys(("name", "description", "mean_loss", "active", "native", "best", "pareto"), True)
+    fields: dict[str, bool | set[str]] = {**keys, "report": {"mean_loss", "gap_closed"}}
     shown = [
         # What a dropped one came to is of a part of the text, and no figure to stand beside the others'.
-        variant.model_dump(include=keys) | ({} if variant.status == "scored" else {"mean_loss": None})
+        variant.model_dump(include=fields) | ({} if variant.status == "scored" else {"mean_loss": None})
         for place, variant in enumerate(search.candidates)
         if variant.status != "refused"
         and (variant.name or variant.pareto or variant.best or (variant.status == "scored" and place < _VARIANTS))
@@ -275,7 +276,7 @@ def _search(search: Search, points: SearchPoints) -> dict[str, object]:
     }
 
 
-def _points(search: Search | None) -> SearchPoints | None:
+def _points(search: TuneResults | None) -> SearchPoints | None:
     if search is None:
         return None
     scored = [

@@ -76,7 +76,7 @@ def make_page(content: Content) -> str:
             gap_bars=gap_bars(content.results, figures) if content.results else None,
             line_chart=line_chart,
             scatter_chart=scatter_chart,
-            largest=_largest_change,
+            largest=lambda rows: max((abs(each) for row in rows for each in row.values() if each is not None), default=0.0),
         )
         .strip()
         + "\n"
@@ -120,10 +120,6 @@ class Figures:
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), place, kind, FORMATS[kind](value)
         )
-
-
-def _largest_change(rows: Sequence[dict[str, float | None]]) -> float:
-    return max((abs(value) for row in rows for value in row.values() if value is not None), default=0.0)
 
 
 def _json_block(value: object) -> Markup:

@@ -8,50 +8,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
-
-from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.inspection.result import INSPECT_FILE, Inspection
 from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import of_another, read_or_say, results_path
 from modekit.files.read import LARGE, read_json, read_text
-from modekit.files.typed import Count, Data, Number, as_kind, read_as
+from modekit.files.typed import Count, Number, as_kind, read_as
+from modekit.search.tune.results import TuneResults
 
 TRAIN_FILE, CURVE_FILE, SEARCH_FILE = "train.json", "train.csv", "tune.json"
-
-_File = TypeVar("_File")
-
-
-class Reported(Data):
-    """What a variant came to on text that chose nothing."""
-
-    mean_loss: Number
-    gap_closed: Number | None
-
-
-class Variant(Data):
-    """One candidate of a search."""
-
-    name: str
-    description: str
-    status: Literal["scored", "dropped", "refused"]
-    mean_loss: Number | None
-    report: Reported | None
-    active: Count
-    native: bool
-    best: bool
-    pareto: bool
-
-
-class Search(Data):
-    """tune.json: candidates from the best to the worst."""
-
-    format: Literal[1]
-    checkpoint: dict[str, str]
-    candidates: list[Variant] = Field(max_length=2**14)
-    seconds: Number
 
 
 @dataclass(frozen=True)
@@ -72,20 +38,20 @@ class TrainingTables:
 
 def find_inspection(checkpoint: Checkpoint, problems: list[str]) -> Inspection | None:
     """What `modekit inspect` found."""
-    inspection = _read(checkpoint, INSPECT_FILE, "modekit inspect", Inspection, problems)
-    if inspection is None:
-        return None
-    if inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names:
+    path = results_path(checkpoint, INSPECT_FILE)
+    inspection = read_or_say(INSPECT_FILE, "modekit inspect", lambda: read_as(path, Inspection, LARGE), problems)
+    if inspection is not None and (inspection.checkpoint != checkpoint.identity or inspection.experts != checkpoint.names):
         problems.append(of_another(INSPECT_FILE, "modekit inspect"))
         return None
     return inspection
 
 
-def find_search(checkpoint: Checkpoint, problems: list[str]) -> Search | None:
+def find_search(checkpoint: Checkpoint, problems: list[str]) -> TuneResults | None:
     """The search that this mixture came out of, when there was one."""
-    if not os.path.lexists(results_path(checkpoint, SEARCH_FILE)):
+    path = results_path(checkpoint, SEARCH_FILE)
+    if not os.path.lexists(path):
         return None
-    search = _read(checkpoint, SEARCH_FILE, "modekit tune", Search, problems)
+    search = read_or_say(SEARCH_FILE, "modekit tune", lambda: read_as(path, TuneResults, LARGE), problems)
     if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
         problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
         return None
@@ -112,10 +78,6 @@ def find_training(checkpoint: Checkpoint, problems: list[str]) -> TrainingTables
         return TrainingTables(Results.from_data(table) if table else None, _curve(results_path(checkpoint, CURVE_FILE)))
 
     return read_or_say(TRAIN_FILE, "modekit train", read, problems)
-
-
-def _read(checkpoint: Checkpoint, file: str, command: str, kind: type[_File], problems: list[str]) -> _File | None:
-    return read_or_say(file, command, lambda: read_as(results_path(checkpoint, file), kind, LARGE), problems)
 
 
 def _curve(path: Path) -> Curve | None:

@@ -8,6 +8,8 @@ no markup (what has a style is `Text.assemble(("name", "bold"), ": rest")`), and
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +46,11 @@ def console_for(*, stderr: bool = False, **settings: Any) -> Console:
 def shows_bold(console: Console) -> bool:
     """Whether bold looks different from the rest; where it does not, a sign has to say what it would."""
     return console.color_system is not None
+
+
+def print_json(value: object) -> None:
+    """On the standard output, as it is whatever a terminal is."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 out = console_for()

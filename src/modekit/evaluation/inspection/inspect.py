@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.evaluation.inspection.evidence import evidence_of, strongest
 from modekit.evaluation.inspection.passes import (
     Advance,
     Array32,
@@ -37,11 +37,11 @@ from modekit.evaluation.inspection.result import (
     only_figures,
 )
 from modekit.evaluation.inspection.similarity import similarity
-from modekit.evaluation.inspection.tokens import TopTokens, token_texts
+from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
 from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.run import QUIET, Run
+from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import TokenSequence
 
@@ -112,13 +112,8 @@ def top_k_of(checkpoint: Checkpoint) -> int | None:
 def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:
     """An `Advance` that reports tokens of all passes over these sequences: as they are, and without each expert."""
     passes = 1 + (len(checkpoint.names) if len(checkpoint.names) > 1 else 0)
-    total, done = passes * sum(sequence.size for sequence in sequences), 0
-
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        run.progress("inspect", done, total)
-
+    work = ProgressCount(run, passes * sum(sequence.size for sequence in sequences))
+    advance = partial(work.advance, "inspect")
     advance(0)
     return advance
 

@@ -1,13 +1,16 @@
-"""Passes of a mixture over token sequences: the loss of every token, what the routers decided, and what each expert is worth.
+"""Passes of a mixture over token sequences: the loss of every token, what the routers decided (the weights that the layers use,
+not logits), and what each expert is worth.
 
 Every sequence starts anew; pads take no part, and what is found is kept per sequence, so that neither padding nor the order
 of batches changes a number beyond rounding.
 
-Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens.
+Shape legend: B batch, S sequence (of a router in a decoder the target), E experts, R routers, N sequences, P predicted tokens,
+O output features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +19,12 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.inspection.routers import Decisions, decisions
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.loaded.passes import losses_of
+from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.trace import RouterTrace
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]
@@ -33,11 +37,14 @@ Advance = Callable[[int], object]
 @dataclass(frozen=True)
 class Decided:
     """What routers made of the real tokens of one sequence: of all of them, or of a pair those that read its source, or target.
+    With one decision per output feature, the mean over features; one for a whole source stands at each of its tokens.
 
     Attributes:
         routers: their places among all.
         of_target: whether the tokens are those of a pair's target.
-        weights_RSE, chosen_RSE, entropy_RS: see routers.Decisions.
+        weights_RSE: of the experts; they sum to one, less what an always-on base takes.
+        chosen_RSE: 1 where an expert has a weight above zero.
+        entropy_RS: of the weights, nats.
     """
 
     routers: list[int]
@@ -55,44 +62,41 @@ _TRACED = 2**26  # floats that a traced pass may keep
 
 def token_losses(model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Advance) -> list[Array32]:
     """Loss of every predicted token, nats, per sequence: (S - 1), 0 where a tag is not; or of a pair (T)."""
-    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
-    for batch, losses_BP in _passes(model, sequences, tokens_per_pass(model.config), advance):
-        for place, row in enumerate(batch.rows):
-            losses[row] = losses_BP[place, : sequences[row].places].numpy()
-    return losses
+    return _losses(model, sequences, tokens_per_pass(model.config), advance, lambda _batch: None)
 
 
 def traced_losses(
     model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], consume: Consume, advance: Advance
 ) -> list[Array32]:
     """As `token_losses`; what the routers decided goes to `consume`."""
-    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
     mixture = mixture_of(model, checkpoint)
     tokens = min(tokens_per_pass(model.config), max(512, _TRACED // mixture.floats_per_token()))
     with mixture.traced() as trace:
-        for batch, losses_BP in _passes(model, sequences, tokens, advance):
-            made = decisions(checkpoint, trace, batch)
-            for place, row in enumerate(batch.rows):
-                losses[row] = losses_BP[place, : sequences[row].places].numpy()
-                for each in made:
-                    consume(row, _of_row(each, place, sequences[row]))
+
+        def give(batch: Batch) -> None:
+            for row, decided in decisions(checkpoint, trace, batch, sequences):
+                consume(row, decided)
+
+        return _losses(model, sequences, tokens, advance, give)
+
+
+@torch.inference_mode()
+def _losses(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    tokens: int,
+    advance: Advance,
+    passed: Callable[[Batch], None],
+) -> list[Array32]:
+    """`passed` gets every batch, as soon as the model has read it."""
+    losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
+    for batch in make_batches(sequences, tokens=tokens):
+        losses_BP = losses_of(model, batch).cpu()
+        for place, row in enumerate(batch.rows):
+            losses[row] = losses_BP[place, : sequences[row].places].numpy()
+        passed(batch)
+        advance(batch.tokens)
     return losses
-
-
-def _of_row(made: Decisions, place: int, sequence: TokenSequence) -> Decided:
-    length = len(sequence.target if made.of_target else sequence.ids)
-    parts = (made.weights_RBSE, made.chosen_RBSE, made.entropy_RBS)
-    return Decided(made.routers, made.of_target, *(part[:, place, :length].numpy() for part in parts))
-
-
-def _passes(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], tokens: int, advance: Advance
-) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Each batch with the loss of its predicted tokens, (B, P) float32 on the CPU."""
-    with torch.inference_mode():
-        for batch in make_batches(sequences, tokens=tokens):
-            yield batch, losses_of(model, batch).cpu()
-            advance(batch.tokens)
 
 
 def loss_per_token(sequence: TokenSequence, losses_P: Array32) -> list[float | None]:
@@ -120,3 +124,54 @@ def changes_without(
         with mixture_of(model, checkpoint).left_out(expert):
             rows.append(sums_of(token_losses(model, sequences, advance)) - whole_N)
     return np.array(rows).reshape(len(rows), len(sequences))
+
+
+_TINY = 1e-30
+
+
+def decisions(
+    checkpoint: Checkpoint, trace: RouterTrace, batch: Batch, sequences: Sequence[TokenSequence]
+) -> Iterator[tuple[int, Decided]]:
+    """What the routers decided in the traced pass over a batch of these sequences, with the place of each: all together;
+    over pairs first those that read its source, then those that read its target.
+    """
+    names = [router.name for router in checkpoint.shape.positions]
+    of_target = [batch.target is not None and reads_target(name) for name in names]
+    shapes = [(batch.target_mask if each else batch.mask).shape for each in of_target]
+    weights = list(_weights(checkpoint, trace, shapes))
+    stacks = [(each, [place for place, own in enumerate(of_target) if own is each]) for each in (False, True)]
+    parts = [(each, places, _stacked([weights[place] for place in places])) for each, places in stacks if places]
+    for at, row in enumerate(batch.rows):
+        for each, places, arrays in parts:
+            length = len(sequences[row].target if each else sequences[row].ids)
+            yield row, Decided(places, each, *(array[:, at, :length].numpy() for array in arrays))
+
+
+def _stacked(stack: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Weights, what is chosen (R, B, S, E) and entropies (R, B, S), means over the features, on the CPU."""
+    found = []
+    for weight in stack:
+        every = weight[:, :, None] if weight.ndim == 3 else weight  # (B, S, O, E)
+        entropy = torch.special.entr(every / every.sum(-1, keepdim=True).clamp_min(_TINY)).sum(-1)
+        found.append([each.mean(2).cpu() for each in (every, (every > 0).float(), entropy)])
+    return [torch.stack(each) for each in zip(*found, strict=True)]
+
+
+def _weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
+    """Per router (B, S, E), or (B, S, O, E); `shapes` are their (B, S)."""
+    recipe = checkpoint.record.recipe
+    given = recipe.mixture.weights
+    routing = checkpoint.shape.routing
+    if routing.method == "linear":
+        for shape in shapes:
+            yield torch.tensor(routing.weights, dtype=torch.float32).expand(*shape, len(checkpoint.names))
+        return
+    for slot, logits, shape in zip(checkpoint.slots, trace, shapes, strict=True):
+        decided = (*((slot.features,) if slot.features else ()), len(checkpoint.names))
+        if logits.numel() == shape[0] * math.prod(decided):  # one decision for all tokens of a text
+            logits = logits.reshape(shape[0], 1, *decided).expand(*shape, *decided)
+        weights = select(logits.reshape(*shape, *decided), routing.as_written())
+        if given is not None:  # folded into the experts, over which the gate is uniform
+            weights = weights * torch.tensor([given[name] for name in checkpoint.names], device=weights.device)
+            weights = weights / weights.sum(-1, keepdim=True)
+        yield weights

@@ -26,17 +26,13 @@ INSPECT_FILE = "inspect.json"
 _STACKED = re.compile(r"(encoder|decoder)\.[0-9]{1,6}")  # a layer of a model that has both
 
 
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
 def _has_a_layer(router: RouterPosition) -> RouterPosition:
     if isinstance(router.layer, str) and not _STACKED.fullmatch(router.layer):
         raise ValueError("layer must be a number, or encoder. or decoder. and a number")
     return router
 
 
-_Written = PlainSerializer(_six_digits, return_type=float)
+_Written = PlainSerializer(lambda value: float(f"{value:.6g}"), return_type=float)
 Figure = Annotated[Number, _Written]
 Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3), _Written]
 Position = Annotated[RouterPosition, AfterValidator(_has_a_layer)]

@@ -46,12 +46,10 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     mixed = [_with_base(tensor, base, checkpoint) for tensor in kept]
     count = len(checkpoint.names)
     gram = np.zeros((count, count))
-    run.begin("compare experts", len(mixed))
     with OpenFiles() as opened:
-        for done, tensor in enumerate(mixed, 1):
+        for tensor in run.over("compare experts", mixed, len(mixed)):
             gram += _products(tensor, count, opened)
-            run.progress("compare experts", done, len(mixed))
-    whole = sum(_is_whole(tensor) for tensor in mixed)
+    whole = sum(bool(each.own) and each.base is None and not each.holds_changes for each in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"
     if whole:
@@ -138,8 +136,3 @@ def _with_base(mixed: MixedTensor, tensors: Mapping[str, TensorRef], checkpoint:
     tied = weight_of(checkpoint.shape.family.embedding) if module_of(mixed.name) == HEAD else mixed.name
     ref = tensors.get(mixed.name, tensors.get(tied))
     return replace(mixed, base=TensorPart(ref)) if ref is not None and ref.shape == mixed.shape else mixed
-
-
-def _is_whole(tensor: MixedTensor) -> bool:
-    """Whether experts' tensors stand for their changes, as nothing is known of the base's."""
-    return bool(tensor.own) and tensor.base is None and not tensor.holds_changes

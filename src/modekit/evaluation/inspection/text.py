@@ -22,7 +22,6 @@ from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
 from modekit.evaluation.inspection.passes import (
-    Array32,
     Decided,
     changes_without,
     loss_per_token,
@@ -95,9 +94,11 @@ def inspect_text(
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
     del model  # before the base model comes
     without_base = why_not(checkpoint, None, run=run)
-    base_losses = _base_losses(checkpoint, windows, run) if without_base is None else None
+    base_losses = None
+    if without_base is None:  # of the base model on the same tokens
+        base_losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
     per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
-    scored = sum(window.scored for window in windows)
+    scored, scores = sum(window.scored for window in windows), scores_of(checkpoint, windows)
     with only_figures(checkpoint):
         return TextTrace(
             experts=checkpoint.names,
@@ -110,16 +111,11 @@ def inspect_text(
             windows=len(windows),
             tokens=[TokenLoss(text=token, loss=loss) for token, loss in zip(texts, per_token, strict=True)],
             weights=read.weights_RTE.tolist(),
-            scores=_scores(checkpoint, windows),
+            scores={name: np.concatenate([each[name] for each in scores]).tolist() for name in scores[0]} if scores else None,
             prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
             without=named_changes(checkpoint, changes_EN.sum(1) / scored),
             notes=_notes(len(windows), length, detailed, without_base),
         )
-
-
-def _scores(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> dict[str, list[float]] | None:
-    found = scores_of(checkpoint, windows)
-    return {name: np.concatenate([each[name] for each in found]).tolist() for name in found[0]} if found else None
 
 
 class _Read:
@@ -165,8 +161,11 @@ def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:
     """Token ids, and the text that belongs to each."""
-    written = _in_template(tokenizer, text) if isinstance(text, UserMessage) else text
-    clean = written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    written = text
+    if isinstance(text, UserMessage):
+        above = [] if text.system is None else [message_of("system", text.system)]
+        written = needed_template(tokenizer, "--chat").text([*above, message_of("user", text.text)], answer=True)
+    clean = str(written).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     encoded: Any = {}
     if clean.strip():
         encoded = tokenizer(
@@ -206,16 +205,6 @@ def _windows(
         windows.append(window)
         shown += said
     return windows, shown, length
-
-
-def _in_template(tokenizer: PreTrainedTokenizerBase, said: UserMessage) -> str:
-    above = [] if said.system is None else [message_of("system", said.system)]
-    return needed_template(tokenizer, "--chat").text([*above, message_of("user", said.text)], answer=True)
-
-
-def _base_losses(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> list[Array32]:
-    """Of the base model on the same tokens."""
-    return token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
 
 
 def _notes(windows: int, length: int, detailed: bool, without_base: str | None) -> list[str]:

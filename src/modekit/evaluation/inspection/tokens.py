@@ -1,14 +1,22 @@
-"""Tokens as text, words made of them, and the tokens that an expert is leading on."""
+"""Tokens as text, words made of them for a person to read, and which tokens speak for an expert: by what routers decided on
+text, and by the table of a router that reads tokens, which needs no text to be read.
+
+Shape legend: T tokens, E experts, R routers, J averages, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from modekit.evaluation.inspection.result import TopToken
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import read_table
+from modekit.evaluation.inspection.result import TextTrace, TokenWeight, TopToken
+from modekit.routing.unseen import DECIDES
 
 _INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 _LONGEST_WAIT = 8  # tokens for a character to become whole; a real U+FFFD never does
@@ -81,3 +89,80 @@ class TopTokens:
                 if shares_VE[row, place] > 0
             ]
         return found
+
+
+_LONGEST_WORD = 24  # characters; scripts without spaces are cut
+
+
+@dataclass(frozen=True)
+class Word:
+    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E), and by how
+    much experts stand above the base at its last token (None where the router does not say).
+
+    Tokens of space count with the word behind them.
+    """
+
+    text: str
+    loss: float | None
+    weights_E: npt.NDArray[np.float64]
+    over_base: float | None = None
+
+    @property
+    def leader(self) -> int:
+        """Place of the expert with the largest weight."""
+        return int(self.weights_E.argmax())
+
+
+def words_of(trace: TextTrace, most: int) -> tuple[list[Word], bool]:
+    """The first `most` words of a trace, weights as means over its routers; and whether there are more."""
+    words: list[Word] = []
+    start, text = 0, ""
+    tokens = trace.tokens
+    for place, token in enumerate(tokens):
+        ended = token.text[:1].isspace() or text[-1:].isspace() or len(text) >= _LONGEST_WORD
+        if ended and text.strip():
+            words.append(_word(trace, start, place, text))
+            if len(words) == most:
+                return words, True
+            start, text = place, ""
+        text += token.text
+    if text.strip():
+        words.append(_word(trace, start, len(tokens), text))
+    return words, False
+
+
+def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
+    losses = [token.loss for token in trace.tokens[start:stop] if token.loss is not None]
+    weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace.weights], axis=0)
+    over_base = (trace.scores or {}).get(DECIDES)
+    return Word(text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1])
+
+
+def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
+    """What each token adds to the logits of each expert, (V, E), averages together; None where the router has no such table."""
+    experts, mixture = len(checkpoint.names), checkpoint.record.recipe.mixture
+    if checkpoint.shape.channels is not None:
+        table_VN = read_table(*checkpoint.carrier)
+        return np.asarray(table_VN.reshape(len(table_VN), -1, experts).sum(1))
+    if mixture.fit is None or not mixture.fit.by_token or mixture.router.hashes:
+        return None
+    (gate_GN,) = checkpoint.gates()
+    gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.score.besides]
+    return np.asarray(gate_EN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
+
+
+def strongest(
+    table_VE: npt.NDArray[np.float32], often_V: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
+) -> dict[str, list[TokenWeight]]:
+    """Per expert the tokens, of those that text has often, that speak most for it: above the mean of the other experts."""
+    found = {}
+    for place, name in enumerate(names):
+        others = np.delete(table_VE[often_V], place, axis=1)
+        lead_V = table_VE[often_V, place] - (others.mean(1) if others.shape[1] else 0)
+        best = np.lexsort((often_V, -lead_V.round(6)))[:_SHOWN]
+        found[name] = [
+            TokenWeight(token=str(tokenizer.decode([int(often_V[at])])), weight=float(lead_V[at]))
+            for at in best
+            if lead_V[at] > 0
+        ]
+    return found

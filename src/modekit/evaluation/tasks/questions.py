@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts, recipe_texts
-from modekit.evaluation.tasks.entries import Entry, entries_of, head_words
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import digest_of
@@ -121,7 +120,8 @@ def gloss_items(documents: Sequence[str], known: Collection[str], chance: random
     chance.shuffle(entries)
     items: list[GlossItem] = []
     for digest, entry in entries[:QUESTIONS]:
-        others = _others(entry, [other for _, other in entries], chance)
+        others = [other for _, other in entries if other is not entry]
+        others = chance.sample(others, min(CHOICES - 1, len(others)))
         if len(others) == CHOICES - 1:
             choices = [entry, *others]
             chance.shuffle(choices)
@@ -130,7 +130,7 @@ def gloss_items(documents: Sequence[str], known: Collection[str], chance: random
                     "document": digest[:16],
                     "gloss": entry.gloss + ".",
                     "heads": [f"{choice.head}:" for choice in choices],
-                    "asked": _capital(entry.gloss) + ":",
+                    "asked": f"{entry.gloss[:1].upper()}{entry.gloss[1:]}:",
                     "terms": [choice.terms[0] for choice in choices],
                     "answer": choices.index(entry),
                 }
@@ -148,14 +148,6 @@ def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entr
             taken |= marks
             kept.append((digest, entry))
     return kept
-
-
-def _others(entry: Entry, entries: Sequence[Entry], chance: random.Random) -> list[Entry]:
-    return chance.sample([other for other in entries if other is not entry], min(CHOICES - 1, len(entries) - 1))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def continuation_items(documents: Sequence[str], chance: random.Random) -> list[ContinuationItem]:
@@ -206,3 +198,48 @@ def generation_items(glosses: Sequence[GlossItem], continuations: Sequence[Conti
         }
         for item in continuations[:GENERATIONS]
     ]
+
+
+_INITIAL = r"(?<=\b\w)\.|(?<=\b[A-Z]\w)\."  # T.B., L. H. Down, St. Lawrence: these stops end no gloss
+_HEAD = re.compile(rf"(?:\A|(?<=\. ))([^\W_](?:[^:;.\"()\n]|{_INITIAL}){{0,119}}): (?=\S)")
+_FEWEST_ENTRIES = 3  # entries of a document that reads like a dictionary
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry. `head` is what stands before the colon, `terms` its synonyms as written, `gloss` without its full stop."""
+
+    head: str
+    terms: tuple[str, ...]
+    gloss: str
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The terms as they are compared: case-folded."""
+        return frozenset(map(key_of, self.terms))
+
+
+def key_of(term: str) -> str:
+    """A term as it is compared."""
+    return " ".join(term.casefold().split())
+
+
+def entries_of(document: str) -> list[Entry]:
+    """The entries of a document that consists of them; none of any other.
+
+    Such a document begins with a head, has three at least, and a capital or digit begins each.
+    """
+    heads = [match for match in _HEAD.finditer(document) if not match[1][0].islower()]
+    if len(heads) < _FEWEST_ENTRIES or heads[0].start() != 0:
+        return []
+    ends = [*(match.start() for match in heads[1:]), len(document)]
+    entries = []
+    for match, end in zip(heads, ends, strict=True):
+        terms = tuple(term.strip() for term in match[1].split(", ") if term.strip())
+        entries.append(Entry(match[1], terms, document[match.end() : end].strip().removesuffix(".")))
+    return entries
+
+
+def head_words(documents: Iterable[str]) -> set[str]:
+    """Every term, as it is compared, that is a head word in any of the documents."""
+    return {key for document in documents for entry in entries_of(document) for key in entry.keys}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -70,38 +70,51 @@ class TaskResults(CheckpointResult):
             return replace(self, notes=[*self.notes, dropped])
         return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
 
-    def markdown(self) -> str:
-        """Means, then a table per domain, then tasks by name. Intervals are 95 %."""
-        parts = ["Scores of each model, 95 % intervals in brackets (bootstrap over documents, or items).", ""]
+    def tables(self, between: str = " ") -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name.
+
+        Intervals are 95 %; `between` separates a score and its interval.
+        """
         if self.macro:
-            parts += ["## Means", "", self._table(self.macro), "", "Mixture minus each other model, paired over items.", ""]
-            parts += [self._table(self.macro, differences=True), ""]
+            yield ("Means", *self._table(self.macro, between))
+            yield ("Mixture minus each other model, paired over items", *self._table(self.macro, between, differences=True))
         for domain in dict.fromkeys(scores.domain for scores in self.tasks.values() if scores.domain is not None):
             own = {name: scores for name, scores in self.tasks.items() if scores.domain == domain}
             unseen = " (unseen)" if any(scores.unseen for scores in own.values()) else ""
             short = {name.removeprefix(f"modekit_{domain}_"): scores for name, scores in own.items()}
-            parts += [f"## {domain}{unseen}", "", self._table(short), ""]
+            yield (f"{domain}{unseen}", *self._table(short, between))
         named = {name: scores for name, scores in self.tasks.items() if scores.domain is None}
         if named:
-            parts += ["## Tasks", "", self._table(named), ""]
+            yield ("Tasks", *self._table(named, between))
+
+    def markdown(self) -> str:
+        """For tasks.md."""
+        parts = ["Scores of each model, 95 % intervals in brackets (bootstrap over documents, or items).", ""]
+        for title, header, body in self.tables():
+            parts += [f"## {title}", "", markdown_table(header, body), ""]
         return "\n".join([*parts, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
 
-    def _table(self, columns: Mapping[str, TaskScores], *, differences: bool = False) -> str:
+    def _table(
+        self, columns: Mapping[str, TaskScores], between: str, *, differences: bool = False
+    ) -> tuple[list[str], list[list[str]]]:
         """A row per model, and one of chance."""
-        header = ["model", *(f"{name} ({scores.metric}, {scores.items})" for name, scores in columns.items())]
+        header = ["model"]
+        for name, scores in columns.items():
+            less = "" if scores.higher_is_better else ", less is better"
+            header.append(f"{name} ({scores.metric}{less}, {scores.items})")
         picked = {name: scores.differences if differences else scores.rows for name, scores in columns.items()}
         body = []
         for model in self.models:
-            cells = [cell_of(rows.get(model), columns[name].metric, differences) for name, rows in picked.items()]
+            cells = [cell_of(rows.get(model), columns[name].metric, between, differences) for name, rows in picked.items()]
             if any(cell != "-" for cell in cells):
                 body.append([model, *cells])
         chances = [scores.chance for scores in columns.values()]
         if not differences and any(chance is not None for chance in chances):
             body.insert(0, ["chance", *("-" if chance is None else f"{chance:.3f}" for chance in chances)])
-        return markdown_table(header, body)
+        return header, body
 
 
-def cell_of(estimate: Estimate | None, metric: str, signed: bool = False) -> str:
+def cell_of(estimate: Estimate | None, metric: str, between: str, signed: bool) -> str:
     """A score and its interval; accuracies with three digits behind the point, percentages with two."""
     if estimate is None:
         return "-"
@@ -110,4 +123,4 @@ def cell_of(estimate: Estimate | None, metric: str, signed: bool = False) -> str
     value = format(estimate.value, form)
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{value}{between}[{estimate.low:{form}}, {estimate.high:{form}}]"

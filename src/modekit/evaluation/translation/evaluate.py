@@ -34,9 +34,17 @@ from modekit.evaluation.labels import (
 )
 from modekit.evaluation.results import Kind
 from modekit.evaluation.translation.decoding import Decoding, Translations, first_token, set_decoding, together, translated
-from modekit.evaluation.translation.examples import Compared, TranslationExample, compared
-from modekit.evaluation.translation.results import TranslationResults, TranslationRow, TranslationSettings
-from modekit.evaluation.translation.scores import Scorer, TranslationScore, require_sacrebleu
+from modekit.evaluation.translation.results import (
+    Compared,
+    Scorer,
+    TranslationExample,
+    TranslationResults,
+    TranslationRow,
+    TranslationScore,
+    TranslationSettings,
+    compared,
+    require_sacrebleu,
+)
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of

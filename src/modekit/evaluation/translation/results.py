@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
+from modekit.errors import ModekitError
 from modekit.evaluation.identity import ReadText
 from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.translation.decoding import Decoding
-from modekit.evaluation.translation.examples import Compared, TranslationExample
-from modekit.evaluation.translation.scores import Signatures, TranslationScore
 from modekit.files.figures import count_of
 from modekit.files.typed import Count, Label, Number
+from modekit.text.document import Pair
 
 
 @dataclass(frozen=True)
@@ -146,3 +147,131 @@ def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
     if any(each.own is not None for each in examples):
         lines.append(["own expert", *(each.own or "" for each in examples)])
     return [*lines, ["mixture", *(each.mixture for each in examples)]]
+
+
+@dataclass(frozen=True)
+class TranslationScore:
+    """Of a model on a domain, both between 0 and 100: of the whole corpus, not means over its sentences."""
+
+    bleu: Number
+    chrf: Number
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """What sacrebleu computed, as papers quote it."""
+
+    bleu: Label
+    chrf: Label
+
+
+def require_sacrebleu(where: str = "modekit eval-translation") -> None:
+    """Raise ModekitError when the extra is not installed; `where` says what needs it."""
+    try:
+        importlib.import_module("sacrebleu.metrics")
+    except ImportError as error:
+        raise ModekitError(
+            "translations are scored by sacrebleu, which is not installed",
+            where=where,
+            found=error,
+            expected="sacrebleu 2.4 or later",
+            remedy="pip install 'modekit[translation]'",
+        ) from None
+
+
+class Scorer:
+    """sacrebleu's BLEU and chrF with its own defaults."""
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+
+        self._bleu, self._chrf = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
+
+    @property
+    def signatures(self) -> Signatures:
+        """Of what was computed; something must have been."""
+        return Signatures(str(self._bleu.get_signature()), str(self._chrf.get_signature()))
+
+    def corpus(self, texts: Sequence[str], references: Sequence[str]) -> TranslationScore:
+        """Of translations against one reference each."""
+        found = [metric.corpus_score(list(texts), [list(references)]) for metric in (self._bleu, self._chrf)]
+        return TranslationScore(*(float(each.score) for each in found))
+
+    def sentence_chrf(self, text: str, reference: str) -> float:
+        """Of one translation, between 0 and 100."""
+        return float(self._chrf.sentence_score(text, [reference]).score)
+
+
+SHOWN = 3
+"""Examples of a domain."""
+_LONGEST = 800  # characters of a text that are shown
+ShownText = Annotated[str, Field(max_length=2_000)]
+"""As much of a text as a page has room for."""
+
+
+@dataclass(frozen=True)
+class TranslationExample:
+    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut.
+
+    `base_chrf` and `mixture_chrf` are of the sentence; `gain` is the second less the first.
+    """
+
+    domain: Label
+    source: ShownText
+    reference: ShownText
+    base: ShownText
+    own: ShownText | None
+    mixture: ShownText
+    base_chrf: Number
+    mixture_chrf: Number
+    gain: Number
+
+
+@dataclass(frozen=True)
+class Compared:
+    """On how many pairs of a domain the mixture's chrF is higher than the base's, lower, and the same."""
+
+    better: Count
+    worse: Count
+    same: Count
+
+
+def compared(
+    scorer: Scorer, domain: str, pairs: Sequence[Pair], texts: Mapping[str, Sequence[str]]
+) -> tuple[Compared, list[TranslationExample]]:
+    """Sentence by sentence: `texts` are those of `base`, `mixture` and, where there is one, `own`, as the pairs are ordered."""
+    base, mixture = (
+        [scorer.sentence_chrf(text, pair.target) for text, pair in zip(texts[name], pairs, strict=True)]
+        for name in ("base", "mixture")
+    )
+    gains = [of_mixture - of_base for of_base, of_mixture in zip(base, mixture, strict=True)]
+    counted = Compared(sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains), sum(gain == 0 for gain in gains))
+    own = texts.get("own")
+    return counted, [
+        TranslationExample(
+            domain,
+            _cut(pairs[row].source),
+            _cut(pairs[row].target),
+            _cut(texts["base"][row]),
+            None if own is None else _cut(own[row]),
+            _cut(texts["mixture"][row]),
+            base[row],
+            mixture[row],
+            gains[row],
+        )
+        for row in _most_different(gains)
+    ]
+
+
+def _most_different(gains: Sequence[float]) -> list[int]:
+    """Places of the best gain, the worst loss and what else differs most, from the best gain to the worst loss."""
+    rows = sorted((row for row in range(len(gains)) if gains[row] != 0), key=lambda row: (-gains[row], row))
+    ends = [*(row for row in rows[:1] if gains[row] > 0), *(row for row in rows[-1:] if gains[row] < 0)]
+    by_size = sorted(rows, key=lambda row: (-abs(gains[row]), row))
+    shown = list(dict.fromkeys([*ends, *by_size]))[:SHOWN]
+    return [row for row in rows if row in shown]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

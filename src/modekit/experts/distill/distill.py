@@ -36,7 +36,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.splits import text_record
-from modekit.training.batches import Batches, BatchPart, steps_of_one_pass
+from modekit.training.batches import Batches, steps_of_one_pass
 from modekit.training.end_to_end import in_bfloat16
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
@@ -172,7 +172,8 @@ def _teach(
     student.eval()
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
-    return _Taught(save, history, loss, kl, teacher.classes, _tokens_in(parts, texts))
+    tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+    return _Taught(save, history, loss, kl, teacher.classes, tokens)
 
 
 def _measured(
@@ -205,10 +206,6 @@ def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Ru
         found = header
     check_kept(asked.keep, found, header)
     return KeptTeacher(asked.keep, found, texts.all)
-
-
-def _tokens_in(parts: Sequence[BatchPart], texts: Texts) -> int:
-    return sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
 
 
 def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:

@@ -37,7 +37,7 @@ from modekit.files.typed import Digest, Label, read_as
 from modekit.files.write import write_json
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef, read_header
+from modekit.sources.model import read_header
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.states_folder import digest_of_data
 
@@ -247,12 +247,12 @@ class KeptTeacher:
                 start = end
 
     def _read(self, block: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {name: self._rows(self._refs[f"{name}.{block}"], name, start, stop) for name in _NAMES}
-
-    def _rows(self, ref: TensorRef, name: str, start: int, stop: int) -> np.ndarray:
-        width = ref.shape[1]
-        content = self._files.read(ref, 4 * width * start, 4 * width * stop)
-        return np.frombuffer(content, _DTYPES[name][1]).reshape(stop - start, width)
+        found = {}
+        for name in _NAMES:
+            ref = self._refs[f"{name}.{block}"]
+            content = self._files.read(ref, 4 * ref.shape[1] * start, 4 * ref.shape[1] * stop)
+            found[name] = np.frombuffer(content, _DTYPES[name][1]).reshape(stop - start, ref.shape[1])
+        return found
 
     def _damaged(self, found: str) -> SourceError:
         return SourceError(

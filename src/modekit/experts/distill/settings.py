@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -45,7 +46,7 @@ class DistillSettings(BaseModel):
         return self
 
 
-def distill_settings(values: dict[str, Any], *, where: str) -> DistillSettings:
+def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSettings:
     """Checked settings. Raises TrainingError with the first thing wrong."""
     try:
         return DistillSettings.model_validate(values)

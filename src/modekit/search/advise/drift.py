@@ -34,7 +34,7 @@ from modekit.search.advise.result import Group
 from modekit.sources.compatibility import own_names
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family, Stack
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.model import ModelSource
 from modekit.sources.names import HEAD, LOGITS_BIAS, is_looked_up, module_of, split_layer
 from modekit.weights.numeric import BLOCK, to_float32
 from modekit.weights.stored import FlatArray, holds_only_finite
@@ -133,9 +133,8 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], groups: Mapping[s
     tally = _Tally(len(experts))
     with OpenFiles() as opened:
         read = PieceReader(opened)
-        for done, (name, group) in enumerate(groups.items(), 1):
+        for name, group in run.over("compare", groups.items(), len(groups)):
             tally.add(name, group, _pieces(sources, name), read)
-            run.progress("compare", done, len(groups))
     return tally.drift()
 
 
@@ -158,7 +157,10 @@ class _Tally:
 
     def add(self, name: str, group: Group, pieces: Mapping[int, Piece], read: PieceReader) -> None:
         """Count one tensor. Where the base's is damaged, there is nothing to compare with."""
-        broken = {index: _broken(piece.refs, read.opened) for index, piece in pieces.items()}
+        broken = {
+            index: [ref.name for ref in piece.refs if not holds_only_finite(read.opened, ref)]
+            for index, piece in pieces.items()
+        }
         for index, names in broken.items():
             if index == 0 or not broken[0]:
                 self._damaged[index] += names
@@ -194,7 +196,3 @@ def _sums(base: FlatArray, experts: Sequence[FlatArray]) -> tuple[float, _Double
             delta_EN = np.stack([to_float32(expert[part]) - origin for expert in experts])
             product += delta_EN @ delta_EN.T
     return square, product
-
-
-def _broken(refs: Sequence[TensorRef], opened: OpenFiles) -> list[str]:
-    return [ref.name for ref in refs if not holds_only_finite(opened, ref)]

@@ -89,7 +89,8 @@ def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int)
         return
     best = min(rivals, key=lambda other: gains.whole[other][index].mean)
     better = gains.better(best, index, index)
-    if not (_is_certain(better) and has_gain(gains.gain(best, index))):
+    is_certain = better.value > max(SMALLEST_GAIN, 2 * (better.error or 0.0))
+    if not (is_certain and has_gain(gains.gain(best, index))):
         return
     others = [*rivals, *([BASE_INDEX] if index in moved else [])]
     is_worst = all(gains.whole[other][index].mean < gains.whole[index][index].mean for other in others)
@@ -141,7 +142,3 @@ def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
 def _figure(figure: Figure) -> str:
     """A figure with its standard error."""
     return f"{figure.value:.3f}" + ("" if figure.error is None else f" ± {figure.error:.3f}")
-
-
-def _is_certain(better: Figure) -> bool:
-    return better.value > max(SMALLEST_GAIN, 2 * (better.error or 0.0))

@@ -1,9 +1,7 @@
 """Domains without labels: which groups of documents there are, what they are about, and which of them a mixture serves.
 
-discover.py    the steps in order, and what is written
+discover.py    the steps in order, what a mixture's router makes of a group, and what is written
 result.py      settings and result
-documents.py   documents read twice, a bounded sample kept
-words.py       words of documents; names of groups
+documents.py   documents read twice, a bounded sample kept; their words, and names of groups
 grouping.py    points, k-means, the number of groups
-coverage.py    what a mixture's router makes of a group
 """

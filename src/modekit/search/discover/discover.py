@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +25,10 @@ from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import Staging, staging
 from modekit.files.write import appearing, create, write_json
 from modekit.recipes.paths import locate
-from modekit.run import QUIET, Run
-from modekit.search.discover.coverage import ROUTED, CoverageMeter
-from modekit.search.discover.documents import DocumentSample, UnlabelledDocuments
+from modekit.recipes.strict import BASE
+from modekit.routing.text_router import TextRouter
+from modekit.run import QUIET, ProgressCount, Run
+from modekit.search.discover.documents import DocumentSample, UnlabelledDocuments, describe_groups, name_of
 from modekit.search.discover.grouping import WORTH, Grouping, gains, group_documents
 from modekit.search.discover.result import (
     RESULT_FILE,
@@ -36,8 +39,7 @@ from modekit.search.discover.result import (
     TextRead,
     TriedNumber,
 )
-from modekit.search.discover.words import describe_groups, name_of
-from modekit.text.document import Document, text_of
+from modekit.text.document import text_of
 from modekit.text.records import data_of
 
 _TOGETHER = 512  # documents that are assigned at once
@@ -91,7 +93,7 @@ def discover(
             stage = opened.enter_context(staging(out, digest, "texts", sources=sources, replace=replace, sync=run.sync))
         sizes = _assign_all(documents, sample, grouping, names, stage, run)
         groups = [
-            DocumentGroup(name=name, file=_file_of(name), documents=number, characters=characters, words=own, served=served)
+            DocumentGroup(name=name, file=f"{name}.jsonl", documents=number, characters=characters, words=own, served=served)
             for name, (number, characters), own, served in zip(names, sizes, words, coverage, strict=True)
         ]
         result = _result(settings, sample, grouping, mixture_name, groups)
@@ -100,19 +102,9 @@ def discover(
     return result
 
 
-def _file_of(name: str) -> str:
-    return f"{name}.jsonl"
-
-
 def _coverage(meter: CoverageMeter, groups: Sequence[Sequence[str]], run: Run) -> list[Coverage]:
-    total, done = sum(min(ROUTED, len(each)) for each in groups), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        run.progress("ask the router", done, total)
-
-    return [meter.measure(each, advance) for each in groups]
+    work = ProgressCount(run, sum(min(ROUTED, len(each)) for each in groups))
+    return [meter.measure(each, partial(work.advance, "ask the router", 1)) for each in groups]
 
 
 def _result(
@@ -168,13 +160,16 @@ def _assign_all(
     numbers, characters = [0] * len(names), [0] * len(names)
     read = (document for _, document in documents.read())
     with ExitStack() as opened:
-        files = [opened.enter_context(_appearing(stage.folder / _file_of(name))) for name in names] if stage is not None else []
+        files = (
+            [opened.enter_context(_appearing(stage.folder / f"{name}.jsonl")) for name in names] if stage is not None else []
+        )
         while together := list(islice(read, _TOGETHER)):
             for document, label in zip(together, grouping.assign([text_of(each) for each in together]), strict=True):
                 numbers[label] += 1
                 characters[label] += len(text_of(document))
                 if files:
-                    files[label].write(_line(document))
+                    line = json.dumps(data_of(document), ensure_ascii=False, sort_keys=True)
+                    files[label].write(f"{line}\n".encode())
             run.progress("group documents", min(sum(numbers), sample.documents), sample.documents)
         documents.check_same(sample)
     return list(zip(numbers, characters, strict=True))
@@ -186,6 +181,43 @@ def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
         yield stream
 
 
-def _line(document: Document) -> bytes:
-    """A record as `text/records.py` reads it."""
-    return (json.dumps(data_of(document), ensure_ascii=False, sort_keys=True) + "\n").encode()
+SURE = 0.9
+"""Probability from which a router is certain of an expert."""
+ROUTED = 200
+"""Largest number of documents of a group that are routed."""
+
+
+class CoverageMeter:
+    """A mixture's router, for documents that have no label."""
+
+    def __init__(self, mixture: Checkpoint, run: Run) -> None:
+        """Raises UnsupportedError when the router needs the model."""
+        self._router = TextRouter(mixture, run=run)
+        self._not_experts = {BASE, *(expert.name for expert in mixture.record.recipe.experts if expert.is_base)}
+
+    def measure(self, documents: Sequence[str], advance: Callable[[], None]) -> Coverage:
+        """Of a group, by its first documents; `advance` is called after each."""
+        led: Counter[str] = Counter()
+        sure: Counter[str] = Counter()
+        certainty = 0.0
+        routed = documents[:ROUTED]
+        for document in routed:
+            decision = self._router.decide(document)
+            leads = max(decision.probabilities.values())
+            led[decision.expert] += 1
+            certainty += leads
+            if decision.expert not in self._not_experts and leads >= SURE:
+                sure[decision.expert] += 1
+            advance()
+        count = max(1, len(routed))
+        return Coverage(
+            documents=len(routed),
+            experts={name: round(led[name] / count, 6) for name in _most_first(led)},
+            certainty=round(certainty / count, 6),
+            served=round(sum(sure.values()) / count, 6),
+            expert=next(iter(_most_first(sure)), None),
+        )
+
+
+def _most_first(counts: Counter[str]) -> list[str]:
+    return sorted(counts, key=lambda name: (-counts[name], name))

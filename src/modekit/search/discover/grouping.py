@@ -27,9 +27,8 @@ from threadpoolctl import threadpool_limits
 
 from modekit.errors import TextError
 from modekit.run import Run
-from modekit.search.discover.documents import WHERE, DocumentSample
+from modekit.search.discover.documents import WHERE, DocumentSample, Labels, rare_words, word_rows
 from modekit.search.discover.result import DiscoverSettings
-from modekit.search.discover.words import Labels, rare_words, word_rows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

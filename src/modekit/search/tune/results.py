@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from modekit.evaluation.gaps import SMALLEST_GAP
+from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.markdown import markdown_table
+from modekit.evaluation.results import SMALLEST_GAP
 from modekit.files.figures import count_of
 from modekit.files.typed import Count, Number
 from modekit.recipes.fits import DEFAULT_FIT, FITS
@@ -107,7 +108,7 @@ class TuneResults(BaseModel, frozen=True):
     reference: Reference
     settings: TuneSettings
     space: dict[str, JsonValue]
-    text: dict[str, dict[str, Mapping[str, Any]]]
+    text: dict[str, dict[str, ReadSequences]]
     seconds: Number
 
     @property

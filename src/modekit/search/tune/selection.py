@@ -43,17 +43,16 @@ def _part(domain: Domain, number: int) -> Domain:
     return Domain(domain.name, domain.expert, domain.sequences[first:last], domain.record)
 
 
-def read_selection(
+def read_selections(
     recipe: Recipe,
     root: Path,
     model_folders: Sequence[Path],
     *,
-    split: HeldOutSplit,
     tokens_per_domain: int,
     sequence_length: int,
     run: Run = QUIET,
-) -> Selection:
-    """Text of every domain that has an expert: what chooses, or what `modekit eval` will show of the mixture so chosen.
+) -> dict[HeldOutSplit, Selection]:
+    """Text of every domain that has an expert: what chooses, and what `modekit eval` will show of the mixture so chosen.
 
     `model_folders`: the base's first. Raises TextError when a domain has none.
     """
@@ -66,19 +65,22 @@ def read_selection(
         )
     chosen = [mark_of(document) for held in select for document in held.documents]
     report = [held for held in texts.report(seen=chosen) if held.expert is not None]
-    domains = []
-    for held in select if split == "select" else report:
-        domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
-        if held.documents and not domain.sequences:
-            raise held.text.none_fits(held.documents, sequence_length, most=tokens_per_domain)
-        if not domain.sequences:
-            raise held.text.nothing_left(
-                f"no document of the {split} split is left",
-                expected="one document in ten is for choosing between variants, one in ten for the report",
-            )
-        domains.append(domain)
-    shown = [mark_of(document) for held in report for document in held.documents]
-    return Selection(domains, chosen if split == "select" else shown, _digest_of_all(select, report))
+    read = _digest_of_all(select, report)
+    splits: dict[HeldOutSplit, Sequence[HeldOutText]] = {"select": select, "report": report}
+    found: dict[HeldOutSplit, Selection] = {}
+    for split, every in splits.items():
+        domains = []
+        for held in every:
+            domains.append(domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length))
+            if held.documents and not domains[-1].sequences:
+                raise held.text.none_fits(held.documents, sequence_length, most=tokens_per_domain)
+            if not domains[-1].sequences:
+                raise held.text.nothing_left(
+                    f"no document of the {split} split is left",
+                    expected="one document in ten is for choosing between variants, one in ten for the report",
+                )
+        found[split] = Selection(domains, [mark_of(document) for held in every for document in held.documents], read)
+    return found
 
 
 def _digest_of_all(select: Sequence[HeldOutText], report: Sequence[HeldOutText]) -> str:

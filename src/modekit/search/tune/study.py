@@ -32,9 +32,8 @@ from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.search.tune.results import Candidate, Mixture, mean_of
 from modekit.search.tune.selection import RUNGS, RunningLoss, Selection
-from modekit.search.tune.shared_weights import SharedWeights
+from modekit.search.tune.shared_weights import SharedWeights, SwitchedModel
 from modekit.search.tune.space import Space
-from modekit.search.tune.switched_model import SwitchedModel
 
 _STUDY_FILE = "study.log"
 OWN = "the recipe's own"
@@ -191,7 +190,8 @@ class _Worker:
         started = time.perf_counter()
         mixture = _mixture_of(self.job, trial)
         key = json.dumps(mixture, sort_keys=True)
-        earlier = _earlier(self.study, key)
+        trials = self.study.get_trials(deepcopy=False)
+        earlier = next((each for each in trials if each.user_attrs.get("key") == key and _counts(each)), None)
         if earlier is not None:
             trial.set_user_attr("again", earlier.number)
             state = earlier.state if earlier.state in _DONE else TrialState.FAIL  # refused, or another process is at it
@@ -238,12 +238,6 @@ class _Worker:
             if resource < RUNGS[-1] and trial.should_prune():
                 return None
         return mean_of(running.losses)
-
-
-def _earlier(study: optuna.Study, key: str) -> optuna.trial.FrozenTrial | None:
-    """The trial that the same mixture is counted as."""
-    trials = study.get_trials(deepcopy=False)
-    return next((trial for trial in trials if trial.user_attrs.get("key") == key and _counts(trial)), None)
 
 
 def _mixture_of(job: SearchJob, trial: optuna.Trial) -> Mixture:

@@ -11,9 +11,8 @@ the Pareto front is of the text that `modekit eval OUT` scores, which chose noth
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -23,18 +22,20 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TuneError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.output import refuse_existing, replaced_by
-from modekit.files.write import json_bytes
+from modekit.files.write import json_bytes, write_json
+from modekit.loaded.experts import give_rows, load_expert
+from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built
+from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built, read_kept
 from modekit.search.tune.launch import check_ray, launch
-from modekit.search.tune.results import TuneResults, TuneSettings, best_of, pareto, rank
-from modekit.search.tune.scores import reference_losses, score_all, with_smaller_sizes
-from modekit.search.tune.selection import Selection, read_selection
+from modekit.search.tune.results import Candidate, Losses, Reference, TuneResults, TuneSettings, best_of, pareto, rank
+from modekit.search.tune.selection import Selection, losses_of, read_selections
+from modekit.search.tune.shared_weights import SwitchedModel
 from modekit.search.tune.space import Space, default_space, plain_recipe, read_space
 from modekit.search.tune.study import SearchJob, candidate_recipe, candidates, prepare
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
@@ -74,7 +75,9 @@ def tune(
     folder = folder_of(out)
     built_native = plan.shape.plain and recipe.output.format != "modekit"
     job = SearchJob(recipe, root, folder, space, built_native, settings.trials, settings.seed, run.trust_remote_code)
-    texts = _read_texts(job, plan, settings)
+    folders = list(dict.fromkeys(source.folder for source in plan.sources))
+    sizes = {"tokens_per_domain": settings.tokens_per_domain, "sequence_length": settings.sequence_length}
+    texts = read_selections(recipe, root, folders, **sizes, run=job.run)
     claim(folder, identity_of(job, settings, native, plan, texts["select"].read))
     with alone(folder):
         results = _search(job, plan, settings, texts, run)
@@ -98,25 +101,9 @@ def _not_native(recipe: Recipe, plan: Plan) -> TuneError:
     )
 
 
-def _read_texts(job: SearchJob, plan: Plan, settings: TuneSettings) -> dict[str, Selection]:
-    """What candidates are compared on, and what is reported of them."""
-    folders = list(dict.fromkeys(source.folder for source in plan.sources))
-    splits: tuple[HeldOutSplit, ...] = ("select", "report")
-    return {
-        split: read_selection(
-            job.recipe,
-            job.root,
-            folders,
-            split=split,
-            tokens_per_domain=settings.tokens_per_domain,
-            sequence_length=settings.sequence_length,
-            run=job.run,
-        )
-        for split in splits
-    }
-
-
-def _search(job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[str, Selection], run: Run) -> TuneResults:
+def _search(
+    job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[HeldOutSplit, Selection], run: Run
+) -> TuneResults:
     """Try candidates, and score in full what is to be shown. Raises TuneError when none has a loss."""
     started = time.perf_counter()
     select, report = texts["select"], texts["report"]
@@ -142,9 +129,7 @@ def _search(job: SearchJob, plan: Plan, settings: TuneSettings, texts: Mapping[s
         reference=reference,
         settings=settings,
         space=job.space.model_dump(mode="json"),
-        text={
-            split: {domain.name: dataclasses.asdict(domain.record) for domain in text.domains} for split, text in texts.items()
-        },
+        text={split: {domain.name: domain.record for domain in text.domains} for split, text in texts.items()},
         seconds=searched,
     )
 
@@ -158,3 +143,70 @@ def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> d
         f"{RESULTS_FOLDER}/tune.json": json_bytes(results.model_dump(mode="json")),
         f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
     }
+
+
+def score_all(
+    job: SearchJob, shown: Sequence[Candidate], text: Selection, file: str, stage: str, run: Run
+) -> dict[int, Losses]:
+    """Loss per domain on all of a text, by number of the candidate; refused ones are left out, what WORK/`file` has is kept."""
+    path = job.work / file
+    known = read_kept(path, dict[str, Losses]) if path.exists() else {}
+    weights = job.weights()
+    switched = SwitchedModel(run=job.run)
+    numbers = {candidate.number: candidate for candidate in shown if candidate.status != "refused"}
+    for number, candidate in run.over(stage, numbers.items(), len(numbers)):
+        if known.get(str(number), {}).keys() != {domain.name for domain in text.domains}:
+            recipe = candidate_recipe(job.recipe, candidate.mixture)
+            shared = weights.checkpoint(weights.plan(recipe))
+            model = switched.put(shared, weights.gates(shared, recipe))
+            known[str(number)] = losses_of(model, text.domains, f"candidate {number}")
+            write_json(path, known)
+    return {number: known[str(number)] for number in numbers}
+
+
+def with_smaller_sizes(job: SearchJob, found: Sequence[Candidate], select: Selection, run: Run) -> list[Candidate]:
+    """The candidates, where of every number of active parameters below the best's the most promising is scored in full.
+
+    Dropping compares losses alone; whoever weighs loss against size needs a figure for the smaller ones, too.
+    """
+    best = best_of(found)
+    if best is None:
+        return list(found)
+    known = {candidate.active for candidate in found if candidate.status == "scored"}
+    promising: dict[int, Candidate] = {}
+    for candidate in sorted(found, key=lambda each: (-each.tokens, each.mean if each.losses else 0.0)):
+        if candidate.status == "dropped" and candidate.active < best.active and candidate.active not in known:
+            promising.setdefault(candidate.active, candidate)
+    losses = score_all(job, list(promising.values()), select, "smaller.json", "smaller mixtures", run)
+    tokens = sum(domain.scored_tokens for domain in select.domains)
+    return [
+        each.model_copy(update={"status": "scored", "losses": losses[each.number], "tokens": tokens})
+        if each.number in losses
+        else each
+        for each in found
+    ]
+
+
+def reference_losses(job: SearchJob, plan: Plan, splits: Mapping[HeldOutSplit, Selection], run: Run) -> Reference:
+    """Per split and domain, the loss of the base and of the domain's own expert."""
+    path = job.work / "reference.json"
+    names = [domain.name for domain in splits["select"].domains]
+    if path.exists():
+        known = read_kept(path, Reference)
+        if all(sorted(known.get(split, {}).get(of, {})) == sorted(names) for split in splits for of in ("base", "own")):
+            return known
+    base = plan.sources[0].folder
+    model = load_model(base, run=job.run)
+    give_rows(model, plan.sources[0], plan.sources[0])
+    run.begin("score the base")
+    found: Reference = {split: {"base": losses_of(model, text.domains, "base"), "own": {}} for split, text in splits.items()}
+    for domain in run.over("score the experts", splits["select"].domains, len(names)):
+        assert domain.expert is not None
+        is_base = job.recipe.experts[domain.expert].is_base
+        own = model if is_base else load_expert(base, plan.sources[1 + domain.expert].folder, run=job.run)
+        give_rows(own, plan.sources[1 + domain.expert], plan.sources[0])
+        for split, text in splits.items():
+            domains = [each for each in text.domains if each.name == domain.name]
+            found[split]["own"] |= losses_of(own, domains, f"expert {domain.name}")
+    write_json(path, found)
+    return found
