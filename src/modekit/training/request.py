@@ -93,13 +93,12 @@ class Request:
         refused = {"its router": of_routers, "lora": settings.lora is not None, "weight_decay": settings.weight_decay > 0}
         found = next((key for key, asked in refused.items() if asked), None)
         if found is not None:
+            beside = "train what is beside them: --what attention --what experts --what head; `modekit fit OUT` fits the router"
             raise TrainingError(
                 "this mixture carries whole experts through channels that must stay as they are",
                 where=str(self.checkpoint.folder),
                 found=found,
-                remedy="train what is beside them: --what attention --what experts --what head; `modekit fit OUT` fits the router"
-                if of_routers
-                else f"leave out {found}",
+                remedy=beside if of_routers else f"leave out {found}",
             )
 
     def _check_joint(self) -> None:
