@@ -2,6 +2,7 @@
 
     python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2      base and four experts, as `modekit demo` has
     python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
+    python benchmarks/whole.py trained FOLDER --kind full --seeds 0 1 2        the mixture of rank 64, trained from there
 
 Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes). `train` keeps models that are there.
 """
@@ -25,8 +26,11 @@ from modekit.files.output import is_there
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
+from modekit.training.settings import train_settings
+from modekit.training.train import train as train_mixture
 
 EVAL_TOKENS = 8_192
+STEPS = 100
 NATIVE = {"format": "native"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {
@@ -74,6 +78,24 @@ def recipe(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
     return {**said, "eval": {UNSEEN: f"../text/{UNSEEN}.jsonl"}}
 
 
+def trained(folder: Path, kind: str, seed: int) -> None:
+    """What distillation from the experts' own models adds to a plain mixture, on all that the base has, too."""
+    home, name = folder / f"seed{seed}", "plain, whole, average, rank 64" if kind == "full" else "plain, whole"
+    checkpoint = build(
+        make_plan(parse_recipe(recipe(kind, VARIANTS[kind][name]), where=name), home), home / f"{kind}-start", overwrite=True
+    )
+    asked = {"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH}
+    start = time.process_time()
+    done = train_mixture(
+        checkpoint, train_settings({**asked, "steps": STEPS, "batch_tokens": 8_192}, where=name), evaluate_tokens=None
+    )
+    took = time.process_time() - start
+    said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH)
+    mixed, forced = (said.row(row).mean_gap(DOMAINS) for row in ("mixture", "oracle"))
+    unseen = said.row("mixture").scores[UNSEEN].loss / said.row("base").scores[UNSEEN].loss
+    print(f"| {name}, trained | {mixed:.3f} | {forced:.3f} | {unseen:.3f} | {took:.0f} s |", flush=True)
+
+
 def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
     """A row of the table per variant."""
     home, known = folder / f"seed{seed}", list[Results]()
@@ -104,7 +126,7 @@ def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
 def main() -> None:
     """One step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["train", "mixtures"])
+    parser.add_argument("step", choices=["train", "mixtures", "trained"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=[*VARIANTS], required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -113,6 +135,8 @@ def main() -> None:
     for seed in said.seeds:
         if said.step == "train":
             train(said.folder.resolve(), said.kind, seed)
+        elif said.step == "trained":
+            trained(said.folder.resolve(), said.kind, seed)
         else:
             mixtures(said.folder.resolve(), said.kind, seed, said.only)
 

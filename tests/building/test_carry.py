@@ -23,7 +23,7 @@ from modekit.building.build import build, write_tensor
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import CheckpointError, ModekitError, SourceError, UnsupportedError
+from modekit.errors import CheckpointError, ModekitError, SourceError, TrainingError, UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
@@ -31,6 +31,8 @@ from modekit.members.edits import rename_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
+from modekit.training.settings import train_settings
+from modekit.training.train import train
 from modekit.weights.pass_through import fit_pass_through
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -350,3 +352,48 @@ def test_units_pass_streams_of_all_sizes(terms: int, error: float) -> None:
     inside = np.array(units.alphas) * units.size / scale[:, None]
     passed = (inside / (1 + np.exp(-inside)) @ np.array(units.betas)) * units.size / scale
     np.testing.assert_allclose(passed, 1.0, atol=error)
+
+
+# Trained.
+
+STEPS = {"steps": 4, "batch_tokens": 400, "sequence_length": 64, "select_tokens": 400, "evaluate_every": 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "granite"])  # each expert's FFN in tensors of its own; all in one
+def test_training_moves_what_the_base_has_and_no_channel(tmp_path: Path, family: str) -> None:
+    shop = adapter_shop(tmp_path, family, modules=["q_proj", "o_proj"])
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    before = {name: array for file in checkpoint.folder.glob("model*.safetensors") for name, array in load_file(file).items()}
+    settings = train_settings({**STEPS, "what": ["all"], "backbone_learning_rate": 0.002}, where="test")
+    assert train(checkpoint, settings, evaluate_tokens=None).improved
+    checkpoint = open_checkpoint(checkpoint.folder)
+    assert is_proven(verify(checkpoint))
+    channels, carry = checkpoint.shape.channels, checkpoint.record.carry
+    assert channels is not None and carry is not None
+    hidden, units = channels.hidden + channels.spare, channels.expert_hidden + carry.units
+    own = {hidden: channels.hidden, units: channels.expert_hidden}
+    moved = set()
+    for file in checkpoint.folder.glob("model*.safetensors"):
+        for name, after in load_file(file).items():
+            changed = after != before[name]
+            if not changed.any():
+                continue
+            moved.add(name)
+            assert ".layers.0." not in name, f"{name}: the layer in front moved"
+            if after.ndim == 3 and after.shape[1] == 2 * units:
+                changed = changed.reshape(len(changed), 2, units, hidden)
+            for axis, size in enumerate(changed.shape):
+                rows = np.flatnonzero(changed.any(axis=tuple(each for each in range(changed.ndim) if each != axis)))
+                assert rows[-1] < own.get(size, size), f"{name}: a channel moved"
+    layers = {name.split(".")[2] for name in moved if "self_attn" in name}
+    assert len(layers) == checkpoint.layers - 1 and any("lm_head" in name or "embed" in name for name in moved)
+    assert not any(name in moved for name in (slot.name for slot in checkpoint.slots))
+
+
+@pytest.mark.parametrize("asked", [{"what": ["routers"]}, {"lora": 4}, {"weight_decay": 0.1}, {"losses": {"label": 0.1}}])
+def test_what_would_move_the_channels_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
+    shop = adapter_shop(tmp_path, modules=["q_proj"])
+    checkpoint = open_checkpoint(shop.build("OUT"))
+    with pytest.raises(TrainingError, match="channels that must stay"):
+        train(checkpoint, train_settings({**STEPS, "what": ["attention"], **asked}, where="test"), evaluate_tokens=None)

@@ -19,7 +19,7 @@ from modekit.sources.family import words
 from modekit.training.batches import Batches, BatchPart, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
-from modekit.training.moving import TrainableMixture, make_trainable, moving_of
+from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
 from modekit.training.objective import Objective
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
@@ -76,9 +76,11 @@ def _trainable(request: Request, run: Run) -> TrainableMixture:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
-    mixture_of(mixture, checkpoint).prepare_training()
+    loaded = mixture_of(mixture, checkpoint)
+    loaded.prepare_training()
     but: tuple[Group, ...] = ("routers",) if settings.is_joint else ()
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what, but=but), settings.lora)
+    keep_channels(trainable, loaded)
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.enable_input_require_grads()
@@ -107,7 +109,8 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
                 remedy="lower it",
             )
         return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
-    if own == 1 and experts > 1 and not has_no_router(checkpoint) and {"routers", "all"} & set(settings.what):
+    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None
+    if own == 1 and experts > 1 and not has_no_router(checkpoint) and moves_routers:
         return 2, [
             "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "
             "the checkpoint goes on to use 1"

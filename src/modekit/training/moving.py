@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
+from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.places import ATTENTION
 from modekit.sources.family import Stack
@@ -141,6 +143,25 @@ def make_trainable(model: PreTrainedModel, names: Sequence[str], rank: int | Non
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in moving or id(parameter) not in known)
     return TrainableMixture(model, [name for name, each in model.named_parameters() if each.requires_grad], targets)
+
+
+def keep_channels(trainable: TrainableMixture, mixture: LoadedMixture) -> None:
+    """Let gradients reach only what the base has, too, where a native mixture carries whole experts: its channels compute what
+    they were built for, whatever moves beside them.
+    """
+    for name, parameter in trainable.targets.items():
+        corner = mixture.own_corner(name, parameter)
+        if corner is not None:
+            parameter.register_hook(partial(_within, corner))
+
+
+def _within(corner: tuple[slice, ...], gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient that is zero outside of a corner."""
+    kept = torch.zeros_like(gradient)
+    split = (gradient.shape[0], 2, -1, gradient.shape[-1])  # gate and up
+    inside, every = (kept.view(split), gradient.reshape(split)) if len(corner) > gradient.ndim else (kept, gradient)
+    inside[corner] = every[corner]
+    return kept
 
 
 def _is_layer(model: PreTrainedModel, name: str, rank: int) -> bool:

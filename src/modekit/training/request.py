@@ -65,6 +65,8 @@ class Request:
                 found=f"method {checkpoint.record.recipe.mixture.method}",
                 remedy="set one first: modekit fit OUT --method routing --top-k 2",
             )
+        if checkpoint.record.carry is not None:
+            self._check_carrying(routers_only or bool(of_routers))
         if settings.is_joint:
             self._check_joint()
         if settings.randomise > 0 and settings.randomise_to in ("all", "others") and len(checkpoint.names) == 1:
@@ -84,6 +86,20 @@ class Request:
             )
         if settings.speed == "cheap" and processes().count > 1:
             raise TrainingError("a cheap training is done by one process", where="speed", remedy="start it without a launcher")
+
+    def _check_carrying(self, of_routers: bool) -> None:
+        """Raise TrainingError for what would move the channels through which whole experts are carried."""
+        settings = self.settings
+        refused = {"its router": of_routers, "lora": settings.lora is not None, "weight_decay": settings.weight_decay > 0}
+        found = next((key for key, asked in refused.items() if asked), None)
+        if found is not None:
+            beside = "train what is beside them: --what attention --what experts --what head; `modekit fit OUT` fits the router"
+            raise TrainingError(
+                "this mixture carries whole experts through channels that must stay as they are",
+                where=str(self.checkpoint.folder),
+                found=found,
+                remedy=beside if of_routers else f"leave out {found}",
+            )
 
     def _check_joint(self) -> None:
         """Raise TrainingError unless every expert has tensors of its own, which stay as they are while others learn."""
