@@ -11,11 +11,11 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
@@ -65,7 +65,7 @@ _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 CONVERTED = "model.gguf"
 """In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
-_INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _REMEDY = "download or save the file again"
 
 
@@ -111,44 +111,48 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
     Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
     """
     where = f"{where}: {file.name}"
-    header, data_start, state = _parsed_header(file, where)
-    try:
-        _check_metadata(header.pop("__metadata__", None))
-        tensors = {
-            name: replace(_ref_of(name, entry, file, (data_start, state.size), where), state=state)
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
-    _check_gapless(tensors.values(), data_start, state.size, where)
-    return tensors
-
-
-def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, FileState]:
-    """The header as data, where the tensors' bytes start, and the file's state. Raises SourceError."""
     try:
         with open_regular(file) as raw:
             state = FileState.of(raw)
-            size, stream = state.size, io.BufferedReader(raw)
-            raw_length = stream.read(8)
-            if len(raw_length) < 8:
-                raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
-            (length,) = struct.unpack("<Q", raw_length)
-            if length > min(size - 8, _LARGEST_HEADER):
-                raise SourceError(
-                    "not a safetensors file, or its header is truncated",
-                    where=where,
-                    found=f"a header of {length} bytes in a file of {size}",
-                    remedy=_REMEDY,
-                )
-            header = parse_json(stream.read(length).decode("utf-8"), once=True)
-    except ValueError:
-        raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
+            return tensors_in(io.BufferedReader(raw), state.size, file, where=where, state=state)
     except OSError as error:
         raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
+
+
+def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: FileState | None = None) -> dict[str, TensorRef]:
+    """The same of a stream that begins as a file of `size` bytes does; of it no more than the header is read."""
+    header, data_start = _parsed_header(stream, size, where)
+    try:
+        _check_metadata(header.pop("__metadata__", None))
+        tensors = {
+            name: replace(_ref_of(name, entry, file, (data_start, size), where), state=state) for name, entry in header.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
+    _check_gapless(tensors.values(), data_start, size, where)
+    return tensors
+
+
+def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
+    """The header as data, and where the tensors' bytes start. Raises SourceError, and OSError of the stream."""
+    raw_length = stream.read(8)
+    if len(raw_length) < 8:
+        raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
+    (length,) = struct.unpack("<Q", raw_length)
+    if length > min(size - 8, _LARGEST_HEADER):
+        raise SourceError(
+            "not a safetensors file, or its header is truncated",
+            where=where,
+            found=f"a header of {length} bytes in a file of {size}",
+            remedy=_REMEDY,
+        )
+    try:
+        header = parse_json(stream.read(length).decode("utf-8"), once=True)
+    except ValueError:
+        raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
     if not isinstance(header, dict):
         raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY)
-    return header, 8 + length, state
+    return header, 8 + length
 
 
 def _check_metadata(metadata: object) -> None:
@@ -238,6 +242,12 @@ class ModelSource:
         """Every weight file, and its state when its header was read."""
         return {part.file: part.state for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts}
 
+    @cached_property
+    def absent(self) -> dict[Path, int]:
+        """Weight files that are not on this disk, and their bytes: up to the end of their last tensor."""
+        parts = [part for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts if part.state is None]
+        return {file: max(part.end for part in parts if part.file == file) for file in {part.file: None for part in parts}}
+
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
         try:
@@ -279,8 +289,51 @@ def no_model_folder(path: Path, where: str) -> SourceError:
     return SourceError(NO_FOLDER, where=where, found=str(path), remedy="correct the path")
 
 
-def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
-    """Read config and headers of a model folder.
+class Elsewhere(Protocol):
+    """Where the weight files of a model are that its folder lacks. Everything here raises SourceError."""
+
+    def header(self, file: Path, *, where: str) -> dict[str, TensorRef]:
+        """Tensors of such a file."""
+
+    def content(self, ref: TensorRef) -> bytes:
+        """The bytes of a small tensor of such a file."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a model, in its folder or elsewhere; `where` is what messages call it."""
+
+    files: Sequence[Path]
+    where: str
+    elsewhere: Elsewhere | None = None
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """All tensors. Raises SourceError."""
+        found: dict[str, TensorRef] = {}
+        for file in self.files:
+            absent = None if file.exists() else self.elsewhere
+            found |= read_header(file, where=self.where) if absent is None else absent.header(file, where=self.where)
+        return found
+
+    def content(self, ref: TensorRef) -> bytes:
+        """The bytes of a small tensor. Raises OSError and SourceError."""
+        if ref.state is None and self.elsewhere is not None:
+            return self.elsewhere.content(ref)
+        with open_regular(ref.file) as stream:
+            stream.seek(ref.start)
+            return stream.read(ref.nbytes)
+
+
+def open_source(
+    label: str,
+    spec: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    run: Run = QUIET,
+    elsewhere: Elsewhere | None = None,
+) -> ModelSource:
+    """Read config and headers of a model folder; those of weight files that it lacks `elsewhere`.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
     """
@@ -289,16 +342,15 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         raise no_model_folder(folder, where)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
-    tensors: dict[str, TensorRef] = {}
-    files, packing, packed = weight_files(folder, where=where), config.pop("quantization_config", None), ""
+    weights = WeightFiles(weight_files(folder, where=where, elsewhere=elsewhere is not None), where, elsewhere)
+    packing, packed = config.pop("quantization_config", None), ""
     if packing:
         from modekit.sources.quantised import unpack  # few models need it
 
-        unpacked = unpack(packing, config, files, where=where)
+        unpacked = unpack(packing, config, weights)
         tensors, packed = unpacked.tensors, unpacked.said
     else:
-        for file in files:
-            tensors.update(read_header(file, where=where))
+        tensors = weights.tensors()
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
             "the folder holds both a model and an adapter",
@@ -332,13 +384,16 @@ def is_quantised(folder: Path) -> bool:
     return bool(read_config(folder, where=str(folder)).get("quantization_config"))
 
 
-def weight_files(folder: Path, *, where: str) -> list[Path]:
-    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read."""
-    index, single = folder / _INDEX_FILE, folder / "model.safetensors"
+def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[Path]:
+    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read.
+
+    With `elsewhere` those that the folder lacks are named, too.
+    """
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
     if index.exists():
         names = _shard_names(index, where=f"{where}: {index.name}")
         missing = [name for name in names if not (folder / name).exists()]
-        if missing:
+        if missing and not elsewhere:
             raise SourceError(
                 "shards named by the index are missing",
                 where=where,
@@ -350,6 +405,8 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         return [single]
     if (folder / CONVERTED).is_symlink():
         return [folder / CONVERTED]
+    if elsewhere:
+        return [single]
     refuse_adapter(folder, where=where)
     refuse_gguf(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]

@@ -24,12 +24,13 @@ from modekit.errors import TuneError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import json_bytes
-from modekit.planning.make import make_plan
+from modekit.planning.make import make_plan, plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
+from modekit.sources.open import open_recipe_sources
 from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built
 from modekit.search.tune.launch import check_ray, launch
 from modekit.search.tune.results import TuneResults, TuneSettings, best_of, pareto, rank
@@ -62,7 +63,8 @@ def tune(
     built = is_built(out)
     if not built:
         refuse_existing(out, replaced_by(overwrite))
-    plan = make_plan(plain_recipe(recipe), root, run=run)
+    plain = plain_recipe(recipe)
+    plan = plan_of(plain, root, open_recipe_sources(plain, root, run=run), run=run)  # whole: they are run, too
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
