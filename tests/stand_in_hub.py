@@ -1,7 +1,7 @@
 """A hub on this machine: the few endpoints that huggingface_hub asks for models, over folders, with a log of what was asked.
 
-    GET  /api/models?search=...                       GET  /api/models/OWNER/NAME/revision/REV
-    GET  /api/models/OWNER/NAME/tree/COMMIT           HEAD and GET (whole or in part) /OWNER/NAME/resolve/REV/FILE
+GET /api/models?search=..., /api/models/OWNER/NAME/revision/REV and .../tree/COMMIT; HEAD and GET, whole or in part,
+/OWNER/NAME/resolve/REV/FILE.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class StandIn:
     """Of a file: after so many bytes the connection ends, once."""
     other: dict[str, bytes] = field(default_factory=dict)
     """Of a file: bytes that are sent in place of its own."""
+    sends_parts: bool = True
     log: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, file, and what range of it."""
 
@@ -105,14 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.other.get(key, path.read_bytes())
         size, start = len(content), 0
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if span:
+        if span and self.hub.sends_parts:
             first, _, last = span.partition("-")
             start, stop = int(first), min(int(last) + 1 if last else size, size)
             content, headers["Content-Range"] = content[start:stop], f"bytes {start}-{stop - 1}/{size}"
         if _is_large(path):
             headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": headers["ETag"]}
         cut = self.hub.cut.pop(key, None) if self.command == "GET" and (not span or span.endswith("-")) else None
-        self._send(206 if span else 200, headers, content, cut)
+        self._send(206 if "Content-Range" in headers else 200, headers, content, cut)
 
     def _json(self, data: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(data).encode())
@@ -141,7 +142,8 @@ def _etag(path: Path) -> str:
 
 
 def _info(name: str, folder: Path, commit: str) -> dict[str, object]:
-    return {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": [{"rfilename": f} for f in _names(folder)]}
+    siblings = [{"rfilename": each} for each in _names(folder)]
+    return {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": siblings}
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Hub ids, against a stand-in server: what is asked of it, what comes to this disk, and what is said when it does not answer."""
+"""Hub ids, against a stand-in server: what it is asked for, what comes to this disk, and what is said when it refuses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
+from quantised import quantise, write_gguf
 from stand_in_hub import COMMIT, StandIn, serving
 
 
@@ -99,8 +100,9 @@ def test_a_build_from_the_hub_is_that_from_folders(workshop: Workshop, hub: Stan
     hub.revisions["main"] = "0" * 40  # it moves on: the checkpoint's stays
     assert {check.verdict for check in verify(open_checkpoint(out.folder), reload=False)} == {"proven"}
 
-    folders = [{"name": "law", "model": str(hub.repos["acme/law"])}, {"name": "lora", "adapter": str(hub.repos["acme/law-lora"])}]
-    recipe = load_recipe(workshop.write(base_model=str(hub.repos["acme/base"]), experts=folders))
+    folders = {name: str(folder) for name, folder in hub.repos.items()}
+    local = [{"name": "law", "model": folders["acme/law"]}, {"name": "lora", "adapter": folders["acme/law-lora"]}]
+    recipe = load_recipe(workshop.write(base_model=folders["acme/base"], experts=local))
     own = build(make_plan(recipe, workshop.root), tmp_path / "own")
     for path in own.folder.glob("model-*.safetensors"):
         assert path.read_bytes() == (out.folder / path.name).read_bytes(), path.name
@@ -154,6 +156,52 @@ def test_without_a_network_what_was_built_is_built_again(
     assert len(hub.log) == asked
     said = refused(workshop, {"model": "acme/law"})
     assert "HF_HUB_OFFLINE" in said and "hf download acme/law" in said
+
+
+def test_without_a_network_a_shard_that_stayed_there_does_not_matter(
+    workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write(workshop, {"model": "acme/law"}))
+    plan = make_plan(recipe, workshop.root)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert make_plan(recipe, workshop.root).digest() == plan.digest()
+
+
+@pytest.mark.parametrize("form", ["nf4", "compressed"])
+def test_a_quantised_model_is_planned_without_its_weights(workshop: Workshop, hub: StandIn, tmp_path: Path, form: str) -> None:
+    """What its weights say of their shapes is read where they lie."""
+    quantise(workshop.root / "law", tmp_path / "packed", form)
+    hub.repos["acme/packed"] = tmp_path / "packed"
+    recipe = load_recipe(write(workshop, {"model": "acme/packed"}))
+    remote = make_plan(recipe, workshop.root, headers_only=True)
+    assert not hub.whole() & weights(hub, "acme/packed") and remote.bytes_downloaded
+    local = make_plan(load_recipe(write(workshop, {"model": str(tmp_path / "packed")})), workshop.root)
+    assert [tensor.shape for tensor in remote.tensors] == [tensor.shape for tensor in local.tensors]
+
+
+@pytest.mark.parametrize("spec", ["acme/odd/tiny.gguf", "acme/odd/sub/tiny.gguf"])
+def test_a_gguf_file_of_a_repository(workshop: Workshop, hub: StandIn, tmp_path: Path, spec: str) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / spec.removeprefix("acme/")
+    file.parent.mkdir(parents=True)
+    save(tiny_model(seed=7), tmp_path / "plain")
+    write_gguf(tmp_path / "plain", file, "Q8_0")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the converted one is another
+        (workshop.root / "base" / name).unlink()
+    hub.repos["acme/odd"] = tmp_path / "odd"
+    recipe = write(workshop, {"model": spec})
+    for headers_only in (True, False):
+        plan = make_plan(load_recipe(recipe), workshop.root, headers_only=headers_only)
+        assert plan.sources[1].revision == COMMIT and "GGUF" in plan.sources[1].packed
+    said = refused(workshop, {"model": "acme/odd/other.gguf"})
+    assert "no such file" in said and "name one, like acme/odd/" in said
+
+
+def test_a_hub_that_sends_no_parts_of_files(workshop: Workshop, hub: StandIn) -> None:
+    """A mirror may pass over what range is asked for; of what it sends then no more is read than the header."""
+    hub.sends_parts = False
+    recipe = load_recipe(write(workshop, {"adapter": "acme/law-lora"}))
+    assert make_plan(recipe, workshop.root, headers_only=True).bytes_downloaded
 
 
 def _gated(hub: StandIn) -> None:

@@ -102,9 +102,8 @@ def _changed_weights(record: SourceRecord, folder: Path, run: Run) -> Iterator[s
     yield from sorted({file.name for file in there}.symmetric_difference(record.files))
     progress = partial(run.progress, f"look at {record.label}")
     for name, expected in record.files.items():
-        if (folder / name).stat().st_size != expected.size:
-            yield name
-        elif expected.blake3 and known_blake3(folder / name, progress) != expected.blake3:
+        is_other = bool(expected.blake3) and known_blake3(folder / name, progress) != expected.blake3
+        if is_other or (folder / name).stat().st_size != expected.size:
             yield name
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -29,19 +30,29 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from modekit.errors import SourceError
 from modekit.files.typed import shortened
-from modekit.files.user_cache import is_proven_here, keep_proven
+from modekit.files.user_cache import is_proven_here, keep_header, keep_proven, known_header
 from modekit.files.write import remove
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.contents import WeightFile
-from modekit.sources.model import INDEX_FILE, SPECIALIST_FILE, ModelSource, TensorRef, open_source, tensors_in, weight_files
+from modekit.sources.model import (
+    INDEX_FILE,
+    LARGEST_HEADER,
+    SPECIALIST_FILE,
+    ModelSource,
+    TensorRef,
+    open_source,
+    tensors_in,
+    weight_files,
+)
 from modekit.sources.tokenizer import COPIED_FILES
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *_PROCESSORS, "README.md", "LICENSE*")
 _FIRST = 2**17  # bytes: nearly every header is shorter
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+_SIZE = re.compile(r"[0-9]{1,18}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
@@ -67,15 +78,22 @@ class Snapshot:
 
     def header(self, file: Path, *, where: str) -> dict[str, TensorRef]:
         """Tensors of a weight file that stays on the hub."""
-        with _explained(self.name, self.commit, self.where):
-            try:
-                begin, size = self._bytes(file.name, 0, _FIRST)
-                length = 8 + int.from_bytes(begin[:8], "little")
-                if len(begin) < length <= size:
-                    begin, size = self._bytes(file.name, 0, min(length, 2**25))
-            except EntryNotFoundError:
-                raise self.no_weights(file.name) from None
-        return tensors_in(io.BytesIO(begin), size, file, where=f"{where}: {file.name}")
+        what = f"{self.name} {self.commit} {file.name}"
+        kept = known_header(what)
+        if kept is None:
+            with _explained(self.name, self.commit, self.where):
+                try:
+                    begin, size = self._bytes(file.name, 0, _FIRST)
+                    length = 8 + int.from_bytes(begin[:8], "little")
+                    if len(begin) < length <= size:
+                        begin, size = self._bytes(file.name, 0, min(length, LARGEST_HEADER + 8))
+                except EntryNotFoundError:
+                    raise self.no_weights(file.name) from None
+            kept = size.to_bytes(8, "little") + begin[:length]
+        size = int.from_bytes(kept[:8], "little")
+        found = tensors_in(io.BytesIO(kept[8:]), size, file, where=f"{where}: {file.name}")
+        keep_header(what, kept)
+        return found
 
     def content(self, ref: TensorRef) -> bytes:
         """The bytes of a small tensor of such a file."""
@@ -92,7 +110,7 @@ class Snapshot:
             is_part = response.status_code == 206
             said = response.headers.get("Content-Range", "").rpartition("/")[2]
             size = said if is_part else response.headers.get("Content-Length", "")
-            if not size.isdigit() or (start and not is_part):
+            if not _SIZE.fullmatch(size) or (start and not is_part):
                 raise OSError(f"it sends no part of {name}")
             for chunk in response.iter_raw():
                 found += chunk[: stop - start - len(found)]
@@ -268,10 +286,17 @@ def _unreached(error: Exception, spec: str, where: str) -> SourceError:
         what, remedy = "no such folder, and not all of that name is in the hub's cache", f"`hf download {_parts(spec)[0]}`"
         remedy = f"correct the path; or unset HF_HUB_OFFLINE; or {remedy} where there is a network, and take the cache along"
         return SourceError(what, where=where, found="HF_HUB_OFFLINE forbids to ask the hub", remedy=remedy)
+    found = shortened(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        remedy = "free space, or set HF_HOME to a folder of yours, and run the command again"
+        return SourceError("the hub's cache cannot be written", where=where, found=found, remedy=remedy)
+    if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError):
+        remedy = "run the command again, which goes on with what is there"
+        return SourceError("the hub does not send what it has", where=where, found=found, remedy=remedy)
     return SourceError(
         "no such folder, and the hub cannot be reached for a model of that name",
         where=where,
-        found=shortened(error) or type(error).__name__,
+        found=found,
         remedy="correct the path; or connect to the hub and run the command again, which goes on with what is there; or "
         "download the model elsewhere and give its folder",
     )

@@ -60,7 +60,7 @@ SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
-_LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
+LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 CONVERTED = "model.gguf"
@@ -139,7 +139,7 @@ def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, A
     if len(raw_length) < 8:
         raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
     (length,) = struct.unpack("<Q", raw_length)
-    if length > min(size - 8, _LARGEST_HEADER):
+    if length > min(size - 8, LARGEST_HEADER):
         raise SourceError(
             "not a safetensors file, or its header is truncated",
             where=where,

@@ -30,7 +30,6 @@ from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
-from modekit.sources.open import open_recipe_sources
 from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built
 from modekit.search.tune.launch import check_ray, launch
 from modekit.search.tune.results import TuneResults, TuneSettings, best_of, pareto, rank
@@ -38,6 +37,7 @@ from modekit.search.tune.scores import reference_losses, score_all, with_smaller
 from modekit.search.tune.selection import Selection, read_selection
 from modekit.search.tune.space import Space, default_space, plain_recipe, read_space
 from modekit.search.tune.study import SearchJob, candidate_recipe, candidates, prepare
+from modekit.sources.open import open_recipe_sources
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
 
 
