@@ -17,6 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" * 6 + "c0de"
 _REPO = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/?]+))?")
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -36,6 +39,8 @@ class StandIn:
     other: dict[str, bytes] = field(default_factory=dict)
     """Of a file: bytes that are sent in place of its own."""
     sends_parts: bool = True
+    raw: bytes = b""
+    """Of every file: what goes through the socket in place of an answer."""
     log: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, file, and what range of it."""
 
@@ -59,6 +64,18 @@ def serving(hub: StandIn) -> Iterator[StandIn]:
         thread.join()
 
 
+def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE say, which huggingface_hub reads when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+    monkeypatch.setenv("MODEKIT_CACHE", str(cache / "modekit"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: StandIn
@@ -78,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/models":
             wanted = parse_qs(urlsplit(self.path).query)["search"][0].lower()
             self._json([{"id": name, "modelId": name} for name in self.hub.repos if wanted in name.lower()])
+        elif file and self.hub.raw:
+            self._raw()
         elif file:
             self._repo(file[1], file[2], file[3])
         elif repo:
@@ -117,6 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, data: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(data).encode())
+
+    def _raw(self) -> None:
+        self.wfile.write(self.hub.raw)
+        self.close_connection = True
 
     def _send(self, status: int, headers: dict[str, str], content: bytes = b"", cut: int | None = None) -> None:
         self.send_response(status)

@@ -22,7 +22,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
 from quantised import quantise, write_gguf
-from stand_in_hub import COMMIT, StandIn, serving
+from stand_in_hub import COMMIT, StandIn, point_at, serving
 
 
 @pytest.fixture
@@ -36,18 +36,6 @@ def hub(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with serving(StandIn(repos=repos)) as found:
         point_at(found.url, tmp_path / "cache", monkeypatch)
         yield found
-
-
-def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE say, which huggingface_hub reads when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
-    monkeypatch.setenv("MODEKIT_CACHE", str(cache / "modekit"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
 
 
 def write(workshop: Workshop, law: dict[str, Any], **changes: Any) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
@@ -104,8 +105,8 @@ class Snapshot:
         """Bytes [start, stop) of a file, fewer where it ends, and its size; no more is held, whatever is sent."""
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         url, found = hf_hub_url(self.name, name, revision=self.commit), bytearray()
-        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with http_stream_backoff("GET", url, headers=headers, timeout=seconds, max_retries=2) as response:
+        how: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2, "retry_on_exceptions": ()}
+        with http_stream_backoff("GET", url, headers=headers, **how) as response:
             hf_raise_for_status(response)
             is_part = response.status_code == 206
             said = response.headers.get("Content-Range", "").rpartition("/")[2]
@@ -252,7 +253,7 @@ def _explained(spec: str, revision: str | None, where: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refused(error, spec, revision, where) from None
     except Exception as error:
-        if not isinstance(error, OSError | EntryNotFoundError) and not type(error).__module__.startswith("httpx"):
+        if not isinstance(error, OSError | EntryNotFoundError | ValueError) and not type(error).__module__.startswith("httpx"):
             raise
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refused(error.__cause__, spec, revision, where) from None
@@ -290,7 +291,7 @@ def _unreached(error: Exception, spec: str, where: str) -> SourceError:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         remedy = "free space, or set HF_HOME to a folder of yours, and run the command again"
         return SourceError("the hub's cache cannot be written", where=where, found=found, remedy=remedy)
-    if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, OSError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
         remedy = "run the command again, which goes on with what is there"
         return SourceError("the hub does not send what it has", where=where, found=found, remedy=remedy)
     return SourceError(
