@@ -15,7 +15,8 @@ from modekit.experts.own_files import places_of
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name
 from modekit.recipes.paths import locate
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ITEMSIZE, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import TensorRef
 from modekit.weights.numeric import as_array
 
 

@@ -37,9 +37,9 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.contents import WeightFile
+from modekit.sources.header import LARGEST_HEADER
 from modekit.sources.model import (
     INDEX_FILE,
-    LARGEST_HEADER,
     SPECIALIST_FILE,
     ModelSource,
     TensorRef,

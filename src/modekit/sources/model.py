@@ -10,49 +10,21 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
+from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
 from modekit.sources.family import Config, Family
+from modekit.sources.header import AGAIN, entries_in
 from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
-ITEMSIZE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-}
-_BITS = {
-    **{name: 8 * size for name, size in ITEMSIZE.items()},
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-"""Of every dtype that safetensors knows; those that cannot be mixed are refused by the plan, by name of the tensor."""
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
 
@@ -60,13 +32,10 @@ SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
-LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
-_ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 CONVERTED = "model.gguf"
 """In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
 INDEX_FILE = "model.safetensors.index.json"
-_REMEDY = "download or save the file again"
 
 
 @dataclass(frozen=True)
@@ -116,94 +85,15 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
             state = FileState.of(raw)
             return tensors_in(io.BufferedReader(raw), state.size, file, where=where, state=state)
     except OSError as error:
-        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
+        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=AGAIN) from None
 
 
 def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: FileState | None = None) -> dict[str, TensorRef]:
     """The same of a stream that begins as a file of `size` bytes does; of it no more than the header is read."""
-    header, data_start = _parsed_header(stream, size, where)
-    try:
-        _check_metadata(header.pop("__metadata__", None))
-        tensors = {
-            name: replace(_ref_of(name, entry, file, (data_start, size), where), state=state) for name, entry in header.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
-    _check_gapless(tensors.values(), data_start, size, where)
-    return tensors
-
-
-def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
-    """The header as data, and where the tensors' bytes start. Raises SourceError, and OSError of the stream."""
-    raw_length = stream.read(8)
-    if len(raw_length) < 8:
-        raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
-    (length,) = struct.unpack("<Q", raw_length)
-    if length > min(size - 8, LARGEST_HEADER):
-        raise SourceError(
-            "not a safetensors file, or its header is truncated",
-            where=where,
-            found=f"a header of {length} bytes in a file of {size}",
-            remedy=_REMEDY,
-        )
-    try:
-        header = parse_json(stream.read(length).decode("utf-8"), once=True)
-    except ValueError:
-        raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
-    if not isinstance(header, dict):
-        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY)
-    return header, 8 + length
-
-
-def _check_metadata(metadata: object) -> None:
-    """Raise ValueError unless it is text by name, or nothing."""
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
-        raise ValueError("metadata must be text")
-
-
-def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, int], where: str) -> TensorRef:
-    """A header's entry, checked against where data starts and ends.
-
-    Raises SourceError, and ValueError and its like for what is no entry.
-    """
-    data_start, size = extent
-    begin, end = entry["data_offsets"]
-    ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
-    if entry.keys() != _ENTRY or not all(type(number) is int and number >= 0 for number in (begin, end, *ref.shape)):
-        raise ValueError("sizes must be whole numbers")  # and true is none, which would count as 1
-    bits = _BITS[ref.dtype]
-    if math.prod(max(each, 1) for each in ref.shape) * bits >= 2**63:
-        raise ValueError("more elements than can be counted")
-    if begin > end or ref.end > size or 8 * ref.nbytes != ref.numel * bits:
-        raise SourceError(
-            "safetensors header and data disagree (truncated or damaged file)",
-            where=f"{where}: {name}",
-            found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
-            remedy=_REMEDY,
-        )
-    return ref
-
-
-def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: str) -> None:
-    """Raise SourceError unless the tensors lie one after the other from `position` to the end of the file."""
-    for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
-        if ref.start != position:
-            raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)",
-                where=f"{where}: {ref.name}",
-                found=f"it starts at byte {ref.start}",
-                expected=f"byte {position}, where the tensor before it ends",
-                remedy=_REMEDY,
-            )
-        position = ref.end
-    if position != size:
-        raise SourceError(
-            "safetensors header and data disagree (bytes after the last tensor)",
-            where=where,
-            found=f"{size} bytes",
-            expected=f"{position}, where the last tensor ends",
-            remedy=_REMEDY,
-        )
+    entries = entries_in(stream, size, where=where)
+    return {
+        name: TensorRef(name, file, each.dtype, each.shape, each.start, each.end, state=state) for name, each in entries.items()
+    }
 
 
 @dataclass(frozen=True)
