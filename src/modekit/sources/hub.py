@@ -15,9 +15,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url, is_offline_mode, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_url,
+    hf_raise_for_status,
+    is_offline_mode,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,7 +35,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from modekit.errors import SourceError
 from modekit.files.typed import shortened
@@ -103,10 +110,11 @@ class Snapshot:
 
     def _bytes(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
         """Bytes [start, stop) of a file, fewer where it ends, and its size; no more is held, whatever is sent."""
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
         url, found = hf_hub_url(self.name, name, revision=self.commit), bytearray()
-        how: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2, "retry_on_exceptions": ()}
-        with http_stream_backoff("GET", url, headers=headers, **how) as response:
+        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
             hf_raise_for_status(response)
             is_part = response.status_code == 206
             said = response.headers.get("Content-Range", "").rpartition("/")[2]
