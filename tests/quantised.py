@@ -189,6 +189,30 @@ def quantise(folder: Path, out: Path, form: str) -> Tensors:
     return stands
 
 
+K_SCALES = {
+    "Q2_K": {80: 4e-3, 82: 6e-3},
+    "Q3_K": {108: 1.5e-3},
+    "Q4_K": {0: 2e-4, 2: 1.6e-3},
+    "Q5_K": {0: 1e-4, 2: 1.6e-3},
+    "Q6_K": {208: 5e-5},
+}
+"""Of types that the gguf package reads and does not write: the floats in a block, by their place. All else may be anything."""
+
+
+def blocks_of(array: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """An array in a GGUF type; of those that nobody writes here, blocks of other numbers."""
+    import gguf
+
+    quant = gguf.GGMLQuantizationType[kind]
+    if kind not in K_SCALES:
+        return np.asarray(gguf.quantize(array, quant))
+    size, nbytes = gguf.GGML_QUANT_SIZES[quant]
+    blocks = np.random.default_rng(array.size).integers(0, 256, (array.size // size, nbytes), dtype=np.uint8)
+    for place, scale in K_SCALES[kind].items():
+        blocks[:, place : place + 2] = np.full(1, scale, np.float16).view(np.uint8)
+    return blocks.reshape(len(array), -1)
+
+
 def write_gguf(folder: Path, file: Path, kind: str = "Q8_0") -> Path:
     """A Llama folder as GGUF, as llama.cpp's converter writes it: the rows of queries and keys in pairs."""
     import gguf
@@ -224,7 +248,7 @@ def write_gguf(folder: Path, file: Path, kind: str = "Q8_0") -> Path:
             array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         small = array.ndim == 1 or array.shape[-1] % block
         of = gguf.GGMLQuantizationType.F32 if small else quant
-        data = np.ascontiguousarray(array) if small else gguf.quantize(np.ascontiguousarray(array), quant)
+        data = np.ascontiguousarray(array) if small else blocks_of(np.ascontiguousarray(array), kind)
         writer.add_tensor(found, data, raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

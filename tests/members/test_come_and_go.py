@@ -274,7 +274,7 @@ def test_no_hub_is_asked_for_an_expert_that_stays(shop: Workshop, tmp_path: Path
     def asked(*_args: object, **_options: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("modekit.sources.hub.download", asked)
+    monkeypatch.setattr("modekit.sources.hub.snapshot_download", asked)
     assert write_change(out, remove_expert(out, "medicine"), tmp_path / "removed").names == ["law", "code"]
 
 

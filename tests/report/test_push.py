@@ -158,6 +158,15 @@ def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: 
             push(pack(open_checkpoint(out), ask_hub=False), "a/b")
 
 
+@pytest.mark.parametrize(
+    "repo", ["a/b/c", "me/", "/mine", "me/a b", "me/a--b", "./out", "https://hub.example/me/mine", "x" * 97]
+)
+def test_a_name_that_no_repository_has_is_refused_before_anything_is_read(tmp_path: Path, repo: str) -> None:
+    for more in ((), ("--dry-run",)):
+        said = refuse("push", tmp_path, repo, *more)
+        assert "not a name of a repository" in said and repo in said and "OWNER/NAME" in said
+
+
 def refuse_push(out: Path) -> str:
     """The message alone: the table of what would go stands on the standard output."""
     import contextlib

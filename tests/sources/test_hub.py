@@ -1,98 +1,251 @@
-"""Hub ids, against a hub that lives in a folder: the functions of huggingface_hub are replaced, their contracts kept."""
+"""Hub ids, against a stand-in server: what it is asked for, what comes to this disk, and what is said when it refuses."""
 
 from __future__ import annotations
 
-import fnmatch
+import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from huggingface_hub import constants
 
-import modekit.sources.hub as hub
 from adapter_folders import write_adapter
-from conftest import Workshop
+from conftest import Workshop, save, tiny_model
+from modekit.building.build import build
+from modekit.building.verify import verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.checkpoint.sources import source_state, why_not
+from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
-from modekit.sources.model import read_header
+from quantised import quantise, write_gguf
+from stand_in_hub import COMMIT, StandIn, point_at, serving
 
 
 @pytest.fixture
-def folder_hub(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`acme/law` is workshop/law; its snapshots go to tmp_path/cache."""
-    remote = workshop.root / "law"
-
-    def snapshot_download(spec: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert (spec, revision) == ("acme/law", "v1")
-        cache = tmp_path / "cache"
-        cache.mkdir(exist_ok=True)
-        for file in remote.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, cache)
-        return str(cache)
-
-    def get_safetensors_metadata(spec: str, *, revision: str | None) -> Any:
-        refs = read_header(remote / "model.safetensors", where="hub")
-        infos = {
-            name: TensorInfo(dtype=ref.dtype, shape=list(ref.shape), data_offsets=(ref.start, ref.end))  # type: ignore[arg-type]
-            for name, ref in refs.items()
-        }
-        header = SafetensorsFileMetadata(metadata={}, tensors=infos)
-        return SafetensorsRepoMetadata(
-            metadata=None, sharded=False, weight_map={}, files_metadata={"model.safetensors": header}
-        )
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(hub, "get_safetensors_metadata", get_safetensors_metadata)
-    return tmp_path / "cache"
+def hub(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """`acme/law` and `acme/base` are the workshop's in shards, `acme/law-lora` is an adapter of the base."""
+    remote = tmp_path / "remote"
+    for seed, name in enumerate(("base", "law")):
+        save(tiny_model(seed=2 * seed), remote / name, max_shard_size="30KB")
+    write_adapter(remote / "law-lora")
+    repos = {f"acme/{path.name}": path for path in remote.iterdir()}
+    with serving(StandIn(repos=repos)) as found:
+        point_at(found.url, tmp_path / "cache", monkeypatch)
+        yield found
 
 
-@pytest.fixture
-def adapter_hub(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`acme/law-lora` is an adapter of workshop/base."""
-    remote, cache = write_adapter(tmp_path / "remote"), tmp_path / "cache"
-    cache.mkdir()
-
-    def snapshot_download(spec: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        for file in remote.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, cache)
-        return str(cache)
-
-    def parse_safetensors_file_metadata(spec: str, file: str, *, revision: str | None) -> SafetensorsFileMetadata:
-        refs = read_header(remote / file, where="hub")
-        infos = {
-            name: TensorInfo(dtype=ref.dtype, shape=list(ref.shape), data_offsets=(ref.start, ref.end))  # type: ignore[arg-type]
-            for name, ref in refs.items()
-        }
-        return SafetensorsFileMetadata(metadata={}, tensors=infos)
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(hub, "parse_safetensors_file_metadata", parse_safetensors_file_metadata)
-    return cache
+def write(workshop: Workshop, law: dict[str, Any], **changes: Any) -> Path:
+    return workshop.write(experts=[{"name": "law", **law}, {"name": "code", "model": "./code"}], **changes)
 
 
-def test_a_plan_downloads_no_adapter(workshop: Workshop, adapter_hub: Path) -> None:
-    experts = [{"name": "law", "adapter": "acme/law-lora"}, {"name": "code", "model": "./code"}]
-    recipe = load_recipe(workshop.write(experts=experts))
+def refused(workshop: Workshop, law: dict[str, Any], **changes: Any) -> str:
+    with pytest.raises(SourceError) as error:
+        make_plan(load_recipe(write(workshop, law, **changes)), workshop.root, headers_only=True)
+    return str(error.value)
+
+
+def test_a_plan_reads_headers_alone_and_says_what_the_build_will_do(workshop: Workshop, hub: StandIn, tmp_path: Path) -> None:
+    recipe = load_recipe(write(workshop, {"model": "acme/law", "revision": "v1"}))
     remote = summarise(make_plan(recipe, workshop.root, headers_only=True))
-    assert not list(adapter_hub.glob("*.safetensors"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not hub.whole() & weights(hub, "acme/law")
+    assert remote.bytes["download"] == sum((hub.repos["acme/law"] / name).stat().st_size for name in with_ffn(hub))
     local = summarise(make_plan(recipe, workshop.root))
-    assert list(adapter_hub.glob("*.safetensors"))
-    assert remote.model_copy(update={"disk": local.disk}) == local  # free space moves
+    assert "download" not in local.bytes
+    bytes_ = {**local.bytes, "download": remote.bytes["download"]}
+    assert remote == local.model_copy(update={"disk": remote.disk, "bytes": bytes_})  # free space moves
 
 
-def recipe_with_hub_expert(workshop: Workshop) -> Path:
-    experts = [{"name": "law", "model": "acme/law", "revision": "v1"}, {"name": "code", "model": "./code"}]
-    return workshop.write(experts=experts)
+def test_a_plan_downloads_no_adapter(workshop: Workshop, hub: StandIn) -> None:
+    recipe = load_recipe(write(workshop, {"adapter": "acme/law-lora"}))
+    plan = make_plan(recipe, workshop.root, headers_only=True)
+    assert not hub.whole() & weights(hub, "acme/law-lora") and plan.bytes_downloaded
+    local = make_plan(recipe, workshop.root)
+    assert hub.whole() >= weights(hub, "acme/law-lora") and not local.bytes_downloaded
+    assert local.sources[1].revision == COMMIT
 
 
-def test_a_plan_downloads_no_weights_and_says_what_the_build_will_do(workshop: Workshop, folder_hub: Path) -> None:
-    recipe = load_recipe(recipe_with_hub_expert(workshop))
-    remote = summarise(make_plan(recipe, workshop.root, headers_only=True))
-    assert not list(folder_hub.glob("*.safetensors"))
-    local = summarise(make_plan(recipe, workshop.root))
-    assert list(folder_hub.glob("*.safetensors"))
-    assert remote.model_copy(update={"disk": local.disk}) == local  # free space moves
+def weights(hub: StandIn, name: str) -> set[str]:
+    """Its weight files, as the log names them."""
+    return {f"{name}/{path.name}" for path in hub.repos[name].glob("*.safetensors")}
+
+
+def with_ffn(hub: StandIn) -> set[str]:
+    """Shards of `acme/law` that hold something of an FFN."""
+    index = json.loads((hub.repos["acme/law"] / "model.safetensors.index.json").read_text())["weight_map"]
+    return {file for name, file in index.items() if "mlp" in name}
+
+
+def test_a_build_from_the_hub_is_that_from_folders(workshop: Workshop, hub: StandIn, tmp_path: Path) -> None:
+    """Base, expert and adapter; the record names the commit, at which the mixture can be built again."""
+    experts = [{"name": "law", "model": "acme/law"}, {"name": "lora", "adapter": "acme/law-lora"}]
+    recipe = load_recipe(workshop.write(base_model="acme/base", experts=experts))
+    out = build(make_plan(recipe, workshop.root), tmp_path / "out")
+    assert [source.revision for source in out.record.sources] == [COMMIT] * 3
+    hub.revisions["main"] = "0" * 40  # it moves on: the checkpoint's stays
+    assert {check.verdict for check in verify(open_checkpoint(out.folder), reload=False)} == {"proven"}
+
+    folders = {name: str(folder) for name, folder in hub.repos.items()}
+    local = [{"name": "law", "model": folders["acme/law"]}, {"name": "lora", "adapter": folders["acme/law-lora"]}]
+    recipe = load_recipe(workshop.write(base_model=folders["acme/base"], experts=local))
+    own = build(make_plan(recipe, workshop.root), tmp_path / "own")
+    for path in own.folder.glob("model-*.safetensors"):
+        assert path.read_bytes() == (out.folder / path.name).read_bytes(), path.name
+
+
+def test_a_shard_of_which_nothing_is_needed_stays_on_the_hub(workshop: Workshop, hub: StandIn, tmp_path: Path) -> None:
+    """Of an expert the FFNs alone are mixed."""
+    needed = with_ffn(hub)
+    spared = {Path(name).name for name in weights(hub, "acme/law")} - needed
+    assert spared
+    recipe = load_recipe(write(workshop, {"model": "acme/law"}))
+    out = build(make_plan(recipe, workshop.root), tmp_path / "out")
+    assert {Path(name).name for name in hub.whole() & weights(hub, "acme/law")} == needed
+    record = out.record.sources[out.record.expert_sources[0]]
+    assert {name for name, file in record.files.items() if not file.blake3} == spared
+    assert {check.verdict for check in verify(open_checkpoint(out.folder), reload=False)} == {"proven"}
+    reason = why_not(out, 0)
+    assert reason is not None and f"hf download acme/law --revision {COMMIT}" in reason
+    for name in spared:
+        shutil.copy(hub.repos["acme/law"] / name, out.source_folder(record) / name)
+    assert source_state(out, out.record.expert_sources[0]).is_as_recorded
+
+
+def test_a_cut_download_goes_on_where_it_was(workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    file = "acme/law-lora/adapter_model.safetensors"
+    hub.cut[file] = 1_000
+    make_plan(load_recipe(write(workshop, {"adapter": "acme/law-lora"})), workshop.root)
+    assert [span for method, name, span in hub.log if (method, name) == ("GET", file)][1:] == ["", "1000-"]
+
+
+def test_other_bytes_than_the_hub_states_are_refused_and_not_kept(workshop: Workshop, hub: StandIn, tmp_path: Path) -> None:
+    file = "acme/law-lora/adapter_model.safetensors"
+    recipe, own = load_recipe(write(workshop, {"adapter": "acme/law-lora"})), hub.repos["acme/law-lora"] / Path(file).name
+    hub.other[file] = own.read_bytes()[:-4] + b"\0\0\1\0"
+    with pytest.raises(SourceError, match="not what the hub says it is"):
+        make_plan(recipe, workshop.root)
+    assert not list((tmp_path / "cache").rglob("adapter_model.safetensors"))
+    hub.other.clear()
+    make_plan(recipe, workshop.root)
+
+
+def test_without_a_network_what_was_built_is_built_again(
+    workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write(workshop, {"adapter": "acme/law-lora"}))
+    make_plan(recipe, workshop.root)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.log)
+    make_plan(recipe, workshop.root)
+    assert len(hub.log) == asked
+    said = refused(workshop, {"model": "acme/law"})
+    assert "HF_HUB_OFFLINE" in said and "hf download acme/law" in said
+
+
+def test_without_a_network_a_shard_that_stayed_there_does_not_matter(
+    workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write(workshop, {"model": "acme/law"}))
+    plan = make_plan(recipe, workshop.root)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert make_plan(recipe, workshop.root).digest() == plan.digest()
+
+
+@pytest.mark.parametrize("form", ["nf4", "compressed"])
+def test_a_quantised_model_is_planned_without_its_weights(workshop: Workshop, hub: StandIn, tmp_path: Path, form: str) -> None:
+    """What its weights say of their shapes is read where they lie."""
+    quantise(workshop.root / "law", tmp_path / "packed", form)
+    hub.repos["acme/packed"] = tmp_path / "packed"
+    recipe = load_recipe(write(workshop, {"model": "acme/packed"}))
+    remote = make_plan(recipe, workshop.root, headers_only=True)
+    assert not hub.whole() & weights(hub, "acme/packed") and remote.bytes_downloaded
+    local = make_plan(load_recipe(write(workshop, {"model": str(tmp_path / "packed")})), workshop.root)
+    assert [tensor.shape for tensor in remote.tensors] == [tensor.shape for tensor in local.tensors]
+
+
+@pytest.mark.parametrize("spec", ["acme/odd/tiny.gguf", "acme/odd/sub/tiny.gguf"])
+def test_a_gguf_file_of_a_repository(workshop: Workshop, hub: StandIn, tmp_path: Path, spec: str) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / spec.removeprefix("acme/")
+    file.parent.mkdir(parents=True)
+    save(tiny_model(seed=7), tmp_path / "plain")
+    write_gguf(tmp_path / "plain", file, "Q8_0")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the converted one is another
+        (workshop.root / "base" / name).unlink()
+    hub.repos["acme/odd"] = tmp_path / "odd"
+    recipe = write(workshop, {"model": spec})
+    for headers_only in (True, False):
+        plan = make_plan(load_recipe(recipe), workshop.root, headers_only=headers_only)
+        assert plan.sources[1].revision == COMMIT and "GGUF" in plan.sources[1].packed
+    said = refused(workshop, {"model": "acme/odd/other.gguf"})
+    assert "no such file" in said and "name one, like acme/odd/" in said
+
+
+def test_a_hub_that_sends_no_parts_of_files(workshop: Workshop, hub: StandIn) -> None:
+    """A mirror may pass over what range is asked for; of what it sends then no more is read than the header."""
+    hub.sends_parts = False
+    recipe = load_recipe(write(workshop, {"adapter": "acme/law-lora"}))
+    assert make_plan(recipe, workshop.root, headers_only=True).bytes_downloaded
+
+
+def _gated(hub: StandIn) -> None:
+    hub.refuse["acme/law"] = (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted"})
+
+
+def _token(hub: StandIn) -> None:
+    hub.refuse["acme/law"] = (401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+
+
+def _forbidden(hub: StandIn) -> None:
+    hub.refuse["acme/law"] = (403, {"X-Error-Message": "Not in your plan"})
+
+
+def _broken(hub: StandIn) -> None:
+    hub.refuse["acme/law"] = (418, {})
+
+
+@pytest.mark.parametrize(
+    ("arrange", "law", "words"),
+    [
+        (_gated, {"model": "acme/law"}, ["gated", "hf auth login", "HF_TOKEN"]),
+        (_token, {"model": "acme/law"}, ["does not accept your token", "hf auth login"]),
+        (_broken, {"model": "acme/law"}, ["answers with an error (418)", "try again"]),
+        (lambda _: None, {"model": "acme/lwa"}, ["no repository of that name", "acme/law", "hf auth login"]),
+        (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["no such revision", "v9"]),
+        (lambda _: None, {"model": "acme/law-lora"}, ["an adapter, not a full model", "adapter:"]),
+        (_forbidden, {"model": "acme/law"}, ["does not accept your token", "Not in your plan"]),
+    ],
+)
+def test_what_the_hub_refuses_is_one_message(
+    workshop: Workshop, hub: StandIn, arrange: Callable[[StandIn], None], law: dict[str, Any], words: list[str]
+) -> None:
+    arrange(hub)
+    said = refused(workshop, law)
+    assert not [word for word in words if word not in said], said
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["pytorch_model.bin", "modeling_x.py"], ["pickled", "pytorch_model.bin"]),
+        (["x-Q4_K_M.gguf", "x-Q8_0.gguf"], ["GGUF", "x-Q8_0.gguf", "acme/odd/x-Q4_K_M.gguf"]),
+        (["notes.txt"], ["no weights that modekit reads"]),
+    ],
+)
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_repository_without_safetensors_says_what_it_has(
+    workshop: Workshop, hub: StandIn, tmp_path: Path, names: list[str], words: list[str], configured: bool
+) -> None:
+    hub.repos["acme/odd"] = odd = tmp_path / "odd"
+    odd.mkdir()
+    for name in names:
+        (odd / name).write_bytes(b"x")
+    if configured:
+        shutil.copy(hub.repos["acme/law"] / "config.json", odd)
+    said = refused(workshop, {"model": "acme/odd"})
+    assert not [word for word in words if word not in said], said
+    assert not hub.whole() & {f"acme/odd/{name}" for name in names}

@@ -28,7 +28,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
 from modekit.weights.stored import Stored
-from quantised import FORMS, quantise, write_gguf
+from quantised import FORMS, K_SCALES, quantise, write_gguf
 from rounding import assert_close
 
 RANDOM = {"method": "routing", "top_k": 1, "router": {"fit": "random"}}
@@ -138,12 +138,25 @@ def test_an_adapter_over_a_quantised_base(tmp_path: Path, ids: torch.Tensor) -> 
     forced_is_own(tmp_path, recipe_of({"still": "base", "code": "./code"}, dtype="float32"), own, ids)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16", "F32"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Q8_0",
+        "Q4_0",
+        "Q5_1",
+        "F16",
+        "F32",
+        "Q4_K",
+        "Q6_K",
+        *(pytest.param(f"Q{bits}_K", marks=pytest.mark.slow) for bits in (2, 3, 5)),
+    ],
+)
 def test_gguf(kind: str, tmp_path: Path, ids: torch.Tensor) -> None:
     """A file's mixture, forced on the file's own expert, is the model that transformers dequantises."""
     pytest.importorskip("gguf")
     for seed, name in enumerate(("base", "law")):
-        save(tiny_model(seed=seed, intermediate_size=64, num_hidden_layers=2), tmp_path / name)
+        sizes = {"hidden_size": 256, "intermediate_size": 256} if kind in K_SCALES else {"intermediate_size": 64}
+        save(tiny_model(seed=seed, num_hidden_layers=2, **sizes), tmp_path / name)
         write_gguf(tmp_path / name, tmp_path / f"{name}.gguf", kind)
     base, law = (
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=f"{name}.gguf", dtype=torch.float32).eval()

@@ -30,6 +30,8 @@ _MOST_THREADS = 4
 class Inspector:
     """Threads that start at once; `finish` helps them and gives what was found, `stop` ends them early.
 
+    A file that stayed on the hub, as nothing of it is needed, has no hash.
+
     `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
     from which something is taken again, and they must be what they were.
     """
@@ -37,7 +39,8 @@ class Inspector:
     def __init__(self, plan: Plan, stage: Staging, known: Mapping[Path, str] = {}) -> None:
         self._plan, self._stage, self._known = plan, stage, known
         self._halt = threading.Event()
-        self._files = deque((file, refs) for file, refs in self._used_refs().items() if refs or file not in known)
+        unread = {*known, *(file for file, state in plan.source_states.items() if state is None)}
+        self._files = deque((file, refs) for file, refs in self._used_refs().items() if refs or file not in unread)
         self._hashes = {str(file): digest for file, digest in known.items()}
         count = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1, len(self._files)))
         self._threads = ThreadPoolExecutor(count, "inspector")
@@ -57,7 +60,7 @@ class Inspector:
             self._run()
             for inspection in self._inspections:
                 inspection.result()
-            return {str(file): self._hashes[str(file)] for file in self._plan.source_states}
+            return {str(file): self._hashes.get(str(file), "") for file in self._plan.source_states}
         finally:
             self.stop()
 

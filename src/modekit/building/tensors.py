@@ -22,7 +22,8 @@ from modekit.errors import SourceError
 from modekit.planning.pieces import CarriedPart, Factor, MeasuredColumn, Pad, Piece, PlannedTensor, some_rows
 from modekit.planning.plan import Plan
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ITEMSIZE, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import TensorRef
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.few_bits import codes_of, steps_of
 from modekit.weights.folding import Folded, folded_bias, reader

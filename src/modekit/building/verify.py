@@ -47,7 +47,7 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
     """
     checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
     try:
-        plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root, run=run)
+        plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None
@@ -85,13 +85,14 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
     for source in checkpoint.record.sources:
         folder = checkpoint.source_folder(source)
         name = f"source {source.label}"
-        gone = [file for file in source.files if not (folder / file).exists()]
+        read = {file: expected for file, expected in source.files.items() if expected.blake3}
+        gone = [file for file in read if not (folder / file).exists()]
         if gone:
             yield Check(name, "not possible", f"no longer at {folder}")
             continue
         changed = []
         try:
-            for file, expected in source.files.items():
+            for file, expected in read.items():
                 path, progress = folder / file, partial(run.progress, name)
                 if path.stat().st_size != expected.size or blake3_of(path, progress) != expected.blake3:
                     changed.append(file)
@@ -102,7 +103,7 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
-            yield Check(name, "proven", f"{len(source.files)} files, blake3 as recorded")
+            yield Check(name, "proven", f"{len(read)} files, blake3 as recorded")
 
 
 def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:

@@ -41,7 +41,8 @@ from modekit.planning.shapes import Shape, open_shape
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Config, whole
-from modekit.sources.model import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
 

@@ -36,7 +36,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A source file as it was when it was read."""
+    """A source file as it was when it was read; one that stayed on the hub, as nothing of it was needed, has no hash."""
 
     size: Count
     blake3: Digest
@@ -243,6 +243,11 @@ class MixtureRecord(_Record):
     history: list[Change] = []
     tokens: TokensRecord | None = None
 
+    @property
+    def pinned_recipe(self) -> Recipe:
+        """The recipe at the commits that its models on the hub had."""
+        return self.recipe.at(*(self.sources[place].revision for place in (0, *self.expert_sources)))
+
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:
         numbers = self.expert_sources
@@ -303,11 +308,15 @@ def _tokens_record(plan: Plan) -> TokensRecord | None:
     return TokensRecord(tokenizer=tokenizer.number, eos=list(tokenizer.eos), written=sorted(tokenizer.written))
 
 
+def _size(source: ModelSource, file: Path) -> int:
+    return source.absent[file] if file in source.absent else file.stat().st_size
+
+
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
     if known is not None:
         files, config = known.files, known.config
     else:
-        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
+        files = {file.name: FileRecord(size=_size(source, file), blake3=hashes[str(file)]) for file in source.files}
         config = settings_digest(source.written_config)
     folder = os.path.relpath(source.folder, out)
     return SourceRecord(

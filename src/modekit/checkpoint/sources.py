@@ -35,17 +35,25 @@ class SourceState:
         folder: where it lay.
         is_there: whether there is still such a folder.
         changed: what is no longer as it was recorded: a file, or a few words; empty: nothing.
+        on_hub: weight files that the build did not need, and that are not on this disk.
     """
 
     record: SourceRecord
     folder: Path
     is_there: bool
     changed: str = ""
+    on_hub: tuple[str, ...] = ()
 
     @property
     def is_as_recorded(self) -> bool:
         """Whether it may stand for what is in the mixture."""
-        return self.is_there and not self.changed
+        return self.is_there and not self.changed and not self.on_hub
+
+    @property
+    def to_download(self) -> str:
+        """How to get what stayed on the hub."""
+        get = f"hf download {self.record.spec} --revision {self.record.revision}"
+        return f"{self.record.label}: {', '.join(self.on_hub)} stayed on the hub, as no build needs it; `{get}` brings it"
 
     @property
     def said(self) -> str:
@@ -59,6 +67,9 @@ def source_state(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> Sou
     folder = checkpoint.source_folder(record)
     if not folder.is_dir():
         return SourceState(record, folder, is_there=False)
+    on_hub = tuple(name for name, file in record.files.items() if not (file.blake3 or (folder / name).exists()))
+    if on_hub:
+        return SourceState(record, folder, is_there=True, on_hub=on_hub)
     try:
         changed = next(chain(changed_settings(record, folder), _changed_weights(record, folder, run)), "")
     except SourceError as error:
@@ -91,7 +102,8 @@ def _changed_weights(record: SourceRecord, folder: Path, run: Run) -> Iterator[s
     yield from sorted({file.name for file in there}.symmetric_difference(record.files))
     progress = partial(run.progress, f"look at {record.label}")
     for name, expected in record.files.items():
-        if (folder / name).stat().st_size != expected.size or known_blake3(folder / name, progress) != expected.blake3:
+        is_other = bool(expected.blake3) and known_blake3(folder / name, progress) != expected.blake3
+        if is_other or (folder / name).stat().st_size != expected.size:
             yield name
 
 
@@ -111,4 +123,6 @@ def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> 
             break
     if not state.is_there:
         return GONE
+    if state.on_hub:
+        return state.to_download
     return f"{state.said} has changed since the mixture was built: {PUT_BACK}" if state.changed else None

@@ -58,8 +58,9 @@ def push(
 ) -> None:
     """Upload the mixture to the hub, without router statistics and local paths."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.push import pack, push
+    from modekit.report.push import check_repo, pack, push
 
+    check_repo(repo)
     parcel = pack(open_checkpoint(resolved(checkpoint)), ask_hub=not dry_run)
     print_parcel(parcel, repo)
     if not dry_run:

@@ -54,6 +54,7 @@ def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[st
         notes.append(f"rows left out because their models are no longer where the recipe found them: {', '.join(missing)}")
     if changed:
         notes.append(f"rows left out because their models have changed since the build: {', '.join(changed)}; {PUT_BACK}")
+    notes += [f"row left out: {state.to_download}" for state in states if state.on_hub]
     if checkpoint.record.recipe.mixture.weights is not None:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
     return [*_source_jobs(checkpoint, states, run), *_mixture_jobs(checkpoint, run)], notes

@@ -2,6 +2,7 @@
 
     CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
     CACHE/proven/<sha256>                what was proven here; the name says it all
+    CACHE/headers/<sha256>               a weight file's header on the hub, at one commit; the name says which
     CACHE/gguf/<sha256>/                 config and tokenizer of a GGUF file (sources/gguf_model.py)
 
 CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from modekit.files.read import UNREADABLE, FileState
+from modekit.files.read import UNREADABLE, FileState, read_bytes
 from modekit.files.typed import Digest, read_as
 from modekit.files.write import json_bytes, make_folder, remove, write_file
 
@@ -77,6 +78,21 @@ def is_proven_here(what: str) -> bool:
         return False
 
 
+def keep_header(what: str, content: bytes) -> None:
+    """Keep the header of a file that is elsewhere and never changes."""
+    with suppress(OSError, RuntimeError):
+        if not _header_file(what).exists():
+            _write(_header_file(what), content)
+
+
+def known_header(what: str) -> bytes | None:
+    """The same; None where it is not known."""
+    try:
+        return read_bytes(_header_file(what), 2**26)
+    except (*UNREADABLE, RuntimeError):
+        return None
+
+
 def cached_folder(name: str) -> Path:
     """A folder of the cache, which is this user's alone. Raises OSError, and RuntimeError where the user has no home."""
     folder = _own_folder(name)
@@ -92,6 +108,10 @@ def _digest_file(path: Path) -> Path:
 
 def _proven_file(what: str) -> Path:
     return _own_folder("proven") / hashlib.sha256(what.encode()).hexdigest()
+
+
+def _header_file(what: str) -> Path:
+    return _own_folder("headers") / hashlib.sha256(what.encode()).hexdigest()
 
 
 def _own_folder(name: str) -> Path:

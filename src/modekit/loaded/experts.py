@@ -61,7 +61,7 @@ def load_recorded(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> Pr
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     model = load_expert(base, folder, run=run)
     if record.tokens is not None:
-        sources = make_plan(record.recipe, checkpoint.recipe_root, run=run).sources
+        sources = make_plan(record.pinned_recipe, checkpoint.recipe_root, run=run).sources
         give_rows(model, [*dict.fromkeys(sources)][place], sources[0])
     return model
 

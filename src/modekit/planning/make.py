@@ -40,11 +40,21 @@ Layout = NativeLayout | ModekitLayout
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    With `headers_only` models on the hub are not downloaded; such a plan can be shown but not built.
+    Of models on the hub those weight files are downloaded that a build reads; with `headers_only` none: such a plan can be
+    shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    return plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=headers_only), run=run)
+    plan = plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run)
+    on_hub = [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
+    if headers_only or not on_hub:
+        return plan
+    from modekit.sources.hub import fetch  # its import takes longer than a whole local plan
+
+    for source in on_hub:
+        fetch(source, plan.read_files.intersection(source.files), run=run)
+    pinned = recipe.at(*(source.revision for source in plan.sources))
+    return plan_of(recipe, root, open_recipe_sources(pinned, root, run=run, headers_only=True), run=run)
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:

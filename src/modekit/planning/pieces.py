@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from modekit.sources.adapter import AdapterSource, Change, LowRank
-from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.rows import RowsRef, is_joined, rows_of, stored_refs
 from modekit.weights.few_bits_size import bytes_of_codes
 

@@ -24,7 +24,8 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import Family, whole
-from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import (
     HEAD,
     LOGITS_BIAS,

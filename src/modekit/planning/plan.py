@@ -18,6 +18,8 @@ from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
 from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.compatibility import copies_of
 from modekit.sources.family import Config, Family, architecture_of, whole
 from modekit.sources.model import ModelSource
 from modekit.sources.vocabulary import Vocabulary
@@ -122,6 +124,23 @@ class Plan:
     def source_states(self) -> dict[Path, FileState | None]:
         """Every weight file of the sources, and its state when its header was read."""
         return {file: source.states[file] for source in self.sources for file in source.files}
+
+    @cached_property
+    def read_files(self) -> frozenset[Path]:
+        """Weight files of which a build reads something: all, where it compares whole models."""
+        compares = bool(self.shape.channels and self.shape.channels.carry)
+        if compares or any(expert.budget is not None for expert in self.recipe.experts):
+            return frozenset(self.source_states)
+        refs = [ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs]
+        for source in (each for each in self.sources if not isinstance(each, AdapterSource)):
+            refs += [source.tensor(name) for pair in copies_of(source, self.family).items() for name in pair]
+        return frozenset(part.file for ref in refs for part in ref.parts)
+
+    @property
+    def bytes_downloaded(self) -> int:
+        """Of the files on the hub that it reads, those that are not on this disk yet."""
+        absent = {file: size for source in self.sources for file, size in source.absent.items()}
+        return sum(size for file, size in absent.items() if file in self.read_files)
 
     @property
     def bytes_written(self) -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from modekit.planning.pieces import Piece, PlannedTensor, Shard, joined
 from modekit.planning.plan import Plan, Reused
-from modekit.sources.model import ITEMSIZE, ModelSource, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import ModelSource, TensorRef
 
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""

@@ -56,7 +56,7 @@ class PlanSummary(_Figures):
 
     Attributes:
         tensors: their number in all, and by the operation that makes them.
-        bytes: read, written, and of statistics.
+        bytes: read, written, of statistics, and to download first.
         parameters, memory: as `Plan` has them.
         disk: needed and free.
         fit: None where the router is set without text.
@@ -113,7 +113,8 @@ def summary(plan: Plan) -> PlanSummary:
         dtype=str(plan.config["dtype"]),
         tensors={"total": len(plan.tensors), **operations},
         shards=len(plan.shards) + 1,
-        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
+        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics}
+        | ({"download": plan.bytes_downloaded} if plan.bytes_downloaded else {}),
         parameters=plan.parameters(),
         disk={"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
         memory=plan.memory(),

@@ -283,6 +283,12 @@ class Recipe(Strict):
             fits = " or ".join(fits_with("negative_prompts"))
             yield f"'negative_prompts' have no effect without router: {{fit: {fits}}}; remove them"
 
+    def at(self, base: str | None, *experts: str | None) -> Recipe:
+        """The same at these revisions of the models on the hub; None: as it says."""
+        pairs = zip(self.experts, experts, strict=True)
+        pinned = [each.model_copy(update={"revision": said}) if said and not each.is_base else each for each, said in pairs]
+        return self.model_copy(update={"revision": base or self.revision, "experts": pinned})
+
     @property
     def names(self) -> list[str]:
         """Names of the experts in recipe order."""

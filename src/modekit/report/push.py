@@ -105,6 +105,14 @@ def _check_links(folder: Path) -> None:
             )
 
 
+def check_repo(repo: str) -> None:
+    """Raise OutputError where a repository on the hub cannot have this name; nobody is asked."""
+    from huggingface_hub import hf_hub_url
+
+    with _explained(repo):
+        hf_hub_url(repo, CARD_FILE)  # it checks the name
+
+
 def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
     """Make the repository if need be and upload everything in one commit; returns its address.
 
@@ -131,7 +139,11 @@ def _explained(repo: str) -> Iterator[None]:
         yield
     except HFValidationError:
         raise OutputError(
-            "not a name of a repository", where="REPO", found=repo, expected="NAME or OWNER/NAME", remedy="correct it"
+            "not a name of a repository",
+            where="REPO",
+            found=repo,
+            expected="NAME or OWNER/NAME of letters, digits and -_. (96 at most, no -- and .., none of -. first or last)",
+            remedy="correct it",
         ) from None
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise OutputError(

@@ -24,7 +24,7 @@ from modekit.sources.adapter_config import (
     read_adapter_config,
 )
 from modekit.sources.adapter_resolve import Resolution, peft_plain
-from modekit.sources.model import ModelSource, TensorRef, read_header
+from modekit.sources.model import Elsewhere, ModelSource, TensorRef, WeightFiles
 from modekit.sources.names import module_of
 from modekit.sources.wrappers import naming_of
 
@@ -112,8 +112,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists()
 
 
-def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revision: str | None = None) -> AdapterSource:
-    """Read an adapter folder as changes of a base model. Only headers are read.
+def open_adapter(
+    label: str,
+    spec: str,
+    folder: Path,
+    base: ModelSource,
+    *,
+    revision: str | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> AdapterSource:
+    """Read an adapter folder as changes of a base model. Only headers are read; where it lacks the weights, that `elsewhere`.
 
     Raises SourceError when the adapter is damaged or contradicts itself, MismatchError when it is not for this base, and
     UnsupportedError when it does what no plain weight of the base can say.
@@ -121,16 +129,8 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
     parse_settings(config, where=where)
-    tensors = read_header(_weights_file(folder, where=where), where=where)
-    return adapter_of(label, spec, folder, base, tensors, revision=revision)
-
-
-def adapter_of(
-    label: str, spec: str, folder: Path, base: ModelSource, tensors: Mapping[str, TensorRef], *, revision: str | None = None
-) -> AdapterSource:
-    """An adapter by the config in a folder and the header of its weights, wherever these are. Raises as `open_adapter`."""
-    where = f"{label} ({spec})"
-    config = read_adapter_config(folder, where=where)
+    file = folder / WEIGHTS_FILE if elsewhere is not None else _weights_file(folder, where=where)
+    tensors = WeightFiles([file], where, elsewhere).tensors()
     naming = naming_of((peft_plain(name) for name in tensors), where=where)
     settings = parse_settings(config, where=where, naming=naming)
     resolved = Resolution(where, settings, base, tensors, naming)

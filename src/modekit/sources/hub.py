@@ -1,95 +1,321 @@
-"""Models on the hub: downloaded whole for a build, or read by their headers for a plan."""
+"""Models on the hub: weights are planned by their headers, and those that a build needs come into the hub's own cache.
+
+huggingface_hub does the work: it takes up a download that was cut, and knows tokens, mirrors and proxies. Only files of the
+kinds below are asked for: no code, nothing pickled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, parse_safetensors_file_metadata, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_url,
+    hf_raise_for_status,
+    is_offline_mode,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from modekit.errors import SourceError
+from modekit.files.typed import shortened
+from modekit.files.user_cache import is_proven_here, keep_header, keep_proven, known_header
+from modekit.files.write import remove
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, adapter_of, open_adapter
-from modekit.sources.model import ModelSource, TensorRef, open_source, source_of
-from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
+from modekit.sources.adapter_config import CONFIG_FILE
+from modekit.sources.contents import WeightFile
+from modekit.sources.header import LARGEST_HEADER
+from modekit.sources.model import (
+    INDEX_FILE,
+    SPECIALIST_FILE,
+    ModelSource,
+    TensorRef,
+    open_source,
+    tensors_in,
+    weight_files,
+)
+from modekit.sources.tokenizer import COPIED_FILES
 
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *_PROCESSORS, "README.md", "LICENSE*")
+_FIRST = 2**17  # bytes: nearly every header is shorter
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+_SIZE = re.compile(r"[0-9]{1,18}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
-def download(spec: str, revision: str | None, *, where: str) -> Path:
-    """The local folder of a hub model, downloaded when it is not in the cache. Raises SourceError."""
-    with _explained(where):
-        patterns = [
-            *_SMALL_FILES,
-            "model*.safetensors",
-            "adapter_model.safetensors",
-        ]  # not consolidated.safetensors, the same weights again
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit, and its folder in the hub's cache. Everything here raises SourceError."""
+
+    name: str
+    folder: Path
+    where: str
+
+    @classmethod
+    def of(cls, spec: str, revision: str | None, *, where: str, files: Iterable[str] = _SMALL_FILES) -> Snapshot:
+        """With these files of it on this disk."""
+        with _explained(spec, revision, where):
+            return cls(spec, Path(snapshot_download(spec, revision=revision, allow_patterns=list(files))), where)
+
+    @property
+    def commit(self) -> str:
+        """Its hash."""
+        return self.folder.name
+
+    def header(self, file: Path, *, where: str) -> dict[str, TensorRef]:
+        """Tensors of a weight file that stays on the hub."""
+        what = f"{self.name} {self.commit} {file.name}"
+        kept = known_header(what)
+        if kept is None:
+            with _explained(self.name, self.commit, self.where):
+                try:
+                    begin, size = self._bytes(file.name, 0, _FIRST)
+                    length = 8 + int.from_bytes(begin[:8], "little")
+                    if len(begin) < length <= size:
+                        begin, size = self._bytes(file.name, 0, min(length, LARGEST_HEADER + 8))
+                except EntryNotFoundError:
+                    raise self.no_weights(file.name) from None
+            kept = size.to_bytes(8, "little") + begin[:length]
+        size = int.from_bytes(kept[:8], "little")
+        found = tensors_in(io.BytesIO(kept[8:]), size, file, where=f"{where}: {file.name}")
+        keep_header(what, kept)
+        return found
+
+    def content(self, ref: TensorRef) -> bytes:
+        """The bytes of a small tensor of such a file."""
+        with _explained(self.name, self.commit, self.where):
+            return self._bytes(ref.file.name, ref.start, ref.end)[0]
+
+    def _bytes(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
+        """Bytes [start, stop) of a file, fewer where it ends, and its size; no more is held, whatever is sent."""
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        url, found = hf_hub_url(self.name, name, revision=self.commit), bytearray()
+        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            is_part = response.status_code == 206
+            said = response.headers.get("Content-Range", "").rpartition("/")[2]
+            size = said if is_part else response.headers.get("Content-Length", "")
+            if not _SIZE.fullmatch(size) or (start and not is_part):
+                raise OSError(f"it sends no part of {name}")
+            for chunk in response.iter_raw():
+                found += chunk[: stop - start - len(found)]
+                if len(found) == stop - start:
+                    break
+        return bytes(found), int(size)
+
+    def fetch(self, names: Iterable[str], *, run: Run = QUIET) -> None:
+        """Bring weight files to this disk and prove them by the sha256 that the hub states."""
+        wanted = sorted(names)
+        if not all((self.folder / name).exists() for name in wanted):
+            Snapshot.of(self.name, self.commit, where=self.where, files=map(escape, wanted))
+        for name in wanted:
+            _prove(self.folder / name, f"{self.where}: {name}", run)
+
+    def no_weights(self, name: str) -> SourceError:
+        """The error of a repository without a file; it says what there is in its place."""
+        names = HfApi().list_repo_files(self.name, revision=self.commit)
+        there = [each for each in names if each.endswith(_WEIGHTS)]
+        gguf = [each for each in there if each.endswith(".gguf")]
+        what, remedy = "the repository has no weights that modekit reads", "choose another repository or revision"
+        if name != WEIGHTS_FILE and not name.endswith(".gguf") and CONFIG_FILE in names:
+            what, remedy = "this is an adapter, not a full model", "name it as adapter: in place of model: in the recipe"
+        elif gguf:
+            named = name.endswith(".gguf")
+            what = "the repository has no such file" if named else "the repository holds GGUF files, of which each is a model"
+            remedy = f"name one, like {self.name}/{gguf[0]}"
+        elif any(each.endswith((".bin", ".pt", ".pth")) for each in there):
+            what = "the weights are pickled, which can run code when opened; modekit reads safetensors only"
+            remedy = "choose a revision with safetensors, or convert it once where you trust it and give the folder"
+        return SourceError(what, where=self.where, found=shortened(", ".join(there)) or None, expected=name, remedy=remedy)
 
 
-def open_hub_headers(label: str, spec: str, revision: str | None, *, run: Run = QUIET) -> ModelSource:
-    """A hub model by config and tensor headers alone; no weights are downloaded. Raises SourceError."""
+def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET) -> Path:
+    """The folder of a model or adapter of which every weight is on this disk. Raises SourceError."""
+    return _whole(spec, revision, where, run)[0]
+
+
+def _whole(spec: str, revision: str | None, where: str, run: Run) -> tuple[Path, str]:
+    """The same, and its commit. Of `org/name/file.gguf` the folder is modekit's own for that file."""
+    name, file = _parts(spec)
+    if file:
+        from modekit.sources.gguf_model import gguf_folder  # few models need it
+
+        found = Snapshot.of(name, revision, where=where, files=[escape(file)])
+        if not (found.folder / file).exists():
+            with _explained(spec, revision, where):
+                raise found.no_weights(file)
+        found.fetch([file], run=run)
+        return gguf_folder(found.folder / file, where=where), found.commit
+    found = Snapshot.of(name, revision, where=where)
+    is_adapter = (found.folder / CONFIG_FILE).exists()
+    files = [found.folder / WEIGHTS_FILE] if is_adapter else weight_files(found.folder, where=where, elsewhere=True)
+    if not all(file.exists() for file in files[:1]):
+        found.header(files[0], where=where)  # which says what there is where it is not
+    found.fetch([file.name for file in files], run=run)
+    return found.folder, found.commit
+
+
+def open_hub_model(label: str, spec: str, revision: str | None, *, whole: bool, run: Run = QUIET) -> ModelSource:
+    """A hub model by config and tensor headers; `whole`: with all weights on this disk. Raises as `open_source`."""
+    where, elsewhere = f"{label} ({spec})", None
+    if whole or _parts(spec)[1]:
+        folder, commit = _whole(spec, revision, where, run)
+    else:
+        elsewhere = Snapshot.of(spec, revision, where=where)
+        folder, commit = elsewhere.folder, elsewhere.commit
+        if not (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
+            with _explained(spec, revision, where):
+                raise elsewhere.no_weights("model.safetensors")
+    return open_source(label, spec, folder, revision=commit, run=run, elsewhere=elsewhere)
+
+
+def open_hub_adapter(
+    label: str, spec: str, base: ModelSource, revision: str | None, *, whole: bool, run: Run = QUIET
+) -> AdapterSource:
+    """The same of an adapter. Raises as `open_adapter`."""
     where = f"{label} ({spec})"
-    with _explained(where):
-        folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
-    if any(folder.glob("model*.safetensors")):
-        return open_source(label, spec, folder, revision=revision, run=run)
-    config = read_config(folder, where=where)
-    check_no_code(config, where=where, run=run)
-    if config.get("quantization_config"):  # some forms say only in the weights what shape they have
-        return open_source(label, spec, download(spec, revision, where=where), revision=revision, run=run)
-    with _explained(where):
-        metadata = get_safetensors_metadata(spec, revision=revision)
-    files = (_refs(folder / file, header.tensors) for file, header in metadata.files_metadata.items())
-    tensors = {name: ref for refs in files for name, ref in refs.items()}
-    return source_of(label, spec, folder, revision, config, tensors)
+    elsewhere = Snapshot.of(spec, revision, where=where)
+    if whole and (elsewhere.folder / CONFIG_FILE).exists():
+        _whole(spec, elsewhere.commit, where, run)
+    return open_adapter(label, spec, elsewhere.folder, base, revision=elsewhere.commit, elsewhere=elsewhere)
 
 
-def open_hub_adapter(label: str, spec: str, base: ModelSource, revision: str | None) -> AdapterSource:
-    """A hub adapter by its config and the header of its weights, which are not downloaded. Raises as `open_adapter`."""
-    where = f"{label} ({spec})"
-    with _explained(where):
-        folder = Path(snapshot_download(spec, revision=revision, allow_patterns=_SMALL_FILES))
-    if (folder / WEIGHTS_FILE).exists():
-        return open_adapter(label, spec, folder, base, revision=revision)
-    with _explained(where):
-        header = parse_safetensors_file_metadata(spec, WEIGHTS_FILE, revision=revision)
-    return adapter_of(label, spec, folder, base, _refs(folder / WEIGHTS_FILE, header.tensors), revision=revision)
+def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> None:
+    """Bring weight files of a model on the hub to this disk. Raises SourceError."""
+    name = _parts(source.spec)[0]
+    Snapshot(name, source.folder, f"{source.label} ({source.spec})").fetch([file.name for file in files], run=run)
 
 
-def _refs(file: Path, infos: Mapping[str, Any]) -> dict[str, TensorRef]:
-    """Tensors of a file by what the hub tells of its header (huggingface_hub's TensorInfo)."""
-    return {name: TensorRef(name, file, info.dtype, tuple(info.shape), *info.data_offsets) for name, info in infos.items()}
+def _parts(spec: str) -> tuple[str, str]:
+    """Repository, and the file in it if one is named."""
+    owner, name, *file = spec.split("/")
+    return f"{owner}/{name}", "/".join(file)
+
+
+def _prove(file: Path, where: str, run: Run) -> None:
+    """Raise SourceError, and remove a file of the cache, where it has another sha256 than the hub states; read once.
+
+    A file of the cache is a link to one that has this name. On systems without links its size was compared, and no more.
+    """
+    stated = file.readlink().name if file.is_symlink() else ""
+    if not _SHA256.fullmatch(stated):
+        return
+    opened, digest, done = WeightFile(file), hashlib.sha256(), 0
+    try:
+        proof = f"sha256 {stated} {opened.state}"
+        if is_proven_here(proof):
+            return
+        for chunk in opened.chunks(0, opened.state.size):
+            digest.update(chunk)
+            done += len(chunk)
+            run.progress("check the download", done, opened.state.size)
+    finally:
+        opened.close()
+    if digest.hexdigest() != stated:
+        remove(file.resolve())
+        remove(file)
+        raise SourceError(
+            "a downloaded file is not what the hub says it is",
+            where=where,
+            found=f"sha256 {digest.hexdigest()}",
+            expected=stated,
+            remedy="run the command again: the file was removed, and is downloaded anew",
+        )
+    keep_proven(proof)
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _explained(spec: str, revision: str | None, where: str) -> Iterator[None]:
+    """Turns whatever goes wrong between here and the hub into SourceError."""
     try:
         yield
-    except (RepositoryNotFoundError, HFValidationError):
-        raise SourceError(
-            "neither a folder nor a model on the hub",
-            where=where,
-            remedy="correct the path or the hub id (a private model needs a login)",
-        ) from None
-    except NotASafetensorsRepoError:
-        raise SourceError(
-            "the model on the hub has no safetensors weights", where=where, remedy="choose a revision with safetensors"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise SourceError(
-            "no such folder, and the hub cannot be reached for a model of that name",
-            where=where,
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            remedy="correct the path; or connect to the hub, or download the model elsewhere and give its folder",
-        ) from None
+    except SourceError:
+        raise
+    except HFValidationError as error:
+        remedy = "correct the path or the hub id (OWNER/NAME)"
+        raise SourceError("neither a folder nor a name on the hub", where=where, found=error, remedy=remedy) from None
+    except HfHubHTTPError as error:
+        raise _refused(error, spec, revision, where) from None
+    except Exception as error:
+        if not isinstance(error, OSError | EntryNotFoundError | ValueError) and not type(error).__module__.startswith("httpx"):
+            raise
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(error.__cause__, spec, revision, where) from None
+        raise _unreached(error, spec, where) from None
+
+
+def _refused(error: HfHubHTTPError, spec: str, revision: str | None, where: str) -> SourceError:
+    """The hub answered, but not with the file."""
+    logged_in = get_token() is not None
+    status, found = error.response.status_code, shortened(error.server_message or str(error).strip())
+    if isinstance(error, GatedRepoError):
+        what = "the repository is gated: its owner lets those read it who accept the terms"
+        remedy = f"accept them on its page on the hub{'' if logged_in else f', then log in ({_LOG_IN})'}"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = "no such folder, and the hub knows no repository of that name, or it is private"
+        found = f"logged in as {'somebody who may not read it' if logged_in else 'nobody'}"
+        remedy = f"correct the name{_near(spec)}; for a private repository log in as somebody who may read it ({_LOG_IN})"
+    elif isinstance(error, RevisionNotFoundError):
+        what, found = "the repository has no such revision", str(revision)
+        remedy = "give a branch, tag or commit of it, or remove revision"
+    elif status in (401, 403):
+        what, remedy = "the hub does not accept your token for this repository", f"log in again ({_LOG_IN})"
+    else:
+        what, remedy = f"the hub answers with an error ({status})", "try again later"
+    return SourceError(what, where=where, found=found, remedy=remedy)
+
+
+def _unreached(error: Exception, spec: str, where: str) -> SourceError:
+    """The hub did not answer, or must not be asked."""
+    if is_offline_mode():
+        what, remedy = "no such folder, and not all of that name is in the hub's cache", f"`hf download {_parts(spec)[0]}`"
+        remedy = f"correct the path; or unset HF_HUB_OFFLINE; or {remedy} where there is a network, and take the cache along"
+        return SourceError(what, where=where, found="HF_HUB_OFFLINE forbids to ask the hub", remedy=remedy)
+    found = shortened(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        remedy = "free space, or set HF_HOME to a folder of yours, and run the command again"
+        return SourceError("the hub's cache cannot be written", where=where, found=found, remedy=remedy)
+    if isinstance(error, OSError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
+        remedy = "run the command again, which goes on with what is there"
+        return SourceError("the hub does not send what it has", where=where, found=found, remedy=remedy)
+    return SourceError(
+        "no such folder, and the hub cannot be reached for a model of that name",
+        where=where,
+        found=found,
+        remedy="correct the path; or connect to the hub and run the command again, which goes on with what is there; or "
+        "download the model elsewhere and give its folder",
+    )
+
+
+def _near(spec: str) -> str:
+    """Names on the hub that are close to one, for a message; nothing where it does not say."""
+    with suppress(Exception):  # the message stands without them
+        owner, name = _parts(spec)[0].split("/")
+        found = [each.id for search in (name, owner) for each in HfApi().list_models(search=search, limit=20)]
+        close = get_close_matches(spec, dict.fromkeys(found), 3)
+        return f" (there is {' and '.join(close)})" if close else ""
+    return ""

@@ -10,49 +10,21 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, Protocol
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, parse_json, read_json
+from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
 from modekit.sources.family import Config, Family
+from modekit.sources.header import AGAIN, entries_in
 from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
-ITEMSIZE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-}
-_BITS = {
-    **{name: 8 * size for name, size in ITEMSIZE.items()},
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-"""Of every dtype that safetensors knows; those that cannot be mixed are refused by the plan, by name of the tensor."""
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
 
@@ -60,13 +32,10 @@ SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
-_LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
-_ENTRY = {"dtype", "shape", "data_offsets"}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 CONVERTED = "model.gguf"
 """In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
-_INDEX_FILE = "model.safetensors.index.json"
-_REMEDY = "download or save the file again"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -111,95 +80,20 @@ def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
     Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
     """
     where = f"{where}: {file.name}"
-    header, data_start, state = _parsed_header(file, where)
-    try:
-        _check_metadata(header.pop("__metadata__", None))
-        tensors = {
-            name: replace(_ref_of(name, entry, file, (data_start, state.size), where), state=state)
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY) from None
-    _check_gapless(tensors.values(), data_start, state.size, where)
-    return tensors
-
-
-def _parsed_header(file: Path, where: str) -> tuple[dict[str, Any], int, FileState]:
-    """The header as data, where the tensors' bytes start, and the file's state. Raises SourceError."""
     try:
         with open_regular(file) as raw:
             state = FileState.of(raw)
-            size, stream = state.size, io.BufferedReader(raw)
-            raw_length = stream.read(8)
-            if len(raw_length) < 8:
-                raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=_REMEDY)
-            (length,) = struct.unpack("<Q", raw_length)
-            if length > min(size - 8, _LARGEST_HEADER):
-                raise SourceError(
-                    "not a safetensors file, or its header is truncated",
-                    where=where,
-                    found=f"a header of {length} bytes in a file of {size}",
-                    remedy=_REMEDY,
-                )
-            header = parse_json(stream.read(length).decode("utf-8"), once=True)
-    except ValueError:
-        raise SourceError("safetensors header is not JSON", where=where, remedy=_REMEDY) from None
+            return tensors_in(io.BufferedReader(raw), state.size, file, where=where, state=state)
     except OSError as error:
-        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
-    if not isinstance(header, dict):
-        raise SourceError("safetensors header is malformed", where=where, remedy=_REMEDY)
-    return header, 8 + length, state
+        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=AGAIN) from None
 
 
-def _check_metadata(metadata: object) -> None:
-    """Raise ValueError unless it is text by name, or nothing."""
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
-        raise ValueError("metadata must be text")
-
-
-def _ref_of(name: str, entry: Mapping[str, Any], file: Path, extent: tuple[int, int], where: str) -> TensorRef:
-    """A header's entry, checked against where data starts and ends.
-
-    Raises SourceError, and ValueError and its like for what is no entry.
-    """
-    data_start, size = extent
-    begin, end = entry["data_offsets"]
-    ref = TensorRef(name, file, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
-    if entry.keys() != _ENTRY or not all(type(number) is int and number >= 0 for number in (begin, end, *ref.shape)):
-        raise ValueError("sizes must be whole numbers")  # and true is none, which would count as 1
-    bits = _BITS[ref.dtype]
-    if math.prod(max(each, 1) for each in ref.shape) * bits >= 2**63:
-        raise ValueError("more elements than can be counted")
-    if begin > end or ref.end > size or 8 * ref.nbytes != ref.numel * bits:
-        raise SourceError(
-            "safetensors header and data disagree (truncated or damaged file)",
-            where=f"{where}: {name}",
-            found=f"{ref.dtype} {list(ref.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
-            remedy=_REMEDY,
-        )
-    return ref
-
-
-def _check_gapless(refs: Iterable[TensorRef], position: int, size: int, where: str) -> None:
-    """Raise SourceError unless the tensors lie one after the other from `position` to the end of the file."""
-    for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
-        if ref.start != position:
-            raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)",
-                where=f"{where}: {ref.name}",
-                found=f"it starts at byte {ref.start}",
-                expected=f"byte {position}, where the tensor before it ends",
-                remedy=_REMEDY,
-            )
-        position = ref.end
-    if position != size:
-        raise SourceError(
-            "safetensors header and data disagree (bytes after the last tensor)",
-            where=where,
-            found=f"{size} bytes",
-            expected=f"{position}, where the last tensor ends",
-            remedy=_REMEDY,
-        )
+def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: FileState | None = None) -> dict[str, TensorRef]:
+    """The same of a stream that begins as a file of `size` bytes does; of it no more than the header is read."""
+    entries = entries_in(stream, size, where=where)
+    return {
+        name: TensorRef(name, file, each.dtype, each.shape, each.start, each.end, state=state) for name, each in entries.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -237,6 +131,12 @@ class ModelSource:
     def states(self) -> dict[Path, FileState | None]:
         """Every weight file, and its state when its header was read."""
         return {part.file: part.state for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts}
+
+    @cached_property
+    def absent(self) -> dict[Path, int]:
+        """Weight files that are not on this disk, and their bytes: up to the end of their last tensor."""
+        parts = [part for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts if part.state is None]
+        return {file: max(part.end for part in parts if part.file == file) for file in {part.file: None for part in parts}}
 
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
@@ -279,8 +179,51 @@ def no_model_folder(path: Path, where: str) -> SourceError:
     return SourceError(NO_FOLDER, where=where, found=str(path), remedy="correct the path")
 
 
-def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
-    """Read config and headers of a model folder.
+class Elsewhere(Protocol):
+    """Where the weight files of a model are that its folder lacks. Everything here raises SourceError."""
+
+    def header(self, file: Path, *, where: str) -> dict[str, TensorRef]:
+        """Tensors of such a file."""
+
+    def content(self, ref: TensorRef) -> bytes:
+        """The bytes of a small tensor of such a file."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a model, in its folder or elsewhere; `where` is what messages call it."""
+
+    files: Sequence[Path]
+    where: str
+    elsewhere: Elsewhere | None = None
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """All tensors. Raises SourceError."""
+        found: dict[str, TensorRef] = {}
+        for file in self.files:
+            absent = None if file.exists() else self.elsewhere
+            found |= read_header(file, where=self.where) if absent is None else absent.header(file, where=self.where)
+        return found
+
+    def content(self, ref: TensorRef) -> bytes:
+        """The bytes of a small tensor. Raises OSError and SourceError."""
+        if ref.state is None and self.elsewhere is not None:
+            return self.elsewhere.content(ref)
+        with open_regular(ref.file) as stream:
+            stream.seek(ref.start)
+            return stream.read(ref.nbytes)
+
+
+def open_source(
+    label: str,
+    spec: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    run: Run = QUIET,
+    elsewhere: Elsewhere | None = None,
+) -> ModelSource:
+    """Read config and headers of a model folder; those of weight files that it lacks `elsewhere`.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
     """
@@ -289,16 +232,15 @@ def open_source(label: str, spec: str, folder: Path, *, revision: str | None = N
         raise no_model_folder(folder, where)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
-    tensors: dict[str, TensorRef] = {}
-    files, packing, packed = weight_files(folder, where=where), config.pop("quantization_config", None), ""
+    weights = WeightFiles(weight_files(folder, where=where, elsewhere=elsewhere is not None), where, elsewhere)
+    packing, packed = config.pop("quantization_config", None), ""
     if packing:
         from modekit.sources.quantised import unpack  # few models need it
 
-        unpacked = unpack(packing, config, files, where=where)
+        unpacked = unpack(packing, config, weights)
         tensors, packed = unpacked.tensors, unpacked.said
     else:
-        for file in files:
-            tensors.update(read_header(file, where=where))
+        tensors = weights.tensors()
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
             "the folder holds both a model and an adapter",
@@ -332,13 +274,16 @@ def is_quantised(folder: Path) -> bool:
     return bool(read_config(folder, where=str(folder)).get("quantization_config"))
 
 
-def weight_files(folder: Path, *, where: str) -> list[Path]:
-    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read."""
-    index, single = folder / _INDEX_FILE, folder / "model.safetensors"
+def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[Path]:
+    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read.
+
+    With `elsewhere` those that the folder lacks are named, too.
+    """
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
     if index.exists():
         names = _shard_names(index, where=f"{where}: {index.name}")
         missing = [name for name in names if not (folder / name).exists()]
-        if missing:
+        if missing and not elsewhere:
             raise SourceError(
                 "shards named by the index are missing",
                 where=where,
@@ -350,6 +295,8 @@ def weight_files(folder: Path, *, where: str) -> list[Path]:
         return [single]
     if (folder / CONVERTED).is_symlink():
         return [folder / CONVERTED]
+    if elsewhere:
+        return [single]
     refuse_adapter(folder, where=where)
     refuse_gguf(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
 from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_source
+
+_HUB_GGUF = re.compile(r"(?i)[\w-][\w.-]*/[\w.-]+/.+\.gguf")
+"""owner/name/file.gguf"""
 
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
@@ -27,6 +31,8 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
             from modekit.sources.gguf_model import gguf_folder  # few models need it
 
             return gguf_folder(folder, where=f"{label} ({spec})")
+        if _HUB_GGUF.fullmatch(spec) and not (root / spec).parent.is_dir():
+            return None
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or folder.name.lower().endswith(".gguf"):
@@ -38,7 +44,7 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> 
     """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
     folder = local_folder(spec, root=root, label=label)
     if folder is None:
-        from modekit.sources.hub import download  # its import takes longer than a whole local plan
+        from modekit.sources.hub import download
 
         return download(spec, revision, where=f"{label} ({spec})")
     if revision is not None:
@@ -82,20 +88,21 @@ class Opener:
             return base
         if expert.adapter is None:
             return self._model(label, expert.source, expert.revision)
-        if self.headers_only and local_folder(expert.adapter, root=self.root, label=label) is None:
-            from modekit.sources.hub import open_hub_adapter
+        if local_folder(expert.adapter, root=self.root, label=label) is None:
+            from modekit.sources.hub import open_hub_adapter  # its import takes longer than a whole local plan
 
-            return open_hub_adapter(label, expert.adapter, base, expert.revision)
+            whole = not self.headers_only
+            return open_hub_adapter(label, expert.adapter, base, expert.revision, whole=whole, run=self.run)
         folder = model_folder(expert.adapter, expert.revision, root=self.root, label=label)
-        return open_adapter(label, expert.adapter, folder, base, revision=expert.revision)
+        return open_adapter(label, expert.adapter, folder, base)
 
     def _model(self, label: str, spec: str, revision: str | None) -> ModelSource:
-        if self.headers_only and local_folder(spec, root=self.root, label=label) is None:
-            from modekit.sources.hub import open_hub_headers
+        if local_folder(spec, root=self.root, label=label) is None:
+            from modekit.sources.hub import open_hub_model
 
-            return named_by_class(open_hub_headers(label, spec, revision, run=self.run))
+            return named_by_class(open_hub_model(label, spec, revision, whole=not self.headers_only, run=self.run))
         folder = model_folder(spec, revision, root=self.root, label=label)
-        return named_by_class(open_source(label, spec, folder, revision=revision, run=self.run))
+        return named_by_class(open_source(label, spec, folder, run=self.run))
 
 
 def label_of(place: int, expert: Expert) -> str:

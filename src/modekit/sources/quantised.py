@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
 from modekit.errors import SourceError
-from modekit.files.read import UNREADABLE, open_regular, parse_json
+from modekit.files.read import UNREADABLE, parse_json
 from modekit.files.typed import as_kind
 from modekit.sources.family import Config
-from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
+from modekit.sources.model import DTYPE_NAMES, TensorRef, WeightFiles
 from modekit.sources.model_config import Number, Size
 from modekit.sources.packed import Coded, DoubleQuantised, Form, PackedRef, Scaled, Words
 
@@ -82,17 +81,17 @@ class Unpacked:
     said: str
 
 
-def unpack(said: object, config: Config, files: Sequence[Path], *, where: str) -> Unpacked:
+def unpack(said: object, config: Config, weights: WeightFiles) -> Unpacked:
     """The tensors of files with quantised weights; `said` is config.json's quantization_config.
 
     Raises SourceError: a form that is not read, or parts that do not fit each other.
     """
-    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    where, method = weights.where, said.get("quant_method") if isinstance(said, Mapping) else None
     written = _AS_WRITTEN.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
     if method == "gguf":
         from modekit.sources.gguf_model import tensors_of  # which imports torch
 
-        return tensors_of(files[0], config, written, where=where)
+        return tensors_of(weights.files[0], config, written, where=where)
     reader = _READERS.get(str(method))
     if reader is None or not isinstance(said, Mapping):
         raise SourceError(
@@ -102,8 +101,8 @@ def unpack(said: object, config: Config, files: Sequence[Path], *, where: str) -
             expected=", ".join([*_READERS, "a GGUF file"]),
             remedy="give the unquantised model, or dequantise it with its own library and save it again",
         )
-    tensors = {name: ref for file in files for name, ref in read_header(file, where=where).items()}
-    parts = _Parts(where, said, tensors)
+    tensors = weights.tensors()
+    parts = _Parts(weights, said, tensors)
     try:
         forms = dict(reader(parts))
     except (ValueError, TypeError) as error:  # of the settings
@@ -132,8 +131,8 @@ def shape_of(form: Form) -> tuple[int, ...]:
 class _Parts:
     """The packed tensors of a model, taken by name and checked. Everything here raises SourceError."""
 
-    def __init__(self, where: str, settings: Mapping[str, object], tensors: Mapping[str, TensorRef]) -> None:
-        self.where, self.settings, self.tensors = where, dict(settings), tensors
+    def __init__(self, weights: WeightFiles, settings: Mapping[str, object], tensors: Mapping[str, TensorRef]) -> None:
+        self.weights, self.where, self.settings, self.tensors = weights, weights.where, dict(settings), tensors
         self.used: set[str] = set()
         self.bits: set[str] = set()
 
@@ -166,6 +165,12 @@ class _Parts:
             self.refuse(name, f"{ref.dtype} {list(ref.shape)}", "two axes")
         return ref
 
+    def content(self, ref: TensorRef) -> bytes:
+        """A small tensor's bytes. Raises OSError and ValueError."""
+        if ref.nbytes > _LARGEST_STATE:
+            raise ValueError(f"{ref.nbytes:,} bytes")
+        return self.weights.content(ref)
+
     def refuse(self, name: str, found: object, expected: object) -> None:
         """Raise the error of a tensor that contradicts the others or config.json."""
         raise SourceError(
@@ -194,7 +199,7 @@ def _bitsandbytes(parts: _Parts) -> Found:
 
 def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
     try:
-        said = as_kind(parse_json(_content(state).decode("utf-8")), _State)
+        said = as_kind(parse_json(parts.content(state).decode("utf-8")), _State)
     except UNREADABLE as error:
         raise SourceError(
             "what bitsandbytes says of a weight cannot be read",
@@ -221,15 +226,6 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
     parts.used.add(state.name)
     parts.bits.add("4")
     return Coded(weight, absmax, parts.part(f"{name}.quant_map", ("F32",), (16,)), said.blocksize, said.shape, nested)
-
-
-def _content(ref: TensorRef) -> bytes:
-    """A small tensor's bytes. Raises OSError and ValueError."""
-    if ref.nbytes > _LARGEST_STATE:
-        raise ValueError(f"{ref.nbytes:,} bytes")
-    with open_regular(ref.file) as stream:
-        stream.seek(ref.start)
-        return stream.read(ref.nbytes)
 
 
 def _gptq(parts: _Parts) -> Found:
@@ -319,7 +315,7 @@ def _pack_quantised(parts: _Parts, module: str, bits: int) -> Words:
     stated = parts.part(f"{module}.weight_shape", ("I64",), (2,))
     parts.used.add(stated.name)
     try:
-        content = _content(stated)
+        content = parts.content(stated)
     except OSError as error:
         raise SourceError(
             "a weight file cannot be read", where=str(stated.file), found=error.strerror, remedy=_REMEDY

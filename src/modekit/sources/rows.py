@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from modekit.sources.model import ITEMSIZE, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import TensorRef
 
 
 @dataclass(frozen=True)

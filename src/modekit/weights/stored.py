@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.sources.contents import CHUNK, OpenFiles
-from modekit.sources.model import ITEMSIZE, TensorRef
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import TensorRef
 from modekit.sources.rows import RowRange, RowsRef
 from modekit.weights.numeric import DTYPES, as_array, is_finite
 

@@ -25,7 +25,7 @@ from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import json_bytes, write_json
 from modekit.loaded.experts import give_rows, load_expert
 from modekit.loaded.load import load_model
-from modekit.planning.make import make_plan
+from modekit.planning.make import make_plan, plan_of
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
@@ -38,6 +38,7 @@ from modekit.search.tune.selection import Selection, losses_of, read_selections
 from modekit.search.tune.shared_weights import SwitchedModel
 from modekit.search.tune.space import Space, default_space, plain_recipe, read_space
 from modekit.search.tune.study import SearchJob, candidate_recipe, candidates, prepare
+from modekit.sources.open import open_recipe_sources
 from modekit.text.splits import SELECTED_FILE, HeldOutSplit
 
 
@@ -63,7 +64,8 @@ def tune(
     built = is_built(out)
     if not built:
         refuse_existing(out, replaced_by(overwrite))
-    plan = make_plan(plain_recipe(recipe), root, run=run)
+    plain = plain_recipe(recipe)
+    plan = plan_of(plain, root, open_recipe_sources(plain, root, run=run), run=run)  # whole: they are run, too
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
     native = recipe.output.format == "native"
