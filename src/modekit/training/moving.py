@@ -11,7 +11,7 @@ the loaded model; which parameters they are put on is decided by identity, and s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -152,7 +152,8 @@ def keep_channels(trainable: TrainableMixture, mixture: LoadedMixture) -> None:
     for name, parameter in trainable.targets.items():
         corner = mixture.own_corner(name, parameter)
         if corner is not None:
-            parameter.register_hook(partial(_within, corner))
+            register: Callable[[Callable[[torch.Tensor], torch.Tensor]], object] = parameter.register_hook  # which has no types
+            register(partial(_within, corner))
 
 
 def _within(corner: tuple[slice, ...], gradient: torch.Tensor) -> torch.Tensor:
