@@ -30,6 +30,7 @@ from modekit.planning.shape import (
 from modekit.recipes.recipe import Recipe
 from modekit.sources.derived import SIZES
 from modekit.sources.family import Config, Family, whole
+from modekit.sources.kept import with_wrapper, without_wrapper
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 from modekit.weights.few_bits_size import bytes_of_codes
@@ -40,12 +41,16 @@ _GATE_KEYS = {"router", "width", "rows", "features"}
 
 @dataclass(frozen=True)
 class ModekitShape:
-    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py."""
+    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py.
+
+    `wrapper`: settings of what wraps the language model, where that is kept.
+    """
 
     config: Config
     recipe: Recipe
     where: str
     mixture: MixtureConfig
+    wrapper: Config | None = None
 
     plain = False
     through_transformers = False
@@ -56,6 +61,7 @@ class ModekitShape:
     @classmethod
     def opened(cls, config: Config, recipe: Recipe, where: str) -> ModekitShape:
         """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
+        config, wrapper = without_wrapper(config)
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
@@ -83,7 +89,12 @@ class ModekitShape:
                 whole(config, key)
         except SourceError as error:
             raise CheckpointError(error.what, where=error.where, found=error.found, remedy=BUILD_AGAIN) from None
-        return cls(config, recipe, where, said)
+        return cls(config, recipe, where, said, wrapper)
+
+    @property
+    def written(self) -> Config:
+        """config.json."""
+        return with_wrapper(self.config, self.wrapper)
 
     @property
     def family(self) -> Family:
@@ -96,6 +107,8 @@ class ModekitShape:
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
+        if self.wrapper is not None:
+            return "it keeps a vision tower (output.keep)"
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.mixture.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
