@@ -12,9 +12,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TE
 
 from .configuration_modekit import ModekitConfig, family_config
 
-_PARTS = "embed_tokens|layers|norm|embed_tokens_per_layer|per_layer_model_projection|per_layer_projection_norm"
-_TEXT = rf"^model\.({_PARTS})\."
-_WITHIN = r"model.language_model.\1."
+_PARTS = "layers|norm|embed_tokens_per_layer|embed_tokens|per_layer_model_projection|per_layer_projection_norm"
+"""Of a language model beside its head; longer names first."""
+_TEXT, _WITHIN = rf"^model\.({_PARTS})", r"model.language_model.\1"
 OTHERS = rf"^(?!model\.({_PARTS})\.|lm_head\.)"
 """Tensors of a checkpoint that are no part of the language model."""
 
@@ -33,7 +33,7 @@ def causal_class(dense_config: Any) -> tuple[str, Any]:
 
 def path_of(place: str, config: Any) -> str:
     """Where a place lies in the whole model."""
-    return re.sub(_TEXT, _WITHIN, f"{place}.")[:-1] if wraps(config) else place
+    return re.sub(_TEXT, _WITHIN, place) if wraps(config) else place
 
 
 def text_config(config: Any) -> Any:
