@@ -91,11 +91,11 @@ def own_towers(sources: Sequence[ModelSource]) -> Iterator[ModelSource]:
 def other_tower(source: ModelSource, name: str, found: object, expected: object) -> MismatchError:
     """The error for an expert that sees otherwise than the base."""
     return MismatchError(
-        "the expert's vision tower is not the base model's, and all experts share one (output: {keep: wrapper})",
+        "the expert's vision tower or projector is not the base model's, and all share one (output: {keep: wrapper})",
         where=f"{source.label} ({source.spec}): {name}",
         found=found,
         expected=expected,
-        remedy=f"fine-tune with the tower frozen, leave output.keep out, or {_SAVE_TEXT}",
+        remedy=f"fine-tune with both frozen, leave output.keep out, or {_SAVE_TEXT}",
     )
 
 
