@@ -272,24 +272,25 @@ def test_a_tower_that_is_none_or_another_is_refused(
 
 
 def test_what_cannot_be_kept_is_refused(gemma: Path) -> None:
-    text = open_checkpoint(_text_mixture(gemma)).folder
-    save(load_model(gemma / "base"), gemma / "base text")
-    alone = recipe().model_copy(update={"base_model": "./base text"})
-    with pytest.raises(ModekitError, match="wraps no language model"):
-        make_plan(alone, gemma)
-    for more in ({"format": "native"},):
-        with pytest.raises(ModekitError, match=r"output\.keep: no native"):
-            parse_recipe({**_plain(), "output": {"keep": "wrapper", **more}})
+    with pytest.raises(ModekitError, match=r"output\.keep: no native"):
+        parse_recipe({**_plain(), "output": {"keep": "wrapper", "format": "native"}})
     apart = {"expert": "base", "weight": 0.5, "apart": True}
     with pytest.raises(ModekitError, match=r"output\.keep: a common expert"):
         parse_recipe({**_plain(), "mixture": {**RANDOM, "always_on": apart}, "output": {"keep": "wrapper"}})
-    assert "wrapper" not in json.loads((text / "config.json").read_text())["modekit"]
+    text = make_plan(parse_recipe({**_plain(), "output": {"format": "modekit"}}), gemma)
+    assert "wrapper" not in text.config["modekit"] and text.shape.written == text.config
 
 
-def _text_mixture(root: Path) -> Path:
-    if not (root / "TEXT").exists():
-        build(make_plan(parse_recipe({**_plain(), "output": {"format": "modekit"}}), root), root / "TEXT")
-    return root / "TEXT"
+def test_parts_are_named_where_not_everything_can_be_mixed(tmp_path: Path) -> None:
+    """Linear attention has tensors that are no modules' weights."""
+    shop_of("qwen3_5", tmp_path)
+    with pytest.raises(ModekitError, match=r"modules: \[mlp, q, k, v, o\]") as refused:
+        make_plan(recipe([EXPERTS[0], EXPERTS[2]], modules="all", router=ONCE), tmp_path)
+    parts = str(refused.value.remedy).partition("[")[2].rstrip("]").split(", ")
+    make_plan(recipe([EXPERTS[0], EXPERTS[2]], modules=parts), tmp_path)
+    with pytest.raises(ModekitError, match="wraps no language model"):
+        save(load_model(tmp_path / "base"), tmp_path / "text")
+        make_plan(recipe().model_copy(update={"base_model": "./text"}), tmp_path)
 
 
 @pytest.mark.parametrize(

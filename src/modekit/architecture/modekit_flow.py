@@ -210,6 +210,7 @@ class Recomputing:
         self._flow, self._checkpoint = flow, checkpoint
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        """As the checkpoint's own function is called."""
         flow = self._flow
         held = flow.held()
         weights = {name: mixed.weights for name, mixed in flow.mixed.items()}

@@ -6,9 +6,14 @@ Files and the config's `places` name the language model as its own class does; i
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Collection
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .configuration_modekit import ModekitConfig, family_config
 
@@ -19,39 +24,39 @@ OTHERS = rf"^(?!model\.({_PARTS})\.|lm_head\.)"
 """Tensors of a checkpoint that are no part of the language model."""
 
 
-def wraps(config: Any) -> bool:
-    """Whether a mixture's config, or its class, is that of a wrapper."""
-    return "text_config" in config.sub_configs and config.sub_configs["text_config"] is not None
+def wraps(config: PreTrainedConfig | type[PreTrainedConfig]) -> bool:
+    """Whether a config, or its class, is that of a wrapper."""
+    return "text_config" in config.sub_configs
 
 
-def causal_class(dense_config: Any) -> tuple[str, Any]:
+def causal_class(dense_config: type[PreTrainedConfig]) -> tuple[str, type[PreTrainedModel]]:
     """What the class of a family's mixture is called after, and the family's own that writes text."""
     if wraps(dense_config):
         return "ForImageTextToText", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[dense_config]
     return "ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
 
 
-def path_of(place: str, config: Any) -> str:
+def path_of(place: str, config: PreTrainedConfig) -> str:
     """Where a place lies in the whole model."""
     return re.sub(_TEXT, _WITHIN, place) if wraps(config) else place
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the language model alone, as one of a mixture of its own."""
     if not wraps(config):
         return config
     said = {key: value for key, value in config.modekit.items() if key != "wrapper"}
     text = {**config.text_config.to_dict(), "model_type": ModekitConfig.model_type, "modekit": said}
-    return family_config(said["dense_type"]).from_dict(text)
+    alone: PreTrainedConfig = family_config(said["dense_type"]).from_dict(text)
+    return alone
 
 
-def opened(kind: Any, path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
-    """A model from a checkpoint. Raises ValueError where tensors of a wrapper are missing, which would be made anew."""
-    if not wraps(config):
-        return kind.from_pretrained(path, *args, config=config, **kwargs)
-    asked = kwargs.pop("output_loading_info", False)
-    kwargs |= {"key_mapping": {_TEXT: _WITHIN}, "output_loading_info": True}
-    model, info = kind.from_pretrained(path, *args, config=config, **kwargs)
-    if info["missing_keys"]:
-        raise ValueError(f"{path} lacks tensors of the model: {', '.join(sorted(info['missing_keys'])[:3])}")
-    return (model, info) if asked else model
+def renaming(config: PreTrainedConfig) -> dict[str, str] | None:
+    """Patterns of names in a checkpoint's files -> what they are in memory; None where they are the same."""
+    return {_TEXT: _WITHIN} if wraps(config) else None
+
+
+def check_complete(config: PreTrainedConfig, missing: Collection[str]) -> None:
+    """Raise ValueError where tensors of a wrapper are missing, which transformers would make anew."""
+    if missing and wraps(config):
+        raise ValueError(f"the checkpoint lacks tensors of the model: {', '.join(sorted(missing)[:3])}")

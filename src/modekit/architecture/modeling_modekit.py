@@ -29,7 +29,7 @@ from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
-from .modekit_wrapped import OTHERS, causal_class, opened, path_of, text_config
+from .modekit_wrapped import OTHERS, causal_class, check_complete, path_of, renaming, text_config
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
@@ -328,6 +328,8 @@ def _averages(flow: Flow) -> bool:
 def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
     """Whether positions do not count from 0 where no mask and no earlier tokens explain it."""
     positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 3:  # those of pictures, behind the text's where there are four
+        positions = positions[0] if len(positions) == 4 else None
     if kwargs.get("cu_seq_lens_q") is not None:
         return True
     if positions is None or flow.mask_BS is not None or flow.states or torch.compiler.is_compiling():
@@ -361,7 +363,10 @@ class ModekitModel:
         kind = cls._class_for(config.__class__)
         if config is not whole:
             kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), OTHERS]
-        return opened(kind, path, *args, config=config, **kwargs)
+        more = {**kwargs, "output_loading_info": True, "key_mapping": renaming(config)}
+        model, info = kind.from_pretrained(path, *args, config=config, **more)
+        check_complete(config, info["missing_keys"])
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:

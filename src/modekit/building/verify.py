@@ -274,13 +274,16 @@ def _check_router(checkpoint: Checkpoint) -> Check:
 
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     import torch
+    from transformers import AutoModelForImageTextToText
 
-    from modekit.loaded.load import LOADING, check_loadable, said_by, whole_class, without_bars, without_report
+    from modekit.loaded.load import LOADING, auto_class, check_loadable, said_by, without_bars, without_report
 
     run.begin(LOADING)
     try:
         check_loadable(checkpoint.folder, run=run)
-        load: Callable[..., Any] = whole_class(checkpoint.folder).from_pretrained
+        keeps = checkpoint.record.recipe.output.keep is not None
+        kind = AutoModelForImageTextToText if keeps else auto_class(checkpoint.folder)
+        load: Callable[..., Any] = kind.from_pretrained
         with without_bars(), without_report(checkpoint.folder):
             model, report = load(checkpoint.folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed

@@ -17,7 +17,6 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -181,12 +180,6 @@ def auto_class(folder: Path) -> Any:
     pair = config["model_type"] in {family.model_type for family in PAIRS}
     mixture = config["model_type"] == "modekit" and config.get("architectures") == [PAIR_CLASS]
     return AutoModelForSeq2SeqLM if pair or mixture else AutoModelForCausalLM
-
-
-def whole_class(folder: Path) -> Any:
-    """The same, of a mixture that keeps what wraps its language model with that. Raises SourceError."""
-    wraps = "wrapper" in (read_config(folder, where=str(folder)).get("modekit") or {})
-    return AutoModelForImageTextToText if wraps else auto_class(folder)
 
 
 def said_by(error: BaseException) -> str:
