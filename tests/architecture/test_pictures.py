@@ -212,6 +212,22 @@ def test_processor_and_folder_open_without_modekit(gemma: Path, tmp_path: Path) 
         assert found == pytest.approx(float(logits.double().sum()), abs=1e-2)
 
 
+@pytest.mark.parametrize("content", ['{"auto_map": {"AutoProcessor": "x/y--z.P"}}', "{", "[1]", None])
+def test_a_processor_brings_no_code(gemma: Path, tmp_path: Path, content: str | None) -> None:
+    for name in ("base", "lora"):
+        shutil.copytree(gemma / name, tmp_path / name)
+    file = tmp_path / "base" / "preprocessor_config.json"
+    if content is None:
+        file.symlink_to("/etc/hostname")
+    else:
+        file.write_text(content)
+    if content == "[1]":  # which no processor opens, and runs nothing
+        assert file in make_plan(recipe([EXPERTS[1]]), tmp_path).copied_files
+        return
+    with pytest.raises(ModekitError, match=r"code of its own|cannot be read|not the model's own"):
+        make_plan(recipe([EXPERTS[1]]), tmp_path)
+
+
 def test_a_plan_says_what_is_kept(gemma: Path, tmp_path: Path) -> None:
     plan = make_plan(recipe(), gemma)
     said = summary(plan)

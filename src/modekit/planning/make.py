@@ -25,12 +25,12 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
-from modekit.sources.kept import PROCESSOR_FILES, check_kept, kept_beside
+from modekit.sources.kept import check_kept, kept_beside, processor_files
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
-from modekit.sources.tokenizer import TOKENIZER_FILES, copied_files
+from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.sources.vocabulary import one_vocabulary
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
@@ -73,7 +73,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         sources,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
-        (*vocabulary.tokenizer.copied_files, *(_of_processor(base) if recipe.output.keep is not None else ())),
+        (*vocabulary.tokenizer.copied_files, *(processor_files(base, run) if recipe.output.keep is not None else ())),
         (*vocabulary.notes, *notes, *layout.notes(), *twins(recipe, sources)),
         run.trust_remote_code,
         vocabulary=vocabulary,
@@ -120,10 +120,6 @@ def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[Planned
     check_kept(sources)
     for name, ref in kept_beside(sources[0]).items():
         yield joined(name, code_of(ref), ref.shape, "backbone", (Piece(0, ref),))
-
-
-def _of_processor(base: ModelSource) -> tuple[Path, ...]:
-    return copied_files(base.folder, where=f"{base.label} ({base.spec})", names=PROCESSOR_FILES)
 
 
 def _native_layout(

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
+from modekit.files.read import UNREADABLE, read_json
+from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import SAVE_AGAIN, Config
 from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.model_config import check_no_code
+from modekit.sources.tokenizer import copied_files
 
 KEPT: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("vision_tower", "multi_modal_projector"),
@@ -23,7 +28,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
 """`model_type` of a wrapper -> what its class has beside the language model."""
 _ALWAYS = 2
 """Parts that every model of the type has; others only with settings of their own."""
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """What AutoProcessor reads beside the tokenizer."""
 _OF_BOTH = ("architectures", "auto_map", "dtype", "model_type", "modekit", "tie_word_embeddings")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -61,6 +66,22 @@ def kept_settings(source: ModelSource) -> Config:
             remedy=f"{SAVE_AGAIN}, or leave output.keep out",
         )
     return {key: value for key, value in said.items() if key not in ("text_config", "torch_dtype", "_name_or_path")}
+
+
+def processor_files(source: ModelSource, run: Run) -> tuple[Path, ...]:
+    """What AutoProcessor reads beside the tokenizer. Raises SourceError for links out of the folder, and for code."""
+    where = f"{source.label} ({source.spec})"
+    found = copied_files(source.folder, where=where, names=_PROCESSOR_FILES)
+    for file in found:
+        try:
+            said = read_json(file)
+            check_no_code(said if isinstance(said, dict) else {}, where=f"{where}: {file.name}", run=run)
+        except UNREADABLE as error:
+            remedy = f"{SAVE_AGAIN}, or leave output.keep out"
+            raise SourceError(
+                "the processor cannot be read", where=f"{where}: {file.name}", found=error, remedy=remedy
+            ) from None
+    return found
 
 
 def check_kept(sources: Sequence[ModelSource]) -> None:
