@@ -237,6 +237,8 @@ def test_a_plan_says_what_is_kept(gemma: Path, tmp_path: Path) -> None:
     assert plan.shape.without_vllm and plan.shape.without_gguf == "it keeps a vision tower (output.keep)"
     left = make_plan(recipe().model_copy(update={"output": parse_recipe({**_plain(), "output": {}}).output}), gemma)
     assert any("vision_tower" in note and "stay behind" in note for note in left.notes)
+    assert left.shape.native_type is None and plan.parameters()["active"] == left.parameters()["active"]
+    assert plan.parameters()["total"] > left.parameters()["total"]
     assert any("output: {keep: wrapper}" in note for note in left.notes)
     adapter(wrapped_model("gemma3"), tmp_path / "both", target_modules=r".*\.(q_proj)")
     both = make_plan(recipe([{"name": "both", "adapter": str(tmp_path / "both")}]), gemma)

@@ -30,7 +30,7 @@ from modekit.planning.shape import (
 from modekit.recipes.recipe import Recipe
 from modekit.sources.derived import SIZES
 from modekit.sources.family import Config, Family, whole
-from modekit.sources.kept import with_wrapper, without_wrapper
+from modekit.sources.kept import is_in_tower, with_wrapper, without_wrapper
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 from modekit.weights.few_bits_size import bytes_of_codes
@@ -210,13 +210,14 @@ class ModekitShape:
             yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
-        """Adapters are active as a whole: their product with a weight of zero is computed."""
+        """Adapters are active as a whole: their product with a weight of zero is computed. A vision tower is not."""
         leaves = _leaves(sizes)
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
         }
         total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
-        return Parameters(total, sum(one.values()), total - idle, dense)
+        tower = sum(size for name, size in sizes.items() if is_in_tower(name, self.mixture.wrapper))
+        return Parameters(total, sum(one.values()), total - idle - tower, dense)
 
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""

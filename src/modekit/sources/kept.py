@@ -45,6 +45,11 @@ def kept_beside(source: ModelSource) -> dict[str, TensorRef]:
     return {name: ref for name, ref in named.items() if name.split(".")[1] in parts}
 
 
+def is_in_tower(name: str, wrapper: str | None) -> bool:
+    """Whether a tensor of a mixture is what it keeps beside the language model, which no token of text passes."""
+    return name.startswith(tuple(f"model.{part}." for part in KEPT.get(wrapper or "", ())))
+
+
 def kept_settings(source: ModelSource) -> Config:
     """config.json of a wrapper without its language model's. Raises UnsupportedError where the base wraps nothing."""
     said, where = source.wrapper or {}, f"{source.label} ({source.spec})"
