@@ -56,6 +56,7 @@ its mixtures are in the modekit architecture, and `modules: all` mixes whole mod
 * **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
 * **whole models**: `modules: all`. A mixture of experts, attention with tensors of its own or a recurrence is one place each.
 * **FFN experts**: whole FFNs, with a router in every layer.
+* `keep: wrapper`: with its vision tower ([recipe.md](recipe.md#which-families)).
 * **native**: the architecture that says such a mixture exactly, and what runs it besides transformers.
 
 | type | adapters | whole models | FFN experts | native |
@@ -72,7 +73,7 @@ def page() -> str:
 
 def _line(model_type: str, rows: set[str]) -> str:
     if model_type in WRAPPERS:
-        return f"| {model_type} | as the language model within: {', '.join(WRAPPERS[model_type])} | | | |"
+        return f"| {model_type} | as the language model within: {', '.join(WRAPPERS[model_type])}; `keep: wrapper` | | | |"
     if model_type in REFUSED:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
     native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)

@@ -201,3 +201,28 @@ class Flow:
             yield
         finally:
             self.listener = before
+
+
+class Recomputing:
+    """Gradient checkpointing whose second run of a layer finds the masks, states and decisions of the first one's pass."""
+
+    def __init__(self, flow: Flow, checkpoint: Callable[..., Any]) -> None:
+        self._flow, self._checkpoint = flow, checkpoint
+
+    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+        """As the checkpoint's own function is called."""
+        flow = self._flow
+        held = flow.held()
+        weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
+
+        def run(*args: Any) -> Any:
+            now = flow.held()
+            flow.hold(held)
+            for name, mixed in flow.mixed.items():
+                mixed.weights = weights[name]
+            try:
+                return layer(*args)
+            finally:
+                flow.hold(now)
+
+        return self._checkpoint(run, *args)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -24,37 +24,14 @@ from .configuration_modekit import ModekitConfig, family_config
 from .modekit_any import MixedAny
 from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_chain import Chain, put_in_place
-from .modekit_flow import Flow
+from .modekit_flow import Flow, Recomputing
 from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
+from .modekit_wrapped import OTHERS, causal_class, check_complete, path_of, renaming, text_config
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
-
-
-class _Recomputing:
-    """Gradient checkpointing whose second run of a layer finds the masks, states and decisions of the first one's pass."""
-
-    def __init__(self, flow: Flow, checkpoint: Callable[..., Any]) -> None:
-        self._flow, self._checkpoint = flow, checkpoint
-
-    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
-        flow = self._flow
-        held = flow.held()
-        weights = {name: mixed.weights for name, mixed in flow.mixed.items()}
-
-        def run(*args: Any) -> Any:
-            now = flow.held()
-            flow.hold(held)
-            for name, mixed in flow.mixed.items():
-                mixed.weights = weights[name]
-            try:
-                return layer(*args)
-            finally:
-                flow.hold(now)
-
-        return self._checkpoint(run, *args)
 
 
 class InBoth:
@@ -69,7 +46,7 @@ class InBoth:
             shared = any(_layer_of(name) != _layer_of(place["router"]) for name, place in places.items())
             if shared and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
                 raise ValueError("a router that serves several layers gets no gradient with use_reentrant; set it to False")
-            kwargs["gradient_checkpointing_func"] = _Recomputing(self.base_model.flow, gradient_checkpointing_func)
+            kwargs["gradient_checkpointing_func"] = Recomputing(self.base_model.flow, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(**kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,13 +128,14 @@ def _inner(causal: Any) -> Any:
 
 
 def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) -> None:
-    """Wrap the places under `root` that the config names; their names start with `prefix`."""
+    """Wrap the places under `root` that the config names; their paths start with `prefix`."""
     modekit: dict[str, Any] = config.modekit
     kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
     here: list[str] = []
     for name, place in modekit["places"].items():
-        if name.startswith(prefix):
-            parent, _, leaf = name.removeprefix(prefix).rpartition(".")
+        path = path_of(name, config)
+        if path.startswith(prefix):
+            parent, _, leaf = path.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
             dense = Chain(owner, calls) if calls else getattr(owner, leaf)
@@ -187,9 +165,9 @@ def initialise(module: nn.Module) -> None:
 def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
-    dense_causal = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    members = {**_members(config_class, "ModekitForCausalLM"), "forward": _causal_forward_of(dense_causal)}
-    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), {**members, "_auto_class": "AutoModelForCausalLM"})
+    kind, dense_causal = causal_class(dense_config)
+    members = {**_members(config_class, f"Modekit{kind}"), "forward": _causal_forward_of(dense_causal)}
+    causal = type(f"Modekit{kind}", (MixtureForCausalLM, dense_causal), {**members, "_auto_class": f"AutoModel{kind}"})
     dense_model = MODEL_MAPPING.get(dense_config, None)
     return dense_model and _mixture_class(dense_model, config_class), causal
 
@@ -262,9 +240,9 @@ def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
 def __getattr__(name: str) -> Any:
     """The class of a family, which pickle looks for under its qualified name."""
     kind, _, dense_type = name.partition("_")
-    if kind in {"ModekitModel", "ModekitForCausalLM"} and dense_type in CONFIG_MAPPING:
+    if kind in {"ModekitModel", "ModekitForCausalLM", "ModekitForImageTextToText"} and dense_type in CONFIG_MAPPING:
         config_class: Any = family_config(dense_type)
-        return family_classes(config_class)[kind == "ModekitForCausalLM"]
+        return family_classes(config_class)[kind != "ModekitModel"]
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
@@ -350,6 +328,8 @@ def _averages(flow: Flow) -> bool:
 def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
     """Whether positions do not count from 0 where no mask and no earlier tokens explain it."""
     positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 3:  # those of pictures, behind the text's where there are four
+        positions = positions[0] if len(positions) == 4 else None
     if kwargs.get("cu_seq_lens_q") is not None:
         return True
     if positions is None or flow.mask_BS is not None or flow.states or torch.compiler.is_compiling():
@@ -378,12 +358,25 @@ class ModekitModel:
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The family's model from a checkpoint folder or hub id."""
-        config = config if config is not None else ModekitConfig.from_pretrained(path)
-        return cls._class_for(config.__class__).from_pretrained(path, *args, config=config, **kwargs)
+        whole = config if config is not None else ModekitConfig.from_pretrained(path)
+        config = cls._config_of(whole)
+        kind = cls._class_for(config.__class__)
+        if config is not whole:
+            kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), OTHERS]
+        more = {**kwargs, "output_loading_info": True, "key_mapping": renaming(config)}
+        model, info = kind.from_pretrained(path, *args, config=config, **more)
+        check_complete(config, info["missing_keys"])
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        config = cls._config_of(config)
         return cls._class_for(config.__class__)._from_config(config, **kwargs)
+
+    @staticmethod
+    def _config_of(config: Any) -> Any:
+        """What the class reads of a checkpoint's config."""
+        return config
 
     @classmethod
     def _class_for(cls, config_class: Any) -> Any:
@@ -394,7 +387,14 @@ class ModekitModel:
         """Nothing to do: the family's classes say where their code is."""
 
 
-class ModekitForCausalLM(ModekitModel):
-    """What AutoModelForCausalLM is given: opens as the causal language model of the checkpoint's family."""
+class ModekitForImageTextToText(ModekitModel):
+    """What AutoModelForImageTextToText is given: the whole model, where the mixture keeps what wraps its language model."""
 
     _place = 1
+
+
+class ModekitForCausalLM(ModekitModel):
+    """What AutoModelForCausalLM is given: opens as the causal language model of the checkpoint's family, that alone."""
+
+    _place = 1
+    _config_of = staticmethod(text_config)

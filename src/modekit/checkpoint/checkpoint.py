@@ -42,6 +42,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Config, whole
 from modekit.sources.header import ITEMSIZE
+from modekit.sources.kept import without_wrapper
 from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
@@ -81,7 +82,7 @@ class Checkpoint:
         record = self.record
         try:
             config = read_json(self.folder / "config.json")
-            as_kind(config, _Config)
+            as_kind(without_wrapper(config)[0] if isinstance(config, dict) else config, _Config)
         except UNREADABLE as error:
             raise self._damaged("config.json", error) from None
         return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config, record.carry)
@@ -248,7 +249,7 @@ class Checkpoint:
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
-        files["config.json"] = json_bytes(changed.config)
+        files["config.json"] = json_bytes(changed.shape.written)
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
         return self.record.model_copy(update=update), files
 

@@ -91,7 +91,9 @@ def main() -> None:
     from modekit.architecture.modeling_modekit import ModekitForCausalLM
     from modekit.loaded.load import load_tokenizer
 
-    transformers.ModekitForCausalLM = ModekitForCausalLM
+    # Text alone is served, of a mixture that keeps a vision tower, too.
+    transformers.ModekitForCausalLM = transformers.ModekitForImageTextToText = ModekitForCausalLM
+    transformers.AutoProcessor = transformers.AutoTokenizer
     folder = Path(settings["model"])
     rewrite = RequestWriter(load_tokenizer(folder), settings["context"])
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies

@@ -25,6 +25,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import check_mixable, own_names
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
+from modekit.sources.kept import check_kept, kept_beside, processor_files
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
@@ -69,19 +70,20 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     code_of = partial(_code_of, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
-    mixed = layout.mixed_names()
+    mixed, shape = layout.mixed_names(), layout.shape(str(root))
     tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
+    tensors += _kept(sources, code_of) if recipe.output.keep is not None else ()
     notes = notes_of(recipe, vocabulary, family, layout.mixes_more, mixed | layout.carried_names())
     return Plan(
         recipe,
         root,
         family,
-        layout.shape(str(root)),
+        shape,
         why,
         sources,
         cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         layout.router_dtype,
-        vocabulary.tokenizer.copied_files,
+        (*vocabulary.tokenizer.copied_files, *(processor_files(base, run) if recipe.output.keep is not None else ())),
         (*vocabulary.notes, *notes, *layout.notes(), *twins(recipe, sources)),
         run.trust_remote_code,
         vocabulary=vocabulary,
@@ -123,6 +125,13 @@ def _backbone(
             yield layout.widened(make(renamed, code_of(ref), ref))
 
 
+def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[PlannedTensor]:
+    """What lies beside the language model in the base's class, whatever becomes of that. Raises as `check_kept`."""
+    check_kept(sources)
+    for name, ref in kept_beside(sources[0]).items():
+        yield joined(name, code_of(ref), ref.shape, "backbone", (Piece(0, ref),))
+
+
 def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
@@ -130,6 +139,8 @@ def _native_layout(
     base, asked = sources[0], recipe.output.format
     beyond = recipe.mixture.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
+    if recipe.output.keep is not None:
+        return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:

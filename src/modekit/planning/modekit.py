@@ -20,6 +20,7 @@ from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
+from modekit.sources.kept import kept_settings
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
@@ -27,6 +28,7 @@ from modekit.weights.few_bits_size import bytes_of_codes
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
+_WHOLE = "ModekitForImageTextToText"
 _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
@@ -64,14 +66,17 @@ class ModekitLayout:
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
         if self.unties and not self._family.shares:  # whose class takes it for something else
             config["tie_word_embeddings"] = False
+        settings = kept_settings(self._base) if self._recipe.output.keep else None
+        whole = {} if settings is None else {f"AutoModel{_WHOLE.removeprefix('Modekit')}": f"modeling_modekit.{_WHOLE}"}
+        alone = PAIR_CLASS if self._family.pair else "ModekitForCausalLM"
         config |= {
-            "architectures": [PAIR_CLASS if self._family.pair else "ModekitForCausalLM"],
+            "architectures": [alone if settings is None else _WHOLE],
             "model_type": "modekit",
             "dtype": DTYPE_NAMES[self.router_dtype],
-            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL)},
+            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL), **whole},
             "modekit": self._said.as_written(),
         }
-        return ModekitShape(config, self._recipe, where, self._said)
+        return ModekitShape(config, self._recipe, where, self._said, settings)
 
     def widened(self, tensor: PlannedTensor) -> PlannedTensor:
         """As it is."""
@@ -119,6 +124,7 @@ class ModekitLayout:
     def _said(self) -> MixtureConfig:
         labels = self._recipe.other_labels
         optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
+        optional |= {"wrapper": (self._base.wrapper or {}).get("model_type")} if self._recipe.output.keep else {}
         optional |= {"labels": labels} if labels else {}
         optional |= {"derived": self._family.derived} if self._family.derived is not None else {}
         return MixtureConfig(

@@ -30,6 +30,7 @@ from modekit.planning.shape import (
 from modekit.recipes.recipe import Recipe
 from modekit.sources.derived import SIZES
 from modekit.sources.family import Config, Family, whole
+from modekit.sources.kept import is_in_tower, with_wrapper, without_wrapper
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
 from modekit.weights.few_bits_size import bytes_of_codes
@@ -40,12 +41,16 @@ _GATE_KEYS = {"router", "width", "rows", "features"}
 
 @dataclass(frozen=True)
 class ModekitShape:
-    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py."""
+    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py.
+
+    `wrapper`: settings of what wraps the language model, where that is kept.
+    """
 
     config: Config
     recipe: Recipe
     where: str
     mixture: MixtureConfig
+    wrapper: Config | None = None
 
     plain = False
     through_transformers = False
@@ -56,6 +61,7 @@ class ModekitShape:
     @classmethod
     def opened(cls, config: Config, recipe: Recipe, where: str) -> ModekitShape:
         """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
+        config, wrapper = without_wrapper(config)
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
@@ -83,7 +89,12 @@ class ModekitShape:
                 whole(config, key)
         except SourceError as error:
             raise CheckpointError(error.what, where=error.where, found=error.found, remedy=BUILD_AGAIN) from None
-        return cls(config, recipe, where, said)
+        return cls(config, recipe, where, said, wrapper)
+
+    @property
+    def written(self) -> Config:
+        """config.json."""
+        return with_wrapper(self.config, self.wrapper)
 
     @property
     def family(self) -> Family:
@@ -96,6 +107,8 @@ class ModekitShape:
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
+        if self.wrapper is not None:
+            return "it keeps a vision tower (output.keep)"
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.mixture.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
@@ -197,13 +210,14 @@ class ModekitShape:
             yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
-        """Adapters are active as a whole: their product with a weight of zero is computed."""
+        """Adapters are active as a whole: their product with a weight of zero is computed. A vision tower is not."""
         leaves = _leaves(sizes)
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
         }
         total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
-        return Parameters(total, sum(one.values()), total - idle, dense)
+        tower = sum(size for name, size in sizes.items() if is_in_tower(name, self.mixture.wrapper))
+        return Parameters(total, sum(one.values()), total - idle - tower, dense)
 
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""

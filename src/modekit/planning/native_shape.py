@@ -85,6 +85,11 @@ class NativeShape:
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
     @property
+    def written(self) -> Config:
+        """config.json."""
+        return self.config
+
+    @property
     def family(self) -> Family:
         """The row of the dense family."""
         return self.native.family

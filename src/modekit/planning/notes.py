@@ -6,7 +6,7 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.files.figures import bytes_of
@@ -16,7 +16,8 @@ from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Family, Stack
-from modekit.sources.model import SPECIALIST_FILE, ModelSource
+from modekit.sources.kept import kept_beside
+from modekit.sources.model import SPECIALIST_FILE, ModelSource, TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.vocabulary import Vocabulary
@@ -39,7 +40,7 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: st
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, way_out, mixed)
-    yield from _beside(sources)
+    yield from _beside(recipe, sources)
 
 
 def _of_packed(sources: Sequence[ModelSource]) -> Iterator[str]:
@@ -148,19 +149,31 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
         )
 
 
-def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
-    """What stays behind of models that wrap a language model, and of their adapters."""
+def _beside(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    """What is kept, and what stays behind, of models that wrap a language model, and of their adapters."""
     of: dict[str, list[str]] = {}
+    kept = {ref.name for ref in kept_beside(sources[0]).values()} if recipe.output.keep is not None else set[str]()
+    if kept:
+        said = _parts_of({name: ref for name, ref in sources[0].beside.items() if name in kept})
+        yield f"kept of the base model, for all experts alike: {said}; a build compares those of full models"
     for source in dict.fromkeys(sources):
-        sizes: dict[str, list[int]] = {}
-        for name, ref in source.beside.items():
-            in_layers = name.startswith(Stack().layers)
-            part = "what no layer reads" if in_layers else name.removeprefix("model.").partition(".")[0]
-            sizes.setdefault(part, []).append(ref.nbytes)
-        said = ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
+        shared = kept if not isinstance(source, AdapterSource) else set[str]()
+        said = _parts_of({name: ref for name, ref in source.beside.items() if name not in shared})
         of.setdefault(said, []).append(source.label)
     of.pop("", None)
     yield from (f"{', '.join(labels)}: only the language model is mixed; {said} stay behind" for said, labels in of.items())
+    if not kept and kept_beside(sources[0]):
+        yield "pictures are left out; output: {keep: wrapper} keeps the base model's vision tower"
+
+
+def _parts_of(beside: Mapping[str, TensorRef]) -> str:
+    """What lies beside a language model, part by part."""
+    sizes: dict[str, list[int]] = {}
+    for name, ref in beside.items():
+        in_layers = name.startswith(Stack().layers)
+        part = "what no layer reads" if in_layers else name.removeprefix("model.").partition(".")[0]
+        sizes.setdefault(part, []).append(ref.nbytes)
+    return ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
 
 
 def _kinds(names: set[str]) -> str:

@@ -287,12 +287,17 @@ class Places:
                 raise UnsupportedError(
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
                     where=f"base_model ({self._base.spec}): {name}",
-                    remedy="name the parts to mix under mixture.modules",
+                    remedy=f"write the parts to mix: modules: [{', '.join(self._parts_by_name())}]",
                 )
             modules.add(module_of(name))
         if any(module in modules for module in self._family.entrances if module != embedding):  # which runs in its place
             modules.remove(embedding)
         return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
+
+    def _parts_by_name(self) -> list[str]:
+        """The FFN and every part outside of it."""
+        inside = {part for stack in self._family.stacks for part in stack.ffn_parts}
+        return ["mlp", *(part for part in self._family.all_parts if part not in inside)]
 
     def _check_bias(self) -> None:
         """Raise MismatchError where an expert adds a bias to its logits and the base has none that it could stand beside."""

@@ -219,7 +219,7 @@ class Plan:
         identity = {
             "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
-            "config": dict(self.config),
+            "config": dict(self.shape.written),
             "tensors": [
                 [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces], *_padding(t)]
                 for t in self.tensors

@@ -121,7 +121,7 @@ Times = Annotated[float, BeforeValidator(lambda value: _parse_times(value), json
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "budget")
+    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "budget", "keep")
 
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
@@ -155,6 +155,9 @@ class Output(Strict):
         gt=1,
         le=10,
         description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
+    )
+    keep: Literal["wrapper"] | None = Field(
+        None, description="wrapper: keep the vision tower that the base wraps its language model with; images work."
     )
 
 
@@ -191,6 +194,7 @@ class Recipe(Strict):
             *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
             *self._problems_of_channels(),
+            *(self._problems_of_keeping() if self.output.keep is not None else ()),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
             *self._problems_of_text(),
@@ -248,6 +252,13 @@ class Recipe(Strict):
             yield "output.rank and output.budget say the same in two ways; remove one of them"
         if self.output.carry == "ffn" and asked[1:]:
             yield f"output.{asked[1]} has no effect with carry: ffn; remove it"
+
+    def _problems_of_keeping(self) -> Iterator[str]:
+        always_on = self.mixture.always_on
+        if self.output.format == "native":
+            yield "output.keep: no native architecture has experts within a wrapper; use format: modekit or auto"
+        if always_on is not None and always_on.apart:
+            yield "output.keep: a common expert that runs apart is for text alone; leave 'apart' or 'keep' out"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole = [expert.name for expert in self.experts if expert.is_whole or expert.budget is not None]

@@ -117,7 +117,7 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
         license_name=name,
         license_link=link,
         library_name="transformers",
-        pipeline_tag="translation" if checkpoint.shape.family.pair else "text-generation",
+        pipeline_tag=_task_of(checkpoint),
         tags=["modekit", "moe", "merge", "mixture-of-domain-experts"],
     )
 
@@ -150,6 +150,13 @@ def _decides(checkpoint: Checkpoint) -> str:
     return f"{said}, and the base model reads every text beside them (weight {mixture.always_on.weight:g})"
 
 
+def _task_of(checkpoint: Checkpoint) -> str:
+    """What the hub calls what it does."""
+    if checkpoint.record.recipe.output.keep is not None:
+        return "image-text-to-text"
+    return "translation" if checkpoint.shape.family.pair else "text-generation"
+
+
 def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     """What the template says of the mixture and of how it was made."""
     record = checkpoint.record
@@ -177,6 +184,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "active": count_of(checkpoint.parameters.active),
         "folder": json.dumps(checkpoint.folder.name).replace("`", "\\u0060"),
         "pair": checkpoint.shape.family.pair,
+        "sees": checkpoint.record.recipe.output.keep is not None,
         "chats": chat_template(checkpoint.folder) is not None,
         "recipe_digest": record.recipe_digest[:16],
         "status": router.status,

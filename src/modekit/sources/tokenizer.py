@@ -33,13 +33,13 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def copied_files(folder: Path, *, where: str) -> tuple[Path, ...]:
+def copied_files(folder: Path, *, where: str, names: Iterable[str] = COPIED_FILES) -> tuple[Path, ...]:
     """Those of the files to copy that a model's folder has: its own, not what links in a stranger's folder point at.
 
     Raises SourceError for what is no regular file, and for a link that leads out of the folder: what it points at would be
     copied into the result, and published with it. The hub's cache, whose files are links to blobs beside them, is fine.
     """
-    found = [folder / name for name in COPIED_FILES if (folder / name).is_symlink() or (folder / name).exists()]
+    found = [folder / name for name in names if (folder / name).is_symlink() or (folder / name).exists()]
     for path in found:
         try:
             target = path.resolve(strict=True)

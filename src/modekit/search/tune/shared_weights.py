@@ -164,7 +164,7 @@ class SharedWeights:
                         _write_shard(plan, shard, kept, read)
                 link_file(kept, partial / shard.file)
         write_index(plan, partial)
-        write_json(partial / "config.json", dict(plan.config))
+        write_json(partial / "config.json", dict(plan.shape.written))
         for file in (*plan.copied_files, *plan.shape.code_files):
             copy_file(file, partial / file.name)
         for name, content in plan.written_files.items():
