@@ -25,7 +25,7 @@ from modekit.planning.pieces import (
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
-from modekit.sources.family import Family, whole
+from modekit.sources.family import whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native_row import Native
@@ -123,7 +123,7 @@ class NativeLayout:
         """A tensor of the backbone with the channels of its router."""
         if self._channels is None:
             return tensor
-        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._family))
+        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._native.parts))
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
@@ -165,7 +165,7 @@ class NativeLayout:
                 pieces = (Piece(0, ref),) if is_norm else ()
                 code = self._code_of(ref)
                 plain = joined(name, code, ref.shape, "backbone", pieces) if is_norm else _zeros(name, code, ref.shape)
-                yield self.widened(plain)
+                yield from map(self.widened, self.apart(plain))
         nothing: list[Piece | None] = [None] * len(self._recipe.experts)
         yield from self._of_layer(0, dict.fromkeys(self._family.mlp, nothing), dict.fromkeys(self._recipe.names, 1.0))
 

@@ -111,8 +111,8 @@ class NativeShape:
 
     @property
     def without_vllm(self) -> str | None:
-        """Why vLLM does not serve it: it knows every row."""
-        return None
+        """Why vLLM does not serve it; None where it does."""
+        return None if "vLLM" in self.native.serves else f"nobody has run a {self.native_type} without shared experts there"
 
     @property
     def through_transformers(self) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from modekit.planning.native_shape import NativeShape
-
 from modekit.processes import processes
 from modekit.routing.fitting import FittedRouter, Fitting
 

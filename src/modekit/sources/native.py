@@ -42,7 +42,7 @@ def _plain_rope(config: Config) -> bool:
     rope = config["rope_parameters"]
     factor = config.get("partial_rotary_factor")
     assert isinstance(rope, Mapping)
-    return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1, 1.0}
+    return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
 
 
 def _no_window(config: Config) -> bool:
@@ -296,7 +296,7 @@ NATIVES: tuple[Native, ...] = (
     ),
     Native(
         family=_FAMILY["phi3"],
-        **{**_GRANITE_MOE, "widening": "its base has queries, keys and values in one tensor"},
+        **_GRANITE_MOE,
         split={"self_attn.qkv_proj": tuple(f"self_attn.{part}_proj" for part in "qkv")},
         fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
         computed={"attention_multiplier": _score_scale},
@@ -325,7 +325,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_experts.up_proj.weight", ("0", "D")),
             Constant("mlp.shared_experts.down_proj.weight", ("D", "0")),
         ),
-        serves="",
+        serves="transformers alone",
         without_gguf="its converter wants a shared expert, which a mixture has not",
         widening="it weighs experts by sigmoids, which evidence that is carried can exceed",
         rules=(

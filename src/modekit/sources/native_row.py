@@ -130,6 +130,12 @@ class Native:
         return self.family.mlp["gate"] == self.family.mlp["up"]
 
     @property
+    def parts(self) -> dict[str, str]:
+        """Linear part of a layer of the result -> its module; the FFN's are the base's."""
+        apart = dict(zip("qkv", next(iter(self.split.values()), ()), strict=False))
+        return {**self.family.parts, **apart}
+
+    @property
     def written_constants(self) -> tuple[Constant, ...]:
         """Those that the result has."""
         return tuple(constant for constant in self.constants if constant.is_written)
