@@ -45,6 +45,12 @@ def _plain_rope(config: Config) -> bool:
     return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
 
 
+def _kinds_of_granite(config: Config) -> list[object]:
+    """As llama.cpp's converter and published models call them."""
+    named: dict[object, object] = {"linear_attention": "mamba", "full_attention": "attention"}
+    return [named.get(kind, kind) for kind in words(config, "layer_types")]
+
+
 def _no_window(config: Config) -> bool:
     return "sliding_attention" not in words(config, "layer_types")
 
@@ -263,6 +269,7 @@ NATIVES: tuple[Native, ...] = (
         native_class="GraniteMoeHybridForCausalLM",
         **_FUSED_IN_GRANITE,
         fixed={"shared_intermediate_size": 0, "output_router_logits": False},
+        computed={"layer_types": _kinds_of_granite},
         constants=(
             Constant("shared_mlp.input_linear.weight", ("0", "D")),
             Constant("shared_mlp.output_linear.weight", ("D", "0")),
