@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from modekit.sources.derived import INEXACT
 from modekit.sources.families import FAMILIES
 from modekit.sources.native import NATIVES
 from modekit.sources.wrappers import WRAPPERS
@@ -20,6 +21,7 @@ _WRAPS = "wraps a decoder"
 _COMPUTED = "transformers computes its tensors from those of files"
 _UNTRIED = "no small model of it could be made, so that nothing was tried"
 REFUSED: dict[str, str] = {
+    **INEXACT,
     **dict.fromkeys(("emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "mllama"), _WRAPS),
     **dict.fromkeys(("moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _WRAPS),
     **dict.fromkeys(("dots3_note", "git"), _WRAPS),
@@ -36,6 +38,7 @@ REFUSED: dict[str, str] = {
     "longcat_flash": "its layers are two each",
     "roformer": "its positions are of no token",
     "zaya": "it holds tensors that belong to no part of it",
+    "phi4_multimodal": "vision and speech run beside its layers",
     "qwen4_exp_text": "a norm of it runs on keys that are means of several tokens",
     "xlm": "its layers are several lists",
     "prophetnet": "its config takes no number of layers",

@@ -56,7 +56,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
-    ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["mamba", "attention", "attention"]}),
+    ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["attention"] * 3}),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     ("phi3", "granitemoe", {}),
 ]

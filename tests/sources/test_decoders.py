@@ -25,9 +25,9 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.derived import derive
+from modekit.sources.derived import INEXACT, derive
 from modekit.sources.families import family_of
-from tiny_decoders import TYPES, tiny_decoder
+from tiny_decoders import TYPES, tiny_config, tiny_decoder
 
 FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
 """Their passes do not hand on the cache in which routers of averages keep what they read."""
@@ -242,3 +242,10 @@ def test_an_expert_has_a_head_of_its_own_and_its_base_none(model_type: str, tmp_
 def _tied(model_type: str, seed: int, *, tied: bool) -> PreTrainedModel:
     make = tiny_model if model_type == "llama" else tiny_decoder
     return make(model_type, seed, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("model_type", INEXACT)
+def test_a_class_whose_expert_would_be_another_model_is_refused(model_type: str) -> None:
+    config = tiny_config(model_type).to_dict()
+    with pytest.raises(UnsupportedError, match="cannot be mixed"):
+        family_of(config, where="base_model")

@@ -19,8 +19,9 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Output
-from modekit.sources.families import FAMILIES, LOOKED_UP, family_of
+from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.family import Family
+from modekit.sources.looked_up import LOOKED_UP
 from modekit.sources.native import NATIVES, choose_native
 from modekit.sources.native_row import Native
 from modekit.text.sequences import Batch

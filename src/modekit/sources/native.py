@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from modekit.recipes.recipe import Recipe
-from modekit.sources.families import FAMILIES, LOOKED_UP
+from modekit.sources.families import FAMILIES
 from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.looked_up import LOOKED_UP
 from modekit.sources.native_row import Constant, Native, Rule, Widening
 
 
