@@ -87,9 +87,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["mamba", "attention", "attention"]}),
-    ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["attention"] * 3, "tie_word_embeddings": True}),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
-    ("lfm2", "lfm2_moe", {"full_attn_idxs": [0, 2], "block_auto_adjust_ff_dim": False, "conv_bias": True}),
     ("phi3", "granitemoe", {"rms_norm_eps": 1e-3}),
     ("seed_oss", "glm4_moe", {"head_dim": 16, "attention_out_bias": False}),
 ]

@@ -112,7 +112,7 @@ class NativeShape:
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve it; None where it does."""
-        return None if "vLLM" in self.native.serves else f"nobody has run a {self.native_type} without shared experts there"
+        return None if "vLLM" in self.native.serves else f"nobody has run a mixture in {self.native_type} there yet"
 
     @property
     def through_transformers(self) -> bool:

@@ -39,10 +39,14 @@ def _score_scale(config: Config) -> float:
     return float((whole(config, "hidden_size") // whole(config, "num_attention_heads")) ** -0.5)
 
 
+def _mapping(config: Config, key: str) -> Config:
+    found = config[key]
+    assert isinstance(found, Mapping)
+    return found
+
+
 def _plain_rope(config: Config) -> bool:
-    rope = config["rope_parameters"]
-    factor = config.get("partial_rotary_factor")
-    assert isinstance(rope, Mapping)
+    rope, factor = _mapping(config, "rope_parameters"), config.get("partial_rotary_factor")
     return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
 
 
@@ -268,7 +272,7 @@ NATIVES: tuple[Native, ...] = (
         family=_FAMILY["granitemoehybrid"],
         native_type="granitemoehybrid",
         native_class="GraniteMoeHybridForCausalLM",
-        **_FUSED_IN_GRANITE,
+        **{**_FUSED_IN_GRANITE, "serves": "llama.cpp"},
         fixed={"shared_intermediate_size": 0, "output_router_logits": False},
         computed={"layer_types": _kinds_of_granite},
         constants=(
@@ -299,7 +303,7 @@ NATIVES: tuple[Native, ...] = (
             "output_router_logits": False,
         },
         constants=(Constant("feed_forward.expert_bias", ("E",)),),
-        serves="vLLM, llama.cpp",
+        serves="llama.cpp",
         widening=_NO_ATTENTION,
     ),
     Native(
@@ -326,7 +330,7 @@ NATIVES: tuple[Native, ...] = (
             **{"norm_topk_prob": True, "first_k_dense_replace": 0, "n_shared_experts": 0, "routed_scaling_factor": 1.0},
             **{"n_group": 1, "topk_group": 1, "use_qk_norm": False, "output_router_logits": False},
         },
-        computed={"rope_parameters": lambda c: {**c["rope_parameters"], "partial_rotary_factor": 1.0}},
+        computed={"rope_parameters": lambda c: {**_mapping(c, "rope_parameters"), "partial_rotary_factor": 1.0}},
         constants=(
             Constant("mlp.gate.e_score_correction_bias", ("E",)),
             Constant("mlp.shared_experts.gate_proj.weight", ("0", "D")),
@@ -384,7 +388,6 @@ _WITHOUT_PARTNER = {
     "gemma3_text": "GeGLU experts and sandwich norms",
     "gemma4_text": "GeGLU experts and sandwich norms",
     "ministral3": "queries that grow with their position",
-    "phi3": "fused projections",
     "olmo3": "a window that differs between layers",
     "smollm3": "layers without rotary embedding",
     "exaone4": "norms after the block",
