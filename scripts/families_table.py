@@ -60,7 +60,8 @@ its mixtures are in the modekit architecture, and `modules: all` mixes whole mod
 * **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
 * **whole models**: `modules: all`. A mixture of experts, attention with tensors of its own or a recurrence is one place each.
 * **FFN experts**: whole FFNs, with a router in every layer.
-* **native**: the architecture that says such a mixture exactly, and what runs it besides transformers.
+* **native**: the architecture that says such a mixture exactly, and what runs it besides transformers. lfm2_moe and glm4_moe
+  weigh experts by sigmoids: `top_k: 1` or `method: linear`. benchmarks/partners.md says why others have none.
 
 | type | adapters | whole models | FFN experts | native |
 |---|---|---|---|---|
