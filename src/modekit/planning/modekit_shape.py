@@ -48,6 +48,7 @@ class ModekitShape:
     mixture: MixtureConfig
 
     plain = False
+    by_sigmoids = False
     through_transformers = False
     code_files: ClassVar[tuple[Path, ...]] = CODE_FILES
     native_type = None

@@ -95,6 +95,11 @@ class NativeShape:
         return self.native.native_type
 
     @property
+    def by_sigmoids(self) -> bool:
+        """Whether routers weigh each expert by a sigmoid of its own."""
+        return self.native.by_sigmoids
+
+    @property
     def also_runs_in(self) -> str:
         """Where the result runs besides transformers."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)

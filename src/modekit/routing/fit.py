@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from modekit.planning.native_shape import NativeShape
 from modekit.processes import processes
 from modekit.routing.fitting import FittedRouter, Fitting
 
@@ -29,8 +28,7 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     if not processes().is_main and (keeps is None or not keeps.shared):
         return fitting.unfitted()
     fitted = _zero(fitting) if fit is None else SETTERS[fit.name](fitting)
-    shape = fitting.checkpoint.shape
-    if not isinstance(shape, NativeShape) or not shape.native.by_sigmoids:
+    if not fitting.checkpoint.shape.by_sigmoids:
         return fitted
     # The best of logits around 0 is at least 0: no expert is chosen whose sigmoid is next to nothing.
     return replace(fitted, gates=[gate - gate.mean(0, keepdims=True) for gate in fitted.gates])
