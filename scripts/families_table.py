@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from modekit.sources.derived import INEXACT
 from modekit.sources.families import FAMILIES
 from modekit.sources.native import NATIVES
 from modekit.sources.wrappers import WRAPPERS
@@ -20,12 +21,13 @@ _WRAPS = "wraps a decoder"
 _COMPUTED = "transformers computes its tensors from those of files"
 _UNTRIED = "no small model of it could be made, so that nothing was tried"
 REFUSED: dict[str, str] = {
+    **INEXACT,
     **dict.fromkeys(("emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "mllama"), _WRAPS),
     **dict.fromkeys(("moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _WRAPS),
     **dict.fromkeys(("dots3_note", "git"), _WRAPS),
     **dict.fromkeys(("hrm_text", "inkling2_loop_text", "inkling2_text", "lara_mini", "sarvam_moe"), _COMPUTED),
-    **dict.fromkeys(("blt", "cohere_compass_text", "dbrx", "dots1", "falcon_h1", "gemma3n_text", "phi4_multimodal"), _UNTRIED),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant", "qwen4_exp_text", "xlstm", "zamba"), _UNTRIED),
+    **dict.fromkeys(("blt", "xlstm", "zamba"), _UNTRIED),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts for another model, whose keys it reads"),
     "jetmoe": "a part of its layers runs before the one whose router decides for it",
     "deepseek_v4": "its files hold a table of integers",
     "minimax": "it keeps text in a cache of its own kind",
@@ -36,6 +38,8 @@ REFUSED: dict[str, str] = {
     "longcat_flash": "its layers are two each",
     "roformer": "its positions are of no token",
     "zaya": "it holds tensors that belong to no part of it",
+    "phi4_multimodal": "vision and speech run beside its layers",
+    "qwen4_exp_text": "a norm of it runs on keys that are means of several tokens",
     "xlm": "its layers are several lists",
     "prophetnet": "its config takes no number of layers",
     "xlnet": "a tensor belongs to no module",
@@ -57,7 +61,8 @@ its mixtures are in the modekit architecture, and `modules: all` mixes whole mod
 * **whole models**: `modules: all`. A mixture of experts, attention with tensors of its own or a recurrence is one place each.
 * **FFN experts**: whole FFNs, with a router in every layer.
 * `keep: wrapper`: with its vision tower ([recipe.md](recipe.md#which-families)).
-* **native**: the architecture that says such a mixture exactly, and what runs it besides transformers.
+* **native**: the architecture that says such a mixture exactly, and what runs it besides transformers. lfm2_moe and glm4_moe
+  weigh experts by sigmoids: `top_k: 1` or `method: linear`. benchmarks/partners.md says why others have none.
 
 | type | adapters | whole models | FFN experts | native |
 |---|---|---|---|---|

@@ -7,6 +7,7 @@ expert is the model that transformers or PEFT makes of it. Why a type is not mix
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from families_table import NO_WHOLE, PARTLY, REFUSED
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import ModekitError
+from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.derived import derive
+from modekit.sources.derived import INEXACT, derive
 from modekit.sources.families import family_of
-from tiny_decoders import TYPES, tiny_decoder
+from tiny_decoders import TYPES, tiny_config, tiny_decoder
 
 FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
 """Their passes do not hand on the cache in which routers of averages keep what they read."""
@@ -209,3 +210,42 @@ def test_names_as_older_files_have_them(tmp_path: Path) -> None:
     experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
     model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
     torch.testing.assert_close(forced(model, 1), logits(opened(tmp_path / "other")), atol=1e-4, rtol=0)
+
+
+def test_a_low_rank_part_that_nothing_can_hold_is_refused(tmp_path: Path) -> None:
+    """GPT-2 keeps its weights the other way round: the expert would be the base."""
+    save_models("gpt2", tmp_path)
+    experts = [{"name": "other", "model": "./other"}, {"name": "low", "model": "./other", "as": "lora"}]
+    with pytest.raises(UnsupportedError, match=r"low-rank part[^§]*experts\[1\] 'low'[^§]*leave 'as: lora' out"):
+        mixture(tmp_path, "OUT", experts, router=ONE_ROUTER)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_expert_has_a_head_of_its_own_and_its_base_none(model_type: str, tmp_path: Path) -> None:
+    """What the message says to do is enough."""
+    for seed, name in enumerate(("tied", "other")):
+        save(_tied(model_type, seed, tied=not seed), tmp_path / name)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    shutil.copytree(tmp_path / "tied", tmp_path / "base")
+    with pytest.raises(MismatchError, match="head of its own") as refused:
+        mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    assert "h.weight.clone()" in str(refused.value)
+    model = opened(tmp_path / "tied")
+    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "base")
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    for expert, name in enumerate(("tied", "other")):
+        torch.testing.assert_close(forced(model, expert), logits(opened(tmp_path / name)), atol=1e-4, rtol=0)
+
+
+def _tied(model_type: str, seed: int, *, tied: bool) -> PreTrainedModel:
+    make = tiny_model if model_type == "llama" else tiny_decoder
+    return make(model_type, seed, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("model_type", INEXACT)
+def test_a_class_whose_expert_would_be_another_model_is_refused(model_type: str) -> None:
+    config = tiny_config(model_type).to_dict()
+    with pytest.raises(UnsupportedError, match="cannot be mixed"):
+        family_of(config, where="base_model")

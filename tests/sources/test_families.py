@@ -18,8 +18,10 @@ from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.recipes.recipe import Output
 from modekit.sources.families import FAMILIES, family_of
 from modekit.sources.family import Family
+from modekit.sources.looked_up import LOOKED_UP
 from modekit.sources.native import NATIVES, choose_native
 from modekit.sources.native_row import Native
 from modekit.text.sequences import Batch, TokenSequence
@@ -36,6 +38,12 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+GRANITE_4: dict[str, Any] = {
+    **{"num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope", "attention_multiplier": 0.3},
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "mamba_chunk_size": 8},
+    **{"mamba_n_heads": 4, "mamba_d_state": 8},
+}
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "mixtral", {}),
@@ -78,8 +86,18 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
     ),
+    ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["mamba", "attention", "attention"]}),
+    ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    ("phi3", "granitemoe", {"rms_norm_eps": 1e-3}),
+    ("seed_oss", "glm4_moe", {"head_dim": 16, "attention_out_bias": False}),
 ]
+BY_SIGMOIDS = {row.native_type for row in NATIVES if row.by_sigmoids}
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
+
+
+def at_most(native: str, top_k: int) -> int:
+    """What a router may choose: one expert, where it weighs them by sigmoids."""
+    return 1 if native in BY_SIGMOIDS else top_k
 
 
 def recipe_of(models: list[str], mixture: dict[str, Any]) -> Any:
@@ -109,6 +127,11 @@ def test_every_row_has_a_case() -> None:
 def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: torch.Tensor, top_k: int) -> None:
     root, native = family_case
     mixture = {"method": "routing", "top_k": top_k, "router": {"fit": "random", "temperature": 0.01}}
+    if top_k > at_most(native, top_k):
+        said = recipe_of(["base"] * 3, mixture).model_copy(update={"output": Output(format="native")})
+        with pytest.raises(UnsupportedError, match="sigmoids"):
+            make_plan(said, root)
+        return
     out = built(root, f"copies{top_k}", ["base"] * 3, mixture)
     assert open_checkpoint(out).shape.native_type == native
     torch.testing.assert_close(logits_of(out, ids), logits_of(root / "base", ids), atol=1e-4, rtol=0)
@@ -122,8 +145,9 @@ def test_copies_under_a_linear_mixture_are_that_model(family_case: tuple[Path, s
 
 def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
     """The oracle hook and the dense view both equal a dense model put together by hand."""
-    root, _ = family_case
-    out = built(root, "forced", ["base", "./other"], {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    root, native = family_case
+    routing = {"method": "routing", "top_k": at_most(native, 2), "router": {"fit": "random"}}
+    out = built(root, "forced", ["base", "./other"], routing)
     checkpoint = open_checkpoint(out)
     by_hand = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
     other = dict(AutoModelForCausalLM.from_pretrained(root / "other", dtype=torch.float32).named_parameters())
@@ -147,12 +171,12 @@ def test_router_fixed_on_an_expert_is_the_model_with_its_parts(family_case: tupl
 
 def test_an_expert_left_out_is_a_mixture_without_it(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
     """All of the others weigh in, or the best of them."""
-    root, _ = family_case
+    root, native = family_case
     if not (root / "third").exists():
         save(tiny_model(seed=2, **_dense_config(root)), root / "third")
     routing = {"method": "routing", "router": {"fit": "random", "seed": 3}}
-    whole = built(root, "of three", ["base", "./other", "./third"], {**routing, "top_k": 2})
-    rest = built(root, "of two", ["base", "./third"], {**routing, "top_k": 2})
+    whole = built(root, "of three", ["base", "./other", "./third"], {**routing, "top_k": at_most(native, 2)})
+    rest = built(root, "of two", ["base", "./third"], {**routing, "top_k": at_most(native, 2)})
     checkpoint, without = open_checkpoint(whole), open_checkpoint(rest)
     mixture = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
     smaller = AutoModelForCausalLM.from_pretrained(rest, dtype=torch.float32).eval()
@@ -177,8 +201,8 @@ def _dense_config(root: Path) -> dict[str, Any]:
 
 def test_weights_are_those_that_the_layers_use(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
     """The experts' outputs, summed with them, are what the native block gives."""
-    root, _ = family_case
-    routing = {"method": "routing", "top_k": 2, "router": {"fit": "random", "seed": 3}}
+    root, native = family_case
+    routing = {"method": "routing", "top_k": at_most(native, 2), "router": {"fit": "random", "seed": 3}}
     out = built(root, "weighed", ["base", "./other", "base"], routing)
     checkpoint = open_checkpoint(out)
     mixture = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -224,8 +248,8 @@ def test_router_module_reads_the_input_of_the_dense_ffn(family_case: tuple[Path,
 
 
 def test_reload_saves_the_same_tensors(family_case: tuple[Path, str], ids: torch.Tensor, tmp_path: Path) -> None:
-    root, _ = family_case
-    out = built(root, "again", ["base", "./other"], {"method": "gating", "router": {"fit": "random"}})
+    root, native = family_case
+    out = built(root, "again", ["base", "./other"], {"top_k": at_most(native, 2), "router": {"fit": "random"}})
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "saved")
     assert_close(logits_of(tmp_path / "saved", ids), logits_of(model, ids))
@@ -233,8 +257,8 @@ def test_reload_saves_the_same_tensors(family_case: tuple[Path, str], ids: torch
 
 def test_no_tensor_is_without_a_number(family_case: tuple[Path, str]) -> None:
     """An engine may refuse to load one: vLLM does."""
-    root, _ = family_case
-    folder = built(root, "full", ["base", "./other"], {"method": "gating", "router": {"fit": "random"}})
+    root, native = family_case
+    folder = built(root, "full", ["base", "./other"], {"top_k": at_most(native, 2), "router": {"fit": "random"}})
     assert all(ref.numel for ref in open_checkpoint(folder).tensors.values())
 
 
@@ -249,8 +273,9 @@ def test_engines_are_named_for_attention_with_biases(tmp_path: Path) -> None:
 
 
 def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: torch.Tensor) -> None:
-    root, _ = family_case
-    out = built(root, "greedy", ["base", "base"], {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    root, native = family_case
+    routing = {"method": "routing", "top_k": at_most(native, 2), "router": {"fit": "random"}}
+    out = built(root, "greedy", ["base", "base"], routing)
     texts = []
     for folder in (out, root / "base"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -258,7 +283,7 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type + family.variant)
+@pytest.mark.parametrize("family", [*FAMILIES, *LOOKED_UP], ids=lambda family: family.model_type + family.variant)
 def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
     """A config.json that is silent means the dense class's default; the table must know the same one."""
     silent = AutoConfig.for_model(family.model_type).to_dict()
@@ -303,6 +328,7 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     old.pop("layer_types", None)
     old |= {"sliding_window_pattern": 2} if dense == "cohere2" else {}
     old |= {"full_attention_interval": 2} if dense == "qwen3_5_text" else {}
+    old |= {"layer_types": full["layer_types"]} if dense == "granitemoehybrid" or "conv" in full.get("layer_types", []) else {}
     rope = {key: value for key, value in full["rope_parameters"].items() if key != "partial_rotary_factor"}
     if rope["rope_type"] == "default":
         old |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}

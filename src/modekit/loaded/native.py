@@ -92,7 +92,7 @@ class NativeMixture(LoadedMixture):
             if parameter.shape[1:] == (2 * units, channels.hidden + channels.spare):
                 return (slice(None), slice(None), slice(channels.expert_hidden), slice(channels.hidden))
             return (slice(None), slice(channels.hidden), slice(channels.expert_hidden))
-        pad = channels.pad_of(name, (*parameter.shape[:-1], channels.hidden), self.checkpoint.shape.family)
+        pad = channels.pad_of(name, (*parameter.shape[:-1], channels.hidden), self.native.parts)
         if pad is None:
             return None
         ends = (*(pad.rows,) * (parameter.ndim - 1), pad.columns)
@@ -121,10 +121,10 @@ class NativeMixture(LoadedMixture):
 
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
-        """The expert's logit is 10,000 and the others' 0, so that softmax is exactly one-hot."""
+        """The expert's logit is 10,000 and the others' less by twice as much: softmax and sigmoids are exactly one-hot."""
 
         def change(logits: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(logits).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
+            return torch.full_like(logits, -_FAR).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
 
         with self._changed_logits(change):
             yield
@@ -240,6 +240,9 @@ class DenseView:
         state = {name: self._read(name) for name in checkpoint.tensors if not _lies_in(name, block)}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
+            for module, parts in self._native.split.items():
+                split = [state.pop(in_layer(layer, f"{part}.weight")) for part in parts]
+                state[in_layer(layer, f"{module}.weight")] = torch.cat(split)
         try:
             with without_bars():
                 self.model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -273,7 +276,7 @@ class DenseView:
         else:
             assert native.fused is not None
             both, down = (self._read(in_layer(layer, path), expert) for path in native.fused)
-            gate, up = both.chunk(2, dim=0)
+            gate, up = (both, both) if native.is_fused else both.chunk(2, dim=0)
             parts = {"gate": gate, "up": up, "down": down}
         return {in_layer(layer, native.family.mlp[part]): tensor.contiguous() for part, tensor in parts.items()}
 
@@ -288,7 +291,7 @@ def _dense_config(checkpoint: Checkpoint, run: Run) -> PreTrainedConfig:
     said = checkpoint.record.dense_config
     check_no_code(said, where=f"{checkpoint.folder}: {RECORD_FILE}", run=run)
     try:
-        config: PreTrainedConfig = AutoConfig.for_model(**said)
+        config: PreTrainedConfig = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(dict(said)))
         for key, value in _wide(checkpoint).items():
             if said.get(key) != value:  # a config checks sizes as they are in models that people make, when it is made
                 setattr(config, key, value)

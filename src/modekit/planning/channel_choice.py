@@ -36,9 +36,10 @@ def channels_of(
             remedy="choose another fit, or output: {format: modekit}",
         )
     front = front and native.widening.in_front
-    if carry is not None and not front:
+    if carry is not None and (native.split or not front):
+        why = "its base has queries, keys and values in one tensor" if native.split else "it has norms behind attention"
         raise UnsupportedError(
-            f"{native.native_type} cannot carry more of an expert than its FFN: it has norms behind attention",
+            f"{native.native_type} cannot carry more of an expert than its FFN: {why}",
             where="output.carry",
             remedy="write output: {carry: ffn}, or output: {format: modekit}",
         )

@@ -18,14 +18,14 @@ Shape legend: D hidden size, P channels, E experts, J averages, H head size, G q
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.pieces import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.family import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native_row import Widening
 
@@ -186,8 +186,11 @@ class Channels:
                 said["max_window_layers"] = whole(config, "max_window_layers") + 1
         return said
 
-    def pad_of(self, name: str, shape: tuple[int, ...], family: Family) -> Pad | None:
-        """How a tensor of the base, by its name in the result, is widened; None when it stays as it is."""
+    def pad_of(self, name: str, shape: tuple[int, ...], parts: Mapping[str, str]) -> Pad | None:
+        """How a tensor of the base, by its name in the result, is widened; None when it stays as it is.
+
+        `parts`: of a layer of the result -> module.
+        """
         layer, path = split_layer(name)
         if not isinstance(layer, int):
             return self._pad_outside(name)
@@ -197,9 +200,9 @@ class Channels:
         if module in self.widening.over_heads:
             added = self.more_heads * (self.group if module == self.widening.over_heads[0] else 1)
             return Pad(columns=added * self.head_dim, scale=self.norm_scale)
-        part = next((part for part in _ATTENTION if family.parts[part] == module), None)
+        part = next((part for part in _ATTENTION if parts[part] == module), None)
         if part is None:
-            over_heads = module.rpartition(".")[0] == family.parts["q"].rpartition(".")[0]
+            over_heads = module.rpartition(".")[0] == parts["q"].rpartition(".")[0]
             return Pad(columns=self.spare) if shape[-1:] == (self.hidden,) and not over_heads else None
         heads = self.more_heads * self.head_dim
         added = {"q": self.group * heads, "k": heads, "v": heads, "o": self.spare}[part]

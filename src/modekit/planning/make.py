@@ -122,7 +122,7 @@ def _backbone(
         renamed = layout.backbone_name(name)
         if renamed is not None:
             make = giver.of_base if name in mixed else giver.tensor
-            yield layout.widened(make(renamed, code_of(ref), ref))
+            yield from map(layout.widened, layout.apart(make(renamed, code_of(ref), ref)))
 
 
 def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[PlannedTensor]:
@@ -147,7 +147,7 @@ def _native_layout(
         return None, f"only the modekit architecture has {', '.join(beyond)}"
     if asked == "auto" and adapters:
         return None, _stay_low_rank(recipe, adapters)
-    native, tried = choose_native(family, base.config)
+    native, tried = choose_native(family, base.config, recipe)
     if native is None and asked == "native":
         raise UnsupportedError(
             f"no native architecture says a mixture of this '{family.model_type}' model exactly",
@@ -158,7 +158,7 @@ def _native_layout(
     if native is None:
         return None, " | ".join(tried)
     try:
-        layout = NativeLayout(recipe, sources, family, native, code_of)
+        layout = NativeLayout(recipe, sources, native, code_of)
     except UnsupportedError as error:  # it cannot carry the router
         if asked == "native" or recipe.output.channels is not None:
             raise

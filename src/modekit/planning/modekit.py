@@ -103,6 +103,10 @@ class ModekitLayout:
                     "changes of norms and biases are lost"
                 )
 
+    def apart(self, tensor: PlannedTensor) -> tuple[PlannedTensor, ...]:
+        """A tensor of the backbone is one here, too."""
+        return (tensor,)
+
     def tensors(self) -> Iterator[PlannedTensor]:
         """What the experts have at every place."""
         for place in self._places:

@@ -53,6 +53,7 @@ class ModekitShape:
     wrapper: Config | None = None
 
     plain = False
+    by_sigmoids = False
     through_transformers = False
     code_files: ClassVar[tuple[Path, ...]] = CODE_FILES
     native_type = None

@@ -9,11 +9,23 @@ from modekit.errors import UnsupportedError
 from modekit.planning.carry import carried_size
 from modekit.planning.channel_choice import channels_of
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.pieces import CodeOf, FFNKind, Operation, Pad, Piece, PlannedTensor, Role, joined, piece_of, widened
+from modekit.planning.pieces import (
+    CodeOf,
+    FFNKind,
+    Operation,
+    Pad,
+    Piece,
+    PlannedTensor,
+    Role,
+    joined,
+    piece_of,
+    some_rows,
+    widened,
+)
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
-from modekit.sources.family import Family, whole
+from modekit.sources.family import whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native_row import Native
@@ -31,13 +43,12 @@ class NativeLayout:
         mixes_more: what a recipe has to say so that more parts and layers are mixed, for messages.
     """
 
-    def __init__(
-        self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, native: Native, code_of: CodeOf
-    ) -> None:
-        self._recipe, self._sources, self._family, self._native, self._code_of = recipe, sources, family, native, code_of
+    def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], native: Native, code_of: CodeOf) -> None:
+        self._recipe, self._sources, self._native, self._code_of = recipe, sources, native, code_of
+        family = self._family = native.family
         self._base = sources[0]
         self._layers = whole(self._base.config, "num_hidden_layers")
-        self._gate = self._base.tensor(in_layer(0, family.mlp["gate"]))
+        self._gate = self._in_base(0, "gate")
         self._ffn = {in_layer(layer, path) for layer in range(self._layers) for path in family.mlp.values()}
         self.router_dtype = code_of(self._gate)
         self.mixes_more = (
@@ -63,6 +74,22 @@ class NativeLayout:
                 remedy="use output: {format: modekit}, or choose a base model with a plain gated FFN",
             )
         return name if not isinstance(layer, int) else in_layer(layer + self._front, path)
+
+    def apart(self, tensor: PlannedTensor) -> tuple[PlannedTensor, ...]:
+        """A tensor of the backbone, or those that the result has in its place: some of its rows each."""
+        module, _, leaf = tensor.name.rpartition(".")
+        layer, path = split_layer(module)
+        if not isinstance(layer, int) or path not in self._native.split:
+            return (tensor,)
+        dense, start, found = self._family.dense_config(self._base.config), 0, []
+        for place, part in enumerate(self._native.split[path]):
+            heads = whole(dense, "num_key_value_heads" if place else "num_attention_heads")
+            rows = (start, start + heads * whole(dense, "head_dim"))
+            pieces = tuple(piece.cut(rows) for piece in tensor.pieces)
+            shape = (rows[1] - start, *tensor.shape[1:])
+            found.append(replace(tensor, name=f"{in_layer(layer, part)}.{leaf}", shape=shape, pieces=pieces))
+            start = rows[1]
+        return tuple(found)
 
     def mixed_names(self) -> set[str]:
         """Tensors of the base of which every expert has its own."""
@@ -96,7 +123,7 @@ class NativeLayout:
         """A tensor of the backbone with the channels of its router."""
         if self._channels is None:
             return tensor
-        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._family))
+        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._native.parts))
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
@@ -138,13 +165,25 @@ class NativeLayout:
                 pieces = (Piece(0, ref),) if is_norm else ()
                 code = self._code_of(ref)
                 plain = joined(name, code, ref.shape, "backbone", pieces) if is_norm else _zeros(name, code, ref.shape)
-                yield self.widened(plain)
+                yield from map(self.widened, self.apart(plain))
         nothing: list[Piece | None] = [None] * len(self._recipe.experts)
         yield from self._of_layer(0, dict.fromkeys(self._family.mlp, nothing), dict.fromkeys(self._recipe.names, 1.0))
 
     def _as_in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN as the base has it in a layer of the result; in front, as in its first."""
-        return self._base.tensor(in_layer(max(0, layer - self._front), self._family.mlp[part]))
+        return self._in_base(max(0, layer - self._front), part)
+
+    def _in_base(self, layer: int, part: str) -> TensorRef:
+        """A part of the FFN in a layer of the base."""
+        ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
+        return some_rows(ref, self._rows(part, ref))
+
+    def _rows(self, part: str, ref: TensorRef) -> tuple[int, int] | None:
+        """Which rows of its tensor a part of the FFN is; None for all."""
+        if not self._native.is_fused or part == "down":
+            return None
+        half = ref.shape[0] // 2
+        return (0, half) if part == "gate" else (half, 2 * half)
 
     @property
     def _passed_norms(self) -> tuple[str, ...]:
@@ -157,7 +196,7 @@ class NativeLayout:
         for layer in range(layers):
             refs = {part: self._base.tensor(in_layer(layer, path)) for part, path in self._family.mlp.items()}
             pieces: _Pieces = {
-                part: [self._piece(1 + expert, ref) for expert in range(len(self._recipe.experts))]
+                part: [self._piece(1 + expert, ref).cut(self._rows(part, ref)) for expert in range(len(self._recipe.experts))]
                 for part, ref in refs.items()
             }
             yield from self._of_layer(layer + self._front, pieces, factors)

@@ -100,6 +100,11 @@ class NativeShape:
         return self.native.native_type
 
     @property
+    def by_sigmoids(self) -> bool:
+        """Whether routers weigh each expert by a sigmoid of its own."""
+        return self.native.by_sigmoids
+
+    @property
     def also_runs_in(self) -> str:
         """Where the result runs besides transformers."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
@@ -116,8 +121,8 @@ class NativeShape:
 
     @property
     def without_vllm(self) -> str | None:
-        """Why vLLM does not serve it: it knows every row."""
-        return None
+        """Why vLLM does not serve it; None where it does."""
+        return None if "vLLM" in self.native.serves else f"nobody has run a mixture in {self.native_type} there yet"
 
     @property
     def through_transformers(self) -> bool:
@@ -180,7 +185,7 @@ class NativeShape:
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        return recipe.mixture.beyond_native()
+        return [*recipe.mixture.beyond_native(), *self.native.beyond(recipe)]
 
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
@@ -218,7 +223,8 @@ class NativeShape:
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
         """What each expert has of gate, up and down of every layer of the base, without channels and units besides its own."""
         for layer in range(self._in_front, self._layers):
-            for part, path in self.native.family.mlp.items():
+            paths = self.native.family.mlp
+            for part, path in paths.items() if not self.native.is_fused else (("gate", paths["gate"]), ("down", paths["down"])):
                 shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
                 # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
                 own = {expert: each for expert, each in parts.items() if each.factor > 0}
@@ -273,7 +279,7 @@ class NativeShape:
         ref = tensors[in_layer(layer, self.native.fused[part == "down"])]
         size = ref.numel // self.experts
         start = size // 2 if part == "up" else 0
-        shape = (ref.shape[1] // (1 if part == "down" else 2), ref.shape[2])
+        shape = (ref.shape[1] // (1 if part == "down" or self.native.is_fused else 2), ref.shape[2])
         return shape, {expert: TensorPart(ref, expert * size + start) for expert in range(self.experts)}
 
 

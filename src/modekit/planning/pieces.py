@@ -144,6 +144,13 @@ class Piece:
     columns: tuple[int, int] | None = None
     expert: int | None = field(default=None, compare=False)
 
+    def cut(self, rows: tuple[int, int] | None) -> Piece:
+        """Some rows of what it gives; all without any."""
+        change, ref = self.change, some_rows(self.ref, rows)
+        if rows is not None and change is not None:
+            change = replace(change, rows=rows)
+        return replace(self, ref=ref, change=change)
+
     @property
     def numel(self) -> int:
         """Elements that it gives."""

@@ -201,6 +201,7 @@ class Places:
     @cached_property
     def _all(self) -> list[PlannedPlace]:
         places = self._with_budgets(list(self._of_everything() if self._whole else self._of_layers()))
+        self._check_low_rank(places)
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in what is mixed",
@@ -209,6 +210,17 @@ class Places:
             )
         self._check_reader(places[0].module)
         return places
+
+    def _check_low_rank(self, places: list[PlannedPlace]) -> None:
+        """Raise UnsupportedError where no place that is mixed can keep a low-rank part of an expert: it would be the base."""
+        for expert, said in enumerate(self._recipe.experts):
+            if said.is_low_rank and all(place.kinds[expert] is None for place in places):
+                raise UnsupportedError(
+                    "nothing of the expert can be kept as a low-rank part",
+                    where=f"experts[{expert}] '{said.name}': as",
+                    found=f"no module that is mixed has a weight (outputs, inputs) in a '{self._family.model_type}' model",
+                    remedy="leave 'as: lora' out: what is mixed of the expert is kept whole",
+                )
 
     def _with_budgets(self, places: list[PlannedPlace]) -> list[PlannedPlace]:
         """The places with the ranks of experts that have a budget."""

@@ -6,6 +6,7 @@ What needs torch is imported only where it runs: a fit that reads no text costs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,11 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     keeps = None if fit is None else fit.reads.keeps
     if not processes().is_main and (keeps is None or not keeps.shared):
         return fitting.unfitted()
-    return _zero(fitting) if fit is None else SETTERS[fit.name](fitting)
+    fitted = _zero(fitting) if fit is None else SETTERS[fit.name](fitting)
+    if not fitting.checkpoint.shape.by_sigmoids:
+        return fitted
+    # The best of logits around 0 is at least 0: no expert is chosen whose sigmoid is next to nothing.
+    return replace(fitted, gates=[gate - gate.mean(0, keepdims=True) for gate in fitted.gates])
 
 
 def _zero(fitting: Fitting) -> FittedRouter:

@@ -15,7 +15,7 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings, LoraSettings
 from modekit.sources.families import family_of
-from modekit.sources.family import Family
+from modekit.sources.family import UNTIE, Family
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.rows import with_rows
@@ -326,8 +326,7 @@ class Resolution:
             "the adapter changes the embedding or the head, which are one tensor in this base model",
             where=f"{self.where}: {ref.name}",
             found="tied embeddings in the base model",
-            remedy="untie the base model first (save it with tie_word_embeddings: false), or train the adapter without "
-            "embeddings and lm_head",
+            remedy=f"train the adapter without embeddings and lm_head, or {UNTIE}",
         )
 
     def _refuse_shared(self, ref: TensorRef) -> None:

@@ -13,7 +13,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.families import CONFIG_MUST_MATCH, family_of, own_family
-from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.family import UNTIE, Config, Family, whole, words
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
@@ -193,13 +193,14 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             remedy="use experts fine-tuned from this base model",
         )
     extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
-    if family.shares and extra == [weight_of(HEAD)]:
+    head = weight_of(family.head)
+    if is_tied(base, family) and (extra == [head] or (family.derived is not None and _has_own_head(source, head))):
         raise MismatchError(
             "the expert has a head of its own, and the base model's is its embedding",
             where=f"{source.label} ({source.spec})",
-            found=f"{extra[0]} in the expert's weights alone",
+            found=f"{head} in the expert's weights alone",
             expected="the same in both",
-            remedy="save both with the same version of transformers, or use an expert fine-tuned from this base model",
+            remedy="save both with the same version of transformers" if family.shares else UNTIE,
         )
     if extra:
         raise MismatchError(
@@ -209,6 +210,10 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )
     _check_same_settings(base, source, family, where)
+
+
+def _has_own_head(source: ModelSource, head: str) -> bool:
+    return head in source.tensors and source.config.get("tie_word_embeddings") is False
 
 
 def _check_same_settings(base: ModelSource, source: ModelSource, family: Family, where: str) -> None:

@@ -38,6 +38,11 @@ _NO_MEANING: tuple[str, ...] = (
 )
 _NOT_CALLED = ("dt_proj",)
 """Linear modules whose weights their layer reads past them."""
+INEXACT = {
+    "falcon_h1": "the class alone knows a vector by which its recurrence multiplies",
+    "gemma3n_text": "a part of its layers is called by its methods, past its routers",
+}
+"""Type -> why an expert alone would be another model (tests/sources/test_decoders.py found it)."""
 _Name = Annotated[str, Field(max_length=200, pattern=r"^[\w.]*$")]
 _Names = Annotated[list[_Name], Field(max_length=512)]
 
@@ -173,6 +178,8 @@ class Structure:
     def family(self) -> Family:
         """The row."""
         config = self.model.config
+        if config.model_type in INEXACT:
+            raise self.refused(INEXACT[config.model_type])
         layers = self._layers()
         parts, lookups, columns = self._parts(layers)
         embedding, head = self._name_of(self.model.get_input_embeddings()), self._name_of(self.model.get_output_embeddings())

@@ -301,7 +301,10 @@ DECODERS: tuple[Family, ...] = (
     Family(
         model_type="phi3",
         stacks=(Stack(parts=_FUSED),),
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+        defaults={
+            **{"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 4096},
+            **{"pad_token_id": 32_000, "bos_token_id": 1, "eos_token_id": 32_000, "sliding_window": None},
+        },
     ),
     Family(
         model_type="olmo",
@@ -338,7 +341,11 @@ DECODERS: tuple[Family, ...] = (
     Family(
         model_type="seed_oss",
         head_dim=128,
-        defaults={"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 8, "attention_bias": True},
+        defaults={
+            **{"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 8, "attention_bias": True},
+            **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "rms_norm_eps": 1e-6, "attention_dropout": 0.1},
+            **{"max_position_embeddings": 524_288, "attention_out_bias": False},
+        },
     ),
 )
 

@@ -23,6 +23,10 @@ Reads = Literal["pairs", "text"]
 """What models read: pairs of source and target, or plain text."""
 
 SAVE_AGAIN = "download or save the model again"
+UNTIE = (
+    "give the base a head of its own: m = AutoModelForCausalLM.from_pretrained(BASE); h = m.get_output_embeddings(); "
+    "h.weight = torch.nn.Parameter(h.weight.clone()); m.config.tie_word_embeddings = False; m.save_pretrained(NEW)"
+)
 PARTS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down")
 """Linear parts of a layer in the order in which they run; those of the attention to an encoder's output are `cross`."""
 FFN_PARTS = {"gate", "up", "down"}

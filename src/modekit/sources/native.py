@@ -11,10 +11,13 @@ between the two configs must be written out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from modekit.recipes.recipe import Recipe
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Config, Family, whole, words
+from modekit.sources.looked_up import LOOKED_UP
 from modekit.sources.native_row import Constant, Native, Rule, Widening
 
 
@@ -30,6 +33,27 @@ def _whole_heads(config: Config) -> bool:
 
 def _one_attention_kind(config: Config) -> bool:
     return len(set(words(config, "layer_types"))) < 2
+
+
+def _score_scale(config: Config) -> float:
+    return float((whole(config, "hidden_size") // whole(config, "num_attention_heads")) ** -0.5)
+
+
+def _mapping(config: Config, key: str) -> Config:
+    found = config[key]
+    assert isinstance(found, Mapping)
+    return found
+
+
+def _plain_rope(config: Config) -> bool:
+    rope, factor = _mapping(config, "rope_parameters"), config.get("partial_rotary_factor")
+    return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
+
+
+def _kinds_of_granite(config: Config) -> list[object]:
+    """As llama.cpp's converter and published models call them."""
+    named: dict[object, object] = {"linear_attention": "mamba", "full_attention": "attention"}
+    return [named.get(kind, kind) for kind in words(config, "layer_types")]
 
 
 def _no_window(config: Config) -> bool:
@@ -53,9 +77,7 @@ _MIXTRAL: dict[str, Any] = {
     "dropped": frozenset({"attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window"}),
     "serves": "vLLM, llama.cpp",
 }
-_GRANITE_MOE: dict[str, Any] = {
-    "native_type": "granitemoe",
-    "native_class": "GraniteMoeForCausalLM",
+_FUSED_IN_GRANITE: dict[str, Any] = {
     "router": "block_sparse_moe.router.layer.weight",
     "experts": None,
     "fused": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
@@ -63,14 +85,20 @@ _GRANITE_MOE: dict[str, Any] = {
     "block_module": "block_sparse_moe",
     "num_experts_key": "num_local_experts",
     "writes_head_dim": False,
-    "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
     "serves": "vLLM, llama.cpp",
+}
+_GRANITE_MOE: dict[str, Any] = {
+    **_FUSED_IN_GRANITE,
+    "native_type": "granitemoe",
+    "native_class": "GraniteMoeForCausalLM",
+    "dropped": frozenset({"mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "sliding_window"}),
     "vllm_differs": ((lambda c: bool(c.get("attention_bias")), "leaves attention's biases out"),),
     "widening": Widening(whole_heads=True),
 }
+_NO_ATTENTION = "its first layers have no attention that could average over the text"
 _HEADS_ARE_NORMED = Widening(recency=False)
 """Norms of queries and keys with weights that only the model's files know: a constant is no constant behind them."""
-_FAMILY = {family.model_type: family for family in FAMILIES}
+_FAMILY = {family.model_type: family for family in (*FAMILIES, *LOOKED_UP)}
 
 NATIVES: tuple[Native, ...] = (
     Native(
@@ -82,7 +110,7 @@ NATIVES: tuple[Native, ...] = (
         family=_FAMILY["llama"],
         **_GRANITE_MOE,
         fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
-        computed={"attention_multiplier": lambda c: (whole(c, "hidden_size") // whole(c, "num_attention_heads")) ** -0.5},
+        computed={"attention_multiplier": _score_scale},
         rules=(
             _NO_MLP_BIAS,
             _SILU,
@@ -237,18 +265,99 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
         dropped=frozenset({"full_attention_interval"}),
-        widening="its first layers have no attention that could average over the text",
+        widening=_NO_ATTENTION,
         rules=(_SILU,),
+    ),
+    Native(
+        family=_FAMILY["granitemoehybrid"],
+        native_type="granitemoehybrid",
+        native_class="GraniteMoeHybridForCausalLM",
+        **{**_FUSED_IN_GRANITE, "serves": "llama.cpp"},
+        fixed={"shared_intermediate_size": 0, "output_router_logits": False},
+        computed={"layer_types": _kinds_of_granite},
+        constants=(
+            Constant("shared_mlp.input_linear.weight", ("0", "D")),
+            Constant("shared_mlp.output_linear.weight", ("D", "0")),
+        ),
+        widening=_NO_ATTENTION,
+        rules=(
+            _SILU,
+            (
+                lambda c: c.get("intermediate_size") == c.get("shared_intermediate_size"),
+                "intermediate_size is not shared_intermediate_size, the width of its FFN",
+            ),
+        ),
+    ),
+    Native(
+        family=_FAMILY["lfm2"],
+        native_type="lfm2_moe",
+        native_class="Lfm2MoeForCausalLM",
+        router="feed_forward.gate.weight",
+        experts={part: f"feed_forward.experts.{{expert}}.w{n}.weight" for part, n in (("gate", 1), ("up", 3), ("down", 2))},
+        router_module="feed_forward.gate",
+        block_module="feed_forward",
+        expert_hidden_key="moe_intermediate_size",
+        by_sigmoids=True,
+        fixed={
+            **{"norm_topk_prob": True, "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0},
+            "output_router_logits": False,
+        },
+        constants=(Constant("feed_forward.expert_bias", ("E",)),),
+        serves="llama.cpp",
+        widening=_NO_ATTENTION,
+    ),
+    Native(
+        family=_FAMILY["phi3"],
+        **_GRANITE_MOE,
+        split={"self_attn.qkv_proj": tuple(f"self_attn.{part}_proj" for part in "qkv")},
+        fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+        computed={"attention_multiplier": _score_scale},
+        rules=(
+            _SILU,
+            (_whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+            (lambda c: not c["sliding_window"], "it has a sliding window, GraniteMoE has none"),
+            (_plain_rope, "its rotary embedding is partial or longrope, GraniteMoE's is neither"),
+        ),
+    ),
+    Native(
+        family=_FAMILY["seed_oss"],
+        native_type="glm4_moe",
+        native_class="Glm4MoeForCausalLM",
+        num_experts_key="n_routed_experts",
+        expert_hidden_key="moe_intermediate_size",
+        by_sigmoids=True,
+        fixed={
+            **{"norm_topk_prob": True, "first_k_dense_replace": 0, "n_shared_experts": 0, "routed_scaling_factor": 1.0},
+            **{"n_group": 1, "topk_group": 1, "use_qk_norm": False, "output_router_logits": False},
+        },
+        computed={"rope_parameters": lambda c: {**_mapping(c, "rope_parameters"), "partial_rotary_factor": 1.0}},
+        constants=(
+            Constant("mlp.gate.e_score_correction_bias", ("E",)),
+            Constant("mlp.shared_experts.gate_proj.weight", ("0", "D")),
+            Constant("mlp.shared_experts.up_proj.weight", ("0", "D")),
+            Constant("mlp.shared_experts.down_proj.weight", ("D", "0")),
+        ),
+        serves="transformers alone",
+        without_gguf="its converter wants a shared expert, which a mixture has not",
+        widening="it weighs experts by sigmoids, which evidence that is carried can exceed",
+        rules=(
+            _SILU,
+            _NO_MLP_BIAS,
+            (lambda c: not c.get("attention_out_bias"), "the output of attention has a bias, GLM's has none"),
+        ),
     ),
 )
 
 
-def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
-    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried."""
+def choose_native(family: Family, config: Config, recipe: Recipe | None = None) -> tuple[Native | None, list[str]]:
+    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried.
+
+    Without a recipe, of some mixture.
+    """
     tried = []
     for row in NATIVES:
-        if row.family is family:
-            refusals = row.refusals(config)
+        if row.family.model_type == family.model_type and row.family.is_variant(config):
+            refusals = row.refusals(config) or ([] if recipe is None else row.beyond(recipe))
             if not refusals:
                 return row, []
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")
@@ -279,7 +388,6 @@ _WITHOUT_PARTNER = {
     "gemma3_text": "GeGLU experts and sandwich norms",
     "gemma4_text": "GeGLU experts and sandwich norms",
     "ministral3": "queries that grow with their position",
-    "phi3": "fused projections",
     "olmo3": "a window that differs between layers",
     "smollm3": "layers without rotary embedding",
     "exaone4": "norms after the block",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, Family
 from modekit.sources.names import in_layer
 
@@ -79,6 +80,9 @@ class Native:
         rules: what must hold.
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         without_gguf: why llama.cpp does not run it; empty where it does.
+        by_sigmoids: whether its router weighs each expert by a sigmoid, and not all by one softmax: where all experts weigh the
+            same, and where one alone is chosen, it is the same.
+        split: module of the base's layers that the result has in several -> those, each of whole heads of its part.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         widening: how it takes channels of a router's own, or the reason why it cannot.
     """
@@ -110,6 +114,8 @@ class Native:
     serves: str = "vLLM"
     serves_with_biases: str = ""
     without_gguf: str = ""
+    by_sigmoids: bool = False
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vllm_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
 
@@ -117,6 +123,17 @@ class Native:
     def label(self) -> str:
         """Row name for messages and tests."""
         return f"{self.family.model_type}->{self.native_type}"
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the base has gate and up in one tensor, and so has the result."""
+        return self.family.mlp["gate"] == self.family.mlp["up"]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Linear part of a layer of the result -> its module; the FFN's are the base's."""
+        apart = dict(zip("qkv", next(iter(self.split.values()), ()), strict=False))
+        return {**self.family.parts, **apart}
 
     @property
     def written_constants(self) -> tuple[Constant, ...]:
@@ -132,6 +149,11 @@ class Native:
         """Why this row does not fit a dense config; empty when it does."""
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
+
+    def beyond(self, recipe: Recipe) -> list[str]:
+        """What of a recipe's routing its router cannot decide exactly; empty when it can."""
+        exact = not self.by_sigmoids or recipe.top_k == 1 or recipe.mixture.method == "linear"
+        return [] if exact else ["it weighs experts by sigmoids, exact with top_k: 1 and with method: linear alone"]
 
     def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
         """The native config.json: the dense one, renamed and completed.
@@ -154,11 +176,9 @@ class Native:
                 "dtype": dtype,
                 self.num_experts_key: experts,
                 self.top_k_key: top_k,
-                "intermediate_size": expert_hidden,
+                self.expert_hidden_key or "intermediate_size": expert_hidden,
             }
         )
-        if self.expert_hidden_key is not None:
-            native[self.expert_hidden_key] = expert_hidden
         native.update({key: compute(native) for key, compute in self.computed.items()})
         return native
 
