@@ -263,6 +263,14 @@ def test_a_few_words_of_text_are_enough(tmp_path: Path, ids: torch.Tensor) -> No
     assert max(shares(shop, shop.build("OUT"), ids)) < 1e-2
 
 
+def test_one_expert_alone(tmp_path: Path, ids: torch.Tensor) -> None:
+    """No token says anything of whose text it is."""
+    shop = adapter_shop(tmp_path)
+    del shop.recipe["experts"][1:]
+    assert max(shares(shop, out := shop.build("OUT"), ids)) < 1e-2
+    assert is_proven(checks := verify(open_checkpoint(out))), checks
+
+
 def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     shop = full_shop(tmp_path)
     model = tiny_model(**SIZES, seed=1)

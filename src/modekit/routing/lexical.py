@@ -209,7 +209,8 @@ def _factors(
     finally:
         for handle in handles:
             handle.remove()
-    return [float(torch.cat(each).median()) for each in found]
+    said = [torch.cat(each) for each in found]
+    return [float(each.median()) if len(each) else 1.0 for each in said]  # of an expert alone no token says anything
 
 
 def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:
