@@ -171,6 +171,33 @@ def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: to
     assert all(one < 0.15 * other for one, other in zip(found, folded, strict=True)), (found, folded)
 
 
+def test_biases_are_carried_where_the_base_has_them(tmp_path: Path, ids: torch.Tensor) -> None:
+    """As a linear map of what all tokens share, which in a tiny random model is little; exactly in the first layer."""
+    save(tiny_model("qwen2", **SIZES), tmp_path / "base")
+    write_text(tmp_path / "text")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_bias=True)
+    experts = []
+    for seed, name in enumerate(DOMAINS[:2]):
+        train_adapter(tmp_path / "base", config, tmp_path / name)
+        file, generator = tmp_path / name / "adapter_model.safetensors", np.random.default_rng(seed)
+        numbers = {key: generator.normal(0, 0.15, each.shape).astype(np.float32) for key, each in load_file(file).items()}
+        save_file(numbers, file)
+        experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
+    shop = Workshop(tmp_path, recipe_of(experts))
+    plan = make_plan(load_recipe(shop.write()), tmp_path)
+    assert plan.shape.channels.carry.biases and not any("lost" in note for note in plan.notes)
+    out = shop.build("OUT")
+    own = own_model(tmp_path, experts[0])
+    whole = logits_of(own, ids)
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.zero_()
+    without = divergence(whole, logits_of(own, ids)) / divergence(whole, logits_of(tmp_path / "base", ids))
+    assert (found := shares(shop, out, ids)[0]) < 0.15 * without, (found, without)
+    assert is_proven(checks := verify(open_checkpoint(out))), checks
+
+
 def test_generation_pads_and_caches(carried: Checkpoint) -> None:
     check_generation(carried.folder)
 

@@ -26,6 +26,8 @@ _STILL = 2.0**-5
 _HEAD_TOKENS = 256
 _SMALL = 2.0**-6
 _ROWS = 4_096
+_RIDGE = 1e-3
+"""Of a direction's mean share: a sample has about as many tokens as the stream has directions."""
 
 
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
@@ -53,6 +55,7 @@ def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: 
         head,
         embedding,
         shares.astype(np.float32) if size.embedding else None,
+        tuple(each.ones for each in found) if size.biases else (),
     )
 
 
@@ -76,6 +79,7 @@ class _OfLayer:
     input_size: float
     outputs: Singles
     output_size: float
+    ones: Singles
 
 
 def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
@@ -83,34 +87,52 @@ def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
 
 
 def _of_layer(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> _OfLayer:
-    inputs, shares, input_size = _inputs(differences, size, layer, stream) if size.inputs else _NOTHING
+    ones = ones_of(stream.read) if size.biases else None
+    inputs, shares, input_size = _inputs(differences, size, layer, stream, ones) if size.inputs else _NOTHING
     outputs, _, output_size = _outputs(differences, size, layer, stream) if size.outputs else _NOTHING
-    return _OfLayer(inputs, shares, input_size, outputs, output_size)
+    return _OfLayer(inputs, shares, input_size, outputs, output_size, _NOTHING[1] if ones is None else ones)
 
 
 _NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
 
 
-def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
+def ones_of(sample_TD: Singles) -> Singles:
+    """The w (D,) with w x ~ 1 for a text's stream of size 1, as far as tokens share a direction: ridge regression."""
+    sample = sample_TD.astype(np.float64)
+    gram_DD = sample.T @ sample
+    ridge = _RIDGE * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
+    return np.linalg.solve(gram_DD + ridge, sample.sum(0)).astype(np.float32)
+
+
+def _inputs(
+    differences: Differences, size: CarrySize, layer: int, stream: LayerStream, ones_D: Singles | None
+) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
     real, read_DT = len(stream.read), _wider_sample(stream.read, size, size.inputs).T
+    constant_1T = (np.arange(read_DT.shape[1]) < real).astype(np.float32)[None]
     shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
     rows = differences.attention_rows(layer)
     products = []
     for expert in differences.experts:
-        parts = differences.attention(layer, expert)
-        if any(part is not None for part in parts):
-            said = [
-                np.zeros((count, read_DT.shape[1]), np.float32) if part is None else part.times(read_DT) / share
-                for part, count, share in zip(parts, rows, shares_3, strict=True)
-            ]
-            products.append(np.concatenate(said))
+        read = [(differences.attention(layer, expert, ones_D), read_DT)]
+        if ones_D is not None and layer == 0:
+            read.append((differences.constants(layer, expert), constant_1T))
+        said = [_stacked(parts, columns, rows, shares_3) for parts, columns in read if any(part is not None for part in parts)]
+        if said:
+            products.append(np.sum(said, axis=0))
     if not products:
         return np.zeros((sum(rows), size.inputs), np.float32), shares_3, 1.0
     basis_NR = output_basis(products, size.inputs)
     written = [basis_NR.T @ product[:, :real] for product in products]
     scaled = basis_NR * np.repeat(shares_3, rows)[:, None]
     return scaled, shares_3, _size(np.concatenate(written, axis=1)) or 1.0
+
+
+def _stacked(parts: Sequence[Difference | None], columns_IX: Singles, rows: Sequence[int], shares_3: Singles) -> Singles:
+    """What q, k and v differ by, over the sizes of each, (N, X)."""
+    nothing = (np.zeros((count, columns_IX.shape[1]), np.float32) for count in rows)
+    found = zip(parts, nothing, shares_3, strict=True)
+    return np.concatenate([none if part is None else part.times(columns_IX) / share for part, none, share in found])
 
 
 def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:

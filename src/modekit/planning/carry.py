@@ -38,7 +38,7 @@ class CarrySize(BaseModel):
     Attributes:
         outputs, inputs: R_U and R_V.
         terms: K.
-        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
+        head, embedding, biases: whether what the experts' heads, embeddings and biases of q, k and v differ by is carried, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +48,7 @@ class CarrySize(BaseModel):
     terms: int = Field(ge=1, le=4)
     head: bool = False
     embedding: bool = False
+    biases: bool = False
 
     @property
     def channels(self) -> int:
@@ -74,8 +75,11 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
         return None
     tied = is_tied(sources[0], family)
     own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
-    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1])
-    needed = _needed(experts, sources[0], family, whole(config, "num_hidden_layers"), size)
+    layers = whole(config, "num_hidden_layers")
+    biases = {name for layer in range(layers) for name in biases_of(sources[0], family, layer)}
+    biased = any(touched(source, name) for source in experts for name in biases)
+    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1], biases=biased)
+    needed = _needed(experts, sources[0], family, layers, size)
     if output.budget is None:
         most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
         return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
@@ -147,9 +151,16 @@ def _rank(source: ModelSource, base: ModelSource, family: Family, layer: int, pa
         if touched(source, name):
             change = low_rank(source, name)
             total += math.inf if change is None else change.rank
-    return total
+    biased = parts != ("o",) and any(touched(source, name) for name in biases_of(base, family, layer))
+    return total + biased
 
 
 def _weights(family: Family, layer: int, parts: Sequence[str]) -> Iterator[str]:
     for part in parts:
         yield in_layer(layer, f"{family.parts[part]}.weight")
+
+
+def biases_of(base: ModelSource, family: Family, layer: int) -> Iterator[str]:
+    """Names of the biases of q, k and v that a layer of the base has."""
+    names = (in_layer(layer, f"{family.parts[part]}.bias") for part in ("q", "k", "v"))
+    return (name for name in names if name in base.tensors)

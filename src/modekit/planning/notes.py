@@ -165,7 +165,10 @@ def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
 
 def _kinds(names: set[str]) -> str:
     """The distinct last parts of tensor names, for a message."""
-    return ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
+    modules = (name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "") for name in names)
+    return ", ".join(
+        sorted({f"{module.rpartition('.')[2]} {leaf.removeprefix('weight')}".rstrip() for module, _, leaf in modules})
+    )
 
 
 def _mixes_every_ffn(recipe: Recipe) -> bool:
