@@ -26,7 +26,7 @@ from modekit.engines.gguf import GgufFile, Made, convert_into, made_of, staged_e
 from modekit.engines.proof import in_both
 from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.proof_texts import texts_of
-from modekit.engines.registry import GgufSettings
+from modekit.engines.registry import SMALL, GgufSettings
 from modekit.files.output import Replace
 from modekit.loaded.modekit import flow_of
 from modekit.recipes.paths import name_of
@@ -82,13 +82,13 @@ def prove_adapters(
     with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:
         both.model.use_expert(adapters[0].name)
         with _without_changes(both.model):
-            proofs = [both.proof(files[0], outtype, texts=texts, run=run).judged(files[0], accept=settings.accept)]
+            of_base = both.proof(files[0], outtype, texts=texts, run=run)
+        proofs = [of_base.beside(of_base if outtype in SMALL else None).judged(files[0], accept=settings.accept)]
         told_once = dataclasses.replace(both, notes=())
-        loss_of_base = None if outtype == EXACT else proofs[0].loss
         for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
             both.model.use_expert(adapter.name)
             both.llama.use_adapter(place)
-            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(loss_of_base)
+            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(None if outtype == EXACT else of_base)
             proofs.append(proof.judged(file, accept=settings.accept))
     return proofs
 
