@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, save, ti
 from generated import check_generation
 from kills import KILLED
 from modekit.building.build import build, write_tensor
+from modekit.building.carry_bases import _head
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -28,10 +30,12 @@ from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
 from modekit.members.edits import rename_expert
+from modekit.planning.carry import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
 from modekit.weights.pass_through import fit_pass_through
+from modekit.weights.stream import Stream
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -373,6 +377,38 @@ def test_nan_in_a_model_that_is_carried_is_named(tmp_path: Path, whose: str, nam
     with pytest.raises(SourceError, match="NaN or Inf") as caught:
         shop.build("OUT")
     assert where in str(caught.value.where) and (whose != "law" or "law" in str(caught.value.where))
+
+
+class _Heads:
+    """Heads of many experts that differ in a common space of some directions, and little beyond."""
+
+    def __init__(self, experts: int, rows: int, hidden: int) -> None:
+        generator = np.random.default_rng(0)
+        self.experts = range(experts)
+        common = generator.normal(0, 1, (rows, 8))
+        self._rows = [
+            common @ generator.normal(0, 1, (8, hidden)) + generator.normal(0, 0.1, (rows, hidden)) for _ in self.experts
+        ]
+
+    def head_rows(self, expert: int, rows: slice) -> np.ndarray[Any, Any]:
+        return self._rows[expert][rows].astype(np.float32)
+
+
+def test_the_head_of_many_experts_takes_no_more_memory_than_that_of_few() -> None:
+    heads, generator = _Heads(32, 3_000, 64), np.random.default_rng(1)
+    last = generator.normal(0, 1, (256, 64)).astype(np.float32)
+    stream = Stream((), last, np.zeros(3_000, np.int64))
+    tracemalloc.start()
+    basis, size = _head(heads, CarrySize(outputs=32, inputs=32, terms=2, head=True), stream)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6  # the Gram matrix of all tokens of all experts alone takes 540 MB
+    directions = np.linalg.qr(basis)[0]
+    whole = [heads.head_rows(expert, slice(0, 3_000)) @ last.T for expert in (0, 31)]
+    left = [np.linalg.norm(each - directions @ (directions.T @ each)) / np.linalg.norm(each) for each in whole]
+    assert max(left) < 0.05
+    written = np.concatenate([basis.T @ each for each in whole], axis=1)
+    assert size == pytest.approx(np.sqrt(np.mean(np.square(written))), rel=0.1)
 
 
 @pytest.mark.parametrize(("terms", "error"), [(2, 0.05), (3, 0.01), (4, 0.005)])

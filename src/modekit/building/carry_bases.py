@@ -24,6 +24,8 @@ Singles = npt.NDArray[np.float32]
 _STILL = 2.0**-5
 """Of the smallest stream: the channel that is the same everywhere, which all norms see."""
 _HEAD_TOKENS = 256
+_HEAD_COLUMNS = 2_048
+"""Of all experts together: their Gram matrix is bounded, however many they are."""
 _SMALL = 2.0**-6
 _ROWS = 4_096
 _RIDGE = 1e-3
@@ -160,7 +162,11 @@ def _wider_sample(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
 def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Singles, float]:
     """Q (V, R_V), and the root mean square of C x."""
     sample_DT = stream.last[:: max(1, len(stream.last) // _HEAD_TOKENS)].T
-    count, width = len(stream.counts), sample_DT.shape[1] * len(differences.experts)
+    count, tokens, most = len(stream.counts), sample_DT.shape[1], max(1, _HEAD_COLUMNS // len(differences.experts))
+    if tokens > most:  # random mixtures of tokens: the same energy in every direction, on average
+        mixed_TX = np.random.default_rng(0).standard_normal((tokens, most)) / np.sqrt(most)
+        sample_DT = sample_DT @ mixed_TX.astype(np.float32)
+    width = sample_DT.shape[1] * len(differences.experts)
     gram_XX = np.zeros((width, width))
     for rows in in_rows(count):
         product = _head_products(differences, rows, sample_DT).astype(np.float64)
@@ -171,7 +177,7 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
     basis_VR = np.zeros((count, size.inputs), np.float32)
     for rows in in_rows(count):
         basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR
-    return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * width))) or 1.0
+    return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * tokens * len(differences.experts)))) or 1.0
 
 
 def _head_products(differences: Differences, rows: slice, sample_DT: Singles) -> Singles:

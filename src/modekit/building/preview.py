@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.summary import PlanSummary, fit_work, summary
+from modekit.planning.summary import PlanSummary, budget_flops, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
 from modekit.sources.family import whole
@@ -108,6 +108,7 @@ def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = t
     fit = 0.0
     if work is not None:
         fit = (work.flops + work.solving) / (_SHARE_OF_PRODUCTS * machine.products) + _FIT_SECONDS / machine.share
+    fit += budget_flops(plan) / (_SHARE_OF_PRODUCTS * machine.products)
     reaches = ((write + fit) / _FACTOR, (write + fit) * _FACTOR)
     return NeededTime(
         write=write, fit=fit, accelerated=work is not None and work.reads and _ACCELERATOR.exists(), range=reaches

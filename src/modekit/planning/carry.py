@@ -11,7 +11,7 @@ Shape legend: D hidden size, F hidden units of an expert, E experts, K units per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,9 @@ TERMS, EXACT_TERMS = 2, 3
 """K: with two units per channel the error is one in a hundred, which truncated changes hide; with three a thousandth."""
 FULL_RANK = 64
 """R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
+
+STREAM_TOKENS = 4_096
+"""Of all domains together: the beginnings of their text, which the base reads at a build."""
 
 
 class CarrySize(BaseModel):
@@ -61,10 +64,16 @@ class CarrySize(BaseModel):
         return self.terms * self.channels
 
 
-def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
+SpareOf = Callable[[CarrySize], int]
+"""How many channels a checkpoint has besides the base's, with the router's."""
+
+
+def carried_size(
+    recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config, spare_of: SpareOf
+) -> CarrySize | None:
     """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more.
 
-    Raises UnsupportedError when the budget leaves no room.
+    `spare_of` says what channels that takes. Raises UnsupportedError when the budget leaves no room.
     """
     output = recipe.output
     if output.carry == "ffn":
@@ -83,10 +92,11 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
     if output.budget is None:
         most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
         return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
-    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size) <= output.budget]
+    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size, spare_of(size)) <= output.budget]
     if fitting:
         return fitting[-1]
-    least = _active(recipe, config, _of_rank(size, needed, BLOCK, otherwise=BLOCK))
+    smallest = _of_rank(size, needed, BLOCK, otherwise=BLOCK)
+    least = _active(recipe, config, smallest, spare_of(smallest))
     raise UnsupportedError(
         "the budget leaves no room for more of the experts than their FFNs",
         where="output.budget",
@@ -120,12 +130,12 @@ def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize
         rank, last = rank + BLOCK, found
 
 
-def _active(recipe: Recipe, config: Config, size: CarrySize) -> float:
+def _active(recipe: Recipe, config: Config, size: CarrySize, spare: int) -> float:
     """Parameters that a token is multiplied with, over those of the base."""
     hidden, units, layers = (whole(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = whole(config, "num_attention_heads") + whole(config, "num_key_value_heads")
     attention, vocabulary = 2 * heads * whole(config, "head_dim"), whole(config, "vocab_size")
-    wide = hidden + 2 * BLOCK + size.channels  # evidence of most mixtures fits into two blocks
+    wide = hidden + spare
     experts = recipe.top_k * 3 * (units + size.units)
     return (wide * ((layers + 1) * (attention + experts) + vocabulary)) / (
         hidden * (layers * (attention + 3 * units) + vocabulary)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import biases_of, carried_size
 from modekit.planning.channel_choice import channels_of
+from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.pieces import CodeOf, FFNKind, Operation, Pad, Piece, PlannedTensor, Role, joined, piece_of, widened
 from modekit.recipes.recipe import Recipe, place_of_base
@@ -44,7 +45,11 @@ class NativeLayout:
             f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         )
         dense = family.dense_config(self._base.config)
-        self._carry = None if channels_of(recipe, native, dense) is None else carried_size(recipe, sources, family, dense)
+        self._carry = None
+        if channels_of(recipe, native, dense) is not None:
+            self._carry = carried_size(
+                recipe, sources, family, dense, lambda size: _spare(channels_of(recipe, native, dense, size))
+            )
         self._channels = channels_of(recipe, native, dense, self._carry)
         self._front = int(self._channels is not None and self._channels.front)
         carries_head = self._carry is not None and self._carry.head and is_tied(self._base, family)
@@ -219,6 +224,10 @@ class NativeLayout:
                 remedy="leave weights out (all experts equal), or use output: {format: modekit}",
             )
         return factors
+
+
+def _spare(channels: Channels | None) -> int:
+    return 0 if channels is None else channels.spare
 
 
 def _zeros(name: str, code: str, shape: tuple[int, ...], role: Role = "backbone") -> PlannedTensor:
