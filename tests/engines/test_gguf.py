@@ -169,7 +169,7 @@ def test_small_types_lose_what_the_base_loses(tmp_path: Path, outtype: Any) -> N
 
 
 def test_a_small_type_is_measured_by_the_base(tmp_path: Path) -> None:
-    """Three percent that the dense base loses, too, are the bits'; without the base they are too much, and so is another model."""
+    """Three percent that the dense base loses, too, are the bits'; without the base they are too much, as is another model."""
     file, base = tmp_path / "x.gguf", replace(_lossy(0.03, 0.002, typical=0.2), outtype="q4_0")
     lossy = replace(_lossy(0.035, 0.002, typical=0.25), outtype="q4_0")
     assert lossy.beside(base).judged(file).accepted is False

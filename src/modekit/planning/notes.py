@@ -74,8 +74,8 @@ def _of_budgets(recipe: Recipe) -> Iterable[str]:
     names = [expert.name for expert in recipe.experts if reads_for_budget(expert)]
     if names:
         yield (
-            f"{', '.join(names)}: a build runs each over up to {SENSITIVITY_TOKENS:,} tokens of its text, forward and backward, "
-            "to choose what its budget keeps"
+            f"{', '.join(names)}: a build runs each over up to {SENSITIVITY_TOKENS:,} tokens of its text, forward and "
+            "backward, to choose what its budget keeps"
         )
 
 
