@@ -36,6 +36,7 @@ from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
 from modekit.weights.pass_through import fit_pass_through
 from modekit.weights.stream import Stream
+from sources.test_families import WINDOWED
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -46,6 +47,7 @@ FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "mixtral", {}),
     ("qwen2", "qwen2_moe", {}),
     ("qwen3", "qwen3_moe", {"head_dim": 32}),
+    ("qwen3", "mellum", {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWED}),
     ("granite", "granitemoe", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.1}),
     ("ernie4_5", "ernie4_5_moe", {}),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 32}),

@@ -96,7 +96,7 @@ def fit_seconds(plan: Plan) -> float | None:
     dtype = torch.float32 if router.compute_dtype == "float32" else torch.bfloat16
     per_token = work.passes * plan.layers * layer_seconds(config, sequence_length=router.sequence_length, dtype=dtype)
     widest = max(slot.shape[1] for slot in plan.slots)
-    if plan.recipe.mixture.keeps_statistics:  # their cost grows with the square of the width
+    if plan.recipe.mixture.keeps_statistics and not router.row.reads.tokens:  # their cost grows with the square of the width
         per_token += moment_seconds(widest) * sum((slot.shape[1] / widest) ** 2 for slot in plan.slots)
     return work.tokens * per_token
 
