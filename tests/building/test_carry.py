@@ -350,6 +350,27 @@ def test_architectures_with_norms_behind_attention_are_refused(tmp_path: Path) -
     assert plan.shape.channels.carry is None
 
 
+LINEAR_ATTENTION = {
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "why"),
+    [("cohere2", {"layer_types": WINDOWED}, "subtract the mean"), ("qwen3_5_text", LINEAR_ATTENTION, "linear attention")],
+)
+def test_other_architectures_say_why_not(tmp_path: Path, family: str, overrides: dict[str, Any], why: str) -> None:
+    shop = adapter_shop(tmp_path, family, modules=["gate_proj", "up_proj", "down_proj"], **overrides)
+    with pytest.raises(UnsupportedError, match=why) as caught:
+        make_plan(load_recipe(shop.write()), shop.root)
+    assert "format: modekit" in str(caught.value.remedy)
+
+
 def test_nan_in_what_is_carried_is_refused(tmp_path: Path) -> None:
     shop = adapter_shop(tmp_path)
     file = tmp_path / DOMAINS[1] / "adapter_model.safetensors"

@@ -237,7 +237,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
         dropped=frozenset({"full_attention_interval"}),
-        widening="its first layers have no attention that could average over the text",
+        widening="its first layers have linear attention, which cannot average over the text",
         rules=(_SILU,),
     ),
 )
