@@ -104,7 +104,8 @@ def _store(small: str | None, finer: str | None) -> None:
     import gguf
     from conversion.base import TextModel
 
-    known, say_type = TextModel.tensor_force_quant, gguf.GGUFWriter.add_file_type
+    writer: Any = gguf.GGUFWriter
+    known, say_type = TextModel.tensor_force_quant, writer.add_file_type
 
     def stored(model: Any, name: str, new_name: str, *where: Any) -> Any:
         if finer is not None and re.fullmatch(finer, new_name):
@@ -116,7 +117,7 @@ def _store(small: str | None, finer: str | None) -> None:
     TextModel.tensor_force_quant = stored
     if small is not None:
         of_file = gguf.LlamaFileType[f"MOSTLY_{small.upper()}"]
-        gguf.GGUFWriter.add_file_type = lambda writer, _: say_type(writer, of_file)
+        writer.add_file_type = lambda made, _: say_type(made, of_file)
 
 
 def _read_other_vocabularies() -> None:

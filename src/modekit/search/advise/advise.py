@@ -8,7 +8,10 @@ What a recipe says under `mixture` is not read: that is what advice is about.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from modekit.planning.channel_choice import is_carried
 from modekit.planning.make import make_plan
@@ -33,6 +36,7 @@ from modekit.search.advise.result import (
 )
 from modekit.search.advise.rules import choose
 from modekit.search.advise.text import NOTHING, TextMeasurements, measure_text
+from modekit.search.advise.ways import Planned, ways_of
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
@@ -64,6 +68,13 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if not any(kept.values()):
         return found.model_copy(update={"findings": findings})
     facts = _facts(compared, measured, kept, native)
+    given = _without_format(raw)
+
+    def planned_as(native: bool) -> Planned:
+        choice = choose(replace(facts, native=native))
+        data = advised_recipe(given, kept, measured.unread, choice, native)
+        return choice, summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
+
     chosen = choose(facts)
     full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
     findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
@@ -73,7 +84,16 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if fit is not None and fit.reads and measured.speed is not None:
         fit = fit.model_copy(update={"seconds": fit.flops / measured.speed})
         planned = planned.model_copy(update={"fit": fit})
-    return found.model_copy(update={"findings": findings, "facts": facts, "advice": chosen, "recipe": data, "plan": planned})
+    ways = ways_of(compared, measured.gains, kept, planned_as)
+    said = {"facts": facts, "advice": chosen, "recipe": data, "plan": planned, "ways": ways}
+    return found.model_copy(update={"findings": findings, **said})
+
+
+def _without_format(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """A recipe that leaves the architecture open."""
+    output = raw.get("output")
+    kept = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
+    return {**{key: value for key, value in raw.items() if key != "output"}, **({"output": kept} if kept else {})}
 
 
 def _found(compared: ComparedModels, measured: TextMeasurements) -> Advice:
