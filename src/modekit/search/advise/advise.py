@@ -8,7 +8,6 @@ What a recipe says under `mixture` is not read: that is what advice is about.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -70,9 +69,9 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     facts = _facts(compared, measured, kept, native)
     given = _without_format(raw)
 
-    def planned_as(native: bool) -> Planned:
-        choice = choose(replace(facts, native=native))
-        data = advised_recipe(given, kept, measured.unread, choice, native)
+    def planned_by(known: Facts) -> Planned:
+        choice = choose(known)
+        data = advised_recipe(given, kept, measured.unread, choice, known.native)
         return choice, summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
 
     chosen = choose(facts)
@@ -84,7 +83,7 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if fit is not None and fit.reads and measured.speed is not None:
         fit = fit.model_copy(update={"seconds": fit.flops / measured.speed})
         planned = planned.model_copy(update={"fit": fit})
-    ways = ways_of(compared, measured.gains, kept, planned_as)
+    ways = ways_of(compared, measured.gains, facts, kept, planned_by)
     said = {"facts": facts, "advice": chosen, "recipe": data, "plan": planned, "ways": ways}
     return found.model_copy(update={"findings": findings, **said})
 

@@ -10,12 +10,13 @@ Losses are those of an expert that is always chosen on its own text: a router lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from modekit.errors import ModekitError
 from modekit.planning.summary import PlanSummary
 from modekit.search.advise.gains import ON_AVERAGE, Gains
 from modekit.search.advise.models import ComparedModels
-from modekit.search.advise.result import Recommendation, Way
+from modekit.search.advise.result import Facts, Recommendation, Way
 from modekit.sources.adapter import AdapterSource
 
 Planned = tuple[Sequence[Recommendation], PlanSummary]
@@ -24,43 +25,40 @@ WHOLE = "all"
 
 
 def ways_of(
-    compared: ComparedModels, gains: Gains | None, kept: Mapping[int, bool], planned: Callable[[bool], Planned]
+    compared: ComparedModels, gains: Gains | None, facts: Facts, kept: Mapping[int, bool], planned: Callable[[Facts], Planned]
 ) -> tuple[Way, ...]:
-    """The three ways. `planned` plans the advised mixture, native or not; `kept` says which experts stand for themselves."""
+    """The three ways. `planned` plans what the rules advise by facts; `kept` says which experts stand for themselves."""
     own = [index for index, is_own in kept.items() if is_own]
-    low_rank = all(map(compared.is_low_rank, own))
-    return (
-        _mixture("modekit", lambda: planned(False), gains, own, low_rank),
-        _mixture("native", lambda: planned(True), gains, own, low_rank),
-        _gateway(compared, gains, own),
-    )
+    mixtures = (_mixture(replace(facts, native=native), planned, gains, own) for native in (False, True))
+    return (*mixtures, _gateway(compared, gains, own))
 
 
-def _mixture(name: str, make: Callable[[], Planned], gains: Gains | None, own: Sequence[int], low_rank: bool) -> Way:
+def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | None, own: Sequence[int]) -> Way:
+    name = "native" if facts.native else "modekit"
     try:
-        (experts, router), plan = make()
+        (experts, router), plan = planned(facts)
     except ModekitError as error:
         return Way(name=name, said=f"cannot be had: {error.what}")
-    part = _part(name, experts, router, low_rank)
+    part = _part(experts, router, facts)
     loss, lost = _losses(gains, own, part)
     active, total = plan.parameters["active"], plan.parameters["total"]
     said = f"{plan.architecture}; of each expert {part}"
     less = _losses(gains, own, "ffn")[1]
-    if name == "native" and part == WHOLE and less is not None:
+    if facts.native and part == WHOLE and less is not None:
         said += f" but rounding (`modekit verify --deep`); with carry: ffn {less:.3f} nats are lost"
     return Way(name=name, said=said, loss=loss, lost=lost, active=active, total=total, bytes=plan.bytes["written"])
 
 
-def _part(name: str, experts: Recommendation, router: Recommendation, low_rank: bool) -> str:
+def _part(experts: Recommendation, router: Recommendation, facts: Facts) -> str:
     """What the mixture has of every expert, as one of the parts that were scored."""
     if experts.mixture.get("backbone") == "average":
         return ON_AVERAGE
-    if name == "native":
+    if facts.native:
         settings = router.mixture.get("router")
-        return WHOLE if low_rank and isinstance(settings, dict) and settings.get("fit") == "lexical" else "ffn"
+        return WHOLE if facts.low_rank and isinstance(settings, dict) and settings.get("fit") == "lexical" else "ffn"
     if experts.mixture.get("modules") == "all":
         return WHOLE
-    return "ffn + attention" if low_rank else "ffn"
+    return "ffn + attention" if facts.low_rank else "ffn"
 
 
 def _losses(gains: Gains | None, own: Sequence[int], part: str) -> tuple[float | None, float | None]:
