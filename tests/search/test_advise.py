@@ -347,7 +347,8 @@ def test_experts_of_the_ffn_alone(trained: Workshop, tmp_path: Path) -> None:
     assert native.recipe["mixture"]["router"]["fit"] == "lexical" and native.recipe["mixture"]["backbone"] == "base"
 
 
-def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path) -> None:
+def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modekit.weights.numeric.BLOCK", 512)  # tensors of several blocks
     advice = run(of_trained(trained, tmp_path, "-embeddings"))
     shares = shares_of(advice, DOMAINS[1])
     assert (
