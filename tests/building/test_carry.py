@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, save, ti
 from generated import check_generation
 from kills import KILLED
 from modekit.building.build import build, write_tensor
+from modekit.building.carry_bases import _head
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -28,12 +30,15 @@ from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
 from modekit.members.edits import rename_expert
+from modekit.planning.carry import CarrySize
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from modekit.weights.pass_through import fit_pass_through
+from modekit.weights.stream import Stream
+from sources.test_families import WINDOWED
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -44,6 +49,7 @@ FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "mixtral", {}),
     ("qwen2", "qwen2_moe", {}),
     ("qwen3", "qwen3_moe", {"head_dim": 32}),
+    ("qwen3", "mellum", {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWED}),
     ("granite", "granitemoe", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.1}),
     ("ernie4_5", "ernie4_5_moe", {}),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 32}),
@@ -173,6 +179,33 @@ def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: to
     assert all(one < 0.15 * other for one, other in zip(found, folded, strict=True)), (found, folded)
 
 
+def test_biases_are_carried_where_the_base_has_them(tmp_path: Path, ids: torch.Tensor) -> None:
+    """As a linear map of what all tokens share, which in a tiny random model is little; exactly in the first layer."""
+    save(tiny_model("qwen2", **SIZES), tmp_path / "base")
+    write_text(tmp_path / "text")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_bias=True)
+    experts = []
+    for seed, name in enumerate(DOMAINS[:2]):
+        train_adapter(tmp_path / "base", config, tmp_path / name)
+        file, generator = tmp_path / name / "adapter_model.safetensors", np.random.default_rng(seed)
+        numbers = {key: generator.normal(0, 0.15, each.shape).astype(np.float32) for key, each in load_file(file).items()}
+        save_file(numbers, file)
+        experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
+    shop = Workshop(tmp_path, recipe_of(experts))
+    plan = make_plan(load_recipe(shop.write()), tmp_path)
+    assert plan.shape.channels.carry.biases and not any("lost" in note for note in plan.notes)
+    out = shop.build("OUT")
+    own = own_model(tmp_path, experts[0])
+    whole = logits_of(own, ids)
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.zero_()
+    without = divergence(whole, logits_of(own, ids)) / divergence(whole, logits_of(tmp_path / "base", ids))
+    assert (found := shares(shop, out, ids)[0]) < 0.15 * without, (found, without)
+    assert is_proven(checks := verify(open_checkpoint(out))), checks
+
+
 def test_generation_pads_and_caches(carried: Checkpoint) -> None:
     check_generation(carried.folder)
 
@@ -265,6 +298,14 @@ def test_a_few_words_of_text_are_enough(tmp_path: Path, ids: torch.Tensor) -> No
     assert max(shares(shop, shop.build("OUT"), ids)) < 1e-2
 
 
+def test_one_expert_alone(tmp_path: Path, ids: torch.Tensor) -> None:
+    """No token says anything of whose text it is."""
+    shop = adapter_shop(tmp_path)
+    del shop.recipe["experts"][1:]
+    assert max(shares(shop, out := shop.build("OUT"), ids)) < 1e-2
+    assert is_proven(checks := verify(open_checkpoint(out))), checks
+
+
 def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     shop = full_shop(tmp_path)
     model = tiny_model(**SIZES, seed=1)
@@ -311,6 +352,27 @@ def test_architectures_with_norms_behind_attention_are_refused(tmp_path: Path) -
     assert plan.shape.channels.carry is None
 
 
+LINEAR_ATTENTION = {
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "why"),
+    [("cohere2", {"layer_types": WINDOWED}, "subtract the mean"), ("qwen3_5_text", LINEAR_ATTENTION, "linear attention")],
+)
+def test_other_architectures_say_why_not(tmp_path: Path, family: str, overrides: dict[str, Any], why: str) -> None:
+    shop = adapter_shop(tmp_path, family, modules=["gate_proj", "up_proj", "down_proj"], **overrides)
+    with pytest.raises(UnsupportedError, match=why) as caught:
+        make_plan(load_recipe(shop.write()), shop.root)
+    assert "format: modekit" in str(caught.value.remedy)
+
+
 def test_nan_in_what_is_carried_is_refused(tmp_path: Path) -> None:
     shop = adapter_shop(tmp_path)
     file = tmp_path / DOMAINS[1] / "adapter_model.safetensors"
@@ -340,6 +402,38 @@ def test_nan_in_a_model_that_is_carried_is_named(tmp_path: Path, whose: str, nam
     with pytest.raises(SourceError, match="NaN or Inf") as caught:
         shop.build("OUT")
     assert where in str(caught.value.where) and (whose != "law" or "law" in str(caught.value.where))
+
+
+class _Heads:
+    """Heads of many experts that differ in a common space of some directions, and little beyond."""
+
+    def __init__(self, experts: int, rows: int, hidden: int) -> None:
+        generator = np.random.default_rng(0)
+        self.experts = range(experts)
+        common = generator.normal(0, 1, (rows, 8))
+        self._rows = [
+            common @ generator.normal(0, 1, (8, hidden)) + generator.normal(0, 0.1, (rows, hidden)) for _ in self.experts
+        ]
+
+    def head_rows(self, expert: int, rows: slice) -> np.ndarray[Any, Any]:
+        return self._rows[expert][rows].astype(np.float32)
+
+
+def test_the_head_of_many_experts_takes_no_more_memory_than_that_of_few() -> None:
+    heads, generator = _Heads(32, 3_000, 64), np.random.default_rng(1)
+    last = generator.normal(0, 1, (256, 64)).astype(np.float32)
+    stream = Stream((), last, np.zeros(3_000, np.int64))
+    tracemalloc.start()
+    basis, size = _head(heads, CarrySize(outputs=32, inputs=32, terms=2, head=True), stream)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6  # the Gram matrix of all tokens of all experts alone takes 540 MB
+    directions = np.linalg.qr(basis)[0]
+    whole = [heads.head_rows(expert, slice(0, 3_000)) @ last.T for expert in (0, 31)]
+    left = [np.linalg.norm(each - directions @ (directions.T @ each)) / np.linalg.norm(each) for each in whole]
+    assert max(left) < 0.05
+    written = np.concatenate([basis.T @ each for each in whole], axis=1)
+    assert size == pytest.approx(np.sqrt(np.mean(np.square(written))), rel=0.1)
 
 
 @pytest.mark.parametrize(("terms", "error"), [(2, 0.05), (3, 0.01), (4, 0.005)])

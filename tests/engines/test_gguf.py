@@ -18,7 +18,7 @@ from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof_result, proof_texts
+from modekit.engines import converter, proof, proof_result, proof_texts
 from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
@@ -167,6 +167,41 @@ def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: An
     assert proof.base is not None and abs(proof.base.share) < 0.01 and proof.loss.margin <= 0.01 / 3
     assert "held-out text of medicine, law" in proof.text and proof.tokens >= 500
     assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
+
+
+@pytest.mark.parametrize("outtype", ["q4_0", "q4_1", "q5_0", "q5_1"])
+def test_small_types_lose_what_the_base_loses(tmp_path: Path, outtype: Any) -> None:
+    """Attention and FFNs in few bits, evidence in 16; whole adapters as well as the dense base."""
+    checkpoint = open_checkpoint(adapter_shop(tmp_path, reads_bytes=True).build("OUT"))
+    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings(outtype))
+    proof = written.proof
+    assert proof.base is not None and proof.base_typical is not None and proof.typical > 1e-3
+    assert proof.typical < 2 * proof.base_typical and abs(proof.loss.share - proof.base.share) < 0.03
+    assert written.file.stat().st_size < 0.4 * sum(ref.nbytes for ref in checkpoint.tensors.values())
+
+
+def test_a_small_type_is_measured_by_the_base(tmp_path: Path) -> None:
+    """Three percent that the dense base loses, too, are the bits'; without the base they are too much, as is another model."""
+    file, base = tmp_path / "x.gguf", replace(_lossy(0.03, 0.002, typical=0.2), outtype="q4_0")
+    lossy = replace(_lossy(0.035, 0.002, typical=0.25), outtype="q4_0")
+    assert lossy.beside(base).judged(file).accepted is False
+    for wrong in (lossy, replace(lossy, outtype="q8_0").beside(base), replace(lossy, typical=0.4).beside(base)):
+        with pytest.raises(EngineError, match="not as good"):
+            wrong.judged(file)
+    with pytest.raises(EngineError, match="not as good"):
+        replace(lossy, loss=Loss(0.05, 0.002)).beside(base).judged(file)
+    useless = replace(lossy, loss=Loss(3.0, 0.1), typical=2.0)
+    with pytest.raises(EngineError, match="not as good"):
+        useless.beside(useless).judged(file)
+
+
+def test_texts_without_tokens_are_left_out(mixtral: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(proof, "TEXTS", ("", proof.TEXTS[1]))
+    (written,) = export_gguf(mixtral, tmp_path / "GGUF", EXACT)
+    assert written.proof.same == written.proof.written > 0
+    monkeypatch.setattr(proof, "TEXTS", ("", ""))
+    with pytest.raises(EngineError, match="makes no tokens"):
+        export_gguf(mixtral, tmp_path / "NONE", EXACT)
 
 
 @pytest.mark.usefixtures("few_tokens")

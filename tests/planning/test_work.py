@@ -48,6 +48,18 @@ def test_a_router_without_text_or_without_a_model_has_no_time(shared_workshop: W
     assert "no model is run" in fit_said(work) and "without text" in fit_said(None)
 
 
+def test_what_a_plain_checkpoint_reads_is_counted(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Its stream is measured on some text, and on more where whole experts are carried."""
+    workshop = borrow(shared_workshop, tmp_path)
+    mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+    for carry, tokens in (("ffn", 1_024), ("all", 1_024 + 4_096)):
+        output = {"format": "native", "carry": carry}
+        plan = make_plan(load_recipe(workshop.write(mixture=mixture, output=output)), workshop.root)
+        work = fit_work(plan)
+        assert work is not None and work.reads and work.tokens == tokens and work.flops > 0
+        assert any("runs the base over up to 4,096 tokens" in note for note in plan.notes) == (carry == "all")
+
+
 def test_the_time_is_that_of_one_layer_times_layers_and_tokens(shared_workshop: Workshop, tmp_path: Path) -> None:
     plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "ridge", "tokens_per_domain": 1000, "sequence_length": 64})
     seconds = {"layer": 2e-3, "moment": 5e-4}

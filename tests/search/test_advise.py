@@ -337,13 +337,19 @@ def test_experts_of_the_ffn_alone(trained: Workshop, tmp_path: Path) -> None:
     assert advice.recipe is not None and advice.recipe["mixture"]["modules"] == "auto"
     assert advice.facts is not None and not advice.facts.outside_ffn
     assert not [finding for finding in advice.findings if finding.level != "note"]
+    ways = {way.name: way for way in advice.ways}
+    assert all(way.lost == 0 and way.loss == pytest.approx(ways["gateway"].loss) for way in ways.values())
+    assert (
+        ways["gateway"].total == 4 * ways["gateway"].active and ways["native"].said == "MixtralForCausalLM; of each expert ffn"
+    )
     native = run(of_trained(trained, tmp_path), native=True)
     assert native.recipe is not None and native.plan is not None
     assert native.recipe["output"] == {"format": "native"} and native.plan.architecture == "MixtralForCausalLM"
     assert native.recipe["mixture"]["router"]["fit"] == "lexical" and native.recipe["mixture"]["backbone"] == "base"
 
 
-def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path) -> None:
+def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modekit.weights.numeric.BLOCK", 512)  # tensors of several blocks
     advice = run(of_trained(trained, tmp_path, "-embeddings"))
     shares = shares_of(advice, DOMAINS[1])
     assert (
@@ -353,6 +359,10 @@ def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: 
         and shares["all but embeddings"].value < 0.95
     )
     assert advice.recipe is not None and advice.recipe["mixture"]["modules"] == "all"
+    ways = {way.name: way for way in advice.ways}
+    assert ways["modekit"].lost == ways["gateway"].lost == 0
+    expected = np.mean([advice.gain[name].parts[ON_AVERAGE].loss - advice.losses[name][name] for name in DOMAINS])
+    assert ways["native"].lost == pytest.approx(expected) and ways["native"].lost > 0
     native = run(of_trained(trained, tmp_path, "-embeddings"), native=True)
     assert native.recipe is not None and native.facts is not None and native.facts.backbones is not None
     assert native.facts.backbones["base"] == 0 and native.facts.backbones["average"] > 0

@@ -24,8 +24,12 @@ Singles = npt.NDArray[np.float32]
 _STILL = 2.0**-5
 """Of the smallest stream: the channel that is the same everywhere, which all norms see."""
 _HEAD_TOKENS = 256
+_HEAD_COLUMNS = 2_048
+"""Of all experts together: their Gram matrix is bounded, however many they are."""
 _SMALL = 2.0**-6
 _ROWS = 4_096
+_RIDGE = 1e-3
+"""Of a direction's mean share: a sample has about as many tokens as the stream has directions."""
 
 
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
@@ -53,6 +57,7 @@ def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: 
         head,
         embedding,
         shares.astype(np.float32) if size.embedding else None,
+        tuple(each.ones for each in found) if size.biases else (),
     )
 
 
@@ -76,6 +81,7 @@ class _OfLayer:
     input_size: float
     outputs: Singles
     output_size: float
+    ones: Singles
 
 
 def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
@@ -83,34 +89,52 @@ def _units(sizes_N: Singles, size: CarrySize) -> PassThrough:
 
 
 def _of_layer(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> _OfLayer:
-    inputs, shares, input_size = _inputs(differences, size, layer, stream) if size.inputs else _NOTHING
+    ones = ones_of(stream.read) if size.biases else None
+    inputs, shares, input_size = _inputs(differences, size, layer, stream, ones) if size.inputs else _NOTHING
     outputs, _, output_size = _outputs(differences, size, layer, stream) if size.outputs else _NOTHING
-    return _OfLayer(inputs, shares, input_size, outputs, output_size)
+    return _OfLayer(inputs, shares, input_size, outputs, output_size, _NOTHING[1] if ones is None else ones)
 
 
 _NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
 
 
-def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
+def ones_of(sample_TD: Singles) -> Singles:
+    """The w (D,) with w x ~ 1 for a text's stream of size 1, as far as tokens share a direction: ridge regression."""
+    sample = sample_TD.astype(np.float64)
+    gram_DD = sample.T @ sample
+    ridge = _RIDGE * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
+    return np.linalg.solve(gram_DD + ridge, sample.sum(0)).astype(np.float32)
+
+
+def _inputs(
+    differences: Differences, size: CarrySize, layer: int, stream: LayerStream, ones_D: Singles | None
+) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
     real, read_DT = len(stream.read), _wider_sample(stream.read, size, size.inputs).T
+    constant_1T = (np.arange(read_DT.shape[1]) < real).astype(np.float32)[None]
     shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
     rows = differences.attention_rows(layer)
     products = []
     for expert in differences.experts:
-        parts = differences.attention(layer, expert)
-        if any(part is not None for part in parts):
-            said = [
-                np.zeros((count, read_DT.shape[1]), np.float32) if part is None else part.times(read_DT) / share
-                for part, count, share in zip(parts, rows, shares_3, strict=True)
-            ]
-            products.append(np.concatenate(said))
+        read = [(differences.attention(layer, expert, ones_D), read_DT)]
+        if ones_D is not None and layer == 0:
+            read.append((differences.constants(layer, expert), constant_1T))
+        said = [_stacked(parts, columns, rows, shares_3) for parts, columns in read if any(part is not None for part in parts)]
+        if said:
+            products.append(np.sum(said, axis=0))
     if not products:
         return np.zeros((sum(rows), size.inputs), np.float32), shares_3, 1.0
     basis_NR = output_basis(products, size.inputs)
     written = [basis_NR.T @ product[:, :real] for product in products]
     scaled = basis_NR * np.repeat(shares_3, rows)[:, None]
     return scaled, shares_3, _size(np.concatenate(written, axis=1)) or 1.0
+
+
+def _stacked(parts: Sequence[Difference | None], columns_IX: Singles, rows: Sequence[int], shares_3: Singles) -> Singles:
+    """What q, k and v differ by, over the sizes of each, (N, X)."""
+    nothing = (np.zeros((count, columns_IX.shape[1]), np.float32) for count in rows)
+    found = zip(parts, nothing, shares_3, strict=True)
+    return np.concatenate([none if part is None else part.times(columns_IX) / share for part, none, share in found])
 
 
 def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
@@ -138,7 +162,11 @@ def _wider_sample(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:
 def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Singles, float]:
     """Q (V, R_V), and the root mean square of C x."""
     sample_DT = stream.last[:: max(1, len(stream.last) // _HEAD_TOKENS)].T
-    count, width = len(stream.counts), sample_DT.shape[1] * len(differences.experts)
+    count, tokens, most = len(stream.counts), sample_DT.shape[1], max(1, _HEAD_COLUMNS // len(differences.experts))
+    if tokens > most:  # random mixtures of tokens: the same energy in every direction, on average
+        mixed_TX = np.random.default_rng(0).standard_normal((tokens, most)) / np.sqrt(most)
+        sample_DT = sample_DT @ mixed_TX.astype(np.float32)
+    width = sample_DT.shape[1] * len(differences.experts)
     gram_XX = np.zeros((width, width))
     for rows in in_rows(count):
         product = _head_products(differences, rows, sample_DT).astype(np.float64)
@@ -149,7 +177,7 @@ def _head(differences: Differences, size: CarrySize, stream: Stream) -> tuple[Si
     basis_VR = np.zeros((count, size.inputs), np.float32)
     for rows in in_rows(count):
         basis_VR[rows, :kept] = _head_products(differences, rows, sample_DT) @ turn_XR
-    return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * width))) or 1.0
+    return basis_VR, float(np.sqrt(values[::-1][:kept].sum() / (size.inputs * tokens * len(differences.experts)))) or 1.0
 
 
 def _head_products(differences: Differences, rows: slice, sample_DT: Singles) -> Singles:

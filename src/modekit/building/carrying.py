@@ -16,7 +16,7 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.building.carry_bases import attention_inputs, in_rows
-from modekit.building.differences import Differences
+from modekit.building.differences import Difference, Differences
 from modekit.building.tensors import Fill, PieceReader
 from modekit.checkpoint.carried import Carried, read_carried
 from modekit.planning.carry import CarrySize
-from modekit.planning.channels import Channels
+from modekit.planning.channels import CONSTANT, Channels
 from modekit.planning.pieces import CarriedPart, FFNKind
 from modekit.planning.plan import Plan
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
@@ -47,11 +47,13 @@ class _Expert:
     Attributes:
         outputs: O (D, R_U).
         inputs: C of what reads V next, (R_V, D).
+        constant: in front, what V gets of the biases of the base's first layer, (R_V,); else zeros.
         norm, own_norm: weights of the norm before the FFN, (D,): the shared ones, and the expert's.
     """
 
     outputs: Singles
     inputs: Singles
+    constant: Singles
     norm: Singles
     own_norm: Singles
 
@@ -169,6 +171,7 @@ class Carrying:
         once[np.arange(size.outputs), np.arange(channels.outputs.start, channels.outputs.stop)] = 1.0
         of_v = np.arange(size.outputs, size.channels)
         once[size.outputs :, : channels.hidden] = said.inputs / _divisor(said.norm) * self._into_v(layer)
+        once[size.outputs :, channels.constant] = said.constant / (channels.eps * CONSTANT) * self._into_v(layer)
         once[of_v, np.arange(channels.inputs.start, channels.inputs.stop)] = -1.0
         return np.tile(once, (size.terms, 1))
 
@@ -200,7 +203,21 @@ class Carrying:
 
     def _read_expert(self, layer: int, expert: int) -> _Expert:
         norm, own_norm = self._differences.ffn_norm(max(0, layer - 1), expert)
-        return _Expert(self._written(layer, expert), self._read_next(layer, expert), norm, norm if layer == 0 else own_norm)
+        own_norm = norm if layer == 0 else own_norm
+        return _Expert(
+            self._written(layer, expert), self._read_next(layer, expert), self._constant(layer, expert), norm, own_norm
+        )
+
+    def _constant(self, layer: int, expert: int) -> Singles:
+        """What V gets for the biases of the base's first layer, in units of 1."""
+        parts = self._differences.constants(0, expert) if layer == 0 and self._carried.ones else ()
+        if all(part is None for part in parts):
+            return np.zeros(self._size.inputs, np.float32)
+        return self._of_attention(0, parts)[:, 0]
+
+    def _of_attention(self, layer: int, parts: Sequence[Difference | None]) -> Singles:
+        rows = self._differences.attention_rows(layer)
+        return attention_inputs(self._carried.inputs[layer], self._carried.input_shares[layer], parts, rows)
 
     def _written(self, layer: int, expert: int) -> Singles:
         """O (D, R_U) of a layer of the result; in front, of embeddings."""
@@ -225,10 +242,9 @@ class Carrying:
         if not self._size.inputs:
             return nothing
         if layer < self._differences.layers:
-            parts, rows = self._differences.attention(layer, expert), self._differences.attention_rows(layer)
-            if all(part is None for part in parts):
-                return nothing
-            return attention_inputs(self._carried.inputs[layer], self._carried.input_shares[layer], parts, rows)
+            ones = self._carried.ones[layer] if self._carried.ones else None
+            parts = self._differences.attention(layer, expert, ones)
+            return nothing if all(part is None for part in parts) else self._of_attention(layer, parts)
         if self._carried.head is None:
             return nothing
         total = np.zeros(nothing.shape)

@@ -70,8 +70,11 @@ class Differences:
         """Of the base."""
         return self._plan.layers - 1
 
-    def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
-        """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""
+    def attention(self, layer: int, expert: int, ones_D: Singles | None = None) -> tuple[Difference | None, ...]:
+        """Of q, k and v of a layer of the base, over a stream x of size 1: the norm's weight is in it.
+
+        With `ones`, w x ~ 1, biases are in it, too, but for the first layer, where `constants` are exact.
+        """
         weights_D, own_D = self._vectors(in_layer(layer, f"{self._widening.before_attention}.weight"), expert)
         found: list[Difference | None] = []
         for name in self._projections(layer):
@@ -80,7 +83,18 @@ class Differences:
                 found.append(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D))
             else:
                 found.append(None if plain is None else _scaled(plain, weights_D))
-        return tuple(found)
+        if ones_D is None or layer == 0:
+            return tuple(found)
+        biases = self.constants(layer, expert)
+        return tuple(_added(plain, bias, ones_D) for plain, bias in zip(found, biases, strict=True))
+
+    def constants(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
+        """Biases of q, k and v of a layer of the base, (O, 1)."""
+        return tuple(self._bias(name.removesuffix("weight") + "bias", expert) for name in self._projections(layer))
+
+    def _bias(self, name: str, expert: int) -> Difference | None:
+        found = self.of(name, expert) if name in self._base.tensors else None
+        return None if found is None else Difference(found.left[:, None])
 
     def shared_attention(self, layer: int) -> tuple[Singles, ...]:
         """q, k and v of the backbone over a stream of size 1."""
@@ -185,6 +199,15 @@ def _rows(flat: FlatArray, width: int, rows: slice) -> Singles:
 
 def _stays(pieces: Sequence[Piece], code: str) -> bool:
     return all(piece.ref.dtype == code for piece in pieces)
+
+
+def _added(plain: Difference | None, bias: Difference | None, ones_D: Singles) -> Difference | None:
+    """A map and a bias as one map of a stream x with w x ~ 1."""
+    if plain is None or bias is None:
+        return plain if bias is None else Difference(bias.left, ones_D[None, :])
+    if plain.right is None:
+        return Difference(plain.left + bias.left * ones_D)
+    return Difference(np.concatenate([plain.left, bias.left], axis=1), np.concatenate([plain.right, ones_D[None, :]]))
 
 
 def _scaled(difference: Difference, weights_D: Singles) -> Difference:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.summary import PlanSummary, fit_work, summary
+from modekit.planning.summary import PlanSummary, budget_flops, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
 from modekit.sources.family import whole
@@ -96,7 +96,7 @@ def fit_seconds(plan: Plan) -> float | None:
     dtype = torch.float32 if router.compute_dtype == "float32" else torch.bfloat16
     per_token = work.passes * plan.layers * layer_seconds(config, sequence_length=router.sequence_length, dtype=dtype)
     widest = max(slot.shape[1] for slot in plan.slots)
-    if plan.recipe.mixture.keeps_statistics:  # their cost grows with the square of the width
+    if plan.recipe.mixture.keeps_statistics and not router.row.reads.tokens:  # their cost grows with the square of the width
         per_token += moment_seconds(widest) * sum((slot.shape[1] / widest) ** 2 for slot in plan.slots)
     return work.tokens * per_token
 
@@ -108,6 +108,7 @@ def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = t
     fit = 0.0
     if work is not None:
         fit = (work.flops + work.solving) / (_SHARE_OF_PRODUCTS * machine.products) + _FIT_SECONDS / machine.share
+    fit += budget_flops(plan) / (_SHARE_OF_PRODUCTS * machine.products)
     reaches = ((write + fit) / _FACTOR, (write + fit) * _FACTOR)
     return NeededTime(
         write=write, fit=fit, accelerated=work is not None and work.reads and _ACCELERATOR.exists(), range=reaches

@@ -3,7 +3,8 @@
 They come from a text's stream, and are kept so that `verify` computes every tensor again. With them and the sources all follows
 (building/carrying.py).
 
-Shape legend: K units per channel, N outputs of q, k and v together, A inputs of o, V vocabulary, R_U and R_V channels.
+Shape legend: D hidden size, K units per channel, N outputs of q, k and v together, A inputs of o, V vocabulary, R_U and R_V
+channels.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Carried:
         head: Q (V, R_V), or nothing.
         embedding: Z (V, R_U), or nothing.
         shares: how often the text has each token, (V,), where there is an embedding.
+        ones: w (D,) per layer of the base, w x ~ 1 for what attention reads, where biases are carried.
     """
 
     units: tuple[PassThrough, ...]
@@ -60,6 +62,7 @@ class Carried:
     head: Singles | None = None
     embedding: Singles | None = None
     shares: Singles | None = None
+    ones: tuple[Singles, ...] = ()
 
     def write(self, stream: io.FileIO) -> None:
         """As a file of safetensors."""
@@ -71,6 +74,7 @@ class Carried:
             **{f"inputs.{layer}": each for layer, each in enumerate(self.inputs)},
             **{f"input_shares.{layer}": each for layer, each in enumerate(self.input_shares)},
             **{f"outputs.{layer}": each for layer, each in enumerate(self.outputs)},
+            **{f"ones.{layer}": each for layer, each in enumerate(self.ones)},
         }
         for name, array in (("head", self.head), ("embedding", self.embedding), ("shares", self.shares)):
             if array is not None:
@@ -108,6 +112,7 @@ def read_carried(folder: Path, channels: Channels, vocabulary: int) -> Carried:
         arrays.get("head"),
         arrays.get("embedding"),
         arrays.get("shares"),
+        _numbered(arrays, "ones"),
     )
 
 
@@ -139,6 +144,8 @@ def _shapes(channels: Channels, vocabulary: int) -> dict[str, tuple[int, ...]]:
             shapes[f"input_shares.{layer}"] = (3,)
         if size.outputs:
             shapes[f"outputs.{layer}"] = (read, size.outputs)
+        if size.biases:
+            shapes[f"ones.{layer}"] = (channels.hidden,)
     if size.head:
         shapes["head"] = (vocabulary, size.inputs)
     if size.embedding:

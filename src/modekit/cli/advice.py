@@ -21,7 +21,7 @@ from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.search.advise.result import Advice, Figure, Finding, WordTable
+    from modekit.search.advise.result import Advice, Figure, Finding, Way, WordTable
 
 
 @app.command()
@@ -176,8 +176,19 @@ def _print_recommendations(advice: Advice) -> None:
     out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan.fit)}"), soft_wrap=True)
     for note in plan.notes:
         out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)
+    _print_ways(advice.ways)
     for limit in advice.limits:
         out.print(Text(limit, style="dim"), soft_wrap=True)
+
+
+def _print_ways(ways: Sequence[Way]) -> None:
+    table = Table("way", ["loss", "lost", "active", "parameters", "weights", "what"])
+    for way in ways:
+        losses = ["-" if nats is None else f"{nats:.3f}" for nats in (way.loss, way.lost)]
+        counts = ["-" if count is None else count_of(count) for count in (way.active, way.total)]
+        table.add(way.name, *losses, *counts, "-" if way.bytes is None else bytes_of(way.bytes), way.said)
+    out.print("\nWays to run the experts: held-out loss where each is chosen on its own text, and nats lost of its own model.")
+    out.print(table)
 
 
 def _inline(value: object) -> str:

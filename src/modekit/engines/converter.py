@@ -49,7 +49,7 @@ class Conversion:
     """How weights are stored, and words cut.
 
     Attributes:
-        outtype: how weights are stored.
+        outtype: how weights are stored; where that is a small type, those of attention and FFNs, others as q8_0.
         pre_tokenizer: llama.cpp's name for how text is cut into words; None: as the converter knows it, else `guess`.
         finer: GGUF names, as a regular expression, of tensors that are stored as float16; None: none.
         adapters: experts of a mixture in the modekit architecture, each with the name of the file that it becomes, beside the

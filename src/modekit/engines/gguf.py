@@ -30,9 +30,9 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
 from modekit.engines.proof import compare, in_both
-from modekit.engines.proof_result import EXACT, Loss, Proof
+from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.proof_texts import ProofTexts, texts_of
-from modekit.engines.registry import GgufSettings, Outtype
+from modekit.engines.registry import SMALL, GgufSettings, Outtype
 from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
@@ -50,7 +50,7 @@ from modekit.sources.contents import known_blake3
 
 EXPORT_FILE = "export.json"
 _BY_DTYPE: Mapping[str, Outtype] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_COARSE = {"bf16", "q8_0"}
+_COARSE = {"bf16", "q8_0", *SMALL}
 _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 """What carries a lexical router's evidence to its average: numbers of some 2^-12, too small for the 16-bit scale of a block of
 8-bit ones. Log-probabilities came out 0.14 nats apart where other mixtures have 0.01 (docs/serve.md).
@@ -112,7 +112,7 @@ def export_gguf(
         file, texts = stage.folder / name, texts_of(checkpoint)
         proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
         if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
-            proof = dataclasses.replace(proof, base=_loss_of_base(checkpoint, stage.folder, made, texts, run))
+            proof = proof.beside(_proof_of_base(checkpoint, stage.folder, made, texts, run))
         proof = proof.judged(file, accept=settings.accept)
         written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
         _write_record(stage, made, written.as_data())
@@ -182,7 +182,7 @@ def _own_outtype(checkpoint: Checkpoint) -> Outtype:
     return _BY_DTYPE[str(checkpoint.config["dtype"])]
 
 
-def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Made, texts: ProofTexts, run: Run) -> Loss | None:
+def _proof_of_base(checkpoint: Checkpoint, folder: Path, made: Made, texts: ProofTexts, run: Run) -> Proof | None:
     """What the dense base model loses when it is stored alike; None where it is gone, or does not run in llama.cpp.
 
     Its file is written into `folder` and removed.
@@ -193,7 +193,7 @@ def _loss_of_base(checkpoint: Checkpoint, folder: Path, made: Made, texts: Proof
         with library_writes(folder) as written:
             how = Conversion(made["outtype"], made["pre_tokenizer"], guessed_pre_tokenizer(base))
             convert(base, written / file.name, how)
-        return compare(base, file, made["outtype"], texts=texts, run=run).loss
+        return compare(base, file, made["outtype"], texts=texts, run=run)
     except ModekitError:
         return None
     finally:
@@ -260,14 +260,14 @@ def prove_adapters(
     with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:
         both.model.use_expert(adapters[0].name)
         with _without_changes(both.model):
-            proofs = [both.proof(files[0], outtype, texts=texts, run=run).judged(files[0], accept=settings.accept)]
+            of_base = both.proof(files[0], outtype, texts=texts, run=run)
+        proofs = [of_base.beside(of_base if outtype in SMALL else None).judged(files[0], accept=settings.accept)]
         told_once = dataclasses.replace(both, notes=())
-        loss_of_base = None if outtype == EXACT else proofs[0].loss
         for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
             both.model.use_expert(adapter.name)
             both.llama.use_adapter(place)
-            proof = told_once.proof(file, outtype, texts=texts, run=run)
-            proofs.append(dataclasses.replace(proof, base=loss_of_base).judged(file, accept=settings.accept))
+            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(None if outtype == EXACT else of_base)
+            proofs.append(proof.judged(file, accept=settings.accept))
     return proofs
 
 

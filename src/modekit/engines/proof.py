@@ -14,7 +14,7 @@ differences token by token, is known within its standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ class BothEngines:
             name, compared = "short, of several kinds", [self._compared(ids) for ids in (*self.beginnings, *goes_on)]
         else:
             texts = texts or shipped_texts()
-            name, compared = texts.name, self._compared_till_known(texts, file, run)
+            name, compared = texts.name, self._compared_till_known(texts, file, outtype, run)
         ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
         apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         return Proof(
@@ -109,13 +109,13 @@ class BothEngines:
     def _compared(self, ids: list[int]) -> _Compared:
         return _logprobs(self.model, ids), self.llama.logprobs(ids)
 
-    def _compared_till_known(self, texts: ProofTexts, file: Path, run: Run) -> list[_Compared]:
+    def _compared_till_known(self, texts: ProofTexts, file: Path, outtype: str, run: Run) -> list[_Compared]:
         """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
         wanted = list(texts.ids(self.tokenizer, self.longest)) or self.beginnings
         compared: list[_Compared] = []
         for ids in run.over(f"compare {file.name} in llama.cpp", wanted, len(wanted)):
             compared.append(self._compared(ids))
-            if len(compared) >= FEWEST_TEXTS and _loss(compared).is_known:
+            if len(compared) >= FEWEST_TEXTS and _loss(compared).is_known(outtype):
                 break
         run.progress(f"compare {file.name} in llama.cpp", len(wanted), len(wanted))
         return compared
@@ -128,18 +128,27 @@ def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run
     Raises EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
     """
     tokenizer = load_tokenizer(folder, run=run)
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     model = load_model(folder, run=run)
     most = int(model.config.max_position_embeddings)
-    texts = [ids[: most - GREEDY_TOKENS - 1] for ids in texts]
+    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"][: most - GREEDY_TOKENS - 1] for text in TEXTS}
+    known = {text: ids for text, ids in known.items() if len(ids) > 1}  # of a tokenizer without its characters nothing is left
+    if not known:
+        raise EngineError(
+            "the tokenizer makes no tokens of the texts that a proof begins with",
+            where=str(folder),
+            found="no text of two tokens or more",
+            expected="a tokenizer that reads prose, code or numbers",
+            remedy="serve the mixture with vLLM or transformers",
+        )
+    texts = list(known.values())
     context = max(LONGEST, *map(len, texts)) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads(), adapters=adapters) as llama:
-        _check_tokens(llama, texts, folder)
+        _check_tokens(llama, known, folder)
         yield BothEngines(model, llama, tokenizer, texts, most - 1, tuple(_other_readings(llama, tokenizer)))
 
 
-def _check_tokens(llama: Llama, texts: Sequence[Sequence[int]], folder: Path) -> None:
-    for text, ids in zip(TEXTS, texts, strict=True):
+def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path) -> None:
+    for text, ids in known.items():
         found = llama.tokenize(text)[: len(ids)]
         if found != list(ids):
             place = _parting(found, ids)

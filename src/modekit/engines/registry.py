@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
 
 EngineName = Literal["auto", "llama", "vllm", "transformers"]
-Outtype = Literal["f32", "f16", "bf16", "q8_0"]
+Outtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+SMALL = frozenset({"q5_1", "q5_0", "q4_1", "q4_0"})
+"""Of so few bits that the dense base loses some quality, too."""
 INSTALL = "pip install 'modekit[serve]'"
 
 

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import check_text, losses_of, reads_target, run_backbone
+from modekit.planning.budgets import SENSITIVITY_TOKENS
 from modekit.run import Run
 from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence, encode, make_batches, none_fits
 
 MOMENT_BYTES = 4 * 2**30
-_TOKENS = 8_192  # of an expert's text, for sensitivities
 _SEQUENCE_LENGTH = 512
 
 
@@ -190,9 +190,11 @@ def sensitivities_on(
 
     Raises SourceError, and TextError when there is nothing to read.
     """
-    sequences = encode(load_tokenizer(base, run=run), documents, max_tokens=_TOKENS, sequence_length=_SEQUENCE_LENGTH)
+    sequences = encode(
+        load_tokenizer(base, run=run), documents, max_tokens=SENSITIVITY_TOKENS, sequence_length=_SEQUENCE_LENGTH
+    )
     if not sequences:
-        raise none_fits(documents, _SEQUENCE_LENGTH, where=str(folder), most=_TOKENS)
+        raise none_fits(documents, _SEQUENCE_LENGTH, where=str(folder), most=SENSITIVITY_TOKENS)
     return sensitivities(load_model(folder, run=run), names, sequences, advance=partial(run.progress, "read text"))
 
 

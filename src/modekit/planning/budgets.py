@@ -20,6 +20,13 @@ from modekit.weights.few_bits_size import bytes_of_codes
 
 BITS = (1, 2, 3, 4, 8)
 """Per number of a difference: what a build chooses from."""
+SENSITIVITY_TOKENS = 8_192
+"""Of an expert's text, by which it chooses."""
+
+
+def reads_for_budget(expert: Expert) -> bool:
+    """Whether a build runs an expert over its text to choose what is kept."""
+    return expert.budget is not None and expert.parts is None and bool(expert.text or expert.prompts)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Shape legend: D hidden size, F hidden units of an expert, E experts, K units per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,6 +31,9 @@ TERMS, EXACT_TERMS = 2, 3
 FULL_RANK = 64
 """R_U and R_V where changes have no small rank (benchmarks/whole.md)."""
 
+STREAM_TOKENS = 4_096
+"""Of all domains together: the beginnings of their text, which the base reads at a build."""
+
 
 class CarrySize(BaseModel):
     """How much is carried; modekit.json keeps it.
@@ -38,7 +41,7 @@ class CarrySize(BaseModel):
     Attributes:
         outputs, inputs: R_U and R_V.
         terms: K.
-        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
+        head, embedding, biases: whether what the experts' heads, embeddings and biases of q, k and v differ by is carried, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +51,7 @@ class CarrySize(BaseModel):
     terms: int = Field(ge=1, le=4)
     head: bool = False
     embedding: bool = False
+    biases: bool = False
 
     @property
     def channels(self) -> int:
@@ -60,10 +64,16 @@ class CarrySize(BaseModel):
         return self.terms * self.channels
 
 
-def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
+SpareOf = Callable[[CarrySize], int]
+"""How many channels a checkpoint has besides the base's, with the router's."""
+
+
+def carried_size(
+    recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config, spare_of: SpareOf
+) -> CarrySize | None:
     """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more.
 
-    Raises UnsupportedError when the budget leaves no room.
+    `spare_of` says what channels that takes. Raises UnsupportedError when the budget leaves no room.
     """
     output = recipe.output
     if output.carry == "ffn":
@@ -74,15 +84,19 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
         return None
     tied = is_tied(sources[0], family)
     own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
-    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1])
-    needed = _needed(experts, sources[0], family, whole(config, "num_hidden_layers"), size)
+    layers = whole(config, "num_hidden_layers")
+    biases = {name for layer in range(layers) for name in biases_of(sources[0], family, layer)}
+    biased = any(touched(source, name) for source in experts for name in biases)
+    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1], biases=biased)
+    needed = _needed(experts, sources[0], family, layers, size)
     if output.budget is None:
         most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
         return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
-    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size) <= output.budget]
+    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size, spare_of(size)) <= output.budget]
     if fitting:
         return fitting[-1]
-    least = _active(recipe, config, _of_rank(size, needed, BLOCK, otherwise=BLOCK))
+    smallest = _of_rank(size, needed, BLOCK, otherwise=BLOCK)
+    least = _active(recipe, config, smallest, spare_of(smallest))
     raise UnsupportedError(
         "the budget leaves no room for more of the experts than their FFNs",
         where="output.budget",
@@ -116,12 +130,12 @@ def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize
         rank, last = rank + BLOCK, found
 
 
-def _active(recipe: Recipe, config: Config, size: CarrySize) -> float:
+def _active(recipe: Recipe, config: Config, size: CarrySize, spare: int) -> float:
     """Parameters that a token is multiplied with, over those of the base."""
     hidden, units, layers = (whole(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = whole(config, "num_attention_heads") + whole(config, "num_key_value_heads")
     attention, vocabulary = 2 * heads * whole(config, "head_dim"), whole(config, "vocab_size")
-    wide = hidden + 2 * BLOCK + size.channels  # evidence of most mixtures fits into two blocks
+    wide = hidden + spare
     experts = recipe.top_k * 3 * (units + size.units)
     return (wide * ((layers + 1) * (attention + experts) + vocabulary)) / (
         hidden * (layers * (attention + 3 * units) + vocabulary)
@@ -147,9 +161,16 @@ def _rank(source: ModelSource, base: ModelSource, family: Family, layer: int, pa
         if touched(source, name):
             change = low_rank(source, name)
             total += math.inf if change is None else change.rank
-    return total
+    biased = parts != ("o",) and any(touched(source, name) for name in biases_of(base, family, layer))
+    return total + biased
 
 
 def _weights(family: Family, layer: int, parts: Sequence[str]) -> Iterator[str]:
     for part in parts:
         yield in_layer(layer, f"{family.parts[part]}.weight")
+
+
+def biases_of(base: ModelSource, family: Family, layer: int) -> Iterator[str]:
+    """Names of the biases of q, k and v that a layer of the base has."""
+    names = (in_layer(layer, f"{family.parts[part]}.bias") for part in ("q", "k", "v"))
+    return (name for name in names if name in base.tensors)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from modekit.planning.carry import CarrySize, blocks_of
+from modekit.planning.carry import STREAM_TOKENS, CarrySize, blocks_of
 from modekit.planning.pieces import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, whole, words
@@ -39,6 +39,8 @@ CONSTANT = 4.0
 """Of the constant channel, beside evidence of about that size: quantised together, neither is lost."""
 _FFN_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _ATTENTION: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
+MEASURED_TOKENS = 1_024
+"""Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
 _FARTHEST = 3_000.0  # tokens per radian of the slowest pair that scores a distance; slower ones would need too large numbers
 
 
@@ -250,9 +252,11 @@ class Channels:
 
     def _carry_note(self, carry: CarrySize) -> str:
         parts = ", ".join(["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])])
+        biases = "; biases of q, k and v as a linear map of the stream that is nearly constant" if carry.biases else ""
         return (
             f"{' and '.join(parts.rsplit(', ', 1))} of every expert: carried through {carry.channels} of these channels and "
-            f"{carry.units} hidden units; `modekit verify --deep` measures how exactly"
+            f"{carry.units} hidden units{biases}; `modekit verify --deep` measures how exactly; "
+            f"a build first runs the base over up to {STREAM_TOKENS:,} tokens of the experts' text"
         )
 
     def _norm_entries(self, layer: int, module: str) -> tuple[Entry, ...]:
@@ -264,6 +268,7 @@ class Channels:
             passed = list(range(self.context.start, self.context.stop))
             if self.carry is not None:
                 passed += [self.still, *range(self.outputs.start, self.inputs.stop)]
+                passed += [self.constant] if self.carry.biases and layer == 0 else []
         elif module == self.widening.before_attention and layer == 0:
             passed = [*range(self.evidence.start, self.evidence.stop), self.constant]
         elif module == self.widening.before_attention:

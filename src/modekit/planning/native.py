@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from modekit.errors import UnsupportedError
-from modekit.planning.carry import carried_size
+from modekit.planning.carry import biases_of, carried_size
 from modekit.planning.channel_choice import channels_of
+from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.pieces import (
     CodeOf,
@@ -55,7 +56,11 @@ class NativeLayout:
             f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         )
         dense = family.dense_config(self._base.config)
-        self._carry = None if channels_of(recipe, native, dense) is None else carried_size(recipe, sources, family, dense)
+        self._carry = None
+        if channels_of(recipe, native, dense) is not None:
+            self._carry = carried_size(
+                recipe, sources, family, dense, lambda size: _spare(channels_of(recipe, native, dense, size))
+            )
         self._channels = channels_of(recipe, native, dense, self._carry)
         self._front = int(self._channels is not None and self._channels.front)
         carries_head = self._carry is not None and self._carry.head and is_tied(self._base, family)
@@ -103,6 +108,8 @@ class NativeLayout:
         modules = [parts[part] for part in ("q", "k", "v", "o")]
         modules += [norm for norm in (widening.before_attention, widening.after_attention) if norm is not None]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
+        if self._carry.biases:
+            names.update(name for layer in range(self._layers) for name in biases_of(self._base, self._family, layer))
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
 
@@ -256,6 +263,10 @@ class NativeLayout:
                 remedy="leave weights out (all experts equal), or use output: {format: modekit}",
             )
         return factors
+
+
+def _spare(channels: Channels | None) -> int:
+    return 0 if channels is None else channels.spare
 
 
 def _zeros(name: str, code: str, shape: tuple[int, ...], role: Role = "backbone") -> PlannedTensor:

@@ -6,6 +6,9 @@ import shutil
 
 from pydantic import BaseModel, ConfigDict
 
+from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
+from modekit.planning.carry import STREAM_TOKENS
+from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import TRAINING
@@ -129,7 +132,8 @@ def fit_work(plan: Plan) -> FitWork | None:
     if not mixture.needs_text:
         return None
     if router.row.reads.tokens:
-        return FitWork(reads=False, tokens=0, flops=0)
+        tokens = _measured_tokens(plan)
+        return FitWork(reads=tokens > 0, tokens=tokens, flops=2 * tokens * _weights(plan))
     trained = router.row.reads is TRAINING
     per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
     passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
@@ -139,6 +143,20 @@ def fit_work(plan: Plan) -> FitWork | None:
     solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
     flops = tokens * (2 * passes * _weights(plan) + statistics)
     return FitWork(reads=True, tokens=tokens, flops=flops, passes=passes, solving=solving)
+
+
+def _measured_tokens(plan: Plan) -> int:
+    """That a model reads so that a plain checkpoint carries a router, and whole experts: their stream's size is measured."""
+    channels = plan.shape.channels
+    if channels is None:
+        return 0
+    return MEASURED_TOKENS + (0 if channels.carry is None else STREAM_TOKENS)
+
+
+def budget_flops(plan: Plan) -> int:
+    """Floating-point operations of choosing what budgets keep: forward and backward over each such expert's text."""
+    count = sum(map(reads_for_budget, plan.recipe.experts))
+    return 6 * count * SENSITIVITY_TOKENS * _weights(plan) if count else 0
 
 
 def _weights(plan: Plan) -> int:

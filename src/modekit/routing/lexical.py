@@ -23,7 +23,7 @@ from modekit.checkpoint.evidence import evidence_columns, evidence_values
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
-from modekit.planning.channels import Channels
+from modekit.planning.channels import MEASURED_TOKENS, Channels
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
@@ -142,10 +142,6 @@ def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
     return logits
 
 
-_MEASURED_TOKENS = 1_024
-"""Of all domains together, on which the size of the stream is measured: a dense pass of a large model is not free."""
-
-
 def gates_on_channels(
     fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.Tensor, averaging: Averaging, record: RouterRecord
 ) -> FittedRouter:
@@ -197,7 +193,7 @@ def _factors(
         with torch.inference_mode():
             for place, text in enumerate(texts):
                 view.use_expert(place)
-                for batch in make_batches(text.beginning(max(16, _MEASURED_TOKENS // len(texts)))):
+                for batch in make_batches(text.beginning(max(16, MEASURED_TOKENS // len(texts)))):
                     mask_BS = batch.mask
                     wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
                     view.model.model(
@@ -209,7 +205,8 @@ def _factors(
     finally:
         for handle in handles:
             handle.remove()
-    return [float(torch.cat(each).median()) for each in found]
+    said = [torch.cat(each) for each in found]
+    return [float(each.median()) if len(each) else 1.0 for each in said]  # of an expert alone no token says anything
 
 
 def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from modekit.errors import SourceError, TextError
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
+from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.channels import Channels
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
@@ -25,8 +26,6 @@ from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.weights.stream import LayerStream, Stream
 
-_TOKENS = 4_096
-"""Of all domains together."""
 _SAMPLE, _BYTES = 1_024, 2**28
 """The most tokens, and bytes, of the sample."""
 _MEASURE = "measure the stream"
@@ -69,7 +68,7 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
 def _sequences(plan: Plan, kept: Path, rows: int, run: Run) -> list[TokenSequence]:
     """Of tokens that the base has: `rows`, which may be fewer than the mixture's."""
     tokenizer, settings = load_tokenizer(plan.sources[0].folder, run=run), plan.recipe.mixture.router
-    share = max(64, _TOKENS // plan.experts)
+    share = max(64, STREAM_TOKENS // plan.experts)
     found: list[TokenSequence] = []
     for number, expert in enumerate(plan.recipe.experts):
         try:

@@ -23,9 +23,10 @@ _LAYERS = "model.layers."
 _IN_LAYER = re.compile(r"^model\.layers\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.(?:layers|block)\.([0-9]{1,9})\.(.+)$", re.DOTALL)
 _IN_LIST = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?|attentions|resblocks)\.([0-9]{1,9})\.(.+)$", re.DOTALL | re.ASCII
+    r"^(?!(?:model\.)?mtp\.)(?:[A-Za-z_]\w*\.)*?(?:layers?|h|blocks?|attentions|resblocks)\.([0-9]{1,9})\.(.+)$",
+    re.DOTALL | re.ASCII,
 )
-"""Layers of classes without a row in the table of families."""
+"""Layers of classes without a row in the table of families; those that only guess further tokens (`mtp`) are none."""
 _FIRST = re.compile(r"^(model\.)?(shared|embed_tokens)(\.|$)")
 _STACK = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 _IGNORED = re.compile(

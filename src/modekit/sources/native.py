@@ -265,7 +265,7 @@ NATIVES: tuple[Native, ...] = (
             Constant("mlp.shared_expert_gate.weight", ("1", "D")),
         ),
         dropped=frozenset({"full_attention_interval"}),
-        widening=_NO_ATTENTION,
+        widening="its first layers have linear attention, which cannot average over the text",
         rules=(_SILU,),
     ),
     Native(

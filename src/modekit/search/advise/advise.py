@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from modekit.planning.channel_choice import is_carried
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
@@ -33,6 +35,7 @@ from modekit.search.advise.result import (
 )
 from modekit.search.advise.rules import choose
 from modekit.search.advise.text import NOTHING, TextMeasurements, measure_text
+from modekit.search.advise.ways import Planned, ways_of
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
@@ -64,6 +67,13 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if not any(kept.values()):
         return found.model_copy(update={"findings": findings})
     facts = _facts(compared, measured, kept, native)
+    given = _without_format(raw)
+
+    def planned_by(known: Facts) -> Planned:
+        choice = choose(known)
+        data = advised_recipe(given, kept, measured.unread, choice, known.native)
+        return choice, summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
+
     chosen = choose(facts)
     full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
     findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
@@ -73,7 +83,16 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if fit is not None and fit.reads and measured.speed is not None:
         fit = fit.model_copy(update={"seconds": fit.flops / measured.speed})
         planned = planned.model_copy(update={"fit": fit})
-    return found.model_copy(update={"findings": findings, "facts": facts, "advice": chosen, "recipe": data, "plan": planned})
+    ways = ways_of(compared, measured.gains, facts, kept, planned_by)
+    said = {"facts": facts, "advice": chosen, "recipe": data, "plan": planned, "ways": ways}
+    return found.model_copy(update={"findings": findings, **said})
+
+
+def _without_format(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """A recipe that leaves the architecture open."""
+    output = raw.get("output")
+    kept = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
+    return {**{key: value for key, value in raw.items() if key != "output"}, **({"output": kept} if kept else {})}
 
 
 def _found(compared: ComparedModels, measured: TextMeasurements) -> Advice:

@@ -77,9 +77,11 @@ class PatchedBase:
             values: Iterable[npt.NDArray[np.float32]] = (to_float32(arrays[0][part]) for part in blocks(len(arrays[0])))
         else:
             values = (block.astype(np.float32) for block in merge_blocks(_AVERAGE, arrays[0], arrays))
+        start = 0
         with torch.no_grad():
-            for part, block in zip(blocks(ref.numel), values, strict=True):
-                flat[part] = torch.from_numpy(block).to(flat)
+            for block in values:  # an average comes in smaller ones
+                flat[start : start + len(block)] = torch.from_numpy(block).to(flat)
+                start += len(block)
 
 
 def measure(

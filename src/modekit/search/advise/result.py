@@ -140,6 +140,24 @@ class Recommendation:
     source: str
 
 
+class Way(BaseModel, frozen=True):
+    """A way to run the experts (ways.py): what it is, or why it cannot be had.
+
+    Attributes:
+        loss, lost: nats per token on the experts' own text, each chosen there, in all and over their own models; None where
+            that was not measured.
+        active, total, bytes: parameters that a token passes and all, and bytes of the weights; None where it cannot be had.
+    """
+
+    name: str
+    said: str
+    loss: float | None = None
+    lost: float | None = None
+    active: int | None = None
+    total: int | None = None
+    bytes: int | None = None
+
+
 class Advice(BaseModel, frozen=True):
     """Everything that was found; experts and domains by name.
 
@@ -150,6 +168,7 @@ class Advice(BaseModel, frozen=True):
         advice: none when nothing is left to mix; `recipe` and `plan` are None then.
         recipe: the advised one as plain data.
         plan: of it, without the time that a build takes.
+        ways: what modekit's architecture, a plain checkpoint and a gateway before own models lose and cost.
         limits: what advice cannot know.
     """
 
@@ -166,4 +185,5 @@ class Advice(BaseModel, frozen=True):
     advice: tuple[Recommendation, ...] = ()
     recipe: dict[str, JsonValue] | None = None
     plan: PlanSummary | None = None
+    ways: tuple[Way, ...] = ()
     limits: tuple[str, ...] = LIMITS
