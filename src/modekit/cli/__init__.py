@@ -8,6 +8,7 @@ from modekit.cli import advice as advice
 from modekit.cli import discovery as discovery
 from modekit.cli import data as data
 from modekit.cli import mixtures as mixtures
+from modekit.cli import mixing as mixing
 from modekit.cli import members as members
 from modekit.cli import training as training
 from modekit.cli import evaluation as evaluation
