@@ -20,7 +20,7 @@ from modekit.planning.make import plan_of
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder
-from modekit.recipes.read import parse_recipe
+from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, RecipeData, did_you_mean
@@ -114,6 +114,9 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
     Raises RecipeError (names, text for some experts alone), MismatchError (another family, two names for one model, a model
     that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
     """
+    if models.base.endswith((".yaml", ".yml")):
+        load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes
+        raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
     raw, notes = _with_texts(models)
     raw = from_folder(raw, models.root, out)
     bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
@@ -122,10 +125,16 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
     kinds = _kinds(bare, sources)
     text = any("text" in expert for expert in raw["experts"])
     plan, way = _first_possible(raw, out, sources, list(router_for(kinds, form, text=text)), run)
+    if form == "native" and plan.shape.without_gguf is not None:
+        raise UnsupportedError(
+            "llama.cpp does not run what these models become",
+            where="--gguf",
+            found=plan.shape.without_gguf,
+            remedy="leave --gguf out: modekit serve OUT then takes vLLM or transformers",
+        )
     notes += check_texts(plan.recipe, out, plan.family.reads)
     check_room(out, plan.disk_needed)
-    said = {**raw, "mixture": way.mixture, **({"output": way.output} if way.output else {})}
-    content = yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=120).encode()
+    content = yaml.safe_dump(_recipe(raw, way), sort_keys=False, allow_unicode=True, width=120).encode()
     return MixPlan(plan, kinds, way, tuple(notes), content, disk_of(out).free)
 
 
@@ -236,5 +245,8 @@ def _first_possible(
 
 
 def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], way: Way, run: Run) -> Plan:
-    recipe = parse_recipe({**raw, "mixture": way.mixture, "output": way.output}, where="modekit mix")
-    return plan_of(recipe, out, sources, run=run)
+    return plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run)
+
+
+def _recipe(raw: RecipeData, way: Way) -> RecipeData:
+    return {**raw, "mixture": way.mixture, **({"output": way.output} if way.output else {})}

@@ -51,7 +51,7 @@ def mix(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the model that all experts descend from.")],
     experts: Annotated[
         list[str],
-        typer.Argument(metavar="EXPERT...", help="Folder or hub id of a model or adapter; NAME=PATH gives it another name."),
+        typer.Argument(metavar="EXPERT", help="Folder or hub id of a model or adapter; NAME=PATH gives it another name."),
     ],
     options: MixOptions,
 ) -> None:
@@ -69,7 +69,7 @@ def mix(
 
         check_installed()
         refuse_existing(gguf, replaced_by(options.overwrite))
-    joining = [] if options.without_base or BASE in experts else [BASE]
+    joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with drawn_progress() as progress:
         run = Run(options.trust_remote_code, progress, options.fsync)
@@ -83,7 +83,9 @@ def mix(
         ),
     )
     if options.gguf is not None:
-        write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, overwrite=options.overwrite))
+        said = vars(options)
+        shared = {key: said[key] for key in ("overwrite", "fsync", "trust_remote_code")}
+        write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, **shared))
     if options.serve:
         settings = ServeSettings(threads=options.threads, gguf=GgufSettings(options.gguf))
         serve_until_stopped(checkpoint, settings, Run(options.trust_remote_code, sync=options.fsync))

@@ -151,7 +151,7 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
 @app.command()
 def route(
     checkpoint: OutFolder,
-    text: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; - reads standard input.")],
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:

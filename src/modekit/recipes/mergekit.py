@@ -28,7 +28,8 @@ def check_not_mergekit(raw: RecipeData, check: Callable[[RecipeData], object], w
         recipe["output"] = {"dtype": raw["dtype"]}
     try:
         check(recipe)
-        remedy = f"save this as the recipe:\n\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)}"
+        typed = f", or type `{_mix_of(recipe)}`" if experts else ""
+        remedy = f"save this as the recipe{typed}:\n\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)}"
     except RecipeError:
         remedy = "write it as docs/recipe.md shows"
     raise RecipeError("this is a recipe of mergekit", where=where, found=", ".join(map(str, raw))[:200], remedy=remedy)
@@ -46,6 +47,13 @@ def _of_moe(raw: RecipeData, experts: list[RecipeData]) -> RecipeData:
         found.append({**_expert(expert.get("source_model"), base, names), **kept})
     top_k = {"top_k": raw["experts_per_token"]} if "experts_per_token" in raw else {}
     return {"base_model": base, "experts": found, "mixture": {**top_k, "router": {"fit": fit}}}
+
+
+def _mix_of(recipe: RecipeData) -> str:
+    """The command that mixes the same models."""
+    experts = (f"{expert['name']}={expert['model']}" for expert in recipe["experts"] if expert["model"] != BASE)
+    alone = "" if any(expert["model"] == BASE for expert in recipe["experts"]) else " --without-base"
+    return f"modekit mix {recipe['base_model']} {' '.join(experts)}{alone} -o OUT"
 
 
 def _of_merge(raw: RecipeData) -> RecipeData:

@@ -73,6 +73,12 @@ def read_recipe(path: Path) -> RecipeData:
 def _folder(path: Path) -> RecipeError:
     """The error of a folder in a recipe's place."""
     with suppress(OSError):  # not ours to read
+        if (path / "modekit.json").is_file():
+            remedy = f"modekit experts {path} and modekit verify {path} look at it"
+            return RecipeError("this is a mixture, not a recipe", where=str(path), remedy=remedy)
+        if (path / "config.json").is_file():
+            remedy = f"modekit mix {path} EXPERT... -o OUT mixes it"
+            return RecipeError("this is a model, not a recipe", where=str(path), remedy=remedy)
         inside = next((file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")), None)
         if inside is not None:
             return RecipeError("this is a folder, not a recipe", where=str(path), remedy=f"give the file in it: {inside}")

@@ -17,7 +17,7 @@ from modekit.recipes.strict import BASE, LONGEST_NAME, TAKEN, RecipeData, is_nam
 
 OF_THE_BASE = "general"
 """Name of the base as an expert."""
-_ADAPTER, _MODEL = "adapter_config.json", "config.json"
+_ADAPTER = "adapter_config.json"
 _SAYS_NOTHING = re.compile(
     r"(checkpoint|step|epoch)[-_]?\d*|((final|best|last|merged|adapter|lora|peft|model|output)[-_]?)+", re.I
 )
@@ -81,13 +81,11 @@ def _kind(spec: str, root: Path) -> str:
 
 
 def _is_adapter_on_the_hub(spec: str) -> bool:
-    from huggingface_hub import file_exists, try_to_load_from_cache  # its import takes longer than a whole local plan
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import hf_hub_download  # its import takes longer than a whole local plan
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        for file in (_ADAPTER, _MODEL):
-            if isinstance(try_to_load_from_cache(spec, file), str):
-                return file == _ADAPTER
-        return file_exists(spec, _ADAPTER)
-    except (HFValidationError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        hf_hub_download(spec, _ADAPTER)
+    except (HFValidationError, OSError):  # no such file, no such repository, no hub
         return False
+    return True
