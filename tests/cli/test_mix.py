@@ -96,6 +96,18 @@ def test_without_text_it_says_what_that_costs(
     assert recipe["mixture"] == mixture and said in printed and "--text NAME=FILE" in " ".join(printed.split())
 
 
+def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    modekit("mix", "base", "law", "code", "-o", "CHANGED")
+    file = shop / "CHANGED" / "recipe.yaml"
+    modekit("rename", "CHANGED", "law", "court")
+    assert [each["name"] for each in yaml.safe_load(file.read_text())["experts"]] == ["court", "code", "general"]
+    modekit("plan", file)
+    file.write_text(f"# mine\n{file.read_text()}")
+    modekit("rename", "CHANGED", "court", "law")
+    assert file.read_text().startswith("# mine") and "name: court" in file.read_text()
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "two names for one folder": (("law", "court=law"), "two experts are one model"),
     "a copy under another name": (("law", "law-copy"), "two experts are one model"),
@@ -130,6 +142,7 @@ def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch:
     )
     message = checked(*ended("mix", "moe.yaml", "law", "-o", "NEW"))
     assert "`modekit mix b law=o/law --without-base -o OUT`" in message
+    (shop / "recipe.yaml").write_text("base_model: base\nexperts: [law, code]\nmixture: {method: linear}\n")
     assert "modekit build recipe.yaml OUT" in refuse("mix", "recipe.yaml", "law", "-o", "NEW")
 
 

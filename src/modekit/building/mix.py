@@ -12,8 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
 from modekit.files.output import check_room, disk_of
 from modekit.planning.make import plan_of
@@ -34,7 +32,6 @@ from modekit.sources.open import open_recipe_sources
 from modekit.text.glance import check_texts
 from modekit.weights.stored import same_bytes
 
-RECIPE_FILE = "recipe.yaml"
 Kind = Literal["base", "adapter", "ffn", "full"]
 """What an expert is: the base, an adapter, a full model that differs from the base in its FFNs alone, or in more."""
 Form = Literal["any", "native"]
@@ -76,7 +73,6 @@ class MixPlan:
         kinds: of the experts, in order.
         way: the one that was chosen.
         notes: what a user should know besides.
-        content: of OUT/recipe.yaml.
         free: bytes on OUT's disk.
     """
 
@@ -84,7 +80,6 @@ class MixPlan:
     kinds: tuple[Kind, ...]
     way: Way
     notes: tuple[str, ...]
-    content: bytes
     free: int
 
 
@@ -134,8 +129,7 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         )
     notes += check_texts(plan.recipe, out, plan.family.reads)
     check_room(out, plan.disk_needed)
-    content = yaml.safe_dump(_recipe(raw, way), sort_keys=False, allow_unicode=True, width=120).encode()
-    return MixPlan(plan, kinds, way, tuple(notes), content, disk_of(out).free)
+    return MixPlan(plan, kinds, way, tuple(notes), disk_of(out).free)
 
 
 def _with_texts(models: Models) -> tuple[RecipeData, list[str]]:

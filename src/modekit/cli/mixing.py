@@ -59,8 +59,9 @@ def mix(
     if options.threads is not None:  # torch and llama.cpp, neither of which is running yet, read it
         os.environ[ASKED] = str(options.threads)
     from modekit.building.build import build
-    from modekit.building.mix import RECIPE_FILE, Models, plan_mix
+    from modekit.building.mix import Models, plan_mix
     from modekit.building.preview import needed_time
+    from modekit.recipes.edit import RECIPE_FILE, as_file
 
     target, gguf = resolved(options.output), resolved(options.output.with_name(f"{options.output.name}-gguf"))
     refuse_existing(target, replaced_by(options.overwrite))
@@ -75,7 +76,7 @@ def mix(
         run = Run(options.trust_remote_code, progress, options.fsync)
         planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
     print_mix(planned, needed_time(planned.plan))
-    beside = {RECIPE_FILE: planned.content}
+    beside = {RECIPE_FILE: as_file(planned.plan.recipe, target, target)}
     checkpoint = show_build(
         options.output,
         lambda progress: build(
