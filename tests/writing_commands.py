@@ -50,6 +50,7 @@ class Command:
 
 COMMANDS = {
     "build": Command(("build", "native.yaml", "NEW"), 40, 17),
+    "mix": Command(("mix", "base", "fever", "law", "-o", "NEW"), 30, 23),
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
     "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),

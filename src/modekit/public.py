@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 
 def recipe(source: str | Path | Mapping[str, object]) -> Recipe:
-    """Read and check a recipe: a YAML file, or the same as a mapping.
+    """Read and check a recipe: a YAML file, or the same as a mapping, whose paths are relative to the current folder.
 
     Raises RecipeError, which lists every problem with its key.
     """
     from modekit.recipes.read import load_recipe, parse_recipe
+    from modekit.recipes.short import spelled_out
 
-    return parse_recipe(dict(source)) if isinstance(source, Mapping) else load_recipe(Path(source))
+    return parse_recipe(spelled_out(dict(source), Path.cwd())) if isinstance(source, Mapping) else load_recipe(Path(source))
 
 
 def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path | None = None, run: Run = QUIET) -> Plan:
@@ -53,9 +54,12 @@ def plan(source: Recipe | str | Path | Mapping[str, object], *, root: str | Path
     """
     from modekit.planning.make import make_plan
     from modekit.recipes.recipe import Recipe
+    from modekit.recipes.short import spelled_out
 
     if root is None:
         root = _real(source).parent if isinstance(source, (str, Path)) else Path.cwd()
+    if isinstance(source, Mapping):
+        source = spelled_out(dict(source), _real(root))
     return make_plan(source if isinstance(source, Recipe) else recipe(source), _real(root), run=run)
 
 

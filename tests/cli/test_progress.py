@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line per phase and every half minute, by a clock of the test's own."""
+"""Progress where there is no terminal: a line per phase and every ten seconds, by a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_line_per_phase_and_every_half_minute(clock: Clock) -> None:
+def test_a_line_per_phase_and_every_ten_seconds(clock: Clock) -> None:
     said: list[str] = []
     lines = Lines(said.append, clock)
     lines("build", 0, 100)
@@ -42,7 +42,7 @@ def test_a_line_per_phase_and_every_half_minute(clock: Clock) -> None:
     assert said == [
         "0:00  build: 0 %",
         "0:03  build: 3 %, about 1.6 minutes left",
-        "0:33  build: 33 %, about 67 s left",
+        *(f"0:{second}  build: {second} %, about {100 - second} s left" for second in (13, 23, 33, 43, 53)),
         "1:01  solve logistic: 25 %",
     ]
 
@@ -57,7 +57,17 @@ def test_a_phase_that_reports_nothing_is_still_seen(clock: Clock) -> None:
     clock.now += 45
     lines.tick()
     lines.tick()
-    assert said == ["0:30  start", "1:00  start", "1:01  train: 10 %", "1:46  train: 10 %"]
+    starts = [f"0:{second}  start" for second in range(10, 60, 10)]
+    assert said == [*starts, "1:00  start", "1:01  train: 10 %", "1:46  train: 10 %"]
+
+
+def test_a_long_command_says_it_every_half_minute(clock: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append, clock)
+    for _ in range(1_800):
+        clock.now += 1
+        lines.tick()
+    assert len(said) == 80 and said[-2:] == ["29:05  start", "29:35  start"]
 
 
 def test_a_phase_that_nobody_counts_has_no_share_and_no_time(clock: Clock) -> None:
@@ -122,7 +132,7 @@ def test_the_time_left_is_that_of_the_recent_speed(clock: Clock) -> None:
     for second in range(1, 121):
         clock.now += 1
         lines("read law", 455 + second, 1000)
-    assert said[-1].endswith("56 %, about 7.3 minutes left")
+    assert said[-1].endswith("57 %, about 7.1 minutes left")
 
 
 def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> None:

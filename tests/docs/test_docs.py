@@ -66,8 +66,10 @@ def test_the_recipe_page_names_every_key() -> None:
         for name, entry in schema.get("properties", {}).items():
             target = entry
             suffix = ""
-            if entry.get("type") == "array" and "$ref" in entry.get("items", {}):
-                target, suffix = entry["items"], "[]"
+            items = entry.get("items", {})
+            items = next((each for each in items.get("anyOf", ()) if "$ref" in each), items)  # or a word in short
+            if entry.get("type") == "array" and "$ref" in items:
+                target, suffix = items, "[]"
             if "$ref" in target:
                 inner = definitions[target["$ref"].split("/")[-1]]
                 found |= keys(inner, definitions, f"{prefix}{name}{suffix}.")

@@ -45,9 +45,15 @@ def becomes(path: Path, recipe: dict[str, Any]) -> Recipe:
     return load_recipe(path)
 
 
+def test_the_command_that_mixes_the_same_models_is_named(tmp_path: Path) -> None:
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(MOE))
+    with pytest.raises(RecipeError, match="`modekit mix org/base law-7b=org/law-7b law-7b-2=other/law-7b -o OUT`"):
+        load_recipe(tmp_path / "moe.yaml")
+
+
 def test_a_mixture_keeps_its_prompts(tmp_path: Path) -> None:
     made = becomes(tmp_path / "moe.yaml", MOE)
-    assert made.names == ["law-7b", "law-7b-2", "base-2"]
+    assert made.names == ["law-7b", "law-7b-2", "general"]
     assert [expert.source for expert in made.experts] == ["org/law-7b", "other/law-7b", "base"]
     assert made.experts[0].prompts == ["What is a tort?"] and made.experts[0].negative_prompts == ["def f():"]
     assert (made.mixture.router.fit, made.top_k, made.output.dtype) == ("centroid", 2, "bfloat16")

@@ -118,7 +118,8 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     write_json(stage.folder / "config.json", dict(plan.shape.written))
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
-    for name, content in {**plan.written_files, **beside}.items():
+    recipe = {} if update is None else update.recipe_file(stage.out)
+    for name, content in {**plan.written_files, **beside, **recipe}.items():
         make_folder((stage.folder / name).parent)
         write_file(stage.folder / name, content)
     record = _set_router(plan, stage, hashes, update, run)

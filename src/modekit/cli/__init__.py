@@ -1,6 +1,6 @@
 """The command line: parses, calls one public function, prints. Heavy modules are imported inside the commands.
 
-A file per group of commands; `--help` lists the groups in the order in which they are imported here.
+A file per group of commands; arrangement.py says how `--help` lists them.
 """
 
 # ruff: noqa: I001
@@ -8,6 +8,7 @@ from modekit.cli import advice as advice
 from modekit.cli import discovery as discovery
 from modekit.cli import data as data
 from modekit.cli import mixtures as mixtures
+from modekit.cli import mixing as mixing
 from modekit.cli import members as members
 from modekit.cli import training as training
 from modekit.cli import evaluation as evaluation
@@ -18,5 +19,8 @@ from modekit.cli import experts as experts
 from modekit.cli import export as export
 from modekit.cli import serving as serving
 from modekit.cli import reports as reports
+from modekit.cli.arrangement import arrange as _arrange
 from modekit.cli.shell import app as app
 from modekit.cli.shell import main as main
+
+_arrange(app)

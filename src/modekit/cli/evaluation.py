@@ -101,8 +101,9 @@ def eval_tasks(
     tasks: Annotated[
         str,
         typer.Argument(
+            metavar="TASKS",
             help="Tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, continuations, "
-            "generation), separated by commas."
+            "generation), separated by commas.",
         ),
     ],
     options: TaskOptions,

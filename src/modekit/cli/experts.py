@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """What the expert learns from a teacher besides the text."""
+    """A teacher: what the expert learns from it besides the text."""
 
     teacher: Annotated[
         str | None,
@@ -145,7 +145,7 @@ class SpecializeOptions:
 @app.command()
 @grouped
 def specialize(
-    base: Annotated[str, typer.Argument(help="Folder or hub id of the base model.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Annotated[list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; repeatable.")],
     options: SpecializeOptions,
@@ -214,7 +214,7 @@ class ExtractOptions:
 @app.command()
 @grouped
 def extract(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the fine-tuned model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the fine-tuned model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     base: Annotated[str, typer.Option(help="Folder or hub id of the model it was tuned from.")],
     options: ExtractOptions,

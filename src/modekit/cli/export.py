@@ -55,14 +55,15 @@ def export(
     from modekit.checkpoint.checkpoint import open_checkpoint
 
     if options.gguf:
-        _export_gguf(open_checkpoint(resolved(checkpoint)), output, options)
+        write_gguf(open_checkpoint(resolved(checkpoint)), output, options)
         return
     only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer, "--accept": options.accept or None}
     refuse_without_effect("only --gguf reads it", only)
     _export_adapters(open_checkpoint(resolved(checkpoint)), output, options)
 
 
-def _export_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
+def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
+    """Write a mixture for llama.cpp, with its progress drawn, and say what that has become."""
     from modekit.engines.gguf import export_adapters_gguf, export_gguf
 
     if not checkpoint.shape.plain:

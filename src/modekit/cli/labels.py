@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """What is read of a text besides what it says."""
+    """Labels and text of no domain: what is read of a text besides what it says."""
 
     tags: Annotated[
         bool,

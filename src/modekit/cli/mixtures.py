@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from modekit.cli.printing.mixtures import print_checks, print_forced, print_note
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
 from modekit.files.figures import bytes_of, range_of
-from modekit.run import Run
+from modekit.run import Progress, Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -55,29 +56,39 @@ def build(
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
-    from modekit.building.notes import notes_of
     from modekit.building.preview import needed_time
-    from modekit.checkpoint.checkpoint import size_of
-    from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
     made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
-    new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
+    checkpoint = show_build(
+        output, lambda progress: build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
+    )
+    if prove:
+        print_forced(_forced(checkpoint, trust_remote_code))
+
+
+def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
+    """Write a mixture, with its progress drawn, and say what it has become."""
+    from modekit.building.notes import notes_of
+    from modekit.checkpoint.checkpoint import size_of
+    from modekit.checkpoint.record import STATISTICS_FOLDER
+    from modekit.sources.family import architecture_of
+
+    new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
     with drawn_progress() as progress:
-        checkpoint = build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
-    size, kept = size_of(output), size_of(output / STATISTICS_FOLDER)
-    said = f"{made.architecture}, {made.experts} experts, top_k {made.recipe.top_k}"
-    out.print(Text.assemble((str(output), "bold"), f": {said}, router {checkpoint.record.router.status}, {bytes_of(size)}"))
+        checkpoint = write(progress)
+    size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
+    said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
+    out.print(Text.assemble((str(output), "bold"), f": {said}, router {record.router.status}, {bytes_of(size)}"))
     if new:
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
     print_notes(notes_of(checkpoint))
-    if prove:
-        print_forced(_forced(checkpoint, trust_remote_code))
+    return checkpoint
 
 
 def _forced(checkpoint: Checkpoint, trusted: bool) -> ForcedExperts:

@@ -8,16 +8,19 @@
     @grouped
     def score(checkpoint: OutFolder, options: Scored) -> None: ...
 
-gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here.
+gives `score CHECKPOINT --tokens 8192`. Typer reads a function's signature, so that is what is made here. `--help` lists the
+options of each class under the beginning of its docstring, where a command has several.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from modekit.errors import ModekitError
 
@@ -28,7 +31,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     unfolded: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        unfolded += _fields(groups[name]) if name in groups else [_option(name, hints[name], parameter.default)]
+        if name in groups:
+            unfolded += _fields(groups[name], titled=len(groups) > 1)
+        else:
+            unfolded.append(_option(name, hints[name], parameter.default))
 
     @wraps(command)
     def run(**values: Any) -> None:
@@ -40,12 +46,22 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(kind: Any) -> list[inspect.Parameter]:
+def _fields(kind: Any, *, titled: bool) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
+    if titled:
+        title = re.split(r"[;:.,(]", kind.__doc__)[0]
+        hints = {name: _under(title, hint) for name, hint in hints.items()}
     return [
         _option(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
         for each in fields(kind)
     ]
+
+
+def _under(title: str, hint: Any) -> Any:
+    """The same option, listed in a panel of that title unless it has one."""
+    option = copy(hint.__metadata__[0])
+    option.rich_help_panel = option.rich_help_panel or title
+    return Annotated[hint.__origin__, option]
 
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:

@@ -1,6 +1,7 @@
 """How the command line shows progress: bars on a terminal, lines elsewhere. Both on the standard error.
 
-A line when a phase begins, one as soon as it is known how long the phase will take, and one every half minute:
+A line when a phase begins, one as soon as it is known how long the phase will take, and one every ten seconds, later every
+half minute:
 
     0:12  score medicine: 11 %, about 95 s left
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = "load the libraries"
 """First phase of commands that run models: on a busy machine that alone takes long."""
-EVERY = 30.0
-"""Seconds after which a line says again how far the command is."""
+SOON, EVERY = 10.0, 30.0
+"""Seconds after which a line says again how far the command is: at first, and once it has run for ten minutes."""
 _RECENT = 60.0
 """Seconds of work that the time left is estimated from."""
 _EVIDENCE = 3.0
@@ -146,7 +147,8 @@ class Lines:
                 self._say()
 
     def _is_due(self) -> bool:
-        return self._clock() - self._last >= EVERY
+        now = self._clock()
+        return now - self._last >= min(EVERY, max(SOON, (now - self._started) / 20))
 
     def _say(self) -> None:
         self._last = self._clock()

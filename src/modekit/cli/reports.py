@@ -52,7 +52,7 @@ def card(
 @app.command()
 def push(
     checkpoint: OutFolder,
-    repo: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; created if missing.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; created if missing.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
 ) -> None:

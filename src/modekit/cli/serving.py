@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -17,6 +17,9 @@ from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
 
 _Host = Annotated[str, typer.Option(help="Address to listen on (default: this machine only).")]
 _Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes a free one.")]
@@ -70,7 +73,7 @@ class ServeOptions:
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.serve import choose_engine, serving
+    from modekit.engines.serve import choose_engine
 
     opened = open_checkpoint(resolved(checkpoint))
     engine, _ = choose_engine(opened, options.engine)
@@ -89,12 +92,18 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         options.no_key,
         GgufSettings(options.outtype, options.pre_tokenizer, options.accept),
     )
+    serve_until_stopped(opened, settings, Run(options.trust_remote_code, sync=options.fsync))
+
+
+def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> None:
+    """Start the engine, with its progress drawn, say where it listens, and serve until Ctrl-C."""
+    from modekit.engines.serve import serving
+
     with ExitStack() as stack:
         with drawn_progress() as progress:
-            run = Run(options.trust_remote_code, progress, options.fsync)
-            served = stack.enter_context(serving(opened, settings, run=run))
+            served = stack.enter_context(serving(checkpoint, settings, run=replace(run, progress=progress)))
         threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
-        said = f": {served.engine} ({served.why}){threads}, model {opened.folder.name}; Ctrl-C ends it"
+        said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
             out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
             served.wait()
@@ -141,7 +150,7 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
 @app.command()
 def route(
     checkpoint: OutFolder,
-    text: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; - reads standard input.")],
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,6 +18,7 @@ import typer
 from rich.text import Text
 from typer.exceptions import TyperException
 
+from modekit.cli.arrangement import example_of
 from modekit.cli.printing.console import err
 from modekit.errors import FinishedError, InterruptError, ModekitError
 from modekit.files.write import FULL
@@ -25,18 +27,18 @@ app = typer.Typer(
     name="modekit",
     help="Turn language models fine-tuned for different domains into one Mixture of Domain Experts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe.yaml.")]
-OutFolder = Annotated[Path, typer.Argument(help="The checkpoint folder.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
+_common = partial(typer.Option, rich_help_panel="Common options")
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml.")]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")]
+Trust = Annotated[bool, _common("--trust-remote-code", help="Allow models that bring code of their own.")]
+Overwrite = Annotated[bool, _common("--overwrite", help="Replace the folder once the new one is whole.")]
 Fsync = Annotated[
-    bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
+    bool, _common("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, _common("--json", help="Print JSON.")]
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _MOVED_OPTIONS = {
     "eval": {
@@ -101,7 +103,7 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = app(standalone_mode=False)  # so that wrong usage comes here, too
+        status = app(prog_name="modekit", standalone_mode=False)  # so that wrong usage comes here, too
         if status == _INTERRUPTED:  # Typer's word for Ctrl-C, which says nothing
             raise KeyboardInterrupt
     except FinishedError as done:
@@ -149,7 +151,9 @@ def _wrong_usage(said: str) -> ModekitError:
         return ModekitError(f"this option was removed: {option[1]}", remedy=moved)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
-    return ModekitError(said, remedy=" ".join(filter(None, [hint, "modekit --help, or --help after a command"])))
+    example = example_of(_command())
+    usage = f"type for example `{example}`; modekit {_command()} --help says more" if example else "modekit --help"
+    return ModekitError(said, remedy=" ".join(filter(None, [hint, usage])))
 
 
 def _within_a_screen(message: str) -> str:

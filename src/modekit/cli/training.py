@@ -21,7 +21,7 @@ _RENAMED = {"loss": "losses", "cheap": "speed"}
 
 @dataclass(frozen=True)
 class SettingOptions:
-    """Options that stand for settings (training/settings.py), most of them by the same name; None leaves a setting alone."""
+    """What is trained and how: settings (training/settings.py), most of them by the same name; None leaves one alone."""
 
     what: Annotated[
         list[str] | None,
@@ -63,6 +63,21 @@ class SettingOptions:
         int | None,
         typer.Option(help="Held-out tokens per domain on which states are compared (default 8192; no more than --tokens)."),
     ] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
+
+    def said(self) -> dict[str, Any]:
+        """The settings that were given, by their names in a settings file."""
+        from modekit.training.settings import WEIGHTS, losses_said
+
+        losses = losses_said(self.loss, WEIGHTS, where="--loss") if self.loss else None
+        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None}
+        return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Labels and text of no domain: further settings."""
+
     generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, so that other text still goes to the base.")] = (
         None
     )
@@ -82,20 +97,15 @@ class SettingOptions:
             help="Labels to draw from: half (default; none or another, evenly), all (its own, too), others, generic (none)."
         ),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
 
     def said(self) -> dict[str, object]:
-        """The settings that were given, by their names in a settings file."""
-        from modekit.training.settings import WEIGHTS, losses_said
-
-        losses = losses_said(self.loss, WEIGHTS, where="--loss") if self.loss else None
-        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None, "tags": self.tags or None}
-        return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
+        """Likewise."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options that say where from, where to and how loudly."""
+    """Files and tables: where from, where to and how loudly."""
 
     settings: Annotated[
         Path | None, typer.Option(help="YAML with settings by name (docs/training.md); options of the command line win.")
@@ -115,6 +125,7 @@ class TrainOptions:
 def train(
     checkpoint: OutFolder,
     said: SettingOptions,
+    labels: LabelSettings,
     options: TrainOptions,
     text: Annotated[
         list[str] | None,
@@ -126,7 +137,7 @@ def train(
     from modekit.processes import processes
     from modekit.training.settings import given_settings
 
-    wanted = given_settings(said.said(), options.settings, held_out_tokens=options.tokens)
+    wanted = given_settings({**said.said(), **labels.said()}, options.settings, held_out_tokens=options.tokens)
     tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)

@@ -166,7 +166,7 @@ def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
     new = work_folder(out) / NEW
     needed -= sum(_size_of(new / name) for name in files_below(new))
-    disk = shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
+    disk = disk_of(out)
     free = disk.free
     if disk.total and needed > free:  # some file systems do not say how large they are
         raise OutputError(
@@ -176,6 +176,11 @@ def check_room(out: Path, needed: int) -> None:
             expected=f"{needed:,} bytes",
             remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
         )
+
+
+def disk_of(out: Path) -> shutil._ntuple_diskusage:
+    """Size and free bytes of the disk that OUT will be on."""
+    return shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
 
 
 def _size_of(path: Path) -> int:

@@ -127,7 +127,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
         expert.name
         for expert, source in zip(recipe.experts, sources[1:], strict=True)
         if not (expert.is_base or expert.is_low_rank or isinstance(source, AdapterSource))
-        and not (_mixes_every_ffn(recipe) and _changed_ffn_alone(source))
+        and not (_mixes_every_ffn(recipe) and changed_ffn_alone(source))
     ]
     if names:
         yield (
@@ -201,7 +201,7 @@ def _mixes_every_ffn(recipe: Recipe) -> bool:
     return recipe.mixture.layers is None and (not isinstance(modules, list) or "mlp" in modules)
 
 
-def _changed_ffn_alone(source: ModelSource) -> bool:
+def changed_ffn_alone(source: ModelSource) -> bool:
     """Whether `modekit specialize` says that it trained nothing but the FFNs."""
     try:
         record = read_json(source.folder / SPECIALIST_FILE)

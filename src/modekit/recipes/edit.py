@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import yaml
 
 from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, row_of
+from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import without_effect
 from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
+RECIPE_FILE = "recipe.yaml"
+"""Beside a mixture that a search, or `modekit mix`, made: its recipe."""
 _METHODS = {
     "top_k": {"routing"},
     "top_p": {"routing"},
@@ -24,6 +30,12 @@ _BEFORE_THE_FIRST_LAYER = {"granularity": "sequence", "per": "model"}
 def as_written(recipe: Recipe) -> RecipeData:
     """The recipe as plain data, with what was set and nothing else."""
     return recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+
+def as_file(recipe: Recipe, root: Path, folder: Path) -> bytes:
+    """A recipe whose paths are relative to `root`, as a file that lies in a folder."""
+    said = from_folder(as_written(recipe), root, folder)
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
 def with_mixture(recipe: RecipePart, mixture: RecipePart) -> RecipeData:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from itertools import count
 
 import yaml
 
 from modekit.errors import RecipeError
-from modekit.recipes.strict import BASE, LONGEST_NAME, TAKEN, RecipeData
+from modekit.recipes.short import OF_THE_BASE, ExpertNames
+from modekit.recipes.strict import BASE, RecipeData
 
 _KEYS = ("merge_method", "gate_mode", "experts_per_token")
 _EXPERT_KEYS = ("source_model", "positive_prompts")
@@ -29,7 +28,8 @@ def check_not_mergekit(raw: RecipeData, check: Callable[[RecipeData], object], w
         recipe["output"] = {"dtype": raw["dtype"]}
     try:
         check(recipe)
-        remedy = f"save this as the recipe:\n\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)}"
+        typed = f", or type `{_mix_of(recipe)}`" if experts else ""
+        remedy = f"save this as the recipe{typed}:\n\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)}"
     except RecipeError:
         remedy = "write it as docs/recipe.md shows"
     raise RecipeError("this is a recipe of mergekit", where=where, found=", ".join(map(str, raw))[:200], remedy=remedy)
@@ -39,22 +39,29 @@ def _of_moe(raw: RecipeData, experts: list[RecipeData]) -> RecipeData:
     """A mixture whose router is set from prompts."""
     fit = _FITS.get(str(raw.get("gate_mode", "hidden")), "random")
     read = {"centroid": ("prompts", "negative_prompts"), "lexical": ("prompts",)}.get(fit, ())
-    base, names = raw.get("base_model"), _Names()
+    base, names = raw.get("base_model"), ExpertNames()
     found = []
     for expert in experts:
         prompts = {"prompts": expert.get("positive_prompts"), "negative_prompts": expert.get("negative_prompts")}
         kept = {key: prompts[key] for key in read if prompts[key]}
-        found.append({**names.expert(expert.get("source_model"), base), **kept})
+        found.append({**_expert(expert.get("source_model"), base, names), **kept})
     top_k = {"top_k": raw["experts_per_token"]} if "experts_per_token" in raw else {}
     return {"base_model": base, "experts": found, "mixture": {**top_k, "router": {"fit": fit}}}
+
+
+def _mix_of(recipe: RecipeData) -> str:
+    """The command that mixes the same models."""
+    experts = (f"{expert['name']}={expert['model']}" for expert in recipe["experts"] if expert["model"] != BASE)
+    alone = "" if any(expert["model"] == BASE for expert in recipe["experts"]) else " --without-base"
+    return f"modekit mix {recipe['base_model']} {' '.join(experts)}{alone} -o OUT"
 
 
 def _of_merge(raw: RecipeData) -> RecipeData:
     """Of a merge of weights: fixed weights of experts are what is nearest."""
     models = _mappings(raw.get("models"))
-    base, names = raw.get("base_model") or next((model.get("model") for model in models), None), _Names()
+    base, names = raw.get("base_model") or next((model.get("model") for model in models), None), ExpertNames()
     models = [model for model in models if model.get("model") != base]
-    experts = [names.expert(model.get("model"), base) for model in models]
+    experts = [_expert(model.get("model"), base, names) for model in models]
     weights = [parameters.get("weight") for model in models for parameters in _mappings([model.get("parameters")])]
     mixture: RecipeData = {"method": "linear"}
     if len(weights) == len(models) and all(isinstance(weight, int | float) for weight in weights):
@@ -64,19 +71,9 @@ def _of_merge(raw: RecipeData) -> RecipeData:
     return {"base_model": base, "experts": experts, "mixture": mixture}
 
 
-class _Names:
-    """Names of experts by the last part of their paths, no two alike."""
-
-    def __init__(self) -> None:
-        self._seen = set(TAKEN)
-
-    def expert(self, model: object, base: object) -> RecipeData:
-        """Name and model of an expert."""
-        last = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(model).rstrip("/").rpartition("/")[2]).lstrip("_.-") or "expert"
-        names = (f"{last[: LONGEST_NAME - 4]}{f'-{number}' if number > 1 else ''}" for number in count(1))
-        name = next(name for name in names if name not in self._seen)
-        self._seen.add(name)
-        return {"name": name, "model": BASE if model == base else model}
+def _expert(model: object, base: object, names: ExpertNames) -> RecipeData:
+    """Name and model of an expert."""
+    return {"name": names.of(OF_THE_BASE if model == base else model), "model": BASE if model == base else model}
 
 
 def _mappings(value: object) -> list[RecipeData]:

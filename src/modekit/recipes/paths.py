@@ -18,6 +18,11 @@ def locate(spec: str, root: Path) -> Path | None:
         return None
 
 
+def may_be_hub_id(spec: str) -> bool:
+    """Whether what is no path on this machine may be an id on the hub: OWNER/NAME."""
+    return spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not spec.lower().endswith(".gguf")
+
+
 def sides_of(spec: str, root: Path) -> tuple[str, str] | None:
     """The names of the two files that are one parallel text, `news.en+news.fr`: None where it names something itself, or no two
     files. A file may have a '+' in its name: the one that joins two has a file on either side.

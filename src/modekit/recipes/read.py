@@ -18,6 +18,7 @@ from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
+from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import NAME_RULE, RecipeData, breaks_name_rule, did_you_mean
 from modekit.recipes.strict_yaml import read_yaml
 
@@ -46,7 +47,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def read_recipe(path: Path) -> RecipeData:
-    """The mapping that a YAML file holds, unchecked. Raises RecipeError."""
+    """The mapping that a YAML file holds, unchecked, its experts said in full. Raises RecipeError."""
     if path.is_dir():
         raise _folder(path)
     try:
@@ -66,12 +67,18 @@ def read_recipe(path: Path) -> RecipeData:
             expected="base_model: ..., experts: [...]",
             remedy="see docs/recipe.md",
         )
-    return raw
+    return spelled_out(raw, path.resolve().parent)
 
 
 def _folder(path: Path) -> RecipeError:
     """The error of a folder in a recipe's place."""
     with suppress(OSError):  # not ours to read
+        if (path / "modekit.json").is_file():
+            remedy = f"modekit experts {path} and modekit verify {path} look at it"
+            return RecipeError("this is a mixture, not a recipe", where=str(path), remedy=remedy)
+        if (path / "config.json").is_file():
+            remedy = f"modekit mix {path} EXPERT... -o OUT mixes it"
+            return RecipeError("this is a model, not a recipe", where=str(path), remedy=remedy)
         inside = next((file for file in sorted(path.iterdir()) if file.suffix in (".yaml", ".yml")), None)
         if inside is not None:
             return RecipeError("this is a folder, not a recipe", where=str(path), remedy=f"give the file in it: {inside}")
@@ -121,8 +128,7 @@ def _message(problem: RecipeData) -> str:
     if problem["type"] in {"dict_type", "model_type"} and problem["loc"] and problem["loc"][-1] in _EXAMPLES:
         return f"not a mapping of keys; write for example {_EXAMPLES[problem['loc'][-1]]}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
-        model = found[:_LONGEST_KEY] if isinstance(found, str) else "PATH"
-        return f"not a mapping of keys; write {{name: NAME, model: {model}}}, or adapter: in place of model:"
+        return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))

@@ -22,11 +22,11 @@ from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.write import json_bytes
+from modekit.recipes.edit import RECIPE_FILE
 from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
 
-_RECIPE_FILE = "recipe.yaml"
 _AT_HOME = (f"{STATISTICS_FOLDER}/", f"{RESULTS_FOLDER}/tensorboard/")  # logs of tensorboard are named after the machine
 _TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt", ".svg"}
 
@@ -56,9 +56,9 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
     """Everything of a checkpoint that others need. Nothing is written; `ask_hub` may look for licences there."""
     shown = _shown(checkpoint)
     made = {RECORD_FILE: json_bytes(shown.model_dump(mode="json"))}
-    if (checkpoint.folder / _RECIPE_FILE).exists():
+    if (checkpoint.folder / RECIPE_FILE).exists():
         said = shown.model_dump(mode="json")["recipe"]
-        made[_RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
+        made[RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
     notes: list[str] = []
     if is_ours(checkpoint.folder / CARD_FILE) and is_ours(checkpoint.folder / LICENCE_FILE):
         card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import SourceError
+from modekit.recipes.paths import may_be_hub_id
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
@@ -35,7 +36,7 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
             return None
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or folder.name.lower().endswith(".gguf"):
+    if not may_be_hub_id(spec):
         raise no_model_folder(folder, f"{label} ({spec})")
     return None
 

@@ -14,6 +14,7 @@ from modekit.files.figures import bytes_of, count_of, range_of, three_digits, ti
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from modekit.building.mix import MixPlan
     from modekit.building.preview import NeededTime, Preview
     from modekit.building.verify import Check
     from modekit.evaluation.forced import ForcedExperts
@@ -206,6 +207,22 @@ def print_plan(plan: Preview) -> None:
     out.print(table)
     if disk["needed"] > disk["free"]:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
+
+
+def print_mix(planned: MixPlan, needed: NeededTime) -> None:
+    """Draw in five lines what will be mixed, and how."""
+    plan, size = planned.plan, planned.plan.parameters()
+    kinds = {"base": "the base", "adapter": "adapter", "ffn": "model", "full": "model"}
+    experts = [f"{name} ({kinds[kind]})" for name, kind in zip(plan.recipe.names, planned.kinds, strict=True)]
+    parameters = f"{count_of(size['total'])} parameters, {count_of(size['active'])} active per token"
+    table = Table("", [""], prose=True, name_style="bold")
+    table.add("experts", ", ".join(experts))
+    table.add("router", planned.way.said)
+    table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
+    table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
+    table.add("time", time_said(needed))
+    out.print(table)
+    print_notes(planned.notes)
 
 
 def time_said(needed: NeededTime) -> str:

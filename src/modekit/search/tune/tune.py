@@ -15,8 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TuneError
@@ -27,8 +25,7 @@ from modekit.loaded.experts import give_rows, load_expert
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan, plan_of
 from modekit.planning.plan import Plan
-from modekit.recipes.edit import as_written
-from modekit.recipes.paths import from_folder
+from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.search.tune.folder import alone, announce, claim, close, folder_of, identity_of, is_built, read_kept
@@ -138,10 +135,9 @@ def _search(
 
 def _beside(best: Plan, out: Path, results: TuneResults, select: Selection) -> dict[str, bytes]:
     """Files beside the best mixture, there from its first moment on: its recipe, what chose it, and what else was tried."""
-    said = from_folder(as_written(best.recipe), best.root, out)
     return {
         SELECTED_FILE: "".join(f"{digest}\n" for digest in sorted(select.digests)).encode(),
-        "recipe.yaml": yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode(),
+        RECIPE_FILE: as_file(best.recipe, best.root, out),
         f"{RESULTS_FOLDER}/tune.json": json_bytes(results.model_dump(mode="json")),
         f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
     }

@@ -1,0 +1,246 @@
+"""`modekit mix BASE EXPERT... -o OUT`: an ordinary recipe from models alone, and its plan.
+
+What was measured of routers decides which one it names (`router_for`; benchmarks/demo.md, benchmarks/whole.md). The recipe goes
+into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from modekit.errors import MismatchError, RecipeError, UnsupportedError
+from modekit.files.output import check_room, disk_of
+from modekit.planning.make import plan_of
+from modekit.planning.notes import changed_ffn_alone
+from modekit.planning.plan import Plan
+from modekit.recipes.paths import from_folder
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.short import spelled_out
+from modekit.recipes.strict import BASE, RecipeData, did_you_mean
+from modekit.run import QUIET, Run
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.contents import OpenFiles
+from modekit.sources.families import family_of
+from modekit.sources.model import ModelSource
+from modekit.sources.names import natural_key
+from modekit.sources.open import open_recipe_sources
+from modekit.text.glance import check_texts
+from modekit.weights.stored import same_bytes
+
+Kind = Literal["base", "adapter", "ffn", "full"]
+"""What an expert is: the base, an adapter, a full model that differs from the base in its FFNs alone, or in more."""
+Form = Literal["any", "native"]
+_ONE_EXPERT = {"method": "routing", "top_k": 1}
+
+
+@dataclass(frozen=True)
+class Models:
+    """What to mix, as the command line says it.
+
+    Attributes:
+        base: folder or hub id.
+        experts: in short form (recipes/short.py).
+        texts: name of an expert -> its text.
+        root: folder that all paths are relative to.
+    """
+
+    base: str
+    experts: Sequence[str]
+    texts: Mapping[str, list[str]]
+    root: Path
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to mix that may be possible: what a recipe says of it, and what a user should know of its router."""
+
+    mixture: RecipeData
+    output: RecipeData
+    said: str
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """What will be built.
+
+    Attributes:
+        plan: of the recipe.
+        kinds: of the experts, in order.
+        way: the one that was chosen.
+        notes: what a user should know besides.
+        free: bytes on OUT's disk.
+    """
+
+    plan: Plan
+    kinds: tuple[Kind, ...]
+    way: Way
+    notes: tuple[str, ...]
+    free: int
+
+
+def router_for(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[Way]:
+    """The ways to mix such experts, the best first; those that the models do not allow are passed over."""
+    full, adapters = "full" in kinds, "adapter" in kinds and not {"ffn", "full"} & set(kinds)
+    merged: RecipeData = {"backbone": "average"} if full else {}
+    pairs = {**_ONE_EXPERT, "router": {"fit": "lexical", "orders": [1, 2]}}
+    if text and full and form == "any":
+        yield Way({**pairs, "modules": "all"}, {"format": "modekit"}, "lexical; one whole model per token")
+    if text:
+        native = {"format": "native", **({"carry": "all"} if full else {})}
+        yield Way({**_ONE_EXPERT, **merged, "router": {"fit": "lexical"}}, native, "lexical; one expert per token")
+    if text and form == "any":
+        yield Way(pairs, {"format": "modekit"}, "lexical; one expert per token")
+    if not text and adapters and form == "any":
+        said = "arrow, by the adapters alone, as no expert has text; --text NAME=FILE for each gives a far better one"
+        yield Way({"router": {"fit": "arrow"}}, {}, said)
+    if not text:
+        said = "none: every expert counts the same, as none has text; --text NAME=FILE for each gives a router"
+        yield Way({"method": "linear", **merged}, {"format": "native"} if form == "native" else {}, said)
+
+
+def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET) -> MixPlan:
+    """The plan of a mixture in `out`, which need not be there. Nothing is written.
+
+    Raises RecipeError (names, text for some experts alone), MismatchError (another family, two names for one model, a model
+    that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
+    """
+    if models.base.endswith((".yaml", ".yml")):
+        load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes
+        raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
+    raw, notes = _with_texts(models)
+    raw = from_folder(raw, models.root, out)
+    bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
+    run.begin("compare the models")
+    sources = open_recipe_sources(bare, out, run=run)
+    kinds = _kinds(bare, sources)
+    text = any("text" in expert for expert in raw["experts"])
+    plan, way = _first_possible(raw, out, sources, list(router_for(kinds, form, text=text)), run)
+    if form == "native" and plan.shape.without_gguf is not None:
+        raise UnsupportedError(
+            "llama.cpp does not run what these models become",
+            where="--gguf",
+            found=plan.shape.without_gguf,
+            remedy="leave --gguf out: modekit serve OUT then takes vLLM or transformers",
+        )
+    notes += check_texts(plan.recipe, out, plan.family.reads)
+    check_room(out, plan.disk_needed)
+    return MixPlan(plan, kinds, way, tuple(notes), disk_of(out).free)
+
+
+def _with_texts(models: Models) -> tuple[RecipeData, list[str]]:
+    """Base and experts with their text, and what was left out. Raises RecipeError."""
+    raw = spelled_out({"base_model": models.base, "experts": list(models.experts)}, models.root)
+    experts = [_with_text(each, models.texts) for each in raw["experts"]]
+    names = [each["name"] for each in experts]
+    for name in models.texts:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise RecipeError(
+                "text for an expert that is not there",
+                where=f"--text {name}",
+                found=f"the experts {', '.join(names)}",
+                remedy=hint or "use one of these names, or give the expert this one: NAME=PATH",
+            )
+    without, notes = [each for each in experts if "text" not in each], list[str]()
+    if models.texts and len(without) == 1 and without[0].get("model") == BASE:
+        base = without.pop()
+        experts.remove(base)
+        notes.append(f"the base does not join, as it has no text: --text {base['name']}=FILE (text of no domain) lets it")
+    if models.texts and without:
+        lacking = [each["name"] for each in without]
+        raise RecipeError(
+            "some experts have text, and others have none",
+            where="--text",
+            found=f"no text of {', '.join(lacking)}",
+            remedy=f"add {' '.join(f'--text {name}=FILE' for name in lacking)}, or leave --text out",
+        )
+    if len(experts) < 2 or [each.get("model") for each in experts].count(BASE) > 1:
+        raise RecipeError(
+            "a mixture needs two experts, of which the base may be one",
+            where="modekit mix",
+            found=", ".join(each["name"] for each in experts),
+            remedy=notes[0] if notes else "name another model, or let the base join (without --without-base)",
+        )
+    return {**raw, "experts": experts}, notes
+
+
+def _with_text(expert: RecipeData, texts: Mapping[str, list[str]]) -> RecipeData:
+    """An expert and its text, if it has any. Whoever can do without (experts[].text: self) says so here."""
+    text = texts.get(expert["name"])
+    return expert if text is None else {**expert, "text": text}
+
+
+def _kinds(recipe: Recipe, sources: Sequence[ModelSource]) -> tuple[Kind, ...]:
+    """Of the experts; `sources` begin with the base. Raises MismatchError where two of all these are one model."""
+    base = sources[0]
+    named = [(expert.name, each) for expert, each in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
+    with OpenFiles() as opened:
+        kinds = {name: _kind(opened, base, name, source) for name, source in named}
+        for (name, source), (other, second) in combinations(named, 2):
+            if _are_one(opened, source, second):
+                raise MismatchError(
+                    "two experts are one model",
+                    where=f"{name}, {other}",
+                    found=" and ".join(dict.fromkeys((source.spec, second.spec))),
+                    remedy="keep one of them, or correct the paths: no router can choose between them",
+                )
+    return tuple(kinds.get(expert.name, "base") for expert in recipe.experts)
+
+
+def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> Kind:
+    """Of an expert. Raises MismatchError where it is the base."""
+    if isinstance(source, AdapterSource):
+        return "adapter"
+    ffn = f".{family_of(base.config, where=f'base_model ({base.spec})').mlp_module}."
+    if source.folder.resolve() != base.folder.resolve():
+        if not changed_ffn_alone(source) and _differ(opened, base, source, lambda tensor: ffn not in tensor):
+            return "full"
+        if _differ(opened, base, source, lambda tensor: ffn in tensor):
+            return "ffn"
+    raise MismatchError(
+        "an expert is the base model itself",
+        where=f"{name} ({source.spec})",
+        found=f"no tensor that differs from {base.spec}",
+        remedy="leave it out (the base joins by itself), or correct the path",
+    )
+
+
+def _are_one(opened: OpenFiles, first: ModelSource, second: ModelSource) -> bool:
+    if first.folder.resolve() == second.folder.resolve():
+        return True
+    return first.tensors.keys() == second.tensors.keys() and not _differ(opened, first, second, lambda _tensor: True)
+
+
+def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool]) -> bool:
+    """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
+    names = [name for name in first.tensors.keys() & second.tensors.keys() if among(name)]
+    for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):
+        one, other = first.tensors[name], second.tensors[name]
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or not same_bytes(opened, one, other):
+            return True
+    return False
+
+
+def _first_possible(
+    raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], ways: Sequence[Way], run: Run
+) -> tuple[Plan, Way]:
+    """The plan of the first way that the models allow. Raises what the last one raises."""
+    for way in ways[:-1]:
+        try:
+            return _plan(raw, out, sources, way, run), way
+        except (UnsupportedError, RecipeError):
+            continue
+    return _plan(raw, out, sources, ways[-1], run), ways[-1]
+
+
+def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], way: Way, run: Run) -> Plan:
+    return plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run)
+
+
+def _recipe(raw: RecipeData, way: Way) -> RecipeData:
+    return {**raw, "mixture": way.mixture, **({"output": way.output} if way.output else {})}

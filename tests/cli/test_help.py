@@ -1,0 +1,68 @@
+"""Help at 80 columns: commands in groups, an example first, no name cut; and shell completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import typer
+
+from command_line import ended, modekit
+from modekit.cli.arrangement import GROUPS, example_of
+from modekit.cli.shell import app
+
+
+@pytest.fixture(autouse=True)
+def columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def commands(of: typer.Typer, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command."""
+    for info in of.registered_commands:
+        assert info.callback is not None
+        yield (*before, info.name or info.callback.__name__.replace("_", "-"))
+    for group in of.registered_groups:
+        if group.typer_instance is not None:
+            yield from commands(group.typer_instance, (*before, str(group.typer_instance.info.name)))
+
+
+COMMANDS = list(commands(app))
+
+
+def test_every_command_is_in_one_group() -> None:
+    named = [name for group in GROUPS.values() for name in group]
+    assert sorted(named) == sorted([words[-1] for words in COMMANDS] + ["data"])
+    shown = modekit("--help")
+    places = [shown.index(f"─ {group} ─") for group in GROUPS]
+    assert places == sorted(places) and shown.index(" mix ") < shown.index(" serve ")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) -> None:
+    shown = modekit(*words, "--help")
+    said = [line.strip() for line in shown.splitlines() if line.strip()]
+    example = f"Example: {example_of(words[-1])}"
+    assert " ".join(said[1:3]).startswith(example), said[:3]
+    assert example.startswith(f"Example: modekit {' '.join(words)}")
+    assert "…" not in shown and all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_options_of_a_large_command_are_in_groups() -> None:
+    shown = modekit("specialize", "--help")
+    for panel in ("How an expert is trained", "Labels and text of no domain", "A teacher", "Common options"):
+        assert f"─ {panel} ─" in shown
+
+
+def test_wrong_usage_is_answered_with_the_example() -> None:
+    code, _, said = ended("mix")
+    assert code == 2 and "Missing argument 'BASE'" in said
+    assert f"type for example `{example_of('mix')}`; modekit mix --help says more" in said
+
+
+def test_completion_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--install-completion" in modekit("--help")
+    assert "_MODEKIT_COMPLETE=complete_bash" in modekit("--show-completion", "bash")
+    for name, value in {"_MODEKIT_COMPLETE": "complete_bash", "COMP_WORDS": "modekit mi", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert ended()[1].split() == ["mix"]

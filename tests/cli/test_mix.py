@@ -1,0 +1,157 @@
+"""`modekit mix`: what it chooses, that its recipe builds the same bytes, and what it refuses before a byte is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from adapter_folders import lora, write_adapter
+from command_line import ended, modekit
+from conftest import Workshop
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from refusal import checked, refuse, tree
+
+INTERNAL = (".modekit", "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base, law and code (full models), two adapters, and text."""
+    root = tmp_path_factory.mktemp("mix")
+    shutil.copytree(small_workshop.root, root, dirs_exist_ok=True)
+    for seed, name in enumerate(("fever-lora", "court-lora"), 1):
+        write_adapter(root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
+    shutil.copytree(root / "law", root / "law-copy")
+    shutil.copytree(root / "base", root / "base-copy")
+    return root
+
+
+def texts(**files: str) -> list[str]:
+    return [word for name, file in files.items() for word in ("--text", f"{name}=text/{file}.jsonl")]
+
+
+def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[dict[str, Any], str]:
+    """The recipe that `modekit mix base WORDS -o OUT` wrote, and what it printed; a build of that recipe is the same bytes."""
+    monkeypatch.chdir(root)
+    for name in ("OUT", "AGAIN"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    printed = modekit("mix", "base", *words, "-o", "OUT")
+    recipe = yaml.safe_load((root / "OUT" / "recipe.yaml").read_text())
+    modekit("build", "OUT/recipe.yaml", "AGAIN")
+    made, again = (
+        {name: content for name, content in tree(root / folder).items() if name not in INTERNAL} for folder in ("OUT", "AGAIN")
+    )
+    records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, again)]
+    assert [each.pop("recipe_folder") for each in records] == [".", "../OUT"]
+    assert made == again and records[0] == records[1]
+    assert is_proven(verify(open_checkpoint(root / "OUT"), reload=False))
+    return recipe, printed
+
+
+def test_full_models_with_text_are_mixed_whole(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = texts(law="law", py="code", general="medicine")
+    recipe, printed = mix(shop, monkeypatch, "law", "py=./code", *said)
+    assert [each["name"] for each in recipe["experts"]] == ["law", "py", "general"]
+    assert [each["model"] for each in recipe["experts"]] == ["../law", "../code", "base"]
+    assert recipe["mixture"]["modules"] == "all" and recipe["mixture"]["router"]["fit"] == "lexical"
+    names = [line.split()[0] for line in printed.splitlines()[:5]]
+    assert names == ["experts", "router", "result", "disk", "time"] and "router fitted" in printed
+
+
+def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = texts(**{"fever-lora": "medicine", "court-lora": "law"})
+    recipe, printed = mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
+    assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
+    assert [each.get("adapter") for each in recipe["experts"]] == ["../fever-lora", "../court-lora"]
+    assert "the base does not join" in printed and "MixtralForCausalLM" in printed
+
+
+def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full models, too, then become a plain checkpoint; here only as far as the plan."""
+    from modekit.building.mix import Models, plan_mix
+
+    models = Models("base", ["law", "code"], {name: [f"text/{name}.jsonl"] for name in ("law", "code")}, shop)
+    planned = plan_mix(models, shop / "PLAIN", "native")
+    assert planned.plan.shape.without_gguf is None and planned.kinds == ("full", "full")
+    assert plan_mix(models, shop / "ANY").plan.shape.without_gguf is not None
+
+
+@pytest.mark.parametrize(
+    ("experts", "mixture", "said"),
+    [
+        (("fever-lora", "court-lora", "--without-base"), {"router": {"fit": "arrow"}}, "arrow"),
+        (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "every expert counts the same"),
+    ],
+    ids=["adapters", "models"],
+)
+def test_without_text_it_says_what_that_costs(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, experts: tuple[str, ...], mixture: dict[str, Any], said: str
+) -> None:
+    recipe, printed = mix(shop, monkeypatch, *experts)
+    assert recipe["mixture"] == mixture and said in printed and "--text NAME=FILE" in " ".join(printed.split())
+
+
+def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    modekit("mix", "base", "law", "code", "-o", "CHANGED")
+    file = shop / "CHANGED" / "recipe.yaml"
+    modekit("rename", "CHANGED", "law", "court")
+    assert [each["name"] for each in yaml.safe_load(file.read_text())["experts"]] == ["court", "code", "general"]
+    modekit("plan", file)
+    file.write_text(f"# mine\n{file.read_text()}")
+    modekit("rename", "CHANGED", "court", "law")
+    assert file.read_text().startswith("# mine") and "name: court" in file.read_text()
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "two names for one folder": (("law", "court=law"), "two experts are one model"),
+    "a copy under another name": (("law", "law-copy"), "two experts are one model"),
+    "the base by its path": (("law", "./base"), "an expert is the base model itself"),
+    "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
+    "the base twice": (("law", "base", "more=base"), "a mixture needs two experts"),
+    "one alone": (("law", "--without-base"), "a mixture needs two experts"),
+    "a folder that is not there": (("lwa",), "model folder does not exist"),
+    "text of nobody": (("law", *texts(lwa="law")), "did you mean 'law'?"),
+    "text of some": (("law", "code", *texts(law="law")), "--text code=FILE --text general=FILE"),
+    "text that is not there": (("law", "code", *texts(law="law", code="cod")), "the text does not exist"),
+    "the name of a row": (("oracle=law",), "an expert cannot be named 'oracle'"),
+    "a name twice": (("a=law", "a=code"), "two experts are named 'a'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    words, message = REFUSED[name]
+    monkeypatch.chdir(shop)
+    before = set(tree(shop))
+    assert message in refuse("mix", "base", *words, "-o", "NEW")
+    assert set(tree(shop)) == before
+
+
+def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    assert "the output folder exists" in refuse("mix", "base", "law", "-o", "code")
+    assert "give the model that it was trained on" in refuse("mix", "fever-lora", "law", "-o", "NEW")
+    (shop / "moe.yaml").write_text(
+        yaml.safe_dump({"base_model": "b", "experts": [{"source_model": "o/law", "positive_prompts": ["tort"]}]})
+    )
+    message = checked(*ended("mix", "moe.yaml", "law", "-o", "NEW"))
+    assert "`modekit mix b law=o/law --without-base -o OUT`" in message
+    (shop / "recipe.yaml").write_text("base_model: base\nexperts: [law, code]\nmixture: {method: linear}\n")
+    assert "modekit build recipe.yaml OUT" in refuse("mix", "recipe.yaml", "law", "-o", "NEW")
+
+
+def test_threads_are_those_of_everything_that_computes(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from modekit.engines.threads import default_threads
+
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    refuse("mix", "base", "lwa", "-o", "NEW", "--threads", "3")
+    assert (os.environ["OMP_NUM_THREADS"], default_threads()) == ("3", 3)
