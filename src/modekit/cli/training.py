@@ -65,7 +65,7 @@ class SettingOptions:
     ] = None
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None
 
-    def said(self) -> dict[str, Any]:
+    def said(self) -> dict[str, object]:
         """The settings that were given, by their names in a settings file."""
         from modekit.training.settings import WEIGHTS, losses_said
 
