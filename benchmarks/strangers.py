@@ -1,4 +1,4 @@
-"""Five strangers' experts of SmolLM2-135M, trained with PEFT and plain torch as people do: what whole.py --kind strangers mixes.
+"""Five strangers' experts of SmolLM2-135M, trained with PEFT and plain torch as people do, for whole.py --kind strangers.
 
     python benchmarks/whole.py train FOLDER --kind strangers --seeds 0
 

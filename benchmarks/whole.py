@@ -3,8 +3,8 @@
     python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2      base and four experts, as `modekit demo` has
     python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
 
-Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes), strangers (five experts of SmolLM2-135M, each made
-in another way: strangers.py). `train` keeps models that are there.
+Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes), strangers (five experts of SmolLM2-135M, made in
+five ways: strangers.py). `train` keeps models that are there.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def recipe(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
     experts = experts_of(kind)
     mixed = {key: value for key, value in variant.items() if key != "output"}
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, **mixed}
-    said = {"base_model": "../base" if kind == "strangers" else "./base", "experts": experts, "mixture": mixture, "output": variant["output"]}
+    base = "../base" if kind == "strangers" else "./base"
+    said = {"base_model": base, "experts": experts, "mixture": mixture, "output": variant["output"]}
     return {**said, "eval": {UNSEEN: f"../text/{UNSEEN}.jsonl"}}
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/whole_cost.py [--shape 7b smollm2] [--top 1 2] [--tokens 1 128] [--cached 0] [--rounds 7]
 
-Random weights of the shapes that `modekit build` gives: four experts whose adapters have rank 16 on all linear parts; a text goes
-to the same experts. 7b: one layer, hidden 4,096, 32 heads in 8 groups, FFN 14,336; its time is taken times 33 / 32 where there is
-a layer in front. smollm2: all of SmolLM2-135M, head included. `one more head` is how commits up to 90805a5 held a router: a
-key-value head with its queries in every layer, 64 channels, no layer in front. `--cached` tokens stand in the cache already. A
-ratio is of one round's runs.
+Random weights of the shapes that `modekit build` gives: experts whose adapters have rank 16 on all linear parts, four of them; a
+text goes to the same experts. 7b: one layer, hidden 4,096, 32 heads in 8 groups, FFN 14,336; its time is taken times 33 / 32
+where there is a layer in front. smollm2: all of SmolLM2-135M, head included. `one more head` is how commits up to 90805a5 held a
+router: a key-value head with its queries in every layer, 64 channels, no layer in front. `--cached` tokens stand in the cache
+already. A ratio is of one round's runs.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="Part of the name of a size.")
     said = parser.parse_args()
-    print("| shape | top | | tokens | over the dense base | over FFNs alone | cache over the base's |\n|---|---|---|---|---|---|---|")
+    print("| shape | top | | tokens | over the dense base | over FFNs alone | cache over the base's |")
+    print("|---|---|---|---|---|---|---|")
     for name in said.shape:
         shape = SHAPES[name]
         base = dense(shape)
