@@ -2,11 +2,11 @@
 
     python benchmarks/whole_cost.py [--shape 7b smollm2] [--top 1 2] [--tokens 1 128] [--cached 0] [--rounds 7]
 
-Random weights of the shapes that `modekit build` gives: experts whose adapters have rank 16 on all linear parts, four of them; a
-text goes to the same experts. 7b: one layer, hidden 4,096, 32 heads in 8 groups, FFN 14,336; its time is taken times 33 / 32
-where there is a layer in front. smollm2: all of SmolLM2-135M, head included. `one more head` is how commits up to 90805a5 held a
-router: a key-value head with its queries in every layer, 64 channels, no layer in front. `--cached` tokens stand in the cache
-already. A ratio is of one round's runs.
+Random weights of the shapes that `modekit build` gives for four adapters of rank 16 on all linear parts; a text goes to the
+same experts. 7b: one layer, hidden 4,096, 32 heads in 8 groups, FFN 14,336, of two experts, as others cost memory alone; its
+time is taken times 33 / 32 where there is a layer in front. smollm2: all of SmolLM2-135M, head included. `one more head` is
+how commits up to 90805a5 held a router: a key-value head with its queries in every layer, 64 channels, no layer in front.
+`--cached` tokens stand in the cache already. A ratio is of one round's runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralCon
 
 from modekit.planning.carry import BLOCK, EXACT_TERMS, TERMS, CarrySize
 
-EXPERTS, FOLDED = 4, "router alone (FFNs)"
+FOLDED = "router alone (FFNs)"
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Shape:
     vocabulary: int
     layers: int
     stands_for: int
+    experts: int
 
 
-SHAPES = {"7b": Shape(4_096, 14_336, 32, 8, 128, 512, 1, 32), "smollm2": Shape(576, 1_536, 9, 3, 64, 49_152, 30, 30)}
+SHAPES = {"7b": Shape(4_096, 14_336, 32, 8, 128, 512, 1, 32, 2), "smollm2": Shape(576, 1_536, 9, 3, 64, 49_152, 30, 30, 4)}
 SIZES = {
     "one more head (FFNs)": None,
     "whole, rank 64": CarrySize(outputs=64, inputs=64, terms=TERMS),
@@ -82,7 +83,7 @@ def mixtral(shape: Shape, size: CarrySize | None, top_k: int) -> Timed:
     if in_front and whole:
         common["num_hidden_layers"] += 1
     config = MixtralConfig(
-        **common, **_heads(shape, 0 if in_front else 1), num_local_experts=EXPERTS, num_experts_per_tok=top_k
+        **common, **_heads(shape, 0 if in_front else 1), num_local_experts=shape.experts, num_experts_per_tok=top_k
     )
     model = MixtralForCausalLM(config).eval()
     for name, parameter in model.named_parameters():

@@ -2,10 +2,10 @@
 
     python benchmarks/whole_front.py [--hidden 4096] [--layers 4] [--ffn 2048] [--tokens 512]
 
-A random Llama with heads of 128 in groups of four (32 and 8 at 4,096), four experts with FFNs of their own, a lexical router at
-top-1, built both ways. Shown: the largest difference of log-probabilities between the mixture, gates forced, and the expert
-itself; how far the gates are from the exact averages of the table (root mean square of the difference, both of length 1); on how
-many tokens and layers they choose another expert than the exact averages do. Time and cache: whole_cost.py.
+A random Llama with heads of 128 in groups of four (32 and 8 at 4,096), four experts with FFNs of their own, a lexical router
+at top-1, built both ways. Shown: the largest difference of log-probabilities between the mixture, gates forced, and the
+expert; how far the gates are from the exact averages of the table (root mean square of the difference, both of length 1); on
+how many tokens and layers they choose another expert than the exact averages do. Time and cache: whole_cost.py.
 """
 
 from __future__ import annotations
