@@ -26,7 +26,7 @@ from modekit.files.output import is_there
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
-from strangers import BASE_TEXT, EXPERTS, train_strangers
+from strangers import ATTENTION, BASE_TEXT, EXPERTS, train_strangers
 
 EVAL_TOKENS = {"adapters": 8_192, "full": 8_192, "strangers": 1_024}
 FORCED_TOKENS = {"adapters": 1_024, "full": 1_024, "strangers": 256}
@@ -77,10 +77,11 @@ def train(folder: Path, kind: str, seed: int) -> None:
             specialize(home / "base", out, [str(texts[name])], root=home, train=moved, training=with_seed, run=QUIET)
 
 
-def experts_of(kind: str) -> list[dict[str, str]]:
-    """What a recipe says of them."""
+def experts_of(kind: str, *, ffn_alone: bool) -> list[dict[str, str]]:
+    """What a recipe says of them, without strangers' adapters that have nothing for FFNs where nothing else is mixed."""
     if kind == "strangers":
-        made = {each.domain: ("adapter" if each.adapter else "model", f"./{each.name}-{each.domain}") for each in EXPERTS}
+        mixed = [each for each in EXPERTS if not (ffn_alone and each.adapter and each.adapter["target_modules"] == ATTENTION)]
+        made = {each.domain: ("adapter" if each.adapter else "model", f"./{each.name}-{each.domain}") for each in mixed}
         made[BASE_TEXT] = ("model", "base")
     else:
         made = {name: ("adapter" if kind == "adapters" else "model", f"./{kind}-{name}") for name in DOMAINS}
@@ -89,7 +90,7 @@ def experts_of(kind: str) -> list[dict[str, str]]:
 
 def recipe(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
     """A lexical router over the experts."""
-    experts = experts_of(kind)
+    experts = experts_of(kind, ffn_alone=variant["output"].get("carry") == "ffn")
     mixed = {key: value for key, value in variant.items() if key != "output"}
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, **mixed}
     base = "../base" if kind == "strangers" else "./base"
