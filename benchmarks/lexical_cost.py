@@ -28,13 +28,13 @@ WORDS = 1_000
 EXPERTS = 4
 
 
-def make_models(root: Path, hidden: int, layers: int) -> None:
+def make_models(root: Path, hidden: int, layers: int, ffn: int | None = None) -> None:
     """A base, experts, and a text for each in words of its own."""
     heads = hidden // 128
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
+        intermediate_size=ffn or hidden * 7 // 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),

@@ -4,7 +4,8 @@
     python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
     python benchmarks/whole.py trained FOLDER --kind full --seeds 0 1 2        the mixture of rank 64, trained from there
 
-Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes). `train` keeps models that are there.
+Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes), strangers (five experts of SmolLM2-135M, made in
+five ways: strangers.py). `train` keeps models that are there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from modekit.demo.models import SEQUENCE_LENGTH, make_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import force_experts
-from modekit.evaluation.results import Results
+from modekit.evaluation.results import Results, Row
 from modekit.experts.specialize import specialize
 from modekit.files.output import is_there
 from modekit.planning.make import make_plan
@@ -28,9 +29,11 @@ from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.training.settings import train_settings
 from modekit.training.train import train as train_mixture
+from strangers import ATTENTION, BASE_TEXT, EXPERTS, train_strangers
 
-EVAL_TOKENS = 8_192
-STEPS = 100
+EVAL_TOKENS = {"adapters": 8_192, "full": 8_192, "strangers": 1_024}
+FORCED_TOKENS = {"adapters": 1_024, "full": 1_024, "strangers": 256}
+STEPS = 60
 NATIVE = {"format": "native"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {
@@ -48,6 +51,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "plain, whole, average, rank 32": {"output": {**NATIVE, "carry": "all", "rank": 32}, "backbone": "average"},
         "plain, whole, average, rank 64": {"output": {**NATIVE, "carry": "all"}, "backbone": "average"},
         "plain, whole, average, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}, "backbone": "average"},
+    },
+    "strangers": {
+        "modekit architecture, all": {"output": {"format": "modekit"}, "modules": "all"},
+        "plain, FFN alone, base": {"output": {**NATIVE, "carry": "ffn"}},
+        "plain, FFN alone, average": {"output": {**NATIVE, "carry": "ffn"}, "backbone": "average"},
+        "plain, whole, base, rank 64": {"output": {**NATIVE, "carry": "all"}},
+        "plain, whole, base, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}},
+        "plain, whole, average, rank 64": {"output": {**NATIVE, "carry": "all"}, "backbone": "average"},
+        "plain, whole, average, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}, "backbone": "average"},
+        "plain, whole, base, rank 256": {"output": {**NATIVE, "carry": "all", "rank": 256}},
     },
 }
 """How the experts of a kind are mixed."""
@@ -68,13 +81,24 @@ def train(folder: Path, kind: str, seed: int) -> None:
             specialize(home / "base", out, [str(texts[name])], root=home, train=moved, training=with_seed, run=QUIET)
 
 
+def experts_of(kind: str, *, ffn_alone: bool) -> list[dict[str, str]]:
+    """What a recipe says of them, without strangers' adapters that have nothing for FFNs where nothing else is mixed."""
+    if kind == "strangers":
+        mixed = [each for each in EXPERTS if not (ffn_alone and each.adapter and each.adapter["target_modules"] == ATTENTION)]
+        made = {each.domain: ("adapter" if each.adapter else "model", f"./{each.name}-{each.domain}") for each in mixed}
+        made[BASE_TEXT] = ("model", "base")
+    else:
+        made = {name: ("adapter" if kind == "adapters" else "model", f"./{kind}-{name}") for name in DOMAINS}
+    return [{"name": name, source: where, "text": f"../text/{name}.jsonl"} for name, (source, where) in made.items()]
+
+
 def recipe(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
-    """A lexical router over the four experts."""
-    source = "adapter" if kind == "adapters" else "model"
-    experts = [{"name": name, source: f"./{kind}-{name}", "text": f"../text/{name}.jsonl"} for name in DOMAINS]
+    """A lexical router over the experts."""
+    experts = experts_of(kind, ffn_alone=variant["output"].get("carry") == "ffn")
     mixed = {key: value for key, value in variant.items() if key != "output"}
     mixture = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}, **mixed}
-    said = {"base_model": "./base", "experts": experts, "mixture": mixture, "output": variant["output"]}
+    base = "../base" if kind == "strangers" else "./base"
+    said = {"base_model": base, "experts": experts, "mixture": mixture, "output": variant["output"]}
     return {**said, "eval": {UNSEEN: f"../text/{UNSEEN}.jsonl"}}
 
 
@@ -90,14 +114,14 @@ def trained(folder: Path, kind: str, seed: int) -> None:
         checkpoint, train_settings({**asked, "steps": STEPS, "batch_tokens": 8_192}, where=name), evaluate_tokens=None
     )
     took = time.process_time() - start
-    said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH)
+    said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS[kind], sequence_length=SEQUENCE_LENGTH)
     mixed, forced = (said.row(row).mean_gap(DOMAINS) for row in ("mixture", "oracle"))
     unseen = said.row("mixture").scores[UNSEEN].loss / said.row("base").scores[UNSEEN].loss
     print(f"| {name}, trained | {mixed:.3f} | {forced:.3f} | {unseen:.3f} | {took:.0f} s |", flush=True)
 
 
 def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
-    """A row of the table per variant."""
+    """A row of the table per variant, below those of base, experts and weight average."""
     home, known = folder / f"seed{seed}", list[Results]()
     print(f"\n| seed {seed} | gap closed | forced | not carried | unseen / base | active / base | build s |")
     print("|---|---|---|---|---|---|---|")
@@ -109,18 +133,37 @@ def mixtures(folder: Path, kind: str, seed: int, only: str) -> None:
         checkpoint = build(plan, home / f"{kind}-mixture", overwrite=True)
         took = time.process_time() - start
         said = evaluate(
-            checkpoint, tokens_per_domain=EVAL_TOKENS, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None
+            checkpoint,
+            tokens_per_domain=EVAL_TOKENS[kind],
+            sequence_length=SEQUENCE_LENGTH,
+            known=known[0] if known else None,
         )
+        if not known:
+            for row in said.rows:
+                if row.kind not in ("oracle", "mixture"):
+                    print(f"| {row.name} | {_gaps(said, row)} | | | {_unseen(said, row)} | 1 | |")
         known.append(said)
-        forced = force_experts(checkpoint, tokens_per_domain=1_024)
-        lost = [row.not_carried or 0.0 for row in forced.rows if forced.own_text.get(row.expert) == row.text]
-        base, mixed = said.row("base"), said.row("mixture")
+        forced = force_experts(checkpoint, tokens_per_domain=FORCED_TOKENS[kind])
+        lost = {row.expert: row.not_carried or 0.0 for row in forced.rows if forced.own_text.get(row.expert) == row.text}
+        mixed = said.row("mixture")
         print(
-            f"| {name} | {mixed.mean_gap(DOMAINS):.3f} | {said.row('oracle').mean_gap(DOMAINS):.3f} "
-            f"| {max(lost):.1e} | {mixed.scores[UNSEEN].loss / base.scores[UNSEEN].loss:.3f} "
+            f"| {name} | {_gaps(said, mixed)} | {_gaps(said, said.row('oracle'))} "
+            f"| {', '.join(f'{expert} {share:.1e}' for expert, share in lost.items())} | {_unseen(said, mixed)} "
             f"| {checkpoint.parameters.active / checkpoint.record.dense_parameters:.2f} | {took:.0f} |",
             flush=True,
         )
+
+
+def _gaps(said: Results, row: Row) -> str:
+    """Mean gap closed, and of each domain that has one."""
+    each = {name: row.scores[name].gap_closed for name in said.domains if name in row.scores}
+    shown = ", ".join(f"{name} {gap:.2f}" for name, gap in each.items() if gap is not None)
+    return f"{row.mean_gap(said.domains) or 0.0:.3f} ({shown})"
+
+
+def _unseen(said: Results, row: Row) -> str:
+    """Loss on unseen text over the base's."""
+    return f"{row.scores[UNSEEN].loss / said.row('base').scores[UNSEEN].loss:.3f}"
 
 
 def main() -> None:
@@ -133,7 +176,9 @@ def main() -> None:
     parser.add_argument("--only", default="")
     said = parser.parse_args()
     for seed in said.seeds:
-        if said.step == "train":
+        if said.step == "train" and said.kind == "strangers":
+            train_strangers(said.folder.resolve(), seed)
+        elif said.step == "train":
             train(said.folder.resolve(), said.kind, seed)
         elif said.step == "trained":
             trained(said.folder.resolve(), said.kind, seed)
