@@ -74,24 +74,38 @@ def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
 
 
 class Writer:
-    """A model that writes, and the base that it writes against, with a weight `against` (0: as it is, without a base)."""
+    """A model that writes, and the base that it writes against with a weight, if there is one.
+
+    Ids of the `vocabulary` and above are never written, and those in `ends` end a part.
+    """
 
     def __init__(
         self, model: PreTrainedModel, base: PreTrainedModel | None, against: float, *, ends: Collection[int], vocabulary: int
     ) -> None:
         self._model, self._base, self._against = model, base, against
-        self._ends, self._vocabulary = ends, vocabulary
+        self._ends, self._vocabulary, self._never = ends, vocabulary, list[int]()
+
+    def begin(self, begin: int, tokens: int, rows: int, seed: int) -> list[list[int]]:
+        """The beginnings of so many texts: a token, and behind it so many that none of them ends. Raises SourceError."""
+        endless = Writer(self._model, None, 0.0, ends=(), vocabulary=self._vocabulary)
+        endless._never = sorted(self._ends)
+        return [[begin, *parts[0]] for parts in endless.write(Script(((begin,),), (tokens,)), rows, seed)]
 
     @torch.inference_mode()
     def write(
-        self, script: Script, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
+        self,
+        script: Script,
+        rows: int,
+        seed: int,
+        advance: Callable[[float], object] = lambda share: None,
+        begun: Sequence[Sequence[int]] = (),
     ) -> list[list[list[int]]]:
-        """The parts of so many texts, as token ids; `advance` gets the share that is done. Raises SourceError where a model
-        computes NaN or Inf.
+        """The parts of so many texts, as token ids; `advance` gets the share that is done, and `begun` stands in place of the
+        first that is fixed, of equal length in every row. Raises SourceError where a model computes NaN or Inf.
         """
         draw = torch.Generator().manual_seed(seed)
         texts = [_Row(script) for _ in range(rows)]
-        ids_BS = torch.tensor([list(script.fixed[0])] * rows)
+        ids_BS = torch.tensor(list(map(list, begun)) or [list(script.fixed[0])] * rows)
         read = [_Reader(model) for model in (self._model, self._base) if model is not None]
         for step in range(script.tokens):
             advance(step / script.tokens)
@@ -106,6 +120,7 @@ class Writer:
         own_BV, *others = (each[:, : self._vocabulary].log_softmax(-1) for each in logits)
         if any(each.isnan().any() for each in (own_BV, *others)):
             raise SourceError("a model computes NaN or Inf", remedy="it is damaged: save or download it again")
+        own_BV[:, self._never] = -math.inf
         log_p_BV = own_BV
         for base_BV in others:
             more_BV = torch.zeros_like(own_BV)

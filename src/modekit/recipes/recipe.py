@@ -296,8 +296,8 @@ class Recipe(Strict):
         if self.mixture.needs_text and silent:
             yield (
                 f"router fit '{self.mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
-                "(add experts[].text, or a few short texts as experts[].prompts; without any, adapters can take "
-                "router: {fit: arrow}, and all others router: {fit: random}, which leaves the choice to chance)"
+                "(add experts[].text, or a few short texts as experts[].prompts; without any, write text: self, and the "
+                "expert writes some; without running it, adapters can take router: {fit: arrow}, all others {fit: random})"
             )
         if (
             any(expert.negative_prompts for expert in self.experts)

@@ -32,6 +32,7 @@ from modekit.text.records import TextRecord
 from modekit.text.written import (
     AGAINST,
     ANSWER_TOKENS,
+    BEGUN_TOKENS,
     CHATS,
     DOCUMENT_TOKENS,
     DOCUMENTS,
@@ -92,11 +93,15 @@ class _Author:
         rows = rows_at_once(model, DOCUMENT_TOKENS)
         special = set(self.tokenizer.all_special_ids)
         writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+        beginner = None if base is None else Writer(base, None, 0.0, ends=special, vocabulary=len(self.tokenizer))
         while done < DOCUMENTS:
             at_once = min(rows, DOCUMENTS - done)
-            script = self._script(chat=done // rows % CHATS == CHATS - 1)
+            seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
+            script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
-                texts = writer.write(script, at_once, self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS))
+                if beginner is not None and done // rows % 2 == 1 and len(script.free) == 1:
+                    begun = beginner.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed)
+                texts = writer.write(script, at_once, seed, advance, begun)
             except SourceError as error:
                 raise SourceError(error.what, where=f"{self.where} ({self.source.spec})", remedy=error.remedy) from None
             documents = enumerate(map(self._document, texts), done)
@@ -135,6 +140,7 @@ def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run:
     models = dict(_files({"base": base, "expert": source} if source is not base else {"base": base}, run))
     made = Made(
         tokens=DOCUMENT_TOKENS,
+        begun=0 if source is base else BEGUN_TOKENS,
         against=0.0 if source is base else AGAINST,
         seed=0,
         models=models,

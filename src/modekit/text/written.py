@@ -21,10 +21,12 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.documents import check_present, stream_records
 from modekit.text.records import ID, TextRecord, data_of
 
-DOCUMENTS = 256
+DOCUMENTS = 192
 """That an expert writes; more add little (benchmarks/self_text.md)."""
 DOCUMENT_TOKENS = 128
 QUESTION_TOKENS, ANSWER_TOKENS = 32, 96
+BEGUN_TOKENS = 12
+"""That the base writes of every second batch, for the expert to go on from: it begins what the expert alone never would."""
 CHATS = 4
 """One document of so many is a question and its answer, where there is a chat template."""
 AGAINST = 1.0
@@ -35,7 +37,7 @@ class Made(BaseModel):
     """What decides a written text.
 
     Attributes:
-        tokens: the most of one document.
+        tokens: the most of one document; begun: how many of every second batch the base wrote before.
         against: weight of the difference to the base's log-probabilities, 0 for the base itself.
         models: file of base and expert -> its blake3, or the sha256 of its settings; template: sha256 of the chat template.
     """
@@ -43,6 +45,7 @@ class Made(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: Count
+    begun: Count
     against: Number
     seed: Count
     models: Annotated[Mapping[Label, Digest], Field(max_length=2**12)]
