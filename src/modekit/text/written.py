@@ -23,8 +23,8 @@ from modekit.text.records import ID, TextRecord, data_of
 
 DOCUMENTS = 192
 """That an expert writes; more add little (benchmarks/self_text.md)."""
-DOCUMENT_TOKENS = 128
-QUESTION_TOKENS, ANSWER_TOKENS = 32, 96
+DOCUMENT_TOKENS = 96
+QUESTION_TOKENS, ANSWER_TOKENS = 32, 64
 BEGUN_TOKENS = 12
 """That the base writes of every second batch, for the expert to go on from: it begins what the expert alone never would."""
 CHATS = 4
