@@ -91,16 +91,20 @@ def test_fixed_tokens_follow_where_a_part_ends() -> None:
         assert all(token >= 50 for token in (*question, *answer))
 
 
-def test_the_base_begins_texts_that_an_expert_goes_on_with() -> None:
+def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_begins() -> None:
     model, base = tiny_model(num_hidden_layers=1), tiny_model(seed=1, num_hidden_layers=1)
-    ends = range(50)
-    begun = Writer(base, None, 0.0, ends=ends, vocabulary=96).begin(BEGIN, 5, 6, seed=2)
+    writer = Writer(model, base, 1.0, ends=range(50), vocabulary=96)
+    begun = writer.begin(BEGIN, 5, 6, seed=2)
     assert all(row[0] == BEGIN and len(row) == 6 and min(row[1:]) >= 50 for row in begun)
     assert len(set(map(tuple, begun))) == 6
-    script = Script(((BEGIN,),), (4,))
-    writer = Writer(model, base, 1.0, ends=ends, vocabulary=96)
+    ids = torch.tensor(begun)
+    own, of_base = (
+        logits_of(each, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2)) for each in (model, base)
+    )
+    gains = (own - of_base).tolist()
+    assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     alone = [writer.write(Script((tuple(row),), (4,)), 6, seed=9)[place] for place, row in enumerate(begun)]
-    assert writer.write(script, 6, seed=9, begun=begun) == alone
+    assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=begun) == alone
 
 
 def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:

@@ -25,6 +25,9 @@ _LEAST = math.log(0.01)
 _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
 _MOST_ROWS = 64
+_READ_ROWS = 16  # of beginnings, whose logits are kept for every token
+_CHOICE = 4
+"""Beginnings that the base writes for each that an expert goes on with."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,33 @@ class Writer:
         self._ends, self._vocabulary, self._never = ends, vocabulary, list[int]()
 
     def begin(self, begin: int, tokens: int, rows: int, seed: int) -> list[list[int]]:
-        """The beginnings of so many texts: a token, and behind it so many that none of them ends. Raises SourceError."""
-        endless = Writer(self._model, None, 0.0, ends=(), vocabulary=self._vocabulary)
+        """Beginnings of so many texts, by the base: a token, and behind it so many that none of them ends.
+
+        Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
+        """
+        assert self._base is not None
+        endless = Writer(self._base, None, 0.0, ends=(), vocabulary=self._vocabulary)
         endless._never = sorted(self._ends)
-        return [[begin, *parts[0]] for parts in endless.write(Script(((begin,),), (tokens,)), rows, seed)]
+        begun: list[tuple[float, list[int]]] = []
+        for number in range(_CHOICE):
+            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number)
+            written = [[begin, *part] for (part,) in parts]
+            begun += zip(self._gains(written), written, strict=True)
+        return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
+
+    @torch.inference_mode()
+    def _gains(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Log p of texts of one length by the model, less that by the base."""
+        gains: list[float] = []
+        for start in range(0, len(rows), _READ_ROWS):
+            ids_BS = torch.tensor(rows[start : start + _READ_ROWS], device=self._model.device)
+            sums = []
+            for model in (self._model, self._base):
+                assert model is not None
+                logits_BSV = model(**with_cache(model, ids_BS, torch.ones_like(ids_BS), None), use_cache=False).logits[:, :-1]
+                sums.append(logits_BSV.float().log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).sum((1, 2)))
+            gains += (sums[0] - sums[1]).tolist()
+        return gains
 
     @torch.inference_mode()
     def write(

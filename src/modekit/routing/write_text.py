@@ -93,14 +93,13 @@ class _Author:
         rows = rows_at_once(model, DOCUMENT_TOKENS)
         special = set(self.tokenizer.all_special_ids)
         writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
-        beginner = None if base is None else Writer(base, None, 0.0, ends=special, vocabulary=len(self.tokenizer))
         while done < DOCUMENTS:
             at_once = min(rows, DOCUMENTS - done)
             seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
-                if beginner is not None and done // rows % 2 == 1 and len(script.free) == 1:
-                    begun = beginner.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed)
+                if base is not None and done // rows % 2 == 1 and len(script.free) == 1:
+                    begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed)
                 texts = writer.write(script, at_once, seed, advance, begun)
             except SourceError as error:
                 raise SourceError(error.what, where=f"{self.where} ({self.source.spec})", remedy=error.remedy) from None
