@@ -96,14 +96,14 @@ def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_begins() -> 
     writer = Writer(model, base, 1.0, ends=range(50), vocabulary=96)
     begun = writer.begin(BEGIN, 5, 6, seed=2)
     assert all(row[0] == BEGIN and len(row) == 6 and min(row[1:]) >= 50 for row in begun)
-    assert len(set(map(tuple, begun))) == 6
+    assert 1 < len(set(map(tuple, begun))) == len(begun) <= 6
     ids = torch.tensor(begun)
     own, of_base = (
         logits_of(each, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2)) for each in (model, base)
     )
     gains = (own - of_base).tolist()
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
-    alone = [writer.write(Script((tuple(row),), (4,)), 6, seed=9)[place] for place, row in enumerate(begun)]
+    alone = [writer.write(Script((tuple(row),), (4,)), len(begun), seed=9)[place] for place, row in enumerate(begun)]
     assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=begun) == alone
 
 

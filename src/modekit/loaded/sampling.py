@@ -24,9 +24,9 @@ _LEAST = math.log(0.01)
 """Log of the smallest probability that is written, as a share of the likeliest token's."""
 _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
-_MOST_ROWS = 64
+_MOST_ROWS = 32
 _READ_ROWS = 16  # of beginnings, whose logits are kept for every token
-_CHOICE = 4
+_CHOICE = 6
 """Beginnings that the base writes for each that an expert goes on with."""
 
 
@@ -88,20 +88,23 @@ class Writer:
         self._model, self._base, self._against = model, base, against
         self._ends, self._vocabulary, self._never = ends, vocabulary, list[int]()
 
-    def begin(self, begin: int, tokens: int, rows: int, seed: int) -> list[list[int]]:
-        """Beginnings of so many texts, by the base: a token, and behind it so many that none of them ends.
+    def begin(
+        self, begin: int, tokens: int, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
+    ) -> list[list[int]]:
+        """Beginnings of at most so many texts, by the base: a token, and behind it so many that none of them ends.
 
-        Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
+        Of `_CHOICE` times as many those that the model makes likelier than the base does, most of all. Raises SourceError.
         """
         assert self._base is not None
         endless = Writer(self._base, None, 0.0, ends=(), vocabulary=self._vocabulary)
         endless._never = sorted(self._ends)
         begun: list[tuple[float, list[int]]] = []
         for number in range(_CHOICE):
+            advance(0.0)
             parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number)
             written = [[begin, *part] for (part,) in parts]
             begun += zip(self._gains(written), written, strict=True)
-        return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
+        return [row for gain, row in sorted(begun, key=lambda each: -each[0])[:rows] if gain > 0]
 
     @torch.inference_mode()
     def _gains(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -130,8 +133,8 @@ class Writer:
         first that is fixed, of equal length in every row. Raises SourceError where a model computes NaN or Inf.
         """
         draw = torch.Generator().manual_seed(seed)
-        texts = [_Row(script) for _ in range(rows)]
         ids_BS = torch.tensor(list(map(list, begun)) or [list(script.fixed[0])] * rows)
+        texts = [_Row(script) for _ in range(len(ids_BS))]
         read = [_Reader(model) for model in (self._model, self._base) if model is not None]
         for step in range(script.tokens):
             advance(step / script.tokens)

@@ -99,7 +99,7 @@ class _Author:
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
                 if base is not None and done // rows % 2 == 1 and len(script.free) == 1:
-                    begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed)
+                    begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed, advance)
                 texts = writer.write(script, at_once, seed, advance, begun)
             except SourceError as error:
                 raise SourceError(error.what, where=f"{self.where} ({self.source.spec})", remedy=error.remedy) from None
