@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
+from modekit.files.output import is_there
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from whole import DOMAINS, EVAL_TOKENS, SEQUENCE_LENGTH, UNSEEN, recipe
@@ -41,7 +43,9 @@ def measure(folder: Path, kind: str, seed: int, tokens: int) -> None:
     for text in ("real", "self"):
         start = time.process_time()
         plan = make_plan(parse_recipe(said(kind, text), where=text), home)
-        checkpoint = build(plan, home / f"{kind}-{text}", overwrite=True)
+        out = home / f"{kind}-{text}"
+        kept = text == "real" and is_there(out)
+        checkpoint = open_checkpoint(out) if kept else build(plan, out, overwrite=True)
         took = time.process_time() - start
         found = evaluate(
             checkpoint, tokens_per_domain=tokens, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None

@@ -26,7 +26,7 @@ _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
 _MOST_ROWS = 32
 _READ_ROWS = 16  # of beginnings, whose logits are kept for every token
-_CHOICE = 6
+_CHOICE = 8
 """Beginnings that the base writes for each that an expert goes on with."""
 
 
@@ -72,7 +72,9 @@ class _Row:
 def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
     """Texts of so many tokens that are written at once, by what the keys and values of two models take in float32."""
     config = model.config.get_text_config()
-    row = 2 * 4 * 2 * int(config.hidden_size) * int(config.num_hidden_layers) * tokens
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    shared = heads // int(getattr(config, "num_key_value_heads", None) or heads)
+    row = 2 * 4 * 2 * int(config.hidden_size) * int(config.num_hidden_layers) * tokens // max(1, shared)
     return max(1, min(_MOST_ROWS, _CACHE_BYTES // row))
 
 
@@ -91,9 +93,9 @@ class Writer:
     def begin(
         self, begin: int, tokens: int, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
     ) -> list[list[int]]:
-        """Beginnings of at most so many texts, by the base: a token, and behind it so many that none of them ends.
+        """Beginnings of so many texts, by the base: a token, and behind it so many that none of them ends.
 
-        Of `_CHOICE` times as many those that the model makes likelier than the base does, most of all. Raises SourceError.
+        Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
         """
         assert self._base is not None
         endless = Writer(self._base, None, 0.0, ends=(), vocabulary=self._vocabulary)
@@ -104,7 +106,7 @@ class Writer:
             parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number)
             written = [[begin, *part] for (part,) in parts]
             begun += zip(self._gains(written), written, strict=True)
-        return [row for gain, row in sorted(begun, key=lambda each: -each[0])[:rows] if gain > 0]
+        return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
 
     @torch.inference_mode()
     def _gains(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -32,11 +32,13 @@ from modekit.text.records import TextRecord
 from modekit.text.written import (
     AGAINST,
     ANSWER_TOKENS,
+    BEGUN,
     BEGUN_TOKENS,
     CHATS,
     DOCUMENT_TOKENS,
     DOCUMENTS,
     QUESTION_TOKENS,
+    WAY,
     Made,
     keep_written,
     written_file,
@@ -98,7 +100,7 @@ class _Author:
             seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
-                if base is not None and done // rows % 2 == 1 and len(script.free) == 1:
+                if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
                     begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed, advance)
                 texts = writer.write(script, at_once, seed, advance, begun)
             except SourceError as error:
@@ -139,7 +141,7 @@ def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run:
     models = dict(_files({"base": base, "expert": source} if source is not base else {"base": base}, run))
     made = Made(
         tokens=DOCUMENT_TOKENS,
-        begun=0 if source is base else BEGUN_TOKENS,
+        way=WAY,
         against=0.0 if source is base else AGAINST,
         seed=0,
         models=models,

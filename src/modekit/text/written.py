@@ -26,9 +26,13 @@ DOCUMENTS = 192
 DOCUMENT_TOKENS = 96
 QUESTION_TOKENS, ANSWER_TOKENS = 32, 64
 BEGUN_TOKENS = 12
-"""That the base writes of every second batch, for the expert to go on from: it begins what the expert alone never would."""
+"""That the base writes of some documents, for the expert to go on from: it begins what the expert alone never would."""
+BEGUN = 3
+"""One batch of so many is of such documents."""
 CHATS = 4
 """One document of so many is a question and its answer, where there is a chat template."""
+WAY = 1
+"""Goes up by one when the numbers here, or those in loaded/sampling.py, change what is written."""
 AGAINST = 1.0
 """Weight of what sets an expert apart from the base while it writes."""
 
@@ -37,7 +41,8 @@ class Made(BaseModel):
     """What decides a written text.
 
     Attributes:
-        tokens: the most of one document; begun: how many of every second batch the base wrote before.
+        tokens: the most of one document.
+        way: number of modekit's way of writing, WAY.
         against: weight of the difference to the base's log-probabilities, 0 for the base itself.
         models: file of base and expert -> its blake3, or the sha256 of its settings; template: sha256 of the chat template.
     """
@@ -45,7 +50,7 @@ class Made(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: Count
-    begun: Count
+    way: Count
     against: Number
     seed: Count
     models: Annotated[Mapping[Label, Digest], Field(max_length=2**12)]
