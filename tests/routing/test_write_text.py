@@ -17,7 +17,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, tiny_mod
 from modekit.building.build import write_texts
 from modekit.building.preview import preview
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import RecipeError, SourceError, TextError
+from modekit.errors import OutputError, RecipeError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded import sampling
 from modekit.loaded.sampling import Script, Writer
@@ -102,7 +102,8 @@ def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_begins() -> 
         logits_of(each, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2)) for each in (model, base)
     )
     gains = (own - of_base).tolist()
-    assert gains == sorted(gains, reverse=True) and gains[-1] > 0
+    assert gains == pytest.approx(sorted(gains, reverse=True))
+    assert min(gains) > 0
     alone = [writer.write(Script((tuple(row),), (4,)), len(begun), seed=9)[place] for place, row in enumerate(begun)]
     assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=begun) == alone
 
@@ -166,6 +167,13 @@ def test_a_model_that_computes_no_numbers_ends_in_one_message(bench: Workshop) -
     with pytest.raises(SourceError, match="NaN") as raised:
         write(bench)
     assert "experts[1] 'law'" in str(raised.value) and "./law" in str(raised.value)
+
+
+def test_a_folder_that_takes_nothing_ends_in_one_message(bench: Workshop) -> None:
+    (bench.root / "self-text").symlink_to(bench.root / "law")
+    with pytest.raises(OutputError, match="beside the recipe"):
+        write(bench)
+    assert not list((bench.root / "law").glob("*.jsonl"))
 
 
 def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     """Let each expert that is to have text of its own write it, where it is not there yet; `sources`: of base and experts.
 
     What a kill left is gone on with. `but`: experts that need none. Raises SourceError for models that cannot be loaded, or
-    compute no finite numbers, and OSError.
+    compute no finite numbers, and OutputError.
     """
     base, authors = sources[0], list[_Author]()
     for place, expert in enumerate(recipe.experts):

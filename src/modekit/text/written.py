@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modekit.errors import TextError
+from modekit.errors import OutputError, TextError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Digest, Label, Number, read_as
 from modekit.files.write import make_folder, remove, write_file, write_json
@@ -95,14 +95,22 @@ def written_so_far(file: Path, made: Made) -> tuple[list[TextRecord], int]:
 
 
 def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int) -> None:
-    """Write a text and then its record, each whole; a record that another text had goes first. Raises OSError."""
-    make_folder(file.parent)
-    known = read_written(file)
-    if known is None or known.made != made:
-        remove(_about(file))
+    """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError."""
     lines = (json.dumps({ID: record.id, **data_of(record.document)}, ensure_ascii=False) for record in records)
-    write_file(file, "".join(f"{line}\n" for line in lines).encode())
-    write_json(_about(file), Written(made=made, documents=documents).model_dump(mode="json"))
+    known = read_written(file)
+    try:
+        make_folder(file.parent)
+        if known is None or known.made != made:
+            remove(_about(file))
+        write_file(file, "".join(f"{line}\n" for line in lines).encode())
+        write_json(_about(file), Written(made=made, documents=documents).model_dump(mode="json"))
+    except OSError as error:
+        raise OutputError(
+            "the text that an expert wrote cannot be kept beside the recipe",
+            where=str(file),
+            found=error.strerror or error,
+            remedy="make room, or put the recipe into a folder that you may write to; the build then goes on",
+        ) from None
 
 
 def _about(file: Path) -> Path:
