@@ -25,6 +25,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
+from modekit.routing.refit import refit
 from modekit.run import QUIET, Run
 from modekit.text.held_out import RecipeTexts, fit_documents
 from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, written_file
@@ -199,9 +200,12 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     assert "law wrote its own text: 40 documents" in notes and "no held-out text of medicine, law, general" in notes
     own, base = results.row("law").scores["law"], results.row("base").scores["law"]
     assert own.loss < base.loss
+    written = tree(bench.root / "self-text")
     shutil.rmtree(bench.root / "self-text")
     with pytest.raises(TextError, match="writes itself is not there"):
         evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
+    refit(checkpoint, {"router": {"temperature": 0.5}})
+    assert tree(bench.root / "self-text") == written
 
 
 def test_what_was_written_is_split_like_any_text(bench: Workshop) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pkgutil import resolve_name
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
@@ -23,6 +24,9 @@ from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
 from modekit.text.written import is_written
+
+_WRITE_TEXTS = "modekit.routing.write_text:write_texts"
+"""By its path, as it needs torch and a fit without text does not."""
 
 
 def refit(
@@ -49,11 +53,10 @@ def refit(
 def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> None:
     """Let experts write their text anew where it is gone; without their models what is kept of it must do."""
     missing = [each for each in recipe.experts if each.writes_text and not is_written(each, checkpoint.recipe_root)]
-    if missing:
-        from modekit.routing.write_text import write_texts
-
-        with suppress(SourceError, MismatchError):
-            write_texts(recipe, checkpoint.recipe_root, make_plan(recipe, checkpoint.recipe_root, run=run).sources, run)
+    root = checkpoint.recipe_root
+    with suppress(SourceError, MismatchError):
+        if missing:
+            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan(recipe, root, run=run).sources, run)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
