@@ -157,7 +157,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
             "add experts[].text",
             "experts[].prompts",
             "fit: arrow",
-            "chance",
+            "text: self",
         ],
     ),
     ("unknown dtype", {**GOOD, "output": {"dtype": "int8"}}, ["output.dtype", "'bfloat16'", "'int8'"]),

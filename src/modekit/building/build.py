@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -56,6 +56,7 @@ _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP,
 _TRAINED_GATES = "modekit.routing.kept_rows:trained_gates"
 """By its path, as it needs torch and a build without text does not."""
 _MEASURE_STREAM = "modekit.routing.stream:measure_stream"
+_WRITE_TEXTS = "modekit.routing.write_text:write_texts"
 _MeasureStream = Callable[[Plan, Path, Run], Stream]
 _TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
@@ -79,6 +80,7 @@ def build(
     """
     if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)
+    write_texts(plan, run, but=update.statistics if update is not None else ())
     if plan.recipe.mixture.needs_text:
         run.begin("check the text")
         _check_text(plan, update)
@@ -95,6 +97,14 @@ def build(
     except FinishedError:
         return open_checkpoint(out)
     return Checkpoint(out, record)
+
+
+def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
+    """Let the experts of a plan write the text that its recipe asks them for, if it reads any and they are not in `but`."""
+    recipe = plan.recipe
+    reads = recipe.mixture.needs_text or any(expert.budget is not None for expert in recipe.experts)
+    if reads and any(expert.writes_text and expert.name not in but for expert in recipe.experts):
+        resolve_name(_WRITE_TEXTS)(recipe, plan.root, plan.sources, run, but=but)
 
 
 def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
@@ -159,7 +169,7 @@ def _check_text(plan: Plan, update: CheckpointUpdate | None) -> None:
     """
     for number, expert in enumerate(plan.recipe.experts):
         known = update is not None and expert.name in update.statistics
-        if not known and all(is_local(spec, plan.root) for spec in expert.text or []):
+        if not known and all(is_local(spec, plan.root) for spec in expert.texts):
             fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 

@@ -7,6 +7,7 @@ was predicted and what it took).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ from modekit.run import QUIET, Run
 from modekit.sources.family import whole
 from modekit.text.amounts import FORCED_TOKENS
 from modekit.text.glance import check_texts
+from modekit.text.written import DOCUMENT_TOKENS, DOCUMENTS, is_written
 
 _BYTES_PER_SECOND = 600e6
 """Copied, hashed and brought to the disk; a fast disk does twice as much, a slow one a third."""
 _SHARE_OF_PRODUCTS = 0.6
 """What a pass of a model reaches of the speed of its products."""
+_SHARE_IN_WRITING = 0.3
+"""What a batch of texts that are written token by token reaches of it."""
 _COPY_SECONDS, _FIT_SECONDS = 0.5, 10.0
 """Processor time of what does not grow with the work: a command that starts; libraries and models that are loaded, text that is
 tokenised, a table that is trained.
@@ -46,6 +50,7 @@ class NeededTime(BaseModel):
 
     Attributes:
         write: tensors and statistics.
+        write_text: of experts that write their own.
         fit: of the router.
         accelerated: there is an accelerator, on which the fit takes less.
         range: the least and the most that it takes, as far as one can tell.
@@ -54,6 +59,7 @@ class NeededTime(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     write: float
+    write_text: float
     fit: float
     accelerated: bool
     range: tuple[float, float]
@@ -109,10 +115,26 @@ def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = t
     if work is not None:
         fit = (work.flops + work.solving) / (_SHARE_OF_PRODUCTS * machine.products) + _FIT_SECONDS / machine.share
     fit += budget_flops(plan) / (_SHARE_OF_PRODUCTS * machine.products)
-    reaches = ((write + fit) / _FACTOR, (write + fit) * _FACTOR)
+    write_text = _flops_of_writing(plan) / (_SHARE_IN_WRITING * machine.products)
+    seconds = write + write_text + fit
+    runs = write_text > 0 or (work is not None and work.reads)
     return NeededTime(
-        write=write, fit=fit, accelerated=work is not None and work.reads and _ACCELERATOR.exists(), range=reaches
+        write=write,
+        write_text=write_text,
+        fit=fit,
+        accelerated=runs and _ACCELERATOR.exists(),
+        range=(seconds / _FACTOR, seconds * _FACTOR),
     )
+
+
+def _flops_of_writing(plan: Plan) -> float:
+    """Of text that experts are yet to write, token by token, each beside the base."""
+    if not plan.recipe.mixture.needs_text:
+        return 0.0
+    writers = [each for each in plan.recipe.experts if each.writes_text and not is_written(each, plan.root)]
+    passes = sum(1 if each.is_base else 2 for each in writers)
+    weights = sum(math.prod(ref.shape) for ref in plan.sources[0].tensors.values())
+    return 2.0 * DOCUMENTS * DOCUMENT_TOKENS * passes * weights
 
 
 @dataclass(frozen=True)

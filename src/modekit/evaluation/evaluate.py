@@ -25,6 +25,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
+from modekit.text.written import written_notes
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate(
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     rows = with_gaps(rows, gaps)
-    notes += notes_of(rows, domains, SMALLEST_GAP)
+    notes += [*notes_of(rows, domains, SMALLEST_GAP), *written_notes(checkpoint.record.recipe, checkpoint.recipe_root)]
     if labels is not None:
         named = {row.name: row for row in rows}
         notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))

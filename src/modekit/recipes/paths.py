@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from modekit.recipes.strict import BASE, RecipeData, RecipePart
+from modekit.recipes.strict import BASE, SELF, RecipeData, RecipePart
 
 
 def locate(spec: str, root: Path) -> Path | None:
@@ -77,6 +77,8 @@ def with_specs(recipe: RecipePart, moved: Callable[[str], str]) -> RecipeData:
     """The recipe with every model and text said as `moved` says it."""
 
     def moved_texts(texts: str | Sequence[str]) -> str | list[str]:
+        if texts in (SELF, [SELF]):
+            return SELF
         return moved(texts) if isinstance(texts, str) else [moved(text) for text in texts]
 
     def moved_expert(expert: RecipePart) -> RecipeData:

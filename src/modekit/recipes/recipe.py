@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -16,12 +17,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import fits_with
 from modekit.recipes.mixture import Mixture
-from modekit.recipes.strict import BASE, TAKEN, Name, Strict, checked
+from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]
 
 _MOST_EXPERTS = 1024  # an expert is a tensor or more in every layer of the plan, whatever lies on disk
 _MOST_LABELS = 256  # of an expert
+WRITTEN_FOLDER = "self-text"
+"""Beside a recipe: what its experts wrote themselves."""
+_LONGEST_STEM = 64
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -55,7 +59,10 @@ class Expert(Strict):
         None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    text: Texts | None = Field(None, description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set.")
+    text: Texts | None = Field(
+        None,
+        description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set; self: the expert writes some.",
+    )
     prompts: list[str] | None = Field(
         None, min_length=1, description="Short texts of the domain, used like `text` for the fit."
     )
@@ -82,12 +89,28 @@ class Expert(Strict):
             problems.append("'budget' chooses what is kept of each module, and 'rank' is one for all: remove one of them")
         if self.parts is not None and self.budget is None:
             problems.append("'parts' are those of a 'budget'; add that, or remove them")
+        if self.text is not None and SELF in self.text[1:] + self.text[:-1]:
+            problems.append("'text: self' stands alone: leave it out where there is other text")
         return checked(self, problems)
 
     @property
     def source(self) -> str:
         """What the recipe names: a folder, a hub id or the word base."""
         return self.model or self.adapter or BASE
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether its text is what it writes itself."""
+        return self.text == [SELF]
+
+    @property
+    def texts(self) -> list[str]:
+        """Its text as paths and data sets: of what it writes itself the file beside the recipe, which its model names."""
+        if not self.writes_text:
+            return self.text or []
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.source.rstrip("/").rpartition("/")[2])[:_LONGEST_STEM].lstrip(".-")
+        which = hashlib.sha256(f"{self.source}\0{self.revision or ''}".encode()).hexdigest()[:8]
+        return [f"./{WRITTEN_FOLDER}/{name or 'expert'}-{which}.jsonl"]
 
     @property
     def is_base(self) -> bool:
@@ -286,8 +309,8 @@ class Recipe(Strict):
         if self.mixture.needs_text and silent:
             yield (
                 f"router fit '{self.mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
-                "(add experts[].text, or a few short texts as experts[].prompts; without any, adapters can take "
-                "router: {fit: arrow}, and all others router: {fit: random}, which leaves the choice to chance)"
+                "(add experts[].text, or a few short texts as experts[].prompts; without any, write text: self, and the "
+                "expert writes some; without running it, adapters can take router: {fit: arrow}, all others {fit: random})"
             )
         if (
             any(expert.negative_prompts for expert in self.experts)

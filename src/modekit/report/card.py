@@ -104,7 +104,7 @@ def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardDat
     """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
     bases = list(dict.fromkeys(name for s in sources for name in ([s.hub_id] if s.hub_id else s.base_models)))
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
-    texts = [spec for expert in recipe.experts for spec in expert.text or []]
+    texts = [spec for expert in recipe.experts for spec in expert.texts]
     languages = list(dict.fromkeys(language for source in sources for language in source.languages))
     data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
     licence, name, link = _licence(sources)

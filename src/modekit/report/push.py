@@ -189,7 +189,7 @@ def _private(checkpoint: Checkpoint) -> list[str]:
     """Words that tell where things lie on this machine."""
     record, root = checkpoint.record, checkpoint.recipe_root
     recipe = record.recipe
-    texts = [spec for each in (*(expert.text or [] for expert in recipe.experts), *recipe.eval.values()) for spec in each]
+    texts = [spec for each in (*(expert.texts for expert in recipe.experts), *recipe.eval.values()) for spec in each]
     generic = [spec for training in record.training for spec in training.settings.get("generic") or []]
     history = [spec for each in record.history for spec in each.specs.values() if spec]
     specs = [*(source.spec for source in record.sources), *texts, *generic, *history]

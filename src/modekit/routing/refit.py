@@ -7,10 +7,13 @@ that would need other tensors than the gates is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pkgutil import resolve_name
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.errors import RecipeError
+from modekit.errors import MismatchError, RecipeError, SourceError
+from modekit.planning.make import make_plan
 from modekit.processes import processes
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.mixture import Mixture
@@ -20,6 +23,10 @@ from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
+from modekit.text.written import is_written
+
+_WRITE_TEXTS = "modekit.routing.write_text:write_texts"
+"""By its path, as it needs torch and a fit without text does not."""
 
 
 def refit(
@@ -34,11 +41,22 @@ def refit(
     another build. Under a launcher only the main process writes.
     """
     recipe = _changed_recipe(checkpoint, changes)
+    if recipe.mixture.needs_text and processes().is_main:
+        _write_missing_text(checkpoint, recipe, run)
     statistics = checkpoint.folder / STATISTICS_FOLDER
     fitted = fit_router(Fitting(checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, statistics, run))
     if not processes().is_main:
         return checkpoint
     return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
+
+
+def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> None:
+    """Let experts write their text anew where it is gone; without their models what is kept of it must do."""
+    missing = [each for each in recipe.experts if each.writes_text and not is_written(each, checkpoint.recipe_root)]
+    root = checkpoint.recipe_root
+    with suppress(SourceError, MismatchError):
+        if missing:
+            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan(recipe, root, run=run).sources, run)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 
+from modekit.errors import TextError
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Reads
 from modekit.text.document import Document, Pair, text_of
 from modekit.text.documents import bytes_of_text, check_beginnings, is_local
 from modekit.text.held_out import DomainText, check_texts_present, fit_documents, read_text
+from modekit.text.written import DOCUMENTS, is_written
 
 _WHOLE = 2**22  # bytes of a text that is read whole
 _PACKED = 8  # as many bytes of text as this has one of a parquet file, about
@@ -33,7 +35,11 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     read: dict[str, Sequence[Document]] = {}
     for place, expert in enumerate(recipe.experts):
         where = f"experts[{place}] '{expert.name}': text"
-        text = _read(expert.text or [], root, where)
+        if expert.writes_text and not is_written(expert, root):
+            _check_writer(reads, where)
+            notes.append(f"{expert.name} will write its own text: {DOCUMENTS} documents, into {expert.texts[0]}")
+            continue
+        text = _read(expert.texts, root, where)
         if recipe.mixture.needs_text and (text is not None or not expert.text):
             read[expert.name] = fit_documents(expert, root, place, reads=reads)
         if text is not None:
@@ -43,6 +49,18 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     if recipe.mixture.modules != "all":  # each source goes to one of whole models, which may go several ways
         notes += notes_on_directions(read)
     return notes
+
+
+def _check_writer(reads: Reads, where: str) -> None:
+    """Raise TextError where no expert can write text itself."""
+    if reads == "pairs":
+        raise TextError(
+            "a model with an encoder cannot write text of its own",
+            where=where,
+            found="self",
+            expected="pairs of source and target",
+            remedy="give parallel text",
+        )
 
 
 def _read(specs: Sequence[str], root: Path, where: str) -> DomainText | None:

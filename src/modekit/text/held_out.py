@@ -41,6 +41,7 @@ from modekit.text.document import Document, check_kind, reads_of
 from modekit.text.documents import check_present, found_in, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
+from modekit.text.written import check_written
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
@@ -97,7 +98,8 @@ def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
 def check_texts_present(recipe: Recipe, root: Path) -> None:
     """Raise TextError where a text that a recipe names on disk is not there, whoever would read it; nothing is read."""
     for place, expert in enumerate(recipe.experts):
-        check_present(expert.text or [], root=root, where=f"experts[{place}] '{expert.name}': text")
+        if not expert.writes_text:
+            check_present(expert.texts, root=root, where=f"experts[{place}] '{expert.name}': text")
     for domain, texts in recipe.eval.items():
         check_present(texts, root=root, where=f"eval.{domain}")
 
@@ -108,7 +110,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
     """
     where = f"experts[{place}] '{expert.name}': text"
-    text = read_text(expert.text, root=root, where=where) if expert.text else DomainText((), where, None)
+    text = _own(expert, root, where) or DomainText((), where, None)
     fit, prompts = text.fit(), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
@@ -124,6 +126,12 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")
     return documents
+
+
+def _own(expert: Expert, root: Path, where: str) -> DomainText | None:
+    """All of an expert's text; None where it has none. Raises TextError."""
+    check_written(expert, root, where)
+    return read_text(expert.texts, root=root, where=where) if expert.text else None
 
 
 def unseen(documents: Iterable[Document], seen: Collection[str]) -> list[Document]:
@@ -149,8 +157,9 @@ class RecipeTexts:
 
     def own(self, place: int) -> DomainText | None:
         """All of experts[place].text."""
-        expert = self._recipe.experts[place]
-        return self._text(expert.text, f"experts[{place}] '{expert.name}': text") if expert.text else None
+        expert, where = self._recipe.experts[place], f"experts[{place}] '{self._recipe.names[place]}': text"
+        check_written(expert, self._root, where)
+        return self._text(expert.texts, where) if expert.text else None
 
     def fit(self, place: int) -> list[Document]:
         """The documents that may set the router for an expert, none where it has no text."""

@@ -227,7 +227,9 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
 
 def time_said(needed: NeededTime) -> str:
     """How long a build takes, in a line."""
-    parts = [f"{time_of(needed.write)} to write", *([f"{time_of(needed.fit)} to fit the router"] if needed.fit else [])]
+    parts = [f"{time_of(needed.write)} to write"]
+    parts += [f"{time_of(needed.write_text)} for experts to write their text"] if needed.write_text else []
+    parts += [f"{time_of(needed.fit)} to fit the router"] if needed.fit else []
     faster = "; less on the accelerator" if needed.accelerated else ""
     return f"{range_of(*needed.range)} on this machine as busy as it is now ({', '.join(parts)}){faster}"
 

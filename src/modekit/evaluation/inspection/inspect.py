@@ -44,6 +44,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.sequences import TokenSequence
+from modekit.text.written import written_notes
 
 _DEAD = 1e-3  # mean weight below which an expert is dead in a router
 _SAMPLES = 3  # texts per domain that are written with the weights of every token
@@ -251,6 +252,7 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         notes.append(
             f"classifier of the first {recipe.mixture.router.prefix_tokens} tokens: {checkpoint.record.router.choice.said}"
         )
+    notes += written_notes(recipe, checkpoint.recipe_root)
     notes += [f"{each.name}: {each.budget:g}x of the base: {_by_kind(each.parts)}" for each in recipe.experts if each.parts]
     if len(recipe.experts) == 1:
         notes.append("there is one expert: none can be left out")

@@ -10,9 +10,8 @@ Shape legend: B batch, S sequence, K tokens whose logits are kept, V vocabulary.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.loaded.passes import cache_of, with_cache
 from modekit.text.sequences import TokenSequence, make_batches
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -141,12 +141,8 @@ def answers_of(model: PreTrainedModel, asked: Sequence[Continuation]) -> Iterato
 def _shares(model: PreTrainedModel) -> bool:
     """Whether a text may go on from another's keys and values: not where layers keep anything else, or not every token's."""
     with torch.inference_mode():
-        cache = _cache_of(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True))
+        cache = cache_of(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True))
     return cache is not None and bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _cache_of(output: Mapping[str, object]) -> Cache | None:
-    return next((value for value in output.values() if isinstance(value, Cache)), None)
 
 
 def _texts(asked: Sequence[Continuation], shares: bool) -> list[_Reading]:
@@ -192,9 +188,9 @@ def _go_on(
     if common > done:
         ids_BS = torch.tensor([texts[0].read[done:common]], device=model.device)
         output = model(
-            **_inputs(model, ids_BS, torch.ones(1, common, dtype=torch.int64), cache), use_cache=True, logits_to_keep=1
+            **with_cache(model, ids_BS, torch.ones(1, common, dtype=torch.int64), cache), use_cache=True, logits_to_keep=1
         )
-        cache = _cache_of(output)
+        cache = cache_of(output)
     leaves: list[_Reading] = []
     for group in _groups(texts, common, worth):
         if len(group) < len(texts) and _saved(group, common) > worth:
@@ -221,23 +217,13 @@ def _read(
         yield _answers(rows, ids_BS, logits_BKV, first, done), sum(text.tokens for text in rows)
 
 
-def _inputs(
-    model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.Tensor, cache: Cache | None
-) -> dict[str, torch.Tensor | Cache]:
-    inputs: dict[str, torch.Tensor | Cache] = {"input_ids": ids_BS, "attention_mask": mask_BS.to(model.device)}
-    if cache is not None:  # transformers named it anew in 5.20
-        named = inspect.signature(model.forward).parameters
-        inputs["cache" if "cache" in named else "past_key_values"] = cache
-    return inputs
-
-
 def _logits(
     model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.Tensor, first: int, cache: Cache | None = None
 ) -> torch.Tensor:
     """Logits (B, K, V) from place `first` on: the head is a fifth of a small model."""
     kept = ids_BS.shape[1] - first
     logits_BKV: torch.Tensor = model(
-        **_inputs(model, ids_BS, mask_BS, cache), use_cache=cache is not None, logits_to_keep=kept
+        **with_cache(model, ids_BS, mask_BS, cache), use_cache=cache is not None, logits_to_keep=kept
     ).logits
     return logits_BKV[:, -kept:]
 

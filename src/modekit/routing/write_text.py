@@ -1,0 +1,169 @@
+"""`text: self`: experts without text write some, which the fit then reads like any other.
+
+An expert begins at the beginning of a text and, where its tokenizer has a chat template, inside it: as a user, and then it
+answers. It writes against the base (loaded/sampling.py); a base that is an expert writes as it is. In memory are the base and
+one expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.errors import SourceError
+from modekit.loaded.experts import load_expert
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.sampling import Script, Writer, rows_at_once
+from modekit.recipes.recipe import Recipe
+from modekit.run import ProgressCount, Run
+from modekit.sources.adapter import is_adapter
+from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.contents import known_blake3
+from modekit.sources.model import ModelSource
+from modekit.sources.model_config import read_config, settings_digest
+from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.text.chat import ChatTemplate, chat_template_of
+from modekit.text.document import Conversation, Document, message_of
+from modekit.text.records import TextRecord
+from modekit.text.written import (
+    AGAINST,
+    ANSWER_TOKENS,
+    BEGUN,
+    BEGUN_TOKENS,
+    CHATS,
+    DOCUMENT_TOKENS,
+    DOCUMENTS,
+    QUESTION_TOKENS,
+    WAY,
+    Made,
+    keep_written,
+    written_file,
+    written_so_far,
+)
+
+_SEPARATOR = "<|endoftext|>"
+"""Between the texts that a model was trained on, where its tokenizer puts nothing before one."""
+
+
+def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run: Run, *, but: Collection[str] = ()) -> None:
+    """Let each expert that is to have text of its own write it, where it is not there yet; `sources`: of base and experts.
+
+    What a kill left is gone on with. `but`: experts that need none. Raises SourceError for models that cannot be loaded, or
+    compute no finite numbers, and OutputError.
+    """
+    base, authors = sources[0], list[_Author]()
+    for place, expert in enumerate(recipe.experts):
+        if expert.writes_text and expert.name not in but:
+            where = f"experts[{place}] '{expert.name}': text"
+            source = base if expert.is_base else sources[1 + place]
+            authors.append(_author(where, written_file(expert, root), base, source, run))
+    total = sum(author.left for author in authors) * DOCUMENT_TOKENS
+    if not total:
+        return
+    run.begin("write text")
+    model, count = load_model(base.folder, run=run), ProgressCount(run, total)
+    for author in authors:
+        if author.left:
+            expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
+            author.write(expert, None if author.is_base else model, count)
+
+
+@dataclass(frozen=True)
+class _Author:
+    """An expert that writes, and what decides what it does."""
+
+    where: str
+    file: Path
+    source: ModelSource
+    is_base: bool
+    made: Made
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+
+    @property
+    def left(self) -> int:
+        """Documents that are yet to be written."""
+        return max(0, DOCUMENTS - written_so_far(self.file, self.made)[1])
+
+    def write(self, model: PreTrainedModel, base: PreTrainedModel | None, count: ProgressCount) -> None:
+        """Write what is left, in batches that are kept one by one."""
+        written, done = written_so_far(self.file, self.made)
+        rows = rows_at_once(model, DOCUMENT_TOKENS)
+        special = set(self.tokenizer.all_special_ids)
+        writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+        while done < DOCUMENTS:
+            at_once = min(rows, DOCUMENTS - done)
+            seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
+            script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
+            try:
+                if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
+                    begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed, advance)
+                texts = writer.write(script, at_once, seed, advance, begun)
+            except SourceError as error:
+                raise SourceError(error.what, where=f"{self.where} ({self.source.spec})", remedy=error.remedy) from None
+            documents = enumerate(map(self._document, texts), done)
+            written += [TextRecord(document, str(place)) for place, document in documents if document is not None]
+            done += at_once
+            keep_written(self.file, self.made, written, done)
+            count.done += at_once * DOCUMENT_TOKENS
+            self._progress(count, 0)(0.0)
+
+    def _progress(self, count: ProgressCount, tokens: int) -> Callable[[float], object]:
+        """Of a batch of so many tokens, what its share that is done makes of all the work."""
+        return lambda share: count.run.progress(f"write text: {self.file.stem}", count.done + int(share * tokens), count.total)
+
+    def _script(self, *, chat: bool) -> Script:
+        around = self.template.around(None) if chat and self.template is not None else None
+        if around is None or self.template is None:
+            return Script(((_beginning(self.tokenizer),),), (DOCUMENT_TOKENS,))
+        before, between = (tuple(self.template.ids(each)) for each in around)
+        return Script((before, between), (QUESTION_TOKENS, ANSWER_TOKENS))
+
+    def _document(self, parts: Sequence[Sequence[int]]) -> Document | None:
+        """What was written, as text, or as a question with its answer; None where nothing was."""
+        texts = [self.tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
+        if not all(texts):
+            return None
+        question, *answer = texts
+        return Conversation([message_of("user", question), message_of("assistant", answer[0])]) if answer else question
+
+
+def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run: Run) -> _Author:
+    brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
+    template = chat_template_of(tokenizer)
+    if template is not None and template.around(None) is None:
+        template = None
+    models = dict(_files({"base": base, "expert": source} if source is not base else {"base": base}, run))
+    made = Made(
+        tokens=DOCUMENT_TOKENS,
+        way=WAY,
+        against=0.0 if source is base else AGAINST,
+        seed=0,
+        models=models,
+        template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
+    )
+    return _Author(where, file, source, source is base, made, tokenizer, template)
+
+
+def _files(models: Mapping[str, ModelSource], run: Run) -> Iterator[tuple[str, str]]:
+    """The files of base and expert, and their hashes."""
+    for role, source in models.items():
+        adapter = is_adapter(source.folder)
+        read, name = (read_adapter_config, CONFIG_FILE) if adapter else (read_config, "config.json")
+        yield f"{role}/{name}", settings_digest(read(source.folder, where=source.label))
+        for file in source.files:
+            yield f"{role}/{file.name}", known_blake3(file, lambda done, total: run.progress("look at the models", done, total))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before the first of a text: what the tokenizer puts there, else what separates texts, else an end."""
+    begun: list[int] = tokenizer("", verbose=False)["input_ids"]
+    if begun and begun[0] != tokenizer.eos_token_id:
+        return begun[0]
+    known = tokenizer.get_vocab().get(_SEPARATOR)
+    return next(int(each) for each in (known, tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if each is not None)

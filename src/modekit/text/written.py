@@ -1,0 +1,149 @@
+"""Text that experts wrote themselves (`text: self`): where it lies beside the recipe, and what made it.
+
+Below the recipe's folder are self-text/NAME-<8 hex>.jsonl, the documents (the model's spec in the recipe gives both parts of
+the name), and self-text/NAME-<8 hex>.jsonl.json, what made them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modekit.errors import OutputError, TextError
+from modekit.files.read import UNREADABLE
+from modekit.files.typed import Count, Digest, Label, Number, read_as
+from modekit.files.write import make_folder, remove, write_file, write_json
+from modekit.recipes.recipe import Expert, Recipe
+from modekit.text.documents import check_present, stream_records
+from modekit.text.records import ID, TextRecord, data_of
+
+DOCUMENTS = 192
+"""That an expert writes; more add little (benchmarks/self_text.md)."""
+DOCUMENT_TOKENS = 96
+QUESTION_TOKENS, ANSWER_TOKENS = 32, 64
+BEGUN_TOKENS = 12
+"""That the base writes of some documents, for the expert to go on from: it begins what the expert alone never would."""
+BEGUN = 3
+"""One batch of so many is of such documents."""
+CHATS = 4
+"""One document of so many is a question and its answer, where there is a chat template."""
+WAY = 1
+"""Goes up by one when the numbers here, or those in loaded/sampling.py, change what is written."""
+AGAINST = 1.0
+"""Weight of what sets an expert apart from the base while it writes."""
+
+
+class Made(BaseModel):
+    """What decides a written text.
+
+    Attributes:
+        tokens: the most of one document.
+        way: number of modekit's way of writing, WAY.
+        against: weight of the difference to the base's log-probabilities, 0 for the base itself.
+        models: file of base and expert -> its blake3, or the sha256 of its settings; template: sha256 of the chat template.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Count
+    way: Count
+    against: Number
+    seed: Count
+    models: Annotated[Mapping[Label, Digest], Field(max_length=2**12)]
+    template: Digest = ""
+
+
+class Written(BaseModel):
+    """A text as it lies there: so many `documents` were sampled. Who wants more goes on from there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    made: Made
+    documents: Count
+
+
+def written_file(expert: Expert, root: Path) -> Path:
+    """Where the documents of an expert lie that writes its text."""
+    return root / expert.texts[0]
+
+
+def is_written(expert: Expert, root: Path) -> bool:
+    """Whether there are some."""
+    return written_file(expert, root).is_file()
+
+
+def read_written(file: Path) -> Written | None:
+    """What is known of a written text; None where there is none, or nothing that can be read."""
+    try:
+        return read_as(_about(file), Written)
+    except (*UNREADABLE, ValueError):
+        return None
+
+
+def written_so_far(file: Path, made: Made) -> tuple[list[TextRecord], int]:
+    """The documents of a text that the same settings and models made, and how many were sampled for them; else none."""
+    known = read_written(file)
+    if known is None or known.made != made or not file.is_file():
+        return [], 0
+    records = list(stream_records([str(file)], root=file.parent, where=str(file)))
+    counted = [each for each in records if (each.id or "").isdecimal() and int(each.id or 0) < known.documents]
+    return counted, known.documents
+
+
+def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int) -> None:
+    """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError."""
+    lines = (json.dumps({ID: record.id, **data_of(record.document)}, ensure_ascii=False) for record in records)
+    known = read_written(file)
+    try:
+        make_folder(file.parent)
+        if known is None or known.made != made:
+            remove(_about(file))
+        write_file(file, "".join(f"{line}\n" for line in lines).encode())
+        write_json(_about(file), Written(made=made, documents=documents).model_dump(mode="json"))
+    except OSError as error:
+        raise OutputError(
+            "the text that an expert wrote cannot be kept beside the recipe",
+            where=str(file),
+            found=error.strerror or error,
+            remedy="make room, or put the recipe into a folder that you may write to; the build then goes on",
+        ) from None
+
+
+def _about(file: Path) -> Path:
+    return file.with_name(f"{file.name}.json")
+
+
+def check_written(expert: Expert, root: Path, where: str) -> None:
+    """Raise TextError where an expert's text is not there, be it one that it writes itself."""
+    if expert.writes_text and not is_written(expert, root):
+        raise TextError(
+            "the text that this expert writes itself is not there",
+            where=where,
+            found=str(written_file(expert, root)),
+            remedy="`modekit build` with this recipe writes it, if the router's fit reads text; or give text",
+        )
+    check_present(expert.texts, root=root, where=where)
+
+
+def written_notes(recipe: Recipe, root: Path) -> Iterator[str]:
+    """What has to be said of a result that was measured on text which experts wrote themselves."""
+    given = [expert for expert in recipe.experts if expert.writes_text and expert.name not in recipe.eval]
+    for expert in given:
+        known = read_written(written_file(expert, root))
+        if known is not None:
+            made = known.made
+            against = f"against the base (weight {made.against:g})" if made.against else "as the base"
+            yield (
+                f"{expert.name} wrote its own text: {known.documents} documents of at most {made.tokens} tokens, {against}, "
+                f"seed {made.seed}"
+            )
+    if given:
+        names = ", ".join(expert.name for expert in given)
+        yield (
+            f"no held-out text of {names}: the figures are on text that the experts wrote themselves, which shows how far the "
+            "mixture agrees with the own expert there, not how good it is at real text of the domain; give some under eval"
+        )

@@ -1,0 +1,234 @@
+"""`text: self`: what experts write, against what, and that it is kept, gone on with, and read like any other text."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatting import word_tokenizer
+from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, tiny_model
+from modekit.building.build import write_texts
+from modekit.building.preview import preview
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import OutputError, RecipeError, SourceError, TextError
+from modekit.evaluation.evaluate import evaluate
+from modekit.loaded import sampling
+from modekit.loaded.sampling import Script, Writer
+from modekit.planning.make import make_plan
+from modekit.recipes.paths import from_folder
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.routing import write_text
+from modekit.routing.refit import refit
+from modekit.run import QUIET, Run
+from modekit.text.held_out import RecipeTexts, fit_documents
+from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, written_file
+from refusal import tree
+
+BEGIN, END = 1, 2
+LEXICAL = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, small_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Three experts and the base, which write; few and short documents, eight at a time."""
+    monkeypatch.setattr(write_text, "DOCUMENTS", 40)
+    monkeypatch.setattr(write_text, "rows_at_once", lambda model, tokens: 8)
+    for name in ("base", *DOMAINS[:2]):
+        shutil.copytree(small_workshop.root / name, tmp_path / name)
+    experts = [{"name": name, "model": f"./{name}", "text": "self"} for name in DOMAINS[:2]]
+    experts.append({"name": "general", "model": "base", "text": "self"})
+    return Workshop(tmp_path, {"base_model": "./base", "experts": experts, "mixture": LEXICAL})
+
+
+def write(shop: Workshop, run: Run = QUIET, **changes: Any) -> dict[str, Path]:
+    """Let the experts write; the files by their names."""
+    recipe = load_recipe(shop.write(**changes))
+    write_texts(make_plan(recipe, shop.root), run)
+    return {expert.name: written_file(expert, shop.root) for expert in recipe.experts}
+
+
+def made_of(file: Path) -> Written:
+    known = read_written(file)
+    assert known is not None
+    return known
+
+
+def sampled(model: Any, base: Any, against: float, tokens: int = 12, rows: int = 4) -> list[list[list[int]]]:
+    writer = Writer(model, base, against, ends={END}, vocabulary=96)
+    return writer.write(Script(((BEGIN,),), (tokens,)), rows, seed=3)
+
+
+def test_a_text_is_drawn_by_the_formula_without_a_cache() -> None:
+    model, base = tiny_model(num_hidden_layers=2), tiny_model(seed=1, num_hidden_layers=2)
+    draw, ids = torch.Generator().manual_seed(3), torch.full((4, 1), BEGIN)
+    for _ in range(12):
+        own, of_base = (logits_of(each, ids)[:, -1].log_softmax(-1) for each in (model, base))
+        mixed = (2 * own - of_base).masked_fill(own < own.amax(-1, keepdim=True) + math.log(0.01), -math.inf)
+        ids = torch.cat([ids, torch.multinomial(mixed.softmax(-1), 1, generator=draw)], 1)
+    rows = [row[1:] for row in ids.tolist()]
+    assert [parts[0] for parts in sampled(model, base, 1.0)] == [row[: row.index(END)] if END in row else row for row in rows]
+
+
+def test_a_model_that_keeps_no_cache_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = tiny_model(num_hidden_layers=1), tiny_model(seed=1, num_hidden_layers=1)
+    with_cache = sampled(model, base, 1.0)
+    monkeypatch.setattr(sampling, "cache_of", lambda output: None)
+    assert sampled(model, base, 1.0) == with_cache
+    assert len({tuple(parts[0]) for parts in with_cache}) == 4
+
+
+def test_fixed_tokens_follow_where_a_part_ends() -> None:
+    model = tiny_model(num_hidden_layers=1)
+    script = Script(((BEGIN, 40), (41, 42)), (6, 5))
+    for question, answer in Writer(model, None, 0.0, ends=range(2, 50), vocabulary=96).write(script, 16, seed=0):
+        assert len(question) <= 6 and len(answer) <= 5
+        assert all(token >= 50 for token in (*question, *answer))
+
+
+def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_begins() -> None:
+    model, base = tiny_model(num_hidden_layers=1), tiny_model(seed=1, num_hidden_layers=1)
+    writer = Writer(model, base, 1.0, ends=range(50), vocabulary=96)
+    begun = writer.begin(BEGIN, 5, 6, seed=2)
+    assert all(row[0] == BEGIN and len(row) == 6 and min(row[1:]) >= 50 for row in begun)
+    assert 1 < len(set(map(tuple, begun))) == len(begun) <= 6
+    ids = torch.tensor(begun)
+    own, of_base = (
+        logits_of(each, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2)) for each in (model, base)
+    )
+    gains = (own - of_base).tolist()
+    assert gains == pytest.approx(sorted(gains, reverse=True))
+    assert min(gains) > 0
+    alone = [writer.write(Script((tuple(row),), (4,)), len(begun), seed=9)[place] for place, row in enumerate(begun)]
+    assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=begun) == alone
+
+
+def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:
+    files = write(bench)
+    for name, file in files.items():
+        known = made_of(file)
+        assert known.documents == 40
+        assert known.made.against == (0.0 if name == "general" else AGAINST)
+        assert {key.partition("/")[0] for key in known.made.models} == ({"base"} if name == "general" else {"base", "expert"})
+        documents = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        assert 30 <= len(documents) <= 40 and max(map(len, documents)) < 2 * DOCUMENT_TOKENS  # a space between two
+    before = tree(bench.root)
+    write(bench)
+    assert tree(bench.root) == before
+
+
+def test_a_kill_costs_one_batch_and_changes_nothing(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(bench)["law"]
+    whole = file.read_bytes()
+    file.unlink()
+    kept = write_text.keep_written
+    calls = 0
+
+    def killed(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        kept(*args)
+
+    monkeypatch.setattr(write_text, "keep_written", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(bench)
+    assert made_of(file).documents == 16
+    with file.open("a") as stream:  # of a kill between text and record
+        stream.write('{"id": "16", "text": "not counted"}\n')
+    calls = 10
+    write(bench)
+    assert file.read_bytes() == whole
+    assert calls == 13
+
+
+def test_another_model_writes_anew(bench: Workshop) -> None:
+    files = write(bench)
+    law, code = files["law"].read_bytes(), files["medicine"].read_bytes()
+    weights = load_file(bench.root / "law" / "model.safetensors")
+    save_file(
+        {name: tensor * 1.5 for name, tensor in weights.items()}, bench.root / "law" / "model.safetensors", {"format": "pt"}
+    )
+    write(bench)
+    assert files["law"].read_bytes() != law
+    assert files["medicine"].read_bytes() == code
+
+
+def test_a_model_that_computes_no_numbers_ends_in_one_message(bench: Workshop) -> None:
+    weights = load_file(bench.root / "law" / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, bench.root / "law" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match="NaN") as raised:
+        write(bench)
+    assert "experts[1] 'law'" in str(raised.value) and "./law" in str(raised.value)
+
+
+def test_a_folder_that_takes_nothing_ends_in_one_message(bench: Workshop) -> None:
+    (bench.root / "self-text").symlink_to(bench.root / "law")
+    with pytest.raises(OutputError, match="beside the recipe"):
+        write(bench)
+    assert not list((bench.root / "law").glob("*.jsonl"))
+
+
+def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_text, "CHATS", 1)
+    for name in ("base", *DOMAINS[:2]):
+        word_tokenizer().save_pretrained(bench.root / name)
+        model = tiny_model(seed=len(name), num_hidden_layers=1, vocab_size=len(word_tokenizer()))
+        model.save_pretrained(bench.root / name)
+    lines = [json.loads(line) for line in write(bench)["law"].read_text().splitlines()]
+    assert lines and all([each["role"] for each in line["messages"]] == ["user", "assistant"] for line in lines)
+    assert not any("<|im" in message["content"] for line in lines for message in line["messages"])
+
+
+def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
+    said = preview(bench.write())
+    assert said.time.write_text > 0
+    assert any("medicine will write its own text" in note for note in said.notes)
+    assert not (bench.root / "self-text").exists()
+    checkpoint = open_checkpoint(bench.build())
+    assert preview(bench.write()).time.write_text == 0
+    results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
+    notes = " ".join(results.notes)
+    assert "law wrote its own text: 40 documents" in notes and "no held-out text of medicine, law, general" in notes
+    own, base = results.row("law").scores["law"], results.row("base").scores["law"]
+    assert own.loss < base.loss
+    written = tree(bench.root / "self-text")
+    shutil.rmtree(bench.root / "self-text")
+    with pytest.raises(TextError, match="writes itself is not there"):
+        evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
+    refit(checkpoint, {"router": {"temperature": 0.5}})
+    assert tree(bench.root / "self-text") == written
+
+
+def test_what_was_written_is_split_like_any_text(bench: Workshop) -> None:
+    files = write(bench)
+    recipe = load_recipe(bench.write())
+    texts = RecipeTexts(recipe, bench.root)
+    own = texts.own(1)
+    assert own is not None
+    fit = fit_documents(recipe.experts[1], bench.root, 1)
+    assert len(fit) < len(own.documents) == len(set(files["law"].read_text().splitlines()))
+    assert not set(map(str, fit)) & set(map(str, own.report()))
+
+
+def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None:
+    expert = {"name": "law", "adapter": "./law", "text": "self"}
+    said = {"base_model": "./base", "experts": [expert]}
+    (tmp_path / "self").mkdir()
+    assert from_folder(said, tmp_path, tmp_path / "below")["experts"][0]["text"] == "self"
+    recipe = parse_recipe(said, where="here")
+    assert recipe.experts[0].writes_text and recipe.experts[0].texts[0].startswith("./self-text/law-")
+    with pytest.raises(RecipeError, match="stands alone"):
+        parse_recipe({**said, "experts": [{**expert, "text": ["self", "./law.jsonl"]}]}, where="here")
+
+
+def test_a_text_begins_with_what_the_tokenizer_puts_there() -> None:
+    assert write_text._beginning(character_tokenizer()) == END
