@@ -66,8 +66,8 @@ lint: $(READY)
 
 check: lint test  ## what has to pass before a commit: ruff, mypy --strict, import rules, tests (docs are among them)
 
-docs: $(READY)  ## docs/ and benchmarks/ as a site in site/; a link that leads nowhere fails it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+docs: $(READY)  ## docs/ and benchmarks/ as a site in site/; a link that leads nowhere fails it (--quiet would hide it from --strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)  ## build speed against the copy, fit speed against a forward pass
 	$(BIN)/python benchmarks/build_speed.py
