@@ -27,7 +27,7 @@ def test_every_page_stands_in_the_navigation_once() -> None:
 
 
 def test_the_makefile_builds_it_so_that_a_broken_link_fails() -> None:
-    assert "/mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")  # no --quiet: it hides warnings from it
+    assert "/mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")  # --quiet hides warnings
 
 
 def test_the_site_is_built_and_fetches_nothing_from_elsewhere(tmp_path: Path) -> None:
