@@ -66,10 +66,13 @@ lint: $(READY)
 
 check: lint test  ## what has to pass before a commit: ruff, mypy --strict, import rules, tests (docs are among them)
 
+docs: $(READY)  ## docs/ and benchmarks/ as a site in site/; a link that leads nowhere fails it (--quiet would hide it from --strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY)  ## build speed against the copy, fit speed against a forward pass
 	$(BIN)/python benchmarks/build_speed.py
 	$(BIN)/python benchmarks/build_speed.py --scale 2
 	$(BIN)/python benchmarks/fit_speed.py
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist site

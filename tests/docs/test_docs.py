@@ -50,7 +50,7 @@ def test_the_tutorial_and_the_python_page_run(tmp_path: Path, monkeypatch: pytes
             run_line(line)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/adapters.md", "docs/labels.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/labels.md"])
 def test_every_recipe_shown_is_a_recipe(page: str) -> None:
     recipes = [text for kind, text in blocks(page) if kind == "yaml" and "# file: training.yaml" not in text]
     assert recipes

@@ -1,0 +1,191 @@
+"""Make the pictures of README and docs, in docs/images.
+
+    python scripts/pictures.py                 mixture.svg, and gaps.svg from the table in benchmarks/demo.md
+    python scripts/pictures.py --report OUT    report.png: the top of OUT's report page, in Chromium (needs playwright, pillow)
+
+`modekit demo --quick`, then `modekit inspect OUT` and `modekit report OUT` for its lexical mixture, make such an OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+TABLE = ROOT / "benchmarks" / "demo.md"
+INK, SOFT, LINE, BLUE, GREY = "#1b2128", "#55606b", "#c4ccd4", "#0a6aa8", "#b5bdc4"
+COLOURS = {"base": "#7d8892", "medicine": "#0072b2", "law": "#c95700", "code": "#007a5a"}
+_ROW = re.compile(r"^\| \**([^|*]+?)\** \| [^|]+ \| \**([-\d.]+)(?: ± [\d.]+)?\** \|", re.MULTILINE)
+_LEFT, _WIDTH, _STEP = 250, 440, 30  # of the bars: where they begin, how long 1 is, height of a row
+
+
+@dataclass
+class Drawing:
+    """Parts of an SVG, on a white card that is read on a dark page, too."""
+
+    width: int
+    height: int
+    label: str
+    parts: list[str] = field(default_factory=list)
+
+    def box(self, x: float, y: float, width: float, height: float, fill: str, edge: str = "none", opacity: float = 1) -> None:
+        """A rounded rectangle."""
+        self.parts.append(
+            f'<rect x="{x}" y="{y}" width="{width:g}" height="{height:g}" rx="6" '
+            f'fill="{fill}" stroke="{edge}" opacity="{opacity}"/>'
+        )
+
+    def text(self, x: float, y: float, text: str, fill: str = INK, anchor: str = "middle", look: str = "") -> None:
+        """A line of text; `look` has further attributes."""
+        self.parts.append(f'<text x="{x:g}" y="{y:g}" fill="{fill}" text-anchor="{anchor}" {look}>{text}</text>')
+
+    def line(self, path: str, stroke: str = SOFT, width: float = 1.5, look: str = 'marker-end="url(#end)"') -> None:
+        """A path, with an arrow's head unless `look` says otherwise."""
+        self.parts.append(f'<path d="{path}" fill="none" stroke="{stroke}" stroke-width="{width}" {look}/>')
+
+    def svg(self) -> str:
+        """The whole file."""
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
+            f'height="{self.height}" font-family="system-ui, sans-serif" font-size="14" role="img" aria-label="{self.label}">'
+        )
+        marker = (
+            '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
+            f'<path d="M0 0L8 4L0 8z" fill="{SOFT}"/></marker></defs>'
+        )
+        card = f'<rect width="{self.width}" height="{self.height}" rx="10" fill="#fff"/>'
+        return "\n".join([head, marker, card, *self.parts, "</svg>", ""])
+
+
+def mixture() -> str:
+    """What a mixture is: four models on the left, one layer of the mixture on the right, and one token's way through it."""
+    drawing = Drawing(820, 400, "Four models become one mixture; a router sends each token to the experts that fit.")
+    drawing.text(105, 32, "Your models", look='font-weight="600"')
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        y = 56 + 76 * place
+        drawing.box(30, y, 150, 60, "#f5f7f9", LINE)
+        drawing.box(42, y + 30, 126, 20, colour)
+        drawing.text(105, y + 21, name if name == "base" else f"{name} model")
+        drawing.text(105, y + 44, "FFN", "#fff", look='font-size="11"')
+    drawing.text(105, 370, "a base, and models", SOFT, look='font-size="12"')
+    drawing.text(105, 387, "fine-tuned from it", SOFT, look='font-size="12"')
+    drawing.line("M196 205H268", width=2.5)
+    drawing.text(231, 192, "modekit", look='font-weight="600"')
+    _layer(drawing)
+    return drawing.svg()
+
+
+def _layer(drawing: Drawing) -> None:
+    """One layer of the mixture: the token comes in at the bottom and leaves at the top."""
+    drawing.text(550, 32, "One mixture (this is one of its layers)", look='font-weight="600"')
+    drawing.box(284, 46, 516, 292, "#f5f7f9", LINE)
+    shares = {"base": "0.1", "medicine": "", "law": "0.9", "code": ""}
+    drawing.text(550, 75, "weighted sum, to the next layer", SOFT, look='font-size="12"')
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        x = 306 + 120 * place
+        drawing.box(x, 118, 112, 52, colour, opacity=1 if shares[name] else 0.3)
+        drawing.text(x + 56, 149, f"{name} FFN", "#fff" if shares[name] else INK, look='font-weight="600" font-size="13"')
+        if shares[name]:
+            thick = 1 + 3 * float(shares[name])
+            drawing.line(f"M550 232C550 200 {x + 56} 216 {x + 56} 173", colour, thick, "")
+            drawing.line(f"M{x + 56} 116C{x + 56} 98 550 110 550 84", colour, thick, "")
+            drawing.text(x + (78 if x > 500 else 34), 191, shares[name], colour, look='font-weight="600"')
+    drawing.text(316, 109, "experts", SOFT, "start", 'font-size="12"')
+    drawing.box(480, 232, 140, 34, "#fff", INK)
+    drawing.text(550, 254, "router", look='font-weight="600"')
+    drawing.text(634, 254, "picks the best experts", SOFT, "start", 'font-size="12"')
+    drawing.box(480, 286, 140, 34, "#fff", LINE)
+    drawing.text(550, 308, "attention")
+    drawing.text(634, 308, "from the base", SOFT, "start", 'font-size="12"')
+    drawing.line("M550 286V269")
+    drawing.line("M550 352V323")
+    words = (
+        '<tspan>The </tspan><tspan fill="#c95700" font-weight="700">court</tspan><tspan> held that the licence is void</tspan>'
+    )
+    drawing.text(556, 370, words)
+    drawing.text(550, 389, "one token of the text", SOFT, look='font-size="12"')
+
+
+@dataclass(frozen=True)
+class Row:
+    """Gap closed of a model, as number and as the table shows it."""
+
+    name: str
+    gap: float
+    shown: str
+
+
+def rows() -> list[Row]:
+    """The first table of benchmarks/demo.md, without base and single experts."""
+    table = TABLE.read_text(encoding="utf-8").split("\n## ")[1]
+    found = [Row(name, float(gap), gap) for name, gap in _ROW.findall(table)]
+    return [row for row in found if row.name != "base" and not row.name.startswith("expert ")]
+
+
+def gaps() -> str:
+    """Gap closed by router, as bars."""
+    shown = rows()
+    bottom = 62 + _STEP * len(shown)
+    drawing = Drawing(_LEFT + _WIDTH + 130, bottom + 50, "Gap closed by each router of the demo, from 0 (base) to 1.")
+    drawing.text(20, 30, "How much of the experts' gain each router keeps", anchor="start", look='font-weight="600"')
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x = _LEFT + _WIDTH * tick
+        drawing.line(f"M{x:g} 48V{bottom}", INK if tick == 1 else LINE, 1, 'stroke-dasharray="4 3"' if tick == 1 else "")
+        drawing.text(x, bottom + 18, {0: "0: base", 1: "1: own expert"}.get(tick, f"{tick:g}"), SOFT, look='font-size="12"')
+    for place, row in enumerate(shown):
+        y = 54 + _STEP * place
+        fitted = row.name.startswith(("ridge", "logistic", "n-gram", "lexical"))
+        name, length = row.name.replace(" (own expert forced)", ": right expert known"), _WIDTH * row.gap
+        drawing.text(_LEFT - 12, y + 16, name, anchor="end", look='font-size="13"')
+        drawing.box(_LEFT, y, length, 22, BLUE if fitted else GREY)
+        inside = row.gap > 0.2  # so that no figure stands on the line at 1
+        x = _LEFT + length + (-8 if inside else 8)
+        drawing.text(x, y + 16, row.shown, "#fff" if fitted else INK, "end" if inside else "start", 'font-weight="600"')
+    note = "Demo, four domains, mean of three seeds; blue: routers that modekit fits. From benchmarks/demo.md."
+    drawing.text(20, bottom + 40, note, SOFT, "start", 'font-size="12"')
+    return drawing.svg()
+
+
+PICTURES = {"mixture.svg": mixture, "gaps.svg": gaps}
+"""File name -> what draws it; a test compares both with what is committed."""
+
+
+def photograph(checkpoint: Path) -> None:
+    """A mixture's report page from its top to the gaps closed, in 128 colours, as docs/images/report.png."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    page = (checkpoint / "results" / "report.html").resolve()
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": 760, "height": 800}, color_scheme="light")
+        tab.goto(page.as_uri())
+        end = tab.locator(".gaps").bounding_box()
+        height = 1200 if end is None else end["y"] + end["height"] + 16
+        seen = tab.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": 760, "height": height})
+        browser.close()
+    Image.open(io.BytesIO(seen)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+        IMAGES / "report.png", optimize=True
+    )
+
+
+def main() -> None:
+    """Write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, metavar="OUT", help="take the picture of this mixture's report instead")
+    options = parser.parse_args()
+    IMAGES.mkdir(exist_ok=True)
+    if options.report is not None:
+        photograph(options.report)
+        return
+    for name, draw in PICTURES.items():
+        (IMAGES / name).write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
