@@ -69,6 +69,7 @@ ALLOWED = {
     ("search/tune/study.py", "truncate"): "of what `go_on_writing` opened",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
     ("members/licences.py", "hf_hub_download"): "the hub's cache, which is the user's own",
+    ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("cli/shell.py", "mkstemp"): "a log of an unforeseen error: a name nobody could foresee",
     ("cli/shell.py", "fdopen"): "that log",
     ("text/template_process.py", "write"): "into a pipe",

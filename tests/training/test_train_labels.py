@@ -16,7 +16,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_t
 from labelled import TAGGED, make_labelled, with_tags
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.training import SettingOptions
+from modekit.cli.training import LabelSettings
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
@@ -103,7 +103,7 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
 ) -> None:
     """The share from the command line, the mix from a file; so many tokens are read, short sets again and again."""
     (tmp_path / "train.yaml").write_text(json.dumps({**changes, "batch_tokens": 1000}))
-    said = given_settings(SettingOptions(generic=["x"], generic_share=0.3).said(), tmp_path / "train.yaml")
+    said = given_settings(LabelSettings(generic=["x"], generic_share=0.3).said(), tmp_path / "train.yaml")
     made = [
         DomainSequences(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
         for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))
@@ -116,9 +116,9 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
 
 
 def test_options_are_settings() -> None:
-    said = SettingOptions(tags=True, randomise=0.2, randomise_to="others", generic=["a"], generic_share=0.4).said()
+    said = LabelSettings(tags=True, randomise=0.2, randomise_to="others", generic=["a"], generic_share=0.4).said()
     assert said == {"tags": True, "randomise": 0.2, "randomise_to": "others", "generic": ["a"], "generic_share": 0.4}
-    assert SettingOptions().said() == {}
+    assert LabelSettings().said() == {}
 
 
 @pytest.mark.parametrize(

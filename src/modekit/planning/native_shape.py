@@ -53,6 +53,7 @@ class NativeShape:
 
     plain = True
     code_files: ClassVar[tuple[Path, ...]] = ()
+    wrapper: ClassVar[Config | None] = None
 
     @classmethod
     def opened(
