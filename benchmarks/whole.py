@@ -111,7 +111,7 @@ def trained(folder: Path, kind: str, seed: int) -> None:
     asked = {"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH}
     start = time.process_time()
     done = train_mixture(
-        checkpoint, train_settings({**asked, "steps": STEPS, "batch_tokens": 8_192}, where=name), evaluate_tokens=None
+        checkpoint, train_settings({**asked, "steps": STEPS, "batch_tokens": 8_192, "select_tokens": 2_048}, where=name), evaluate_tokens=None
     )
     took = time.process_time() - start
     said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS[kind], sequence_length=SEQUENCE_LENGTH)
