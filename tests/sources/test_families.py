@@ -45,6 +45,11 @@ GRANITE_4: dict[str, Any] = {
     **{"mamba_n_heads": 4, "mamba_d_state": 8},
 }
 
+GRANITE_SWA: dict[str, Any] = {
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    "sliding_window": 4,
+}
+
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "mixtral", {}),
     ("llama", "mixtral", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
@@ -90,6 +95,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     ("phi3", "granitemoe", {"rms_norm_eps": 1e-3}),
     ("seed_oss", "glm4_moe", {"head_dim": 16, "attention_out_bias": False}),
+    ("ministral", "mixtral", {"head_dim": 16, "sliding_window": 4}),
+    ("ministral", "mixtral", {"head_dim": 8, "sliding_window": 4, "layer_types": ["full_attention"] * 3}),
+    ("exaone", "mixtral", {"head_dim": 16}),
+    ("internlm3", "mixtral", {"head_dim": 16, "rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16}),
+    ("iquestcoder", "mixtral", {"head_dim": 16}),
+    ("helium", "ernie4_5_moe", {"head_dim": 8}),
+    ("cohere", "cohere2_moe", {"logit_scale": 0.3}),
+    ("granite_swa", "granitemoe_swa", {**GRANITE_SWA, "layer_types": WINDOWED, "layer_rope_theta": [10_000.0, 0, 500.0]}),
+    ("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0, 1]}),
+    ("smollm3", "granitemoe_swa", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4}),
 ]
 BY_SIGMOIDS = {row.native_type for row in NATIVES if row.by_sigmoids}
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
@@ -328,7 +343,8 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     old.pop("layer_types", None)
     old |= {"sliding_window_pattern": 2} if dense == "cohere2" else {}
     old |= {"full_attention_interval": 2} if dense == "qwen3_5_text" else {}
-    old |= {"layer_types": full["layer_types"]} if dense == "granitemoehybrid" or "conv" in full.get("layer_types", []) else {}
+    told = {"granitemoehybrid", "lfm2", "ministral", "granite_swa"}  # where layers are of no pattern
+    old |= {"layer_types": full["layer_types"]} if dense in told and "layer_types" in overrides else {}
     rope = {key: value for key, value in full["rope_parameters"].items() if key != "partial_rotary_factor"}
     if rope["rope_type"] == "default":
         old |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
@@ -361,7 +377,7 @@ def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Nativ
         "use_cache",
         "initializer_range",
     }
-    for key in dense.keys() & native.keys() - meaningless - row.dropped - {"layer_types", "rope_parameters"}:
+    for key in dense.keys() & native.keys() - meaningless - row.dropped - row.computed.keys() - {"layer_types", "rope_parameters"}:
         if dense[key] != native[key] and key not in row.fixed and not (key == "head_dim" and not row.writes_head_dim):
             assert key in written and written[key] == dense[key], key
 
