@@ -190,7 +190,7 @@ IN_SHARED: tuple[Native, ...] = (
     ),
     Native(
         family=FAMILY["helium"],
-        **_ERNIE,
+        **{**_ERNIE, "widening": Widening(interleaved=True, whole_heads=True)},
         dropped=frozenset({"attention_bias", "mlp_bias"}),
         rules=(SILU, _NO_BIASES, NO_MLP_BIAS),
     ),
