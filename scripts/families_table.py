@@ -83,7 +83,7 @@ def _line(model_type: str, rows: set[str]) -> str:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
     native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)
     whole = "yes" if model_type not in NO_WHOLE else f"no: {NO_WHOLE[model_type]}"
-    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in rows else ""
+    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in rows else "native" if native else ""
     return f"| {model_type} | {adapters} | {whole} | {ffn} | {'; '.join(native)} |"
 
 

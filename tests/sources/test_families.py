@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,26 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
     assert torch.equal(*texts)
 
 
+TWINS = {"ministral": "mistral", "exaone": "llama", "internlm3": "llama", "iquestcoder": "llama", "helium": "ernie4_5"}
+
+
+@pytest.mark.parametrize("dense", TWINS)
+def test_engines_read_the_same_files_as_for_a_family_that_they_were_run_with(tmp_path: Path, dense: str) -> None:
+    """Helium's mixtures are those that Ernie's models with these numbers would give, byte for byte."""
+    own = tiny_model(dense, head_dim=8)
+    said = {key: value for key, value in own.config.to_dict().items() if key not in {"model_type", "architectures"}}
+    twin = tiny_model(TWINS[dense], **{key: said[key] for key in AutoConfig.for_model(TWINS[dense]).to_dict() if key in said})
+    twin.load_state_dict(own.state_dict())
+    configs, weights = [], []
+    for model, name in ((own, "own"), (twin, "twin")):
+        save(model, tmp_path / name / "base")
+        out = built(tmp_path / name, "OUT", ["base", "base"], {"top_k": 1, "router": {"fit": "random"}})
+        configs.append(json.loads((out / "config.json").read_text()))
+        weights.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
+    assert weights[0] == weights[1] != []
+    assert configs[0] == configs[1]
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *LOOKED_UP], ids=lambda family: family.model_type + family.variant)
 def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
     """A config.json that is silent means the dense class's default; the table must know the same one."""
@@ -377,7 +398,10 @@ def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Nativ
         "use_cache",
         "initializer_range",
     }
-    for key in dense.keys() & native.keys() - meaningless - row.dropped - row.computed.keys() - {"layer_types", "rope_parameters"}:
+    for key in dense.keys() & native.keys() - meaningless - row.dropped - row.computed.keys() - {
+        "layer_types",
+        "rope_parameters",
+    }:
         if dense[key] != native[key] and key not in row.fixed and not (key == "head_dim" and not row.writes_head_dim):
             assert key in written and written[key] == dense[key], key
 

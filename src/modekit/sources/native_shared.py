@@ -190,8 +190,11 @@ IN_SHARED: tuple[Native, ...] = (
     ),
     Native(
         family=FAMILY["helium"],
-        **{**_ERNIE, "widening": Widening(interleaved=True, whole_heads=True)},
-        dropped=frozenset({"attention_bias", "mlp_bias"}),
+        **{
+            **{**_ERNIE, "widening": Widening(interleaved=True, whole_heads=True)},
+            "fixed": {**_ERNIE["fixed"], "use_bias": False},
+        },
+        dropped=frozenset({"attention_bias", "mlp_bias", "attention_dropout"}),
         rules=(SILU, _NO_BIASES, NO_MLP_BIAS),
     ),
     Native(
