@@ -18,7 +18,7 @@ from modekit.sources.wrappers import WRAPPERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _WRAPS = "wraps a decoder"
-_COMPUTED = "transformers computes its tensors from those of files"
+_COMPUTED = "its files need arithmetic; saved with `save_original_format=False`, yes"
 _UNTRIED = "no small model of it could be made, so that nothing was tried"
 REFUSED: dict[str, str] = {
     **INEXACT,

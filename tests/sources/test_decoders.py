@@ -251,7 +251,7 @@ def test_a_class_whose_expert_would_be_another_model_is_refused(model_type: str)
         family_of(config, where="base_model")
 
 
-@pytest.mark.parametrize("model_type", ["inkling2_text"])
+@pytest.mark.parametrize("model_type", ["inkling2_text", "inkling2_loop_text"])
 def test_files_that_transformers_computes_with_are_mixed_once_saved_under_names_of_the_class(
     model_type: str, tmp_path: Path
 ) -> None:
