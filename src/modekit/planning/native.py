@@ -127,7 +127,7 @@ class NativeLayout:
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
-        if self._base.config.get("sliding_window") and self._native.native_type == "mixtral":
+        if self._native.native_type == "mixtral" and self.shape("").config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._family.model_type == "qwen2":
             yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
