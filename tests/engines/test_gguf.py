@@ -63,7 +63,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("exaone", "mixtral", {"head_dim": 16}),
     ("internlm3", "mixtral", {"head_dim": 16}),
     ("iquestcoder", "mixtral", {"head_dim": 16}),
-    ("helium", "ernie4_5_moe", {"head_dim": 8}),
+    ("helium", "ernie4_5_moe", {"hidden_size": 128, "head_dim": 32}),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),

@@ -107,6 +107,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0, 1]}),
     ("smollm3", "granitemoe_swa", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4}),
 ]
+TWINS = {"ministral": "mistral", "exaone": "llama", "internlm3": "llama", "iquestcoder": "llama", "helium": "ernie4_5"}
+"""Family -> another one whose mixtures are the same files."""
 BY_SIGMOIDS = {row.native_type for row in NATIVES if row.by_sigmoids}
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
 
@@ -297,9 +299,6 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         texts.append(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
     assert torch.equal(*texts)
-
-
-TWINS = {"ministral": "mistral", "exaone": "llama", "internlm3": "llama", "iquestcoder": "llama", "helium": "ernie4_5"}
 
 
 @pytest.mark.parametrize("dense", TWINS)
