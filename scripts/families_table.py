@@ -18,16 +18,17 @@ from modekit.sources.wrappers import WRAPPERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _WRAPS = "wraps a decoder"
-_COMPUTED = "transformers computes its tensors from those of files"
+_COMPUTED = "its files need arithmetic; saved with `save_original_format=False`, yes"
 _UNTRIED = "no small model of it could be made, so that nothing was tried"
 REFUSED: dict[str, str] = {
     **INEXACT,
     **dict.fromkeys(("emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "mllama"), _WRAPS),
     **dict.fromkeys(("moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _WRAPS),
     **dict.fromkeys(("dots3_note", "git"), _WRAPS),
-    **dict.fromkeys(("hrm_text", "inkling2_loop_text", "inkling2_text", "lara_mini", "sarvam_moe"), _COMPUTED),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), _COMPUTED),
     **dict.fromkeys(("blt", "xlstm", "zamba"), _UNTRIED),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts for another model, whose keys it reads"),
+    "hrm_text": "it holds tensors that belong to no part of it",
     "jetmoe": "a part of its layers runs before the one whose router decides for it",
     "deepseek_v4": "its files hold a table of integers",
     "minimax": "it keeps text in a cache of its own kind",
@@ -83,7 +84,7 @@ def _line(model_type: str, rows: set[str]) -> str:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
     native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)
     whole = "yes" if model_type not in NO_WHOLE else f"no: {NO_WHOLE[model_type]}"
-    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in rows else ""
+    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in rows else "native" if native else ""
     return f"| {model_type} | {adapters} | {whole} | {ffn} | {'; '.join(native)} |"
 
 

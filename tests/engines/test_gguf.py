@@ -31,7 +31,7 @@ from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_tokenizer
 from modekit.sources.native import NATIVES
 from refusal import refuse
-from sources.test_families import BY_SIGMOIDS, GRANITE_4, LLAMA3_ROPE, WINDOWED, YARN_ROPE
+from sources.test_families import BY_SIGMOIDS, GRANITE_4, GRANITE_SWA, LLAMA3_ROPE, WINDOWED, YARN_ROPE
 
 EXACT = GgufSettings("f32")
 RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
@@ -59,11 +59,19 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["attention"] * 3}),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     ("phi3", "granitemoe", {}),
+    ("ministral", "mixtral", {"sliding_window": None, "head_dim": 16}),
+    ("exaone", "mixtral", {"head_dim": 16}),
+    ("internlm3", "mixtral", {"head_dim": 16}),
+    ("iquestcoder", "mixtral", {"head_dim": 16}),
+    ("helium", "ernie4_5_moe", {"hidden_size": 128, "head_dim": 32}),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),
     ("hunyuan_v1_dense", {"head_dim": 8}),
     ("seed_oss", {"head_dim": 8}),
+    ("cohere", {}),
+    ("granite_swa", GRANITE_SWA),
+    ("smollm3", {}),
     ("qwen3", {"head_dim": 8, "attention_bias": True}),
     (
         "qwen3_5_text",

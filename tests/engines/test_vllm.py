@@ -48,6 +48,11 @@ FLEXIBLE = {
     "gemma3_text",
     "glm4",
     "seed_oss",
+    "ministral",
+    "exaone",
+    "internlm3",
+    "iquestcoder",
+    "helium",
 }
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
 NOT_RUN |= {row.family.model_type for row in NATIVES if "vLLM" not in row.serves}

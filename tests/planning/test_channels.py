@@ -25,9 +25,10 @@ from modekit.recipes.read import parse_recipe
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import NATIVES
 from modekit.sources.rotary import turns_per_token
-from sources.test_families import CASES
+from sources.test_families import CASES, TWINS
 
-WIDE = [case for case in CASES if not isinstance(next(n for n in NATIVES if n.native_type == case[1]).widening, str)]
+ROWS = {(row.family.model_type, row.native_type): row for row in NATIVES}
+WIDE = [case for case in CASES if not isinstance(ROWS[case[:2]].widening, str) and TWINS.get(case[0]) != "llama"]
 WIDE += [
     ("llama", "mixtral", {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 1}),
     ("llama", "mixtral", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}),  # 112 is no multiple of 9

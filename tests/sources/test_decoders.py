@@ -249,3 +249,19 @@ def test_a_class_whose_expert_would_be_another_model_is_refused(model_type: str)
     config = tiny_config(model_type).to_dict()
     with pytest.raises(UnsupportedError, match="cannot be mixed"):
         family_of(config, where="base_model")
+
+
+@pytest.mark.parametrize("model_type", ["inkling2_text", "inkling2_loop_text"])
+def test_files_that_transformers_computes_with_are_mixed_once_saved_under_names_of_the_class(
+    model_type: str, tmp_path: Path
+) -> None:
+    """What the message says to do is enough."""
+    save_models(model_type, tmp_path)
+    experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
+    with pytest.raises(UnsupportedError, match=r"computes[^§]*save_original_format=False"):
+        mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    expected = logits(opened(tmp_path / "other"))
+    for name in ("base", "other"):
+        opened(tmp_path / name).save_pretrained(tmp_path / name, save_original_format=False)
+    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
+    torch.testing.assert_close(forced(model, 1), expected, atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ GRANITE_4: dict[str, Any] = {
     **{"num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope", "attention_multiplier": 0.3},
     **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "mamba_chunk_size": 8},
     **{"mamba_n_heads": 4, "mamba_d_state": 8},
+}
+
+GRANITE_SWA: dict[str, Any] = {
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    "sliding_window": 4,
 }
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -90,7 +96,19 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     ("phi3", "granitemoe", {"rms_norm_eps": 1e-3}),
     ("seed_oss", "glm4_moe", {"head_dim": 16, "attention_out_bias": False}),
+    ("ministral", "mixtral", {"head_dim": 16, "sliding_window": 4}),
+    ("ministral", "mixtral", {"head_dim": 8, "sliding_window": 4, "layer_types": ["full_attention"] * 3}),
+    ("exaone", "mixtral", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    ("internlm3", "mixtral", {"head_dim": 16, "rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16}),
+    ("iquestcoder", "mixtral", {"head_dim": 16}),
+    ("helium", "ernie4_5_moe", {"head_dim": 8}),
+    ("cohere", "cohere2_moe", {"logit_scale": 0.3}),
+    ("granite_swa", "granitemoe_swa", {**GRANITE_SWA, "layer_types": WINDOWED, "layer_rope_theta": [10_000.0, 0, 500.0]}),
+    ("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0, 1]}),
+    ("smollm3", "granitemoe_swa", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4}),
 ]
+TWINS = {"ministral": "mistral", "exaone": "llama", "internlm3": "llama", "iquestcoder": "llama", "helium": "ernie4_5"}
+"""Family -> another one whose mixtures are the same files."""
 BY_SIGMOIDS = {row.native_type for row in NATIVES if row.by_sigmoids}
 IDS = [f"{dense}-{native}-{place}" for place, (dense, native, _) in enumerate(CASES)]
 
@@ -283,6 +301,23 @@ def test_greedy_text_with_cache_is_the_same(family_case: tuple[Path, str], ids: 
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("dense", TWINS)
+def test_engines_read_the_same_files_as_for_a_family_that_they_were_run_with(tmp_path: Path, dense: str) -> None:
+    """Helium's mixtures are those that Ernie's models with these numbers would give, byte for byte."""
+    own = tiny_model(dense, head_dim=8)
+    said = {key: value for key, value in own.config.to_dict().items() if key not in {"model_type", "architectures"}}
+    twin = tiny_model(TWINS[dense], **{key: said[key] for key in AutoConfig.for_model(TWINS[dense]).to_dict() if key in said})
+    twin.load_state_dict(own.state_dict())
+    configs, weights = [], []
+    for model, name in ((own, "own"), (twin, "twin")):
+        save(model, tmp_path / name / "base")
+        out = built(tmp_path / name, "OUT", ["base", "base"], {"top_k": 1, "router": {"fit": "random"}})
+        configs.append(json.loads((out / "config.json").read_text()))
+        weights.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
+    assert weights[0] == weights[1] != []
+    assert configs[0] == configs[1]
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *LOOKED_UP], ids=lambda family: family.model_type + family.variant)
 def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
     """A config.json that is silent means the dense class's default; the table must know the same one."""
@@ -308,6 +343,9 @@ def test_written_out_defaults_are_those_of_transformers(family: Family) -> None:
         ({**SMALL, "model_type": "llama", "mlp_bias": True}, "mlp_bias"),
         ({**SMALL, "model_type": "llama", "attention_bias": True, "head_dim": 16}, "head_dim"),
         ({**SMALL, "model_type": "llama", "hidden_act": "gelu"}, "SiLU"),
+        ({**SMALL, "model_type": "ministral", "head_dim": 8, "layer_types": WINDOWED}, "attention window"),
+        ({**SMALL, "model_type": "internlm3", "qkv_bias": True, "bias": True}, "attention has biases"),
+        ({**SMALL, "model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
     ],
 )
 def test_what_cannot_be_said_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
@@ -328,7 +366,8 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     old.pop("layer_types", None)
     old |= {"sliding_window_pattern": 2} if dense == "cohere2" else {}
     old |= {"full_attention_interval": 2} if dense == "qwen3_5_text" else {}
-    old |= {"layer_types": full["layer_types"]} if dense == "granitemoehybrid" or "conv" in full.get("layer_types", []) else {}
+    told = {"granitemoehybrid", "lfm2", "ministral", "granite_swa"}  # where layers are of no pattern
+    old |= {"layer_types": full["layer_types"]} if dense in told and "layer_types" in overrides else {}
     rope = {key: value for key, value in full["rope_parameters"].items() if key != "partial_rotary_factor"}
     if rope["rope_type"] == "default":
         old |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
@@ -336,6 +375,8 @@ def test_an_old_and_silent_config_means_the_same(dense: str, native: str, overri
     if dense == "qwen3" and native == "mellum":
         old |= {"max_window_layers": 1, "layer_types": None}
         full = AutoConfig.for_model(dense, **{**SMALL, **overrides, "layer_types": None, "max_window_layers": 1}).to_dict()
+    named = next(family.same_as for family in (*FAMILIES, *LOOKED_UP) if family.model_type == dense)
+    old |= {older: old.pop(key) for key, older in named.items() if key in old}
     row, other = (choose_native(family_of(config, where="base_model"), config)[0] for config in (full, old))
     assert row is other and row is not None and row.native_type == native
     sizes: dict[str, Any] = {"experts": 2, "top_k": 1, "expert_hidden": 48, "dtype": "float32"}
@@ -361,7 +402,10 @@ def test_every_default_in_which_the_two_classes_differ_is_written_out(row: Nativ
         "use_cache",
         "initializer_range",
     }
-    for key in dense.keys() & native.keys() - meaningless - row.dropped - {"layer_types", "rope_parameters"}:
+    for key in dense.keys() & native.keys() - meaningless - row.dropped - row.computed.keys() - {
+        "layer_types",
+        "rope_parameters",
+    }:
         if dense[key] != native[key] and key not in row.fixed and not (key == "head_dim" and not row.writes_head_dim):
             assert key in written and written[key] == dense[key], key
 

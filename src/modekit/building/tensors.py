@@ -112,8 +112,8 @@ class PieceReader:
 def computed_blocks(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[memoryview]:
     """The tensor's bytes in order. Raises SourceError for NaN or Inf in a source, or what does not fit the dtype."""
     if tensor.operation == "zeros":
-        for part in blocks(tensor.nbytes):
-            yield memoryview(bytes(part.stop - part.start))
+        for part in blocks(tensor.numel):
+            yield to_bytes(np.full(part.stop - part.start, tensor.filled, np.float32), tensor.dtype)
         return
     if tensor.inner is not None and tensor.pad is not None:
         given = stored_blocks(plan, tensor.inner, read)

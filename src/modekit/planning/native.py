@@ -134,7 +134,7 @@ class NativeLayout:
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
-        if self._base.config.get("sliding_window") and self._native.native_type == "mixtral":
+        if self._native.native_type == "mixtral" and self.shape("").config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
         if self._family.model_type == "qwen2":
             yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
@@ -154,10 +154,12 @@ class NativeLayout:
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
         hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._gate.shape[0] + units
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
+        letters["H"] = whole(self._base.config, "num_attention_heads")
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape = tuple(letters[letter] if letter in letters else int(letter) for letter in constant.shape)
-                yield PlannedTensor(in_layer(layer, constant.name), self.router_dtype, shape, "constant", "zeros")
+                zeros = _zeros(in_layer(layer, constant.name), self.router_dtype, shape, "constant")
+                yield replace(zeros, filled=constant.value)
 
     def _in_front(self) -> Iterable[PlannedTensor]:
         """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing

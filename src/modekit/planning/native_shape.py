@@ -25,6 +25,7 @@ from modekit.planning.shape import (
     disagreement,
 )
 from modekit.recipes.recipe import Recipe
+from modekit.sources.families import FAMILIES
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.names import in_layer
 from modekit.sources.native import native_of
@@ -123,7 +124,11 @@ class NativeShape:
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve it; None where it does."""
-        return None if "vLLM" in self.native.serves else f"nobody has run a mixture in {self.native_type} there yet"
+        if "vLLM" in self.native.serves:
+            return None
+        runs = self.native.family in FAMILIES and not self.native.family.without_vllm
+        instead = "; built with output: {format: modekit}, it runs there" if runs else ""
+        return f"nobody has run a mixture in {self.native_type} there yet{instead}"
 
     @property
     def through_transformers(self) -> bool:

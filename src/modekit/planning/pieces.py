@@ -194,7 +194,7 @@ class PlannedTensor:
     copy: the pieces' bytes, one after the other (concatenated along the first axis). cast: the same in another dtype.
     fold: the same, where adapters are folded in. factor: the same, of low-rank parts. bits: codes or steps of the piece.
     columns: the pieces concatenated along the second axis. scale: the piece times `factor`. merge: the backbone merge of the
-    pieces, base first. zeros: no piece. pad: another tensor, `inner`, widened.
+    pieces, base first. zeros: no piece, or all `filled`. pad: another tensor, `inner`, widened.
     """
 
     name: str
@@ -204,6 +204,7 @@ class PlannedTensor:
     operation: Operation
     pieces: tuple[Piece, ...] = ()
     factor: float = 1.0
+    filled: float = 0.0
     inner: PlannedTensor | None = None
     pad: Pad | None = None
     expert: int | None = None

@@ -1,4 +1,4 @@
-"""Tensors of files by the names of their class, where a family has no row: transformers renames and joins what it loads.
+"""Tensors of files by the names of their class, where a family has no row: transformers renames, joins and cuts what it loads.
 
 Only what lies in files as it is, or piece by piece, is read so; imports torch for such a model alone.
 """
@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from modekit.sources.derived import Structure, is_installed, structure
 from modekit.sources.families import row_of
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.rows import concatenated, stacked
+from modekit.sources.rows import concatenated, rows_of, stacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_Steps = Sequence[tuple[str, int | None]]
+_SAVE_AS_CLASS = (
+    "save it under the names of its class: m = AutoModelForCausalLM.from_pretrained(MODEL, dtype='auto'); "
+    "m.save_pretrained(NEW, save_original_format=False), and the tokenizer beside it"
+)
 
 
 def named_by_class(source: ModelSource) -> ModelSource:
@@ -25,11 +37,14 @@ def named_by_class(source: ModelSource) -> ModelSource:
     return replace(source, tensors=_named(structure(config, where=f"{source.label} ({source.spec})"), source.tensors))
 
 
-def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     known, prefix = found.model.state_dict(), found.model.base_model_prefix
+    tied = getattr(found.model, "all_tied_weights_keys", None) or {}
+    if all(name in tensors and tensors[name].shape == tuple(own.shape) for name, own in known.items() if name not in tied):
+        return tensors  # saved under the names of the class; some renamings would rename these again
     mapping = get_model_conversion_mapping(found.model)
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
@@ -44,15 +59,37 @@ def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> dict[str, Tens
     for target, by_pattern in many.items():
         converter = next(each for each in converters if next(iter(by_pattern)) in each.source_patterns)
         parts = [by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern]
-        joined = _joined(target, parts, [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations])
-        if joined is None or target not in known or joined.shape != tuple(known[target].shape):
-            steps = ", ".join(type(each).__name__ for each in converter.operations)
-            raise found.refused(f"transformers computes {target} from what its files hold ({steps})")
-        named[target] = joined
+        steps = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+        made = _made(
+            [target.replace(converter.target_patterns[0], each) for each in converter.target_patterns], parts, steps, known
+        )
+        if not made or any(ref.shape != tuple(known[name].shape) for name, ref in made.items()):
+            how = ", ".join(step for step, _ in steps)
+            raise found.refused(f"transformers computes {target} from what its files hold ({how})", remedy=_SAVE_AS_CLASS)
+        named.update(made)
     return named
 
 
-def _joined(target: str, parts: Sequence[Sequence[TensorRef]], steps: list[tuple[str, int | None]]) -> TensorRef | None:
+def _made(
+    targets: Sequence[str],
+    parts: Sequence[Sequence[TensorRef]],
+    steps: list[tuple[str, int | None]],
+    known: Mapping[str, Tensor],
+) -> dict[str, TensorRef]:
+    """What files hold of one converter, by the names of the class; empty where their bytes are not those of the class."""
+    if any(name not in known for name in targets):
+        return {}
+    if len(targets) == 1:
+        joined = _joined(targets[0], parts, steps)
+        return {} if joined is None else {targets[0]: joined}
+    whole, sizes = parts[0][0], [known[name].shape[0] for name in targets]
+    if steps not in ([("Split", 0)], [("Chunk", 0)]) or whole.shape[:1] != (sum(sizes),):
+        return {}
+    cuts = zip(targets, sizes, accumulate(sizes), strict=True)
+    return {name: replace(rows_of(whole, end - size, end), name=name) for name, size, end in cuts}
+
+
+def _joined(target: str, parts: Sequence[Sequence[TensorRef]], steps: _Steps) -> TensorRef | None:
     """One tensor of the class, whose bytes are those of many tensors of files one after the other; None where it is not.
 
     `parts`: what each pattern of names found, a tensor per expert where these are stacked.

@@ -208,12 +208,12 @@ class Structure:
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
         return replace(family_from(config.model_type, derived), known=known, tensors=tensors, defaults=settings)
 
-    def refused(self, why: str) -> UnsupportedError:
+    def refused(self, why: str, remedy: str = "choose a base model of another family (docs/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
         return UnsupportedError(
             f"models of the family '{self.model.config.model_type}' cannot be mixed: {why}",
             where=self._where,
-            remedy="choose a base model of another family (docs/families.md)",
+            remedy=remedy,
         )
 
     def _layers(self) -> str:

@@ -320,7 +320,12 @@ DECODERS: tuple[Family, ...] = (
     Family(
         model_type="smollm3",
         rope_theta=2_000_000.0,
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "num_key_value_heads": 4},
+        defaults={
+            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "num_key_value_heads": 4},
+            **{"pad_token_id": 128_004, "bos_token_id": 128_000, "eos_token_id": 128_001, "max_position_embeddings": 32_768},
+            **{"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4},
+            **{"use_sliding_window": False, "sliding_window": None},
+        },
     ),
     Family(
         model_type="exaone4",

@@ -160,7 +160,7 @@ class Family:
         computed: tensors that files may hold and that every model computes for itself.
         unread: tensors that files may hold and that the class never reads, by config.
         optional: tensors that an expert may have and its base may lack, where they are zero.
-        same_as: key of config.json -> the key whose value it has where it says none.
+        same_as: key of config.json -> the key whose value it has where it says none; of decoders, an older name.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
         head: the module of the head.
@@ -302,7 +302,8 @@ class Family:
 
     def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
-        full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
+        said = {key: config[other] for key, other in self.same_as.items() if other in config and not self.pair}
+        full: dict[str, object] = {**self.defaults, **said, **config}  # an explicit null is a setting, too
         if self.derived is not None:
             return self.with_sizes(full)
         if self.pair:

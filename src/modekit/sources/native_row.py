@@ -18,13 +18,14 @@ Rule = tuple[Callable[[Config], bool], str]
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that the native architecture wants and the dense family lacks: zeros, so that it adds nothing.
+    """A tensor that the native architecture wants and the dense family lacks: all `value`, so that it adds nothing.
 
-    `shape` is given in the letters D hidden, F expert hidden, E experts, or digits.
+    `shape` is given in the letters D hidden, F expert hidden, E experts, H attention heads, or digits.
     """
 
     name: str
     shape: tuple[str, ...]
+    value: float = 0.0
 
     @property
     def is_written(self) -> bool:
@@ -160,7 +161,8 @@ class Native:
 
         `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
         """
-        native = self.family.dense_config(config)
+        dense = self.family.dense_config(config)
+        native = dict(dense)
         for key in (*self.dropped, *_NOT_ARCHITECTURE):
             native.pop(key, None)
         if not self.writes_head_dim:
@@ -179,7 +181,7 @@ class Native:
                 self.expert_hidden_key or "intermediate_size": expert_hidden,
             }
         )
-        native.update({key: compute(native) for key, compute in self.computed.items()})
+        native.update({key: compute(dense) for key, compute in self.computed.items()})
         return native
 
 
