@@ -133,6 +133,7 @@ def test_text_alone_is_the_text_mixture(shop: Path, ids: torch.Tensor, tmp_path:
     model.save_pretrained(tmp_path / "AGAIN")
     assert torch.equal(logits_of(whole(tmp_path / "AGAIN"), ids), expected)
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "AGAIN"), ids), expected)
+    assert all("(?!" not in each for each in type(text)._keys_to_ignore_on_load_unexpected or ())  # other mixtures' class, too
     inner = AutoModel.from_pretrained(shop / "OUT").eval()
     assert torch.equal(inner(input_ids=ids).last_hidden_state, model.model(input_ids=ids).last_hidden_state)
     checkpoint = open_checkpoint(shop / "OUT")

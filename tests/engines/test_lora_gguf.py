@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapter_folders import quiet, train_adapter
-from byte_level import save_byte_model
+from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -31,6 +31,8 @@ from modekit.files.marker import foreign_files
 from modekit.planning.shape import LowRankPart
 from modekit.sources.model import TensorRef, read_header
 from refusal import refuse
+from sources.test_wrappers import adapter
+from wrapped_models import wrapped_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -83,6 +85,19 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def written(lora: Checkpoint) -> list[GgufFile]:
     """Its files."""
     return export_adapters_gguf(lora, lora.folder.with_name("GGUF"), EXACT)
+
+
+@pytest.mark.parametrize("output", [{}, {"keep": "wrapper"}])
+def test_the_language_model_of_a_wrapper(tmp_path: Path, output: dict[str, str]) -> None:
+    """Its config names no class of the language model alone; a tower that is kept stays out of the file."""
+    tokenizer = byte_tokenizer()
+    wrapper = wrapped_model("mistral3", vocab_size=len(tokenizer), max_position_embeddings=256)
+    wrapper.save_pretrained(tmp_path / "base")
+    adapter(wrapper, tmp_path / "lora", target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    tokenizer.save_pretrained(tmp_path / "base")
+    experts = [{"name": "lora", "adapter": "./lora"}, {"name": "rest", "model": "base"}]
+    said = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": output}
+    assert_exact(export_adapters_gguf(built(tmp_path, said), tmp_path / "GGUF", EXACT))
 
 
 def assert_exact(written: list[GgufFile]) -> None:

@@ -264,6 +264,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("said", [{}, {"rank": 3, "energy": 0.9}, {"rank": 0}])
+def test_sizes_are_refused_before_a_model_is_opened_or_downloaded(said: dict[str, Any]) -> None:
+    with pytest.raises(ModekitError):
+        ExtractSettings(**said)
+
+
 def run(root: Path, **kwargs: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"rank": 3} if not {"rank", "energy"} & kwargs.keys() else {}
     settings.update({key: kwargs.pop(key) for key in [*kwargs] if key in ExtractSettings.__dataclass_fields__})

@@ -141,6 +141,13 @@ def test_every_row_has_a_case() -> None:
     assert {(row.family.model_type, row.native_type) for row in NATIVES} == {(dense, native) for dense, native, _ in CASES}
 
 
+def test_what_a_row_cannot_have_is_a_thing() -> None:
+    """`fit` says that a native checkpoint cannot have it."""
+    recipe = recipe_of(["base"] * 3, {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
+    found = [each for row in NATIVES if row.by_sigmoids for each in row.beyond(recipe)]
+    assert len(found) == len(BY_SIGMOIDS) and all(each.startswith("several experts per token") for each in found)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: torch.Tensor, top_k: int) -> None:
     root, native = family_case

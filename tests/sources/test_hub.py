@@ -68,6 +68,15 @@ def test_a_plan_downloads_no_adapter(workshop: Workshop, hub: StandIn) -> None:
     assert local.sources[1].revision == COMMIT
 
 
+def test_nothing_comes_because_it_is_called_like_a_licence(workshop: Workshop, hub: StandIn) -> None:
+    for name in ("LICENSE-weights.safetensors", "LICENSE/weights.safetensors"):
+        path = hub.repos["acme/law"] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"large")
+    make_plan(load_recipe(write(workshop, {"model": "acme/law"})), workshop.root)
+    assert not any("LICENSE" in name or name.endswith("/weights.safetensors") for _, name, _ in hub.log)
+
+
 def weights(hub: StandIn, name: str) -> set[str]:
     """Its weight files, as the log names them."""
     return {f"{name}/{path.name}" for path in hub.repos[name].glob("*.safetensors")}

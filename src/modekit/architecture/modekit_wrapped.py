@@ -6,7 +6,9 @@ Files and the config's `places` name the language model as its own class does; i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,7 +22,7 @@ from .configuration_modekit import ModekitConfig, family_config
 _PARTS = "layers|norm|embed_tokens_per_layer|embed_tokens|per_layer_model_projection|per_layer_projection_norm"
 """Of a language model beside its head; longer names first."""
 _TEXT, _WITHIN = rf"^model\.({_PARTS})", r"model.language_model.\1"
-OTHERS = rf"^(?!model\.({_PARTS})\.|lm_head\.)"
+_OTHERS = rf"^(?!model\.({_PARTS})\.|lm_head\.)"
 """Tensors of a checkpoint that are no part of the language model."""
 
 
@@ -54,6 +56,17 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def renaming(config: PreTrainedConfig) -> dict[str, str] | None:
     """Patterns of names in a checkpoint's files -> what they are in memory; None where they are the same."""
     return {_TEXT: _WITHIN} if wraps(config) else None
+
+
+@contextmanager
+def text_alone(model_class: Any) -> Iterator[None]:
+    """While open, the class passes over what lies beside the language model; it is that of mixtures without a wrapper, too."""
+    before = model_class._keys_to_ignore_on_load_unexpected
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or ()), _OTHERS]
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before
 
 
 def check_complete(config: PreTrainedConfig, missing: Collection[str]) -> None:

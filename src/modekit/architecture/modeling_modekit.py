@@ -12,6 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
-from .modekit_wrapped import OTHERS, causal_class, check_complete, path_of, renaming, text_config
+from .modekit_wrapped import causal_class, check_complete, path_of, renaming, text_alone, text_config
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
@@ -360,11 +361,10 @@ class ModekitModel:
         """The family's model from a checkpoint folder or hub id."""
         whole = config if config is not None else ModekitConfig.from_pretrained(path)
         config = cls._config_of(whole)
-        kind = cls._class_for(config.__class__)
-        if config is not whole:
-            kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), OTHERS]
-        more = {**kwargs, "output_loading_info": True, "key_mapping": renaming(config)}
-        model, info = kind.from_pretrained(path, *args, config=config, **more)
+        kind, names = cls._class_for(config.__class__), renaming(config)
+        more = {**kwargs, "output_loading_info": True, **({} if names is None else {"key_mapping": names})}
+        with text_alone(kind) if config is not whole else nullcontext():
+            model, info = kind.from_pretrained(path, *args, config=config, **more)
         check_complete(config, info["missing_keys"])
         return (model, info) if kwargs.get("output_loading_info") else model
 

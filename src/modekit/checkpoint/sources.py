@@ -53,7 +53,7 @@ class SourceState:
     def to_download(self) -> str:
         """How to get what stayed on the hub."""
         get = f"hf download {self.record.spec} --revision {self.record.revision}"
-        return f"{self.record.label}: {', '.join(self.on_hub)} stayed on the hub, as no build needs it; `{get}` brings it"
+        return f"{self.record.label}: {', '.join(self.on_hub)} stayed on the hub: the build did not need it; `{get}` brings all"
 
     @property
     def said(self) -> str:

@@ -19,6 +19,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError
 from modekit.planning.shape import LowRankPart
 from modekit.sources.contents import OpenFiles
+from modekit.sources.kept import is_in_tower
 from modekit.sources.model import TensorRef
 from modekit.sources.names import module_of, split_layer
 from modekit.weights.numeric import as_array, to_float32
@@ -95,10 +96,10 @@ def chosen_adapters(checkpoint: Checkpoint, names: Sequence[str] | None) -> list
 
 
 def backbone_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor of the checkpoint -> its name in a model of the dense family; experts and routers are left out."""
-    places = checkpoint.shape.mixture.places
-    names = {}
-    for name in checkpoint.tensors:
+    """Tensor of the checkpoint -> its name in a model of the dense family; experts, routers and a kept tower are left out."""
+    mixture = checkpoint.shape.mixture
+    places, names = mixture.places, {}
+    for name in (each for each in checkpoint.tensors if not is_in_tower(each, mixture.wrapper)):
         module = next((each for each in _modules_over(name) if each in places), None)
         inside = "" if module is None else name.removeprefix(f"{module}.")
         if module is None:

@@ -138,8 +138,11 @@ def _read_backbone(checkpoint: Checkpoint) -> None:
     """Let the converter see a model of the dense family in the checkpoint's folder: config and tensors without experts."""
     from conversion.base import ModelBase
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.for_model(**checkpoint.record.dense_config).to_dict()
+    if not config.get("architectures"):  # of a base that wraps a language model, whose config names none for that alone
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     names, known = backbone_names(checkpoint), ModelBase.index_tensors
 
     def read(model: Any, *where: Any, **settings: Any) -> dict[str, Any]:

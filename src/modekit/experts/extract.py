@@ -76,6 +76,10 @@ class ExtractSettings:
     tokens: int = 16_384
     base_name: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ModekitError for sizes that contradict each other, before a model is opened or downloaded."""
+        _check_settings(self)
+
     @property
     def ranks(self) -> RankSettings:
         """What extract.json says of them."""
@@ -102,7 +106,6 @@ def extract(
     Raises SourceError, MismatchError (another architecture, or nothing to extract), UnsupportedError (experts in a
     mixture), TextError, OutputError, and ModekitError for settings that contradict each other.
     """
-    _check_settings(settings)
     refuse_existing(out, replaced_by(overwrite), sources=(model, base))
     tuned = open_source("MODEL", str(model), model, run=run)
     origin = open_source("BASE", str(base), base, run=run)

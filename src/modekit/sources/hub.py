@@ -45,6 +45,7 @@ from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.contents import WeightFile
 from modekit.sources.header import LARGEST_HEADER
+from modekit.sources.kept import PROCESSOR_FILES
 from modekit.sources.model import (
     INDEX_FILE,
     SPECIALIST_FILE,
@@ -56,8 +57,8 @@ from modekit.sources.model import (
 )
 from modekit.sources.tokenizer import COPIED_FILES
 
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *_PROCESSORS, "README.md", "LICENSE*")
+_SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *PROCESSOR_FILES, "README.md")
+"""Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""
 _FIRST = 2**17  # bytes: nearly every header is shorter
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 _SIZE = re.compile(r"[0-9]{1,18}")

@@ -28,7 +28,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
 """`model_type` of a wrapper -> what its class has beside the language model."""
 _ALWAYS = 2
 """Parts that every model of the type has; others only with settings of their own."""
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """What AutoProcessor reads beside the tokenizer."""
 _OF_BOTH = ("architectures", "auto_map", "dtype", "model_type", "modekit", "tie_word_embeddings")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -76,7 +76,7 @@ def kept_settings(source: ModelSource) -> Config:
 def processor_files(source: ModelSource, run: Run) -> tuple[Path, ...]:
     """What AutoProcessor reads beside the tokenizer. Raises SourceError for links out of the folder, and for code."""
     where = f"{source.label} ({source.spec})"
-    found = copied_files(source.folder, where=where, names=_PROCESSOR_FILES)
+    found = copied_files(source.folder, where=where, names=PROCESSOR_FILES)
     for file in found:
         try:
             said = read_json(file)
