@@ -21,7 +21,7 @@ from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.search.advise.result import Advice, Figure, Finding, Way, WordTable
+    from modekit.search.advise.result import Advice, Figure, Finding, WayToRun, WordTable
 
 
 @app.command()
@@ -181,7 +181,7 @@ def _print_recommendations(advice: Advice) -> None:
         out.print(Text(limit, style="dim"), soft_wrap=True)
 
 
-def _print_ways(ways: Sequence[Way]) -> None:
+def _print_ways(ways: Sequence[WayToRun]) -> None:
     table = Table("way", ["loss", "lost", "active", "parameters", "weights", "what"])
     for way in ways:
         losses = ["-" if nats is None else f"{nats:.3f}" for nats in (way.loss, way.lost)]

@@ -67,7 +67,7 @@ def read_gguf(file: Path, *, where: str) -> Gguf:
     try:
         with open_regular(file) as raw:
             state = FileState.of(raw)
-            found = _Header(io.BufferedReader(raw), state.size, kinds).read(file, state)
+            found = _GgufHeader(io.BufferedReader(raw), state.size, kinds).read(file, state)
     except OSError as error:
         raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=_REMEDY) from None
     except (ValueError, struct.error) as error:
@@ -77,7 +77,7 @@ def read_gguf(file: Path, *, where: str) -> Gguf:
     return found
 
 
-class _Header:
+class _GgufHeader:
     """Reads a header in order; ValueError for what cannot be, struct.error where the file ends."""
 
     def __init__(self, stream: io.BufferedReader, size: int, kinds: dict[int, tuple[int, int]]) -> None:

@@ -140,7 +140,7 @@ class Recommendation:
     source: str
 
 
-class Way(BaseModel, frozen=True):
+class WayToRun(BaseModel, frozen=True):
     """A way to run the experts (ways.py): what it is, or why it cannot be had.
 
     Attributes:
@@ -185,5 +185,5 @@ class Advice(BaseModel, frozen=True):
     advice: tuple[Recommendation, ...] = ()
     recipe: dict[str, JsonValue] | None = None
     plan: PlanSummary | None = None
-    ways: tuple[Way, ...] = ()
+    ways: tuple[WayToRun, ...] = ()
     limits: tuple[str, ...] = LIMITS

@@ -16,7 +16,7 @@ from modekit.errors import ModekitError
 from modekit.planning.summary import PlanSummary
 from modekit.search.advise.gains import ON_AVERAGE, Gains
 from modekit.search.advise.models import ComparedModels
-from modekit.search.advise.result import Facts, Recommendation, Way
+from modekit.search.advise.result import Facts, Recommendation, WayToRun
 from modekit.sources.adapter import AdapterSource
 
 Planned = tuple[Sequence[Recommendation], PlanSummary]
@@ -26,19 +26,19 @@ WHOLE = "all"
 
 def ways_of(
     compared: ComparedModels, gains: Gains | None, facts: Facts, kept: Mapping[int, bool], planned: Callable[[Facts], Planned]
-) -> tuple[Way, ...]:
+) -> tuple[WayToRun, ...]:
     """The three ways. `planned` plans what the rules advise by facts; `kept` says which experts stand for themselves."""
     own = [index for index, is_own in kept.items() if is_own]
     mixtures = (_mixture(replace(facts, native=native), planned, gains, own) for native in (False, True))
     return (*mixtures, _gateway(compared, gains, own))
 
 
-def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | None, own: Sequence[int]) -> Way:
+def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | None, own: Sequence[int]) -> WayToRun:
     name = "native" if facts.native else "modekit"
     try:
         (experts, router), plan = planned(facts)
     except ModekitError as error:
-        return Way(name=name, said=f"cannot be had: {error.what}")
+        return WayToRun(name=name, said=f"cannot be had: {error.what}")
     part = _part(experts, router, facts)
     loss, lost = _losses(gains, own, part)
     active, total = plan.parameters["active"], plan.parameters["total"]
@@ -46,7 +46,7 @@ def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | N
     less = _losses(gains, own, "ffn")[1]
     if facts.native and part == WHOLE and less is not None:
         said += f" but rounding (`modekit verify --deep`); with carry: ffn {less:.3f} nats are lost"
-    return Way(name=name, said=said, loss=loss, lost=lost, active=active, total=total, bytes=plan.bytes["written"])
+    return WayToRun(name=name, said=said, loss=loss, lost=lost, active=active, total=total, bytes=plan.bytes["written"])
 
 
 def _part(experts: Recommendation, router: Recommendation, facts: Facts) -> str:
@@ -71,7 +71,7 @@ def _losses(gains: Gains | None, own: Sequence[int], part: str) -> tuple[float |
     return sum(found) / len(found), (sum(found) - sum(whole)) / len(found)
 
 
-def _gateway(compared: ComparedModels, gains: Gains | None, own: Sequence[int]) -> Way:
+def _gateway(compared: ComparedModels, gains: Gains | None, own: Sequence[int]) -> WayToRun:
     """Own models in memory: the base once, with all adapters on it, and every full model."""
     sources = [compared.experts[index] for index in own]
     adapters = [source for source in sources if isinstance(source, AdapterSource)]
@@ -79,7 +79,7 @@ def _gateway(compared: ComparedModels, gains: Gains | None, own: Sequence[int]) 
     with_base = [compared.base, *full]  # the base answers what is of no domain
     sizes = {id(each): sum(ref.numel for ref in each.tensors.values()) for each in (*with_base, *adapters)}
     loss, lost = _losses(gains, own, WHOLE)
-    return Way(
+    return WayToRun(
         name="gateway",
         said=f"models: {len(with_base)}" + (f", adapters: {len(adapters)}" if adapters else "") + "; one expert a text",
         loss=loss,
