@@ -22,6 +22,7 @@ from modekit.sources.model import SPECIALIST_FILE, ModelSource, TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.vocabulary import Vocabulary
+from modekit.weights.rounding import nearest_difference
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 
@@ -46,10 +47,15 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: st
 
 
 def _of_packed(sources: Sequence[ModelSource]) -> Iterator[str]:
-    """A note for each model whose weights are quantised."""
+    """A note for each model whose weights are quantised, and how near it is to one beside it whose weights are not."""
+    whole = next((source for source in sources if not source.packed and not isinstance(source, AdapterSource)), None)
     for source in dict.fromkeys(sources):
         if source.packed:
-            yield f"{source.label}: its weights are read from {source.packed}; what quantising took from them stays lost"
+            said = f"{source.label}: its weights are read from {source.packed}; what quantising took from them stays lost"
+            least = None if whole is None else nearest_difference(source, whole)
+            if whole is not None and least is not None:
+                said += f": at most {least:.1%} of a weight, by the tensor nearest that of {whole.label}, fine-tuning included"
+            yield said
 
 
 def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterator[str]:
