@@ -27,7 +27,7 @@ import torch
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import make_real_base
-from modekit.evaluation.chat import CHANGE, SMALL_TALK, ChatResults, evaluate_chat
+from modekit.evaluation.chat import CHANGE, REAL, REAL_CHANGE, SMALL_TALK, ChatResults, evaluate_chat
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -116,8 +116,12 @@ def built(recipe: dict[str, Any], folder: Path, form: str, router: dict[str, Any
 def rows(results: ChatResults, domains: list[str]) -> dict[str, float]:
     """What the table shows of one evaluation."""
     found = {row.name: row for row in results.rows}
-    own = [found[name] for name in domains]
+    own, real = [found[name] for name in domains], [found[REAL + name] for name in domains]
     return {
+        "real": statistics.fmean(row.at_prompt or 0.0 for row in real),
+        "over": statistics.fmean(row.over_answer or 0.0 for row in real),
+        "worst": min(row.at_prompt or 0.0 for row in real),
+        "real change": found[REAL_CHANGE].at_prompt or 0.0,
         "prompt": statistics.fmean(row.at_prompt or 0.0 for row in own),
         "answer": statistics.fmean(row.after_answer or 0.0 for row in own),
         "small talk": found[SMALL_TALK].at_prompt or 0.0,
@@ -145,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = prepare(arguments.wheels, arguments.folder)
     domains = [expert["name"] for expert in recipe["experts"]]
-    titles = ["prompt", "answer", "small talk", "change", "change, answer", *domains]
+    titles = ["real", "over", "worst", "real change", "prompt", "answer", "small talk", "change", "change, answer", *domains]
     print(f"| router | system prompt | {' | '.join(titles)} |\n{'|---' * (len(titles) + 2)}|", flush=True)
     for name in arguments.only:
         form, router = VARIANTS[name]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import _WORDS, DOMAINS, Workshop, make_workshop
 from modekit.evaluation.chat import GREETINGS
+from modekit.text.question_frames import QUESTION_FRAMES
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
 
 TEMPLATE = (
@@ -25,7 +26,9 @@ _GENERAL = "table river walk bread window morning horse garden paper yellow"
 
 def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A token per word of the texts and of what is said in chats."""
-    said = " ".join([*_WORDS.values(), _COMMON, _GENERAL, *SMALL_TALK, *SYSTEM_PROMPTS, *GREETINGS, "system user assistant"])
+    frames = [frame.replace("{}", " ") for frames in QUESTION_FRAMES.values() for frame in frames]
+    asked = [*SMALL_TALK, *SYSTEM_PROMPTS, *GREETINGS, *frames]
+    said = " ".join([*_WORDS.values(), _COMMON, _GENERAL, *asked, "system user assistant"])
     split = pre_tokenizers.Whitespace()
     words = dict.fromkeys(word for word, _ in split.pre_tokenize_str(f"{said} You help with court and fever"))
     special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]

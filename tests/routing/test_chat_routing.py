@@ -15,6 +15,8 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
 from modekit.text.chat import ChatTemplate
@@ -66,6 +68,16 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
     checkpoint = build(shop, "DEAF", fit="lexical", chat=False)
     assert "chats" not in checkpoint.record.router.report
     assert leaders(checkpoint, TALK) != ["general"] * len(TALK)
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [({"fit": "lexical"}, True), ({"fit": "lexical", "decay": [0.92]}, False), ({"fit": "lexical", "chat": False}, False)],
+)
+def test_plan_says_which_decay_follows_a_change_of_subject(shop: Workshop, router: dict[str, Any], said: bool) -> None:
+    mixture = {"method": "routing", "top_k": 1, "router": router}
+    plan = make_plan(parse_recipe({**shop.recipe, "mixture": mixture}, where="recipe"), shop.root)
+    assert any("decay: [0.92]" in note for note in plan.notes) == said
 
 
 @pytest.mark.parametrize(

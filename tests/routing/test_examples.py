@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -13,15 +14,18 @@ from modekit.architecture.modekit_router import ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
+from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, framed_chats, read_chats, read_examples
 from modekit.routing.ngram import count_domain
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation, Pair
+from modekit.text.question_frames import QUESTION_FRAMES, framed_question, language_of
 from modekit.text.sequences import encode
 from modekit.text.small_talk import SMALL_TALK
 
 LEXICAL = Router(fit="lexical")
 LAW, BASE = Expert(name="law", model="./law"), Expert(name="general", model="base")
+GERMAN = ["Das Gericht hat die Klage abgewiesen, und wie der Vertrag zu lesen ist, sagt es nicht. Kann ich das?"]
+FRENCH = ["Le tribunal a rejeté la demande, et il ne dit pas comment est lu le contrat. Est-ce que je peux le faire ?"]
 DOCUMENTS = documents_of(_WORDS["law"])
 TOKENIZER = word_tokenizer()
 TEMPLATE = ChatTemplate(TOKENIZER)
@@ -32,13 +36,13 @@ def said(ids: tuple[int, ...], start: int) -> str:
     return str(TOKENIZER.decode(ids[start:])).partition("<|im_end|>")[0].strip()
 
 
-def test_half_of_the_examples_are_chats() -> None:
+def test_two_of_three_examples_are_chats() -> None:
     found = read_examples(TOKENIZER, DOCUMENTS, LAW, LEXICAL, most=100_000)
     plain = encode(TOKENIZER, DOCUMENTS, max_tokens=100_000, sequence_length=512)
     assert found[: len(plain)] == plain
     chats = found[len(plain) :]
-    assert len(chats) == len(plain) and all(0 < chat.start < len(chat.ids) for chat in chats)
-    lengths = [len(said(chat.ids, chat.start).split()) for chat in chats]
+    assert len(chats) == 2 * len(plain) and all(0 < chat.start < len(chat.ids) for chat in chats)
+    lengths = [len(said(chat.ids, chat.start).split()) for chat in chats[: len(plain)]]
     assert min(lengths) <= 3 and 12 <= max(lengths) <= 25
 
 
@@ -64,9 +68,36 @@ def test_they_are_the_same_every_time_and_do_not_exceed_what_is_asked() -> None:
 
 def test_the_base_takes_small_talk() -> None:
     own, base = (read_chats(TOKENIZER, DOCUMENTS, expert, LEXICAL, 40, most=100_000) for expert in (LAW, BASE))
-    assert base[:40] == own and len(base) == 80
+    assert base[:80] == own and len(base) == 160
     encoded = {TOKENIZER.decode(TEMPLATE.ids(each)) for each in SMALL_TALK}
-    assert all(said(chat.ids, chat.start) in encoded for chat in base[40:])
+    assert all(said(chat.ids, chat.start) in encoded for chat in base[80:])
+
+
+def test_words_of_asking_are_as_likely_in_every_domain() -> None:
+    asked = []
+    for words in _WORDS.values():
+        chats = list(framed_chats(TEMPLATE, documents_of(words), 200))
+        assert len(chats) == 200
+        asked.append(sum("What" in said(chat.ids, chat.start).split() for chat in chats))
+    assert min(asked) > 20 and max(asked) - min(asked) <= 10, asked
+
+
+def test_words_of_asking_are_in_the_language_of_the_text_and_in_english() -> None:
+    texts = {"de": GERMAN, "fr": FRENCH, "en": documents_of(_WORDS["law"]), "nl": ["Wat is er met de hond en waar is het?"]}
+    assert {language_of(documents): language for language, documents in texts.items()} == {each: each for each in texts}
+    assert language_of(["def f(x): return x"]) == language_of([]) == "en"
+    for language, documents in texts.items():
+        of_both = [*QUESTION_FRAMES["en"], *QUESTION_FRAMES[language]]
+        begins = {frame.split()[0] for frame in of_both}
+        questions = [framed_question(document, of_both, random.Random(1)) for document in documents]
+        assert all(question is not None and question.split()[0] in begins for question in questions), questions
+
+
+def test_a_term_is_of_its_document_and_no_word_of_asking() -> None:
+    draw, document = random.Random(0), "and what is there? The hypothyroidism of a patient is treated with care."
+    terms = {framed_question(document, ["{}"], draw) for _ in range(50)}
+    assert terms and all(term is not None and term in document and not term.startswith(("what", "there")) for term in terms)
+    assert framed_question("and what is it?", ["Why {}?"], draw) is None and framed_question("", ["Why {}?"], draw) is None
 
 
 def test_without_chats_it_is_the_documents_alone() -> None:
@@ -137,7 +168,7 @@ def test_two_chats_together_are_no_longer_than_a_sequence() -> None:
 def test_a_base_with_conversations_alone_has_small_talk_too() -> None:
     talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
     own, base = (read_examples(TOKENIZER, [talk] * 9, expert, LEXICAL, most=100_000) for expert in (LAW, BASE))
-    assert len(own) == 9 and len(base) == 18
+    assert len(own) == 9 and len(base) == 27
 
 
 def test_a_template_that_hides_what_is_said_is_none() -> None:

@@ -132,6 +132,9 @@ def eval_chat(
     checkpoint: OutFolder,
     questions: Annotated[int, typer.Option(min=1, help="Questions per domain.")] = 32,
     system: Annotated[str | None, typer.Option(help="System prompt (default: the template's own).")] = None,
+    ask: Annotated[
+        Path | None, typer.Option(help="Real questions, a .jsonl with domain, question and answer (default: modekit's own).")
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -139,7 +142,7 @@ def eval_chat(
     with _scoring(checkpoint, trust_remote_code) as (opened, run):
         from modekit.evaluation.chat import evaluate_chat
 
-        results = evaluate_chat(opened, questions=questions, system=system, run=run)
+        results = evaluate_chat(opened, questions=questions, system=system, ask=ask and resolved(ask), run=run)
     _show(results, checkpoint, None if as_json else print_chat)
 
 
@@ -211,12 +214,13 @@ def print_chat(results: ChatResults) -> None:
 
     out.print(
         f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
-        "tokens of answer; then how often each expert leads at the last prompt token."
+        "tokens of answer; share of these tokens; then how often each expert leads at the last prompt token."
     )
-    table = Table("", ["questions", "prompt", "answer", *results.experts])
+    table = Table("", ["questions", "prompt", "answer", "over it", *results.experts])
     for row in results.rows:
         counts = [Cell(str(row.leaders.get(name, 0)), own=name == row.expert) for name in results.experts]
-        table.add(row.name, Cell(str(row.questions), "dim"), share(row.at_prompt), share(row.after_answer), *counts)
+        shares = map(share, (row.at_prompt, row.after_answer, row.over_answer))
+        table.add(row.name, Cell(str(row.questions), "dim"), *shares, *counts)
     out.print(table)
     print_notes(results.notes)
 

@@ -2,8 +2,9 @@
 
 A question is a few words from the beginning of some sentence of held-out text. It is asked under the template's own system
 prompt or a given one, and answered greedily by the mixture itself. An expert leads where the mean of its weights over the
-routers is largest: at the last token of the prompt, which decides the answer's first token, and at the last token of the
-answer. Asked are single questions; a question of the next domain after one that was answered; and the base's small talk.
+routers is largest: at the last token of the prompt, which decides the answer's first token, at the last token of the answer,
+and over the answer's tokens. Asked are single questions; a question of the next domain after one that was answered; the
+base's small talk; and real questions, which nobody cut from text (chat_questions.py), alone and after one another.
 
 Shape legend: B batch, S sequence, E experts, R routers.
 """
@@ -16,6 +17,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import permutations
+from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -25,13 +29,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.errors import TextError
+from modekit.evaluation.chat_questions import RealQuestion, by_expert, read_questions
 from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.files.typed import Count, Number
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.recipes.recipe import place_of_base
+from modekit.recipes.recipe import Expert, place_of_base
 from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.chat import ChatTemplate, needed_template
 from modekit.text.document import Conversation, Document, Message, message_of, text_of
@@ -67,6 +72,7 @@ GREETINGS = (
 )
 """Small talk that no fit has seen (text/small_talk.py has other)."""
 SMALL_TALK, CHANGE = "small talk", "change of domain"
+REAL, REAL_CHANGE = "real questions: ", "real questions: change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
 _ANSWERED = 32  # words of an answer that stands before a change of domain
 _BATCH = 8
@@ -76,7 +82,8 @@ _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
 
 @dataclass(frozen=True)
 class ChatScore:
-    """Questions of one kind: the share whose expert leads at the last prompt token, and at the end of the answer.
+    """Questions of one kind: the share whose expert leads at the last prompt token, and at the end of the answer; and the
+    share of the answers' tokens that it leads on, of which results of earlier versions say nothing.
 
     `expert` is whose they are; None where there is none that they could go to, and so no shares. `leaders` counts who leads at
     the last prompt token.
@@ -88,6 +95,7 @@ class ChatScore:
     at_prompt: Number | None
     after_answer: Number | None
     leaders: Mapping[str, Count]
+    over_answer: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -105,16 +113,16 @@ class ChatResults(CheckpointResult):
 
     def cells(self) -> int:
         """Of a row per kind and a column per expert."""
-        return len(self.rows) * (4 + len(self.experts))
+        return len(self.rows) * (5 + len(self.experts))
 
     def markdown(self) -> str:
         """For chat.md."""
-        titles = ["", "questions", "last prompt token", f"after {self.answer_tokens} tokens", *self.experts]
+        titles = ["", "questions", "last prompt token", f"after {self.answer_tokens} tokens", "over them", *self.experts]
         lines = [
             [
                 row.name,
                 str(row.questions),
-                *map(share, (row.at_prompt, row.after_answer)),
+                *map(share, (row.at_prompt, row.after_answer, row.over_answer)),
                 *(str(row.leaders.get(name, 0)) for name in self.experts),
             ]
             for row in self.rows
@@ -143,15 +151,17 @@ def evaluate_chat(
     answer_tokens: int = 16,
     system: str | None = None,
     seed: int = 0,
+    ask: Path | None = None,
     run: Run = QUIET,
     write: bool = True,
 ) -> ChatResults:
     """Ask so many questions per domain and write OUT/results/chat.json and chat.md.
 
-    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked.
+    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked; `ask`: a file of
+    real questions in place of modekit's own.
 
     Raises UnsupportedError for a mixture with an encoder; TextError when the tokenizer has no chat template, the template
-    takes no system prompt, or a domain has no held-out text.
+    takes no system prompt, a domain has no held-out text, or `ask` holds no questions of a domain that has an expert.
     """
     refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -159,7 +169,12 @@ def evaluate_chat(
     above = [] if system is None else [message_of("system", system)]
     if system is not None and not _is_shown(template, system):
         raise TextError("the chat template takes no system prompt", where="--system", remedy="leave it out")
-    asked = list(_questions(checkpoint, held_out_texts(checkpoint), questions, seed))
+    real = list(_real_questions(checkpoint.record.recipe.experts, read_questions(ask), questions))
+    if ask is not None and not real:
+        raise TextError(
+            "no expert has the name of a domain that is asked about", where="--ask", found=", ".join(checkpoint.names)
+        )
+    asked = [*_questions(checkpoint, held_out_texts(checkpoint), questions, seed), *real]
     prompts = [template.ids(template.text([*above, *each.messages], answer=True)) for each in asked]
     model = load_model(checkpoint.folder, run=run)
     leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
@@ -186,6 +201,22 @@ def _questions(checkpoint: Checkpoint, texts: Sequence[HeldOutText], count: int,
                 yield ChatQuestion(CHANGE, [*said_before, message_of("user", other)], second.expert)
     for greeting in GREETINGS:
         yield ChatQuestion(SMALL_TALK, [message_of("user", greeting)], base)
+
+
+def _real_questions(experts: Sequence[Expert], real: Sequence[RealQuestion], count: int) -> Iterator[ChatQuestion]:
+    """Of every domain that has an expert so many, and questions of each domain behind answered ones of every other."""
+    owners = by_expert(real, experts)
+    said = {domain: [each for each in real if each.domain == domain][:count] for domain in owners}
+    for domain, owner in owners.items():
+        for each in said[domain]:
+            yield ChatQuestion(REAL + domain, [message_of("user", each.question)], owner)
+    for first, second in permutations(owners, 2):
+        answered = [each for each in said[first] if each.answer is not None]
+        if owners[first] == owners[second]:
+            continue
+        for before, each in list(zip(answered, said[second], strict=False))[: max(1, count // 8)]:
+            said_before = [message_of("user", before.question), message_of("assistant", before.answer or "")]
+            yield ChatQuestion(REAL_CHANGE, [*said_before, message_of("user", each.question)], owners[second])
 
 
 def _is_shown(template: ChatTemplate, system: str) -> bool:
@@ -237,18 +268,18 @@ def _leaders(
     tokenizer: PreTrainedTokenizerBase,
     answer_tokens: int,
     run: Run,
-) -> list[tuple[int, int]]:
-    """Who leads at the end of every prompt, and of its answer."""
+) -> list[list[int]]:
+    """Who leads at the end of every prompt, and at each token of its answer."""
     answered: list[TokenSequence] = []
     run.begin("answer", len(prompts))
     for start in range(0, len(prompts), _BATCH):
         answered += _answers(model, prompts[start : start + _BATCH], tokenizer, answer_tokens)
         run.progress("answer", len(answered), len(prompts))
-    found = [(0, 0)] * len(prompts)
+    found: list[list[int]] = [[]] * len(prompts)
 
     def consume(row: int, decided: Decided) -> None:
         mean_SE = decided.weights_RSE.mean(0)
-        found[row] = int(mean_SE[len(prompts[row]) - 1].argmax()), int(mean_SE[-1].argmax())
+        found[row] = mean_SE[len(prompts[row]) - 1 :].argmax(-1).tolist()
 
     work = ProgressCount(run, sum(len(each.ids) for each in answered))
     traced_losses(model, checkpoint, answered, consume, partial(work.advance, "read routers"))
@@ -273,15 +304,17 @@ def _answers(
         yield TokenSequence((*prompt, *row[:length]), 0)
 
 
-def _score(kind: str, asked: Sequence[ChatQuestion], leaders: Sequence[tuple[int, int]], names: Sequence[str]) -> ChatScore:
-    found = [(each.expert, *lead) for each, lead in zip(asked, leaders, strict=True) if each.kind == kind]
-    counts = Counter(names[at_prompt] for _, at_prompt, _ in found)
+def _score(kind: str, asked: Sequence[ChatQuestion], leaders: Sequence[Sequence[int]], names: Sequence[str]) -> ChatScore:
+    found = [(each.expert, lead) for each, lead in zip(asked, leaders, strict=True) if each.kind == kind]
+    counts = Counter(names[lead[0]] for _, lead in found)
     own = found[0][0]
     if own is None:
         return ChatScore(kind, None, len(found), None, None, dict(counts))
-    at_prompt = sum(expert == lead for expert, lead, _ in found) / len(found)
-    after = sum(expert == lead for expert, _, lead in found) / len(found)
-    return ChatScore(kind, "the last one's" if kind == CHANGE else names[own], len(found), at_prompt, after, dict(counts))
+    right = [[expert == each for each in lead] for expert, lead in found]
+    over = [fmean(each[1:]) for each in right if len(each) > 1]  # an answer may be empty
+    whose = "the last one's" if kind in (CHANGE, REAL_CHANGE) else names[own]
+    at_prompt, after = (fmean(each[place] for each in right) for place in (0, -1))
+    return ChatScore(kind, whose, len(found), at_prompt, after, dict(counts), fmean(over) if over else None)
 
 
 def _notes(template: ChatTemplate, system: str | None, rows: Sequence[ChatScore]) -> list[str]:

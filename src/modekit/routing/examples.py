@@ -22,6 +22,7 @@ from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Document, reads_of
 from modekit.text.passages import WORD
+from modekit.text.question_frames import ENGLISH, QUESTION_FRAMES, framed_question, language_of
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
 
@@ -33,6 +34,8 @@ SHARE = 4
 _OWN_SYSTEM = 0.2  # of chats stand under the template's own system prompt
 _QUESTION = (1, 24)  # words
 _ANSWER = 32  # words
+_SMALL_TALK = 2  # times as much as chats that are cut
+_WITH_ANSWER = 0.5  # of questions with words of asking
 _WINDOW = 2_048  # characters from which words are cut
 
 
@@ -72,7 +75,8 @@ def read_chats(
     *,
     most: int,
 ) -> list[TokenSequence]:
-    """So many short questions cut from documents and, for the base, as much small talk, of at most `most` tokens together.
+    """So many short questions cut from documents, as many with words of asking around their terms and, for the base, twice as
+    much small talk, of at most `most` tokens together.
 
     None where the router does not know chats, and of pairs. Raises TextError as `read_examples`.
     """
@@ -81,9 +85,11 @@ def read_chats(
     template, count = template_for(tokenizer, settings), min(count, _MOST_CHATS)
     if template is None:
         return []
-    chats = list(_first(cut_chats(template, documents, count), most // 2 if expert.is_base else most))
-    room = most - sum(len(chat.ids) for chat in chats)
-    return [*chats, *(_first(small_talk(template, count), room) if expert.is_base else [])]
+    room = most // 2 if expert.is_base else most
+    chats = [*_first(cut_chats(template, documents, count), room // 2)]
+    chats += _first(framed_chats(template, documents, count), room // 2)
+    left = most - sum(len(chat.ids) for chat in chats)
+    return [*chats, *(_first(small_talk(template, _SMALL_TALK * count), left) if expert.is_base else [])]
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, settings: Router) -> ChatTemplate | None:
@@ -107,7 +113,8 @@ def chats_of(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Route
     template = template_for(tokenizer, settings)
     if template is None:
         return {}
-    parts = [template.source, *SYSTEM_PROMPTS, *(SMALL_TALK if expert.is_base else ())]
+    frames = [frame for frames in QUESTION_FRAMES.values() for frame in frames]
+    parts = [template.source, *SYSTEM_PROMPTS, *frames, *(SMALL_TALK if expert.is_base else ())]
     return {"chat": hashlib.sha256("\0".join(parts).encode()).hexdigest()}
 
 
@@ -120,6 +127,19 @@ def cut_chats(template: ChatTemplate, documents: Sequence[Document], count: int)
         document = cut[number] if number < len(cut) <= count else draw.choice(cut)
         question, answer = _words(document, draw)
         chat = _chat(template, question, answer, draw)
+        if chat is not None:
+            yield chat
+
+
+def framed_chats(template: ChatTemplate, documents: Sequence[Document], count: int) -> Iterator[TokenSequence]:
+    """So many chats that ask for terms of the documents, in English or their own language; every other has an answer."""
+    texts = [document for document in documents if isinstance(document, str)]
+    draw, languages = random.Random(f"framed {count}"), (ENGLISH, language_of(texts))
+    for number in range(count if texts else 0):
+        document = texts[number % len(texts)]
+        question = framed_question(document, QUESTION_FRAMES[draw.choice(languages)], draw)
+        _, answer = _words(document, draw) if draw.random() < _WITH_ANSWER else ("", "")
+        chat = _chat(template, question or "", answer, draw)
         if chat is not None:
             yield chat
 
