@@ -20,8 +20,7 @@ import numpy as np
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.modelfile import ends_of
-from modekit.engines.sampling import Sampling
-from modekit.engines.serve import longest_conversation
+from modekit.engines.sampling import Sampling, longest_conversation
 from modekit.engines.voices import AnswerToken, LlamaVoice, TransformersVoice, Voice
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.tokens import token_texts
@@ -193,11 +192,11 @@ class Chat:
 
 
 def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
-    """Word -> places of the tokens that it is made of, wherever it stands; space separates words."""
+    """Word -> places of the tokens that it is made of, wherever it stands. A sign that is no letter or digit is none of a word."""
     found: dict[str, list[int]] = {}
     word, places = "", list[int]()
     for place, text in enumerate([*texts, " "]):
-        if text[:1].isspace() or word[-1:].isspace():
+        if not (text[:1].isalnum() and word[-1:].isalnum()):
             if word.strip():
                 found.setdefault(word.strip(), []).extend(places)
             word, places = "", []

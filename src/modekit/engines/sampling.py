@@ -1,4 +1,4 @@
-"""How a model picks each next token: what its generation_config.json says, for the chat and for other engines."""
+"""How a model picks each next token, and how many it may read: what its configs say, for the chat and for other engines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from modekit.errors import SourceError
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import CheckpointError, SourceError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Data, Number, read_as
 
@@ -92,3 +93,17 @@ class Sampling:
     def _draw(self) -> dict[str, float]:
         named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         return {name: value for name, value in named.items() if value is not None}
+
+
+def longest_conversation(checkpoint: Checkpoint) -> int:
+    """Tokens that the model was trained to read. Raises CheckpointError where its config does not say."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        raise CheckpointError(
+            "config.json does not say how long a text may be",
+            where=f"{checkpoint.folder}: max_position_embeddings",
+            found=longest,
+            expected="a whole number of tokens",
+            remedy="add what the base model's config.json says",
+        )
+    return longest
