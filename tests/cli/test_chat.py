@@ -217,7 +217,7 @@ def test_without_a_template_a_text_is_continued(tmp_path: Path) -> None:
     checkpoint = built(
         tmp_path, {"base_model": "./base", "experts": adapter_experts(tmp_path), "mixture": {"router": {"fit": "random"}}}
     )
-    code, stdout, stderr = ended_with("the heart\n", "chat", checkpoint.folder, "--max-tokens", "3")
+    code, _, stderr = ended_with("the heart\n", "chat", checkpoint.folder, "--max-tokens", "3")
     assert code == 0 and "no chat template: what you write is continued, not answered" in stderr
     one, two = answered(checkpoint, "the heart", "the court")
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -192,7 +192,7 @@ class Chat:
 
 
 def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
-    """Word -> places of the tokens that it is made of, wherever it stands. A sign that is no letter or digit is none of a word."""
+    """Word -> places of the tokens that it is made of, wherever it stands. Words have letters and digits alone."""
     found: dict[str, list[int]] = {}
     word, places = "", list[int]()
     for place, text in enumerate([*texts, " "]):

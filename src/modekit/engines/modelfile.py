@@ -28,7 +28,8 @@ class Seams:
     """What a chat template writes between messages.
 
     Attributes:
-        system, user: before a first message of the system, or of the user.
+        system, user: before a first message of the system, or of the user. Where a template has no place for the system's, it
+            begins the user's.
         told: between the system's message and the user's.
         answer, prompt: between the user's and the answer: one that was given, and one that is to come.
         again: between an answer and the user's next message.
@@ -48,7 +49,7 @@ class Seams:
         if first is None or again is None:
             return None
         user, answer = first
-        system, shown, told = (user, "", user) if under is None else under[0].partition(_SYSTEM)
+        system, shown, told = (user, "", "\n\n") if under is None else under[0].partition(_SYSTEM)
         asked = _written(template, [message_of("user", _SYSTEM)])
         if asked is None or (under is not None and not shown):
             return None
