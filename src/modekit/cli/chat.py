@@ -23,7 +23,8 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.chat import Answer, AnswerToken, Chat
+    from modekit.engines.chat import Answer, Chat
+    from modekit.engines.voices import AnswerToken
 
 _COMMANDS = "/why: words that decided; /expert NAME: always this expert (/expert: as the routers choose); /reset; /quit"
 _PROMPT = "> "

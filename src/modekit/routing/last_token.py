@@ -109,7 +109,9 @@ class LastToken:
         """What each of some tokens adds to the logits after the last one, (S, E), float32; a token that is not read adds 0."""
         ids_S = np.asarray(ids, dtype=np.int64)
         added = [table.by_token(ids_S, self._prefix) for table in self._tables]
-        return np.sum([np.pad(each, ((0, len(ids_S) - len(each)), (0, 0))) for each in added], axis=0, dtype=np.float32)
+        padded = [np.pad(each, ((0, len(ids_S) - len(each)), (0, 0))) for each in added]
+        total_SE: np.ndarray = np.sum(padded, axis=0, dtype=np.float32)
+        return total_SE
 
 
 def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
