@@ -89,7 +89,7 @@ def test_llm(addresses: dict[str, str], model: str, tmp_path: Path) -> None:
     models = [{"model_id": "mine", "model_name": model, "api_base": addresses[model]}]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # which is YAML, too
     command = [sys.executable, "-m", "llm", "-m", "mine", "-o", "max_tokens", "6", "--key", "none", CHAT[0]["content"]]
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
     for more in ([], ["--no-stream"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, timeout=120)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr

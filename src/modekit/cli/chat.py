@@ -187,5 +187,5 @@ def _print_why(talk: Chat) -> None:
             Text("The answer began with ").append(", ".join(f"{n} {w:.2f}" for n, w in ranked if w >= _LEAST), style="bold")
         )
         for name, _ in ranked:
-            words = ", ".join(f"{word} {nats:+.2f}" for word, nats in found.words[name]) or "no word"
+            words = ", ".join(f"{word} {nats:+.2f}" for word, nats in found.words[name] if nats >= _LEAST) or "no word"
             out.print(Text.assemble((f"{name}: ", "bold"), words), highlight=False)
