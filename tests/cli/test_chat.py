@@ -20,7 +20,7 @@ from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.cli.printing.console import console_for
-from modekit.engines.chat import Answer, ChatSettings, chatting, words_at
+from modekit.engines.chat import ChatAnswer, ChatSettings, chatting, words_at
 from modekit.engines.gguf import export_gguf
 from modekit.engines.registry import GgufSettings
 from modekit.engines.voices import AnswerToken
@@ -58,7 +58,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     }
 
 
-def answered(checkpoint: Checkpoint, *said: str, **settings: Any) -> list[Answer]:
+def answered(checkpoint: Checkpoint, *said: str, **settings: Any) -> list[ChatAnswer]:
     with chatting(checkpoint, ChatSettings(**{"answer_tokens": 8, **settings})) as talk:
         return [talk.ask(each, lambda _: None) for each in said]
 
@@ -127,6 +127,8 @@ def test_words_are_cut_at_space_and_signs() -> None:
 def test_llama_cpp_answers_the_same_and_it_is_known_who_led(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
     checkpoint = mixtures["lexical"]
     (written_file,) = export_gguf(checkpoint, tmp_path / "gguf", GgufSettings("f32"))
+    said = (tmp_path / "gguf" / "Modelfile").read_text()
+    assert said.startswith(f"FROM ./{written_file.file.name}\nTEMPLATE") and "PARAMETER num_ctx 256\n" in said
     (ours,) = answered(checkpoint, QUESTION)
     (theirs,) = answered(checkpoint, QUESTION, gguf=written_file.file, threads=1)
     plain = [re.sub(r"[^ -~]", "", answer.text) for answer in (ours, theirs)]
@@ -262,7 +264,7 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
     try:
         until_shown(b"ends.\x1b[0m\r\n> ")
         os.write(terminal, b"\x03")
-        until_shown(b"\r\n\r\n> ")
+        until_shown(b"> \r\n> ")
         os.write(terminal, f"{QUESTION}\n".encode())
         until_shown(b"of 6 tokens]")
         assert b"48;2;" in shown and b"Ctrl-D ends" in shown
@@ -280,7 +282,7 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
     assert os.waitstatus_to_exitcode(found[1]) == 0
 
 
-def test_models_with_an_encoder_are_refused(tmp_path: Path) -> None:
+def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     code, _, stderr = ended("chat", tmp_path)
     assert code == 2 and "modekit.json" in stderr
     assert "--gguf" in modekit("chat", "--help")

@@ -23,7 +23,7 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.chat import Answer, Chat
+    from modekit.engines.chat import Chat, ChatAnswer
     from modekit.engines.voices import AnswerToken
 
 _COMMANDS = "/why: words that decided; /expert NAME: always this expert (/expert: as the routers choose); /reset; /quit"
@@ -133,7 +133,7 @@ def _show(token: AnswerToken) -> None:
     out.print(Text(token.text.expandtabs(4), style=style), end="", soft_wrap=True, highlight=False)
 
 
-def _notes(answer: Answer, talk: Chat, checkpoint: Checkpoint) -> Iterator[str]:
+def _notes(answer: ChatAnswer, talk: Chat, checkpoint: Checkpoint) -> Iterator[str]:
     led = ", ".join(f"{checkpoint.names[expert]} {share:.0%}" for expert, share in answer.led_by().items())
     if led:
         yield f"[{led} of {len(answer.tokens)} tokens]"

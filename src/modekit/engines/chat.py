@@ -62,7 +62,7 @@ class ChatSettings:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """What was answered.
 
     Attributes:
@@ -110,7 +110,7 @@ class Chat:
     voice: Voice
     settings: ChatSettings
     context: int
-    answer: Answer | None = None
+    answer: ChatAnswer | None = None
     _said: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Chat:
         """Forget what was said."""
         self._said, self.answer = [], None
 
-    def ask(self, said: str, heard: Heard) -> Answer:
+    def ask(self, said: str, heard: Heard) -> ChatAnswer:
         """Answer; `heard` gets each token as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
 
         Raises TextError where the question leaves no room for an answer, or the template does not take it.
@@ -150,7 +150,7 @@ class Chat:
             ended = "end" if at_end else "length" if room == self.settings.answer_tokens else "context"
         except KeyboardInterrupt:
             pass
-        self.answer = Answer(tokens, ids, left_out, ended)
+        self.answer = ChatAnswer(tokens, ids, left_out, ended)
         self._said.append(message_of("assistant", self.answer.text.strip()))
         return self.answer
 
