@@ -268,6 +268,7 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
         os.write(terminal, f"{QUESTION}\n".encode())
         until_shown(b"of 6 tokens]")
         assert b"48;2;" in shown and b"Ctrl-D ends" in shown
+        until_shown(b"allows more]\x1b[0m\r\n> ")
         os.write(terminal, b"\x04")
         until_ended = time.monotonic() + 60
         while not (found := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until_ended:

@@ -110,7 +110,7 @@ class LastToken:
         ids_S = np.asarray(ids, dtype=np.int64)
         added = [table.by_token(ids_S, self._prefix) for table in self._tables]
         padded = [np.pad(each, ((0, len(ids_S) - len(each)), (0, 0))) for each in added]
-        total_SE: np.ndarray = np.sum(padded, axis=0, dtype=np.float32)
+        total_SE: np.ndarray = np.stack(padded).sum(axis=0, dtype=np.float32)
         return total_SE
 
 
