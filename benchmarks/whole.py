@@ -108,11 +108,12 @@ def trained(folder: Path, kind: str, seed: int) -> None:
     checkpoint = build(
         make_plan(parse_recipe(recipe(kind, VARIANTS[kind][name]), where=name), home), home / f"{kind}-start", overwrite=True
     )
-    asked = {"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH}
+    asked = {
+        **{"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH},
+        **{"steps": STEPS, "batch_tokens": 8_192, "select_tokens": 2_048},
+    }
     start = time.process_time()
-    done = train_mixture(
-        checkpoint, train_settings({**asked, "steps": STEPS, "batch_tokens": 8_192, "select_tokens": 2_048}, where=name), evaluate_tokens=None
-    )
+    done = train_mixture(checkpoint, train_settings(asked, where=name), evaluate_tokens=None)
     took = time.process_time() - start
     said = evaluate(done.checkpoint, tokens_per_domain=EVAL_TOKENS[kind], sequence_length=SEQUENCE_LENGTH)
     mixed, forced = (said.row(row).mean_gap(DOMAINS) for row in ("mixture", "oracle"))

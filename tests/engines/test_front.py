@@ -196,6 +196,20 @@ def test_a_text_goes_to_its_expert(running: Running) -> None:
         assert json.loads(outright[2])["choices"][0]["text"] == json.loads(answer)["choices"][0]["text"]
 
 
+def test_models_are_found_by_name(running: Running) -> None:
+    status, _, said = running.asked("/v1/models")
+    assert status == 200 and [each["id"] for each in json.loads(said)["data"]] == ["auto", "base", "law", "med"]
+    for name in ("auto", "law"):
+        status, _, said = running.asked(f"/v1/models/{name}")
+        found = json.loads(said)
+        assert status == 200 and (found["id"], found["object"]) == (name, "model") and found["created"] > 0
+    for path in ("/v1/models/other", "/v1/models/a/b"):
+        status, _, said = running.asked(path)
+        assert status == 404 and "there is no model" in said and "'auto', 'base', 'law', 'med'" in said
+    assert running.asked("/v1/models/law", key="wrong")[0] == 401
+    assert running.asked("/v1/completions", {"model": "gpt-4", "prompt": "the"})[0] == 404
+
+
 def test_chats_stream(running: Running) -> None:
     body = {"model": "auto", "messages": [{"role": "user", "content": TEXTS["law"]}], "max_tokens": 4, "stream": True}
     status, headers, answer = running.asked("/v1/chat/completions", body)

@@ -26,7 +26,8 @@ from conftest import Workshop, make_workshop
 from damage import NO_FILES, damaged_file, in_time, no_file
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
-from modekit.engines.serve import choose_engine, longest_conversation
+from modekit.engines.sampling import longest_conversation
+from modekit.engines.serve import choose_engine
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect

@@ -16,6 +16,7 @@ from modekit.cli import demo as demo
 from modekit.cli import tuning as tuning
 from modekit.cli import inspection as inspection
 from modekit.cli import experts as experts
+from modekit.cli import chat as chat
 from modekit.cli import export as export
 from modekit.cli import serving as serving
 from modekit.cli import reports as reports

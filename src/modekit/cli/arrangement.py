@@ -10,6 +10,7 @@ from typer.models import CommandInfo
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "Start here": {
         "mix": "mix ./base ./law-lora ./code -o OUT",
+        "chat": "chat OUT",
         "serve": "serve OUT",
         "demo": "demo --quick",
     },

@@ -241,13 +241,13 @@ def print_trace(trace: TextTrace) -> None:
     )
     out.print(said + (_SAYS_SCORE if any(word.over_base is not None for word in words) else "."))
     if coloured:
-        _print_glossed(words, _loss, lambda word: _tint(word.leader, float(word.weights_E.max())))
+        _print_glossed(words, _loss, lambda word: tint(word.leader, float(word.weights_E.max())))
     else:
         _print_glossed(
             words, lambda word: f"{letters[word.leader]}{100 * word.weights_E.max():.0f} {_loss(word)}", lambda _: Style()
         )
     legend = [
-        Text(f" {name} ", style=_tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
+        Text(f" {name} ", style=tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
         for place, name in enumerate(trace.experts)
     ]
     out.print(Text("  ").join(legend))
@@ -306,7 +306,7 @@ def _loss(word: Word) -> str:
     return ("-" if word.loss is None else f"{word.loss:.1f}") + score
 
 
-def _tint(expert: int, strength: float) -> Style:
+def tint(expert: int, strength: float) -> Style:
     """Black on a colour of the expert's own, paler the weaker."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert * _GOLDEN % 1, 0.7 * strength, 1.0))
     return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")

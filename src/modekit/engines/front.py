@@ -25,7 +25,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from modekit.engines.gateway import CHATS, COMPLETIONS, PassedOn, answering_with, error_response, unless_disconnected
+from modekit.engines.gateway import (
+    CHATS,
+    COMPLETIONS,
+    MODELS,
+    PassedOn,
+    answering_with,
+    error_response,
+    models_routes,
+    unknown_model,
+    unless_disconnected,
+)
 from modekit.engines.guard import BODY, App, Body, Guard, RefusedError, SideThread
 from modekit.engines.workers import Worker, WorkerPool
 from modekit.errors import ModekitError
@@ -89,12 +99,13 @@ class Front:
         """As an ASGI application."""
         routes = [
             *(Route(path, answering_with(self._answer), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
-            Route("/v1/models", self._models),
+            *models_routes(lambda: {AUTO, *self.workers.models}, int(time.time())),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
         served = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={Exception: _unforeseen})
-        return Guard(served, self.key, {route.path for route in routes}, open_paths=("/health", "/metrics"))
+        paths = {route.path for route in routes} | {f"{MODELS}/"}
+        return Guard(served, self.key, paths, open_paths=("/health", "/metrics"))
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -142,8 +153,7 @@ class Front:
         model = body.get("model", AUTO)
         if model != AUTO:
             if not isinstance(model, str) or model not in self.workers.models:
-                known = ", ".join(sorted([AUTO, *self.workers.models])[:20])
-                raise RefusedError(404, f"there is no such model; there are {known}")
+                raise RefusedError(404, unknown_model(model, [AUTO, *self.workers.models]))
             return model, None
         said = await self._aside(size, _said, body)
         try:
@@ -153,10 +163,6 @@ class Front:
         except ModekitError as error:
             raise RefusedError(400, error.what) from None
         return decision.expert, decision
-
-    async def _models(self, _request: Request) -> Response:
-        names = sorted({AUTO, *self.workers.models})
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
     async def _health(self, _request: Request) -> Response:
         there = sum(bool(worker.models) for worker in self.workers.all)

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import aiohttp
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from modekit.engines.guard import BrokenOffError, RefusedError, error_of
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MODELS = "/v1/models"
 AGAIN: Mapping[str, str] = {"retry-after": "2"}
 _EVENTS = "text/event-stream"
 _GRACE_S = 5.0  # for the last event of an answer that took too long
 _LOOK_S = 0.5  # between two looks whether a client is still there
 _LONGEST_LINE = 2**20
+_SHOWN, _MOST_NAMED = 60, 20
 _T = TypeVar("_T")
 
 
@@ -57,6 +60,27 @@ def answering_with(
 def error_response(status: int, why: str) -> Response:
     """An error; one that passes says when to ask again."""
     return JSONResponse(error_of(status, why), status, AGAIN if status == 503 else None)
+
+
+def models_routes(names: Callable[[], Collection[str]], born: int) -> list[Route]:
+    """The list of models, and each by its name. `born`: seconds of the epoch at which they are said to be made."""
+
+    def described(name: str) -> dict[str, str | int]:
+        return {"id": name, "object": "model", "created": born, "owned_by": "modekit"}
+
+    async def listed(_request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [described(name) for name in sorted(names())]})
+
+    async def one(request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(described(name)) if name in names() else error_response(404, unknown_model(name, names()))
+
+    return [Route(MODELS, listed), Route(f"{MODELS}/{{name:path}}", one)]
+
+
+def unknown_model(name: object, names: Collection[str]) -> str:
+    """The error of a model that is not served."""
+    return f"there is no model {str(name)[:_SHOWN]!r}; there is {', '.join(map(repr, sorted(names)[:_MOST_NAMED]))}"
 
 
 async def unless_disconnected(request: Request, wanted: Awaitable[_T]) -> _T:

@@ -3,6 +3,7 @@
     of a native mixture     FOLDER/<OUT>-<outtype>.gguf     all of it
     of adapters             FOLDER/<base>-<outtype>.gguf    the backbone, which is the base model
                             FOLDER/<expert>.lora.gguf       what an expert changes of it
+    FOLDER/Modelfile        how Ollama runs it; of an adapter FOLDER/<expert>.Modelfile
     FOLDER/export.json      what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
 
 The folder appears when all is proven, so that no file is ever there that was not compared with transformers: the mixture; or
@@ -29,10 +30,12 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
+from modekit.engines.modelfile import MODELFILE, modelfile
 from modekit.engines.proof import compare, in_both
 from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.registry import SMALL, GgufSettings, Outtype
+from modekit.engines.sampling import longest_conversation
 from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.files.libraries import library_writes
 from modekit.files.marker import foreign_files
@@ -40,7 +43,8 @@ from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import remove, write_json
+from modekit.files.write import remove, write_file, write_json
+from modekit.loaded.load import load_tokenizer
 from modekit.loaded.modekit import flow_of
 from modekit.planning.shapes import Shape
 from modekit.recipes.paths import name_of
@@ -49,6 +53,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
 
 EXPORT_FILE = "export.json"
+ADAPTER = ".lora.gguf"
 _BY_DTYPE: Mapping[str, Outtype] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _COARSE = {"bf16", "q8_0", *SMALL}
 _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
@@ -115,6 +120,7 @@ def export_gguf(
             proof = proof.beside(_proof_of_base(checkpoint, stage.folder, made, texts, run))
         proof = proof.judged(file, accept=settings.accept)
         written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
+        _write_modelfiles(stage, checkpoint, name, [], run)
         _write_record(stage, made, written.as_data())
     keep_proven(_claim(made, written.file, run))
     return [written]
@@ -145,6 +151,15 @@ def _convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Conver
 def _write_record(stage: Staging, made: Made, said: Mapping[str, object]) -> None:
     """Write export.json."""
     write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
+
+
+def _write_modelfiles(stage: Staging, checkpoint: Checkpoint, name: str, adapters: Sequence[str], run: Run) -> None:
+    """Write what Ollama reads: of a file alone, and with each adapter."""
+    tokenizer, context = load_tokenizer(checkpoint.folder, run=run), longest_conversation(checkpoint)
+    for adapter in (None, *adapters):
+        text = modelfile(checkpoint.folder, tokenizer, name, context, adapter)
+        own = "" if adapter is None else f"{adapter.removesuffix(ADAPTER)}."
+        write_file(stage.folder / f"{own}{MODELFILE}", text.encode())
 
 
 def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: Run = QUIET) -> Path:
@@ -232,7 +247,7 @@ def export_adapters_gguf(
     adapters = chosen_adapters(checkpoint, experts)
     check_installed()
     made: Made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
-    names = [f"{_base_name(checkpoint)}-{made['outtype']}.gguf", *(f"{adapter.name}.lora.gguf" for adapter in adapters)]
+    names = [f"{_base_name(checkpoint)}-{made['outtype']}.gguf", *(f"{adapter.name}{ADAPTER}" for adapter in adapters)]
     with _staged(checkpoint, out, made, replace, run) as stage:
         files, guess = [stage.folder / name for name in names], guessed_pre_tokenizer(checkpoint.folder)
         theirs = [(adapter.expert, name) for adapter, name in zip(adapters, names[1:], strict=True)]
@@ -244,6 +259,7 @@ def export_adapters_gguf(
             GgufFile(out / name, proof, (*notes, *proof.notes), expert)
             for name, proof, notes, expert in zip(names, proofs, known, [None, *made["experts"]], strict=True)
         ]
+        _write_modelfiles(stage, checkpoint, names[0], names[1:], run)
         said = [each.as_data() for each in written]
         _write_record(stage, made, {"base": said[0], "adapters": said[1:]})
     return written

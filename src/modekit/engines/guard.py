@@ -61,7 +61,8 @@ def error_of(status: int, why: str) -> dict[str, dict[str, str | int]]:
 
 
 class Guard:
-    """Lets through what is asked for at `paths` with the key; of `open_paths` nobody needs the key.
+    """Lets through what is asked for at `paths` with the key; of `open_paths` nobody needs the key. One that ends with a slash
+    has others below it.
 
     `rewrite` may give another body in place of a request's, or refuse it (RefusedError).
     """
@@ -121,7 +122,8 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         length = headers.get(b"content-length", b"0")
-        if scope["path"] not in self._paths:
+        path = scope["path"]
+        if path not in self._paths and not any(each.endswith("/") and path.startswith(each) for each in self._paths):
             raise RefusedError(404, "there is nothing here")
         if scope["path"] in self._open:
             if scope["method"] not in {"GET", "HEAD"}:

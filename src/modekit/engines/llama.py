@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from modekit.engines.child import Child
+from modekit.engines.sampling import Sampling
 from modekit.engines.threads import threads_environment
 from modekit.errors import EngineError
 
@@ -25,10 +27,11 @@ _TIMEOUT_S = 600.0
 class Llama:
     """A GGUF file in llama.cpp, with adapters or without. Use it as a context manager.
 
-    It is the file alone until `use_adapter` says otherwise. Raises EngineError when llama.cpp cannot load a file.
+    It is the file alone until `use_adapter` says otherwise. `exact`: keys and values as they were computed, where llama.cpp
+    rounds them to 16 bits by default. Raises EngineError when llama.cpp cannot load a file.
     """
 
-    def __init__(self, file: Path, *, context: int, threads: int, adapters: Sequence[Path] = ()) -> None:
+    def __init__(self, file: Path, *, context: int, threads: int, adapters: Sequence[Path] = (), exact: bool = True) -> None:
         self._file = file
         self._adapters = len(adapters)
         self._chosen: int | None = None
@@ -41,7 +44,7 @@ class Llama:
             "context": context,
             "parallel": 1,
             "threads": threads,
-            "exact": True,
+            "exact": exact,
             "adapters": [str(path.absolute()) for path in adapters],
         }
         self._child = Child("modekit.engines.llama_process", settings, threads_environment(threads))
@@ -80,6 +83,15 @@ class Llama:
         """At most `count` tokens after the given ones, always the likeliest; fewer where the text ends."""
         return [int(token) for token in self._complete(ids, n_predict=count, return_tokens=True)["tokens"]]
 
+    def written(self, ids: Sequence[int], count: int, sampling: Sampling) -> Iterator[tuple[str, list[int]]]:
+        """At most `count` tokens after the given ones as they come: what was written, and the tokens of it that are known."""
+        settings = {"n_predict": count, "return_tokens": True, "stream": True, **sampling.for_llama()}
+        with self._opened("completion", self._request(ids, **settings)) as answer:
+            for line in answer:
+                if line.startswith(b"data: "):
+                    said = json.loads(line.removeprefix(b"data: "))
+                    yield str(said.get("content", "")), [int(token) for token in said.get("tokens", [])]
+
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """The log-probability in nats of every token of a text but the first, each after those before it."""
         harmless = self.tokenize("a")[0]
@@ -105,18 +117,26 @@ class Llama:
         )
 
     def _complete(self, ids: Sequence[int], **settings: Any) -> Any:
+        return self._ask("completion", self._request(ids, **settings))
+
+    def _request(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         # every one is named: a request that names none goes on from what another left in the cache
         scales = [{"id": place, "scale": float(place == self._chosen)} for place in range(self._adapters)]
-        request = {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **settings}
-        return self._ask("completion", request)
+        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **settings}
 
     def _ask(self, what: str, request: dict[str, Any]) -> Any:
+        with self._opened(what, request) as answer:
+            return json.load(answer)
+
+    @contextmanager
+    def _opened(self, what: str, request: dict[str, Any]) -> Iterator[IO[bytes]]:
+        """An answer, to be read inside the block. Raises EngineError."""
         message = urllib.request.Request(
             f"{self._address}/{what}", json.dumps(request).encode(), {"Content-Type": "application/json"}
         )
         try:
             with self._open(message, timeout=_TIMEOUT_S) as answer:
-                return json.load(answer)
+                yield answer
         except (OSError, ValueError) as error:
             detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
             found = detail if self._child.is_running() else self._child.complaint()

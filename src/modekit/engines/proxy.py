@@ -23,7 +23,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from modekit.engines.bounds import check_chat, check_request
-from modekit.engines.gateway import AGAIN, CHATS, COMPLETIONS, PassedOn, answering_with, is_stream, unless_disconnected
+from modekit.engines.gateway import (
+    AGAIN,
+    CHATS,
+    COMPLETIONS,
+    MODELS,
+    PassedOn,
+    answering_with,
+    is_stream,
+    models_routes,
+    unknown_model,
+    unless_disconnected,
+)
 from modekit.engines.guard import ANSWERS, BODY, App, Body, Guard, RefusedError
 from modekit.engines.registry import Engine
 from modekit.engines.request_template import RequestTemplate
@@ -31,7 +42,6 @@ from modekit.engines.supervisor import Supervisor
 
 _BACK_S = 15.0  # that a request waits for an engine that is started again
 _LOOK_S = 0.1
-_SHOWN = 60
 _ENDED = "the engine ended while it was answering, and is started again; send the request once more"
 _HINT = re.compile(r"( - hint:|,? (?:please )?try (?:increasing|using|setting)|\.? [Ss]tart it with ).*", re.DOTALL)
 """What engines advise their own users to do, who have other options."""
@@ -55,7 +65,6 @@ class Proxy:
         model: the name under which it serves the mixture.
         inner_key: what the engine wants to see.
         template: the mixture's chat template, for an engine that runs it without limits; None where the engine sees to it.
-        born: seconds of the epoch, for the list of models.
     """
 
     supervisor: Supervisor
@@ -63,20 +72,18 @@ class Proxy:
     model: str
     inner_key: str
     template: RequestTemplate | None
-    born: int = field(default_factory=lambda: int(time.time()))
     _client: aiohttp.ClientSession = field(init=False)
 
     def app(self, key: str | None) -> App:
         """As an ASGI application for clients with a key, if any."""
         routes = [
             *(Route(path, answering_with(self._complete), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._model),
+            *models_routes(lambda: [self.model], int(time.time())),
             Route("/health", self._health),
         ]
         metrics = {"/metrics"} if self.engine.metrics else set()
         routes += [Route(path, self._metrics) for path in metrics]
-        paths = ANSWERS | metrics | {f"/v1/models/{self.model}"}
+        paths = ANSWERS | metrics | {f"{MODELS}/"}
         return Guard(Starlette(routes=routes, lifespan=self._lifespan), key, paths, open_paths={"/health"} | metrics)
 
     @asynccontextmanager
@@ -102,7 +109,7 @@ class Proxy:
         check_request(asked)
         model = asked["model"]
         if model != self.model:
-            raise RefusedError(404, f"there is no model {str(model)[:_SHOWN]!r}; there is {self.model!r}")
+            raise RefusedError(404, unknown_model(model, [self.model]))
         if path == CHATS:
             check_chat(asked)
         elif not self.engine.full_completions:
@@ -134,15 +141,6 @@ class Proxy:
             except aiohttp.ClientError:
                 raise RefusedError(503, _ENDED) from None
         raise RefusedError(503, "the engine is started again; send the request once more")
-
-    async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._described()]})
-
-    async def _model(self, _request: Request) -> Response:
-        return JSONResponse(self._described())
-
-    def _described(self) -> dict[str, object]:
-        return {"id": self.model, "object": "model", "created": self.born, "owned_by": "modekit"}
 
     async def _health(self, _request: Request) -> Response:
         if self.supervisor.address is None:

@@ -17,9 +17,10 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.child import Child, ProcessSettings
 from modekit.engines.listening import KEY, answering, bound_socket, check_packages, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
+from modekit.engines.sampling import longest_conversation
 from modekit.engines.supervisor import Supervisor
 from modekit.engines.threads import default_threads, threads_environment
-from modekit.errors import CheckpointError, EngineError, UnsupportedError
+from modekit.errors import EngineError, UnsupportedError
 from modekit.run import QUIET, Run
 
 _INNER = "127.0.0.1"  # where engines listen
@@ -120,17 +121,3 @@ def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> Proces
         "context": settings.context or longest,
         "parallel": settings.parallel or _PARALLEL,
     }
-
-
-def longest_conversation(checkpoint: Checkpoint) -> int:
-    """Tokens that the model was trained to read. Raises CheckpointError where its config does not say."""
-    longest = checkpoint.config.get("max_position_embeddings")
-    if type(longest) is not int or longest < 1:
-        raise CheckpointError(
-            "config.json does not say how long a text may be",
-            where=f"{checkpoint.folder}: max_position_embeddings",
-            found=longest,
-            expected="a whole number of tokens",
-            remedy="add what the base model's config.json says",
-        )
-    return longest

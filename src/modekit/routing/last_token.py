@@ -37,14 +37,26 @@ class _Evidence:
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
+        rows_S, weights_S = self._weighted(ids_S, prefix)
+        said_E: np.ndarray = weights_S @ self.rows_VE[rows_S]
+        return said_E
+
+    def by_token(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
+        """What each token that counts adds to the logits, (N, E), float32."""
+        rows_S, weights_S = self._weighted(ids_S, prefix)
+        added_SE: np.ndarray = weights_S[:, None] * self.rows_VE[rows_S]
+        return added_SE
+
+    def _weighted(self, ids_S: np.ndarray, prefix: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The row of every token that counts, and its weight, float32."""
         rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.rows_VE))
         if self.decay is None:
-            said_E: np.ndarray = self.rows_VE[rows_S[-1]]
-            return said_E
+            weights_S = np.zeros(len(rows_S), np.float32)
+            weights_S[-1] = 1.0
+            return rows_S, weights_S
         rows_S = rows_S[:prefix]
         weights_S = np.power(self.decay, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)
-        sum_E: np.ndarray = weights_S @ self.rows_VE[rows_S]
-        return sum_E if self.adds_up else sum_E / weights_S.sum()
+        return rows_S, weights_S if self.adds_up else weights_S / weights_S.sum()
 
 
 @dataclass(frozen=True)
@@ -56,12 +68,16 @@ class _Classifier:
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
+        logits_E: np.ndarray = self.by_token(ids_S, prefix).sum(0) + self.gate_VG[-1, :-1]
+        return logits_E
+
+    def by_token(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
+        """What each token that counts adds to the logits, (N, E), float32; what all texts have in common is not in it."""
         rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.gate_VG) - 1)
         terms_T, counts_T = np.unique(rows_S[:prefix], return_counts=True)
-        sum_G = counts_T.astype(np.float32) @ self.gate_VG[terms_T]
         length = float(np.linalg.norm(counts_T * self.gate_VG[terms_T, -1]))
-        logits_E: np.ndarray = sum_G[:-1] / np.float32(length or 1.0) + self.gate_VG[-1, :-1]
-        return logits_E
+        added_SE: np.ndarray = self.gate_VG[rows_S[:prefix], :-1] / np.float32(length or 1.0)
+        return added_SE
 
 
 class LastToken:
@@ -88,6 +104,14 @@ class LastToken:
         ids_S = np.asarray(ids, dtype=np.int64)
         total_E: np.ndarray = np.sum([table.logits(ids_S, self._prefix) for table in self._tables], axis=0)
         return total_E
+
+    def by_token(self, ids: Sequence[int]) -> np.ndarray:
+        """What each of some tokens adds to the logits after the last one, (S, E), float32; a token that is not read adds 0."""
+        ids_S = np.asarray(ids, dtype=np.int64)
+        added = [table.by_token(ids_S, self._prefix) for table in self._tables]
+        padded = [np.pad(each, ((0, len(ids_S) - len(each)), (0, 0))) for each in added]
+        total_SE: np.ndarray = np.stack(padded).sum(axis=0, dtype=np.float32)
+        return total_SE
 
 
 def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:

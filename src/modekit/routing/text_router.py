@@ -77,7 +77,7 @@ class TextRouter:
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat else None
-        self._router = LastToken(*_routing_and_gate(checkpoint))
+        self._router = last_token_of(checkpoint)
 
     @staticmethod
     def is_quick(said: str | Sequence[Message]) -> bool:
@@ -150,6 +150,11 @@ def _softmax(logits_E: np.ndarray) -> np.ndarray:
     powers_E = np.exp(logits_E.astype(np.float64) - logits_E.max())
     probabilities_E: np.ndarray = powers_E / powers_E.sum()
     return probabilities_E
+
+
+def last_token_of(checkpoint: Checkpoint) -> LastToken:
+    """A mixture's router that reads tokens, without any model."""
+    return LastToken(*_routing_and_gate(checkpoint))
 
 
 class RunningLogits:

@@ -138,7 +138,7 @@ def decisions(
     names = [router.name for router in checkpoint.shape.positions]
     of_target = [batch.target is not None and reads_target(name) for name in names]
     shapes = [(batch.target_mask if each else batch.mask).shape for each in of_target]
-    weights = list(_weights(checkpoint, trace, shapes))
+    weights = list(router_weights(checkpoint, trace, shapes))
     stacks = [(each, [place for place, own in enumerate(of_target) if own is each]) for each in (False, True)]
     parts = [(each, places, _stacked([weights[place] for place in places])) for each, places in stacks if places]
     for at, row in enumerate(batch.rows):
@@ -157,8 +157,8 @@ def _stacked(stack: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.stack(each) for each in zip(*found, strict=True)]
 
 
-def _weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
-    """Per router (B, S, E), or (B, S, O, E); `shapes` are their (B, S)."""
+def router_weights(checkpoint: Checkpoint, trace: RouterTrace, shapes: Sequence[torch.Size]) -> Iterator[torch.Tensor]:
+    """What the layers used in the last pass, per router (B, S, E), or (B, S, O, E); `shapes` are their (B, S)."""
     recipe = checkpoint.record.recipe
     given = recipe.mixture.weights
     routing = checkpoint.shape.routing

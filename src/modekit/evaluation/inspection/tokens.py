@@ -24,20 +24,33 @@ _FEWEST = 5  # a token seen less often says little
 _SHOWN = 12
 
 
+class RunningText:
+    """A text that comes token by token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # a few tokens before the new one tell the decoder about spaces
+        self._waiting: list[int] = []
+
+    def add(self, token: int, *, last: bool = False) -> str:
+        """What a token adds; "" for one that only begins a character, which the token that ends it brings."""
+        self._waiting.append(token)
+        before, now = self._decoded(self._before), self._decoded(self._before + self._waiting)
+        if now.endswith(_INCOMPLETE) and not last and len(self._waiting) < _LONGEST_WAIT:
+            return ""
+        self._before, self._waiting = self._waiting, []
+        return now[len(before) :]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; "" for one that only begins a character, which the token that ends it brings, and
-    for a token of beginning that the tokenizer put in front.
+    """What each token adds to the text; "" for one that only begins a character, and for a token of beginning that the
+    tokenizer put in front.
     """
-    texts: list[str] = []
-    begin = read = 0  # a few tokens before the new one tell the decoder about spaces
-    for stop in range(1, len(ids) + 1):
-        before = str(tokenizer.decode(ids[begin:read], clean_up_tokenization_spaces=False))
-        now = str(tokenizer.decode(ids[begin:stop], clean_up_tokenization_spaces=False))
-        if now.endswith(_INCOMPLETE) and stop < len(ids) and stop - read < _LONGEST_WAIT:
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        begin, read = read, stop
+    text = RunningText(tokenizer)
+    texts = [text.add(token, last=place == len(ids) - 1) for place, token in enumerate(ids)]
     if ids and ids[0] == tokenizer.bos_token_id:
         texts[0] = ""
     return texts

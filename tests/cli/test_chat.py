@@ -1,0 +1,289 @@
+"""`modekit chat OUT`: what it answers, who led to each token, which words decided; on a terminal and with lines of a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from byte_level import save_byte_model
+from chatting import TEMPLATE
+from command_line import ended, modekit
+from conftest import _WORDS
+from domain_mixtures import adapter_experts, built, model_experts
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.cli.printing.console import console_for
+from modekit.engines.chat import ChatAnswer, ChatSettings, chatting, words_at
+from modekit.engines.gguf import export_gguf
+from modekit.engines.registry import GgufSettings
+from modekit.engines.voices import AnswerToken
+from modekit.errors import ModekitError, TextError
+from modekit.evaluation.inspection.passes import traced_losses
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
+from modekit.routing.text_router import last_token_of
+from modekit.text.chat import needed_template
+from modekit.text.document import message_of
+from modekit.text.sequences import TokenSequence
+
+ROUTERS = {
+    "lexical": {"mixture": {"router": {"fit": "lexical"}}},
+    "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
+    "ngram": {"mixture": {"router": {"fit": "ngram"}}},
+    "classifier": {"mixture": {"router": {"fit": "classifier"}}},
+    "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
+    "adapters": {"mixture": {"router": {"fit": "random"}}},
+    "fixed": {"mixture": {"method": "linear"}},
+}
+QUESTION = _WORDS["law"]
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    root = tmp_path_factory.mktemp("chat")
+    models = model_experts(root, max_position_embeddings=256)
+    save_byte_model(root / "base", "llama", 9, max_position_embeddings=256)
+    (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    adapters = adapter_experts(root)
+    return {
+        name: built(root, {"base_model": "./base", "experts": adapters if name == "adapters" else models, **recipe}, name)
+        for name, recipe in ROUTERS.items()
+    }
+
+
+def answered(checkpoint: Checkpoint, *said: str, **settings: Any) -> list[ChatAnswer]:
+    with chatting(checkpoint, ChatSettings(**{"answer_tokens": 8, **settings})) as talk:
+        return [talk.ask(each, lambda _: None) for each in said]
+
+
+@torch.inference_mode()
+def written(checkpoint: Checkpoint, said: str, count: int) -> tuple[list[int], list[int]]:
+    """Tokens of a question in the chat template, and what transformers writes behind it."""
+    tokenizer, model = load_tokenizer(checkpoint.folder), load_model(checkpoint.folder)
+    template = needed_template(tokenizer, "test")
+    prompt = template.ids(template.text([message_of("user", said)], answer=True))
+    made = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return prompt, made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_it_answers_as_transformers_does_and_says_who_led(mixtures: dict[str, Checkpoint], name: str) -> None:
+    """The weights of each token are those that a pass over the whole text has where the token before it stands."""
+    checkpoint = mixtures[name]
+    (answer,) = answered(checkpoint, QUESTION)
+    prompt, ids = written(checkpoint, QUESTION, 8)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    said = tokenizer.decode(ids)
+    assert answer.prompt == prompt and len(answer.tokens) == 8 and answer.ended == "length"
+    assert answer.text == said.rstrip("\ufffd") or answer.text == said
+    found: list[Any] = []
+    whole = TokenSequence((*prompt, *ids), 0)
+    traced_losses(load_model(checkpoint.folder), checkpoint, [whole], lambda _, decided: found.append(decided), lambda _: None)
+    expected_SE = found[0].weights_RSE.mean(0)[len(prompt) - 1 : -1]
+    assert torch.allclose(torch.tensor([each.weights for each in answer.tokens]), torch.tensor(expected_SE), atol=1e-4)
+    assert sum(answer.led_by().values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["lexical", "ngram", "classifier"])
+def test_what_tokens_add_is_what_the_router_says(mixtures: dict[str, Checkpoint], name: str) -> None:
+    router = last_token_of(mixtures[name])
+    ids = load_tokenizer(mixtures[name].folder)(QUESTION)["input_ids"]
+    added_SE = router.by_token(ids)
+    assert added_SE.shape == (len(ids), 2)
+    common_E = router.logits(ids) - added_SE.sum(0)
+    other_E = router.logits(ids[:7]) - router.by_token(ids[:7]).sum(0)
+    assert common_E == pytest.approx(other_E, abs=1e-4) and (name == "classifier" or common_E == pytest.approx(0, abs=1e-4))
+
+
+def test_the_words_that_decided(mixtures: dict[str, Checkpoint]) -> None:
+    with chatting(mixtures["lexical"], ChatSettings(answer_tokens=2)) as talk:
+        assert talk.why() is None
+        talk.ask(f"{_WORDS['law']} artery", lambda _: None)
+        why = talk.why()
+        assert why is not None and max(why.weights, key=why.weights.__getitem__) == "law"
+        law, medicine = (dict(why.words[name]) for name in ("law", "medicine"))
+        assert set(law) & set(_WORDS["law"].split()) and "artery" in medicine and not set(law) & set(medicine)
+        talk.reset()
+        assert talk.why() is None
+    with chatting(mixtures["hidden"], ChatSettings(answer_tokens=2)) as talk:
+        talk.ask("heart", lambda _: None)
+        assert talk.why() is None
+
+
+def test_words_are_cut_at_space_and_signs() -> None:
+    said = ["a", "b", " c", "?", "\n", "ab", " ", "d", "<|end|>", "e", ""]
+    assert words_at(said) == {"ab": [0, 1, 5], "c": [2], "?": [3], "d": [7], "<|end|>": [8], "e": [9]}
+
+
+def test_llama_cpp_answers_the_same_and_it_is_known_who_led(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
+    checkpoint = mixtures["lexical"]
+    (written_file,) = export_gguf(checkpoint, tmp_path / "gguf", GgufSettings("f32"))
+    said = (tmp_path / "gguf" / "Modelfile").read_text()
+    assert said.startswith(f"FROM ./{written_file.file.name}\nTEMPLATE") and "PARAMETER num_ctx 256\n" in said
+    (ours,) = answered(checkpoint, QUESTION)
+    (theirs,) = answered(checkpoint, QUESTION, gguf=written_file.file, threads=1)
+    plain = [re.sub(r"[^ -~]", "", answer.text) for answer in (ours, theirs)]
+    assert theirs.prompt == ours.prompt and plain[1] and plain[0].startswith(plain[1][:4])
+    assert next(iter(theirs.led_by())) == next(iter(ours.led_by())) == 1
+    code, stdout, stderr = ended_with("heart\n", "chat", checkpoint.folder, "--gguf", written_file.file, "--max-tokens", "4")
+    assert code == 0 and "in llama.cpp" in stderr and stdout.strip()
+    code, _, stderr = ended_with("/expert law\n", "chat", checkpoint.folder, "--gguf", written_file.file)
+    assert code == 0 and "takes the experts that the routers choose" in stderr
+
+
+def test_a_forced_expert_is_that_expert(mixtures: dict[str, Checkpoint]) -> None:
+    for name in ("lexical", "adapters"):
+        checkpoint = mixtures[name]
+        with chatting(checkpoint, ChatSettings(answer_tokens=6)) as talk:
+            talk.voice.use_expert(0)
+            forced = talk.ask(QUESTION, lambda _: None)
+        model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+        with torch.inference_mode(), mixture_of(model, checkpoint).forced(0):
+            made = model.generate(
+                torch.tensor([forced.prompt]),
+                attention_mask=torch.ones(1, len(forced.prompt)),
+                max_new_tokens=6,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert forced.text.rstrip("\ufffd") == tokenizer.decode(made[0, len(forced.prompt) :]).rstrip("\ufffd")
+        assert forced.led_by() == {0: 1.0}
+
+
+def test_a_long_conversation_loses_its_beginning(mixtures: dict[str, Checkpoint]) -> None:
+    answers = answered(mixtures["ngram"], *[QUESTION] * 4, context=224)
+    assert [answer.left_out > 0 for answer in answers] == [False, False, False, True] or answers[-1].left_out > 0
+    assert all(len(answer.prompt) + len(answer.tokens) <= 224 and answer.left_out % 2 == 0 for answer in answers)
+    alone = answered(mixtures["ngram"], QUESTION, context=224)[0]
+    assert answers[-1].prompt[-len(alone.prompt) :] == alone.prompt
+
+
+def test_what_does_not_fit_is_said_and_the_chat_goes_on(mixtures: dict[str, Checkpoint]) -> None:
+    with chatting(mixtures["ngram"], ChatSettings(context=96, answer_tokens=200)) as talk:
+        with pytest.raises(TextError, match="no room for an answer"):
+            talk.ask("word " * 100, lambda _: None)
+        answer = talk.ask("heart", lambda _: None)
+        assert answer.ended in ("context", "end") and len(answer.prompt) + len(answer.tokens) <= 96
+    with pytest.raises(ModekitError, match="longer than the model's"), chatting(mixtures["ngram"], ChatSettings(context=512)):
+        pass
+
+
+def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Checkpoint]) -> None:
+    heard: list[AnswerToken] = []
+
+    def interrupt(token: AnswerToken) -> None:
+        heard.append(token)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    with chatting(mixtures["ngram"], ChatSettings(answer_tokens=50)) as talk:
+        answer = talk.ask(QUESTION, interrupt)
+        assert (answer.ended, len(answer.tokens)) == ("stopped", 3)
+        later = talk.ask("heart", lambda _: None)
+        assert len(later.prompt) > len(answer.prompt) + 3
+
+
+def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
+    said = [answered(mixtures["ngram"], QUESTION, temperature=1.5, seed=seed)[0].text for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+def ended_with(said: str, *args: object) -> tuple[object, str, str]:
+    """`modekit ARGS` with a text on its standard input."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(said))
+        return ended(*args)
+
+
+def test_lines_of_a_pipe_are_questions(mixtures: dict[str, Checkpoint]) -> None:
+    lines = f"{QUESTION}\n\n/why\n/nonsense\n/expert nobody\n/reset\n/why\n/quit\nheart\n"
+    code, stdout, stderr = ended_with(lines, "chat", mixtures["lexical"].folder, "--max-tokens", "4")
+    assert code == 0 and stderr.count("of 4 tokens]") == 1 and "law 100%" in stderr
+    assert "The answer began with law" in stdout and stdout.count("Nothing was answered yet.") == 1
+    assert "/why: words that decided" in stderr and "there is no expert nobody; there are medicine, law" in stderr
+    code, _, stderr = ended_with("word " * 400, "chat", mixtures["lexical"].folder)
+    assert code == 2 and "no room for an answer" in stderr and "--context" in stderr
+
+
+def test_without_a_template_a_text_is_continued(tmp_path: Path) -> None:
+    save_byte_model(tmp_path / "base", "llama", 9)
+    checkpoint = built(
+        tmp_path, {"base_model": "./base", "experts": adapter_experts(tmp_path), "mixture": {"router": {"fit": "random"}}}
+    )
+    code, _, stderr = ended_with("the heart\n", "chat", checkpoint.folder, "--max-tokens", "3")
+    assert code == 0 and "no chat template: what you write is continued, not answered" in stderr
+    one, two = answered(checkpoint, "the heart", "the court")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    assert [list(one.prompt), list(two.prompt)] == [tokenizer(text)["input_ids"] for text in ("the heart", "the court")]
+
+
+def test_what_a_model_writes_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import modekit.cli.chat as command
+
+    stream = io.StringIO()
+    monkeypatch.setattr(command, "out", console_for(file=stream, force_terminal=True, width=80, color_system="truecolor"))
+    for text in ("\x1b]0;title\x07", "\x1b[2J", "a\tb\n", "\x9b31m", "\u202e[bold]", "\r"):
+        command._show(AnswerToken(text, (0.1, 0.9)))
+    shown = stream.getvalue()
+    left = re.sub(r"\x1b\[[0-9;]*m", "", shown)  # colours of our own
+    assert "48;2;" in shown and all(sign.isprintable() or sign == "\n" for sign in left)
+    assert left.startswith("\\x1b]0;title\\x1b[2J") and "a   b\n" in left and "[bold]" in left
+
+
+def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> None:
+    """A real one: what is typed, Ctrl-C on an empty line, Ctrl-D."""
+    import pty
+    import select
+    import time
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor", "OMP_NUM_THREADS": "1"}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        folder = str(mixtures["lexical"].folder)
+        os.execv(sys.executable, [sys.executable, "-m", "modekit", "chat", folder, "--max-tokens", "6"])
+    shown = b""
+
+    def until_shown(expected: bytes) -> None:
+        nonlocal shown
+        end = time.monotonic() + 60
+        while expected not in shown and time.monotonic() < end:
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4_096)
+        assert expected in shown, shown
+
+    try:
+        until_shown(b"ends.\x1b[0m\r\n> ")
+        os.write(terminal, b"\x03")
+        until_shown(b"> \r\n> ")
+        os.write(terminal, f"{QUESTION}\n".encode())
+        until_shown(b"of 6 tokens]")
+        assert b"48;2;" in shown and b"Ctrl-D ends" in shown
+        until_shown(b"allows more]\x1b[0m\r\n> ")
+        os.write(terminal, b"\x04")
+        until_ended = time.monotonic() + 60
+        while not (found := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until_ended:
+            time.sleep(0.1)
+        assert found[0] == pid
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(found[1]) == 0
+
+
+def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
+    code, _, stderr = ended("chat", tmp_path)
+    assert code == 2 and "modekit.json" in stderr
+    assert "--gguf" in modekit("chat", "--help")
