@@ -102,8 +102,7 @@ class Writer:
         endless._never = sorted(self._ends)
         begun: list[tuple[float, list[int]]] = []
         for number in range(_CHOICE):
-            advance(0.0)
-            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number)
+            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number, lambda _share: advance(0.0))
             written = [[begin, *part] for (part,) in parts]
             begun += zip(self._gains(written), written, strict=True)
         return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
