@@ -86,7 +86,7 @@ def test_full_models_with_text_are_mixed_whole(shop: Path, monkeypatch: pytest.M
 
 
 def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = texts(**{"fever-lora": "medicine", "court-lora": "law"}) + ["--without-base"]
+    said = [*texts(**{"fever-lora": "medicine", "court-lora": "law"}), "--without-base"]
     recipe, printed = mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
     assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each.get("adapter") for each in recipe["experts"]] == ["../fever-lora", "../court-lora"]
@@ -113,7 +113,7 @@ def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest
 
 
 def test_a_killed_mix_goes_on_writing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, _ = mix(shop, monkeypatch, "fever-lora", "court-lora", "--without-base")
+    mix(shop, monkeypatch, "fever-lora", "court-lora", "--without-base")
     whole, keep, calls = tree(shop / "OUT" / "self-text"), write_text.keep_written, list[Path]()
     shutil.rmtree(shop / "OUT")
 

@@ -73,8 +73,8 @@ def build(
     run: Run = QUIET,
 ) -> Checkpoint:
     """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `update`: the
-    mixture that it changes, whose place it may take. A plan whose root is the work folder of `out` is of a recipe that goes into
-    `out`, with the text that its experts write.
+    mixture that it changes, whose place it may take. A plan whose root is the work folder of `out` is of a recipe that goes
+    into `out`, with the text that its experts write.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
     there and that only an evaluation will read; nothing is left

@@ -97,7 +97,7 @@ def router_for(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[Way
     if text and form == "any":
         yield Way(pairs, {"format": "modekit"}, "lexical; one expert per token")
     if not text and adapters and form == "any":
-        said = "arrow, by the adapters alone, as no expert has text or can write it; --text NAME=FILE for each gives a far better one"
+        said = "arrow, by the adapters alone: none has text or can write it; --text NAME=FILE for each gives a far better one"
         yield Way({"router": {"fit": "arrow"}}, {}, said)
     if not text:
         said = "none: every expert counts the same, as none has text or can write it; --text NAME=FILE for each gives a router"
@@ -107,8 +107,8 @@ def router_for(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[Way
 def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET) -> MixPlan:
     """The plan of a mixture in `out`, which need not be there. Nothing is written.
 
-    Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, two names for one model, a model
-    that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
+    Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, two
+    names for one model, a model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
     """
     if models.base.endswith((".yaml", ".yml")):
         load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes

@@ -151,7 +151,7 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
             "the text that this expert writes itself is not there",
             where=where,
             found=str(written_file(expert, root)),
-            remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if the fit reads text; or give text",
+            remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
     check_present(expert.texts, root=root, where=where)
 
