@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
 
 from adapter_folders import UP, write_adapter
@@ -19,10 +20,12 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError
 from modekit.files.marker import foreign_files, read_marker
 from modekit.files.write import is_temporary
+from modekit.text import written
 from refusal import Tree
 
 FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 FEW = ("--tokens", "200")
+MIXED = ("--text", "fever=text/code.jsonl", "--text", "law=text/law.jsonl")
 TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
 SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
 _VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
@@ -50,7 +53,8 @@ class Command:
 
 COMMANDS = {
     "build": Command(("build", "native.yaml", "NEW"), 40, 17),
-    "mix": Command(("mix", "base", "fever", "law", "-o", "NEW"), 30, 23),
+    "mix": Command(("mix", "base", "fever", "law", "--without-base", "-o", "NEW", *MIXED), 30, 23),
+    "mix without text": Command(("mix", "base", "fever", "-o", "NEW"), 60, 61, 7),
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
     "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
@@ -151,7 +155,10 @@ def run_in(root: Path, words: Sequence[str]) -> tuple[object, str]:
     before = Path.cwd()
     os.chdir(root)
     try:
-        code, _, stderr = ended(*words)
+        with pytest.MonkeyPatch.context() as patch:  # experts that write their text write little
+            for name in ("_MOST_DOCUMENTS", "_FEWEST_DOCUMENTS"):
+                patch.setattr(written, name, 24)
+            code, _, stderr = ended(*words)
     finally:
         os.chdir(before)
     return code, stderr

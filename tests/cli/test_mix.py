@@ -14,9 +14,18 @@ from command_line import ended, modekit
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.files.marker import foreign_files
+from modekit.files.staging import Staging
+from modekit.routing import write_text
+from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.text import written
 from refusal import checked, refuse, tree
 
-INTERNAL = (".modekit", "recipe.yaml")
+INTERNAL = (".modekit", "recipe.yaml", "self-text")
+
+
+class KilledError(BaseException):
+    """As a kill: nothing is tidied up."""
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +37,36 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
         write_adapter(root / name, lora("mlp.up_proj", 48, 32, layers=1, seed=seed))
     shutil.copytree(root / "law", root / "law-copy")
     shutil.copytree(root / "base", root / "base-copy")
+    shutil.copytree(root / "base", root / "mute")
+    for name in TOKENIZER_FILES:
+        (root / "mute" / name).unlink(missing_ok=True)
     return root
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that write their text write little."""
+    for name in ("_MOST_DOCUMENTS", "_FEWEST_DOCUMENTS"):
+        monkeypatch.setattr(written, name, 40)
+    monkeypatch.setattr(write_text, "rows_at_once", lambda model, tokens: 20)
 
 
 def texts(**files: str) -> list[str]:
     return [word for name, file in files.items() for word in ("--text", f"{name}=text/{file}.jsonl")]
 
 
-def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[dict[str, Any], str]:
+def mix(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str, base: str = "base") -> tuple[dict[str, Any], str]:
     """The recipe that `modekit mix base WORDS -o OUT` wrote, and what it printed; a build of that recipe is the same bytes."""
     monkeypatch.chdir(root)
     for name in ("OUT", "AGAIN"):
         shutil.rmtree(root / name, ignore_errors=True)
-    printed = modekit("mix", "base", *words, "-o", "OUT")
+    printed = modekit("mix", base, *words, "-o", "OUT")
+    assert not (root / "OUT.partial").exists()
     recipe = yaml.safe_load((root / "OUT" / "recipe.yaml").read_text())
     modekit("build", "OUT/recipe.yaml", "AGAIN")
     made, again = (
-        {name: content for name, content in tree(root / folder).items() if name not in INTERNAL} for folder in ("OUT", "AGAIN")
+        {name: content for name, content in tree(root / folder).items() if not name.startswith(INTERNAL)}
+        for folder in ("OUT", "AGAIN")
     )
     records = [yaml.safe_load(each.pop("modekit.json") or b"") for each in (made, again)]
     assert [each.pop("recipe_folder") for each in records] == [".", "../OUT"]
@@ -64,11 +86,64 @@ def test_full_models_with_text_are_mixed_whole(shop: Path, monkeypatch: pytest.M
 
 
 def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = texts(**{"fever-lora": "medicine", "court-lora": "law"})
+    said = [*texts(**{"fever-lora": "medicine", "court-lora": "law"}), "--without-base"]
     recipe, printed = mix(shop, monkeypatch, "fever-lora", "court-lora", *said)
     assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each.get("adapter") for each in recipe["experts"]] == ["../fever-lora", "../court-lora"]
-    assert "the base does not join" in printed and "MixtralForCausalLM" in printed
+    assert "MixtralForCausalLM" in printed and not (shop / "OUT" / "self-text").exists()
+
+
+def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, printed = mix(shop, monkeypatch, "fever-lora", "court-lora")
+    assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
+    assert [each["text"] for each in recipe["experts"]] == ["self"] * 3
+    said = " ".join(printed.split())
+    assert "text written by fever-lora, court-lora, general" in said and "for experts to write their text" in said
+    files = sorted(tree(shop / "OUT" / "self-text"))
+    assert len(files) == 6 and {each.partition("-")[0] for each in files} == {"fever", "court", "base"}
+    assert foreign_files(shop / "OUT") == []
+    evaluated = modekit("eval", "OUT", "--tokens", "300", "--sequence-length", "64")
+    assert "no held-out text of fever-lora, court-lora, general" in " ".join(evaluated.split())
+
+
+def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = mix(shop, monkeypatch, "law", "code", *texts(law="law"))
+    assert [each["text"] for each in recipe["experts"]] == [["../text/law.jsonl"], "self", "self"]
+    assert recipe["mixture"]["modules"] == "all"
+
+
+def test_a_killed_mix_goes_on_writing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix(shop, monkeypatch, "fever-lora", "court-lora", "--without-base")
+    whole, keep, calls = tree(shop / "OUT" / "self-text"), write_text.keep_written, list[Path]()
+    shutil.rmtree(shop / "OUT")
+
+    def killed(file: Path, *rest: Any) -> None:
+        keep(file, *rest)
+        calls.append(file)
+        if len(calls) == 3:
+            raise KilledError
+
+    monkeypatch.setattr(write_text, "keep_written", killed)
+    with monkeypatch.context() as dying:
+        dying.setattr(Staging, "discard", Staging.keep)
+        with pytest.raises(KilledError):
+            modekit("mix", "base", "fever-lora", "court-lora", "--without-base", "-o", "OUT")
+    assert (shop / "OUT.partial" / "self-text").is_dir() and not (shop / "OUT").exists()
+    calls[:] = [Path()] * 3
+    modekit("mix", "base", "fever-lora", "court-lora", "--without-base", "-o", "OUT")
+    assert len(calls) == 3 + 1  # the second batch of the second expert
+    assert tree(shop / "OUT" / "self-text") == whole and not (shop / "OUT.partial").exists()
+
+
+def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix(shop, monkeypatch, "fever-lora")
+    modekit("add", "OUT", "--name", "court", "--adapter", "court-lora", "--text", "self", "--force")
+    assert yaml.safe_load((shop / "OUT" / "recipe.yaml").read_text())["experts"][-1]["text"] == "self"
+    assert len(tree(shop / "OUT" / "self-text")) == 6 and foreign_files(shop / "OUT") == []
+    made = (shop / "OUT" / "model-router.safetensors").read_bytes()
+    shutil.rmtree(shop / "AGAIN")
+    modekit("build", "OUT/recipe.yaml", "AGAIN")
+    assert (shop / "AGAIN" / "model-router.safetensors").read_bytes() == made
 
 
 def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +164,10 @@ def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.
     ],
     ids=["adapters", "models"],
 )
-def test_without_text_it_says_what_that_costs(
+def test_what_cannot_write_says_what_that_costs(
     shop: Path, monkeypatch: pytest.MonkeyPatch, experts: tuple[str, ...], mixture: dict[str, Any], said: str
 ) -> None:
-    recipe, printed = mix(shop, monkeypatch, *experts)
+    recipe, printed = mix(shop, monkeypatch, *experts, base="mute")
     assert recipe["mixture"] == mixture and said in printed and "--text NAME=FILE" in " ".join(printed.split())
 
 
@@ -117,7 +192,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "one alone": (("law", "--without-base"), "a mixture needs two experts"),
     "a folder that is not there": (("lwa",), "model folder does not exist"),
     "text of nobody": (("law", *texts(lwa="law")), "did you mean 'law'?"),
-    "text of some": (("law", "code", *texts(law="law")), "--text code=FILE --text general=FILE"),
     "text that is not there": (("law", "code", *texts(law="law", code="cod")), "the text does not exist"),
     "the name of a row": (("oracle=law",), "an expert cannot be named 'oracle'"),
     "a name twice": (("a=law", "a=code"), "two experts are named 'a'"),
@@ -131,6 +205,11 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
     before = set(tree(shop))
     assert message in refuse("mix", "base", *words, "-o", "NEW")
     assert set(tree(shop)) == before
+
+
+def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    assert "--text code=FILE --text general=FILE" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
 
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
 from modekit.routing.refit import refit
 from modekit.run import QUIET, Run
+from modekit.text import written
 from modekit.text.held_out import RecipeTexts, fit_documents
-from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, written_file
+from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, documents_of, read_written, written_file
 from refusal import tree
 
 BEGIN, END = 1, 2
@@ -38,7 +39,8 @@ LEXICAL = {"method": "routing", "top_k": 1, "router": {"fit": "lexical"}}
 @pytest.fixture
 def bench(tmp_path: Path, small_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Three experts and the base, which write; few and short documents, eight at a time."""
-    monkeypatch.setattr(write_text, "DOCUMENTS", 40)
+    for name in ("_MOST_DOCUMENTS", "_FEWEST_DOCUMENTS"):
+        monkeypatch.setattr(written, name, 40)
     monkeypatch.setattr(write_text, "rows_at_once", lambda model, tokens: 8)
     for name in ("base", *DOMAINS[:2]):
         shutil.copytree(small_workshop.root / name, tmp_path / name)
@@ -123,6 +125,10 @@ def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:
     assert tree(bench.root) == before
 
 
+def test_experts_of_large_models_write_fewer_documents() -> None:
+    assert [documents_of(weights) for weights in (10**6, 134_515_008, 10**9, 7 * 10**10)] == [192, 96, 64, 64]
+
+
 def test_a_kill_costs_one_batch_and_changes_nothing(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(bench)["law"]
     whole = file.read_bytes()
@@ -191,7 +197,7 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     said = preview(bench.write())
     assert said.time.write_text > 0
-    assert any("medicine will write its own text" in note for note in said.notes)
+    assert any("medicine, law, general will write text" in note for note in said.notes)
     assert not (bench.root / "self-text").exists()
     checkpoint = open_checkpoint(bench.build())
     assert preview(bench.write()).time.write_text == 0
@@ -200,12 +206,12 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     assert "law wrote its own text: 40 documents" in notes and "no held-out text of medicine, law, general" in notes
     own, base = results.row("law").scores["law"], results.row("base").scores["law"]
     assert own.loss < base.loss
-    written = tree(bench.root / "self-text")
+    before = tree(bench.root / "self-text")
     shutil.rmtree(bench.root / "self-text")
     with pytest.raises(TextError, match="writes itself is not there"):
         evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     refit(checkpoint, {"router": {"temperature": 0.5}})
-    assert tree(bench.root / "self-text") == written
+    assert tree(bench.root / "self-text") == before
 
 
 def test_what_was_written_is_split_like_any_text(bench: Workshop) -> None:

@@ -28,14 +28,15 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import FinishedError, SourceError, UnsupportedError
-from modekit.files.output import Replace, check_room, replaced_by
+from modekit.files.output import Replace, check_room, replaced_by, work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
-from modekit.files.write import link_file, make_folder, remove, write_file, write_json
+from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
 from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
+from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
@@ -47,6 +48,7 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
+from modekit.text.written import files_of
 from modekit.weights.stored import same_bytes
 from modekit.weights.stream import Stream
 
@@ -71,7 +73,8 @@ def build(
     run: Run = QUIET,
 ) -> Checkpoint:
     """Write the checkpoint that a plan describes. `beside`: content of further files, by their path in `out`; `update`: the
-    mixture that it changes, whose place it may take.
+    mixture that it changes, whose place it may take. A plan whose root is the work folder of `out` is of a recipe that goes
+    into `out`, with the text that its experts write.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
     there and that only an evaluation will read; nothing is left
@@ -80,10 +83,9 @@ def build(
     """
     if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)
-    write_texts(plan, run, but=update.statistics if update is not None else ())
-    if plan.recipe.mixture.needs_text:
-        run.begin("check the text")
-        _check_text(plan, update)
+    within = plan.root == work_folder(out)
+    if not within:
+        _complete_text(plan, update, run)
     run.begin("check the models")
     _check_copies(plan, update)
     plan = settled(plan, run=run)
@@ -93,10 +95,23 @@ def build(
     check_room(out, plan.disk_needed)
     try:
         with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
+            if within:
+                _complete_text(plan, update, run)
             record = _write(plan, stage, beside or {}, update, run)
+            for file in files_of(plan.recipe, plan.root) if within else ():
+                make_folder(stage.folder / WRITTEN_FOLDER)
+                copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
     except FinishedError:
         return open_checkpoint(out)
     return Checkpoint(out, record)
+
+
+def _complete_text(plan: Plan, update: CheckpointUpdate | None, run: Run) -> None:
+    """Have written what experts write, and look at all text on disk that the fit will read."""
+    write_texts(plan, run, but=update.statistics if update is not None else ())
+    if plan.recipe.mixture.needs_text:
+        run.begin("check the text")
+        _check_text(plan, update)
 
 
 def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
-from modekit.files.output import check_room, disk_of
+from modekit.files.output import check_room, disk_of, work_folder
 from modekit.planning.make import plan_of
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
@@ -21,7 +21,7 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
-from modekit.recipes.strict import BASE, RecipeData, did_you_mean
+from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
@@ -29,6 +29,7 @@ from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.names import natural_key
 from modekit.sources.open import open_recipe_sources
+from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.glance import check_texts
 from modekit.weights.stored import same_bytes
 
@@ -96,30 +97,36 @@ def router_for(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[Way
     if text and form == "any":
         yield Way(pairs, {"format": "modekit"}, "lexical; one expert per token")
     if not text and adapters and form == "any":
-        said = "arrow, by the adapters alone, as no expert has text; --text NAME=FILE for each gives a far better one"
+        said = "arrow, by the adapters alone: none has text or can write it; --text NAME=FILE for each gives a far better one"
         yield Way({"router": {"fit": "arrow"}}, {}, said)
     if not text:
-        said = "none: every expert counts the same, as none has text; --text NAME=FILE for each gives a router"
+        said = "none: every expert counts the same, as none has text or can write it; --text NAME=FILE for each gives a router"
         yield Way({"method": "linear", **merged}, {"format": "native"} if form == "native" else {}, said)
 
 
 def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET) -> MixPlan:
     """The plan of a mixture in `out`, which need not be there. Nothing is written.
 
-    Raises RecipeError (names, text for some experts alone), MismatchError (another family, two names for one model, a model
-    that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
+    Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, two
+    names for one model, a model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
     """
     if models.base.endswith((".yaml", ".yml")):
         load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
-    raw, notes = _with_texts(models)
-    raw = from_folder(raw, models.root, out)
+    root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
+    raw = from_folder(_with_given_text(models), models.root, out)
     bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
     run.begin("compare the models")
-    sources = open_recipe_sources(bare, out, run=run)
-    kinds = _kinds(bare, sources)
+    sources = open_recipe_sources(bare, root, run=run)
+    kinds, notes = _kinds(bare, sources), list[str]()
+    if _can_write(sources[0]):
+        raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
+    elif models.texts:
+        notes, joining = _joining(raw["experts"])
+        raw["experts"], kinds = [raw["experts"][place] for place in joining], tuple(kinds[place] for place in joining)
+        sources = (sources[0], *(sources[1 + place] for place in joining))
     text = any("text" in expert for expert in raw["experts"])
-    plan, way = _first_possible(raw, out, sources, list(router_for(kinds, form, text=text)), run)
+    plan, way = _first_possible(raw, root, sources, list(router_for(kinds, form, text=text)), run)
     if form == "native" and plan.shape.without_gguf is not None:
         raise UnsupportedError(
             "llama.cpp does not run what these models become",
@@ -127,15 +134,16 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
             found=plan.shape.without_gguf,
             remedy="leave --gguf out: modekit serve OUT then takes vLLM or transformers",
         )
-    notes += check_texts(plan.recipe, out, plan.family.reads)
+    notes += check_texts(plan.recipe, root, plan.family.reads)
     check_room(out, plan.disk_needed)
     return MixPlan(plan, kinds, way, tuple(notes), disk_of(out).free)
 
 
-def _with_texts(models: Models) -> tuple[RecipeData, list[str]]:
-    """Base and experts with their text, and what was left out. Raises RecipeError."""
+def _with_given_text(models: Models) -> RecipeData:
+    """Base and experts, with text where there is some. Raises RecipeError."""
     raw = spelled_out({"base_model": models.base, "experts": list(models.experts)}, models.root)
-    experts = [_with_text(each, models.texts) for each in raw["experts"]]
+    texts = models.texts
+    experts = [{**each, "text": texts[each["name"]]} if each["name"] in texts else each for each in raw["experts"]]
     names = [each["name"] for each in experts]
     for name in models.texts:
         if name not in names:
@@ -146,33 +154,37 @@ def _with_texts(models: Models) -> tuple[RecipeData, list[str]]:
                 found=f"the experts {', '.join(names)}",
                 remedy=hint or "use one of these names, or give the expert this one: NAME=PATH",
             )
-    without, notes = [each for each in experts if "text" not in each], list[str]()
-    if models.texts and len(without) == 1 and without[0].get("model") == BASE:
-        base = without.pop()
-        experts.remove(base)
-        notes.append(f"the base does not join, as it has no text: --text {base['name']}=FILE (text of no domain) lets it")
-    if models.texts and without:
-        lacking = [each["name"] for each in without]
-        raise RecipeError(
-            "some experts have text, and others have none",
-            where="--text",
-            found=f"no text of {', '.join(lacking)}",
-            remedy=f"add {' '.join(f'--text {name}=FILE' for name in lacking)}, or leave --text out",
-        )
     if len(experts) < 2 or [each.get("model") for each in experts].count(BASE) > 1:
         raise RecipeError(
             "a mixture needs two experts, of which the base may be one",
             where="modekit mix",
-            found=", ".join(each["name"] for each in experts),
-            remedy=notes[0] if notes else "name another model, or let the base join (without --without-base)",
+            found=", ".join(names),
+            remedy="name another model, or let the base join (without --without-base)",
         )
-    return {**raw, "experts": experts}, notes
+    return {**raw, "experts": experts}
 
 
-def _with_text(expert: RecipeData, texts: Mapping[str, list[str]]) -> RecipeData:
-    """An expert and its text, if it has any. Whoever can do without (experts[].text: self) says so here."""
-    text = texts.get(expert["name"])
-    return expert if text is None else {**expert, "text": text}
+def _can_write(base: ModelSource) -> bool:
+    """Whether what descends from it can write text: not a model with an encoder, nor one without a tokenizer."""
+    reads = family_of(base.config, where=f"base_model ({base.spec})").reads
+    return reads == "text" and any((base.folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _joining(experts: Sequence[RecipeData]) -> tuple[list[str], list[int]]:
+    """What to say, and the places of the experts that join where some have text and none can write. Raises RecipeError."""
+    lacking = [each for each in experts if "text" not in each]
+    add = " ".join(f"--text {each['name']}=FILE" for each in lacking)
+    if [each.get("model") for each in lacking] == [BASE] and len(experts) > 2:
+        places = [place for place, each in enumerate(experts) if "text" in each]
+        return [f"the base does not join, as it has no text: {add} (text of no domain) lets it"], places
+    if lacking:
+        raise RecipeError(
+            "some experts have text, others have none, and these models cannot write any",
+            where="--text",
+            found=f"no text of {', '.join(each['name'] for each in lacking)}",
+            remedy=f"add {add}, or leave --text out",
+        )
+    return [], list(range(len(experts)))
 
 
 def _kinds(recipe: Recipe, sources: Sequence[ModelSource]) -> tuple[Kind, ...]:

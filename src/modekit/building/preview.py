@@ -7,7 +7,6 @@ was predicted and what it took).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.family import whole
 from modekit.text.amounts import FORCED_TOKENS
 from modekit.text.glance import check_texts
-from modekit.text.written import DOCUMENT_TOKENS, DOCUMENTS, is_written
+from modekit.text.written import DOCUMENT_TOKENS, documents_of, read_written, written_file
 
 _BYTES_PER_SECOND = 600e6
 """Copied, hashed and brought to the disk; a fast disk does twice as much, a slow one a third."""
@@ -131,10 +130,13 @@ def _flops_of_writing(plan: Plan) -> float:
     """Of text that experts are yet to write, token by token, each beside the base."""
     if not plan.recipe.mixture.needs_text:
         return 0.0
-    writers = [each for each in plan.recipe.experts if each.writes_text and not is_written(each, plan.root)]
-    passes = sum(1 if each.is_base else 2 for each in writers)
-    weights = sum(math.prod(ref.shape) for ref in plan.sources[0].tensors.values())
-    return 2.0 * DOCUMENTS * DOCUMENT_TOKENS * passes * weights
+    weights = plan.sources[0].parameters
+    documents = 0
+    for expert in (each for each in plan.recipe.experts if each.writes_text):
+        known = read_written(written_file(expert, plan.root))
+        left = documents_of(weights) - (known.documents if known is not None else 0)
+        documents += max(0, left) * (1 if expert.is_base else 2)
+    return 2.0 * documents * DOCUMENT_TOKENS * weights
 
 
 @dataclass(frozen=True)

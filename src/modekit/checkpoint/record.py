@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from modekit.files.output import work_folder
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
 from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
@@ -289,10 +290,10 @@ def make_record(
         modekit_version=version("modekit"),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest(),
-        recipe_folder=os.path.relpath(plan.root, out),
+        recipe_folder="." if plan.root == work_folder(out) else os.path.relpath(plan.root, out),
         dense_config=plan.family.dense_config(plan.sources[0].config),
         native_type=plan.shape.native_type,
-        dense_parameters=sum(ref.numel for ref in plan.sources[0].tensors.values()),
+        dense_parameters=plan.sources[0].parameters,
         expert_sources=[unique.index(source) for source in plan.sources[1:]],
         sources=[_source_record(source, out, hashes, known.get(source)) for source in unique],
         router=router,

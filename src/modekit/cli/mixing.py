@@ -30,7 +30,8 @@ class MixOptions:
 
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write.")]
     text: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; once per expert, or never.")
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; who has none writes some."),
     ] = None
     without_base: Annotated[bool, typer.Option("--without-base", help="Leave the base out of the experts.")] = False
     gguf: Annotated[
@@ -76,7 +77,7 @@ def mix(
         run = Run(options.trust_remote_code, progress, options.fsync)
         planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
     print_mix(planned, needed_time(planned.plan))
-    beside = {RECIPE_FILE: as_file(planned.plan.recipe, target, target)}
+    beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
     checkpoint = show_build(
         options.output,
         lambda progress: build(

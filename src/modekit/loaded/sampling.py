@@ -102,17 +102,17 @@ class Writer:
         endless._never = sorted(self._ends)
         begun: list[tuple[float, list[int]]] = []
         for number in range(_CHOICE):
-            advance(0.0)
-            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number)
+            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number, lambda _share: advance(0.0))
             written = [[begin, *part] for (part,) in parts]
-            begun += zip(self._gains(written), written, strict=True)
+            begun += zip(self._gains(written, advance), written, strict=True)
         return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
 
     @torch.inference_mode()
-    def _gains(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def _gains(self, rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> list[float]:
         """Log p of texts of one length by the model, less that by the base."""
         gains: list[float] = []
         for start in range(0, len(rows), _READ_ROWS):
+            advance(0.0)
             ids_BS = torch.tensor(rows[start : start + _READ_ROWS], device=self._model.device)
             sums = []
             for model in (self._model, self._base):

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from modekit.building.build import write_texts
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
@@ -76,8 +77,12 @@ class Admission:
 
 
 def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Admission:
-    """Measure the new expert of a planned change. Raises TextError, and SourceError when a model cannot be loaded."""
+    """Measure the new expert of a planned change, which first writes its text where it is to.
+
+    Raises TextError, OutputError, and SourceError when a model cannot be loaded.
+    """
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
+    write_texts(before.plan, run, but=before.statistics)
     name = before.plan.recipe.names[place]
     others = _models_that_are_there(before, place, run)
     drift, likeness = _likeness(before, place, others, run)

@@ -17,7 +17,7 @@ from modekit.recipes.edit import as_written
 from modekit.recipes.paths import locate
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.strict import BASE
+from modekit.recipes.strict import BASE, SELF
 
 _FEWEST = 2
 
@@ -50,7 +50,7 @@ class NewExpert:
     def _moved(self, spec: str, folder: Path) -> str:
         """A path from elsewhere; a hub id, which is none here, as it is."""
         is_path = spec.startswith((".", "~")) or spec.count("/") != 1
-        if spec == BASE or Path(spec).is_absolute() or not (is_path or locate(spec, self.root)):
+        if spec in (BASE, SELF) or Path(spec).is_absolute() or not (is_path or locate(spec, self.root)):
             return spec
         relative = os.path.relpath(self.root / Path(spec).expanduser(), folder)
         return relative if relative.startswith("..") else f"./{relative}"

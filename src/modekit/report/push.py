@@ -24,10 +24,11 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.write import json_bytes
 from modekit.recipes.edit import RECIPE_FILE
 from modekit.recipes.paths import name_of, with_names
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import WRITTEN_FOLDER, Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
 
-_AT_HOME = (f"{STATISTICS_FOLDER}/", f"{RESULTS_FOLDER}/tensorboard/")  # logs of tensorboard are named after the machine
+_AT_HOME = (f"{STATISTICS_FOLDER}/", f"{WRITTEN_FOLDER}/", f"{RESULTS_FOLDER}/tensorboard/")
+"""What shows text; and logs of tensorboard, which are named after the machine."""
 _TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt", ".svg"}
 
 

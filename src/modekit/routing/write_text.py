@@ -36,10 +36,10 @@ from modekit.text.written import (
     BEGUN_TOKENS,
     CHATS,
     DOCUMENT_TOKENS,
-    DOCUMENTS,
     QUESTION_TOKENS,
     WAY,
     Made,
+    documents_of,
     keep_written,
     written_file,
     written_so_far,
@@ -83,11 +83,12 @@ class _Author:
     made: Made
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
+    documents: int
 
     @property
     def left(self) -> int:
         """Documents that are yet to be written."""
-        return max(0, DOCUMENTS - written_so_far(self.file, self.made)[1])
+        return max(0, self.documents - written_so_far(self.file, self.made)[1])
 
     def write(self, model: PreTrainedModel, base: PreTrainedModel | None, count: ProgressCount) -> None:
         """Write what is left, in batches that are kept one by one."""
@@ -95,8 +96,8 @@ class _Author:
         rows = rows_at_once(model, DOCUMENT_TOKENS)
         special = set(self.tokenizer.all_special_ids)
         writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
-        while done < DOCUMENTS:
-            at_once = min(rows, DOCUMENTS - done)
+        while done < self.documents:
+            at_once = min(rows, self.documents - done)
             seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
@@ -147,7 +148,7 @@ def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run:
         models=models,
         template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     )
-    return _Author(where, file, source, source is base, made, tokenizer, template)
+    return _Author(where, file, source, source is base, made, tokenizer, template, documents_of(base.parameters))
 
 
 def _files(models: Mapping[str, ModelSource], run: Run) -> Iterator[tuple[str, str]]:

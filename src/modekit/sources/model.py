@@ -122,6 +122,11 @@ class ModelSource:
         """config.json as it stands."""
         return next((each for each in (self.wrapper, self.on_disk) if each is not None), self.config)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in its tensors."""
+        return sum(ref.numel for ref in self.tensors.values())
+
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """Weight files in name order."""

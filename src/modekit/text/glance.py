@@ -13,12 +13,12 @@ from itertools import combinations, islice
 from pathlib import Path
 
 from modekit.errors import TextError
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import WRITTEN_FOLDER, Recipe
 from modekit.sources.family import Reads
 from modekit.text.document import Document, Pair, text_of
 from modekit.text.documents import bytes_of_text, check_beginnings, is_local
 from modekit.text.held_out import DomainText, check_texts_present, fit_documents, read_text
-from modekit.text.written import DOCUMENTS, is_written
+from modekit.text.written import is_written
 
 _WHOLE = 2**22  # bytes of a text that is read whole
 _PACKED = 8  # as many bytes of text as this has one of a parquet file, about
@@ -33,11 +33,12 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     check_texts_present(recipe, root)
     notes: list[str] = []
     read: dict[str, Sequence[Document]] = {}
+    writers: list[str] = []
     for place, expert in enumerate(recipe.experts):
         where = f"experts[{place}] '{expert.name}': text"
         if expert.writes_text and not is_written(expert, root):
             _check_writer(reads, where)
-            notes.append(f"{expert.name} will write its own text: {DOCUMENTS} documents, into {expert.texts[0]}")
+            writers.append(expert.name)
             continue
         text = _read(expert.texts, root, where)
         if recipe.mixture.needs_text and (text is not None or not expert.text):
@@ -46,6 +47,8 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
             notes += _too_little(expert.name, text)
     for domain, specs in recipe.eval.items():
         _read(specs, root, f"eval.{domain}")
+    if writers:
+        notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
     if recipe.mixture.modules != "all":  # each source goes to one of whole models, which may go several ways
         notes += notes_on_directions(read)
     return notes

@@ -14,15 +14,19 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import OutputError, TextError
+from modekit.files.change import change_together
+from modekit.files.marker import read_marker
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Digest, Label, Number, read_as
-from modekit.files.write import make_folder, remove, write_file, write_json
+from modekit.files.write import json_bytes, make_folder, remove, write_file
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.text.documents import check_present, stream_records
 from modekit.text.records import ID, TextRecord, data_of
 
-DOCUMENTS = 192
+_MOST_DOCUMENTS, _FEWEST_DOCUMENTS = 192, 64
 """That an expert writes; more add little (benchmarks/self_text.md)."""
+_DOCUMENT_WEIGHTS = 13_000_000_000
+"""Documents times weights of the base: of a larger model fewer, since they take minutes."""
 DOCUMENT_TOKENS = 96
 QUESTION_TOKENS, ANSWER_TOKENS = 32, 64
 BEGUN_TOKENS = 12
@@ -66,6 +70,11 @@ class Written(BaseModel):
     documents: Count
 
 
+def documents_of(weights: int) -> int:
+    """How many an expert writes whose base has so many weights."""
+    return max(_FEWEST_DOCUMENTS, min(_MOST_DOCUMENTS, _DOCUMENT_WEIGHTS // max(1, weights)))
+
+
 def written_file(expert: Expert, root: Path) -> Path:
     """Where the documents of an expert lie that writes its text."""
     return root / expert.texts[0]
@@ -95,15 +104,25 @@ def written_so_far(file: Path, made: Made) -> tuple[list[TextRecord], int]:
 
 
 def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int) -> None:
-    """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError."""
+    """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError.
+
+    In a checkpoint both are noted as modekit's own.
+    """
     lines = (json.dumps({ID: record.id, **data_of(record.document)}, ensure_ascii=False) for record in records)
-    known = read_written(file)
+    text = "".join(f"{line}\n" for line in lines).encode()
+    about = json_bytes(Written(made=made, documents=documents).model_dump(mode="json"))
+    folder, known = file.parent.parent, read_written(file)
+    marker = read_marker(folder)
     try:
+        if marker is not None and marker.kind == "checkpoint":
+            names = (each.relative_to(folder).as_posix() for each in (file, _about(file)))
+            change_together(folder, dict(zip(names, (text, about), strict=True)))
+            return
         make_folder(file.parent)
         if known is None or known.made != made:
             remove(_about(file))
-        write_file(file, "".join(f"{line}\n" for line in lines).encode())
-        write_json(_about(file), Written(made=made, documents=documents).model_dump(mode="json"))
+        write_file(file, text)
+        write_file(_about(file), about)
     except OSError as error:
         raise OutputError(
             "the text that an expert wrote cannot be kept beside the recipe",
@@ -111,6 +130,14 @@ def keep_written(file: Path, made: Made, records: Sequence[TextRecord], document
             found=error.strerror or error,
             remedy="make room, or put the recipe into a folder that you may write to; the build then goes on",
         ) from None
+
+
+def files_of(recipe: Recipe, root: Path) -> Iterator[Path]:
+    """What is kept of the texts that the experts of a recipe wrote."""
+    for expert in recipe.experts:
+        if expert.writes_text:
+            file = written_file(expert, root)
+            yield from (each for each in (file, _about(file)) if each.is_file())
 
 
 def _about(file: Path) -> Path:
@@ -124,7 +151,7 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
             "the text that this expert writes itself is not there",
             where=where,
             found=str(written_file(expert, root)),
-            remedy="`modekit build` with this recipe writes it, if the router's fit reads text; or give text",
+            remedy="`modekit build` of this recipe, or `modekit fit` of its mixture, writes it, if its fit reads text",
         )
     check_present(expert.texts, root=root, where=where)
 

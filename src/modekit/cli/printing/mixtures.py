@@ -217,7 +217,8 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     parameters = f"{count_of(size['total'])} parameters, {count_of(size['active'])} active per token"
     table = Table("", [""], prose=True, name_style="bold")
     table.add("experts", ", ".join(experts))
-    table.add("router", planned.way.said)
+    authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
+    table.add("router", planned.way.said + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
