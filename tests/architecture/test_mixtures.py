@@ -514,7 +514,8 @@ def check_mixture(bench: Bench, recipe: dict[str, Any], seed: int = 5) -> None:
         assert checkpoint.shape.plain or seen
         reference = Reference(bench, recipe, checkpoint, seen)
         check_weights(seen, recipe, mask)
-        close(free, reference.logits(ids, mask), mask)
+        sharp = 0.1 / recipe["mixture"].get("router", {}).get("temperature", 1.0)  # by which it enlarges what rounding leaves
+        close(free, reference.logits(ids, mask), mask, tolerance=1e-4 * max(1.0, sharp))
         backbone = backbone_of(bench, recipe)
         for place, kind in enumerate(kinds_of(recipe)):
             with mixture_of(model, checkpoint).forced(place):

@@ -62,6 +62,7 @@ def test_wrong_usage_is_answered_with_the_example() -> None:
 
 def test_completion_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--install-completion" in modekit("--help")
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))  # of the shell that runs the tests
     assert "_MODEKIT_COMPLETE=complete_bash" in modekit("--show-completion", "bash")
     for name, value in {"_MODEKIT_COMPLETE": "complete_bash", "COMP_WORDS": "modekit mi", "COMP_CWORD": "1"}.items():
         monkeypatch.setenv(name, value)

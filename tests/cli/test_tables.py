@@ -147,7 +147,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "memory": {"build": 1, "fit": 2, "load": 3},
         "notes": ["note " * 40],
         "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
-        "time": {"write": 40.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
+        "time": {"write": 40.0, "write_text": 0.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }
     preview = Preview.model_validate(figures)
     check_whole(shown, ["1000.00B total"], mixtures.print_plan, preview)

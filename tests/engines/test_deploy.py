@@ -150,7 +150,11 @@ def test_ports_and_names_agree_in_kubernetes() -> None:
 
 def test_probes_ask_for_routes_of_the_front() -> None:
     guard = Front(None, WorkerPool([])).app()  # type: ignore[arg-type]
-    assert isinstance(guard, Guard) and guard._paths == set(PATHS) and "/health" in guard._open
+    assert (
+        isinstance(guard, Guard)
+        and guard._paths == {*PATHS, "/v1/models/", "/v1/models/{name:path}"}
+        and "/health" in guard._open
+    )
 
 
 def test_keys_are_never_in_the_files() -> None:

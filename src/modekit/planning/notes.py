@@ -96,7 +96,7 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         whose = "the base's" if tokenizer.number == 0 else "its"
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
-        if recipe.mixture.router.fit == "lexical" and recipe.mixture.router.decay is None:
+        if recipe.mixture.fit is not None and recipe.mixture.fit.carried and recipe.mixture.router.decay is None:
             yield "chats that change their subject: with mixture.router.decay: [0.92] the router follows sooner (docs/chat.md)"
     elif asked:
         raise RecipeError(

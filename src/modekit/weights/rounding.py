@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
+from modekit.errors import SourceError
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.packed import PackedRef
@@ -16,11 +19,13 @@ def nearest_difference(first: ModelSource, second: ModelSource) -> float | None:
     """The smallest relative difference |x - y| / |y| among up to eight tensors that one of two models holds in few bits, x, and
     the other whole, y, by the first 65,536 numbers of each. None where there are no such tensors.
 
-    Rounding takes at most that much from this tensor, since what fine-tuning changed is in it, too. Raises SourceError.
+    Rounding takes at most that much from this tensor, since what fine-tuning changed is in it, too. None as well where a file
+    cannot be read: one that is still on the hub, or that a build will say more of.
     """
     pairs = [_whole_second(ref, second.tensors[name]) for name, ref in first.tensors.items() if _comparable(ref, second, name)]
-    with OpenFiles() as opened:
+    with OpenFiles() as opened, suppress(SourceError):
         return min((_difference(opened, *pair) for pair in pairs[:: -(-len(pairs) // _TENSORS) or 1]), default=None)
+    return None
 
 
 def _comparable(ref: TensorRef, other: ModelSource, name: str) -> bool:
