@@ -20,9 +20,9 @@ import numpy as np
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.modelfile import ends_of
-from modekit.engines.sampling import Sampling, longest_conversation
+from modekit.engines.sampling import Sampling, context_of
 from modekit.engines.voices import AnswerToken, LlamaVoice, TransformersVoice, Voice
-from modekit.errors import ModekitError, TextError
+from modekit.errors import TextError
 from modekit.evaluation.inspection.tokens import token_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.routing.text_router import last_token_of, reads_tokens
@@ -214,21 +214,13 @@ def _strongest(words: Mapping[str, list[int]], lead_S: np.ndarray) -> list[tuple
 def chatting(checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET) -> Iterator[Chat]:
     """A mixture that is ready to be asked inside the block.
 
-    Raises UnsupportedError for a mixture with an encoder; EngineError where llama.cpp does not load the file, or is not there;
-    ModekitError for a context that the model was not trained for; SourceError.
+    Raises UnsupportedError for a mixture with an encoder; EngineError where llama.cpp does not load the file, is not there,
+    or for a context that the model was not trained for; SourceError.
     """
     refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
-    longest = longest_conversation(checkpoint)
-    if settings.context is not None and settings.context > longest:
-        raise ModekitError(
-            "the context is longer than the model's",
-            where="--context",
-            found=settings.context,
-            expected=f"at most {longest:,}",
-            remedy="ask for less; the model was not trained for more",
-        )
+    possible = context_of(checkpoint, settings.context)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    context, template = settings.context or min(longest, _LONGEST), chat_template_of(tokenizer)
+    context, template = settings.context or min(possible, _LONGEST), chat_template_of(tokenizer)
     sampling = Sampling.of(checkpoint.folder)
     ends = ends_of(tokenizer, sampling, None if template is None else template.turn())
     sampling = replace(sampling, ends=ends, seed=settings.seed).at(settings.temperature)

@@ -30,14 +30,14 @@ class Seams:
     Attributes:
         system, user: before a first message of the system, or of the user. Where a template has no place for the system's, it
             begins the user's.
-        told: between the system's message and the user's.
+        separator: between the system's message and the user's.
         answer, prompt: between the user's and the answer: one that was given, and one that is to come.
         again: between an answer and the user's next message.
     """
 
     system: str
     user: str
-    told: str
+    separator: str
     answer: str
     prompt: str
     again: str
@@ -49,26 +49,26 @@ class Seams:
         if first is None or again is None:
             return None
         user, answer = first
-        system, shown, told = (user, "", "\n\n") if under is None else under[0].partition(_SYSTEM)
+        system, shown, separator = (user, "", "\n\n") if under is None else under[0].partition(_SYSTEM)
         asked = _written(template, [message_of("user", _SYSTEM)])
         if asked is None or (under is not None and not shown):
             return None
-        found = cls(system, user, told, answer, asked.rpartition(_SYSTEM)[2], again)
+        found = cls(system, user, separator, answer, asked.rpartition(_SYSTEM)[2], again)
         return found if all(found.text(each) == _written(template, each) for each in _tried(under is not None)) else None
 
     @property
     def default_system(self) -> str:
         """The system prompt that the template has of its own."""
-        long_enough = len(self.user) >= len(self.system) + len(self.told)
-        shown = long_enough and self.user.startswith(self.system) and self.user.endswith(self.told)
-        return self.user[len(self.system) : len(self.user) - len(self.told)] if shown else ""
+        long_enough = len(self.user) >= len(self.system) + len(self.separator)
+        shown = long_enough and self.user.startswith(self.system) and self.user.endswith(self.separator)
+        return self.user[len(self.system) : len(self.user) - len(self.separator)] if shown else ""
 
     def text(self, messages: Sequence[Message]) -> str:
         """A conversation, up to where the answer begins."""
         before, parts = "", []
         for message in messages:
             role = message["role"]
-            opening = {"": self.user, "system": self.told}.get(before, self.again)
+            opening = {"": self.user, "system": self.separator}.get(before, self.again)
             parts += [{"system": self.system, "user": opening, "assistant": self.answer}[role], message["content"]]
             before = role
         return "".join([*parts, self.prompt])
@@ -76,12 +76,12 @@ class Seams:
     def go(self, begin: str) -> str:
         """The same as a template of Ollama, which puts `begin`, if anything, before every text by itself."""
         system, user = (_literal(each.removeprefix(begin)) for each in (self.system, self.user))
-        told, answer, prompt, again = map(_literal, (self.told, self.answer, self.prompt, self.again))
+        separator, answer, prompt, again = map(_literal, (self.separator, self.answer, self.prompt, self.again))
         return (
             '{{ $before := "" }}{{ range .Messages }}'
             f'{{{{ if eq .Role "system" }}}}{system}{{{{ .Content }}}}'
             f'{{{{ else if eq .Role "user" }}}}{{{{ if eq $before "" }}}}{user}'
-            f'{{{{ else if eq $before "system" }}}}{told}{{{{ else }}}}{again}{{{{ end }}}}{{{{ .Content }}}}'
+            f'{{{{ else if eq $before "system" }}}}{separator}{{{{ else }}}}{again}{{{{ end }}}}{{{{ .Content }}}}'
             f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ end }}}}'
             f'{{{{ $before = .Role }}}}{{{{ end }}}}{{{{ if eq $before "user" }}}}{prompt}{{{{ end }}}}'
         )

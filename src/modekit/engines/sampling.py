@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import CheckpointError, SourceError
+from modekit.errors import CheckpointError, EngineError, SourceError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Data, Number, read_as
 
@@ -107,3 +107,19 @@ def longest_conversation(checkpoint: Checkpoint) -> int:
             remedy="add what the base model's config.json says",
         )
     return longest
+
+
+def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens of a context: as many as were asked for, or all that the model was trained to read. Raises EngineError for more;
+    CheckpointError.
+    """
+    longest = longest_conversation(checkpoint)
+    if asked is not None and asked > longest:
+        raise EngineError(
+            "the context is longer than the model's",
+            where="--context",
+            found=asked,
+            expected=f"at most {longest}",
+            remedy="ask for less; the model was not trained for more",
+        )
+    return asked or longest

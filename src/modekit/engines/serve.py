@@ -17,10 +17,10 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.child import Child, ProcessSettings
 from modekit.engines.listening import KEY, answering, bound_socket, check_packages, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
-from modekit.engines.sampling import longest_conversation
+from modekit.engines.sampling import context_of
 from modekit.engines.supervisor import Supervisor
 from modekit.engines.threads import default_threads, threads_environment
-from modekit.errors import EngineError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.run import QUIET, Run
 
 _INNER = "127.0.0.1"  # where engines listen
@@ -104,20 +104,11 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
 
 def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> ProcessSettings:
     """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
-    longest = longest_conversation(checkpoint)
-    if settings.context is not None and settings.context > longest:
-        raise EngineError(
-            "the context is longer than the model's",
-            where="--context",
-            found=settings.context,
-            expected=f"at most {longest}",
-            remedy="ask for less; the model was not trained for more",
-        )
     return {
         "host": _INNER,
         "port": 0,
         "name": checkpoint.folder.name,
         "key": key,
-        "context": settings.context or longest,
+        "context": context_of(checkpoint, settings.context),
         "parallel": settings.parallel or _PARALLEL,
     }
