@@ -18,6 +18,7 @@ from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
+from modekit.recipes.auto import choices
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
@@ -59,7 +60,11 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's in recipe order."""
+    """The same over models that are open: the base's, then each expert's in recipe order. A router that the recipe leaves open
+    becomes the best one that the models allow.
+    """
+    if recipe.mixture.is_open:
+        return _plan_of_open(recipe, root, sources, run)
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
     sources = _with_sizes(sources, family)
@@ -88,6 +93,22 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         run.trust_remote_code,
         vocabulary=vocabulary,
     )
+
+
+def _plan_of_open(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
+    """Of the first of the choices that the models allow. Raises what the first one raised where they allow none."""
+    refused: list[UnsupportedError] = []
+    for settled, way in choices(recipe):
+        if way.native and _beyond_native(settled):
+            continue
+        try:
+            plan = plan_of(settled, root, sources, run=run)
+        except UnsupportedError as error:
+            refused.append(error)
+            continue
+        if way.native in (None, plan.shape.plain):
+            return plan
+    raise refused[0]
 
 
 def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
@@ -136,17 +157,9 @@ def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, asked = sources[0], recipe.output.format
-    beyond = recipe.mixture.beyond_native()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
-    if recipe.output.keep is not None:
-        return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
-    if asked == "modekit":
-        return None, "the recipe asks for the modekit architecture"
-    if asked == "auto" and beyond:
-        return None, f"only the modekit architecture has {', '.join(beyond)}"
-    if asked == "auto" and adapters:
-        return None, _stay_low_rank(recipe, adapters)
+    base, asked, beyond = sources[0], recipe.output.format, _beyond_native(recipe)
+    if beyond:
+        return None, beyond
     native, tried = choose_native(family, base.config, recipe)
     if native is None and asked == "native":
         raise UnsupportedError(
@@ -171,6 +184,19 @@ def _native_layout(
     return layout, (
         f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
     )
+
+
+def _beyond_native(recipe: Recipe) -> str:
+    """Why a recipe, whatever its models are, asks for the modekit architecture; empty where it does not."""
+    asked, beyond = recipe.output.format, recipe.mixture.beyond_native()
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
+    if recipe.output.keep is not None:
+        return "only the modekit architecture keeps what wraps a language model (output.keep)"
+    if asked == "modekit":
+        return "the recipe asks for the modekit architecture"
+    if asked == "auto" and beyond:
+        return f"only the modekit architecture has {', '.join(beyond)}"
+    return _stay_low_rank(recipe, adapters) if asked == "auto" and adapters else ""
 
 
 def _stay_low_rank(recipe: Recipe, adapters: Sequence[str]) -> str:

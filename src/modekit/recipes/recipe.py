@@ -268,6 +268,8 @@ class Recipe(Strict):
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit
+        if self.mixture.is_open:
+            return
         if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
         asked = [key for key in ("carry", "rank", "budget") if getattr(self.output, key) is not None]
@@ -306,7 +308,7 @@ class Recipe(Strict):
 
     def _problems_of_text(self) -> Iterator[str]:
         silent = [expert.name for expert in self.experts if not expert.text and not expert.prompts]
-        if self.mixture.needs_text and silent:
+        if silent and (self.mixture.needs_text or (self.mixture.is_open and len(silent) < len(self.experts))):
             yield (
                 f"router fit '{self.mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
                 "(add experts[].text, or a few short texts as experts[].prompts; without any, write text: self, and the "

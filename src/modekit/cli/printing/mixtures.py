@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from modekit.evaluation.results import Results
     from modekit.experts.extract_record import Extraction, KindErrors
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
-    from modekit.planning.summary import FitWork
+    from modekit.planning.summary import FitWork, PlanSummary
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
 
@@ -185,7 +185,8 @@ def print_plan(plan: Preview) -> None:
         ("architecture", f"{plan.architecture} (also runs in {plan.also_runs_in})"),
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
-        ("mixing", f"{plan.method}, top_k {plan.top_k}, router {plan.router}, backbone {plan.backbone}"),
+        ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
+        ("router", router_said(plan)),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
         ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
         (
@@ -211,6 +212,8 @@ def print_plan(plan: Preview) -> None:
 
 def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     """Draw in five lines what will be mixed, and how."""
+    from modekit.planning.summary import summary
+
     plan, size = planned.plan, planned.plan.parameters()
     kinds = {"base": "the base", "adapter": "adapter", "ffn": "model", "full": "model"}
     experts = [f"{name} ({kinds[kind]})" for name, kind in zip(plan.recipe.names, planned.kinds, strict=True)]
@@ -218,12 +221,17 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table = Table("", [""], prose=True, name_style="bold")
     table.add("experts", ", ".join(experts))
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
-    table.add("router", planned.way.said + (f"; text written by {', '.join(authors)}" if authors else ""))
+    table.add("router", router_said(summary(plan)) + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
     out.print(table)
     print_notes(planned.notes)
+
+
+def router_said(plan: PlanSummary) -> str:
+    """A plan's router, and why it is that one where `fit: auto` takes it."""
+    return plan.router + (f": {plan.router_why}" if plan.router_why else "")
 
 
 def time_said(needed: NeededTime) -> str:
