@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from modekit.evaluation.results import Results
     from modekit.experts.extract_record import Extraction, KindErrors
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
-    from modekit.planning.summary import FitWork, PlanSummary
+    from modekit.planning.summary import FitWork
     from modekit.search.tune.results import TuneResults
     from modekit.training.finish import TrainedMixture
 
@@ -186,7 +186,7 @@ def print_plan(plan: Preview) -> None:
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
         ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
-        ("router", router_said(plan)),
+        ("router", router_said(plan.router, plan.router_why)),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
         ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
         (
@@ -212,7 +212,7 @@ def print_plan(plan: Preview) -> None:
 
 def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     """Draw in five lines what will be mixed, and how."""
-    from modekit.planning.summary import summary
+    from modekit.recipes.auto import why_chosen
 
     plan, size = planned.plan, planned.plan.parameters()
     kinds = {"base": "the base", "adapter": "adapter", "ffn": "model", "full": "model"}
@@ -221,7 +221,8 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table = Table("", [""], prose=True, name_style="bold")
     table.add("experts", ", ".join(experts))
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
-    table.add("router", router_said(summary(plan)) + (f"; text written by {', '.join(authors)}" if authors else ""))
+    router = router_said(plan.recipe.mixture.router_said, why_chosen(plan.recipe, native=plan.shape.plain))
+    table.add("router", router + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
@@ -229,9 +230,9 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     print_notes(planned.notes)
 
 
-def router_said(plan: PlanSummary) -> str:
-    """A plan's router, and why it is that one where `fit: auto` takes it."""
-    return plan.router + (f": {plan.router_why}" if plan.router_why else "")
+def router_said(router: str, why: str) -> str:
+    """A router, and why it is that one where `fit: auto` takes it."""
+    return f"{router}: {why}" if why else router
 
 
 def time_said(needed: NeededTime) -> str:
