@@ -6,12 +6,13 @@
     python benchmarks/routers.py demo-adapters adapters --seeds 3
     python benchmarks/routers.py demo auto --seeds 3 [--documents 16] [--whole] [--split report]
 
-For each seed the mixture `routing` of the demo is built once in the modekit architecture, and its router set anew by every
+For each seed the demo's mixture `logistic` is built once in the modekit architecture, and its router set anew by every
 variant, as `modekit fit` does it. `context`: what the gate reads, on FFN specialists. `adapters`: every fit, on low-rank
-experts. `auto`: what a recipe could get that names no router, and what a mixture could get that has no text (auto.md);
-`--documents` leaves the fit so many documents per domain, `--whole` mixes whole models. Scored on the `select` split (the numbers of demo and README come from the `report` split): gap closed, mean over the
-four domains, with the oracle (own expert forced) at 1.0; then the loss on the unseen domain relative to the base's, and the
-seconds that setting the router took, and the cross-entropy of the domain per token, mean over routers. Last, where in a text a variant loses what it loses.
+experts. `auto` and `no text`: what a recipe could get that names no router (auto.md); `--documents` leaves the fit so many
+documents per domain, `--whole` mixes whole models. Scored on the `select` split (the numbers of demo and README come from the
+`report` split): gap closed, mean over the four domains, with the oracle (own expert forced) at 1.0; then the loss on the unseen
+domain relative to the base's, the seconds that setting the router took, and the cross-entropy of the domain per token, mean
+over routers. Last, where in a text a variant loses what it loses.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("experts", "mixture", "said"),
     [
-        (("fever-lora", "court-lora", "--without-base"), {"router": ADAPTERS_ALONE}, "the adapters alone decide"),
-        (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "each counts as much"),
+        (("fever-lora", "court-lora", "--without-base"), {"router": ADAPTERS_ALONE}, "by the adapters alone"),
+        (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "none (fixed weights), as no"),
     ],
     ids=["adapters", "models"],
 )

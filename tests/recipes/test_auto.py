@@ -76,15 +76,15 @@ def test_text_of_some_experts_alone_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mixture", "native", "text", "said"),
     [
-        ({"router": TOKENS}, True, True, "a plain checkpoint"),
+        ({"router": TOKENS}, True, True, "lexical, which closes most of the gap of what a plain checkpoint carries"),
         ({"router": TOKENS}, False, True, ""),
+        ({"router": {**LOGISTIC, "granularity": "context"}}, False, True, "linear gate"),
         ({"router": PAIRS}, False, True, "the modekit architecture"),
         ({"router": LOGISTIC}, True, True, "linear gate"),
         ({"router": {"fit": "ngram"}}, False, True, ""),
-        ({"method": "linear"}, True, False, "each counts as much"),
-        ({"method": "linear", "weights": {"law": 1, "code": 2}}, True, False, ""),
+        ({"method": "linear"}, True, False, "none (fixed weights)"),
         ({"method": "linear"}, True, True, ""),
-        ({"router": {"fit": "random"}}, True, False, "chance"),
+        ({"router": {"fit": "random"}}, True, False, "random"),
     ],
 )
 def test_why_is_said_of_what_would_be_chosen_alone(mixture: dict[str, Any], native: bool, text: bool, said: str) -> None:

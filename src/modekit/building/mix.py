@@ -1,8 +1,7 @@
 """`modekit mix BASE EXPERT... -o OUT`: an ordinary recipe from models alone, and its plan.
 
-What was measured decides what experts have of their own (`ways`; benchmarks/demo.md, benchmarks/whole.md); the router is that
-of `fit: auto`. The recipe goes into OUT, and its paths are relative to that folder, so that a build of it makes the same
-checkpoint.
+What was measured decides what experts have of their own (`ways`; benchmarks/whole.md); the router is that of `fit: auto`. The
+recipe goes into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
 """
 
 from __future__ import annotations

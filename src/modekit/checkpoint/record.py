@@ -255,8 +255,8 @@ class MixtureRecord(_Record):
         """Until there was `fit: auto`, a recipe that named no fit meant logistic."""
         mixture = recipe.get("mixture", {}) if isinstance(recipe, dict) else None
         router = mixture.get("router", {}) if isinstance(mixture, dict) and mixture.get("method") != "linear" else None
-        said = isinstance(router, dict) and {**recipe, "mixture": {**mixture, "router": {"fit": "logistic", **router}}}
-        return said or recipe
+        said = isinstance(router, dict) and {**mixture, "router": {"fit": "logistic", **router}}
+        return {**recipe, "mixture": said} if said else recipe
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:

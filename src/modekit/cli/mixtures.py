@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out, print_json
-from modekit.cli.printing.mixtures import print_checks, print_forced, print_notes, print_plan, router_said, time_said
+from modekit.cli.printing.mixtures import print_checks, print_forced, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
 from modekit.files.figures import bytes_of, range_of
@@ -83,9 +83,8 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {record.router.status}, {bytes_of(size)}"))
-    why = why_chosen(record.recipe, native=checkpoint.shape.plain)
-    if why:
-        out.print(Text(f"router {router_said(record.recipe.mixture.router_said, why)}", style="dim"))
+    if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
+        out.print(Text(f"router: {why}", style="dim"))
     if new:
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:

@@ -8,6 +8,7 @@ both share is here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,9 +61,7 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's in recipe order. A router that the recipe leaves open
-    becomes the best one that the models allow.
-    """
+    """The same over models that are open: the base's, then each expert's. A router left open becomes the best that they allow."""
     if recipe.mixture.is_open:
         return _plan_of_open(recipe, root, sources, run)
     base = sources[0]
@@ -96,19 +95,13 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
 
 
 def _plan_of_open(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
-    """Of the first of the choices that the models allow. Raises what the first one raised where they allow none."""
-    refused: list[UnsupportedError] = []
-    for settled, way in choices(recipe):
-        if way.native and _beyond_native(settled):
-            continue
-        try:
+    """Of the first of the choices that the models allow. Raises what the last one raises."""
+    for settled, way in (ways := choices(recipe))[:-1]:
+        with suppress(UnsupportedError):
             plan = plan_of(settled, root, sources, run=run)
-        except UnsupportedError as error:
-            refused.append(error)
-            continue
-        if way.native in (None, plan.shape.plain):
-            return plan
-    raise refused[0]
+            if way.native in (None, plan.shape.plain):
+                return plan
+    return plan_of(ways[-1][0], root, sources, run=run)
 
 
 def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
@@ -157,9 +150,17 @@ def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, asked, beyond = sources[0], recipe.output.format, _beyond_native(recipe)
-    if beyond:
-        return None, beyond
+    base, asked = sources[0], recipe.output.format
+    beyond = recipe.mixture.beyond_native()
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
+    if recipe.output.keep is not None:
+        return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
+    if asked == "modekit":
+        return None, "the recipe asks for the modekit architecture"
+    if asked == "auto" and beyond:
+        return None, f"only the modekit architecture has {', '.join(beyond)}"
+    if asked == "auto" and adapters:
+        return None, _stay_low_rank(recipe, adapters)
     native, tried = choose_native(family, base.config, recipe)
     if native is None and asked == "native":
         raise UnsupportedError(
@@ -184,19 +185,6 @@ def _native_layout(
     return layout, (
         f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
     )
-
-
-def _beyond_native(recipe: Recipe) -> str:
-    """Why a recipe, whatever its models are, asks for the modekit architecture; empty where it does not."""
-    asked, beyond = recipe.output.format, recipe.mixture.beyond_native()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
-    if recipe.output.keep is not None:
-        return "only the modekit architecture keeps what wraps a language model (output.keep)"
-    if asked == "modekit":
-        return "the recipe asks for the modekit architecture"
-    if asked == "auto" and beyond:
-        return f"only the modekit architecture has {', '.join(beyond)}"
-    return _stay_low_rank(recipe, adapters) if asked == "auto" and adapters else ""
 
 
 def _stay_low_rank(recipe: Recipe, adapters: Sequence[str]) -> str:

@@ -59,7 +59,7 @@ class PlanSummary(_Figures):
     """A plan; `disk` is that of the recipe's folder, sizes are in bytes.
 
     Attributes:
-        router_why: it is what `fit: auto` chooses; empty where it is not.
+        router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         tensors: their number in all, and by the operation that makes them.
         bytes: read, written, of statistics, and to download first.
         parameters, memory: as `Plan` has them.
@@ -111,7 +111,7 @@ def summary(plan: Plan) -> PlanSummary:
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
         top_k=recipe.top_k,
-        router=recipe.mixture.router_said,
+        router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
         router_why=why_chosen(recipe, native=plan.shape.plain),
         backbone=backbone_label(recipe),
         experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],

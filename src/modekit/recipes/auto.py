@@ -5,7 +5,7 @@ A table of what was measured (benchmarks/auto.md). Nothing is run to choose; a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -17,13 +17,7 @@ from modekit.recipes.strict import RecipeData
 
 @dataclass(frozen=True)
 class Way:
-    """A router that may be chosen.
-
-    Attributes:
-        mixture: what a recipe says of it.
-        why: it is chosen.
-        native: whether for native architectures alone, or for modekit's own alone; None: for both.
-    """
+    """What a recipe says of a router, which it is and why; `native`: for such architectures alone, or for modekit's own alone."""
 
     mixture: RecipeData
     why: str
@@ -38,57 +32,38 @@ class Way:
         mixture = {**self.mixture, **{key: value for key, value in given.items() if key != "router"}}
         return {**said, "mixture": {**mixture, **({"router": router} if router else {})}}
 
-    def is_of(self, recipe: Recipe, *, native: bool) -> bool:
-        """Whether a recipe, and the form of its result, are as this way says."""
-        mixture = recipe.mixture
-        method, router = self.mixture.get("method"), self.mixture.get("router", {})
-        same = all(getattr(mixture.router, key) == value for key, value in {"orders": None, **router}.items())
-        if mixture.method == "linear":
-            return method == "linear" and mixture.weights is None
-        return method is None and same and self.native in (None, native)
 
-
+_PAIRS = {"fit": "lexical", "orders": [1, 2]}
 _WITH_TEXT = (
-    Way({"router": {"fit": "lexical"}}, "of what a plain checkpoint carries it closes most of the gap", native=True),
     Way(
-        {"router": {"fit": "lexical", "orders": [1, 2]}},
-        "of what the modekit architecture has, tokens and pairs of them close most of the gap",
-        native=False,
+        {"router": {"fit": "lexical"}}, "lexical, which closes most of the gap of what a plain checkpoint carries", native=True
     ),
-    Way({"router": {"fit": "logistic"}}, "of the fits of a linear gate it closes most of the gap"),
+    Way({"router": _PAIRS}, "lexical, which closes most of the gap in the modekit architecture", native=False),
+    Way({"router": {"fit": "logistic"}}, "logistic, the best fit of a linear gate"),
 )
 _WITHOUT = (
-    Way(
-        {"router": {"fit": "arrow", "granularity": "context"}},
-        "no expert has text, so the adapters alone decide",
-    ),
-    Way({"method": "linear"}, "no expert has text, so each counts as much as the others"),
-    Way({"router": {"fit": "random"}}, "no expert has text, so chance decides"),
+    Way({"router": {"fit": "arrow", "granularity": "context"}}, "arrow, by the adapters alone, as no expert has text"),
+    Way({"method": "linear"}, "none (fixed weights), as no expert has text"),
+    Way({"router": {"fit": "random"}}, "random, as no expert has text"),
 )
 
 
-def choices(recipe: Recipe) -> Iterator[tuple[Recipe, Way]]:
-    """What a recipe that leaves its router open may become, the best first; whether its models allow it, a plan says.
-
-    Raises what pydantic says of the best way with text, where the recipe allows none.
-    """
-    found = False
+def choices(recipe: Recipe) -> list[tuple[Recipe, Way]]:
+    """What a recipe with an open router may become, the best first. Raises pydantic's error where the recipe allows nothing."""
+    found: list[tuple[Recipe, Way]] = []
     for way in _ways(recipe):
-        try:
-            settled = Recipe.model_validate(way.of(recipe))
-        except ValidationError:
-            continue
-        if not settled.mixture.is_open:  # it says its method, which such a way cannot change
-            found = True
-            yield settled, way
-    if not found:
-        Recipe.model_validate(_WITH_TEXT[0].of(recipe))
+        with suppress(ValidationError):
+            found.append((Recipe.model_validate(way.of(recipe)), way))
+    settled = [each for each in found if not each[0].mixture.is_open]  # a method that the recipe says stays
+    return settled or [(Recipe.model_validate(_WITH_TEXT[0].of(recipe)), _WITH_TEXT[0])]
+
+
+def why_chosen(recipe: Recipe, *, native: bool) -> str:
+    """Which router `fit: auto` takes, and why, of a recipe that says this one; empty where it says another."""
+    said = as_written(recipe).get("mixture", {})
+    ways = (way for way in _ways(recipe) if way.native in (None, native))
+    return next((way.why for way in ways if way.of(recipe)["mixture"] == said), "")
 
 
 def _ways(recipe: Recipe) -> tuple[Way, ...]:
     return _WITH_TEXT if any(expert.text or expert.prompts for expert in recipe.experts) else _WITHOUT
-
-
-def why_chosen(recipe: Recipe, *, native: bool) -> str:
-    """Why `fit: auto` takes the router that a recipe says; empty where it does not."""
-    return next((way.why for way in _ways(recipe) if way.is_of(recipe, native=native)), "")

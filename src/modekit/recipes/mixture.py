@@ -183,11 +183,6 @@ class Mixture(Strict):
         return self.method != "linear" and self.router.fit == AUTO
 
     @property
-    def router_said(self) -> str:
-        """Its router in a word or two."""
-        return "none (fixed weights)" if self.method == "linear" else self.router.said
-
-    @property
     def needs_text(self) -> bool:
         """Whether the router is set from text."""
         return self.fit is not None and self.fit.reads.text

@@ -91,7 +91,7 @@ def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
         if recipe.mixture.is_open:
-            next(choices(recipe))
+            choices(recipe)
         return recipe
     except ValidationError as error:
         found = iter(error.errors(include_url=False))

@@ -218,7 +218,7 @@ class Recipe(Strict):
             *self._problems_of_names(),
             *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
-            *self._problems_of_channels(),
+            *(() if self.mixture.is_open else self._problems_of_channels()),
             *(self._problems_of_keeping() if self.output.keep is not None else ()),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
@@ -268,8 +268,6 @@ class Recipe(Strict):
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit
-        if self.mixture.is_open:
-            return
         if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
         asked = [key for key in ("carry", "rank", "budget") if getattr(self.output, key) is not None]

@@ -175,7 +175,6 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "backbone": _backbone(backbone_label(recipe)),
         "version": record.modekit_version,
         "choice": router.choice.said if router.choice is not None else "",
-        "router": recipe.mixture.router_said,
         "why": why_chosen(recipe, native=checkpoint.shape.plain),
     }
     return {

@@ -186,7 +186,7 @@ def print_plan(plan: Preview) -> None:
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
         ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
-        ("router", router_said(plan.router, plan.router_why)),
+        ("router", plan.router_why or plan.router),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
         ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
         (
@@ -221,18 +221,13 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table = Table("", [""], prose=True, name_style="bold")
     table.add("experts", ", ".join(experts))
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
-    router = router_said(plan.recipe.mixture.router_said, why_chosen(plan.recipe, native=plan.shape.plain))
+    router = why_chosen(plan.recipe, native=plan.shape.plain)
     table.add("router", router + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
     out.print(table)
     print_notes(planned.notes)
-
-
-def router_said(router: str, why: str) -> str:
-    """A router, and why it is that one where `fit: auto` takes it."""
-    return f"{router}: {why}" if why else router
 
 
 def time_said(needed: NeededTime) -> str:

@@ -205,7 +205,7 @@ def describe(mixture: Mapping[str, Any]) -> str:
     words = []
     if mixture.get("method") == "linear":
         words.append("linear")
-    else:  # of older versions a recipe's own mixture need not say its fit
+    else:  # older versions' need not say its fit
         words.append(FITS[router.get("fit", "logistic")].label)
         words += [router["granularity"]] if "granularity" in router else []
         words += [f"order {router['order']}"] if "order" in router else []
