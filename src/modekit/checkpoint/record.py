@@ -253,7 +253,7 @@ class MixtureRecord(_Record):
     @classmethod
     def _router_is_said(cls, recipe: Any) -> Any:
         """Until there was `fit: auto`, a recipe that named no fit meant logistic."""
-        mixture = recipe.get("mixture", {}) if isinstance(recipe, dict) else None
+        mixture: Any = recipe.get("mixture", {}) if isinstance(recipe, dict) else None
         router = mixture.get("router", {}) if isinstance(mixture, dict) and mixture.get("method") != "linear" else None
         said = isinstance(router, dict) and {**mixture, "router": {"fit": "logistic", **router}}
         return {**recipe, "mixture": said} if said else recipe
