@@ -110,7 +110,7 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)
     assert summary["architecture"] == "MixtralForCausalLM"
-    assert 25.8e9 < summary["parameters"]["total"] < 26e9  # a lexical router and the layer that carries it
+    assert 24.9e9 < summary["parameters"]["total"] < 25.1e9
     assert summary["parameters"]["active"] < summary["parameters"]["total"] * 0.6
     assert summary["memory"]["load"] == summary["bytes"]["written"]
 

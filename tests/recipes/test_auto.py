@@ -16,13 +16,13 @@ LOGISTIC = {"fit": "logistic"}
 NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
 
 
-def recipe(kind: str, text: bool, mixture: dict[str, Any], output: dict[str, Any]) -> Recipe:
-    said = {"text": "./a.jsonl"} if text else {}
+def recipe(kind: str, text: bool | str, mixture: dict[str, Any], output: dict[str, Any]) -> Recipe:
+    said: dict[str, Any] = {"prompts": [text]} if isinstance(text, str) else {"text": "./a.jsonl"} if text else {}
     experts = [{"name": name, kind: f"./{name}", **said} for name in ("law", "code")]
     return parse_recipe({"base_model": "./base", "experts": experts, "mixture": mixture, "output": output})
 
 
-CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
+CASES: dict[str, tuple[str, bool | str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
     "text": ("model", True, {}, {}, [TOKENS, PAIRS, LOGISTIC]),
     "text, said": ("model", True, {"router": {"fit": "auto"}}, {}, [TOKENS, PAIRS, LOGISTIC]),
     "text, native": ("model", True, {}, NATIVE, [TOKENS, LOGISTIC]),
@@ -31,6 +31,9 @@ CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], list[dict[str,
     "text, unseen decay": ("adapter", True, {"router": {"decay": [0.9]}}, {}, [TOKENS, PAIRS]),
     "text, context": ("adapter", True, {"router": {"granularity": "context"}}, {}, [LOGISTIC]),
     "text, tokens of a linear fit": ("model", True, {"router": {"tokens_per_domain": 99}}, {}, [LOGISTIC]),
+    "prompts": ("model", "court", {}, {}, [LOGISTIC, {**LOGISTIC, "granularity": "context"}, PAIRS]),
+    "prompts, whole models": ("model", "court", {"modules": "all"}, {}, [PAIRS]),
+    "prompts, a rank": ("model", "court", {}, {**NATIVE, "rank": 8}, [TOKENS]),
     "adapters": ("adapter", False, {}, {}, [{"fit": "arrow", "granularity": "context"}, {}, {"fit": "random"}]),
     "models": ("model", False, {"backbone": "average"}, {}, [{}, {"fit": "random"}]),
     "models that are routed": ("model", False, {"method": "routing"}, {}, [{"fit": "random"}]),
@@ -39,7 +42,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], list[dict[str,
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_a_recipe_may_become_the_best_first(case: tuple[str, bool, Any, Any, list[dict[str, Any]]]) -> None:
+def test_what_a_recipe_may_become_the_best_first(case: tuple[str, bool | str, Any, Any, list[dict[str, Any]]]) -> None:
     *said, expected = case
     said_settings = {key: value for key, value in said[2].get("router", {}).items() if key != "fit"}
     found = [settled.mixture for settled, _ in choices(recipe(*said))]
@@ -76,11 +79,11 @@ def test_text_of_some_experts_alone_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mixture", "native", "text", "said"),
     [
-        ({"router": TOKENS}, True, True, "lexical, which closes most of the gap of what a plain checkpoint carries"),
+        ({"router": TOKENS}, True, True, "a plain checkpoint"),
         ({"router": TOKENS}, False, True, ""),
-        ({"router": {**LOGISTIC, "granularity": "context"}}, False, True, "linear gate"),
+        ({"router": {**LOGISTIC, "granularity": "context"}}, False, True, "logistic"),
         ({"router": PAIRS}, False, True, "the modekit architecture"),
-        ({"router": LOGISTIC}, True, True, "linear gate"),
+        ({"router": LOGISTIC}, True, True, "logistic"),
         ({"router": {"fit": "ngram"}}, False, True, ""),
         ({"method": "linear"}, True, False, "none (fixed weights)"),
         ({"method": "linear"}, True, True, ""),

@@ -77,13 +77,12 @@ class MixPlan:
 def ways(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[RecipeData]:
     """What a recipe of such experts says, the best first; ways that the models do not allow are passed over."""
     merged: RecipeData = {"backbone": "average"} if "full" in kinds else {}
-    native = {"output": {"format": "native"}}
     if not text:
-        yield {"mixture": merged, **(native if form == "native" else {})}
+        yield {"mixture": merged, **({"output": {"format": "native"}} if form == "native" else {})}
         return
     if merged and form == "any":
         yield {"mixture": {**_ONE_EXPERT, "modules": "all"}, "output": {"format": "modekit"}}
-    yield {"mixture": {**_ONE_EXPERT, **merged}, "output": {**native["output"], **({"carry": "all"} if merged else {})}}
+    yield {"mixture": {**_ONE_EXPERT, **merged}, "output": {"format": "native", **({"carry": "all"} if merged else {})}}
     if form == "any":
         yield {"mixture": _ONE_EXPERT, "output": {"format": "modekit"}}
 

@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's. A router left open becomes the best that they allow."""
+    """The same over models that are open: the base's, then each expert's. A router left open becomes the best they allow."""
     if recipe.mixture.is_open:
         return _plan_of_open(recipe, root, sources, run)
     base = sources[0]

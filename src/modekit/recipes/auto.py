@@ -17,7 +17,7 @@ from modekit.recipes.strict import RecipeData
 
 @dataclass(frozen=True)
 class Way:
-    """What a recipe says of a router, which it is and why; `native`: for such architectures alone, or for modekit's own alone."""
+    """What a recipe says of a router, which it is and why; `native`: for such architectures alone, or for modekit's alone."""
 
     mixture: RecipeData
     why: str
@@ -33,13 +33,15 @@ class Way:
         return {**said, "mixture": {**mixture, **({"router": router} if router else {})}}
 
 
-_PAIRS = {"fit": "lexical", "orders": [1, 2]}
 _WITH_TEXT = (
-    Way(
-        {"router": {"fit": "lexical"}}, "lexical, which closes most of the gap of what a plain checkpoint carries", native=True
-    ),
-    Way({"router": _PAIRS}, "lexical, which closes most of the gap in the modekit architecture", native=False),
-    Way({"router": {"fit": "logistic"}}, "logistic, the best fit of a linear gate"),
+    Way({"router": {"fit": "lexical"}}, "lexical, which did best of what a plain checkpoint carries", native=True),
+    Way({"router": {"fit": "lexical", "orders": [1, 2]}}, "lexical, which did best in the modekit architecture", native=False),
+    Way({"router": {"fit": "logistic"}}, "logistic, which did best of linear gates"),
+)
+_WITH_PROMPTS = (
+    Way({"router": {"fit": "logistic"}}, "logistic, which did best of what is set from prompts", native=True),
+    Way({"router": {"fit": "logistic", "granularity": "context"}}, "logistic, which did best of what is set from prompts"),
+    _WITH_TEXT[1],
 )
 _WITHOUT = (
     Way({"router": {"fit": "arrow", "granularity": "context"}}, "arrow, by the adapters alone, as no expert has text"),
@@ -66,4 +68,6 @@ def why_chosen(recipe: Recipe, *, native: bool) -> str:
 
 
 def _ways(recipe: Recipe) -> tuple[Way, ...]:
-    return _WITH_TEXT if any(expert.text or expert.prompts for expert in recipe.experts) else _WITHOUT
+    if any(expert.text for expert in recipe.experts):
+        return _WITH_TEXT
+    return _WITH_PROMPTS if any(expert.prompts for expert in recipe.experts) else _WITHOUT

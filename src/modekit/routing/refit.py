@@ -77,11 +77,7 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
 def _first_possible(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
     """Of the choices of a recipe that leaves its router open; where there is none, one that is refused."""
     ways = [settled for settled, way in choices(recipe) if way.native in (None, checkpoint.shape.plain)]
-    for settled in ways:
-        with suppress(RecipeError):
-            _check_same_tensors(checkpoint, settled)
-            return settled
-    return ways[-1]
+    return next((each for each in ways if not [*checkpoint.shape.refusals(each), *_other_tensors(checkpoint, each)]), ways[-1])
 
 
 def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:
