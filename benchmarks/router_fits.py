@@ -172,7 +172,7 @@ def without_early(gates: Sequence[torch.Tensor], layers: int) -> list[torch.Tens
 
 
 def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
-    bench = Bench(folder, texts, "routing", DOMAINS)
+    bench = Bench(folder, texts, "logistic", DOMAINS)
     experts = len(DOMAINS)
     own, base_x, residual = bench.own_forced(), bench.base_run(), bench.residual_stream()
     taps = {"residual stream, base run": residual, "router input, base run": base_x, "router input, own expert": own}
@@ -211,7 +211,7 @@ def run_seed(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
 
 def with_base(folder: Path, texts: Path) -> dict[str, dict[str, float]]:
     """The base model as a fifth expert with general text."""
-    recipe = yaml.safe_load((folder / "routing.yaml").read_text())
+    recipe = yaml.safe_load((folder / "logistic.yaml").read_text())
     recipe["experts"].append({"name": GENERAL, "model": "base", "text": f"../text/{GENERAL}.jsonl"})
     name = "routing-with-base"
     if not (folder / name).exists():

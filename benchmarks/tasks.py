@@ -44,7 +44,7 @@ from modekit.evaluation.tasks.scoring import Continuation, answers_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 
-MIXTURES = ("ngram", "routing")
+MIXTURES = ("ngram", "logistic")
 FEWER = ("glosses_plain", "continuations_plain")  # forms near chance: base and one mixture of the first seed show that
 
 Found = dict[str, list[dict[str, Any]]]
@@ -190,7 +190,7 @@ def main() -> None:
         wanted = args.forms.split(",")
         found: Found = {}
         for model in args.only.split(",") if args.only else models:
-            more = FEWER if model in {"base", "routing"} else ()
+            more = FEWER if model in {"base", "logistic"} else ()
             found[model] = [run(seed, model, [*wanted, *(more if seed == seeds[0] else ())]) for seed in seeds]
     if args.only:
         return

@@ -21,6 +21,7 @@ from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
 from refusal import checked, refuse, tree
 
+ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
 
 
@@ -159,8 +160,8 @@ def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("experts", "mixture", "said"),
     [
-        (("fever-lora", "court-lora", "--without-base"), {"router": {"fit": "arrow"}}, "arrow"),
-        (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "every expert counts the same"),
+        (("fever-lora", "court-lora", "--without-base"), {"router": ADAPTERS_ALONE}, "by the adapters alone"),
+        (("law", "fever-lora"), {"method": "linear", "backbone": "average"}, "none (fixed weights), as no"),
     ],
     ids=["adapters", "models"],
 )

@@ -217,7 +217,11 @@ def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Pat
     expert = {**EXPERTS[0], "negative_prompts": ["x"]}
     mixture = {"method": "gating", "top_k": 1, "weights": {"law": 1.0}}
     assert len(refuse_recipe(tmp_path, {**GOOD, "mixture": mixture})) == 2
-    recipe = {**GOOD, "experts": [expert], "mixture": {"top_k": 3, "backbone": {"expert": "poetry"}}}
+    recipe = {
+        **GOOD,
+        "experts": [expert],
+        "mixture": {"top_k": 3, "backbone": {"expert": "poetry"}, "router": {"fit": "ridge"}},
+    }
     problems = refuse_recipe(tmp_path, recipe)
     assert len(problems) == 4
     for part in ("top_k is 3", "'poetry'", "needs text", "'negative_prompts'"):

@@ -35,7 +35,7 @@ def test_the_schema_accepts_what_the_recipe_accepts_and_refuses_a_misspelt_key()
 
 def test_silent_recipes_get_the_documented_defaults() -> None:
     recipe = parse_recipe(RECIPE)
-    assert (recipe.mixture.method, recipe.top_k, recipe.mixture.router.fit) == ("routing", 2, "logistic")
+    assert (recipe.mixture.method, recipe.top_k, recipe.mixture.router.fit) == ("routing", 2, "auto")
     assert recipe.mixture.backbone == "base" and recipe.output.dtype == "source"
     assert recipe.experts[0].text == ["law.txt"]
 

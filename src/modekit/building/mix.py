@@ -1,12 +1,13 @@
 """`modekit mix BASE EXPERT... -o OUT`: an ordinary recipe from models alone, and its plan.
 
-What was measured of routers decides which one it names (`router_for`; benchmarks/demo.md, benchmarks/whole.md). The recipe goes
-into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
+What was measured decides what experts have of their own (`ways`; benchmarks/whole.md); the router is that of `fit: auto`. The
+recipe goes into OUT, and its paths are relative to that folder, so that a build of it makes the same checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -57,51 +58,33 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to mix that may be possible: what a recipe says of it, and what a user should know of its router."""
-
-    mixture: RecipeData
-    output: RecipeData
-    said: str
-
-
-@dataclass(frozen=True)
 class MixPlan:
     """What will be built.
 
     Attributes:
         plan: of the recipe.
         kinds: of the experts, in order.
-        way: the one that was chosen.
         notes: what a user should know besides.
         free: bytes on OUT's disk.
     """
 
     plan: Plan
     kinds: tuple[Kind, ...]
-    way: Way
     notes: tuple[str, ...]
     free: int
 
 
-def router_for(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[Way]:
-    """The ways to mix such experts, the best first; those that the models do not allow are passed over."""
-    full, adapters = "full" in kinds, "adapter" in kinds and not {"ffn", "full"} & set(kinds)
-    merged: RecipeData = {"backbone": "average"} if full else {}
-    pairs = {**_ONE_EXPERT, "router": {"fit": "lexical", "orders": [1, 2]}}
-    if text and full and form == "any":
-        yield Way({**pairs, "modules": "all"}, {"format": "modekit"}, "lexical; one whole model per token")
-    if text:
-        native = {"format": "native", **({"carry": "all"} if full else {})}
-        yield Way({**_ONE_EXPERT, **merged, "router": {"fit": "lexical"}}, native, "lexical; one expert per token")
-    if text and form == "any":
-        yield Way(pairs, {"format": "modekit"}, "lexical; one expert per token")
-    if not text and adapters and form == "any":
-        said = "arrow, by the adapters alone: none has text or can write it; --text NAME=FILE for each gives a far better one"
-        yield Way({"router": {"fit": "arrow"}}, {}, said)
+def ways(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[RecipeData]:
+    """What a recipe of such experts says, the best first; ways that the models do not allow are passed over."""
+    merged: RecipeData = {"backbone": "average"} if "full" in kinds else {}
     if not text:
-        said = "none: every expert counts the same, as none has text or can write it; --text NAME=FILE for each gives a router"
-        yield Way({"method": "linear", **merged}, {"format": "native"} if form == "native" else {}, said)
+        yield {"mixture": merged, **({"output": {"format": "native"}} if form == "native" else {})}
+        return
+    if merged and form == "any":
+        yield {"mixture": {**_ONE_EXPERT, "modules": "all"}, "output": {"format": "modekit"}}
+    yield {"mixture": {**_ONE_EXPERT, **merged}, "output": {"format": "native", **({"carry": "all"} if merged else {})}}
+    if form == "any":
+        yield {"mixture": _ONE_EXPERT, "output": {"format": "modekit"}}
 
 
 def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET) -> MixPlan:
@@ -126,7 +109,9 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         raw["experts"], kinds = [raw["experts"][place] for place in joining], tuple(kinds[place] for place in joining)
         sources = (sources[0], *(sources[1 + place] for place in joining))
     text = any("text" in expert for expert in raw["experts"])
-    plan, way = _first_possible(raw, root, sources, list(router_for(kinds, form, text=text)), run)
+    plan = _first_possible(raw, root, sources, list(ways(kinds, form, text=text)), run)
+    if not text:
+        notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
     if form == "native" and plan.shape.without_gguf is not None:
         raise UnsupportedError(
             "llama.cpp does not run what these models become",
@@ -136,7 +121,7 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         )
     notes += check_texts(plan.recipe, root, plan.family.reads)
     check_room(out, plan.disk_needed)
-    return MixPlan(plan, kinds, way, tuple(notes), disk_of(out).free)
+    return MixPlan(plan, kinds, tuple(notes), disk_of(out).free)
 
 
 def _with_given_text(models: Models) -> RecipeData:
@@ -239,20 +224,12 @@ def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: C
 
 
 def _first_possible(
-    raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], ways: Sequence[Way], run: Run
-) -> tuple[Plan, Way]:
-    """The plan of the first way that the models allow. Raises what the last one raises."""
-    for way in ways[:-1]:
-        try:
-            return _plan(raw, out, sources, way, run), way
-        except (UnsupportedError, RecipeError):
-            continue
-    return _plan(raw, out, sources, ways[-1], run), ways[-1]
-
-
-def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], way: Way, run: Run) -> Plan:
-    return plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run)
-
-
-def _recipe(raw: RecipeData, way: Way) -> RecipeData:
-    return {**raw, "mixture": way.mixture, **({"output": way.output} if way.output else {})}
+    raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], possible: Sequence[RecipeData], run: Run
+) -> Plan:
+    """The plan of the first way that the models allow, with a router that reads tokens. Raises what the last one raises."""
+    for way in possible[:-1]:
+        with suppress(UnsupportedError, RecipeError):
+            plan = plan_of(parse_recipe({**raw, **way}, where="modekit mix"), out, sources, run=run)
+            if plan.recipe.mixture.router.row.reads.tokens:
+                return plan
+    return plan_of(parse_recipe({**raw, **possible[-1]}, where="modekit mix"), out, sources, run=run)

@@ -78,7 +78,7 @@ def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> Preview
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
-    notes = check_texts(parsed, root, plan.family.reads)
+    notes = check_texts(plan.recipe, root, plan.family.reads)
     found = summary(plan)
     fit = found.fit.model_copy(update={"seconds": fit_seconds(plan)}) if measure and found.fit is not None else found.fit
     return Preview(**{**dict(found), "fit": fit, "notes": [*found.notes, *notes]}, time=needed_time(plan))

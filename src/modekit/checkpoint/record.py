@@ -249,6 +249,15 @@ class MixtureRecord(_Record):
         """The recipe at the commits that its models on the hub had."""
         return self.recipe.at(*(self.sources[place].revision for place in (0, *self.expert_sources)))
 
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _router_is_said(cls, recipe: Any) -> Any:
+        """Until there was `fit: auto`, a recipe that named no fit meant logistic."""
+        mixture: Any = recipe.get("mixture", {}) if isinstance(recipe, dict) else None
+        router = mixture.get("router", {}) if isinstance(mixture, dict) and mixture.get("method") != "linear" else None
+        said = isinstance(router, dict) and {**mixture, "router": {"fit": "logistic", **router}}
+        return {**recipe, "mixture": said} if said else recipe
+
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:
         numbers = self.expert_sources

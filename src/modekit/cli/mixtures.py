@@ -74,6 +74,7 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     from modekit.building.notes import notes_of
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
+    from modekit.recipes.auto import why_chosen
     from modekit.sources.family import architecture_of
 
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
@@ -82,6 +83,8 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {record.router.status}, {bytes_of(size)}"))
+    if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
+        out.print(Text(f"router: {why}", style="dim"))
     if new:
         out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:

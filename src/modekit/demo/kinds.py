@@ -19,7 +19,8 @@ _ROUTING: dict[str, Any] = {"method": "routing", "top_k": 2}
 _FITS: dict[str, dict[str, Any]] = {
     "noisy": {"fit": "random"},
     "ridge": {"fit": "ridge"},
-    "context": {"granularity": "context"},
+    "logistic": {"fit": "logistic"},
+    "context": {"fit": "logistic", "granularity": "context"},
     "ngram": {"fit": "ngram"},
     "lexical": {"fit": "lexical"},
     "bigrams": {"fit": "lexical", "orders": [1, 2]},
@@ -30,7 +31,7 @@ _MIXTURES: dict[str, dict[str, Any]] = {
     **{name: {**_ROUTING, "router": router} for name, router in _FITS.items()},
     **{f"{name}-top-1": {**_ROUTING, "top_k": 1, "router": _FITS[name]} for name in ("lexical", "bigrams")},
     **{f"routing {name}": {**_ROUTING, "backbone": name} for name in ("average", "task_arithmetic", "ties")},
-    "sequence whole": {**_ROUTING, "modules": "all", "router": {"granularity": "sequence", "per": "model"}},
+    "sequence whole": {**_ROUTING, "modules": "all", "router": {"fit": "logistic", "granularity": "sequence", "per": "model"}},
     "ngram whole": {**_ROUTING, "modules": "all", "router": {"fit": "ngram"}},
 }
 
@@ -41,12 +42,12 @@ def _mixtures(*names: str) -> dict[str, dict[str, Any]]:
 
 _FOLDED = {"output": {"format": "native"}}
 MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
-    "mlp": _mixtures("linear", "noisy", "ridge", "routing", "context", "ngram", "lexical", "lexical-top-1"),
+    "mlp": _mixtures("linear", "noisy", "ridge", "logistic", "context", "ngram", "routing", "lexical-top-1"),
     "full": _mixtures(
         "linear", "routing", "routing average", "routing task_arithmetic", "routing ties", "sequence whole", "ngram whole"
     ),
     "lora": {
-        **_mixtures("linear", "routing", "context", "ngram", "lexical", "lexical-top-1"),
+        **_mixtures("linear", "logistic", "context", "ngram", "lexical", "routing", "bigrams-top-1"),
         "routing folded": {"mixture": _ROUTING, **_FOLDED},
         "routing folded average": {"mixture": _MIXTURES["routing average"], **_FOLDED},
     },
@@ -56,7 +57,7 @@ MIXTURES: dict[What, dict[str, dict[str, Any]]] = {
 what stands behind a space changes what the experts can carry, and gets an oracle row of its own."""
 
 
-REFITTED = {"ridge": "routing"}
+REFITTED = {"ridge": "logistic"}
 """Mixtures that differ from another one of the same demo in what is solved of the same statistics: the text is read once."""
 
 

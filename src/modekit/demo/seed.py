@@ -28,7 +28,7 @@ from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import carry_over, write_file
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import DEFAULT_FIT, FITS
+from modekit.recipes.fits import AUTO, row_of
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.run import Progress, Run
@@ -135,7 +135,7 @@ def _recipe(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
         tokens = kind.size.fit_tokens
-        if "tokens_per_domain" in FITS[router.get("fit", DEFAULT_FIT)].settings:
+        if "tokens_per_domain" in row_of(router.get("fit", AUTO)).settings:
             router.update(
                 tokens_per_domain=tokens, keep_tokens=min(tokens, 16_384), sequence_length=kind.training.sequence_length
             )
@@ -157,20 +157,20 @@ def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
     """The mixture's checkpoint: the one that is there, another one's with its router fitted anew, or a new one."""
     out = folder_of_mixture(folder, name)
     write_file(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
-    parsed = parse_recipe(recipe, where=name)
+    plan = make_plan(parse_recipe(recipe, where=name), folder)
 
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{name}: {stage}", done, total)
 
     try:
         checkpoint = open_checkpoint(out)
-        if checkpoint.record.recipe_digest == parsed.digest():
+        if checkpoint.record.recipe_digest == plan.recipe.digest():
             return checkpoint
     except CheckpointError:
         pass
     if name in REFITTED:
         return _refitted(folder_of_mixture(folder, REFITTED[name]), out, recipe["mixture"], report)
-    return build(make_plan(parsed, folder), out, overwrite=True, run=Run(progress=report))
+    return build(plan, out, overwrite=True, run=Run(progress=report))
 
 
 def _refitted(source: Path, out: Path, mixture: dict[str, Any], progress: Progress) -> Checkpoint:

@@ -8,6 +8,7 @@ both share is here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
+from modekit.recipes.auto import choices
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
@@ -59,7 +61,9 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's in recipe order."""
+    """The same over models that are open: the base's, then each expert's. A router left open becomes the best they allow."""
+    if recipe.mixture.is_open:
+        return _plan_of_open(recipe, root, sources, run)
     base = sources[0]
     family = family_of(base.config, where=f"base_model ({base.spec})")
     sources = _with_sizes(sources, family)
@@ -88,6 +92,16 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
         run.trust_remote_code,
         vocabulary=vocabulary,
     )
+
+
+def _plan_of_open(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
+    """Of the first of the choices that the models allow. Raises what the last one raises."""
+    for settled, way in (ways := choices(recipe))[:-1]:
+        with suppress(UnsupportedError):
+            plan = plan_of(settled, root, sources, run=run)
+            if way.native in (None, plan.shape.plain):
+                return plan
+    return plan_of(ways[-1][0], root, sources, run=run)
 
 
 def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:

@@ -10,6 +10,7 @@ from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
 from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.plan import Plan
+from modekit.recipes.auto import why_chosen
 from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import TRAINING
 from modekit.recipes.recipe import Recipe
@@ -58,6 +59,7 @@ class PlanSummary(_Figures):
     """A plan; `disk` is that of the recipe's folder, sizes are in bytes.
 
     Attributes:
+        router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         tensors: their number in all, and by the operation that makes them.
         bytes: read, written, of statistics, and to download first.
         parameters, memory: as `Plan` has them.
@@ -71,6 +73,7 @@ class PlanSummary(_Figures):
     method: str
     top_k: int
     router: str
+    router_why: str
     backbone: str
     experts: list[ExpertSummary]
     mixed: list[str]
@@ -109,6 +112,7 @@ def summary(plan: Plan) -> PlanSummary:
         method=recipe.mixture.method,
         top_k=recipe.top_k,
         router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
+        router_why=why_chosen(recipe, native=plan.shape.plain),
         backbone=backbone_label(recipe),
         experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],
         mixed=plan.shape.mixed,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, row_of
+from modekit.recipes.fits import AUTO, Fit, row_of
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import without_effect
@@ -86,7 +86,7 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
-    changed = {**router, **asked}
+    changed = {**({} if asked.get("fit") == AUTO else router), **asked}
     if _row(router).decides.fading != _row(changed).decides.fading:  # a decay of averages is none of evidence
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
@@ -107,9 +107,9 @@ def _fit_of(mixture: RecipePart) -> Fit:
 
 
 def _row(router: RecipePart) -> Fit:
-    """The row of a router's fit; of the default when it names none, or none that there is, which the check will say."""
-    fit, features = router.get("fit", DEFAULT_FIT), router.get("features")
-    return row_of(fit if fit in FITS else DEFAULT_FIT, features if isinstance(features, str) else None)
+    """The row of a router's fit; an open one when it names none, or none that there is, which the check will say."""
+    fit, features = router.get("fit", AUTO), router.get("features")
+    return row_of(fit if isinstance(fit, str) else AUTO, features if isinstance(features, str) else None)
 
 
 def _omit(mapping: RecipePart, *keys: str) -> RecipeData:

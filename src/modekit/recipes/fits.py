@@ -295,8 +295,9 @@ _ROWS = (
 )
 FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
-DEFAULT_FIT = "logistic"
-"""Best of benchmarks/router_fits.md among those that every architecture can say."""
+AUTO = "auto"
+"""In place of a name: recipes/auto.py chooses."""
+_OPEN = Fit(AUTO, "the best for the recipe's text and format", RECIPE, decides=FitTiming("text"))
 
 
 def fits_with(setting: str) -> list[str]:
@@ -311,23 +312,24 @@ def _every_row() -> Iterator[Fit]:
 
 
 def row_of(fit: str, features: str | None = None) -> Fit:
-    """The row that holds for a fit under a value of `features`."""
-    row = FITS[fit]
+    """The row that holds for a fit under a value of `features`; for `auto`, one that nothing is known of."""
+    row = FITS.get(fit, _OPEN)
     return row.kinds.get(features or "", row)
 
 
-def known_fit(value: object) -> object:
-    """The value, when it names a fit. Raises what pydantic reports as a wrong word."""
-    if isinstance(value, str) and value in FITS:
+def known_fit(value: object, *besides: str) -> object:
+    """The value, when it names a fit, or is one of the words besides. Raises what pydantic reports as a wrong word."""
+    if isinstance(value, str) and value in (*besides, *FITS):
         return value
-    *names, last = (f"'{name}'" for name in FITS)
+    *names, last = (f"'{name}'" for name in (*besides, *FITS))
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"})
 
 
 def say_fits(schema: RecipeData) -> None:
     """Put the names of the fits, and what each is, into the JSON schema of a key."""
-    schema["enum"] = list(FITS)
-    schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in FITS.values()) + "."
+    rows = (_OPEN, *FITS.values())
+    schema["enum"] = [row.name for row in rows]
+    schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in rows) + "."
 
 
-FitName = Annotated[str, BeforeValidator(known_fit)]
+FitName = Annotated[str, BeforeValidator(lambda value: known_fit(value, AUTO))]

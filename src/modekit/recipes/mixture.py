@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
-from modekit.recipes.fits import CHANGES, Fit
+from modekit.recipes.fits import AUTO, CHANGES, Fit
 from modekit.recipes.layers import Layer, check_layers, named_layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -121,7 +121,7 @@ class Mixture(Strict):
             return
         if self.method == "linear":
             yield "'unseen' has no effect with method 'linear', whose weights do not read the input; remove it"
-        elif not self.router.row.tells_unseen:
+        elif not self.is_open and not self.router.row.tells_unseen:
             yield (
                 f"'unseen' is decided anew on the tokens so far, which fit '{self.router.fit}' does not do; "
                 "set router: {fit: lexical} or {fit: ngram}, or remove it"
@@ -174,8 +174,13 @@ class Mixture(Strict):
 
     @property
     def fit(self) -> Fit | None:
-        """How the router is set; None where weights are fixed and nothing is."""
-        return None if self.method == "linear" else self.router.row
+        """How the router is set; None where weights are fixed and nothing is, or where that is still open."""
+        return None if self.method == "linear" or self.is_open else self.router.row
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its router is yet to be chosen (recipes/auto.py)."""
+        return self.method != "linear" and self.router.fit == AUTO
 
     @property
     def needs_text(self) -> bool:

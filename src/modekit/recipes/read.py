@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
+from modekit.recipes.auto import choices
 from modekit.recipes.backbone import BackboneExpert, BackboneMerge
 from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, Mixture
@@ -88,7 +89,10 @@ def _folder(path: Path) -> RecipeError:
 def parse_recipe(raw: RecipeData, where: str = "recipe") -> Recipe:
     """Check a recipe given as plain data. Raises RecipeError with every problem."""
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
+        if recipe.mixture.is_open:
+            choices(recipe)
+        return recipe
     except ValidationError as error:
         found = iter(error.errors(include_url=False))
         lines: dict[str, None] = {}

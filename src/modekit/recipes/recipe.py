@@ -218,7 +218,7 @@ class Recipe(Strict):
             *self._problems_of_names(),
             *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
-            *self._problems_of_channels(),
+            *(() if self.mixture.is_open else self._problems_of_channels()),
             *(self._problems_of_keeping() if self.output.keep is not None else ()),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
@@ -306,7 +306,7 @@ class Recipe(Strict):
 
     def _problems_of_text(self) -> Iterator[str]:
         silent = [expert.name for expert in self.experts if not expert.text and not expert.prompts]
-        if self.mixture.needs_text and silent:
+        if silent and (self.mixture.needs_text or (self.mixture.is_open and len(silent) < len(self.experts))):
             yield (
                 f"router fit '{self.mixture.router.fit}' needs text of every domain; missing: {', '.join(silent)} "
                 "(add experts[].text, or a few short texts as experts[].prompts; without any, write text: self, and the "

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modekit.recipes.fits import DEFAULT_FIT, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
+from modekit.recipes.fits import AUTO, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
 from modekit.recipes.strict import RecipePart, Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
@@ -29,7 +29,7 @@ class Router(Strict):
 
     later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "features", "classifier")
 
-    fit: FitName = Field(DEFAULT_FIT, json_schema_extra=say_fits)
+    fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
     sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Divides the router's logits; folded into the gate.")
@@ -170,6 +170,8 @@ class Router(Strict):
 
 def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     """Of the settings that a router has, those without an effect under its fit, or against it; and what is wrong with each."""
+    if row.name == AUTO:
+        return
     by_itself, granularity = row.decides.once or row.reads.tokens, router.get("granularity", "token")
     if by_itself and "granularity" in router:
         does = "decides for the text" if row.decides.once else "reads the tokens so far"

@@ -31,6 +31,7 @@ from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
+from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.family import architecture_of
 from modekit.sources.tokenizer import chat_template
@@ -174,6 +175,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "backbone": _backbone(backbone_label(recipe)),
         "version": record.modekit_version,
         "choice": router.choice.said if router.choice is not None else "",
+        "why": why_chosen(recipe, native=checkpoint.shape.plain),
     }
     return {
         **{key: plain(value) for key, value in of_others.items()},

@@ -23,6 +23,7 @@ from modekit.evaluation.translation.results import TranslationResults
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
+from modekit.recipes.auto import why_chosen
 from modekit.report.result_files import (
     TrainingTables,
     find_inspection,
@@ -138,6 +139,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, object]:
         "top_k": recipe.top_k,
         "top_p": recipe.mixture.top_p,
         "router": "fixed weights" if linear else recipe.mixture.router.said,
+        "router_why": why_chosen(recipe, native=checkpoint.shape.plain),
         "granularity": "none" if linear else recipe.mixture.router.granularity,
         "chosen_per": _chosen_per(checkpoint),
         "status": record.router.status,

@@ -15,6 +15,7 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.planning.make import make_plan
 from modekit.processes import processes
+from modekit.recipes.auto import choices
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
@@ -60,13 +61,23 @@ def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Non
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
-    """The checkpoint's recipe with changes. Raises RecipeError."""
+    """The checkpoint's recipe with changes; of a router left open the best that its tensors allow. Raises RecipeError."""
     old = as_written(checkpoint.record.recipe)
     changed = with_mixture(old, changed_mixture(old.get("mixture", {}), changes))
     # What a format cannot say is first said of the folder, whose user may build another one, and then of the recipe.
-    _check_same_tensors(checkpoint, parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder)))
+    asked = parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder))
+    if asked.mixture.is_open:
+        asked = _first_possible(checkpoint, asked)
+        changed["mixture"] = as_written(asked)["mixture"]
+    _check_same_tensors(checkpoint, asked)
     recipe = parse_recipe(changed, where=str(checkpoint.folder))
     return checkpoint.shape.pinned(recipe)
+
+
+def _first_possible(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """Of the choices of a recipe that leaves its router open; where there is none, one that is refused."""
+    ways = [settled for settled, way in choices(recipe) if way.native in (None, checkpoint.shape.plain)]
+    return next((each for each in ways if not [*checkpoint.shape.refusals(each), *_other_tensors(checkpoint, each)]), ways[-1])
 
 
 def _check_same_tensors(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -185,7 +185,8 @@ def print_plan(plan: Preview) -> None:
         ("architecture", f"{plan.architecture} (also runs in {plan.also_runs_in})"),
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
-        ("mixing", f"{plan.method}, top_k {plan.top_k}, router {plan.router}, backbone {plan.backbone}"),
+        ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
+        ("router", plan.router_why or plan.router),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
         ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
         (
@@ -211,6 +212,8 @@ def print_plan(plan: Preview) -> None:
 
 def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     """Draw in five lines what will be mixed, and how."""
+    from modekit.recipes.auto import why_chosen
+
     plan, size = planned.plan, planned.plan.parameters()
     kinds = {"base": "the base", "adapter": "adapter", "ffn": "model", "full": "model"}
     experts = [f"{name} ({kinds[kind]})" for name, kind in zip(plan.recipe.names, planned.kinds, strict=True)]
@@ -218,7 +221,8 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table = Table("", [""], prose=True, name_style="bold")
     table.add("experts", ", ".join(experts))
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
-    table.add("router", planned.way.said + (f"; text written by {', '.join(authors)}" if authors else ""))
+    router = why_chosen(plan.recipe, native=plan.shape.plain)
+    table.add("router", router + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))

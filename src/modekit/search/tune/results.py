@@ -16,7 +16,7 @@ from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import SMALLEST_GAP
 from modekit.files.figures import count_of
 from modekit.files.typed import Count, Number
-from modekit.recipes.fits import DEFAULT_FIT, FITS
+from modekit.recipes.fits import FITS
 from modekit.search.tune.space import label, short_backbone
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -205,8 +205,8 @@ def describe(mixture: Mapping[str, Any]) -> str:
     words = []
     if mixture.get("method") == "linear":
         words.append("linear")
-    else:  # a recipe's own mixture need not say what is the default
-        words.append(FITS[router.get("fit", DEFAULT_FIT)].label)
+    else:  # older versions' need not say its fit
+        words.append(FITS[router.get("fit", "logistic")].label)
         words += [router["granularity"]] if "granularity" in router else []
         words += [f"order {router['order']}"] if "order" in router else []
         words += [f"decay {router['decay'][0]:g}"] if router.get("decay") else []

@@ -171,7 +171,7 @@ _NAMED: dict[str, Choice] = {
     "n-gram": {"router": "ngram", "order": "2", "ngram_decay": "0.98"},
     "lexical": {"router": "lexical", "ngram_decay": "0.98"},
     "routing, context": {"router": "logistic", "granularity": "context", "decay": "0.9"},
-    "routing (default)": {"router": "logistic", "granularity": "token"},
+    "logistic": {"router": "logistic", "granularity": "token"},
     "ridge": {"router": "ridge", "granularity": "token"},
     "centroid": {"router": "centroid", "granularity": "token"},
     "gate-less (linear)": {"router": "linear"},

@@ -65,6 +65,7 @@ def tune(
     plan = plan_of(plain, root, open_recipe_sources(plain, root, run=run), run=run)  # whole: they are run, too
     if native:  # a candidate that is not, whatever the space says, is then refused with the reason
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})})
+    recipe = plan_of(recipe, root, plan.sources, run=run).recipe if recipe.mixture.is_open else recipe
     native = recipe.output.format == "native"
     if native and not plan.shape.plain:
         raise _not_native(recipe, plan)
