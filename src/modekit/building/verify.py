@@ -25,7 +25,7 @@ from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
-from modekit.sources.tokenizer import PAIR_FILES, gone_pair_files
+from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
 from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -200,7 +200,7 @@ def _differing(checkpoint: Checkpoint, files: Iterable[Path]) -> str | None:
     """What is wrong with the first of the checkpoint's files that is not, byte for byte, the one that it was copied from."""
     for file in files:
         try:
-            same = read_bytes(checkpoint.folder / file.name, LARGE) == read_bytes(file, LARGE)
+            same = read_bytes(checkpoint.folder / file.name, LARGE) == copied_content(file)
         except UNREADABLE as error:
             return f"{file.name} cannot be compared with {file} ({error})"
         if not same:

@@ -17,7 +17,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved
+from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, three_digits
 from modekit.run import Run
@@ -161,6 +161,8 @@ def _change(
     target = resolved(write.output or folder)
     check_not_made_by(target, asked)
     opened = open_checkpoint(resolved(folder))
+    if target != opened.folder:
+        writable(target, write.overwrite)
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
         planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
