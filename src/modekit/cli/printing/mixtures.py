@@ -182,7 +182,7 @@ def print_plan(plan: Preview) -> None:
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
     operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
     rows = [
-        ("architecture", f"{plan.architecture} (also runs in {plan.also_runs_in})"),
+        ("architecture", _with_engines(plan.architecture, plan.also_runs_in)),
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
         ("mixing", f"{plan.method}, top_k {plan.top_k}, router {plan.router}, backbone {plan.backbone}"),
@@ -209,6 +209,10 @@ def print_plan(plan: Preview) -> None:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
+def _with_engines(architecture: str, engines: str) -> str:
+    return f"{architecture} ({'' if engines.startswith('transformers') else 'also '}runs in {engines})"
+
+
 def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     """Draw in five lines what will be mixed, and how."""
     plan, size = planned.plan, planned.plan.parameters()
@@ -219,7 +223,7 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table.add("experts", ", ".join(experts))
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
     table.add("router", planned.way.said + (f"; text written by {', '.join(authors)}" if authors else ""))
-    table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
+    table.add("result", f"{_with_engines(plan.architecture, plan.shape.also_runs_in)}, {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
     out.print(table)
