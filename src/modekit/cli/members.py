@@ -44,6 +44,9 @@ class ModelOptions:
     text: Annotated[list[str] | None, typer.Option(help="Text of its domain; repeatable.")] = None
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
+    budget: Annotated[
+        str | None, typer.Option(help="What that part may add, like 0.125x of the base's bytes (instead of --rank).")
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
     label: Annotated[
         list[str] | None,
@@ -64,6 +67,7 @@ class ModelOptions:
             "text": self.text,
             "as": self.as_,
             "rank": self.rank,
+            "budget": self.budget,
             "revision": self.revision,
             "labels": self.label,
         }
