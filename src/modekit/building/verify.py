@@ -300,7 +300,7 @@ def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
             ids_BS = torch.arange(8)[None] % checkpoint.vocabulary
             written = {"decoder_input_ids": ids_BS} if model.config.is_encoder_decoder else {}
             logits = model(input_ids=ids_BS, **written).logits
-    except Exception as error:
+    except Exception as error:  # a model's code raises what it likes, and the proof has failed
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     if not torch.isfinite(logits).all():
         return Check("reload in transformers", "failed", "the logits of a first pass are not finite")

@@ -183,7 +183,7 @@ def tensors_of(file: Path, config: Config, written: str, *, where: str) -> Unpac
     try:
         processor, names = _names(gguf, config)
         placed = dict(_placed(gguf, processor, names))
-    except Exception as error:
+    except Exception as error:  # of what a stranger's file says, anything may go wrong in transformers' tables
         raise _unread(where, shortened(error) or type(error).__name__) from None
     tensors: dict[str, TensorRef] = {name: PackedRef.of(name, shape, form, written) for name, (shape, form) in placed.items()}
     lost = sorted(gguf.tensors.keys() - {form.data.name for _, form in placed.values()} - {_ROPE})

@@ -301,7 +301,7 @@ def _explained(spec: str, revision: str | None, where: str) -> Iterator[None]:
         raise SourceError("neither a folder nor a name on the hub", where=where, found=error, remedy=remedy) from None
     except HfHubHTTPError as error:
         raise _refused(error, spec, revision, where) from None
-    except Exception as error:
+    except Exception as error:  # httpx's errors have no base class under one name: the others go on
         if not isinstance(error, OSError | EntryNotFoundError | ValueError) and not type(error).__module__.startswith("httpx"):
             raise
         if isinstance(error.__cause__, HfHubHTTPError):
