@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,10 @@ def _names(gguf: Gguf, config: Config) -> tuple[Any, dict[str, str]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
     processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=dict(plain))
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    names: dict[str, str] = get_gguf_hf_weights_map(whole, processor)
+    if gguf.tensors.keys() - names.keys() - {_ROPE}:  # named as in a model's parts: a table is made for every module
+        names = get_gguf_hf_weights_map(model, processor)
     return processor, names
 
 
