@@ -37,6 +37,7 @@ from modekit.members.edits import NewExpert, add_expert, remove_expert, rename_e
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.recipes.read import parse_recipe
+from modekit.report.card import make_card
 from modekit.sources.kept import KEPT
 from modekit.sources.wrappers import WRAPPERS
 from sources.test_wrappers import RANDOM, adapter, changed, own
@@ -182,6 +183,10 @@ def test_a_router_that_reads_tokens(gemma: Path) -> None:
     assert torch.equal(seen(model, given), seen(own(gemma, "full"), given))
 
 
+def card_of(folder: Path) -> str:
+    return make_card(open_checkpoint(folder), ask_hub=False).contents["README.md"].decode()
+
+
 def test_processor_and_folder_open_without_modekit(gemma: Path, tmp_path: Path) -> None:
     for name in ("base", "lora"):
         shutil.copytree(gemma / name, tmp_path / name)
@@ -195,6 +200,9 @@ def test_processor_and_folder_open_without_modekit(gemma: Path, tmp_path: Path) 
         tmp_path / "base" / "processor_config.json"
     ).read_bytes()
     assert type(AutoProcessor.from_pretrained(tmp_path / "OUT")) is Gemma3Processor
+    assert "`AutoProcessor` open the whole model" in card_of(tmp_path / "OUT")
+    (tmp_path / "OUT" / "processor_config.json").unlink()
+    assert "AutoProcessor" not in card_of(tmp_path / "OUT")
     code = (
         "import sys, torch; sys.modules['modekit'] = None\n"
         "from transformers import AutoModelForImageTextToText as A, AutoModelForCausalLM as B\n"

@@ -18,6 +18,7 @@ from modekit.building.build import build
 from modekit.building.parts import chosen, options_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.cli.shell import main
 from modekit.engines.adapters import chosen_adapters
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.evaluation.inspection.inspect import inspect
@@ -296,6 +297,31 @@ def test_who_comes_and_goes_leaves_the_parts_of_the_others(tmp_path: Path) -> No
     for file in sorted(without.folder.glob("*.safetensors")):
         assert (removed.folder / file.name).read_bytes() == file.read_bytes(), file.name
     assert is_proven(verify(removed))
+
+
+def test_the_commands_take_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a build with it; what takes an expert's place brings a budget of its own, or none."""
+    models(tmp_path)
+    save(tiny_model(seed=3), tmp_path / "three")
+    both = mixed(tmp_path, experts(0.15))
+    low = ("--as", "lora", "--budget", "0.15x")
+
+    def run(*command: str, out: str) -> Checkpoint:
+        given = ("modekit", *command, "--no-measure", "--out", str(tmp_path / out))
+        monkeypatch.setattr("sys.argv", list(given))
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, None)
+        return open_checkpoint(tmp_path / out)
+
+    added = run("add", str(both.folder), "--name", "three", "--model", str(tmp_path / "three"), *low, out="added")
+    as_built = mixed(tmp_path, [*experts(0.15), {"name": "three", "model": "./three", "as": "lora", "budget": 0.15}], "built")
+    for file in sorted(as_built.folder.glob("*.safetensors")):
+        assert (added.folder / file.name).read_bytes() == file.read_bytes(), file.name
+    other = run("replace", str(both.folder), "two", "--model", str(tmp_path / "three"), *low, out="other")
+    assert other.record.recipe.experts[1].parts == as_built.record.recipe.experts[2].parts
+    whole = run("replace", str(both.folder), "two", "--model", str(tmp_path / "three"), out="whole")
+    assert whole.record.recipe.experts[1].budget is None and whole.record.recipe.experts[1].parts is None
 
 
 def test_inspect_and_the_list_say_what_is_kept(tmp_path: Path) -> None:

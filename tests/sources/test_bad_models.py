@@ -16,8 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import Workshop, save, tiny_model
+from modekit.building.build import build
+from modekit.building.verify import verify
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.cli.shell import main
+from modekit.experts.specialize import specialize
+from modekit.loaded.text_training import Training
+from modekit.members.change import before_change
+from modekit.members.edits import NewExpert, add_expert
 from modekit.planning import make as plan
+from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
 LAW = "experts[1] 'law' (./law)"
@@ -401,6 +409,28 @@ def test_remote_code_needs_consent(bench: Workshop, monkeypatch: pytest.MonkeyPa
     assert end.value.code in {0, None}
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     assert not list(out.glob("*.py"))
+
+
+@pytest.mark.parametrize("named", ["auto_map", "\\u0061uto_map"])
+def test_a_tokenizer_that_names_code_of_the_hub_does_not_hand_it_on(workshop: Workshop, named: str) -> None:
+    """Into a mixture, before and after an expert came, and into a model that was fine-tuned."""
+    file = workshop.root / "base" / "tokenizer_config.json"
+    code = '{"AutoTokenizer": [null, "someone/repository--own.OwnTokenizer"]}'
+    file.write_text(file.read_text().replace("{", f'{{"{named}": {code}, ', 1))
+    out, name = workshop.build(), "tokenizer_config.json"
+    assert {check.verdict for check in verify(open_checkpoint(out))} == {"proven"}
+    new = NewExpert({"model": "./law", "text": "./text/law.jsonl"}, workshop.root)
+    planned = before_change(open_checkpoint(out), add_expert(open_checkpoint(out), "second", new))
+    more = build(planned.plan, workshop.root / "MORE", update=planned).folder
+    training, texts = Training(steps=1, batch_tokens=64, sequence_length=32), ["text/law.jsonl"]
+    specialize(workshop.root / "base", workshop.root / "SPECIALIST", texts, root=workshop.root, training=training)
+    for folder in (out, more, workshop.root / "SPECIALIST"):
+        assert json.loads((folder / name).read_text())["eos_token"] and "OwnTokenizer" not in (folder / name).read_text()
+    assert (out / "tokenizer.json").read_bytes() == (file.with_name("tokenizer.json")).read_bytes()
+    (processor := file.with_name("processor_config.json")).write_text(
+        f'{{"image_processor": [{{"{named}": {code}, "size": 2}}]}}'
+    )
+    assert json.loads(copied_content(processor)) == {"image_processor": [{"size": 2}]}
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 30_000), Path.unlink], ids=["cut", "removed"])

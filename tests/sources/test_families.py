@@ -148,6 +148,22 @@ def test_what_a_row_cannot_have_is_a_thing() -> None:
     assert len(found) == len(BY_SIGMOIDS) and all(each.startswith("several experts per token") for each in found)
 
 
+def test_a_plan_says_which_engines_run_it_and_what_to_do_for_others(family_case: tuple[Path, str]) -> None:
+    root, native = family_case
+    plan = make_plan(recipe_of(["base"] * 2, {"method": "routing", "top_k": 1, "router": {"fit": "random"}}), root)
+    alone = [note for note in plan.notes if "llama.cpp does not run" in note]
+    assert bool(alone) == (plan.shape.also_runs_in == "transformers alone")
+    if plan.family.model_type == "smollm3":
+        assert "built with output: {format: modekit}, it runs there" in alone[0]
+    if native in BY_SIGMOIDS:
+        routing = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
+        recipe = recipe_of(["base", "./other", "base"], routing)
+        assert "mixture: {top_k: 1}" in make_plan(recipe, root).why
+        with pytest.raises(UnsupportedError) as error:
+            make_plan(recipe.model_copy(update={"output": recipe.output.model_copy(update={"format": "native"})}), root)
+        assert "mixture: {top_k: 1}" in str(error.value.found) and "set mixture.top_k: 1" in str(error.value.remedy)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_copies_of_one_model_are_that_model(family_case: tuple[Path, str], ids: torch.Tensor, top_k: int) -> None:
     root, native = family_case

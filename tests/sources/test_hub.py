@@ -17,10 +17,13 @@ from modekit.building.build import build
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.sources import source_state, why_not
+from modekit.cli import main
 from modekit.errors import SourceError
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
+from modekit.run import Run
+from modekit.sources.open import model_folder
 from quantised import quantise, write_gguf
 from stand_in_hub import COMMIT, StandIn, point_at, serving
 
@@ -75,6 +78,49 @@ def test_nothing_comes_because_it_is_called_like_a_licence(workshop: Workshop, h
         path.write_bytes(b"large")
     make_plan(load_recipe(write(workshop, {"model": "acme/law"})), workshop.root)
     assert not any("LICENSE" in name or name.endswith("/weights.safetensors") for _, name, _ in hub.log)
+
+
+def test_a_small_file_that_is_large_is_not_fetched(
+    workshop: Workshop, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modekit.sources.hub.LARGE", 20_000)
+    (hub.repos["acme/law"] / "chat_template.jinja").write_bytes(b"x" * 20_001)
+    assert "chat_template.jinja" in (said := refused(workshop, {"model": "acme/law"})) and "20,001 bytes" in said
+    assert not hub.whole() and not list((tmp_path / "cache").rglob("blobs/*"))
+
+
+def test_a_download_is_reported_and_draws_nothing_of_its_own(
+    workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # which makes the library draw where there is no terminal
+    told: list[tuple[str, int, int]] = []
+    run = Run(progress=lambda *report: told.append(report))
+    folder = model_folder("acme/law-lora", None, root=workshop.root, label="MODEL", run=run)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert ("download", size, size) in told and "it/s" not in (drawn := capfd.readouterr().err) and "B/s" not in drawn
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "build recipe.yaml OUT",
+        "mix acme/base acme/law -o OUT",
+        "extract acme/law OUT --base acme/base --rank 2",
+        "specialize acme/base OUT --text text/law.jsonl",
+        "data balance OUT --text law=text/law.jsonl --tokenizer acme/base",
+    ],
+)
+def test_nothing_is_asked_for_where_out_exists(
+    workshop: Workshop, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(workshop.root)
+    write(workshop, {"model": "acme/law"})
+    Path("OUT").mkdir()
+    monkeypatch.setattr("sys.argv", ["modekit", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "the output folder exists" in capsys.readouterr().err
+    assert not hub.log
 
 
 def weights(hub: StandIn, name: str) -> set[str]:

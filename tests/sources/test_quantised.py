@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,20 @@ def test_gguf(kind: str, tmp_path: Path, ids: torch.Tensor) -> None:
     said = open_checkpoint(out).record.sources[1].packed
     assert said == ("" if kind.startswith("F") else said) and (kind.startswith("F") or kind in said)
     assert (out / "tokenizer.json").exists()
+
+
+def test_a_plan_over_a_gguf_is_quick_and_compares_what_is_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norms, which are whole there, say nothing of it; and names are looked up in one table, not in one per module."""
+    gguf = pytest.importorskip("gguf")
+    save(tiny_model(num_hidden_layers=2, intermediate_size=64), tmp_path / "base")
+    write_gguf(tmp_path / "base", tmp_path / "law.gguf", "Q4_0")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    tables: list[object] = []
+    made = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *given: tables.append(given) or made(*given))
+    plan = make_plan(recipe_of({"still": "base", "law": "./law.gguf"}), tmp_path)
+    (lost,) = (float(found[1]) for note in plan.notes if (found := re.search(r"at most ([\d.]+)% of a weight", note)))
+    assert 3 < lost < 20 and len(tables) == 1
 
 
 def test_gguf_and_plain_models_in_one_mixture(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRec
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import FinishedError, SourceError, UnsupportedError
 from modekit.files.output import Replace, check_room, replaced_by, work_folder
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
@@ -45,6 +45,7 @@ from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
 from modekit.sources.kept import kept_beside, other_tower, own_towers
 from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
@@ -226,7 +227,7 @@ def _check_towers(sources: Sequence[ModelSource], opened: OpenFiles) -> None:
 def _content(file: Path) -> bytes:
     """A file that goes beside the weights. Raises SourceError: the writing around it would call it an error of OUT."""
     try:
-        return read_bytes(file, LARGE)
+        return copied_content(file)
     except UNREADABLE as error:
         found = getattr(error, "strerror", None) or error
         raise SourceError(

@@ -25,7 +25,7 @@ from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
-from modekit.sources.tokenizer import PAIR_FILES, gone_pair_files
+from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
 from modekit.weights.stored import holds_only_finite, same_bytes, span_of
 
 Verdict = Literal["proven", "failed", "not possible"]
@@ -200,7 +200,7 @@ def _differing(checkpoint: Checkpoint, files: Iterable[Path]) -> str | None:
     """What is wrong with the first of the checkpoint's files that is not, byte for byte, the one that it was copied from."""
     for file in files:
         try:
-            same = read_bytes(checkpoint.folder / file.name, LARGE) == read_bytes(file, LARGE)
+            same = read_bytes(checkpoint.folder / file.name, LARGE) == copied_content(file)
         except UNREADABLE as error:
             return f"{file.name} cannot be compared with {file} ({error})"
         if not same:
@@ -300,7 +300,7 @@ def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
             ids_BS = torch.arange(8)[None] % checkpoint.vocabulary
             written = {"decoder_input_ids": ids_BS} if model.config.is_encoder_decoder else {}
             logits = model(input_ids=ids_BS, **written).logits
-    except Exception as error:
+    except Exception as error:  # a model's code raises what it likes, and the proof has failed
         return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
     if not torch.isfinite(logits).all():
         return Check("reload in transformers", "failed", "the logits of a first pass are not finite")

@@ -15,7 +15,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, writable
 from modekit.files.output import replaced_by
 from modekit.run import Run
 
@@ -71,16 +71,16 @@ def balance(
     said: DataOutput,
 ) -> None:
     """Choose whole documents so that every domain has as many tokens, in train and in validation."""
-    texts = texts_by_domain(text)
+    texts, target = texts_by_domain(text), writable(output, said.overwrite)
     from modekit.experts.corpus.balance import TextsToBalance, balance
     from modekit.loaded.load import load_tokenizer
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
         run = Run(said.trust_remote_code, progress, said.fsync)
-        folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer")
+        folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
-        balanced = balance(given, options.settings(), resolved(output), replace=replaced_by(said.overwrite), run=run)
+        balanced = balance(given, options.settings(), target, replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
         print_json(balanced.model_dump(mode="json"))
     else:
@@ -99,17 +99,17 @@ def make_tokenizer(
     ] = None,
 ) -> None:
     """Train a byte-level BPE in which every domain weighs the same, and say how many tokens it makes of each."""
-    texts = texts_by_domain(text)
+    texts, target = texts_by_domain(text), writable(output, said.overwrite)
     from modekit.experts.corpus.tokenizer import Mix, train_tokenizer
     from modekit.loaded.load import load_tokenizer
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
         run = Run(said.trust_remote_code, progress, said.fsync)
-        folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against")
+        folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)
-        trained = train_tokenizer(mix, vocabulary, resolved(output), replace=replaced_by(said.overwrite), run=run)
+        trained = train_tokenizer(mix, vocabulary, target, replace=replaced_by(said.overwrite), run=run)
     if said.as_json:
         print_json(trained.model_dump(mode="json"))
     else:

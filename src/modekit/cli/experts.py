@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -86,7 +86,7 @@ class TeacherOptions:
         }
         return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
 
-    def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training) -> Distillation:
+    def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training, run: Run) -> Distillation:
         """What is asked for with a teacher. Raises TrainingError, and SourceError where there is no teacher."""
         from modekit.experts.distill.distill import Distillation
         from modekit.experts.distill.settings import TOP_K
@@ -96,7 +96,7 @@ class TeacherOptions:
         root = Path.cwd()
         settings = self._settings()
         kept = resolved(self.keep_teacher) if self.keep_teacher is not None else None
-        teacher = model_folder(self.teacher, None, root=root, label="--teacher")
+        teacher = model_folder(self.teacher, None, root=root, label="--teacher", run=run)
         return Distillation(
             student,
             teacher,
@@ -157,6 +157,7 @@ def specialize(
 
     taught.check()
     labelled.check(taught.teacher)
+    target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = Run(options.trust_remote_code, progress, options.fsync)
         run.begin(LIBRARIES)
@@ -171,16 +172,16 @@ def specialize(
             sequence_length=options.sequence_length,
             seed=options.seed,
         )
-        folder = model_folder(base, None, root=Path.cwd(), label="BASE")
+        folder = model_folder(base, None, root=Path.cwd(), label="BASE", run=run)
         if taught.teacher is not None:
             from modekit.experts.distill.distill import distill
 
-            asked = taught.asked(folder, text, train, rank, training)
-            record = distill(asked, resolved(output), overwrite=options.overwrite, run=run)
+            asked = taught.asked(folder, text, train, rank, training, run)
+            record = distill(asked, target, overwrite=options.overwrite, run=run)
         else:
             record = specialize(
                 folder,
-                resolved(output),
+                target,
                 labelled.texts(text),
                 root=Path.cwd(),
                 train=train,
@@ -237,15 +238,12 @@ def extract(
         tokens=options.tokens or 16_384,
         base_name=base,
     )
+    target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        record = extract(
-            model_folder(model, None, root=Path.cwd(), label="MODEL"),
-            model_folder(base, None, root=Path.cwd(), label="--base"),
-            resolved(output),
-            settings,
-            overwrite=options.overwrite,
-            run=Run(options.trust_remote_code, progress, options.fsync),
-        )
+        run = Run(options.trust_remote_code, progress, options.fsync)
+        tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
+        origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
+        record = extract(tuned, origin, target, settings, overwrite=options.overwrite, run=run)
     if options.as_json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})
         return

@@ -17,7 +17,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved
+from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, three_digits
 from modekit.run import Run
@@ -44,6 +44,9 @@ class ModelOptions:
     text: Annotated[list[str] | None, typer.Option(help="Text of its domain; repeatable.")] = None
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
+    budget: Annotated[
+        str | None, typer.Option(help="What that part may add, like 0.125x of the base's bytes (instead of --rank).")
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
     label: Annotated[
         list[str] | None,
@@ -64,6 +67,7 @@ class ModelOptions:
             "text": self.text,
             "as": self.as_,
             "rank": self.rank,
+            "budget": self.budget,
             "revision": self.revision,
             "labels": self.label,
         }
@@ -161,6 +165,8 @@ def _change(
     target = resolved(write.output or folder)
     check_not_made_by(target, asked)
     opened = open_checkpoint(resolved(folder))
+    if target != opened.folder:
+        writable(target, write.overwrite)
     with drawn_progress() as progress:
         run = Run(write.trust_remote_code, progress, write.fsync)
         planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)

@@ -16,10 +16,9 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_mix
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
-from modekit.cli.shell import Fsync, Overwrite, Trust, app, resolved
+from modekit.cli.shell import Fsync, Overwrite, Trust, app, writable
 from modekit.engines.registry import GgufSettings, Outtype, ServeSettings
 from modekit.engines.threads import ASKED
-from modekit.files.output import refuse_existing, replaced_by
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 
@@ -64,13 +63,12 @@ def mix(
     from modekit.building.preview import needed_time
     from modekit.recipes.edit import RECIPE_FILE, as_file
 
-    target, gguf = resolved(options.output), resolved(options.output.with_name(f"{options.output.name}-gguf"))
-    refuse_existing(target, replaced_by(options.overwrite))
+    target, gguf = writable(options.output, options.overwrite), options.output.with_name(f"{options.output.name}-gguf")
     if options.gguf is not None:
         from modekit.engines.converter import check_installed
 
         check_installed()
-        refuse_existing(gguf, replaced_by(options.overwrite))
+        writable(gguf, options.overwrite)
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with drawn_progress() as progress:

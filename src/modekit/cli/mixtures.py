@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out, print_json
 from modekit.cli.printing.mixtures import print_checks, print_forced, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved, writable
 from modekit.files.figures import bytes_of, range_of
 from modekit.run import Progress, Run
 
@@ -60,10 +60,12 @@ def build(
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
-    made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code))
+    target = writable(output, overwrite)
+    with drawn_progress() as progress:
+        made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code, progress))
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
     checkpoint = show_build(
-        output, lambda progress: build(made, resolved(output), overwrite=overwrite, run=Run(progress=progress, sync=fsync))
+        output, lambda progress: build(made, target, overwrite=overwrite, run=Run(progress=progress, sync=fsync))
     )
     if prove:
         print_forced(_forced(checkpoint, trust_remote_code))

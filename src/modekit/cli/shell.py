@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing.console import err
 from modekit.errors import FinishedError, InterruptError, ModekitError
+from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 
 app = typer.Typer(
@@ -94,6 +95,13 @@ def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
 def resolved(path: Path) -> Path:
     """A path without links and ways up; unlike `Path.resolve` not an error where links go round."""
     return Path(os.path.realpath(path))
+
+
+def writable(path: Path, overwrite: bool) -> Path:
+    """The same of an OUT, which is looked at before anything is downloaded. Raises OutputError where it may not be written."""
+    target = resolved(path)
+    refuse_existing(target, replaced_by(overwrite))
+    return target
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ Shape legend: S tokens of a prompt, E experts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.modelfile import ends_of
 from modekit.engines.sampling import Sampling, context_of
-from modekit.engines.voices import AnswerToken, LlamaVoice, TransformersVoice, Voice
+from modekit.engines.voices import AnswerToken, LlamaVoice, OnToken, TransformersVoice, Voice
 from modekit.errors import TextError
 from modekit.evaluation.inspection.tokens import token_texts
 from modekit.loaded.load import load_tokenizer
@@ -33,7 +33,6 @@ from modekit.text.document import Message, message_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Heard = Callable[[AnswerToken], None]
 _LONGEST = 8_192  # tokens of a context, where nobody asks for more: memory grows with it
 _WORDS = 8  # that are named per expert
 
@@ -126,8 +125,8 @@ class Chat:
         """Forget what was said."""
         self._said, self.answer = [], None
 
-    def ask(self, said: str, heard: Heard) -> ChatAnswer:
-        """Answer; `heard` gets each token as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
+    def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
+        """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
 
         Raises TextError where the question leaves no room for an answer, or the template does not take it.
         """
@@ -142,7 +141,7 @@ class Chat:
 
         def keep(token: AnswerToken) -> None:
             tokens.append(token)
-            heard(token)
+            on_token(token)
 
         ended: Literal["end", "length", "context", "stopped"] = "stopped"
         try:

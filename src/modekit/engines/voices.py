@@ -48,12 +48,15 @@ class AnswerToken:
         return None if self.weights is None else max(range(len(self.weights)), key=self.weights.__getitem__)
 
 
+OnToken = Callable[[AnswerToken], None]
+
+
 class Voice(Protocol):
     """A mixture that writes on."""
 
     engine: str
 
-    def speak(self, ids: Sequence[int], most: int, heard: Callable[[AnswerToken], None]) -> bool:
+    def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """Write at most so many tokens after the given ones; whether the answer came to its own end. Raises EngineError."""
 
     def use_expert(self, expert: int | None) -> None:
@@ -79,11 +82,11 @@ class TransformersVoice:
         """Overrule the routers."""
         self._expert = expert
 
-    def speak(self, ids: Sequence[int], most: int, heard: Callable[[AnswerToken], None]) -> bool:
+    def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """Token by token, in this thread."""
         forced = nullcontext() if self._expert is None else self._mixture.forced(self._expert)
         with torch.inference_mode(), self._mixture.traced() as trace, forced:
-            listener = _Listener(self, trace, len(ids), heard)
+            listener = _Listener(self, trace, len(ids), on_token)
             given = torch.tensor([ids], device=self._model.device)
             self._model.generate(
                 input_ids=given,
@@ -118,8 +121,8 @@ class TransformersVoice:
 class _Listener:
     """What `generate` tells each token of an answer, after the prompt."""
 
-    def __init__(self, voice: TransformersVoice, trace: RouterTrace, prompt: int, heard: Callable[[AnswerToken], None]) -> None:
-        self._voice, self._trace, self._heard = voice, trace, heard
+    def __init__(self, voice: TransformersVoice, trace: RouterTrace, prompt: int, on_token: OnToken) -> None:
+        self._voice, self._trace, self._on_token = voice, trace, on_token
         self._text = voice.running_text()
         self._prompt, self._read = prompt, 0
         self.at_end = False
@@ -134,7 +137,7 @@ class _Listener:
         if not self.at_end:
             weights = self._voice.weights(self._trace, self._read)
             self._read = 1
-            self._heard(AnswerToken(self._text.add(token), weights))
+            self._on_token(AnswerToken(self._text.add(token), weights))
 
     def end(self) -> None:
         """Nothing is left to say."""
@@ -175,7 +178,7 @@ class LlamaVoice:
                 "llama.cpp takes the experts that the routers choose", where="/expert", remedy="chat without --gguf"
             )
 
-    def speak(self, ids: Sequence[int], most: int, heard: Callable[[AnswerToken], None]) -> bool:
+    def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """As the server streams it."""
         read, count = list(ids), 0
         for text, tokens in self._llama.written(ids, most, self._sampling):
@@ -183,7 +186,7 @@ class LlamaVoice:
                 return True
             if not text:
                 continue
-            heard(AnswerToken(text, self._weights(read)))
+            on_token(AnswerToken(text, self._weights(read)))
             read += self._ids(text, tokens)
             count += 1
         return count < most

@@ -123,6 +123,7 @@ def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase
             found = f"{' or '.join(pieces)} cannot be read as a sentencepiece model"
             remedy = "download or save the tokenizer again; sentencepiece must be installed"
         raise SourceError("the model folder has no usable tokenizer", where=str(folder), found=found, remedy=remedy) from None
+    tokenizer.init_kwargs.pop("auto_map", None)  # where it is saved, nobody is to be asked for its code
     return tokenizer
 
 

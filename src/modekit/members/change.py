@@ -23,7 +23,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.files.read import UNREADABLE
 from modekit.members.edits import MixtureEdit
 from modekit.members.recorded_models import recorded_model, records_dtypes
 from modekit.planning.make import plan_of
@@ -36,7 +36,7 @@ from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.open import Opener, label_of
-from modekit.sources.tokenizer import PAIR_FILES, copied_files, gone_pair_files
+from modekit.sources.tokenizer import PAIR_FILES, copied_content, copied_files, gone_pair_files
 
 
 def write_change(checkpoint: Checkpoint, edit: MixtureEdit, out: Path, *, run: Run = QUIET) -> Checkpoint:
@@ -232,7 +232,7 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
         if file.name in PAIR_FILES and not (folder / file.name).exists():  # of an older version: it gets them now
             continue
         try:
-            same = read_bytes(file, LARGE) == read_bytes(folder / file.name, LARGE)
+            same = copied_content(file) == copied_content(folder / file.name)
         except UNREADABLE:
             same = False
         differs = differs if same else f"{file.name} is another"

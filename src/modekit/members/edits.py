@@ -20,6 +20,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
 
 _FEWEST = 2
+_OF_ITS_MODEL = ("model", "adapter", "as", "rank", "budget", "parts", "revision")  # of what a recipe says of an expert
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def replace_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> Mixture
     data = as_written(checkpoint.record.recipe)
     old = data["experts"][number]
     entry = new.in_folder(checkpoint.recipe_root)
-    kept = {key: value for key, value in old.items() if key not in {"model", "adapter", "as", "rank", "revision"}}
+    kept = {key: value for key, value in old.items() if key not in _OF_ITS_MODEL}
     given = entry.pop("labels", None)
     labels = dict.fromkeys([*(old.get("labels") or ()), *(given if isinstance(given, list | tuple) else ())])
     data["experts"][number] = {**kept, **entry, **({"labels": list(labels)} if labels else {})}

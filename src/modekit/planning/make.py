@@ -163,11 +163,13 @@ def _native_layout(
         return None, _stay_low_rank(recipe, adapters)
     native, tried = choose_native(family, base.config, recipe)
     if native is None and asked == "native":
+        is_routing = choose_native(family, base.config)[0] is not None
+        change = "set mixture.top_k: 1" if is_routing else "choose a base model without these features"
         raise UnsupportedError(
             f"no native architecture says a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
             found=" | ".join(tried),
-            remedy="use output: {format: modekit}, or choose a base model without these features",
+            remedy=f"use output: {{format: modekit}}, or {change}",
         )
     if native is None:
         return None, " | ".join(tried)

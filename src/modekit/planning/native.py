@@ -136,6 +136,8 @@ class NativeLayout:
         """What a user should know of this architecture."""
         if self._native.native_type == "mixtral" and self.shape("").config.get("sliding_window"):
             yield "sliding window: exact in transformers; vLLM's and llama.cpp's Mixtral ignore it"
+        if not self._native.serves.startswith(("vLLM", "llama.cpp")):
+            yield f"llama.cpp does not run {self._native.native_type}; in vLLM {self.shape('').without_vllm}"
         if self._family.model_type == "qwen2":
             yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
         if self._channels is not None:

@@ -34,6 +34,7 @@ from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.family import architecture_of
+from modekit.sources.kept import PROCESSOR_FILES
 from modekit.sources.tokenizer import chat_template
 from modekit.text.documents import is_local
 
@@ -187,6 +188,7 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "folder": json.dumps(checkpoint.folder.name).replace("`", "\\u0060"),
         "pair": checkpoint.shape.family.pair,
         "sees": checkpoint.record.recipe.output.keep is not None,
+        "has_processor": any((checkpoint.folder / name).exists() for name in PROCESSOR_FILES),
         "chats": chat_template(checkpoint.folder) is not None,
         "recipe_digest": record.recipe_digest[:16],
         "status": router.status,

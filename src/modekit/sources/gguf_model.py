@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def tensors_of(file: Path, config: Config, written: str, *, where: str) -> Unpac
     try:
         processor, names = _names(gguf, config)
         placed = dict(_placed(gguf, processor, names))
-    except Exception as error:
+    except Exception as error:  # of what a stranger's file says, anything may go wrong in transformers' tables
         raise _unread(where, shortened(error) or type(error).__name__) from None
     tensors: dict[str, TensorRef] = {name: PackedRef.of(name, shape, form, written) for name, (shape, form) in placed.items()}
     lost = sorted(gguf.tensors.keys() - {form.data.name for _, form in placed.values()} - {_ROPE})
@@ -206,7 +207,10 @@ def _names(gguf: Gguf, config: Config) -> tuple[Any, dict[str, str]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
     processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=dict(plain))
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    names: dict[str, str] = get_gguf_hf_weights_map(whole, processor)
+    if gguf.tensors.keys() - names.keys() - {_ROPE}:  # named as in a model's parts: a table is made for every module
+        names = get_gguf_hf_weights_map(model, processor)
     return processor, names
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +27,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
+    DryRunError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -35,8 +36,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from modekit.errors import SourceError
+from modekit.files.read import LARGE
 from modekit.files.typed import shortened
 from modekit.files.user_cache import is_proven_here, keep_header, keep_proven, known_header
 from modekit.files.write import remove
@@ -75,10 +78,12 @@ class Snapshot:
     where: str
 
     @classmethod
-    def of(cls, spec: str, revision: str | None, *, where: str, files: Iterable[str] = _SMALL_FILES) -> Snapshot:
-        """With these files of it on this disk."""
+    def of(cls, spec: str, revision: str | None, *, where: str, files: Sequence[str] = (), run: Run = QUIET) -> Snapshot:
+        """With these files of it on this disk; without `files` the small ones, unless one of them is large."""
         with _explained(spec, revision, where):
-            return cls(spec, Path(snapshot_download(spec, revision=revision, allow_patterns=list(files))), where)
+            commit = revision if files else _of_small_files(spec, revision, where)
+            names, bar = list(files or _SMALL_FILES), _drawn_by(run)
+            return cls(spec, Path(snapshot_download(spec, revision=commit, allow_patterns=names, tqdm_class=bar)), where)
 
     @property
     def commit(self) -> str:
@@ -132,7 +137,7 @@ class Snapshot:
         """Bring weight files to this disk and prove them by the sha256 that the hub states."""
         wanted = sorted(names)
         if not all((self.folder / name).exists() for name in wanted):
-            Snapshot.of(self.name, self.commit, where=self.where, files=map(escape, wanted))
+            Snapshot.of(self.name, self.commit, where=self.where, files=[*map(escape, wanted)], run=run)
         for name in wanted:
             _prove(self.folder / name, f"{self.where}: {name}", run)
 
@@ -165,13 +170,13 @@ def _whole(spec: str, revision: str | None, where: str, run: Run) -> tuple[Path,
     if file:
         from modekit.sources.gguf_model import gguf_folder  # few models need it
 
-        found = Snapshot.of(name, revision, where=where, files=[escape(file)])
+        found = Snapshot.of(name, revision, where=where, files=[escape(file)], run=run)
         if not (found.folder / file).exists():
             with _explained(spec, revision, where):
                 raise found.no_weights(file)
         found.fetch([file], run=run)
         return gguf_folder(found.folder / file, where=where), found.commit
-    found = Snapshot.of(name, revision, where=where)
+    found = Snapshot.of(name, revision, where=where, run=run)
     is_adapter = (found.folder / CONFIG_FILE).exists()
     files = [found.folder / WEIGHTS_FILE] if is_adapter else weight_files(found.folder, where=where, elsewhere=True)
     if not all(file.exists() for file in files[:1]):
@@ -186,7 +191,7 @@ def open_hub_model(label: str, spec: str, revision: str | None, *, whole: bool, 
     if whole or _parts(spec)[1]:
         folder, commit = _whole(spec, revision, where, run)
     else:
-        elsewhere = Snapshot.of(spec, revision, where=where)
+        elsewhere = Snapshot.of(spec, revision, where=where, run=run)
         folder, commit = elsewhere.folder, elsewhere.commit
         if not (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
             with _explained(spec, revision, where):
@@ -199,7 +204,7 @@ def open_hub_adapter(
 ) -> AdapterSource:
     """The same of an adapter. Raises as `open_adapter`."""
     where = f"{label} ({spec})"
-    elsewhere = Snapshot.of(spec, revision, where=where)
+    elsewhere = Snapshot.of(spec, revision, where=where, run=run)
     if whole and (elsewhere.folder / CONFIG_FILE).exists():
         _whole(spec, elsewhere.commit, where, run)
     return open_adapter(label, spec, elsewhere.folder, base, revision=elsewhere.commit, elsewhere=elsewhere)
@@ -209,6 +214,41 @@ def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> No
     """Bring weight files of a model on the hub to this disk. Raises SourceError."""
     name = _parts(source.spec)[0]
     Snapshot(name, source.folder, f"{source.label} ({source.spec})").fetch([file.name for file in files], run=run)
+
+
+def _of_small_files(spec: str, revision: str | None, where: str) -> str | None:
+    """The commit at a revision. Raises SourceError where one of its small files is large."""
+    try:
+        names = list(_SMALL_FILES)
+        found = snapshot_download(spec, revision=revision, allow_patterns=names, tqdm_class=_drawn_by(QUIET), dry_run=True)
+    except DryRunError:  # the hub is not reached: its cache may have them
+        return revision
+    for file in found:
+        if (file.file_size or 0) > LARGE:
+            raise SourceError(
+                "a file beside the weights is too large to be what it is called",
+                where=f"{where}: {file.filename}",
+                found=f"{file.file_size:,} bytes",
+                expected=f"at most {LARGE:,} bytes",
+                remedy="choose another repository or revision",
+            )
+    return found[0].commit_hash if found else revision
+
+
+def _drawn_by(run: Run) -> type[tqdm]:
+    """The library's bars: none is drawn, and the one that counts the bytes on this disk reports them."""
+
+    class Bar(tqdm):
+        def __init__(self, *args: object, **settings: object) -> None:
+            self._reports = settings.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._reports:
+                run.progress("download", int(self.n), max(1, int(self.total or 0)))
+
+    return Bar
 
 
 def _parts(spec: str) -> tuple[str, str]:
@@ -261,7 +301,7 @@ def _explained(spec: str, revision: str | None, where: str) -> Iterator[None]:
         raise SourceError("neither a folder nor a name on the hub", where=where, found=error, remedy=remedy) from None
     except HfHubHTTPError as error:
         raise _refused(error, spec, revision, where) from None
-    except Exception as error:
+    except Exception as error:  # httpx's errors have no base class under one name: the others go on
         if not isinstance(error, OSError | EntryNotFoundError | ValueError) and not type(error).__module__.startswith("httpx"):
             raise
         if isinstance(error.__cause__, HfHubHTTPError):

@@ -14,8 +14,12 @@ def _silu(config: Config) -> bool:
     return config.get("hidden_act", "silu") in {"silu", "swish"}
 
 
-def whole_heads(config: Config) -> bool:
-    """Whether heads are as wide as the stream has room for."""
+def heads_fill(native: str) -> Rule:
+    """Heads are as wide as the stream has room for, which a native architecture assumes."""
+    return _heads_fill, f"head_dim is not hidden_size / num_attention_heads, which {native} assumes"
+
+
+def _heads_fill(config: Config) -> bool:
     heads = whole(config, "num_attention_heads")
     head_dim = config.get("head_dim")
     return whole(config, "hidden_size") % heads == 0 and head_dim in {None, whole(config, "hidden_size") // heads}

@@ -6,7 +6,7 @@ from typing import Any
 
 from modekit.sources.family import Config, whole, words
 from modekit.sources.native_row import Constant, Native, Rule, Widening
-from modekit.sources.native_rules import FAMILY, NO_ATTENTION, NO_MLP_BIAS, SILU, mapping, whole_heads
+from modekit.sources.native_rules import FAMILY, NO_ATTENTION, NO_MLP_BIAS, SILU, heads_fill, mapping
 
 
 def _one_attention_kind(config: Config) -> bool:
@@ -123,17 +123,13 @@ _GRANITE_SWA: dict[str, Any] = {
     "rules": (
         NO_MLP_BIAS,
         SILU,
-        (whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoeSWA assumes"),
+        heads_fill("GraniteMoeSWA"),
     ),
 }
 _LONGER_THAN_TEXT = 2**30  # tokens: where Cohere2 has a window, it turns queries and keys
 _NO_BIASES: Rule = (lambda c: not c.get("attention_bias"), "attention has biases, those of the native architecture have none")
 IN_SHARED: tuple[Native, ...] = (
-    Native(
-        family=FAMILY["llama"],
-        **_MIXTRAL,
-        rules=(_NO_BIASES, NO_MLP_BIAS, SILU),
-    ),
+    Native(family=FAMILY["llama"], **_MIXTRAL, rules=(_NO_BIASES, NO_MLP_BIAS, SILU)),
     *(
         Native(
             family=FAMILY[model_type],
@@ -147,11 +143,7 @@ IN_SHARED: tuple[Native, ...] = (
         **_GRANITE_MOE,
         fixed={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
         computed={"attention_multiplier": _score_scale},
-        rules=(
-            NO_MLP_BIAS,
-            SILU,
-            (whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
-        ),
+        rules=(NO_MLP_BIAS, SILU, heads_fill("GraniteMoE")),
     ),
     Native(
         family=FAMILY["mistral"],
@@ -167,11 +159,7 @@ IN_SHARED: tuple[Native, ...] = (
     Native(
         family=FAMILY["granite"],
         **_GRANITE_MOE,
-        rules=(
-            NO_MLP_BIAS,
-            SILU,
-            (whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
-        ),
+        rules=(NO_MLP_BIAS, SILU, heads_fill("GraniteMoE")),
     ),
     Native(
         family=FAMILY["cohere2"],
@@ -181,7 +169,7 @@ IN_SHARED: tuple[Native, ...] = (
         vllm_differs=(
             (lambda c: "sliding_attention" in words(c, "layer_types"), "attends to one token more than the window has"),
         ),
-        rules=(SILU, (whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes")),
+        rules=(SILU, heads_fill("Cohere2")),
     ),
     Native(
         family=FAMILY["ernie4_5"],
@@ -209,7 +197,7 @@ IN_SHARED: tuple[Native, ...] = (
         without_gguf="it gives a window, and so a rotary embedding, to three layers of four, and these are all alike",
         rules=(
             SILU,
-            (whole_heads, "head_dim is not hidden_size / num_attention_heads, which Cohere2 assumes"),
+            heads_fill("Cohere2"),
             (lambda c: not c.get("use_qk_norm"), "queries and keys are normed (use_qk_norm), Cohere2's are not"),
         ),
     ),
@@ -259,7 +247,7 @@ IN_SHARED: tuple[Native, ...] = (
         computed={"attention_multiplier": _score_scale},
         rules=(
             SILU,
-            (whole_heads, "head_dim is not hidden_size / num_attention_heads, which GraniteMoE assumes"),
+            heads_fill("GraniteMoE"),
             (lambda c: not c["sliding_window"], "it has a sliding window, GraniteMoE has none"),
             (_plain_rope, "its rotary embedding is partial or longrope, GraniteMoE's is neither"),
         ),

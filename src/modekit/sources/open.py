@@ -41,13 +41,13 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
     return None
 
 
-def model_folder(spec: str, revision: str | None, *, root: Path, label: str) -> Path:
+def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET) -> Path:
     """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
     folder = local_folder(spec, root=root, label=label)
     if folder is None:
         from modekit.sources.hub import download
 
-        return download(spec, revision, where=f"{label} ({spec})")
+        return download(spec, revision, where=f"{label} ({spec})", run=run)
     if revision is not None:
         raise SourceError(
             "a revision has no effect with a folder",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json, read_text
+from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
@@ -59,6 +59,24 @@ def copied_files(folder: Path, *, where: str, names: Iterable[str] = COPIED_FILE
                 remedy=f"put the file itself there{instead}",
             )
     return tuple(found)
+
+
+def copied_content(file: Path) -> bytes:
+    """Of a file that goes along; a config without `auto_map`, by which transformers would run code of the hub.
+
+    Raises OSError and ValueError.
+    """
+    content = read_bytes(file, LARGE)
+    if not file.name.endswith("_config.json") or (b"auto_map" not in content and b"\\u" not in content):
+        return content
+    said = parse_json(content.decode("utf-8"))
+    return content if (plain := _without_code(said)) == said else json.dumps(plain, indent=2, ensure_ascii=False).encode()
+
+
+def _without_code(said: object) -> object:
+    if isinstance(said, dict):
+        return {key: _without_code(value) for key, value in said.items() if key != "auto_map"}
+    return [_without_code(each) for each in said] if isinstance(said, list) else said
 
 
 def _is_blob(target: Path, folder: Path) -> bool:

@@ -82,7 +82,8 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: R
     """The folder of the model that teaches all domains. Raises SourceError, or TrainingError for one of another vocabulary."""
     if settings.teacher is None:
         return None
-    folder, where = model_folder(settings.teacher, None, root=root, label="teacher"), f"teacher ({settings.teacher})"
+    folder = model_folder(settings.teacher, None, root=root, label="teacher", run=run)
+    where = f"teacher ({settings.teacher})"
     readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer", "")
     check_same_tokenizer(checkpoint.folder, folder, where=where, readers=readers)
     found = open_source("teacher", settings.teacher, folder, run=run).config.get("vocab_size")

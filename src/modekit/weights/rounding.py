@@ -30,11 +30,16 @@ def nearest_difference(first: ModelSource, second: ModelSource) -> float | None:
 
 def _comparable(ref: TensorRef, other: ModelSource, name: str) -> bool:
     found = other.tensors.get(name)
-    return found is not None and found.shape == ref.shape and isinstance(found, PackedRef) != isinstance(ref, PackedRef)
+    return found is not None and found.shape == ref.shape and _is_packed(found) != _is_packed(ref)
 
 
 def _whole_second(first: TensorRef, second: TensorRef) -> tuple[TensorRef, TensorRef]:
-    return (first, second) if isinstance(first, PackedRef) else (second, first)
+    return (first, second) if _is_packed(first) else (second, first)
+
+
+def _is_packed(ref: TensorRef) -> bool:
+    """Whether a tensor takes less than two bytes per number: norms of a GGUF file are whole."""
+    return isinstance(ref, PackedRef) and sum(part.nbytes for part in ref.parts) < 2 * ref.numel
 
 
 def _difference(opened: OpenFiles, packed: TensorRef, whole: TensorRef) -> float:

@@ -182,7 +182,7 @@ def print_plan(plan: Preview) -> None:
     parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
     operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
     rows = [
-        ("architecture", f"{plan.architecture} (also runs in {plan.also_runs_in})"),
+        ("architecture", _with_engines(plan.architecture, plan.also_runs_in)),
         ("why", plan.why),
         ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
         ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
@@ -210,6 +210,10 @@ def print_plan(plan: Preview) -> None:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
 
 
+def _with_engines(architecture: str, engines: str) -> str:
+    return f"{architecture} ({'' if engines.startswith('transformers') else 'also '}runs in {engines})"
+
+
 def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     """Draw in five lines what will be mixed, and how."""
     from modekit.recipes.auto import why_chosen
@@ -223,7 +227,7 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     authors = [expert.name for expert in plan.recipe.experts if expert.writes_text]
     router = why_chosen(plan.recipe, native=plan.shape.plain)
     table.add("router", router + (f"; text written by {', '.join(authors)}" if authors else ""))
-    table.add("result", f"{plan.architecture} (also runs in {plan.shape.also_runs_in}), {parameters}")
+    table.add("result", f"{_with_engines(plan.architecture, plan.shape.also_runs_in)}, {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
     table.add("time", time_said(needed))
     out.print(table)

@@ -31,7 +31,7 @@ from modekit.checkpoint.record import RECORD_FILE, RouterRecord, make_record
 from modekit.checkpoint.router_file import Gates, write_index, write_router_file
 from modekit.files.lock import waiting
 from modekit.files.tensors import safetensors_header, write_all
-from modekit.files.write import appearing, copy_file, create, link_file, make_folder, remove, write_file, write_json
+from modekit.files.write import appearing, create, link_file, make_folder, remove, write_file, write_json
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import routers_at
 from modekit.planning.make import make_plan
@@ -50,6 +50,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
 from modekit.sources.names import split_layer
+from modekit.sources.tokenizer import copied_content
 from modekit.weights.numeric import as_array, to_bytes, to_float32
 
 
@@ -166,7 +167,7 @@ class SharedWeights:
         write_index(plan, partial)
         write_json(partial / "config.json", dict(plan.shape.written))
         for file in (*plan.copied_files, *plan.shape.code_files):
-            copy_file(file, partial / file.name)
+            write_file(partial / file.name, copied_content(file), sync=False)
         for name, content in plan.written_files.items():
             write_file(partial / name, content, sync=False)
         zeros = [np.zeros(slot.shape, np.float32) for slot in plan.slots]
