@@ -297,7 +297,7 @@ FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
 AUTO = "auto"
 """In place of a name: recipes/auto.py chooses."""
-_OPEN = Fit(AUTO, "the best for the recipe's text and format", RECIPE, decides=FitTiming("text"))
+_OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's text and format")
 
 
 def fits_with(setting: str) -> list[str]:
@@ -312,7 +312,7 @@ def _every_row() -> Iterator[Fit]:
 
 
 def row_of(fit: str, features: str | None = None) -> Fit:
-    """The row that holds for a fit under a value of `features`; for `auto`, one that nothing is known of."""
+    """The row that holds for a fit under a value of `features`; for `auto`, that of what fixed weights once said."""
     row = FITS.get(fit, _OPEN)
     return row.kinds.get(features or "", row)
 

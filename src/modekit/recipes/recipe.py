@@ -348,7 +348,10 @@ class Recipe(Strict):
 
     def digest(self) -> str:
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""
-        canonical = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        said = self.model_dump(mode="json", by_alias=True)
+        if self.mixture.method == "linear":  # has no router; its default was another once
+            said["mixture"]["router"]["fit"] = "logistic"
+        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
