@@ -172,7 +172,7 @@ def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.slow
 def test_whole_adapters_that_were_trained_run_there(tmp_path: Path) -> None:
-    """A small SmolLM2 (one head of keys for three, one embedding for both ends), trained on all domains, and adapters on each."""
+    """A small SmolLM2 (three heads for one of keys, one embedding), trained on all domains, and an adapter on each."""
     sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
     shop = adapter_shop(tmp_path, reads_bytes=True, **sizes)
     texts = [expert["text"] for expert in shop.recipe["experts"]]
