@@ -27,8 +27,11 @@ from modekit.engines.proof_result import Loss, Proof
 from modekit.engines.proof_texts import MOST_TOKENS, shipped_texts, texts_of
 from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
+from modekit.evaluation.forced import force_experts
+from modekit.experts.specialize import specialize
 from modekit.files.marker import foreign_files
 from modekit.loaded.load import load_tokenizer
+from modekit.loaded.text_training import Training
 from modekit.sources.native import NATIVES
 from refusal import refuse
 from sources.test_families import BY_SIGMOIDS, GRANITE_4, GRANITE_SWA, LLAMA3_ROPE, WINDOWED, YARN_ROPE
@@ -165,6 +168,29 @@ def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
     assert checkpoint.record.carry is not None
     proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)[0].proof
     assert proof.same == proof.written and proof.difference < 1e-4
+
+
+@pytest.mark.slow
+def test_whole_adapters_that_were_trained_run_there(tmp_path: Path) -> None:
+    """A small SmolLM2 (three heads for one of keys, one embedding), trained on all domains, and an adapter on each."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    shop = adapter_shop(tmp_path, reads_bytes=True, **sizes)
+    texts = [expert["text"] for expert in shop.recipe["experts"]]
+    taught = Training(steps=60, learning_rate=3e-3, batch_tokens=512, sequence_length=64)
+    specialize(tmp_path / "base", tmp_path / "taught", texts, root=tmp_path, train="full", training=taught)
+    for expert in shop.recipe["experts"]:
+        made, few = tmp_path / f"{expert['name']}-taught", replace(taught, steps=40)
+        specialize(tmp_path / "taught", made, [expert["text"]], root=tmp_path, train="lora", rank=4, training=few)
+        expert["adapter"] = str(made)
+    checkpoint = open_checkpoint(shop.build("OUT", base_model="./taught"))
+    assert checkpoint.record.carry is not None
+    forced = force_experts(checkpoint, tokens_per_domain=500)
+    rows = [row for row in forced.rows if forced.own_text[row.expert] == row.text]
+    assert len(rows) == 3
+    for row in rows:
+        assert row.base_loss - row.own_loss > 0.02 and row.not_carried is not None and row.not_carried < 1e-3, row
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)[0].proof
+    assert proof.same == proof.written >= 48 and proof.difference < 1e-3
 
 
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])

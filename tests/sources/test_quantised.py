@@ -67,6 +67,34 @@ def test_numbers(form: str, tmp_path: Path) -> None:
         assert b"".join(bytes(chunk) for chunk in opened.chunks(ref)) == whole.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("awq", {}),
+        ("gptq", {}),
+        ("gptq in order", {}),
+        ("gptq 3 bits", {"group_size": 16}),
+        ("gptq 8 bits", {"bits": 8}),
+        ("compressed", {}),
+        ("compressed 3 bits with zeros", {}),
+    ],
+)
+def test_what_the_libraries_wrote(form: str, settings: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """packed.safetensors: a weight that GPTQModel 7.7.0, AutoAWQ 0.2.9 and compressed-tensors 0.20.1 quantised on a CPU, and
+    what each dequantised of its own, in float16.
+    """
+    every = load_file(Path(__file__).with_name("packed.safetensors"))
+    parts = {name.removeprefix(f"{form}."): each for name, each in every.items() if name.startswith(f"{form}.")}
+    expected = parts.pop("expected").float()
+    known = FORMS.get(form, FORMS["gptq"])[0]
+    monkeypatch.setitem(FORMS, form, ({**known, **settings}, lambda _: (parts, expected)))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+    save(tiny_model(num_hidden_layers=1, **sizes), tmp_path / "plain")
+    quantise(tmp_path / "plain", tmp_path / "packed", form)
+    read = numbers_of(tmp_path / "packed")["model.layers.0.mlp.down_proj.weight"]
+    assert (read - expected).abs().max() <= 2**-13 and expected.std() > 0.05  # half of float16's steps below a half
+
+
 def recipe_of(experts: dict[str, str], base: str = "./base", **output: str) -> Any:
     named = [{"name": name, **({"adapter": spec} if name == "code" else {"model": spec})} for name, spec in experts.items()]
     return parse_recipe({"base_model": base, "experts": named, "mixture": RANDOM, "output": output})
