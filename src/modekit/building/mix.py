@@ -14,7 +14,7 @@ from typing import Literal
 
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
 from modekit.files.output import check_room, disk_of, work_folder
-from modekit.planning.make import plan_of
+from modekit.planning.make import following_chats, plan_of
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder
@@ -251,7 +251,7 @@ def _first_possible(
 
 
 def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], way: Way, run: Run) -> Plan:
-    return plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run)
+    return following_chats(plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run), run=run)
 
 
 def _recipe(raw: RecipeData, way: Way) -> RecipeData:

@@ -28,6 +28,7 @@ from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import carry_over, write_file
 from modekit.planning.make import make_plan
+from modekit.recipes.edit import with_following
 from modekit.recipes.fits import DEFAULT_FIT, FITS
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -164,7 +165,7 @@ def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
 
     try:
         checkpoint = open_checkpoint(out)
-        if checkpoint.record.recipe_digest == parsed.digest():
+        if checkpoint.record.recipe_digest in (parsed.digest(), with_following(parsed, has_template=True).digest()):
             return checkpoint
     except CheckpointError:
         pass

@@ -19,6 +19,7 @@ from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
 from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.edit import with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -41,14 +42,40 @@ Layout = NativeLayout | ModekitLayout
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    Of models on the hub those weight files are downloaded that a build reads; with `headers_only` none: such a plan can be
-    shown but not built.
+    The plan's recipe says the decay where its default depends on the base (`following_chats`). Of models on the hub those
+    weight files are downloaded that a build reads; with `headers_only` none: such a plan can be shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    plan = plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run)
+    sources = open_recipe_sources(recipe, root, run=run, headers_only=True)
+    plan = following_chats(plan_of(recipe, root, sources, run=run), run=run)
+    return plan if headers_only else _downloaded(plan, run)
+
+
+def make_plan_again(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
+    """The same for the recipe of a mixture that is there: what that does not say is what it was in older versions."""
+    sources = open_recipe_sources(recipe, root, run=run, headers_only=True)
+    return _downloaded(plan_of(recipe, root, sources, run=run), run)
+
+
+def following_chats(plan: Plan, *, run: Run = QUIET) -> Plan:
+    """The plan with a router whose averages follow a change of subject, where it is fitted on chats and no decay is said.
+
+    An architecture that cannot say that older tokens fade keeps its mean.
+    """
+    recipe = plan.recipe if plan.vocabulary is None else with_following(plan.recipe, plan.vocabulary.tokenizer.has_template)
+    if recipe == plan.recipe or plan.vocabulary is None:
+        return plan
+    if plan.shape.channels is not None and plan.shape.channels.decays == (1.0,):
+        return plan
+    return plan_of(recipe, plan.root, plan.vocabulary.given, run=run)
+
+
+def _downloaded(plan: Plan, run: Run) -> Plan:
+    """The plan over models on the hub whose files that a build reads are on this disk."""
+    recipe, root = plan.recipe, plan.root
     on_hub = [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
-    if headers_only or not on_hub:
+    if not on_hub:
         return plan
     from modekit.sources.hub import fetch  # its import takes longer than a whole local plan
 

@@ -10,7 +10,7 @@ import yaml
 from modekit.recipes.fits import DEFAULT_FIT, FITS, Fit, row_of
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import without_effect
+from modekit.recipes.router import CHAT_DECAY, without_effect
 from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"
@@ -66,6 +66,15 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 
 
+def with_following(recipe: Recipe, has_template: bool) -> Recipe:
+    """The recipe with a decay that follows a change of subject, where none is said and a lexical router is fitted on chats."""
+    mixture, router = recipe.mixture, recipe.mixture.router
+    if mixture.fit is None or not mixture.fit.carried or router.decay is not None or router.chat is False or not has_template:
+        return recipe
+    decided = router.model_copy(update={"decay": [CHAT_DECAY]})
+    return recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": decided})})
+
+
 def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> RecipeData:
     """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
     stays.
@@ -87,7 +96,8 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**router, **asked}
-    if _row(router).decides.fading != _row(changed).decides.fading:  # a decay of averages is none of evidence
+    before, after = _row(router), _row(changed)
+    if (before.decides.fading, before.score.adds_up) != (after.decides.fading, after.score.adds_up):  # other averages, or sums
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 
