@@ -251,7 +251,7 @@ def _first_possible(
 
 
 def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], way: Way, run: Run) -> Plan:
-    return following_chats(plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run), run=run)
+    return following_chats(plan_of(parse_recipe(_recipe(raw, way), where="modekit mix"), out, sources, run=run), run)
 
 
 def _recipe(raw: RecipeData, way: Way) -> RecipeData:

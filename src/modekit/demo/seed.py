@@ -165,7 +165,7 @@ def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) 
 
     try:
         checkpoint = open_checkpoint(out)
-        if checkpoint.record.recipe_digest in (parsed.digest(), with_following(parsed, has_template=True).digest()):
+        if checkpoint.record.recipe_digest in (parsed.digest(), with_following(parsed).digest()):
             return checkpoint
     except CheckpointError:
         pass

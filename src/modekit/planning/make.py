@@ -47,33 +47,29 @@ def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: boo
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    sources = open_recipe_sources(recipe, root, run=run, headers_only=True)
-    plan = following_chats(plan_of(recipe, root, sources, run=run), run=run)
+    plan = following_chats(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
     return plan if headers_only else _downloaded(plan, run)
 
 
 def make_plan_again(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
     """The same for the recipe of a mixture that is there: what that does not say is what it was in older versions."""
-    sources = open_recipe_sources(recipe, root, run=run, headers_only=True)
-    return _downloaded(plan_of(recipe, root, sources, run=run), run)
+    return _downloaded(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
 
 
-def following_chats(plan: Plan, *, run: Run = QUIET) -> Plan:
-    """The plan with a router whose averages follow a change of subject, where it is fitted on chats and no decay is said.
+def following_chats(plan: Plan, run: Run) -> Plan:
+    """The plan with a decay that follows a change of subject, where its router is fitted on chats and its recipe says none.
 
-    An architecture that cannot say that older tokens fade keeps its mean.
+    What cannot say that older tokens fade keeps its mean.
     """
-    recipe = plan.recipe if plan.vocabulary is None else with_following(plan.recipe, plan.vocabulary.tokenizer.has_template)
-    if recipe == plan.recipe or plan.vocabulary is None:
+    known, channels = plan.vocabulary, plan.shape.channels
+    if known is None or not known.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
         return plan
-    if plan.shape.channels is not None and plan.shape.channels.decays == (1.0,):
-        return plan
-    return plan_of(recipe, plan.root, plan.vocabulary.given, run=run)
+    recipe = with_following(plan.recipe)
+    return plan if recipe == plan.recipe else plan_of(recipe, plan.root, known.given, run=run)
 
 
 def _downloaded(plan: Plan, run: Run) -> Plan:
     """The plan over models on the hub whose files that a build reads are on this disk."""
-    recipe, root = plan.recipe, plan.root
     on_hub = [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
     if not on_hub:
         return plan
@@ -81,8 +77,8 @@ def _downloaded(plan: Plan, run: Run) -> Plan:
 
     for source in on_hub:
         fetch(source, plan.read_files.intersection(source.files), run=run)
-    pinned = recipe.at(*(source.revision for source in plan.sources))
-    return plan_of(recipe, root, open_recipe_sources(pinned, root, run=run, headers_only=True), run=run)
+    pinned = plan.recipe.at(*(source.revision for source in plan.sources))
+    return plan_of(plan.recipe, plan.root, open_recipe_sources(pinned, plan.root, run=run, headers_only=True), run=run)
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:

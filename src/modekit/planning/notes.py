@@ -97,9 +97,9 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         whose = "the base's" if tokenizer.number == 0 else "its"
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
-        decays = recipe.mixture.router.decay or [1.0]
-        if recipe.mixture.fit is not None and recipe.mixture.fit.carried and 0 < min(decays) < 1:
-            tokens = round(math.log(0.5) / math.log(min(decays)))
+        fit, decays = recipe.mixture.fit, recipe.mixture.router.decay or [1.0]
+        if fit is not None and fit.carried and 0 < min(decays) < 1:
+            tokens = round(math.log(0.5, min(decays)))
             yield f"in a chat half of what was said is forgotten after {tokens} tokens (mixture.router.decay: {decays})"
     elif asked:
         raise RecipeError(

@@ -66,13 +66,13 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 
 
-def with_following(recipe: Recipe, has_template: bool) -> Recipe:
-    """The recipe with a decay that follows a change of subject, where none is said and a lexical router is fitted on chats."""
-    mixture, router = recipe.mixture, recipe.mixture.router
-    if mixture.fit is None or not mixture.fit.carried or router.decay is not None or router.chat is False or not has_template:
+def with_following(recipe: Recipe) -> Recipe:
+    """The recipe, of a base with a chat template, with a decay that follows chats where a lexical router has none."""
+    fit, router = recipe.mixture.fit, recipe.mixture.router
+    if fit is None or not fit.carried or router.decay is not None or router.chat is False:
         return recipe
-    decided = router.model_copy(update={"decay": [CHAT_DECAY]})
-    return recipe.model_copy(update={"mixture": mixture.model_copy(update={"router": decided})})
+    mixture = recipe.mixture.model_copy(update={"router": router.model_copy(update={"decay": [CHAT_DECAY]})})
+    return recipe.model_copy(update={"mixture": mixture})
 
 
 def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> RecipeData:
@@ -96,8 +96,7 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**router, **asked}
-    before, after = _row(router), _row(changed)
-    if (before.decides.fading, before.score.adds_up) != (after.decides.fading, after.score.adds_up):  # other averages, or sums
+    if len({(row.decides.fading, row.score.adds_up) for row in map(_row, (router, changed))}) > 1:  # other averages, or sums
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 

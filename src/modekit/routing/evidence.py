@@ -73,12 +73,7 @@ class TableSchedule:
 
 @dataclass(frozen=True)
 class BaseRoom:
-    """What an expert that is the base may take of the domains by a raise, or a lowering, of its logit.
-
-    Attributes:
-        base: its place.
-        lost: share of a domain's tokens, whatever leads on them without a raise.
-    """
+    """How much of a domain's tokens an expert that is the base, by its place, may take by a raise, or a lowering, of its logit."""
 
     base: int
     lost: float

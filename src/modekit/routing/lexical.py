@@ -35,8 +35,7 @@ from modekit.routing.unseen import made_texts
 from modekit.text.chat import ChatTemplate
 from modekit.text.sequences import make_batches
 
-TOWARD_BASE = 0.05
-"""Logits more for a base that is an expert, where the router is fitted on chats: words of which nothing is known are its own."""
+TOWARD_BASE = 0.05  # logits, with chats: a base that is an expert takes words of which nothing is known
 _LEAN = 0.01
 """Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
 
@@ -64,8 +63,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )
-    toward = TOWARD_BASE if template is not None else 0.0
-    toward = toward if room is None else trained.room - _LEAN  # what it leans by is in what it may take
+    toward = trained.room - _LEAN if room is not None else TOWARD_BASE if template is not None else 0.0
     leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
     said_EJV = table.parts(trained.table)
     if template is not None and room is None and not settings.hashes:

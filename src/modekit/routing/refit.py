@@ -68,8 +68,8 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
     _check_same_tensors(checkpoint, parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder)))
     recipe = parse_recipe(changed, where=str(checkpoint.folder))
     fit = checkpoint.record.recipe.mixture.fit
-    if fit is None or not fit.carried:  # else what is not said is what it was
-        recipe = with_following(recipe, bool(chat_template(checkpoint.folder)))
+    if (fit is None or not fit.carried) and chat_template(checkpoint.folder):  # else what is not said is what it was
+        recipe = with_following(recipe)
     return checkpoint.shape.pinned(recipe)
 
 
