@@ -73,7 +73,7 @@ class TableSchedule:
 
 @dataclass(frozen=True)
 class BaseRoom:
-    """How much of a domain's tokens an expert that is the base, by its place, may take by a raise, or a lowering, of its logit."""
+    """How many of a domain's tokens the base, an expert by its place, may take by a raise, or a lowering, of its logit."""
 
     base: int
     lost: float
