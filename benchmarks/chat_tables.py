@@ -1,14 +1,15 @@
 """Which decay follows a change of subject? Tables of evidence alone, no model is run: chat.md.
 
     python benchmarks/whole.py train FOLDER --kind strangers --seeds 0      (its base and text are enough)
-    python benchmarks/chat_tables.py FOLDER [--seeds 3] [--only 0.91 "0.91 alone" "0.98 0.9"]
+    python benchmarks/chat_tables.py FOLDER [--seeds 3] [--gap] [--only 0.91 "0.91 alone" "0.98 0.9"]
 
 A variant is the decays of its averages; `alone`: rare words borrow no evidence from words with similar embeddings.
 
-FOLDER/base is SmolLM2-135M-Instruct, FOLDER/text has a .jsonl per domain. A seed draws the order of the fit. Every other real
-question is of the half that chose settings ("prompt" shows both halves); answers are the hand-written ones, their first 16
-tokens; a change is a question and its answer before a question of another domain, each answered once; documents are those of
-the report split, each token's domain named by who leads there.
+FOLDER/base is SmolLM2-135M-Instruct, FOLDER/text has a .jsonl per domain. A seed draws the order of the fit. "prompt 0" and
+"prompt 1" are every other real question; answers are the hand-written ones, their first 16 tokens; a change is a question and
+its answer before a question of another domain, 60 of them; documents are those of the report split, each token's domain named
+by who leads there. With --gap the experts run once on 1,024 held-out tokens of each domain, alone; each token then has the loss
+of the one that leads. The experts may have been trained on some of these documents: only differences count.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.evaluation.chat import GREETINGS
 from modekit.evaluation.chat_questions import RealQuestion, read_questions
+from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
@@ -32,6 +36,7 @@ from modekit.routing.borrowed import with_borrowed
 from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, read_examples
 from modekit.routing.lexical import TOWARD_BASE, lean
+from modekit.run import QUIET
 from modekit.sources.model import read_header
 from modekit.text.chat import ChatTemplate, needed_template
 from modekit.text.document import Message, message_of
@@ -40,7 +45,7 @@ from modekit.text.sequences import encode
 from modekit.text.splits import documents_of_split
 
 DOMAINS = ("medicine", "law", "french", "german", "general")
-MOST, ANSWER, PER_PAIR = 2**20, 16, 3
+MOST, ANSWER, PER_PAIR, SCORED = 2**20, 16, 3, 1_024
 VARIANTS = ("0.98 alone", "0.92 alone", "0.98", "0.94", "0.93", "0.92", "0.91", "0.9", "0.98 0.9")
 
 
@@ -115,6 +120,52 @@ class Setting:
         return Table(rows_VJE + lean(self.experts, TOWARD_BASE) / len(averaging.decays), averaging)
 
 
+def losses_of_experts(folder: Path, setting: Setting) -> torch.Tensor:
+    """Of every expert on the beginning of every domain's held-out text, (E, E, T); kept in FOLDER/losses.safetensors."""
+    kept = folder / "losses.safetensors"
+    if not kept.exists():
+        homes = {name: next((folder / "seed0").glob(f"*-{name}"), folder / "base") for name in DOMAINS}
+        found = [_losses(load_expert(folder / "base", home, run=QUIET), setting.held) for home in homes.values()]
+        save_file({"losses": torch.stack(found)}, kept)
+    return load_file(kept)["losses"]
+
+
+@torch.inference_mode()
+def _losses(model: PreTrainedModel, held: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
+    """(E, T)."""
+    of_domains = []
+    for documents in held:
+        said = [torch.tensor([ids]) for ids in beginning(documents)]
+        found = [cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="none") for ids in said]
+        of_domains.append(torch.cat(found)[:SCORED])
+    return torch.stack(of_domains)
+
+
+def beginning(documents: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """Documents with SCORED tokens to predict."""
+    left = SCORED
+    for ids in documents:
+        if left <= 0:
+            return
+        yield ids
+        left -= len(ids) - 1
+
+
+def gap_closed(setting: Setting, table: Table, losses_EET: torch.Tensor) -> float:
+    """(base - mixture) / (base - own expert), mean over the domains but the base's own."""
+    base, found = DOMAINS.index("general"), []
+    for place, documents in enumerate(setting.held):
+        leads_T = torch.cat([table.leaders(ids)[:-1] for ids in beginning(documents)])[:SCORED]
+        mixed, own, of_base = (
+            losses_EET[:, place].gather(0, leads_T[None]).mean(),
+            losses_EET[place, place],
+            losses_EET[base, place],
+        )
+        if place != base:
+            found.append(float((of_base.mean() - mixed) / (of_base.mean() - own.mean())))
+    return statistics.fmean(found)
+
+
 def asked(template: ChatTemplate) -> Iterator[Asked]:
     """Real questions, greetings, and changes of domain."""
     real = [each for each in read_questions(None) if each.domain in DOMAINS]
@@ -167,13 +218,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--gap", action="store_true", help="run the experts of FOLDER/seed0 once, for the gap closed")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     setting = Setting(arguments.folder)
+    losses_EET = losses_of_experts(arguments.folder, setting) if arguments.gap else None
     titles: list[str] = []
     for variant in arguments.only:
-        rows = [measured(setting, setting.fitted(variant, seed)) for seed in range(arguments.seeds)]
+        tables = [setting.fitted(variant, seed) for seed in range(arguments.seeds)]
+        rows = [measured(setting, table) for table in tables]
+        for row, table in zip(rows, tables, strict=True) if losses_EET is not None else ():
+            row["gap"] = gap_closed(setting, table, losses_EET)
         if not titles:
             titles = list(rows[0])
             print(f"| averages | {' | '.join(titles)} |\n{'|---' * (len(titles) + 1)}|", flush=True)
