@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
+import modekit
 from chatting import make_chat_workshop, word_tokenizer
 from conftest import DOMAINS, Workshop
 from modekit.building.verify import is_proven, verify
@@ -15,7 +17,7 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.make import make_plan
+from modekit.planning.make import make_plan, make_plan_again
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
@@ -59,7 +61,7 @@ def test_a_lexical_router_knows_chats(shop: Workshop, form: str) -> None:
         assert leaders(checkpoint, TALK, system) == ["general"] * len(TALK), system
     report = checkpoint.record.router.report
     *own, base = report["chats"]
-    assert report["toward_base"] > 0 and base > 1.5 * max(own), report  # small talk besides its own text
+    assert base > 1.5 * max(own), report  # small talk besides its own text
     assert is_proven(verify(checkpoint))
 
 
@@ -71,13 +73,76 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("router", "said"),
-    [({"fit": "lexical"}, True), ({"fit": "lexical", "decay": [0.92]}, False), ({"fit": "lexical", "chat": False}, False)],
+    ("router", "decay"),
+    [
+        ({"fit": "lexical"}, [0.91]),
+        ({"fit": "lexical", "orders": [1, 2]}, [0.91]),
+        ({"fit": "lexical", "decay": [0.98]}, [0.98]),
+        ({"fit": "lexical", "chat": False}, None),
+        ({"fit": "ngram"}, None),
+    ],
 )
-def test_plan_says_which_decay_follows_a_change_of_subject(shop: Workshop, router: dict[str, Any], said: bool) -> None:
+def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str, Any], decay: list[float] | None) -> None:
     mixture = {"method": "routing", "top_k": 1, "router": router}
-    plan = make_plan(parse_recipe({**shop.recipe, "mixture": mixture}, where="recipe"), shop.root)
-    assert any("decay: [0.92]" in note for note in plan.notes) == said
+    recipe = parse_recipe({**shop.recipe, "mixture": mixture}, where="recipe")
+    plan = make_plan(recipe, shop.root)
+    assert plan.recipe.mixture.router.decay == decay
+    assert any("half of what was said is forgotten" in note for note in plan.notes) == (
+        decay is not None and "chat" not in router
+    )
+    if decay == [0.91]:
+        (note,) = (note for note in plan.notes if "is forgotten" in note)
+        assert "after 7 tokens" in note
+    assert make_plan_again(recipe, shop.root).recipe == recipe  # of a mixture that is there, the recipe is what it is
+
+
+def test_without_a_template_evidence_fades_slowly(workshop: Workshop) -> None:
+    recipe = {**workshop.recipe, "mixture": {"method": "routing", "router": {"fit": "lexical"}}}
+    plan = make_plan(parse_recipe(recipe, where="recipe"), workshop.root)
+    assert plan.recipe.mixture.router.decay is None and plan.shape.channels.decays == (0.98,)
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_a_mixture_keeps_its_decay(shop: Workshop, form: str) -> None:
+    """That of the default is in its record, and those who come and go, or fit it anew, leave it as it is."""
+    built = build(shop, f"DECAY-{form}", form, fit="lexical")
+    assert decays_of(built) == [0.91] and built.record.recipe.mixture.router.decay == [0.91]
+    assert decays_of(refit(built, {"router": {"temperature": 2.0}})) == [0.91]
+    fewer = modekit.remove(built.folder, "law")
+    assert decays_of(fewer) == [0.91]
+    text = str(shop.root / "text" / "law.jsonl")
+    more = modekit.add(built.folder, {"name": "law", "model": str(shop.root / "law"), "text": text})
+    assert decays_of(more) == [0.91] and is_proven(verify(more))
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_a_mixture_of_an_older_version_keeps_its_slow_decay(shop: Workshop, form: str) -> None:
+    """Its record says none."""
+    built = build(shop, f"OLDER-{form}", form, fit="lexical", decay=[0.98])
+    said = json.loads((built.folder / "modekit.json").read_text())
+    del said["recipe"]["mixture"]["router"]["decay"], said["router"]["settings"]["decay"]
+    said["recipe_digest"] = parse_recipe(said["recipe"], where="recipe").digest()
+    (built.folder / "modekit.json").write_text(json.dumps(said))
+    older = open_checkpoint(built.folder)
+    assert older.record.recipe.mixture.router.decay is None and decays_of(older) == [0.98]
+    assert is_proven(verify(older))
+    assert decays_of(refit(older, {"router": {"temperature": 2.0}})) == [0.98]
+    fewer = modekit.remove(older.folder, "law")
+    assert decays_of(fewer) == [0.98] and is_proven(verify(fewer))
+
+
+def decays_of(checkpoint: Checkpoint) -> list[float | None]:
+    channels = open_checkpoint(checkpoint.folder).shape.channels
+    if channels is not None:
+        return list(channels.decays)
+    return [average.decay for average in open_checkpoint(checkpoint.folder).shape.routing.averages]
+
+
+def test_a_refit_that_makes_a_router_lexical_follows_chats_and_one_that_adds_up_does_not(shop: Workshop) -> None:
+    checkpoint = build(shop, "OTHER-FIT", "modekit", fit="ngram")
+    assert decays_of(checkpoint) == [0.98]
+    assert decays_of(refit(checkpoint, {"router": {"fit": "lexical"}})) == [0.91]
+    assert decays_of(refit(open_checkpoint(checkpoint.folder), {"router": {"fit": "ngram"}})) == [0.98]
 
 
 @pytest.mark.parametrize(

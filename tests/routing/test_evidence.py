@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, train_table
+from modekit.routing.evidence import Averaging, TableSchedule, TokenRows, train_table
 
 HEIGHT = 12
 
@@ -111,18 +111,3 @@ def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
     assert (
         scored.before > train_table(behind, HEIGHT, Averaging((1.0,)), schedule=few).before
     )  # at the opening nothing is known
-
-
-def test_the_base_may_be_raised_until_a_domain_loses_one_token_in_fifty() -> None:
-    averaging, schedule = Averaging((0.9,)), TableSchedule(aside=1)
-    trained = train_table(DOMAINS, HEIGHT, averaging, schedule=schedule, room=BaseRoom(0))
-    assert trained.room > 0 and train_table(DOMAINS, HEIGHT, averaging, schedule=schedule).room == 0
-    matrix = averaging.matrices(10)[0]
-    lost = []
-    for place in (1, 2):
-        rows = torch.stack([each.rows for each in DOMAINS[place]]).long()
-        logits = torch.einsum("ts,bse->bte", matrix, trained.table[:, 0].t()[rows]).flatten(0, 1)
-        led = logits.argmax(-1) == place
-        raised = logits + trained.room * (torch.arange(3) == 0)
-        lost.append(float((raised[led].argmax(-1) != place).float().mean()))
-    assert max(lost) == pytest.approx(0.02, abs=0.005) and min(lost) <= 0.02

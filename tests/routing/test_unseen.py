@@ -122,9 +122,7 @@ def texts(seed: int, favourites: list[int], count: int) -> list[TokenRows]:
 def test_fresh_text_of_the_domains_raises_as_many_false_alarms_as_were_allowed(alarms: float) -> None:
     kinds, averaging = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], Averaging((0.9,))
     domains = [texts(number, kind, 600) for number, kind in enumerate(kinds)]
-    trained = train_table(
-        domains, 24, averaging, room=BaseRoom(2, alarms, of_all=True), schedule=TableSchedule(steps=60, aside=2)
-    )
+    trained = train_table(domains, 24, averaging, room=BaseRoom(2, alarms), schedule=TableSchedule(steps=60, aside=2))
     found = []
     for number, kind in enumerate(kinds[:2]):
         rows = torch.stack([each.rows for each in texts(90 + number, kind, 500)]).long()

@@ -15,7 +15,7 @@ from typing import Literal
 
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
 from modekit.files.output import check_room, disk_of, work_folder
-from modekit.planning.make import plan_of
+from modekit.planning.make import following_chats, plan_of
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder
@@ -229,7 +229,11 @@ def _first_possible(
     """The plan of the first way that the models allow, with a router that reads tokens. Raises what the last one raises."""
     for way in possible[:-1]:
         with suppress(UnsupportedError, RecipeError):
-            plan = plan_of(parse_recipe({**raw, **way}, where="modekit mix"), out, sources, run=run)
+            plan = _plan({**raw, **way}, out, sources, run)
             if plan.recipe.mixture.router.row.reads.tokens:
                 return plan
-    return plan_of(parse_recipe({**raw, **possible[-1]}, where="modekit mix"), out, sources, run=run)
+    return _plan({**raw, **possible[-1]}, out, sources, run)
+
+
+def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
+    return following_chats(plan_of(parse_recipe(raw, where="modekit mix"), out, sources, run=run), run)

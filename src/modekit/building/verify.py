@@ -19,7 +19,7 @@ from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
-from modekit.planning.make import make_plan
+from modekit.planning.make import make_plan_again
 from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
@@ -47,7 +47,7 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
     """
     checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
     try:
-        plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
+        plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None

@@ -38,7 +38,7 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
     parts = []
     with OpenFiles() as opened:
-        for start, rows in _rows(opened, embedding):
+        for start, rows in rows_of(opened, embedding):
             sizes_V = row_sizes(
                 channels.row_scale,
                 to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])[:, : channels.hidden],
@@ -64,14 +64,14 @@ def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
     """The columns that an embedding has."""
     cut = slice(*(at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop)))
     with OpenFiles() as opened:
-        return memoryview(b"".join(_as_bytes(rows, embedding)[:, cut].tobytes() for _, rows in _rows(opened, embedding)))
+        return memoryview(b"".join(_as_bytes(rows, embedding)[:, cut].tobytes() for _, rows in rows_of(opened, embedding)))
 
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
     """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
     parts = []
     with OpenFiles() as opened:
-        for _, rows in _rows(opened, embedding):
+        for _, rows in rows_of(opened, embedding):
             values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
             sizes_V = row_sizes(channels.row_scale, values[:, : channels.hidden])
             with np.errstate(all="ignore"):
@@ -111,13 +111,13 @@ def _changed(channels: Channels, embedding: TensorRef, columns: memoryview) -> I
     start, stop = (at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop))
     said = np.frombuffer(columns, np.uint8).reshape(embedding.shape[0], stop - start)
     with OpenFiles() as opened:
-        for first, rows in _rows(opened, embedding):
+        for first, rows in rows_of(opened, embedding):
             changed = _as_bytes(rows, embedding)
             changed[:, start:stop] = said[first : first + len(changed)]
             yield changed.data.cast("B")
 
 
-def _rows(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:
+def rows_of(opened: OpenFiles, embedding: TensorRef) -> Iterator[tuple[int, memoryview]]:
     """Blocks of whole rows, and the number of the first in each."""
     height, width = embedding.shape
     row, step = width * ITEMSIZE[embedding.dtype], max(1, BLOCK // width)

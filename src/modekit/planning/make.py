@@ -21,6 +21,7 @@ from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shard
 from modekit.planning.plan import Plan
 from modekit.recipes.auto import choices
 from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.edit import with_following
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
@@ -43,21 +44,43 @@ Layout = NativeLayout | ModekitLayout
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    Of models on the hub those weight files are downloaded that a build reads; with `headers_only` none: such a plan can be
-    shown but not built.
+    The plan's recipe says the decay where its default depends on the base (`following_chats`). Of models on the hub those
+    weight files are downloaded that a build reads; with `headers_only` none: such a plan can be shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    plan = plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run)
+    plan = following_chats(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
+    return plan if headers_only else _downloaded(plan, run)
+
+
+def make_plan_again(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
+    """The same for the recipe of a mixture that is there: what that does not say is what it was in older versions."""
+    return _downloaded(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
+
+
+def following_chats(plan: Plan, run: Run) -> Plan:
+    """The plan with a decay that follows a change of subject, where its router is fitted on chats and its recipe says none.
+
+    What cannot say that older tokens fade keeps its mean.
+    """
+    known, channels = plan.vocabulary, plan.shape.channels
+    if known is None or not known.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
+        return plan
+    recipe = with_following(plan.recipe)
+    return plan if recipe == plan.recipe else plan_of(recipe, plan.root, known.given, run=run)
+
+
+def _downloaded(plan: Plan, run: Run) -> Plan:
+    """The plan over models on the hub whose files that a build reads are on this disk."""
     on_hub = [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
-    if headers_only or not on_hub:
+    if not on_hub:
         return plan
     from modekit.sources.hub import fetch  # its import takes longer than a whole local plan
 
     for source in on_hub:
         fetch(source, plan.read_files.intersection(source.files), run=run)
-    pinned = recipe.at(*(source.revision for source in plan.sources))
-    return plan_of(recipe, root, open_recipe_sources(pinned, root, run=run, headers_only=True), run=run)
+    pinned = plan.recipe.at(*(source.revision for source in plan.sources))
+    return plan_of(plan.recipe, plan.root, open_recipe_sources(pinned, plan.root, run=run, headers_only=True), run=run)
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:

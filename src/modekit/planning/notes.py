@@ -6,6 +6,7 @@ that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from modekit.errors import RecipeError, UnsupportedError
@@ -96,8 +97,10 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         whose = "the base's" if tokenizer.number == 0 else "its"
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
-        if recipe.mixture.fit is not None and recipe.mixture.fit.carried and recipe.mixture.router.decay is None:
-            yield "chats that change their subject: with mixture.router.decay: [0.92] the router follows sooner (docs/chat.md)"
+        fit, decays = recipe.mixture.fit, recipe.mixture.router.decay or [1.0]
+        if fit is not None and fit.carried and 0 < min(decays) < 1:
+            tokens = round(math.log(0.5, min(decays)))
+            yield f"in a chat half of what was said is forgotten after {tokens} tokens (mixture.router.decay: {decays})"
     elif asked:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",

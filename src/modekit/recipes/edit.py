@@ -10,7 +10,7 @@ import yaml
 from modekit.recipes.fits import AUTO, Fit, row_of
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
-from modekit.recipes.router import without_effect
+from modekit.recipes.router import CHAT_DECAY, without_effect
 from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"
@@ -68,6 +68,15 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 
 
+def with_following(recipe: Recipe) -> Recipe:
+    """The recipe, of a base with a chat template, with a decay that follows chats where a lexical router has none."""
+    fit, router = recipe.mixture.fit, recipe.mixture.router
+    if fit is None or not fit.carried or router.decay is not None or router.chat is False:
+        return recipe
+    mixture = recipe.mixture.model_copy(update={"router": router.model_copy(update={"decay": [CHAT_DECAY]})})
+    return recipe.model_copy(update={"mixture": mixture})
+
+
 def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> RecipeData:
     """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
     stays.
@@ -89,7 +98,7 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**({} if asked.get("fit") == AUTO else router), **asked}
-    if _row(router).decides.fading != _row(changed).decides.fading:  # a decay of averages is none of evidence
+    if len({(row.decides.fading, row.score.adds_up) for row in map(_row, (router, changed))}) > 1:  # other averages, or sums
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 

@@ -12,6 +12,7 @@ from modekit.recipes.strict import RecipePart, Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
+CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
 FALSE_ALARMS = 0.02
 """benchmarks/unseen.md."""
 PREFIX = 64
@@ -44,7 +45,7 @@ class Router(Strict):
         None,
         min_length=1,
         max_length=256,
-        description="Context, n-gram, lexical: decays of the averages; 1 is the mean of all tokens so far, 0 the token.",
+        description="Decays of averages; 1: the mean so far, 0: the token. Lexical: default 0.91 with chats, else 0.98.",
     )
     prefix: int | None = Field(
         None, ge=1, description="Sequence, classifier: tokens after which the decision stays (default 64)."

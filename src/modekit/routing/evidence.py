@@ -73,18 +73,10 @@ class TableSchedule:
 
 @dataclass(frozen=True)
 class BaseRoom:
-    """What an expert that is the base may take of the domains by a raise of its logit.
-
-    Attributes:
-        base: its place.
-        lost: share of a domain's tokens.
-        of_all: of all its tokens, whatever leads on them without a raise, which then may be a lowering; else of those that
-            its own expert leads on.
-    """
+    """How many of a domain's tokens the base, an expert by its place, may take by a raise, or a lowering, of its logit."""
 
     base: int
-    lost: float = 0.02
-    of_all: bool = False
+    lost: float
 
 
 @dataclass(frozen=True)
@@ -250,13 +242,6 @@ def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, e
     """By how much the base's logit may be raised until some domain loses as many of its tokens as it may."""
     leads: list[list[torch.Tensor]] = [[] for _ in range(experts)]
     for batch in held:
-        logits_TE = _logits(batch, weights, averaging, experts)[batch.mask_BS]
-        if room.of_all:
-            leads[batch.place].append(over_base(logits_TE, room.base))
-        else:
-            own_T = logits_TE[:, batch.place] - logits_TE[:, room.base]
-            leads[batch.place].append(own_T[logits_TE.argmax(-1) == batch.place])
+        leads[batch.place].append(over_base(_logits(batch, weights, averaging, experts)[batch.mask_BS], room.base))
     known = [torch.cat(each) for place, each in enumerate(leads) if place != room.base and each]
-    if room.of_all:
-        return room_of(known, room.lost)
-    return float(min((each.quantile(room.lost) for each in known if len(each)), default=0.0))
+    return room_of(known, room.lost)

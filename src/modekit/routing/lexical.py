@@ -26,6 +26,7 @@ from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS, Channels
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
+from modekit.routing.borrowed import shared_embedding, with_borrowed
 from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
@@ -34,6 +35,7 @@ from modekit.routing.unseen import made_texts
 from modekit.text.chat import ChatTemplate
 from modekit.text.sequences import make_batches
 
+TOWARD_BASE = 0.05  # logits, with chats: a base that is an expert takes words of which nothing is known
 _LEAN = 0.01
 """Logits between the first expert and the last where nothing speaks for any: every engine then takes the same."""
 
@@ -48,8 +50,8 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     averaging = Averaging(tuple(settings.decays) if channels is None else channels.decays)
     table = LexicalTable(settings, fitting.checkpoint.vocabulary)
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
-    examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe, template)
-    if recipe.mixture.unseen is not None and room is not None:
+    examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe)
+    if room is not None:
         made = made_texts(texts, room.base, special, fitting.checkpoint.vocabulary, settings.seed)
         examples[room.base] += [TokenRows(table.rows(ids)) for ids in made]
     trained = train_table(
@@ -61,9 +63,12 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )
-    toward = trained.room - (0.0 if recipe.mixture.unseen is None else _LEAN)  # what it leans by is in what it may take
+    toward = trained.room - _LEAN if room is not None else TOWARD_BASE if template is not None else 0.0
     leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
-    table_EJV = (table.parts(trained.table) + leaning / len(table.orders)) / settings.temperature
+    said_EJV = table.parts(trained.table)
+    if template is not None and room is None and not settings.hashes:
+        said_EJV = _with_borrowed(fitting, said_EJV, examples, special)
+    table_EJV = (said_EJV + leaning / len(table.orders)) / settings.temperature
     report: dict[str, object] = {
         "tokens": [len(each.ids_N) for each in texts],
         "kept_aside": [trained.before, trained.after],
@@ -71,7 +76,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     }
     if template is not None:
         report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
-    if room is not None or template is not None:
+    if room is not None:
         report |= {"toward_base": trained.room}
     fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
     if channels is not None:
@@ -107,12 +112,25 @@ class LexicalTable:
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
 
 
-def _room(recipe: Recipe, template: ChatTemplate | None) -> BaseRoom | None:
+def _room(recipe: Recipe) -> BaseRoom | None:
     """What the base may take of the domains, where it is an expert that takes what is no domain's."""
     base = place_of_base(recipe.experts)
-    if base is not None and recipe.mixture.unseen is not None:
-        return BaseRoom(base, recipe.mixture.router.alarms, of_all=True)
-    return None if base is None or template is None else BaseRoom(base)
+    return None if base is None or recipe.mixture.unseen is None else BaseRoom(base, recipe.mixture.router.alarms)
+
+
+def _with_borrowed(
+    fitting: Fitting, table_EJV: torch.Tensor, examples: Sequence[Sequence[TokenRows]], special: Sequence[int]
+) -> torch.Tensor:
+    """The table with what words that the text has rarely take from others (borrowed.py), where one embedding tells."""
+    embedding, channels = shared_embedding(fitting.checkpoint), fitting.checkpoint.shape.channels
+    if embedding is None:
+        return table_EJV
+    said = torch.cat([each.rows[each.start :, 0] for own in examples for each in own])
+    counts_V = torch.bincount(said, minlength=table_EJV.shape[-1]).float()
+    hidden = embedding.shape[1] if channels is None else channels.hidden
+    table_VN = with_borrowed(table_EJV.flatten(0, 1).t().contiguous(), counts_V, embedding, hidden)
+    table_VN[list(special)] = 0.0
+    return table_VN.t().reshape(table_EJV.shape).contiguous()
 
 
 def _examples(

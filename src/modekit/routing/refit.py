@@ -13,10 +13,10 @@ from pkgutil import resolve_name
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
-from modekit.planning.make import make_plan
+from modekit.planning.make import make_plan_again
 from modekit.processes import processes
 from modekit.recipes.auto import choices
-from modekit.recipes.edit import as_written, changed_mixture, with_mixture
+from modekit.recipes.edit import as_written, changed_mixture, with_following, with_mixture
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
@@ -24,6 +24,7 @@ from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
+from modekit.sources.tokenizer import chat_template
 from modekit.text.written import is_written
 
 _WRITE_TEXTS = "modekit.routing.write_text:write_texts"
@@ -57,7 +58,7 @@ def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Non
     root = checkpoint.recipe_root
     with suppress(SourceError, MismatchError):
         if missing:
-            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan(recipe, root, run=run).sources, run)
+            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan_again(recipe, root, run=run).sources, run)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
@@ -71,6 +72,9 @@ def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
         changed["mixture"] = as_written(asked)["mixture"]
     _check_same_tensors(checkpoint, asked)
     recipe = parse_recipe(changed, where=str(checkpoint.folder))
+    fit = checkpoint.record.recipe.mixture.fit
+    if (fit is None or not fit.carried) and chat_template(checkpoint.folder):  # else what is not said is what it was
+        recipe = with_following(recipe)
     return checkpoint.shape.pinned(recipe)
 
 
