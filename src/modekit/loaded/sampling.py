@@ -10,7 +10,7 @@ Shape legend: B rows of a batch, S tokens that are fed at once, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ _LEAST = math.log(0.01)
 _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
 _MOST_ROWS = 32
-_READ_ROWS = 16  # of beginnings, whose logits are kept for every token
+_READ_TOKENS = 256  # whose logits are kept at once
 _CHOICE = 8
 """Beginnings that the base writes for each that an expert goes on with."""
 
@@ -81,14 +81,22 @@ def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
 class Writer:
     """A model that writes, and the base that it writes against with a weight, if there is one.
 
-    Ids of the `vocabulary` and above are never written, and those in `ends` end a part.
+    Ids of the `vocabulary` and above are never written, and those in `ends` end a part, or are never written where it is
+    `endless`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, base: PreTrainedModel | None, against: float, *, ends: Collection[int], vocabulary: int
+        self,
+        model: PreTrainedModel,
+        base: PreTrainedModel | None,
+        against: float,
+        *,
+        ends: Collection[int],
+        vocabulary: int,
+        endless: bool = False,
     ) -> None:
         self._model, self._base, self._against = model, base, against
-        self._ends, self._vocabulary, self._never = ends, vocabulary, list[int]()
+        self._ends, self._vocabulary, self._never = ends, vocabulary, sorted(ends) if endless else []
 
     def begin(
         self, begin: int, tokens: int, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
@@ -98,8 +106,7 @@ class Writer:
         Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
         """
         assert self._base is not None
-        endless = Writer(self._base, None, 0.0, ends=(), vocabulary=self._vocabulary)
-        endless._never = sorted(self._ends)
+        endless = Writer(self._base, None, 0.0, ends=self._ends, vocabulary=self._vocabulary, endless=True)
         begun: list[tuple[float, list[int]]] = []
         for number in range(_CHOICE):
             parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number, lambda _share: advance(0.0))
@@ -107,19 +114,16 @@ class Writer:
             begun += zip(self._gains(written, advance), written, strict=True)
         return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
 
-    @torch.inference_mode()
     def _gains(self, rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> list[float]:
         """Log p of texts of one length by the model, less that by the base."""
         gains: list[float] = []
-        for start in range(0, len(rows), _READ_ROWS):
-            advance(0.0)
-            ids_BS = torch.tensor(rows[start : start + _READ_ROWS], device=self._model.device)
-            sums = []
-            for model in (self._model, self._base):
-                assert model is not None
-                logits_BSV = model(**with_cache(model, ids_BS, torch.ones_like(ids_BS), None), use_cache=False).logits[:, :-1]
-                sums.append(logits_BSV.float().log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).sum((1, 2)))
-            gains += (sums[0] - sums[1]).tolist()
+        for ids_BS in _read_batches(rows, advance):
+            own, of_base = (
+                _log_p(model, ids_BS).gather(-1, ids_BS[:, 1:, None]).sum((1, 2))
+                for model in (self._model, self._base)
+                if model is not None
+            )
+            gains += (own - of_base).tolist()
         return gains
 
     @torch.inference_mode()
@@ -158,6 +162,33 @@ class Writer:
             more_BV[:, : base_BV.shape[1]] = own_BV[:, : base_BV.shape[1]] - base_BV  # nothing of tokens that the base lacks
             log_p_BV = own_BV + self._against * more_BV
         return log_p_BV.masked_fill(own_BV < own_BV.amax(-1, keepdim=True) + _LEAST, -math.inf).softmax(-1)
+
+
+def expected_tokens(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], vocabulary: int, advance: Callable[[float], object]
+) -> torch.Tensor:
+    """How often a model expects each token (V,) behind those of texts of one length: its probabilities, added."""
+    counts_V = torch.zeros(vocabulary)
+    for ids_BS in _read_batches(rows, advance):
+        counts_V += _log_p(model, ids_BS)[..., :vocabulary].exp().sum((0, 1))
+    return counts_V
+
+
+def _read_batches(rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> Iterator[torch.Tensor]:
+    """Rows of one length (B, S), a few at a time."""
+    at_once = max(1, _READ_TOKENS // len(rows[0]))
+    for start in range(0, len(rows), at_once):
+        advance(0.0)
+        yield torch.tensor(rows[start : start + at_once])
+
+
+@torch.inference_mode()
+def _log_p(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, S - 1, V) of what follows each token but the last, on the processor."""
+    ids_BS = ids_BS.to(model.device)
+    inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
+    logits_BSV: torch.Tensor = model(**inputs, use_cache=False).logits[:, :-1]
+    return logits_BSV.float().log_softmax(-1).cpu()
 
 
 class _Reader:

@@ -1,8 +1,9 @@
 """`text: self`: experts without text write some, which the fit then reads like any other.
 
 An expert begins at the beginning of a text and, where its tokenizer has a chat template, inside it: as a user, and then it
-answers. It writes against the base (loaded/sampling.py); a base that is an expert writes as it is. In memory are the base and
-one expert.
+answers. It writes against the base (loaded/sampling.py), a third of its documents as it is; a base that is an expert writes all
+as it is. Every expert then reads the same texts, which the base wrote: what it expects there more often than the others sets it
+apart, without the luck of what was sampled. In memory are the base and one expert.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modekit.errors import SourceError
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.sampling import Script, Writer, rows_at_once
+from modekit.loaded.sampling import Script, Writer, expected_tokens, rows_at_once
 from modekit.recipes.recipe import Recipe
 from modekit.run import ProgressCount, Run
 from modekit.sources.adapter import is_adapter
@@ -41,6 +42,7 @@ from modekit.text.written import (
     Made,
     documents_of,
     keep_written,
+    read_written,
     written_file,
     written_so_far,
 )
@@ -61,15 +63,41 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
             where = f"experts[{place}] '{expert.name}': text"
             source = base if expert.is_base else sources[1 + place]
             authors.append(_author(where, written_file(expert, root), base, source, run))
-    total = sum(author.left for author in authors) * DOCUMENT_TOKENS
-    if not total:
+    authors = [author for author in authors if not author.is_done]
+    if not authors:
         return
     run.begin("write text")
-    model, count = load_model(base.folder, run=run), ProgressCount(run, total)
+    common = documents_of(base.parameters)
+    count = ProgressCount(run, (common + sum(author.left for author in authors)) * DOCUMENT_TOKENS)
+    model, texts = load_model(base.folder, run=run), list[list[int]]()
     for author in authors:
-        if author.left:
-            expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
-            author.write(expert, None if author.is_base else model, count)
+        expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
+        author.write(expert, None if author.is_base else model, count)
+        texts = texts or _common_texts(model, load_tokenizer(base.folder, run=run), common, count)
+        author.read(expert, texts, count)
+
+
+def _common_texts(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: int, count: ProgressCount
+) -> list[list[int]]:
+    """So many texts of the base, all of one length, for every expert to read."""
+    ends, begin, rows = set(tokenizer.all_special_ids), _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
+    writer, script = (
+        Writer(base, None, 0.0, ends=ends, vocabulary=len(tokenizer), endless=True),
+        Script(((begin,),), (DOCUMENT_TOKENS,)),
+    )
+    texts = list[list[int]]()
+    while len(texts) < documents:
+        at_once = min(rows, documents - len(texts))
+        advance = _progress(count, "what all read", at_once * DOCUMENT_TOKENS)
+        texts += [[begin, *part] for (part,) in writer.write(script, at_once, len(texts), advance)]
+        count.done += at_once * DOCUMENT_TOKENS
+    return texts
+
+
+def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float], object]:
+    """Of a batch of so many tokens, what its share that is done makes of all the work."""
+    return lambda share: count.run.progress(f"write text: {what}", count.done + int(share * tokens), count.total)
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,12 @@ class _Author:
     documents: int
 
     @property
+    def is_done(self) -> bool:
+        """Whether all is written, and what all read was read."""
+        known = read_written(self.file)
+        return not self.left and known is not None and bool(known.expected)
+
+    @property
     def left(self) -> int:
         """Documents that are yet to be written."""
         return max(0, self.documents - written_so_far(self.file, self.made)[1])
@@ -95,10 +129,14 @@ class _Author:
         written, done = written_so_far(self.file, self.made)
         rows = rows_at_once(model, DOCUMENT_TOKENS)
         special = set(self.tokenizer.all_special_ids)
-        writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+        writers = [
+            Writer(model, beside, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+            for beside in (base, None, base)
+        ]
         while done < self.documents:
             at_once = min(rows, self.documents - done)
-            seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
+            seed, advance = self.made.seed + done, _progress(count, self.file.stem, at_once * DOCUMENT_TOKENS)
+            writer = writers[done // rows % BEGUN]
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             try:
                 if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
@@ -111,11 +149,13 @@ class _Author:
             done += at_once
             keep_written(self.file, self.made, written, done)
             count.done += at_once * DOCUMENT_TOKENS
-            self._progress(count, 0)(0.0)
+            _progress(count, self.file.stem, 0)(0.0)
 
-    def _progress(self, count: ProgressCount, tokens: int) -> Callable[[float], object]:
-        """Of a batch of so many tokens, what its share that is done makes of all the work."""
-        return lambda share: count.run.progress(f"write text: {self.file.stem}", count.done + int(share * tokens), count.total)
+    def read(self, model: PreTrainedModel, texts: Sequence[Sequence[int]], count: ProgressCount) -> None:
+        """Keep what the expert expects where all read the same texts."""
+        written, done = written_so_far(self.file, self.made)
+        expected_V = expected_tokens(model, texts, len(self.tokenizer), _progress(count, self.file.stem, 0))
+        keep_written(self.file, self.made, written, done, expected_V.numpy().astype("<f4").tobytes())
 
     def _script(self, *, chat: bool) -> Script:
         around = self.template.around(None) if chat and self.template is not None else None
