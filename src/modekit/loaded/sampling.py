@@ -10,7 +10,7 @@ Shape legend: B rows of a batch, S tokens that are fed at once, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,9 +25,7 @@ _LEAST = math.log(0.01)
 _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
 _MOST_ROWS = 32
-_READ_TOKENS = 256  # whose logits are kept at once
-_CHOICE = 8
-"""Beginnings that the base writes for each that an expert goes on with."""
+_READ_ROWS = 4  # whose logits are kept for every token
 
 
 @dataclass(frozen=True)
@@ -98,34 +96,6 @@ class Writer:
         self._model, self._base, self._against = model, base, against
         self._ends, self._vocabulary, self._never = ends, vocabulary, sorted(ends) if endless else []
 
-    def begin(
-        self, begin: int, tokens: int, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
-    ) -> list[list[int]]:
-        """Beginnings of so many texts, by the base: a token, and behind it so many that none of them ends.
-
-        Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
-        """
-        assert self._base is not None
-        endless = Writer(self._base, None, 0.0, ends=self._ends, vocabulary=self._vocabulary, endless=True)
-        begun: list[tuple[float, list[int]]] = []
-        for number in range(_CHOICE):
-            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number, lambda _share: advance(0.0))
-            written = [[begin, *part] for (part,) in parts]
-            begun += zip(self._gains(written, advance), written, strict=True)
-        return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
-
-    def _gains(self, rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> list[float]:
-        """Log p of texts of one length by the model, less that by the base."""
-        gains: list[float] = []
-        for ids_BS in _read_batches(rows, advance):
-            own, of_base = (
-                _log_p(model, ids_BS).gather(-1, ids_BS[:, 1:, None]).sum((1, 2))
-                for model in (self._model, self._base)
-                if model is not None
-            )
-            gains += (own - of_base).tolist()
-        return gains
-
     @torch.inference_mode()
     def write(
         self,
@@ -164,31 +134,21 @@ class Writer:
         return log_p_BV.masked_fill(own_BV < own_BV.amax(-1, keepdim=True) + _LEAST, -math.inf).softmax(-1)
 
 
-def expected_tokens(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], vocabulary: int, advance: Callable[[float], object]
-) -> torch.Tensor:
-    """How often a model expects each token (V,) behind those of texts of one length: its probabilities, added."""
-    counts_V = torch.zeros(vocabulary)
-    for ids_BS in _read_batches(rows, advance):
-        counts_V += _log_p(model, ids_BS)[..., :vocabulary].exp().sum((0, 1))
-    return counts_V
-
-
-def _read_batches(rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> Iterator[torch.Tensor]:
-    """Rows of one length (B, S), a few at a time."""
-    at_once = max(1, _READ_TOKENS // len(rows[0]))
-    for start in range(0, len(rows), at_once):
-        advance(0.0)
-        yield torch.tensor(rows[start : start + at_once])
-
-
 @torch.inference_mode()
-def _log_p(model: PreTrainedModel, ids_BS: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B, S - 1, V) of what follows each token but the last, on the processor."""
-    ids_BS = ids_BS.to(model.device)
-    inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
-    logits_BSV: torch.Tensor = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits_BSV.float().log_softmax(-1).cpu()
+def read_texts(
+    model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, advance: Callable[[float], object]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model expects of texts: how often each token (V,) follows, its probabilities added, and log p of what follows each
+    token but the last, (B, S - 1).
+    """
+    expected_V, found = torch.zeros(()), list[torch.Tensor]()
+    for ids_BS in texts_BS.to(model.device).split(_READ_ROWS):
+        advance(0.0)
+        inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
+        log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        expected_V = expected_V + log_p_BSV[..., :vocabulary].exp().sum((0, 1)).cpu()
+        found.append(log_p_BSV.gather(-1, ids_BS[:, 1:, None])[..., 0].cpu())
+    return expected_V, torch.cat(found)
 
 
 class _Reader:

@@ -65,7 +65,7 @@ class Made(BaseModel):
 class Written(BaseModel):
     """A text as it lies there: so many `documents` were sampled. Who wants more goes on from there.
 
-    `expected`: how often the expert expects every token behind those of what the base writes, float32 in base64; at the end.
+    `expected`: how often the expert expects every token behind those of what the base writes, float32 in base64.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -108,7 +108,7 @@ def written_so_far(file: Path, made: Made) -> tuple[list[TextRecord], int]:
     return counted, known.documents
 
 
-def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int, expected: bytes = b"") -> None:
+def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int, expected: bytes) -> None:
     """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError.
 
     In a checkpoint both are noted as modekit's own.
