@@ -27,6 +27,7 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
 from modekit.routing.refit import refit
+from modekit.routing.token_text import load_token_text
 from modekit.routing.write_text import _CommonTexts
 from modekit.run import QUIET, Run
 from modekit.text import written
@@ -248,6 +249,11 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     notes = " ".join(results.notes)
     assert "law wrote its own text: 40 documents" in notes and "no held-out text of medicine, law, general" in notes
+    kept = {name: load_token_text(checkpoint.folder / "router" / f"{name}.safetensors", 96) for name in checkpoint.names}
+    for name, expert in zip(checkpoint.names, checkpoint.record.recipe.experts, strict=True):
+        text = kept[name]
+        assert text is not None and text.expected_V is not None
+        assert torch.equal(text.expected_V, expected_of(written_file(expert, bench.root)))
     own, base = results.row("law").scores["law"], results.row("base").scores["law"]
     assert own.loss < base.loss
     before = tree(bench.root / "self-text")

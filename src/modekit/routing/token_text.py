@@ -135,7 +135,7 @@ def _expected(fitting: Fitting, expert: Expert) -> torch.Tensor | None:
         return None
     with suppress(ValueError):  # a damaged record
         counts = torch.frombuffer(bytearray(base64.b64decode(known.expected, validate=True)), dtype=torch.float32)
-        return _counts(counts, fitting.checkpoint.vocabulary)
+        return _counts(counts[: fitting.checkpoint.vocabulary], fitting.checkpoint.vocabulary)
     return None
 
 
