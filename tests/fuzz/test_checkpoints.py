@@ -320,7 +320,8 @@ def test_damaged_tokens_to_choose_by(tokens: Path, data: st.DataObject) -> None:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     ids, ones = torch.arange(5, 25, dtype=torch.int32), torch.full((4,), 5, dtype=torch.int32)
-    TokenText(ids, ones, ones * 0, {"text": {}, "how": {}}, ids.clone(), ones.clone()).save(folder / "law.safetensors")
+    said = {"text": {}, "how": {}}
+    TokenText(ids, ones, ones * 0, said, ids.clone(), ones.clone(), torch.ones(96)).save(folder / "law.safetensors")
     return folder
 
 

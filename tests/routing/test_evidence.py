@@ -86,6 +86,30 @@ def test_domains_count_equally_and_the_seed_decides() -> None:
     )
 
 
+def test_it_starts_from_what_experts_expect_with_the_best_weight() -> None:
+    """Token 9 is in no text, and the third expert expects it; where all expect the same it is as if nothing were known."""
+    few = TableSchedule(steps=0, aside=2)
+    unseen = [[TokenRows(each.rows.clamp(max=8)) for each in domain[:6]] for domain in DOMAINS]
+    plain = train_table(unseen, HEIGHT, Averaging((1.0,)), schedule=few)
+    same = train_table(unseen, HEIGHT, Averaging((1.0,)), schedule=few, expected=torch.full((3, HEIGHT), 7.0))
+    assert torch.equal(same.table, plain.table)
+    expected = torch.ones(3, HEIGHT)
+    for row, favourites in zip(expected, ([2, 3], [4, 5], [3, 6, 9]), strict=True):
+        row[favourites] = 6.0
+    helped = train_table(unseen, HEIGHT, Averaging((1.0,)), schedule=few, expected=expected, silent=[11])
+    assert helped.before < plain.before
+    assert int(helped.table[:, 0, 9].argmax()) == 2 != int(plain.table[:, 0, 9].argmax())
+    assert not helped.table[..., 11].any()
+
+
+def test_expectations_that_mislead_weigh_nothing() -> None:
+    few, wrong = TableSchedule(steps=0, aside=1), torch.ones(3, HEIGHT)
+    for row, favourites in zip(wrong, ([4, 5], [6], [2]), strict=True):
+        row[favourites] = 20.0
+    misled = train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=few, expected=wrong)
+    assert torch.equal(misled.table, train_table(DOMAINS, HEIGHT, Averaging((1.0,)), schedule=few).table)
+
+
 def test_silent_rows_stay_silent() -> None:
     trained = train_table(DOMAINS, HEIGHT, Averaging((0.9, 1.0)), silent=[2, 7])
     assert not trained.table[..., [2, 7]].any() and trained.table[..., [3, 4]].all()

@@ -23,8 +23,9 @@ from modekit.planning.make import make_plan
 from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.read import load_recipe
+from modekit.recipes.router import Router
 from modekit.routing.kept import save_kept
-from modekit.routing.lexical import lean
+from modekit.routing.lexical import LexicalTable, lean
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
 
@@ -262,3 +263,18 @@ def test_damaged_tokens_are_refused(tmp_path: Path, wrong: dict[str, torch.Tenso
     save_kept(path, wrong, {"token_text": True, "source": {}})
     with pytest.raises(CheckpointError, match="the kept statistics are damaged"):
         load_token_text(path, 96)
+
+
+@pytest.mark.parametrize(("orders", "row"), [(None, 5), ([2, 1], None), ([2], None)])
+def test_what_experts_expect_is_of_rows_of_single_tokens(orders: list[int] | None, row: int | None) -> None:
+    table = LexicalTable(Router.model_validate({"fit": "lexical", "orders": orders, "buckets": 64}), 12)
+    counts = torch.zeros(10)
+    counts[5] = 3.0
+    found = table.expected([counts, counts * 2])
+    assert table.expected([counts, None]) is None
+    if orders == [2]:
+        assert found is None
+        return
+    assert found is not None and found.shape == (2, table.height)
+    one = row if row is not None else int(table.rows(torch.tensor([7, 5]))[1, 1])
+    assert found[:, one].tolist() == [3.0, 6.0] and float(found.sum()) == 9.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shutil
@@ -20,12 +21,14 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError, RecipeError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded import sampling
-from modekit.loaded.sampling import Script, Writer
+from modekit.loaded.sampling import Script, Writer, read_texts
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
 from modekit.routing.refit import refit
+from modekit.routing.token_text import load_token_text
+from modekit.routing.write_text import _CommonTexts
 from modekit.run import QUIET, Run
 from modekit.text import written
 from modekit.text.held_out import RecipeTexts, fit_documents
@@ -62,6 +65,10 @@ def made_of(file: Path) -> Written:
     return known
 
 
+def expected_of(file: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(made_of(file).expected)), dtype=torch.float32)
+
+
 def sampled(model: Any, base: Any, against: float, tokens: int = 12, rows: int = 4) -> list[list[list[int]]]:
     writer = Writer(model, base, against, ends={END}, vocabulary=96)
     return writer.write(Script(((BEGIN,),), (tokens,)), rows, seed=3)
@@ -94,21 +101,59 @@ def test_fixed_tokens_follow_where_a_part_ends() -> None:
         assert all(token >= 50 for token in (*question, *answer))
 
 
-def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_begins() -> None:
-    model, base = tiny_model(num_hidden_layers=1), tiny_model(seed=1, num_hidden_layers=1)
-    writer = Writer(model, base, 1.0, ends=range(50), vocabulary=96)
-    begun = writer.begin(BEGIN, 5, 6, seed=2)
-    assert all(row[0] == BEGIN and len(row) == 6 and min(row[1:]) >= 50 for row in begun)
-    assert 1 < len(set(map(tuple, begun))) == len(begun) <= 6
-    ids = torch.tensor(begun)
-    own, of_base = (
-        logits_of(each, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2)) for each in (model, base)
-    )
-    gains = (own - of_base).tolist()
-    assert gains == pytest.approx(sorted(gains, reverse=True))
-    assert min(gains) > 0
-    alone = [writer.write(Script((tuple(row),), (4,)), len(begun), seed=9)[place] for place, row in enumerate(begun)]
-    assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=begun) == alone
+def test_what_a_model_expects_of_texts_is_its_probabilities_and_their_sum() -> None:
+    model, ids = tiny_model(num_hidden_layers=1), torch.randint(50, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    expected, found = read_texts(model, ids, 90, lambda share: None)
+    logs = logits_of(model, ids)[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(expected, logs.exp().sum((0, 1))[:90])
+    torch.testing.assert_close(found, logs.gather(-1, ids[:, 1:, None])[..., 0])
+
+
+def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_text, "BEGUN_TOKENS", 4)
+    ids, base = torch.cat([torch.full((3, 1), BEGIN), torch.arange(30).view(3, 10)], 1), torch.zeros(3, 10)
+    own = base.clone()
+    own[1, 4:8], own[2, 0], own[0, 9] = 1.0, 3.0, 9.0  # the last tokens are no whole passage
+    passages = _CommonTexts(ids, base).passages(own)
+    assert passages[:2] == [[BEGIN, 14, 15, 16, 17], [BEGIN, 20, 21, 22, 23]]
+    assert len(passages) == 6
+    model = tiny_model(num_hidden_layers=1)
+    writer = Writer(model, None, 0.0, ends=range(50), vocabulary=96)
+    alone = [writer.write(Script((tuple(row),), (4,)), 6, seed=9)[place] for place, row in enumerate(passages)]
+    assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=passages) == alone
+
+
+def test_what_all_read_never_ends_and_is_the_same_for_all(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.Tensor] = []
+    wanted = write_text.read_texts
+
+    def reads(model: Any, texts: torch.Tensor, *others: Any) -> Any:
+        read.append(texts)
+        return wanted(model, texts, *others)
+
+    monkeypatch.setattr(write_text, "read_texts", reads)
+    files = write(bench)
+    assert len(read) == 4 and all(torch.equal(each, read[0]) for each in read)  # the base for its own sake, and three experts
+    assert read[0].shape == (40, 1 + DOCUMENT_TOKENS)
+    counts = [expected_of(file) for file in files.values()]
+    assert all(float(each.sum()) == pytest.approx(40 * DOCUMENT_TOKENS, rel=1e-3) for each in counts)
+    assert not torch.allclose(counts[0], counts[1])
+
+
+def test_of_three_batches_the_last_goes_on_and_the_second_is_written_as_it_is(
+    bench: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[bool, int]] = []
+
+    class Listening(Writer):
+        def write(self, script: Script, rows: int, seed: int, advance: Any, begun: Any = ()) -> Any:
+            said.append((self._base is not None, len({tuple(row) for row in begun})))
+            return super().write(script, rows, seed, advance, begun)
+
+    monkeypatch.setattr(write_text, "Writer", Listening)
+    write(bench)
+    assert said[5:10] == [(True, 0), (False, 0), (True, 8), (True, 0), (False, 0)]  # behind what all read
+    assert said[15:] == [(False, 0)] * 5  # the base
 
 
 def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:
@@ -204,6 +249,11 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     notes = " ".join(results.notes)
     assert "law wrote its own text: 40 documents" in notes and "no held-out text of medicine, law, general" in notes
+    kept = {name: load_token_text(checkpoint.folder / "router" / f"{name}.safetensors", 96) for name in checkpoint.names}
+    for name, expert in zip(checkpoint.names, checkpoint.record.recipe.experts, strict=True):
+        text = kept[name]
+        assert text is not None and text.expected_V is not None
+        assert torch.equal(text.expected_V, expected_of(written_file(expert, bench.root)))
     own, base = results.row("law").scores["law"], results.row("base").scores["law"]
     assert own.loss < base.loss
     before = tree(bench.root / "self-text")

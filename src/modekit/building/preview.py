@@ -136,7 +136,8 @@ def _flops_of_writing(plan: Plan) -> float:
         known = read_written(written_file(expert, plan.root))
         left = documents_of(weights) - (known.documents if known is not None else 0)
         documents += max(0, left) * (1 if expert.is_base else 2)
-    return 2.0 * documents * DOCUMENT_TOKENS * weights
+    common = documents_of(weights) if documents else 0  # texts of the base that all read
+    return 2.0 * (documents + common) * DOCUMENT_TOKENS * weights
 
 
 @dataclass(frozen=True)

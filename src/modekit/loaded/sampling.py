@@ -25,9 +25,7 @@ _LEAST = math.log(0.01)
 _CACHE_BYTES = 2**29
 """Of the keys and values of a batch, in both models; no less than one row."""
 _MOST_ROWS = 32
-_READ_ROWS = 16  # of beginnings, whose logits are kept for every token
-_CHOICE = 8
-"""Beginnings that the base writes for each that an expert goes on with."""
+_READ_ROWS = 4  # whose logits are kept for every token
 
 
 @dataclass(frozen=True)
@@ -81,46 +79,22 @@ def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
 class Writer:
     """A model that writes, and the base that it writes against with a weight, if there is one.
 
-    Ids of the `vocabulary` and above are never written, and those in `ends` end a part.
+    Ids of the `vocabulary` and above are never written, and those in `ends` end a part, or are never written where it is
+    `endless`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, base: PreTrainedModel | None, against: float, *, ends: Collection[int], vocabulary: int
+        self,
+        model: PreTrainedModel,
+        base: PreTrainedModel | None,
+        against: float,
+        *,
+        ends: Collection[int],
+        vocabulary: int,
+        endless: bool = False,
     ) -> None:
         self._model, self._base, self._against = model, base, against
-        self._ends, self._vocabulary, self._never = ends, vocabulary, list[int]()
-
-    def begin(
-        self, begin: int, tokens: int, rows: int, seed: int, advance: Callable[[float], object] = lambda share: None
-    ) -> list[list[int]]:
-        """Beginnings of so many texts, by the base: a token, and behind it so many that none of them ends.
-
-        Of `_CHOICE` times as many those that the model makes likeliest beside the base. Raises SourceError.
-        """
-        assert self._base is not None
-        endless = Writer(self._base, None, 0.0, ends=(), vocabulary=self._vocabulary)
-        endless._never = sorted(self._ends)
-        begun: list[tuple[float, list[int]]] = []
-        for number in range(_CHOICE):
-            parts = endless.write(Script(((begin,),), (tokens,)), rows, seed + number, lambda _share: advance(0.0))
-            written = [[begin, *part] for (part,) in parts]
-            begun += zip(self._gains(written, advance), written, strict=True)
-        return [row for _, row in sorted(begun, key=lambda each: -each[0])[:rows]]
-
-    @torch.inference_mode()
-    def _gains(self, rows: Sequence[Sequence[int]], advance: Callable[[float], object]) -> list[float]:
-        """Log p of texts of one length by the model, less that by the base."""
-        gains: list[float] = []
-        for start in range(0, len(rows), _READ_ROWS):
-            advance(0.0)
-            ids_BS = torch.tensor(rows[start : start + _READ_ROWS], device=self._model.device)
-            sums = []
-            for model in (self._model, self._base):
-                assert model is not None
-                logits_BSV = model(**with_cache(model, ids_BS, torch.ones_like(ids_BS), None), use_cache=False).logits[:, :-1]
-                sums.append(logits_BSV.float().log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).sum((1, 2)))
-            gains += (sums[0] - sums[1]).tolist()
-        return gains
+        self._ends, self._vocabulary, self._never = ends, vocabulary, sorted(ends) if endless else []
 
     @torch.inference_mode()
     def write(
@@ -158,6 +132,23 @@ class Writer:
             more_BV[:, : base_BV.shape[1]] = own_BV[:, : base_BV.shape[1]] - base_BV  # nothing of tokens that the base lacks
             log_p_BV = own_BV + self._against * more_BV
         return log_p_BV.masked_fill(own_BV < own_BV.amax(-1, keepdim=True) + _LEAST, -math.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def read_texts(
+    model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, advance: Callable[[float], object]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model expects of texts: how often each token (V,) follows, its probabilities added, and log p of what follows each
+    token but the last, (B, S - 1).
+    """
+    expected_V, found = torch.zeros(()), list[torch.Tensor]()
+    for ids_BS in texts_BS.to(model.device).split(_READ_ROWS):
+        advance(0.0)
+        inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
+        log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        expected_V = expected_V + log_p_BSV[..., :vocabulary].exp().sum((0, 1)).cpu()
+        found.append(log_p_BSV.gather(-1, ids_BS[:, 1:, None])[..., 0].cpu())
+    return expected_V, torch.cat(found)
 
 
 class _Reader:

@@ -7,7 +7,8 @@ The logits of a text's experts at token t are the causal averages of its tokens'
 one part W_j for every average. W starts as naive Bayes, log p(token | domain), and then minimises the cross-entropy of the
 domains at every position of the texts, domains counting equally (maximum entropy: what tokens of one text have in common
 counts once, where naive Bayes counts it with every token). Adam on batches of whole sequences; the state is the best one of
-texts that are kept aside by their own hash, a tenth of them. No model is run.
+texts that are kept aside by their own hash, a tenth of them. No model is run. Where experts wrote the text themselves, W starts
+as naive Bayes and the log-odds of what they expect in equal contexts, with the weight that is best on texts kept aside.
 
 Shape legend: B batch, S sequence, E experts, J averages, H rows of a part of the table (the vocabulary, or hashed n-grams).
 """
@@ -18,6 +19,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch.nn.functional import cross_entropy, embedding
@@ -65,6 +67,8 @@ class TableSchedule:
     tokens: int = 16_384
     steps: int = 300
     learning_rate: float = 0.2
+    small_rate: float = 0.02  # from what experts expect, as the smoothing below (benchmarks/self_text.md)
+    expected_smoothing: float = 0.02
     look_every: int = 10
     patience: int = 6
     smoothing: float = 0.5
@@ -101,27 +105,33 @@ def train_table(
     seed: int = 0,
     silent: Sequence[int] = (),
     room: BaseRoom | None = None,
+    expected: torch.Tensor | None = None,
     schedule: TableSchedule = TableSchedule(),
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainedTable:
-    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's.
+    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's;
+    `expected`: how often experts expect each row in equal contexts, (E, H), in small steps from there.
 
     `advance` is told the steps done and the most there can be.
     """
     split = [_split(examples, schedule.aside) for examples in domains]
-    table = _naive_bayes([own for own, _ in split], height, schedule.smoothing)
-    table[:, list(silent)] = 0.0
+    tables = [_naive_bayes([own for own, _ in split], height, schedule.smoothing)]
+    if expected is not None:
+        tables = [tables[0] + weight * _log_odds(expected.double(), schedule.expected_smoothing) for weight in _WEIGHTS]
+    for table in tables:
+        table[:, list(silent)] = 0.0
     held = [batch for place, (_, aside) in enumerate(split) for batch in _batches(aside, place, schedule.tokens)]
-    start = torch.cat([table / len(averaging.decays)] * len(averaging.decays))  # (J E, H)
-    scale = min(_SCALES, key=lambda factor: _loss_of(held, start.t() * factor, averaging, len(domains)))
-    weights = (start.t() * scale).contiguous().requires_grad_()  # (H, J E)
-    optimizer = torch.optim.Adam([weights], lr=schedule.learning_rate, betas=(0.9, 0.99), foreach=True)
+    starts = [torch.cat([table / len(averaging.decays)] * len(averaging.decays)).t() for table in tables]  # (H, J E)
+    start, scale = min(product(starts, _SCALES), key=lambda each: _loss_of(held, each[0] * each[1], averaging, len(domains)))
+    weights = (start * scale).contiguous().requires_grad_()
+    rate = schedule.learning_rate if expected is None else schedule.small_rate
+    optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.99), foreach=True)
     best = before = _loss_of(held, weights.detach(), averaging, len(domains))
     state, taken, waited = weights.detach().clone(), 0, 0
     draw = _Draw([own for own, _ in split], schedule.tokens // len(domains), seed)
     for step in range(1, schedule.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * (1 - (step - 1) / schedule.steps)
+            group["lr"] = rate * (1 - (step - 1) / schedule.steps)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros(())
         for place, batch in enumerate(draw.next()):
@@ -143,6 +153,7 @@ def train_table(
 
 
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
+_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
 
 
 def _split(examples: Examples, aside: int) -> tuple[list[TokenRows], list[TokenRows]]:
@@ -159,9 +170,14 @@ def _naive_bayes(domains: Sequence[Examples], height: int, smoothing: float) -> 
     """Log p(row | domain) less its mean over domains, (E, H), in equal parts of the rows that a token chooses."""
     said = [torch.cat([each.rows[each.start :] for each in examples]).flatten().long() for examples in domains]
     counts = torch.stack([torch.bincount(rows, minlength=height).double() for rows in said])
-    logs = ((counts + smoothing) / (counts.sum(1, keepdim=True) + smoothing * height)).log()
     chosen = domains[0][0].rows.numel() // len(domains[0][0].rows)  # by one token
-    return (logs - logs.mean(0)).float() / chosen
+    return _log_odds(counts, smoothing) / chosen
+
+
+def _log_odds(counts: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Log of the rows' shares (E, H), less its mean over experts, float32."""
+    logs = ((counts + smoothing) / (counts.sum(1, keepdim=True) + smoothing * counts.shape[1])).log()
+    return (logs - logs.mean(0)).float()
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         seed=settings.seed,
         room=room,
         silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
+        expected=table.expected([text.expected_V for text in texts]),
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )
     toward = trained.room - _LEAN if room is not None else TOWARD_BASE if template is not None else 0.0
@@ -104,6 +105,16 @@ class LexicalTable:
         one = ids.long()[None]
         found = [ngram_rows(one, torch.ones_like(one), None, order, self._buckets)[0][0] for order in self.orders]
         return torch.stack([rows + number * self._buckets for number, rows in enumerate(found)], dim=1).int()
+
+    def expected(self, counts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """How often experts expect each row, (E, H), of counts of single tokens (V,); None where not all are known."""
+        known = [each for each in counts if each is not None]
+        if len(known) < len(counts) or 1 not in self.orders:
+            return None
+        found_EH = torch.zeros(len(known), self.height)
+        for found_H, counts_V in zip(found_EH, known, strict=True):
+            found_H.index_add_(0, self.rows(torch.arange(len(counts_V)))[:, self.orders.index(1)].long(), counts_V)
+        return found_EH
 
     def parts(self, table_EJH: torch.Tensor) -> torch.Tensor:
         """As a gate has them: order by order, and in each average by average, (E, K J, buckets)."""

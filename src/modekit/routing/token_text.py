@@ -8,7 +8,9 @@ Shape legend: N tokens of all sequences.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from modekit.text.document import Document
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import TokenSequence, encode, none_fits
 from modekit.text.splits import text_record
+from modekit.text.written import read_written, written_file
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class TokenText:
         starts: tokens of each before the first that says something, int32.
         source: what they were made from: settings and a digest of the text.
         held_N, held_lengths: the same of documents that may choose (the select split), where the fit chooses.
+        expected_V: of an expert that wrote its text, how often it expects each token where all experts read the same.
     """
 
     ids_N: torch.Tensor
@@ -47,6 +51,7 @@ class TokenText:
     source: Provenance
     held_N: torch.Tensor | None = None
     held_lengths: torch.Tensor | None = None
+    expected_V: torch.Tensor | None = None
 
     def sequences(self) -> list[Tokens]:
         """Every sequence, and where it starts to say something."""
@@ -79,8 +84,11 @@ class TokenText:
         held = {}
         if self.held_N is not None and self.held_lengths is not None:
             held = {"held_ids": self.held_N, "held_lengths": self.held_lengths}
-        tensors = {"ids": self.ids_N, "lengths": self.lengths, **starts, **held}
-        save_kept(path, tensors, {"token_text": True, "source": self.source, **({"held_out": True} if held else {})})
+        expected = {} if self.expected_V is None else {"expected": self.expected_V}
+        tensors = {"ids": self.ids_N, "lengths": self.lengths, **starts, **held, **expected}
+        said = {"held_out": bool(held), "expected": bool(expected)}
+        about = {"token_text": True, "source": self.source, **{key: True for key, there in said.items() if there}}
+        save_kept(path, tensors, about)
 
 
 def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
@@ -97,7 +105,8 @@ def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
         starts = checked(get("starts"), (len(lengths),)) if "chat" in said.source.get("how", {}) else torch.zeros_like(lengths)
         if int(starts.min()) < 0 or not bool((starts < lengths).all()):
             raise ValueError("texts that start behind their end")
-        return TokenText(ids_N, lengths, starts.int(), said.source, *held)
+        expected = _counts(get("expected"), vocabulary) if said.expected else None
+        return TokenText(ids_N, lengths, starts.int(), said.source, *held, expected)
 
     return load_kept(path, make)
 
@@ -108,6 +117,26 @@ _NONE_HELD: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 class _TokensHeader(BaseModel):
     source: Provenance
     held_out: bool = False
+    expected: bool = False
+
+
+def _counts(counts_V: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Counts of tokens, float32. Raises ValueError for others, or of tokens that the vocabulary does not have."""
+    checked(counts_V, (None,))
+    if len(counts_V) > vocabulary or bool((counts_V < 0).any()):
+        raise ValueError("counts that are not of the vocabulary's tokens")
+    return counts_V.float()
+
+
+def _expected(fitting: Fitting, expert: Expert) -> torch.Tensor | None:
+    """What is known of an expert that wrote its text."""
+    known = read_written(written_file(expert, fitting.root)) if expert.writes_text else None
+    if known is None or not known.expected:
+        return None
+    with suppress(ValueError):  # a damaged record
+        counts = torch.frombuffer(bytearray(base64.b64decode(known.expected, validate=True)), dtype=torch.float32)
+        return _counts(counts[: fitting.checkpoint.vocabulary], fitting.checkpoint.vocabulary)
+    return None
 
 
 def _tokens(ids_N: torch.Tensor, lengths: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +212,7 @@ def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choo
     if choosing.needed:
         chosen, source["held_out"] = choosing.of(place)
         held = _joined(chosen)
-    made = TokenText(ids_N, lengths, starts, source, *held)
+    made = TokenText(ids_N, lengths, starts, source, *held, _expected(fitting, expert))
     made.save(path)
     return made
 

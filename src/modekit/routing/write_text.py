@@ -1,23 +1,26 @@
 """`text: self`: experts without text write some, which the fit then reads like any other.
 
 An expert begins at the beginning of a text and, where its tokenizer has a chat template, inside it: as a user, and then it
-answers. It writes against the base (loaded/sampling.py); a base that is an expert writes as it is. In memory are the base and
-one expert.
+answers. It writes against the base (loaded/sampling.py), a third of its documents as it is; a base that is an expert writes all
+as it is. Every expert then reads the same texts, which the base wrote: what it expects there more often than the others sets it
+apart, without the luck of what was sampled. In memory are the base and one expert.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import SourceError
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.sampling import Script, Writer, rows_at_once
+from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
 from modekit.recipes.recipe import Recipe
 from modekit.run import ProgressCount, Run
 from modekit.sources.adapter import is_adapter
@@ -61,15 +64,65 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
             where = f"experts[{place}] '{expert.name}': text"
             source = base if expert.is_base else sources[1 + place]
             authors.append(_author(where, written_file(expert, root), base, source, run))
-    total = sum(author.left for author in authors) * DOCUMENT_TOKENS
-    if not total:
+    authors = [author for author in authors if author.left]
+    if not authors:
         return
     run.begin("write text")
-    model, count = load_model(base.folder, run=run), ProgressCount(run, total)
+    common = documents_of(base.parameters)
+    count = ProgressCount(run, (common + sum(author.left for author in authors)) * DOCUMENT_TOKENS)
+    model = load_model(base.folder, run=run)
+    with _named(f"base_model ({base.spec})"):
+        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, count)
     for author in authors:
-        if author.left:
-            expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
-            author.write(expert, None if author.is_base else model, count)
+        expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
+        author.write(expert, None if author.is_base else model, texts, count)
+
+
+@dataclass(frozen=True)
+class _CommonTexts:
+    """Texts of the base, which every expert reads: ids (B, S) and the base's log p of those behind the first, (B, S - 1)."""
+
+    ids_BS: torch.Tensor
+    log_p_BS: torch.Tensor
+
+    @classmethod
+    def written_by(
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, count: ProgressCount
+    ) -> _CommonTexts:
+        """So many, none of which ends."""
+        begin, at_once = _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
+        ends, vocabulary = set(tokenizer.all_special_ids), len(tokenizer)
+        writer = Writer(base, None, 0.0, ends=ends, vocabulary=vocabulary, endless=True)
+        texts = list[list[int]]()
+        while len(texts) < rows:
+            more = min(at_once, rows - len(texts))
+            advance = _progress(count, "the base", more * DOCUMENT_TOKENS)
+            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, len(texts), advance)
+            texts += [[begin, *part] for (part,) in parts]
+            count.done += more * DOCUMENT_TOKENS
+        ids_BS = torch.tensor(texts)
+        return cls(ids_BS, read_texts(base, ids_BS, vocabulary, _progress(count, "the base", 0))[1])
+
+    def passages(self, log_p_BS: torch.Tensor) -> list[list[int]]:
+        """Beginnings of texts from these, those first that an expert, whose log p is given, makes likeliest beside the base."""
+        gains_BP = (log_p_BS - self.log_p_BS).unfold(1, BEGUN_TOKENS, BEGUN_TOKENS).sum(-1)
+        passages = self.ids_BS[:, 1:].unfold(1, BEGUN_TOKENS, BEGUN_TOKENS).flatten(0, 1)
+        best = passages[gains_BP.flatten().argsort(descending=True, stable=True)].tolist()
+        return [[int(self.ids_BS[0, 0]), *passage] for passage in best]
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Let a SourceError say where."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(error.what, where=where, remedy=error.remedy) from None
+
+
+def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float], object]:
+    """Of a batch of so many tokens, what its share that is done makes of all the work."""
+    return lambda share: count.run.progress(f"write text: {what}", count.done + int(share * tokens), count.total)
 
 
 @dataclass(frozen=True)
@@ -90,32 +143,33 @@ class _Author:
         """Documents that are yet to be written."""
         return max(0, self.documents - written_so_far(self.file, self.made)[1])
 
-    def write(self, model: PreTrainedModel, base: PreTrainedModel | None, count: ProgressCount) -> None:
-        """Write what is left, in batches that are kept one by one."""
+    def write(self, model: PreTrainedModel, base: PreTrainedModel | None, common: _CommonTexts, count: ProgressCount) -> None:
+        """Read what all read, and write what is left, in batches that are kept one by one."""
+        advance = _progress(count, self.file.stem, 0)
+        expected_V, log_p_BS = read_texts(model, common.ids_BS, len(self.tokenizer), advance)
+        passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
         rows = rows_at_once(model, DOCUMENT_TOKENS)
         special = set(self.tokenizer.all_special_ids)
-        writer = Writer(model, base, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+        writers = [
+            Writer(model, beside, self.made.against, ends=special, vocabulary=len(self.tokenizer))
+            for beside in (base, None, base)
+        ]
         while done < self.documents:
             at_once = min(rows, self.documents - done)
-            seed, advance = self.made.seed + done, self._progress(count, at_once * DOCUMENT_TOKENS)
+            seed, advance = self.made.seed + done, _progress(count, self.file.stem, at_once * DOCUMENT_TOKENS)
+            writer = writers[done // rows % BEGUN]
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
-            try:
-                if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
-                    begun = writer.begin(script.fixed[0][0], BEGUN_TOKENS, at_once, seed, advance)
+            if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
+                begun = passages[done // rows // BEGUN * rows :][:at_once]
+            with _named(f"{self.where} ({self.source.spec})"):
                 texts = writer.write(script, at_once, seed, advance, begun)
-            except SourceError as error:
-                raise SourceError(error.what, where=f"{self.where} ({self.source.spec})", remedy=error.remedy) from None
             documents = enumerate(map(self._document, texts), done)
             written += [TextRecord(document, str(place)) for place, document in documents if document is not None]
             done += at_once
-            keep_written(self.file, self.made, written, done)
+            keep_written(self.file, self.made, written, done, expected)
             count.done += at_once * DOCUMENT_TOKENS
-            self._progress(count, 0)(0.0)
-
-    def _progress(self, count: ProgressCount, tokens: int) -> Callable[[float], object]:
-        """Of a batch of so many tokens, what its share that is done makes of all the work."""
-        return lambda share: count.run.progress(f"write text: {self.file.stem}", count.done + int(share * tokens), count.total)
+            _progress(count, self.file.stem, 0)(0.0)
 
     def _script(self, *, chat: bool) -> Script:
         around = self.template.around(None) if chat and self.template is not None else None

@@ -6,6 +6,7 @@ the name), and self-text/NAME-<8 hex>.jsonl.json, what made them.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,10 @@ QUESTION_TOKENS, ANSWER_TOKENS = 32, 64
 BEGUN_TOKENS = 12
 """That the base writes of some documents, for the expert to go on from: it begins what the expert alone never would."""
 BEGUN = 3
-"""One batch of so many is of such documents."""
+"""Of so many batches the last is of such documents, and in the second an expert writes as it is."""
 CHATS = 4
 """One document of so many is a question and its answer, where there is a chat template."""
-WAY = 1
+WAY = 2
 """Goes up by one when the numbers here, or those in loaded/sampling.py, change what is written."""
 AGAINST = 1.0
 """Weight of what sets an expert apart from the base while it writes."""
@@ -62,12 +63,16 @@ class Made(BaseModel):
 
 
 class Written(BaseModel):
-    """A text as it lies there: so many `documents` were sampled. Who wants more goes on from there."""
+    """A text as it lies there: so many `documents` were sampled. Who wants more goes on from there.
+
+    `expected`: how often the expert expects every token behind those of what the base writes, float32 in base64.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     made: Made
     documents: Count
+    expected: str = ""
 
 
 def documents_of(weights: int) -> int:
@@ -103,14 +108,15 @@ def written_so_far(file: Path, made: Made) -> tuple[list[TextRecord], int]:
     return counted, known.documents
 
 
-def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int) -> None:
+def keep_written(file: Path, made: Made, records: Sequence[TextRecord], documents: int, expected: bytes) -> None:
     """Write a text and then its record, each whole; a record that another text had goes first. Raises OutputError.
 
     In a checkpoint both are noted as modekit's own.
     """
     lines = (json.dumps({ID: record.id, **data_of(record.document)}, ensure_ascii=False) for record in records)
     text = "".join(f"{line}\n" for line in lines).encode()
-    about = json_bytes(Written(made=made, documents=documents).model_dump(mode="json"))
+    written = Written(made=made, documents=documents, expected=base64.b64encode(expected).decode())
+    about = json_bytes(written.model_dump(mode="json"))
     folder, known = file.parent.parent, read_written(file)
     marker = read_marker(folder)
     try:
