@@ -142,7 +142,7 @@ def read_texts(
     token but the last, (B, S - 1).
     """
     expected_V, found = torch.zeros(()), list[torch.Tensor]()
-    for ids_BS in texts_BS.to(model.device).split(_READ_ROWS):
+    for ids_BS in torch.split(texts_BS.to(model.device), _READ_ROWS):
         advance(0.0)
         inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
         log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)

@@ -80,9 +80,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     if room is not None:
         report |= {"toward_base": trained.room}
     fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
-    if channels is not None:
-        return gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
-    return fitted
+    return fitted if channels is None else gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
 
 
 class LexicalTable:
