@@ -80,8 +80,8 @@ def test_numbers(form: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_libraries_wrote(form: str, settings: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """packed.safetensors: a weight that GPTQModel 7.7.0, AutoAWQ 0.2.9 and compressed-tensors 0.20.1 quantised on a CPU, and
-    what each dequantised of its own, in float16.
+    """packed.safetensors: a weight that GPTQModel 7.7.0, AutoAWQ 0.2.9 and compressed-tensors 0.20.1 packed on a CPU, and what
+    each dequantised of its own, in float16. Scales and zeros are GPTQModel's own; of the others this repository's.
     """
     every = load_file(Path(__file__).with_name("packed.safetensors"))
     parts = {name.removeprefix(f"{form}."): each for name, each in every.items() if name.startswith(f"{form}.")}
