@@ -30,8 +30,8 @@ PACKAGE = Path(modekit.__file__).parent
 ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")
 SCREEN = 30
 """Lines of functions."""
-BOUNDS = {"files": 34, "lines": 8_100}
-"""Most files, and most lines in them."""
+BOUNDS = {"files": 39, "lines": 9_300}
+"""Most files, and most lines in them; a lexical router and the channels that carry it are five of these."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
 
