@@ -137,6 +137,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "layers": 2,
         "top_k": 2,
         "router": "logistic",
+        "router_why": "",
         "backbone": "base",
         "parameters": {"total": 10**12, "active": 10**11},
         "tensors": {"total": 1113, "copy": 1113},
