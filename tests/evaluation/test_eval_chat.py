@@ -54,8 +54,9 @@ def test_every_kind_is_asked_and_each_has_an_owner(results: ChatResults) -> None
         assert sum(row.leaders.values()) == row.questions
         assert row.at_prompt is not None and row.after_answer is not None
         assert row.over_answer is not None and 0 <= row.over_answer <= 1
-        # Half of a topic fades in 34 tokens (benchmarks/chat.md), and this tokenizer knows few words of real questions.
-        assert row.at_prompt >= 0.7 or row.name == CHANGE or row.name.startswith("real"), row
+        # This tokenizer knows few words of real questions and of small talk. A change of domain is followed.
+        least = 0.6 if row.name == SMALL_TALK else 0.9
+        assert row.at_prompt >= least or row.name.startswith("real"), row
         if row.name in DOMAINS:
             assert row.at_prompt == row.leaders.get(row.name, 0) / row.questions
 
