@@ -2,7 +2,8 @@
 
     python benchmarks/self_text.py FOLDER --kind adapters --seeds 0 1 2
 
-FOLDER has the models of `python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2`. For each seed two mixtures are
+FOLDER has the models of `python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2`; of kind ffn those of
+`modekit demo`, linked as FOLDER/seed0/base, FOLDER/seed0/ffn-medicine and so on. For each seed two mixtures are
 built with a lexical router, on the experts' real text and on self-written text, and scored on the same held-out real text.
 `accuracy`: share of the tokens of all real text that set nothing (splits select and report) on which the own expert leads, the
 mean of the domains, from the router's table alone.
@@ -33,6 +34,7 @@ from whole import DOMAINS, EVAL_TOKENS, SEQUENCE_LENGTH, UNSEEN, recipe
 
 FORMS: dict[str, dict[str, Any]] = {
     "adapters": {"output": {"format": "modekit"}},
+    "ffn": {"output": {"format": "modekit"}},
     "full": {"output": {"format": "modekit"}, "modules": "all"},
 }
 

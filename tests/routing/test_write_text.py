@@ -147,7 +147,7 @@ def test_of_three_batches_the_last_goes_on_and_the_second_is_written_as_it_is(
 
     class Listening(Writer):
         def write(self, script: Script, rows: int, seed: int, advance: Any, begun: Any = ()) -> Any:
-            said.append((self._base is not None, len({tuple(row) for row in begun})))
+            said.append((self.base is not None, len({tuple(row) for row in begun})))
             return super().write(script, rows, seed, advance, begun)
 
     monkeypatch.setattr(write_text, "Writer", Listening)

@@ -76,25 +76,19 @@ def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
     return max(1, min(_MOST_ROWS, _CACHE_BYTES // row))
 
 
+@dataclass(frozen=True)
 class Writer:
     """A model that writes, and the base that it writes against with a weight, if there is one.
 
-    Ids of the `vocabulary` and above are never written, and those in `ends` end a part, or are never written where it is
-    `endless`.
+    Ids of the `vocabulary` and above are never written; those in `ends` end a part, and where it is `endless` are not written.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        base: PreTrainedModel | None,
-        against: float,
-        *,
-        ends: Collection[int],
-        vocabulary: int,
-        endless: bool = False,
-    ) -> None:
-        self._model, self._base, self._against = model, base, against
-        self._ends, self._vocabulary, self._never = ends, vocabulary, sorted(ends) if endless else []
+    model: PreTrainedModel
+    base: PreTrainedModel | None
+    against: float
+    ends: Collection[int]
+    vocabulary: int
+    endless: bool = False
 
     @torch.inference_mode()
     def write(
@@ -111,26 +105,26 @@ class Writer:
         draw = torch.Generator().manual_seed(seed)
         ids_BS = torch.tensor(list(map(list, begun)) or [list(script.fixed[0])] * rows)
         texts = [_Row(script) for _ in range(len(ids_BS))]
-        read = [_Reader(model) for model in (self._model, self._base) if model is not None]
+        read = [_Reader(model) for model in (self.model, self.base) if model is not None]
         for step in range(script.tokens):
             advance(step / script.tokens)
             probabilities_BV = self._probabilities([each.logits(ids_BS) for each in read])
             sampled = torch.multinomial(probabilities_BV, 1, generator=draw)[:, 0].tolist()
-            ids_BS = torch.tensor([[row.take(token, self._ends)] for row, token in zip(texts, sampled, strict=True)])
+            ids_BS = torch.tensor([[row.take(token, self.ends)] for row, token in zip(texts, sampled, strict=True)])
             if all(row.done for row in texts):
                 break
         return [row.parts for row in texts]
 
     def _probabilities(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        own_BV, *others = (each[:, : self._vocabulary].log_softmax(-1) for each in logits)
+        own_BV, *others = (each[:, : self.vocabulary].log_softmax(-1) for each in logits)
         if any(each.isnan().any() for each in (own_BV, *others)):
             raise SourceError("a model computes NaN or Inf", remedy="it is damaged: save or download it again")
-        own_BV[:, self._never] = -math.inf
+        own_BV[:, sorted(self.ends) if self.endless else []] = -math.inf
         log_p_BV = own_BV
         for base_BV in others:
             more_BV = torch.zeros_like(own_BV)
             more_BV[:, : base_BV.shape[1]] = own_BV[:, : base_BV.shape[1]] - base_BV  # nothing of tokens that the base lacks
-            log_p_BV = own_BV + self._against * more_BV
+            log_p_BV = own_BV + self.against * more_BV
         return log_p_BV.masked_fill(own_BV < own_BV.amax(-1, keepdim=True) + _LEAST, -math.inf).softmax(-1)
 
 

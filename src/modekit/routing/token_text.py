@@ -130,12 +130,13 @@ def _counts(counts_V: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 def _expected(fitting: Fitting, expert: Expert) -> torch.Tensor | None:
     """What is known of an expert that wrote its text."""
-    known = read_written(written_file(expert, fitting.root)) if expert.writes_text else None
-    if known is None or not known.expected:
-        return None
+    known, vocabulary = (
+        read_written(written_file(expert, fitting.root)) if expert.writes_text else None,
+        fitting.checkpoint.vocabulary,
+    )
     with suppress(ValueError):  # a damaged record
-        counts = torch.frombuffer(bytearray(base64.b64decode(known.expected, validate=True)), dtype=torch.float32)
-        return _counts(counts[: fitting.checkpoint.vocabulary], fitting.checkpoint.vocabulary)
+        counts = bytearray(base64.b64decode(known.expected if known is not None else "", validate=True))
+        return _counts(torch.frombuffer(counts, dtype=torch.float32)[:vocabulary], vocabulary) if counts else None
     return None
 
 
