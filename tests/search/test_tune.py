@@ -434,7 +434,7 @@ def test_every_choice_of_the_default_space_is_a_recipe(shop: Workshop) -> None:
         candidate_recipe(recipe, mixture)
         seen.add(describe(mixture))
     assert len(seen) > 150
-    assert set(space.named()) >= {"gate-less (linear)", "noisy", "routing (default)", "n-gram", "whole models, n-gram"}
+    assert set(space.named()) >= {"gate-less (linear)", "noisy", "logistic", "n-gram", "whole models, n-gram"}
 
 
 def test_fixed_variants_of_whole_models_bear_their_own_names() -> None:
@@ -629,4 +629,4 @@ def test_a_recipe_that_leaves_defaults_unsaid_is_searched_and_described(shop: Wo
     out = shop.root / f"UNSAID-{len(own)}"
     results = tune(recipe_of(shop, mixture=own), shop.root, out, space=space, settings=SETTINGS)
     mine = next(each for each in results.candidates if each.name == "the recipe's own")
-    assert mine.mixture == own and mine.description and results.markdown()
+    assert mine.mixture == {**own, "router": {"fit": "logistic", **own["router"]}} and mine.description and results.markdown()
