@@ -367,7 +367,7 @@ def test_the_plan_says_so(shop: Workshop, form: str, top_k: int, notes: int) -> 
     ("mixture", "message"),
     [
         ({"method": "linear", "unseen": "base"}, "'unseen' has no effect with method 'linear'"),
-        ({"unseen": "base"}, "which fit 'logistic' does not do"),
+        ({"unseen": "base", "router": {"fit": "logistic"}}, "which fit 'logistic' does not do"),
         ({"unseen": "base", "backbone": "average", "router": {"fit": "lexical"}}, "needs backbone: base"),
         ({"unseen": "base", "router": {"fit": "ngram", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
         ({"router": {"fit": "lexical", "false_alarms": 0.1}}, "'false_alarms' has no effect without unseen: base"),

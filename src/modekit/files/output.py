@@ -45,12 +45,25 @@ def is_in_the_making(folder: Path) -> bool:
 def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()) -> None:
     """Raise OutputError when something is at OUT that may not be replaced, or OUT and a source lie in one another.
 
-    What a kill left of an earlier commit is mended first. Raises OSError where that cannot be done.
+    What a kill left of an earlier commit is mended first. Raises OutputError, too, where OUT cannot be written.
     """
     refuse_entangled(out, sources)
-    mend(out)
+    try:
+        mend(out)
+    except OSError as error:
+        raise not_writable(out, error) from None
     if replace != "nothing" or not os.path.lexists(out / JUST_MADE):  # else who makes it asks who has
         refuse_what_is_there(out, replace)
+
+
+def not_writable(out: Path, error: OSError) -> OutputError:
+    """What is said of an output that cannot even be begun."""
+    return OutputError(
+        "the output folder cannot be written",
+        where=str(out),
+        found=error.strerror,
+        remedy="choose a folder that can be written",
+    )
 
 
 def was_made_by(out: Path, digest: str) -> bool:

@@ -50,6 +50,7 @@ from modekit.files.output import (
     Replace,
     clear,
     mend_commit,
+    not_writable,
     refuse_entangled,
     refuse_what_is_there,
     settle,
@@ -365,16 +366,7 @@ def staging(
         settle(out)
         raise
     except OSError as error:
-        raise (
-            _failed(out, error, _left_of(out))
-            if error.errno in FULL
-            else OutputError(
-                "the output folder cannot be written",
-                where=str(out),
-                found=error.strerror,
-                remedy="choose a folder that can be written",
-            )
-        ) from None
+        raise (_failed(out, error, _left_of(out)) if error.errno in FULL else not_writable(out, error)) from None
     try:
         yield stage
         stage.commit()

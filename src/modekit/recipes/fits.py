@@ -197,6 +197,11 @@ class Fit:
     title: str = ""
 
     @property
+    def is_open(self) -> bool:
+        """Whether it stands for the best one, which is yet to be chosen."""
+        return self.name == AUTO
+
+    @property
     def chooses(self) -> bool:
         """Whether the select split of every domain's text is kept, too, and chooses between variants of the router."""
         return self.reads.tokens and "classifier" in self.settings

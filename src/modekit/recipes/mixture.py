@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
-from modekit.recipes.fits import AUTO, CHANGES, Fit
+from modekit.recipes.fits import CHANGES, Fit
 from modekit.recipes.layers import Layer, check_layers, named_layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -180,7 +180,7 @@ class Mixture(Strict):
     @property
     def is_open(self) -> bool:
         """Whether its router is yet to be chosen (recipes/auto.py)."""
-        return self.method != "linear" and self.router.fit == AUTO
+        return self.method != "linear" and self.router.row.is_open
 
     @property
     def needs_text(self) -> bool:

@@ -154,8 +154,8 @@ class Native:
     def beyond(self, recipe: Recipe) -> list[str]:
         """What of a recipe's routing its router cannot decide exactly; empty when it can."""
         exact = not self.by_sigmoids or recipe.top_k == 1 or recipe.mixture.method == "linear"
-        said = f"its router weighs {recipe.top_k} experts per token in another way"
-        return [] if exact else [f"{said}; mixture: {{top_k: 1}} or {{method: linear}} is exact"]
+        said = f"{recipe.top_k} experts per token, which its router weighs in another way"
+        return [] if exact else [f"{said} (mixture: {{top_k: 1}} or {{method: linear}} is exact)"]
 
     def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
         """The native config.json: the dense one, renamed and completed.
