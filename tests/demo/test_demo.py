@@ -74,7 +74,7 @@ def test_the_row_routing_is_what_a_recipe_gets_that_names_no_router() -> None:
             texts = {name: Path(f"{name}.jsonl") for name in (*kind.domains, *kind.unseen)}
             said = {name: seed_module._recipe(kind, mixtures[name], texts) for name in ("routing", "linear")}
             assert said["routing"]["mixture"]["router"] == {} and "router" not in said["linear"]["mixture"]
-            assert [router.mixture.router.fit for router, _ in choices(parse_recipe(said["routing"]))][0] == "lexical"
+            assert next(router.mixture.router.fit for router, _ in choices(parse_recipe(said["routing"]))) == "lexical"
 
 
 def test_what_is_refitted_differs_in_the_fit_alone() -> None:
