@@ -13,9 +13,11 @@ import modekit.demo.seed as seed_module
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.demo import run_demo
-from modekit.demo.kinds import MIXTURES, REFITTED
+from modekit.demo.kinds import MIXTURES, QUICK, REFITTED, Kind
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
 from modekit.errors import OutputError
+from modekit.recipes.auto import choices
+from modekit.recipes.read import parse_recipe
 from modekit.run import Run, silent
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
@@ -63,6 +65,16 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
     for other in ({"quick": True}, {"real": True}, {"what": "full"}, {"what": "translation"}):
         with pytest.raises(OutputError, match="another kind"):
             run_demo(tmp_path / "demo", run=Run(progress=silent), **other)  # type: ignore[arg-type]
+
+
+def test_the_row_routing_is_what_a_recipe_gets_that_names_no_router() -> None:
+    for what, mixtures in MIXTURES.items():
+        if "routing" in mixtures:
+            kind = Kind(what, QUICK)
+            texts = {name: Path(f"{name}.jsonl") for name in (*kind.domains, *kind.unseen)}
+            said = {name: seed_module._recipe(kind, mixtures[name], texts) for name in ("routing", "linear")}
+            assert said["routing"]["mixture"]["router"] == {} and "router" not in said["linear"]["mixture"]
+            assert next(router.mixture.router.fit for router, _ in choices(parse_recipe(said["routing"]))) == "lexical"
 
 
 def test_what_is_refitted_differs_in_the_fit_alone() -> None:

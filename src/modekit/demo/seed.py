@@ -28,7 +28,7 @@ from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import carry_over, write_file
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import AUTO, row_of
+from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.run import Progress, Run
@@ -135,7 +135,7 @@ def _recipe(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
         tokens = kind.size.fit_tokens
-        if "tokens_per_domain" in row_of(router.get("fit", AUTO)).settings:
+        if "fit" in router and "tokens_per_domain" in FITS[router["fit"]].settings:
             router.update(
                 tokens_per_domain=tokens, keep_tokens=min(tokens, 16_384), sequence_length=kind.training.sequence_length
             )
