@@ -57,6 +57,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "plain, FFN alone, base": {"output": {**NATIVE, "carry": "ffn"}},
         "plain, FFN alone, average": {"output": {**NATIVE, "carry": "ffn"}, "backbone": "average"},
         "plain, whole, base, rank 64": {"output": {**NATIVE, "carry": "all"}},
+        "plain, whole, base, rank 64, fitted on documents alone": {
+            "output": {**NATIVE, "carry": "all"},
+            "router": {"fit": "lexical", "chat": False},
+        },
         "plain, whole, base, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}},
         "plain, whole, average, rank 64": {"output": {**NATIVE, "carry": "all"}, "backbone": "average"},
         "plain, whole, average, rank 128": {"output": {**NATIVE, "carry": "all", "rank": 128}, "backbone": "average"},
