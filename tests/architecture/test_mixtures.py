@@ -601,7 +601,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
 
 
 FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @FEW
