@@ -69,9 +69,14 @@ def test_a_plan_names_the_router_and_says_why(shop: Workshop, case: Case) -> Non
     assert planned(shop.root, *said).digest() == plan.digest()
 
 
-@pytest.mark.parametrize(("family", "output", "router", "plain"), [
-    ("cohere2", {}, PAIRS, False), ("cohere2", NATIVE, LOGISTIC, True), ("qwen3", {}, TOKENS, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "output", "router", "plain"),
+    [
+        ("cohere2", {}, PAIRS, False),
+        ("cohere2", NATIVE, LOGISTIC, True),
+        ("qwen3", {}, TOKENS, True),
+    ],
+)
 def test_where_no_plain_checkpoint_carries_tokens(
     tmp_path: Path, family: str, output: dict[str, Any], router: dict[str, Any], plain: bool
 ) -> None:

@@ -61,7 +61,7 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     router = _changed_router(mixture.get("router", {}), asked)
     if method == "linear":
         router = dict(asked)
-    elif changed.get("modules") in ("all", "decoder") and _row(router).name != AUTO and not _row(router).decides.for_model:
+    elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).decides.for_model:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 

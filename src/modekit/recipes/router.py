@@ -171,7 +171,7 @@ class Router(Strict):
 
 def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     """Of the settings that a router has, those without an effect under its fit, or against it; and what is wrong with each."""
-    if row.name == AUTO:
+    if row.is_open:
         return
     by_itself, granularity = row.decides.once or row.reads.tokens, router.get("granularity", "token")
     if by_itself and "granularity" in router:
