@@ -601,7 +601,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
 
 
 FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @FEW
@@ -751,7 +751,7 @@ def test_copies_in_every_family(model_type: str, kind: dict[str, Any]) -> None:
 LOGITS = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=LOGITS, top_p=st.floats(0.01, 1.0), own=st.none() | st.integers(0, 3))
 def test_top_p_takes_the_fewest_experts_that_reach_it(rows: list[list[float]], top_p: float, own: int | None) -> None:
     logits = torch.tensor(rows)
@@ -769,7 +769,7 @@ def test_top_p_takes_the_fewest_experts_that_reach_it(rows: list[list[float]], t
         torch.testing.assert_close(weight[taken].double(), shares[taken] / shares[taken].sum(), atol=1e-5, rtol=0)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=LOGITS, top_k=st.integers(1, 5), own=st.integers(0, 3), share=st.none() | st.floats(0.05, 0.95), base=st.booleans())
 def test_always_on_takes_its_share_and_the_rest_is_routed(
     rows: list[list[float]], top_k: int, own: int, share: float | None, base: bool

@@ -22,7 +22,7 @@ from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
 from modekit.recipes.recipe import Recipe
-from modekit.run import ProgressCount, Run
+from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import is_adapter
 from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
 from modekit.sources.contents import known_blake3
@@ -63,7 +63,7 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
         if expert.writes_text and expert.name not in but:
             where = f"experts[{place}] '{expert.name}': text"
             source = base if expert.is_base else sources[1 + place]
-            authors.append(_author(where, written_file(expert, root), base, source, run))
+            authors.append(_author(expert.name, where, written_file(expert, root), base, source, run))
     authors = [author for author in authors if author.left]
     if not authors:
         return
@@ -122,13 +122,14 @@ def _named(where: str) -> Iterator[None]:
 
 def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float], object]:
     """Of a batch of so many tokens, what its share that is done makes of all the work."""
-    return lambda share: count.run.progress(f"write text: {what}", count.done + int(share * tokens), count.total)
+    return lambda share: count.run.progress(f"write text{DETAIL}{what}", count.done + int(share * tokens), count.total)
 
 
 @dataclass(frozen=True)
 class _Author:
     """An expert that writes, and what decides what it does."""
 
+    name: str
     where: str
     file: Path
     source: ModelSource
@@ -145,7 +146,7 @@ class _Author:
 
     def write(self, model: PreTrainedModel, base: PreTrainedModel | None, common: _CommonTexts, count: ProgressCount) -> None:
         """Read what all read, and write what is left, in batches that are kept one by one."""
-        advance = _progress(count, self.file.stem, 0)
+        advance = _progress(count, self.name, 0)
         expected_V, log_p_BS = read_texts(model, common.ids_BS, len(self.tokenizer), advance)
         passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
@@ -157,7 +158,7 @@ class _Author:
         ]
         while done < self.documents:
             at_once = min(rows, self.documents - done)
-            seed, advance = self.made.seed + done, _progress(count, self.file.stem, at_once * DOCUMENT_TOKENS)
+            seed, advance = self.made.seed + done, _progress(count, self.name, at_once * DOCUMENT_TOKENS)
             writer = writers[done // rows % BEGUN]
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
@@ -169,7 +170,7 @@ class _Author:
             done += at_once
             keep_written(self.file, self.made, written, done, expected)
             count.done += at_once * DOCUMENT_TOKENS
-            _progress(count, self.file.stem, 0)(0.0)
+            _progress(count, self.name, 0)(0.0)
 
     def _script(self, *, chat: bool) -> Script:
         around = self.template.around(None) if chat and self.template is not None else None
@@ -187,7 +188,7 @@ class _Author:
         return Conversation([message_of("user", question), message_of("assistant", answer[0])]) if answer else question
 
 
-def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run: Run) -> _Author:
+def _author(name: str, where: str, file: Path, base: ModelSource, source: ModelSource, run: Run) -> _Author:
     brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
     template = chat_template_of(tokenizer)
@@ -202,7 +203,7 @@ def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run:
         models=models,
         template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     )
-    return _Author(where, file, source, source is base, made, tokenizer, template, documents_of(base.parameters))
+    return _Author(name, where, file, source, source is base, made, tokenizer, template, documents_of(base.parameters))
 
 
 def _files(models: Mapping[str, ModelSource], run: Run) -> Iterator[tuple[str, str]]:
