@@ -1,4 +1,5 @@
-"""The clients that people have, as they come, against `modekit serve` and `modekit front`: litellm and llm.
+"""The clients that people have, as they come, against `modekit serve` and `modekit front`: litellm, llm, and Open
+WebUI where it is installed.
 
 OpenAI's own client is in test_keeper.py, which has what it is refused, too.
 """
@@ -7,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -93,3 +97,38 @@ def test_llm(addresses: dict[str, str], model: str, tmp_path: Path) -> None:
     for more in ([], ["--no-stream"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, timeout=120)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+OPEN_WEBUI = os.environ.get("OPEN_WEBUI") or shutil.which("open-webui")
+
+
+@pytest.mark.skipif(OPEN_WEBUI is None, reason="open-webui is not installed; OPEN_WEBUI names one of another environment")
+@pytest.mark.parametrize("model", ["mixture", "auto"])
+def test_open_webui(addresses: dict[str, str], model: str, tmp_path: Path) -> None:
+    with bound_socket("127.0.0.1", 0) as free:
+        port = str(free.getsockname()[1])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OPENAI_API_BASE_URL": addresses[model], "OPENAI_API_KEY": "none", "DATA_DIR": str(tmp_path)}
+    environment |= {"WEBUI_AUTH": "False", "ENABLE_OLLAMA_API": "False", "OFFLINE_MODE": "True", "HF_HUB_OFFLINE": "1"}
+    command = [str(OPEN_WEBUI), "serve", "--host", "127.0.0.1", "--port", port]
+    address = f"http://127.0.0.1:{port}"
+    with (tmp_path / "said.log").open("w") as said:
+        running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said)
+    try:
+        until(lambda: running.poll() is not None or _asked(f"{address}/health", "")["status"])
+        token = _asked(f"{address}/api/v1/auths/signin", "", {"email": "", "password": ""})["token"]
+        assert model in [each["id"] for each in _asked(f"{address}/api/models", token)["data"]]
+        wanted = {"model": model, "messages": CHAT, "max_tokens": 6, "stream": False}
+        answer = _asked(f"{address}/api/chat/completions", token, wanted)
+        assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] > 0
+    finally:
+        running.terminate()
+        running.wait(timeout=60)
+
+
+def _asked(address: str, token: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=120) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
