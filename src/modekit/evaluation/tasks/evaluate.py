@@ -99,7 +99,7 @@ def evaluate_tasks(
     require_harness()
     chosen = _chosen(checkpoint, models)
     notes: list[str] = []
-    with quiet(run.trust_remote_code):
+    with quiet():
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
