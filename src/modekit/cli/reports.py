@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,15 +18,12 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def report(
-    checkpoint: OutFolder,
-    output: Annotated[Path | None, typer.Option("--out", help="File for the page (default OUT/results/report.html).")] = None,
-) -> None:
+def report(checkpoint: OutFolder) -> None:
     """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.write import write_report
 
-    written = write_report(open_checkpoint(resolved(checkpoint)), page=resolved(output) if output is not None else None)
+    written = write_report(open_checkpoint(resolved(checkpoint)))
     print_notes(written.notes)
     said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
     out.print(Text.assemble((str(written.page), "bold"), f": {said}"))

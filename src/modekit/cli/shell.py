@@ -51,6 +51,8 @@ _MOVED_OPTIONS = {
             ("--translate", "--beams", "--pairs", "--batch", "--max-new-tokens"), "run modekit eval-translation OUT"
         ),
     },
+    "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
+    "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
     "discover": dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
 }

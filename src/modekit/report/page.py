@@ -51,8 +51,6 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 """How a figure is written, by what it is."""
 
-GENERATOR = '<meta name="generator" content="modekit report">'
-"""By which a page is known as one of ours."""
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -69,7 +67,6 @@ def make_page(content: Content) -> str:
             style=Markup(style),
             script=Markup(script),
             policy=_policy(style, script),
-            generator=Markup(GENERATOR),
             shade=shade,
             tint=tint,
             samples_json=_json_block({"experts": content.experts, **(samples if isinstance(samples, dict) else {})}),
