@@ -24,7 +24,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["serve"], "", "in Python"),
         (["export", "--gguf"], "--gguf", "in Python"),
         (["export", "--gguf", "--expert", "law"], "--gguf", "in Python"),
-        (["inspect", "--layer", "1"], "--layer", "leave it out"),
         (["inspect", "--text", "fever"], "--text", "leave it out"),
         (["inspect", "--chat"], "--chat", "leave it out"),
         (["eval-chat"], "", "in Python"),

@@ -20,8 +20,7 @@ from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
-from modekit.errors import ModekitError
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.recipes.layers import order_of
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -31,37 +30,29 @@ if TYPE_CHECKING:
     from modekit.evaluation.inspection.text import UserMessage
     from modekit.evaluation.inspection.tokens import Word
 
-_OPTIONS = ("--text", "--text-file", "--chat", "--system", "--layer")
-
 
 @dataclass(frozen=True)
 class TextOptions:
     """A text to show in place of the tables."""
 
     text: Annotated[str | None, typer.Option(help="Show this text word by word; - reads standard input.")] = None
-    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Show the text of this file word by word.")] = None
     chat: Annotated[bool, typer.Option("--chat", help="Read the text as a user message in the chat template.")] = False
     system: Annotated[str | None, typer.Option(help="System prompt (with --chat; default: the template's own).")] = None
-    layer: Annotated[int | None, typer.Option(min=0, help="Only the routers of this layer (with a text).")] = None
 
     def given(self) -> list[str]:
         """The options that were given."""
-        values = [self.text, self.text_file, self.chat or None, self.system, self.layer]
-        return [option for option, value in zip(_OPTIONS, values, strict=True) if value is not None]
+        return [f"--{name}" for name, value in vars(self).items() if value not in (None, False)]
 
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import STDIN, UserMessage, read_text
+        from modekit.evaluation.inspection.text import STDIN, UserMessage, standard_input
 
-        if self.text is not None and self.text_file is not None:
-            raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
-        if self.system is not None and not self.chat:
-            raise ModekitError("this option needs --chat", where="--system", remedy="add --chat, or leave it out")
-        if self.text is None and self.text_file is None:
-            for option in self.given():
-                raise ModekitError("this option needs a text", where=option, remedy="add --text, or leave it out")
+        if not self.chat:
+            refuse_without_effect("a user message (--chat)", {"--system": self.system})
+        if self.text is None:
+            refuse_without_effect("a text (--text)", dict.fromkeys(self.given(), True))
             return None
-        text = read_text(self.text_file) if self.text is None or self.text == STDIN else self.text
+        text = standard_input() if self.text == STDIN else self.text
         return UserMessage(self.system, text) if self.chat else text
 
 
@@ -99,7 +90,7 @@ def inspect(
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:
-            found = inspect_text(opened, text, layer=shown.layer, sequence_length=sequence_length, run=run)
+            found = inspect_text(opened, text, sequence_length=sequence_length, run=run)
     if as_json:
         print_json(found.model_dump())
     elif isinstance(found, Inspection):
