@@ -173,6 +173,7 @@ def _print_recommendations(advice: Advice) -> None:
     numbers = f"{count_of(sizes['total'])} parameters, {count_of(sizes['active'])} active per token"
     gives = f" {plan.architecture}, {numbers}, {bytes_of(plan.bytes['written'])}"
     out.print(Text.assemble(("gives", "bold"), gives), soft_wrap=True)
+    out.print(Text.assemble(("router", "bold"), f" {plan.router_why or plan.router}"), soft_wrap=True)
     out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan.fit)}"), soft_wrap=True)
     for note in plan.notes:
         out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)

@@ -76,7 +76,7 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
 
     chosen = choose(facts)
     full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
-    findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
+    findings += of_unmixed(recipe, compared.drift, full, chosen.mixture, facts)
     data = advised_recipe(raw, kept, measured.unread, chosen, native)
     planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
     fit = planned.fit
@@ -84,7 +84,7 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
         fit = fit.model_copy(update={"seconds": fit.flops / measured.speed})
         planned = planned.model_copy(update={"fit": fit})
     ways = ways_of(compared, measured.gains, facts, kept, planned_by)
-    said = {"facts": facts, "advice": chosen, "recipe": data, "plan": planned, "ways": ways}
+    said = {"facts": facts, "advice": (chosen,), "recipe": data, "plan": planned, "ways": ways}
     return found.model_copy(update={"findings": findings, **said})
 
 
@@ -146,7 +146,7 @@ def _gain(gains: Gains, index: int) -> ExpertGain:
 def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[int, bool], native: bool) -> Facts:
     own = [index for index, is_own in kept.items() if is_own]
     moved = frozenset().union(*(compared.drift.moved[index] for index in own))
-    gains, confusion = measured.gains, measured.confusion
+    gains, fitted = measured.gains, measured.fittable & kept.keys()
     known = [index for index in own if gains is not None and index in gains.parts]
     shares = backbones = None
     if gains is not None and known:
@@ -163,7 +163,6 @@ def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[i
         outside_ffn=any(compared.groups[name] != "ffn" for name in moved),
         shares=shares,
         backbones=backbones,
-        fit_text=kept.keys() <= measured.fittable,
-        word_accuracy=confusion.accuracy if confusion is not None and len(confusion.domains) == len(kept) else None,
+        text="all" if len(fitted) == len(kept) else "some" if fitted else "none",
         lexical_fits=is_carried(compared.family, compared.base.config, len(kept)),
     )

@@ -115,8 +115,7 @@ class Facts:
         outside_ffn: whether any expert differs from the base outside the FFN; known from the files.
         shares: part -> smallest share of any expert's gain that it carries; None without text, or without a gain.
         backbones: base and average -> mean share of the gain that FFN experts carry on it; None when not measured.
-        fit_text: every expert has text or prompts for a fit.
-        word_accuracy: share of held-out tokens whose domain an n-gram table names; None when it is not known.
+        text: how many experts have text or prompts for a fit of the router.
         lexical_fits: whether a native architecture carries a lexical router for this base and so many experts.
     """
 
@@ -126,8 +125,7 @@ class Facts:
     outside_ffn: bool
     shares: Mapping[str, float] | None
     backbones: Mapping[str, float] | None
-    fit_text: bool
-    word_accuracy: float | None
+    text: Literal["all", "some", "none"]
     lexical_fits: bool = True
 
 
@@ -172,7 +170,7 @@ class Advice(BaseModel, frozen=True):
         limits: what advice cannot know.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     base_model: str
     drift: dict[str, ExpertDrift]
     similarity: ExpertPairs
