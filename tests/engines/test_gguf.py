@@ -18,13 +18,12 @@ from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof, proof_result, proof_texts
+from modekit.engines import converter, proof, proof_result
 from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.proof import compare
+from modekit.engines.proof import MOST_TOKENS, compare, shipped_texts, texts_of
 from modekit.engines.proof_result import Loss, Proof
-from modekit.engines.proof_texts import MOST_TOKENS, shipped_texts, texts_of
 from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.evaluation.forced import force_experts
@@ -106,7 +105,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs of fewer bits read less text: for tests of anything but how well a loss is known."""
-    monkeypatch.setattr(proof_texts, "MOST_TOKENS", 500)
+    monkeypatch.setattr(proof, "MOST_TOKENS", 500)
 
 
 def test_every_row_is_run_or_refused() -> None:
@@ -472,7 +471,7 @@ def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypat
 
 def test_a_missing_package_is_named(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converter, "_NEEDED", ("xllamacpp", "no_such_package"))
-    with pytest.raises(EngineError, match="a package is missing") as error:
+    with pytest.raises(ModekitError, match="a package is not installed") as error:
         export_gguf(mixtral, tmp_path / "GGUF", EXACT)
     assert "pip install 'modekit[gguf]'" in str(error.value)
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
-from modekit.errors import ModekitError, SourceError
+from modekit.errors import SourceError
 from modekit.evaluation.tasks import evaluate as run
-from modekit.evaluation.tasks import harness, scoring
+from modekit.evaluation.tasks import scoring
 from modekit.evaluation.tasks.evaluate import evaluate_tasks
 from modekit.evaluation.tasks.files import FORMS, task_name
 from modekit.evaluation.tasks.intervals import average, bleu_sample, differences, draw, mean_sample, rows
@@ -667,8 +667,6 @@ def test_tasks_of_the_harness(asked: Workshop) -> None:
 def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     assert "pip install 'modekit[eval]'" in refuse("eval-tasks", asked.root / "OUT", "glosses")
-    with pytest.raises(ModekitError, match="not installed"):
-        harness.require_harness()
 
 
 def only_stages(stderr: str) -> bool:

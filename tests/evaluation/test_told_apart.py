@@ -22,7 +22,7 @@ from modekit.evaluation.inspection.tokens import words_of
 from modekit.evaluation.inspection.unseen import auroc, detect_unseen
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
-from modekit.report.write import write_report
+from modekit.report.page import write_report
 
 SMALL: dict[str, Any] = {"tokens_per_domain": 400, "sequence_length": 64}
 

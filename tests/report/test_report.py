@@ -24,9 +24,8 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.report.content import make_content, rounded
 from modekit.report.drawing import make_pictures, shade, ticks, tint
-from modekit.report.page import FORMATS, make_page
+from modekit.report.page import FORMATS, make_page, write_report
 from modekit.report.routing import SAMPLE_BYTES
-from modekit.report.write import write_report
 from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train

@@ -1,4 +1,4 @@
-"""Commands that take a mixture elsewhere."""
+"""Commands that show a mixture to others, and take it elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
@@ -24,6 +26,7 @@ from modekit.run import Run
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.engines.gguf import GgufFile
+    from modekit.report.push import Parcel
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,64 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
     out.print(Text.assemble((str(path), "bold"), f": {said}"))
     for note in notes:
         out.print(Text(f"  {note}", style="dim"))
+
+
+@app.command()
+def report(checkpoint: OutFolder) -> None:
+    """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.page import write_report
+
+    written = write_report(open_checkpoint(resolved(checkpoint)))
+    print_notes(written.notes)
+    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
+    out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
+
+
+@app.command()
+def card(
+    checkpoint: OutFolder,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that you wrote or changed.")] = False,
+) -> None:
+    """Write the model card (OUT/README.md) with the licences of all sources."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.card import write_card
+
+    opened = open_checkpoint(resolved(checkpoint))
+    written = write_card(opened, overwrite=overwrite)
+    print_notes(written.notes)
+    paths = ", ".join(str(opened.folder / name) for name in written.contents)
+    out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
+
+
+@app.command()
+def push(
+    checkpoint: OutFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; created if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
+) -> None:
+    """Upload the mixture to the hub, without router statistics and local paths."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.push import check_repo, pack, push
+
+    check_repo(repo)
+    parcel = pack(open_checkpoint(resolved(checkpoint)), ask_hub=not dry_run)
+    print_parcel(parcel, repo)
+    if not dry_run:
+        out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)
+
+
+def print_parcel(parcel: Parcel, repo: str) -> None:
+    """Draw what goes to a repository and what stays."""
+    sizes = parcel.sizes()
+    table = Table(f"to {repo}", ["bytes", "how"])
+    for name, size in sizes.items():
+        table.add(name, bytes_of(size), "made for it" if isinstance(parcel.files[name], bytes) else "as it is")
+    out.print(table)
+    print_notes(parcel.notes)
+    if parcel.left:
+        left = ", ".join(f"{name} ({bytes_of(size)})" for name, size in parcel.left.items())
+        out.print(Text(f"stays here: {left}"))
+    going, staying = bytes_of(sum(sizes.values())), bytes_of(sum(parcel.left.values()))
+    out.print(Text.assemble((going, "bold"), f" in {len(sizes)} files go, {staying} stay"))

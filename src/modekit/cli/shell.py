@@ -158,7 +158,7 @@ def _wrong_usage(said: str) -> ModekitError:
     option = _NO_OPTION.match(said)
     moved = _MOVED_OPTIONS.get(_command(), {}).get(option[1]) if option else None
     if option and moved:
-        return ModekitError(f"this option was removed: {option[1]}", remedy=moved)
+        return ModekitError(f"this option was removed: {option[1]}", where=f"modekit {_command()}", remedy=moved)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command())

@@ -131,7 +131,7 @@ def run_demo(
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     if what == "translation":
-        require_sacrebleu("modekit demo --translation")
+        require_sacrebleu()
     size = size_of(what, real=real, quick=quick)
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")

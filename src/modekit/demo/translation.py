@@ -26,7 +26,7 @@ from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
-from modekit.report.write import write_report
+from modekit.report.page import write_report
 from modekit.run import Run
 from modekit.text.document import Document, Pair
 from modekit.text.documents import read_documents

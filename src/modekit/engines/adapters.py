@@ -1,8 +1,5 @@
 """What llama.cpp can have of a mixture that keeps adapters: its backbone as a plain model, and experts as LoRA over it.
 
-All is taken from the mixture's own tensors, so that what was trained or merged there is in the files, and no source needs to
-be there any more.
-
 Shape legend: O and I rows and columns of a module's weight, R rank.
 """
 

@@ -1,8 +1,5 @@
 """A conversation with a mixture: `modekit chat OUT`. What it answers, which experts led to each token, and which words decided.
 
-The mixture runs in transformers, or as a GGUF in llama.cpp (voices.py). What stands before an answer is written by the chat
-template; a tokenizer without one has each text continued as it is.
-
 Shape legend: S tokens of a prompt, E experts.
 """
 

@@ -1,9 +1,8 @@
 """A process of its own for what is another program's work, and both ends of the line to it.
 
 The parent starts MODULE in a new interpreter, says what is wanted as one line of JSON on its standard input, and keeps that
-open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. What it answers
-are lines of JSON on its standard output; what it says besides goes to the standard error, whose end the parent keeps for a
-message.
+open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. It answers with
+lines of JSON on its standard output; the parent keeps the end of its standard error for a message.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
     client -> front -> a worker that serves the expert (an adapter in vLLM, a whole model in llama.cpp, the base)
 
-What decides is a mixture's own router (routing/text_router.py), once per request and for all of it: that is another model than
-the mixture, which decides token by token. A model that is named outright is passed on. A request is tried at another worker
-only while nothing of an answer has come.
+A mixture's own router (routing/text_router.py) decides once per request. A model that is named outright is passed on.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     FOLDER/Modelfile        how Ollama runs it; of an adapter FOLDER/<expert>.Modelfile
     FOLDER/export.json      what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
 
-The folder appears when all is proven, so that no file is ever there that was not compared with transformers: the mixture; or
-the backbone alone, and with each adapter, against the mixture in transformers that always takes this expert.
+The folder appears when all is proven, so that no file is ever there that was not compared with transformers.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
 from modekit.engines.modelfile import MODELFILE, modelfile
-from modekit.engines.proof import compare, in_both
+from modekit.engines.proof import ProofTexts, compare, in_both, texts_of
 from modekit.engines.proof_result import EXACT, Proof
-from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.registry import SMALL, GgufSettings, Outtype
 from modekit.engines.sampling import longest_conversation
 from modekit.errors import ModekitError, SourceError, UnsupportedError

@@ -1,9 +1,6 @@
 """The one address of `modekit serve`, before whichever engine answers there.
 
-    client -> guard (key, size) -> bounds (bounds.py) -> the engine's process, on a port that only this machine sees
-
-What an engine answers is passed on as it comes. Where the engine's process ends, requests that it was at get a status, the
-others wait until it is back.
+client -> guard (key, size) -> bounds (bounds.py) -> the engine's process, on a port that only this machine sees
 """
 
 from __future__ import annotations

@@ -1,11 +1,5 @@
 """The engines that serve a mixture, and what each can do and be asked: here, and nowhere else by name.
 
-| engine | serves | how |
-|---|---|---|
-| llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
-| vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
-
 Imports nothing heavy: the command line reads its choices here.
 """
 

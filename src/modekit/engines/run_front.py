@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.listening import KEY, bound_socket, check_packages, key_in, refuse_other_machines, server_of, url_of
-from modekit.errors import EngineError
+from modekit.engines.listening import KEY, bound_socket, key_in, refuse_other_machines, server_of, url_of
+from modekit.engines.registry import INSTALL
+from modekit.errors import EngineError, check_packages
 from modekit.recipes.strict import BASE, Strict
 from modekit.run import QUIET, Run
 
@@ -73,7 +74,7 @@ def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERY
 
     Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
-    check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"))
+    check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"), INSTALL)
     key, workers_key = key_in(KEY), key_in(WORKERS_KEY)
     if key is None and not settings.no_key:
         refuse_other_machines(host)

@@ -16,11 +16,10 @@ import torch
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.listening import check_packages
 from modekit.engines.llama import Llama
 from modekit.engines.sampling import Sampling
 from modekit.engines.threads import default_threads
-from modekit.errors import UnsupportedError
+from modekit.errors import UnsupportedError, check_packages
 from modekit.evaluation.inspection.passes import router_weights
 from modekit.evaluation.inspection.tokens import RunningText
 from modekit.loaded.load import load_model

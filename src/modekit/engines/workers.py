@@ -1,12 +1,7 @@
 """Servers with OpenAI's API that run somewhere: which models each has, who is free, who does not answer; and their adapters.
 
-A worker is asked what it serves, so that an adapter which is loaded or unloaded there at run time is known here soon. Workers
-load and let go the adapters of a folder, as `modekit export OUT FOLDER` writes it, while they run:
-
-FOLDER/<expert>/adapter_model.safetensors    the worker is to serve it under the expert's name
-
-They must see the folder under the same path and take adapters at run time, as vLLM does with
-VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. One that does not is left as it is.
+Workers load and let go the adapters of a folder, as `modekit export OUT FOLDER` writes it, while they run. They must see it
+under the same path and take adapters at run time, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 """
 
 from __future__ import annotations

@@ -88,7 +88,11 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
     held_out = texts.report(seen) if split == "report" else texts.select()
     for held in held_out:
         if not held.documents:
-            raise _nothing_held_out(held)
+            what = "no held-out document is left to evaluate on"
+            used = ": all of them set the router, trained a model or chose its state" if held.used else ""
+            raise held.text.nothing_left(
+                what + used, remedy="give more documents (one in ten is held out), or other text under eval"
+            )
     if not any(held.expert is not None for held in held_out):
         raise TextError(
             "there is no text to evaluate on",
@@ -96,14 +100,3 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
             remedy="add text per expert, or eval: {domain: text}",
         )
     return held_out
-
-
-def _nothing_held_out(held: HeldOutText) -> TextError:
-    what = "no held-out document is left to evaluate on"
-    if not held.used:
-        return held.text.nothing_left(what, remedy="give more documents (one in ten is held out), or other text under eval")
-    return held.text.nothing_left(
-        f"{what}: all of them set the router, trained a model or chose its state",
-        expected="documents that nothing was made from",
-        remedy="give other text under eval",
-    )

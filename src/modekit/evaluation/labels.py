@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from modekit.errors import MismatchError, ModekitError, TextError
+from modekit.errors import MismatchError, ModekitError
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.text.sequences import TokenSequence
@@ -153,16 +153,6 @@ def have_tags(texts: Iterable[Sequence[TokenSequence]]) -> bool:
     return any(each.tag is not None for text in texts for each in text)
 
 
-def no_place_for_a_tag(domain: str) -> TextError:
-    """The error for conversations under `--by tag`."""
-    return TextError(
-        "a conversation has no place for a tag: its template decides what stands first",
-        where=domain,
-        expected="text, or pairs",
-        remedy="take --by gate",
-    )
-
-
 @dataclass(frozen=True)
 class Gain:
     """What a label gains over none, below 0 where it costs; so many digits are shown, and the standard error if known."""
@@ -185,15 +175,7 @@ def label_notes(
     found: Mapping[str, _Found],
     gains: Callable[[_Found, _Found], Sequence[Gain]],
 ) -> Iterator[str]:
-    """Which labels domains were given, and what labels are worth.
-
-    Args:
-        labels: those that were asked for.
-        domains: what was read.
-        recipe: of the mixture.
-        found: by name of row, what `gains` compares.
-        gains: of what was found with a label over what was found without; none where nothing can be said.
-    """
+    """Which labels domains were given, and what labels are worth: the `gains` of what was `found`, by name of row."""
     own = {domain.name: domain.expert for domain in domains}
     for kind in _GIVEN:
         places = label_places(kind, own, recipe)

@@ -1,8 +1,5 @@
 """What the routers do with one text, token by token: `modekit inspect OUT --text "..."`.
 
-A long text is read in windows that start anew, as evaluation reads a long document. Nothing grows with its length but a few
-numbers per token.
-
 Shape legend: S tokens of a window, T tokens of the text, E experts, R routers.
 """
 

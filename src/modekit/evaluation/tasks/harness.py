@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,20 +43,6 @@ class Scored:
 
     items: Sequence[Mapping[str, Any]]
     totals: Mapping[str, float]
-
-
-def require_harness() -> None:
-    """Raise ModekitError when the extra is not installed."""
-    try:
-        for name in ("lm_eval.models.huggingface", "rouge_score.rouge_scorer", "sacrebleu"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ModekitError(
-            "tasks need lm-evaluation-harness, which is not installed",
-            where="modekit eval-tasks",
-            found=error,
-            remedy="pip install 'modekit[eval]'",
-        ) from None
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
 in each domain, what the domain's own expert wrote, and the mixture with a label by its gate what the label's wrote.
-
-    OUT/results/translate.json, translate.md    BLEU and chrF per domain, speed, and where mixture and base differ most
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
-from modekit.errors import ModekitError
+from modekit.errors import check_packages
 from modekit.evaluation.identity import ReadText
 from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
@@ -165,18 +164,9 @@ class Signatures:
     chrf: Label
 
 
-def require_sacrebleu(where: str = "modekit eval-translation") -> None:
-    """Raise ModekitError when the extra is not installed; `where` says what needs it."""
-    try:
-        importlib.import_module("sacrebleu.metrics")
-    except ImportError as error:
-        raise ModekitError(
-            "translations are scored by sacrebleu, which is not installed",
-            where=where,
-            found=error,
-            expected="sacrebleu 2.4 or later",
-            remedy="pip install 'modekit[translation]'",
-        ) from None
+def require_sacrebleu() -> None:
+    """Raise ModekitError when the extra is not installed."""
+    check_packages(("sacrebleu.metrics",), "pip install 'modekit[translation]'")
 
 
 class Scorer:

@@ -1,8 +1,6 @@
 """`modekit advise recipe.yaml`: everything that can be known of a recipe's models before anything is built.
 
-    files -> drift -> text -> losses, words -> findings, facts -> rules -> a recipe, planned before it is shown
-
-What a recipe says under `mixture` is not read: that is what advice is about.
+files -> drift -> text -> losses, words -> findings, facts -> rules -> a recipe, planned before it is shown
 """
 
 from __future__ import annotations

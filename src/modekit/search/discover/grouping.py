@@ -1,8 +1,7 @@
 """A sample of documents -> groups: latent semantic analysis of their words, k-means, and how many groups there are.
 
-How many? As many as make held-out documents clearly likelier. The documents are cut into five parts; groups of four parts say
-how likely the words of the fifth are. With more groups that goes on rising, ever more slowly: a group is worth having while it
-makes held-out text likelier by WORTH (benchmarks/discover.md).
+Groups of four fifths of the documents say how likely the words of the fifth are. A group is worth having while it makes
+held-out text likelier by WORTH (benchmarks/discover.md).
 
 Shape legend: N documents, V words that count, D dimensions, G groups.
 """
