@@ -16,6 +16,7 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, writable
+from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
 from modekit.run import Run
 
@@ -139,8 +140,7 @@ def print_tokenizer(trained: TrainedTokenizer, folder: Path) -> None:
     for each in trained.domains:
         cells = [f"{each.documents:,}", f"{each.bytes / 1000:,.1f}", f"{each.per_word:.2f}", f"{each.per_1000_bytes:.1f}"]
         if compared:
-            other, change = each.against_per_1000_bytes, each.change
-            cells += ["-" if other is None else f"{other:.1f}", "-" if change is None else f"{change:+.1%}"]
+            cells += [or_dash(each.against_per_1000_bytes, ".1f"), or_dash(each.change, "+.1%")]
         table.add(each.name, *cells)
     against = f", against {trained.against}" if compared else ""
     out.print(Text(f"Tokens of documents held out of the training{against}."))

@@ -210,8 +210,6 @@ def print_tasks(results: TaskResults) -> None:
 
 def print_chat(results: ChatResults) -> None:
     """Draw a row per kind of question: the share on which the right expert leads, and how often each one does."""
-    from modekit.evaluation.chat import share
-
     out.print(
         f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
         "tokens of answer; share of these tokens; then how often each expert leads at the last prompt token."
@@ -219,8 +217,7 @@ def print_chat(results: ChatResults) -> None:
     table = Table("", ["questions", "prompt", "answer", "over it", *results.experts])
     for row in results.rows:
         counts = [Cell(str(row.leaders.get(name, 0)), own=name == row.expert) for name in results.experts]
-        shares = map(share, (row.at_prompt, row.after_answer, row.over_answer))
-        table.add(row.name, Cell(str(row.questions), "dim"), *shares, *counts)
+        table.add(row.name, Cell(str(row.questions), "dim"), *row.shares, *counts)
     out.print(table)
     print_notes(results.notes)
 

@@ -21,6 +21,7 @@ from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
+from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -178,14 +179,10 @@ def _print_without(found: Inspection, titles: Sequence[str]) -> None:
     usages = found.per_domain.values()
     table = Table("left out", titles)
     for name in found.experts:
-        table.add(name, *(Cell(_change(each.without.get(name)), own=each.expert == name) for each in usages))
+        table.add(name, *(Cell(or_dash(each.without.get(name), "+.3f"), own=each.expert == name) for each in usages))
     table.add("loss", *(f"{each.loss:.3f}" for each in usages), style="dim")
-    table.add("named", *("-" if each.named is None else f"{each.named:.0%}" for each in usages), style="dim")
+    table.add("named", *(or_dash(each.named, ".0%") for each in usages), style="dim")
     out.print(table)
-
-
-def _change(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
 
 
 def _print_tokens(of_experts: Mapping[str, Sequence[TopToken] | Sequence[TokenWeight]]) -> None:
@@ -200,7 +197,7 @@ def _print_unseen(found: UnseenDetection) -> None:
         out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))
         table = Table("score", [str(at) for at in found.at])
         for score, of_domains in found.auroc.items():
-            table.add(score, *("-" if each is None else f"{each:.3f}" for each in of_domains[name]))
+            table.add(score, *(or_dash(each, ".3f") for each in of_domains[name]))
         out.print(table)
     if found.to_base is not None:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in found.to_base.items())
@@ -256,7 +253,9 @@ def print_trace(trace: TextTrace) -> None:
 def _print_worth(trace: TextTrace) -> None:
     table = Table("expert", ["mean\nweight", "left out\nadds"])
     for place, name in enumerate(trace.experts):
-        table.add(name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", _change(trace.without.get(name)))
+        table.add(
+            name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", or_dash(trace.without.get(name), "+.3f")
+        )
     out.print()
     out.print(table)
     largest = math.log(min(trace.top_k or len(trace.experts), len(trace.experts)))
@@ -293,8 +292,7 @@ def _print_lines(above: Text, below: Text) -> None:
 
 
 def _loss(word: Word) -> str:
-    score = "" if word.over_base is None else f" {word.over_base:+.1f}"
-    return ("-" if word.loss is None else f"{word.loss:.1f}") + score
+    return or_dash(word.loss, ".1f") + ("" if word.over_base is None else f" {word.over_base:+.1f}")
 
 
 def tint(expert: int, strength: float) -> Style:

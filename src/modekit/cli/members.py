@@ -19,7 +19,7 @@ from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved, writable
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of, three_digits
+from modekit.files.figures import bytes_of, or_dash, three_digits
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -218,7 +218,7 @@ def print_experts(experts: Sequence[ListedExpert], history: Sequence[Change]) ->
     """Draw the experts of a mixture and the history of its changes."""
     table = Table("expert", ["is", "of its own", "since", "gain", "gap closed", "licence", "from"])
     for expert in experts:
-        figures = ["-" if value is None else f"{value:.3f}" for value in (expert.gain, expert.gap_closed)]
+        figures = [or_dash(value, ".3f") for value in (expert.gain, expert.gap_closed)]
         table.add(
             expert.name,
             expert.kind,

@@ -48,11 +48,11 @@ class DemoResults:
         """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""
         by_mixture = self.per_seed[seed]
         first = next(iter(by_mixture.values()))
+        carrying: dict[str, Results] = {}  # the first of the mixtures that carry the same of their experts
+        for name, results in by_mixture.items():
+            carrying.setdefault(name.partition(" ")[2], results)
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
-        rows += [
-            Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
-            for carried, results in _by_what_is_carried(by_mixture).items()
-        ]
+        rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle"))) for carried, results in carrying.items()]
         rows += [
             Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
             for name, results in by_mixture.items()
@@ -97,7 +97,10 @@ class DemoResults:
                 figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
             summary[row.name] = {}
             for name, values in figures.items():
-                summary[row.name] |= _mean_and_deviation(name, values)
+                known = [value for value in values if value is not None]
+                mean = statistics.fmean(known) if known else None
+                summary[row.name][name] = mean
+                summary[row.name][f"{name}_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
         return summary
 
 
@@ -111,12 +114,6 @@ def _share(value: float | None, of: float | None) -> float | None:
 
 def _bleu(score: TranslationScore | None) -> float | None:
     return None if score is None else score.bleu
-
-
-def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return {name: mean, name + "_spread": max(abs(v - mean) for v in known) if mean is not None else None}
 
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
@@ -175,14 +172,6 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )
-
-
-def _by_what_is_carried(results: Mapping[str, Results]) -> dict[str, Results]:
-    """The first of the mixtures that carry the same of their experts."""
-    first: dict[str, Results] = {}
-    for name, table in results.items():
-        first.setdefault(name.partition(" ")[2], table)
-    return first
 
 
 def _rest(row: Row) -> tuple[Any, ...]:

@@ -69,12 +69,9 @@ class Child:
         """Of the last lines that it said, those that speak of an error, or the last ones."""
         said = list(self._said)
         telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
-        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + self._signal()
-
-    def _signal(self) -> str:
-        """By which signal it was ended, if by one."""
         code = self._process.poll() or 0
-        return f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
+        ended = f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
+        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + ended
 
     def answer(self) -> dict[str, str] | None:
         """The next object that it writes, as a line of JSON; None when it ended without one."""

@@ -75,15 +75,7 @@ class Metrics:
 
 @dataclass
 class Front:
-    """What the front knows.
-
-    Attributes:
-        router: whose text is it?
-        workers: who serves what.
-        names: expert -> the model's name at the workers, where that is another.
-        key: what clients must send.
-        metrics: what /metrics says.
-    """
+    """What the front knows. `names`: expert -> the model's name at the workers, where that is another."""
 
     router: TextRouter
     workers: WorkerPool

@@ -73,10 +73,8 @@ class Made(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One file, the proof that llama.cpp computes what it holds, and what to know of both.
-
-    Attributes:
-        expert: whose changes it holds; None for a whole model.
+    """One file, the proof that llama.cpp computes what it holds, and what to know of both. `expert`: whose changes it holds;
+    None for a whole model.
     """
 
     file: Path
@@ -93,10 +91,8 @@ class GgufFile:
 def export_gguf(
     checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> list[GgufFile]:
-    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns its one file.
-
-    Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
-    there; OutputError.
+    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns its one file. Raises UnsupportedError when the
+    mixture has no such form; EngineError when it cannot be converted, or is another model there; OutputError.
     """
     refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
     shape = checkpoint.shape
@@ -266,9 +262,8 @@ def export_adapters_gguf(
 def prove_adapters(
     checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], settings: GgufSettings, *, run: Run = QUIET
 ) -> list[Proof]:
-    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order.
-
-    Raises EngineError where one is another model, or lost too much.
+    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order. Raises
+    EngineError where one is another model, or lost too much.
     """
     outtype, texts = str(settings.outtype), texts_of(checkpoint)
     with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:

@@ -64,7 +64,6 @@ class ProofTexts:
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
         """Their beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out.
-
         Raises TextError for a conversation that the tokenizer has no template for.
         """
         left = MOST_TOKENS
@@ -115,12 +114,8 @@ def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None 
 
 @dataclass(frozen=True)
 class BothEngines:
-    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked.
-
-    Attributes:
-        beginnings: ids of texts of several kinds.
-        longest: tokens of the longest text that the model can read.
-        notes: where llama.cpp reads a text otherwise.
+    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked. `notes`:
+    where llama.cpp reads a text otherwise.
     """
 
     model: Any
@@ -177,9 +172,8 @@ class BothEngines:
 
 @contextmanager
 def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[BothEngines]:
-    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts.
-
-    Raises EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
+    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts. Raises
+    EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
     """
     tokenizer = load_tokenizer(folder, run=run)
     model = load_model(folder, run=run)

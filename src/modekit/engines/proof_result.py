@@ -115,9 +115,8 @@ class Proof:
         )
 
     def judged(self, file: Path, *, accept: bool = False) -> Proof:
-        """The same, marked where only `accept` lets it pass; `file` is what messages name.
-
-        Raises EngineError where llama.cpp computes another model, whatever is accepted, or fewer bits lost too much.
+        """The same, marked where only `accept` lets it pass; `file` is what messages name. Raises EngineError where llama.cpp
+        computes another model, whatever is accepted, or fewer bits lost too much.
         """
         if self.outtype == EXACT:
             return self._exact(file)

@@ -54,14 +54,8 @@ _NOT_DONE: Mapping[str, str] = {
 
 @dataclass
 class Proxy:
-    """What is known of the engine.
-
-    Attributes:
-        supervisor: keeps it running.
-        engine: what it can do.
-        model: the name under which it serves the mixture.
-        inner_key: what the engine wants to see.
-        template: the mixture's chat template, for an engine that runs it without limits; None where the engine sees to it.
+    """What is known of the engine. `template`: the mixture's chat template, for an engine that runs it without limits; None
+    where the engine sees to it.
     """
 
     supervisor: Supervisor

@@ -27,14 +27,8 @@ _EVERYWHERE = "0.0.0.0"
 
 
 class FrontSettings(Strict):
-    """Whom the front passes requests to: what `modekit front` and deploy/ray_serve.yaml both take.
-
-    Attributes:
-        workers: URLs of servers.
-        names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
-        timeout: seconds that an answer may take.
-        adapters: a folder of adapters that workers are told to load; None: they have what they have.
-        no_key: whether other machines may be served without a key.
+    """Whom the front passes requests to: what `modekit front` and deploy/ray_serve.yaml both take. `names`: EXPERT=MODEL, where
+    the workers call an expert, or `base`, otherwise.
     """
 
     workers: Sequence[str]
@@ -55,9 +49,8 @@ class Address:
 def run_front(
     checkpoint: Checkpoint, settings: FrontSettings, at: Address, listening: Callable[[str], None], *, run: Run = QUIET
 ) -> None:
-    """Serve until interrupted; `listening` is called with the address once it is heard.
-
-    Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
+    """Serve until interrupted; `listening` is called with the address once it is heard. Raises UnsupportedError when the
+    mixture's router needs the model; EngineError when it cannot listen.
     """
     front = front_of(checkpoint, settings, at.host, run=run)
     with bound_socket(at.host, at.port) as listener:
@@ -70,9 +63,8 @@ def run_front(
 
 
 def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERYWHERE, *, run: Run = QUIET) -> Front:
-    """A front that does not listen yet, for the address `host`; the keys are those of the environment.
-
-    Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
+    """A front that does not listen yet, for the address `host`; the keys are those of the environment. Raises UnsupportedError
+    when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
     check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"), INSTALL)
     key, workers_key = key_in(KEY), key_in(WORKERS_KEY)

@@ -41,9 +41,8 @@ class ServedMixture:
 
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
-    """The engine for a mixture, and why it is that one.
-
-    Raises UnsupportedError when none can serve it, or not the one asked for.
+    """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
+    for.
     """
     refuse_pairs(checkpoint, "no engine can serve the mixture", option="" if asked == "auto" else f"--engine {asked}")
     if asked != "auto":
@@ -69,9 +68,8 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
 
 @contextmanager
 def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[ServedMixture]:
-    """Start an engine with a mixture; it listens inside the block.
-
-    Raises UnsupportedError and EngineError before it listens, never at the first request.
+    """Start an engine with a mixture; it listens inside the block. Raises UnsupportedError and EngineError before it listens,
+    never at the first request.
     """
     check_packages(("starlette", "uvicorn", "aiohttp"), INSTALL)
     from modekit.engines.proxy import Proxy

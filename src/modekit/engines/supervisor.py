@@ -20,9 +20,8 @@ _LOG = logging.getLogger("modekit.serve")
 
 
 class Supervisor:
-    """Use it as a context manager: the engine answers inside the block, and is gone afterwards.
-
-    Raises EngineError on entering where the engine does not start.
+    """Use it as a context manager: the engine answers inside the block, and is gone afterwards. Raises EngineError on entering
+    where the engine does not start.
 
     Attributes:
         engine: its name, for messages.

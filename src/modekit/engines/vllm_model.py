@@ -75,16 +75,16 @@ class PassLayout:
 
 
 def layout_of(metadata: PassMetadata, block_size: int) -> PassLayout:
-    """Where tokens belong, from what an attention backend knows of a pass.
-
-    Raises RuntimeError where its blocks are not numbered as here.
+    """Where tokens belong, from what an attention backend knows of a pass. Raises RuntimeError where its blocks are not
+    numbered as here.
     """
     starts = metadata.query_start_loc.long()
     counts = starts.diff()
     first = metadata.seq_lens.long()[: len(counts)] - counts  # position of each sequence's first token in this pass
     slots = metadata.slot_mapping.long()
     table = metadata.block_table.long()
-    here, before = (_slots_at(table, position.clamp_min(0), block_size) for position in (first, first - 1))
+    positions = torch.stack([first, first - 1]).clamp_min(0)
+    here, before = table.gather(1, (positions // block_size).T).T * block_size + positions % block_size
     there = slots[starts[:-1].clamp_max(len(slots) - 1)]
     if bool(((here != there) & (counts > 0) & (there >= 0)).any()):
         raise RuntimeError("vLLM's cache has blocks of another size than modekit knows; please report it")
@@ -111,11 +111,6 @@ def _levels(first: torch.Tensor, before: torch.Tensor, starts: torch.Tensor, slo
             owner = int(torch.searchsorted(starts, place, right=True)) - 1
             levels[sequence] = levels[owner] + 1
     return levels
-
-
-def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    blocks = table.gather(1, (positions // block_size)[:, None]).squeeze(1)
-    return blocks * block_size + positions % block_size
 
 
 class Slots:

@@ -43,12 +43,8 @@ class Version:
 
 @dataclass
 class AdapterFolder:
-    """Which adapters are there, and which worker has loaded which.
-
-    Attributes:
-        folder: where they lie.
-        experts: whose they may be; other folders in it mean nothing.
-        names: expert -> its name at the workers, where that is another.
+    """Which adapters are there, and which worker has loaded which. `names`: expert -> its name at the workers, where that is
+    another.
     """
 
     folder: Path
@@ -128,13 +124,7 @@ _SHORT = 2**20  # bytes of an answer that is taken whole before it goes on
 
 @dataclass
 class Worker:
-    """One server.
-
-    Attributes:
-        url: up to before `/v1`.
-        models: what it serves; empty while it does not answer.
-        busy: requests that it is at.
-    """
+    """One server: its URL up to before `/v1`, what it serves (nothing while it does not answer), requests that it is at."""
 
     url: str
     models: frozenset[str] = frozenset()
@@ -148,12 +138,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Answer:
-    """A worker's answer.
-
-    Attributes:
-        response: its head, and what is yet to come.
-        body: all of it where it is short and its length was said; None where it is yet to come.
-    """
+    """A worker's answer; `body` is all of it where it is short and its length was said, None where it is yet to come."""
 
     response: aiohttp.ClientResponse
     body: bytes | None
@@ -175,14 +160,7 @@ class Answer:
 
 @dataclass
 class WorkerPool:
-    """All of them.
-
-    Attributes:
-        urls: where they are.
-        key: what they want to see, if anything.
-        timeout_s: how long an answer may take.
-        adapters: what they are to serve besides.
-    """
+    """All of them. `key`: what they want to see, if anything."""
 
     urls: Sequence[str]
     key: str | None = None

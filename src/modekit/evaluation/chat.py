@@ -32,6 +32,7 @@ from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
+from modekit.files.figures import or_dash
 from modekit.files.typed import Count, Number
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import Expert, place_of_base
@@ -68,6 +69,11 @@ class ChatScore:
     leaders: Mapping[str, Count]
     over_answer: Number | None = None
 
+    @property
+    def shares(self) -> list[str]:
+        """As tables show them."""
+        return [or_dash(each, ".2f") for each in (self.at_prompt, self.after_answer, self.over_answer)]
+
 
 @dataclass(frozen=True)
 class ChatResults(CheckpointResult):
@@ -93,17 +99,12 @@ class ChatResults(CheckpointResult):
             [
                 row.name,
                 str(row.questions),
-                *map(share, (row.at_prompt, row.after_answer, row.over_answer)),
+                *row.shares,
                 *(str(row.leaders.get(name, 0)) for name in self.experts),
             ]
             for row in self.rows
         ]
         return "\n".join([markdown_table(titles, lines), "", *(f"* {note}" for note in self.notes), ""])
-
-
-def share(value: float | None) -> str:
-    """As tables show it."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,8 @@ def held_out_domains(
 
 
 def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", seen: Collection[str] = ()) -> list[HeldOutText]:
-    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`).
-
-    Raises TextError for a domain of which none is left, and when no domain has an expert and text.
+    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`). Raises
+    TextError for a domain of which none is left, and when no domain has an expert and text.
     """
     texts = recipe_texts(checkpoint)
     held_out = texts.report(seen) if split == "report" else texts.select()

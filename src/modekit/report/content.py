@@ -60,12 +60,7 @@ class SearchPoints:
 
 @dataclass(frozen=True)
 class Content:
-    """What a report shows. `data` is report.json, of which the page is made; pictures are drawn from the rest.
-
-    Attributes:
-        results, curves, search: None where they are not there.
-        notes: what is missing, why, and what to run.
-    """
+    """What a report shows. `data` is report.json, of which the page is made; pictures are drawn from the rest."""
 
     data: dict[str, JsonValue]
     experts: list[str]

@@ -108,14 +108,10 @@ def evaluate_tasks(
     return results
 
 
-def model_names(checkpoint: Checkpoint) -> list[str]:
-    """Rows that can be asked for: the base, every expert that is not the base itself, the mixture."""
-    places = checkpoint.record.expert_sources
-    return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
-
-
 def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
-    known = model_names(checkpoint)
+    """Rows that were asked for, of the base, every expert that is not the base itself, and the mixture."""
+    places = checkpoint.record.expert_sources
+    known = [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
     for name in models:
         if name not in known:
             raise ModekitError(

@@ -76,7 +76,6 @@ def harness_task(config: Mapping[str, object]) -> Task:
 
 def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Task]:
     """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
-
     Raises ModekitError when a name is unknown, a folder is not there, or nobody said that what its files name may run;
     TextError when a task's data cannot be had.
     """

@@ -9,6 +9,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.tasks.intervals import Estimate, SixDigits
+from modekit.files.figures import or_dash
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Label
 from modekit.recipes.strict import BASE
@@ -110,7 +111,7 @@ class TaskResults(CheckpointResult):
                 body.append([model, *cells])
         chances = [scores.chance for scores in columns.values()]
         if not differences and any(chance is not None for chance in chances):
-            body.insert(0, ["chance", *("-" if chance is None else f"{chance:.3f}" for chance in chances)])
+            body.insert(0, ["chance", *(or_dash(chance, ".3f") for chance in chances)])
         return header, body
 
 

@@ -14,7 +14,7 @@ from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.translation.decoding import Decoding
-from modekit.files.figures import count_of
+from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Label, Number
 from modekit.text.document import Pair
 
@@ -101,7 +101,7 @@ class TranslationResults(CheckpointResult):
         """Header and cells: those of `score_table`, tokens per second, and parameters; `between` separates two figures."""
         header, body = score_table(self.rows, self.domains, self.unseen, between)
         for row, cells in zip(self.rows, body, strict=True):
-            cells.append("-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
+            cells.append(or_dash(row.tokens_per_second, ",.0f"))
             cells.append(f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}")
         return [*header, "tokens per second", f"total{between}active"], body
 

@@ -41,9 +41,8 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     """Read the models and the select text of a recipe and say what to build. Nothing is written.
 
     `tokens` per domain; `native`: the result must open in an architecture that other tools know (as `output.format: native`).
-
-    Raises RecipeError, what is wrong with the base model, and UnsupportedError when native is asked for and cannot be had.
-    What is wrong with experts and texts becomes findings.
+    Raises RecipeError, what is wrong with the base model, and UnsupportedError when native is asked for and cannot be had. What
+    is wrong with experts and texts becomes findings.
     """
     raw, root = read_recipe(path), path.resolve().parent
     recipe = parse_recipe(with_mixture(raw, {"method": "linear"}), where=str(path))  # asks nothing of models and texts
@@ -144,7 +143,9 @@ def _gain(gains: Gains, index: int) -> ExpertGain:
 def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[int, bool], native: bool) -> Facts:
     own = [index for index, is_own in kept.items() if is_own]
     moved = frozenset().union(*(compared.drift.moved[index] for index in own))
-    gains, fitted = measured.gains, measured.fittable & kept.keys()
+    gains, experts = measured.gains, compared.recipe.experts
+    fitted = measured.fittable & kept.keys()
+    given = [index for index in kept if index not in measured.unread and (experts[index].text or experts[index].prompts)]
     known = [index for index in own if gains is not None and index in gains.parts]
     shares = backbones = None
     if gains is not None and known:
@@ -161,6 +162,6 @@ def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[i
         outside_ffn=any(compared.groups[name] != "ffn" for name in moved),
         shares=shares,
         backbones=backbones,
-        text="all" if len(fitted) == len(kept) else "some" if fitted else "none",
+        text="all" if len(fitted) == len(kept) else "some" if given else "none",
         lexical_fits=is_carried(compared.family, compared.base.config, len(kept)),
     )

@@ -161,12 +161,6 @@ class Advice(BaseModel, frozen=True):
 
     Attributes:
         losses: model -> domain -> held-out nats per token; empty without text.
-        gain: of experts with text.
-        words: None with text of fewer than two domains.
-        advice: none when nothing is left to mix; `recipe` and `plan` are None then.
-        recipe: the advised one as plain data.
-        plan: of it, without the time that a build takes.
-        ways: what modekit's architecture, a plain checkpoint and a gateway before own models lose and cost.
         limits: what advice cannot know.
     """
 

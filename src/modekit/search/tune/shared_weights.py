@@ -71,7 +71,9 @@ class SharedWeights:
         """The weights of a plan, written if need be, under the plan's routing; the gates are zero."""
         recipe = plan.recipe
         if recipe.mixture.method == "linear":  # the weights have routers, whether its candidate asks them or not
-            plan = self.plan(_with_routers(recipe))
+            raw = as_written(recipe)
+            routed = changed_mixture(raw["mixture"], {"method": "routing", "router": {"fit": "random"}})
+            plan = self.plan(parse_recipe(with_mixture(raw, routed)))
         plan = replace(plan, shards=tuple(_by_layer(plan)))
         folder = (
             self._work
@@ -85,10 +87,8 @@ class SharedWeights:
         return open_checkpoint(folder).with_recipe(recipe)
 
     def gates(self, shared: Checkpoint, recipe: Recipe) -> Gates:
-        """What a candidate's routers say over shared weights: fitted on statistics that are read once for
-        a backbone and a granularity.
-
-        Raises TextError, RecipeError.
+        """What a candidate's routers say over shared weights: fitted on statistics that are read once for a backbone and a
+        granularity. Raises TextError, RecipeError.
         """
         mixture, router = recipe.mixture, recipe.mixture.router
         if mixture.fit is None or mixture.fit.reads is RECIPE:
@@ -211,12 +211,6 @@ def _identities(plan: Plan, shard: Shard) -> list[Any]:
         ]
         for tensor in shard.tensors
     ]
-
-
-def _with_routers(recipe: Recipe) -> Recipe:
-    """The same experts and backbone behind routers."""
-    raw = as_written(recipe)
-    return parse_recipe(with_mixture(raw, changed_mixture(raw["mixture"], {"method": "routing", "router": {"fit": "random"}})))
 
 
 def _digest(value: object) -> str:
