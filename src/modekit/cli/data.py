@@ -15,10 +15,9 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, writable
+from modekit.cli.shell import AsJson, Writing, app, writable
 from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
-from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.experts.corpus.balanced import Balanced, BalanceSettings
@@ -53,13 +52,10 @@ class BalanceOptions:
 
 
 @dataclass(frozen=True)
-class DataOutput:
+class DataOutput(Writing):
     """What may be at OUT, and what is said."""
 
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
 
 
 @data.command()
@@ -78,7 +74,7 @@ def balance(
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
-        run = Run(said.trust_remote_code, progress, said.fsync)
+        run = said.run(progress)
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, options.settings(), target, replace=replaced_by(said.overwrite), run=run)
@@ -106,7 +102,7 @@ def make_tokenizer(
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
-        run = Run(said.trust_remote_code, progress, said.fsync)
+        run = said.run(progress)
         folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)

@@ -39,11 +39,7 @@ class DemoKind:
 
     def what(self) -> What:
         """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""
-        kinds: dict[str, What] = {
-            "full": "full",
-            "adapters": "lora",
-            "translation": "translation",
-        }
+        kinds: dict[str, What] = {"full": "full", "adapters": "lora", "translation": "translation"}
         asked = [name for name in kinds if getattr(self, name)]
         if len(asked) > 1:
             raise ModekitError(

@@ -15,10 +15,9 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes, print_tune
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, RecipePath, Trust, app, resolved
+from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
 from modekit.errors import ModekitError, check_packages
 from modekit.files.output import replaced_by
-from modekit.run import Run
 from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DiscoverOptions:
+class DiscoverOptions(Writing):
     """Options of `modekit discover`."""
 
     domains: Annotated[
@@ -43,10 +42,7 @@ class DiscoverOptions:
     mixture: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Mixture to compare with: which groups its router sends to an expert.")
     ] = None
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
 
     def settings(self) -> DiscoverSettings:
         """Raises ModekitError for options that exclude each other."""
@@ -78,7 +74,7 @@ def discover(
             options.settings(),
             out=None if output is None else resolved(output),
             replace=replaced_by(options.overwrite),
-            run=Run(options.trust_remote_code, progress, options.fsync),
+            run=options.run(progress),
         )
     if options.as_json:
         sys.stdout.write(discovery.model_dump_json(indent=2) + "\n")
@@ -132,7 +128,7 @@ def _served(group: DocumentGroup) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(Writing):
     """How much is searched, where, and by how many."""
 
     trials: Annotated[int, typer.Option(min=1, help="Number of candidates; all fixed baselines are scored in any case.")] = 48
@@ -147,10 +143,7 @@ class TuneOptions:
         bool, typer.Option("--ray", help="Run the processes on Ray: the cluster of RAY_ADDRESS, or this machine.")
     ] = False
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the search.")] = 0
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -178,7 +171,7 @@ def tune(
             settings=settings,
             native=options.native,
             overwrite=options.overwrite,
-            run=Run(options.trust_remote_code, progress, options.fsync),
+            run=options.run(progress),
         )
     if options.as_json:
         sys.stdout.write(results.model_dump_json(indent=2) + "\n")

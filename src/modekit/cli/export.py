@@ -16,12 +16,11 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import OutFolder, Writing, app, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
-from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Writing):
     """What is written, and how."""
 
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; repeatable.")] = None
@@ -42,9 +41,6 @@ class ExportOptions:
         str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (--gguf; default: detected).")
     ] = None
     accept: Annotated[bool, typer.Option("--accept", help="Keep a file that lost more than allowed (--gguf).")] = False
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -76,7 +72,7 @@ def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> 
         exported = export_gguf
     settings = GgufSettings(options.outtype, options.pre_tokenizer, options.accept)
     with drawn_progress() as progress:
-        run = Run(options.trust_remote_code, progress, options.fsync)
+        run = options.run(progress)
         written = exported(checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite), run=run)
     for each in written:
         said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
@@ -98,7 +94,7 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
         if plan.reason is not None:
             out.print(Text(f"{plan.name}: not exported: {plan.reason}", style="dim"))
             continue
-        run = Run(options.trust_remote_code, sync=options.fsync)
+        run = options.run()
         record = write_export(checkpoint, plan, resolved(output) / plan.name, overwrite=options.overwrite, run=run)
         rank = f", rank {record.rank}" if record.rank is not None else ""
         origin = "its own files" if record.as_it_came else "cut out of the mixture"

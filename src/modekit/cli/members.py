@@ -17,10 +17,9 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, or_dash, three_digits
-from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -88,16 +87,13 @@ class AdmissionOptions:
 
 
 @dataclass(frozen=True)
-class WriteOptions:
+class WriteOptions(Writing):
     """Where the new mixture goes, and how."""
 
     output: Annotated[
         Path | None, typer.Option("--out", metavar="NEW", help="Folder for the new mixture (default: OUT itself).")
     ] = None
     refit: Annotated[bool, typer.Option("--refit", help="Fit a trained router again.")] = False
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -168,7 +164,7 @@ def _change(
     if target != opened.folder:
         writable(target, write.overwrite)
     with drawn_progress() as progress:
-        run = Run(write.trust_remote_code, progress, write.fsync)
+        run = write.run(progress)
         planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
         before = dataclasses.replace(planned, made_by=asked)
         found = None
@@ -187,7 +183,7 @@ def _change(
                 remedy="do what is said above, or pass --force",
             )
     with drawn_progress() as progress:
-        run = Run(write.trust_remote_code, progress, write.fsync)
+        run = write.run(progress)
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"

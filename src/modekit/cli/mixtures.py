@@ -18,7 +18,7 @@ from modekit.cli.printing.console import err, out, print_json
 from modekit.cli.printing.mixtures import print_checks, print_forced, print_mix, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, app, resolved, writable
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, Writing, app, resolved, writable
 from modekit.engines.registry import GgufSettings, Outtype, ServeSettings
 from modekit.engines.threads import ASKED
 from modekit.files.figures import bytes_of, range_of
@@ -215,7 +215,7 @@ def schema() -> None:
 
 
 @dataclass(frozen=True)
-class MixOptions:
+class MixOptions(Writing):
     """What is mixed, and what is done with it."""
 
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write.")]
@@ -231,9 +231,6 @@ class MixOptions:
     threads: Annotated[
         int | None, typer.Option(min=1, max=1_024, help="CPU threads (default: OMP_NUM_THREADS, or as many as are useful).")
     ] = None
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -263,7 +260,7 @@ def mix(
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with drawn_progress() as progress:
-        run = Run(options.trust_remote_code, progress, options.fsync)
+        run = options.run(progress)
         planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
     print_mix(planned, needed_time(planned.plan))
     beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
@@ -279,6 +276,6 @@ def mix(
         write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, **shared))
     if options.serve:
         settings = ServeSettings(threads=options.threads, gguf=GgufSettings(options.gguf))
-        serve_until_stopped(checkpoint, settings, Run(options.trust_remote_code, sync=options.fsync))
+        serve_until_stopped(checkpoint, settings, options.run())
     else:
         out.print(f"next: modekit eval {options.output}, modekit serve {options.output}")

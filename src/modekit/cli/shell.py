@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from modekit.cli.printing.console import err
 from modekit.errors import FinishedError, InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
+from modekit.run import Progress, Run, silent
 
 app = typer.Typer(
     name="modekit",
@@ -40,6 +42,21 @@ Fsync = Annotated[
     bool, _common("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
 ]
 AsJson = Annotated[bool, _common("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a command writes a folder."""
+
+    overwrite: Overwrite = False
+    fsync: Fsync = True
+    trust_remote_code: Trust = False
+
+    def run(self, progress: Progress = silent) -> Run:
+        """For the room that does it."""
+        return Run(self.trust_remote_code, progress, self.fsync)
+
+
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _MOVED_OPTIONS = {
     "eval": {

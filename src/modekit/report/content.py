@@ -24,12 +24,7 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
-from modekit.report.result_files import (
-    TrainingTables,
-    find_inspection,
-    find_search,
-    find_training,
-)
+from modekit.report.result_files import TrainingTables, find_inspection, find_search, find_training
 from modekit.report.routing import routing_of, samples_of
 from modekit.search.tune.results import TuneResults
 from modekit.sources.family import architecture_of

@@ -26,15 +26,7 @@ from modekit.evaluation.inspection.passes import (
     sums_of,
     traced_losses,
 )
-from modekit.evaluation.inspection.result import (
-    INSPECT_FILE,
-    Dead,
-    DomainTrace,
-    Inspection,
-    TokenLoss,
-    Usage,
-    only_figures,
-)
+from modekit.evaluation.inspection.result import INSPECT_FILE, Dead, DomainTrace, Inspection, TokenLoss, Usage, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
 from modekit.evaluation.inspection.unseen import detect_unseen

@@ -16,14 +16,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
-from modekit.evaluation.inspection.passes import (
-    Decided,
-    changes_without,
-    loss_per_token,
-    sums_of,
-    token_losses,
-    traced_losses,
-)
+from modekit.evaluation.inspection.passes import Decided, changes_without, loss_per_token, sums_of, token_losses, traced_losses
 from modekit.evaluation.inspection.result import TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of

@@ -21,16 +21,7 @@ from modekit.search.advise.findings import of_confusion, of_files, of_gains, of_
 from modekit.search.advise.gains import BASE_INDEX, ON_AVERAGE, Gains, has_gain
 from modekit.search.advise.models import ComparedModels, compare_models
 from modekit.search.advise.recipe import advised_recipe
-from modekit.search.advise.result import (
-    Advice,
-    ExpertDrift,
-    ExpertGain,
-    ExpertPairs,
-    Facts,
-    GroupDrift,
-    PartGain,
-    WordTable,
-)
+from modekit.search.advise.result import Advice, ExpertDrift, ExpertGain, ExpertPairs, Facts, GroupDrift, PartGain, WordTable
 from modekit.search.advise.rules import choose
 from modekit.search.advise.text import NOTHING, TextMeasurements, measure_text
 from modekit.search.advise.ways import Planned, ways_of
