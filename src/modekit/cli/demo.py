@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modekit.cli.evaluation import print_translated
+from modekit.cli.evaluation import print_translations
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
@@ -77,7 +77,7 @@ def demo(
         out.print(Text(f"seed {seed}", style="bold"))
         print_results(results.merged(seed))
         if seed in results.translated:
-            print_translated(results.translated[seed])
+            print_translations(results.translated[seed])
     if seeds > 1:
         print_summary(results.summary())
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"

@@ -23,7 +23,6 @@ from modekit.text.amounts import TABLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.demo.translation import TranslatedTable
     from modekit.evaluation.chat import ChatResults
     from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
@@ -236,11 +235,3 @@ def print_translations(results: TranslationResults) -> None:
     for metric, signature in vars(results.signatures).items():
         out.print(Text(f"{metric}: {signature}", style="dim"))
     print_notes(results.notes)
-
-
-def print_translated(found: TranslatedTable) -> None:
-    """Draw BLEU and chrF of all models of a demo's seed."""
-    out.print("BLEU / chrF of held-out pairs, translated greedily.")
-    out.print(table_of_models(*found.table(between="\n")))
-    for metric, signature in vars(found.signatures).items():
-        out.print(Text(f"{metric}: {signature}", style="dim"))

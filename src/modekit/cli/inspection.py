@@ -40,10 +40,6 @@ class TextOptions:
     chat: Annotated[bool, typer.Option("--chat", help="Read the text as a user message in the chat template.")] = False
     system: Annotated[str | None, typer.Option(help="System prompt (with --chat; default: the template's own).")] = None
 
-    def given(self) -> list[str]:
-        """The options that were given."""
-        return [f"--{name}" for name, value in vars(self).items() if value not in (None, False)]
-
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
         from modekit.evaluation.inspection.text import STDIN, UserMessage, standard_input
@@ -51,7 +47,7 @@ class TextOptions:
         if not self.chat:
             refuse_without_effect("a user message (--chat)", {"--system": self.system})
         if self.text is None:
-            refuse_without_effect("a text (--text)", dict.fromkeys(self.given(), True))
+            refuse_without_effect("a text (--text)", {"--chat": self.chat or None})
             return None
         text = standard_input() if self.text == STDIN else self.text
         return UserMessage(self.system, text) if self.chat else text
@@ -69,7 +65,6 @@ def inspect(
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.result import Inspection
@@ -77,13 +72,6 @@ def inspect(
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     opened = open_checkpoint(resolved(checkpoint))
-    for option in shown.given():
-        refuse_pairs(
-            opened,
-            "a source and its target are shown together, and this asks for one text",
-            option=option,
-            remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
-        )
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:

@@ -24,10 +24,10 @@ from typing import Any
 from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
 from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
-from modekit.demo.translation import TranslatedTable, translated_table
+from modekit.demo.translation import translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.results import Results, Row, gaps_of, with_gaps
-from modekit.evaluation.translation.results import TranslationScore, require_sacrebleu
+from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
@@ -41,7 +41,7 @@ class DemoResults:
 
     per_seed: Mapping[int, Mapping[str, Results]]
     seconds: float
-    translated: Mapping[int, TranslatedTable] = field(default_factory=dict)
+    translated: Mapping[int, TranslationResults] = field(default_factory=dict)
     quick: bool = False
 
     def merged(self, seed: int) -> Results:
@@ -61,7 +61,7 @@ class DemoResults:
         ]
         table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
         gaps = gaps_of(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
-        if table is not None and not table.anyone_translates:
+        if table is not None and not any((_bleu(row.mean(table.domains)) or 0) >= _LEAST_BLEU for row in table.rows):
             gaps, notes = {}, [_NO_TRANSLATION, *notes]
         return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
 
@@ -92,7 +92,7 @@ class DemoResults:
                 ],
             }
             if self.translated:
-                written = [table.row(row.name) for table in self.translated.values() if row.name in table.names()]
+                written = [each for table in self.translated.values() for each in table.rows if each.name == row.name]
                 figures["bleu"] = [_bleu(each.mean(domains)) for each in written]
                 figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
             summary[row.name] = {}
@@ -105,6 +105,7 @@ class DemoResults:
 
 
 _SMOKE_RUN = "a smoke run (--quick): models of a few steps show that every part runs, and their figures say nothing of quality"
+_LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a gap between such say nothing
 _NO_TRANSLATION = "no model here translates (mean BLEU below 1), so no share of the gap is shown"
 
 
@@ -133,7 +134,7 @@ def run_demo(
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")
     per_seed: dict[int, dict[str, Results]] = {}
-    translated: dict[int, TranslatedTable] = {}
+    translated: dict[int, TranslationResults] = {}
     for seed in seeds:
         folder = out / f"seed{seed}"
         per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)

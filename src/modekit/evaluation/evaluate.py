@@ -50,8 +50,9 @@ def evaluate(
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)
         sequence_length = longest_with_tag(sequence_length, checkpoint) if labels.by == "tag" else sequence_length
-    sizes = {"tokens_per_domain": tokens_per_domain, "sequence_length": sequence_length}
-    domains = held_out_domains(checkpoint, **sizes, seen=seen, run=run)
+    domains = held_out_domains(
+        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen, run=run
+    )
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
     rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)

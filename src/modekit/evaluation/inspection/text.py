@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
@@ -22,7 +23,6 @@ from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.passes import has_encoder
 from modekit.planning.shape import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
@@ -58,11 +58,18 @@ def inspect_text(
     """What the routers do with a text; what is said in a chat is shown in the chat template, up to where the answer begins.
 
     Beyond 4,096 tokens `weights` has one entry, the mean over the routers. Raises TextError for a text of fewer than two
-    tokens, without a chat template, or for a model that reads pairs, CheckpointError when losses or weights are not finite.
+    tokens, or without a chat template, UnsupportedError for a model that reads pairs, CheckpointError when losses or weights
+    are not finite.
     """
+    refuse_pairs(
+        checkpoint,
+        "a source and its target are shown together, and this is one text",
+        option="--text",
+        remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
+    )
     routers = list(checkpoint.shape.positions)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    model = _model_of(checkpoint, run)
+    model = load_model(checkpoint.folder, run=run)
     length = min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length)))
     windows, texts, length = _windows(tokenizer, text, length)
     detailed = len(texts) <= _MOST_DETAIL
@@ -110,17 +117,6 @@ class _Read:
         weights = decided.weights_RSE
         self.weights_RTE[:, window] = weights if len(weights) == len(self.weights_RTE) else weights.mean(0)
         self.entropy_T[window] = decided.entropy_RS.mean(0)
-
-
-def _model_of(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
-    model = load_model(checkpoint.folder, run=run)
-    if has_encoder(model):
-        raise TextError(
-            "a model with an encoder needs a source and its target, and this is one text",
-            where="--text",
-            remedy="leave --text out: inspect.json has pairs of the held-out text, token by token",
-        )
-    return model
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:
