@@ -11,7 +11,7 @@ import torch
 
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import UnsupportedError
+from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect

@@ -16,7 +16,7 @@ from modekit.cli.printing.mixtures import print_notes, print_tune
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
-from modekit.errors import ModekitError, check_packages
+from modekit.errors import check_packages
 from modekit.files.output import replaced_by
 from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -33,24 +33,12 @@ class DiscoverOptions(Writing):
         int | None,
         typer.Option(min=2, max=MOST_DOMAINS, help="Number of domains (default: chosen by held-out likelihood)."),
     ] = None
-    most: Annotated[
-        int | None,
-        typer.Option(min=2, max=MOST_DOMAINS, help="Largest number of domains to try (default 12; without --domains)."),
-    ] = None
     sample: Annotated[int, typer.Option(min=2, help="Largest number of documents to learn the groups from.")] = 8_192
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
     mixture: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Mixture to compare with: which groups its router sends to an expert.")
     ] = None
     as_json: AsJson = False
-
-    def settings(self) -> DiscoverSettings:
-        """Raises ModekitError for options that exclude each other."""
-        if self.domains is not None and self.most is not None:
-            raise ModekitError(
-                "the setting has no effect", where="--most", found=self.most, expected="no --domains", remedy="remove one"
-            )
-        return DiscoverSettings(domains=self.domains, most=self.most or 12, sample=self.sample, seed=self.seed)
 
 
 @app.command()
@@ -71,7 +59,7 @@ def discover(
     with drawn_progress() as progress:
         discovery = discover(
             Unlabelled(text, Path.cwd(), mixture),
-            options.settings(),
+            DiscoverSettings(domains=options.domains, sample=options.sample, seed=options.seed),
             out=None if output is None else resolved(output),
             replace=replaced_by(options.overwrite),
             run=options.run(progress),

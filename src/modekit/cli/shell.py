@@ -71,7 +71,10 @@ _MOVED_OPTIONS = {
     "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
     "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
-    "discover": dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
+    "discover": {
+        **dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
+        "--most": "give --domains; without it up to 12 are tried",
+    },
 }
 """Command -> options that it had -> what to do now."""
 _NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")

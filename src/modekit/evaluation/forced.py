@@ -48,7 +48,6 @@ class ForcedExpert:
     """A mixture whose gates are forced on an expert, beside the expert's own model, on one text.
 
     Attributes:
-        tokens: how many were predicted.
         largest: largest absolute difference of log-probabilities, own and forced, over tokens and vocabulary.
         kl, base_kl: KL(own || forced) and KL(own || base), and losses: means in nats per token.
     """

@@ -138,10 +138,7 @@ def longest_with_tag(sequence_length: int, checkpoint: Checkpoint) -> int:
 
 
 def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], label: str | None) -> list[TokenSequence]:
-    """The same sequences, each with a label's tag where `encode` puts it, in place of one that it has; None: without any.
-
-    What is predicted stays.
-    """
+    """The same sequences, each with a label's tag where `encode` puts it, in place of one that it has; None: without any."""
     if label is None:
         return [each.with_tag(None) for each in sequences]
     (tag,), opening = tag_ids(tokenizer, [label]), opening_ids(tokenizer)

@@ -117,10 +117,7 @@ class Results(Result):
         keep_proven(_claim(json_bytes(self.as_data())))
 
     def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
-        """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters.
-
-        `between` separates the two figures of a cell.
-        """
+        """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters."""
         every = [*self.domains, *self.unseen]
         header = ["model", *self.domains, *(f"{name}{between}unseen" for name in self.unseen)]
         header += ["mean loss", "gap closed", f"total{between}active"]

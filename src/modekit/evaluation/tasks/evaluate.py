@@ -72,8 +72,6 @@ def evaluate_tasks(
 
     Args:
         names: tasks of lm-evaluation-harness, its own or from `folders`, or questions (see `files.GROUPS`).
-        models: rows to run; all by default.
-        limit: items per task at most.
         seen: text that the base model was trained on, whose terms are no questions.
         seed: of the questions.
 

@@ -72,10 +72,7 @@ class TaskResults(CheckpointResult):
         return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
 
     def tables(self, between: str = " ") -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name.
-
-        Intervals are 95 %; `between` separates a score and its interval.
-        """
+        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name."""
         if self.macro:
             yield ("Means", *self._table(self.macro, between))
             yield ("Mixture minus each other model, paired over items", *self._table(self.macro, between, differences=True))

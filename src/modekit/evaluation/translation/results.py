@@ -202,10 +202,7 @@ ShownText = Annotated[str, Field(max_length=2_000)]
 
 @dataclass(frozen=True)
 class TranslationExample:
-    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut.
-
-    `base_chrf` and `mixture_chrf` are of the sentence; `gain` is the second less the first.
-    """
+    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut."""
 
     domain: Label
     source: ShownText

@@ -109,8 +109,6 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        native: the result must open in an architecture that other tools know.
-        experts: how many there are to mix.
         low_rank: every expert that is not the base is an adapter (or kept as one).
         outside_ffn: whether any expert differs from the base outside the FFN; known from the files.
         shares: part -> smallest share of any expert's gain that it carries; None without text, or without a gain.

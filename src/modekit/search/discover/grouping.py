@@ -127,10 +127,7 @@ def group_documents(sample: DocumentSample, settings: DiscoverSettings, run: Run
 
 
 def try_numbers(points: Points, rows: csr_matrix, most: int, seed: int, advance: Callable[[int], None]) -> list[float]:
-    """Mean held-out log-likelihood (nats per word) for 1, 2, ... groups; it ends where documents lie in fewer places.
-
-    `advance` gets how many numbers are done.
-    """
+    """Mean held-out log-likelihood (nats per word) for 1, 2, ... groups; it ends where documents lie in fewer places."""
     tried: list[float] = []
     while len(tried) < most and (found := _held_out(points, rows, len(tried) + 1, seed)) is not None:
         tried.append(found)

@@ -117,8 +117,8 @@ class TuneResults(BaseModel, frozen=True):
                 "best" if each.best else "front" if each.pareto else "",
                 (f"{each.name}: " if each.name else "") + each.description,
                 _loss_text(each),
-                or_dash(each.report and each.report.mean_loss, ".4f"),
-                or_dash(each.report and each.report.gap_closed, ".3f"),
+                or_dash(None if each.report is None else each.report.mean_loss, ".4f"),
+                or_dash(None if each.report is None else each.report.gap_closed, ".3f"),
                 count_of(each.active) if each.active else "-",
                 "-" if each.status == "refused" else "native" if each.native else "modekit",
             ]
