@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapter_folders import UP, write_adapter
 from building.test_carry import adapter_shop
-from byte_level import byte_tokenizer, save_byte_model
+from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -420,16 +419,6 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(EngineError, match="cannot load the file"), Llama(tmp_path / "x.gguf", context=8, threads=1):
         pass
-
-
-def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    save_byte_model(tmp_path / "base", "llama", 0)
-    for name in ("a", "b"):
-        write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
-    experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
-    checkpoint = built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
-    with pytest.raises(UnsupportedError, match=r"it keeps adapters \(a, b\)"):
-        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
 
 
 @pytest.mark.parametrize(

@@ -638,7 +638,7 @@ def test_two_domains_that_are_one_text(trained: Workshop, tmp_path: Path) -> Non
     advice = run(workshop)
     assert "texts are nearly the same" in about(advice.findings, "medicine, law", "warning")[0].what
     assert advice.words is not None and Confusion((0, 1, 2), np.array(advice.words.named)).between(0, 1) == pytest.approx(0.5)
-    assert advice.recipe is not None and advice.recipe["mixture"]["router"]["granularity"] == "context"
+    assert "granularity: context" in about(advice.findings, "medicine, law, code", "note")[0].to_do
 
 
 def test_everything_wrong_with_an_expert_is_said_at_once(trained: Workshop, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +23,6 @@ from modekit.files.output import replaced_by
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.gguf import GgufFile
     from modekit.report.push import Parcel
 
 
@@ -63,17 +61,15 @@ def export(
 
 def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
     """Write a mixture for llama.cpp, with its progress drawn, and say what that has become."""
-    from modekit.engines.gguf import export_adapters_gguf, export_gguf
+    from modekit.engines.gguf import export_gguf
 
-    if not checkpoint.shape.plain:
-        exported: Callable[..., list[GgufFile]] = partial(export_adapters_gguf, experts=options.expert)
-    else:
+    if checkpoint.shape.plain:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
-        exported = export_gguf
     settings = GgufSettings(options.outtype, options.pre_tokenizer, options.accept)
     with drawn_progress() as progress:
         run = options.run(progress)
-        written = exported(checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite), run=run)
+        target, replaced = resolved(output), replaced_by(options.overwrite)
+        written = export_gguf(checkpoint, target, settings, experts=options.expert, replace=replaced, run=run)
     for each in written:
         said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
         _print_written(output / each.file.name, said, each.notes)
