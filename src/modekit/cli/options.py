@@ -56,7 +56,7 @@ def _fields(kind: Any, *, titled: bool) -> list[inspect.Parameter]:
             hints[name] = Annotated[hint.__origin__, option]
     return [
         _option(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
-        for each in sorted(fields(kind), key=lambda each: each.kw_only)  # what commands have in common comes last
+        for each in sorted(fields(kind), key=lambda each: each.kw_only is True)  # what commands have in common comes last
     ]
 
 

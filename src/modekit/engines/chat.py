@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
+from modekit.engines.llama import Llama
 from modekit.engines.modelfile import ends_of
 from modekit.engines.sampling import Sampling, context_of
+from modekit.engines.threads import default_threads
 from modekit.engines.voices import AnswerToken, LlamaVoice, OnToken, TransformersVoice, Voice
-from modekit.errors import TextError
+from modekit.errors import TextError, check_packages
 from modekit.evaluation.inspection.tokens import token_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.routing.text_router import last_token_of, reads_tokens
@@ -196,5 +198,8 @@ def chatting(checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET
         if settings.gguf is None:
             voice: Voice = TransformersVoice(checkpoint, tokenizer, sampling, run=run)
         else:
-            voice = stack.enter_context(LlamaVoice(checkpoint, tokenizer, sampling, settings.gguf, context, settings.threads))
+            check_packages(("xllamacpp",), "pip install 'modekit[gguf]', or leave --gguf out")
+            threads = settings.threads or default_threads()
+            llama = stack.enter_context(Llama(settings.gguf.absolute(), context=context, threads=threads, exact=False))
+            voice = LlamaVoice(checkpoint, tokenizer, sampling, llama)
         yield Chat(checkpoint, tokenizer, voice, settings, context)

@@ -35,7 +35,7 @@ from modekit.engines.gateway import (
     unless_disconnected,
 )
 from modekit.engines.guard import BODY, App, Body, Guard, RefusedError, SideThread
-from modekit.engines.workers import Worker, WorkerPool
+from modekit.engines.workers import Worker, WorkerPool, is_short
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import Decision, TextRouter
@@ -51,26 +51,18 @@ class Metrics:
     """Requests by expert and status, the time that deciding takes, and how busy each worker is; as Prometheus's text."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = Counter("modekit_requests", "Requests.", ["expert", "status"], registry=self._registry)
-        self._deciding = Histogram(
-            "modekit_deciding_seconds", "From the request to the expert.", buckets=_EDGES_S, registry=self._registry
+        self.registry = CollectorRegistry()
+        self.requests = Counter("modekit_requests", "Requests.", ["expert", "status"], registry=self.registry)
+        self.deciding = Histogram(
+            "modekit_deciding_seconds", "From the request to the expert.", buckets=_EDGES_S, registry=self.registry
         )
-        self._busy = Gauge("modekit_worker_busy", "Requests that a worker is at.", ["worker"], registry=self._registry)
-
-    def decided(self, seconds: float) -> None:
-        """An expert was chosen, or a model named, within this time."""
-        self._deciding.observe(seconds)
-
-    def answered(self, expert: str, status: int) -> None:
-        """Somebody answered, or nobody did (503)."""
-        self._requests.labels(expert, str(status)).inc()
+        self.busy = Gauge("modekit_worker_busy", "Requests that a worker is at.", ["worker"], registry=self.registry)
 
     def text(self, workers: Iterable[Worker]) -> bytes:
         """All of it."""
         for worker in workers:
-            self._busy.labels(worker.name).set(worker.busy)
-        return generate_latest(self._registry)
+            self.busy.labels(worker.name).set(worker.busy)
+        return generate_latest(self.registry)
 
 
 @dataclass
@@ -115,7 +107,7 @@ class Front:
         body: Body = request.scope[BODY]
         size = int(request.headers["content-length"])
         expert, decision = await self._expert_of(body, size)
-        self.metrics.decided(time.perf_counter() - started)
+        self.metrics.deciding.observe(time.perf_counter() - started)
         for taken in [expert] if decision is None or expert == BASE else [expert, BASE]:
             model = taken if decision is None else self.names.get(taken, taken)
             content = await self._aside(size, json.dumps, {**body, "model": model})
@@ -130,11 +122,12 @@ class Front:
         headers = {"x-modekit-expert": quote(taken)}
         if decision is not None:
             headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
-        if answer.body is not None:
-            return Response(answer.body, answer.status, headers, answer.kind)
+        kind = answer.headers.get("content-type", "application/json")
+        if is_short(answer):
+            return Response(await answer.read(), answer.status, headers, kind)
         limit_s = self.workers.timeout_s
-        chunks = _until(answer.chunks(), time.monotonic() + limit_s)
-        passed = PassedOn(chunks, answer.status, answer.kind, held.pop_all(), _BROKEN_OFF, limit_s)
+        chunks = _until(answer.content.iter_any(), time.monotonic() + limit_s)
+        passed = PassedOn(chunks, answer.status, kind, held.pop_all(), _BROKEN_OFF, limit_s)
         passed.headers.update(headers)
         return passed
 
@@ -163,7 +156,7 @@ class Front:
 
     def _log(self, expert: str, status: int, decision: Decision | None) -> None:
         """Who took a request, never what it said."""
-        self.metrics.answered(expert, status)
+        self.metrics.requests.labels(expert, str(status)).inc()
         said = {"expert": expert, "status": status, "tokens": decision.tokens if decision else None}
         _LOG.info("%s", json.dumps(said))
 

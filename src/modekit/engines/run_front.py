@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,22 +37,14 @@ class FrontSettings(Strict):
     no_key: bool = False
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens; port 0: any that is free."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-
 def run_front(
-    checkpoint: Checkpoint, settings: FrontSettings, at: Address, listening: Callable[[str], None], *, run: Run = QUIET
+    checkpoint: Checkpoint, settings: FrontSettings, host: str, port: int, listening: Callable[[str], None], *, run: Run = QUIET
 ) -> None:
     """Serve until interrupted; `listening` is called with the address once it is heard. Raises UnsupportedError when the
     mixture's router needs the model; EngineError when it cannot listen.
     """
-    front = front_of(checkpoint, settings, at.host, run=run)
-    with bound_socket(at.host, at.port) as listener:
+    front = front_of(checkpoint, settings, host, run=run)
+    with bound_socket(host, port) as listener:
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")
         server = server_of(front.app(), listener)

@@ -142,7 +142,9 @@ class Slots:
             state = None if kept is None else torch.where(before_B[:, None] >= 0, kept[before_B], torch.zeros_like(kept[:1]))
             result, states_BSW = step(values[0, places_BS], state)
             if kept is None:
-                kept = self._states[key] = self._empty(states_BSW)
+                # One state per slot of vLLM's cache, and one more, -1, for tokens that are none.
+                slots = self._cache.num_gpu_blocks * self._cache.block_size + 1
+                kept = self._states[key] = states_BSW.new_zeros((slots, states_BSW.shape[-1]))
             kept[row.slots[places_BS]] = states_BSW
             if results is None:  # what belongs to no sequence stays zero
                 results = result.new_zeros((*values.shape[:2], *result.shape[2:]))
@@ -158,10 +160,6 @@ class Slots:
         if self._seen is None or self._seen[0] is not metadata:
             self._seen = metadata, layout_of(metadata, self._cache.block_size)
         return self._seen[1]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        """One state per slot of vLLM's cache, and one more, -1, for tokens that are none."""
-        return like.new_zeros((self._cache.num_gpu_blocks * self._cache.block_size + 1, like.shape[-1]))
 
 
 def _slots_of(layer: str) -> Slots:

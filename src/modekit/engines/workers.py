@@ -136,28 +136,6 @@ class Worker:
         return self.url.partition("://")[2]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A worker's answer; `body` is all of it where it is short and its length was said, None where it is yet to come."""
-
-    response: aiohttp.ClientResponse
-    body: bytes | None
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return self.response.status
-
-    @property
-    def kind(self) -> str:
-        """The content's type."""
-        return self.response.headers.get("content-type", "application/json")
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
-        return self.response.content.iter_any()
-
-
 @dataclass
 class WorkerPool:
     """All of them. `key`: what they want to see, if anything."""
@@ -219,7 +197,7 @@ class WorkerPool:
             worker.models = frozenset()
 
     @asynccontextmanager
-    async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[Answer | None]:
+    async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse | None]:
         """The answer of the least busy worker that serves a model; of the next one where it gives none; None where nobody does.
 
         Once an answer goes on, nobody else is asked. Raises asyncio.TimeoutError where one takes too long, as another would.
@@ -238,17 +216,18 @@ class WorkerPool:
                     yield answer
                     return
                 finally:
-                    answer.response.release()
+                    answer.release()
             finally:
                 worker.busy -= 1
         yield None
 
-    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> Answer | None:
+    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> aiohttp.ClientResponse | None:
         """A worker's answer; None where there is none, or not all of a short one."""
         try:
             response = await self._client.post(worker.url + path, data=body, headers=_JSON, allow_redirects=False)
-            short = response.content_length is not None and response.content_length <= _SHORT
-            return Answer(response, await response.read() if short else None)
+            if is_short(response):
+                await response.read()  # and keep it
+            return response
         except aiohttp.ConnectionTimeoutError:
             tried[worker.url] = _ATTEMPTS
         except asyncio.TimeoutError:
@@ -262,6 +241,11 @@ class WorkerPool:
     def _free(self, model: str, tried: Counter[str]) -> Worker | None:
         able = [worker for worker in self.all if model in worker.models and tried[worker.url] < _ATTEMPTS]
         return min(able, key=lambda worker: (tried[worker.url], worker.busy), default=None)
+
+
+def is_short(response: aiohttp.ClientResponse) -> bool:
+    """Whether an answer is read whole before it goes on."""
+    return response.content_length is not None and response.content_length <= _SHORT
 
 
 _JSON: Mapping[str, str] = {"Content-Type": "application/json"}
