@@ -21,20 +21,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from modekit.engines.gateway import (
-    CHATS,
-    COMPLETIONS,
-    MODELS,
-    PassedOn,
-    answering_with,
-    error_response,
-    models_routes,
-    unknown_model,
-    unless_disconnected,
-)
-from modekit.engines.guard import BODY, App, Body, Guard, RefusedError, SideThread
+from modekit.engines.gateway import PassedOn, gateway_app, unknown_model, unless_disconnected
+from modekit.engines.guard import BODY, App, Body, RefusedError, SideThread
 from modekit.engines.workers import Worker, WorkerPool, is_short
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
@@ -79,15 +68,8 @@ class Front:
 
     def app(self) -> App:
         """As an ASGI application."""
-        routes = [
-            *(Route(path, answering_with(self._answer), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
-            *models_routes(lambda: {AUTO, *self.workers.models}, int(time.time())),
-            Route("/health", self._health),
-            Route("/metrics", self._metrics),
-        ]
-        served = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={Exception: _unforeseen})
-        paths = {route.path for route in routes} | {f"{MODELS}/"}
-        return Guard(served, self.key, paths, open_paths=("/health", "/metrics"))
+        others = {"/health": self._health, "/metrics": self._metrics}
+        return gateway_app(self._answer, lambda: {AUTO, *self.workers.models}, others, self.key, self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -187,7 +169,3 @@ def _said(body: Body) -> str | list[dict[str, str]]:
     if conversation is None:
         raise RefusedError(400, "messages are a list of objects with role and text")
     return [dict(message) for message in conversation.messages]
-
-
-async def _unforeseen(_request: Request, _fault: Exception) -> Response:
-    return error_response(500, "the front made a mistake; its log says where")  # which the guard writes
