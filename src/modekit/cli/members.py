@@ -60,16 +60,7 @@ class ModelOptions:
             raise ModekitError(
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
-        said = {
-            "model": self.model,
-            "adapter": self.adapter,
-            "text": self.text,
-            "as": self.as_,
-            "rank": self.rank,
-            "budget": self.budget,
-            "revision": self.revision,
-            "labels": self.label,
-        }
+        said = {"as" if name == "as_" else "labels" if name == "label" else name: value for name, value in vars(self).items()}
         return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
 
 

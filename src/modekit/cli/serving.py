@@ -106,7 +106,7 @@ def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Ru
         said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
             out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
-            served.wait()
+            served.supervisor.wait()
 
 
 @dataclass(frozen=True)

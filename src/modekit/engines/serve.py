@@ -35,10 +35,6 @@ class ServedMixture:
     threads: int | None
     supervisor: Supervisor
 
-    def wait(self) -> None:
-        """Until the engine has failed too often, which is an error. Raises EngineError."""
-        self.supervisor.wait()
-
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
     """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
