@@ -18,6 +18,8 @@ ModekitError            exit code 2 at the command line
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 _LONGEST = 4_000  # characters of each part of a message: names and values that strangers wrote are of any length
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them; line ends and tabs are harmless
@@ -122,3 +124,15 @@ class CheckpointError(ModekitError):
 
 class InterruptError(ModekitError):
     """The user interrupted the command."""
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Those that are not installed."""
+    return [name for name in names if not (find_spec(name.partition(".")[0]) and find_spec(name))]
+
+
+def check_packages(names: Sequence[str], remedy: str) -> None:
+    """Raise ModekitError where a package is not installed; `remedy`: how to install it."""
+    missing = missing_packages(names)
+    if missing:
+        raise ModekitError("a package is not installed", where=", ".join(missing), remedy=remedy)

@@ -178,13 +178,6 @@ def test_transformers_is_given_no_pipes(copied: Callable[[str], Path], kind: str
             load(folder)
 
 
-def test_a_pipe_as_text(copied: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "text").touch()
-    no_file(tmp_path / "text", "pipe")
-    with in_time():
-        assert "not a regular file" in refuse("inspect", copied("native"), "--text-file", tmp_path / "text")
-
-
 # Code
 
 

@@ -23,13 +23,11 @@ from modekit.building.preview import Preview
 from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
-from modekit.demo.translation import TranslatedTable
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
-from modekit.evaluation.translation.results import Signatures, TranslationRow, TranslationScore
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
@@ -192,15 +190,6 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
     check_whole(shown, [*NAMES, "3.000 ± 0.100"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
     figures |= {"bleu": 23.456, "bleu_spread": 0.2, "unseen_bleu": 12.04, "unseen_bleu_spread": 1.0}
     check_whole(shown, [*NAMES, "23.5 ± 0.2", "12.0 ± 1.0"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
-
-
-def test_translations_of_a_demo(shown: Callable[..., str]) -> None:
-    score = TranslationScore(23.456, 37.04)
-    scores = dict.fromkeys([*NAMES, "far"], score)
-    rows = [TranslationRow(name, "expert", 1, 1, scores, 0, 0.0, 0) for name in NAMES]
-    found = TranslatedTable(rows, NAMES, ["far"], Signatures("nrefs:1|case:mixed", "nrefs:1"))
-    check_whole(shown, [*NAMES, "23.5", "37.0", "nrefs:1"], evaluation.print_translated, found)
-    assert found.table()[1][0] == [NAMES[0], *["23.5 / 37.0"] * (len(NAMES) + 2)]
 
 
 def test_tasks(shown: Callable[..., str]) -> None:

@@ -146,7 +146,7 @@ def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypa
     mixtures = ["lexical", "lexical-top-1", "ngram"]
     losses, written = first.merged(0), first.translated[0]
     assert [row.name for row in losses.rows] == ["base", *PAIRED, "weight average", "oracle", *mixtures]
-    assert written.names() == ["base", *PAIRED, "oracle", *mixtures]
+    assert [row.name for row in written.rows] == ["base", *PAIRED, "oracle", *mixtures]
     for name in PAIRED:  # what is mixed is all that experts have of their own
         assert losses.row("oracle").scores[name].loss == pytest.approx(losses.row(name).scores[name].loss, abs=1e-4)
         assert written.row("oracle").scores[name] == written.row(name).scores[name]

@@ -14,7 +14,7 @@ from aiohttp import web
 from modekit.engines import workers as module
 from modekit.engines.front import Front
 from modekit.engines.guard import BrokenOffError
-from modekit.engines.workers import WorkerPool
+from modekit.engines.workers import WorkerPool, is_short
 from modekit.routing.text_router import TextRouter
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -48,8 +48,7 @@ async def asked(workers: WorkerPool) -> tuple[int, bytes] | None:
     async with workers.asked("law", PATH, b"{}") as answer:
         if answer is None:
             return None
-        body = answer.body if answer.body is not None else b"".join([chunk async for chunk in answer.chunks()])
-        return answer.status, body
+        return answer.status, await answer.read()
 
 
 def with_workers(*handlers: Handler, then: Callable[[WorkerPool], Awaitable[Any]], timeout_s: float = 5, **more: Any) -> Any:
@@ -113,7 +112,7 @@ async def hanging(_request: web.Request) -> web.Response:
 def test_short_answers_are_taken_whole(handler: Handler, whole: bool, expected: bytes) -> None:
     async def then(workers: WorkerPool) -> None:
         async with workers.asked("law", PATH, b"{}") as answer:
-            assert answer is not None and (answer.body is not None) == whole
+            assert answer is not None and is_short(answer) == whole
         assert await asked(workers) == (200, expected)
         assert [each.busy for each in workers.all] == [0]
 

@@ -12,19 +12,17 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapter_folders import UP, write_adapter
 from building.test_carry import adapter_shop
-from byte_level import byte_tokenizer, save_byte_model
+from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof, proof_result, proof_texts
+from modekit.engines import converter, proof, proof_result
 from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.proof import compare
+from modekit.engines.proof import MOST_TOKENS, compare, shipped_texts, texts_of
 from modekit.engines.proof_result import Loss, Proof
-from modekit.engines.proof_texts import MOST_TOKENS, shipped_texts, texts_of
 from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.evaluation.forced import force_experts
@@ -106,7 +104,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs of fewer bits read less text: for tests of anything but how well a loss is known."""
-    monkeypatch.setattr(proof_texts, "MOST_TOKENS", 500)
+    monkeypatch.setattr(proof, "MOST_TOKENS", 500)
 
 
 def test_every_row_is_run_or_refused() -> None:
@@ -423,16 +421,6 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    save_byte_model(tmp_path / "base", "llama", 0)
-    for name in ("a", "b"):
-        write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
-    experts = [{"name": name, "adapter": f"./{name}"} for name in ("a", "b")]
-    checkpoint = built(tmp_path, {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "arrow"}}})
-    with pytest.raises(UnsupportedError, match=r"it keeps adapters \(a, b\)"):
-        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
-
-
 @pytest.mark.parametrize(
     ("mixed", "reason"),
     [
@@ -472,7 +460,7 @@ def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypat
 
 def test_a_missing_package_is_named(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converter, "_NEEDED", ("xllamacpp", "no_such_package"))
-    with pytest.raises(EngineError, match="a package is missing") as error:
+    with pytest.raises(ModekitError, match="a package is not installed") as error:
         export_gguf(mixtral, tmp_path / "GGUF", EXACT)
     assert "pip install 'modekit[gguf]'" in str(error.value)
 

@@ -22,7 +22,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines import converter
 from modekit.engines.adapters import Adapter, backbone_names, chosen_adapters
 from modekit.engines.convert_process import place_of
-from modekit.engines.gguf import EXPORT_FILE, GgufFile, export_adapters_gguf
+from modekit.engines.gguf import EXPORT_FILE, GgufFile, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.proof import compare
 from modekit.engines.registry import GgufSettings
@@ -84,7 +84,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def written(lora: Checkpoint) -> list[GgufFile]:
     """Its files."""
-    return export_adapters_gguf(lora, lora.folder.with_name("GGUF"), EXACT)
+    return export_gguf(lora, lora.folder.with_name("GGUF"), EXACT)
 
 
 @pytest.mark.parametrize("output", [{}, {"keep": "wrapper"}])
@@ -97,7 +97,7 @@ def test_the_language_model_of_a_wrapper(tmp_path: Path, output: dict[str, str])
     tokenizer.save_pretrained(tmp_path / "base")
     experts = [{"name": "lora", "adapter": "./lora"}, {"name": "rest", "model": "base"}]
     said = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": output}
-    assert_exact(export_adapters_gguf(built(tmp_path, said), tmp_path / "GGUF", EXACT))
+    assert_exact(export_gguf(built(tmp_path, said), tmp_path / "GGUF", EXACT))
 
 
 def assert_exact(written: list[GgufFile]) -> None:
@@ -154,7 +154,7 @@ def test_other_families_without_their_sources(tmp_path: Path, family: str, overr
     checkpoint = mixture(tmp_path, family, ("patterns", "rslora"), overrides=overrides)
     for name in ("base", "patterns", "rslora"):
         shutil.rmtree(tmp_path / name)
-    assert_exact(export_adapters_gguf(checkpoint, tmp_path / "GGUF", EXACT))
+    assert_exact(export_gguf(checkpoint, tmp_path / "GGUF", EXACT))
 
 
 def test_a_wrong_adapter_is_no_proof(lora: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_wrong_adapter_is_no_proof(lora: Checkpoint, tmp_path: Path, monkeypat
     monkeypatch.setattr(converter, "PROCESS", "unpermuted")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(EngineError, match="another model than transformers") as error:
-        export_adapters_gguf(lora, tmp_path / "GGUF", EXACT, experts=["rslora"])
+        export_gguf(lora, tmp_path / "GGUF", EXACT, experts=["rslora"])
     assert "rslora.lora.gguf" in str(error.value.where) and not list(tmp_path.iterdir())
 
 
@@ -197,7 +197,7 @@ REFUSED = {
 def test_what_llama_cpp_has_no_form_for_is_refused_at_once(tmp_path: Path) -> None:
     checkpoint = mixture(tmp_path, "qwen2", [*REFUSED, "rslora"], method="linear", modules="all")
     with pytest.raises(UnsupportedError, match="does not run these experts") as error:
-        export_adapters_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+        export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
     found = dict(each.split(": ", 1) for each in str(error.value.found).split("; "))
     assert found.keys() == REFUSED.keys()
     for name, reason in REFUSED.items():
@@ -223,7 +223,7 @@ def test_a_folder_of_another_is_not_replaced(lora: Checkpoint, tmp_path: Path) -
     (tmp_path / "GGUF" / "notes.txt").write_text("mine")
     for replace in ("nothing", "modekit's own"):
         with pytest.raises(OutputError):
-            export_adapters_gguf(lora, tmp_path / "GGUF", EXACT, replace=replace)
+            export_gguf(lora, tmp_path / "GGUF", EXACT, replace=replace)
     assert [path.name for path in (tmp_path / "GGUF").iterdir()] == ["notes.txt"]
 
 

@@ -138,7 +138,7 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
     """Of the modekit architecture, whose modules keep what they used; every way to decide."""
     for name in ("token", "gating", "top_p", "context", "ngram", "always on", "always base", "feature", "linear"):
         checkpoint = built(shared_workshop, tmp_path, name)
-        data = inspect_text(checkpoint, "fever dose breach", layer=None).model_dump()
+        data = inspect_text(checkpoint, "fever dose breach").model_dump()
         model = load_model(checkpoint.folder)
         ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint.folder)("fever dose breach")["input_ids"]])
         with torch.inference_mode():
@@ -518,8 +518,6 @@ def test_a_trace_is_one_pass_over_the_text(shared_workshop: Workshop, tmp_path: 
     base = load_model(checkpoint.recipe_root / checkpoint.record.recipe.base_model)
     expected = torch.nn.functional.cross_entropy(logits_of(base, ids)[0, :-1], ids[0, 1:])
     assert trace["base_loss"] == pytest.approx(float(expected), rel=1e-5)
-    one = inspect_text(checkpoint, text, layer=1).model_dump()
-    assert one["weights"] == trace["weights"][1:2] and [router["layer"] for router in one["routers"]] == [1]
 
 
 def test_words_are_the_text_between_spaces(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -668,28 +666,25 @@ def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path
 
 def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = built(shared_workshop, tmp_path, "native").folder
-    (tmp_path / "a.txt").write_text("fever dose [bold]")
     traces = [
         json.loads(run("inspect", out, "--json", *given, stdin=b"fever dose [bold]"))
-        for given in (("--text", "fever dose [bold]"), ("--text-file", tmp_path / "a.txt"), ("--text", "-"))
+        for given in (("--text", "fever dose [bold]"), ("--text", "-"))
     ]
-    assert traces[0] == traces[1] == traces[2]
-    shown = run("inspect", out, "--text", "fever dose [bold]", "--layer", 2)
+    assert traces[0] == traces[1]
+    shown = run("inspect", out, "--text", "fever dose [bold]")
     assert "[bold]" in shown and "nats per token, of the base model" in shown
     assert not (out / "results" / "inspect.json").exists()
 
 
 def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = built(shared_workshop, tmp_path, "native").folder
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert "text is empty" in refuse("inspect", out, "--text", " \n ")
     assert "too short" in refuse("inspect", out, "--text", "a")
-    assert "cannot be read" in refuse("inspect", out, "--text-file", tmp_path / "none")
-    assert "not UTF-8" in refuse("inspect", out, "--text-file", tmp_path / "binary")
-    assert "two texts" in refuse("inspect", out, "--text", "a b", "--text-file", tmp_path / "binary")
-    assert "needs a text" in refuse("inspect", out, "--layer", 1)
-    message = refuse("inspect", out, "--layer", 9, "--text", "a b")
-    assert "no router in this layer" in message and "one of 0, 1, 2" in message
+    with patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"))):
+        assert "not UTF-8" in refuse("inspect", out, "--text", "-")
+    assert "a text (--text)" in refuse("inspect", out, "--chat")
+    assert "a user message (--chat)" in refuse("inspect", out, "--text", "a b", "--system", "Be brief.")
+    assert "--text - < FILE" in refuse("inspect", out, "--text-file", tmp_path / "a.txt")
     assert "not a modekit checkpoint" in refuse("inspect", shared_workshop.root / "base")
     for expert in shared_workshop.recipe["experts"]:
         assert Path(shared_workshop.root / expert["text"]).exists()
@@ -698,8 +693,6 @@ def test_what_cannot_be_inspected_is_refused(shared_workshop: Workshop, tmp_path
         {key: value for key, value in expert.items() if key != "text"} for expert in silent.recipe["experts"]
     ]
     assert "no text to evaluate on" in refuse("inspect", silent.build("SILENT"))
-    one = built(shared_workshop, tmp_path, "ngram").folder
-    assert "one router serves the whole model" in refuse("inspect", one, "--layer", 0, "--text", "a b")
 
 
 def test_a_text_in_no_domains_language_is_said_to_be_so(shared_workshop: Workshop, tmp_path: Path) -> None:

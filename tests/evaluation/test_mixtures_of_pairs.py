@@ -11,7 +11,7 @@ import torch
 
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import TextError
+from modekit.errors import TextError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
@@ -144,7 +144,7 @@ def test_it_is_fitted_scored_and_inspected(pair_workshop: Workshop, tmp_path: Pa
             own = slice(source, None) if reads_target(position.name) else slice(source)
             np.testing.assert_allclose(np.sum(weights, axis=1)[own], 1, atol=1e-4)
             assert np.sum(weights) == pytest.approx(len(text["tokens"][own]), rel=1e-4)  # and nothing on the other side
-    with pytest.raises(TextError, match="needs a source"):
+    with pytest.raises(UnsupportedError, match="this is one text"):
         inspect_text(checkpoint, "fever")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from modekit.evaluation.inspection.tokens import words_of
 from modekit.evaluation.inspection.unseen import auroc, detect_unseen
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
-from modekit.report.write import write_report
+from modekit.report.page import write_report
 
 SMALL: dict[str, Any] = {"tokens_per_domain": 400, "sequence_length": 64}
 
@@ -115,14 +114,13 @@ def test_a_router_that_reads_hidden_states_has_none(shop: Workshop) -> None:
     assert inspect_text(checkpoint, "fever artery").scores is None
 
 
-def test_inspect_and_report_show_it(mixture: Checkpoint, domains: list[Domain], tmp_path: Path) -> None:
+def test_inspect_and_report_show_it(mixture: Checkpoint, domains: list[Domain]) -> None:
     data = inspect(mixture, **SMALL)
     told = detect_unseen(mixture, domains)
     assert told is not None and data.told_apart.to_base["music"] == pytest.approx(told.to_base["music"], rel=1e-5)
     shown = run("inspect", mixture.folder, "--tokens", "400", "--sequence-length", "64")
     assert "AUROC: the domains' text against music" in shown and "Tokens on which the base leads" in shown
-    write_report(mixture, page=tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = write_report(mixture).page.read_text()
     assert "Text of no domain" in page and "experts over base" in page
 
 

@@ -26,7 +26,6 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "eval": (("eval", "OUT", *FEW), 1_000),
     "inspect": (("inspect", "OUT", *FEW), 1_000),
     "report": (("report", "OUT"), 4_000),
-    "report elsewhere": (("report", "OUT", "--out", "page.html"), 4_000),
     "card": (("card", "OUT"), 500),
     "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
     "tune": (("tune", "recipe.yaml", "NEW", "--trials", "2", *FEW), 20_000),

@@ -215,34 +215,6 @@ def test_a_build_does_not_replace_the_folder_that_its_experts_lie_in(bench: Work
     assert tree(bench.root) == before
 
 
-@pytest.mark.parametrize("name", ["page.html", "page.json", "page-plots/pareto.svg"])
-def test_a_report_replaces_nothing_but_a_report(bench: Workshop, name: str) -> None:
-    out = bench.build()
-    mine = bench.root / "pages" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_text("{}")
-    if "plots" in name:  # whatever the plots are called
-        modekit("eval", out, "--tokens", "100")
-        modekit("report", out, "--out", bench.root / "try" / "page.html")
-        plots = [path.name for path in (bench.root / "try" / "page-plots").glob("*")]
-        assert plots
-        mine.rename(mine.with_name(plots[0]))
-        mine = mine.with_name(plots[0])
-    before = tree(bench.root)
-    assert "no report of modekit's would be lost" in refuse("report", out, "--out", bench.root / "pages" / "page.html")
-    assert tree(bench.root) == before
-    mine.unlink()
-    for _ in range(2):
-        modekit("report", out, "--out", bench.root / "pages" / "page.html")
-
-
-def test_a_report_does_not_replace_a_part_of_the_mixture(bench: Workshop) -> None:
-    out = bench.build()
-    before = tree(out)
-    assert "no report" in refuse("report", out, "--out", out / "config.html")
-    assert tree(out) == before
-
-
 def test_every_folder_that_is_made_says_so(bench: Workshop) -> None:
     out = bench.build()
     marker = read_marker(out)

@@ -24,8 +24,8 @@ from modekit.evaluation.results import Results
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.recipes.paths import name_of
+from modekit.report.page import write_report
 from modekit.report.push import pack, push
-from modekit.report.write import write_report
 from refusal import borrow, refuse
 
 FITTED = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -173,7 +173,7 @@ def refuse_push(out: Path) -> str:
     import io
     from unittest.mock import patch
 
-    with patch("modekit.cli.reports.print_parcel"), contextlib.redirect_stdout(io.StringIO()):
+    with patch("modekit.cli.export.print_parcel"), contextlib.redirect_stdout(io.StringIO()):
         return refuse("push", out, "a/b")
 
 

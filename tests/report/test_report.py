@@ -24,9 +24,8 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.report.content import make_content, rounded
 from modekit.report.drawing import make_pictures, shade, ticks, tint
-from modekit.report.page import FORMATS, make_page
+from modekit.report.page import FORMATS, make_page, write_report
 from modekit.report.routing import SAMPLE_BYTES
-from modekit.report.write import write_report
 from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -546,19 +545,20 @@ def test_digests_are_shortened_and_make_no_tall_rows(page: Path, opened: Opened,
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_tables_of_the_layers_are_seen_whole(told: Checkpoint, tmp_path: Path, opened: Opened, width: int) -> None:
+def test_the_tables_of_the_layers_are_seen_whole(told: Checkpoint, opened: Opened, width: int) -> None:
     kept = (told.folder / "results" / "inspect.json").read_text()
     try:
         put(told, "inspect.json", inspection_of(told, routers=[(layer, "mlp") for layer in range(30)], unseen=("music", "art")))
-        report = write_report(told, page=tmp_path / "report.html")
+        report = write_report(told)
+        tab = opened(report.page, viewport={"width": width, "height": 900})
+        boxes = tab.locator("#routing .many .box")
+        assert boxes.count() == len(DOMAINS) + 2
+        assert boxes.locator("tbody tr").count() == 30 * boxes.count()
+        assert not any(boxes.evaluate_all("nodes => nodes.map(node => node.scrollWidth > node.clientWidth)"))
+        assert max(boxes.evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")) <= width
     finally:
         put(told, "inspect.json", kept)
-    tab = opened(report.page, viewport={"width": width, "height": 900})
-    boxes = tab.locator("#routing .many .box")
-    assert boxes.count() == len(DOMAINS) + 2
-    assert boxes.locator("tbody tr").count() == 30 * boxes.count()
-    assert not any(boxes.evaluate_all("nodes => nodes.map(node => node.scrollWidth > node.clientWidth)"))
-    assert max(boxes.evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")) <= width
+        write_report(told)
 
 
 _CONTRASTS = """() => {
@@ -665,9 +665,9 @@ def test_each_expert_has_a_look_that_is_not_its_colour_alone(opened: Opened) -> 
 
 
 def test_the_same_results_give_the_same_bytes(told: Checkpoint, page: Path, tmp_path: Path) -> None:
-    first, second = write_report(told, page=tmp_path / "a" / "page.html"), write_report(told, page=tmp_path / "b" / "page.html")
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    assert first.page.read_bytes() == second.page.read_bytes() == page.read_bytes()
+    before = tree(told.folder)
+    first = write_report(told)
+    assert first.page == page and tree(told.folder) == before
     kinds = ("gap", "training", "pareto")
     known = any(row["mean"]["gap_closed"] is not None for row in data_of(page)["results"]["rows"])
     assert {path.name for path in first.plots} == {f"{name}.svg" for name in kinds if known or name != "gap"}
@@ -697,7 +697,7 @@ def large(checkpoint: Checkpoint) -> dict[str, Any]:
 def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(workshop.build("LARGE"))
     put(checkpoint, "inspect.json", large(checkpoint))
-    report = write_report(checkpoint, page=tmp_path / "page.html")
+    report = write_report(checkpoint)
     data = data_of(report.page)
     assert report.page.stat().st_size < LIMIT
     assert len(data["routing"]["rows"]) == 64 and data["routing"]["rows"][-1] == "layer 63"
@@ -718,7 +718,7 @@ def test_names_at_their_limits(workshop: Workshop, opened: Opened, tmp_path: Pat
     checkpoint = open_checkpoint(workshop.build("NAMES", experts=experts, eval={}))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     put(checkpoint, "inspect.json", inspection_of(checkpoint, domains=tuple(names), unseen=("get",)))
-    report = write_report(checkpoint, page=tmp_path / "page.html")
+    report = write_report(checkpoint)
     assert report.notes == []
     for pointer, kind, value, text in Shown(report.page.read_text()).figures:
         assert json.loads(value) == at(data_of(report.page), pointer) and text == FORMATS[kind](json.loads(value))
@@ -732,9 +732,9 @@ def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, o
     checkpoint = open_checkpoint(workshop.build("OLD", mixture=RIDGE))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     put(checkpoint, "inspect.json", inspection_of(checkpoint))
-    assert write_report(checkpoint, page=tmp_path / "page.html").notes == []
+    assert write_report(checkpoint).notes == []
     changed = refit(checkpoint, {"router": {"temperature": 0.01}})
-    report = write_report(changed, page=tmp_path / "page.html")
+    report = write_report(changed)
     assert [note.split()[0] for note in report.notes] == ["eval.json", "inspect.json"]
     assert all("another state" in note for note in report.notes)
     assert "`modekit eval`" in report.notes[0] and "`modekit inspect`" in report.notes[1]
@@ -817,7 +817,7 @@ def test_a_mixture_without_routers_has_a_page(workshop: Workshop, opened: Opened
     for text in data["texts"]:
         text["weights"] = []
     put(checkpoint, "inspect.json", data)
-    report = write_report(checkpoint, page=tmp_path / "page.html")
+    report = write_report(checkpoint)
     text = opened(report.page).locator("body").inner_text()
     assert "no routers" in text and "Word by word" not in text and "One expert left out" in text
 
@@ -825,7 +825,7 @@ def test_a_mixture_without_routers_has_a_page(workshop: Workshop, opened: Opened
 def test_one_decision_for_the_whole_model(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(workshop.build("NGRAM", mixture={"router": {"fit": "ngram", "buckets": 64}}))
     put(checkpoint, "inspect.json", inspection_of(checkpoint, routers=[(None, "")]))
-    report = write_report(checkpoint, page=tmp_path / "page.html")
+    report = write_report(checkpoint)
     assert data_of(report.page)["routing"]["rows"] == ["whole model"]
     tab = opened(report.page)
     assert tab.locator("#layer").is_hidden() and "whole model" in tab.locator("#detail").inner_text()
@@ -930,14 +930,13 @@ def test_figures_are_written_with_a_sign_where_one_is_meant() -> None:
 
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     out = workshop.build("COMMAND")
-    printed = modekit("report", out, "--out", tmp_path / "my.html")
-    assert "my.html" in printed and "modekit eval" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"my.html", "my.json"}
+    printed = modekit("report", out)
+    assert "report.html" in printed and "modekit eval" in printed
+    assert {path.name for path in (out / "results").iterdir()} == {"report.html", "report.json"}
 
 
 def test_what_the_command_refuses(workshop: Workshop, tmp_path: Path) -> None:
     out = workshop.build("REFUSED")
-    assert "name the file to write" in refuse("report", out, "--out", tmp_path)
-    assert "name the file to write" in refuse("report", out, "--out", tmp_path / "page.json")
+    assert "copy OUT/results/report.html" in refuse("report", out, "--out", tmp_path / "page.html")
     assert "not a modekit checkpoint" in refuse("report", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -36,7 +36,7 @@ from modekit.search.advise.gains import ON_AVERAGE, PARTS, BlockLosses, Gains, f
 from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 from modekit.search.advise.recipe import recipe_text, write_advised
 from modekit.search.advise.result import LIMITS, Advice, Facts, Figure, Finding
-from modekit.search.advise.rules import EXPERTS, ROUTERS, choose
+from modekit.search.advise.rules import EXPERTS, choose
 from modekit.search.advise.text import Confusion, read_texts
 from modekit.sources.adapter import open_adapter
 from modekit.sources.contents import OpenFiles
@@ -345,7 +345,7 @@ def test_experts_of_the_ffn_alone(trained: Workshop, tmp_path: Path) -> None:
     native = run(of_trained(trained, tmp_path), native=True)
     assert native.recipe is not None and native.plan is not None
     assert native.recipe["output"] == {"format": "native"} and native.plan.architecture == "MixtralForCausalLM"
-    assert native.recipe["mixture"]["router"]["fit"] == "lexical" and native.recipe["mixture"]["backbone"] == "base"
+    assert native.recipe["mixture"] == {"backbone": "base"} and "lexical" in native.plan.router_why
 
 
 def test_experts_whose_gain_sits_in_the_embeddings(trained: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_adapters_stay_low_rank(trained: Workshop, tmp_path: Path) -> None:
     for expert in workshop.recipe["experts"]:
         del expert["text"]
     silent = run(workshop)
-    assert silent.recipe is not None and silent.recipe["mixture"]["router"] == {"fit": "seqr", "granularity": "context"}
+    assert silent.plan is not None and "arrow" in silent.plan.router_why
 
 
 @pytest.mark.parametrize("suffix", ["", "-embeddings"])
@@ -417,7 +417,7 @@ def test_the_written_recipe_builds(trained: Workshop, tmp_path: Path, suffix: st
 def test_nothing_in_a_finding_leaves_its_comment() -> None:
     recipe = {"base_model": "b", "experts": [{"name": "a", "model": "c"}], "mixture": {"method": "linear"}}
     bad = Finding("warning", "a", "x\nbase_model: evil\u2028output: {}\x85y \x1b[31m\x00", to_do="mixture: {}\r\nz")
-    text = recipe_text(recipe, choose(FACTS), [bad])
+    text = recipe_text(recipe, [choose(FACTS)], [bad])
     assert yaml.safe_load(text) == recipe and "evil" in text
 
 
@@ -492,7 +492,8 @@ def test_without_text_what_needs_it_is_left_out(trained: Workshop, tmp_path: Pat
     advice = run(workshop)
     assert not advice.losses and advice.words is None
     assert [finding.about for finding in advice.findings if "no text" in finding.what] == list(DOMAINS)
-    assert advice.recipe is not None and advice.recipe["mixture"] == {"method": "linear", "modules": "auto"}
+    assert advice.recipe is not None and advice.recipe["mixture"] == {"modules": "auto"}
+    assert advice.plan is not None and advice.plan.method == "linear"
     partly = of_trained(trained, tmp_path, "-embeddings")
     del partly.recipe["experts"][0]["text"]
     partly.recipe["experts"][2]["text"] = "./nowhere.jsonl"
@@ -510,7 +511,7 @@ def test_a_base_without_tokenizer(trained: Workshop, tmp_path: Path) -> None:
     workshop.recipe["base_model"] = "./base"
     advice = run(workshop)
     assert "no tokenizer" in about(advice.findings, "base_model")[0].what
-    assert advice.recipe is not None and advice.recipe["mixture"]["method"] == "linear"
+    assert advice.plan is not None and advice.plan.method == "linear"
 
 
 # Findings
@@ -637,7 +638,7 @@ def test_two_domains_that_are_one_text(trained: Workshop, tmp_path: Path) -> Non
     advice = run(workshop)
     assert "texts are nearly the same" in about(advice.findings, "medicine, law", "warning")[0].what
     assert advice.words is not None and Confusion((0, 1, 2), np.array(advice.words.named)).between(0, 1) == pytest.approx(0.5)
-    assert advice.recipe is not None and advice.recipe["mixture"]["router"]["granularity"] == "context"
+    assert "granularity: context" in about(advice.findings, "medicine, law, code", "note")[0].to_do
 
 
 def test_everything_wrong_with_an_expert_is_said_at_once(trained: Workshop, tmp_path: Path) -> None:
@@ -721,59 +722,48 @@ FACTS = Facts(
     outside_ffn=True,
     shares=dict.fromkeys(PARTS, 1.0),
     backbones=None,
-    fit_text=True,
-    word_accuracy=0.97,
+    text="all",
 )
 APART = {**dict.fromkeys(PARTS, 1.0), "ffn": 0.4, "attention": 0.1, "ffn + attention": 0.6}
 WITH_ATTENTION = {**APART, "ffn + attention": 0.97}
-CONTEXT = {"fit": "logistic", "granularity": "context", "tokens_per_domain": 65_536}
-TOKEN = {"fit": "logistic", "tokens_per_domain": 65_536}
-LEXICAL = {"fit": "lexical"}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"modules": "auto", "router": LEXICAL}),
-    ({"lexical_fits": False}, {"modules": "auto", "router": {"fit": "ngram"}}),
-    ({"word_accuracy": 0.5}, {"modules": "auto", "router": CONTEXT}),
-    ({"word_accuracy": None}, {"modules": "auto", "router": CONTEXT}),
-    ({"native": True}, {"backbone": "base", "router": LEXICAL}),
-    ({"native": True, "lexical_fits": False}, {"backbone": "base", "router": TOKEN}),
-    ({"native": True, "word_accuracy": 0.5}, {"backbone": "base", "router": TOKEN}),
-    ({"shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
-    (
-        {"shares": APART, "word_accuracy": 0.5},
-        {"modules": "all", "router": {**TOKEN, "granularity": "sequence", "per": "model"}},
-    ),
-    ({"shares": WITH_ATTENTION}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"shares": APART, "native": True}, {"backbone": "average", "router": LEXICAL}),
-    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base", "router": LEXICAL}),
-    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average", "router": LEXICAL}),
-    ({"shares": APART, "native": True, "low_rank": True}, {"backbone": "base", "router": LEXICAL}),
-    ({"shares": None}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto", "router": {"fit": "ngram"}}),
-    ({"low_rank": True, "shares": APART}, {"modules": "all", "router": {"fit": "ngram"}}),
-    ({"shares": None, "fit_text": False}, {"backbone": "average", "method": "linear"}),
-    ({"shares": None, "fit_text": False, "outside_ffn": False}, {"modules": "auto", "method": "linear"}),
+    ({}, {"modules": "auto"}),
+    ({"native": True}, {"backbone": "base"}),
+    ({"native": True, "lexical_fits": False}, {"backbone": "base"}),
+    ({"shares": APART}, {"modules": "all"}),
+    ({"shares": WITH_ATTENTION}, {"modules": "all"}),
+    ({"shares": APART, "native": True}, {"backbone": "average"}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.3}}, {"backbone": "base"}),
+    ({"shares": APART, "native": True, "backbones": {"base": 0.4, "average": 0.5}}, {"backbone": "average"}),
+    ({"shares": APART, "native": True, "low_rank": True}, {"backbone": "base"}),
+    ({"shares": APART, "native": True, "low_rank": True, "lexical_fits": False}, {"backbone": "average"}),
+    ({"shares": None}, {"modules": "all"}),
+    ({"low_rank": True, "shares": WITH_ATTENTION}, {"modules": "auto"}),
+    ({"low_rank": True, "shares": APART}, {"modules": "all"}),
+    ({"low_rank": True, "shares": None, "text": "none"}, {"modules": "auto"}),
+    ({"shares": None, "text": "some"}, {"backbone": "average", "method": "linear"}),
+    ({"shares": None, "text": "none"}, {"backbone": "average"}),
+    ({"shares": None, "text": "some", "outside_ffn": False}, {"modules": "auto", "method": "linear"}),
 ]
 
 
 @pytest.mark.parametrize(("facts", "expected"), CASES)
 def test_every_rule(facts: dict[str, Any], expected: dict[str, Any]) -> None:
-    choices = choose(replace(FACTS, **facts))
-    mixture = {key: value for choice in choices for key, value in choice.mixture.items()}
-    assert mixture == {"method": "routing", **expected}
-    assert all((choice.why and "benchmarks/" in choice.source) or "measured here" in choice.source for choice in choices)
+    choice = choose(replace(FACTS, **facts))
+    assert choice.mixture == expected
+    assert (choice.why and "benchmarks/" in choice.source) or "measured here" in choice.source
 
 
 def test_every_rule_is_used_and_gives_a_recipe() -> None:
     used = set()
-    for facts, _ in [*CASES, ({"low_rank": True, "fit_text": False, "shares": None}, {})]:
-        choices = choose(replace(FACTS, **facts))
-        used |= {(choice.source) for choice in choices}
-        mixture = {key: value for choice in choices for key, value in choice.mixture.items()}
+    for facts, _ in CASES:
+        choice = choose(replace(FACTS, **facts))
+        used.add(choice.source)
         names = ("adapter", "model")[not facts.get("low_rank")]
         experts = [{"name": name, names: f"./{name}", "text": f"{name}.txt"} for name in "ab"]
         output = {"format": "native"} if facts.get("native") else {}
-        parse_recipe({"base_model": "b", "experts": experts, "mixture": mixture, "output": output})
-    assert used == {rule.source for rule in (*EXPERTS, *ROUTERS)}
+        parse_recipe({"base_model": "b", "experts": experts, "mixture": choice.mixture, "output": output})
+    assert used == {rule.source for rule in EXPERTS}
 
 
 # The command

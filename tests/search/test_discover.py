@@ -326,10 +326,10 @@ def test_documents_alike_in_all_that_counts_are_not_told_apart(tmp_path: Path) -
 
 def test_wrong_settings_are_one_error(tmp_path: Path, shop: Workshop) -> None:
     text, base = shop.root / "text", shop.root / "base"
-    for option, number in (("--domains", 1), ("--domains", -3), ("--domains", 65), ("--most", 1), ("--sample", 1)):
+    for option, number in (("--domains", 1), ("--domains", -3), ("--domains", 65), ("--sample", 1)):
         code, stdout, stderr = ended("discover", tmp_path / "OUT", "--text", text, option, number)
         assert (code, stdout) == (2, "") and f"Invalid value for '{option}'" in stderr and not (tmp_path / "OUT").exists()
-    assert "--most" in refused(tmp_path, "--text", text, "--most", 5, "--domains", 3)
+    assert "give --domains" in refused(tmp_path, "--text", text, "--most", 5)
     assert "router needs the model" in refused(tmp_path, "--text", text, "--mixture", shop.root / "RANDOM")
     assert "modekit.json is missing" in refused(tmp_path, "--text", text, "--mixture", base)
 

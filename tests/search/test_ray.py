@@ -9,10 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,40 +48,12 @@ SOON_S = 15
 PATIENCE_S = 400  # Ray takes ten seconds to start where nothing else runs, and minutes on a busy machine
 
 
-@contextmanager
-def server(said: bytes | None) -> Iterator[int]:
-    """The port of a server that is not Ray: it says something to everybody, or nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        kept = []
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    kept.append(listener.accept()[0])
-                    if said is not None:
-                        kept[-1].sendall(said)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield int(listener.getsockname()[1])
-        for connection in kept:
-            connection.close()
-
-
 def shop_in(root: Path) -> tuple[Workshop, list[object]]:
     """A workshop, and the words of its search up to where the result goes."""
     made = make_workshop(root)
     made.recipe["mixture"] = {"method": "routing", "top_k": 2, "router": {**FIT, "fit": "ridge"}}
     (root / "space.yaml").write_text(yaml.safe_dump(SPACE))
     return made, ["tune", made.write(), "--space", root / "space.yaml", *WORDS]
-
-
-@pytest.mark.parametrize("way", ["{}", "ray://{}"])
-@pytest.mark.parametrize("said", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_a_server_that_is_not_ray(way: str, said: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch._ANSWER_S < SOON_S / 2
-    monkeypatch.setattr(launch, "_ANSWER_S", 0.5)
-    with server(said) as port, pytest.raises(TuneError, match="cluster does not answer"):
-        check_answers(way.format(f"127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize("address", ["10", "http://127.0.0.1:1", "ray://head", "head:0", ":6379", "head:65536"])

@@ -556,7 +556,7 @@ def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.M
     with pytest.raises(TextError, match="no text to choose by"):
         tune(silent, shop.root, shop.root / "SILENT", space=SMALL, settings=SETTINGS)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(TuneError, match="Ray is not installed"):
+    with pytest.raises(ModekitError, match="a package is not installed"):
         tune(recipe, shop.root, shop.root / "RAY", space=SMALL, settings=TuneSettings(ray=True))
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from command_line import ended
 from conftest import Workshop
 from modekit.errors import TextError
 from modekit.text.documents import check_present, read_documents
@@ -65,16 +64,6 @@ def test_a_damaged_table_is_not_told_to_name_its_columns(tmp_path: Path) -> None
     with pytest.raises(TextError, match="no readable column 'text'") as caught:
         read_documents(["a.parquet"], root=tmp_path, where="--text")
     assert caught.value.found == "columns body" and "in a column named 'text'" in str(caught.value.remedy)
-
-
-def test_a_label_without_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n')
-    (tmp_path / "base").mkdir()
-    monkeypatch.chdir(tmp_path)
-    message = refuse("specialize", "base", "OUT", "--text", "law=x.jsonl")
-    assert "read with --tags alone" in message and "add --tags, or leave 'law=' away" in message
-    _, _, message = ended("specialize", "base", "OUT", "--text", "law=gone.jsonl")
-    assert "--tags" not in message
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from modekit.cli.printing.mixtures import fit_said, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Trust, app
-from modekit.files.figures import bytes_of, count_of, three_digits
+from modekit.files.figures import bytes_of, count_of, or_dash, three_digits
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -173,6 +173,7 @@ def _print_recommendations(advice: Advice) -> None:
     numbers = f"{count_of(sizes['total'])} parameters, {count_of(sizes['active'])} active per token"
     gives = f" {plan.architecture}, {numbers}, {bytes_of(plan.bytes['written'])}"
     out.print(Text.assemble(("gives", "bold"), gives), soft_wrap=True)
+    out.print(Text.assemble(("router", "bold"), f" {plan.router_why or plan.router}"), soft_wrap=True)
     out.print(Text.assemble(("fit", "bold"), f" {fit_said(plan.fit)}"), soft_wrap=True)
     for note in plan.notes:
         out.print(Text.assemble(("  note:", "yellow"), f" {note}"), soft_wrap=True)
@@ -184,7 +185,7 @@ def _print_recommendations(advice: Advice) -> None:
 def _print_ways(ways: Sequence[WayToRun]) -> None:
     table = Table("way", ["loss", "lost", "active", "parameters", "weights", "what"])
     for way in ways:
-        losses = ["-" if nats is None else f"{nats:.3f}" for nats in (way.loss, way.lost)]
+        losses = [or_dash(nats, ".3f") for nats in (way.loss, way.lost)]
         counts = ["-" if count is None else count_of(count) for count in (way.active, way.total)]
         table.add(way.name, *losses, *counts, "-" if way.bytes is None else bytes_of(way.bytes), way.said)
     out.print("\nWays to run the experts: held-out loss where each is chosen on its own text, and nats lost of its own model.")

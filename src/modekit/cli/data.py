@@ -15,9 +15,9 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, writable
+from modekit.cli.shell import AsJson, Writing, app, writable
+from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
-from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.experts.corpus.balanced import Balanced, BalanceSettings
@@ -52,13 +52,10 @@ class BalanceOptions:
 
 
 @dataclass(frozen=True)
-class DataOutput:
+class DataOutput(Writing):
     """What may be at OUT, and what is said."""
 
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
 
 
 @data.command()
@@ -77,7 +74,7 @@ def balance(
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
-        run = Run(said.trust_remote_code, progress, said.fsync)
+        run = said.run(progress)
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, options.settings(), target, replace=replaced_by(said.overwrite), run=run)
@@ -105,7 +102,7 @@ def make_tokenizer(
     from modekit.sources.open import model_folder
 
     with drawn_progress() as progress:
-        run = Run(said.trust_remote_code, progress, said.fsync)
+        run = said.run(progress)
         folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)
@@ -139,8 +136,7 @@ def print_tokenizer(trained: TrainedTokenizer, folder: Path) -> None:
     for each in trained.domains:
         cells = [f"{each.documents:,}", f"{each.bytes / 1000:,.1f}", f"{each.per_word:.2f}", f"{each.per_1000_bytes:.1f}"]
         if compared:
-            other, change = each.against_per_1000_bytes, each.change
-            cells += ["-" if other is None else f"{other:.1f}", "-" if change is None else f"{change:+.1%}"]
+            cells += [or_dash(each.against_per_1000_bytes, ".1f"), or_dash(each.change, "+.1%")]
         table.add(each.name, *cells)
     against = f", against {trained.against}" if compared else ""
     out.print(Text(f"Tokens of documents held out of the training{against}."))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modekit.cli.evaluation import print_translated
+from modekit.cli.evaluation import print_translations
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_results, print_summary
@@ -39,11 +39,7 @@ class DemoKind:
 
     def what(self) -> What:
         """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""
-        kinds: dict[str, What] = {
-            "full": "full",
-            "adapters": "lora",
-            "translation": "translation",
-        }
+        kinds: dict[str, What] = {"full": "full", "adapters": "lora", "translation": "translation"}
         asked = [name for name in kinds if getattr(self, name)]
         if len(asked) > 1:
             raise ModekitError(
@@ -81,7 +77,7 @@ def demo(
         out.print(Text(f"seed {seed}", style="bold"))
         print_results(results.merged(seed))
         if seed in results.translated:
-            print_translated(results.translated[seed])
+            print_translations(results.translated[seed])
     if seeds > 1:
         print_summary(results.summary())
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"

@@ -1,4 +1,4 @@
-"""The command that finds domains in text that nobody has labelled."""
+"""Commands that search: for domains in text that nobody has labelled, and for the best mixture."""
 
 from __future__ import annotations
 
@@ -12,48 +12,33 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.mixtures import print_notes, print_tune
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, Overwrite, Trust, app, resolved
-from modekit.errors import ModekitError
+from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
+from modekit.errors import check_packages
 from modekit.files.output import replaced_by
-from modekit.run import Run
 from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
+from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.search.discover.result import Discovery, DocumentGroup
 
 
 @dataclass(frozen=True)
-class DiscoverOptions:
+class DiscoverOptions(Writing):
     """Options of `modekit discover`."""
 
     domains: Annotated[
         int | None,
         typer.Option(min=2, max=MOST_DOMAINS, help="Number of domains (default: chosen by held-out likelihood)."),
     ] = None
-    most: Annotated[
-        int | None,
-        typer.Option(min=2, max=MOST_DOMAINS, help="Largest number of domains to try (default 12; without --domains)."),
-    ] = None
     sample: Annotated[int, typer.Option(min=2, help="Largest number of documents to learn the groups from.")] = 8_192
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
     mixture: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Mixture to compare with: which groups its router sends to an expert.")
     ] = None
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
-
-    def settings(self) -> DiscoverSettings:
-        """Raises ModekitError for options that exclude each other."""
-        if self.domains is not None and self.most is not None:
-            raise ModekitError(
-                "the setting has no effect", where="--most", found=self.most, expected="no --domains", remedy="remove one"
-            )
-        return DiscoverSettings(domains=self.domains, most=self.most or 12, sample=self.sample, seed=self.seed)
 
 
 @app.command()
@@ -66,24 +51,18 @@ def discover(
     ] = None,
 ) -> None:
     """Group unlabelled documents into domains, name each by its words, and show which ones a mixture already serves."""
-    try:
-        from modekit.search.discover.discover import Unlabelled, discover
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"sklearn", "scipy", "threadpoolctl"}:
-            raise
-        raise ModekitError(
-            "grouping documents needs scikit-learn", where="modekit discover", remedy="pip install 'modekit[discover]'"
-        ) from None
+    check_packages(("sklearn", "scipy", "threadpoolctl"), "pip install 'modekit[discover]'")
     from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.search.discover.discover import Unlabelled, discover
 
     mixture = None if options.mixture is None else open_checkpoint(resolved(options.mixture))
     with drawn_progress() as progress:
         discovery = discover(
             Unlabelled(text, Path.cwd(), mixture),
-            options.settings(),
+            DiscoverSettings(domains=options.domains, sample=options.sample, seed=options.seed),
             out=None if output is None else resolved(output),
             replace=replaced_by(options.overwrite),
-            run=Run(options.trust_remote_code, progress, options.fsync),
+            run=options.run(progress),
         )
     if options.as_json:
         sys.stdout.write(discovery.model_dump_json(indent=2) + "\n")
@@ -134,3 +113,57 @@ def _served(group: DocumentGroup) -> list[str]:
         return ["-", "-"]
     expert, share = next(iter(group.served.experts.items()))
     return [f"{group.served.served:.0%}", f"{expert} {share:.0%}"]
+
+
+@dataclass(frozen=True)
+class TuneOptions(Writing):
+    """How much is searched, where, and by how many."""
+
+    trials: Annotated[int, typer.Option(min=1, help="Number of candidates; all fixed baselines are scored in any case.")] = 48
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain, for the choice and for the report.")] = (
+        SAMPLE_TOKENS
+    )
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
+    space: Annotated[Path | None, typer.Option(help="YAML file with the axes of the search (docs/tune.md).")] = None
+    native: Annotated[bool, typer.Option("--native", help="Only mixtures that run without modekit (vLLM, llama.cpp).")] = False
+    processes: Annotated[int, typer.Option(min=1, help="Number of parallel processes.")] = 1
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the processes on Ray: the cluster of RAY_ADDRESS, or this machine.")
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the search.")] = 0
+    as_json: AsJson = False
+
+
+@app.command()
+@grouped
+def tune(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the best mixture.")],
+    options: TuneOptions,
+) -> None:
+    """Find the best mixture of a recipe's experts on held-out text, and build it."""
+    check_packages(("optuna",), "pip install 'modekit[tune]'")
+    from modekit.recipes.read import load_recipe
+    from modekit.search.tune.results import TuneSettings
+    from modekit.search.tune.tune import tune
+
+    settings = TuneSettings(
+        options.trials, options.tokens, options.sequence_length, options.seed, options.processes, options.ray
+    )
+    with drawn_progress() as progress:
+        results = tune(
+            load_recipe(recipe),
+            resolved(recipe).parent,
+            resolved(output),
+            space=options.space,
+            settings=settings,
+            native=options.native,
+            overwrite=options.overwrite,
+            run=options.run(progress),
+        )
+    if options.as_json:
+        sys.stdout.write(results.model_dump_json(indent=2) + "\n")
+        return
+    print_tune(results)
+    said = "the best variant; its recipe.yaml, and all variants in results/tune.md"
+    out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -23,7 +23,6 @@ from modekit.text.amounts import TABLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.demo.translation import TranslatedTable
     from modekit.evaluation.chat import ChatResults
     from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
@@ -210,8 +209,6 @@ def print_tasks(results: TaskResults) -> None:
 
 def print_chat(results: ChatResults) -> None:
     """Draw a row per kind of question: the share on which the right expert leads, and how often each one does."""
-    from modekit.evaluation.chat import share
-
     out.print(
         f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
         "tokens of answer; share of these tokens; then how often each expert leads at the last prompt token."
@@ -219,8 +216,7 @@ def print_chat(results: ChatResults) -> None:
     table = Table("", ["questions", "prompt", "answer", "over it", *results.experts])
     for row in results.rows:
         counts = [Cell(str(row.leaders.get(name, 0)), own=name == row.expert) for name in results.experts]
-        shares = map(share, (row.at_prompt, row.after_answer, row.over_answer))
-        table.add(row.name, Cell(str(row.questions), "dim"), *shares, *counts)
+        table.add(row.name, Cell(str(row.questions), "dim"), *row.shares, *counts)
     out.print(table)
     print_notes(results.notes)
 
@@ -239,11 +235,3 @@ def print_translations(results: TranslationResults) -> None:
     for metric, signature in vars(results.signatures).items():
         out.print(Text(f"{metric}: {signature}", style="dim"))
     print_notes(results.notes)
-
-
-def print_translated(found: TranslatedTable) -> None:
-    """Draw BLEU and chrF of all models of a demo's seed."""
-    out.print("BLEU / chrF of held-out pairs, translated greedily.")
-    out.print(table_of_models(*found.table(between="\n")))
-    for metric, signature in vars(found.signatures).items():
-        out.print(Text(f"{metric}: {signature}", style="dim"))

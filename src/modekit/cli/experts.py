@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved, writable
+from modekit.cli.shell import AsJson, OutFolder, Writing, app, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -122,7 +122,7 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True)
-class SpecializeOptions:
+class SpecializeOptions(Writing):
     """How an expert is trained."""
 
     train: Annotated[
@@ -137,9 +137,6 @@ class SpecializeOptions:
     batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
     seed: Annotated[int, typer.Option(help="Random seed of the text order.")] = 0
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -159,7 +156,7 @@ def specialize(
     labelled.check(taught.teacher)
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        run = Run(options.trust_remote_code, progress, options.fsync)
+        run = options.run(progress)
         run.begin(LIBRARIES)
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training
@@ -195,7 +192,7 @@ def specialize(
 
 
 @dataclass(frozen=True)
-class ExtractOptions:
+class ExtractOptions(Writing):
     """How large an adapter becomes, and by what its error is measured."""
 
     rank: Annotated[int | None, typer.Option(help="Rank of every module's adapter.")] = None
@@ -206,10 +203,7 @@ class ExtractOptions:
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
     text: Annotated[list[str] | None, typer.Option(help="Text whose activations weigh the error; repeatable.")] = None
     tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
-    overwrite: Overwrite = False
-    fsync: Fsync = True
     as_json: AsJson = False
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -240,7 +234,7 @@ def extract(
     )
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        run = Run(options.trust_remote_code, progress, options.fsync)
+        run = options.run(progress)
         tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
         origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
         record = extract(tuned, origin, target, settings, overwrite=options.overwrite, run=run)

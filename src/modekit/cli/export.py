@@ -1,10 +1,9 @@
-"""Commands that take a mixture elsewhere."""
+"""Commands that show a mixture to others, and take it elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,21 +12,22 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import OutFolder, Writing, app, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
-from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.gguf import GgufFile
+    from modekit.report.push import Parcel
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Writing):
     """What is written, and how."""
 
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; repeatable.")] = None
@@ -39,9 +39,6 @@ class ExportOptions:
         str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (--gguf; default: detected).")
     ] = None
     accept: Annotated[bool, typer.Option("--accept", help="Keep a file that lost more than allowed (--gguf).")] = False
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -64,17 +61,15 @@ def export(
 
 def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
     """Write a mixture for llama.cpp, with its progress drawn, and say what that has become."""
-    from modekit.engines.gguf import export_adapters_gguf, export_gguf
+    from modekit.engines.gguf import export_gguf
 
-    if not checkpoint.shape.plain:
-        exported: Callable[..., list[GgufFile]] = partial(export_adapters_gguf, experts=options.expert)
-    else:
+    if checkpoint.shape.plain:
         refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
-        exported = export_gguf
     settings = GgufSettings(options.outtype, options.pre_tokenizer, options.accept)
     with drawn_progress() as progress:
-        run = Run(options.trust_remote_code, progress, options.fsync)
-        written = exported(checkpoint, resolved(output), settings, replace=replaced_by(options.overwrite), run=run)
+        run = options.run(progress)
+        target, replaced = resolved(output), replaced_by(options.overwrite)
+        written = export_gguf(checkpoint, target, settings, experts=options.expert, replace=replaced, run=run)
     for each in written:
         said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
         _print_written(output / each.file.name, said, each.notes)
@@ -95,7 +90,7 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
         if plan.reason is not None:
             out.print(Text(f"{plan.name}: not exported: {plan.reason}", style="dim"))
             continue
-        run = Run(options.trust_remote_code, sync=options.fsync)
+        run = options.run()
         record = write_export(checkpoint, plan, resolved(output) / plan.name, overwrite=options.overwrite, run=run)
         rank = f", rank {record.rank}" if record.rank is not None else ""
         origin = "its own files" if record.as_it_came else "cut out of the mixture"
@@ -108,3 +103,64 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
     out.print(Text.assemble((str(path), "bold"), f": {said}"))
     for note in notes:
         out.print(Text(f"  {note}", style="dim"))
+
+
+@app.command()
+def report(checkpoint: OutFolder) -> None:
+    """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.page import write_report
+
+    written = write_report(open_checkpoint(resolved(checkpoint)))
+    print_notes(written.notes)
+    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
+    out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
+
+
+@app.command()
+def card(
+    checkpoint: OutFolder,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that you wrote or changed.")] = False,
+) -> None:
+    """Write the model card (OUT/README.md) with the licences of all sources."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.card import write_card
+
+    opened = open_checkpoint(resolved(checkpoint))
+    written = write_card(opened, overwrite=overwrite)
+    print_notes(written.notes)
+    paths = ", ".join(str(opened.folder / name) for name in written.contents)
+    out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
+
+
+@app.command()
+def push(
+    checkpoint: OutFolder,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; created if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
+) -> None:
+    """Upload the mixture to the hub, without router statistics and local paths."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+    from modekit.report.push import check_repo, pack, push
+
+    check_repo(repo)
+    parcel = pack(open_checkpoint(resolved(checkpoint)), ask_hub=not dry_run)
+    print_parcel(parcel, repo)
+    if not dry_run:
+        out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)
+
+
+def print_parcel(parcel: Parcel, repo: str) -> None:
+    """Draw what goes to a repository and what stays."""
+    sizes = parcel.sizes()
+    table = Table(f"to {repo}", ["bytes", "how"])
+    for name, size in sizes.items():
+        table.add(name, bytes_of(size), "made for it" if isinstance(parcel.files[name], bytes) else "as it is")
+    out.print(table)
+    print_notes(parcel.notes)
+    if parcel.left:
+        left = ", ".join(f"{name} ({bytes_of(size)})" for name, size in parcel.left.items())
+        out.print(Text(f"stays here: {left}"))
+    going, staying = bytes_of(sum(sizes.values())), bytes_of(sum(parcel.left.values()))
+    out.print(Text.assemble((going, "bold"), f" in {len(sizes)} files go, {staying} stay"))

@@ -20,8 +20,8 @@ from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
-from modekit.errors import ModekitError
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
+from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -31,37 +31,25 @@ if TYPE_CHECKING:
     from modekit.evaluation.inspection.text import UserMessage
     from modekit.evaluation.inspection.tokens import Word
 
-_OPTIONS = ("--text", "--text-file", "--chat", "--system", "--layer")
-
 
 @dataclass(frozen=True)
 class TextOptions:
     """A text to show in place of the tables."""
 
     text: Annotated[str | None, typer.Option(help="Show this text word by word; - reads standard input.")] = None
-    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Show the text of this file word by word.")] = None
     chat: Annotated[bool, typer.Option("--chat", help="Read the text as a user message in the chat template.")] = False
     system: Annotated[str | None, typer.Option(help="System prompt (with --chat; default: the template's own).")] = None
-    layer: Annotated[int | None, typer.Option(min=0, help="Only the routers of this layer (with a text).")] = None
-
-    def given(self) -> list[str]:
-        """The options that were given."""
-        values = [self.text, self.text_file, self.chat or None, self.system, self.layer]
-        return [option for option, value in zip(_OPTIONS, values, strict=True) if value is not None]
 
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import STDIN, UserMessage, read_text
+        from modekit.evaluation.inspection.text import STDIN, UserMessage, standard_input
 
-        if self.text is not None and self.text_file is not None:
-            raise ModekitError("two texts are given", where="--text, --text-file", remedy="give one")
-        if self.system is not None and not self.chat:
-            raise ModekitError("this option needs --chat", where="--system", remedy="add --chat, or leave it out")
-        if self.text is None and self.text_file is None:
-            for option in self.given():
-                raise ModekitError("this option needs a text", where=option, remedy="add --text, or leave it out")
+        if not self.chat:
+            refuse_without_effect("a user message (--chat)", {"--system": self.system})
+        if self.text is None:
+            refuse_without_effect("a text (--text)", {"--chat": self.chat or None})
             return None
-        text = read_text(self.text_file) if self.text is None or self.text == STDIN else self.text
+        text = standard_input() if self.text == STDIN else self.text
         return UserMessage(self.system, text) if self.chat else text
 
 
@@ -77,7 +65,6 @@ def inspect(
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.checkpoint.pairs import refuse_pairs
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.result import Inspection
@@ -85,13 +72,6 @@ def inspect(
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     opened = open_checkpoint(resolved(checkpoint))
-    for option in shown.given():
-        refuse_pairs(
-            opened,
-            "a source and its target are shown together, and this asks for one text",
-            option=option,
-            remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
-        )
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:
@@ -99,7 +79,7 @@ def inspect(
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:
-            found = inspect_text(opened, text, layer=shown.layer, sequence_length=sequence_length, run=run)
+            found = inspect_text(opened, text, sequence_length=sequence_length, run=run)
     if as_json:
         print_json(found.model_dump())
     elif isinstance(found, Inspection):
@@ -187,14 +167,10 @@ def _print_without(found: Inspection, titles: Sequence[str]) -> None:
     usages = found.per_domain.values()
     table = Table("left out", titles)
     for name in found.experts:
-        table.add(name, *(Cell(_change(each.without.get(name)), own=each.expert == name) for each in usages))
+        table.add(name, *(Cell(or_dash(each.without.get(name), "+.3f"), own=each.expert == name) for each in usages))
     table.add("loss", *(f"{each.loss:.3f}" for each in usages), style="dim")
-    table.add("named", *("-" if each.named is None else f"{each.named:.0%}" for each in usages), style="dim")
+    table.add("named", *(or_dash(each.named, ".0%") for each in usages), style="dim")
     out.print(table)
-
-
-def _change(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
 
 
 def _print_tokens(of_experts: Mapping[str, Sequence[TopToken] | Sequence[TokenWeight]]) -> None:
@@ -209,7 +185,7 @@ def _print_unseen(found: UnseenDetection) -> None:
         out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))
         table = Table("score", [str(at) for at in found.at])
         for score, of_domains in found.auroc.items():
-            table.add(score, *("-" if each is None else f"{each:.3f}" for each in of_domains[name]))
+            table.add(score, *(or_dash(each, ".3f") for each in of_domains[name]))
         out.print(table)
     if found.to_base is not None:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in found.to_base.items())
@@ -265,7 +241,9 @@ def print_trace(trace: TextTrace) -> None:
 def _print_worth(trace: TextTrace) -> None:
     table = Table("expert", ["mean\nweight", "left out\nadds"])
     for place, name in enumerate(trace.experts):
-        table.add(name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", _change(trace.without.get(name)))
+        table.add(
+            name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", or_dash(trace.without.get(name), "+.3f")
+        )
     out.print()
     out.print(table)
     largest = math.log(min(trace.top_k or len(trace.experts), len(trace.experts)))
@@ -302,8 +280,7 @@ def _print_lines(above: Text, below: Text) -> None:
 
 
 def _loss(word: Word) -> str:
-    score = "" if word.over_base is None else f" {word.over_base:+.1f}"
-    return ("-" if word.loss is None else f"{word.loss:.1f}") + score
+    return or_dash(word.loss, ".1f") + ("" if word.over_base is None else f" {word.over_base:+.1f}")
 
 
 def tint(expert: int, strength: float) -> Style:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -56,7 +55,6 @@ class LabelOptions:
     def texts(self, text: list[str]) -> Sequence[str] | Labelled:
         """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
         if not self.tags:
-            _refuse_labels(text)
             return text
         from modekit.experts.labelled import Labelled
 
@@ -96,19 +94,3 @@ def _by_label(text: list[str]) -> dict[str, list[str]]:
                 remedy="put its texts into one folder, or leave one out",
             )
     return found
-
-
-def _refuse_labels(text: list[str]) -> None:
-    """Raise ModekitError for a text that is there, and is said to have a label that nothing reads."""
-    from modekit.recipes.paths import locate
-
-    for each in text:
-        label, sign, spec = each.partition("=")
-        if sign and spec and locate(each, Path.cwd()) is None and locate(spec, Path.cwd()) is not None:
-            raise ModekitError(
-                "a text with a label is read with --tags alone",
-                where="--text",
-                found=each[:200],
-                expected=f"--text {spec[:200]}",
-                remedy=f"add --tags, or leave '{label[:64]}=' away",
-            )

@@ -17,10 +17,9 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import Fsync, OutFolder, Overwrite, Trust, app, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, resolved, writable
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of, three_digits
-from modekit.run import Run
+from modekit.files.figures import bytes_of, or_dash, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -61,16 +60,7 @@ class ModelOptions:
             raise ModekitError(
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
-        said = {
-            "model": self.model,
-            "adapter": self.adapter,
-            "text": self.text,
-            "as": self.as_,
-            "rank": self.rank,
-            "budget": self.budget,
-            "revision": self.revision,
-            "labels": self.label,
-        }
+        said = {"as" if name == "as_" else "labels" if name == "label" else name: value for name, value in vars(self).items()}
         return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
 
 
@@ -88,16 +78,13 @@ class AdmissionOptions:
 
 
 @dataclass(frozen=True)
-class WriteOptions:
+class WriteOptions(Writing):
     """Where the new mixture goes, and how."""
 
     output: Annotated[
         Path | None, typer.Option("--out", metavar="NEW", help="Folder for the new mixture (default: OUT itself).")
     ] = None
     refit: Annotated[bool, typer.Option("--refit", help="Fit a trained router again.")] = False
-    overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -168,7 +155,7 @@ def _change(
     if target != opened.folder:
         writable(target, write.overwrite)
     with drawn_progress() as progress:
-        run = Run(write.trust_remote_code, progress, write.fsync)
+        run = write.run(progress)
         planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
         before = dataclasses.replace(planned, made_by=asked)
         found = None
@@ -187,7 +174,7 @@ def _change(
                 remedy="do what is said above, or pass --force",
             )
     with drawn_progress() as progress:
-        run = Run(write.trust_remote_code, progress, write.fsync)
+        run = write.run(progress)
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
@@ -218,7 +205,7 @@ def print_experts(experts: Sequence[ListedExpert], history: Sequence[Change]) ->
     """Draw the experts of a mixture and the history of its changes."""
     table = Table("expert", ["is", "of its own", "since", "gain", "gap closed", "licence", "from"])
     for expert in experts:
-        figures = ["-" if value is None else f"{value:.3f}" for value in (expert.gain, expert.gap_closed)]
+        figures = [or_dash(value, ".3f") for value in (expert.gain, expert.gap_closed)]
         table.add(
             expert.name,
             expert.kind,

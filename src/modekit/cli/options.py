@@ -50,18 +50,14 @@ def _fields(kind: Any, *, titled: bool) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
     if titled:
         title = re.split(r"[;:.,(]", kind.__doc__)[0]
-        hints = {name: _under(title, hint) for name, hint in hints.items()}
+        for name, hint in hints.items():
+            option = copy(hint.__metadata__[0])
+            option.rich_help_panel = option.rich_help_panel or title
+            hints[name] = Annotated[hint.__origin__, option]
     return [
         _option(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
-        for each in fields(kind)
+        for each in sorted(fields(kind), key=lambda each: each.kw_only is True)  # what commands have in common comes last
     ]
-
-
-def _under(title: str, hint: Any) -> Any:
-    """The same option, listed in a panel of that title unless it has one."""
-    option = copy(hint.__metadata__[0])
-    option.rich_help_panel = option.rich_help_panel or title
-    return Annotated[hint.__origin__, option]
 
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:

@@ -2,10 +2,6 @@
 
 A line when a phase begins, one as soon as it is known how long the phase will take, and one every ten seconds, later every
 half minute:
-
-    0:12  score medicine: 11 %, about 95 s left
-
-The time left follows from how fast the phase advanced in the last minute. While nothing advances, it grows.
 """
 
 from __future__ import annotations

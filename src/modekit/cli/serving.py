@@ -106,7 +106,7 @@ def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Ru
         said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
             out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
-            served.wait()
+            served.supervisor.wait()
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class FrontOptions:
 def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     """Run a gateway; requests for "auto" go to the expert that best matches their text."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.run_front import Address, FrontSettings, run_front
+    from modekit.engines.run_front import FrontSettings, run_front
 
     adapters = None if options.adapters is None else resolved(options.adapters)
     settings = FrontSettings(
@@ -144,7 +144,7 @@ def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     def listening(address: str) -> None:
         out.print(Text.assemble((f"{address}/v1", "bold"), ": model auto, or what the workers serve; Ctrl-C ends it"))
 
-    run_front(opened, settings, Address(options.host, options.port), listening, run=Run(options.trust_remote_code))
+    run_front(opened, settings, options.host, options.port, listening, run=Run(options.trust_remote_code))
 
 
 @app.command()

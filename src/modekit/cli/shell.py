@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from modekit.cli.printing.console import err
 from modekit.errors import FinishedError, InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
+from modekit.run import Progress, Run, silent
 
 app = typer.Typer(
     name="modekit",
@@ -40,6 +42,21 @@ Fsync = Annotated[
     bool, _common("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
 ]
 AsJson = Annotated[bool, _common("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a command writes a folder."""
+
+    overwrite: Overwrite = False
+    fsync: Fsync = True
+    trust_remote_code: Trust = False
+
+    def run(self, progress: Progress = silent) -> Run:
+        """For the room that does it."""
+        return Run(self.trust_remote_code, progress, self.fsync)
+
+
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _MOVED_OPTIONS = {
     "eval": {
@@ -51,8 +68,13 @@ _MOVED_OPTIONS = {
             ("--translate", "--beams", "--pairs", "--batch", "--max-new-tokens"), "run modekit eval-translation OUT"
         ),
     },
+    "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
+    "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
-    "discover": dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
+    "discover": {
+        **dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
+        "--most": "give --domains; without it up to 12 are tried",
+    },
 }
 """Command -> options that it had -> what to do now."""
 _NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")
@@ -156,7 +178,7 @@ def _wrong_usage(said: str) -> ModekitError:
     option = _NO_OPTION.match(said)
     moved = _MOVED_OPTIONS.get(_command(), {}).get(option[1]) if option else None
     if option and moved:
-        return ModekitError(f"this option was removed: {option[1]}", remedy=moved)
+        return ModekitError(f"this option was removed: {option[1]}", where=f"modekit {_command()}", remedy=moved)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command())

@@ -24,10 +24,10 @@ from typing import Any
 from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
 from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
-from modekit.demo.translation import TranslatedTable, translated_table
+from modekit.demo.translation import translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.results import Results, Row, gaps_of, with_gaps
-from modekit.evaluation.translation.results import TranslationScore, require_sacrebleu
+from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
@@ -41,18 +41,18 @@ class DemoResults:
 
     per_seed: Mapping[int, Mapping[str, Results]]
     seconds: float
-    translated: Mapping[int, TranslatedTable] = field(default_factory=dict)
+    translated: Mapping[int, TranslationResults] = field(default_factory=dict)
     quick: bool = False
 
     def merged(self, seed: int) -> Results:
         """One table of a seed: the dense rows and the oracle once, then every mixture under its name."""
         by_mixture = self.per_seed[seed]
         first = next(iter(by_mixture.values()))
+        carrying: dict[str, Results] = {}  # the first of the mixtures that carry the same of their experts
+        for name, results in by_mixture.items():
+            carrying.setdefault(name.partition(" ")[2], results)
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
-        rows += [
-            Row(f"oracle {carried}".strip(), *_rest(results.row("oracle")))
-            for carried, results in _by_what_is_carried(by_mixture).items()
-        ]
+        rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle"))) for carried, results in carrying.items()]
         rows += [
             Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
             for name, results in by_mixture.items()
@@ -61,7 +61,7 @@ class DemoResults:
         ]
         table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
         gaps = gaps_of(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
-        if table is not None and not table.anyone_translates:
+        if table is not None and not any((_bleu(row.mean(table.domains)) or 0) >= _LEAST_BLEU for row in table.rows):
             gaps, notes = {}, [_NO_TRANSLATION, *notes]
         return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
 
@@ -92,16 +92,20 @@ class DemoResults:
                 ],
             }
             if self.translated:
-                written = [table.row(row.name) for table in self.translated.values() if row.name in table.names()]
+                written = [each for table in self.translated.values() for each in table.rows if each.name == row.name]
                 figures["bleu"] = [_bleu(each.mean(domains)) for each in written]
                 figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
             summary[row.name] = {}
             for name, values in figures.items():
-                summary[row.name] |= _mean_and_deviation(name, values)
+                known = [value for value in values if value is not None]
+                mean = statistics.fmean(known) if known else None
+                summary[row.name][name] = mean
+                summary[row.name][f"{name}_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
         return summary
 
 
 _SMOKE_RUN = "a smoke run (--quick): models of a few steps show that every part runs, and their figures say nothing of quality"
+_LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a gap between such say nothing
 _NO_TRANSLATION = "no model here translates (mean BLEU below 1), so no share of the gap is shown"
 
 
@@ -111,12 +115,6 @@ def _share(value: float | None, of: float | None) -> float | None:
 
 def _bleu(score: TranslationScore | None) -> float | None:
     return None if score is None else score.bleu
-
-
-def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return {name: mean, name + "_spread": max(abs(v - mean) for v in known) if mean is not None else None}
 
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
@@ -131,12 +129,12 @@ def run_demo(
     """Make, mix and evaluate; returns the tables and writes DEMO/results."""
     started = time.monotonic()
     if what == "translation":
-        require_sacrebleu("modekit demo --translation")
+        require_sacrebleu()
     size = size_of(what, real=real, quick=quick)
     _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")
     per_seed: dict[int, dict[str, Results]] = {}
-    translated: dict[int, TranslatedTable] = {}
+    translated: dict[int, TranslationResults] = {}
     for seed in seeds:
         folder = out / f"seed{seed}"
         per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
@@ -175,14 +173,6 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )
-
-
-def _by_what_is_carried(results: Mapping[str, Results]) -> dict[str, Results]:
-    """The first of the mixtures that carry the same of their experts."""
-    first: dict[str, Results] = {}
-    for name, table in results.items():
-        first.setdefault(name.partition(" ")[2], table)
-    return first
 
 
 def _rest(row: Row) -> tuple[Any, ...]:

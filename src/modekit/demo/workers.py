@@ -1,8 +1,7 @@
 """Tasks in processes of their own that run beside each other, each with its part of torch's threads.
 
 Two models that train or are scored in a process each need less time, and much less processor time, than one after the other
-with two threads per product: small products end before a second thread is awake. What the processes report comes to one
-progress; the demo can be killed and goes on, because every task leaves its result in a folder that appears whole.
+with two threads.
 """
 
 from __future__ import annotations

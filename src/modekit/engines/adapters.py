@@ -1,8 +1,5 @@
 """What llama.cpp can have of a mixture that keeps adapters: its backbone as a plain model, and experts as LoRA over it.
 
-All is taken from the mixture's own tensors, so that what was trained or merged there is in the files, and no source needs to
-be there any more.
-
 Shape legend: O and I rows and columns of a module's weight, R rank.
 """
 
@@ -67,9 +64,8 @@ class Adapter:
 
 
 def chosen_adapters(checkpoint: Checkpoint, names: Sequence[str] | None) -> list[Adapter]:
-    """The adapters of the experts that were asked for; None: of all, but for the base, which is the backbone alone.
-
-    Raises UnsupportedError where llama.cpp has no form for one of them, with the reason for each.
+    """The adapters of the experts that were asked for; None: of all, but for the base, which is the backbone alone. Raises
+    UnsupportedError where llama.cpp has no form for one of them, with the reason for each.
     """
     found = {name: _adapter_of(checkpoint, expert) for expert, name in enumerate(checkpoint.names)}
     base = {expert.name for expert in checkpoint.record.recipe.experts if expert.is_base and found[expert.name] == _NOTHING}

@@ -49,10 +49,7 @@ class Bound:
     """A bound on keys of a request, or of a schema in it.
 
     Attributes:
-        keys: the keys' names.
         measure: what is bounded; None of a value that has no such measure.
-        unit: what is measured, for a message.
-        most, least: what is allowed.
         in_all: the most that all such keys of one schema may have together.
     """
 

@@ -1,8 +1,5 @@
 """A conversation with a mixture: `modekit chat OUT`. What it answers, which experts led to each token, and which words decided.
 
-The mixture runs in transformers, or as a GGUF in llama.cpp (voices.py). What stands before an answer is written by the chat
-template; a tokenizer without one has each text continued as it is.
-
 Shape legend: S tokens of a prompt, E experts.
 """
 
@@ -15,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
+from modekit.engines.llama import Llama
 from modekit.engines.modelfile import ends_of
 from modekit.engines.sampling import Sampling, context_of
+from modekit.engines.threads import default_threads
 from modekit.engines.voices import AnswerToken, LlamaVoice, OnToken, TransformersVoice, Voice
-from modekit.errors import TextError
+from modekit.errors import TextError, check_packages
 from modekit.evaluation.inspection.tokens import token_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.routing.text_router import last_token_of, reads_tokens
@@ -39,17 +36,7 @@ _WORDS = 8  # that are named per expert
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How a mixture is talked to.
-
-    Attributes:
-        gguf: a file of the mixture that llama.cpp runs; None: transformers runs the checkpoint.
-        system: the system prompt; None: the template's own.
-        temperature: of the softmax; None: as the model's generation_config.json says, else 0, always the likeliest token.
-        seed: of the draws; None: another one each time.
-        answer_tokens: of the longest answer.
-        context: tokens of conversation and answer; None: as many as the model was trained for, at most 8,192.
-        threads: that compute in llama.cpp; None: as many as cores are idle.
-    """
+    """How a mixture is talked to: the options of `modekit chat`. None leaves it to the model, or the machine."""
 
     gguf: Path | None = None
     system: str | None = None
@@ -62,14 +49,7 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What was answered.
-
-    Attributes:
-        tokens: what they say, and who led to each.
-        prompt: tokens that the answer followed.
-        left_out: messages at the beginning of the conversation that no longer fitted.
-        ended: by its own end, at the longest answer, where the context was full, or because the user stopped it.
-    """
+    """What was answered. `left_out`: messages at the beginning of the conversation that no longer fitted."""
 
     tokens: Sequence[AnswerToken]
     prompt: Sequence[int]
@@ -89,12 +69,7 @@ class ChatAnswer:
 
 @dataclass(frozen=True)
 class DecidingWords:
-    """Why an answer began as it did.
-
-    Attributes:
-        weights: of every expert, by name, at the answer's first token.
-        words: per expert, the words of the prompt that spoke for it most, and by how many nats more than for the others.
-    """
+    """Why an answer began as it did: weights of experts at its first token; per expert, words that spoke for it, in nats."""
 
     weights: Mapping[str, float]
     words: Mapping[str, Sequence[tuple[str, float]]]
@@ -127,7 +102,6 @@ class Chat:
 
     def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
         """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
-
         Raises TextError where the question leaves no room for an answer, or the template does not take it.
         """
         self._said.append(message_of("user", said.encode("utf-8", "replace").decode()))
@@ -187,7 +161,11 @@ class Chat:
         lead_SE = added_SE - others_SE
         words = words_at(token_texts(self.tokenizer, answer.prompt))
         weights = dict(zip(names, answer.tokens[0].weights, strict=True))
-        return DecidingWords(weights, {name: _strongest(words, lead_SE[:, place]) for place, name in enumerate(names)})
+        strongest: dict[str, list[tuple[str, float]]] = {}
+        for expert, name in enumerate(names):
+            sums = [(word, float(lead_SE[places, expert].sum())) for word, places in words.items()]
+            strongest[name] = sorted((each for each in sums if each[1] > 0), key=lambda each: -each[1])[:_WORDS]
+        return DecidingWords(weights, strongest)
 
 
 def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
@@ -204,17 +182,10 @@ def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
     return found
 
 
-def _strongest(words: Mapping[str, list[int]], lead_S: np.ndarray) -> list[tuple[str, float]]:
-    sums = [(word, float(lead_S[places].sum())) for word, places in words.items()]
-    return sorted((each for each in sums if each[1] > 0), key=lambda each: -each[1])[:_WORDS]
-
-
 @contextmanager
 def chatting(checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET) -> Iterator[Chat]:
-    """A mixture that is ready to be asked inside the block.
-
-    Raises UnsupportedError for a mixture with an encoder; EngineError where llama.cpp does not load the file, is not there,
-    or for a context that the model was not trained for; SourceError.
+    """A mixture that is ready to be asked inside the block. Raises UnsupportedError for a mixture with an encoder; EngineError
+    where llama.cpp does not load the file, is not there, or for a context that the model was not trained for; SourceError.
     """
     refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
     possible = context_of(checkpoint, settings.context)
@@ -227,5 +198,8 @@ def chatting(checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET
         if settings.gguf is None:
             voice: Voice = TransformersVoice(checkpoint, tokenizer, sampling, run=run)
         else:
-            voice = stack.enter_context(LlamaVoice(checkpoint, tokenizer, sampling, settings.gguf, context, settings.threads))
+            check_packages(("xllamacpp",), "pip install 'modekit[gguf]', or leave --gguf out")
+            threads = settings.threads or default_threads()
+            llama = stack.enter_context(Llama(settings.gguf.absolute(), context=context, threads=threads, exact=False))
+            voice = LlamaVoice(checkpoint, tokenizer, sampling, llama)
         yield Chat(checkpoint, tokenizer, voice, settings, context)

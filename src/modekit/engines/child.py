@@ -1,9 +1,8 @@
 """A process of its own for what is another program's work, and both ends of the line to it.
 
 The parent starts MODULE in a new interpreter, says what is wanted as one line of JSON on its standard input, and keeps that
-open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. What it answers
-are lines of JSON on its standard output; what it says besides goes to the standard error, whose end the parent keeps for a
-message.
+open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. It answers with
+lines of JSON on its standard output; the parent keeps the end of its standard error for a message.
 """
 
 from __future__ import annotations
@@ -70,12 +69,9 @@ class Child:
         """Of the last lines that it said, those that speak of an error, or the last ones."""
         said = list(self._said)
         telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
-        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + self._signal()
-
-    def _signal(self) -> str:
-        """By which signal it was ended, if by one."""
         code = self._process.poll() or 0
-        return f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
+        ended = f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
+        return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + ended
 
     def answer(self) -> dict[str, str] | None:
         """The next object that it writes, as a line of JSON; None when it ended without one."""

@@ -228,9 +228,8 @@ def _write(adapter: Adapter, model: Any, file: Path, opened: OpenFiles) -> None:
 
 
 def place_of(model: Converted, name: str, shape: tuple[int, int]) -> tuple[str, npt.NDArray[np.int64]]:
-    """What llama.cpp calls a weight (O, I), and which row of ours each of its rows is, (O,).
-
-    Raises ValueError where the converter does more to the weight than to reorder its rows.
+    """What llama.cpp calls a weight (O, I), and which row of ours each of its rows is, (O,). Raises ValueError where the
+    converter does more to the weight than to reorder its rows.
     """
     import torch
 

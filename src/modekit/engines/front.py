@@ -2,9 +2,7 @@
 
     client -> front -> a worker that serves the expert (an adapter in vLLM, a whole model in llama.cpp, the base)
 
-What decides is a mixture's own router (routing/text_router.py), once per request and for all of it: that is another model than
-the mixture, which decides token by token. A model that is named outright is passed on. A request is tried at another worker
-only while nothing of an answer has come.
+A mixture's own router (routing/text_router.py) decides once per request. A model that is named outright is passed on.
 """
 
 from __future__ import annotations
@@ -23,21 +21,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from modekit.engines.gateway import (
-    CHATS,
-    COMPLETIONS,
-    MODELS,
-    PassedOn,
-    answering_with,
-    error_response,
-    models_routes,
-    unknown_model,
-    unless_disconnected,
-)
-from modekit.engines.guard import BODY, App, Body, Guard, RefusedError, SideThread
-from modekit.engines.workers import Worker, WorkerPool
+from modekit.engines.gateway import PassedOn, gateway_app, unknown_model, unless_disconnected
+from modekit.engines.guard import BODY, App, Body, RefusedError, SideThread
+from modekit.engines.workers import Worker, WorkerPool, is_short
 from modekit.errors import ModekitError
 from modekit.recipes.strict import BASE
 from modekit.routing.text_router import Decision, TextRouter
@@ -53,39 +40,23 @@ class Metrics:
     """Requests by expert and status, the time that deciding takes, and how busy each worker is; as Prometheus's text."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = Counter("modekit_requests", "Requests.", ["expert", "status"], registry=self._registry)
-        self._deciding = Histogram(
-            "modekit_deciding_seconds", "From the request to the expert.", buckets=_EDGES_S, registry=self._registry
+        self.registry = CollectorRegistry()
+        self.requests = Counter("modekit_requests", "Requests.", ["expert", "status"], registry=self.registry)
+        self.deciding = Histogram(
+            "modekit_deciding_seconds", "From the request to the expert.", buckets=_EDGES_S, registry=self.registry
         )
-        self._busy = Gauge("modekit_worker_busy", "Requests that a worker is at.", ["worker"], registry=self._registry)
-
-    def decided(self, seconds: float) -> None:
-        """An expert was chosen, or a model named, within this time."""
-        self._deciding.observe(seconds)
-
-    def answered(self, expert: str, status: int) -> None:
-        """Somebody answered, or nobody did (503)."""
-        self._requests.labels(expert, str(status)).inc()
+        self.busy = Gauge("modekit_worker_busy", "Requests that a worker is at.", ["worker"], registry=self.registry)
 
     def text(self, workers: Iterable[Worker]) -> bytes:
         """All of it."""
         for worker in workers:
-            self._busy.labels(worker.name).set(worker.busy)
-        return generate_latest(self._registry)
+            self.busy.labels(worker.name).set(worker.busy)
+        return generate_latest(self.registry)
 
 
 @dataclass
 class Front:
-    """What the front knows.
-
-    Attributes:
-        router: whose text is it?
-        workers: who serves what.
-        names: expert -> the model's name at the workers, where that is another.
-        key: what clients must send.
-        metrics: what /metrics says.
-    """
+    """What the front knows. `names`: expert -> the model's name at the workers, where that is another."""
 
     router: TextRouter
     workers: WorkerPool
@@ -97,15 +68,8 @@ class Front:
 
     def app(self) -> App:
         """As an ASGI application."""
-        routes = [
-            *(Route(path, answering_with(self._answer), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
-            *models_routes(lambda: {AUTO, *self.workers.models}, int(time.time())),
-            Route("/health", self._health),
-            Route("/metrics", self._metrics),
-        ]
-        served = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={Exception: _unforeseen})
-        paths = {route.path for route in routes} | {f"{MODELS}/"}
-        return Guard(served, self.key, paths, open_paths=("/health", "/metrics"))
+        others = {"/health": self._health, "/metrics": self._metrics}
+        return gateway_app(self._answer, lambda: {AUTO, *self.workers.models}, others, self.key, self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -125,7 +89,7 @@ class Front:
         body: Body = request.scope[BODY]
         size = int(request.headers["content-length"])
         expert, decision = await self._expert_of(body, size)
-        self.metrics.decided(time.perf_counter() - started)
+        self.metrics.deciding.observe(time.perf_counter() - started)
         for taken in [expert] if decision is None or expert == BASE else [expert, BASE]:
             model = taken if decision is None else self.names.get(taken, taken)
             content = await self._aside(size, json.dumps, {**body, "model": model})
@@ -140,11 +104,12 @@ class Front:
         headers = {"x-modekit-expert": quote(taken)}
         if decision is not None:
             headers["x-modekit-probabilities"] = json.dumps({name: round(p, 4) for name, p in decision.probabilities.items()})
-        if answer.body is not None:
-            return Response(answer.body, answer.status, headers, answer.kind)
+        kind = answer.headers.get("content-type", "application/json")
+        if is_short(answer):
+            return Response(await answer.read(), answer.status, headers, kind)
         limit_s = self.workers.timeout_s
-        chunks = _until(answer.chunks(), time.monotonic() + limit_s)
-        passed = PassedOn(chunks, answer.status, answer.kind, held.pop_all(), _BROKEN_OFF, limit_s)
+        chunks = _until(answer.content.iter_any(), time.monotonic() + limit_s)
+        passed = PassedOn(chunks, answer.status, kind, held.pop_all(), _BROKEN_OFF, limit_s)
         passed.headers.update(headers)
         return passed
 
@@ -173,7 +138,7 @@ class Front:
 
     def _log(self, expert: str, status: int, decision: Decision | None) -> None:
         """Who took a request, never what it said."""
-        self.metrics.answered(expert, status)
+        self.metrics.requests.labels(expert, str(status)).inc()
         said = {"expert": expert, "status": status, "tokens": decision.tokens if decision else None}
         _LOG.info("%s", json.dumps(said))
 
@@ -204,7 +169,3 @@ def _said(body: Body) -> str | list[dict[str, str]]:
     if conversation is None:
         raise RefusedError(400, "messages are a list of objects with role and text")
     return [dict(message) for message in conversation.messages]
-
-
-async def _unforeseen(_request: Request, _fault: Exception) -> Response:
-    return error_response(500, "the front made a mistake; its log says where")  # which the guard writes

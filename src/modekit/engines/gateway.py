@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
 import aiohttp
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from modekit.engines.guard import BrokenOffError, RefusedError, error_of
+from modekit.engines.guard import App, BrokenOffError, Guard, RefusedError, error_of
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODELS = "/v1/models"
@@ -35,13 +37,33 @@ class DisconnectedError(Exception):
     """The client has gone."""
 
 
-def answering_with(
+def gateway_app(
+    answer: Callable[[Request, AsyncExitStack], Awaitable[Response]],
+    names: Callable[[], Collection[str]],
+    others: Mapping[str, Callable[[Request], Awaitable[Response]]],
+    key: str | None,
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]],
+) -> App:
+    """An ASGI application for clients with a key, if any: chats and completions by `answer`, the models by their `names`, and
+    `others`, which need no key.
+    """
+    routes = [
+        *(Route(path, _answering_with(answer), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
+        *_models_routes(names, int(time.time())),
+        *(Route(path, endpoint) for path, endpoint in others.items()),
+    ]
+    served = Starlette(routes=routes, lifespan=lifespan, exception_handlers={Exception: _unforeseen})
+    return Guard(served, key, {*(route.path for route in routes), f"{MODELS}/"}, open_paths=others)
+
+
+async def _unforeseen(_request: Request, _fault: Exception) -> Response:
+    return error_response(500, "the gateway made a mistake; its log says where")  # which the guard writes
+
+
+def _answering_with(
     answer: Callable[[Request, AsyncExitStack], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A route's function: what `answer` gives, or why it gives nothing.
-
-    What is entered into the stack, and not handed on with the answer, is let go.
-    """
+    """What `answer` gives, or why it gives nothing. What is entered into the stack, and not handed on, is let go."""
 
     async def answered(request: Request) -> Response:
         async with AsyncExitStack() as held:
@@ -62,7 +84,7 @@ def error_response(status: int, why: str) -> Response:
     return JSONResponse(error_of(status, why), status, AGAIN if status == 503 else None)
 
 
-def models_routes(names: Callable[[], Collection[str]], born: int) -> list[Route]:
+def _models_routes(names: Callable[[], Collection[str]], born: int) -> list[Route]:
     """The list of models, and each by its name. `born`: seconds of the epoch at which they are said to be made."""
 
     def described(name: str) -> dict[str, str | int]:

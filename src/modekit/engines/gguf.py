@@ -6,8 +6,7 @@
     FOLDER/Modelfile        how Ollama runs it; of an adapter FOLDER/<expert>.Modelfile
     FOLDER/export.json      what it was made of and with, what to know of it, and the proof that llama.cpp computes the same
 
-The folder appears when all is proven, so that no file is ever there that was not compared with transformers: the mixture; or
-the backbone alone, and with each adapter, against the mixture in transformers that always takes this expert.
+The folder appears when all is proven, so that no file is ever there that was not compared with transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -31,9 +30,8 @@ from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
 from modekit.engines.modelfile import MODELFILE, modelfile
-from modekit.engines.proof import compare, in_both
+from modekit.engines.proof import ProofTexts, compare, in_both, texts_of
 from modekit.engines.proof_result import EXACT, Proof
-from modekit.engines.proof_texts import ProofTexts, texts_of
 from modekit.engines.registry import SMALL, GgufSettings, Outtype
 from modekit.engines.sampling import longest_conversation
 from modekit.errors import ModekitError, SourceError, UnsupportedError
@@ -75,10 +73,8 @@ class Made(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One file, the proof that llama.cpp computes what it holds, and what to know of both.
-
-    Attributes:
-        expert: whose changes it holds; None for a whole model.
+    """One file, the proof that llama.cpp computes what it holds, and what to know of both. `expert`: whose changes it holds;
+    None for a whole model.
     """
 
     file: Path
@@ -93,64 +89,83 @@ class GgufFile:
 
 
 def export_gguf(
-    checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, replace: Replace = "nothing", run: Run = QUIET
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: GgufSettings,
+    *,
+    experts: Sequence[str] | None = None,
+    replace: Replace = "nothing",
+    run: Run = QUIET,
 ) -> list[GgufFile]:
-    """Write a folder with the mixture as GGUF, proven in llama.cpp; returns its one file.
+    """Write a folder with a mixture as GGUF, proven in llama.cpp; returns its files: of a native mixture one, else the
+    backbone's and an adapter's per expert (`experts`; None: all).
 
-    Raises UnsupportedError when the mixture has no such form; EngineError when it cannot be converted, or is another model
-    there; OutputError.
+    Raises UnsupportedError, before anything is written, when there is no such form; EngineError when something cannot be
+    converted, or is another model there; OutputError.
     """
     refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
     shape = checkpoint.shape
-    if shape.without_gguf is not None:
+    if shape.plain and shape.without_gguf is not None:
         raise UnsupportedError(
             "llama.cpp does not run the mixture",
             where=str(checkpoint.folder),
             found=shape.without_gguf,
             remedy="serve it with vLLM or transformers; a native mixture (output.format: native) of another family runs there",
         )
+    adapters = [] if shape.plain else chosen_adapters(checkpoint, experts)
     check_installed()
-    made = made_of(checkpoint, settings)
-    name = _name(checkpoint, made)
-    with _staged(checkpoint, out, made, replace, run) as stage:
-        _convert_into(stage, checkpoint, name, conversion_of(checkpoint, settings), run)
-        file, texts = stage.folder / name, texts_of(checkpoint)
-        proof = compare(checkpoint.folder, file, made["outtype"], texts=texts, run=run)
-        if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
-            proof = proof.beside(_proof_of_base(checkpoint, stage.folder, made, texts, run))
-        proof = proof.judged(file, accept=settings.accept)
-        written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
-        _write_modelfiles(stage, checkpoint, name, [], run)
-        _write_record(stage, made, written.as_data())
-    keep_proven(_claim(made, written.file, run))
-    return [written]
-
-
-def conversion_of(checkpoint: Checkpoint, settings: GgufSettings) -> Conversion:
-    """How a native mixture is converted: what carries its router's evidence keeps 16 bits where others get fewer."""
-    outtype = made_of(checkpoint, settings)["outtype"]
-    finer = _CARRIER if checkpoint.shape.channels is not None and outtype in _COARSE else None
-    return Conversion(outtype, settings.pre_tokenizer, guessed_pre_tokenizer(checkpoint.folder), finer)
-
-
-def _staged(checkpoint: Checkpoint, out: Path, made: Made, replace: Replace, run: Run) -> AbstractContextManager[Staging]:
-    """The folder of an export in the making. Raises OutputError."""
+    made = made_of(checkpoint, settings, adapters)
+    names = [_name(checkpoint, made), *(f"{adapter.name}{ADAPTER}" for adapter in adapters)]
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    return staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync)
+    with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
+        if not stage.recall("converted"):
+            run.begin("convert")
+            with library_writes(stage.folder) as folder:
+                convert(checkpoint.folder, folder / names[0], conversion_of(checkpoint, settings, adapters))
+            stage.record("converted", True)
+        written = list(_proven(checkpoint, stage.folder, out, names, adapters, settings, run))
+        _write_modelfiles(stage, checkpoint, names[0], names[1:], run)
+        said = [each.as_data() for each in written]
+        record = {"base": said[0], "adapters": said[1:]} if adapters else said[0]
+        write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **record})
+    if not adapters:
+        keep_proven(_claim(made, written[0].file, run))
+    return written
 
 
-def _convert_into(stage: Staging, checkpoint: Checkpoint, name: str, how: Conversion, run: Run) -> None:
-    """Write the mixture's GGUF files, unless an earlier, interrupted run has. Raises EngineError."""
-    if not stage.recall("converted"):
-        run.begin("convert")
-        with library_writes(stage.folder) as folder:
-            convert(checkpoint.folder, folder / name, how)
-        stage.record("converted", True)
+def conversion_of(checkpoint: Checkpoint, settings: GgufSettings, adapters: Sequence[Adapter] = ()) -> Conversion:
+    """How a mixture is converted: what carries its router's evidence keeps 16 bits where others get fewer."""
+    outtype, guess = settings.outtype or _own_outtype(checkpoint), guessed_pre_tokenizer(checkpoint.folder)
+    if adapters:
+        theirs = [(adapter.expert, f"{adapter.name}{ADAPTER}") for adapter in adapters]
+        return Conversion(outtype, settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
+    finer = _CARRIER if checkpoint.shape.channels is not None and outtype in _COARSE else None
+    return Conversion(outtype, settings.pre_tokenizer, guess, finer)
 
 
-def _write_record(stage: Staging, made: Made, said: Mapping[str, object]) -> None:
-    """Write export.json."""
-    write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
+def _proven(
+    checkpoint: Checkpoint,
+    folder: Path,
+    out: Path,
+    names: Sequence[str],
+    adapters: Sequence[Adapter],
+    settings: GgufSettings,
+    run: Run,
+) -> Iterator[GgufFile]:
+    """The files in a folder, which becomes `out`, each compared with transformers. Raises EngineError."""
+    made, files = made_of(checkpoint, settings), [folder / name for name in names]
+    if adapters:
+        how = GgufSettings(made["outtype"], accept=settings.accept)
+        proofs = prove_adapters(checkpoint, files, adapters, how, run=run)
+        known = [_notes_of_backbone(checkpoint), *(_notes_of(adapter, checkpoint) for adapter in adapters)]
+    else:
+        texts = texts_of(checkpoint)
+        proof = compare(checkpoint.folder, files[0], made["outtype"], texts=texts, run=run)
+        if made["outtype"] not in {EXACT, _own_outtype(checkpoint)}:
+            proof = proof.beside(_proof_of_base(checkpoint, folder, made, texts, run))
+        proofs, known = [proof.judged(files[0], accept=settings.accept)], [_notes(checkpoint.shape)]
+    for name, proof, notes, expert in zip(names, proofs, known, [None, *(each.name for each in adapters)], strict=True):
+        yield GgufFile(out / name, proof, (*notes, *proof.notes), expert)
 
 
 def _write_modelfiles(stage: Staging, checkpoint: Checkpoint, name: str, adapters: Sequence[str], run: Run) -> None:
@@ -180,11 +195,15 @@ def gguf_of(checkpoint: Checkpoint, out: Path, settings: GgufSettings, *, run: R
     return export_gguf(checkpoint, out, settings, replace="modekit's own", run=run)[0].file
 
 
-def made_of(checkpoint: Checkpoint, settings: GgufSettings) -> Made:
-    """What decides what the file holds."""
+def made_of(checkpoint: Checkpoint, settings: GgufSettings, adapters: Sequence[Adapter] = ()) -> Made:
+    """What decides what the files hold."""
     outtype = settings.outtype or _own_outtype(checkpoint)
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
-    return {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer, "engines": engines}
+    made: Made = {"identity": checkpoint.identity, "outtype": outtype, "pre_tokenizer": settings.pre_tokenizer}
+    made["engines"] = engines
+    if adapters:
+        made["experts"] = [adapter.name for adapter in adapters]
+    return made
 
 
 def _claim(made: Made, file: Path, run: Run) -> str:
@@ -216,7 +235,8 @@ def _proof_of_base(checkpoint: Checkpoint, folder: Path, made: Made, texts: Proo
 
 
 def _name(checkpoint: Checkpoint, made: Made) -> str:
-    return f"{checkpoint.folder.name}-{made['outtype']}.gguf"
+    whole = checkpoint.folder.name if "experts" not in made else _base_name(checkpoint)
+    return f"{whole}-{made['outtype']}.gguf"
 
 
 def _notes(shape: Shape) -> Iterator[str]:
@@ -229,48 +249,11 @@ def _notes(shape: Shape) -> Iterator[str]:
         yield "start llama.cpp with --swa-full: without it, a prompt that continues a cached one came out otherwise"
 
 
-def export_adapters_gguf(
-    checkpoint: Checkpoint,
-    out: Path,
-    settings: GgufSettings,
-    *,
-    experts: Sequence[str] | None = None,
-    replace: Replace = "nothing",
-    run: Run = QUIET,
-) -> list[GgufFile]:
-    """Write a folder with the backbone and adapters as GGUF, proven in llama.cpp; returns the backbone's file and theirs.
-
-    `experts`: those that are written; None: all. Raises UnsupportedError, before anything is written, when one of them has no
-    such form; EngineError when one cannot be converted, or is another model there; OutputError.
-    """
-    refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
-    adapters = chosen_adapters(checkpoint, experts)
-    check_installed()
-    made: Made = {**made_of(checkpoint, settings), "experts": [adapter.name for adapter in adapters]}
-    names = [f"{_base_name(checkpoint)}-{made['outtype']}.gguf", *(f"{adapter.name}{ADAPTER}" for adapter in adapters)]
-    with _staged(checkpoint, out, made, replace, run) as stage:
-        files, guess = [stage.folder / name for name in names], guessed_pre_tokenizer(checkpoint.folder)
-        theirs = [(adapter.expert, name) for adapter, name in zip(adapters, names[1:], strict=True)]
-        how = Conversion(made["outtype"], settings.pre_tokenizer, guess, adapters=theirs, name=_base_name(checkpoint))
-        _convert_into(stage, checkpoint, names[0], how, run)
-        proofs = prove_adapters(checkpoint, files, adapters, GgufSettings(made["outtype"], accept=settings.accept), run=run)
-        known = [_notes_of_backbone(checkpoint), *(_notes_of(adapter, checkpoint) for adapter in adapters)]
-        written = [
-            GgufFile(out / name, proof, (*notes, *proof.notes), expert)
-            for name, proof, notes, expert in zip(names, proofs, known, [None, *made["experts"]], strict=True)
-        ]
-        _write_modelfiles(stage, checkpoint, names[0], names[1:], run)
-        said = [each.as_data() for each in written]
-        _write_record(stage, made, {"base": said[0], "adapters": said[1:]})
-    return written
-
-
 def prove_adapters(
     checkpoint: Checkpoint, files: Sequence[Path], adapters: Sequence[Adapter], settings: GgufSettings, *, run: Run = QUIET
 ) -> list[Proof]:
-    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order.
-
-    Raises EngineError where one is another model, or lost too much.
+    """Compare the backbone's file, the first, and each adapter's on it with the mixture in transformers; in this order. Raises
+    EngineError where one is another model, or lost too much.
     """
     outtype, texts = str(settings.outtype), texts_of(checkpoint)
     with in_both(checkpoint.folder, files[0], adapters=files[1:], run=run) as both:

@@ -90,7 +90,8 @@ class Guard:
             try:
                 await self._let_through(scope, receive, send)
             except RefusedError as error:
-                await _refusal(error)(scope, receive, send)
+                headers = {"connection": "close", **({"retry-after": "1"} if error.status == 429 else {})}
+                await JSONResponse(error_of(error.status, error.why), error.status, headers)(scope, receive, send)
             except BrokenOffError:
                 raise
             except Exception as fault:  # of any kind, for the log; the server closes the connection
@@ -235,8 +236,3 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
-
-
-def _refusal(error: RefusedError) -> JSONResponse:
-    retry = {"retry-after": "1"} if error.status == 429 else {}
-    return JSONResponse(error_of(error.status, error.why), error.status, {"connection": "close", **retry})

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from modekit.engines.registry import INSTALL
 from modekit.errors import EngineError
 
 if TYPE_CHECKING:
@@ -52,18 +50,6 @@ def refuse_other_machines(host: str) -> None:
             found=f"no {KEY} in the environment",
             remedy=f"set {KEY} to the key that clients must send; --no-key serves everybody who reaches the address",
         )
-
-
-def missing_packages(names: Sequence[str]) -> list[str]:
-    """Those that are not installed."""
-    return [name for name in names if not (find_spec(name.partition(".")[0]) and find_spec(name))]
-
-
-def check_packages(names: Sequence[str], remedy: str = INSTALL) -> None:
-    """Raise EngineError where a package is missing; without `remedy` it is one of the extra `serve`."""
-    missing = missing_packages(names)
-    if missing:
-        raise EngineError("a package is missing", where=", ".join(missing), remedy=remedy)
 
 
 def server_of(app: App, listener: socket.socket) -> uvicorn.Server:

@@ -1,7 +1,6 @@
 """The Modelfile beside an exported GGUF: with it Ollama writes conversations as the model's own chat template does.
 
-Ollama knows a GGUF's own template only where it resembles one of its list, and sends what users say as it is otherwise. A
-template is described here by what stands between messages (`Seams`), said in Go's template language, and taken only where it
+A template is described here by what stands between messages (`Seams`), said in Go's template language, and taken only where it
 writes some conversations as the tokenizer's own does.
 """
 

@@ -1,37 +1,35 @@
 """Is a GGUF file in llama.cpp the model that transformers has? Asked before anybody is told that it is.
 
-Three questions:
-
-* tokens: does llama.cpp cut texts of several kinds into the very same ids?
-* greedy: does it write the same tokens after the beginnings of these texts?
-* log-probabilities: what does it think of every token of a text, each after those before it?
-
-With float32 weights all must agree, up to the rounding of sums. Stored with fewer bits the model is another one, and what it
-may lose is bounded by its perplexity (exp of the mean negative log-probability): over texts enough that the loss, a mean of
-differences token by token, is known within its standard error.
+Compared are the tokens of texts, what is written greedily, and the log-probability of every token. With float32 weights all
+must agree, up to the rounding of sums. With fewer bits, the loss of perplexity is bounded, over texts enough to know it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.llama import Llama
 from modekit.engines.proof_result import EXACT, Loss, Proof
-from modekit.engines.proof_texts import FEWEST_TEXTS, LONGEST, ProofTexts, shipped_texts
 from modekit.engines.threads import default_threads
-from modekit.errors import EngineError, TextError
+from modekit.errors import EngineError, ModekitError, TextError
+from modekit.evaluation.domains import recipe_texts
 from modekit.evaluation.uncertainty import mean_error
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
-from modekit.text.document import message_of
+from modekit.text.document import Document, message_of
+from modekit.text.sequences import encode
+from modekit.text.shipped import shipped_documents
 
 TEXTS = (
     "The heart moves blood through the body. It beats about a hundred thousand times a day, and rests only between two beats.",
@@ -45,8 +43,63 @@ _CHAT = [message_of("user", "Hi"), message_of("assistant", "Hello."), message_of
 _BEGINNING = 8  # tokens after which the model writes on
 
 
+MOST_TOKENS = 4_000
+"""Of all texts together."""
+LONGEST = 128
+"""Tokens of one text."""
+FEWEST_TEXTS = 16
+"""Of which a standard error says something."""
+_SHIPPED = ("general", "code", "medicine", "german", "french")
+
 _Compared = tuple[list[float], list[float]]
 """Log-probabilities of the tokens of one text, by transformers and by llama.cpp."""
+
+
+@dataclass(frozen=True)
+class ProofTexts:
+    """Documents, and in words what they are."""
+
+    name: str
+    documents: Sequence[Document]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
+        """Their beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out.
+        Raises TextError for a conversation that the tokenizer has no template for.
+        """
+        left = MOST_TOKENS
+        length = min(longest, LONGEST)
+        for document in self.documents:
+            for sequence in encode(tokenizer, [document], max_tokens=min(left, length), sequence_length=length)[:1]:
+                left -= len(sequence.ids)
+                yield list(sequence.ids)
+            if left < 2:
+                return
+
+
+def texts_of(checkpoint: Checkpoint) -> ProofTexts:
+    """The held-out text of a mixture's domains, where it can be read; text that comes with modekit where that is little."""
+    try:
+        domains = {held.name: held.documents for held in recipe_texts(checkpoint).report() if held.documents}
+    except ModekitError:  # whatever is wrong with a text, the weights can be compared on another
+        domains = {}
+    if not domains:
+        return shipped_texts()
+    own = _in_turn(f"held-out text of {', '.join(domains)}", domains.values())
+    if len(own.documents) >= FEWEST_TEXTS:
+        return own
+    more = shipped_texts()
+    return ProofTexts(f"{own.name}; {more.name}", [*own.documents, *more.documents])
+
+
+def shipped_texts() -> ProofTexts:
+    """Prose, code, and other languages."""
+    return _in_turn("text that comes with modekit", map(shipped_documents, _SHIPPED))
+
+
+def _in_turn(name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
+    """One of each kind, then the next of each."""
+    rounds = zip_longest(*(documents[:MOST_TOKENS] for documents in kinds))
+    return ProofTexts(name, [document for document in chain.from_iterable(rounds) if document is not None])
 
 
 def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
@@ -61,12 +114,8 @@ def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None 
 
 @dataclass(frozen=True)
 class BothEngines:
-    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked.
-
-    Attributes:
-        beginnings: ids of texts of several kinds.
-        longest: tokens of the longest text that the model can read.
-        notes: where llama.cpp reads a text otherwise.
+    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked. `notes`:
+    where llama.cpp reads a text otherwise.
     """
 
     model: Any
@@ -123,9 +172,8 @@ class BothEngines:
 
 @contextmanager
 def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[BothEngines]:
-    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts.
-
-    Raises EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
+    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts. Raises
+    EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
     """
     tokenizer = load_tokenizer(folder, run=run)
     model = load_model(folder, run=run)

@@ -49,16 +49,10 @@ class Proof:
     """What was found.
 
     Attributes:
-        outtype: how the file stores weights.
         same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
-        text: what the log-probabilities are of, in words.
-        texts, tokens: how many were compared.
         difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
-        perplexity, in_transformers: over all these tokens.
-        loss: of perplexity.
         base, base_typical: those of the dense base model, stored alike and over the same texts; None where it was not asked.
         accepted: whether it lost too much, and is kept since the user said so.
-        notes: where llama.cpp reads a text otherwise, though the model is the same.
     """
 
     outtype: str
@@ -115,9 +109,8 @@ class Proof:
         )
 
     def judged(self, file: Path, *, accept: bool = False) -> Proof:
-        """The same, marked where only `accept` lets it pass; `file` is what messages name.
-
-        Raises EngineError where llama.cpp computes another model, whatever is accepted, or fewer bits lost too much.
+        """The same, marked where only `accept` lets it pass; `file` is what messages name. Raises EngineError where llama.cpp
+        computes another model, whatever is accepted, or fewer bits lost too much.
         """
         if self.outtype == EXACT:
             return self._exact(file)

@@ -1,9 +1,6 @@
 """The one address of `modekit serve`, before whichever engine answers there.
 
-    client -> guard (key, size) -> bounds (bounds.py) -> the engine's process, on a port that only this machine sees
-
-What an engine answers is passed on as it comes. Where the engine's process ends, requests that it was at get a status, the
-others wait until it is back.
+client -> guard (key, size) -> bounds (bounds.py) -> the engine's process, on a port that only this machine sees
 """
 
 from __future__ import annotations
@@ -20,22 +17,10 @@ import aiohttp
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from modekit.engines.bounds import check_chat, check_request
-from modekit.engines.gateway import (
-    AGAIN,
-    CHATS,
-    COMPLETIONS,
-    MODELS,
-    PassedOn,
-    answering_with,
-    is_stream,
-    models_routes,
-    unknown_model,
-    unless_disconnected,
-)
-from modekit.engines.guard import ANSWERS, BODY, App, Body, Guard, RefusedError
+from modekit.engines.gateway import AGAIN, CHATS, PassedOn, gateway_app, is_stream, unknown_model, unless_disconnected
+from modekit.engines.guard import BODY, App, Body, RefusedError
 from modekit.engines.registry import Engine
 from modekit.engines.request_template import RequestTemplate
 from modekit.engines.supervisor import Supervisor
@@ -57,14 +42,8 @@ _NOT_DONE: Mapping[str, str] = {
 
 @dataclass
 class Proxy:
-    """What is known of the engine.
-
-    Attributes:
-        supervisor: keeps it running.
-        engine: what it can do.
-        model: the name under which it serves the mixture.
-        inner_key: what the engine wants to see.
-        template: the mixture's chat template, for an engine that runs it without limits; None where the engine sees to it.
+    """What is known of the engine. `template`: the mixture's chat template, for an engine that runs it without limits; None
+    where the engine sees to it.
     """
 
     supervisor: Supervisor
@@ -76,15 +55,8 @@ class Proxy:
 
     def app(self, key: str | None) -> App:
         """As an ASGI application for clients with a key, if any."""
-        routes = [
-            *(Route(path, answering_with(self._complete), methods=["POST"]) for path in (CHATS, COMPLETIONS)),
-            *models_routes(lambda: [self.model], int(time.time())),
-            Route("/health", self._health),
-        ]
-        metrics = {"/metrics"} if self.engine.metrics else set()
-        routes += [Route(path, self._metrics) for path in metrics]
-        paths = ANSWERS | metrics | {f"{MODELS}/"}
-        return Guard(Starlette(routes=routes, lifespan=self._lifespan), key, paths, open_paths={"/health"} | metrics)
+        others = {"/health": self._health} | ({"/metrics": self._metrics} if self.engine.metrics else {})
+        return gateway_app(self._complete, lambda: [self.model], others, key, self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:

@@ -21,12 +21,7 @@ from modekit.run import Run
 
 
 class FrontArguments(FrontSettings):
-    """What deploy/ray_serve.yaml says under `args`: all that `modekit front` takes, but for where it listens.
-
-    Attributes:
-        checkpoint: a mixture whose router reads tokens, where every machine has it.
-        trust_remote_code: as the option.
-    """
+    """What deploy/ray_serve.yaml says under `args`: all that `modekit front` takes, but for where it listens."""
 
     checkpoint: str
     trust_remote_code: bool = False

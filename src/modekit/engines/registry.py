@@ -1,11 +1,5 @@
 """The engines that serve a mixture, and what each can do and be asked: here, and nowhere else by name.
 
-| engine | serves | how |
-|---|---|---|
-| llama | native mixtures that llama.cpp knows | OUT.gguf, made and proven once, in llama.cpp's own server |
-| vllm | all but a few | vLLM's own server, with modekit's plug-in |
-| transformers | every mixture but those with an encoder | `transformers serve`, one request at a time |
-
 Imports nothing heavy: the command line reads its choices here.
 """
 
@@ -35,13 +29,7 @@ INSTALL = "pip install 'modekit[serve]'"
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """How a GGUF file is made.
-
-    Attributes:
-        outtype: how weights are stored; None: as the checkpoint has them.
-        pre_tokenizer: llama.cpp's name for how the tokenizer cuts words; None: as the converter knows it.
-        accept: keep a file of fewer bits although it lost more than its proof allows.
-    """
+    """How a GGUF file is made. `accept`: keep a file of fewer bits although it lost more than its proof allows."""
 
     outtype: Outtype | None = None
     pre_tokenizer: str | None = None
@@ -50,17 +38,7 @@ class GgufSettings:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a mixture is served.
-
-    Attributes:
-        engine: which engine; auto: the first that fits.
-        host, port: where it listens; port 0: any that is free.
-        context: tokens of the longest conversation; None: the model's own.
-        parallel: conversations at once; None: four.
-        threads: threads that compute on processors; None: as many as cores are idle.
-        no_key: whether an address that other machines reach may be served without a key.
-        gguf: how llama's file is made.
-    """
+    """How a mixture is served: the options of `modekit serve`. None leaves it to the model, or the machine."""
 
     engine: EngineName = "auto"
     host: str = "127.0.0.1"

@@ -28,9 +28,8 @@ class RequestTemplate:
         self._one = asyncio.Lock()
 
     async def checked(self, body: Body) -> Body:
-        """The request as it is, for an engine that runs the template itself.
-
-        Raises RefusedError where the template would not end within its limits. What else is wrong with it, the engine says.
+        """The request as it is, for an engine that runs the template itself. Raises RefusedError where the template would not
+        end within its limits. What else is wrong with it, the engine says.
         """
         messages = body.get("messages")
         if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.listening import KEY, bound_socket, check_packages, key_in, refuse_other_machines, server_of, url_of
-from modekit.errors import EngineError
+from modekit.engines.listening import KEY, bound_socket, key_in, refuse_other_machines, server_of, url_of
+from modekit.engines.registry import INSTALL
+from modekit.errors import EngineError, check_packages
 from modekit.recipes.strict import BASE, Strict
 from modekit.run import QUIET, Run
 
@@ -26,14 +26,8 @@ _EVERYWHERE = "0.0.0.0"
 
 
 class FrontSettings(Strict):
-    """Whom the front passes requests to: what `modekit front` and deploy/ray_serve.yaml both take.
-
-    Attributes:
-        workers: URLs of servers.
-        names: EXPERT=MODEL, where the workers call an expert, or `base`, otherwise.
-        timeout: seconds that an answer may take.
-        adapters: a folder of adapters that workers are told to load; None: they have what they have.
-        no_key: whether other machines may be served without a key.
+    """Whom the front passes requests to: what `modekit front` and deploy/ray_serve.yaml both take. `names`: EXPERT=MODEL, where
+    the workers call an expert, or `base`, otherwise.
     """
 
     workers: Sequence[str]
@@ -43,23 +37,14 @@ class FrontSettings(Strict):
     no_key: bool = False
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens; port 0: any that is free."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-
 def run_front(
-    checkpoint: Checkpoint, settings: FrontSettings, at: Address, listening: Callable[[str], None], *, run: Run = QUIET
+    checkpoint: Checkpoint, settings: FrontSettings, host: str, port: int, listening: Callable[[str], None], *, run: Run = QUIET
 ) -> None:
-    """Serve until interrupted; `listening` is called with the address once it is heard.
-
-    Raises UnsupportedError when the mixture's router needs the model; EngineError when it cannot listen.
+    """Serve until interrupted; `listening` is called with the address once it is heard. Raises UnsupportedError when the
+    mixture's router needs the model; EngineError when it cannot listen.
     """
-    front = front_of(checkpoint, settings, at.host, run=run)
-    with bound_socket(at.host, at.port) as listener:
+    front = front_of(checkpoint, settings, host, run=run)
+    with bound_socket(host, port) as listener:
         logging.getLogger("modekit.front").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s")
         server = server_of(front.app(), listener)
@@ -69,11 +54,10 @@ def run_front(
 
 
 def front_of(checkpoint: Checkpoint, settings: FrontSettings, host: str = _EVERYWHERE, *, run: Run = QUIET) -> Front:
-    """A front that does not listen yet, for the address `host`; the keys are those of the environment.
-
-    Raises UnsupportedError when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
+    """A front that does not listen yet, for the address `host`; the keys are those of the environment. Raises UnsupportedError
+    when the mixture's router needs the model; EngineError for settings that fit no mixture or server.
     """
-    check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"))
+    check_packages(("starlette", "uvicorn", "aiohttp", "prometheus_client"), INSTALL)
     key, workers_key = key_in(KEY), key_in(WORKERS_KEY)
     if key is None and not settings.no_key:
         refuse_other_machines(host)

@@ -1,8 +1,6 @@
 """One mixture behind an OpenAI-compatible API, in the engine that fits it: `modekit serve OUT`.
 
-The engine (registry.py) is a process of its own that ends with this one, and is started again where it ends by itself
-(supervisor.py). Clients ask this process (proxy.py), which bounds what they may ask. The engine listens on a port of this
-machine, with its own key.
+Clients ask this process (proxy.py), which bounds what they may ask.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ from dataclasses import dataclass
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.engines.child import Child, ProcessSettings
-from modekit.engines.listening import KEY, answering, bound_socket, check_packages, key_in, refuse_other_machines, url_of
+from modekit.engines.listening import KEY, answering, bound_socket, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.engines.sampling import context_of
 from modekit.engines.supervisor import Supervisor
 from modekit.engines.threads import default_threads, threads_environment
-from modekit.errors import UnsupportedError
+from modekit.errors import UnsupportedError, check_packages
 from modekit.run import QUIET, Run
 
 _INNER = "127.0.0.1"  # where engines listen
@@ -37,15 +35,10 @@ class ServedMixture:
     threads: int | None
     supervisor: Supervisor
 
-    def wait(self) -> None:
-        """Until the engine has failed too often, which is an error. Raises EngineError."""
-        self.supervisor.wait()
-
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
-    """The engine for a mixture, and why it is that one.
-
-    Raises UnsupportedError when none can serve it, or not the one asked for.
+    """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
+    for.
     """
     refuse_pairs(checkpoint, "no engine can serve the mixture", option="" if asked == "auto" else f"--engine {asked}")
     if asked != "auto":
@@ -71,11 +64,10 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
 
 @contextmanager
 def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[ServedMixture]:
-    """Start an engine with a mixture; it listens inside the block.
-
-    Raises UnsupportedError and EngineError before it listens, never at the first request.
+    """Start an engine with a mixture; it listens inside the block. Raises UnsupportedError and EngineError before it listens,
+    never at the first request.
     """
-    check_packages(("starlette", "uvicorn", "aiohttp"))
+    check_packages(("starlette", "uvicorn", "aiohttp"), INSTALL)
     from modekit.engines.proxy import Proxy
     from modekit.engines.request_template import RequestTemplate
     from modekit.loaded.load import load_tokenizer

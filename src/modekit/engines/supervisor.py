@@ -20,13 +20,8 @@ _LOG = logging.getLogger("modekit.serve")
 
 
 class Supervisor:
-    """Use it as a context manager: the engine answers inside the block, and is gone afterwards.
-
-    Raises EngineError on entering where the engine does not start.
-
-    Attributes:
-        engine: its name, for messages.
-        address: where it answers; None while it is started again.
+    """Use it as a context manager: the engine answers inside the block, and is gone afterwards. Raises EngineError on entering
+    where the engine does not start.
     """
 
     def __init__(self, engine: str, start: Callable[[], Child]) -> None:

@@ -1,8 +1,7 @@
 """How many threads an engine computes with on processors, and how they wait for each other.
 
 llama.cpp's threads meet after every operation. Where one of them has no core to itself, the others wait for it and by default
-spin: beside two busy processes on two cores, 128 tokens of a small model took 22 to 61 s with two threads, 0.2 to 0.8 s with
-one, and 0.5 to 0.7 s with two that sleep while they wait (benchmarks/llama_threads.py).
+spin, which costs up to a hundred times the time (benchmarks/llama_threads.py).
 """
 
 from __future__ import annotations

@@ -75,16 +75,16 @@ class PassLayout:
 
 
 def layout_of(metadata: PassMetadata, block_size: int) -> PassLayout:
-    """Where tokens belong, from what an attention backend knows of a pass.
-
-    Raises RuntimeError where its blocks are not numbered as here.
+    """Where tokens belong, from what an attention backend knows of a pass. Raises RuntimeError where its blocks are not
+    numbered as here.
     """
     starts = metadata.query_start_loc.long()
     counts = starts.diff()
     first = metadata.seq_lens.long()[: len(counts)] - counts  # position of each sequence's first token in this pass
     slots = metadata.slot_mapping.long()
     table = metadata.block_table.long()
-    here, before = (_slots_at(table, position.clamp_min(0), block_size) for position in (first, first - 1))
+    positions = torch.stack([first, first - 1]).clamp_min(0)
+    here, before = table.gather(1, (positions // block_size).T).T * block_size + positions % block_size
     there = slots[starts[:-1].clamp_max(len(slots) - 1)]
     if bool(((here != there) & (counts > 0) & (there >= 0)).any()):
         raise RuntimeError("vLLM's cache has blocks of another size than modekit knows; please report it")
@@ -111,11 +111,6 @@ def _levels(first: torch.Tensor, before: torch.Tensor, starts: torch.Tensor, slo
             owner = int(torch.searchsorted(starts, place, right=True)) - 1
             levels[sequence] = levels[owner] + 1
     return levels
-
-
-def _slots_at(table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    blocks = table.gather(1, (positions // block_size)[:, None]).squeeze(1)
-    return blocks * block_size + positions % block_size
 
 
 class Slots:
@@ -147,7 +142,9 @@ class Slots:
             state = None if kept is None else torch.where(before_B[:, None] >= 0, kept[before_B], torch.zeros_like(kept[:1]))
             result, states_BSW = step(values[0, places_BS], state)
             if kept is None:
-                kept = self._states[key] = self._empty(states_BSW)
+                # One state per slot of vLLM's cache, and one more, -1, for tokens that are none.
+                slots = self._cache.num_gpu_blocks * self._cache.block_size + 1
+                kept = self._states[key] = states_BSW.new_zeros((slots, states_BSW.shape[-1]))
             kept[row.slots[places_BS]] = states_BSW
             if results is None:  # what belongs to no sequence stays zero
                 results = result.new_zeros((*values.shape[:2], *result.shape[2:]))
@@ -163,10 +160,6 @@ class Slots:
         if self._seen is None or self._seen[0] is not metadata:
             self._seen = metadata, layout_of(metadata, self._cache.block_size)
         return self._seen[1]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        """One state per slot of vLLM's cache, and one more, -1, for tokens that are none."""
-        return like.new_zeros((self._cache.num_gpu_blocks * self._cache.block_size + 1, like.shape[-1]))
 
 
 def _slots_of(layer: str) -> Slots:

@@ -32,11 +32,7 @@ def register() -> None:
 
 
 def check_config(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what does not go with a mixture; keep CUDA graphs from routers that remember.
-
-    A graph of a whole pass would not call what keeps their states. Pieces of a pass between attention layers may be captured in
-    principle; that was never run, so none is.
-    """
+    """Raise ValueError for what does not go with a mixture; keep CUDA graphs from routers that remember."""
     said = as_kind(vllm_config.model_config.hf_config.modekit, MixtureConfig)
     refused = said.without_vllm or _refusal_of_settings(vllm_config, said)
     if refused is not None:

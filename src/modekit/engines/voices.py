@@ -6,20 +6,17 @@ Shape legend: B batch (1), S sequence, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.engines.listening import check_packages
 from modekit.engines.llama import Llama
 from modekit.engines.sampling import Sampling
-from modekit.engines.threads import default_threads
 from modekit.errors import UnsupportedError
 from modekit.evaluation.inspection.passes import router_weights
 from modekit.evaluation.inspection.tokens import RunningText
@@ -85,28 +82,32 @@ class TransformersVoice:
     def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """Token by token, in this thread."""
         forced = nullcontext() if self._expert is None else self._mixture.forced(self._expert)
+        text, read, at_end = RunningText(self._tokenizer), 0, False
+
+        def put(tokens: torch.Tensor) -> None:  # the prompt (B, S), then one token (B,) after another
+            nonlocal read, at_end
+            if not read:
+                read = len(ids)
+                return
+            token = int(tokens.flatten()[-1])
+            at_end = token in self._sampling.ends
+            if not at_end:
+                weights, read = self._weights(trace, read), 1
+                on_token(AnswerToken(text.add(token), weights))
+
         with torch.inference_mode(), self._mixture.traced() as trace, forced:
-            listener = _Listener(self, trace, len(ids), on_token)
             given = torch.tensor([ids], device=self._model.device)
             self._model.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=most,
                 pad_token_id=0,
-                streamer=listener,
+                streamer=SimpleNamespace(put=put, end=lambda: None),
                 **self._sampling.for_transformers(),
             )
-        return listener.at_end
+        return at_end
 
-    def is_end(self, token: int) -> bool:
-        """Whether an answer ends with a token."""
-        return token in self._sampling.ends
-
-    def running_text(self) -> RunningText:
-        """An answer that begins."""
-        return RunningText(self._tokenizer)
-
-    def weights(self, trace: RouterTrace, read: int) -> tuple[float, ...] | None:
+    def _weights(self, trace: RouterTrace, read: int) -> tuple[float, ...] | None:
         """Of the experts at the last token of a pass that has read so many. With a forced expert it is all of it."""
         names, positions = self._checkpoint.names, self._checkpoint.shape.positions
         if self._expert is not None:
@@ -118,58 +119,15 @@ class TransformersVoice:
         return tuple(last.mean(0).tolist())
 
 
-class _Listener:
-    """What `generate` tells each token of an answer, after the prompt."""
-
-    def __init__(self, voice: TransformersVoice, trace: RouterTrace, prompt: int, on_token: OnToken) -> None:
-        self._voice, self._trace, self._on_token = voice, trace, on_token
-        self._text = voice.running_text()
-        self._prompt, self._read = prompt, 0
-        self.at_end = False
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """The prompt (B, S), then one token (B,) after another."""
-        if not self._read:
-            self._read = self._prompt
-            return
-        token = int(tokens.flatten()[-1])
-        self.at_end = self._voice.is_end(token)
-        if not self.at_end:
-            weights = self._voice.weights(self._trace, self._read)
-            self._read = 1
-            self._on_token(AnswerToken(self._text.add(token), weights))
-
-    def end(self) -> None:
-        """Nothing is left to say."""
-
-
 class LlamaVoice:
     """A GGUF of the mixture in llama.cpp. Of routers that read tokens alone it is known what they decide; of others not."""
 
     engine = "llama.cpp"
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        file: Path,
-        context: int,
-        threads: int | None,
-    ) -> None:
-        """Start it. Raises EngineError."""
-        check_packages(("xllamacpp",), "pip install 'modekit[gguf]', or leave --gguf out")
+    def __init__(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, llama: Llama) -> None:
         self._tokenizer, self._sampling, self._routing = tokenizer, sampling, checkpoint.shape.routing.as_written()
         self._router = last_token_of(checkpoint) if reads_tokens(checkpoint) else None
-        self._stack = ExitStack()
-        llama = Llama(file.absolute(), context=context, threads=threads or default_threads(), exact=False)
-        self._llama = self._stack.enter_context(llama)
-
-    def __enter__(self) -> LlamaVoice:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        self._llama = llama
 
     def use_expert(self, expert: int | None) -> None:
         """A file has its routers built in."""

@@ -1,12 +1,7 @@
 """Servers with OpenAI's API that run somewhere: which models each has, who is free, who does not answer; and their adapters.
 
-A worker is asked what it serves, so that an adapter which is loaded or unloaded there at run time is known here soon. Workers
-load and let go the adapters of a folder, as `modekit export OUT FOLDER` writes it, while they run:
-
-FOLDER/<expert>/adapter_model.safetensors    the worker is to serve it under the expert's name
-
-They must see the folder under the same path and take adapters at run time, as vLLM does with
-VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. One that does not is left as it is.
+Workers load and let go the adapters of a folder, as `modekit export OUT FOLDER` writes it, while they run. They must see it
+under the same path and take adapters at run time, as vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 """
 
 from __future__ import annotations
@@ -48,12 +43,8 @@ class Version:
 
 @dataclass
 class AdapterFolder:
-    """Which adapters are there, and which worker has loaded which.
-
-    Attributes:
-        folder: where they lie.
-        experts: whose they may be; other folders in it mean nothing.
-        names: expert -> its name at the workers, where that is another.
+    """Which adapters are there, and which worker has loaded which. `names`: expert -> its name at the workers, where that is
+    another.
     """
 
     folder: Path
@@ -133,13 +124,7 @@ _SHORT = 2**20  # bytes of an answer that is taken whole before it goes on
 
 @dataclass
 class Worker:
-    """One server.
-
-    Attributes:
-        url: up to before `/v1`.
-        models: what it serves; empty while it does not answer.
-        busy: requests that it is at.
-    """
+    """One server: its URL up to before `/v1`, what it serves (nothing while it does not answer), requests that it is at."""
 
     url: str
     models: frozenset[str] = frozenset()
@@ -151,43 +136,9 @@ class Worker:
         return self.url.partition("://")[2]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A worker's answer.
-
-    Attributes:
-        response: its head, and what is yet to come.
-        body: all of it where it is short and its length was said; None where it is yet to come.
-    """
-
-    response: aiohttp.ClientResponse
-    body: bytes | None
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return self.response.status
-
-    @property
-    def kind(self) -> str:
-        """The content's type."""
-        return self.response.headers.get("content-type", "application/json")
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
-        return self.response.content.iter_any()
-
-
 @dataclass
 class WorkerPool:
-    """All of them.
-
-    Attributes:
-        urls: where they are.
-        key: what they want to see, if anything.
-        timeout_s: how long an answer may take.
-        adapters: what they are to serve besides.
-    """
+    """All of them. `key`: what they want to see, if anything."""
 
     urls: Sequence[str]
     key: str | None = None
@@ -246,7 +197,7 @@ class WorkerPool:
             worker.models = frozenset()
 
     @asynccontextmanager
-    async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[Answer | None]:
+    async def asked(self, model: str, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse | None]:
         """The answer of the least busy worker that serves a model; of the next one where it gives none; None where nobody does.
 
         Once an answer goes on, nobody else is asked. Raises asyncio.TimeoutError where one takes too long, as another would.
@@ -265,17 +216,18 @@ class WorkerPool:
                     yield answer
                     return
                 finally:
-                    answer.response.release()
+                    answer.release()
             finally:
                 worker.busy -= 1
         yield None
 
-    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> Answer | None:
+    async def _send(self, worker: Worker, path: str, body: bytes, tried: Counter[str]) -> aiohttp.ClientResponse | None:
         """A worker's answer; None where there is none, or not all of a short one."""
         try:
             response = await self._client.post(worker.url + path, data=body, headers=_JSON, allow_redirects=False)
-            short = response.content_length is not None and response.content_length <= _SHORT
-            return Answer(response, await response.read() if short else None)
+            if is_short(response):
+                await response.read()  # and keep it
+            return response
         except aiohttp.ConnectionTimeoutError:
             tried[worker.url] = _ATTEMPTS
         except asyncio.TimeoutError:
@@ -289,6 +241,11 @@ class WorkerPool:
     def _free(self, model: str, tried: Counter[str]) -> Worker | None:
         able = [worker for worker in self.all if model in worker.models and tried[worker.url] < _ATTEMPTS]
         return min(able, key=lambda worker: (tried[worker.url], worker.busy), default=None)
+
+
+def is_short(response: aiohttp.ClientResponse) -> bool:
+    """Whether an answer is read whole before it goes on."""
+    return response.content_length is not None and response.content_length <= _SHORT
 
 
 _JSON: Mapping[str, str] = {"Content-Type": "application/json"}

@@ -1,10 +1,7 @@
 """Where do conversations go? `modekit eval-chat OUT`: short questions inside the chat template, and who leads on them.
 
-A question is a few words from the beginning of some sentence of held-out text. It is asked under the template's own system
-prompt or a given one, and answered greedily by the mixture itself. An expert leads where the mean of its weights over the
-routers is largest: at the last token of the prompt, which decides the answer's first token, at the last token of the answer,
-and over the answer's tokens. Asked are single questions; a question of the next domain after one that was answered; the
-base's small talk; and real questions, which nobody cut from text (chat_questions.py), alone and after one another.
+Asked are words of held-out text, alone and behind an answered question of another domain; small talk of the base; and real
+questions (chat_questions.py). An expert leads where the mean of its weights over the routers is largest.
 
 Shape legend: B batch, S sequence, E experts, R routers.
 """
@@ -17,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.resources import files
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +32,7 @@ from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
+from modekit.files.figures import or_dash
 from modekit.files.typed import Count, Number
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import Expert, place_of_base
@@ -44,32 +43,7 @@ from modekit.text.held_out import HeldOutText
 from modekit.text.passages import WORD
 from modekit.text.sequences import TokenSequence
 
-GREETINGS = (
-    "Good afternoon",
-    "Hey there!",
-    "How have you been?",
-    "Thanks so much!",
-    "Can you tell me a funny story?",
-    "What are you able to do?",
-    "Are you human?",
-    "See you later",
-    "Good night",
-    "Cheers",
-    "Alright",
-    "Yes please, go ahead",
-    "No thanks",
-    "What's up?",
-    "It was nice talking to you",
-    "That is all for now",
-    "Let's chat",
-    "I am so happy today",
-    "Guten Tag",
-    "Wie geht es dir?",
-    "Vielen Dank",
-    "Merci beaucoup",
-    "Bonsoir",
-    "Hasta luego",
-)
+GREETINGS = tuple(files("modekit.evaluation").joinpath("greetings.txt").read_text(encoding="utf-8").splitlines())
 """Small talk that no fit has seen (text/small_talk.py has other)."""
 SMALL_TALK, CHANGE = "small talk", "change of domain"
 REAL, REAL_CHANGE = "real questions: ", "real questions: change of domain"
@@ -82,11 +56,9 @@ _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
 
 @dataclass(frozen=True)
 class ChatScore:
-    """Questions of one kind: the share whose expert leads at the last prompt token, and at the end of the answer; and the
-    share of the answers' tokens that it leads on, of which results of earlier versions say nothing.
-
-    `expert` is whose they are; None where there is none that they could go to, and so no shares. `leaders` counts who leads at
-    the last prompt token.
+    """Questions of one kind: the share whose expert leads at the last prompt token, at the end of the answer, and over the
+    answers' tokens (None in results of earlier versions). `expert`: None where there is none that they could go to; `leaders`:
+    who leads at the last prompt token.
     """
 
     name: str
@@ -96,6 +68,11 @@ class ChatScore:
     after_answer: Number | None
     leaders: Mapping[str, Count]
     over_answer: Number | None = None
+
+    @property
+    def shares(self) -> list[str]:
+        """As tables show them."""
+        return [or_dash(each, ".2f") for each in (self.at_prompt, self.after_answer, self.over_answer)]
 
 
 @dataclass(frozen=True)
@@ -122,17 +99,12 @@ class ChatResults(CheckpointResult):
             [
                 row.name,
                 str(row.questions),
-                *map(share, (row.at_prompt, row.after_answer, row.over_answer)),
+                *row.shares,
                 *(str(row.leaders.get(name, 0)) for name in self.experts),
             ]
             for row in self.rows
         ]
         return "\n".join([markdown_table(titles, lines), "", *(f"* {note}" for note in self.notes), ""])
-
-
-def share(value: float | None) -> str:
-    """As tables show it."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -157,11 +129,8 @@ def evaluate_chat(
 ) -> ChatResults:
     """Ask so many questions per domain and write OUT/results/chat.json and chat.md.
 
-    `system`: in place of the template's own system prompt, where it has one; `seed`: which words are asked; `ask`: a file of
-    real questions in place of modekit's own.
-
-    Raises UnsupportedError for a mixture with an encoder; TextError when the tokenizer has no chat template, the template
-    takes no system prompt, a domain has no held-out text, or `ask` holds no questions of a domain that has an expert.
+    `system`: in place of the template's own system prompt; `seed`: which words are asked; `ask`: a file of real questions in
+    place of modekit's own. Raises UnsupportedError for a mixture with an encoder; TextError.
     """
     refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)

@@ -1,8 +1,7 @@
 """Real questions for `modekit eval-chat`: a .jsonl with a question and its domain per line, and sometimes an answer.
 
-modekit ships some for seven domains (chat_questions.jsonl). They were written by hand and no fit reads them. A domain's
-questions are asked where an expert's name has the domain's name in it, `medicine-7b` say; the general ones where the base is
-an expert.
+modekit ships some for seven domains (chat_questions.jsonl), which no fit reads. A domain's are asked where an expert's name has
+the domain's name in it, `medicine-7b` say; the general ones where the base is an expert.
 """
 
 from __future__ import annotations

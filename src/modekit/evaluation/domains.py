@@ -80,15 +80,18 @@ def held_out_domains(
 
 
 def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", seen: Collection[str] = ()) -> list[HeldOutText]:
-    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`).
-
-    Raises TextError for a domain of which none is left, and when no domain has an expert and text.
+    """Per domain the documents that may be shown (`report`), less those that are `seen`, or that may choose (`select`). Raises
+    TextError for a domain of which none is left, and when no domain has an expert and text.
     """
     texts = recipe_texts(checkpoint)
     held_out = texts.report(seen) if split == "report" else texts.select()
     for held in held_out:
         if not held.documents:
-            raise _nothing_held_out(held)
+            what = "no held-out document is left to evaluate on"
+            used = ": all of them set the router, trained a model or chose its state" if held.used else ""
+            raise held.text.nothing_left(
+                what + used, remedy="give more documents (one in ten is held out), or other text under eval"
+            )
     if not any(held.expert is not None for held in held_out):
         raise TextError(
             "there is no text to evaluate on",
@@ -96,14 +99,3 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
             remedy="add text per expert, or eval: {domain: text}",
         )
     return held_out
-
-
-def _nothing_held_out(held: HeldOutText) -> TextError:
-    what = "no held-out document is left to evaluate on"
-    if not held.used:
-        return held.text.nothing_left(what, remedy="give more documents (one in ten is held out), or other text under eval")
-    return held.text.nothing_left(
-        f"{what}: all of them set the router, trained a model or chose its state",
-        expected="documents that nothing was made from",
-        remedy="give other text under eval",
-    )

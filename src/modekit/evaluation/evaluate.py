@@ -41,12 +41,9 @@ def evaluate(
 ) -> Results:
     """Score every row on every domain and, with `write`, write OUT/results/eval.json and eval.md.
 
-    Documents whose digests are `seen` are left out, as those that something was set or trained by always are. With `labels` the
-    mixture that reads a label with every text has rows, too.
-
-    Rows of `known` (by default the checkpoint's own earlier results) that ran the same weights on the same tokens are
-    taken over. Raises TextError when a domain has no held-out text, SourceError when a model cannot be loaded, MismatchError
-    for labels that cannot act on it.
+    Documents whose digests are `seen` are left out, as those that something was set or trained by always are. Rows of `known`,
+    and of the checkpoint's earlier results, that ran the same weights on the same tokens are taken over. Raises TextError,
+    SourceError, MismatchError.
     """
     run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -54,11 +51,7 @@ def evaluate(
         check_labels(checkpoint, labels, tokenizer)
         sequence_length = longest_with_tag(sequence_length, checkpoint) if labels.by == "tag" else sequence_length
     domains = held_out_domains(
-        checkpoint,
-        tokens_per_domain=tokens_per_domain,
-        sequence_length=sequence_length,
-        seen=seen,
-        run=run,
+        checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, seen=seen, run=run
     )
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)

@@ -2,10 +2,7 @@
 
 The own model is PEFT's of base and adapter, the full model, or the base. Both read the same held-out text; per predicted token
 
-    KL(own || forced) = sum_v p_own(v) (log p_own(v) - log p_forced(v))
-
-in nats, in float64. KL(own || forced) / KL(own || base) is the share of an expert that a mixture does not carry: 0 where the
-forced mixture is the whole expert, 1 where it is as far away from it as the base.
+    KL(own || forced) = sum_v p_own(v) (log p_own(v) - log p_forced(v))        in nats, in float64
 
 Shape legend: N predicted tokens of a batch, V vocabulary.
 """
@@ -51,7 +48,6 @@ class ForcedExpert:
     """A mixture whose gates are forced on an expert, beside the expert's own model, on one text.
 
     Attributes:
-        tokens: how many were predicted.
         largest: largest absolute difference of log-probabilities, own and forced, over tokens and vocabulary.
         kl, base_kl: KL(own || forced) and KL(own || base), and losses: means in nats per token.
     """
@@ -153,10 +149,8 @@ def force_experts(
     """Compare every expert, gates forced on it, with its own model, and write OUT/results/forced.json and forced.md.
 
     Read are at most `tokens_per_domain` of every domain that `eval` scores; where the recipe has no such text, of general
-    English that comes with modekit, which a note says. In memory are the mixture, one other model, and the base's logits.
-
-    Raises UnsupportedError for experts that given weights are folded into, SourceError where base or experts are gone,
-    CheckpointError where a forced expert says nothing finite, TextError for pairs without text.
+    English that comes with modekit. In memory are the mixture, one other model, and the base's logits. Raises UnsupportedError
+    for folded weights, SourceError where base or experts are gone, CheckpointError for what is not finite, TextError.
     """
     if checkpoint.record.recipe.mixture.weights is not None:
         raise UnsupportedError(
@@ -232,14 +226,14 @@ def _compared(
                 own_NV = _logits(own, batch, count, f"force {name}")
                 with torch.inference_mode(), mixture.forced(place):
                     forced_NV = predicted_logits(mixture.model, batch)
-                from_forced, from_base = divergences(own_NV, forced_NV, base_NV)
+                (kl, apart), (base_kl, _) = divergences(own_NV, forced_NV, base_NV)
                 labels_N = batch.labels[batch.labels != NO_LABEL]
                 losses = [
                     float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
                     for logits_NV in (own_NV, forced_NV, base_NV)
                 ]
-                sums += torch.tensor([from_forced.kl, from_base.kl, *losses], dtype=torch.float64)
-                largest = max(largest, from_forced.largest)
+                sums += torch.tensor([kl, base_kl, *losses], dtype=torch.float64)
+                largest = max(largest, apart)
             rows.append(_row(name, text, batches, largest, sums))
         del own
     return rows, made
@@ -265,23 +259,17 @@ def _logits(model: PreTrainedModel, batch: Batch, count: ProgressCount, phase: s
     return logits_NV
 
 
-@dataclass
-class Divergence:
-    """Sum over tokens of KL(own || other) in nats, and the largest |difference| of log-probabilities."""
-
-    kl: float = 0.0
-    largest: float = 0.0
-
-
-def divergences(own_NV: torch.Tensor, *others: torch.Tensor) -> list[Divergence]:
-    """Of logits (N, V) from those of each other model, in float64; over the first tokens of the vocabulary, that all have."""
-    found = [Divergence() for _ in others]
+def divergences(own_NV: torch.Tensor, *others: torch.Tensor) -> list[tuple[float, float]]:
+    """Of logits (N, V) and each other model's, over the vocabulary that all have: the sum over tokens of KL(own || other) in
+    nats, and the largest |difference| of log-probabilities; in float64.
+    """
+    found = [(0.0, 0.0) for _ in others]
     width = min(logits.shape[1] for logits in (own_NV, *others))
     step = max(1, _AT_ONCE // width)
     for start in range(0, len(own_NV), step):
         own, *rest = (each[start : start + step, :width].double().log_softmax(-1) for each in (own_NV, *others))
         p_own = own.exp()
-        for each, other in zip(found, rest, strict=True):
-            each.kl += float((p_own * (own - other)).sum())
-            each.largest = max(each.largest, float((own - other).abs().max()))
+        for place, other in enumerate(rest):
+            kl, largest = found[place]
+            found[place] = kl + float((p_own * (own - other)).sum()), max(largest, float((own - other).abs().max()))
     return found

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import PUT_BACK, SourceState, source_state
+from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities
-from modekit.evaluation.labels import Labels, have_tags, label_places, label_tags, no_place_for_a_tag, with_tag
+from modekit.evaluation.labels import Labels, have_tags, label_places, label_tags, with_tag
 from modekit.evaluation.results import Kind
 from modekit.loaded.experts import average_of, load_recorded
 from modekit.loaded.load import load_model
@@ -114,17 +115,19 @@ def label_jobs(
     tokenizer: PreTrainedTokenizerBase,
     unlabelled: Sequence[RowJob],
 ) -> list[RowJob]:
-    """Jobs of the mixture with a label of every text and, by tag, of the base, where that is among the `unlabelled` jobs.
-
-    A row without labels is the model as it is, by the same identity, unless texts have tags of their own. Raises TextError for
-    conversations under tags.
+    """Jobs of the mixture with a label of every text and, by tag, of the base, where that is among the `unlabelled` jobs. A row
+    without labels is the model as it is, unless texts have tags of their own. Raises TextError for conversations under tags.
     """
     recipe, known = checkpoint.record.recipe, labels_of(tokenizer)
     plain = {job.name: job for job in unlabelled if job.name in (BASE, "mixture")}
     seen = {domain.name: domain.expert for domain in domains}
     chats = next((domain.name for domain in domains if domain.chats), None)
     if labels.by == "tag" and chats is not None:
-        raise no_place_for_a_tag(chats)
+        raise TextError(
+            "a conversation has no place for a tag: its template decides what stands first",
+            where=chats,
+            remedy="take --by gate",
+        )
     jobs = []
     for model, kind in labels.rows():
         places = label_places(kind, seen, recipe)

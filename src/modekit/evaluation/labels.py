@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from modekit.errors import MismatchError, ModekitError, TextError
+from modekit.errors import MismatchError, ModekitError
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.text.sequences import TokenSequence
@@ -138,10 +138,7 @@ def longest_with_tag(sequence_length: int, checkpoint: Checkpoint) -> int:
 
 
 def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], label: str | None) -> list[TokenSequence]:
-    """The same sequences, each with a label's tag where `encode` puts it, in place of one that it has; None: without any.
-
-    What is predicted stays.
-    """
+    """The same sequences, each with a label's tag where `encode` puts it, in place of one that it has; None: without any."""
     if label is None:
         return [each.with_tag(None) for each in sequences]
     (tag,), opening = tag_ids(tokenizer, [label]), opening_ids(tokenizer)
@@ -151,16 +148,6 @@ def with_tag(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequen
 def have_tags(texts: Iterable[Sequence[TokenSequence]]) -> bool:
     """Whether some text has a tag of its own."""
     return any(each.tag is not None for text in texts for each in text)
-
-
-def no_place_for_a_tag(domain: str) -> TextError:
-    """The error for conversations under `--by tag`."""
-    return TextError(
-        "a conversation has no place for a tag: its template decides what stands first",
-        where=domain,
-        expected="text, or pairs",
-        remedy="take --by gate",
-    )
 
 
 @dataclass(frozen=True)
@@ -185,15 +172,7 @@ def label_notes(
     found: Mapping[str, _Found],
     gains: Callable[[_Found, _Found], Sequence[Gain]],
 ) -> Iterator[str]:
-    """Which labels domains were given, and what labels are worth.
-
-    Args:
-        labels: those that were asked for.
-        domains: what was read.
-        recipe: of the mixture.
-        found: by name of row, what `gains` compares.
-        gains: of what was found with a label over what was found without; none where nothing can be said.
-    """
+    """Which labels domains were given, and what labels are worth: the `gains` of what was `found`, by name of row."""
     own = {domain.name: domain.expert for domain in domains}
     for kind in _GIVEN:
         places = label_places(kind, own, recipe)

@@ -26,9 +26,8 @@ def tokens_per_pass(config: PreTrainedConfig) -> int:
 def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int], object], done: int = 0) -> Score:
     """Mean loss of a model on a domain's tokens; every sequence starts anew, pads are not scored.
 
-    `progress` is called with the number of tokens that are scored, `done` before the first.
-
-    Raises TextError for text of another kind than the model reads.
+    `progress` is called with the number of tokens that are scored, `done` before the first. Raises TextError for text of
+    another kind than the model reads.
     """
     check_text(model, domain.sequences, where=domain.name or None)
     tokens = min(tokens_per_pass(model.config), tokens_per_batch(model))

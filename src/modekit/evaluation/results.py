@@ -14,7 +14,7 @@ from modekit.evaluation.identity import ReadSequences, mixture_identities, row_i
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import Result, results_path
 from modekit.evaluation.uncertainty import gap_error
-from modekit.files.figures import count_of
+from modekit.files.figures import count_of, or_dash
 from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes
 from modekit.files.typed import Count, Label, Number
 from modekit.files.user_cache import is_proven_here, keep_proven
@@ -117,10 +117,7 @@ class Results(Result):
         keep_proven(_claim(json_bytes(self.as_data())))
 
     def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
-        """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters.
-
-        `between` separates the two figures of a cell.
-        """
+        """Header and cells: loss and perplexity per domain, means, gap closed, total and active parameters."""
         every = [*self.domains, *self.unseen]
         header = ["model", *self.domains, *(f"{name}{between}unseen" for name in self.unseen)]
         header += ["mean loss", "gap closed", f"total{between}active"]
@@ -130,9 +127,7 @@ class Results(Result):
             for domain in every:
                 score = row.scores.get(domain)
                 cells.append("-" if score is None else f"{score.loss:.3f}{between}{score.perplexity:.1f}")
-            loss, gap = row.mean_loss(self.domains), row.mean_gap(self.domains)
-            cells.append("-" if loss is None else f"{loss:.3f}")
-            cells.append("-" if gap is None else f"{gap:.2f}")
+            cells += [or_dash(row.mean_loss(self.domains), ".3f"), or_dash(row.mean_gap(self.domains), ".2f")]
             cells.append(f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}")
             body.append(cells)
         return header, body
@@ -141,9 +136,12 @@ class Results(Result):
         """The table, and below it gap closed and bits per byte per domain."""
         header, body = self.table()
         parts = ["Held-out loss in nats per token / perplexity.", "", markdown_table(header, body)]
-        for title, pick in (("Gap closed", _gap_text), ("Bits per byte", _bits_text)):
-            every = [*self.domains, *([] if pick is _gap_text else self.unseen)]
-            cells = [[row.name, *(pick(row.scores.get(domain)) for domain in every)] for row in self.rows]
+        for title, figure, form in (("Gap closed", "gap_closed", ".2f"), ("Bits per byte", "bits_per_byte", ".3f")):
+            every = [*self.domains, *([] if figure == "gap_closed" else self.unseen)]
+            cells = [
+                [row.name, *(or_dash(getattr(row.scores.get(domain), figure, None), form) for domain in every)]
+                for row in self.rows
+            ]
             parts += ["", f"{title} per domain.", "", markdown_table(["model", *every], cells)]
         parts += ["", *(f"* {note}" for note in self.notes)] if self.notes else []
         return "\n".join(parts) + "\n"
@@ -163,14 +161,6 @@ def rows_scored_here(checkpoint: Checkpoint) -> Sequence[Row]:
 
 def _claim(content: bytes) -> str:
     return f"{Results.file} {hashlib.sha256(content).hexdigest()}"
-
-
-def _gap_text(score: Score | None) -> str:
-    return "-" if score is None or score.gap_closed is None else f"{score.gap_closed:.2f}"
-
-
-def _bits_text(score: Score | None) -> str:
-    return "-" if score is None else f"{score.bits_per_byte:.3f}"
 
 
 SMALLEST_GAP = 1e-3  # nats: below it an expert is not better than the base and a share of the gap means nothing

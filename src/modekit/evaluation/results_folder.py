@@ -103,9 +103,8 @@ def results_path(checkpoint: Checkpoint, file: str) -> Path:
 
 
 def write_results(checkpoint: Checkpoint, files: Mapping[str, bytes], *, all_of: str | None = None) -> None:
-    """Write files into OUT/results, all together; `all_of` names a folder there of which no others are to stay.
-
-    Raises OSError and OutputError.
+    """Write files into OUT/results, all together; `all_of` names a folder there of which no others are to stay. Raises OSError
+    and OutputError.
     """
     inside = {f"{RESULTS_FOLDER}/{name}": content for name, content in files.items()}
     change_together(checkpoint.folder, inside, remove_in=f"{RESULTS_FOLDER}/{all_of}" if all_of else None)

@@ -47,3 +47,8 @@ def range_of(least: float, most: float) -> str:
     unit, size = next(((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if most >= 1.5 * size), ("s", 1.0))
     low, high = (f"{seconds / size:.{int(unit != 's' and seconds < 10 * size)}f}" for seconds in (least, most))
     return f"about {low} to {high} {unit}" if low != high else f"about {high} {unit}"
+
+
+def or_dash(value: float | None, form: str) -> str:
+    """A figure in a format such as .3f; a dash where there is none."""
+    return "-" if value is None else format(value, form)

@@ -75,7 +75,9 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
-    known, table, problems = facts(sources), _source_table(sources), list[str]()
+    header = ["used as", "model", "revision", "licence", "source of the licence"]
+    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
+    known, table, problems = facts(sources), markdown_table(header, body, plain), list[str]()
     values = {**_measured(checkpoint, problems), **_made_of(Checkpoint(checkpoint.folder, shown or checkpoint.record))}
     template = files("modekit.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     values |= {"source_table": table, "facts": [plain(fact) for fact in known]}
@@ -234,12 +236,6 @@ def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
             "chrf": plain(found.signatures.chrf),
         }
     return values
-
-
-def _source_table(sources: Sequence[Source]) -> str:
-    header = ["used as", "model", "revision", "licence", "source of the licence"]
-    body = [[", ".join(each.used_as), each.spec, each.revision or "-", each.said, each.said_by] for each in sources]
-    return markdown_table(header, body, plain)
 
 
 def _licence_page(source_table: str, known: Sequence[str]) -> str:

@@ -24,12 +24,7 @@ from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import members_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
-from modekit.report.result_files import (
-    TrainingTables,
-    find_inspection,
-    find_search,
-    find_training,
-)
+from modekit.report.result_files import TrainingTables, find_inspection, find_search, find_training
 from modekit.report.routing import routing_of, samples_of
 from modekit.search.tune.results import TuneResults
 from modekit.sources.family import architecture_of
@@ -60,12 +55,7 @@ class SearchPoints:
 
 @dataclass(frozen=True)
 class Content:
-    """What a report shows. `data` is report.json, of which the page is made; pictures are drawn from the rest.
-
-    Attributes:
-        results, curves, search: None where they are not there.
-        notes: what is missing, why, and what to run.
-    """
+    """What a report shows. `data` is report.json, of which the page is made; pictures are drawn from the rest."""
 
     data: dict[str, JsonValue]
     experts: list[str]

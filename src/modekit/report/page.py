@@ -11,16 +11,21 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.files.figures import bytes_of, count_of
-from modekit.report.content import Content
-from modekit.report.drawing import gap_bars, line_chart, scatter_chart, shade, tint
+from modekit.files.write import json_bytes
+from modekit.report.content import Content, make_content
+from modekit.report.drawing import gap_bars, line_chart, make_pictures, scatter_chart, shade, tint
 
 
 def _signed(text: str) -> str:
@@ -51,9 +56,26 @@ FORMATS: dict[str, Callable[[float], str]] = {
 }
 """How a figure is written, by what it is."""
 
-GENERATOR = '<meta name="generator" content="modekit report">'
-"""By which a page is known as one of ours."""
+PAGE_FILE, PLOTS_FOLDER = "report.html", "plots"
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written; `notes` say what had to be left out and how to get it."""
+
+    page: Path
+    plots: Sequence[Path]
+    notes: Sequence[str]
+
+
+def write_report(checkpoint: Checkpoint) -> Report:
+    """Write OUT/results/report.html, its data beside it as report.json, and plots, together. Raises OutputError, OSError."""
+    content, folder = make_content(checkpoint), checkpoint.folder / RESULTS_FOLDER
+    plots = {f"{PLOTS_FOLDER}/{name}": picture for name, picture in make_pictures(content).items()}
+    page = make_page(content).encode()
+    write_results(checkpoint, {"report.json": json_bytes(content.data), **plots, PAGE_FILE: page})
+    return Report(folder / PAGE_FILE, [folder / name for name in plots], content.notes)
 
 
 def make_page(content: Content) -> str:
@@ -69,7 +91,6 @@ def make_page(content: Content) -> str:
             style=Markup(style),
             script=Markup(script),
             policy=_policy(style, script),
-            generator=Markup(GENERATOR),
             shade=shade,
             tint=tint,
             samples_json=_json_block({"experts": content.experts, **(samples if isinstance(samples, dict) else {})}),

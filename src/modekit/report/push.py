@@ -34,13 +34,7 @@ _TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt", ".svg"}
 
 @dataclass(frozen=True)
 class Parcel:
-    """What would go to the hub.
-
-    Attributes:
-        files: path in the repository -> the file as it is, or other bytes in its place.
-        left: what stays here -> its bytes.
-        notes: what a user should know of it.
-    """
+    """What would go to the hub: the file as it is, or other bytes; bytes of what stays here; what to know of it."""
 
     files: Mapping[str, Path | bytes]
     left: Mapping[str, int]
@@ -115,9 +109,8 @@ def check_repo(repo: str) -> None:
 
 
 def push(parcel: Parcel, repo: str, *, private: bool | None = None) -> str:
-    """Make the repository if need be and upload everything in one commit; returns its address.
-
-    Raises OutputError when the hub refuses or cannot be reached.
+    """Make the repository if need be and upload everything in one commit; returns its address. Raises OutputError when the hub
+    refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

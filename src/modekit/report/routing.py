@@ -108,7 +108,8 @@ def samples_of(inspection: Inspection, family: Family) -> dict[str, object]:
         data = _sample_within(sample, SAMPLE_BYTES // len(by_domain) if place < len(by_domain) else room, inspection)
         if data is None:
             break
-        kept.append({**data, "source": _source_tokens(sample) if family.pair else 0})
+        target = next((place for place, token in enumerate(sample.tokens) if token.loss is not None), len(sample.tokens))
+        kept.append({**data, "source": target if family.pair else 0})
         room -= _size(data)
     routers = [_router_label(inspection, place) for place in range(len(inspection.routers))]
     return {"routers": routers, "texts": kept, "left_out": len(order) - len(kept)}
@@ -124,11 +125,6 @@ def _sample_within(sample: DomainTrace, room: int, inspection: Inspection) -> di
             return data
         most = min(most - 1, int(most * room / size))
     return None
-
-
-def _source_tokens(sample: DomainTrace) -> int:
-    """How many tokens come before the first that is predicted: of a pair those of its source."""
-    return next((place for place, token in enumerate(sample.tokens) if token.loss is not None), len(sample.tokens))
 
 
 def _size(data: object) -> int:

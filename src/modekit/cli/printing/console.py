@@ -1,7 +1,5 @@
 """Where the command line writes: results on the standard output, progress and errors beside it.
 
-On a terminal lines are wrapped to its width. In a file or a pipe nothing is wrapped or coloured, so that a line is a line.
-
 What is written comes from others as often as from here: names, labels, paths, messages. None of it is obeyed: a console knows
 no markup (what has a style is `Text.assemble(("name", "bold"), ": rest")`), and writes control characters out.
 """

@@ -139,12 +139,8 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 def print_forced(found: ForcedExperts) -> None:
     """Draw what of every expert a mixture carries."""
-    (first, *titles), body = found.table()
-    table = Table(first, [title.replace(" ", "\n") for title in titles])
-    for name, *cells in body:
-        table.add(name, *cells)
     out.print(found.said)
-    out.print(table)
+    out.print(table_of_models(*found.table()))
     print_notes(found.notes)
 
 

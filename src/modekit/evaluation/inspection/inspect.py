@@ -19,7 +19,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.inspection.passes import (
     Advance,
-    Array32,
     Array64,
     Decided,
     changes_without,
@@ -27,15 +26,7 @@ from modekit.evaluation.inspection.passes import (
     sums_of,
     traced_losses,
 )
-from modekit.evaluation.inspection.result import (
-    INSPECT_FILE,
-    Dead,
-    DomainTrace,
-    Inspection,
-    TokenLoss,
-    Usage,
-    only_figures,
-)
+from modekit.evaluation.inspection.result import INSPECT_FILE, Dead, DomainTrace, Inspection, TokenLoss, Usage, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
 from modekit.evaluation.inspection.unseen import detect_unseen
@@ -86,6 +77,7 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
     alike = similarity(checkpoint, run)
     table_VE = evidence_of(checkpoint)
     own = [domain.name for domain in domains if domain.expert is not None]
+    most_RE = np.max([usage.shares for usage in per_domain.values()], axis=0)
     return Inspection(
         checkpoint=checkpoint.identity,
         experts=checkpoint.names,
@@ -95,7 +87,7 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
         top_k=top_k_of(checkpoint),
         per_domain=per_domain,
         utilisation=np.mean([per_domain[name].shares for name in own], axis=0).tolist(),
-        dead=_dead(checkpoint.names, per_domain),
+        dead=[Dead(router=int(router), expert=checkpoint.names[expert]) for router, expert in np.argwhere(most_RE < _DEAD)],
         similarity=alike,
         top_tokens=top.by_expert(tokenizer, checkpoint.names),
         evidence=None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
@@ -138,7 +130,8 @@ def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, t
         chosen_NRE[row, at] = decided.chosen_RSE.sum(1, dtype=np.float64)
         entropy_NR[row, at] = decided.entropy_RS.sum(1, dtype=np.float64)
         if domain.expert is not None:
-            agreement_NR[row, at] = _leading(decided.weights_RSE, domain.expert).sum(1)
+            leads_RSE = decided.weights_RSE >= decided.weights_RSE.max(-1, keepdims=True)  # a draw of several counts in part
+            agreement_NR[row, at] = (leads_RSE[..., domain.expert] / leads_RSE.sum(-1)).sum(1)
         top.add(sequence.target if decided.of_target else sequence.ids, decided.weights_RSE.mean(0))
 
     whole_N = sums_of(traced_losses(model, checkpoint, sequences, consume, advance))
@@ -158,13 +151,6 @@ def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, t
         without=named_changes(checkpoint, changes_EN.sum(1) / domain.scored_tokens),
         named=_named(changes_EN, domain.expert),
     )
-
-
-def _leading(weights_RSE: Array32, expert: int) -> Array64:
-    """1 where no expert has a larger weight, (R, S); a draw of several counts for each its part."""
-    leads_RSE = weights_RSE >= weights_RSE.max(-1, keepdims=True)
-    leading: Array64 = leads_RSE[..., expert] / leads_RSE.sum(-1)
-    return leading
 
 
 def _named(changes_EN: Array64, expert: int | None) -> float | None:
@@ -230,12 +216,6 @@ def _of_samples(
 def _vocabulary(model: PreTrainedModel) -> int:
     """Tokens that there are; a model with an encoder may have others for its targets."""
     return max(int(model.config.vocab_size), int(getattr(model.config, "decoder_vocab_size", None) or 0))
-
-
-def _dead(names: Sequence[str], per_domain: Mapping[str, Usage]) -> list[Dead]:
-    """Experts that hardly weigh anything in any domain, by router."""
-    most_RE = np.max([usage.shares for usage in per_domain.values()], axis=0)
-    return [Dead(router=int(router), expert=names[expert]) for router, expert in np.argwhere(most_RE < _DEAD)]
 
 
 def _base_is_outside(checkpoint: Checkpoint) -> bool:

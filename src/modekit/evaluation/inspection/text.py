@@ -1,41 +1,28 @@
 """What the routers do with one text, token by token: `modekit inspect OUT --text "..."`.
 
-A long text is read in windows that start anew, as evaluation reads a long document. Nothing grows with its length but a few
-numbers per token.
-
 Shape legend: S tokens of a window, T tokens of the text, E experts, R routers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.pairs import refuse_pairs
 from modekit.checkpoint.sources import why_not
-from modekit.errors import ModekitError, TextError
+from modekit.errors import TextError
 from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
-from modekit.evaluation.inspection.passes import (
-    Decided,
-    changes_without,
-    loss_per_token,
-    sums_of,
-    token_losses,
-    traced_losses,
-)
+from modekit.evaluation.inspection.passes import Decided, changes_without, loss_per_token, sums_of, token_losses, traced_losses
 from modekit.evaluation.inspection.result import TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.evaluation.inspection.unseen import scores_of
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.passes import has_encoder
 from modekit.planning.shape import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
@@ -48,15 +35,9 @@ STDIN = "-"
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
 
 
-def read_text(path: Path | None) -> str:
-    """A text file, or standard input. Raises TextError when it is not there or no UTF-8."""
-    name = "standard input" if path is None else str(path)
-    try:
-        data = sys.stdin.buffer.read() if path is None else read_bytes(path, LARGE)
-    except UNREADABLE as error:
-        found = error.strerror if isinstance(error, OSError) else error
-        raise TextError("the text cannot be read", where=name, found=found, remedy="correct the path") from None
-    return decode(data, where=name)
+def standard_input() -> str:
+    """A text. Raises TextError when it is no UTF-8."""
+    return decode(sys.stdin.buffer.read(), where="standard input")
 
 
 @dataclass(frozen=True)
@@ -71,24 +52,28 @@ def inspect_text(
     checkpoint: Checkpoint,
     text: str | UserMessage,
     *,
-    layer: int | None = None,
     sequence_length: int = 512,
     run: Run = QUIET,
 ) -> TextTrace:
     """What the routers do with a text; what is said in a chat is shown in the chat template, up to where the answer begins.
 
-    `layer` keeps the routers of one layer. Beyond 4,096 tokens `weights` has one entry, the mean over the routers.
-    Raises TextError for a text of fewer than two tokens, without a chat template, or for a model that reads pairs,
-    ModekitError when that layer has no router, CheckpointError when losses or weights are not finite.
+    Beyond 4,096 tokens `weights` has one entry, the mean over the routers. Raises TextError for a text of fewer than two
+    tokens, or without a chat template, UnsupportedError for a model that reads pairs, CheckpointError when losses or weights
+    are not finite.
     """
-    routers = checkpoint.shape.positions
-    kept = _kept_routers(routers, layer)
+    refuse_pairs(
+        checkpoint,
+        "a source and its target are shown together, and this is one text",
+        option="--text",
+        remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
+    )
+    routers = list(checkpoint.shape.positions)
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    model = _model_of(checkpoint, run)
+    model = load_model(checkpoint.folder, run=run)
     length = min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length)))
     windows, texts, length = _windows(tokenizer, text, length)
     detailed = len(texts) <= _MOST_DETAIL
-    read = _Read(len(kept) if detailed else 1, len(texts), len(checkpoint.names), kept, length)
+    read = _Read(len(routers) if detailed else 1, len(texts), len(checkpoint.names), length)
     advance = counted(run, checkpoint, windows)
     losses = traced_losses(model, checkpoint, windows, read.consume, advance)
     changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
@@ -102,7 +87,7 @@ def inspect_text(
     with only_figures(checkpoint):
         return TextTrace(
             experts=checkpoint.names,
-            routers=[routers[place] for place in kept] if detailed else [RouterPosition("mean", layer, "")],
+            routers=routers if detailed else [RouterPosition("mean", None, "")],
             top_k=top_k_of(checkpoint),
             text="".join(texts),
             loss=float(sums_of(losses).sum()) / scored,
@@ -119,44 +104,19 @@ def inspect_text(
 
 
 class _Read:
-    """Weights and entropies of a text that is read in windows of `length` tokens: of the kept routers each, or their mean."""
+    """Weights and entropies of a text that is read in windows of `length` tokens: of each router, or their mean."""
 
-    def __init__(self, rows: int, tokens: int, experts: int, kept: Sequence[int], length: int) -> None:
+    def __init__(self, rows: int, tokens: int, experts: int, length: int) -> None:
         self.weights_RTE = np.zeros((rows, tokens, experts), np.float32)
         self.entropy_T = np.zeros(tokens)
-        self._kept, self._length = list(kept), length
+        self._length = length
 
     def consume(self, row: int, decided: Decided) -> None:
         """Take a window."""
         window = slice(row * self._length, row * self._length + decided.weights_RSE.shape[1])
-        kept = decided.weights_RSE[self._kept]
-        self.weights_RTE[:, window] = kept if len(kept) == len(self.weights_RTE) else kept.mean(0)
-        self.entropy_T[window] = decided.entropy_RS[self._kept].mean(0)
-
-
-def _model_of(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
-    model = load_model(checkpoint.folder, run=run)
-    if has_encoder(model):
-        raise TextError(
-            "a model with an encoder needs a source and its target, and this is one text",
-            where="--text",
-            remedy="leave --text out: inspect.json has pairs of the held-out text, token by token",
-        )
-    return model
-
-
-def _kept_routers(routers: Sequence[RouterPosition], layer: int | None) -> list[int]:
-    kept = [place for place, router in enumerate(routers) if layer in (None, router.layer)]
-    if not kept:
-        layers = sorted({router.layer for router in routers if router.layer is not None})
-        raise ModekitError(
-            "there is no router in this layer",
-            where="--layer",
-            found=layer,
-            expected=f"one of {', '.join(map(str, layers))}" if layers else "none: one router serves the whole model",
-            remedy="choose another layer, or leave --layer out for the mean over all routers",
-        )
-    return kept
+        weights = decided.weights_RSE
+        self.weights_RTE[:, window] = weights if len(weights) == len(self.weights_RTE) else weights.mean(0)
+        self.entropy_T[window] = decided.entropy_RS.mean(0)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:

@@ -54,7 +54,9 @@ def detect_unseen(checkpoint: Checkpoint, domains: Sequence[Domain]) -> UnseenDe
             name: {other: [auroc(_after(seen, name, at), _after(found[other], name, at)) for at in AT] for other in unseen}
             for name in names
         },
-        to_base={name: _share_below_zero([text[DECIDES] for text in texts]) for name, texts in found.items()}
+        to_base={
+            name: float((torch.cat([text[DECIDES] for text in texts]) < 0).double().mean()) for name, texts in found.items()
+        }
         if decides
         else None,
     )
@@ -71,7 +73,3 @@ def auroc(seen: Sequence[float], unseen: Sequence[float]) -> float | None:
 def _after(texts: Sequence[dict[str, torch.Tensor]], name: str, tokens: int) -> list[float]:
     """A score of each text that has so many tokens."""
     return [float(text[name][tokens - 1]) for text in texts if len(text[name]) >= tokens]
-
-
-def _share_below_zero(scores: Sequence[torch.Tensor]) -> float:
-    return float((torch.cat(list(scores)) < 0).double().mean())

@@ -1,9 +1,7 @@
 """`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
 
-    OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
-    OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
-
-Results of earlier runs on the same checkpoint stay beside the new ones.
+OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
+OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.pairs import refuse_pairs
 from modekit.checkpoint.sources import why_not
-from modekit.errors import ModekitError, SourceError
+from modekit.errors import ModekitError, SourceError, check_packages
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of, wanted_forms
 from modekit.evaluation.tasks.harness import (
@@ -30,7 +28,6 @@ from modekit.evaluation.tasks.harness import (
     metrics_of,
     named_tasks,
     quiet,
-    require_harness,
     run_tasks,
 )
 from modekit.evaluation.tasks.intervals import Bootstrap, ItemSums, average, bleu_sample, differences, draw, mean_sample, rows
@@ -75,8 +72,6 @@ def evaluate_tasks(
 
     Args:
         names: tasks of lm-evaluation-harness, its own or from `folders`, or questions (see `files.GROUPS`).
-        models: rows to run; all by default.
-        limit: items per task at most.
         seen: text that the base model was trained on, whose terms are no questions.
         seed: of the questions.
 
@@ -96,10 +91,10 @@ def evaluate_tasks(
                 "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
             )
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
-    require_harness()
+    check_packages(("lm_eval.models.huggingface", "rouge_score.rouge_scorer", "sacrebleu"), "pip install 'modekit[eval]'")
     chosen = _chosen(checkpoint, models)
     notes: list[str] = []
-    with quiet(run.trust_remote_code):
+    with quiet():
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():
@@ -111,14 +106,10 @@ def evaluate_tasks(
     return results
 
 
-def model_names(checkpoint: Checkpoint) -> list[str]:
-    """Rows that can be asked for: the base, every expert that is not the base itself, the mixture."""
-    places = checkpoint.record.expert_sources
-    return [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
-
-
 def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
-    known = model_names(checkpoint)
+    """Rows that were asked for, of the base, every expert that is not the base itself, and the mixture."""
+    places = checkpoint.record.expert_sources
+    known = [BASE, *(name for name, place in zip(checkpoint.names, places, strict=True) if place != 0), MIXTURE]
     for name in models:
         if name not in known:
             raise ModekitError(

@@ -9,6 +9,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.tasks.intervals import Estimate, SixDigits
+from modekit.files.figures import or_dash
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import Count, Label
 from modekit.recipes.strict import BASE
@@ -71,10 +72,7 @@ class TaskResults(CheckpointResult):
         return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
 
     def tables(self, between: str = " ") -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name.
-
-        Intervals are 95 %; `between` separates a score and its interval.
-        """
+        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name."""
         if self.macro:
             yield ("Means", *self._table(self.macro, between))
             yield ("Mixture minus each other model, paired over items", *self._table(self.macro, between, differences=True))
@@ -110,7 +108,7 @@ class TaskResults(CheckpointResult):
                 body.append([model, *cells])
         chances = [scores.chance for scores in columns.values()]
         if not differences and any(chance is not None for chance in chances):
-            body.insert(0, ["chance", *("-" if chance is None else f"{chance:.3f}" for chance in chances)])
+            body.insert(0, ["chance", *(or_dash(chance, ".3f") for chance in chances)])
         return header, body
 
 

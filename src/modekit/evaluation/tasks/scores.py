@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def process_results(doc: Mapping[str, str | int], results: Sequence[str]) -> dict[str, float | tuple[str, str]]:
-    """ChrF and ROUGE-L of one text, 0 to 100, and the pair (reference, text) that corpus BLEU is made of.
-
-    With doc["words"] only so many words of the text count. A last full stop does not.
-    """
+    """ChrF and ROUGE-L of one text, 0 to 100, and the pair (reference, text) that corpus BLEU is made of."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import sentence_chrf
 

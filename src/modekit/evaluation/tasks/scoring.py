@@ -1,6 +1,5 @@
 """lm-evaluation-harness's model over one that is already loaded. Imports lm_eval: only import it where the extra is there.
 
-Of continuations, every beginning that many of them share is computed once. A text that begins another needs no pass of its own.
 Texts with a long beginning in common go on from its keys and values: a question's answers from the question, questions from
 their few-shot examples. The rest is batched by length.
 

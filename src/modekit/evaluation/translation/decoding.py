@@ -19,15 +19,8 @@ from modekit.files.typed import Count
 from modekit.text.sequences import TokenSequence
 
 _OF_THE_MODEL = (
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
 )
 """What of a model's generation_config.json is kept: which tokens a translation may have, and where."""
 

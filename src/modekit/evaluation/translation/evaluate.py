@@ -2,8 +2,6 @@
 
 Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
 in each domain, what the domain's own expert wrote, and the mixture with a label by its gate what the label's wrote.
-
-    OUT/results/translate.json, translate.md    BLEU and chrF per domain, speed, and where mixture and base differ most
 """
 
 from __future__ import annotations
@@ -110,7 +108,8 @@ def evaluate_translation(
     if positions is not None and decoding.max_new_tokens > positions:
         decoding = replace(decoding, max_new_tokens=positions)
     rows = _Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(labels)
-    settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=_machine())
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"processor, {torch.get_num_threads()} threads"
+    settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=machine)
     results = _results(checkpoint, domains, rows, settings, notes)
     if labels is not None:
         means = {row.name: mean for row in results.rows if (mean := row.mean(results.domains)) is not None}
@@ -326,9 +325,3 @@ def _notes(domains: Sequence[PairDomain], rows: Sequence[TranslationRow], settin
 
 def _score_gains(with_label: TranslationScore, without: TranslationScore) -> list[Gain]:
     return [Gain(with_label.bleu - without.bleu, "BLEU", 1), Gain(with_label.chrf - without.chrf, "chrF", 1)]
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"processor, {torch.get_num_threads()} threads"

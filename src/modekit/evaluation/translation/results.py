@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
-from modekit.errors import ModekitError
+from modekit.errors import check_packages
 from modekit.evaluation.identity import ReadText
 from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.translation.decoding import Decoding
-from modekit.files.figures import count_of
+from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Label, Number
 from modekit.text.document import Pair
 
@@ -102,7 +101,7 @@ class TranslationResults(CheckpointResult):
         """Header and cells: those of `score_table`, tokens per second, and parameters; `between` separates two figures."""
         header, body = score_table(self.rows, self.domains, self.unseen, between)
         for row, cells in zip(self.rows, body, strict=True):
-            cells.append("-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
+            cells.append(or_dash(row.tokens_per_second, ",.0f"))
             cells.append(f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}")
         return [*header, "tokens per second", f"total{between}active"], body
 
@@ -165,18 +164,9 @@ class Signatures:
     chrf: Label
 
 
-def require_sacrebleu(where: str = "modekit eval-translation") -> None:
-    """Raise ModekitError when the extra is not installed; `where` says what needs it."""
-    try:
-        importlib.import_module("sacrebleu.metrics")
-    except ImportError as error:
-        raise ModekitError(
-            "translations are scored by sacrebleu, which is not installed",
-            where=where,
-            found=error,
-            expected="sacrebleu 2.4 or later",
-            remedy="pip install 'modekit[translation]'",
-        ) from None
+def require_sacrebleu() -> None:
+    """Raise ModekitError when the extra is not installed."""
+    check_packages(("sacrebleu.metrics",), "pip install 'modekit[translation]'")
 
 
 class Scorer:
@@ -212,10 +202,7 @@ ShownText = Annotated[str, Field(max_length=2_000)]
 
 @dataclass(frozen=True)
 class TranslationExample:
-    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut.
-
-    `base_chrf` and `mixture_chrf` are of the sentence; `gain` is the second less the first.
-    """
+    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut."""
 
     domain: Label
     source: ShownText

@@ -1,8 +1,6 @@
 """`modekit advise recipe.yaml`: everything that can be known of a recipe's models before anything is built.
 
-    files -> drift -> text -> losses, words -> findings, facts -> rules -> a recipe, planned before it is shown
-
-What a recipe says under `mixture` is not read: that is what advice is about.
+files -> drift -> text -> losses, words -> findings, facts -> rules -> a recipe, planned before it is shown
 """
 
 from __future__ import annotations
@@ -23,16 +21,7 @@ from modekit.search.advise.findings import of_confusion, of_files, of_gains, of_
 from modekit.search.advise.gains import BASE_INDEX, ON_AVERAGE, Gains, has_gain
 from modekit.search.advise.models import ComparedModels, compare_models
 from modekit.search.advise.recipe import advised_recipe
-from modekit.search.advise.result import (
-    Advice,
-    ExpertDrift,
-    ExpertGain,
-    ExpertPairs,
-    Facts,
-    GroupDrift,
-    PartGain,
-    WordTable,
-)
+from modekit.search.advise.result import Advice, ExpertDrift, ExpertGain, ExpertPairs, Facts, GroupDrift, PartGain, WordTable
 from modekit.search.advise.rules import choose
 from modekit.search.advise.text import NOTHING, TextMeasurements, measure_text
 from modekit.search.advise.ways import Planned, ways_of
@@ -43,9 +32,8 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     """Read the models and the select text of a recipe and say what to build. Nothing is written.
 
     `tokens` per domain; `native`: the result must open in an architecture that other tools know (as `output.format: native`).
-
-    Raises RecipeError, what is wrong with the base model, and UnsupportedError when native is asked for and cannot be had.
-    What is wrong with experts and texts becomes findings.
+    Raises RecipeError, what is wrong with the base model, and UnsupportedError when native is asked for and cannot be had. What
+    is wrong with experts and texts becomes findings.
     """
     raw, root = read_recipe(path), path.resolve().parent
     recipe = parse_recipe(with_mixture(raw, {"method": "linear"}), where=str(path))  # asks nothing of models and texts
@@ -76,7 +64,7 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
 
     chosen = choose(facts)
     full = [index for index, is_own in kept.items() if is_own and not compared.is_low_rank(index)]
-    findings += of_unmixed(recipe, compared.drift, full, chosen[0].mixture, facts)
+    findings += of_unmixed(recipe, compared.drift, full, chosen.mixture, facts)
     data = advised_recipe(raw, kept, measured.unread, chosen, native)
     planned = summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
     fit = planned.fit
@@ -84,7 +72,7 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
         fit = fit.model_copy(update={"seconds": fit.flops / measured.speed})
         planned = planned.model_copy(update={"fit": fit})
     ways = ways_of(compared, measured.gains, facts, kept, planned_by)
-    said = {"facts": facts, "advice": chosen, "recipe": data, "plan": planned, "ways": ways}
+    said = {"facts": facts, "advice": (chosen,), "recipe": data, "plan": planned, "ways": ways}
     return found.model_copy(update={"findings": findings, **said})
 
 
@@ -146,7 +134,9 @@ def _gain(gains: Gains, index: int) -> ExpertGain:
 def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[int, bool], native: bool) -> Facts:
     own = [index for index, is_own in kept.items() if is_own]
     moved = frozenset().union(*(compared.drift.moved[index] for index in own))
-    gains, confusion = measured.gains, measured.confusion
+    gains, experts = measured.gains, compared.recipe.experts
+    fitted = measured.fittable & kept.keys()
+    given = [index for index in kept if index not in measured.unread and (experts[index].text or experts[index].prompts)]
     known = [index for index in own if gains is not None and index in gains.parts]
     shares = backbones = None
     if gains is not None and known:
@@ -163,7 +153,6 @@ def _facts(compared: ComparedModels, measured: TextMeasurements, kept: Mapping[i
         outside_ffn=any(compared.groups[name] != "ffn" for name in moved),
         shares=shares,
         backbones=backbones,
-        fit_text=kept.keys() <= measured.fittable,
-        word_accuracy=confusion.accuracy if confusion is not None and len(confusion.domains) == len(kept) else None,
+        text="all" if len(fitted) == len(kept) else "some" if given else "none",
         lexical_fits=is_carried(compared.family, compared.base.config, len(kept)),
     )

@@ -2,8 +2,6 @@
 
     share of a part = (loss of base - loss of base with the part) / (loss of base - loss of the whole expert)
 
-Shares of parts need not add up to one: what a part is worth depends on what is around it.
-
 Losses are kept for a few blocks of the text; leaving out one block at a time says how far a figure can be trusted (jackknife).
 """
 

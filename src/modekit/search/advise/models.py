@@ -29,13 +29,8 @@ from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 
 @dataclass(frozen=True)
 class ComparedModels:
-    """The models of a recipe, and how far experts moved.
-
-    Attributes:
-        experts: those that can be opened and fit the base, by their index in the recipe; a base expert is the base's source.
-        findings: what is wrong with the others, and what is remarkable.
-        groups: of every tensor.
-        usable: indices of the experts that can be mixed.
+    """The models of a recipe, and how far experts moved. `experts`: those that can be opened and fit the base, by their index
+    in the recipe; a base expert is the base's source.
     """
 
     recipe: Recipe

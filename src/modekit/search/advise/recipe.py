@@ -23,7 +23,7 @@ def advised_recipe(
     raw: Mapping[str, JsonValue],
     kept: Mapping[int, bool],
     unread: Collection[int],
-    advice: Sequence[Recommendation],
+    choice: Recommendation,
     native: bool,
 ) -> dict[str, JsonValue]:
     """The recipe as plain data. `kept`: index of an expert -> whether it stands for itself, else the base does; `unread`:
@@ -44,8 +44,7 @@ def advised_recipe(
     output = raw.get("output") or {}
     assert isinstance(output, dict)
     after = {"output": {**output, **({"format": "native"} if native else {})}, "eval": raw.get("eval")}
-    mixture = {key: value for each in reversed(advice) for key, value in each.mixture.items()}
-    return with_mixture({**before, **{key: value for key, value in after.items() if value}}, mixture)
+    return with_mixture({**before, **{key: value for key, value in after.items() if value}}, dict(choice.mixture))
 
 
 def _without(mapping: Mapping[str, JsonValue], *keys: str) -> dict[str, JsonValue]:

@@ -109,14 +109,11 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        native: the result must open in an architecture that other tools know.
-        experts: how many there are to mix.
         low_rank: every expert that is not the base is an adapter (or kept as one).
         outside_ffn: whether any expert differs from the base outside the FFN; known from the files.
         shares: part -> smallest share of any expert's gain that it carries; None without text, or without a gain.
         backbones: base and average -> mean share of the gain that FFN experts carry on it; None when not measured.
-        fit_text: every expert has text or prompts for a fit.
-        word_accuracy: share of held-out tokens whose domain an n-gram table names; None when it is not known.
+        text: how many experts have text or prompts for a fit of the router.
         lexical_fits: whether a native architecture carries a lexical router for this base and so many experts.
     """
 
@@ -126,8 +123,7 @@ class Facts:
     outside_ffn: bool
     shares: Mapping[str, float] | None
     backbones: Mapping[str, float] | None
-    fit_text: bool
-    word_accuracy: float | None
+    text: Literal["all", "some", "none"]
     lexical_fits: bool = True
 
 
@@ -163,16 +159,10 @@ class Advice(BaseModel, frozen=True):
 
     Attributes:
         losses: model -> domain -> held-out nats per token; empty without text.
-        gain: of experts with text.
-        words: None with text of fewer than two domains.
-        advice: none when nothing is left to mix; `recipe` and `plan` are None then.
-        recipe: the advised one as plain data.
-        plan: of it, without the time that a build takes.
-        ways: what modekit's architecture, a plain checkpoint and a gateway before own models lose and cost.
         limits: what advice cannot know.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     base_model: str
     drift: dict[str, ExpertDrift]
     similarity: ExpertPairs

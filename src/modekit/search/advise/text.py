@@ -71,13 +71,8 @@ class Confusion:
 
 @dataclass(frozen=True)
 class TextMeasurements:
-    """What text said. `gains` and `confusion` are None where there is none.
-
-    Attributes:
-        texts: index of an expert -> its select text.
-        unread: indices of experts whose text cannot be read.
-        fittable: indices of experts that have documents for a router fit.
-        speed: floating-point operations per second of the passes that were run here.
+    """What text said. `gains` and `confusion` are None where there is none. `speed`: floating-point operations per second of
+    the passes that were run here.
     """
 
     texts: Mapping[int, TextSummary]

@@ -17,10 +17,11 @@ from modekit.planning.summary import PlanSummary
 from modekit.search.advise.gains import ON_AVERAGE, Gains
 from modekit.search.advise.models import ComparedModels
 from modekit.search.advise.result import Facts, Recommendation, WayToRun
+from modekit.search.advise.rules import carries_adapters
 from modekit.sources.adapter import AdapterSource
 
-Planned = tuple[Sequence[Recommendation], PlanSummary]
-"""What experts have of their own and how the router is set, and the plan that follows."""
+Planned = tuple[Recommendation, PlanSummary]
+"""What experts have of their own, and the plan that follows."""
 WHOLE = "all"
 
 
@@ -36,10 +37,10 @@ def ways_of(
 def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | None, own: Sequence[int]) -> WayToRun:
     name = "native" if facts.native else "modekit"
     try:
-        (experts, router), plan = planned(facts)
+        experts, plan = planned(facts)
     except ModekitError as error:
         return WayToRun(name=name, said=f"cannot be had: {error.what}")
-    part = _part(experts, router, facts)
+    part = _part(experts, facts)
     loss, lost = _losses(gains, own, part)
     active, total = plan.parameters["active"], plan.parameters["total"]
     said = f"{plan.architecture}; of each expert {part}"
@@ -49,13 +50,12 @@ def _mixture(facts: Facts, planned: Callable[[Facts], Planned], gains: Gains | N
     return WayToRun(name=name, said=said, loss=loss, lost=lost, active=active, total=total, bytes=plan.bytes["written"])
 
 
-def _part(experts: Recommendation, router: Recommendation, facts: Facts) -> str:
+def _part(experts: Recommendation, facts: Facts) -> str:
     """What the mixture has of every expert, as one of the parts that were scored."""
     if experts.mixture.get("backbone") == "average":
         return ON_AVERAGE
     if facts.native:
-        settings = router.mixture.get("router")
-        return WHOLE if facts.low_rank and isinstance(settings, dict) and settings.get("fit") == "lexical" else "ffn"
+        return WHOLE if carries_adapters(facts) else "ffn"
     if experts.mixture.get("modules") == "all":
         return WHOLE
     return "ffn + attention" if facts.low_rank else "ffn"

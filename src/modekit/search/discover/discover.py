@@ -84,7 +84,10 @@ def discover(
     words = describe_groups(sample.beginnings, labels, count)
     names = [name_of(number, own) for number, own in enumerate(words, 1)]
     own = [[sample.beginnings[place] for place in np.flatnonzero(labels == number).tolist()] for number in range(count)]
-    coverage = [None] * count if meter is None else _coverage(meter, own, run)
+    coverage: list[Coverage | None] = [None] * count
+    if meter is not None:
+        work = ProgressCount(run, sum(min(ROUTED, len(each)) for each in own))
+        coverage = [meter.measure(each, partial(work.advance, "ask the router", 1)) for each in own]
     mixture_name = None if mixture is None else mixture.folder.name
     with ExitStack() as opened:
         stage = None
@@ -100,11 +103,6 @@ def discover(
         if stage is not None:
             write_json(stage.folder / RESULT_FILE, result.model_dump(mode="json"), sync=False)
     return result
-
-
-def _coverage(meter: CoverageMeter, groups: Sequence[Sequence[str]], run: Run) -> list[Coverage]:
-    work = ProgressCount(run, sum(min(ROUTED, len(each)) for each in groups))
-    return [meter.measure(each, partial(work.advance, "ask the router", 1)) for each in groups]
 
 
 def _result(
@@ -153,9 +151,8 @@ def _assign_all(
     stage: Staging | None,
     run: Run,
 ) -> list[tuple[int, int]]:
-    """Read again, write where there is a place to, and count documents and characters of every group.
-
-    Raises TextError when the text has changed.
+    """Read again, write where there is a place to, and count documents and characters of every group. Raises TextError when the
+    text has changed.
     """
     numbers, characters = [0] * len(names), [0] * len(names)
     read = (document for _, document in documents.read())

@@ -35,13 +35,7 @@ _KEPT_DIGITS = 32  # of a digest
 
 @dataclass(frozen=True)
 class DocumentSample:
-    """What the first reading found.
-
-    Attributes:
-        beginnings: of the documents to learn from, in an order that depends on their text alone.
-        documents: how many there are in all, without duplicates.
-        sha256: of all their digests in the order of reading.
-    """
+    """What the first reading found. `sha256`: of all their digests in the order of reading."""
 
     beginnings: Sequence[str]
     documents: int
@@ -71,7 +65,6 @@ class UnlabelledDocuments:
 
     def sample(self, most: int, seed: int) -> DocumentSample:
         """Read all and keep the beginnings of `most` documents that a hash chooses: the same ones in whatever order they come.
-
         Raises TextError where there is nothing, or a single document.
         """
         kept: list[tuple[int, str]] = []  # a heap: the largest hash, which is the first to go, stands in front

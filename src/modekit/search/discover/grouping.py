@@ -1,8 +1,7 @@
 """A sample of documents -> groups: latent semantic analysis of their words, k-means, and how many groups there are.
 
-How many? As many as make held-out documents clearly likelier. The documents are cut into five parts; groups of four parts say
-how likely the words of the fifth are. With more groups that goes on rising, ever more slowly: a group is worth having while it
-makes held-out text likelier by WORTH (benchmarks/discover.md).
+Groups of four fifths of the documents say how likely the words of the fifth are. A group is worth having while it makes
+held-out text likelier by WORTH (benchmarks/discover.md).
 
 Shape legend: N documents, V words that count, D dimensions, G groups.
 """
@@ -128,10 +127,7 @@ def group_documents(sample: DocumentSample, settings: DiscoverSettings, run: Run
 
 
 def try_numbers(points: Points, rows: csr_matrix, most: int, seed: int, advance: Callable[[int], None]) -> list[float]:
-    """Mean held-out log-likelihood (nats per word) for 1, 2, ... groups; it ends where documents lie in fewer places.
-
-    `advance` gets how many numbers are done.
-    """
+    """Mean held-out log-likelihood (nats per word) for 1, 2, ... groups; it ends where documents lie in fewer places."""
     tried: list[float] = []
     while len(tried) < most and (found := _held_out(points, rows, len(tried) + 1, seed)) is not None:
         tried.append(found)

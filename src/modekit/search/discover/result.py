@@ -12,13 +12,8 @@ RESULT_FILE = "discover.json"
 
 
 class DiscoverSettings(BaseModel, frozen=True):
-    """How documents are grouped.
-
-    Attributes:
-        domains: number of groups; None to choose it by held-out likelihood.
-        most: the largest number that is tried then.
-        sample: the largest number of documents to learn the groups from; the others are assigned to them afterwards.
-        seed: of the sample and of k-means.
+    """How documents are grouped. `sample`: the largest number of documents to learn the groups from; the others are assigned to
+    them afterwards.
     """
 
     domains: int | None = Field(None, ge=2, le=MOST_DOMAINS)
@@ -43,14 +38,8 @@ class TriedNumber(BaseModel, frozen=True):
 
 
 class Coverage(BaseModel, frozen=True):
-    """What a mixture's router makes of a group.
-
-    Attributes:
-        documents: how many were routed.
-        experts: expert -> share of the documents that it leads on, the largest first.
-        certainty: mean probability of the leader.
-        served: share of the documents on which an expert, and not the base, leads with certainty.
-        expert: who does that most often; None where nobody does.
+    """What a mixture's router makes of a group. `served`: share of the documents on which an expert, and not the base, leads
+    with certainty.
     """
 
     documents: int
@@ -61,14 +50,7 @@ class Coverage(BaseModel, frozen=True):
 
 
 class DocumentGroup(BaseModel, frozen=True):
-    """Documents that belong together.
-
-    Attributes:
-        name: a number and words; it suits a file and an expert.
-        file: where its documents lie in OUT.
-        words: what tells it from the others, the best first.
-        served: what the mixture makes of it, where there is one.
-    """
+    """Documents that belong together; `words` tell it from the others, the best first; `file` lies in OUT."""
 
     name: str
     file: str
@@ -84,16 +66,7 @@ class DocumentGroup(BaseModel, frozen=True):
 
 
 class Discovery(BaseModel, frozen=True):
-    """Everything that was found.
-
-    Attributes:
-        domains: number of groups.
-        worth: nats per word by which another group must make held-out text likelier.
-        tried: empty where the number was given.
-        mixture: name of the mixture's folder, where there is one.
-        next: name of the group with the most documents that have no expert; None without a mixture.
-        notes: what to be wary of.
-    """
+    """Everything that was found. `next`: name of the group with the most documents that have no expert."""
 
     format: Literal[1] = 1
     settings: DiscoverSettings

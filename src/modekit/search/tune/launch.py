@@ -1,13 +1,6 @@
 """A search in this process, in several on this machine, or where Ray puts them: the same function everywhere.
 
-With Ray, RAY_ADDRESS says where the processes run:
-
-| RAY_ADDRESS | where the processes run |
-|---|---|
-| not set, or local | a Ray that is started here and ended again |
-| auto | the cluster that `ray start` made this machine a part of |
-| HOST:PORT | the cluster whose head this is; this machine must be a part of it |
-| ray://HOST:PORT | a cluster that this machine is no part of, by way of its head |
+With Ray, RAY_ADDRESS says where the processes run (docs/tune.md).
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ from tempfile import gettempdir
 from typing import Any
 from urllib.parse import urlsplit
 
-from modekit.errors import ModekitError, TuneError
+from modekit.errors import ModekitError, TuneError, check_packages
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.typed import shortened
 from modekit.run import Run
@@ -158,20 +151,15 @@ def share_of(nodes: Sequence[Mapping[str, Any]], processes: int) -> dict[str, fl
 
 
 def check_ray() -> str:
-    """The address for Ray. Raises TuneError where nothing answers there, or Ray is not installed."""
+    """The address for Ray. Raises TuneError where nothing answers there, ModekitError where Ray is not installed."""
     address = os.environ.get(ADDRESS, "").strip() or "local"
-    try:
-        check_answers(address)
-        import_module("ray")
-    except ImportError:
-        raise TuneError(
-            "Ray is not installed", where="--ray", remedy="pip install 'modekit[ray]', or use --processes"
-        ) from None
+    check_answers(address)
+    check_packages(("ray",), "pip install 'modekit[ray]', or use --processes")
     return address
 
 
 def check_answers(address: str) -> None:
-    """Raise TuneError in seconds where no Ray answers at an address. Raises ImportError without gRPC, which Ray brings."""
+    """Raise TuneError in seconds where nothing answers at an address."""
     named = None if address == "local" else _last_started() if address == "auto" else address.removeprefix("ray://")
     if named is None:  # Ray looks for itself, and says soon when there is none
         return
@@ -188,7 +176,7 @@ def check_answers(address: str) -> None:
             remedy=f"correct {ADDRESS}, or unset it: Ray is then started here",
         ) from None
     try:
-        _await_server(parts.hostname, parts.port)
+        socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S).close()
     except OSError as error:
         raise TuneError(
             "the Ray cluster does not answer",
@@ -196,19 +184,6 @@ def check_answers(address: str) -> None:
             found=error.strerror or str(error) or type(error).__name__,
             remedy=f"see whether it runs (`ray status`), or unset {ADDRESS}: Ray is then started here",
         ) from None
-
-
-def _await_server(host: str, port: int) -> None:
-    """Connect. Raises OSError, also where the server does not speak gRPC; with TLS only that it is there is known."""
-    socket.create_connection((host, port), timeout=_ANSWER_S).close()
-    if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
-    grpc: Any = import_module("grpc")
-    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
-        except grpc.FutureTimeoutError:
-            raise OSError("a server that is not Ray") from None
 
 
 def _last_started() -> str | None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import SMALLEST_GAP
-from modekit.files.figures import count_of
+from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Number
 from modekit.recipes.fits import FITS
 from modekit.search.tune.space import label, short_backbone
@@ -41,16 +41,7 @@ class TuneSettings:
 
 
 class Candidate(BaseModel):
-    """One variant that was tried.
-
-    Attributes:
-        number: in the order of the search.
-        name: of a fixed variant; "" otherwise.
-        status: scored on all of the text, dropped early, or refused with `why`.
-        losses: on the tokens of the select split that were scored.
-        active, total: parameters.
-        native: whether a native architecture can express it.
-    """
+    """One variant that was tried. `losses`: on the tokens of the select split that were scored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -95,10 +86,8 @@ class TuneResults(BaseModel, frozen=True):
     """Of a search.
 
     Attributes:
-        checkpoint: digest of the recipe of the best.
         candidates: by loss; dropped ones behind those that were scored in full, and behind those that were dropped after more
             of the text, since losses on other text do not compare; refused ones last.
-        text: split -> domain -> what was read.
         seconds: that this run of the search took to find the best; the report and the build come on top.
     """
 
@@ -128,8 +117,8 @@ class TuneResults(BaseModel, frozen=True):
                 "best" if each.best else "front" if each.pareto else "",
                 (f"{each.name}: " if each.name else "") + each.description,
                 _loss_text(each),
-                "-" if each.report is None else f"{each.report.mean_loss:.4f}",
-                "-" if each.report is None or each.report.gap_closed is None else f"{each.report.gap_closed:.3f}",
+                or_dash(None if each.report is None else each.report.mean_loss, ".4f"),
+                or_dash(None if each.report is None else each.report.gap_closed, ".3f"),
                 count_of(each.active) if each.active else "-",
                 "-" if each.status == "refused" else "native" if each.native else "modekit",
             ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,27 +102,3 @@ def losses_of(model: PreTrainedModel, domains: Sequence[Domain], where: str) -> 
                 remedy="look for NaN in the models with `modekit build`, which checks every tensor",
             )
     return losses
-
-
-class RunningLoss:
-    """Loss of one candidate, summed over the rungs so far; `tokens` are those scored so far."""
-
-    def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._tokens: Counter[str] = Counter()
-
-    def add(self, model: PreTrainedModel, domains: Sequence[Domain], where: str) -> None:
-        """Score some text. Raises TuneError when the loss is not a number."""
-        losses = losses_of(model, domains, where)
-        self._sums.update({domain.name: losses[domain.name] * domain.scored_tokens for domain in domains})
-        self._tokens.update({domain.name: domain.scored_tokens for domain in domains})
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """Nats per token, per domain."""
-        return {name: self._sums[name] / self._tokens[name] for name in self._sums}
-
-    @property
-    def tokens(self) -> int:
-        """Scored so far."""
-        return self._tokens.total()

@@ -71,7 +71,9 @@ class SharedWeights:
         """The weights of a plan, written if need be, under the plan's routing; the gates are zero."""
         recipe = plan.recipe
         if recipe.mixture.method == "linear":  # the weights have routers, whether its candidate asks them or not
-            plan = self.plan(_with_routers(recipe))
+            raw = as_written(recipe)
+            routed = changed_mixture(raw["mixture"], {"method": "routing", "router": {"fit": "random"}})
+            plan = self.plan(parse_recipe(with_mixture(raw, routed)))
         plan = replace(plan, shards=tuple(_by_layer(plan)))
         folder = (
             self._work
@@ -85,17 +87,15 @@ class SharedWeights:
         return open_checkpoint(folder).with_recipe(recipe)
 
     def gates(self, shared: Checkpoint, recipe: Recipe) -> Gates:
-        """What a candidate's routers say over shared weights: fitted on statistics that are read once for
-        a backbone and a granularity.
-
-        Raises TextError, RecipeError.
+        """What a candidate's routers say over shared weights: fitted on statistics that are read once for a backbone and a
+        granularity. Raises TextError, RecipeError.
         """
         mixture, router = recipe.mixture, recipe.mixture.router
         if mixture.fit is None or mixture.fit.reads is RECIPE:
             return fit_router(Fitting(shared, recipe, self._root, self._work)).gates
         # Logits are divided by the temperature, so that one fit serves all.
         plain = router.model_copy(update={"temperature": 1.0})
-        folder = self._statistics_of(recipe, router)
+        folder = self.statistics_of(recipe, router)
         key = _digest([str(folder), plain.model_dump(mode="json"), shared.folder.name if mixture.fit.reads.low_rank else ""])
         if key not in self._gates:
             make_folder(folder.parent)
@@ -112,7 +112,7 @@ class SharedWeights:
             gate[experts] /= np.float32(router.temperature)
         return gates
 
-    def _statistics_of(self, recipe: Recipe, router: Router) -> Path:
+    def statistics_of(self, recipe: Recipe, router: Router) -> Path:
         """Where the statistics lie that a router is fitted on."""
         reads: dict[str, Any] = {"ngram": [router.order, router.buckets]}
         if not router.row.reads.tokens:
@@ -124,7 +124,7 @@ class SharedWeights:
     def _read_with(self, recipe: Recipe, router: Router) -> dict[Path, Router]:
         """Folder -> settings of every router of the search that reads the same text through the same models."""
         if router.prefix_tokens is not None or not router.row.reads.hidden or len(router.averages) > 1:
-            return {self._statistics_of(recipe, router): router}
+            return {self.statistics_of(recipe, router): router}
         update = {"fit": "ridge", "temperature": 1.0}
         routers = [
             router.model_copy(
@@ -134,13 +134,7 @@ class SharedWeights:
             )
             for decay in dict.fromkeys([*self._averages, router.averages[0]["decay"]])
         ]
-        return {self._statistics_of(recipe, each): each for each in routers}
-
-    def must_read(self, recipe: Recipe) -> bool:
-        """Whether the gates of a candidate need text to be run through a model first."""
-        fit = recipe.mixture.fit
-        reads = fit is not None and fit.reads.hidden
-        return reads and not self._statistics_of(recipe, recipe.mixture.router).exists()
+        return {self.statistics_of(recipe, each): each for each in routers}
 
     def remove(self) -> None:
         """Remove the weights; statistics stay, for a search that goes on."""
@@ -211,12 +205,6 @@ def _identities(plan: Plan, shard: Shard) -> list[Any]:
         ]
         for tensor in shard.tensors
     ]
-
-
-def _with_routers(recipe: Recipe) -> Recipe:
-    """The same experts and backbone behind routers."""
-    raw = as_written(recipe)
-    return parse_recipe(with_mixture(raw, changed_mixture(raw["mixture"], {"method": "routing", "router": {"fit": "random"}})))
 
 
 def _digest(value: object) -> str:

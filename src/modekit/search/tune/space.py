@@ -131,10 +131,7 @@ class Space(BaseModel):
         return unseen_with_effect(mixture)
 
     def named(self) -> dict[str, Choice]:
-        """Name -> choice of the variants that a table should have: the paper's and the fixed ones of this project.
-
-        Those that the axes do not hold are left out.
-        """
+        """Name -> choice of the variants that a table should have: the paper's and the fixed ones of this project."""
         plain = {"modules": label(self.modules[0]), "layers": "null", "always_on": "null", "temperature": "1.0"}
         found: dict[str, Choice] = {}
         for backbone in (name for name in map(label, self.backbone) if name in {"base", "average"}):
@@ -234,10 +231,7 @@ def default_space(recipe: Recipe, root: Path, plan: Plan, *, native: bool) -> Sp
 
 
 def backbones_differ(recipe: Recipe, root: Path, *, run: Run = QUIET) -> bool:
-    """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything.
-
-    Reads until the first difference.
-    """
+    """Whether an expert differs from the base outside of what is mixed: whether merging backbones can change anything."""
     if all(expert.is_base for expert in recipe.experts):
         return False
     merged = make_plan(plain_recipe(recipe, backbone="average"), root, run=run)

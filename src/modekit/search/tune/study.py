@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.search.tune.results import Candidate, Mixture, mean_of
-from modekit.search.tune.selection import RUNGS, RunningLoss, Selection
+from modekit.search.tune.selection import RUNGS, Selection, losses_of
 from modekit.search.tune.shared_weights import SharedWeights, SwitchedModel
 from modekit.search.tune.space import Space
 
@@ -223,21 +224,26 @@ class _Worker:
 
     def _model(self, recipe: Recipe, plan: Plan) -> PreTrainedModel:
         shared = self.weights.checkpoint(plan)
-        if self.weights.must_read(recipe):  # with a model of its own
-            self.switched.clear()
+        fit = recipe.mixture.fit
+        if fit is not None and fit.reads.hidden and not self.weights.statistics_of(recipe, recipe.mixture.router).exists():
+            self.switched.clear()  # text is run through a model of its own first
         return self.switched.put(shared, self.weights.gates(shared, recipe))
 
     def _score(self, trial: optuna.Trial, model: PreTrainedModel) -> float | None:
         """Mean loss on all of the text; None when others did better on a part. Raises TuneError when it is not a number."""
-        running = RunningLoss()
+        sums, tokens = Counter[str](), Counter[str]()
         for number, resource in enumerate(RUNGS):
-            running.add(model, self.selection.rung(number), f"candidate {trial.number}")
-            trial.report(mean_of(running.losses), resource)
-            trial.set_user_attr("losses", running.losses)
-            trial.set_user_attr("tokens", running.tokens)
+            rung = self.selection.rung(number)
+            found = losses_of(model, rung, f"candidate {trial.number}")
+            tokens.update({domain.name: domain.scored_tokens for domain in rung})
+            sums.update({domain.name: found[domain.name] * domain.scored_tokens for domain in rung})
+            losses = {name: total / tokens[name] for name, total in sums.items()}
+            trial.report(mean_of(losses), resource)
+            trial.set_user_attr("losses", losses)
+            trial.set_user_attr("tokens", tokens.total())
             if resource < RUNGS[-1] and trial.should_prune():
                 return None
-        return mean_of(running.losses)
+        return mean_of(losses)
 
 
 def _mixture_of(job: SearchJob, trial: optuna.Trial) -> Mixture:

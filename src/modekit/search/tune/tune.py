@@ -164,10 +164,7 @@ def score_all(
 
 
 def with_smaller_sizes(job: SearchJob, found: Sequence[Candidate], select: Selection, run: Run) -> list[Candidate]:
-    """The candidates, where of every number of active parameters below the best's the most promising is scored in full.
-
-    Dropping compares losses alone; whoever weighs loss against size needs a figure for the smaller ones, too.
-    """
+    """The candidates, where of every number of active parameters below the best's the most promising is scored in full."""
     best = best_of(found)
     if best is None:
         return list(found)
