@@ -182,7 +182,7 @@ def main() -> None:
         speed(args.demo.resolve(), args.speed.resolve(), args.limit)
         return
     seeds = [args.demo / f"seed{seed}" for seed in range(args.seeds)]
-    with quiet():
+    with quiet(trusted=False):
         first = open_checkpoint((seeds[0] / MIXTURES[0]).resolve())
         made, _ = make_questions(first, seen=[str((args.demo / "text" / "general.jsonl").resolve())])
         models = ["base", *first.names, *MIXTURES]

@@ -1,19 +1,23 @@
-"""A folder of tasks runs only where its user says that it may, and then as the harness has it."""
+"""What a stranger's folder of tasks may do: nothing but say what the harness has built in, and bring text."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import lm_eval.utils
 import pytest
 
 from conftest import make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, TextError
+from modekit.evaluation.tasks.bounded import BoundedPatterns, render
 from modekit.evaluation.tasks.evaluate import evaluate_tasks
-from modekit.run import Run
 
-TRUSTED = Run(trust_remote_code=True)
 OWN = """task: spell
 dataset_path: json
 dataset_kwargs: {data_files: {test: spell.jsonl}}
@@ -74,12 +78,243 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-@pytest.mark.parametrize("code", ["doc_to_target: !function spell.target", "doc_to_target: answer"])
-def test_a_folder_is_refused_before_any_of_it_runs(checkpoint: Checkpoint, folder: Path, code: str) -> None:
-    (folder / "spell.yaml").write_text(OWN.replace("doc_to_target: answer", code))
-    with pytest.raises(ModekitError, match="a folder of tasks may run code") as refused:
+def said(**changes: str) -> Callable[[Path], None]:
+    """The honest file with pieces of it replaced."""
+
+    def write(folder: Path) -> None:
+        text = OWN
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / "spell.yaml").write_text(text)
+
+    return write
+
+
+def added(line: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "spell.yaml").write_text(OWN + line + "\n")
+
+    return write
+
+
+def data(name: str) -> Callable[[Path], None]:
+    return said(**{"test: spell.jsonl": f"test: {name}"})
+
+
+def grouped(*members: str, **files: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "all.yaml").write_text(GROUP.format(", ".join(members)))
+        for name, text in files.items():
+            (folder / f"{name}.yaml").write_text(text)
+
+    return write
+
+
+def linked(name: str, target: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder.parent / target)
+        if name.endswith(".yaml"):
+            (folder.parent / target).write_text(OWN)
+
+    return write
+
+
+def packed(folder: Path) -> None:
+    (folder / "spell.jsonl").write_bytes(gzip.compress(b'{"word": "a"}\n' * 100))
+
+
+def wide(folder: Path) -> None:
+    (folder / "spell.jsonl").write_text("\n".join(json.dumps({f"key {n}": 1}) for n in range(5_000)))
+
+
+def deep(folder: Path) -> None:
+    (folder / "spell.jsonl").write_text("[" * 100_000)
+
+
+def bomb(folder: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    (folder / "spell.yaml").write_text(OWN + "\n".join(lines))
+
+
+def huge(folder: Path) -> None:
+    (folder / "spell.yaml").write_text(OWN + "# " + "x" * 2**21)
+
+
+def broken(folder: Path) -> None:
+    (folder / "spell.yaml").write_text("task: [")
+
+
+def utf16(folder: Path) -> None:
+    (folder / "spell.yaml").write_bytes(
+        OWN.replace("doc_to_target: answer", "doc_to_target: !function spell.target").encode("utf-16")
+    )
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a metric of the hub, or of the working folder": (said(**{"metric: acc,": "metric: got/evil,"}), "metric: 'got/evil'"),
+    "a metric that the hub has": (said(**{"metric: acc,": "metric: acc, hf_evaluate: true,"}), "hf_evaluate: True"),
+    "a metric's function": (said(**{"metric: acc,": "metric: !function spell.agg,"}), "!function spell.agg"),
+    "an aggregation's function": (said(**{"aggregation: mean": "aggregation: !function spell.agg"}), "!function spell.agg"),
+    "an aggregation that is none": (said(**{"aggregation: mean": "aggregation: spell.agg"}), "aggregation: 'spell.agg'"),
+    "a filter's function": (
+        added("filter_list: [{name: x, filter: [{function: custom, filter_fn: !function spell.text}]}]"),
+        "filter_fn",
+    ),
+    "a filter that is a function": (added("filter_list: [{name: x, filter: [{function: !function spell.text}]}]"), "!function"),
+    "a filter that is none": (added("filter_list: [{name: x, filter: [{function: spell}]}]"), "function: 'spell'"),
+    "a setting that a filter lacks": (added("filter_list: [{name: x, filter: [{function: lowercase, x: 1}]}]"), "'x': 1"),
+    "a pattern that is none": (
+        added("filter_list: [{name: x, filter: [{function: regex, regex_pattern: '('}]}]"),
+        "regex_pattern",
+    ),
+    "a prompt file": (added("use_prompt: prompts.yaml:x"), "use_prompt: 'prompts.yaml:x'"),
+    "a prompt of another package": (added("use_prompt: promptsource:x"), "use_prompt: 'promptsource:x'"),
+    "an answer's function": (said(**{"to_target: answer": "to_target: !function spell.target"}), "doc_to_target: !function"),
+    "a text's function": (said(**{'"{{word}}"': "!function spell.text"}), "doc_to_text: !function"),
+    "a function behind another tag": (
+        said(**{"task: spell": "%TAG !f! !func\n---\ntask: spell", "to_target: answer": "to_target: !f!tion spell.target"}),
+        "!function spell.target",
+    ),
+    "a function in another encoding": (utf16, "cannot be read"),
+    "a tag of Python": (added("description: !!python/object/apply:os.system ['touch ../ran']"), "python/object/apply"),
+    "a function for items": (added("process_docs: !function spell.docs"), "process_docs: !function"),
+    "a name of a function for items": (added("process_docs: spell.docs"), "process_docs: 'spell.docs'"),
+    "a function for results": (added("process_results: !function spell.target"), "process_results"),
+    "a data set that is a function": (added("custom_dataset: !function spell.docs"), "custom_dataset"),
+    "a class": (added("class: !function spell.Task"), "class: !function spell.Task"),
+    "code of answers": (added("unsafe_code: true"), "unsafe_code: True"),
+    "images": (added("doc_to_image: [word]"), "doc_to_image"),
+    "a key that nobody knows": (added("model_args: pretrained=got/evil"), "model_args"),
+    "a sampler that is none": (added("fewshot_config: {sampler: spell}"), "fewshot_config.sampler: 'spell'"),
+    "a function of examples": (added("fewshot_config: {samples: !function spell.docs}"), "fewshot_config.samples"),
+    "generation by code of a hub": (
+        added("generation_kwargs: {custom_generate: ./got, trust_remote_code: true}"),
+        "generation_kwargs.",
+    ),
+    "endless generation": (added("generation_kwargs: {max_gen_toks: 1000000000}"), "max_gen_toks"),
+    "endless repeats": (added("repeats: 1000000000"), "repeats"),
+    "endless examples": (added("num_fewshot: 1000000000"), "num_fewshot"),
+    "pickles": (said(**{"path: json": "path: pandas"}), "dataset_path: 'pandas'"),
+    "packed pickles": (said(**{"path: json": "path: webdataset"}), "dataset_path: 'webdataset'"),
+    "a data base": (said(**{"path: json": "path: sql"}), "dataset_path: 'sql'"),
+    "a data set of the hub": (said(**{"path: json": "path: got/evil"}), "dataset_path: 'got/evil'"),
+    "code of a data set": (said(**{"{data_files": "{trust_remote_code: true, data_files"}), "trust_remote_code"),
+    "a folder of data": (said(**{"{data_files": "{data_dir: .., data_files"}), "data_dir"),
+    "a setting of pandas": (said(**{"{data_files": "{converters: {word: eval}, data_files"}), "converters"),
+    "data of an address": (data("https://127.0.0.1:9/x.jsonl"), "data_files: https"),
+    "data in an archive": (data("zip://x.jsonl::spell.zip"), "data_files: zip"),
+    "data above the folder": (data("../outside.jsonl"), "../outside.jsonl"),
+    "data elsewhere": (data("/etc/hostname"), "/etc/hostname"),
+    "data by a pattern": (data("'*.jsonl'"), "*.jsonl"),
+    "data that is a link": (linked("spell.jsonl", "outside.jsonl"), "spell.jsonl"),
+    "data that is packed": (packed, "spell.jsonl"),
+    "data of countless columns": (wide, "columns"),
+    "data nested too deeply": (deep, "nested too deeply"),
+    "no data": (said(**{"dataset_kwargs: {data_files: {test: spell.jsonl}}\n": ""}), "dataset_kwargs"),
+    "code that is included": (added("include: ../outside.yaml"), "leads out of the folder"),
+    "a file elsewhere": (added("include: /etc/hostname"), "leads out of the folder"),
+    "a plain file above the folder": (added("include: ../plain.yaml"), "leads out of the folder"),
+    "a file that includes itself": (added("include: spell.yaml"), "includes itself"),
+    "a task that is a link": (linked("other.yaml", "strange.yaml"), "leads out of the folder"),
+    "a bomb of aliases": (bomb, "aliases"),
+    "a huge file": (huge, "bytes"),
+    "what is no YAML": (broken, "cannot be read"),
+    "a group that defines a task": (grouped("{task: inner, dataset_path: got/evil}"), "dataset_path"),
+    "a group that feeds the harness's own code": (grouped("{task: spell, metadata: {tokenizer: got/evil}}"), "metadata"),
+    "a group in a group": (grouped("{group: inner, task: [spell]}"), "task.0"),
+    "a group's metric": (
+        grouped("spell", other="group: other\ntask: [spell]\naggregate_metric_list: [{metric: got/evil}]\n"),
+        "got/evil",
+    ),
+}
+GROUPS = {
+    "a group that holds itself": grouped("all"),
+    "groups that hold each other": grouped("other", other="group: other\ntask: [all]\n"),
+    "groups that grow": grouped("g1, g1", **{f"g{n}": f"group: g{n}\ntask: [g{n + 1}, g{n + 1}]\n" for n in range(1, 19)}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_task_file_is_refused_before_any_of_it_runs(checkpoint: Checkpoint, folder: Path, case: str) -> None:
+    write, shown = HOSTILE[case]
+    write(folder)
+    with pytest.raises(ModekitError) as refused:
         evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"])
-    assert "--trust-remote-code" in str(refused.value.remedy) and not (folder.parent / "ran").exists()
+    assert "a task file asks for more than data" in refused.value.what and shown in str(refused.value.found)
+    assert "--trust-remote-code" in str(refused.value.remedy) and refused.value.expected
+    assert not (folder.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_end(checkpoint: Checkpoint, folder: Path, case: str) -> None:
+    GROUPS[case](folder)
+    with pytest.raises(ModekitError, match="a group of tasks cannot be resolved"):
+        evaluate_tasks(checkpoint, ["all"], folders=[folder], models=["base"])
+
+
+TEMPLATES = {
+    "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() | length }}", "SecurityError"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "processor"),
+    "is one endless call": ("{{ 9 ** (9 ** 9) }}", "processor"),
+    "compares what doubles": (
+        "{% set ns = namespace(a=[1], b=[1]) %}{% for _ in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+        "processor",
+    ),
+    "takes all memory": ("{{ [1] * 999999999 }}", "memory"),
+    "is a long text": ("{{ 'x' * 9999999 }}", "characters"),
+    "replaces for ever": ("{{ ('a' * 40 ~ 'b') | regex_replace('(a+)+$', '') }}", "processor"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_ends(case: str) -> None:
+    template, shown = TEMPLATES[case]
+    with pytest.raises(TextError, match="a task's template cannot be used") as ended:
+        render(template, {"word": "a"})
+    assert shown in str(ended.value.found)
+    assert render("{{ word }}", {"word": "still here"}) == "still here"
+
+
+def test_templates_say_what_the_harness_makes_of_them() -> None:
+    doc = {"word": "a\n", "choices": ["x", "ß"], "more": {"n": [1, 2]}}
+    for template in (
+        "{{word}}\n",
+        "{% for c in choices %}{{loop.index}}. {{c|upper}}\n{% endfor %}",
+        "{{more.n}}",
+        "{{choices|join('|')}}",
+        "{{ word | regex_replace('a', 'b') }}",
+        "{{ ['x', word.strip()] }}",
+    ):
+        assert render(template, doc) == lm_eval.utils.apply_template(template, doc)
+    with pytest.raises(TextError, match="UndefinedError"):
+        render("{{ nothing }}", doc)
+
+
+def test_patterns_say_what_the_harness_makes_of_them_and_end() -> None:
+    text = "The answer is (B), 12,000. #### 7"
+    patterns = BoundedPatterns()
+    for pattern in (r"#### (\-?[0-9\.\,]+)", r"\(([A-D])\)", r"(?i)ANSWER", r"(\w)(\d)?", r"[0-9,]+"):
+        assert patterns.findall(pattern, text) == re.findall(pattern, text) == patterns.compile(pattern).findall(text)
+        assert patterns.sub(pattern, "-", text) == re.sub(pattern, "-", text)
+    with pytest.raises(TextError, match="takes too long"):
+        BoundedPatterns(seconds=0.2).findall("(a|aa)+$", "a" * 60 + "b")
+
+
+def test_a_filter_s_pattern_ends(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the harness itself, on what a model wrote."""
+    monkeypatch.setattr("modekit.evaluation.tasks.harness.BoundedPatterns", lambda: BoundedPatterns(seconds=0.3))
+    monkeypatch.setattr(
+        "modekit.evaluation.tasks.scoring.LoadedModel.generate_until", lambda self, requests: ["a" * 60 + "b"] * len(requests)
+    )
+    (folder / "writes.yaml").write_text(WRITES.replace("([a-z]+)", "((?:a|aa)+)$"))
+    begin = time.monotonic()
+    with pytest.raises(TextError, match="regular expression takes too long"):
+        evaluate_tasks(checkpoint, ["writes"], folders=[folder], models=["base"])
+    assert time.monotonic() - begin < 300
 
 
 HONEST: dict[str, tuple[str, dict[str, str]]] = {
@@ -103,18 +338,22 @@ HONEST: dict[str, tuple[str, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_an_honest_task_file_runs(checkpoint: Checkpoint, folder: Path, case: str) -> None:
+def test_an_honest_task_file_runs(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     name, files = HONEST[case]
     (folder / "spell.yaml").unlink()
     for file, text in files.items():
         (folder / f"{file}.yaml").write_text(text)
-    found = evaluate_tasks(checkpoint, [name], folders=[folder], models=["base"], run=TRUSTED)
+    monkeypatch.chdir(folder.parent)  # data are found beside the task file, too
+    found = evaluate_tasks(checkpoint, [name], folders=[folder], models=["base"])
     assert found.tasks["writes" if name == "writes" else "spell"].items == 4
+    assert not (folder.parent / "ran").exists()
 
 
 def test_the_flag_lets_code_run(checkpoint: Checkpoint, folder: Path) -> None:
-    (folder / "spell.yaml").write_text(OWN.replace("doc_to_target: answer", "doc_to_target: !function spell.target"))
-    evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], run=TRUSTED)
+    from modekit.run import Run
+
+    said(**{"to_target: answer": "to_target: !function spell.target"})(folder)
+    evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], run=Run(trust_remote_code=True))
     assert (folder.parent / "ran").exists()
 
 
@@ -123,6 +362,18 @@ def test_a_task_that_is_too_large_asks_for_a_limit(
 ) -> None:
     monkeypatch.setattr("modekit.evaluation.tasks.harness._MOST_REQUESTS", 10)
     with pytest.raises(TextError, match="the task is too large"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], run=TRUSTED)
-    found = evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], limit=3, run=TRUSTED)
-    assert found.tasks["spell"].items == 3
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"])
+    assert evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], limit=3).tasks["spell"].items == 3
+    said(**{'"{{word}}"': "word"})(folder)
+    (folder / "spell.jsonl").write_text(json.dumps({"word": "x" * 2**21, "answer": 0}))
+    with pytest.raises(TextError, match="an item of more than"):
+        evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base"], limit=1)
+
+
+@pytest.mark.slow
+def test_no_file_takes_the_name_of_the_harness_s_own(checkpoint: Checkpoint, folder: Path) -> None:
+    """Its thousands of files are looked through: half a minute."""
+    (folder / "arc.yaml").write_text(OWN.replace("task: spell", "task: arc_easy"))
+    (folder / "all.yaml").write_text(GROUP.format("arc_easy, hellaswag"))
+    with pytest.raises(ModekitError, match="takes the name of one of the harness's own tasks"):
+        evaluate_tasks(checkpoint, ["all"], folders=[folder], models=["base"])

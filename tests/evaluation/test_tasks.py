@@ -42,7 +42,6 @@ from modekit.evaluation.tasks.questions import (
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.tasks.scores import process_results
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.run import Run
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 from refusal import refuse
@@ -509,7 +508,6 @@ def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkey
     assert compared >= 2
 
 
-TRUSTED = Run(trust_remote_code=True)
 OWN = """task: spell
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -538,7 +536,7 @@ def own_task(folder: Path, **changes: str) -> Path:
 
 def test_a_task_of_one_s_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = own_task(tmp_path / "tasks")
-    found = evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base", "mixture"], run=TRUSTED)
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[folder], models=["base", "mixture"])
     scores = found.tasks["spell"]
     assert (scores.metric, scores.items, scores.chance) == ("acc_norm", 9, pytest.approx(1 / 3))
     model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
@@ -563,7 +561,7 @@ def test_adapters_are_rows(tmp_path: Path) -> None:
     tuned.save_pretrained(tmp_path / "lora")
     workshop.recipe["experts"][1] = {"name": "law", "adapter": "./lora", "text": "./text/law.jsonl"}
     folder = workshop.build()
-    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")], run=TRUSTED)
+    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")])
     assert found.models == ["base", "medicine", "law", "code", "mixture"]
     base = workshop.root / "base"
     model = load_adapted(base, open_adapter("law", "lora", tmp_path / "lora", open_source("base_model", "base", base)))
@@ -581,18 +579,18 @@ def test_results_stay_beside_each_other_until_the_checkpoint_changes(asked: Work
     checkpoint = open_checkpoint(folder)
     evaluate_tasks(checkpoint, ["continuations"], models=["base", "mixture"], limit=8)
     tasks = own_task(tmp_path / "tasks")
-    found = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"], run=TRUSTED)
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"])
     data = json.loads((folder / "results" / "tasks.json").read_text())
     assert data["format"] == 1 and data["checkpoint"] == checkpoint.identity
     assert {"spell", task_name("continuations", "code")} <= set(data["tasks"]) and "continuations" in data["macro"]
     assert TaskResults.from_data(data).as_data() == found.as_data()
     data["checkpoint"]["router_sha256"] = "of another"
     (folder / "results" / "tasks.json").write_text(json.dumps(data))
-    alone = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"], run=TRUSTED)
+    alone = evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"])
     assert list(alone.tasks) == ["spell"] and "of another state of the checkpoint" in alone.notes[-1]
     for damaged in ("{", '{"checkpoint": 3}', "[]", json.dumps({**alone.as_data(), "tasks": 3})):
         (folder / "results" / "tasks.json").write_text(damaged)
-        assert list(evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"], run=TRUSTED).tasks) == ["spell"]
+        assert list(evaluate_tasks(checkpoint, ["spell"], folders=[tasks], models=["mixture"]).tasks) == ["spell"]
 
 
 def test_tasks_are_written_to_be_read_by_domain(asked: Workshop) -> None:
@@ -609,7 +607,7 @@ def test_a_model_that_is_gone_is_left_out(asked: Workshop, tmp_path: Path) -> No
     (tmp_path / "text").symlink_to(asked.root / "text")
     folder = workshop.build()
     (tmp_path / "law").rename(tmp_path / "moved")
-    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")], run=TRUSTED)
+    found = evaluate_tasks(open_checkpoint(folder), ["spell"], folders=[own_task(tmp_path / "tasks")])
     assert found.models == ["base", "medicine", "code", "mixture"]
     assert any("law left out" in note for note in found.notes)
 
@@ -623,11 +621,11 @@ def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> No
     checkpoint = open_checkpoint(workshop.build())
     save(tiny_model(seed=2), tmp_path / "law")
     own = own_task(tmp_path / "tasks")
-    found = evaluate_tasks(checkpoint, ["spell"], folders=[own], run=TRUSTED)
+    found = evaluate_tasks(checkpoint, ["spell"], folders=[own])
     assert found.models == ["base", "medicine", "code", "mixture"]
     assert any("law left out" in note and "model.safetensors" in note and "has changed" in note for note in found.notes)
     with pytest.raises(SourceError, match="none of the models that were asked for"):
-        evaluate_tasks(checkpoint, ["spell"], folders=[own], models=["law"], run=TRUSTED)
+        evaluate_tasks(checkpoint, ["spell"], folders=[own], models=["law"])
 
 
 def test_generated_text_is_compared_as_far_as_the_reference_goes() -> None:
@@ -651,9 +649,8 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     tasks = own_task(tmp_path / "own")
     message = refuse("eval-tasks", out, "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
     assert "where:    --seen" in message and "no questions are asked for" in message
-    broken = own_task(tmp_path / "a", **{"word": "nothing"})
-    message = refuse("eval-tasks", out, "spell", "--include-path", broken, "--trust-remote-code")
-    assert "the task cannot be loaded" in message and "'nothing' is undefined" in message
+    message = refuse("eval-tasks", out, "spell", "--include-path", own_task(tmp_path / "a", **{"word": "nothing"}))
+    assert "a task's template cannot be used" in message and "'nothing' is undefined" in message
 
 
 @pytest.mark.slow

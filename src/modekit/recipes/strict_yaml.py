@@ -61,11 +61,11 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> object:
+def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> object:
     """What a YAML file holds, unchecked. Raises OSError, and ValueError that says what is wrong where."""
     text = read_text(path, LARGEST)
     try:
-        return yaml.load(text, StrictLoader)
+        return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 

@@ -1,4 +1,4 @@
-"""A process of its own that runs chat templates, and both ends of the line to it.
+"""A process of its own that runs chat templates and templates of tasks, and both ends of the line to it.
 
 A template is a program that came with a model. One call of it may compute for hours inside a C function, where Python cannot
 stop it, so it runs where the system can: the child has a limit of processor time for each text and a limit of memory for all,
@@ -14,12 +14,17 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+
+from jinja2 import StrictUndefined, Template
+from jinja2.sandbox import SandboxedEnvironment
 
 SECONDS = 5.0
 """Processor time for one text."""
@@ -52,8 +57,14 @@ class TemplateProcess:
 
     def text(self, source: str, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> str:
         """What the template makes of the messages; `variables` are what it sees besides. Raises RenderError."""
-        request = {"source": source, "messages": messages, "variables": variables, "seconds": SECONDS}
-        asked = json.dumps(request, ensure_ascii=False, default=str)
+        return self._rendered({"source": source, "messages": messages, "variables": variables})
+
+    def text_of_item(self, source: str, item: Mapping[str, object]) -> str:
+        """What the template of a task makes of one of its items, as lm-evaluation-harness would. Raises RenderError."""
+        return self._rendered({"source": source, "item": item})
+
+    def _rendered(self, request: Mapping[str, object]) -> str:
+        asked = json.dumps({**request, "seconds": SECONDS}, ensure_ascii=False, default=str)
         line = asked.encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > _LARGEST:
             raise LimitError(f"what it is given has more than {_LARGEST:,} bytes")
@@ -166,9 +177,10 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
+    compiled = lru_cache(maxsize=256)(_task_environment().from_string)
     for line in sys.stdin.buffer:
         try:
-            answer = _answer(line, render_jinja_template)
+            answer = _answer(line, render_jinja_template, compiled)
             if len(answer) > _LARGEST:
                 answer = _said({"limit": f"it writes more than {_LARGEST:,} bytes"})
         except MemoryError:
@@ -181,13 +193,32 @@ def main() -> None:
             left = left[os.write(output, left) :]
 
 
-def _answer(line: bytes, render: Callable[..., tuple[list[str], object]]) -> bytes:
+def _answer(line: bytes, render: Callable[..., tuple[list[str], object]], compiled: Callable[[str], Template]) -> bytes:
     request = json.loads(line.decode("utf-8", "surrogatepass"))
     _limit_time(request["seconds"])
+    if "item" in request:
+        try:
+            return _said({"text": compiled(request["source"]).render(**request["item"])})
+        except MemoryError:
+            raise
+        except Exception as error:  # a template raises what it likes
+            return _said({"error": f"{type(error).__name__}: {' '.join(str(error)[:_SHOWN].split())}"})
     # `apply_chat_template` leaves out what is None, too
     messages = [{key: value for key, value in message.items() if value is not None} for message in request["messages"]]
     texts, _ = render(conversations=[messages], chat_template=request["source"], **request["variables"])
     return _said({"text": texts[0]})
+
+
+def _task_environment() -> SandboxedEnvironment:
+    """That of lm-evaluation-harness, in the sandbox."""
+    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    made.filters["regex_replace"] = _regex_replace
+    return made
+
+
+def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
+    """The filter that the harness adds to jinja's."""
+    return re.sub(pattern, repl, string, count=count)
 
 
 def _said(answer: Mapping[str, str]) -> bytes:

@@ -94,7 +94,7 @@ def evaluate_tasks(
     check_packages(("lm_eval.models.huggingface", "rouge_score.rouge_scorer", "sacrebleu"), "pip install 'modekit[eval]'")
     chosen = _chosen(checkpoint, models)
     notes: list[str] = []
-    with quiet():
+    with quiet(run.trust_remote_code):
         found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
         for name, made in found.items():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
+from modekit.evaluation.tasks.bounded import BoundedPatterns, render
+from modekit.evaluation.tasks.folder import check_exists, leaves, read_folders
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 _SEED = 1234  # of few-shot examples, as in the harness's own command
 _MOST_REQUESTS = 200_000  # of one task
+_MOST_CHARACTERS = 2**28  # of one task's prompts
+_LONGEST_ITEM = 2**20  # characters
 _DATA_REMEDY = (
     "its data set has to be on this machine or on a hub that can be reached: connect, unset HF_HUB_OFFLINE, or give tasks "
     "whose data are files"
@@ -46,25 +52,37 @@ class Scored:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """While open the harness logs, warns and draws nothing."""
+def quiet(trusted: bool) -> Iterator[None]:
+    """While open the harness logs, warns and draws nothing. Unless trusted, templates and patterns of tasks are bounded."""
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
+    import lm_eval.filters.extraction
+    import lm_eval.utils
 
     logger = logging.getLogger("lm_eval")
-    level, bars, drawn = logger.level, datasets.is_progress_bar_enabled(), lm_eval.api.task.tqdm
-    with warnings.catch_warnings():
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
+        stack.callback(logger.setLevel, level)
         datasets.disable_progress_bars()
-        lm_eval.api.task.tqdm = lambda iterable, **_: iterable
-        try:
-            yield
-        finally:
-            lm_eval.api.task.tqdm = drawn
-            logger.setLevel(level)
-            if bars:
-                datasets.enable_progress_bars()
+        if bars:
+            stack.callback(datasets.enable_progress_bars)
+        _replace(stack, lm_eval.api.task, "tqdm", lambda iterable, **_: iterable)
+        if not trusted:
+            patterns = BoundedPatterns()
+            _replace(stack, lm_eval.utils, "apply_template", render)
+            for module in (lm_eval.api.metrics, lm_eval.filters.extraction):
+                _replace(stack, module, "re", patterns)
+        yield
+
+
+def _replace(stack: ExitStack, module: ModuleType, name: str, value: object) -> None:
+    """Put something in the place of a module's own until the stack is left."""
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)
 
 
 def harness_task(config: Mapping[str, object]) -> Task:
@@ -76,22 +94,18 @@ def harness_task(config: Mapping[str, object]) -> Task:
 
 def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Task]:
     """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
+<<<<<<< HEAD
     Raises ModekitError when a name is unknown, a folder is not there, or nobody said that what its files name may run;
     TextError when a task's data cannot be had.
+=======
+
+    Raises ModekitError when a name is unknown or a folder asks for more than data without the flag, TextError when a task's
+    data cannot be had.
+>>>>>>> parent of 6160e772 (A folder of tasks needs --trust-remote-code: the list of harmless keys, bounded templates and patterns go)
     """
     for folder in folders:
-        if not folder.is_dir():
-            raise ModekitError(
-                "the folder of tasks does not exist", where="--include-path", found=str(folder), remedy="correct the path"
-            )
-    if folders and not trusted:
-        raise ModekitError(
-            "a folder of tasks may run code: its files name functions, metrics and data sets",
-            where="--include-path",
-            found=", ".join(map(str, folders)),
-            remedy="read the whole folder, and give --trust-remote-code if all of it may run",
-        )
-    manager = _manager(names, folders)
+        check_exists(folder)
+    manager = _trusted_tasks(names, folders) if trusted else _checked_tasks(names, folders)
     tasks: dict[str, Task] = {}
     for name in names:
         matching = manager.match_tasks([name])
@@ -103,13 +117,40 @@ def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool,
     return tasks
 
 
-def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
-    """The tasks of folders, and the harness's own, which are thousands of files, where a name is not theirs."""
+def _trusted_tasks(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
+    """The harness's own way: it reads the folders, and runs what their files name."""
     from lm_eval.tasks import TaskManager
 
-    include = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=include, include_defaults=False)
-    return manager if all(manager.match_tasks([name]) for name in names) else TaskManager(include_path=include)
+    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+    if all(manager.match_tasks([name]) for name in names):
+        return manager
+    return TaskManager(include_path=[str(folder) for folder in folders])  # with its own: thousands of files
+
+
+def _checked_tasks(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
+    """The harness with the folders' tasks as data. Its own are read only where a name, or a group's member, is not theirs."""
+    from lm_eval.tasks import TaskManager
+
+    entries = read_folders(folders)
+    matching = [match for name in names for match in fnmatch.filter(entries, name)]
+    reached = leaves(matching, entries)
+    whole = reached <= set(entries) and all(fnmatch.filter(entries, name) for name in names)
+    manager = TaskManager(include_defaults=not whole)
+    index = manager.task_index
+    for name in entries if not whole else ():
+        if name in index:
+            raise ModekitError(
+                "a task file takes the name of one of the harness's own tasks",
+                where="--include-path",
+                found=name,
+                remedy="give it another name, or leave the folder out",
+            )
+    for name in sorted(reached - set(entries)):
+        if name not in index:
+            raise _unknown(name, [*entries, *index])
+    index.update(entries)
+    manager.all_tasks[:] = sorted(index)
+    return manager
 
 
 def _unknown(name: str, known: Sequence[str]) -> ModekitError:
@@ -145,18 +186,33 @@ def build_requests(name: str, task: Task, limit: int | None) -> None:
 
 
 def _check_size(name: str, task: Task, limit: int | None) -> None:
-    """Raise TextError for requests that no memory holds, counted before one is made."""
-    asked = 0
+    """Raise TextError for requests that no memory holds: counted one at a time, and the text of each item first."""
+    shots, asked, characters = task.config.num_fewshot or 0, 0, 0
+    task.set_fewshot_seed(_SEED)
+    for doc in task.sampler.df if shots else ():
+        _check_item(name, doc)
     for _, doc in task.doc_iterator(limit=limit):
-        asked += (len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 1) * task.config.repeats
-        if asked > _MOST_REQUESTS:
-            raise TextError(
-                "the task is too large",
-                where=f"task {name}",
-                found=f"{asked:,} requests, and more",
-                expected=f"at most {_MOST_REQUESTS:,}",
-                remedy="give --limit",
-            )
+        _check_item(name, doc)
+        prompt = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+        answers = len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 1
+        asked, characters = asked + answers * task.config.repeats, characters + len(str(prompt))
+        if asked > _MOST_REQUESTS or characters > _MOST_CHARACTERS:
+            raise _too_large(name, f"{asked:,} requests and {characters:,} characters, and more")
+
+
+def _check_item(name: str, doc: object) -> None:
+    if len(str(doc)) > _LONGEST_ITEM:
+        raise _too_large(name, f"an item of more than {_LONGEST_ITEM:,} characters")
+
+
+def _too_large(name: str, found: str) -> TextError:
+    return TextError(
+        "the task is too large",
+        where=f"task {name}",
+        found=found,
+        expected=f"at most {_MOST_REQUESTS:,} requests and {_MOST_CHARACTERS:,} characters",
+        remedy="give --limit",
+    )
 
 
 def run_tasks(
