@@ -94,14 +94,9 @@ def harness_task(config: Mapping[str, object]) -> Task:
 
 def named_tasks(names: Sequence[str], folders: Sequence[Path], *, trusted: bool, others: Sequence[str] = ()) -> dict[str, Task]:
     """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own; `others` could be meant, too.
-<<<<<<< HEAD
-    Raises ModekitError when a name is unknown, a folder is not there, or nobody said that what its files name may run;
-    TextError when a task's data cannot be had.
-=======
 
     Raises ModekitError when a name is unknown or a folder asks for more than data without the flag, TextError when a task's
     data cannot be had.
->>>>>>> parent of 6160e772 (A folder of tasks needs --trust-remote-code: the list of harmless keys, bounded templates and patterns go)
     """
     for folder in folders:
         check_exists(folder)
