@@ -38,6 +38,9 @@ from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.shapes import Shape, open_shape
+from modekit.recipes.edit import as_written
+from modekit.recipes.paths import from_folder
+from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Config, whole
@@ -214,6 +217,13 @@ class Checkpoint:
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
         return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
+
+    def scored_on(self, texts: Mapping[str, Sequence[str]], root: Path) -> Checkpoint:
+        """The same, with these texts for evaluation in place of its recipe's, relative to `root`. Raises RecipeError."""
+        data = as_written(self.record.recipe)
+        given = from_folder({**data, "experts": [], "eval": dict(texts)}, root, self.recipe_root)["eval"]
+        recipe = parse_recipe({**data, "eval": {**self.record.recipe.eval, **given}}, where="--text")
+        return replace(self, record=self.record.model_copy(update={"recipe": recipe})) if texts else self
 
     def with_router(
         self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None

@@ -30,7 +30,7 @@ class MixOptions:
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write.")]
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; who has none writes some."),
+        typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; repeatable. Experts without text write some."),
     ] = None
     without_base: Annotated[bool, typer.Option("--without-base", help="Leave the base out of the experts.")] = False
     gguf: Annotated[
