@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.progress as progress_module
-from modekit.cli.progress import Lines, drawn_progress
+from modekit.cli.progress import Lines, Works, drawn_progress
 from modekit.run import DETAIL
 
 
@@ -119,6 +119,18 @@ def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
         lines.tick()
     left = [re.sub(".*about ", "", line) for line in said[1:]]
     assert left == [f"{seconds} left" for seconds in ("60 s", "2.0 minutes", "3.0 minutes", "4.0 minutes", "5.0 minutes")]
+
+
+def test_reports_that_nothing_advanced_forget_no_speed(clock: Clock) -> None:
+    """A phase that reads for two minutes without counting said hours."""
+    works = Works(clock)
+    for done in range(61):
+        works.report("write text", 10 * done, 1200)
+        clock.now += 1
+    for _ in range(120):
+        works.report("write text", 600, 1200)
+        clock.now += 1
+    assert works.left("write text") == pytest.approx(181, abs=2)
 
 
 def test_the_time_left_is_that_of_the_recent_speed(clock: Clock) -> None:

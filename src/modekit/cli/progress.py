@@ -64,8 +64,8 @@ class Work:
         self.done = done
         if done > self.points[-1][1]:
             self.points.append((now, done))
-        while len(self.points) > 2 and self.points[1][0] <= now - _RECENT:
-            self.points.popleft()
+            while len(self.points) > 2 and self.points[1][0] <= now - _RECENT:
+                self.points.popleft()
 
     def left(self, now: float) -> float | None:
         """Seconds left at the recent speed, up to now; None while there is no evidence, or nothing left."""
