@@ -147,6 +147,17 @@ def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest
     assert (shop / "AGAIN" / "model-router.safetensors").read_bytes() == made
 
 
+def test_the_gguf_lies_where_serve_looks_for_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`modekit serve OUT --outtype q8_0`, which mix names, does not convert again."""
+    monkeypatch.chdir(shop)
+    shutil.rmtree("OUT", ignore_errors=True)
+    folders: list[Path] = []
+    monkeypatch.setattr("modekit.engines.converter.check_installed", lambda: None)
+    monkeypatch.setattr("modekit.cli.mixing.write_gguf", lambda _made, folder, _options: folders.append(folder))
+    printed = modekit("mix", "base", "law", "code", *texts(law="law", code="code"), "-o", "OUT", "--gguf", "q8_0")
+    assert folders == [Path("OUT.gguf")] and "modekit serve OUT --outtype q8_0" in printed
+
+
 def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full models, too, then become a plain checkpoint; here only as far as the plan."""
     from modekit.building.mix import Models, plan_mix

@@ -186,12 +186,14 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    from rich.table import Column
+
     works = Works(time.monotonic)
     columns = (
-        TextColumn("{task.description:<22}", markup=False),
-        BarColumn(16),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description:<22}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(max_width=16)),  # gives way to long names
+        TaskProgressColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         _time_left(works),
     )
     with Bars(*columns, console=err, transient=True) as bars:
@@ -212,6 +214,7 @@ def _bars() -> Iterator[Progress]:
 def _time_left(works: Works) -> ProgressColumn:
     """A column that says anew, whenever it is drawn, how much time is left."""
     from rich.progress import ProgressColumn, Task
+    from rich.table import Column
     from rich.text import Text
 
     class TimeLeft(ProgressColumn):
@@ -219,7 +222,7 @@ def _time_left(works: Works) -> ProgressColumn:
             left = works.left(task.fields["work"])
             return Text("" if left is None else f"{time_of(left)} left", style="progress.remaining")
 
-    return TimeLeft()
+    return TimeLeft(Column(no_wrap=True))
 
 
 @contextmanager
