@@ -104,7 +104,7 @@ def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPa
     assert len(files) == 6 and {each.partition("-")[0] for each in files} == {"fever", "court", "base"}
     assert foreign_files(shop / "OUT") == []
     evaluated = modekit("eval", "OUT", "--tokens", "300", "--sequence-length", "64")
-    assert "no held-out text of fever-lora, court-lora, general" in " ".join(evaluated.split())
+    assert "no real text of fever-lora, court-lora, general" in " ".join(evaluated.split())
 
 
 def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_killed_mix_goes_on_writing(shop: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mix(shop, monkeypatch, "fever-lora")
-    modekit("add", "OUT", "--name", "court", "--adapter", "court-lora", "--text", "self", "--force")
+    modekit("add", "OUT", "--name", "court", "--adapter", "court-lora", "--force")
     assert yaml.safe_load((shop / "OUT" / "recipe.yaml").read_text())["experts"][-1]["text"] == "self"
     assert len(tree(shop / "OUT" / "self-text")) == 6 and foreign_files(shop / "OUT") == []
     made = (shop / "OUT" / "model-router.safetensors").read_bytes()
