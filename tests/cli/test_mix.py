@@ -39,6 +39,8 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(root / "law", root / "law-copy")
     shutil.copytree(root / "base", root / "base-copy")
     shutil.copytree(root / "base", root / "mute")
+    shutil.copytree(root / "base", root / "other")
+    (root / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48}')
     for name in TOKENIZER_FILES:
         (root / "mute" / name).unlink(missing_ok=True)
     return root
@@ -200,6 +202,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a copy under another name": (("law", "law-copy"), "two experts are one model"),
     "the base by its path": (("law", "./base"), "an expert is the base model itself"),
     "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
+    "a model of another family": (("law", "other"), "the expert is of another family than the base model"),
     "the base twice": (("law", "base", "more=base"), "a mixture needs two experts"),
     "one alone": (("law", "--without-base"), "a mixture needs two experts"),
     "a folder that is not there": (("lwa",), "model folder does not exist"),

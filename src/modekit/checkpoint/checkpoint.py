@@ -313,7 +313,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     path = folder / RECORD_FILE
     if is_in_the_making(folder):
         raise CheckpointError(
-            "an unfinished build is no checkpoint", where=str(folder), remedy="run the same `modekit build` again to finish it"
+            "an unfinished build is no checkpoint", where=str(folder), remedy="run the same command again to finish it"
         )
     try:
         mend(folder)
@@ -331,7 +331,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
             "modekit.json cannot be read",
             where=str(folder),
             found=shortened(error),
-            remedy="give the folder that `modekit build` wrote",
+            remedy="give the folder that `modekit mix` or `modekit build` wrote",
         ) from None
     except ValueError as error:
         raise CheckpointError(
@@ -348,8 +348,8 @@ def open_with_any_router(folder: Path) -> Checkpoint:
 def _how_to_get_one(folder: Path) -> str:
     partial = f"{folder.name}.partial"
     if folder.name and (folder.parent / partial).exists():
-        return f"the build of it was cut short ({partial} is there): run the same `modekit build` again to finish it"
-    return "give the folder that `modekit build` wrote"
+        return f"the build of it was cut short ({partial} is there): run the same command again to finish it"
+    return "give the folder that `modekit mix` or `modekit build` wrote"
 
 
 def size_of(folder: Path) -> int:

@@ -19,7 +19,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.recipes.layers import order_of
@@ -78,11 +78,6 @@ def inspect(
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.checkpoint.pairs import refuse_pairs
-    from modekit.evaluation.forced import ForcedExperts
-    from modekit.evaluation.inspection.inspect import inspect
-    from modekit.evaluation.inspection.result import Inspection
-    from modekit.evaluation.inspection.text import inspect_text
-    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     opened = open_checkpoint(resolved(checkpoint))
     for option in shown.given():
@@ -95,6 +90,13 @@ def inspect(
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.evaluation.forced import ForcedExperts
+        from modekit.evaluation.inspection.inspect import inspect
+        from modekit.evaluation.inspection.result import Inspection
+        from modekit.evaluation.inspection.text import inspect_text
+        from modekit.evaluation.results_folder import RESULTS_FOLDER
+
         run = Run(trust_remote_code, progress)
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)

@@ -11,6 +11,7 @@ from rich.text import Text
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import OutFolder, app, resolved
 from modekit.files.figures import bytes_of
 
@@ -25,9 +26,13 @@ def report(
 ) -> None:
     """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.write import write_report
 
-    written = write_report(open_checkpoint(resolved(checkpoint)), page=resolved(output) if output is not None else None)
+    opened, page = open_checkpoint(resolved(checkpoint)), resolved(output) if output is not None else None
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.report.write import write_report
+
+        written = write_report(opened, page=page)
     print_notes(written.notes)
     said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
     out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
@@ -40,10 +45,13 @@ def card(
 ) -> None:
     """Write the model card (OUT/README.md) with the licences of all sources."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.card import write_card
 
     opened = open_checkpoint(resolved(checkpoint))
-    written = write_card(opened, overwrite=overwrite)
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.report.card import write_card
+
+        written = write_card(opened, overwrite=overwrite)
     print_notes(written.notes)
     paths = ", ".join(str(opened.folder / name) for name in written.contents)
     out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
