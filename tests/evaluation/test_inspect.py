@@ -437,7 +437,11 @@ def test_similarity_of_low_rank_whole_and_unchanged_experts(
 
 def test_an_expert_that_changed_nothing_that_is_compared_is_named(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
-    experts = [workshop.recipe["experts"][1], {"name": "copy", "model": workshop.recipe["base_model"]}, {"name": "plain", "model": "base"}]
+    experts = [
+        workshop.recipe["experts"][1],
+        {"name": "copy", "model": workshop.recipe["base_model"]},
+        {"name": "plain", "model": "base"},
+    ]
     checkpoint = open_checkpoint(workshop.build(experts=experts, mixture={"router": RANDOM}))
     (note,) = similarity(checkpoint).notes
     assert note.startswith("copy changed none of the tensors")

@@ -60,7 +60,9 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     squares = zip(checkpoint.record.recipe.experts, np.diag(gram), strict=True)
     same = ", ".join(expert.name for expert, square in squares if square == 0 and not expert.is_base)
     if same:
-        notes.append(f"{same} changed none of the tensors whose similarity is shown; changes of others (attention) are not compared")
+        notes.append(
+            f"{same} changed none of the tensors whose similarity is shown; changes of others (attention) are not compared"
+        )
     return Similarity(experts=_cosines(gram).tolist(), of=of, notes=notes)
 
 
