@@ -190,6 +190,7 @@ def _print_why(talk: Chat) -> None:
         out.print(
             Text("The answer began with ").append(", ".join(f"{n} {w:.2f}" for n, w in ranked if w >= _LEAST), style="bold")
         )
+        out.print("Words that spoke for each, in nats:")
         for name, _ in ranked:
             words = ", ".join(f"{word} {nats:+.2f}" for word, nats in found.words[name] if nats >= _LEAST) or "no word"
             out.print(Text.assemble((f"{name}: ", "bold"), words), highlight=False)

@@ -185,7 +185,6 @@ def drawn_progress() -> Iterator[Progress]:
 def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
-
     from rich.table import Column
 
     works = Works(time.monotonic)

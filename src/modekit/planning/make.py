@@ -205,7 +205,7 @@ def _native_layout(
     if layout.carried_names():
         return (
             layout,
-            f"a plain {native.native_type} can hold experts of '{family.model_type}' with their attention, in channels of the router",
+            f"a {native.native_type} holds experts of '{family.model_type}' with their attention, in the router's channels",
         )
     return layout, (
         f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"

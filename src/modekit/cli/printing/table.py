@@ -175,7 +175,7 @@ def _folded(lines: Sequence[str], width: int) -> list[str]:
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """A line in parts of at most `width`, cut behind spaces; words that are longer behind signs where they can be, else anywhere."""
+    """A line in parts of at most `width`, cut behind spaces; a longer word behind signs, else anywhere."""
     if cell_len(line) <= width:
         return [line]
     parts, current = [], ""
