@@ -232,7 +232,7 @@ def test_an_unfinished_build(bench: Workshop, command: str) -> None:
     for folder in (partial, bench.root / "OUT"):
         message = refuse(command, folder)
         assert str(folder) in message
-        assert "run the same `modekit build` again" in message
+        assert "run the same command again" in message
     shutil.copytree(bench.build("WHOLE"), partial / "new", dirs_exist_ok=True)
     for folder in (partial, partial / "new"):
         assert "unfinished" in refuse(command, folder)

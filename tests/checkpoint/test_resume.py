@@ -166,7 +166,7 @@ def test_a_build_killed_at_any_journal_line_ends_in_the_same_bytes(
     assert len(plan.shards) > 1
     for _ in every_kill(plan, out, RECORD_MOMENTS[moment], lines):
         assert_only(bench.root, {"EXPECTED", "OUT.partial"})
-        with pytest.raises(CheckpointError, match="run the same `modekit build` again"):
+        with pytest.raises(CheckpointError, match="run the same command again"):
             open_checkpoint(out)
         build(plan, out)
         assert tree(out) == whole
@@ -271,7 +271,7 @@ def test_sigkill_and_the_same_command_again(bench: Workshop, expected: Callable[
     )
     assert run_python(kill + run, "build", recipe, out).returncode == -9
     assert_only(bench.root, {"EXPECTED", "OUT.partial"})
-    assert "run the same `modekit build` again" in refuse("verify", out)
+    assert "run the same command again" in refuse("verify", out)
     assert run_python(run, "build", recipe, out).returncode == 0
     assert tree(out) == whole
 

@@ -39,6 +39,8 @@ def shop(small_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(root / "law", root / "law-copy")
     shutil.copytree(root / "base", root / "base-copy")
     shutil.copytree(root / "base", root / "mute")
+    shutil.copytree(root / "base", root / "other")
+    (root / "other" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48}')
     for name in TOKENIZER_FILES:
         (root / "mute" / name).unlink(missing_ok=True)
     return root
@@ -104,7 +106,7 @@ def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPa
     assert len(files) == 6 and {each.partition("-")[0] for each in files} == {"fever", "court", "base"}
     assert foreign_files(shop / "OUT") == []
     evaluated = modekit("eval", "OUT", "--tokens", "300", "--sequence-length", "64")
-    assert "no held-out text of fever-lora, court-lora, general" in " ".join(evaluated.split())
+    assert "no real text of fever-lora, court-lora, general" in " ".join(evaluated.split())
 
 
 def test_who_has_no_text_beside_others_writes_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +140,24 @@ def test_a_killed_mix_goes_on_writing(shop: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mix(shop, monkeypatch, "fever-lora")
-    modekit("add", "OUT", "--name", "court", "--adapter", "court-lora", "--text", "self", "--force")
+    modekit("add", "OUT", "--name", "court", "--adapter", "court-lora", "--force")
     assert yaml.safe_load((shop / "OUT" / "recipe.yaml").read_text())["experts"][-1]["text"] == "self"
     assert len(tree(shop / "OUT" / "self-text")) == 6 and foreign_files(shop / "OUT") == []
     made = (shop / "OUT" / "model-router.safetensors").read_bytes()
     shutil.rmtree(shop / "AGAIN")
     modekit("build", "OUT/recipe.yaml", "AGAIN")
     assert (shop / "AGAIN" / "model-router.safetensors").read_bytes() == made
+
+
+def test_the_gguf_lies_where_serve_looks_for_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`modekit serve OUT --outtype q8_0`, which mix names, does not convert again."""
+    monkeypatch.chdir(shop)
+    shutil.rmtree("OUT", ignore_errors=True)
+    folders: list[Path] = []
+    monkeypatch.setattr("modekit.engines.converter.check_installed", lambda: None)
+    monkeypatch.setattr("modekit.cli.mixing.write_gguf", lambda _made, folder, _options: folders.append(folder))
+    printed = modekit("mix", "base", "law", "code", *texts(law="law", code="code"), "-o", "OUT", "--gguf", "q8_0")
+    assert folders == [Path("OUT.gguf")] and "modekit serve OUT --outtype q8_0" in printed
 
 
 def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +202,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a copy under another name": (("law", "law-copy"), "two experts are one model"),
     "the base by its path": (("law", "./base"), "an expert is the base model itself"),
     "a copy of the base": (("law", "base-copy"), "an expert is the base model itself"),
+    "a model of another family": (("law", "other"), "the expert is of another family than the base model"),
     "the base twice": (("law", "base", "more=base"), "a mixture needs two experts"),
     "one alone": (("law", "--without-base"), "a mixture needs two experts"),
     "a folder that is not there": (("lwa",), "model folder does not exist"),

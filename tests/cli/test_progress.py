@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.progress as progress_module
-from modekit.cli.progress import Lines, drawn_progress
+from modekit.cli.progress import Lines, Works, drawn_progress
 from modekit.run import DETAIL
 
 
@@ -121,6 +121,18 @@ def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
     assert left == [f"{seconds} left" for seconds in ("60 s", "2.0 minutes", "3.0 minutes", "4.0 minutes", "5.0 minutes")]
 
 
+def test_reports_that_nothing_advanced_forget_no_speed(clock: Clock) -> None:
+    """A phase that reads for two minutes without counting said hours."""
+    works = Works(clock)
+    for done in range(61):
+        works.report("write text", 10 * done, 1200)
+        clock.now += 1
+    for _ in range(120):
+        works.report("write text", 600, 1200)
+        clock.now += 1
+    assert works.left("write text") == pytest.approx(181, abs=2)
+
+
 def test_the_time_left_is_that_of_the_recent_speed(clock: Clock) -> None:
     """A fast beginning is forgotten after a minute."""
     said: list[str] = []
@@ -201,7 +213,9 @@ def test_a_terminal_gets_bars_of_80_columns(capsys: pytest.CaptureFixture[str]) 
         progress("load a model", 0, 1)
         progress("score base", 1, 4)
         progress(f"score law{DETAIL}loss 1.2", 2, 4)
+        progress("compare mixture-q8_0.gguf in llama.cpp", 1, 4)
+        progress("compare mixture-q8_0.gguf in llama.cpp", 2, 4)
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "━" in drawn and "score law, loss 1.2" in drawn and re.search("about .* left", drawn)
+    assert "━" in drawn and "score law, loss 1.2" in drawn and re.search(r"llama\.cpp ━.*about .* left", drawn)
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]", drawn))
     assert capsys.readouterr().out == "" and sys.stdout is not stream

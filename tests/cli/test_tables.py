@@ -340,3 +340,13 @@ def test_times_in_words() -> None:
         "about 1.7 hours",
         "about 14 hours",
     ]
+
+
+def test_a_word_is_cut_only_where_it_is_longer_than_a_line(shown: Callable[..., str]) -> None:
+    table = Table("", [""], prose=True)
+    table.add("result", "MixtralForCausalLM (also runs in vLLM and llama.cpp), 561.99M parameters, 194.02M active per token")
+    table.add("expert", "law (/models/law), medicine (/models/of-others/" + "long-name-" * 9 + ")")
+    drawn = shown(80, lambda: mixtures.out.print(table))
+    words = drawn.split()
+    assert {"561.99M", "194.02M", "(/models/law),"} <= {*words} and "(/models/of-others/long-name-long-name-" in drawn
+    assert all(len(line) <= 80 for line in drawn.splitlines())

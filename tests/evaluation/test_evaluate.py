@@ -106,6 +106,15 @@ def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Worksho
     assert domains["poetry"].expert is None
 
 
+def test_text_on_the_command_line_takes_the_place_of_the_recipe_s(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
+    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    scored = checkpoint.scored_on({"law": ["poetry.jsonl"], "music": ["poetry.jsonl"]}, tmp_path)
+    domains = {domain.name: domain for domain in held_out_domains(scored, tokens_per_domain=100, sequence_length=64)}
+    assert list(domains) == [*DOMAINS, "music"] and domains["law"].record.documents == domains["music"].record.documents == 1
+    assert scored.identity == checkpoint.identity and checkpoint.scored_on({}, tmp_path) is checkpoint
+
+
 def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:
     """Without text for a fit, only the specialist's own list tells what it has seen."""
     (workshop.root / "law").rename(workshop.root / "old")

@@ -435,6 +435,18 @@ def test_similarity_of_low_rank_whole_and_unchanged_experts(
     assert found[0, 4] == pytest.approx(1.0, abs=1e-9) and abs(float(found[0, 1])) > 1e-3
 
 
+def test_an_expert_that_changed_nothing_that_is_compared_is_named(shared_workshop: Workshop, tmp_path: Path) -> None:
+    workshop = borrow(shared_workshop, tmp_path)
+    experts = [
+        workshop.recipe["experts"][1],
+        {"name": "copy", "model": workshop.recipe["base_model"]},
+        {"name": "plain", "model": "base"},
+    ]
+    checkpoint = open_checkpoint(workshop.build(experts=experts, mixture={"router": RANDOM}))
+    (note,) = similarity(checkpoint).notes
+    assert note.startswith("copy changed none of the tensors")
+
+
 def test_padding_and_the_order_of_batches_change_nothing(
     shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

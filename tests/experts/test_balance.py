@@ -336,7 +336,7 @@ def test_two_texts_of_one_name_no_tokenizer_and_an_output_in_the_way(tmp_path: P
     texts = skewed(tmp_path)
     twice = [*typed(tmp_path, tokenizer_folder, **texts), "--text", f"en={tmp_path / 'fr.jsonl'}"]
     assert "named twice" in refuse(*twice)
-    assert "not domain=FILE" in refuse(*typed(tmp_path, tokenizer_folder), "--text", "en.jsonl")
+    assert "a text without its domain" in refuse(*typed(tmp_path, tokenizer_folder), "--text", "en.jsonl")
     assert "does not exist" in refuse(*typed(tmp_path, tmp_path / "nowhere", **texts))
     (tmp_path / "no tokenizer").mkdir()
     refuse(*typed(tmp_path, tmp_path / "no tokenizer", **texts))

@@ -589,7 +589,7 @@ LAW = ("--text", "law=text/law.jsonl", "--tags")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--text", "text/law.jsonl", "--tags"), "not domain=FILE"),
+        (("--text", "text/law.jsonl", "--tags"), "a text without its domain"),
         ((*LAW, "--text", "law=text/code.jsonl"), "a label is given twice"),
         (("--text", "a label=text/law.jsonl", "--tags"), "a label that no expert could have"),
         ((*LAW, "--randomise", "1"), "a probability: at least 0"),

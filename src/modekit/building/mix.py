@@ -194,6 +194,8 @@ def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) 
     if isinstance(source, AdapterSource):
         return "adapter"
     ffn = f".{family_of(base.config, where=f'base_model ({base.spec})').mlp_module}."
+    if source.config.get("model_type") != base.config.get("model_type"):
+        return "full"  # the plan says why it cannot be mixed, if it cannot
     if source.folder.resolve() != base.folder.resolve():
         if not changed_ffn_alone(source) and _differ(opened, base, source, lambda tensor: ffn not in tensor):
             return "full"

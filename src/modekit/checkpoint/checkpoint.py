@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,9 @@ from modekit.planning.pieces import EMBEDDING_FILE
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.shapes import Shape, open_shape
+from modekit.recipes.edit import as_written
+from modekit.recipes.paths import from_folder
+from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Config, whole
@@ -215,6 +218,13 @@ class Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
         return replace(self, routed=self.shape.rerouted(recipe, self.tensors))
 
+    def scored_on(self, texts: Mapping[str, Sequence[str]], root: Path) -> Checkpoint:
+        """The same, with these texts for evaluation in place of its recipe's, relative to `root`. Raises RecipeError."""
+        data = as_written(self.record.recipe)
+        given = from_folder({**data, "experts": [], "eval": dict(texts)}, root, self.recipe_root)["eval"]
+        recipe = parse_recipe({**data, "eval": {**self.record.recipe.eval, **given}}, where="--text")
+        return replace(self, record=self.record.model_copy(update={"recipe": recipe})) if texts else self
+
     def with_router(
         self, gates: Gates, router: RouterRecord, recipe: Recipe, *, evidence: memoryview | None = None
     ) -> Checkpoint:
@@ -303,7 +313,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     path = folder / RECORD_FILE
     if is_in_the_making(folder):
         raise CheckpointError(
-            "an unfinished build is no checkpoint", where=str(folder), remedy="run the same `modekit build` again to finish it"
+            "an unfinished build is no checkpoint", where=str(folder), remedy="run the same command again to finish it"
         )
     try:
         mend(folder)
@@ -321,7 +331,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
             "modekit.json cannot be read",
             where=str(folder),
             found=shortened(error),
-            remedy="give the folder that `modekit build` wrote",
+            remedy="give the folder that `modekit mix` or `modekit build` wrote",
         ) from None
     except ValueError as error:
         raise CheckpointError(
@@ -338,8 +348,8 @@ def open_with_any_router(folder: Path) -> Checkpoint:
 def _how_to_get_one(folder: Path) -> str:
     partial = f"{folder.name}.partial"
     if folder.name and (folder.parent / partial).exists():
-        return f"the build of it was cut short ({partial} is there): run the same `modekit build` again to finish it"
-    return "give the folder that `modekit build` wrote"
+        return f"the build of it was cut short ({partial} is there): run the same command again to finish it"
+    return "give the folder that `modekit mix` or `modekit build` wrote"
 
 
 def size_of(folder: Path) -> int:

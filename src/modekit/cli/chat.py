@@ -16,7 +16,7 @@ from rich.text import Text
 from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -39,7 +39,9 @@ class ChatOptions:
     gguf: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Run this GGUF of the mixture in llama.cpp (default: the checkpoint, in transformers)."
+            metavar="FILE",
+            exists=True,
+            help="Run this GGUF of the mixture in llama.cpp (default: the checkpoint, in transformers).",
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System prompt (default: the chat template's own).")] = None
@@ -65,20 +67,22 @@ class ChatOptions:
 def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     """Chat with a mixture; colours show which expert leads. Without a terminal, each line of the input is a question."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.engines.chat import ChatSettings, chatting
 
     opened = open_checkpoint(resolved(checkpoint))
-    settings = ChatSettings(
-        options.gguf,
-        options.system,
-        options.temperature,
-        options.seed,
-        options.max_tokens,
-        options.context,
-        options.threads,
-    )
     with ExitStack() as stack:
         with drawn_progress() as progress:
+            progress(LIBRARIES, 0, 1)
+            from modekit.engines.chat import ChatSettings, chatting
+
+            settings = ChatSettings(
+                options.gguf,
+                options.system,
+                options.temperature,
+                options.seed,
+                options.max_tokens,
+                options.context,
+                options.threads,
+            )
             talk = stack.enter_context(chatting(opened, settings, run=Run(options.trust_remote_code, progress)))
         _introduce(talk, opened)
         with suppress(EOFError):
@@ -186,6 +190,7 @@ def _print_why(talk: Chat) -> None:
         out.print(
             Text("The answer began with ").append(", ".join(f"{n} {w:.2f}" for n, w in ranked if w >= _LEAST), style="bold")
         )
+        out.print("Words that spoke for each, in nats:")
         for name, _ in ranked:
             words = ", ".join(f"{word} {nats:+.2f}" for word, nats in found.words[name] if nats >= _LEAST) or "no word"
             out.print(Text.assemble((f"{name}: ", "bold"), words), highlight=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 from rich.text import Text
 
-from modekit.cli.options import grouped
+from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
 from modekit.cli.printing.table import Cell, Table
@@ -20,6 +20,7 @@ from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 from modekit.text.amounts import TABLE_TOKENS
+from modekit.text.documents import check_present
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -80,15 +81,23 @@ class DecodingOptions:
 def evaluate(
     checkpoint: OutFolder,
     labels: LabelRowOptions,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Score this text of a domain instead of the recipe's; repeatable."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = TABLE_TOKENS,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
+    given = texts_by_domain(text)
+    for name, specs in given.items():
+        check_present(specs, root=Path.cwd(), where=f"--text {name}")
     with _scoring(checkpoint, trust_remote_code) as (opened, run):
         from modekit.evaluation.evaluate import evaluate
 
+        opened = opened.scored_on(given, Path.cwd())
         results = evaluate(opened, tokens_per_domain=tokens, sequence_length=sequence_length, labels=labels.asked(), run=run)
     _show(results, checkpoint, None if as_json else print_results)
 

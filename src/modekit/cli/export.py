@@ -14,7 +14,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
@@ -109,9 +109,13 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
 def report(checkpoint: OutFolder) -> None:
     """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.page import write_report
 
-    written = write_report(open_checkpoint(resolved(checkpoint)))
+    opened = open_checkpoint(resolved(checkpoint))
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.report.page import write_report
+
+        written = write_report(opened)
     print_notes(written.notes)
     said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
     out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
@@ -124,10 +128,13 @@ def card(
 ) -> None:
     """Write the model card (OUT/README.md) with the licences of all sources."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.report.card import write_card
 
     opened = open_checkpoint(resolved(checkpoint))
-    written = write_card(opened, overwrite=overwrite)
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.report.card import write_card
+
+        written = write_card(opened, overwrite=overwrite)
     print_notes(written.notes)
     paths = ", ".join(str(opened.folder / name) for name in written.contents)
     out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))

@@ -19,7 +19,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
@@ -65,16 +65,18 @@ def inspect(
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.evaluation.forced import ForcedExperts
-    from modekit.evaluation.inspection.inspect import inspect
-    from modekit.evaluation.inspection.result import Inspection
-    from modekit.evaluation.inspection.text import inspect_text
-    from modekit.evaluation.results_folder import RESULTS_FOLDER
 
     opened = open_checkpoint(resolved(checkpoint))
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.evaluation.forced import ForcedExperts
+        from modekit.evaluation.inspection.inspect import inspect
+        from modekit.evaluation.inspection.result import Inspection
+        from modekit.evaluation.inspection.text import inspect_text
+        from modekit.evaluation.results_folder import RESULTS_FOLDER
+
         run = Run(trust_remote_code, progress)
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
@@ -95,7 +97,7 @@ _MOST_WORDS = 200
 _MOST_LAYERS = 8
 _TOP_TOKENS = 10
 _UNSURE = 0.8  # of the largest entropy
-_SAYS_SCORE = "; then by how much experts stand above the base: below zero it is the base's."
+_SAYS_SCORE = "; then the score of the experts over the base (below zero the base leads)."
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
 
 
@@ -211,7 +213,7 @@ def print_trace(trace: TextTrace) -> None:
     coloured = out.color_system is not None and not out.no_color
     letters = [chr(ord("A") + place) if place < 26 else f"E{place}" for place in range(len(trace.experts))]
     said = (
-        "Each word by the expert that leads on it, the stronger its weight the stronger the colour; below it its loss"
+        "The colour of a word is that of its leading expert, stronger with more weight. Below the word: its loss"
         if coloured
         else "Below each word: the leading expert's letter and its weight in percent, and the word's loss"
     )
@@ -248,7 +250,8 @@ def _print_worth(trace: TextTrace) -> None:
     out.print(table)
     largest = math.log(min(trace.top_k or len(trace.experts), len(trace.experts)))
     base = "" if trace.base_loss is None else f", of the base model {trace.base_loss:.3f}"
-    out.print(f"loss {trace.loss:.3f} nats per token{base}; entropy {trace.entropy:.2f} of at most {largest:.2f} nats")
+    entropy = f"; entropy {trace.entropy:.2f} of at most {largest:.2f} nats" if largest else ""
+    out.print(f"loss {trace.loss:.3f} nats per token{base}{entropy}")
     if largest and trace.entropy > _UNSURE * largest:
         out.print(Text("The routers are unsure: this text is like that of no domain, or of several.", style="yellow"))
     if trace.base_loss is not None and trace.loss >= trace.base_loss:

@@ -40,7 +40,10 @@ class ModelOptions:
 
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a full model, or the word base.")] = None
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter.")] = None
-    text: Annotated[list[str] | None, typer.Option(help="Text of its domain; repeatable.")] = None
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of its domain; repeatable. self: the expert writes some (default if other experts did)."),
+    ] = None
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
     budget: Annotated[

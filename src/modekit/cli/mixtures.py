@@ -221,11 +221,11 @@ class MixOptions(Writing):
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write.")]
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; who has none writes some."),
+        typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; repeatable. Experts without text write some."),
     ] = None
     without_base: Annotated[bool, typer.Option("--without-base", help="Leave the base out of the experts.")] = False
     gguf: Annotated[
-        Outtype | None, typer.Option(help="Then write OUT-gguf for llama.cpp with weights of this type, and compare it.")
+        Outtype | None, typer.Option(help="Then write OUT.gguf/ for llama.cpp with weights of this type, and compare it.")
     ] = None
     serve: Annotated[bool, typer.Option("--serve", help="Then serve it with OpenAI's API, as modekit serve does.")] = False
     threads: Annotated[
@@ -251,7 +251,7 @@ def mix(
     from modekit.building.preview import needed_time
     from modekit.recipes.edit import RECIPE_FILE, as_file
 
-    target, gguf = writable(options.output, options.overwrite), options.output.with_name(f"{options.output.name}-gguf")
+    target, gguf = writable(options.output, options.overwrite), options.output.with_name(f"{options.output.name}.gguf")
     if options.gguf is not None:
         from modekit.engines.converter import check_installed
 
@@ -278,4 +278,5 @@ def mix(
         settings = ServeSettings(threads=options.threads, gguf=GgufSettings(options.gguf))
         serve_until_stopped(checkpoint, settings, options.run())
     else:
-        out.print(f"next: modekit eval {options.output}, modekit serve {options.output}")
+        how = f" --outtype {options.gguf}" if options.gguf is not None else ""
+        out.print(f"next: modekit chat {options.output}, modekit eval {options.output}, modekit serve {options.output}{how}")

@@ -70,6 +70,8 @@ def texts_by_domain(text: list[str] | None) -> dict[str, list[str]]:
     for each in text or []:
         domain, sign, spec = each.partition("=")
         if not sign or not domain or not spec:
-            raise ModekitError("not domain=FILE", where="--text", found=each, remedy="write --text medicine=notes.jsonl")
+            raise ModekitError(
+                "a text without its domain", where="--text", found=each, remedy="write --text NAME=FILE, like law=law.jsonl"
+            )
         texts.setdefault(domain, []).append(spec)
     return texts

@@ -60,8 +60,8 @@ class Work:
         self.done = done
         if done > self.points[-1][1]:
             self.points.append((now, done))
-        while len(self.points) > 2 and self.points[1][0] <= now - _RECENT:
-            self.points.popleft()
+            while len(self.points) > 2 and self.points[1][0] <= now - _RECENT:
+                self.points.popleft()
 
     def left(self, now: float) -> float | None:
         """Seconds left at the recent speed, up to now; None while there is no evidence, or nothing left."""
@@ -181,13 +181,14 @@ def drawn_progress() -> Iterator[Progress]:
 def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
     works = Works(time.monotonic)
     columns = (
-        TextColumn("{task.description:<22}", markup=False),
-        BarColumn(16),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description:<22}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(max_width=16)),  # gives way to long names
+        TaskProgressColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         _time_left(works),
     )
     with Bars(*columns, console=err, transient=True) as bars:
@@ -208,6 +209,7 @@ def _bars() -> Iterator[Progress]:
 def _time_left(works: Works) -> ProgressColumn:
     """A column that says anew, whenever it is drawn, how much time is left."""
     from rich.progress import ProgressColumn, Task
+    from rich.table import Column
     from rich.text import Text
 
     class TimeLeft(ProgressColumn):
@@ -215,7 +217,7 @@ def _time_left(works: Works) -> ProgressColumn:
             left = works.left(task.fields["work"])
             return Text("" if left is None else f"{time_of(left)} left", style="progress.remaining")
 
-    return TimeLeft()
+    return TimeLeft(Column(no_wrap=True))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
 from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
@@ -156,10 +156,13 @@ def route(
 ) -> None:
     """Name the expert that best matches a text. Only the mixture's router runs, no model."""
     from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.routing.text_router import TextRouter
 
-    router = TextRouter(open_checkpoint(resolved(checkpoint)), run=Run(trust_remote_code))
-    decision = router.decide(sys.stdin.read() if text == "-" else text)
+    opened, read = open_checkpoint(resolved(checkpoint)), sys.stdin.read() if text == "-" else text
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.routing.text_router import TextRouter
+
+        decision = TextRouter(opened, run=Run(trust_remote_code)).decide(read)
     if as_json:
         print_json(vars(decision))
         return

@@ -77,7 +77,7 @@ class MixtureEdit:
 
 
 def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit:
-    """With one more expert, the last. Raises RecipeError."""
+    """With one more expert, the last, which writes its text if it has none and others wrote theirs. Raises RecipeError."""
     data = as_written(checkpoint.record.recipe)
     if name in checkpoint.names:
         raise RecipeError(
@@ -87,6 +87,8 @@ def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit
             remedy="choose another name, or give it a new model with `modekit replace`",
         )
     entry = new.in_folder(checkpoint.recipe_root)
+    if not {"text", "prompts"} & entry.keys() and any(each.writes_text for each in checkpoint.record.recipe.experts):
+        entry["text"] = SELF
     data["experts"] = [*data["experts"], {"name": name, **entry}]
     weights = checkpoint.record.recipe.mixture.weights
     if weights is None and new.weight is not None:

@@ -205,7 +205,7 @@ def _native_layout(
     if layout.carried_names():
         return (
             layout,
-            f"a {native.native_type} carries experts of '{family.model_type}', attention and all, where its router is",
+            f"a {native.native_type} holds experts of '{family.model_type}' with their attention, in the router's channels",
         )
     return layout, (
         f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"

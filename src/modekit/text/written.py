@@ -165,18 +165,17 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
 def written_notes(recipe: Recipe, root: Path) -> Iterator[str]:
     """What has to be said of a result that was measured on text which experts wrote themselves."""
     given = [expert for expert in recipe.experts if expert.writes_text and expert.name not in recipe.eval]
+    wrote: dict[str, list[str]] = {}
     for expert in given:
         known = read_written(written_file(expert, root))
         if known is not None:
-            made = known.made
-            against = f"against the base (weight {made.against:g})" if made.against else "as the base"
-            yield (
-                f"{expert.name} wrote its own text: {known.documents} documents of at most {made.tokens} tokens, {against}, "
-                f"seed {made.seed}"
-            )
+            against = f"against the base (weight {known.made.against:g})" if known.made.against else "as the base"
+            said = f"{known.documents} documents of at most {known.made.tokens} tokens, {against}, seed {known.made.seed}"
+            wrote.setdefault(said, []).append(expert.name)
+    yield from (f"text written by {', '.join(names)}: {said}" for said, names in wrote.items())
     if given:
         names = ", ".join(expert.name for expert in given)
         yield (
-            f"no held-out text of {names}: the figures are on text that the experts wrote themselves, which shows how far the "
-            "mixture agrees with the own expert there, not how good it is at real text of the domain; give some under eval"
+            f"no real text of {names}: there the figures show how far the mixture agrees with the own expert on what that "
+            "wrote, not how good it is; `modekit eval OUT --text NAME=FILE` scores real text"
         )

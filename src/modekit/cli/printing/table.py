@@ -175,17 +175,22 @@ def _folded(lines: Sequence[str], width: int) -> list[str]:
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """A line in parts of at most `width`, cut behind spaces and signs where it can be, else anywhere."""
+    """A line in parts of at most `width`, cut behind spaces; a longer word behind signs, else anywhere."""
     if cell_len(line) <= width:
         return [line]
     parts, current = [], ""
-    for piece in re.findall(r"[^\s\-_/.,:;+]*[\s\-_/.,:;+]*", line):
+    for piece in (piece for word in re.findall(r"\S*\s*", line) for piece in _pieces(word, width)):
         for letters in _cut(piece, width):
             if cell_len((current + letters).rstrip()) > width and current:
                 parts.append(current.rstrip())
                 current = ""
             current += letters
     return [*parts, *([current.rstrip()] if current.strip() else [])]
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    fits = cell_len(word.rstrip()) <= width
+    return [word] if fits else re.findall(r"[^\s\-_/.,:;+]*[\s\-_/.,:;+]*", word)
 
 
 def _cut(piece: str, width: int) -> Iterator[str]:

@@ -57,6 +57,12 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
         of = of if whole < len(mixed) else f"the experts' own tensors ({len(mixed)})"
         why = without_base or f"it has {whole} of these tensors in another shape"
         notes.append(f"experts were compared whole, so that even unrelated changes look alike, without the base model: {why}")
+    squares = zip(checkpoint.record.recipe.experts, np.diag(gram), strict=True)
+    same = ", ".join(expert.name for expert, square in squares if square == 0 and not expert.is_base)
+    if same:
+        notes.append(
+            f"{same} changed none of the tensors whose similarity is shown; changes of others (attention) are not compared"
+        )
     return Similarity(experts=_cosines(gram).tolist(), of=of, notes=notes)
 
 
