@@ -130,7 +130,6 @@ def test_options_are_settings() -> None:
         ({"randomise": 1.0, "tags": True}, "randomise"),
         ({"randomise": 0.2, "losses": {"lm": 1.0, "distill": 0.1}, "teacher": "x"}, "effect here: randomise; .* add .* tags, "),
         ({"generic_share": 0.2}, "without effect here: generic_share"),
-        ({"speed": "cheap", "tags": True, "randomise": 0.1}, "without effect here: randomise"),
     ],
 )
 def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
@@ -336,14 +335,6 @@ def test_a_table_with_unseen_conversations_has_no_tags_and_says_so(tmp_path: Pat
     assert len(notes) == 1 and "a conversation has no place for a tag" in notes[0] and "talk" in notes[0]
     for file in ("train.md", "eval.md"):
         assert notes[0] in (checkpoint.folder / "results" / file).read_text()
-
-
-def test_a_cheap_training_reads_tags_too(tagged_workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(tagged_workshop.build("cheap", mixture=ROUTED))
-    said = train_settings(
-        {"speed": "cheap", "tags": True, "steps": 200, "sequence_length": 48, "select_tokens": 400}, where="test"
-    )
-    assert train(checkpoint, said, evaluate_tokens=None).record.settings["tags"] is True
 
 
 def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: Workshop) -> None:

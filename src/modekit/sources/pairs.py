@@ -17,20 +17,9 @@ _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_pro
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
 _TWO = {"up": "fc1", "down": "fc2"}
 _BART_KEYS = (
-    "d_model",
-    "vocab_size",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "activation_function",
-    "scale_embedding",
-    "max_position_embeddings",
-    "share_encoder_decoder_embeddings",
-    "decoder_vocab_size",
-    "tie_word_embeddings",
+    *("d_model", "vocab_size", "decoder_vocab_size", "share_encoder_decoder_embeddings", "tie_word_embeddings"),
+    *(f"{stack}_{size}" for stack in ("encoder", "decoder") for size in ("layers", "ffn_dim", "attention_heads")),
+    *("activation_function", "scale_embedding", "max_position_embeddings"),
 )
 _LEARNED = "embed_positions.weight"
 _SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
@@ -73,20 +62,10 @@ def _bart(model_type: str, *outside: str, **says: object) -> Family:
     )
 
 
-_T5_MUST_MATCH = (
-    "d_model",
-    "vocab_size",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_decoder_layers",
-    "num_heads",
-    "feed_forward_proj",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "layer_norm_epsilon",
-    "scale_decoder_outputs",
-    "dense_act_fn",
+_T5_KEYS = (
+    *("d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
+    *("scale_decoder_outputs", "dense_act_fn"),
 )
 
 
@@ -135,7 +114,7 @@ def _t5(gated: bool) -> Family:
         same_as={"num_decoder_layers": "num_layers"},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         shares=True,
-        must_match=_T5_MUST_MATCH,
+        must_match=_T5_KEYS,
         meant=_t5_meant,
     )
 

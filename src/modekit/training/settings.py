@@ -62,26 +62,6 @@ _FEWEST_SELECT_TOKENS = 64
 OF_ROUTERS = {"label", "balance", "importance", "z"}
 """Losses that are taken of what routers say."""
 
-_ONLY_FULL = (
-    "lora",
-    "losses",
-    "accumulate",
-    "clip",
-    "train_top_k",
-    "generic",
-    "randomise",
-    "pack",
-    "checkpointing",
-    "randomise_to",
-    "warmup",
-    "batch_tokens",
-    "evaluate_every",
-    "precision",
-    "regime",
-    "teacher",
-)
-"""Settings that speed: cheap has no use for."""
-
 
 class TrainSettings(BaseModel):
     """Settings of one run; unknown keys and settings without effect are errors.
@@ -97,12 +77,11 @@ class TrainSettings(BaseModel):
             whatever routers say, so that this expert, what all share and a common expert learn from it and no other does
             (JEET and MoE-CE, arXiv:2407.19610).
         teacher: a model whose predictions distillation is towards, in place of the domains' own experts.
-        speed: `cheap` trains gates on kept activations with domain labels, without a pass back; `full` end to end.
         steps: optimiser steps; None passes once over the text.
         batch_tokens: tokens per step, of all processes together.
         accumulate: parts that a process makes of its share of a step, one after the other.
         sequence_length: longest piece of a document, in tokens.
-        learning_rate: peak of AdamW for routers (full); warmed up over `warmup` of the steps, then linear to zero.
+        learning_rate: peak of AdamW for routers; warmed up over `warmup` of the steps, then linear to zero.
         backbone_learning_rate: the same for everything that is no router.
         weight_decay: of everything that is no router.
         clip: largest norm of the gradient.
@@ -122,7 +101,6 @@ class TrainSettings(BaseModel):
         select_tokens: held-out tokens per domain (select split) on which states are compared.
         evaluate_every: steps between two comparisons (and between two states kept for a resume); None is a tenth of all.
         patience: comparisons without a better one after which training ends.
-        cache_bytes: memory for the kept activations of a cheap training.
         precision: of matrix products; None is bfloat16 where the device is faster with it.
         checkpointing: compute activations again in the pass back, for less memory.
         seed: of everything drawn.
@@ -137,7 +115,6 @@ class TrainSettings(BaseModel):
     adaptive: bool = False
     regime: Literal["mixture", "joint"] = "mixture"
     teacher: str | None = None
-    speed: Literal["cheap", "full"] = "full"
     steps: int | None = Field(None, ge=1)
     batch_tokens: int = Field(4_096, ge=16)
     accumulate: int | None = Field(None, ge=1)
@@ -160,14 +137,15 @@ class TrainSettings(BaseModel):
     select_tokens: int = Field(SAMPLE_TOKENS, ge=_FEWEST_SELECT_TOKENS)
     evaluate_every: int | None = Field(None, ge=1)
     patience: int = Field(4, ge=1)
-    cache_bytes: int = Field(2 * 2**30, ge=2**20)
     precision: Literal["float32", "bfloat16"] | None = None
     checkpointing: bool = False
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _all_that_a_joint_step_reaches(cls, values: Any) -> Any:
+    def _read_given(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "speed" in values:
+            raise ValueError("speed is gone: modekit fit OUT --router logistic sets gates on kept activations, as cheap did")
         return {"what": ["all"], **values} if isinstance(values, dict) and values.get("regime") == "joint" else values
 
     @model_validator(mode="after")
@@ -185,21 +163,16 @@ class TrainSettings(BaseModel):
             "train_top_k": self.is_joint,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
-            "cache_bytes": self.speed == "full",
         }
-        if self.speed == "cheap":
-            dead |= dict.fromkeys(_ONLY_FULL, True)
-            if set(self.what) != {"routers"}:
-                raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
         found = [key for key, is_dead in dead.items() if is_dead and key in said]
         if found:
-            needed = f", or add what reads labels: {_READS_LABELS}" if "randomise" in found and self.speed == "full" else ""
+            needed = f", or add what reads labels: {_READS_LABELS}" if "randomise" in found else ""
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them{needed}")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
         if self.is_joint:
             self._check_joint()
-        if self.speed == "full" and set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
+        if set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
