@@ -24,7 +24,7 @@ from modekit.sources.kept import kept_settings
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
-from modekit.weights.few_bits_size import bytes_of_codes
+from modekit.weights.factor_size import bytes_of_codes
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}

@@ -134,11 +134,6 @@ def _t5_meant(config: Config) -> Config:
     }
 
 
-def _m2m_meant(config: Config) -> Config:
-    """Positions count from the token of pads on."""
-    return {**config, "pad_token_id": config.get("pad_token_id", 1)}
-
-
 def _is_gated(config: Config) -> bool:
     kind = config.get("feed_forward_proj") or "relu"
     return str(kind).startswith("gated")
@@ -154,7 +149,7 @@ PAIRS: tuple[Family, ...] = (
     replace(
         _bart("m2m_100", *_NORM_BEHIND, activation_function="relu", scale_embedding=True),
         must_match=(*_BART_KEYS, "pad_token_id"),
-        meant=_m2m_meant,
+        meant=lambda config: {"pad_token_id": 1, **config},  # positions count from it on
     ),
     _t5(gated=False),
     _t5(gated=True),

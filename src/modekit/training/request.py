@@ -115,7 +115,8 @@ class Request:
                 found="regime: joint",
                 remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
             )
-        if self.settings.takes_labels_away and not shape.routing.runs_common:
+        takes_away = self.settings.randomise > 0 and self.settings.randomise_to in ("half", "generic")
+        if takes_away and not shape.routing.runs_common:
             raise TrainingError(
                 "a label that is taken away leaves a step's text to no expert here",
                 where="randomise_to",

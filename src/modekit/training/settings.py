@@ -185,11 +185,6 @@ class TrainSettings(BaseModel):
             raise ValueError("regime: joint asks no router, so that none learns: remove what and losses of routers")
 
     @property
-    def takes_labels_away(self) -> bool:
-        """Whether text of a domain may come to have no label."""
-        return self.randomise > 0 and self.randomise_to in ("half", "generic")
-
-    @property
     def _reads_label(self) -> bool:
         reads = {"label"} if self.teacher is not None else {"label", *DISTILLS}  # one teacher teaches every label alike
         return self.tags or self.is_joint or bool(reads & set(self.losses))
