@@ -147,8 +147,7 @@ def print_forced(found: ForcedExperts) -> None:
 
 def print_extract(record: Extraction) -> None:
     """Draw what an extraction kept, by the kind of module."""
-    table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
-    weighted = record.text is not None
+    table = Table("module", ["number", "rank", "drift", "error"])
 
     def add(name: str, row: KindErrors, style: str = "") -> None:
         low, high = row.smallest_rank, row.largest_rank
@@ -157,8 +156,7 @@ def print_extract(record: Extraction) -> None:
             str(row.modules),
             str(low) if low == high else f"{low}-{high}",
             _share(row.drift),
-            _share(row.weight_error),
-            _share(row.error) if weighted else "-",
+            _share(row.error),
             style=style,
         )
 
