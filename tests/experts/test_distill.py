@@ -18,9 +18,9 @@ from command_line import modekit
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.errors import MismatchError, OutputError, TrainingError
 from modekit.experts.distill.distill import Distillation, distill
+from modekit.experts.distill.kept_logits import LoadedTeacher
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import HeldOutText, Lesson, kl_to_teacher
-from modekit.experts.distill.teacher import LoadedTeacher
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
+from modekit.experts.distill.kept_logits import FullLogits, LoadedTeacher, TopLogits, predicted_in
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, HeldOutText, Lesson, Student, kl_to_teacher
-from modekit.experts.distill.teacher import FullLogits, LoadedTeacher, TopLogits, predicted_in
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.losses import DIVERGENCES, distillation, divergence

@@ -45,9 +45,8 @@ from modekit.training.losses import (
     z_loss,
 )
 from modekit.training.moving import moving_of
-from modekit.training.objective import Objective
+from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, train_settings
-from modekit.training.teachers import make_teachers
 from modekit.training.train import train
 from refusal import tree
 

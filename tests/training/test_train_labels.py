@@ -27,9 +27,8 @@ from modekit.text.tags import add_tags, tag_ids
 from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
-from modekit.training.objective import Objective
+from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, given_settings, train_settings
-from modekit.training.teachers import make_teachers
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 from pair_models import make_pair_workshop, pair_model, pair_tokenizer

@@ -76,8 +76,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-    from modekit.checkpoint.pairs import refuse_pairs
+    from modekit.checkpoint.checkpoint import open_checkpoint, refuse_pairs
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.inspection.inspect import inspect
     from modekit.evaluation.inspection.result import Inspection

@@ -70,7 +70,7 @@ def build(
 
 def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
     """Write a mixture, with its progress drawn, and say what it has become."""
-    from modekit.building.notes import notes_of
+    from modekit.building.preview import notes_of
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.modelfile import ends_of
 from modekit.engines.sampling import Sampling, context_of
 from modekit.engines.voices import AnswerToken, LlamaVoice, OnToken, TransformersVoice, Voice

@@ -12,9 +12,9 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
+from modekit.planning.parts import PlannedPlace
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, some_rows
 from modekit.planning.places import Places
-from modekit.planning.planned_place import PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe

@@ -15,9 +15,8 @@ from itertools import islice, takewhile
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
-from modekit.planning.parts import MixedParts
+from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
-from modekit.planning.planned_place import Kind, PlannedPlace
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import named_layers, order_of
 from modekit.recipes.recipe import Recipe

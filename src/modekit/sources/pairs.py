@@ -99,7 +99,7 @@ def _t5(gated: bool) -> Family:
         "t5",
         _t5_stacks(gated),
         variant="gated" if gated else "",
-        is_variant=lambda config: _is_gated(config) == gated,
+        is_variant=lambda config: str(config.get("feed_forward_proj")).startswith("gated") == gated,
         rope_theta=None,
         without_vllm=_WITHOUT_VLLM,
         width="d_model",
@@ -132,11 +132,6 @@ def _t5_meant(config: Config) -> Config:
         "scale_decoder_outputs": scales,
         "tie_word_embeddings": True,
     }
-
-
-def _is_gated(config: Config) -> bool:
-    kind = config.get("feed_forward_proj") or "relu"
-    return str(kind).startswith("gated")
 
 
 _NORM_BEFORE = ("layernorm_embedding.weight", "layernorm_embedding.bias")

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
-from modekit.experts.distill.kept_logits import Header, KeptTeacher, check_kept, keep, read_kept
+from modekit.experts.distill.kept_logits import Header, KeptTeacher, LoadedTeacher, Teacher, check_kept, keep, read_kept
 from modekit.experts.distill.settings import TOP_K, DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, HeldOutText, Lesson, Student, kl_to_teacher
-from modekit.experts.distill.teacher import LoadedTeacher, Teacher
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
 from modekit.experts.specialize import RANK

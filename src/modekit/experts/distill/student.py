@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.experts.distill.kept_logits import Teacher, predicted_in
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.teacher import Teacher, predicted_in
 from modekit.loaded.engine import BETAS, TrainedModule
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.losses import divergence, forward_kl, language_model
