@@ -32,10 +32,9 @@ from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.borrowed import with_borrowed
 from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, read_examples
-from modekit.routing.lexical import TOWARD_BASE, lean
+from modekit.routing.lexical import TOWARD_BASE, lean, with_borrowed
 from modekit.run import QUIET
 from modekit.sources.model import read_header
 from modekit.text.chat import ChatTemplate, needed_template

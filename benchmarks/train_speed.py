@@ -5,8 +5,7 @@
 
 One process, one thread. The forward pass is the mixture's own under inference mode, logits included, on the same parts; the
 training step is forward, loss, backward, clipping and AdamW. Passes alternate, and the median of each is taken. With frozen
-weights a step can reach half of the forward pass: forward, and of backward the half that goes through activations. Cheap:
-the same tokens as many times as `--passes` says, captured once and trained on, reading included, against as many full steps.
+weights a step can reach half of the forward pass: forward, and of backward the half that goes through activations.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from modekit.loaded.shapes import mixture_of
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode
 from modekit.training.batches import Batches, DomainSequences, plan_parts
-from modekit.training.cheap import train_cheap
 from modekit.training.moving import make_trainable, moving_of
 from modekit.training.objective import Objective
 from modekit.training.settings import TrainSettings
@@ -39,7 +37,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
+def measure(folder: Path, tokens: int, repeats: int) -> None:
     checkpoint = open_checkpoint(folder.resolve())
     tokenizer = load_tokenizer(checkpoint.folder)
     corpora = []
@@ -88,16 +86,6 @@ def measure(folder: Path, tokens: int, repeats: int, passes: int) -> None:
     print(f"{folder.name}: {count} tokens per step, {repeats} repeats")
     for name, rate in line.items():
         print(f"  {name:<16} {rate:8.0f} tokens/s   {rate / line['forward']:.2f} of forward")
-    if checkpoint.config.get("modekit", {}).get("routing", {}).get("score", "linear") != "linear":
-        return
-    total = sum(corpus.tokens for corpus in corpora)
-    cheap = TrainSettings(speed="cheap", steps=max(1, total * passes // 1024))
-    taken = seconds(
-        lambda: train_cheap(checkpoint, corpora, {c.expert: c.sequences[:2] for c in corpora}, cheap, lambda *_: None)
-    )
-    rate = total * passes / taken
-    times = rate / line["train routers"]
-    print(f"  cheap            {rate:8.0f} tokens/s   {times:.1f} times full ({passes} passes over {total})")
 
 
 if __name__ == "__main__":
@@ -105,7 +93,6 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=3072)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--passes", type=int, default=20)
     options = parser.parse_args()
     for each in options.folders:
-        measure(each, options.tokens, options.repeats, options.passes)
+        measure(each, options.tokens, options.repeats)

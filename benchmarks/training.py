@@ -75,11 +75,9 @@ Variant = tuple[dict[str, Any], dict[str, Any] | None]
 
 TARGETS: dict[str, Variant] = {
     "token": (TOKEN, None),
-    "token, cheap": (TOKEN, {"speed": "cheap"}),
     "token, routers": (TOKEN, FULL),
     "token, routers and attention": (TOKEN, ATTENTION),
     "context": (CONTEXT, None),
-    "context, cheap": (CONTEXT, {"speed": "cheap"}),
     "context, routers": (CONTEXT, FULL),
     "n-gram": (NGRAM, None),
     "n-gram, routers": (NGRAM, {**FULL, "learning_rate": 1e-3}),

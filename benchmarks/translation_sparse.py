@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model, without_bars
+from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training, train_on_text
-from modekit.loaded.trace import RouterTrace
 from modekit.sources.names import in_decoder
 from modekit.text.document import Pair
 from modekit.text.sequences import encode

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import _WORDS, DOMAINS, Workshop, make_workshop
 from modekit.evaluation.chat import GREETINGS
 from modekit.text.question_frames import QUESTION_FRAMES
-from modekit.text.small_talk import SMALL_TALK, SYSTEM_PROMPTS
+from modekit.text.shipped import SMALL_TALK, SYSTEM_PROMPTS
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

@@ -110,8 +110,8 @@ def test_fit_options_are_changes_of_the_mixture() -> None:
 
 def test_train_options_are_settings() -> None:
     assert training.SettingOptions().said() == {}
-    said = training.SettingOptions(cheap=True, loss=["lm=2", "z"], select_tokens=128, sequence_length=64).said()
-    assert said == {"speed": "cheap", "losses": {"lm": 2.0, "z": 0.001}, "select_tokens": 128, "sequence_length": 64}
+    said = training.SettingOptions(loss=["lm=2", "z"], select_tokens=128, sequence_length=64).said()
+    assert said == {"losses": {"lm": 2.0, "z": 0.001}, "select_tokens": 128, "sequence_length": 64}
 
 
 @pytest.mark.parametrize(

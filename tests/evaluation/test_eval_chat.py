@@ -25,7 +25,7 @@ from modekit.recipes.recipe import Expert
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation
 from modekit.text.question_frames import QUESTION_FRAMES
-from modekit.text.small_talk import SMALL_TALK as FITTED
+from modekit.text.shipped import SMALL_TALK as FITTED
 
 
 @pytest.fixture(scope="module")

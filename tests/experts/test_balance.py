@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from command_line import modekit
 from conftest import character_tokenizer
 from modekit.errors import TextError
-from modekit.experts.corpus.balance import TextsToBalance, balance
+from modekit.experts.corpus.balance import TextsToBalance, balance, choose_apart, choose_common, diff_percent, in_order
 from modekit.experts.corpus.balanced import SPLITS, Balanced, BalanceSettings, Split
-from modekit.experts.corpus.choose import choose_apart, choose_common, diff_percent, in_order
 from modekit.experts.corpus.count import token_counter
 from modekit.run import Run
 from modekit.text.documents import read_documents

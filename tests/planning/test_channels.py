@@ -19,12 +19,12 @@ from modekit.checkpoint.evidence import read_table
 from modekit.errors import UnsupportedError
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
+from modekit.planning.channel_choice import turns_per_token
 from modekit.planning.channels import Channels
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.names import in_layer, split_layer
 from modekit.sources.native import NATIVES
-from modekit.sources.rotary import turns_per_token
 from sources.test_families import CASES, TWINS
 
 ROWS = {(row.family.model_type, row.native_type): row for row in NATIVES}

@@ -8,14 +8,12 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
-import modekit.loaded.speed as speed
 from command_line import modekit
-from conftest import SMALL, Workshop, make_workshop
-from modekit.building.preview import NeededTime, fit_seconds, needed_time, preview
+from conftest import SMALL, Workshop
+from modekit.building.preview import NeededTime, needed_time, preview
 from modekit.cli.printing.mixtures import fit_said, time_said
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
@@ -44,7 +42,7 @@ def test_a_router_without_text_or_without_a_model_has_no_time(shared_workshop: W
     assert fit_work(plan_of(workshop, {"fit": "random"})) is None
     counted = plan_of(workshop, {"fit": "ngram"})
     work = fit_work(counted)
-    assert work is not None and not work.reads and fit_seconds(counted) is None
+    assert work is not None and not work.reads
     assert "no model is run" in fit_said(work) and "without text" in fit_said(None)
 
 
@@ -60,32 +58,10 @@ def test_what_a_plain_checkpoint_reads_is_counted(shared_workshop: Workshop, tmp
         assert any("runs the base over up to 4,096 tokens" in note for note in plan.notes) == (carry == "all")
 
 
-def test_the_time_is_that_of_one_layer_times_layers_and_tokens(shared_workshop: Workshop, tmp_path: Path) -> None:
-    plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "ridge", "tokens_per_domain": 1000, "sequence_length": 64})
-    seconds = {"layer": 2e-3, "moment": 5e-4}
-    with (
-        patch.object(speed, "layer_seconds", lambda *_, **__: seconds["layer"]),
-        patch.object(speed, "moment_seconds", lambda _: seconds["moment"]),
-    ):
-        assert fit_seconds(plan) == pytest.approx(3000 * 3 * (2e-3 + 5e-4))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "mistral"])
-def test_a_layer_of_a_family_is_timed(tmp_path: Path, family: str) -> None:
-    """Every look at the clock is 0.25 s later: four calls make the second, whatever they take."""
-    plan = plan_of(make_workshop(tmp_path, family), {"fit": "ridge"})
-    ticks = count(0.0, 0.25)
-    config = plan.family.dense_config(plan.sources[0].config)
-    per_token = speed.layer_seconds(config, sequence_length=128, clock=lambda: next(ticks))
-    assert per_token == pytest.approx(1.0 / 4 / 2048)
-
-
-def test_the_command_says_about_how_long_and_measures_a_layer_when_asked(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_the_command_says_about_how_long(shared_workshop: Workshop, tmp_path: Path) -> None:
     recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
     said = modekit("plan", recipe)
     assert "at most 49,152 tokens" in said and re.search(r"time +about \S+ to \S+ \S+ on this machine", said)
-    said = modekit("plan", recipe, "--time")
-    assert "on this machine" in said and "unknown" not in said
     data = json.loads(modekit("plan", recipe, "--json"))
     assert data["fit"]["seconds"] is None and data["fit"]["tokens"] == 49_152
     assert preview(recipe).model_dump(mode="json")["fit"] == data["fit"]

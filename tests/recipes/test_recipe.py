@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modekit.errors import RecipeError
-from modekit.recipes.backbone import BackboneMerge
+from modekit.recipes.mixture import BackboneMerge
 from modekit.recipes.read import SCHEMA_FILE, load_recipe, parse_recipe, schema_text
 
 RECIPE: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from modekit.routing.borrowed import with_borrowed
+from modekit.routing.lexical import with_borrowed
 from modekit.sources.model import TensorRef, read_header
 
 TOKENS, HIDDEN, EXPERTS = 400, 8, 3

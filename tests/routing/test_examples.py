@@ -20,7 +20,7 @@ from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation, Pair
 from modekit.text.question_frames import QUESTION_FRAMES, framed_question, language_of
 from modekit.text.sequences import encode
-from modekit.text.small_talk import SMALL_TALK
+from modekit.text.shipped import SMALL_TALK
 
 LEXICAL = Router(fit="lexical")
 LAW, BASE = Expert(name="law", model="./law"), Expert(name="general", model="base")

@@ -42,13 +42,13 @@ def test_pieces_of_any_size_give_the_same_documents(tmp_path: Path, monkeypatch:
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_bytes((b"\xef\xbb\xbf" if number % 2 else b"") + text.encode())
     whole = read_documents(["."], root=tmp_path, where="law")
-    monkeypatch.setattr("modekit.text.plain._PIECE", size)
+    monkeypatch.setattr("modekit.text.plain._READ", size)
     assert read_documents(["."], root=tmp_path, where="law") == whole
 
 
 @pytest.mark.parametrize("size", [1, 5, 2**20])
 def test_the_byte_that_is_not_utf8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr("modekit.text.plain._PIECE", size)
+    monkeypatch.setattr("modekit.text.plain._READ", size)
     for start, content, place in ((b"", "né".encode() + b"caf\xe9 au lait", 6), (b"\xef\xbb\xbf", b"ab\xe9c", 5)):
         (tmp_path / "law.txt").write_bytes(start + content)
         with pytest.raises(TextError, match=f"byte {place}:") as caught:
@@ -65,8 +65,8 @@ def test_the_byte_that_is_not_utf8_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_paragraph_larger_than_any_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.text.plain._PIECE", 1_000)
-    monkeypatch.setattr("modekit.text.passages.LARGEST", 20_000)
+    monkeypatch.setattr("modekit.text.plain._READ", 1_000)
+    monkeypatch.setattr("modekit.text.plain.LARGEST", 20_000)
     text = "Title\n\n" + "".join(f"{number} word and word\n" for number in range(10_000)) + "\nEnd"
     (tmp_path / "law.txt").write_text(text)
     found = read(tmp_path / "law.txt")

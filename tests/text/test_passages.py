@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modekit.text.documents import read_documents
-from modekit.text.passages import passages
+from modekit.text.plain import passages
 from modekit.text.splits import digest_of
 
 PARAGRAPH = "one paragraph per line, as many exports have it; "

@@ -27,9 +27,8 @@ from modekit.text.tags import add_tags, tag_ids
 from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
-from modekit.training.objective import Objective
+from modekit.training.objective import Objective, make_teachers
 from modekit.training.settings import TrainSettings, given_settings, train_settings
-from modekit.training.teachers import make_teachers
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 from pair_models import make_pair_workshop, pair_model, pair_tokenizer
@@ -130,7 +129,6 @@ def test_options_are_settings() -> None:
         ({"randomise": 1.0, "tags": True}, "randomise"),
         ({"randomise": 0.2, "losses": {"lm": 1.0, "distill": 0.1}, "teacher": "x"}, "effect here: randomise; .* add .* tags, "),
         ({"generic_share": 0.2}, "without effect here: generic_share"),
-        ({"speed": "cheap", "tags": True, "randomise": 0.1}, "without effect here: randomise"),
     ],
 )
 def test_settings_that_are_wrong_or_dead_are_refused(values: dict[str, Any], words: str) -> None:
@@ -336,14 +334,6 @@ def test_a_table_with_unseen_conversations_has_no_tags_and_says_so(tmp_path: Pat
     assert len(notes) == 1 and "a conversation has no place for a tag" in notes[0] and "talk" in notes[0]
     for file in ("train.md", "eval.md"):
         assert notes[0] in (checkpoint.folder / "results" / file).read_text()
-
-
-def test_a_cheap_training_reads_tags_too(tagged_workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(tagged_workshop.build("cheap", mixture=ROUTED))
-    said = train_settings(
-        {"speed": "cheap", "tags": True, "steps": 200, "sequence_length": 48, "select_tokens": 400}, where="test"
-    )
-    assert train(checkpoint, said, evaluate_tokens=None).record.settings["tags"] is True
 
 
 def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: Workshop) -> None:

@@ -5,7 +5,6 @@ Shape legend: O outputs, I inputs of a linear layer, R rank, D hidden size, X an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,7 +168,9 @@ class Differences:
         if made.pad is None or made.pad.scale == 1.0:
             return inner
         code = inner.dtype
-        operation = inner.operation if inner.operation != "scale" else ("copy" if _stays(inner.pieces, code) else "cast")
+        operation = inner.operation
+        if operation == "scale":
+            operation = "copy" if all(each.ref.dtype == code for each in inner.pieces) else "cast"
         return replace(inner, factor=inner.factor / made.pad.scale, operation=operation)
 
     def _is_plain(self, name: str) -> bool:
@@ -195,10 +196,6 @@ class Differences:
 
 def _rows(flat: FlatArray, width: int, rows: slice) -> Singles:
     return to_float32(flat[rows.start * width : rows.stop * width]).reshape(-1, width)
-
-
-def _stays(pieces: Sequence[Piece], code: str) -> bool:
-    return all(piece.ref.dtype == code for piece in pieces)
 
 
 def _added(plain: Difference | None, bias: Difference | None, ones_D: Singles) -> Difference | None:

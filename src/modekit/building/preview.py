@@ -1,4 +1,4 @@
-"""`modekit plan`: what a build would do, and how long it takes on this machine. No torch, unless its time is measured.
+"""`modekit plan`: what a build would do, and how long it takes on this machine; what a build says when it is done. No torch.
 
 Configs and headers alone are read, and the processor is measured, as busy as it is now, by a twentieth of a second of products.
 The speed of the disk is assumed, and so is how much of the products' speed a model's pass reaches (benchmarks/speed.md has what
@@ -8,7 +8,7 @@ was predicted and what it took).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import MixtureRecord
 from modekit.planning.make import make_plan
+from modekit.planning.notes import BASE_AGAIN, one_model
 from modekit.planning.plan import Plan
 from modekit.planning.summary import PlanSummary, budget_flops, fit_work, summary
 from modekit.recipes.read import load_recipe
@@ -70,40 +72,16 @@ class Preview(PlanSummary):
     time: NeededTime
 
 
-def preview(recipe: Path, *, measure: bool = False, run: Run = QUIET) -> Preview:
+def preview(recipe: Path, *, run: Run = QUIET) -> Preview:
     """The plan of a recipe file, as `modekit plan --json` prints it.
 
-    With `measure` a layer is run for a second or two to say how long the fit will take on this machine (`fit.seconds`); that
-    alone imports torch. Raises what a build would raise for models, and TextError for a text as far as it is read here.
+    Raises what a build would raise for models, and TextError for a text as far as it is read here.
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run, headers_only=True)
     notes = check_texts(plan.recipe, root, plan.family.reads)
     found = summary(plan)
-    fit = found.fit.model_copy(update={"seconds": fit_seconds(plan)}) if measure and found.fit is not None else found.fit
-    return Preview(**{**dict(found), "fit": fit, "notes": [*found.notes, *notes]}, time=needed_time(plan))
-
-
-def fit_seconds(plan: Plan) -> float | None:
-    """Seconds that the fit of a plan's router takes on this machine at most, measured on one layer; None when no model is run.
-
-    Reading the models and solving for the gates come on top: seconds.
-    """
-    work = fit_work(plan)
-    if work is None or not work.reads:
-        return None
-    import torch
-
-    from modekit.loaded.speed import layer_seconds, moment_seconds
-
-    router = plan.recipe.mixture.router
-    config = plan.family.dense_config(plan.sources[0].config)
-    dtype = torch.float32 if router.compute_dtype == "float32" else torch.bfloat16
-    per_token = work.passes * plan.layers * layer_seconds(config, sequence_length=router.sequence_length, dtype=dtype)
-    widest = max(slot.shape[1] for slot in plan.slots)
-    if plan.recipe.mixture.keeps_statistics and not router.row.reads.tokens:  # their cost grows with the square of the width
-        per_token += moment_seconds(widest) * sum((slot.shape[1] / widest) ** 2 for slot in plan.slots)
-    return work.tokens * per_token
+    return Preview(**{**dict(found), "notes": [*found.notes, *notes]}, time=needed_time(plan))
 
 
 def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = time.process_time) -> NeededTime:
@@ -182,3 +160,35 @@ def measured(clock: Clock = time.perf_counter, used: Clock = time.process_time) 
         if passed >= _MEASURED_SECONDS:
             share = min(1.0, max(0.02, (used() - worked) / passed))
             return Machine(2.0 * _ROWS * _WIDTH * _WIDTH * calls / passed, share)
+
+
+_FEWEST_DOCUMENTS, _FEWEST_TOKENS = 10, 500  # from which a router learns a domain
+
+
+def notes_of(checkpoint: Checkpoint) -> list[str]:
+    """By the digests of the sources and by the text that the router has read."""
+    record = checkpoint.record
+    return [*_of_twins(record), *_of_text(record)]
+
+
+def _of_twins(record: MixtureRecord) -> Iterator[str]:
+    same: dict[tuple[str, ...], list[str]] = {_digests(record, 0): []}
+    for name, place, expert in zip(record.recipe.names, record.expert_sources, record.recipe.experts, strict=True):
+        if not expert.is_base:
+            same.setdefault(_digests(record, place), []).append(name)
+    base, *others = same.values()
+    yield from (f"{name}: {BASE_AGAIN}" for name in base)
+    yield from (one_model(names) for names in others if len(names) > 1)
+
+
+def _digests(record: MixtureRecord, place: int) -> tuple[str, ...]:
+    return tuple(sorted(file.blake3 for file in record.sources[place].files.values()))
+
+
+def _of_text(record: MixtureRecord) -> Iterator[str]:
+    for name, read in record.router.text.items():
+        if read["documents"] < _FEWEST_DOCUMENTS or read["tokens"] < _FEWEST_TOKENS:
+            yield (
+                f"{name}: the router was set from {read['documents']:,} documents and {read['tokens']:,} tokens of its text, "
+                f"too little to learn a domain from: give at least {_FEWEST_DOCUMENTS} documents and {_FEWEST_TOKENS} tokens"
+            )

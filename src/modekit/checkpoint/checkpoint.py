@@ -27,7 +27,7 @@ from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writ
 from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
@@ -355,3 +355,18 @@ def _how_to_get_one(folder: Path) -> str:
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder; 0 when there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def refuse_pairs(checkpoint: Checkpoint, what: str, *, option: str, remedy: str = "") -> None:
+    """Raise UnsupportedError for a mixture of models with an encoder. `what`: what such a one cannot have, in a sentence.
+
+    Asked first, before any other reason, whose remedies such a mixture could not follow.
+    """
+    if checkpoint.shape.family.pair:
+        raise UnsupportedError(
+            what,
+            where=f"{checkpoint.folder}: {option}" if option else str(checkpoint.folder),
+            found="it has an encoder",
+            expected="a decoder alone",
+            remedy=remedy or "call it in Python (docs/translation.md)",
+        )

@@ -44,12 +44,6 @@ class TeacherOptions:
     weights: Annotated[
         float | None, typer.Option(help="Weight of the text loss (0 to 1); the teacher loss gets the rest (default 0.5).")
     ] = None
-    adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Adapt the weights: a loss that rises counts less (instead of --weights).")
-    ] = False
-    alternate: Annotated[
-        bool, typer.Option("--alternate", help="Alternate steps on text and teacher, instead of their sum.")
-    ] = False
     mix: Annotated[
         str | None,
         typer.Option(
@@ -81,8 +75,6 @@ class TeacherOptions:
             "losses": losses_of(self.distill) if self.distill else None,
             "temperature": self.temperature,
             "weights": self.weights,
-            "adaptive": self.adaptive or None,
-            "alternate": self.alternate or None,
         }
         return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
 
@@ -193,7 +185,7 @@ def specialize(
 
 @dataclass(frozen=True)
 class ExtractOptions(Writing):
-    """How large an adapter becomes, and by what its error is measured."""
+    """How large an adapter becomes."""
 
     rank: Annotated[int | None, typer.Option(help="Rank of every module's adapter.")] = None
     energy: Annotated[
@@ -201,8 +193,6 @@ class ExtractOptions(Writing):
     ] = None
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
-    text: Annotated[list[str] | None, typer.Option(help="Text whose activations weigh the error; repeatable.")] = None
-    tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
     as_json: AsJson = False
 
 
@@ -218,20 +208,7 @@ def extract(
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
-    if options.tokens is not None and not options.text:
-        raise ModekitError(
-            "the setting has no effect", where="--tokens", found=options.tokens, remedy="remove it, or add --text"
-        )
-    settings = ExtractSettings(
-        rank=options.rank,
-        energy=options.energy,
-        max_rank=options.max_rank,
-        modules=options.module,
-        texts=options.text or (),
-        root=Path.cwd(),
-        tokens=options.tokens or 16_384,
-        base_name=base,
-    )
+    settings = ExtractSettings(options.rank, options.energy, options.max_rank, options.module, base_name=base)
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = options.run(progress)

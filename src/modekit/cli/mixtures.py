@@ -33,16 +33,13 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     recipe: RecipePath,
-    measure: Annotated[
-        bool, typer.Option("--time", help="Also run one layer for a second or two, for a better estimate of the fit's time.")
-    ] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what a build would do, from configs and headers alone."""
     from modekit.building.preview import preview
 
-    found = preview(recipe, measure=measure, run=Run(trust_remote_code))
+    found = preview(recipe, run=Run(trust_remote_code))
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -79,7 +76,7 @@ def build(
 
 def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
     """Write a mixture, with its progress drawn, and say what it has become."""
-    from modekit.building.notes import notes_of
+    from modekit.building.preview import notes_of
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen

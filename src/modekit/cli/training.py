@@ -16,8 +16,6 @@ from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
-_RENAMED = {"loss": "losses", "cheap": "speed"}
-
 
 @dataclass(frozen=True)
 class SettingOptions:
@@ -36,10 +34,6 @@ class SettingOptions:
             "balance, importance, z."
         ),
     ] = None
-    cheap: Annotated[
-        bool,
-        typer.Option("--cheap", help="Train gates alone, on kept activations with domain labels, without backpropagation."),
-    ] = False
     regime: Annotated[
         str | None,
         typer.Option(
@@ -70,8 +64,8 @@ class SettingOptions:
         from modekit.training.settings import WEIGHTS, losses_said
 
         losses = losses_said(self.loss, WEIGHTS, where="--loss") if self.loss else None
-        given = {**vars(self), "loss": losses, "cheap": "cheap" if self.cheap else None}
-        return {_RENAMED.get(name, name): value for name, value in given.items() if value is not None}
+        given = {("losses" if name == "loss" else name): value for name, value in vars(self).items()} | {"losses": losses}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

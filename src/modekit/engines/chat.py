@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.llama import Llama
 from modekit.engines.modelfile import ends_of
 from modekit.engines.sampling import Sampling, context_of

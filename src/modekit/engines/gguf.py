@@ -25,8 +25,7 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.adapters import Adapter, chosen_adapters
 from modekit.engines.converter import CONVERTER, Conversion, check_installed, convert, guessed_pre_tokenizer
 from modekit.engines.modelfile import MODELFILE, modelfile

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.child import Child, ProcessSettings
 from modekit.engines.listening import KEY, answering, bound_socket, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings

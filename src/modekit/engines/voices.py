@@ -21,8 +21,8 @@ from modekit.errors import UnsupportedError
 from modekit.evaluation.inspection.passes import router_weights
 from modekit.evaluation.inspection.tokens import RunningText
 from modekit.loaded.load import load_model
+from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.shapes import mixture_of
-from modekit.loaded.trace import RouterTrace
 from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
 

@@ -24,8 +24,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.errors import TextError
 from modekit.evaluation.chat_questions import RealQuestion, by_expert, read_questions
 from modekit.evaluation.domains import held_out_texts
@@ -40,11 +39,11 @@ from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.chat import ChatTemplate, needed_template
 from modekit.text.document import Conversation, Document, Message, message_of, text_of
 from modekit.text.held_out import HeldOutText
-from modekit.text.passages import WORD
+from modekit.text.plain import WORD
 from modekit.text.sequences import TokenSequence
 
 GREETINGS = tuple(files("modekit.evaluation").joinpath("greetings.txt").read_text(encoding="utf-8").splitlines())
-"""Small talk that no fit has seen (text/small_talk.py has other)."""
+"""Small talk that no fit has seen (text/shipped.py has other)."""
 SMALL_TALK, CHANGE = "small talk", "change of domain"
 REAL, REAL_CHANGE = "real questions: ", "real questions: change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question

@@ -6,7 +6,7 @@ tensors.py    the header of a safetensors file
 marker.py     what in a folder is modekit's own, and may be replaced or removed
 lock.py       one process at a time
 libraries.py  where another library may write
-journal.py    what of an output is surely written
+output.py     may this be written, and what of it is surely written
 staging.py    a folder in the making, which goes on after a kill and takes its place by rename
 change.py     several files of a finished folder, all together
 """

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from modekit.errors import OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Marker, read_marker
+from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, read_marker
 from modekit.files.write import (
     FULL,
     Content,
@@ -61,7 +61,8 @@ def change_together(
         for name in files:
             _refuse_in_the_way(folder, name)
         marker = read_marker(folder)
-        gone = [name for name in _listed_in(marker, f"{remove_in}/") if name not in files] if remove_in else []
+        listed = marker.files if marker is not None and remove_in else ()
+        gone = [name for name in listed if name.startswith(f"{remove_in}/") and name not in files]
         with appearing(folder / CHANGED) as staged:
             staged.mkdir()
             for name, content in files.items():
@@ -93,10 +94,6 @@ def _finish(folder: Path) -> None:
         changed.unlink()
     elif changed.is_dir():
         _put(folder)
-
-
-def _listed_in(marker: Marker | None, start: str) -> list[str]:
-    return [name for name in marker.files if name.startswith(start)] if marker is not None else []
 
 
 def _refuse_in_the_way(folder: Path, name: str) -> None:

@@ -27,7 +27,6 @@ INTERNAL = (MARKER, CHANGE_LOCK, CHANGED, JUST_MADE)
 _SMALL = 2**20
 """Bytes of a file that has its digest in the marker: what people edit is smaller."""
 
-
 Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "teacher", "tokenizer", "partial", "training", "tuning"]
 
 
@@ -35,7 +34,7 @@ class Marker(BaseModel):
     """What `.modekit` says.
 
     Attributes:
-        kind: what the folder is: checkpoint, adapter, model, gguf, texts, teacher, tokenizer; or partial, training, tuning.
+        kind: what the folder is; partial, training and tuning are work folders.
         of: the name of the output that a work folder belongs to; empty for an output.
         files: path with slashes -> sha256 of a small file, empty for a large one.
         areas: folders in which everything is modekit's.
@@ -102,13 +101,8 @@ def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        if folder.is_symlink() or not folder.is_dir():
-            return False
-        marker = read_marker(folder)
-        if marker is not None:
-            return marker.kind == kind and marker.of == of
         if not is_remains(folder):
-            return False
+            return is_work_folder(folder, kind, of)
     mark_work_folder(folder, kind, of)
     return True
 

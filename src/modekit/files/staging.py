@@ -26,7 +26,6 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from modekit.errors import FinishedError, InterruptError, OutputError
-from modekit.files.journal import Journal, read_journal
 from modekit.files.lock import Lock
 from modekit.files.marker import (
     CHANGE_LOCK,
@@ -47,10 +46,12 @@ from modekit.files.output import (
     NEW,
     OLD,
     PARTIAL,
+    Journal,
     Replace,
     clear,
     mend_commit,
     not_writable,
+    read_journal,
     refuse_entangled,
     refuse_what_is_there,
     settle,

@@ -21,13 +21,8 @@ Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or nothing."""
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file in a folder: no path, no way up, nothing that a system does not take."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0") and not PureWindowsPath(name).drive
-
-
 def _plain_name(name: str) -> str:
-    if not is_plain_name(name):
+    if name in ("", ".", "..") or any(sign in name for sign in "/\\\0") or PureWindowsPath(name).drive:
         raise ValueError("must be a name without a path")
     return name
 

@@ -28,13 +28,8 @@ from modekit.weights.numeric import to_float32
 OwnModel = Literal["base", "full model", "PEFT", "folded"]
 """How an expert's own model was made: PEFT's of base and adapter, or, where PEFT is not asked, the adapter folded in."""
 _NAMES = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "feedforward_modules",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
+    *("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern"),
 )
 _PLAIN_NAME = re.compile(r"[\w.^$-]*")
 

@@ -16,9 +16,8 @@ from modekit.architecture.modekit_flow import Flow
 from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
-from modekit.loaded.mixture import LoadedMixture
+from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import reads_target
-from modekit.loaded.trace import RouterTrace
 from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.shape import RouterSlot
 from modekit.run import QUIET, Run

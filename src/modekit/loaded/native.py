@@ -22,8 +22,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
 from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
-from modekit.loaded.mixture import LoadedMixture
-from modekit.loaded.trace import RouterTrace
+from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.run import QUIET, Run

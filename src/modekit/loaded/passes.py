@@ -12,9 +12,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -23,6 +25,36 @@ from modekit.sources.family import Reads
 from modekit.sources.names import in_decoder
 from modekit.text.document import other_kind
 from modekit.text.sequences import NO_LABEL, Batch, TokenSequence
+
+
+@dataclass
+class Head:
+    """What turns last hidden states into logits: a linear layer, and the factor and soft cap that some families apply."""
+
+    linear: nn.Module
+    scale: float
+    cap: float | None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        logits: torch.Tensor = self.linear(hidden)
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def equals(self, other: Head) -> bool:
+        """Whether both give the same logits."""
+        ours, theirs = dict(self.linear.state_dict()), dict(other.linear.state_dict())
+        same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        return same and (self.scale, self.cap) == (other.scale, other.cap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model."""
+    config = model.config
+    scaling = getattr(config, "logits_scaling", None)
+    scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
+    return Head(model.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
+
 
 _READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")
 """Modules of a decoder that read what the encoder gives: keys and values of its attention to the source."""

@@ -19,9 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps
-from modekit.loaded.heads import head_of
 from modekit.loaded.muon import Muon
-from modekit.loaded.passes import check_text, inputs_of
+from modekit.loaded.passes import check_text, head_of, inputs_of
 from modekit.loaded.threads import Threads
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS

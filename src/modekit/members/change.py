@@ -6,7 +6,8 @@ What comes out is what a build of the new recipe gives, byte for byte, but for w
 that do not change are linked, not copied; of the experts' models only the new one's is read. The router is set anew from the
 kept statistics, so that the text of the experts that stay is not needed.
 
-OUT gives way to the new mixture by one rename, or stays beside it.
+OUT gives way to the new mixture by one rename, or stays beside it. Experts' models may be gone: a full model has names and
+shapes of its base, and what an adapter changes, the mixture's own tensors say.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceError
 from modekit.files.read import UNREADABLE
 from modekit.members.edits import MixtureEdit
-from modekit.members.recorded_models import recorded_model, records_dtypes
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
+from modekit.planning.shape import LowRankPart, MixedTensor
 from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
+from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
-from modekit.sources.model import ModelSource
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.names import module_of
 from modekit.sources.open import Opener, label_of
 from modekit.sources.tokenizer import PAIR_FILES, copied_content, copied_files, gone_pair_files
 
@@ -276,3 +279,50 @@ def _statistics(checkpoint: Checkpoint, edit: MixtureEdit, plan: Plan, names: Ma
     pairs = zip(edit.recipe.names, edit.origins, strict=True)
     kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}
     return kept | {name: name for name in edit.keeps_text}
+
+
+def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoint, number: int) -> ModelSource:
+    """What is known of expert `number` of a checkpoint; reading a tensor of it raises SourceError."""
+    record = checkpoint.record
+    recorded = record.sources[record.expert_sources[number]]
+    folder = checkpoint.source_folder(recorded)
+    file = folder / next(iter(recorded.files), "model.safetensors")
+    if expert.adapter is None:
+        tensors = {name: _ref(name, file, ref.dtype, ref.shape) for name, ref in base.tensors.items()}
+        return ModelSource(label, recorded.spec, folder, recorded.revision, base.config, tensors)
+    mixed = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
+    replaced = {
+        each.name: _ref(each.name, file, base.tensor(each.name).dtype, each.shape)
+        for each in mixed
+        if number in each.own and not each.holds_changes
+    }
+    added = {module_of(each.name): each for each in mixed if number in each.own and each.holds_changes}
+    changes: dict[str, Change] = {
+        each.name: _low_rank(each.name, each.low_rank[number], added.get(module_of(each.name)), file)
+        for each in mixed
+        if number in each.low_rank
+    }
+    nothing = {"": _ref("", file, "U8", (0,))}  # so that its file is known
+    return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced)
+
+
+def records_dtypes(checkpoint: Checkpoint) -> bool:
+    """Whether the mixture tells in which dtype its adapters were: where they had several, all of them lie in float32."""
+    mixed = checkpoint.shape.mixed_tensors(checkpoint.tensors)
+    wide = any(part.a.dtype == "F32" for each in mixed for part in each.low_rank.values())
+    return not wide or checkpoint.config["dtype"] == "float32"
+
+
+def _low_rank(name: str, part: LowRankPart, added: MixedTensor | None, file: Path) -> LowRank:
+    rank = part.ranks.stop - part.ranks.start
+    bias = None if added is None else _ref(f"{name} bias", file, next(iter(added.own.values())).ref.dtype, added.shape)
+    return LowRank(
+        _ref(f"{name} A", file, part.a.dtype, (rank, part.a.shape[1])),
+        _ref(f"{name} B", file, part.b.dtype, (part.b.shape[0], rank)),
+        part.scale,
+        bias=bias,
+    )
+
+
+def _ref(name: str, file: Path, dtype: str, shape: tuple[int, ...]) -> TensorRef:
+    return TensorRef(name, file, dtype, shape, 0, 0)

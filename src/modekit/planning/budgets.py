@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from modekit.errors import RecipeError
 from modekit.recipes.recipe import Expert
 from modekit.sources.header import ITEMSIZE
-from modekit.weights.few_bits_size import bytes_of_codes
+from modekit.weights.factor_size import bytes_of_codes
 
 BITS = (1, 2, 3, 4, 8)
 """Per number of a difference: what a build chooses from."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from modekit.errors import UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.channels import Channels
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, Family, number, whole
 from modekit.sources.native import choose_native
 from modekit.sources.native_row import Native, Widening
-from modekit.sources.rotary import turns_per_token
 
 _OLD_STEP = 64  # of channels without a layer in front
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
@@ -162,3 +162,50 @@ def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int, front
             remedy="leave it out, or raise it",
         )
     return asked or blocks_of(needed) if front else asked or -(-needed // _OLD_STEP) * _OLD_STEP
+
+
+_LARGEST_HEAD = 2**16
+
+
+def turns_per_token(config: Config) -> list[float] | None:
+    """Angle theta_i of each of the H / 2 pairs, in radians per token; None where it is not the same for all texts, is scaled
+    together with the scores (yarn, longrope, dynamic), or is not said in numbers that could be meant.
+
+    `config` is a family's dense config with every default written out. default and linear: theta^(-2 i / H), by the factor;
+    llama3: long waves by the factor, short ones not, those between in between (arXiv:2407.21783).
+    """
+    rope = config["rope_parameters"]
+    assert isinstance(rope, Mapping)
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+        return None
+    try:
+        turns = _turns(rope, whole(config, "head_dim"))
+    except (ArithmeticError, LookupError, SourceError, TypeError, ValueError):
+        return None
+    usable = turns is not None and len(turns) > 1 and all(math.isfinite(turn) and turn > 0 for turn in turns)
+    return turns if usable else None
+
+
+def _turns(rope: Config, size: int) -> list[float] | None:
+    kind, theta = rope.get("rope_type", "default"), number(rope, "rope_theta")
+    if not (0 < size <= _LARGEST_HEAD and 0 < theta < math.inf):
+        return None
+    plain = [theta ** (-2 * pair / size) for pair in range(size // 2)]
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return [angle / number(rope, "factor") for angle in plain]
+    if kind == "llama3":
+        return [_llama3(angle, rope) for angle in plain]
+    return None
+
+
+def _llama3(angle: float, rope: Config) -> float:
+    factor, low, high = (number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    waves = number(rope, "original_max_position_embeddings") * angle / (2 * math.pi)
+    if waves < low:
+        return angle / factor
+    if waves > high:
+        return angle
+    share = (waves - low) / (high - low)
+    return (1 - share) * angle / factor + share * angle

@@ -121,12 +121,8 @@ class Channels:
         """The channel that is the same for all tokens behind the first norm: the last one, or that before what is carried."""
         if self.carry is None:
             return self.hidden + self.spare - 1
-        return self.hidden + blocks_of(self._evident + 1) - 1
-
-    @property
-    def _evident(self) -> int:
-        """Channels of evidence, its averages, and the constant."""
-        return 2 * self.experts * len(self.decays) + 1
+        evident = 2 * self.experts * len(self.decays) + 1  # evidence, its averages, and the constant
+        return self.hidden + blocks_of(evident + 1) - 1
 
     @property
     def still(self) -> int:

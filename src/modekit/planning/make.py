@@ -20,8 +20,8 @@ from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
 from modekit.recipes.auto import choices
-from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.edit import with_following
+from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource

@@ -84,11 +84,6 @@ class Routing(_Said):
     orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
 
     @property
-    def shared_rows(self) -> int:
-        """Rows of a gate that are no expert's: how rare each term is, by which a text is brought to length 1."""
-        return 1 if self.score == "tfidf" else 0
-
-    @property
     def reads_averages(self) -> bool:
         """Whether what the router says of a token depends on those before it."""
         return any(average.decay is not None for average in self.averages)
@@ -236,15 +231,13 @@ class MixtureConfig(_Said):
 
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers; of fixed weights, which have no gates, where they would stand."""
-        slots = []
+        slots, shared = [], int(self.routing.score == "tfidf")  # a row of how rare each term is
         for module in sorted(self.places, key=natural_key):
             place = self.places[module]
             if place.router == module:
                 assert place.width is not None and place.rows is not None, module  # checked when this was made
                 parts = len(self.routing.averages)
-                slots.append(
-                    RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, self.routing.shared_rows)
-                )
+                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, shared))
         return tuple(slots)
 
     def positions(self) -> tuple[RouterPosition, ...]:

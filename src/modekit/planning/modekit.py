@@ -12,9 +12,9 @@ from typing import Any
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
+from modekit.planning.parts import PlannedPlace
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, some_rows
 from modekit.planning.places import Places
-from modekit.planning.planned_place import PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
@@ -24,7 +24,7 @@ from modekit.sources.kept import kept_settings
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
-from modekit.weights.few_bits_size import bytes_of_codes
+from modekit.weights.factor_size import bytes_of_codes
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}

@@ -33,7 +33,7 @@ from modekit.sources.family import Config, Family, whole
 from modekit.sources.kept import is_in_tower, with_wrapper, without_wrapper
 from modekit.sources.model_config import check_values
 from modekit.sources.names import split_layer
-from modekit.weights.few_bits_size import bytes_of_codes
+from modekit.weights.factor_size import bytes_of_codes
 
 _FIRST = ".experts.0."
 _GATE_KEYS = {"router", "width", "rows", "features"}
@@ -164,7 +164,9 @@ class ModekitShape:
 
     def other_bases(self, recipe: Recipe) -> list[str]:
         """By what the recipe's routers read, and what is always on."""
-        return bases_that_differ(self.mixture, recipe)
+        family = self.family
+        places = self.mixture.places.items()
+        return [module for module, place in places if place.base != needs_base(recipe, family, module, place.own)]
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Nothing: this shape says all mixtures."""
@@ -317,15 +319,6 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
             said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
         changed[module] = Place.model_validate(said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
-
-
-def bases_that_differ(mixture: MixtureConfig, recipe: Recipe) -> list[str]:
-    """The places where a plan of the recipe has the base's module and the checkpoint has not, or the reverse."""
-    return [
-        module
-        for module, place in mixture.places.items()
-        if place.base != needs_base(recipe, mixture.family, module, place.own)
-    ]
 
 
 def _weight_shape(module: str, tensors: Tensors) -> tuple[int, ...] | None:

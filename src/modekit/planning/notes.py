@@ -13,7 +13,7 @@ from modekit.errors import RecipeError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
 from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
-from modekit.recipes.backbone import BackboneExpert
+from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource

@@ -28,7 +28,7 @@ from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.rows import RowsRef, is_joined, rows_of, stored_refs
-from modekit.weights.few_bits_size import bytes_of_codes
+from modekit.weights.factor_size import bytes_of_codes
 
 EMBEDDING_FILE = "model-embedding.safetensors"
 """The embedding where it carries a router's evidence, which a new fit replaces."""

@@ -15,11 +15,10 @@ from itertools import islice, takewhile
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
-from modekit.planning.parts import MixedParts
+from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
-from modekit.planning.planned_place import Kind, PlannedPlace
 from modekit.planning.routing_config import gate_rows, needs_base
-from modekit.recipes.layers import order_of
+from modekit.recipes.layers import named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
@@ -274,7 +273,7 @@ class Places:
         return first_to_run(modules, self._family)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
-        for layer in self._recipe.mixture.mixed_layers(self._family.sizes(self._base.config)):
+        for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
             for part, path in self.parts.in_order(layer):
                 module = self._family.in_layer(layer, path)
                 calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()

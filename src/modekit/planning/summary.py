@@ -11,8 +11,8 @@ from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.auto import why_chosen
-from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import TRAINING
+from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.names import split_layer

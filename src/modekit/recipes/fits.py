@@ -6,7 +6,7 @@ stands below torch and knows no function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal
@@ -42,12 +42,11 @@ class KeptStatistics:
     per_router: bool = True
 
 
-def _sums_bytes(width: int, tokens: int, in_memory: bool) -> int:
-    """Sum, mean of negatives, X'X (on disk its triangle in float32) and kept inputs in float16."""
-    return width * ((8 * width if in_memory else 2 * (width + 1)) + 16 + 2 * tokens)
-
-
-_SUMS = KeptStatistics(shared=True, nbytes=_sums_bytes, memory=lambda statistics, model: model + statistics)
+_SUMS = KeptStatistics(  # sum, mean of negatives, X'X (on disk its triangle in float32) and kept inputs in float16
+    shared=True,
+    nbytes=lambda width, tokens, in_memory: width * ((8 * width if in_memory else 2 * (width + 1)) + 16 + 2 * tokens),
+    memory=lambda statistics, model: model + statistics,
+)
 _COUNTS = KeptStatistics(
     shared=False,
     nbytes=lambda width, tokens, _in_memory: 4 * (width + 2 * tokens),
@@ -307,13 +306,8 @@ _OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's te
 
 def fits_with(setting: str) -> list[str]:
     """Names of the fits that take a setting of a router or an expert; none when all do."""
-    return [row.said for row in _every_row() if setting in row.settings]
-
-
-def _every_row() -> Iterator[Fit]:
-    for row in FITS.values():
-        yield row
-        yield from row.kinds.values()
+    every = (each for row in FITS.values() for each in (row, *row.kinds.values()))
+    return [row.said for row in every if setting in row.settings]
 
 
 def row_of(fit: str, features: str | None = None) -> Fit:

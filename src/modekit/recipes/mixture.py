@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.backbone import Backbone, BackboneExpert, BackboneMerge
 from modekit.recipes.fits import CHANGES, Fit
-from modekit.recipes.layers import Layer, check_layers, named_layers
+from modekit.recipes.layers import check_layers
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
+
+
+class BackboneMerge(Strict):
+    """A backbone merged from the experts, with its settings."""
+
+    method: Literal["average", "task_arithmetic", "ties", "slerp"]
+    scale: float = Field(1.0, description="Strength of task_arithmetic and ties (lambda).")
+    density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
+    t: float = Field(0.5, ge=0, le=1, description="Position of slerp between the two experts.")
+
+    @model_validator(mode="after")
+    def _no_dead_setting(self) -> BackboneMerge:
+        live = {"task_arithmetic": {"scale"}, "ties": {"scale", "density"}, "slerp": {"t"}}.get(self.method, set())
+        for key in self.model_fields_set - {"method"} - live:
+            raise ValueError(f"'{key}' has no effect with method '{self.method}'; remove it")
+        return self
+
+
+class BackboneExpert(Strict):
+    """The backbone of one expert."""
+
+    expert: Name
+
+
+def _backbone_form(value: object) -> str:
+    """Which way of writing a backbone is meant, so that a mistake in it is reported once and not per way."""
+    if isinstance(value, BackboneExpert) or (isinstance(value, dict) and "expert" in value):
+        return "BackboneExpert"
+    return "BackboneMerge" if isinstance(value, (dict, BackboneMerge)) else "literal[]"
+
+
+Backbone = Annotated[
+    Annotated[Literal["base", "average", "task_arithmetic", "ties", "slerp"], Tag("literal[]")]
+    | Annotated[BackboneExpert, Tag("BackboneExpert")]
+    | Annotated[BackboneMerge, Tag("BackboneMerge")],
+    Discriminator(_backbone_form),
+]
+
 
 Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
@@ -191,10 +228,6 @@ class Mixture(Strict):
     def keeps_statistics(self) -> bool:
         """Whether the router is fitted on statistics of text, which are kept."""
         return self.fit is not None and self.fit.reads.keeps is not None
-
-    def mixed_layers(self, sizes: Mapping[str, int]) -> list[Layer]:
-        """The layers that are mixed, of a model whose stacks have so many. Raises RecipeError for one that does not exist."""
-        return named_layers(self.layers, sizes)
 
     def beyond_native(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""

@@ -14,9 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
 from modekit.recipes.auto import choices
-from modekit.recipes.backbone import BackboneExpert, BackboneMerge
 from modekit.recipes.mergekit import check_not_mergekit
-from modekit.recipes.mixture import AlwaysOn, Mixture
+from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
 from modekit.recipes.short import spelled_out

@@ -14,9 +14,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from modekit.recipes.backbone import BackboneExpert
 from modekit.recipes.fits import fits_with
-from modekit.recipes.mixture import Mixture
+from modekit.recipes.mixture import BackboneExpert, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
 DType = Literal["float32", "bfloat16", "float16", "source"]

@@ -6,12 +6,16 @@ The channels of the average pass a norm before each gate, which divides them by 
 measured on a little text: the gate of a layer multiplies with the median, over tokens, of what the average is over what
 arrives. docs/lexical.md has the equations.
 
+Words that the text has rarely, or not at all, borrow: ridge regression over the tokens that the text has goes from the base's
+embedding to the table, and what it says of a token counts as much as some occurrences of it. How many, and how strong the ridge
+is, say tokens that are kept aside: embeddings that tell nothing lend nothing.
+
 Shape legend: B batch, S sequence, E experts, J averages, V vocabulary, N = J E channels, D width of what a router reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -19,21 +23,74 @@ import torch
 from torch import nn
 
 from modekit.architecture.modekit_router import causal_average, ngram_rows
-from modekit.checkpoint.evidence import evidence_columns, evidence_values
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.evidence import evidence_columns, evidence_values, rows_of
 from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS, Channels
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.borrowed import shared_embedding, with_borrowed
 from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.routing.unseen import made_texts
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import DTYPE_NAMES, TensorRef
+from modekit.sources.names import embedding_in, weight_of
 from modekit.text.chat import ChatTemplate
 from modekit.text.sequences import make_batches
+from modekit.weights.numeric import as_array, to_float32
+
+_PRIOR = 25.0  # occurrences of a token that what it borrows counts as much as, were it all that there is to know
+_RIDGES = [10.0**power for power in range(-3, 4, 2)]  # of the mean square of an embedding's column
+_ASIDE = 8  # one token of so many chooses the ridge
+_LEAST = 1e-30  # where all rows are zeros
+
+
+def shared_embedding(checkpoint: Checkpoint) -> TensorRef | None:
+    """The embedding, in full precision, that all experts have; None where there is no such one."""
+    found = checkpoint.tensors.get(weight_of(embedding_in(checkpoint.tensors)))
+    return found if found is not None and found.shape[:1] == (checkpoint.vocabulary,) and found.dtype in DTYPE_NAMES else None
+
+
+def with_borrowed(table_VN: torch.Tensor, counts_V: torch.Tensor, embedding: TensorRef, hidden: int) -> torch.Tensor:
+    """The table with what its rarer tokens borrow. `counts_V`: occurrences of each; `hidden`: D, of the embedding's columns."""
+    weights_V = counts_V / (counts_V + _PRIOR)
+    own, held = torch.zeros(2, *[hidden + table_VN.shape[1]] * 2, dtype=torch.float64)  # X, Y transposed times X, Y
+    with OpenFiles() as opened:
+        for start, x_BD in _blocks(opened, embedding, hidden):
+            seen = start + counts_V[start : start + len(x_BD)].nonzero()[:, 0]
+            aside = seen % _ASIDE == 0
+            for rows, product in ((seen[~aside], own), (seen[aside], held)):
+                both = torch.cat([x_BD[rows - start], table_VN[rows]], dim=1)
+                product += ((both * weights_V[rows, None]).t() @ both).double()
+        explained, ridge = max((_explained(_solved(own, hidden, each), held), each) for each in _RIDGES)
+        prior, into_DN = _PRIOR * max(0.0, explained), _solved(own + held, hidden, ridge).float()
+        said = [x_BD @ into_DN for _, x_BD in _blocks(opened, embedding, hidden)]
+    return torch.lerp(table_VN, torch.cat(said), prior / (counts_V + prior).clamp_min(_LEAST)[:, None])
+
+
+def _solved(product: torch.Tensor, hidden: int, ridge: float) -> torch.Tensor:
+    """What takes X to Y, (D, N)."""
+    gram_DD = product[:hidden, :hidden].clone()
+    gram_DD.diagonal().add_((ridge * gram_DD.diagonal().mean()).clamp_min(_LEAST))
+    return torch.linalg.solve(gram_DD, product[:hidden, hidden:])  # type: ignore[no-any-return]
+
+
+def _explained(into_DN: torch.Tensor, held: torch.Tensor) -> float:
+    """Share of the squares of tokens that are kept aside."""
+    hidden = len(into_DN)
+    less = (into_DN * (2 * held[:hidden, hidden:] - held[:hidden, :hidden] @ into_DN)).sum()
+    return float(less / held.diagonal()[hidden:].sum().clamp_min(_LEAST))
+
+
+def _blocks(opened: OpenFiles, embedding: TensorRef, hidden: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Some rows (B, D), and the number of the first."""
+    for start, rows in rows_of(opened, embedding):
+        yield start, torch.from_numpy(to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])[:, :hidden])
+
 
 TOWARD_BASE = 0.05  # logits, with chats: a base that is an expert takes words of which nothing is known
 _LEAN = 0.01
@@ -130,7 +187,7 @@ def _room(recipe: Recipe) -> BaseRoom | None:
 def _with_borrowed(
     fitting: Fitting, table_EJV: torch.Tensor, examples: Sequence[Sequence[TokenRows]], special: Sequence[int]
 ) -> torch.Tensor:
-    """The table with what words that the text has rarely take from others (borrowed.py), where one embedding tells."""
+    """The table with what words that the text has rarely take from others (`with_borrowed`), where one embedding tells."""
     embedding, channels = shared_embedding(fitting.checkpoint), fitting.checkpoint.shape.channels
     if embedding is None:
         return table_EJV

@@ -166,7 +166,7 @@ class _Rules:
         """Name of a weight of the base -> its change."""
         found: dict[str, Change] = {}
         for module, parts in self.resolved.parts.items():
-            weights = {name: self.resolved.whole_or_base(name, ref) for name, ref in self.resolved.weights(module).items()}
+            weights = {name: self.resolved.whole.get(name, ref) for name, ref in self.resolved.weights(module).items()}
             total, start = sum(ref.shape[0] for ref in weights.values()), 0
             for name, ref in weights.items():
                 rows = None if len(weights) == 1 else (start, start + ref.shape[0])

@@ -256,23 +256,17 @@ class Resolution:
         if self._is_tied and weight_of(self._head) in found:
             head = found.pop(weight_of(self._head))  # one parameter with the embedding, saved under both names
             found.setdefault(weight_of(self._embedding), head)
+        # Of what has a row for each token the adapter may have more or fewer than the base.
+        of_tokens = () if self._shares else (weight_of(self._embedding), weight_of(self._head), f"{self._head}.bias")
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
-            if ref.shape != expected and not (self._has_tokens(name) and ref.shape[1:] == expected[1:]):
+            if ref.shape != expected and not (name in of_tokens and ref.shape[1:] == expected[1:]):
                 self.refuse_shape(ref, expected)
         for module, rows in self.token_rows.items():
             name = weight_of(module)
             if rows.shape[0] and not (self._is_tied and module == self._head):
                 found[name] = self._with_token_rows(name, found.get(name, self.base.tensors[name]), rows)
         return found
-
-    def _has_tokens(self, name: str) -> bool:
-        """Whether a tensor has a row for each token, of which the adapter may have more or fewer than the base."""
-        return not self._shares and name in (weight_of(self._embedding), weight_of(self._head), f"{self._head}.bias")
-
-    def whole_or_base(self, name: str, ref: TensorRef) -> TensorRef:
-        """The file's copy of a tensor of the base, or the base's: what an adapter's change is added to."""
-        return self.whole.get(name, ref)
 
     def weights(self, module: str) -> dict[str, TensorRef]:
         """The base's weights, (O, I) each, that an adapted module stands for."""

@@ -201,7 +201,8 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     where = f"{source.label} ({source.spec}): config.json"
     extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
     head = weight_of(family.head)
-    if is_tied(base, family) and (extra == [head] or (family.derived is not None and _has_own_head(source, head))):
+    own_head = head in source.tensors and source.config.get("tie_word_embeddings") is False
+    if is_tied(base, family) and (extra == [head] or (family.derived is not None and own_head)):
         raise MismatchError(
             "the expert has a head of its own, and the base model's is its embedding",
             where=f"{source.label} ({source.spec})",
@@ -217,10 +218,6 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )
     _check_same_settings(base, source, family, where)
-
-
-def _has_own_head(source: ModelSource, head: str) -> bool:
-    return head in source.tensors and source.config.get("tie_word_embeddings") is False
 
 
 def _check_same_settings(base: ModelSource, source: ModelSource, family: Family, where: str) -> None:

@@ -34,13 +34,8 @@ READ_ALIKE = ({"q", "k", "v"}, {"cross_k", "cross_v"}, {"gate", "up"})
 """Parts of a layer that read the same input."""
 
 LINEAR = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    **{part: f"self_attn.{part}_proj" for part in "qkvo"},
+    **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 
 

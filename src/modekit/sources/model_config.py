@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
@@ -38,93 +38,37 @@ Word = Annotated[str, Field(max_length=200)]
 Simple = None | bool | Number | Word
 
 
-class _Values(BaseModel):
-    """The settings of dense configs that anything is computed from; what is not named here is carried as it is."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    vocab_size: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    max_position_embeddings: Size | None = None
-    global_head_dim: Size | None = None
-    num_global_key_value_heads: Size | None = None
-    num_kv_shared_layers: Count | None = None
-    sliding_window: Count | None = None
-    max_window_layers: Count | None = None
-    sliding_window_pattern: Size | Word | None = None
-    full_attention_interval: Size | None = None
-    linear_conv_kernel_dim: Size | None = None
-    linear_key_head_dim: Size | None = None
-    linear_value_head_dim: Size | None = None
-    linear_num_key_heads: Size | None = None
-    linear_num_value_heads: Size | None = None
-    use_sliding_window: bool | None = None
-    tie_word_embeddings: bool | None = None
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
-    use_bias: bool | None = None
-    hidden_act: Word | None = None
-    hidden_activation: Word | None = None
-    rms_norm_eps: Number | None = None
-    layer_norm_eps: Number | None = None
-    norm_epsilon: Number | None = None
-    rope_theta: Number | None = None
-    rope_local_base_freq: Number | None = None
-    partial_rotary_factor: Number | None = None
-    embedding_multiplier: Number | None = None
-    residual_multiplier: Number | None = None
-    logits_scaling: Number | None = None
-    attention_multiplier: Number | None = None
-    logit_scale: Number | None = None
-    query_pre_attn_scalar: Number | None = None
-    final_logit_softcapping: Number | None = None
-    attn_logit_softcapping: Number | None = None
-    clip_qkv: Number | None = None
-    layer_types: list[Word] | None = None
-    no_rope_layers: list[int] | None = None
-    rope_parameters: dict[str, object] | None = None
-    rope_scaling: dict[str, object] | None = None
+def _optional(kind: Any, names: str) -> dict[str, Any]:
+    """Fields of one kind, which a config may leave out."""
+    return dict.fromkeys(names.split(), (kind | None, None))
 
 
+def _needed(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), (Size, ...))
+
+
+_READ_AS = ConfigDict(strict=True, extra="ignore")
+_Values = create_model(
+    "_Values",
+    __config__=_READ_AS,
+    **_needed("hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"),
+    **_optional(Size, "num_key_value_heads head_dim max_position_embeddings global_head_dim num_global_key_value_heads"),
+    **_optional(Size, "full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim"),
+    **_optional(Size, "linear_num_key_heads linear_num_value_heads"),
+    **_optional(Count, "num_kv_shared_layers sliding_window max_window_layers"),
+    **_optional(Size | Word, "sliding_window_pattern"),
+    **_optional(bool, "use_sliding_window tie_word_embeddings attention_bias mlp_bias use_bias"),
+    **_optional(Word, "hidden_act hidden_activation"),
+    **_optional(Number, "rms_norm_eps layer_norm_eps norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor"),
+    **_optional(Number, "embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale"),
+    **_optional(Number, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv"),
+    **_optional(list[Word], "layer_types"),
+    **_optional(list[int], "no_rope_layers"),
+    **_optional(dict[str, object], "rope_parameters rope_scaling"),
+)
+"""The settings of dense configs that anything is computed from; what is not named here is carried as it is."""
 SETTINGS = tuple(_Values.model_fields)
 """What anything is computed from."""
-
-
-class _PairValues(BaseModel):
-    """The same of families with an encoder."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    d_model: Size
-    vocab_size: Size
-    decoder_vocab_size: Size | None = None
-    encoder_layers: Size | None = None
-    decoder_layers: Size | None = None
-    encoder_ffn_dim: Size | None = None
-    decoder_ffn_dim: Size | None = None
-    encoder_attention_heads: Size | None = None
-    decoder_attention_heads: Size | None = None
-    num_layers: Size | None = None
-    num_decoder_layers: Size | None = None
-    num_heads: Size | None = None
-    d_ff: Size | None = None
-    d_kv: Size | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=2**20)] | None = None  # some compute as many sines and cosines
-    is_encoder_decoder: Literal[True] = True
-    relative_attention_num_buckets: Size | None = None
-    relative_attention_max_distance: Size | None = None
-    feed_forward_proj: Word | None = None
-    activation_function: Word | None = None
-    layer_norm_epsilon: Number | None = None
-    scale_embedding: bool | None = None
-    share_encoder_decoder_embeddings: bool | None = None
-    tie_word_embeddings: bool | None = None
-
 
 _SIZES_OF_A_PAIR = (
     (
@@ -138,6 +82,20 @@ _SIZES_OF_A_PAIR = (
     ("num_layers", "num_heads", "d_ff", "d_kv"),
 )
 """Of which a config gives all of one kind: Bart's or T5's."""
+_PairValues = create_model(
+    "_PairValues",
+    __config__=_READ_AS,
+    **_needed("d_model vocab_size"),
+    **_optional(Size, " ".join((*_SIZES_OF_A_PAIR[0], *_SIZES_OF_A_PAIR[1]))),
+    **_optional(Size, "decoder_vocab_size num_decoder_layers"),
+    **_optional(Size, "relative_attention_num_buckets relative_attention_max_distance"),
+    **_optional(Annotated[int, Field(ge=1, le=2**20)], "max_position_embeddings"),  # some compute as many sines and cosines
+    is_encoder_decoder=(Literal[True], True),
+    **_optional(Word, "feed_forward_proj activation_function"),
+    **_optional(Number, "layer_norm_epsilon"),
+    **_optional(bool, "scale_embedding share_encoder_decoder_embeddings tie_word_embeddings"),
+)
+"""The same of families with an encoder."""
 
 
 class _Rope(BaseModel):

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family
+from modekit.sources.families import FAMILIES
+from modekit.sources.family import Config, Family, whole
+from modekit.sources.looked_up import LOOKED_UP
 from modekit.sources.names import in_layer
 
 Rule = tuple[Callable[[Config], bool], str]
@@ -187,3 +189,37 @@ class Native:
 
 
 _NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
+
+
+def _silu(config: Config) -> bool:
+    return config.get("hidden_act", "silu") in {"silu", "swish"}
+
+
+def heads_fill(native: str) -> Rule:
+    """Heads are as wide as the stream has room for, which a native architecture assumes."""
+    return _heads_fill, f"head_dim is not hidden_size / num_attention_heads, which {native} assumes"
+
+
+def _heads_fill(config: Config) -> bool:
+    heads = whole(config, "num_attention_heads")
+    head_dim = config.get("head_dim")
+    return whole(config, "hidden_size") % heads == 0 and head_dim in {None, whole(config, "hidden_size") // heads}
+
+
+def mapping(config: Config, key: str) -> Config:
+    """A setting of several."""
+    found = config[key]
+    assert isinstance(found, Mapping)
+    return found
+
+
+NO_MLP_BIAS: Rule = (lambda c: not c.get("mlp_bias"), "the FFN has biases (mlp_bias), the native experts have none")
+SILU: Rule = (
+    lambda c: c.get("hidden_act", "silu") in {"silu", "swish"},
+    "the activation is not SiLU, which the native architecture's engines assume",
+)
+
+NO_ATTENTION = "its first layers have no attention that could average over the text"
+HEADS_ARE_NORMED = Widening(recency=False)
+"""Norms of queries and keys with weights that only the model's files know: a constant is no constant behind them."""
+FAMILY = {family.model_type: family for family in (*FAMILIES, *LOOKED_UP)}

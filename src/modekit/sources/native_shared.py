@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from modekit.sources.family import Config, whole, words
-from modekit.sources.native_row import Constant, Native, Rule, Widening
-from modekit.sources.native_rules import FAMILY, NO_ATTENTION, NO_MLP_BIAS, SILU, heads_fill, mapping
+from modekit.sources.native_row import (
+    FAMILY,
+    NO_ATTENTION,
+    NO_MLP_BIAS,
+    SILU,
+    Constant,
+    Native,
+    Rule,
+    Widening,
+    heads_fill,
+    mapping,
+)
 
 
 def _one_attention_kind(config: Config) -> bool:

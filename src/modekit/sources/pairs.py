@@ -17,20 +17,9 @@ _SELF = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_pro
 _CROSS = {f"cross_{part}": path.replace("self_attn", "encoder_attn") for part, path in _SELF.items()}
 _TWO = {"up": "fc1", "down": "fc2"}
 _BART_KEYS = (
-    "d_model",
-    "vocab_size",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "activation_function",
-    "scale_embedding",
-    "max_position_embeddings",
-    "share_encoder_decoder_embeddings",
-    "decoder_vocab_size",
-    "tie_word_embeddings",
+    *("d_model", "vocab_size", "decoder_vocab_size", "share_encoder_decoder_embeddings", "tie_word_embeddings"),
+    *(f"{stack}_{size}" for stack in ("encoder", "decoder") for size in ("layers", "ffn_dim", "attention_heads")),
+    *("activation_function", "scale_embedding", "max_position_embeddings"),
 )
 _LEARNED = "embed_positions.weight"
 _SINUSOIDS = tuple(f"model.{stack}coder.embed_positions.{name}" for stack in ("en", "de") for name in ("weight", "weights"))
@@ -73,20 +62,10 @@ def _bart(model_type: str, *outside: str, **says: object) -> Family:
     )
 
 
-_T5_MUST_MATCH = (
-    "d_model",
-    "vocab_size",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_decoder_layers",
-    "num_heads",
-    "feed_forward_proj",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "layer_norm_epsilon",
-    "scale_decoder_outputs",
-    "dense_act_fn",
+_T5_KEYS = (
+    *("d_model", "vocab_size", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "feed_forward_proj"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
+    *("scale_decoder_outputs", "dense_act_fn"),
 )
 
 
@@ -120,7 +99,7 @@ def _t5(gated: bool) -> Family:
         "t5",
         _t5_stacks(gated),
         variant="gated" if gated else "",
-        is_variant=lambda config: _is_gated(config) == gated,
+        is_variant=lambda config: str(config.get("feed_forward_proj")).startswith("gated") == gated,
         rope_theta=None,
         without_vllm=_WITHOUT_VLLM,
         width="d_model",
@@ -135,7 +114,7 @@ def _t5(gated: bool) -> Family:
         same_as={"num_decoder_layers": "num_layers"},
         copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         shares=True,
-        must_match=_T5_MUST_MATCH,
+        must_match=_T5_KEYS,
         meant=_t5_meant,
     )
 
@@ -155,16 +134,6 @@ def _t5_meant(config: Config) -> Config:
     }
 
 
-def _m2m_meant(config: Config) -> Config:
-    """Positions count from the token of pads on."""
-    return {**config, "pad_token_id": config.get("pad_token_id", 1)}
-
-
-def _is_gated(config: Config) -> bool:
-    kind = config.get("feed_forward_proj") or "relu"
-    return str(kind).startswith("gated")
-
-
 _NORM_BEFORE = ("layernorm_embedding.weight", "layernorm_embedding.bias")
 _NORM_BEHIND = ("layer_norm.weight", "layer_norm.bias")
 
@@ -175,7 +144,7 @@ PAIRS: tuple[Family, ...] = (
     replace(
         _bart("m2m_100", *_NORM_BEHIND, activation_function="relu", scale_embedding=True),
         must_match=(*_BART_KEYS, "pad_token_id"),
-        meant=_m2m_meant,
+        meant=lambda config: {"pad_token_id": 1, **config},  # positions count from it on
     ),
     _t5(gated=False),
     _t5(gated=True),

@@ -12,8 +12,7 @@ from modekit.errors import TextError
 from modekit.files.read import open_regular
 from modekit.recipes.paths import locate, sides_of
 from modekit.text.document import Pair, text_of, whole_pair
-from modekit.text.passages import passages
-from modekit.text.plain import lines_of, plain_text, text_pieces
+from modekit.text.plain import lines_of, passages, plain_text, text_pieces
 from modekit.text.records import TextRecord, record_of
 from modekit.text.tables import SEPARATED, read_parquet, read_separated
 

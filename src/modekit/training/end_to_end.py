@@ -20,10 +20,9 @@ from modekit.training.batches import Batches, BatchPart, plan_parts, steps_of_on
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
-from modekit.training.objective import Objective
+from modekit.training.objective import Objective, lost_teachers, make_teachers
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
-from modekit.training.teachers import lost_teachers, make_teachers
 from modekit.training.texts import silent_domains
 
 

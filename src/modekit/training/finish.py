@@ -48,39 +48,28 @@ class TrainedMixture:
     failed: TrainingError | None
 
 
-def finish(
-    request: Request,
-    outcome: TrainingOutcome,
-    kept: TrainingFolder | dict[str, torch.Tensor],
-    run: Run,
-) -> TrainedMixture:
-    """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone.
-
-    `kept` is where the best state is, or, of a training that keeps nothing, the trained gates by name.
-    """
+def finish(request: Request, outcome: TrainingOutcome, folder: TrainingFolder, run: Run) -> TrainedMixture:
+    """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone."""
     record, improved, error = _record(request, outcome), outcome.improved, outcome.error
-    folder = kept if isinstance(kept, TrainingFolder) else None
-    if not improved and folder is not None and processes().is_main:
+    if not improved and processes().is_main:
         folder.remove()
     if not improved or not processes().is_main:
         return TrainedMixture(request.checkpoint, improved, record, None, error)
-    before = folder.recall("before", Results.from_data) if folder is not None else None
-    if folder is not None and folder.is_written:
+    before = folder.recall("before", Results.from_data)
+    if folder.is_written:
         written = open_checkpoint(request.target)
     else:
         if before is None:
             before = _evaluate(request, request.checkpoint, None, run, write=False)
-        if folder is not None and before is not None:  # what a kill must not cost
+        if before is not None:  # what a kill must not cost
             folder.keep("before", before.as_data())
-        moved = _moved(request, outcome, kept, run) if isinstance(kept, TrainingFolder) else kept
-        if folder is not None:
-            folder.announce([*request.checkpoint.record.training, record])
+        moved = _moved(request, outcome, folder, run)
+        folder.announce([*request.checkpoint.record.training, record])
         written = write_trained(request, moved, record, run)
     after = _evaluate(request, written, before, run, write=True)
     results = _compared(before, after) if before is not None and after is not None else None
     _write_results(written, record, results, folder)
-    if folder is not None:
-        folder.remove()
+    folder.remove()
     settle(request.target)
     return TrainedMixture(written, improved, record, results, error)
 
@@ -171,16 +160,14 @@ def _compared(before: Results, after: Results) -> Results:
     return Results(rows, after.domains, after.unseen, after.text, after.notes)
 
 
-def _write_results(
-    checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder | None
-) -> None:
+def _write_results(checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder) -> None:
     data = {"training": record.model_dump(mode="json"), "results": results.as_data() if results is not None else None}
     files = {"train.json": json_bytes(data)}
     if results is not None:
         files["train.md"] = results.markdown().encode()
-    if folder is not None and (folder.path / LOG_FILE).exists():
+    if (folder.path / LOG_FILE).exists():
         files["train.csv"] = read_bytes(folder.path / LOG_FILE, LARGE)
-    logs = folder.path / TENSORBOARD_FOLDER if folder is not None else None
-    if logs is not None and logs.is_dir():
+    logs = folder.path / TENSORBOARD_FOLDER
+    if logs.is_dir():
         files |= {f"{TENSORBOARD_FOLDER}/{name}": read_bytes(logs / name, LARGE) for name in files_below(logs)}
     write_results(checkpoint, files)

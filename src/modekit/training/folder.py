@@ -26,7 +26,7 @@ from modekit.training.settings import TrainSettings
 from modekit.training.states_folder import StatesFolder, digest_of_data
 from modekit.training.texts import TrainingText
 
-_OF_MEMORY = {"accumulate", "checkpointing", "cache_bytes"}  # what a training may go on with otherwise
+_OF_MEMORY = {"accumulate", "checkpointing"}  # what a training may go on with otherwise
 
 
 class TrainingFolder(StatesFolder):

@@ -11,7 +11,6 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.processes import processes
 from modekit.training.batches import DomainSequences
 from modekit.training.folder import digest_of_request
 from modekit.training.settings import OF_ROUTERS, TrainSettings
@@ -56,7 +55,7 @@ class Request:
     def check(self) -> None:
         """Raise TrainingError when the settings ask for what this mixture or its text cannot give."""
         checkpoint, settings = self.checkpoint, self.settings
-        of_routers = OF_ROUTERS & set(settings.losses) if settings.speed == "full" else {"label"}
+        of_routers = OF_ROUTERS & set(settings.losses)
         routers_only = set(settings.what) == {"routers"}
         if has_no_router(checkpoint) and (routers_only or of_routers):
             raise TrainingError(
@@ -77,15 +76,13 @@ class Request:
                 remedy="write randomise_to: generic",
             )
         silent = silent_domains(checkpoint, self.texts)
-        if silent and (settings.speed == "cheap" or "label" in settings.losses):
+        if silent and "label" in settings.losses:
             raise TrainingError(
                 "labels of some domains alone would turn every router to them",
                 where="--text",
                 found=f"no text of {', '.join(silent)}",
                 remedy="give text of every domain, or train on lm or distill",
             )
-        if settings.speed == "cheap" and processes().count > 1:
-            raise TrainingError("a cheap training is done by one process", where="speed", remedy="start it without a launcher")
 
     def _check_carrying(self, of_routers: bool) -> None:
         """Raise TrainingError for what would move the channels through which whole experts are carried."""
@@ -118,7 +115,8 @@ class Request:
                 found="regime: joint",
                 remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
             )
-        if self.settings.takes_labels_away and not shape.routing.runs_common:
+        takes_away = self.settings.randomise > 0 and self.settings.randomise_to in ("half", "generic")
+        if takes_away and not shape.routing.runs_common:
             raise TrainingError(
                 "a label that is taken away leaves a step's text to no expert here",
                 where="randomise_to",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,32 +22,15 @@ from modekit.text.amounts import SAMPLE_TOKENS
 Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "experts", "all"]
 """What may move; training/moving.py finds the parameters."""
 
-Loss = Literal[
-    "lm",
-    "distill",
-    "distill_reverse",
-    "forward_kl",
-    "reverse_kl",
-    "teacher_ce",
-    "total_variation",
-    "label",
-    "balance",
-    "importance",
-    "z",
-]
+_Divergence = Literal["distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
+Loss = Literal["lm", _Divergence, "label", "balance", "importance", "z"]
 """See training/losses.py."""
 
 RandomiseTo = Literal["half", "all", "others", "generic"]
 """What a label becomes that is drawn anew: half of them none, half another; any, its own among them; another; none."""
 
 WEIGHTS: dict[Loss, float] = {
-    "lm": 1.0,
-    "distill": 1.0,
-    "distill_reverse": 1.0,
-    "forward_kl": 1.0,
-    "reverse_kl": 1.0,
-    "teacher_ce": 1.0,
-    "total_variation": 1.0,
+    **dict.fromkeys(get_args(Loss), 1.0),
     "label": 0.1,  # of our own: a tenth of a nat of routing against a nat of text (benchmarks/training.md)
     "balance": 0.01,  # alpha, arXiv:2101.03961, Section 2.2
     "importance": 0.1,  # w_importance, arXiv:1701.06538, Section 4
@@ -55,77 +38,20 @@ WEIGHTS: dict[Loss, float] = {
 }
 """Weight of a loss that is named without one."""
 
-DISTILLS = {"distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation"}
+DISTILLS = set(get_args(_Divergence))
 """Losses that need the domains' own experts as teachers."""
 _READS_LABELS = "tags, regime: joint, the loss label, or distillation without a teacher"
 _FEWEST_SELECT_TOKENS = 64
 OF_ROUTERS = {"label", "balance", "importance", "z"}
 """Losses that are taken of what routers say."""
 
-_ONLY_FULL = (
-    "lora",
-    "losses",
-    "accumulate",
-    "clip",
-    "train_top_k",
-    "generic",
-    "randomise",
-    "pack",
-    "checkpointing",
-    "randomise_to",
-    "warmup",
-    "batch_tokens",
-    "evaluate_every",
-    "precision",
-    "regime",
-    "teacher",
-)
-"""Settings that speed: cheap has no use for."""
-
 
 class TrainSettings(BaseModel):
-    """Settings of one run; unknown keys and settings without effect are errors.
+    """Settings of one run, each as docs/training.md says it; unknown keys and settings without effect are errors.
 
-    Attributes:
-        what: groups of parameters that move; everything else stays bit for bit.
-        lora: train a low-rank change of this rank in place of the parameters themselves; folded in at the end.
-        losses: name -> weight.
-        temperature: of distillation; its losses count times T^2 (arXiv:1503.02531, Section 2).
-        adaptive: weigh distillation against lm by how far each still is: their weights' sum is shared out in proportion to
-            the losses.
-        regime: `mixture` trains the mixture as it routes. `joint`: a step has text of one domain, which goes to its own expert
-            whatever routers say, so that this expert, what all share and a common expert learn from it and no other does
-            (JEET and MoE-CE, arXiv:2407.19610).
-        teacher: a model whose predictions distillation is towards, in place of the domains' own experts.
-        speed: `cheap` trains gates on kept activations with domain labels, without a pass back; `full` end to end.
-        steps: optimiser steps; None passes once over the text.
-        batch_tokens: tokens per step, of all processes together.
-        accumulate: parts that a process makes of its share of a step, one after the other.
-        sequence_length: longest piece of a document, in tokens.
-        learning_rate: peak of AdamW for routers (full); warmed up over `warmup` of the steps, then linear to zero.
-        backbone_learning_rate: the same for everything that is no router.
-        weight_decay: of everything that is no router.
-        clip: largest norm of the gradient.
-        train_top_k: experts per token while training; 0 is all of them; None is the mixture's own, but at least 2 in native
-            mixtures, whose renormalised weight is 1 and gives no gradient at 1.
-        mix: how often each domain is read: `equal`, `proportional` to its tokens, or `temperature`: tokens to the power of
-            1 / mix_temperature.
-        generic: text of no domain, which teaches the way back to the base (files or folders).
-        generic_share: its share of the tokens.
-        randomise: probability that the label of a sequence is drawn anew (domain randomisation, arXiv:2407.01126); with
-            `joint` that of a step, whose expert it decides.
-        randomise_to: what it becomes: `half` of them none and half another domain's, `all` any domain's, its own among them,
-            `others` another domain's, `generic` none.
-        tags: read every sequence with the tag of its label, whether that was drawn anew or not.
-        pack: several documents per row, each seeing only itself; None packs where the routers allow it.
-        share: of the fit documents of every domain, picked by hash.
-        select_tokens: held-out tokens per domain (select split) on which states are compared.
-        evaluate_every: steps between two comparisons (and between two states kept for a resume); None is a tenth of all.
-        patience: comparisons without a better one after which training ends.
-        cache_bytes: memory for the kept activations of a cheap training.
-        precision: of matrix products; None is bfloat16 where the device is faster with it.
-        checkpointing: compute activations again in the pass back, for less memory.
-        seed: of everything drawn.
+    Losses of distillation count times temperature^2 (arXiv:1503.02531, Section 2); `regime` joint is JEET and MoE-CE of
+    arXiv:2407.19610; `randomise` is the domain randomisation of arXiv:2407.01126. None of `train_top_k` is the mixture's own,
+    but at least 2 in native mixtures, whose renormalised weight is 1 and gives no gradient at 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -137,7 +63,6 @@ class TrainSettings(BaseModel):
     adaptive: bool = False
     regime: Literal["mixture", "joint"] = "mixture"
     teacher: str | None = None
-    speed: Literal["cheap", "full"] = "full"
     steps: int | None = Field(None, ge=1)
     batch_tokens: int = Field(4_096, ge=16)
     accumulate: int | None = Field(None, ge=1)
@@ -160,14 +85,15 @@ class TrainSettings(BaseModel):
     select_tokens: int = Field(SAMPLE_TOKENS, ge=_FEWEST_SELECT_TOKENS)
     evaluate_every: int | None = Field(None, ge=1)
     patience: int = Field(4, ge=1)
-    cache_bytes: int = Field(2 * 2**30, ge=2**20)
     precision: Literal["float32", "bfloat16"] | None = None
     checkpointing: bool = False
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _all_that_a_joint_step_reaches(cls, values: Any) -> Any:
+    def _read_given(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "speed" in values:
+            raise ValueError("speed is gone: modekit fit OUT --router logistic sets gates on kept activations, as cheap did")
         return {"what": ["all"], **values} if isinstance(values, dict) and values.get("regime") == "joint" else values
 
     @model_validator(mode="after")
@@ -185,21 +111,16 @@ class TrainSettings(BaseModel):
             "train_top_k": self.is_joint,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
-            "cache_bytes": self.speed == "full",
         }
-        if self.speed == "cheap":
-            dead |= dict.fromkeys(_ONLY_FULL, True)
-            if set(self.what) != {"routers"}:
-                raise ValueError("speed: cheap moves routers only; write what: [routers], or speed: full")
         found = [key for key, is_dead in dead.items() if is_dead and key in said]
         if found:
-            needed = f", or add what reads labels: {_READS_LABELS}" if "randomise" in found and self.speed == "full" else ""
+            needed = f", or add what reads labels: {_READS_LABELS}" if "randomise" in found else ""
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them{needed}")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
         if self.is_joint:
             self._check_joint()
-        if self.speed == "full" and set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
+        if set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
@@ -210,11 +131,6 @@ class TrainSettings(BaseModel):
         of_routers = OF_ROUTERS & set(self.losses)
         if "routers" in self.what or of_routers:
             raise ValueError("regime: joint asks no router, so that none learns: remove what and losses of routers")
-
-    @property
-    def takes_labels_away(self) -> bool:
-        """Whether text of a domain may come to have no label."""
-        return self.randomise > 0 and self.randomise_to in ("half", "generic")
 
     @property
     def _reads_label(self) -> bool:

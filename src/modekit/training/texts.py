@@ -114,7 +114,8 @@ class _TextReader:
 def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[Document], reader: _TextReader) -> TrainingText:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
     settings = reader.settings
-    fit = [document for document in text.fit() if _is_in_share(document, settings.share)]
+    # By hash alone, of other digits than those of the splits.
+    fit = [document for document in text.fit() if int(digest_of(document)[8:16], 16) < settings.share * 2**32]
     sequences = reader.encode(fit, name, expert, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
     held_out = reader.encode(select, name, expert, max_tokens=settings.select_tokens)
     for documents, found, what in ((fit, sequences, "training"), (select, held_out, "comparing states")):
@@ -135,8 +136,3 @@ def silent_domains(checkpoint: Checkpoint, texts: Sequence[TrainingText]) -> lis
     """Experts of whose domain there is no text."""
     known = {text.corpus.expert for text in texts}
     return [name for place, name in enumerate(checkpoint.names) if place not in known]
-
-
-def _is_in_share(document: Document, share: float) -> bool:
-    """Whether a document belongs to a share of them that its hash alone decides (other digits than those of the splits)."""
-    return int(digest_of(document)[8:16], 16) < share * 2**32

@@ -21,7 +21,6 @@ from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
 from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
-from modekit.training.cheap import train_gates
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.finish import TrainedMixture, finish
 from modekit.training.folder import TrainingFolder, TrainingOutcome
@@ -59,10 +58,6 @@ def train(
     if target != checkpoint.folder and not folder.is_written:
         _refuse_made(request, folder)
     request.check()
-    if settings.speed == "cheap":
-        with memory_errors():
-            outcome, gates = train_gates(request, run)
-        return finish(request, outcome, gates, run)
     try:
         folder.claim(checkpoint, settings, read)
         return finish(request, _go_on(request, folder, run), folder, run)

@@ -83,18 +83,14 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
 
 def _write_shards(checkpoint: Checkpoint, content: Mapping[str, memoryview], stage: Staging) -> None:
     """Files with a moved tensor anew, the others linked."""
-    opened = OpenFiles()
-    try:
+    with OpenFiles() as opened:
         for file in sorted({ref.file for ref in checkpoint.tensors.values()} - {checkpoint.folder / ROUTER_FILE}):
             inside = [(name, ref) for name, ref in checkpoint.tensors.items() if ref.file == file]
             if not any(name in content for name, _ in inside):
                 link_file(file, stage.folder / file.name)
                 continue
             entries = [(name, ref.dtype, ref.shape, ref.nbytes) for name, ref in inside]
-
             stage.write_shard(file.name, entries, partial(_write_tensor, inside, content, opened))
-    finally:
-        opened.close()
 
 
 def _write_tensor(

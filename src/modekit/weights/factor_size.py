@@ -16,3 +16,8 @@ def is_exact(smaller: int, width: int) -> bool:
 def working_bytes(shape: tuple[int, ...], rank: int) -> int:
     """What `factorise` holds at its peak for a difference of a shape: copies of it in float32 and float64, as measured."""
     return (52 if is_exact(min(shape), rank) else 16) * math.prod(shape)
+
+
+def bytes_of_codes(outputs: int, inputs: int, bits: int) -> int:
+    """Of the codes of a weight (O, I): planes of one bit, whose rows begin at a byte."""
+    return outputs * bits * -(-inputs // 8)

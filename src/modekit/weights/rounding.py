@@ -22,7 +22,8 @@ def nearest_difference(first: ModelSource, second: ModelSource) -> float | None:
     Rounding takes at most that much from this tensor, since what fine-tuning changed is in it, too. None as well where a file
     cannot be read: one that is still on the hub, or that a build will say more of.
     """
-    pairs = [_whole_second(ref, second.tensors[name]) for name, ref in first.tensors.items() if _comparable(ref, second, name)]
+    both = ((ref, second.tensors[name]) for name, ref in first.tensors.items() if _comparable(ref, second, name))
+    pairs = [(one, other) if _is_packed(one) else (other, one) for one, other in both]
     with OpenFiles() as opened, suppress(SourceError):
         return min((_difference(opened, *pair) for pair in pairs[:: -(-len(pairs) // _TENSORS) or 1]), default=None)
     return None
@@ -31,10 +32,6 @@ def nearest_difference(first: ModelSource, second: ModelSource) -> float | None:
 def _comparable(ref: TensorRef, other: ModelSource, name: str) -> bool:
     found = other.tensors.get(name)
     return found is not None and found.shape == ref.shape and _is_packed(found) != _is_packed(ref)
-
-
-def _whole_second(first: TensorRef, second: TensorRef) -> tuple[TensorRef, TensorRef]:
-    return (first, second) if _is_packed(first) else (second, first)
 
 
 def _is_packed(ref: TensorRef) -> bool:

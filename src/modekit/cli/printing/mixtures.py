@@ -60,12 +60,9 @@ def print_specialist(output: Path, record: SpecialistRecord) -> None:
     if record.held_out_loss_by_label:
         each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())
         out.print(Text(f"with their tags: {', '.join(each)}"))
-    teacher, distilled, weight = record.teacher, record.distillation_loss, record.cross_entropy_weight
-    if teacher is not None and distilled is not None and weight is not None:
-        out.print(
-            f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}; weight of the text "
-            f"{weight.mean:.2f}, from {weight.lowest:.2f} to {weight.highest:.2f}"
-        )
+    teacher, distilled = record.teacher, record.distillation_loss
+    if teacher is not None and distilled is not None:
+        out.print(f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}")
 
 
 def _change(loss: BeforeAfter) -> str:
@@ -146,8 +143,7 @@ def print_forced(found: ForcedExperts) -> None:
 
 def print_extract(record: Extraction) -> None:
     """Draw what an extraction kept, by the kind of module."""
-    table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
-    weighted = record.text is not None
+    table = Table("module", ["number", "rank", "drift", "error"])
 
     def add(name: str, row: KindErrors, style: str = "") -> None:
         low, high = row.smallest_rank, row.largest_rank
@@ -156,8 +152,7 @@ def print_extract(record: Extraction) -> None:
             str(row.modules),
             str(low) if low == high else f"{low}-{high}",
             _share(row.drift),
-            _share(row.weight_error),
-            _share(row.error) if weighted else "-",
+            _share(row.error),
             style=style,
         )
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.loss import tokens_per_pass
+from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of
-from modekit.loaded.trace import RouterTrace
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 
 Array32 = npt.NDArray[np.float32]

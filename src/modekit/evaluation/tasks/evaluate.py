@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.pairs import refuse_pairs
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, SourceError, check_packages
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results

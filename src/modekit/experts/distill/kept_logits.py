@@ -1,25 +1,27 @@
-"""What a teacher says of every token of a text, on disk, so that several students share one pass of it.
+"""What a teacher says of every token, and how far a student is from it: beside the student, or kept for several students.
 
     FOLDER/teacher.json          of which teacher, tokenizer and text, at which temperatures (Header)
     FOLDER/logits.safetensors    in blocks of whole sequences: ids.N (T, K) int32, log_probs.N (T, K) float32, at temperature 1,
                                  log_rest.N (T, R) float32: log sum p^(1/T) over the other tokens, for each temperature
 
-The folder appears whole; a pass that was killed goes on after its last block. Blocks are written as they are computed and read
-as they are needed, so that memory does not grow with the text.
+Kept are the teacher's top_k tokens at each place, and all others as one class. Divergences over such classes are at most those
+over the vocabulary, and the same where the student shares out what is left as the teacher does. The folder appears whole; a
+pass that was killed goes on after its last block. Blocks are read as they are needed: memory does not grow with the text.
 
-Shape legend: T tokens of a block, N predicted tokens, K kept tokens, R temperatures, V vocabulary.
+Shape legend: B rows, S sequence, T tokens of a block, N predicted tokens, K kept tokens, C = K + 1 classes, R temperatures,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +30,6 @@ from transformers import PreTrainedModel
 
 from modekit.errors import MismatchError, SourceError
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.teacher import Item, TopLogits
 from modekit.files.output import is_there
 from modekit.files.read import SMALL, UNREADABLE
 from modekit.files.staging import staging
@@ -39,7 +40,86 @@ from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import read_header
 from modekit.text.sequences import TokenSequence, make_batches
+from modekit.training.losses import tempered
 from modekit.training.states_folder import digest_of_data
+
+Item = Mapping[str, torch.Tensor]
+"""input_ids, real, position (B, S): where each token stands among those of all sequences."""
+
+
+def predicted_in(item: Item) -> torch.Tensor:
+    """Places (B, S - 1) from which a real token of the same document is predicted: no pads, no ends of documents, no tags."""
+    found = item["real"][:, :-1] & item["real"][:, 1:] & (item["position_ids"][:, 1:] > 0)
+    return found if item.get("silent") is None else found & ~item["silent"][:, 1:]
+
+
+class TeacherOutput(Protocol):
+    """What a teacher says of N tokens."""
+
+    def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a student's logits and of the teacher, at a temperature, over the same classes."""
+
+
+class Teacher(Protocol):
+    """Says what comes next."""
+
+    classes: str
+    """What distributions are compared over, in words."""
+
+    def output_of(self, item: Item, predicted: torch.Tensor) -> TeacherOutput:
+        """Of the predicted tokens of a batch."""
+
+
+@dataclass(frozen=True)
+class FullLogits:
+    """Logits (N, V)."""
+
+    logits_NV: torch.Tensor
+
+    def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the whole vocabulary."""
+        return tempered(student_NV, temperature), tempered(self.logits_NV, temperature)
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The teacher's top_k tokens (N, K) int64, their log-probabilities (N, K) float32 at temperature 1, and the rest's.
+
+    `log_rest_N` is, by temperature T, log sum p^(1/T) over the other tokens; None where there are no others.
+    """
+
+    ids_NK: torch.Tensor
+    log_probs_NK: torch.Tensor
+    log_rest_N: Callable[[float], torch.Tensor | None]
+
+    def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the kept tokens and, as one class, all others."""
+        student = tempered(student_NV, temperature)
+        student_NK = student.gather(-1, self.ids_NK)
+        teacher_NK = self.log_probs_NK / temperature
+        rest = self.log_rest_N(temperature)
+        if rest is None:
+            return student_NK, teacher_NK.log_softmax(-1)
+        others = student.scatter(-1, self.ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+        teacher_NC = torch.cat([teacher_NK, rest[:, None]], -1).log_softmax(-1)
+        return torch.cat([student_NK, others], -1), teacher_NC
+
+
+class LoadedTeacher:
+    """The teacher's model, which never learns; `vocabulary` ids are those of the tokenizer that both models have."""
+
+    classes = "the whole vocabulary"
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        self._model = model.requires_grad_(False).eval()
+        self._vocabulary = vocabulary
+
+    def output_of(self, item: Item, predicted: torch.Tensor) -> FullLogits:
+        """Of the predicted tokens of a batch."""
+        with torch.no_grad():
+            output = self._model(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False)
+            return FullLogits(output.logits[:, :-1][predicted][:, : self._vocabulary])
+
 
 HEADER_FILE, LOGITS_FILE = "teacher.json", "logits.safetensors"
 _BLOCK = 4_096  # tokens

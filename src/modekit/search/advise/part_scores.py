@@ -17,7 +17,7 @@ from modekit.building.tensors import PieceReader
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.planning.pieces import piece_of
-from modekit.recipes.backbone import BackboneMerge
+from modekit.recipes.mixture import BackboneMerge
 from modekit.run import QUIET, Run
 from modekit.search.advise.gains import BASE_INDEX, PARTS, BlockLosses, Gains
 from modekit.search.advise.result import Group

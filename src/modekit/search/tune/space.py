@@ -17,10 +17,9 @@ from modekit.errors import RecipeError
 from modekit.files.typed import as_kind
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.recipes.backbone import Backbone, BackboneMerge
 from modekit.recipes.edit import as_written, settings_with_effect, unseen_with_effect, with_mixture
 from modekit.recipes.fits import FITS, RECIPE, known_fit
-from modekit.recipes.mixture import AlwaysOn, Part
+from modekit.recipes.mixture import AlwaysOn, Backbone, BackboneMerge, Part
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.recipes.strict_yaml import read_yaml
