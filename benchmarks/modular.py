@@ -35,6 +35,8 @@ from routers import mean_losses
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {
     "text alone": WITHOUT_TEACHER,
+    "forward KL, adaptive": DistillSettings(adaptive=True),
+    "forward KL, in turn": DistillSettings(alternate=True),
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "classifier": CLASSIFIER,

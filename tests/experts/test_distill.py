@@ -96,6 +96,7 @@ def test_mlp_moves_the_ffn_alone_and_the_record_tells_of_the_teacher(shop: Works
     assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
     rows = list(csv.DictReader((shop.root / "new" / "distill.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
+    assert {row["cross_entropy_weight"] for row in rows} == {"0.5"}
     assert not list(shop.root.glob("new.*"))
 
 
@@ -107,7 +108,7 @@ def test_a_taught_adapter_is_an_ordinary_one(shop: Workshop) -> None:
     assert model.peft_config["default"].r == 4
 
 
-@pytest.mark.parametrize("changes", [{"weights": 0.3}, {"weights": 0.0}])
+@pytest.mark.parametrize("changes", [{"adaptive": True}, {"adaptive": True, "alternate": True}, {"weights": 0.0}])
 def test_the_same_command_gives_the_same_bytes(shop: Workshop, changes: dict[str, Any]) -> None:
     for name in ("one", "two"):
         distill(asked(shop, train="lora", settings=DistillSettings(**changes)), shop.root / name)
@@ -135,7 +136,7 @@ def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("a_state_after_every_step")
 @pytest.mark.parametrize("train", ["mlp", "lora"])
 def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop, train: Any) -> None:
-    settings = DistillSettings(weights=0.3)
+    settings = DistillSettings(adaptive=True, alternate=True)
     wanted = asked(shop, train=train, settings=settings)
     distill(wanted, shop.root / "whole")
     with pytest.raises(StoppedError):
@@ -241,8 +242,11 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
         (("--temperature", "3"), "--temperature"),
         (("--distill", "forward_kl"), "--distill"),
         (("--weights", "0.5"), "--weights"),
+        (("--adaptive",), "--adaptive"),
+        (("--alternate",), "--alternate"),
         (("--keep-teacher", "KEPT"), "--keep-teacher"),
         (("--teacher", "teacher", "--teacher-top-k", "3"), "--teacher-top-k"),
+        (("--teacher", "teacher", "--adaptive", "--weights", "0.5"), "weights has no effect with adaptive"),
         (("--teacher", "nowhere"), "model folder does not exist"),
         (("--teacher", "text"), "config.json"),
         (("--teacher", "teacher", "--distill", "kl"), "unknown loss or weight"),
@@ -275,8 +279,7 @@ def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop
         "reverse_kl=2",
         "--temperature",
         "1",
-        "--weights",
-        "0.25",
+        "--adaptive",
         "--keep-teacher",
         "KEPT",
         "--teacher-top-k",
@@ -286,4 +289,4 @@ def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop
     assert "KL to the teacher" in " ".join(said.split()) and "the teacher's top 8 and the rest" in " ".join(said.split())
     record = json.loads((shop.root / "NEW" / "specialist.json").read_text())
     assert record["teacher"]["losses"] == {"reverse_kl": 2.0} and record["teacher"]["kept_top_k"] == 8
-    assert record["teacher"]["weights"] == 0.25 and record["training"]["steps"] == 4
+    assert record["teacher"]["weights"] == "adaptive" and record["training"]["steps"] == 4

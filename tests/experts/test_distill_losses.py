@@ -131,7 +131,7 @@ def test_a_gradient_over_kept_tokens_is_finite() -> None:
 def student_of(**changes: Any) -> Student:
     model, teacher = tiny_model(num_hidden_layers=1), tiny_model(seed=4, num_hidden_layers=1)
     lesson = Lesson(LoadedTeacher(teacher, 96), 96, DistillSettings(**changes))
-    return Student(model, lesson, train_settings({"what": ["all"]}, where="test"))
+    return Student(model, lesson, train_settings({"what": ["all"]}, where="test"), 10)
 
 
 def batch_of(sequences: list[TokenSequence], pad_id: int = 0) -> dict[str, torch.Tensor]:
@@ -189,3 +189,13 @@ def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path
     teacher = student._lesson.teacher
     assert isinstance(teacher, LoadedTeacher)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher._model.parameters())
+
+
+def test_alternating_steps_move_by_one_loss_each_beginning_with_the_text() -> None:
+    student = student_of(alternate=True, weights=0.25)
+    said: list[tuple[float, dict[str, float]]] = []
+    for _ in range(2):
+        loss = float(student(**batch_of([LONG]))["loss"].detach())
+        said.append((loss, student.drain()))
+    assert said[0][0] == pytest.approx(2 * 0.25 * said[0][1][CROSS_ENTROPY], rel=1e-6)
+    assert said[1][0] == pytest.approx(2 * 0.75 * said[1][1][DISTILLATION], rel=1e-6)

@@ -1,11 +1,82 @@
-"""How a distillation is asked for: by losses and their weights."""
+"""How much the text counts against the teacher: the rule of arXiv:2407.19610, and what it does where theirs divides by zero."""
 
 from __future__ import annotations
+
+import math
+import random
 
 import pytest
 
 from modekit.errors import TrainingError
-from modekit.experts.distill.settings import distill_settings, losses_of
+from modekit.experts.distill.settings import DistillSettings, distill_settings, losses_of
+from modekit.experts.distill.student import CrossEntropyWeight, adaptive_share
+
+FALLING = [3.0 - 0.01 * step for step in range(20)]
+
+
+def test_while_both_losses_fall_the_share_is_exactly_one_half() -> None:
+    assert adaptive_share(FALLING, [0.1 * value**2 for value in FALLING]) == 0.5
+
+
+def test_a_text_loss_that_rises_by_half_its_mean_counts_a_third() -> None:
+    rising = [0.75, 1.0, 1.25]  # by 0.5, of a mean of 1
+    assert adaptive_share(rising, FALLING) == pytest.approx(1 / 3)
+    assert adaptive_share(FALLING, rising) == pytest.approx(2 / 3)
+
+
+def test_where_both_rise_by_all_of_their_mean_the_share_is_one_half() -> None:
+    rising = [0.1, 0.2, 4.0]
+    assert adaptive_share(rising, rising) == 0.5
+
+
+def test_one_that_explodes_counts_nothing() -> None:
+    assert adaptive_share([0.1, 0.2, 4.0], FALLING) == 0.0
+    assert adaptive_share(FALLING, [0.1, 0.2, 4.0]) == 1.0
+
+
+@pytest.mark.parametrize("history", [[], [2.0], [0.0, 0.0], [-1e-9, 1e-9]])
+def test_a_short_or_empty_history_is_finite(history: list[float]) -> None:
+    assert adaptive_share(history, history) == 0.5
+    assert math.isfinite(adaptive_share(history, FALLING))
+
+
+def test_only_the_last_steps_are_remembered() -> None:
+    weight = CrossEntropyWeight(DistillSettings(adaptive=True), steps=100)
+    assert weight.share() == 0.5
+    weight.remember(9.0, 1.0)  # long ago: the next 20 rise
+    for step in range(20):
+        weight.remember(1.0 + 0.01 * step, 1.0)
+    assert weight.share() == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
+
+
+def test_a_long_training_remembers_a_hundredth_of_its_steps() -> None:
+    weight = CrossEntropyWeight(DistillSettings(adaptive=True), steps=4_000)
+    for step in range(40):
+        weight.remember(1.0 + 0.01 * step, 1.0)
+    assert weight.share() == pytest.approx((1 - 0.39 / 1.195) / (2 - 0.39 / 1.195))
+
+
+def test_noisy_losses_that_fall_keep_the_share_near_one_half() -> None:
+    """What the rule does in practice (docs/distill.md): it hardly ever moves."""
+    noise = random.Random(0)
+    weight, shares = CrossEntropyWeight(DistillSettings(adaptive=True), steps=1_000), []
+    for step in range(1_000):
+        weight.remember(*(level * (1 + math.exp(-step / 200)) * noise.gauss(1, 0.02) for level in (3.0, 1.0)))
+        shares.append(weight.share())
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.005)
+    assert 0.45 < min(shares) < max(shares) < 0.55
+
+
+def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -> None:
+    fixed = CrossEntropyWeight(DistillSettings(weights=0.3), steps=10)
+    turns = CrossEntropyWeight(DistillSettings(weights=0.3, alternate=True), steps=10)
+    seen = []
+    for _ in range(2):
+        assert fixed.factors() == (0.3, 0.7)
+        seen.append(turns.factors())
+        for each in (fixed, turns):
+            each.remember(5.0, 0.1)
+    assert seen == [(0.6, 0.0), (0.0, 1.4)]
 
 
 @pytest.mark.parametrize(
@@ -17,7 +88,7 @@ from modekit.experts.distill.settings import distill_settings, losses_of
         {"temperature": 0.0},
         {"weights": 1.1},
         {"weights": -0.1},
-        {"adaptive": True},
+        {"adaptive": True, "weights": 0.5},
         {"temperature": float("nan")},
         {"top_k": 3},
     ],

@@ -44,6 +44,12 @@ class TeacherOptions:
     weights: Annotated[
         float | None, typer.Option(help="Weight of the text loss (0 to 1); the teacher loss gets the rest (default 0.5).")
     ] = None
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Adapt the weights: a loss that rises counts less (instead of --weights).")
+    ] = False
+    alternate: Annotated[
+        bool, typer.Option("--alternate", help="Alternate steps on text and teacher, instead of their sum.")
+    ] = False
     mix: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +81,8 @@ class TeacherOptions:
             "losses": losses_of(self.distill) if self.distill else None,
             "temperature": self.temperature,
             "weights": self.weights,
+            "adaptive": self.adaptive or None,
+            "alternate": self.alternate or None,
         }
         return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
 

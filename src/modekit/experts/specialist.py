@@ -64,6 +64,14 @@ class FirstLast(_Figures):
     last: float
 
 
+class WeightRange(_Figures):
+    """What cross-entropy counted in the steps, from 0 to 1."""
+
+    lowest: float
+    highest: float
+    mean: float
+
+
 class TagsUsed(_Figures):
     """Labels whose tags were read; with which probability others were drawn, and which (training/settings.py)."""
 
@@ -82,8 +90,8 @@ class TextUsed(_Figures):
 
 
 class TeacherUsed(_Figures):
-    """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (once also
-    "adaptive"), `kept_top_k` tokens at each place where its answers were kept.
+    """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (or "adaptive"),
+    `combined` as a sum or in turn, `kept_top_k` tokens at each place where its answers were kept.
     """
 
     name: str
@@ -91,6 +99,7 @@ class TeacherUsed(_Figures):
     losses: dict[str, float]
     temperature: float
     weights: float | str
+    combined: str
     kept_top_k: int | None
 
 
@@ -101,7 +110,7 @@ class SpecialistRecord(_Figures):
         specialist: what moved.
         base_model: name of the folder that it was made from.
         rank: of an adapter.
-        teacher, distillation_loss, held_out_kl: with a teacher alone.
+        teacher, distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone.
         training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
         text: what it was trained on.
         labels, generic: tags that were read, and text of no domain.
@@ -119,6 +128,7 @@ class SpecialistRecord(_Figures):
     generic: TextUsed | None = None
     training_loss: FirstLast
     distillation_loss: FirstLast | None = None
+    cross_entropy_weight: WeightRange | None = None
     held_out_loss: BeforeAfter
     held_out_loss_by_label: dict[str, BeforeAfter] | None = None
     held_out_kl: DistanceToTeacher | None = None

@@ -63,6 +63,9 @@ class TrainedModule(nn.Module):
         """While open, the model is as it will be used."""
         return nullcontext()
 
+    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Called before the first step, with the log of the steps before: those of a training that is gone on with."""
+
 
 class PlannedBatches(Protocol):
     """All parts of all steps, in order."""
@@ -120,7 +123,7 @@ def run_all_steps(
         last = state_to_resume(folder) if folder is not None else None
         arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
         with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
-            callbacks = [StepReport(run), *([_StateEvery()] if folder is not None else [])]
+            callbacks = [StepReport(module, run), *([_StateEvery()] if folder is not None else [])]
             trainer = ModuleTrainer(module, batches, loop, arguments, callbacks)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -302,13 +305,14 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
 
 
 class StepReport(TrainerCallback):  # type: ignore[misc]
-    """Reports every step."""
+    """Reports every step, and tells the module of the steps before a kill."""
 
-    def __init__(self, run: Run) -> None:
-        self._progress = run.progress
+    def __init__(self, module: TrainedModule, run: Run) -> None:
+        self._module, self._progress = module, run.progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """How many steps are kept, before the first."""
+        """What is kept, before the first step."""
+        self._module.go_on(state.log_history)
         self._report(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

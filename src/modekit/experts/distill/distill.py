@@ -3,7 +3,7 @@
     OUT.training/       states of the training, so that the same command goes on after a kill; removed when all is done
     OUT                 the student: a plain model folder, or a LoRA adapter
     OUT/specialist.json teacher, losses, settings, held-out loss and distance to the teacher before and after
-    OUT/distill.csv     both losses, by step
+    OUT/distill.csv     both losses and the weight of cross-entropy, by step
 
 The last state is what is taken: no held-out text chooses one, so that students of equal steps can be compared.
 """
@@ -25,7 +25,7 @@ from modekit.evaluation.domains import Domain
 from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
 from modekit.experts.distill.kept_logits import Header, KeptTeacher, LoadedTeacher, Teacher, check_kept, keep, read_kept
 from modekit.experts.distill.settings import TOP_K, DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, HeldOutText, Lesson, Student, kl_to_teacher
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
 from modekit.experts.specialize import RANK
@@ -160,7 +160,7 @@ def _teach(
     before = _measured(student, lesson, held_out, "before", run)
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
-    module = Student(student, lesson, engine)
+    module = Student(student, lesson, engine, steps)
     history = run_all_steps(
         module,
         Batches([texts.corpus], parts, pad_id=0),
@@ -209,6 +209,7 @@ def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Ru
 
 def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:
     steps, settings = _steps(taught.history), asked.settings
+    shares = [each[SHARE] for each in steps]
     return SpecialistRecord.model_validate(
         {
             "specialist": asked.train,
@@ -219,13 +220,15 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: 
                 "digest": pair.teacher_digest,
                 "losses": settings.losses,
                 "temperature": settings.temperature,
-                "weights": settings.weights,
+                "weights": "adaptive" if settings.adaptive else settings.weights,
+                "combined": "in turn" if settings.alternate else "sum",
                 "kept_top_k": asked.top_k if asked.keep is not None else None,
             },
             "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
             "text": text_record(texts.fit, texts.corpus.tokens),
             "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
             "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
+            "cross_entropy_weight": {"lowest": min(shares), "highest": max(shares), "mean": sum(shares) / len(steps)},
             "held_out_loss": dict(taught.loss),
             "held_out_kl": {**taught.kl, "over": taught.classes},
         }
@@ -237,12 +240,13 @@ def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
 
 
 def _table(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Losses by step: of every step, or of _MOST_ROWS evenly spaced ones."""
+    """Losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
     steps = _steps(history)
     every = -(-len(steps) // _MOST_ROWS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", "cross_entropy", "distillation"])
+    writer.writerow(["step", "cross_entropy", "distillation", "cross_entropy_weight"])
     for entry in steps[::every]:
-        writer.writerow([int(entry["step"]), *(f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION))])
+        figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
+        writer.writerow([int(entry["step"]), *figures])
     return text.getvalue().encode()

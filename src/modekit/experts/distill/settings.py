@@ -25,6 +25,8 @@ class DistillSettings(BaseModel):
         losses: name -> weight; their weighted sum is the distillation loss.
         temperature: of both models' probabilities in it (2 in arXiv:2407.19610).
         weights: what cross-entropy counts, from 0 to 1; distillation counts the rest. At 1 the teacher is only compared with.
+        adaptive: in place of it: whichever of the two losses rises counts less (student.py).
+        alternate: steps move by cross-entropy and distillation in turn, beginning with cross-entropy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -32,11 +34,15 @@ class DistillSettings(BaseModel):
     losses: dict[Loss, float] = Field({"forward_kl": 1.0}, min_length=1)
     temperature: float = Field(2.0, gt=0, le=1e3)
     weights: float = Field(0.5, ge=0, le=1)
+    adaptive: bool = False
+    alternate: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillSettings:
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
+        if self.adaptive and "weights" in self.model_fields_set:
+            raise ValueError("weights has no effect with adaptive: leave one of them out")
         return self
 
 

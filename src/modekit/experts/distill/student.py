@@ -1,10 +1,20 @@
-"""A student with its losses as one module, and how far the student is from its teacher on held-out text.
+"""A student with its losses as one module, how much each counts, and how far the student is from its teacher on held-out text.
+
+The weight of cross-entropy is fixed, or follows the adaptive rule of arXiv:2407.19610 (its code; made finite here): over the
+last k = max(20, steps // 100) values of each loss L,
+
+    w(L) = 1 - clamp((L[-1] - L[-k]) / mean(L[-k:]), 0, 1)
+    share of cross-entropy = w(CE) / (w(CE) + w(KD))
+
+A loss that falls has w = 1 however fast it falls: while both fall the share is exactly one half, and only a loss that rises
+counts less. Where both rise by more than their mean, 0 / 0 is one half, too. A history that is not full is taken as it is.
 
 Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +30,8 @@ from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.losses import divergence, forward_kl, language_model
 from modekit.training.settings import TrainSettings
 
-CROSS_ENTROPY, DISTILLATION = "loss_lm", "loss_distill"
-"""What the log calls both losses per predicted token."""
+CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
+"""What the log calls both losses per predicted token, and what cross-entropy counted in the step."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,14 @@ class Student(TrainedModule):
 
     prefix = "student"
 
-    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings) -> None:
+    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         self._settings = settings
         self._lesson = lesson
+        self._weight = CrossEntropyWeight(lesson.settings, steps)
         self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
 
     def forward(self, factor: float = 1.0, **item: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,9 +68,9 @@ class Student(TrainedModule):
         targets = item["targets"].to(logits.device)
         self._sums[CROSS_ENTROPY] += float(cross_entropy.detach() / targets)
         self._sums[DISTILLATION] += float(distillation.detach() / targets)
-        ours = self._lesson.settings.weights
-        parts = [weight * loss for weight, loss in ((ours, cross_entropy), (1.0 - ours, distillation)) if weight]
-        total = torch.stack(parts).sum()
+        ours, theirs = self._weight.factors()
+        parts = [weight * loss for weight, loss in ((ours, cross_entropy), (theirs, distillation)) if weight]
+        total = torch.stack(parts).sum() if parts else logits_NV.sum() * 0.0
         return {"loss": total * (factor / targets)}
 
     def _distillation(self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -77,10 +88,17 @@ class Student(TrainedModule):
         return torch.optim.AdamW(moving, rate, betas=BETAS, weight_decay=decay)
 
     def drain(self) -> dict[str, float]:
-        """Both losses of the step that has just ended."""
-        figures = dict(self._sums)
+        """Both losses of the step that has just ended, and what cross-entropy counted in it."""
+        figures = {**self._sums, SHARE: self._weight.share()}
+        self._weight.remember(self._sums[CROSS_ENTROPY], self._sums[DISTILLATION])
         self._sums = dict.fromkeys(self._sums, 0.0)
         return figures
+
+    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Weights of the next steps hang on the losses of the steps before."""
+        for entry in history:
+            if CROSS_ENTROPY in entry:
+                self._weight.remember(entry[CROSS_ENTROPY], entry[DISTILLATION])
 
 
 @dataclass(frozen=True)
@@ -115,3 +133,50 @@ def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: HeldOutText) -
             total += float(forward_kl(ours, theirs).double())
             count += int(predicted.sum())
     return total / count
+
+
+class CrossEntropyWeight:
+    """What cross-entropy counts in the next step, of `steps` in all; distillation counts the rest."""
+
+    def __init__(self, settings: DistillSettings, steps: int) -> None:
+        self._settings = settings
+        length = max(20, steps // 100)
+        self._cross_entropy: deque[float] = deque(maxlen=length)
+        self._distillation: deque[float] = deque(maxlen=length)
+        self.steps_done = 0
+
+    def remember(self, cross_entropy: float, distillation: float) -> None:
+        """The losses of the step that has just ended, per predicted token."""
+        self._cross_entropy.append(cross_entropy)
+        self._distillation.append(distillation)
+        self.steps_done += 1
+
+    def share(self) -> float:
+        """Between 0 and 1."""
+        if not self._settings.adaptive:
+            return self._settings.weights
+        return adaptive_share(self._cross_entropy, self._distillation)
+
+    def factors(self) -> tuple[float, float]:
+        """What cross-entropy and distillation are multiplied with.
+
+        In turn, each counts twice its share, so that two steps together ask for what two combined steps ask for.
+        """
+        share = self.share()
+        if not self._settings.alternate:
+            return share, 1.0 - share
+        return (2.0 * share, 0.0) if self.steps_done % 2 == 0 else (0.0, 2.0 * (1.0 - share))
+
+
+def adaptive_share(cross_entropy: Sequence[float], distillation: Sequence[float]) -> float:
+    """The share of cross-entropy after some steps, of the histories of both losses."""
+    ours, theirs = _steadiness(cross_entropy), _steadiness(distillation)
+    return 0.5 if ours + theirs == 0 else ours / (ours + theirs)
+
+
+def _steadiness(losses: Sequence[float]) -> float:
+    """w(L): 1 for a loss that does not rise, 0 for one that rises by its mean or more."""
+    mean = sum(losses) / len(losses) if losses else 0.0
+    if mean <= 0:
+        return 1.0
+    return 1.0 - min(1.0, max(0.0, (losses[-1] - losses[0]) / mean))
