@@ -177,11 +177,11 @@ def test_forced(shown: Callable[..., str]) -> None:
 
 def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
     ranks = {"modules": 210, "smallest_rank": 4, "largest_rank": 128, "parameters": 1, "bytes": 4, "carried": 0.9}
-    row = AdapterTotals(**ranks, drift=0.000712, error=0.25, energy=0.9)
+    row = AdapterTotals(**ranks, drift=0.000712, weight_error=0.5, error=0.25, energy=0.9)
     settings = RankSettings(rank=None, energy=0.9, max_rank=None, modules=None)
-    about = {"model": "law", "base_model": "base", "settings": settings, "tensors": {}, "unchanged": []}
+    about = {"model": "law", "base_model": "base", "settings": settings, "text": {}, "tensors": {}, "unchanged": []}
     record = Extraction(**about, kinds={"self_attn.q_proj": row}, totals=row, not_carried={})
-    check_whole(shown, ["self_attn.q_proj", "4-128", "0.000712", "0.250"], mixtures.print_extract, record)
+    check_whole(shown, ["self_attn.q_proj", "4-128", "0.000712", "0.500", "0.250"], mixtures.print_extract, record)
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
     check_whole(shown, [*NAMES, "3.1234", "2.9876"], mixtures.print_training, "OUT", done)

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import logits_of, save, tiny_model
-from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, UnsupportedError
+from conftest import character_tokenizer, logits_of, save, tiny_model, write_text
+from modekit.errors import MismatchError, ModekitError, OutputError, SourceError, TextError, UnsupportedError
 from modekit.experts.extract import ExtractSettings, extract
+from modekit.loaded import moments
 from modekit.run import Run
-from modekit.text.splits import TRAINED_FILE
+from modekit.text.documents import read_documents
+from modekit.text.sequences import encode
+from modekit.text.splits import TRAINED_FILE, documents_of_split
 from modekit.weights.factorise import Array32, Factors, factorise
 from pair_models import pair_model, pair_tokenizer
 from refusal import run_python, tree
@@ -47,6 +50,18 @@ def best_error(delta: np.ndarray, rank: int) -> float:
 def error_of(delta: Array32, factors: Factors) -> float:
     product = factors.b.astype(np.float64) @ factors.a
     return float(np.linalg.norm(delta - product) / np.linalg.norm(delta))
+
+
+def anisotropic(inputs: int, tokens: int, seed: int = 0) -> np.ndarray:
+    """Inputs (T, I) that lean on a few directions, as hidden states do."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.standard_normal((inputs, inputs)) * np.exp(1.5 * generator.standard_normal(inputs))
+    return generator.standard_normal((tokens, inputs)) @ mixing.T
+
+
+def output_error(delta: Array32, factors: Factors, x: np.ndarray) -> float:
+    missed = delta - factors.b.astype(np.float64) @ factors.a
+    return float(np.linalg.norm(x @ missed.T) / np.linalg.norm(x @ delta.T))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
@@ -78,10 +93,12 @@ def test_large_differences_are_as_good_as_the_truncated_svd(shape: tuple[int, in
     assert best * (1 - 1e-4) <= error_of(delta, factors) <= best * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(48, 64), (600, 640)])
-def test_a_difference_of_low_rank_is_recovered_whatever_its_spectrum(shape: tuple[int, int]) -> None:
+def test_a_difference_of_low_rank_is_recovered_whatever_its_spectrum(shape: tuple[int, int], weighted: bool) -> None:
     delta = spectrum(*shape, 10.0 ** -np.linspace(0, 4, 8))  # the last direction is a ten-thousandth of the first
-    factors = factorise(delta, rank=8)
+    x = anisotropic(shape[1], 2 * shape[1])
+    factors = factorise(delta, rank=8, moment_II=x.T @ x if weighted else None)
     assert error_of(delta, factors) < 1e-5
     assert factors.error < 1e-5
 
@@ -89,11 +106,12 @@ def test_a_difference_of_low_rank_is_recovered_whatever_its_spectrum(shape: tupl
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_the_singular_values_are_split_evenly(shape: tuple[int, int]) -> None:
     delta = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    factors = factorise(delta, rank=6)
-    product = np.linalg.svd(factors.b @ factors.a, compute_uv=False)[:6]
-    assert np.diag(factors.a @ factors.a.T) == pytest.approx(product, rel=1e-4)
-    assert np.diag(factors.b.T @ factors.b) == pytest.approx(product, rel=1e-4)
-    assert abs(factors.a @ factors.a.T - np.diag(product)).max() < 1e-4 * product[0]
+    for moment in (None, np.cov(anisotropic(shape[1], 99).T)):
+        factors = factorise(delta, rank=6, moment_II=moment)
+        product = np.linalg.svd(factors.b @ factors.a, compute_uv=False)[:6]
+        assert np.diag(factors.a @ factors.a.T) == pytest.approx(product, rel=1e-4)
+        assert np.diag(factors.b.T @ factors.b) == pytest.approx(product, rel=1e-4)
+        assert abs(factors.a @ factors.a.T - np.diag(product)).max() < 1e-4 * product[0]
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.5, 0.9, 0.99, 1.0])
@@ -132,6 +150,35 @@ def test_a_rank_beyond_the_shape_gives_the_difference_itself() -> None:
     assert abs(factors.b @ factors.a - delta).max() < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (600, 520)])
+def test_weighting_reaches_the_optimum_on_the_inputs(shape: tuple[int, int]) -> None:
+    """The oracle whitens: the best rank-R error of D S, S the symmetric square root of the shrunk moment."""
+    delta = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    x = anisotropic(shape[1], 3 * shape[1])
+    moment = x.T @ x / len(x)
+    values, vectors = np.linalg.eigh(0.99 * moment + 0.01 * np.trace(moment) / len(moment) * np.eye(len(moment)))
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    factors = factorise(delta, rank=6, moment_II=moment)
+    best = best_error(delta @ root, 6)
+    reached = np.linalg.norm((delta - factors.b @ factors.a) @ root) / np.linalg.norm(delta @ root)
+    assert best * (1 - 1e-5) <= reached <= best * (1 + 1e-3)
+    assert factors.error == pytest.approx(reached, rel=1e-3)
+    plain = factorise(delta, rank=6)
+    assert output_error(delta, factors, x) < 0.9 * output_error(delta, plain, x)
+    assert error_of(delta, factors) > error_of(delta, plain)
+
+
+def test_inputs_that_are_alike_in_all_directions_change_nothing() -> None:
+    delta = np.random.default_rng(1).standard_normal((20, 30)).astype(np.float32)
+    weighted, plain = factorise(delta, rank=4, moment_II=7.0 * np.eye(30)), factorise(delta, rank=4)
+    assert abs(weighted.b @ weighted.a - plain.b @ plain.a).max() < 1e-5
+
+
+def test_inputs_that_were_always_zero_weigh_nothing() -> None:
+    delta = np.random.default_rng(1).standard_normal((20, 30)).astype(np.float32)
+    assert factorise(delta, rank=4, moment_II=np.zeros((30, 30))).error == factorise(delta, rank=4).error
+
+
 @pytest.mark.parametrize("shape", [(24, 40), (600, 640)])
 def test_the_same_difference_gives_the_same_bytes(shape: tuple[int, int]) -> None:
     delta = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
@@ -166,6 +213,8 @@ def test_wrong_settings_of_a_factorisation_are_refused(wrong: dict[str, Any]) ->
 
 def test_what_is_not_finite_is_refused() -> None:
     delta = np.ones((4, 4), np.float32)
+    with pytest.raises(ValueError, match="moment"):
+        factorise(delta, rank=1, moment_II=np.full((4, 4), np.nan))
     delta[1, 2] = np.inf
     with pytest.raises(ValueError, match="difference"):
         factorise(delta, rank=1)
@@ -224,7 +273,7 @@ def test_sizes_are_refused_before_a_model_is_opened_or_downloaded(said: dict[str
 def run(root: Path, **kwargs: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"rank": 3} if not {"rank", "energy"} & kwargs.keys() else {}
     settings.update({key: kwargs.pop(key) for key in [*kwargs] if key in ExtractSettings.__dataclass_fields__})
-    return extract(root / "tuned", root / "base", root / "OUT", ExtractSettings(**settings), **kwargs)
+    return extract(root / "tuned", root / "base", root / "OUT", ExtractSettings(root=root, **settings), **kwargs)
 
 
 def with_adapter(root: Path) -> Any:
@@ -326,11 +375,69 @@ def test_modules_can_be_chosen(root: Path) -> None:
     assert len(adapted) == 7
 
 
-def test_the_same_models_give_the_same_bytes(root: Path) -> None:
+def test_weighting_by_text_lowers_the_error_of_the_outputs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = tune(root, noise)
+    text = write_text(root / "text")["law"]
+    plain = run(root, rank=2)
+    factors = {"plain": load_file(root / "OUT" / "adapter_model.safetensors")}
+    record = run(root, rank=2, texts=["text/law.jsonl"], overwrite=True)
+    factors["weighted"] = load_file(root / "OUT" / "adapter_model.safetensors")
+    documents = documents_of_split(read_documents([str(text)], root=root, where=""), "fit")
+    sequences = encode(character_tokenizer(), documents, max_tokens=16_384, sequence_length=512)
+    assert record.text["tokens"] == sum(len(sequence.ids) for sequence in sequences)
+    inputs = inputs_of(tuned, sequences)
+    deltas = {
+        name: (load_file(tuned / "model.safetensors")[name] - load_file(root / "base" / "model.safetensors")[name]).double()
+        for name in record.tensors
+    }
+    for name, entry in record.tensors.items():
+        module = name.removesuffix(".weight")
+        error = {}
+        for way, state in factors.items():
+            a, b = (state[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
+            x = inputs[module].double()
+            error[way] = float((x @ (deltas[name] - b @ a).T).norm() / (x @ deltas[name].T).norm())
+        assert error["weighted"] < error["plain"], name
+        assert entry.error == pytest.approx(error["weighted"], rel=0.1)
+        assert entry.weight_error > plain.tensors[name].weight_error
+    monkeypatch.setattr(moments, "MOMENT_BYTES", 2 * 4 * 48**2)  # many groups, one forward pass each: the same bytes
+    before = tree(root / "OUT")
+    run(root, rank=2, texts=["text/law.jsonl"], overwrite=True)
+    assert tree(root / "OUT") == before
+
+
+def inputs_of(folder: Path, sequences: Any) -> dict[str, torch.Tensor]:
+    """What each linear layer reads, one sequence at a time, so that there are no pads."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0]))
+    with torch.inference_mode():
+        for sequence in sequences:
+            model(input_ids=torch.tensor([sequence.ids]))
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_pads_do_not_count(root: Path) -> None:
+    text = write_text(root / "text")["code"]
+    documents = [document[: 9 + 5 * place] for place, document in enumerate(read_documents([str(text)], root=root, where=""))]
+    sequences = encode(character_tokenizer(), documents, max_tokens=4096, sequence_length=64)
+    model = AutoModelForCausalLM.from_pretrained(root / "base").eval()
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.v_proj", "model.layers.2.mlp.down_proj"]
+    inputs = inputs_of(root / "base", sequences)
+    for name, moment in moments.input_moments(model, names, sequences):
+        expected = (inputs[name].T @ inputs[name] / len(inputs[name])).numpy()
+        assert np.allclose(moment, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+
+
+@pytest.mark.parametrize("texts", [(), ("text/law.jsonl",)])
+def test_the_same_models_give_the_same_bytes(root: Path, texts: tuple[str, ...]) -> None:
     tune(root, noise)
-    run(root)
+    write_text(root / "text")
+    run(root, texts=texts)
     shutil.move(root / "OUT", root / "one")
-    run(root)
+    run(root, texts=texts)
     assert tree(root / "one") == tree(root / "OUT")
 
 
@@ -380,9 +487,10 @@ assert "torch" not in sys.modules
 
 def test_progress_is_told(root: Path) -> None:
     tune(root, low_rank())
+    write_text(root / "text")
     calls: list[tuple[str, int, int]] = []
-    run(root, run=Run(progress=lambda *call: calls.append(call)))
-    for stage in ("compare", "factorise"):
+    run(root, texts=["text/law.jsonl"], run=Run(progress=lambda *call: calls.append(call)))
+    for stage in ("compare", "read text", "factorise"):
         done = [call[1:] for call in calls if call[0] == stage]
         assert done[-1][0] == done[-1][1] and done == sorted(done)
 
@@ -477,6 +585,12 @@ def test_mixtures(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "tuned")):
         save(tiny_model("mixtral", seed=seed, **sizes), tmp_path / name)
     refused(tmp_path, UnsupportedError, "experts of a mixture")
+
+
+def test_text_without_a_document_to_read(root: Path) -> None:
+    tune(root, low_rank())
+    (root / "empty.txt").write_text("\n")
+    refused(root, TextError, "empty", texts=["empty.txt"])
 
 
 def test_a_folder_that_exists(root: Path) -> None:

@@ -11,13 +11,14 @@ from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettin
 from refusal import borrow
 
 
-def notes(carried: float, error: float, outside: list[str]) -> list[str]:
+def notes(carried: float, weight_error: float, outside: list[str]) -> list[str]:
     ranks = {"modules": 1, "smallest_rank": 16, "largest_rank": 16, "parameters": 1, "bytes": 4}
-    errors = {"error": error, "energy": 0.9, "drift": 0.1, "carried": carried}
+    errors = {"error": 0.1, "energy": 0.9, "weight_error": weight_error, "drift": 0.1, "carried": carried}
     return Extraction(
         model="law",
         base_model="base",
         settings=RankSettings(rank=16, energy=None, max_rank=None, modules=None),
+        text=None,
         tensors={},
         kinds={},
         totals=AdapterTotals(**ranks, **errors),

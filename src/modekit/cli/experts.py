@@ -193,7 +193,7 @@ def specialize(
 
 @dataclass(frozen=True)
 class ExtractOptions(Writing):
-    """How large an adapter becomes."""
+    """How large an adapter becomes, and by what its error is measured."""
 
     rank: Annotated[int | None, typer.Option(help="Rank of every module's adapter.")] = None
     energy: Annotated[
@@ -201,6 +201,8 @@ class ExtractOptions(Writing):
     ] = None
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
+    text: Annotated[list[str] | None, typer.Option(help="Text whose activations weigh the error; repeatable.")] = None
+    tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
     as_json: AsJson = False
 
 
@@ -216,7 +218,20 @@ def extract(
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
-    settings = ExtractSettings(options.rank, options.energy, options.max_rank, options.module, base_name=base)
+    if options.tokens is not None and not options.text:
+        raise ModekitError(
+            "the setting has no effect", where="--tokens", found=options.tokens, remedy="remove it, or add --text"
+        )
+    settings = ExtractSettings(
+        rank=options.rank,
+        energy=options.energy,
+        max_rank=options.max_rank,
+        modules=options.module,
+        texts=options.text or (),
+        root=Path.cwd(),
+        tokens=options.tokens or 16_384,
+        base_name=base,
+    )
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = options.run(progress)

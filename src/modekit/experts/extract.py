@@ -1,12 +1,12 @@
 """A full fine-tune as a LoRA adapter over its base: `modekit extract MODEL OUT --base BASE --rank 16`.
 
     MODEL - BASE, one linear weight of the decoder layers at a time (differences.py)
-        -> the best factors B A (weights/factorise.py)
+        -> the best factors B A (weights/factorise.py), plain or weighted by what the layer reads on a text (loaded/moments.py)
         -> OUT/adapter_config.json, adapter_model.safetensors    an ordinary PEFT folder, scale 1 everywhere
            OUT/extract.json                                      what was kept per tensor, and what an adapter cannot carry
            OUT/trained-on.txt                                    copied from MODEL, so that its text is never scored
 
-Torch is not imported.
+Torch is imported only when there is text.
 
 Shape legend: O outputs, I inputs, R rank of a module's factors.
 """
@@ -18,6 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from modekit.errors import ModekitError
 from modekit.experts.differences import TensorDifference, check_differs, chosen_of, compare, linears_of, shared_names
@@ -37,9 +41,16 @@ from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import open_source
-from modekit.text.splits import TRAINED_FILE
-from modekit.weights.factorise import Array32, factorise
+from modekit.text.held_out import read_text
+from modekit.text.sequences import TokenSequence, encode
+from modekit.text.splits import TRAINED_FILE, TextDigest, text_record
+from modekit.weights.factorise import Array32, factorise, relative_error
 from modekit.weights.numeric import as_array, to_bytes, to_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class ExtractSettings:
         energy: the smallest R that keeps this share of each squared difference, at most
         max_rank.
         modules: only these, by the end of their name (q_proj, mlp.down_proj).
+        texts: paths relative to `root`; of their fit split, up to `tokens`, the error in each layer's output is minimised
+            instead of the error in its weight.
         base_name: what the adapter calls its base; the folder by default.
     """
 
@@ -58,6 +71,9 @@ class ExtractSettings:
     energy: float | None = None
     max_rank: int | None = None
     modules: Sequence[str] | None = None
+    texts: Sequence[str] = ()
+    root: Path = Path()
+    tokens: int = 16_384
     base_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +100,11 @@ def extract(
 
     Every linear weight of the decoder layers that differs gets factors.
 
-    Memory: the adapter, and one weight's difference with a few copies.
+    Memory: the adapter, and one weight's difference with a few copies; with texts also the model in float32 and the
+    moments of its layers' inputs, at most moments.MOMENT_BYTES of them at a time.
 
     Raises SourceError, MismatchError (another architecture, or nothing to extract), UnsupportedError (experts in a
-    mixture), OutputError, and ModekitError for settings that contradict each other.
+    mixture), TextError, OutputError, and ModekitError for settings that contradict each other.
     """
     refuse_existing(out, replaced_by(overwrite), sources=(model, base))
     tuned = open_source("MODEL", str(model), model, run=run)
@@ -98,12 +115,15 @@ def extract(
         linears = linears_of(differences)
         chosen = [each for each in chosen_of(linears, settings.modules) if each.squared_delta]
         check_differs(chosen, differences)
-        adapted = [_adapt(each, opened, settings) for each in run.over("factorise", chosen, len(chosen))]
+        moments, text = _moments(chosen, model, settings, run)
+        weights = run.over("factorise", moments, len(chosen))
+        adapted = [_adapt(each, moment_II, opened, settings) for each, moment_II in weights]
     adapted_names = {entry.difference.name for entry in adapted}
     record = Extraction(
         model=model.name,
         base_model=settings.base_name or base.name,
         settings=settings.ranks,
+        text=text,
         tensors={entry.difference.name: weight_errors(entry) for entry in adapted},
         kinds=errors_by_kind(adapted, [each.kind for each in linears]),
         totals=totals_of(adapted, differences),
@@ -152,11 +172,53 @@ def _check_settings(settings: ExtractSettings) -> None:
         )
 
 
-def _adapt(each: TensorDifference, opened: OpenFiles, settings: ExtractSettings) -> AdaptedWeight:
+_Moments: TypeAlias = Iterator[tuple[TensorDifference, npt.NDArray[np.float32] | None]]
+
+
+def _moments(
+    chosen: Sequence[TensorDifference],
+    model: Path,
+    settings: ExtractSettings,
+    run: Run,
+) -> tuple[_Moments, TextDigest | None]:
+    """Each chosen weight with E[x x^T] of what it reads on the text, or None without text; and the record of the text."""
+    if not settings.texts:
+        return ((each, None) for each in chosen), None
+    from modekit.loaded.load import load_model, load_tokenizer
+    from modekit.loaded.moments import input_moments
+
+    sequences, text = _read_text(settings, load_tokenizer(model, run=run))
+    by_module = {each.module: each for each in chosen}
+
+    def read() -> _Moments:
+        loaded = load_model(model, run=run)
+        for name, moment_II in input_moments(loaded, list(by_module), sequences, advance=partial(run.progress, "read text")):
+            yield by_module[name], moment_II
+
+    return read(), text
+
+
+def _read_text(settings: ExtractSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSequence], TextDigest]:
+    """The fit split as sequences: what is held out stays unseen. Raises TextError when nothing is left."""
+    text = read_text(settings.texts, root=settings.root, where="--text")
+    documents = text.fit()
+    sequences = encode(tokenizer, documents, max_tokens=settings.tokens, sequence_length=_SEQUENCE_LENGTH)
+    if not documents:
+        raise text.nothing_left("no document is left to read after the held-out split")
+    if not sequences:
+        raise text.none_fits(documents, _SEQUENCE_LENGTH, most=settings.tokens)
+    return sequences, text_record(documents, sum(len(sequence.ids) for sequence in sequences))
+
+
+def _adapt(
+    each: TensorDifference, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings
+) -> AdaptedWeight:
     """Factors of one weight's difference."""
     moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (each.tuned, each.base))
     delta_OI: Array32 = (moved - still).reshape(each.base.shape)
-    return AdaptedWeight(each, factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank))
+    factors = factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank, moment_II=moment_II)
+    plain = factors.error if moment_II is None else relative_error(delta_OI, factors.a, factors.b)
+    return AdaptedWeight(each, factors, plain)
 
 
 def _digest_of(record: Extraction, adapted: Sequence[AdaptedWeight]) -> str:

@@ -18,10 +18,11 @@ _LITTLE = 0.5  # share of the squared difference below which an adapter is more 
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """A module's difference, and its factors."""
+    """A module's factors, and the plain error || delta - B A || / || delta || whatever they were weighted by."""
 
     difference: TensorDifference
     factors: Factors
+    plain_error: float
 
 
 class RankSettings(BaseModel, frozen=True):
@@ -37,14 +38,16 @@ class WeightErrors(BaseModel, frozen=True):
     """Of one weight.
 
     Attributes:
-        error: || delta - B A || / || delta ||.
+        error: what was minimised (relative; of the outputs when there was text).
         energy: 1 - error^2.
+        weight_error: || delta - B A || / || delta ||.
         drift: || delta || / || W ||; None where the base is zero.
     """
 
     rank: int
     error: float
     energy: float
+    weight_error: float
     drift: float | None
 
 
@@ -56,6 +59,7 @@ class KindErrors(BaseModel, frozen=True):
     largest_rank: int
     error: float
     energy: float
+    weight_error: float
     drift: float | None
 
 
@@ -71,6 +75,7 @@ class Extraction(BaseModel, frozen=True):
     """The content of extract.json.
 
     Attributes:
+        text: documents, tokens and digest of the text that errors were weighted by, if any.
         tensors: by the name of each adapted weight.
         kinds: by kind of module, over all layers.
         unchanged: linear weights that are equal in both models: no factors.
@@ -80,6 +85,7 @@ class Extraction(BaseModel, frozen=True):
     model: str
     base_model: str
     settings: RankSettings
+    text: dict[str, int | str] | None
     tensors: dict[str, WeightErrors]
     kinds: dict[str, KindErrors]
     totals: AdapterTotals
@@ -88,7 +94,7 @@ class Extraction(BaseModel, frozen=True):
 
     def notes(self) -> list[str]:
         """Warnings about an adapter that keeps little, with the reason; none when most is kept."""
-        carried, kept = self.totals.carried, 1 - self.totals.error**2
+        carried, kept = self.totals.carried, 1 - self.totals.weight_error**2
         if carried >= _LITTLE:
             return []
         notes = [f"the adapter keeps {carried:.0%} of the model's squared difference: more is lost than kept"]
@@ -110,6 +116,7 @@ def weight_errors(entry: AdaptedWeight) -> WeightErrors:
         rank=entry.factors.rank,
         error=error,
         energy=1 - error**2,
+        weight_error=entry.plain_error,
         drift=entry.difference.drift,
     )
 
@@ -123,7 +130,7 @@ def errors_by_kind(adapted: Sequence[AdaptedWeight], kinds: Sequence[str]) -> di
 def totals_of(adapted: Sequence[AdaptedWeight], differences: Sequence[TensorDifference]) -> AdapterTotals:
     """Of an adapter, and of all tensors that might differ."""
     parameters = sum(entry.factors.a.size + entry.factors.b.size for entry in adapted)
-    kept = sum(entry.difference.squared_delta * (1 - entry.factors.error**2) for entry in adapted)
+    kept = sum(entry.difference.squared_delta * (1 - entry.plain_error**2) for entry in adapted)
     return AdapterTotals(
         **dict(_together(adapted)),
         parameters=parameters,
@@ -136,6 +143,7 @@ def _together(adapted: Sequence[AdaptedWeight]) -> KindErrors:
     ranks = [entry.factors.rank for entry in adapted]
     squares = np.array([entry.difference.squared_delta for entry in adapted])
     error = np.array([entry.factors.error for entry in adapted])
+    weight_error = np.array([entry.plain_error for entry in adapted])
     base = sum(entry.difference.squared_base for entry in adapted)
     mean_square = float(np.average(error**2, weights=squares))
     return KindErrors(
@@ -144,5 +152,6 @@ def _together(adapted: Sequence[AdaptedWeight]) -> KindErrors:
         largest_rank=max(ranks),
         error=math.sqrt(mean_square),
         energy=1 - mean_square,
+        weight_error=math.sqrt(float(np.average(weight_error**2, weights=squares))),
         drift=math.sqrt(float(squares.sum()) / base) if base else None,
     )

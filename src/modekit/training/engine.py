@@ -88,7 +88,7 @@ class _JudgingTrainer(ModuleTrainer):
             batches,
             loop,
             arguments,
-            [patience, *log_writers(Path(arguments.output_dir)), StepReport(run)],
+            [patience, *log_writers(Path(arguments.output_dir)), StepReport(objective, run)],
         )
         self._select = select
         self._run = run

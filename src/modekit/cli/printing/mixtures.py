@@ -146,7 +146,8 @@ def print_forced(found: ForcedExperts) -> None:
 
 def print_extract(record: Extraction) -> None:
     """Draw what an extraction kept, by the kind of module."""
-    table = Table("module", ["number", "rank", "drift", "error"])
+    table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
+    weighted = record.text is not None
 
     def add(name: str, row: KindErrors, style: str = "") -> None:
         low, high = row.smallest_rank, row.largest_rank
@@ -155,7 +156,8 @@ def print_extract(record: Extraction) -> None:
             str(row.modules),
             str(low) if low == high else f"{low}-{high}",
             _share(row.drift),
-            _share(row.error),
+            _share(row.weight_error),
+            _share(row.error) if weighted else "-",
             style=style,
         )
 
