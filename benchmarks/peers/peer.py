@@ -1,0 +1,97 @@
+"""What every row of the scoreboard is made from and gives: `Pool`, `Peer`, `Made`.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+class Unsuitable(Exception):
+    """A peer cannot take this pool, or does not run here. The table shows the reason."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Fine-tunes of one base and their text.
+
+    Attributes:
+        kind: what was trained: ffn, adapters or full.
+        seed: of base and experts.
+        base: a folder that opens in transformers.
+        experts: name -> a whole model or a PEFT adapter.
+        whole: name -> a whole model, adapters merged in, for peers that read no adapters.
+        text: name -> JSON Lines {"text": ...}: the fit split, all that a peer may read.
+        select: name -> the same of the select split, for the choice of one knob (choose.py) and nothing else.
+        environments: a folder for environments of packages, kept between rows.
+    """
+
+    kind: str
+    seed: int
+    base: Path
+    experts: Mapping[str, Path]
+    whole: Mapping[str, Path]
+    text: Mapping[str, Path]
+    select: Mapping[str, Path]
+    environments: Path
+
+
+class Speaker(Protocol):
+    """A model that is no single checkpoint. Reads one document, without pads: B = 1."""
+
+    def logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Scores (B, S, V) of the next token at every place; at a place nothing behind it may be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a peer made of a pool.
+
+    Attributes:
+        model: a folder that AutoModelForCausalLM opens (no remote code), or a speaker.
+        note: the knob that was chosen and among which values; what differs from the paper.
+        total: parameters that are kept; 0: counted in the folder.
+        active: parameters that a token passes; 0: counted in the folder (`experts` by top_k, everything else whole).
+        nbytes: of what is kept; 0: two bytes per parameter.
+        engines: where it runs; empty: by the architecture's name.
+    """
+
+    model: Path | Speaker
+    note: str = ""
+    total: int = 0
+    active: int = 0
+    nbytes: int = 0
+    engines: str = ""
+
+
+class Peer(Protocol):
+    """A way to put fine-tunes together.
+
+    Attributes:
+        name: as it stands in the table.
+        source: paper (arXiv number), and the package with its version, or "formula".
+        kinds: of experts that it takes.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def kinds(self) -> frozenset[str]: ...
+
+    def make(self, pool: Pool, out: Path) -> Made:
+        """Write below `out`, an empty folder. Raises Unsuitable with the reason."""
+        ...
+
+
+ALL_KINDS = frozenset({"ffn", "adapters", "full"})
