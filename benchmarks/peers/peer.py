@@ -5,7 +5,7 @@ Shape legend: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,9 +89,30 @@ class Peer(Protocol):
     @property
     def kinds(self) -> frozenset[str]: ...
 
+    def prepare(self, environments: Path) -> None:
+        """Make the environment of its package, if it has one and it is not there; not timed. Raises Unsuitable."""
+        ...
+
     def make(self, pool: Pool, out: Path) -> Made:
-        """Write below `out`, an empty folder. Raises Unsuitable with the reason."""
+        """Write below `out`, an empty folder; timed. Raises Unsuitable with the reason."""
         ...
 
 
 ALL_KINDS = frozenset({"ffn", "adapters", "full"})
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A peer that runs in this process."""
+
+    name: str
+    function: Callable[[Pool, Path], Made]
+    source: str
+    kinds: frozenset[str] = ALL_KINDS
+
+    def prepare(self, environments: Path) -> None:
+        """There is nothing to prepare."""
+
+    def make(self, pool: Pool, out: Path) -> Made:
+        """Call the function."""
+        return self.function(pool, out)
