@@ -1,0 +1,62 @@
+"""modekit's own rows, and fits of others' papers that modekit has (docs/routers.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modekit.building.build import build
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from peers.peer import Formula, Made, Peer, Pool
+from peers.pool import read_text, write_text
+
+ADAPTERS = frozenset({"adapters"})
+TOP_1: dict[str, Any] = {"method": "routing", "top_k": 1}
+
+
+def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Made:
+    """A mixture by a recipe, over the text that peers have: a recipe reads its fit split to fit, its select split to choose."""
+    experts = []
+    for name, path in pool.experts.items():
+        both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
+        which = "adapter" if pool.kind == "adapters" else "model"
+        experts.append({"name": name, which: str(path), **({"text": "self" if text == "self" else str(both)} if text else {})})
+    recipe = parse_recipe({"base_model": str(pool.base), "experts": experts, **said}, where="scoreboard")
+    return Made(build(make_plan(recipe, out), out / "mixture").folder)
+
+
+def _plain(pool: Pool, out: Path, text: str = "real") -> Made:
+    """What `modekit mix --without-base` writes where llama.cpp must run it."""
+    full = pool.kind == "full"
+    mixture = {**TOP_1, **({"backbone": "average"} if full else {})}
+    return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
+
+
+def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
+    """Tokens and pairs of them, which `fit: auto` takes."""
+    whole = {"modules": "all"} if pool.kind == "full" else {}
+    return built(pool, out, {"mixture": {"method": "routing", "top_k": top_k, **whole}, "output": {"format": "modekit"}})
+
+
+def _fit(name: str, source: str, top_k: int, **router: Any) -> Peer:
+    """A router that scores adapters, in the modekit architecture."""
+    text = "real" if name == "phatgoose" else ""
+    said = {"mixture": {"method": "routing", "top_k": top_k, "router": {"fit": name, **router}}, "output": {"format": "modekit"}}
+    shown = f"{name}, context 0.9" if router else name
+    return Formula(f"{shown}, top-{top_k}", lambda pool, out: built(pool, out, said, text), source, ADAPTERS)
+
+
+OURS: list[Peer] = [
+    Formula("modekit, plain checkpoint", _plain, "modekit mix, top-1"),
+    Formula("modekit architecture, top-1", lambda pool, out: _architecture(pool, out, 1), "modekit, fit: auto"),
+    Formula("modekit architecture, top-2", lambda pool, out: _architecture(pool, out, 2), "modekit, fit: auto"),
+    Formula("modekit, plain, text: self", lambda pool, out: _plain(pool, out, "self"), "modekit, no real text"),
+]
+FITS: list[Peer] = [
+    _fit("arrow", "2405.11157, modekit's fit", 4),
+    _fit("spectr", "2504.03454, modekit's fit", 4),
+    _fit("seqr", "2509.18093, modekit's fit", 1),
+    _fit("phatgoose", "2402.05859, modekit's fit", 2),
+    _fit("arrow", "modekit, no text", 2, granularity="context"),
+]

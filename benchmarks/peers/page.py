@@ -1,0 +1,3 @@
+"""The page."""
+from pathlib import Path
+def write_page(results: Path) -> None: ...

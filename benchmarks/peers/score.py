@@ -1,0 +1,143 @@
+"""Losses of a model on text, and how large and how fast it is.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import modekit  # noqa: F401  its architecture opens in transformers
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.demo.models import SEQUENCE_LENGTH
+from modekit.loaded.passes import losses_of
+from modekit.text.sequences import TokenSequence, encode, make_batches
+from peers.peer import Made, Speaker
+from peers.pool import read_text
+
+TIMED_TOKENS = 1_024
+PASSES = 3
+Texts = Mapping[str, Sequence[TokenSequence]]
+ENGINES = {
+    "LlamaForCausalLM": "vLLM, llama.cpp",
+    "MixtralForCausalLM": "vLLM, llama.cpp",
+    "ModekitForCausalLM": "vLLM (plug-in)",
+}
+"""By architecture."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters that are kept and that a token passes, and bytes."""
+
+    total: int
+    active: int
+    nbytes: int
+
+
+def texts_of(tokenizer: Path, paths: Mapping[str, Path], tokens: int) -> Texts:
+    """The first `tokens` of each text, whole documents of at most SEQUENCE_LENGTH."""
+    reads = AutoTokenizer.from_pretrained(tokenizer)
+    return {
+        name: encode(reads, read_text(path), max_tokens=tokens, sequence_length=SEQUENCE_LENGTH) for name, path in paths.items()
+    }
+
+
+def opened(model: Path | Speaker) -> PreTrainedModel | Speaker:
+    """What a peer has made, in memory."""
+    if isinstance(model, Path):
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return model
+
+
+@torch.inference_mode()
+def loss(model: PreTrainedModel | Speaker, sequences: Sequence[TokenSequence]) -> float:
+    """Mean over all tokens but the first of each document, in nats."""
+    tokens = sum(each.scored for each in sequences)
+    if isinstance(model, PreTrainedModel):
+        batches = make_batches(sequences, tokens=4_096)
+        return float(sum(losses_of(model, batch).double().sum() for batch in batches)) / tokens
+    total = 0.0
+    for each in sequences:
+        ids_BS = torch.tensor([each.ids])
+        logits_SV = model.logits(ids_BS)[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits_SV, ids_BS[0, 1:], reduction="sum"))
+    return total / tokens
+
+
+def losses(model: PreTrainedModel | Speaker, texts: Texts) -> dict[str, float]:
+    """Of each text."""
+    return {name: loss(model, sequences) for name, sequences in texts.items()}
+
+
+@torch.inference_mode()
+def milliseconds_per_token(model: PreTrainedModel | Speaker, texts: Texts) -> float:
+    """Of a forward pass over one document after the other, the fastest of PASSES."""
+    documents, taken = [torch.tensor([each.ids]) for each in _some(texts)], list[float]()
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        for ids_BS in documents:
+            if isinstance(model, PreTrainedModel):
+                model(input_ids=ids_BS, use_cache=False)
+            else:
+                model.logits(ids_BS)
+        taken.append(time.perf_counter() - start)
+    return 1e3 * min(taken) / sum(each.numel() for each in documents)
+
+
+def _some(texts: Texts) -> list[TokenSequence]:
+    found: list[TokenSequence] = []
+    for sequences in zip(*texts.values(), strict=False):
+        found += sequences
+        if sum(each.size for each in found) > TIMED_TOKENS:
+            break
+    return found
+
+
+def size(made: Made) -> Size:
+    """As the peer says, or counted."""
+    total, active = made.total, made.active
+    if isinstance(made.model, Path):
+        counted = counts(made.model)
+        total, active = total or counted[0], active or counted[1]
+    return Size(total, active or total, made.nbytes or 2 * total)
+
+
+def counts(folder: Path) -> tuple[int, int]:
+    """Total and active parameters of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("architectures") == ["ModekitForCausalLM"] or (folder / "modekit.json").exists():
+        found = open_checkpoint(folder).parameters
+        return found.total, found.active
+    every, experts = 0, 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as read:
+            for name in read.keys():  # noqa: SIM118  no dictionary
+                numbers = prod(read.get_slice(name).get_shape())
+                every += numbers
+                experts += numbers * (".experts." in name)
+    of = config.get("num_local_experts") or config.get("num_experts") or 1
+    return every, every - experts + round(experts * config.get("num_experts_per_tok", of) / of)
+
+
+def engines(made: Made) -> str:
+    """Where a checkpoint runs besides transformers."""
+    if made.engines or not isinstance(made.model, Path):
+        return made.engines or "none"
+    (architecture,) = json.loads((made.model / "config.json").read_text())["architectures"]
+    return ENGINES.get(architecture, "none")
+
+
+def mean(values: Mapping[str, float]) -> float:
+    """Over texts."""
+    return statistics.fmean(values.values())
