@@ -18,13 +18,15 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not wait for threads of its parent
 
+from transformers.utils import logging
+
 from peers.every import PEERS
 from peers.page import write_page
 from peers.pool import open_pool
 from peers.row import path_of, run
 
 KINDS = ("ffn", "adapters", "full")
-TOKENS = 8_192
+TOKENS = 4_096
 """Per text, to score."""
 
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15, help="most time of a row")
     parser.add_argument("--page", action="store_true")
     said = parser.parse_args()
+    logging.disable_progress_bar()
     results = said.folder.resolve() / "scoreboard"
     if said.page:
         write_page(results)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from peers.peer import Made, Pool
-from peers.score import losses, mean, opened, texts_of
+from peers.score import scores, texts_of
 
-SELECT_TOKENS = 2_048
+SELECT_TOKENS = 1_024
 """Per domain."""
 Value = TypeVar("Value")
 
@@ -17,5 +17,5 @@ def choose(pool: Pool, values: Sequence[Value], make: Callable[[Value], Made]) -
     """The value whose model has the lowest loss on the select split, mean over domains, and that model."""
     texts = texts_of(pool.base, pool.select, SELECT_TOKENS)
     made = {value: make(value) for value in values}
-    best = min(values, key=lambda value: mean(losses(opened(made[value].model), texts)))
+    best = min(values, key=lambda value: sum(nats for nats, _ in scores(made[value].model, texts, pool.base).values()))
     return best, made[best]

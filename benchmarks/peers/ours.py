@@ -42,7 +42,10 @@ def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
 def _fit(name: str, source: str, top_k: int, **router: Any) -> Peer:
     """A router that scores adapters, in the modekit architecture."""
     text = "real" if name == "phatgoose" else ""
-    said = {"mixture": {"method": "routing", "top_k": top_k, "router": {"fit": name, **router}}, "output": {"format": "modekit"}}
+    said = {
+        "mixture": {"method": "routing", "top_k": top_k, "router": {"fit": name, **router}},
+        "output": {"format": "modekit"},
+    }
     shown = f"{name}, context 0.9" if router else name
     return Formula(f"{shown}, top-{top_k}", lambda pool, out: built(pool, out, said, text), source, ADAPTERS)
 

@@ -1,3 +1,6 @@
 """The page."""
+
 from pathlib import Path
+
+
 def write_page(results: Path) -> None: ...

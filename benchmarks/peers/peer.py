@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 
-class Unsuitable(Exception):
+class Unsuitable(Exception):  # noqa: N818  an answer, no fault
     """A peer cannot take this pool, or does not run here. The table shows the reason."""
 
 
@@ -55,7 +55,8 @@ class Made:
     """What a peer made of a pool.
 
     Attributes:
-        model: a folder that AutoModelForCausalLM opens (no remote code), or a speaker.
+        model: a folder that AutoModelForCausalLM opens (no remote code), or a speaker; of an oracle a folder per text (the
+            base reads unseen text).
         note: the knob that was chosen and among which values; what differs from the paper.
         total: parameters that are kept; 0: counted in the folder.
         active: parameters that a token passes; 0: counted in the folder (`experts` by top_k, everything else whole).
@@ -63,7 +64,7 @@ class Made:
         engines: where it runs; empty: by the architecture's name.
     """
 
-    model: Path | Speaker
+    model: Path | Speaker | Mapping[str, Path]
     note: str = ""
     total: int = 0
     active: int = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peers.peer import Peer, Unsuitable
 from peers.pool import Scored
-from peers.score import engines, losses, milliseconds_per_token, opened, size, texts_of
+from peers.score import engines, milliseconds_per_token, scores, size, texts_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Row:
 
     Attributes:
         losses: text -> nats per token.
+        accuracy: text -> share of tokens that are the likeliest.
         nbytes: of what is kept, at two bytes a parameter unless the peer says otherwise.
         seconds: of a processor, to make it.
         peak_mb: resident memory while it was made, in MB; Python and torch take some 500 of it.
@@ -36,6 +37,7 @@ class Row:
     kind: str
     seed: int
     losses: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
     total: int = 0
     active: int = 0
     nbytes: int = 0
@@ -91,8 +93,10 @@ def _measure(peer: Peer, scored: Scored, path: Path, blank: Row, tokens: int) ->
         before, wall = _processor_seconds(), time.perf_counter()
         made = peer.make(scored.pool, out)
         said |= {"seconds": _processor_seconds() - before, "peak_mb": _peak_mb(), "note": made.note}
-        texts, model = texts_of(scored.pool.base, scored.report, tokens), opened(made.model)
-        said |= {"losses": losses(model, texts), "ms_per_token": milliseconds_per_token(model, texts)}
+        texts = texts_of(scored.pool.base, scored.report, tokens)
+        for name, (nats, right) in scores(made.model, texts, scored.pool.base).items():
+            said["losses"][name], said["accuracy"][name] = nats, right
+        said |= {"ms_per_token": milliseconds_per_token(made.model, texts)}
         said |= {**asdict(size(made)), "engines": engines(made)}
         print(f"{path.parent.name} {peer.name}: {time.perf_counter() - wall:.0f} s", flush=True)
     except Unsuitable as error:

@@ -6,7 +6,6 @@ Shape legend: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import modekit  # noqa: F401  its architecture opens in transformers
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
-from modekit.loaded.passes import losses_of
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from peers.peer import Made, Speaker
 from peers.pool import read_text
@@ -61,37 +59,47 @@ def opened(model: Path | Speaker) -> PreTrainedModel | Speaker:
 
 
 @torch.inference_mode()
-def loss(model: PreTrainedModel | Speaker, sequences: Sequence[TokenSequence]) -> float:
-    """Mean over all tokens but the first of each document, in nats."""
-    tokens = sum(each.scored for each in sequences)
-    if isinstance(model, PreTrainedModel):
-        batches = make_batches(sequences, tokens=4_096)
-        return float(sum(losses_of(model, batch).double().sum() for batch in batches)) / tokens
-    total = 0.0
-    for each in sequences:
-        ids_BS = torch.tensor([each.ids])
-        logits_SV = model.logits(ids_BS)[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits_SV, ids_BS[0, 1:], reduction="sum"))
-    return total / tokens
+def score(model: PreTrainedModel | Speaker, sequences: Sequence[TokenSequence]) -> tuple[float, float]:
+    """Nats and share of right guesses, mean over all tokens but the first of each document."""
+    tokens, nats, right = sum(each.scored for each in sequences), 0.0, 0
+    whole = isinstance(model, PreTrainedModel)
+    for batch in make_batches(sequences, tokens=4_096 if whole else 1):
+        ids_BS, labels_N = batch.input_ids, batch.labels.flatten()
+        if whole:
+            logits_BSV = model(input_ids=ids_BS, attention_mask=batch.mask.long(), use_cache=False).logits
+        else:
+            logits_BSV = model.logits(ids_BS)
+        logits_NV = logits_BSV[:, :-1].flatten(0, 1).float()
+        nats += float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
+        right += int((logits_NV.argmax(-1) == labels_N).sum())
+    return nats / tokens, right / tokens
 
 
-def losses(model: PreTrainedModel | Speaker, texts: Texts) -> dict[str, float]:
+Scores = Mapping[str, tuple[float, float]]
+"""Text -> nats, and share of right guesses."""
+
+
+def scores(model: Path | Speaker | Mapping[str, Path], texts: Texts, base: Path) -> Scores:
     """Of each text."""
-    return {name: loss(model, sequences) for name, sequences in texts.items()}
+    if isinstance(model, Mapping):
+        return {name: score(opened(model.get(name, base)), sequences) for name, sequences in texts.items()}
+    read = opened(model)
+    return {name: score(read, sequences) for name, sequences in texts.items()}
 
 
 @torch.inference_mode()
-def milliseconds_per_token(model: PreTrainedModel | Speaker, texts: Texts) -> float:
-    """Of a forward pass over one document after the other, the fastest of PASSES."""
+def milliseconds_per_token(made: Path | Speaker | Mapping[str, Path], texts: Texts) -> float:
+    """Processor time of a forward pass over one document after the other, the fastest of PASSES."""
+    model = opened(next(iter(made.values())) if isinstance(made, Mapping) else made)
     documents, taken = [torch.tensor([each.ids]) for each in _some(texts)], list[float]()
     for _ in range(PASSES):
-        start = time.perf_counter()
+        start = time.process_time()
         for ids_BS in documents:
             if isinstance(model, PreTrainedModel):
                 model(input_ids=ids_BS, use_cache=False)
             else:
                 model.logits(ids_BS)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return 1e3 * min(taken) / sum(each.numel() for each in documents)
 
 
@@ -136,8 +144,3 @@ def engines(made: Made) -> str:
         return made.engines or "none"
     (architecture,) = json.loads((made.model / "config.json").read_text())["architectures"]
     return ENGINES.get(architecture, "none")
-
-
-def mean(values: Mapping[str, float]) -> float:
-    """Over texts."""
-    return statistics.fmean(values.values())
