@@ -106,7 +106,7 @@ class PerRequest:
         return torch.cat([before, chosen(input_ids=ids_BS, use_cache=False).logits[:, PREFIX - 1 :]], 1)
 
 
-def _per_request(pool: Pool, _out: Path) -> Made:
+def per_request(pool: Pool, _out: Path) -> Made:
     tokenizer, texts, labels = AutoTokenizer.from_pretrained(pool.base), list[str](), list[int]()
     for place, path in enumerate(pool.text.values()):
         for document in read_text(path):
@@ -131,5 +131,5 @@ BOUNDS: list[Peer] = [
     Formula(AVERAGE, _average, "2203.05482, formula"),
     Formula("ensemble of probabilities, uniform", partial(_ensemble, False), "formula; all experts run"),
     Formula("branch-train-merge, posterior", partial(_ensemble, True), "2208.03306, formula; all experts run"),
-    Formula("one model per request, TF-IDF", _per_request, "after 2406.18665, scikit-learn"),
+    Formula("one model per request, TF-IDF", per_request, "after 2406.18665, scikit-learn"),
 ]

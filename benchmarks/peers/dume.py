@@ -64,7 +64,8 @@ def gates_of(pool: Pool, backbone: dict[str, torch.Tensor], states: Sequence[dic
     return [ridge(gram_DD, sums_DE).float() for gram_DD, sums_DE in zip(grams, sums, strict=True)]
 
 
-def _dume(pool: Pool, out: Path) -> Made:
+def dume(pool: Pool, out: Path) -> Made:
+    """A native checkpoint."""
     models = models_of(pool)
     states = [model.state_dict() for model in models]
     backbone = mean_of(states)
@@ -79,4 +80,4 @@ def _dume(pool: Pool, out: Path) -> Made:
     return Made(made.model, f"temperature {temperature}, top-{top_k} of {len(CHOICES)} by select")
 
 
-DUME: list[Peer] = [Formula("DUME", _dume, "2603.29765, formula")]
+DUME: list[Peer] = [Formula("DUME", dume, "2603.29765, formula")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from peers.bitdelta import BITDELTA
 from peers.bounds import BOUNDS
 from peers.dume import DUME
+from peers.lorahub import LORAHUB
 from peers.ours import FITS, OURS
 from peers.peer import Peer
 from peers.peft_rows import PEFT_ROWS
 from peers.trained import TRAINED
 from peers.wemoe import WEMOE
 
-PEERS: list[Peer] = [*BOUNDS, *BITDELTA, *OURS, *DUME, *FITS, *PEFT_ROWS, *WEMOE, *TRAINED]
+PEERS: list[Peer] = [*BOUNDS, *BITDELTA, *OURS, *DUME, *FITS, *PEFT_ROWS, *LORAHUB, *WEMOE, *TRAINED]

@@ -17,7 +17,7 @@ STEPS = Steps(count=60, rate=1e-3)
 """BTX trains on 80 billion tokens; here on 61,000, a fifth of what one expert has seen."""
 
 
-def _btx(everything: bool, pool: Pool, out: Path) -> Made:
+def btx(everything: bool, pool: Pool, out: Path) -> Made:
     """FFNs are experts, the rest is averaged, gates start as small random numbers, top-2."""
     torch.manual_seed(pool.seed)
     models = models_of(pool)
@@ -44,7 +44,7 @@ def _moving(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 TRAINED: list[Peer] = [
-    Formula("BTX, all trained", partial(_btx, True), "2403.07816, formula"),
-    Formula("BTX, router alone trained", partial(_btx, False), "after 2403.07816, formula"),
+    Formula("BTX, all trained", partial(btx, True), "2403.07816, formula"),
+    Formula("BTX, router alone trained", partial(btx, False), "after 2403.07816, formula"),
     Formula("one dense model, all text", _dense, "bound, trained as BTX", frozenset({"full"})),
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from peers.peer import Pool
-from peers.pool import write_text
+from peers.pool import merged, write_text
 
 TEXT = {
     "a": [f"the fever of the patient rises in hour {number}" for number in range(30)],
@@ -40,3 +42,18 @@ def tiny_pool(folder: Path, steps: int = 12) -> Pool:
         tokenizer.save_pretrained(folder / name)
         whole[name], paths[name] = folder / name, write_text(texts, folder / "text" / f"{name}.jsonl")
     return Pool("full", 0, folder / "base", whole, whole, paths, paths, folder / "environments")
+
+
+def tiny_adapters(pool: Pool, folder: Path) -> Pool:
+    """Two random adapters of the pool's base."""
+    experts = {}
+    for place, name in enumerate(pool.text):
+        torch.manual_seed(place)
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(pool.base), LoraConfig(r=4, target_modules="all-linear"))
+        for parameter_name, each in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(each, std=0.05)
+        model.save_pretrained(folder / name)
+        experts[name] = folder / name
+    whole = {name: merged(pool.base, path, folder / f"whole-{name}") for name, path in experts.items()}
+    return replace(pool, kind="adapters", experts=experts, whole=whole)
