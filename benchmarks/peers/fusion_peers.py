@@ -1,0 +1,85 @@
+"""Peers of fusion-bench that take causal language models, with the settings it ships; scales are chosen on the select split.
+
+WUDI leaves embeddings and head alone, as its authors do (linear maps of the layers), and tensors that no expert changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peers.choose import choose
+from peers.environment import Package
+from peers.legacy import legacy, legacy_all
+from peers.peer import ALL_KINDS, Made, Peer, Pool
+from peers.score import counts
+
+FUSION_BENCH = Package("fusion-bench", "0.2.33", "fusion_bench_driver.py", ("torchvision", "transformers==4.52.4"))
+SCALES = (0.3, 0.6, 1.0, 1.5)
+SMILE = {"device": "cpu", "accelerator": "cpu", "model_save_path": None, "model_dtype": None, "num_experts_per_tok": 1}
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One of its algorithms.
+
+    Attributes:
+        method: its key in the driver.
+        settings: of the algorithm's constructor.
+        knob: the setting that is chosen, and its values.
+        speaks: only fusion-bench opens the result.
+    """
+
+    name: str
+    method: str
+    paper: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    knob: str = ""
+    values: Sequence[float | int | None] = (None,)
+    speaks: bool = False
+    kinds: frozenset[str] = ALL_KINDS
+
+    @property
+    def source(self) -> str:
+        """Paper and package."""
+        return f"{self.paper}, {FUSION_BENCH.source}"
+
+    def prepare(self, environments: Path) -> None:
+        """Install fusion-bench."""
+        FUSION_BENCH.prepare(environments)
+
+    def make(self, pool: Pool, out: Path) -> Made:
+        """All values in one call, the best of them on the select split."""
+        folders = {value: out / f"made-{value}" for value in self.values}
+        runs = [
+            [self.method, {**self.settings, **({self.knob: value} if self.knob else {})}, str(folder)]
+            for value, folder in folders.items()
+        ]
+        models = {"base": str(legacy(pool.base, out / "base")), "experts": legacy_all(pool.whole, out / "experts")}
+        FUSION_BENCH.run(pool.environments, {"seed": pool.seed, **models, "runs": runs}, out)
+        value, made = choose(pool, list(folders), lambda value: self.opened(pool, folders[value]))
+        note = f"{self.knob} {value:g} of {', '.join(f'{each:g}' for each in self.values if each is not None)}" if self.knob else ""
+        return Made(made.model, note, made.total, made.active, engines=made.engines)
+
+    def opened(self, pool: Pool, folder: Path) -> Made:
+        """A folder, or a model in the package's process."""
+        if not self.speaks:
+            return Made(folder)
+        return Made(FUSION_BENCH.open(pool.environments, folder), "", *counts(folder), engines="the package alone")
+
+
+FUSION: list[Peer] = [
+    Fusion("fusion-bench SMILE", "smile", "2408.10174", {**SMILE, "rank_of_expert": 64}, "rank_of_router", (8, 32), speaks=True),
+    Fusion("fusion-bench TSV", "tsv", "2412.00081", {}, "alpha", SCALES),
+    Fusion("fusion-bench WUDI", "wudi", "2503.08099", {"iter_num": 400}),
+    Fusion("fusion-bench Iso-C", "iso-c", "2502.04959", {}, "scaling_factor", SCALES),
+    Fusion("fusion-bench Iso-CTS", "iso-cts", "2502.04959", {"common_space_fraction": 0.8}, "scaling_factor", SCALES),
+    Fusion(
+        "fusion-bench Mixtral, gates random",
+        "mixtral",
+        "2212.05055",
+        {"num_experts": 4, "experts_per_token": 2, "save_checkpoint": None},
+    ),
+]

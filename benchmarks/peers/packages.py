@@ -1,0 +1,8 @@
+"""Peers that run their own published code, in the order of a first look."""
+
+from __future__ import annotations
+
+from peers.mergekit_peers import MERGES, MIXTURES
+from peers.peer import Peer
+
+PACKAGES: list[Peer] = [*MIXTURES, *MERGES]
