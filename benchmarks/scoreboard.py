@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not wait for threads of its parent
@@ -48,15 +49,14 @@ def main() -> None:
         write_page(results)
         return
     for seed in said.seeds:
-        for kind in said.kinds:
-            scored = open_pool(said.folder.resolve(), kind, seed, results)
-            for peer in PEERS:
-                words = f"{peer.name} {peer.source}"
-                if (said.only and not any(each in words for each in said.only)) or any(each in words for each in said.without):
-                    continue
-                if said.again:
-                    path_of(results, peer, scored).unlink(missing_ok=True)
-                run(peer, scored, results, tokens=TOKENS, minutes=said.minutes)
+        pools = [open_pool(said.folder.resolve(), kind, seed, results) for kind in said.kinds]
+        for peer, scored in product(PEERS, pools):
+            words = f"{peer.name} {peer.source}"
+            if (said.only and not any(each in words for each in said.only)) or any(each in words for each in said.without):
+                continue
+            if said.again:
+                path_of(results, peer, scored).unlink(missing_ok=True)
+            run(peer, scored, results, tokens=TOKENS, minutes=said.minutes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modekit.demo.text import DOMAINS
 from peers.choose import choose
 from peers.peer import Formula, Made, Peer, Pool
 from peers.pool import read_text
@@ -120,13 +119,8 @@ def per_request(pool: Pool, _out: Path) -> Made:
     return _many(pool, PerRequest(base, models_of(pool), vectors, classifier), counts(pool.base)[0])
 
 
-def _expert(name: str, pool: Pool, _out: Path) -> Made:
-    return Made(pool.whole[name])
-
-
 BOUNDS: list[Peer] = [
     Formula(BASE, lambda pool, out: Made(pool.base), "bound"),
-    *(Formula(f"expert {name}", partial(_expert, name), "bound") for name in DOMAINS),
     Formula(BEST, _best, "bound"),
     Formula(AVERAGE, _average, "2203.05482, formula"),
     Formula("ensemble of probabilities, uniform", partial(_ensemble, False), "formula; all experts run"),

@@ -69,7 +69,11 @@ def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: floa
     if pool.kind not in peer.kinds:
         return Row(**{**asdict(blank), "failure": "not for these experts"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    peer.prepare(pool.environments)
+    try:
+        peer.prepare(pool.environments)
+    except Unsuitable as error:
+        _write(Row(**{**asdict(blank), "failure": str(error)}), path)
+        return run(peer, scored, results, tokens=tokens, minutes=minutes)
     child = multiprocessing.get_context("fork").Process(target=_measure, args=(peer, scored, path, blank, tokens))
     child.start()
     child.join(60 * minutes)

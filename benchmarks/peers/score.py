@@ -23,7 +23,7 @@ from modekit.text.sequences import TokenSequence, encode, make_batches
 from peers.peer import Made, Speaker
 from peers.pool import read_text
 
-TIMED_TOKENS = 1_024
+TIMED_TOKENS = 512
 PASSES = 3
 Texts = Mapping[str, Sequence[TokenSequence]]
 ENGINES = {
