@@ -124,10 +124,8 @@ class Mixture:
         backbones = {"base": pool.base} if pool.kind == "ffn" else {"base": pool.base, "average": out / "average"}
         variants = list(product(self.modes, backbones, (False, True) if self.reads else (False,)))
         folders = {variant: out / "-".join(map(str, variant)) for variant in variants}
-        moe = [
-            [self.configuration(pool, backbones[where], mode, negative), str(folders[mode, where, negative])]
-            for mode, where, negative in variants
-        ]
+        moe = [[self.configuration(pool, backbones[where], mode, negative), str(folders[mode, where, negative])]
+               for mode, where, negative in variants]
         MERGEKIT.run(pool.environments, {"seed": pool.seed, "merges": [[average, str(out / "average")]], "moe": moe}, out)
         (mode, where, negative), made = choose(pool, variants, lambda variant: Made(folders[variant]))
         prompts = f", {'with' if negative else 'without'} negative prompts" if self.reads else ""
