@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from itertools import product
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # draws the pictures of docs, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not wait for threads of its parent
 
 from transformers.utils import logging

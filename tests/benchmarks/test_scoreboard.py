@@ -11,8 +11,9 @@ import pytest
 import torch
 from pools import tiny_pool
 
-from peers import page
+from peers import page, plot
 from peers.choose import choose
+from peers.measured import measured, over_ours
 from peers.peer import Formula, Made, Pool, Unsuitable
 from peers.pool import Scored
 from peers.row import Row, path_of, run
@@ -97,8 +98,8 @@ def test_gaps_shares_and_bold() -> None:
         _row("worse", 4.0, 3.0, 2.0),
         _row("worse", 5.0, 3.0, 2.0, seed=1),  # without a base of that seed
     ]
-    peers = page.measured(rows, "full")
-    assert peers["better"].gaps() == [0.75] and page.over_ours(peers, "better") == 0.25
+    peers = measured(rows, "full")
+    assert peers["better"].gaps() == [0.75] and over_ours(peers, "better") == 0.25
     assert peers["better"].unseen() == 1.5
     assert peers["worse"].share() == pytest.approx((2.718281828**-1 + 2.718281828**-2) / 2)
     shown = page.table(rows, "full").splitlines()[2:]
@@ -121,3 +122,9 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pyte
     text = page.PAGE.read_text()
     assert "old" not in text and "prose" in text and "own expert" in text and "| x | full 0 | why |" in text
     assert len(page.ROWS.read_text().splitlines()) == 3
+
+
+def test_the_picture_has_every_row_in_order() -> None:
+    rows = [_row("base", 4.0, 3.0, 2.0), _row("own expert (oracle)", 3.0, 1.0, 2.0), _row("worse", 9.0, 3.0, 2.0)]
+    assert [each.name for each in plot.points(rows, "full")] == ["own expert (oracle)", "base", "worse"]
+    assert plot.picture(rows, "full").count(">3</text>") == 2 + 1  # two panels and the list

@@ -13,7 +13,7 @@ from speak import serve
 
 
 def load(folder):
-    """mergoo's own class; gates that are not in the folder are drawn."""
+    """Mergoo's own class; gates that are not in the folder are drawn."""
     return LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
 
 
