@@ -29,6 +29,7 @@ from peers.pool import open_pool
 from peers.row import path_of, run
 
 KINDS = ("ffn", "adapters", "full")
+HARD = ("adapters-twice",)
 TOKENS = 4_096
 """Per text, to score."""
 
@@ -37,7 +38,7 @@ def main() -> None:
     """Rows, or the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS + HARD, default=KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", default=[], help="words of a peer's name or source")
     parser.add_argument("--without", nargs="*", default=[], help="words of peers to leave out")

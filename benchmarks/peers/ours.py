@@ -20,7 +20,7 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Ma
     experts = []
     for name, path in pool.experts.items():
         both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
-        which = "adapter" if pool.kind == "adapters" else "model"
+        which = "adapter" if pool.trained == "adapters" else "model"
         experts.append({"name": name, which: str(path), **({"text": "self" if text == "self" else str(both)} if text else {})})
     recipe = parse_recipe({"base_model": str(pool.base), "experts": experts, **said}, where="scoreboard")
     return Made(build(make_plan(recipe, out), out / "mixture").folder)
@@ -28,14 +28,14 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Ma
 
 def _plain(pool: Pool, out: Path, text: str = "real") -> Made:
     """What `modekit mix --without-base` writes where llama.cpp must run it."""
-    full = pool.kind == "full"
+    full = pool.trained == "full"
     mixture = {**TOP_1, **({"backbone": "average"} if full else {})}
     return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
 
 
 def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
     """Tokens and pairs of them, which `fit: auto` takes."""
-    whole = {"modules": "all"} if pool.kind == "full" else {}
+    whole = {"modules": "all"} if pool.trained == "full" else {}
     return built(pool, out, {"mixture": {"method": "routing", "top_k": top_k, **whole}, "output": {"format": "modekit"}})
 
 

@@ -22,7 +22,7 @@ class Pool:
     """Fine-tunes of one base and their text.
 
     Attributes:
-        kind: what was trained: ffn, adapters or full.
+        kind: what was trained: ffn, adapters or full; of a pool that is hard to route `adapters-twice` and so on.
         seed: of base and experts.
         base: a folder that opens in transformers.
         experts: name -> a whole model or a PEFT adapter.
@@ -40,6 +40,11 @@ class Pool:
     text: Mapping[str, Path]
     select: Mapping[str, Path]
     environments: Path
+
+    @property
+    def trained(self) -> str:
+        """ffn, adapters or full."""
+        return self.kind.partition("-")[0]
 
 
 class Speaker(Protocol):

@@ -29,14 +29,26 @@ class Scored:
 
 
 def open_pool(folder: Path, kind: str, seed: int, out: Path) -> Scored:
-    """The pool of FOLDER/seed<seed>/<kind>-<domain>; what it needs besides is written below `out` once."""
-    home, kept = folder / f"seed{seed}", out / f"{kind}-seed{seed}"
-    experts = {name: home / f"{kind}-{name}" for name in DOMAINS}
+    """The pool of FOLDER/seed<seed>/<kind>-<domain>; what it needs besides is written below `out` once.
+
+    Of kind `adapters-twice` law's expert is there twice, each with every second document of law's text: whoever routes by
+    domain has to share law out, and loses nothing by any way to do so.
+    """
+    trained, _, how = kind.partition("-")
+    home, kept = folder / f"seed{seed}", out / f"{trained}-seed{seed}"
+    experts = {name: home / f"{trained}-{name}" for name in DOMAINS}
     text = {split: {name: _split_text(folder / "text", name, split, out / "text") for name in DOMAINS} for split in SPLITS}
-    unseen = folder / "text" / f"{UNSEEN}.jsonl"
+    unseen, report = folder / "text" / f"{UNSEEN}.jsonl", dict(text["report"])
     whole = {name: merged(home / "base", path, kept / name) for name, path in experts.items()}
+    if how == "twice":
+        for split in ("fit", "select"):
+            halves = [read_text(text[split]["law"])[place::2] for place in range(2)]
+            for name, half in zip(("law", "law-again"), halves, strict=True):
+                text[split][name] = write_text(half, out / "text" / f"{name}-{split}-half.jsonl")
+        for models in (experts, whole):
+            models["law-again"] = models["law"]
     pool = Pool(kind, seed, home / "base", experts, whole, text["fit"], text["select"], out / "environments")
-    return Scored(pool, {**text["report"], UNSEEN: unseen})
+    return Scored(pool, {**report, UNSEEN: unseen})
 
 
 def merged(base: Path, expert: Path, out: Path) -> Path:

@@ -66,7 +66,7 @@ def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: floa
     if path.exists():
         return Row(**json.loads(path.read_text(encoding="utf-8")))
     blank = Row(peer.name, peer.source, pool.kind, pool.seed)
-    if pool.kind not in peer.kinds:
+    if pool.trained not in peer.kinds:
         return Row(**{**asdict(blank), "failure": "not for these experts"})
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

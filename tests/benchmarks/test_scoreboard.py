@@ -11,11 +11,12 @@ import pytest
 import torch
 from pools import tiny_pool
 
+from modekit.demo.text import DOMAINS, UNSEEN
 from peers import page, plot
 from peers.choose import choose
 from peers.measured import measured, over_ours
 from peers.peer import Formula, Made, Pool, Unsuitable
-from peers.pool import Scored
+from peers.pool import Scored, open_pool, read_text, write_text
 from peers.row import Row, path_of, run
 from peers.score import counts, score, scores, texts_of
 
@@ -128,3 +129,29 @@ def test_the_picture_has_every_row_in_order() -> None:
     rows = [_row("base", 4.0, 3.0, 2.0), _row("own expert (oracle)", 3.0, 1.0, 2.0), _row("worse", 9.0, 3.0, 2.0)]
     assert [each.name for each in plot.points(rows, "full")] == ["own expert (oracle)", "base", "worse"]
     assert plot.picture(rows, "full").count(">3</text>") == 2 + 1  # two panels and the list
+
+
+@pytest.fixture
+def folder(pool: Pool, tmp_path: Path) -> Path:
+    """What whole.py leaves, of the tiny models."""
+    (tmp_path / "seed0").mkdir()
+    for name in ("base", *(f"full-{domain}" for domain in DOMAINS)):
+        (tmp_path / "seed0" / name).symlink_to(pool.base)
+    for name in (*DOMAINS, UNSEEN):
+        write_text([f"{name} {number}" for number in range(60)], tmp_path / "text" / f"{name}.jsonl")
+    return tmp_path
+
+
+def test_a_pool_keeps_the_report_split_from_peers(folder: Path) -> None:
+    scored = open_pool(folder, "full", 0, folder / "out")
+    for name in DOMAINS:
+        parts = [read_text(each[name]) for each in (scored.pool.text, scored.pool.select, scored.report)]
+        assert sum(map(len, parts)) == 60 == len(set(sum(parts, []))) and all(parts)
+    assert len(read_text(scored.report[UNSEEN])) == 60
+
+
+def test_an_expert_that_is_there_twice_has_half_of_the_text_each(folder: Path) -> None:
+    once, twice = (open_pool(folder, kind, 0, folder / "out") for kind in ("full", "full-twice"))
+    assert list(twice.pool.whole) == [*DOMAINS, "law-again"] and twice.pool.whole["law"] == twice.pool.whole["law-again"]
+    halves = [read_text(twice.pool.text[name]) for name in ("law", "law-again")]
+    assert sorted(sum(halves, [])) == sorted(read_text(once.pool.text["law"])) and twice.report == once.report
