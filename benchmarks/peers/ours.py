@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
+from modekit.training.settings import train_settings
+from modekit.training.train import train as train_mixture
 from peers.peer import Formula, Made, Peer, Pool
 from peers.pool import read_text, write_text
+from peers.training import STEPS
 
 ADAPTERS = frozenset({"adapters"})
 TOP_1: dict[str, Any] = {"method": "routing", "top_k": 1}
@@ -39,6 +43,18 @@ def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
     return built(pool, out, {"mixture": {"method": "routing", "top_k": top_k, **whole}, "output": {"format": "modekit"}})
 
 
+def _trained(pool: Pool, out: Path) -> Made:
+    """The plain checkpoint, distilled from the experts' own models for as long as other ways train."""
+    _plain(pool, out)
+    checkpoint = open_checkpoint(out / "mixture")
+    asked = {
+        **{"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": STEPS.rate, "steps": STEPS.count},
+        **{"sequence_length": STEPS.length, "batch_tokens": STEPS.length * len(pool.text), "select_tokens": 1_024},
+    }
+    done = train_mixture(checkpoint, train_settings(asked, where="scoreboard"), evaluate_tokens=None)
+    return Made(done.checkpoint.folder, f"distilled, {STEPS.said}")
+
+
 def _fit(name: str, source: str, top_k: int, **router: Any) -> Peer:
     """A router that scores adapters, in the modekit architecture."""
     text = "real" if name == "phatgoose" else ""
@@ -56,6 +72,7 @@ OURS: list[Peer] = [
     Formula("modekit architecture, top-2", lambda pool, out: _architecture(pool, out, 2), "modekit, fit: auto"),
     Formula("modekit, plain, text: self", lambda pool, out: _plain(pool, out, "self"), "modekit, no real text"),
 ]
+OURS_TRAINED: list[Peer] = [Formula("modekit, plain, trained", _trained, "modekit mix, modekit train")]
 FITS: list[Peer] = [
     _fit("arrow", "2405.11157, modekit's fit", 4),
     _fit("spectr", "2504.03454, modekit's fit", 4),

@@ -11,10 +11,7 @@ from transformers import AutoModelForCausalLM
 from peers.bounds import mean_of, models_of
 from peers.mixtral import mixtral, save
 from peers.peer import Formula, Made, Peer, Pool
-from peers.training import Steps, train
-
-STEPS = Steps(count=60, rate=1e-3)
-"""BTX trains on 80 billion tokens; here on 61,000, a fifth of what one expert has seen."""
+from peers.training import STEPS, Steps, train
 
 
 def btx(everything: bool, pool: Pool, out: Path) -> Made:

@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM
 from peers.bounds import models_of, moved
 from peers.peer import Formula, Made, Peer, Pool
 from peers.peft_rows import Adapted
-from peers.training import Steps, train
+from peers.training import STEPS, train
 
 FACTOR = 0.3
-STEPS = Steps(count=60, rate=1e-3)
 
 
 class Router(nn.Module):
