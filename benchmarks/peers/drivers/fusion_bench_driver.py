@@ -40,6 +40,7 @@ def make(job):
             settings["exclude_keys"] = [*outside, *unchanged(pool)]
         model = METHODS[method](**settings).run(pool)
         if method == "smile":  # saved as a whole: its class does not open a folder with linear maps that no expert changed
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are not set before a folder is opened
             Path(folder).mkdir()
             torch.save(model, Path(folder) / "model.pt")
             (Path(folder) / "sizes.json").write_text(json.dumps(sizes(model, settings["num_experts_per_tok"] / len(job["experts"]))))
