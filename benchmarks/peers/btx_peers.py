@@ -22,8 +22,8 @@ from peers.score import counts
 LENGTH = 256
 TRAIN = {"steps": 40, "rows": 16, "rate": 1e-2}
 SHOWN = f"routers trained, {TRAIN['steps']} steps of {TRAIN['rows'] * LENGTH:,} tokens"
-MERGOO = Package("mergoo", "0.0.10", "mergoo_driver.py", ("transformers==4.45.2", "numpy<2"))
-MIXTUREKIT = Package("mixturekit", "1.1.1", "mixturekit_driver.py", ("accelerate", "black"))
+MERGOO = Package("mergoo", "0.0.10", "mergoo_driver.py", ("transformers==4.45.2", "peft==0.13.2", "numpy<2"))
+MIXTUREKIT = Package("mixturekit", "1.1.1", "mixturekit_driver.py", ("accelerate",))
 
 
 @dataclass(frozen=True)

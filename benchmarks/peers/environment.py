@@ -5,6 +5,7 @@ Shape legend: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -74,22 +75,28 @@ class Remote:
     command: tuple[str, ...]
 
     @cached_property
-    def child(self) -> subprocess.Popen[bytes]:
-        """Started at the first text."""
-        return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
+    def child(self) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+        """Started at the first text; scores have a pipe of their own, since packages print."""
+        read, write = os.pipe()
+        command = [*self.command, str(write)]
+        started = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[write], env=environment()
+        )
+        os.close(write)
+        return started, os.fdopen(read, "rb")
 
     def logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """Of one document."""
-        sent, received = self.child.stdin, self.child.stdout
-        if sent is None or received is None:
-            raise Unsuitable("the driver has no pipe")
+        started, received = self.child
         ids = ids_BS[0].numpy().astype("<i8")
-        sent.write(len(ids).to_bytes(4, "little") + ids.tobytes())
-        sent.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer is empty then
+            assert started.stdin is not None
+            started.stdin.write(len(ids).to_bytes(4, "little") + ids.tobytes())
+            started.stdin.flush()
         vocabulary = int.from_bytes(received.read(4), "little")
         found = received.read(4 * vocabulary * len(ids))
         if not vocabulary or len(found) < 4 * vocabulary * len(ids):
-            raise Unsuitable(f"the driver ended with exit code {self.child.wait()}")
+            raise Unsuitable(f"the driver ended with exit code {started.wait()}")
         return torch.from_numpy(numpy.frombuffer(found, "<f4").reshape(1, len(ids), vocabulary).copy())
 
 

@@ -5,6 +5,7 @@ WUDI leaves embeddings and head alone, as its authors do (linear maps of the lay
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from peers.choose import choose
 from peers.environment import Package
 from peers.legacy import legacy, legacy_all
 from peers.peer import ALL_KINDS, Made, Peer, Pool
-from peers.score import counts
 
 FUSION_BENCH = Package("fusion-bench", "0.2.33", "fusion_bench_driver.py", ("torchvision", "transformers==4.52.4"))
 SCALES = (0.3, 0.6, 1.0, 1.5)
@@ -67,7 +67,8 @@ class Fusion:
         """A folder, or a model in the package's process."""
         if not self.speaks:
             return Made(folder)
-        return Made(FUSION_BENCH.open(pool.environments, folder), "", *counts(folder), engines="the package alone")
+        total, active = json.loads((folder / "sizes.json").read_text())
+        return Made(FUSION_BENCH.open(pool.environments, folder), "", total, active, engines="the package alone")
 
 
 FUSION: list[Peer] = [

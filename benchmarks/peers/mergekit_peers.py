@@ -20,7 +20,7 @@ from peers.pool import read_text
 MERGEKIT = Package("mergekit", "0.1.5", "mergekit_driver.py")
 PROMPTS, CHARACTERS = 64, 300
 """Per expert: beginnings of documents of its fit split."""
-SUMS, MEANS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0), (0.5, 1.0, 1.5, 2.0, 3.0)
+SUMS, MEANS = (0.1, 0.2, 0.3, 0.5, 1.0), (0.3, 0.5, 0.7, 1.0, 1.5)
 """Scales for merges that add all differences, and for those that take a mean of them."""
 HALF = {"density": 0.5}
 
@@ -152,8 +152,6 @@ MERGES: list[Peer] = [
     Merge("mergekit breadcrumbs, density 0.9", "breadcrumbs", "2312.06795", {"density": 0.9}, SUMS),
     Merge("mergekit multi-SLERP", "multislerp", "mergekit's", based=False),
     Merge("mergekit model stock", "model_stock", "2403.19522"),
-    Merge("mergekit SCE", "sce", "2408.07990"),
-    Merge("mergekit Karcher mean", "karcher", "mergekit's", based=False),
     Slerp(),
 ]
 MIXTURES: list[Peer] = [

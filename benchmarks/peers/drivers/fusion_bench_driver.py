@@ -10,7 +10,6 @@ from fusion_bench.method.mixture_of_experts.mixtral_merging import MixtralForCau
 from fusion_bench.method.smile_upscaling.causal_lm_upscaling import SmileCausalLMUpscalingAlgorithm
 from fusion_bench.modelpool import CausalLMPool
 from speak import serve
-from transformers import AutoModelForCausalLM
 
 METHODS = {
     "iso-c": ISO_C_Merge,
@@ -22,15 +21,41 @@ METHODS = {
 }
 
 
+OUTSIDE = ("embed_tokens", "lm_head")
+
+
+def unchanged(pool):
+    """Tensors whose difference is zero for an expert: WUDI divides by its size."""
+    base, experts = pool.load_pretrained_model().state_dict(), [model.state_dict() for model in pool.models()]
+    return [name for name in base if any(torch.equal(base[name], each[name]) for each in experts)]
+
+
 def make(job):
     models = {"_pretrained_": job["base"], **{f"expert_{place}": model for place, model in enumerate(job["experts"])}}
     for method, settings, folder in job["runs"]:
         torch.manual_seed(job["seed"])
         pool = CausalLMPool(models, tokenizer=job["base"], model_kwargs={"torch_dtype": "float32"})
-        METHODS[method](**settings).run(pool).save_pretrained(folder)
+        if method == "wudi":
+            outside = [name for name in pool.load_pretrained_model().state_dict() if any(part in name for part in OUTSIDE)]
+            settings["exclude_keys"] = [*outside, *unchanged(pool)]
+        model = METHODS[method](**settings).run(pool)
+        if method == "smile":  # saved as a whole: its class does not open a folder with linear maps that no expert changed
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are not set before a folder is opened
+            Path(folder).mkdir()
+            torch.save(model, Path(folder) / "model.pt")
+            (Path(folder) / "sizes.json").write_text(json.dumps(sizes(model, settings["num_experts_per_tok"] / len(job["experts"]))))
+        else:
+            model.save_pretrained(folder)
+
+
+def sizes(model, share):
+    """Parameters: all, and those that a token passes."""
+    every = sum(weight.numel() for weight in model.parameters())
+    experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
+    return [every, every - experts + round(share * experts)]
 
 
 if Path(sys.argv[1]).is_dir():
-    serve(lambda: AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32))
+    serve(lambda: torch.load(Path(sys.argv[1]) / "model.pt", weights_only=False))
 else:
     make(json.loads(Path(sys.argv[1]).read_text()))
