@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.bounds import models_of
+from peers.bounds import BESIDE, models_of
 from peers.peer import Formula, Made, Peer, Pool
-from peers.score import counts
+from peers.score import counts, side_by_side
 
 
 def one_bit(origin: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -52,12 +52,11 @@ def _bitdelta(pool: Pool, out: Path) -> Made:
         model.save_pretrained(folders[name])
     one = counts(pool.base)[0]
     note = "own expert known; scales not trained"
-    return Made(folders, note, total=one * (1 + len(folders)), active=one, nbytes=nbytes, engines="each model by itself")
+    return Made(folders, note, total=one * (1 + len(folders)), active=one, nbytes=nbytes, engines=BESIDE)
 
 
 def _oracle(pool: Pool, _out: Path) -> Made:
-    one = counts(pool.base)[0]
-    return Made(dict(pool.whole), total=one * len(pool.whole), active=one, engines="each model by itself")
+    return Made(dict(pool.whole), total=side_by_side(pool), active=counts(pool.base)[0], engines=BESIDE)
 
 
 BITDELTA: list[Peer] = [

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from peers.choose import choose
 from peers.peer import Formula, Made, Peer, Pool
 from peers.pool import read_text
-from peers.score import counts
+from peers.score import counts, side_by_side
 
 BASE, BEST, AVERAGE = "base", "best single expert", "weight average"
+BESIDE = "each model by itself"
 PREFIX = 32
 """Tokens of a request that its classifier reads, as in front.md."""
 
@@ -78,14 +79,8 @@ class Ensemble:
 
 
 def _ensemble(posterior: bool, pool: Pool, _out: Path) -> Made:
-    one, _ = counts(next(iter(pool.whole.values())))
-    return _many(pool, Ensemble(models_of(pool), posterior), one * len(pool.whole))
-
-
-def _many(pool: Pool, model: Ensemble | PerRequest, active: int) -> Made:
-    """Whole models side by side."""
-    one, _ = counts(next(iter(pool.whole.values())))
-    return Made(model, total=one * len(pool.whole), active=active, engines="each model by itself")
+    active = counts(pool.base)[0] * len(pool.whole)
+    return Made(Ensemble(models_of(pool), posterior), total=side_by_side(pool), active=active, engines=BESIDE)
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,9 @@ def per_request(pool: Pool, _out: Path) -> Made:
     vectors = TfidfVectorizer(token_pattern=r"\d+", ngram_range=(1, 2), sublinear_tf=True)
     classifier = LogisticRegression(max_iter=300, class_weight="balanced", C=10).fit(vectors.fit_transform(texts), labels)
     base = AutoModelForCausalLM.from_pretrained(pool.base, dtype=torch.float32).eval()
-    return _many(pool, PerRequest(base, models_of(pool), vectors, classifier), counts(pool.base)[0])
+    note = f"the first {PREFIX} tokens name it and are the base's"
+    model = PerRequest(base, models_of(pool), vectors, classifier)
+    return Made(model, note, total=side_by_side(pool), active=counts(pool.base)[0], engines=BESIDE)
 
 
 BOUNDS: list[Peer] = [

@@ -20,7 +20,7 @@ import modekit  # noqa: F401  its architecture opens in transformers
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.text.sequences import TokenSequence, encode, make_batches
-from peers.peer import Made, Speaker
+from peers.peer import Made, Pool, Speaker
 from peers.pool import read_text
 
 TIMED_TOKENS = 512
@@ -127,15 +127,25 @@ def counts(folder: Path) -> tuple[int, int]:
     if config.get("architectures") == ["ModekitForCausalLM"] or (folder / "modekit.json").exists():
         found = open_checkpoint(folder).parameters
         return found.total, found.active
-    every, experts = 0, 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as read:
-            for name in read.keys():  # noqa: SIM118  no dictionary
-                numbers = prod(read.get_slice(name).get_shape())
-                every += numbers
-                experts += numbers * (".experts." in name)
+    numbers = numbers_of(folder)
+    every, experts = sum(numbers.values()), sum(each for name, each in numbers.items() if ".experts." in name)
     of = config.get("num_local_experts") or config.get("num_experts") or 1
     return every, every - experts + round(experts * config.get("num_experts_per_tok", of) / of)
+
+
+def numbers_of(folder: Path) -> dict[str, int]:
+    """Name of a tensor -> its parameters, of a checkpoint or an adapter."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as read:
+            found |= {name: prod(read.get_slice(name).get_shape()) for name in read.keys()}  # noqa: SIM118  no dictionary
+    return found
+
+
+def side_by_side(pool: Pool) -> int:
+    """Parameters of all experts, adapters with their base."""
+    below = [pool.base] if pool.trained == "adapters" else []
+    return sum(sum(numbers_of(folder).values()) for folder in (*below, *pool.experts.values()))
 
 
 def engines(made: Made) -> str:
