@@ -49,11 +49,7 @@ def _cells(peers: Mapping[str, Measured], name: str) -> list[str]:
         ),
         *(f"{each.unseen():.3f}", f"{each.share():.3f}", f"{each.normalised_accuracy():.3f}"),
         *(f"{row.total / base.total:.2f}", f"{row.active / base.total:.2f}", f"{row.nbytes / 1e6:.1f}"),
-        *(
-            f"{each.mean('seconds'):.0f}",
-            f"{each.mean('peak_mb'):.0f}",
-            "" if row.engines == ELSEWHERE else f"{each.mean('ms_per_token'):.2f}",
-        ),
+        *(f"{each.mean('seconds'):.0f}", f"{each.mean('peak_mb'):.0f}", time),
         *(row.engines, row.note.replace("|", "/")),
     ]
 
