@@ -58,7 +58,9 @@ class Btx:
         self.package.run(pool.environments, job, out)
         total, active = counts(out / "model")
         speaker = self.package.open(pool.environments, out / "model")
-        return Made(speaker, SHOWN if self.job["train"] else "routers drawn at random", total, active, engines="the package alone")
+        return Made(
+            speaker, SHOWN if self.job["train"] else "routers drawn at random", total, active, engines="the package alone"
+        )
 
 
 def blocks_of(pool: Pool) -> numpy.ndarray[Any, numpy.dtype[numpy.int64]]:

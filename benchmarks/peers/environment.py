@@ -80,7 +80,12 @@ class Remote:
         read, write = os.pipe()
         command = [*self.command, str(write)]
         started = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[write], env=environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[write],
+            env=environment(),
         )
         os.close(write)
         return started, os.fdopen(read, "rb")

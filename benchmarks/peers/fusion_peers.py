@@ -1,5 +1,7 @@
 """Peers of fusion-bench that take causal language models, with the settings it ships; scales are chosen on the select split.
 
+A SMILE model gets its rotary frequencies in the driver: they are not set before its folder is opened anew, and a folder with
+linear maps that no expert changed does not open.
 WUDI leaves embeddings and head alone, as its authors do (linear maps of the layers), and tensors that no expert changed.
 """
 
@@ -60,7 +62,11 @@ class Fusion:
         models = {"base": str(legacy(pool.base, out / "base")), "experts": legacy_all(pool.whole, out / "experts")}
         FUSION_BENCH.run(pool.environments, {"seed": pool.seed, **models, "runs": runs}, out)
         value, made = choose(pool, list(folders), lambda value: self.opened(pool, folders[value]))
-        note = f"{self.knob} {value:g} of {', '.join(f'{each:g}' for each in self.values if each is not None)}" if self.knob else ""
+        note = (
+            f"{self.knob} {value:g} of {', '.join(f'{each:g}' for each in self.values if each is not None)}"
+            if self.knob
+            else ""
+        )
         return Made(made.model, note, made.total, made.active, engines=made.engines)
 
     def opened(self, pool: Pool, folder: Path) -> Made:
@@ -72,7 +78,9 @@ class Fusion:
 
 
 FUSION: list[Peer] = [
-    Fusion("fusion-bench SMILE", "smile", "2408.10174", {**SMILE, "rank_of_expert": 64}, "rank_of_router", (8, 32), speaks=True),
+    Fusion(
+        "fusion-bench SMILE", "smile", "2408.10174", {**SMILE, "rank_of_expert": 64}, "rank_of_router", (8, 32), speaks=True
+    ),
     Fusion("fusion-bench TSV", "tsv", "2412.00081", {}, "alpha", SCALES),
     Fusion("fusion-bench WUDI", "wudi", "2503.08099", {"iter_num": 400}),
     Fusion("fusion-bench Iso-C", "iso-c", "2502.04959", {}, "scaling_factor", SCALES),

@@ -120,13 +120,18 @@ class Mixture:
 
     def make(self, pool: Pool, out: Path) -> Made:
         """All variants in one call, the best of them on the select split."""
-        average = Merge("", "linear", "", based=False).configuration(pool.base, list(pool.whole.values()))
-        backbones = {"base": pool.base} if pool.kind == "ffn" else {"base": pool.base, "average": out / "average"}
+        backbones, merges = {"base": pool.base}, list[list[Any]]()
+        if pool.kind != "ffn":  # experts' attention differs
+            backbones["average"] = out / "average"
+            average = Merge("", "linear", "", based=False).configuration(pool.base, list(pool.whole.values()))
+            merges.append([average, str(out / "average")])
         variants = list(product(self.modes, backbones, (False, True) if self.reads else (False,)))
         folders = {variant: out / "-".join(map(str, variant)) for variant in variants}
-        moe = [[self.configuration(pool, backbones[where], mode, negative), str(folders[mode, where, negative])]
-               for mode, where, negative in variants]
-        MERGEKIT.run(pool.environments, {"seed": pool.seed, "merges": [[average, str(out / "average")]], "moe": moe}, out)
+        moe = [
+            [self.configuration(pool, backbones[where], mode, negative), str(folders[mode, where, negative])]
+            for mode, where, negative in variants
+        ]
+        MERGEKIT.run(pool.environments, {"seed": pool.seed, "merges": merges, "moe": moe}, out)
         (mode, where, negative), made = choose(pool, variants, lambda variant: Made(folders[variant]))
         prompts = f", {'with' if negative else 'without'} negative prompts" if self.reads else ""
         return Made(made.model, f"{mode} on {where}{prompts}, of {len(variants)} variants")
