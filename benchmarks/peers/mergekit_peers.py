@@ -1,7 +1,7 @@
 """Peers that mergekit makes: merges of whole models, and Mixtral mixtures whose gates are hidden states of prompts.
 
-Settings are mergekit's defaults and those of its documentation; the scale (lambda) of a merge, and of a mixture the backbone and
-whether the other domains' prompts are negative ones, are chosen on the select split.
+Settings are mergekit's defaults and those of its documentation. The scale (lambda) of a merge, and of a mixture the backbone
+and whether the other domains' prompts are negative ones, are chosen on the select split.
 """
 
 from __future__ import annotations
@@ -92,10 +92,15 @@ class Slerp:
         merges, level = list[list[Any]](), list(pool.whole.values())
         while len(level) > 1:
             above = [out / f"merge-{len(merges) + place}" for place in range(len(level) // 2)]
-            merges += [[halfway(*pair), str(to)] for pair, to in zip(zip(level[::2], level[1::2]), above, strict=True)]
+            merges += [[halfway(*pair), str(to)] for pair, to in zip(pairs_of(level), above, strict=True)]
             level = [*above, *level[2 * len(above) :]]
         MERGEKIT.run(pool.environments, {"seed": pool.seed, "merges": merges}, out)
         return Made(level[0])
+
+
+def pairs_of(level: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Neighbours; an odd last one is left out."""
+    return list(zip(level[::2], level[1::2], strict=False))
 
 
 def halfway(one: Path, other: Path) -> dict[str, Any]:

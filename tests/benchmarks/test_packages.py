@@ -64,7 +64,7 @@ def one_expert(pool: Pool, times: int = 1) -> Pool:
     expert = next(iter(pool.whole.values()))
     names = [f"copy{place}" for place in range(times)]
     text = next(iter(pool.text.values()))
-    of = {name: text for name in names}
+    of = dict.fromkeys(names, text)
     return replace(pool, experts=dict.fromkeys(names, expert), whole=dict.fromkeys(names, expert), text=of, select=of)
 
 
@@ -159,7 +159,8 @@ def test_fusion_benchs_mixtral_has_no_attention(pool: Pool, tmp_path: Path) -> N
 def test_scores_come_through_the_pipe(pool: Pool, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(
-        f"import sys; sys.path.insert(0, {str(DRIVERS)!r})\nfrom speak import serve\nfrom transformers import LlamaForCausalLM\n"
+        f"import sys; sys.path.insert(0, {str(DRIVERS)!r})\n"
+        "from speak import serve\nfrom transformers import LlamaForCausalLM\n"
         "print('loaded')\nserve(lambda: LlamaForCausalLM.from_pretrained(sys.argv[1]))\n"
     )
     remote = Remote((sys.executable, str(driver), str(pool.base)))

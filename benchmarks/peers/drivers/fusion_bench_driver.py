@@ -1,4 +1,4 @@
-"""fusion-bench, in its environment. JOB.json: {"base", "experts", "runs": [[method, settings, folder]]}; a folder: its scores."""
+"""fusion-bench, in its environment. JOB.json: base, experts, runs of [method, settings, folder]; a folder: its scores."""
 
 import json
 import sys

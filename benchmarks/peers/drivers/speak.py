@@ -8,7 +8,7 @@ import torch
 
 
 def serve(load) -> None:
-    """Read a length and token ids; write the size of the vocabulary and the scores to the pipe named last; until the input ends."""
+    """Read a length and token ids; write the size of the vocabulary and the scores to the pipe that is named last."""
     model = load().eval()
     with os.fdopen(int(sys.argv[-1]), "wb") as out:
         while head := sys.stdin.buffer.read(4):
