@@ -11,7 +11,7 @@ from peers.measured import BASE, measured
 from peers.row import Row
 from pictures import BLUE, INK, LINE, SOFT, Drawing
 
-_LEFT, _TOP, _WIDTH, _HEIGHT, _NEXT, _STEP, _LIST = 60, 60, 330, 460, 400, 17, 820
+_LEFT, _TOP, _WIDTH, _HEIGHT, _NEXT, _STEP, _LIST = 60, 60, 330, 560, 420, 15, 880
 _LOWEST = -0.25
 """Gaps below are drawn there."""
 COLOURS = {"modekit": BLUE, "bound": INK}
@@ -45,7 +45,7 @@ def picture(rows: Iterable[Row], kind: str) -> str:
     """Two panels and the list."""
     found = points(rows, kind)
     height = max(_TOP + _HEIGHT + 60, _TOP + _STEP * len(found) + 30)
-    drawing = Drawing(1_130, height, f"Gap closed against active parameters and bytes, experts: {kind}.")
+    drawing = Drawing(1_190, height, f"Gap closed against active parameters and bytes, experts: {kind}.")
     drawing.text(20, 30, f"Experts: {kind}. Blue: modekit; black: bounds.", anchor="start", look='font-weight="600"')
     _panel(drawing, _LEFT, "active parameters over the base's", [(each.active, each) for each in found])
     _panel(drawing, _LEFT + _NEXT, "bytes over the base's", [(each.stored, each) for each in found])
@@ -66,9 +66,15 @@ def _panel(drawing: Drawing, left: float, title: str, found: list[tuple[float, P
     for power in range(int(steps) + 1):
         drawing.text(left + _WIDTH * power / steps, _TOP + _HEIGHT + 20, f"{2**power}", SOFT, look='font-size="12"')
     drawing.text(left + _WIDTH / 2, _TOP + _HEIGHT + 42, title, SOFT, look='font-size="13"')
+    taken: list[tuple[float, float]] = []
     for place, (value, point) in enumerate(found):
-        x = left + _WIDTH * max(math.log2(value), 0) / steps
-        drawing.text(x, _y(point.gap) + 4, f"{place + 1}", point.colour, look='font-size="11" font-weight="600"')
+        x, y = left + _WIDTH * max(math.log2(value), 0) / steps, _y(point.gap)
+        drawing.box(x - 2, y - 2, 4, 4, point.colour)
+        at = x + 11
+        while any(abs(at - other) < 16 and abs(y - height) < 9 for other, height in taken):
+            at += 16
+        taken.append((at, y))
+        drawing.text(at, y + 4, f"{place + 1}", point.colour, look='font-size="11"')
 
 
 def _y(gap: float) -> float:
