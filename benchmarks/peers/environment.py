@@ -117,6 +117,8 @@ def _call(command: list[str], seconds: float) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment(), check=False)
     except subprocess.TimeoutExpired:
         raise Unsuitable(f"{Path(command[0]).name} took more than {seconds / 60:g} minutes") from None
+    if done.returncode < 0:
+        raise Unsuitable(f"{Path(command[0]).name} was killed by signal {-done.returncode}")
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise Unsuitable((lines[-1] if lines else f"exit code {done.returncode}")[:REASON_CHARACTERS])
