@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,11 @@ def _trained(pool: Pool, out: Path) -> Made:
     return Made(done.checkpoint.folder, f"distilled, {STEPS.said}")
 
 
-def _fit(name: str, source: str, top_k: int, **router: Any) -> Peer:
-    """A router that scores adapters, in the modekit architecture."""
-    text = "real" if name == "phatgoose" else ""
-    said = {
-        "mixture": {"method": "routing", "top_k": top_k, "router": {"fit": name, **router}},
-        "output": {"format": "modekit"},
-    }
-    shown = f"{name}, context 0.9" if router else name
-    return Formula(f"{shown}, top-{top_k}", lambda pool, out: built(pool, out, said, text), source, ADAPTERS)
+def _fit(fit: str, top_k: int, pool: Pool, out: Path, **router: Any) -> Made:
+    """A router that scores adapters, in the modekit architecture; PHATGOOSE alone reads text."""
+    mixture = {"method": "routing", "top_k": top_k, "router": {"fit": fit, **router}}
+    said = {"mixture": mixture, "output": {"format": "modekit"}}
+    return built(pool, out, said, "real" if fit == "phatgoose" else "")
 
 
 OURS: list[Peer] = [
@@ -74,9 +71,14 @@ OURS: list[Peer] = [
 ]
 OURS_TRAINED: list[Peer] = [Formula("modekit, plain, trained", _trained, "modekit mix, modekit train")]
 FITS: list[Peer] = [
-    _fit("arrow", "2405.11157, modekit's fit", 4),
-    _fit("spectr", "2504.03454, modekit's fit", 4),
-    _fit("seqr", "2509.18093, modekit's fit", 1),
-    _fit("phatgoose", "2402.05859, modekit's fit", 2),
-    _fit("arrow", "modekit, no text", 2, granularity="context"),
+    Formula("arrow, top-4", partial(_fit, "arrow", 4), "2405.11157, modekit's fit", ADAPTERS),
+    Formula("spectr, top-4", partial(_fit, "spectr", 4), "2504.03454, modekit's fit", ADAPTERS),
+    Formula("seqr, top-1", partial(_fit, "seqr", 1), "2509.18093, modekit's fit", ADAPTERS),
+    Formula("phatgoose, top-2", partial(_fit, "phatgoose", 2), "2402.05859, modekit's fit", ADAPTERS),
+    Formula(
+        "modekit, no text (arrow, context 0.9, top-2)",
+        partial(_fit, "arrow", 2, granularity="context"),
+        "modekit, fit: auto without text",
+        ADAPTERS,
+    ),
 ]

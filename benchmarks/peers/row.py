@@ -77,12 +77,16 @@ def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: floa
     child = multiprocessing.get_context("fork").Process(target=_measure, args=(peer, scored, path, blank, tokens))
     child.start()
     child.join(60 * minutes)
-    if child.is_alive() and child.pid is not None:
+    slow = child.is_alive() and child.pid is not None
+    if slow:
         os.killpg(child.pid, signal.SIGKILL)
         child.join()
     if not path.exists():
-        how = f"took more than {minutes:g} minutes" if child.exitcode == -signal.SIGKILL else f"exit code {child.exitcode}"
-        _write(Row(**{**asdict(blank), "failure": how}), path)
+        how = f"took more than {minutes:g} minutes" if slow else f"exit code {child.exitcode}"
+        ended = Row(**{**asdict(blank), "failure": how})
+        if child.exitcode is not None and child.exitcode < 0 and not slow:
+            return ended  # somebody stopped it: the next run makes the row
+        _write(ended, path)
     return Row(**json.loads(path.read_text(encoding="utf-8")))
 
 

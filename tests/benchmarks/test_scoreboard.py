@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +65,16 @@ def test_why_there_is_no_row_stands_in_the_row(scored: Scored, tmp_path: Path) -
     other = Formula("adapters alone", broken, "test", frozenset({"adapters"}))
     assert run(other, scored, tmp_path, tokens=20, minutes=1).failure == "not for these experts"
     assert not path_of(tmp_path, other, scored).exists()
+
+
+def test_a_row_that_was_stopped_is_made_the_next_time(scored: Scored, tmp_path: Path) -> None:
+    def stopped(pool: Pool, out: Path) -> Made:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError
+
+    peer = Formula("stopped", stopped, "test")
+    assert run(peer, scored, tmp_path, tokens=20, minutes=1).failure == "exit code -15"
+    assert not path_of(tmp_path, peer, scored).exists()
 
 
 def test_a_speaker_scores_as_the_model_that_it_wraps(pool: Pool) -> None:
