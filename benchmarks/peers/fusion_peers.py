@@ -21,6 +21,11 @@ from peers.peer import ALL_KINDS, Made, Peer, Pool
 FUSION_BENCH = Package("fusion-bench", "0.2.33", "fusion_bench_driver.py", ("torchvision", "transformers==4.52.4"))
 SCALES = (0.3, 0.6, 1.0, 1.5)
 SMILE = {"device": "cpu", "accelerator": "cpu", "model_save_path": None, "model_dtype": None, "num_experts_per_tok": 1}
+SMILE_RANKS = [
+    {"rank_of_router": 8, "rank_of_expert": 64},  # as shipped
+    {"rank_of_router": 8, "rank_of_expert": -1},  # the whole difference
+    {"rank_of_router": 32, "rank_of_expert": -1},
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Fusion:
     Attributes:
         method: its key in the driver.
         settings: of the algorithm's constructor.
-        knob: the setting that is chosen, and its values.
+        variants: further settings, of which one is chosen.
         speaks: only fusion-bench opens the result.
     """
 
@@ -38,8 +43,7 @@ class Fusion:
     method: str
     paper: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    knob: str = ""
-    values: Sequence[float | int | None] = (None,)
+    variants: Sequence[Mapping[str, float]] = ({},)
     speaks: bool = False
     kinds: frozenset[str] = ALL_KINDS
 
@@ -53,20 +57,15 @@ class Fusion:
         FUSION_BENCH.prepare(environments)
 
     def make(self, pool: Pool, out: Path) -> Made:
-        """All values in one call, the best of them on the select split."""
-        folders = {value: out / f"made-{value}" for value in self.values}
-        runs = [
-            [self.method, {**self.settings, **({self.knob: value} if self.knob else {})}, str(folder)]
-            for value, folder in folders.items()
-        ]
+        """All variants in one call, the best of them on the select split."""
+        folders = [out / f"made-{place}" for place in range(len(self.variants))]
+        settings = [{**self.settings, **variant} for variant in self.variants]
+        runs = [[self.method, each, str(folder)] for each, folder in zip(settings, folders, strict=True)]
         models = {"base": str(legacy(pool.base, out / "base")), "experts": legacy_all(pool.whole, out / "experts")}
         FUSION_BENCH.run(pool.environments, {"seed": pool.seed, **models, "runs": runs}, out)
-        value, made = choose(pool, list(folders), lambda value: self.opened(pool, folders[value]))
-        note = (
-            f"{self.knob} {value:g} of {', '.join(f'{each:g}' for each in self.values if each is not None)}"
-            if self.knob
-            else ""
-        )
+        place, made = choose(pool, range(len(folders)), lambda place: self.opened(pool, folders[place]))
+        shown = ", ".join(f"{name} {value:g}" for name, value in self.variants[place].items())
+        note = f"{shown}, of {len(folders)} variants" if shown else ""
         return Made(made.model, note, made.total, made.active, engines=made.engines)
 
     def opened(self, pool: Pool, folder: Path) -> Made:
@@ -77,14 +76,17 @@ class Fusion:
         return Made(FUSION_BENCH.open(pool.environments, folder), "", total, active, engines="the package alone")
 
 
+def scaled(name: str) -> list[Mapping[str, float]]:
+    """Variants of a scale."""
+    return [{name: scale} for scale in SCALES]
+
+
 FUSION: list[Peer] = [
-    Fusion(
-        "fusion-bench SMILE", "smile", "2408.10174", {**SMILE, "rank_of_expert": 64}, "rank_of_router", (8, 32), speaks=True
-    ),
-    Fusion("fusion-bench TSV", "tsv", "2412.00081", {}, "alpha", SCALES),
+    Fusion("fusion-bench SMILE", "smile", "2408.10174", SMILE, SMILE_RANKS, speaks=True),
+    Fusion("fusion-bench TSV", "tsv", "2412.00081", {}, scaled("alpha")),
     Fusion("fusion-bench WUDI", "wudi", "2503.08099", {"iter_num": 400}),
-    Fusion("fusion-bench Iso-C", "iso-c", "2502.04959", {}, "scaling_factor", SCALES),
-    Fusion("fusion-bench Iso-CTS", "iso-cts", "2502.04959", {"common_space_fraction": 0.8}, "scaling_factor", SCALES),
+    Fusion("fusion-bench Iso-C", "iso-c", "2502.04959", {}, scaled("scaling_factor")),
+    Fusion("fusion-bench Iso-CTS", "iso-cts", "2502.04959", {"common_space_fraction": 0.8}, scaled("scaling_factor")),
     Fusion(
         "fusion-bench Mixtral, gates random",
         "mixtral",
