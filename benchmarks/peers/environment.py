@@ -106,9 +106,9 @@ class Remote:
 
 
 def environment() -> dict[str, str]:
-    """Of a child: nothing of this process's packages, no hub."""
+    """Of a child: nothing of this process's packages, no hub; an error's last line is not wrapped."""
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
-    return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "COLUMNS": "1000", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _call(command: list[str], seconds: float) -> None:
