@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,10 +78,11 @@ def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: floa
     child = multiprocessing.get_context("fork").Process(target=_measure, args=(peer, scored, path, blank, tokens))
     child.start()
     child.join(60 * minutes)
-    slow = child.is_alive() and child.pid is not None
-    if slow:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+    slow = child.is_alive()
+    if child.pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # a row that has ended may leave the process of a package
+    child.join()
     if not path.exists():
         how = f"took more than {minutes:g} minutes" if slow else f"exit code {child.exitcode}"
         ended = Row(**{**asdict(blank), "failure": how})
