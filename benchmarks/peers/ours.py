@@ -1,0 +1,84 @@
+"""modekit's own rows, and fits of others' papers that modekit has (docs/routers.md)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.planning.make import make_plan
+from modekit.recipes.read import parse_recipe
+from modekit.training.settings import train_settings
+from modekit.training.train import train as train_mixture
+from peers.peer import Formula, Made, Peer, Pool
+from peers.pool import read_text, write_text
+from peers.training import STEPS
+
+ADAPTERS = frozenset({"adapters"})
+TOP_1: dict[str, Any] = {"method": "routing", "top_k": 1}
+
+
+def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Made:
+    """A mixture by a recipe, over the text that peers have: a recipe reads its fit split to fit, its select split to choose."""
+    experts = []
+    for name, path in pool.experts.items():
+        both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
+        which = "adapter" if pool.trained == "adapters" else "model"
+        experts.append({"name": name, which: str(path), **({"text": "self" if text == "self" else str(both)} if text else {})})
+    recipe = parse_recipe({"base_model": str(pool.base), "experts": experts, **said}, where="scoreboard")
+    return Made(build(make_plan(recipe, out), out / "mixture").folder)
+
+
+def _plain(pool: Pool, out: Path, text: str = "real") -> Made:
+    """What `modekit mix --without-base` writes where llama.cpp must run it."""
+    full = pool.trained == "full"
+    mixture = {**TOP_1, **({"backbone": "average"} if full else {})}
+    return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
+
+
+def _architecture(pool: Pool, out: Path, top_k: int) -> Made:
+    """Tokens and pairs of them, which `fit: auto` takes."""
+    whole = {"modules": "all"} if pool.trained == "full" else {}
+    return built(pool, out, {"mixture": {"method": "routing", "top_k": top_k, **whole}, "output": {"format": "modekit"}})
+
+
+def _trained(pool: Pool, out: Path) -> Made:
+    """The plain checkpoint, distilled from the experts' own models for as long as other ways train."""
+    _plain(pool, out)
+    checkpoint = open_checkpoint(out / "mixture")
+    asked = {
+        **{"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": STEPS.rate, "steps": STEPS.count},
+        **{"sequence_length": STEPS.length, "batch_tokens": STEPS.length * len(pool.text), "select_tokens": 1_024},
+    }
+    done = train_mixture(checkpoint, train_settings(asked, where="scoreboard"), evaluate_tokens=None)
+    return Made(done.checkpoint.folder, f"distilled, {STEPS.said}")
+
+
+def _fit(fit: str, top_k: int, pool: Pool, out: Path, **router: Any) -> Made:
+    """A router that scores adapters, in the modekit architecture; PHATGOOSE alone reads text."""
+    mixture = {"method": "routing", "top_k": top_k, "router": {"fit": fit, **router}}
+    said = {"mixture": mixture, "output": {"format": "modekit"}}
+    return built(pool, out, said, "real" if fit == "phatgoose" else "")
+
+
+OURS: list[Peer] = [
+    Formula("modekit, plain checkpoint", _plain, "modekit mix, top-1"),
+    Formula("modekit architecture, top-1", lambda pool, out: _architecture(pool, out, 1), "modekit, fit: auto"),
+    Formula("modekit architecture, top-2", lambda pool, out: _architecture(pool, out, 2), "modekit, fit: auto"),
+    Formula("modekit, plain, text: self", lambda pool, out: _plain(pool, out, "self"), "modekit, no real text"),
+]
+OURS_TRAINED: list[Peer] = [Formula("modekit, plain, trained", _trained, "modekit mix, modekit train")]
+FITS: list[Peer] = [
+    Formula("arrow, top-4", partial(_fit, "arrow", 4), "2405.11157, modekit's fit", ADAPTERS),
+    Formula("spectr, top-4", partial(_fit, "spectr", 4), "2504.03454, modekit's fit", ADAPTERS),
+    Formula("seqr, top-1", partial(_fit, "seqr", 1), "2509.18093, modekit's fit", ADAPTERS),
+    Formula("phatgoose, top-2", partial(_fit, "phatgoose", 2), "2402.05859, modekit's fit", ADAPTERS),
+    Formula(
+        "modekit, no text (arrow, context 0.9, top-2)",
+        partial(_fit, "arrow", 2, granularity="context"),
+        "modekit, fit: auto without text",
+        ADAPTERS,
+    ),
+]

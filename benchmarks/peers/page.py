@@ -1,0 +1,95 @@
+"""scoreboard.md: its tables, written between marks, and the rows that they are made of, kept beside."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from modekit.demo.text import UNSEEN
+from peers.measured import BASE, Measured, domains_of, measured, over_ours
+from peers.plot import picture
+from peers.row import Row, read_rows
+
+PAGE = Path(__file__).resolve().parents[1] / "scoreboard.md"
+ROWS = PAGE.parent / "scoreboard" / "rows.jsonl"
+ELSEWHERE = "the package alone"
+"""Runs in another process, whose processor time is not seen."""
+FIRST = (
+    *("way", "gap closed", "over ours", "domains", f"{UNSEEN} / base", "specialist's share", "normalised accuracy", "active"),
+    "runs in",
+)
+SECOND = ("way", "source", "total", "MB", "make s", "peak MB", "ms / token", "note")
+
+
+def table(rows: Iterable[Row], kind: str) -> str:
+    """Two tables in Markdown, the best first; bold: ours, and what closes more than our plain checkpoint."""
+    peers = measured(rows, kind)
+    order = sorted(peers, key=lambda name: -statistics.fmean(peers[name].gaps()))
+    results = _lines(FIRST, [_result(peers, name) for name in order])
+    return "\n".join([*results, "", *_lines(SECOND, [_cost(peers[name], peers[BASE]) for name in order])])
+
+
+def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _result(peers: Mapping[str, Measured], name: str) -> list[str]:
+    each, over, gaps = peers[name], over_ours(peers, name), peers[name].gaps()
+    mean = statistics.fmean(gaps)
+    spread = f" ± {max(abs(gap - mean) for gap in gaps):.3f}" if len(gaps) > 1 else ""
+    bold = "**" if name.startswith("modekit") or (over is not None and over > 0) else ""
+    domains = ", ".join(f"{statistics.fmean(by[of] for by in each.gaps_by_domain()):.2f}" for of in domains_of(each.first))
+    shown = "" if over is None else f"{over:+.3f}"
+    return [
+        *(f"{bold}{name}{bold}", f"{bold}{mean:.3f}{spread}{bold}", shown, domains, f"{each.unseen():.3f}"),
+        *(f"{each.share():.3f}", f"{each.normalised_accuracy():.3f}"),
+        *(f"{each.first.active / peers[BASE].first.total:.2f}", each.first.engines),
+    ]
+
+
+def _cost(each: Measured, base: Measured) -> list[str]:
+    row = each.first
+    time = "" if row.engines == ELSEWHERE else f"{each.mean('ms_per_token'):.2f}"
+    return [
+        *(row.peer, row.source, f"{row.total / base.first.total:.2f}", f"{row.nbytes / 1e6:.1f}"),
+        *(f"{each.mean('seconds'):.0f}", f"{each.mean('peak_mb'):.0f}", time, row.note.replace("|", "/")),
+    ]
+
+
+def failures(rows: Iterable[Row]) -> str:
+    """What gave no row, and why."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.failure:
+            found.setdefault((row.peer, row.failure), []).append(f"{row.kind} {row.seed}")
+    lines = [f"| {peer} | {', '.join(where)} | {why} |" for (peer, why), where in sorted(found.items())]
+    return "\n".join(["| way | experts, seed | reason |", "|---|---|---|", *lines]) if lines else "None."
+
+
+def write_page(results: Path) -> None:
+    """Keep the rows of a run beside the page, and write its tables anew."""
+    rows = read_rows(results)
+    ROWS.parent.mkdir(exist_ok=True)
+    ROWS.write_text("".join(json.dumps(_rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    for kind in dict.fromkeys(row.kind for row in rows):
+        text = put(text, kind, table(rows, kind))
+        (ROWS.parent / f"{kind}.svg").write_text(picture(rows, kind), encoding="utf-8")
+    PAGE.write_text(put(text, "failures", failures(rows)), encoding="utf-8")
+
+
+def put(page: str, mark: str, text: str) -> str:
+    """The page with a text between `<!-- mark -->` and `<!-- end -->`; as it was where the mark is missing."""
+    return re.sub(
+        rf"(<!-- {mark} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL
+    )
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 5)
+    return {key: _rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
