@@ -58,12 +58,12 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     What a kill left is gone on with. `but`: experts that need none. Raises SourceError for models that cannot be loaded, or
     compute no finite numbers, and OutputError.
     """
-    base, authors = sources[0], list[_Author]()
+    base, seed, authors = sources[0], recipe.mixture.router.seed, list[_Author]()
     for place, expert in enumerate(recipe.experts):
         if expert.writes_text and expert.name not in but:
             where = f"experts[{place}] '{expert.name}': text"
             source = base if expert.is_base else sources[1 + place]
-            authors.append(_author(where, written_file(expert, root), base, source, run))
+            authors.append(_author(where, written_file(expert, root), base, source, seed, run))
     authors = [author for author in authors if author.left]
     if not authors:
         return
@@ -72,7 +72,7 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     count = ProgressCount(run, (common + sum(author.left for author in authors)) * DOCUMENT_TOKENS)
     model = load_model(base.folder, run=run)
     with _named(f"base_model ({base.spec})"):
-        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, count)
+        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
     for author in authors:
         expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
         author.write(expert, None if author.is_base else model, texts, count)
@@ -87,7 +87,7 @@ class _CommonTexts:
 
     @classmethod
     def written_by(
-        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, count: ProgressCount
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int, count: ProgressCount
     ) -> _CommonTexts:
         """So many, none of which ends."""
         begin, at_once = _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
@@ -97,7 +97,7 @@ class _CommonTexts:
         while len(texts) < rows:
             more = min(at_once, rows - len(texts))
             advance = _progress(count, "the base", more * DOCUMENT_TOKENS)
-            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, len(texts), advance)
+            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, seed + len(texts), advance)
             texts += [[begin, *part] for (part,) in parts]
             count.done += more * DOCUMENT_TOKENS
         ids_BS = torch.tensor(texts)
@@ -187,7 +187,7 @@ class _Author:
         return Conversation([message_of("user", question), message_of("assistant", answer[0])]) if answer else question
 
 
-def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run: Run) -> _Author:
+def _author(where: str, file: Path, base: ModelSource, source: ModelSource, seed: int, run: Run) -> _Author:
     brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
     template = chat_template_of(tokenizer)
@@ -198,7 +198,7 @@ def _author(where: str, file: Path, base: ModelSource, source: ModelSource, run:
         tokens=DOCUMENT_TOKENS,
         way=WAY,
         against=0.0 if source is base else AGAINST,
-        seed=0,
+        seed=seed,
         models=models,
         template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     )
