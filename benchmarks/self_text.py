@@ -30,16 +30,16 @@ from modekit.recipes.read import parse_recipe
 from modekit.routing.evidence import Averaging
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
-from modekit.text.splits import documents_of_split
+from modekit.text.splits import Split, documents_of_split, mark_of
 from whole import EVAL_TOKENS, NATIVE, SEQUENCE_LENGTH, UNSEEN, recipe
 
 FORMS: dict[str, dict[str, dict[str, Any]]] = {
-    "adapters": {"": {"output": {"format": "modekit"}}},
-    "ffn": {"": {"output": {"format": "modekit"}}},
-    "full": {"": {"output": {"format": "modekit"}, "modules": "all"}},
+    "adapters": {"documents": {"output": {"format": "modekit"}}},
+    "ffn": {"documents": {"output": {"format": "modekit"}}},
+    "full": {"documents": {"output": {"format": "modekit"}, "modules": "all"}},
     "strangers": {
-        "documents alone": {"output": {**NATIVE, "carry": "all"}, "router": {"fit": "lexical", "chat": False}},
-        "default, with chats": {"output": {**NATIVE, "carry": "all"}},
+        "documents": {"output": {**NATIVE, "carry": "all"}, "router": {"fit": "lexical", "chat": False}},
+        "chats": {"output": {**NATIVE, "carry": "all"}},
     },
 }
 """How the experts of a kind are mixed."""
@@ -53,6 +53,14 @@ def said(kind: str, form: dict[str, Any], seed: int | None) -> dict[str, Any]:
         made["experts"] = [{**each, "text": "self"} for each in made["experts"]]
         made["mixture"]["router"] = {**made["mixture"]["router"], "seed": seed}
     return {**made, "eval": {**made["eval"], **given}}
+
+
+def seen_of(kind: str, texts: Path) -> set[str]:
+    """Marks of all real documents but those of the report split: strangers do not say what they were trained on."""
+    names = [each["name"] for each in recipe(kind, next(iter(FORMS[kind].values())))["experts"]]
+    read = [read_documents([str(texts / f"{name}.jsonl")], root=texts, where=name) for name in names]
+    splits: tuple[Split, ...] = ("fit", "select")
+    return {mark_of(each) for documents in read for split in splits for each in documents_of_split(documents, split)}
 
 
 def accuracy(checkpoint: Checkpoint, texts: Path) -> float:
@@ -77,12 +85,16 @@ def measure(folder: Path, kind: str, form: str, seed: int, tokens: int) -> None:
     for text in ("real", "self"):
         start = time.process_time()
         plan = make_plan(parse_recipe(said(kind, FORMS[kind][form], None if text == "real" else sampling), where=text), home)
-        out = home / f"{kind}-{text}{'-documents' * (form == 'documents alone')}"
+        out = home / f"{kind}-{text}-{form}"
         kept = text == "real" and is_there(out)
         checkpoint = open_checkpoint(out) if kept else build(plan, out, overwrite=True)
         took = time.process_time() - start
         found = evaluate(
-            checkpoint, tokens_per_domain=tokens, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None
+            checkpoint,
+            tokens_per_domain=tokens,
+            sequence_length=SEQUENCE_LENGTH,
+            known=known[0] if known else None,
+            seen=seen_of(kind, folder / "text"),
         )
         known.append(found)
         base, mixed = found.row("base"), found.row("mixture")
