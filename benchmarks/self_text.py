@@ -2,9 +2,9 @@
 
     python benchmarks/self_text.py FOLDER --kind adapters --seeds 0 1 2
 
-FOLDER has the models of `python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2`; of kind ffn those of
-`modekit demo`, linked as FOLDER/seed0/base, FOLDER/seed0/ffn-medicine and so on. For each seed two mixtures are
-built with a lexical router, on the experts' real text and on self-written text, and scored on the same held-out real text.
+FOLDER has the models of `python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2`. For each seed two mixtures are
+built with a lexical router, on the experts' real text and on self-written text, and scored on the same held-out real text. Of
+strangers there is one set of models, seed0, and seeds are those of the written text.
 `accuracy`: share of the tokens of all real text that set nothing (splits select and report) on which the own expert leads, the
 mean of the domains, from the router's table alone.
 """
@@ -20,6 +20,7 @@ import torch
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.evidence import read_table
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.files.output import is_there
@@ -29,63 +30,85 @@ from modekit.recipes.read import parse_recipe
 from modekit.routing.evidence import Averaging
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
-from modekit.text.splits import documents_of_split
-from whole import DOMAINS, EVAL_TOKENS, SEQUENCE_LENGTH, UNSEEN, recipe
+from modekit.text.splits import Split, documents_of_split, mark_of
+from whole import EVAL_TOKENS, NATIVE, SEQUENCE_LENGTH, UNSEEN, recipe
 
-FORMS: dict[str, dict[str, Any]] = {
-    "adapters": {"output": {"format": "modekit"}},
-    "ffn": {"output": {"format": "modekit"}},
-    "full": {"output": {"format": "modekit"}, "modules": "all"},
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapters": {"documents": {"output": {"format": "modekit"}}},
+    "ffn": {"documents": {"output": {"format": "modekit"}}},
+    "full": {"documents": {"output": {"format": "modekit"}, "modules": "all"}},
+    "strangers": {
+        "documents": {"output": {**NATIVE, "carry": "all"}, "router": {"fit": "lexical", "chat": False}},
+        "chats": {"output": {**NATIVE, "carry": "all"}},
+    },
 }
+"""How the experts of a kind are mixed."""
 
 
-def said(kind: str, text: str) -> dict[str, Any]:
-    """The recipe of whole.py, on real text or on `self`."""
-    made = recipe(kind, FORMS[kind])
-    experts = [{**each, "text": "self" if text == "self" else each["text"]} for each in made["experts"]]
+def said(kind: str, form: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """The recipe of whole.py on real text, or with a seed on text that the experts write."""
+    made = recipe(kind, form)
     given = {each["name"]: each["text"] for each in made["experts"]}
-    return {**made, "experts": experts, "eval": {**made["eval"], **given}}
+    if seed is not None:
+        made["experts"] = [{**each, "text": "self"} for each in made["experts"]]
+        made["mixture"]["router"] = {**made["mixture"]["router"], "seed": seed}
+    return {**made, "eval": {**made["eval"], **given}}
+
+
+def seen_of(kind: str, texts: Path) -> set[str]:
+    """Marks of all real documents but those of the report split: strangers do not say what they were trained on."""
+    names = [each["name"] for each in recipe(kind, next(iter(FORMS[kind].values())))["experts"]]
+    read = [read_documents([str(texts / f"{name}.jsonl")], root=texts, where=name) for name in names]
+    splits: tuple[Split, ...] = ("fit", "select")
+    return {mark_of(each) for documents in read for split in splits for each in documents_of_split(documents, split)}
 
 
 def accuracy(checkpoint: Checkpoint, texts: Path) -> float:
     """On how many tokens of held-out real text the own expert leads."""
-    tokenizer, names = load_tokenizer(checkpoint.folder), checkpoint.record.recipe.names
-    table_EV = torch.from_numpy(checkpoint.gates()[0])
-    averaging = Averaging(tuple(checkpoint.record.recipe.mixture.router.decays))
+    tokenizer, names, channels = load_tokenizer(checkpoint.folder), checkpoint.names, checkpoint.shape.channels
+    table_VE = torch.from_numpy(checkpoint.gates()[0].T if channels is None else read_table(*checkpoint.carrier))
+    averaging = Averaging(tuple(checkpoint.record.recipe.mixture.router.decays) if channels is None else channels.decays)
     shares = []
     for place, name in enumerate(names):
         documents = read_documents([str(texts / f"{name}.jsonl")], root=texts, where=name)
         held = [each for split in ("select", "report") for each in documents_of_split(documents, split)]
         sequences = encode(tokenizer, held, max_tokens=2**20, sequence_length=SEQUENCE_LENGTH)
-        leads = [(averaging.matrices(len(each.ids))[0] @ table_EV[:, each.ids].T).argmax(-1) == place for each in sequences]
+        leads = [(averaging.matrices(len(each.ids))[0] @ table_VE[list(each.ids)]).argmax(-1) == place for each in sequences]
         shares.append(float(torch.cat(leads).float().mean()))
     return sum(shares) / len(shares)
 
 
-def measure(folder: Path, kind: str, seed: int, tokens: int) -> None:
-    """Two rows of the table: the gap closed with real text and with self-written text."""
-    home, known = folder / f"seed{seed}", list[Results]()
-    gaps = dict[str, float]()
+def measure(folder: Path, kind: str, form: str, seed: int, known: Results | None) -> Results:
+    """Two rows of the table: the gap closed with real text and with self-written text; `known` rows are not scored again."""
+    home, real = folder / ("seed0" if kind == "strangers" else f"seed{seed}"), 1.0
+    sampling = seed if kind == "strangers" else 0
     for text in ("real", "self"):
         start = time.process_time()
-        plan = make_plan(parse_recipe(said(kind, text), where=text), home)
-        out = home / f"{kind}-{text}"
+        plan = make_plan(parse_recipe(said(kind, FORMS[kind][form], None if text == "real" else sampling), where=text), home)
+        out = home / f"{kind}-{text}-{form}"
         kept = text == "real" and is_there(out)
         checkpoint = open_checkpoint(out) if kept else build(plan, out, overwrite=True)
         took = time.process_time() - start
-        found = evaluate(
-            checkpoint, tokens_per_domain=tokens, sequence_length=SEQUENCE_LENGTH, known=known[0] if known else None
+        known = evaluate(
+            checkpoint,
+            tokens_per_domain=EVAL_TOKENS[kind],
+            sequence_length=SEQUENCE_LENGTH,
+            known=known,
+            seen=seen_of(kind, folder / "text"),
         )
-        known.append(found)
-        base, mixed = found.row("base"), found.row("mixture")
-        gaps[text] = mixed.mean_gap(DOMAINS) or 0.0
-        each = " / ".join(f"{mixed.scores[name].gap_closed:.3f}" for name in DOMAINS)
+        base, mixed = known.row("base"), known.row("mixture")
+        gaps = {name: score.gap_closed for name, score in mixed.scores.items() if score.gap_closed is not None}
+        each = " / ".join(f"{name} {gap:.3f}" for name, gap in gaps.items())
+        mean = mixed.mean_gap(known.domains) or 0.0
+        real = mean if text == "real" else real
         unseen = mixed.scores[UNSEEN].loss / base.scores[UNSEEN].loss
-        share, right = gaps[text] / gaps["real"], accuracy(checkpoint, folder / "text")
         print(
-            f"| {kind} | {seed} | {text} | {right:.3f} | {gaps[text]:.3f} | {share:.3f} | {each} | {unseen:.3f} | {took:.0f} |",
+            f"| {kind} {form} | {seed} | {text} | {accuracy(checkpoint, folder / 'text'):.3f} | {mean:.3f} | {mean / real:.3f} "
+            f"| {each} | {unseen:.3f} | {took:.0f} |",
             flush=True,
         )
+    assert known is not None
+    return known
 
 
 def main() -> None:
@@ -94,12 +117,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=[*FORMS], required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tokens", type=int, default=EVAL_TOKENS["adapters"])
     options = parser.parse_args()
-    print(f"| experts | seed | text | accuracy | gap closed | of real | {' / '.join(DOMAINS)} | unseen / base | build s |")
+    print("| experts | seed | text | accuracy | gap closed | of real | each | unseen / base | build s |")
     print("|---|---|---|---|---|---|---|---|---|")
+    known: Results | None = None
     for seed in options.seeds:
-        measure(options.folder.resolve(), options.kind, seed, options.tokens)
+        for form in FORMS[options.kind]:
+            known = measure(options.folder.resolve(), options.kind, form, seed, known)
 
 
 if __name__ == "__main__":

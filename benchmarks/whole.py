@@ -4,8 +4,8 @@
     python benchmarks/whole.py mixtures FOLDER --kind adapters --seeds 0 1 2   mixtures of them, lexical router, report split
     python benchmarks/whole.py trained FOLDER --kind full --seeds 0 1 2        the mixture of rank 64, trained from there
 
-Kinds: adapters (LoRA of rank 16 on all linear parts), full (full fine-tunes), strangers (five experts of SmolLM2-135M, made in
-five ways: strangers.py). `train` keeps models that are there.
+Kinds: adapters (LoRA of rank 16 on all linear parts), ffn (FFNs alone), full (full fine-tunes), strangers (five experts of
+SmolLM2-135M, made in five ways: strangers.py). `train` keeps models that are there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.building.build import build
-from modekit.demo.kinds import SMALL
+from modekit.demo.kinds import SMALL, Experts
 from modekit.demo.models import SEQUENCE_LENGTH, make_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
 from modekit.evaluation.evaluate import evaluate
@@ -31,8 +31,10 @@ from modekit.training.settings import train_settings
 from modekit.training.train import train as train_mixture
 from strangers import ATTENTION, BASE_TEXT, EXPERTS, train_strangers
 
-EVAL_TOKENS = {"adapters": 8_192, "full": 8_192, "strangers": 1_024}
-FORCED_TOKENS = {"adapters": 1_024, "full": 1_024, "strangers": 256}
+EVAL_TOKENS = {"adapters": 8_192, "ffn": 8_192, "full": 8_192, "strangers": 1_024}
+FORCED_TOKENS = {"adapters": 1_024, "ffn": 1_024, "full": 1_024, "strangers": 256}
+MOVED: dict[str, Experts] = {"adapters": "lora", "ffn": "mlp", "full": "full"}
+"""What training moves of a kind's experts."""
 STEPS = 60
 NATIVE = {"format": "native"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -44,6 +46,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "plain, whole, rank 32": {"output": {**NATIVE, "rank": 32}},
         "plain, whole, top-2": {"output": NATIVE, "top_k": 2},
     },
+    "ffn": {"modekit architecture": {"output": {"format": "modekit"}}, "plain": {"output": NATIVE}},
     "full": {
         "modekit architecture, all": {"output": {"format": "modekit"}, "modules": "all"},
         "plain, FFN alone, average": {"output": {**NATIVE, "carry": "ffn"}, "backbone": "average"},
@@ -80,9 +83,8 @@ def train(folder: Path, kind: str, seed: int) -> None:
         out = home / f"{kind}-{name}"
         if not is_there(out):
             training = SMALL.lora_training if kind == "adapters" else SMALL.expert_training
-            moved = "lora" if kind == "adapters" else "full"
             with_seed = training.with_(seed=1000 * seed + place)
-            specialize(home / "base", out, [str(texts[name])], root=home, train=moved, training=with_seed, run=QUIET)
+            specialize(home / "base", out, [str(texts[name])], root=home, train=MOVED[kind], training=with_seed, run=QUIET)
 
 
 def experts_of(kind: str, *, ffn_alone: bool) -> list[dict[str, str]]:

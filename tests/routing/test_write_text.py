@@ -212,6 +212,18 @@ def test_another_model_writes_anew(bench: Workshop) -> None:
     assert files["medicine"].read_bytes() == code
 
 
+def test_the_routers_seed_is_that_of_the_text(bench: Workshop) -> None:
+    files = write(bench)
+    before = {name: (file.read_bytes(), expected_of(file)) for name, file in files.items()}
+    write(bench, mixture={**LEXICAL, "router": {"fit": "lexical", "seed": 1}})
+    for name, file in files.items():
+        assert made_of(file).made.seed == 1
+        assert file.read_bytes() != before[name][0]
+        assert not torch.equal(expected_of(file), before[name][1])  # of what all read, which another seed draws, too
+    write(bench)
+    assert {name: file.read_bytes() for name, file in files.items()} == {name: text for name, (text, _) in before.items()}
+
+
 def test_a_model_that_computes_no_numbers_ends_in_one_message(bench: Workshop) -> None:
     weights = load_file(bench.root / "law" / "model.safetensors")
     weights["model.norm.weight"].fill_(math.nan)

@@ -37,7 +37,7 @@ class Router(Strict):
     l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
-    seed: int = Field(0, ge=0, description="Seed of a random router, and of training one.")
+    seed: int = Field(0, ge=0, description="Seed of a random router, of training one, and of text that experts write.")
     granularity: Literal["token", "context", "sequence"] = Field(
         "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
     )

@@ -21,7 +21,7 @@ from modekit.errors import SourceError
 from modekit.loaded.experts import load_expert
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
-from modekit.recipes.recipe import Recipe
+from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import is_adapter
 from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
@@ -58,12 +58,11 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     What a kill left is gone on with. `but`: experts that need none. Raises SourceError for models that cannot be loaded, or
     compute no finite numbers, and OutputError.
     """
-    base, authors = sources[0], list[_Author]()
+    base, seed, authors = sources[0], recipe.mixture.router.seed, list[_Author]()
     for place, expert in enumerate(recipe.experts):
         if expert.writes_text and expert.name not in but:
-            where = f"experts[{place}] '{expert.name}': text"
             source = base if expert.is_base else sources[1 + place]
-            authors.append(_author(expert.name, where, written_file(expert, root), base, source, run))
+            authors.append(_author(expert, place, root, base, source, seed, run))
     authors = [author for author in authors if author.left]
     if not authors:
         return
@@ -72,7 +71,7 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
     count = ProgressCount(run, (common + sum(author.left for author in authors)) * DOCUMENT_TOKENS)
     model = load_model(base.folder, run=run)
     with _named(f"base_model ({base.spec})"):
-        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, count)
+        texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
     for author in authors:
         expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
         author.write(expert, None if author.is_base else model, texts, count)
@@ -87,7 +86,7 @@ class _CommonTexts:
 
     @classmethod
     def written_by(
-        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, count: ProgressCount
+        cls, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int, count: ProgressCount
     ) -> _CommonTexts:
         """So many, none of which ends."""
         begin, at_once = _beginning(tokenizer), rows_at_once(base, DOCUMENT_TOKENS)
@@ -97,7 +96,7 @@ class _CommonTexts:
         while len(texts) < rows:
             more = min(at_once, rows - len(texts))
             advance = _progress(count, "the base", more * DOCUMENT_TOKENS)
-            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, len(texts), advance)
+            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, seed + len(texts), advance)
             texts += [[begin, *part] for (part,) in parts]
             count.done += more * DOCUMENT_TOKENS
         ids_BS = torch.tensor(texts)
@@ -188,7 +187,7 @@ class _Author:
         return Conversation([message_of("user", question), message_of("assistant", answer[0])]) if answer else question
 
 
-def _author(name: str, where: str, file: Path, base: ModelSource, source: ModelSource, run: Run) -> _Author:
+def _author(expert: Expert, place: int, root: Path, base: ModelSource, source: ModelSource, seed: int, run: Run) -> _Author:
     brings = source is not base and any((source.folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(source.folder if brings else base.folder, run=run)
     template = chat_template_of(tokenizer)
@@ -199,11 +198,21 @@ def _author(name: str, where: str, file: Path, base: ModelSource, source: ModelS
         tokens=DOCUMENT_TOKENS,
         way=WAY,
         against=0.0 if source is base else AGAINST,
-        seed=0,
+        seed=seed,
         models=models,
         template="" if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     )
-    return _Author(name, where, file, source, source is base, made, tokenizer, template, documents_of(base.parameters))
+    return _Author(
+        name=expert.name,
+        where=f"experts[{place}] '{expert.name}': text",
+        file=written_file(expert, root),
+        source=source,
+        is_base=source is base,
+        made=made,
+        tokenizer=tokenizer,
+        template=template,
+        documents=documents_of(base.parameters),
+    )
 
 
 def _files(models: Mapping[str, ModelSource], run: Run) -> Iterator[tuple[str, str]]:
