@@ -133,11 +133,11 @@ def read_texts(
     model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, advance: Callable[[float], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model expects of texts: how often each token (V,) follows, its probabilities added, and log p of what follows each
-    token but the last, (B, S - 1).
+    token but the last, (B, S - 1). `advance` gets the share that is done.
     """
     expected_V, found = torch.zeros(()), list[torch.Tensor]()
-    for ids_BS in torch.split(texts_BS.to(model.device), _READ_ROWS):
-        advance(0.0)
+    for place, ids_BS in enumerate(torch.split(texts_BS.to(model.device), _READ_ROWS)):
+        advance(place * _READ_ROWS / len(texts_BS))
         inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
         log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         expected_V = expected_V + log_p_BSV[..., :vocabulary].exp().sum((0, 1)).cpu()

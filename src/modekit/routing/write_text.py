@@ -50,6 +50,8 @@ from modekit.text.written import (
 
 _SEPARATOR = "<|endoftext|>"
 """Between the texts that a model was trained on, where its tokenizer puts nothing before one."""
+_READ = 3
+"""Tokens that are read in the time in which one is written, roughly."""
 
 
 def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run: Run, *, but: Collection[str] = ()) -> None:
@@ -68,7 +70,8 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
         return
     run.begin("write text")
     common = documents_of(base.parameters)
-    count = ProgressCount(run, (common + sum(author.left for author in authors)) * DOCUMENT_TOKENS)
+    documents = common + sum(author.left for author in authors) + (1 + len(authors)) * common // _READ
+    count = ProgressCount(run, documents * DOCUMENT_TOKENS)
     model = load_model(base.folder, run=run)
     with _named(f"base_model ({base.spec})"):
         texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
@@ -100,7 +103,7 @@ class _CommonTexts:
             texts += [[begin, *part] for (part,) in parts]
             count.done += more * DOCUMENT_TOKENS
         ids_BS = torch.tensor(texts)
-        return cls(ids_BS, read_texts(base, ids_BS, vocabulary, _progress(count, "the base", 0))[1])
+        return cls(ids_BS, _read(base, ids_BS, vocabulary, count, "the base")[1])
 
     def passages(self, log_p_BS: torch.Tensor) -> list[list[int]]:
         """Beginnings of texts from these, those first that an expert, whose log p is given, makes likeliest beside the base."""
@@ -124,6 +127,16 @@ def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float],
     return lambda share: count.run.progress(f"write text{DETAIL}{what}", count.done + int(share * tokens), count.total)
 
 
+def _read(
+    model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, count: ProgressCount, what: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model expects of the texts that all read (loaded/sampling.py), which counts as work."""
+    tokens = len(texts_BS) * DOCUMENT_TOKENS // _READ
+    found = read_texts(model, texts_BS, vocabulary, _progress(count, what, tokens))
+    count.done += tokens
+    return found
+
+
 @dataclass(frozen=True)
 class _Author:
     """An expert that writes, and what decides what it does."""
@@ -145,8 +158,7 @@ class _Author:
 
     def write(self, model: PreTrainedModel, base: PreTrainedModel | None, common: _CommonTexts, count: ProgressCount) -> None:
         """Read what all read, and write what is left, in batches that are kept one by one."""
-        advance = _progress(count, self.name, 0)
-        expected_V, log_p_BS = read_texts(model, common.ids_BS, len(self.tokenizer), advance)
+        expected_V, log_p_BS = _read(model, common.ids_BS, len(self.tokenizer), count, self.name)
         passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
         rows = rows_at_once(model, DOCUMENT_TOKENS)
