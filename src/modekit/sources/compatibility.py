@@ -27,11 +27,9 @@ def check_mixable(sources: Sequence[ModelSource], family: Family) -> None:
     """
     base = sources[0]
     models = [source for source in dict.fromkeys(sources) if not isinstance(source, AdapterSource)]
-    for source in models:
-        if source is not base:
-            _check_same_family(source, family)
     for source in models if family.derived is None else ():  # before anything is computed from their settings
-        check_sizes(source, own_family(source.config, family))
+        if source is base or source.config.get("model_type") == family.model_type:  # else that is said below
+            check_sizes(source, own_family(source.config, family))
     for source in models:
         check_dtypes(source)
         if source is not base:
@@ -183,22 +181,18 @@ def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Lay
     return shapes
 
 
-def _check_same_family(source: ModelSource, family: Family) -> None:
-    theirs = source.config.get("model_type")
-    if theirs != family.model_type:
+def check_same_architecture(base: ModelSource, source: ModelSource, family: Family) -> None:
+    """Raise MismatchError that names the setting in which an expert differs from the base model."""
+    where = f"{source.label} ({source.spec}): config.json"
+    theirs_type = source.config.get("model_type")
+    if theirs_type != family.model_type:
         raise MismatchError(
             "the expert is of another family than the base model",
-            where=f"{source.label} ({source.spec}): config.json",
-            found=theirs,
+            where=where,
+            found=theirs_type,
             expected=family.model_type,
             remedy="use experts fine-tuned from this base model",
         )
-
-
-def check_same_architecture(base: ModelSource, source: ModelSource, family: Family) -> None:
-    """Raise MismatchError that names the setting in which an expert differs from the base model."""
-    _check_same_family(source, family)
-    where = f"{source.label} ({source.spec}): config.json"
     extra = sorted(name for name in own_names(source, family) if name not in base.tensors and name not in family.optional)
     head = weight_of(family.head)
     own_head = head in source.tensors and source.config.get("tie_word_embeddings") is False
