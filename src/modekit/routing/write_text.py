@@ -161,7 +161,7 @@ class _Author:
         expected_V, log_p_BS = _read(model, common.ids_BS, len(self.tokenizer), count, self.name)
         passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
-        rows = rows_at_once(model, DOCUMENT_TOKENS)
+        rows = min(rows_at_once(model, DOCUMENT_TOKENS), -(-self.documents // CHATS))  # so that there are all kinds
         special = set(self.tokenizer.all_special_ids)
         writers = [
             Writer(model, beside, self.made.against, ends=special, vocabulary=len(self.tokenizer))

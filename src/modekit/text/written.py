@@ -36,7 +36,7 @@ BEGUN = 3
 """Of so many batches the last is of such documents, and in the second an expert writes as it is."""
 CHATS = 4
 """One document of so many is a question and its answer, where there is a chat template."""
-WAY = 2
+WAY = 3
 """Goes up by one when the numbers here, or those in loaded/sampling.py, change what is written."""
 AGAINST = 1.0
 """Weight of what sets an expert apart from the base while it writes."""
