@@ -240,12 +240,23 @@ def test_a_folder_that_takes_nothing_ends_in_one_message(bench: Workshop) -> Non
     assert not list((bench.root / "law").glob("*.jsonl"))
 
 
-def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_text, "CHATS", 1)
+def make_chatting(bench: Workshop) -> None:
     for name in ("base", *DOMAINS[:2]):
         word_tokenizer().save_pretrained(bench.root / name)
         model = tiny_model(seed=len(name), num_hidden_layers=1, vocab_size=len(word_tokenizer()))
         model.save_pretrained(bench.root / name)
+
+
+def test_a_quarter_is_chats_however_many_are_written_at_once(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_chatting(bench)
+    monkeypatch.setattr(write_text, "rows_at_once", lambda model, tokens: 40)
+    lines = [json.loads(line) for line in write(bench)["law"].read_text().splitlines()]
+    assert 5 <= sum("messages" in line for line in lines) <= 10 < len(lines)
+
+
+def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_text, "CHATS", 1)
+    make_chatting(bench)
     lines = [json.loads(line) for line in write(bench)["law"].read_text().splitlines()]
     assert lines and all([each["role"] for each in line["messages"]] == ["user", "assistant"] for line in lines)
     assert not any("<|im" in message["content"] for line in lines for message in line["messages"])
