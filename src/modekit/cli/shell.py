@@ -69,6 +69,8 @@ _MOVED_OPTIONS = {
         ),
     },
     "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
+    "plan": {"--time": "leave it out; plan always says how long a build takes"},
+    "train": {"--cheap": "run modekit fit OUT --fit logistic"},
     "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
     "discover": {
