@@ -127,8 +127,15 @@ class InterruptError(ModekitError):
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """Those that are not installed."""
-    return [name for name in names if not (find_spec(name.partition(".")[0]) and find_spec(name))]
+    """Those that are not installed, or do not import what they stand in."""
+    return [name for name in names if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def check_packages(names: Sequence[str], remedy: str) -> None:

@@ -18,11 +18,17 @@ from command_line import ended
 from modekit.demo.demo import DemoResults, run_demo
 from modekit.demo.kinds import QUICK_PAIRS, Kind
 from modekit.demo.text import CATALOGUES, GENERAL, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
-from modekit.demo.translation import TranslatedTable, make_pair_base
+from modekit.demo.translation import make_pair_base
 from modekit.errors import ModekitError
 from modekit.evaluation.results import Kind as RowKind
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.translation.results import Signatures, TranslationRow, TranslationScore
+from modekit.evaluation.translation.results import (
+    Signatures,
+    TranslationResults,
+    TranslationRow,
+    TranslationScore,
+    TranslationSettings,
+)
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
@@ -132,7 +138,8 @@ def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says
     results = Results(rows, ["gui"], [], {}, [])
     for bleu, quick in ((0.0, True), (0.9, False), (14.0, False)):
         row = TranslationRow("base", "base", 1, 1, {"gui": TranslationScore(bleu, 9.0)}, 0, 0.0, 0)
-        table = TranslatedTable([row], ["gui"], [], Signatures("", ""))
+        settings = TranslationSettings(pairs=1, machine="")
+        table = TranslationResults([row], ["gui"], [], settings, Signatures("", ""), {}, {}, [], checkpoint={})
         found = DemoResults({0: {"lexical": results}}, 1.0, {0: table}, quick).merged(0)
         closed = found.row("lexical").mean_gap(["gui"])
         assert closed == (pytest.approx(0.98) if bleu > 1 else None)

@@ -25,7 +25,7 @@ import torch
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, listening, threads
+from modekit.engines import converter, threads
 from modekit.engines import registry as module
 from modekit.engines.guard import LARGEST_BODY
 from modekit.engines.listening import KEY, refuse_other_machines
@@ -380,7 +380,7 @@ def test_every_engine_has_a_name_and_a_process() -> None:
 
 
 def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "find_spec", lambda name: None if name == "aiohttp" else True)
+    monkeypatch.setattr("modekit.errors.find_spec", lambda name: None if name == "aiohttp" else True)
     code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0")
     assert code == 2 and "aiohttp" in stderr and "modekit[serve]" in stderr
 

@@ -139,7 +139,7 @@ def test_a_text_is_shown_with_its_score_word_by_word(mixture: Checkpoint) -> Non
     words, _ = words_of(trace, 50)
     assert words[-1].over_base == trace.scores["experts over base"][-1]
     shown = run("inspect", mixture.folder, "--text", text)
-    assert "below zero it is the base's" in " ".join(shown.split())
+    assert "below zero the base leads" in " ".join(shown.split())
     letter = "ABCD"[words[-1].leader]
     assert f"{letter}{100 * words[-1].weights_E.max():.0f} {words[-1].loss:.1f} {words[-1].over_base:+.1f}" in shown
 

@@ -262,6 +262,14 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
     assert not any("<|im" in message["content"] for line in lines for message in line["messages"])
 
 
+def test_a_fit_with_another_seed_reads_text_of_that_seed(bench: Workshop) -> None:
+    checkpoint = open_checkpoint(bench.build())
+    file = written_file(checkpoint.record.recipe.experts[0], bench.root)
+    before = file.read_bytes()
+    again = refit(checkpoint, {"router": {"seed": 1}})
+    assert made_of(file).made.seed == again.record.recipe.mixture.router.seed == 1 and file.read_bytes() != before
+
+
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     said = preview(bench.write())
     assert said.time.write_text > 0

@@ -128,7 +128,10 @@ class FitOptions:
     temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
-    seed: Annotated[int | None, typer.Option(help="Random seed (random, lexical, classifier, phatgoose).")] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Random seed (random, lexical, classifier, phatgoose), also of written text."),
+    ] = None
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")
     ] = None

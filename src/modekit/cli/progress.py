@@ -1,7 +1,7 @@
 """How the command line shows progress: bars on a terminal, lines elsewhere. Both on the standard error.
 
 A line when a phase begins, one as soon as it is known how long the phase will take, and one every ten seconds, later every
-half minute:
+half minute. While nothing advances, the time left grows no faster than the clock.
 """
 
 from __future__ import annotations

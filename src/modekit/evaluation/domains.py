@@ -89,9 +89,9 @@ def held_out_texts(checkpoint: Checkpoint, *, split: HeldOutSplit = "report", se
         if not held.documents:
             what = "no held-out document is left to evaluate on"
             used = ": all of them set the router, trained a model or chose its state" if held.used else ""
-            raise held.text.nothing_left(
-                what + used, remedy="give more documents (one in ten is held out), or other text under eval"
-            )
+            other = "other text under eval"
+            more = f"give {other}" if held.used else f"give more documents (one in ten is held out), or {other}"
+            raise held.text.nothing_left(what + used, remedy=more)
     if not any(held.expert is not None for held in held_out):
         raise TextError(
             "there is no text to evaluate on",

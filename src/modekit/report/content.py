@@ -289,7 +289,6 @@ def _training(checkpoint: Checkpoint, trained: TrainingTables | None, curves: Lo
             {
                 "what": record.settings.get("what"),
                 "losses": record.settings.get("losses"),
-                "speed": record.settings.get("speed"),
                 "steps": record.steps,
                 "tokens": record.tokens,
                 "parameters": record.parameters,

@@ -25,7 +25,7 @@ from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import chat_template
-from modekit.text.written import is_written
+from modekit.text.written import read_written, written_file
 
 _WRITE_TEXTS = "modekit.routing.write_text:write_texts"
 """By its path, as it needs torch and a fit without text does not."""
@@ -53,9 +53,10 @@ def refit(
 
 
 def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> None:
-    """Let experts write their text anew where it is gone; without their models what is kept of it must do."""
-    missing = [each for each in recipe.experts if each.writes_text and not is_written(each, checkpoint.recipe_root)]
-    root = checkpoint.recipe_root
+    """Let experts write their text anew where it is gone or of another seed; without their models what is kept must do."""
+    root, seed = checkpoint.recipe_root, recipe.mixture.router.seed
+    written = {each.name: read_written(written_file(each, root)) for each in recipe.experts if each.writes_text}
+    missing = [name for name, known in written.items() if known is None or known.made.seed != seed]
     with suppress(SourceError, MismatchError):
         if missing:
             resolve_name(_WRITE_TEXTS)(recipe, root, make_plan_again(recipe, root, run=run).sources, run)

@@ -191,10 +191,6 @@ class Native:
 _NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
 
 
-def _silu(config: Config) -> bool:
-    return config.get("hidden_act", "silu") in {"silu", "swish"}
-
-
 def heads_fill(native: str) -> Rule:
     """Heads are as wide as the stream has room for, which a native architecture assumes."""
     return _heads_fill, f"head_dim is not hidden_size / num_attention_heads, which {native} assumes"

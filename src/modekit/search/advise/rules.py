@@ -32,7 +32,7 @@ def choose(facts: Facts) -> Recommendation:
     rule = next(rule for rule in EXPERTS if rule.applies(facts))
     if facts.text != "some":
         return Recommendation(rule.mixture, rule.why(facts), rule.source)
-    why = f"{rule.why(facts)}; fixed weights, as some experts have no text"
+    why = f"{rule.why(facts)}; fixed weights, as not every expert has text that a router can be fitted on"
     return Recommendation({"method": "linear", **rule.mixture}, why, rule.source)
 
 
