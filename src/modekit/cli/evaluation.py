@@ -54,6 +54,25 @@ class LabelRowOptions:
 
 
 @dataclass(frozen=True)
+class ScoredOptions:
+    """Which text is scored, and how much of it."""
+
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Score this text of a domain instead of the recipe's; repeatable."),
+    ] = None
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = TABLE_TOKENS
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
+
+    def given(self) -> dict[str, list[str]]:
+        """Files by domain. Raises ModekitError where one is not there."""
+        given = texts_by_domain(self.text)
+        for name, specs in given.items():
+            check_present(specs, root=Path.cwd(), where=f"--text {name}")
+        return given
+
+
+@dataclass(frozen=True)
 class TaskOptions:
     """Which models answer which questions."""
 
@@ -81,24 +100,23 @@ class DecodingOptions:
 def evaluate(
     checkpoint: OutFolder,
     labels: LabelRowOptions,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Score this text of a domain instead of the recipe's; repeatable."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = TABLE_TOKENS,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512,
+    scored: ScoredOptions,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
-    given = texts_by_domain(text)
-    for name, specs in given.items():
-        check_present(specs, root=Path.cwd(), where=f"--text {name}")
+    given = scored.given()
     with _scoring(checkpoint, trust_remote_code) as (opened, run):
         from modekit.evaluation.evaluate import evaluate
 
         opened = opened.scored_on(given, Path.cwd())
-        results = evaluate(opened, tokens_per_domain=tokens, sequence_length=sequence_length, labels=labels.asked(), run=run)
+        results = evaluate(
+            opened,
+            tokens_per_domain=scored.tokens,
+            sequence_length=scored.sequence_length,
+            labels=labels.asked(),
+            run=run,
+        )
     _show(results, checkpoint, None if as_json else print_results)
 
 

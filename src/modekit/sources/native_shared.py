@@ -29,7 +29,9 @@ def _score_scale(config: Config) -> float:
 
 def _plain_rope(config: Config) -> bool:
     rope, factor = mapping(config, "rope_parameters"), config.get("partial_rotary_factor")
-    return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
+    return rope.get("rope_type") != "longrope" and all(
+        each in (None, 1) for each in (factor, rope.get("partial_rotary_factor"))
+    )
 
 
 def _window_of_all(config: Config) -> object:
