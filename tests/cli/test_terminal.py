@@ -253,18 +253,21 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
         os.execv(sys.executable, [sys.executable, "-m", "modekit", "chat", folder, "--max-tokens", "6"])
     shown = b""
 
-    def until_shown(expected: bytes) -> None:
+    def until_shown(expected: bytes, again: bytes = b"") -> None:
+        """`again` is typed once more after ten seconds: readline loses what comes between its prompt and its first wait."""
         nonlocal shown
         end = time.monotonic() + 60
         while expected not in shown and time.monotonic() < end:
-            if select.select([terminal], [], [], 1)[0]:
+            if select.select([terminal], [], [], 10)[0]:
                 shown += os.read(terminal, 4_096)
+            elif again:
+                os.write(terminal, again)
         assert expected in shown, shown
 
     try:
         until_shown(b"ends.\x1b[0m\r\n> ")
         os.write(terminal, b"\x03")
-        until_shown(b"> \r\n> ")
+        until_shown(b"> \r\n> ", b"\x03")
         os.write(terminal, f"{QUESTION}\n".encode())
         until_shown(b"of 6 tokens]")
         assert b"48;2;" in shown and b"Ctrl-D ends" in shown
