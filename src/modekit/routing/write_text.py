@@ -70,8 +70,8 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
         return
     run.begin("write text")
     common = documents_of(base.parameters)
-    documents = common + sum(author.left for author in authors) + (1 + len(authors)) * common // _READ
-    count = ProgressCount(run, documents * DOCUMENT_TOKENS)
+    written = common + sum(author.left for author in authors)
+    count = ProgressCount(run, written * DOCUMENT_TOKENS + (1 + len(authors)) * _reading(common))
     model = load_model(base.folder, run=run)
     with _named(f"base_model ({base.spec})"):
         texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
@@ -127,11 +127,16 @@ def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float],
     return lambda share: count.run.progress(f"write text{DETAIL}{what}", count.done + int(share * tokens), count.total)
 
 
+def _reading(texts: int) -> int:
+    """What reading so many texts counts, in tokens that are written."""
+    return texts * DOCUMENT_TOKENS // _READ
+
+
 def _read(
     model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, count: ProgressCount, what: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model expects of the texts that all read (loaded/sampling.py), which counts as work."""
-    tokens = len(texts_BS) * DOCUMENT_TOKENS // _READ
+    tokens = _reading(len(texts_BS))
     found = read_texts(model, texts_BS, vocabulary, _progress(count, what, tokens))
     count.done += tokens
     return found
