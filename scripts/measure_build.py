@@ -1,6 +1,7 @@
 """What a build passes through: the files of the package in which anything runs while a mixture is planned and written.
 
     python scripts/measure_build.py            every file, with its lines and those of the functions that ran
+    python scripts/measure_build.py --walk     these functions in the order of their first call, to read one after the other
     python scripts/measure_build.py --check    exit code 1 when there are more files or lines than BOUNDS
 
 The mixture is what the shortest recipe gives: two whole Llama models with a text each, in a plain Mixtral with the default
@@ -30,8 +31,10 @@ PACKAGE = Path(modekit.__file__).parent
 ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")
 SCREEN = 30
 """Lines of functions."""
-BOUNDS = {"files": 38, "lines": 9_400}
-"""Most files, and most lines in them; a lexical router and the channels that carry it are five of these."""
+LONG = 8
+"""Lines of a function that a reader opens; a shorter one is its name."""
+BOUNDS = {"files": 38, "lines": 9_400, "lines to read": 3_500}
+"""Most files, lines in them (a lexical router and the channels that carry it are five files), and lines that --walk names."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 
 
@@ -39,48 +42,84 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail when a bound is broken")
+    parser.add_argument("--walk", action="store_true", help="print the functions and not the files")
     options = parser.parse_args()
-    ran = files_of_a_build()
+    codes = codes_of_a_build()
+    if options.walk:
+        print("\n".join(walk_of(codes)))
+        return
+    ran = files_of(codes)
     print("| file | lines | of what ran |\n|---|---|---|")
     for file, (lines, run) in sorted(ran.items(), key=lambda item: -item[1][1]):
         print(f"| {file} | {lines} | {run} |")
     read = {file: lines for file, (lines, run) in ran.items() if file.startswith(ROOMS) and run >= SCREEN}
-    found = {"files": len(read), "lines": sum(read.values())}
+    walked = sum(_lines(code) for code in codes if _is_read(code))
+    found = {"files": len(read), "lines": sum(read.values()), "lines to read": walked}
     print(f"\n{len(ran)} files with {sum(lines for lines, _ in ran.values()):,} lines in all.")
-    print(f"From the recipe to the checkpoint {found['files']} files to read, with {found['lines']:,} lines.")
+    print(f"From the recipe to the checkpoint {found['files']} files, with {found['lines']:,} lines.")
+    print(f"Who reads function after function (--walk) reads {walked:,} lines.")
     broken = [f"{name} {found[name]}, at most {most}" for name, most in BOUNDS.items() if found[name] > most]
     if options.check and broken:
         sys.exit(f"broken: {'; '.join(broken)}")
 
 
-def files_of_a_build() -> dict[str, tuple[int, int]]:
-    """File of the package -> its lines, and those of the functions in it that ran."""
+Codes = dict[CodeType, int]
+"""Functions in the order of their first call -> how many functions to read stand above."""
+
+
+def codes_of_a_build() -> Codes:
+    """The second build's, so that imports are over."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = write_models(Path(folder))
         modekit.build(recipe, Path(folder) / "IMPORTS")
         with watched() as codes:
             modekit.build(recipe, Path(folder) / "OUT")
+    return codes
+
+
+def files_of(codes: Codes) -> dict[str, tuple[int, int]]:
+    """File of the package -> its lines, and those of the functions in it that ran."""
     found: dict[str, tuple[int, int]] = {}
     for code in codes:
-        file = Path(code.co_filename)
-        name = str(file.relative_to(PACKAGE))
-        lines, run = found.get(name, (len(file.read_text(encoding="utf-8").splitlines()), 0))
-        last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
-        found[name] = lines, run + last - code.co_firstlineno + 1
+        name = _name(code)
+        lines, run = found.get(name, (len(Path(code.co_filename).read_text(encoding="utf-8").splitlines()), 0))
+        found[name] = lines, run + _lines(code)
     return found
 
 
+def walk_of(codes: Codes) -> Iterator[str]:
+    """A line for each function to read, below the one that called it first, and how many there are."""
+    read = [(code, depth) for code, depth in codes.items() if _is_read(code)]
+    for code, depth in read:
+        yield f"{'  ' * depth}{_name(code)}:{code.co_firstlineno} {code.co_qualname}"
+    files = len({code.co_filename for code, _ in read})
+    yield f"{len(read)} functions of {LONG} lines or more, {sum(_lines(code) for code, _ in read):,} lines in {files} files"
+
+
+def _name(code: CodeType) -> str:
+    return str(Path(code.co_filename).relative_to(PACKAGE))
+
+
+def _lines(code: CodeType) -> int:
+    last = max((line for _, _, line in code.co_lines() if line is not None), default=code.co_firstlineno)
+    return last - code.co_firstlineno + 1
+
+
+def _is_read(code: CodeType) -> bool:
+    return code.co_filename.startswith(f"{PACKAGE}/") and _name(code).startswith(ROOMS) and _lines(code) >= LONG
+
+
 @contextmanager
-def watched() -> Iterator[set[CodeType]]:
+def watched() -> Iterator[Codes]:
     """The functions of the package that run inside the block, in every thread."""
-    codes: set[CodeType] = set()
+    codes: Codes = {}
     prefix = f"{PACKAGE}/"
 
     def watch(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         named = not code.co_name.startswith("<") and "__qualname__" not in code.co_names
-        if event == "call" and named and code.co_filename.startswith(prefix):
-            codes.add(code)
+        if event == "call" and named and code.co_filename.startswith(prefix) and code not in codes:
+            codes[code] = sum(1 for above in _callers(frame) if above in codes and _is_read(above))
 
     threading.setprofile(watch)
     sys.setprofile(watch)
@@ -89,6 +128,13 @@ def watched() -> Iterator[set[CodeType]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+
+
+def _callers(frame: FrameType) -> Iterator[CodeType]:
+    above = frame.f_back
+    while above is not None:
+        yield above.f_code
+        above = above.f_back
 
 
 def write_models(folder: Path) -> Path:
