@@ -17,7 +17,6 @@ from peers.pool import read_text, write_text
 from peers.training import STEPS
 
 ADAPTERS = frozenset({"adapters"})
-TOP_1: dict[str, Any] = {"method": "routing", "top_k": 1}
 
 
 def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Made:
@@ -31,10 +30,10 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Ma
     return Made(build(make_plan(recipe, out), out / "mixture").folder)
 
 
-def _plain(pool: Pool, out: Path, text: str = "real") -> Made:
+def _plain(pool: Pool, out: Path, text: str = "real", top_k: int = 1) -> Made:
     """What `modekit mix --without-base` writes where llama.cpp must run it."""
     full = pool.trained == "full"
-    mixture = {**TOP_1, **({"backbone": "average"} if full else {})}
+    mixture = {"method": "routing", "top_k": top_k, **({"backbone": "average"} if full else {})}
     return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
 
 
@@ -65,6 +64,7 @@ def _fit(fit: str, top_k: int, pool: Pool, out: Path, **router: Any) -> Made:
 
 OURS: list[Peer] = [
     Formula("modekit, plain checkpoint", _plain, "modekit mix, top-1"),
+    Formula("modekit, plain checkpoint, top-2", partial(_plain, top_k=2), "modekit, two experts a token"),
     Formula("modekit architecture, top-1", lambda pool, out: _architecture(pool, out, 1), "modekit, fit: auto"),
     Formula("modekit architecture, top-2", lambda pool, out: _architecture(pool, out, 2), "modekit, fit: auto"),
     Formula("modekit, plain, text: self", lambda pool, out: _plain(pool, out, "self"), "modekit, no real text"),
