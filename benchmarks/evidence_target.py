@@ -4,7 +4,7 @@
     python benchmarks/evidence_target.py FOLDER --kinds adapters full --seeds 0 1 2
 
 The posterior of branch-train-merge reads how well each expert predicted the text so far. Is it ahead because of what it reads
-or because it mixes all experts? Every expert reads the fit text once; the table is then fitted on to the likelihood of a mixture
+or because it mixes all experts? Every expert reads the fit text once; the table is then fitted on to a mixture's likelihood
 
     -log sum_e softmax(l_t)_e p_e(x_t+1 | x_1 ... x_t)
 
