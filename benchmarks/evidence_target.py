@@ -48,7 +48,7 @@ class Read:
     said: torch.Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(scored: Scored) -> dict[str, list[Read]]:
     """Of every split, all documents under all models."""
     pool = scored.pool
