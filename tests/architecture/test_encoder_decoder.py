@@ -412,7 +412,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"layers": ["decoder"], "router": {"fit": "random", "granularity": "sequence", "per": "model"}},
             "one",
             UnsupportedError,
-            "must stand in the encoder",
+            "must be in the encoder",
         ),
         ({"layers": [1], "router": {"fit": "random"}}, "one", RecipeError, "names neither"),
         ({"layers": ["decoder.7"], "router": {"fit": "random"}}, "one", RecipeError, "no such layer"),

@@ -57,7 +57,7 @@ def test_options_of_a_large_command_are_in_groups() -> None:
 def test_wrong_usage_is_answered_with_the_example() -> None:
     code, _, said = ended("mix")
     assert code == 2 and "Missing argument 'BASE'" in said
-    assert f"type for example `{example_of('mix')}`; modekit mix --help says more" in said
+    assert f"type for example `{example_of('mix')}`; modekit mix --help shows all options" in said
 
 
 def test_completion_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

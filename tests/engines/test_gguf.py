@@ -314,7 +314,7 @@ def test_a_file_that_loses_too_much_is_kept_where_the_user_says_so(
     assert "not as good" in message and "keep the file as it is with --accept" in message and not (tmp_path / "GGUF").exists()
     code, stdout, stderr = ended(*words, "--accept")
     assert code == 0, stderr
-    assert "was kept since --accept says so" in " ".join(stdout.split())
+    assert "was kept because of --accept" in " ".join(stdout.split())
     said = json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())
     assert said["proof"]["accepted"] is True and said["proof"]["loss"]["standard_error"] > 0
     assert any("--accept" in note for note in said["notes"])

@@ -178,7 +178,7 @@ def test_it_does_not_teach(bench: Workshop) -> None:
         "select_tokens": 64,
     }
     trained = train(checkpoint, train_settings(settings, where="test"), out=bench.root / "TRAINED", evaluate_tokens=None)
-    assert any("law was taught by what the mixture has of it" in note for note in trained.record.notes)
+    assert any("law had the mixture with this expert forced as its teacher" in note for note in trained.record.notes)
 
 
 def test_nothing_is_let_in_beside_a_base_that_changed(bench: Workshop) -> None:

@@ -202,7 +202,7 @@ def test_models_that_are_gone_are_left_out_and_said(workshop: Workshop) -> None:
 
 def test_given_weights_leave_no_expert_whole(workshop: Workshop) -> None:
     mixture = {"method": "linear", "weights": {name: place + 1.0 for place, name in enumerate(DOMAINS)}}
-    with pytest.raises(UnsupportedError, match="given weights"):
+    with pytest.raises(UnsupportedError, match="fixed weights"):
         forced(workshop.build(mixture=mixture))
 
 

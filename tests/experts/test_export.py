@@ -135,7 +135,7 @@ def test_without_its_folder_the_low_rank_parts_are_cut_out_of_the_mixture(bench:
         shutil.move(bench.root / name, bench.root / f"{name}-moved")
         out = bench.root / "exported" / name
         record = export_adapter(checkpoint, name, out)
-        assert not record.as_it_came and "is gone" in record.notes[0]
+        assert not record.as_it_came and "is missing" in record.notes[0]
         after = load_file(out / "adapter_model.safetensors")
         assert set(before) == set(after)
         for key, tensor in before.items():
@@ -153,7 +153,7 @@ def test_what_was_folded_cannot_be_given_back_without_its_folder(whole_bench: Wo
     checkpoint = open_checkpoint(out)
     assert exported(checkpoint) == ["rslora"]
     for name, reason in (
-        ("dora", "its own folder is gone"),
+        ("dora", "its own folder is missing"),
         ("ia3", "adapter_model.safetensors in its own folder has changed"),
         ("biases", "adapter_config.json in its own folder has changed"),
         ("head", "adapter_config.json"),

@@ -231,7 +231,7 @@ def test_what_an_adapter_that_is_gone_gave_stays(shop: Workshop, tmp_path: Path,
     try:
         renamed = write_change(out, rename_expert(out, "second", "other"), tmp_path / "renamed")
     except SourceError as error:
-        assert dora and "is gone, and this change needs it" in str(error)
+        assert dora and "is missing, and this change needs it" in str(error)
         assert tree(out.folder) == kept and not (tmp_path / "renamed").exists()
     else:
         assert {name: ref.shape for name, ref in renamed.tensors.items()} == {n: ref.shape for n, ref in out.tensors.items()}

@@ -129,7 +129,7 @@ def test_an_expert_that_the_mixture_stands_on(
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build(mixture={**mixture, "router": {"fit": "random"}})
     message = refuse_change(bench, "remove", out, "law")
-    assert "the mixture stands on this expert" in message and key in message
+    assert "the mixture needs this expert" in message and key in message
 
 
 def test_more_experts_per_token_than_are_left(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_model_that_is_gone_and_is_needed(shared_workshop: Workshop, tmp_path:
     out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
     shutil.rmtree(tmp_path / "medicine")
     message = refuse_change(bench, "remove", out, "law")
-    assert "an expert's model is gone, and this change needs it" in message and "medicine" in message
+    assert "an expert's model is missing, and this change needs it" in message and "medicine" in message
 
 
 def test_a_model_that_changed_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_an_experts_teacher_is_named(workshop: Workshop) -> None:
     checkpoint = open_checkpoint(workshop.build())
     assert [member.kind for member in members_of(checkpoint)] == [
         "full model",
-        "full model, taught by a *large* one",
+        "full model, distilled from a *large* one",
         "full model",
     ]
     assert r"law by a \*large\* one" in make_card(checkpoint, ask_hub=False).contents["README.md"].decode()

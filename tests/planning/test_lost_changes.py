@@ -17,7 +17,7 @@ ROUTER = {"fit": "random"}
 def notes_of(workshop: Workshop, **changes: Any) -> list[str]:
     """The plan's notes on full models, without a build."""
     plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root, headers_only=True)
-    return [note for note in plan.notes if "whatever a full model changed" in note]
+    return [note for note in plan.notes if "loses what a full model changed" in note]
 
 
 def test_what_is_said_of_one_expert_per_token_is_what_a_training_does(workshop: Workshop) -> None:

@@ -135,7 +135,7 @@ def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
     (mine.root / "law" / "README.md").write_text("---\n" + "x" * 2**20 + "\n---\n")
     assert front_matter(mine.root / "law" / "README.md") == {}
     shutil.rmtree(mine.root / "law")
-    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is gone"
+    assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is missing"
 
 
 def test_a_licence_of_its_own_keeps_its_name_and_link(mine: Workshop) -> None:

@@ -257,7 +257,7 @@ def test_what_it_does_not_read_is_refused(shop: Workshop, router: dict[str, Any]
     ],
 )
 def test_its_settings_and_other_fits_do_not_mix(shop: Workshop, changes: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"no effect|decided anew"):
+    with pytest.raises(RecipeError, match=r"no effect|decided again"):
         load_recipe(shop.write(mixture={"method": "routing", **changes}))
 
 

@@ -313,7 +313,7 @@ def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None
     assert from_folder(said, tmp_path, tmp_path / "below")["experts"][0]["text"] == "self"
     recipe = parse_recipe(said, where="here")
     assert recipe.experts[0].writes_text and recipe.experts[0].texts[0].startswith("./self-text/law-")
-    with pytest.raises(RecipeError, match="stands alone"):
+    with pytest.raises(RecipeError, match="cannot be combined"):
         parse_recipe({**said, "experts": [{**expert, "text": ["self", "./law.jsonl"]}]}, where="here")
 
 

@@ -94,7 +94,7 @@ def test_a_gguf_that_is_none_or_one_of_many(bench: Workshop) -> None:
     assert "model folder does not exist" in refuse_build(bench, base_model="gone/model.gguf")
     for missing in ("tokenizer.json", "config.json"):
         (file.parent / "model.safetensors").unlink(missing_ok=True)
-        assert "the folder holds GGUF files, of which each is a model" in refuse_build(bench)
+        assert "the folder holds GGUF files, and each is a model" in refuse_build(bench)
         (bench.root / "law" / missing).unlink()
 
 

@@ -172,8 +172,8 @@ def test_forcing_an_expert_leaves_the_common_one_out_and_teaching_does_not(works
 @pytest.mark.parametrize(
     ("said", "of_mixture", "wanted"),
     [
-        ({"what": ["routers", "experts"]}, {}, "asks no router"),
-        ({"losses": {"lm": 1.0, "balance": 0.1}}, {}, "asks no router"),
+        ({"what": ["routers", "experts"]}, {}, "trains no router"),
+        ({"losses": {"lm": 1.0, "balance": 0.1}}, {}, "trains no router"),
         ({"randomise": 0.1}, {}, "leaves a step's text to no expert"),
         ({"randomise": 0.1, "randomise_to": "generic"}, {}, "leaves a step's text to no expert"),
         ({"randomise_to": "all"}, {}, "randomise_to"),

@@ -54,7 +54,7 @@ def test_the_best_state_is_reached_by_no_link(folder: TrainingFolder, tmp_path: 
 def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     for name in ("settings", "trained", "before"):
         (folder.path / f"{name}.json").write_text(content)
-    with pytest.raises(TrainingError, match=r"remove the folder OUT\.training to begin anew"):
+    with pytest.raises(TrainingError, match=r"remove the folder OUT\.training to begin again"):
         folder._claim("x", "y")
     with pytest.raises(TrainingError):
         folder.outcome()

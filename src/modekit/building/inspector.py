@@ -89,7 +89,7 @@ class Inspector:
                 raise SourceError(
                     "a model has changed since the mixture was built, and something of it is needed again",
                     where=str(file),
-                    remedy="put back what it was, or build the mixture anew",
+                    remedy="put back what it was, or build the mixture again",
                 )
             self._hashes[str(file)] = known
 

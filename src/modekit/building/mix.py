@@ -141,7 +141,7 @@ def _with_given_text(models: Models) -> RecipeData:
             )
     if len(experts) < 2 or [each.get("model") for each in experts].count(BASE) > 1:
         raise RecipeError(
-            "a mixture needs two experts, of which the base may be one",
+            "a mixture needs two experts; the base may be one of them",
             where="modekit mix",
             found=", ".join(names),
             remedy="name another model, or let the base join (without --without-base)",

@@ -260,12 +260,12 @@ def _check_router(checkpoint: Checkpoint) -> Check:
     recipe = checkpoint.record.recipe
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
         return Check(
-            "router", "failed", "config.json routes in another way than the recipe in modekit.json; modekit fit sets it anew"
+            "router", "failed", "config.json routes in another way than the recipe in modekit.json; modekit fit sets it again"
         )
     evidence = ""
     if checkpoint.shape.channels is not None:
         if not (checkpoint.record.router.evidence or checkpoint.carrier[1].name in checkpoint.record.trained):
-            why = f"{RECORD_FILE} does not say which table the embedding carries: modekit fit sets it anew"
+            why = f"{RECORD_FILE} does not say which table the embedding carries: modekit fit sets it again"
             return Check("router", "not possible", why)
         evidence = ", its table in the embedding as recorded"
     shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"

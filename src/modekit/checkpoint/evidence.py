@@ -22,7 +22,7 @@ from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import TensorRef
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
 
-FIT_ANEW = "put it back, or set the router anew with `modekit fit`"
+FIT_ANEW = "put it back, or set the router again with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
 
 

@@ -37,7 +37,7 @@ def advise(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Recommend a recipe: measure what each expert changed and what of it helps, and list what is wrong.
+    """Recommend a recipe: measure what each expert changed and which changes help, and list what is wrong.
 
     The recipe's `mixture` is ignored. Exit code 1 if nothing is left to mix.
     """

@@ -142,7 +142,7 @@ def _notes(answer: ChatAnswer, talk: Chat, checkpoint: Checkpoint) -> Iterator[s
     if led:
         yield f"[{led} of {len(answer.tokens)} tokens]"
     elif answer.tokens:
-        yield "[this router reads the model's states, which llama.cpp does not show: nobody knows who led]"
+        yield "[this router reads the model's states, which llama.cpp does not show: the leading expert is unknown]"
     if answer.left_out:
         yield f"[the first {answer.left_out} messages no longer fit into {talk.context:,} tokens, and were left out]"
     if answer.ended == "length":

@@ -71,7 +71,7 @@ class TeacherOptions:
             refuse_without_effect("a teacher (--teacher MODEL)", named)
         if self.keep_teacher is None:
             refuse_without_effect(
-                "a folder for what the teacher says (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k}
+                "a folder for the teacher's answers (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k}
             )
 
     def _settings(self) -> DistillSettings:

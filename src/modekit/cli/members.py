@@ -77,7 +77,7 @@ class AdmissionOptions:
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
         SAMPLE_TOKENS
     )
-    force: Annotated[bool, typer.Option("--force", help="Use the expert whatever was measured.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Use the expert whatever the measurement shows.")] = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def add(
     model: ModelOptions,
     admission: AdmissionOptions,
     write: WriteOptions,
-    weight: Annotated[float | None, typer.Option(help="Weight of the expert in a linear mixture with given weights.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the expert, if the recipe has mixture.weights.")] = None,
 ) -> None:
     """Add an expert; the models and texts of the others are not needed."""
     from modekit.members.edits import add_expert
@@ -174,7 +174,7 @@ def _change(
                 "the expert is not added",
                 where=str(folder),
                 found="; ".join(each.what for each in found.refused),
-                remedy="do what is said above, or pass --force",
+                remedy="do what the message above suggests, or pass --force",
             )
     with drawn_progress() as progress:
         run = write.run(progress)
@@ -184,7 +184,7 @@ def _change(
     out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))
     old = [name for name in ("results", "README.md", "LICENSE.md") if target == opened.folder and (target / name).exists()]
     if old:
-        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval, report and card make them anew"])
+        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval, report and card make them again"])
 
 
 def print_admission(admission: Admission) -> None:

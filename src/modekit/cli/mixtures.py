@@ -183,7 +183,7 @@ def verify(
     trust_remote_code: Trust = False,
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also run every expert beside its own model: what of it is carried, in nats.")
+        bool, typer.Option("--deep", help="Also run every expert beside its own model: what is lost of it, in nats.")
     ] = False,
 ) -> None:
     """Compare every tensor of a checkpoint with its source; exit code 1 if a check fails."""

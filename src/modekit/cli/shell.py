@@ -69,7 +69,7 @@ _MOVED_OPTIONS = {
         ),
     },
     "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
-    "plan": {"--time": "leave it out; plan always says how long a build takes"},
+    "plan": {"--time": "leave it out; plan always shows how long a build takes"},
     "train": {"--cheap": "run modekit fit OUT --fit logistic"},
     "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
     "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
@@ -184,7 +184,7 @@ def _wrong_usage(said: str) -> ModekitError:
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command())
-    usage = f"type for example `{example}`; modekit {_command()} --help says more" if example else "modekit --help"
+    usage = f"type for example `{example}`; modekit {_command()} --help shows all options" if example else "modekit --help"
     return ModekitError(said, remedy=" ".join(filter(None, [hint, usage])))
 
 

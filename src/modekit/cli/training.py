@@ -126,7 +126,7 @@ def train(
         typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text."),
     ] = None,
 ) -> None:
-    """Make a mixture better by gradient; by default only its routers move. Works under torchrun and accelerate launch."""
+    """Improve a mixture by gradient; by default train only its routers. Works under torchrun and accelerate launch."""
     from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.training.settings import given_settings

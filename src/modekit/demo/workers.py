@@ -91,7 +91,9 @@ def _received(pipe: Connection, task: str) -> tuple[str, Any]:
         message: tuple[str, Any] = pipe.recv()
     except (EOFError, ConnectionError):
         raise ModekitError(
-            "a process of the demo ended early", where=task, remedy="see what it said above; the same command goes on from here"
+            "a process of the demo ended early",
+            where=task,
+            remedy="see its message above; the same command continues from here",
         ) from None
     return message
 

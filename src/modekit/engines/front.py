@@ -99,7 +99,7 @@ class Front:
                 break
         else:
             self._log(expert, 503, decision)
-            raise RefusedError(503, "nobody serves it now")
+            raise RefusedError(503, "no worker serves it now")
         self._log(taken, answer.status, decision)
         headers = {"x-modekit-expert": quote(taken)}
         if decision is not None:

@@ -57,7 +57,7 @@ def gateway_app(
 
 
 async def _unforeseen(_request: Request, _fault: Exception) -> Response:
-    return error_response(500, "the gateway made a mistake; its log says where")  # which the guard writes
+    return error_response(500, "an error in the gateway; see its log")  # which the guard writes
 
 
 def _answering_with(

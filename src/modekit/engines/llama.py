@@ -55,7 +55,7 @@ class Llama:
                 "llama.cpp cannot load the file",
                 where=", ".join(map(str, (file, *adapters))),
                 found=self._child.complaint(),
-                remedy="see what it says; its docs list the architectures that it knows",
+                remedy="see its message; its docs list the architectures that it knows",
             )
         self._address = ready["address"]
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -141,5 +141,5 @@ class Llama:
             detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
             found = detail if self._child.is_running() else self._child.complaint()
             raise EngineError(
-                "llama.cpp did not answer", where=str(self._file), found=found, remedy="see what it says, and try again"
+                "llama.cpp did not answer", where=str(self._file), found=found, remedy="see its message, and try again"
             ) from None

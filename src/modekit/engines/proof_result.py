@@ -124,7 +124,7 @@ class Proof:
                 expected=self._bound,
                 remedy=f"{self._blame} or keep the file as it is with --accept",
             )
-        note = f"it lost more than a proof allows ({self._bound}), and was kept since --accept says so"
+        note = f"it lost more than a proof allows ({self._bound}), and was kept because of --accept"
         return replace(self, accepted=True, notes=(*self.notes, note))
 
     def _exact(self, file: Path) -> Proof:

@@ -154,14 +154,14 @@ def force_experts(
     """
     if checkpoint.record.recipe.mixture.weights is not None:
         raise UnsupportedError(
-            "given weights are folded into the experts, so that none of them is whole in the mixture",
+            "fixed weights are folded into the experts, so no expert is whole in the mixture",
             where="mixture.weights",
             remedy="build without weights to compare the experts",
         )
     run.begin("read the text")
     domains, notes = _texts(checkpoint, tokens_per_domain, sequence_length, run)
     if checkpoint.record.trained:
-        notes.append("the mixture was trained since the build: what that moved counts as not carried, too")
+        notes.append("the mixture was trained since the build: the changes count as not carried, too")
     why = [why_not(checkpoint, place, run=run) for place in range(len(checkpoint.names))]
     notes += [f"{name} is left out: {reason}" for name, reason in zip(checkpoint.names, why, strict=True) if reason]
     places = [place for place, reason in enumerate(why) if not reason]
@@ -242,7 +242,7 @@ def _compared(
 def _row(name: str, text: str, batches: Sequence[Batch], largest: float, sums: torch.Tensor) -> ForcedExpert:
     if not torch.isfinite(sums).all():
         raise CheckpointError(
-            "an expert and its own model cannot be compared: one of them says nothing finite",
+            "an expert and its own model cannot be compared: one of them gives NaN or Inf",
             where=f"expert '{name}' on the text '{text}'",
             remedy="look for what is damaged with `modekit verify`",
         )

@@ -124,7 +124,7 @@ def label_jobs(
     chats = next((domain.name for domain in domains if domain.chats), None)
     if labels.by == "tag" and chats is not None:
         raise TextError(
-            "a conversation has no place for a tag: its template decides what stands first",
+            "a conversation has no place for a tag: its template decides what comes first",
             where=chats,
             remedy="take --by gate",
         )

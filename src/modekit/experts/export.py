@@ -233,7 +233,7 @@ def own_files(checkpoint: Checkpoint, expert: int) -> OwnFiles:
         for name, expected in record.files.items():
             file = folder / name
             if not file.is_file():
-                return OwnFiles(folder, problem=f"its own folder is gone ({folder})")
+                return OwnFiles(folder, problem=f"its own folder is missing ({folder})")
             if file.stat().st_size != expected.size or blake3_of(file) != expected.blake3:
                 return OwnFiles(folder, problem=f"{name} in its own folder has changed since the build")
         source = _opened(checkpoint, expert, folder)

@@ -314,7 +314,7 @@ class AppearedError(OutputError):
         super().__init__(
             "something else has appeared at the output path meanwhile",
             where=str(out),
-            remedy=f"move it away and run the same command again: it goes on from {work_folder(out).name}",
+            remedy=f"move it away and run the same command again: it continues from {work_folder(out).name}",
         )
 
 

@@ -98,5 +98,5 @@ def state_read(state: Path, where: Path | None = None) -> Iterator[None]:
             "what an unfinished training left is damaged",
             where=str(where or state),
             found=shortened(error) or type(error).__name__,
-            remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin anew",
+            remedy=f"remove {state.name} to go on from the state before it, or {state.parent.name} to begin again",
         ) from None

@@ -190,7 +190,7 @@ def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> 
             "note",
             name,
             f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model",
-            to_do="`modekit extract` says what a rank loses",
+            to_do="`modekit extract` shows what a rank loses",
         )
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"

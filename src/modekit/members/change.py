@@ -96,7 +96,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
             "the models are not those that the mixture was built from",
             where=str(checkpoint.folder),
             found="other settings, ranks or scales than the mixture has",
-            remedy="put back what they were, or build the mixture anew",
+            remedy="put back what they were, or build the mixture again",
         )
     return before
 
@@ -110,7 +110,7 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
         source = opener.expert(number, expert, base)
     except SourceError as error:
         raise SourceError(
-            "an expert's model is gone, and this change needs it",
+            "an expert's model is missing, and this change needs it",
             where=label_of(number, expert),
             found=error.found,
             remedy="put it back: with this change something that it gave takes another form (docs/experts.md)",
@@ -120,7 +120,7 @@ def _opened(checkpoint: Checkpoint, opener: Opener, number: int, expert: Expert,
         raise SourceError(
             "a model has changed since the mixture was built, and something of it is needed again",
             where=f"{label_of(number, expert)}: {source.folder / changed[0]}",
-            remedy="put back what it was, or build the mixture anew",
+            remedy="put back what it was, or build the mixture again",
         )
     return source
 
@@ -214,7 +214,7 @@ def _check_routes_as_said(checkpoint: Checkpoint) -> None:
             "config.json routes in another way than the recipe in modekit.json",
             where=str(checkpoint.folder),
             found="another way, as older versions of modekit wrote it",
-            remedy="set the router anew with modekit fit OUT",
+            remedy="set the router again with modekit fit OUT",
         )
 
 
@@ -244,7 +244,7 @@ def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
             "the base model is not the one that the mixture was built with",
             where=str(base.folder),
             found=differs,
-            remedy="put it back, or build the mixture anew",
+            remedy="put it back, or build the mixture again",
         )
 
 

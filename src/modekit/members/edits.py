@@ -189,7 +189,7 @@ def _check_unused(checkpoint: Checkpoint, name: str) -> None:
     user = "backbone" if getattr(backbone, "expert", None) == name else user
     if user:
         raise RecipeError(
-            "the mixture stands on this expert",
+            "the mixture needs this expert",
             where=f"mixture.{user}",
             found=name,
             remedy=f"build a recipe without it, or change mixture.{user} first",

@@ -199,7 +199,7 @@ def _licence_file(folder: Path) -> tuple[str, str | None]:
     try:
         names = sorted(path.name for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying)", path.name))
     except OSError:
-        return "the folder is gone", None
+        return "the folder is missing", None
     for name in names:
         beginning = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
         head = beginning.replace(" ,", ",")[:_TITLE]

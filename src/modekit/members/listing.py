@@ -87,7 +87,7 @@ def _kind(expert: Expert, teacher: str | None) -> str:
     else:
         kind = f"rank {expert.lora_rank} of a model" if expert.lora_rank else "full model"
         kind = kind if expert.budget is None else f"{expert.budget:g}x of a model"
-    return kind if teacher is None else f"{kind}, taught by {teacher}"
+    return kind if teacher is None else f"{kind}, distilled from {teacher}"
 
 
 def _sizes(checkpoint: Checkpoint) -> list[int]:

@@ -189,7 +189,7 @@ def _native_layout(
         is_routing = choose_native(family, base.config)[0] is not None
         change = "set mixture.top_k: 1" if is_routing else "choose a base model without these features"
         raise UnsupportedError(
-            f"no native architecture says a mixture of this '{family.model_type}' model exactly",
+            f"no native architecture holds a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
             found=" | ".join(tried),
             remedy=f"use output: {{format: modekit}}, or {change}",

@@ -115,7 +115,7 @@ class ModekitShape:
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
         if not reasons and self.recipe.output.format == "modekit":
             reasons = ["its recipe asks for the modekit architecture (output.format)"]
-        return "; ".join(reasons) or f"no native architecture says this mixture of '{self.family.model_type}' models"
+        return "; ".join(reasons) or f"no native architecture holds this mixture of '{self.family.model_type}' models"
 
     @property
     def also_runs_in(self) -> str:

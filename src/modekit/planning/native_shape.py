@@ -128,7 +128,7 @@ class NativeShape:
             return None
         runs = self.native.family in FAMILIES and not self.native.family.without_vllm
         instead = "; built with output: {format: modekit}, it runs there" if runs else ""
-        return f"nobody has run a mixture in {self.native_type} there yet{instead}"
+        return f"modekit was not tested with a mixture in {self.native_type} there yet{instead}"
 
     @property
     def through_transformers(self) -> bool:

@@ -100,7 +100,7 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
         fit, decays = recipe.mixture.fit, recipe.mixture.router.decay or [1.0]
         if fit is not None and fit.carried and 0 < min(decays) < 1:
             tokens = round(math.log(0.5, min(decays)))
-            yield f"in a chat half of what was said is forgotten after {tokens} tokens (mixture.router.decay: {decays})"
+            yield f"in a chat half of the evidence fades after {tokens} tokens (mixture.router.decay: {decays})"
     elif asked:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",
@@ -142,7 +142,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
     ]
     if names:
         yield (
-            f"{', '.join(names)}: whatever a full model changed outside of what is mixed is lost on the base model's backbone. "
+            f"{', '.join(names)}: the base model's backbone loses what a full model changed outside of the mixed modules. "
             f"{_MEASURED}; {way_out}, or merge the backbone (mixture.backbone: average)"
         )
 

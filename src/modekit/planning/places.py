@@ -203,7 +203,7 @@ class Places:
         self._check_low_rank(places)
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
-                "no expert differs from the base in what is mixed",
+                "no expert differs from the base in the mixed modules",
                 where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
             )
@@ -256,7 +256,7 @@ class Places:
         once = mixture.fit is not None and mixture.router.scope == "model" and not mixture.router.row.reads.tokens
         if self._family.pair and once and in_decoder(first):
             raise UnsupportedError(
-                "one router for all layers decides by the source, and must stand in the encoder",
+                "one router for all layers decides by the source, and must be in the encoder",
                 where="mixture.router.per",
                 found=f"the first place that is mixed is {first}",
                 remedy="mix a part of the encoder, too, leave 'per' out, or choose fit: lexical",

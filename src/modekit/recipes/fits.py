@@ -285,7 +285,7 @@ _ROWS = (
     ),
     Fit(
         "lexical",
-        "a table of what every token says of its domain, averaged over the text so far",
+        "a table of how much every token favours each domain, averaged over the text so far",
         TOKENS,
         EVIDENCE_AVERAGE,
         RUNNING,

@@ -65,7 +65,7 @@ class AlwaysOn(Strict):
         None,
         gt=0,
         lt=1,
-        description="Its share; without one, an expert of the list is always chosen and weighs what its logit says.",
+        description="Its share; without one, an expert of the list is always chosen and weighted by its logit.",
     )
     apart: bool | None = Field(
         None,
@@ -160,7 +160,7 @@ class Mixture(Strict):
             yield "'unseen' has no effect with method 'linear', whose weights do not read the input; remove it"
         elif not self.is_open and not self.router.row.tells_unseen:
             yield (
-                f"'unseen' is decided anew on the tokens so far, which fit '{self.router.fit}' does not do; "
+                f"'unseen' is decided again after every token, which fit '{self.router.fit}' does not do; "
                 "set router: {fit: lexical} or {fit: ngram}, or remove it"
             )
         elif self.router.row.score.adds_up and self.router.keep_tokens == 0:
@@ -183,7 +183,7 @@ class Mixture(Strict):
         before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
         if fit is not None and not before_first_layer and not fit.decides.for_model:
             yield (
-                f"modules: {self.modules} mixes norms, too, so the decision must stand before the first layer: set "
+                f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
                 "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
             )
         if fit is not None and fit.reads is CHANGES:

@@ -89,7 +89,7 @@ class Expert(Strict):
         if self.parts is not None and self.budget is None:
             problems.append("'parts' are those of a 'budget'; add that, or remove them")
         if self.text is not None and SELF in self.text[1:] + self.text[:-1]:
-            problems.append("'text: self' stands alone: leave it out where there is other text")
+            problems.append("'text: self' cannot be combined with other text: leave one of them out")
         return checked(self, problems)
 
     @property

@@ -75,7 +75,7 @@ def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int
     if id(node) in known:
         nodes, characters = known[id(node)]
         if not nodes:
-            raise _problem("something that stands within itself", node)
+            raise _problem("an alias that contains itself", node)
         return nodes, characters
     known[id(node)] = (0, 0)
     nodes, characters = 1, len(node.value) if isinstance(node, yaml.ScalarNode) else 0
@@ -84,7 +84,7 @@ def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int
             below = _check_size(child, known)
             nodes, characters = nodes + below[0], characters + below[1]
     if nodes > _MOST_NODES or characters > _MOST_CHARACTERS:
-        raise _problem("aliases that stand for too much", node)
+        raise _problem("aliases that expand to too much", node)
     known[id(node)] = (nodes, characters)
     return nodes, characters
 

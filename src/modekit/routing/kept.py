@@ -91,7 +91,7 @@ def load_kept(path: Path, make: Callable[[Get, Header], _Statistics | None]) -> 
         with safe_open(path, framework="pt") as file:
             about = parse_json(file.metadata()["about"])
             if not isinstance(about, dict):
-                raise ValueError("they do not say what they are of")
+                raise ValueError("they do not name their router")
             return make(file.get_tensor, about)
     except FileNotFoundError:
         return None

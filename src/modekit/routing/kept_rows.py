@@ -60,7 +60,7 @@ def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
         "the router was trained, and who is in the mixture cannot change beside what the training made",
         where=str(before.folder),
         found=found,
-        remedy="pass --refit, which sets it anew from the text and the kept statistics, and train it again afterwards",
+        remedy="pass --refit, which sets it again from the text and the kept statistics, and train it again afterwards",
     )
 
 

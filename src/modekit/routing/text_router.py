@@ -123,7 +123,7 @@ class TextRouter:
             found: list[float] = _softmax(self._router.logits(ids)).tolist()
         if not all(map(math.isfinite, found)):
             raise CheckpointError(
-                "the router's answer is no number", where=str(self._folder), remedy="set the router anew with `modekit fit`"
+                "the router's answer is no number", where=str(self._folder), remedy="set the router again with `modekit fit`"
             )
         return found
 

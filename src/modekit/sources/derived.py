@@ -87,7 +87,7 @@ def family_from(model_type: str, derived: Derived) -> Family:
         embedding=derived.embedding,
         head=derived.head,
         heads_first=tuple(derived.heads_first),
-        without_vllm="its family has no row in modekit's table, and nobody tried it in vLLM",
+        without_vllm="its family has no row in modekit's table, and it was not tested in vLLM",
         derived=derived,
     )
 

@@ -193,14 +193,14 @@ DECODERS: tuple[Family, ...] = (
         of_layer=_gemma4_layer,
         unread=_gemma4_unread,
         must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
-        without_vllm="nobody has run its classes there yet",
+        without_vllm="its classes were not tested there",
     ),
     Family(
         model_type="ministral3",
         head_dim=128,
         rope_theta=1_000_000.0,
         defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "sliding_window": None},
-        without_vllm="nobody has run its classes there yet",
+        without_vllm="its classes were not tested there",
     ),
     Family(
         model_type="phi3",

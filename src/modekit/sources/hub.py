@@ -151,7 +151,7 @@ class Snapshot:
             what, remedy = "this is an adapter, not a full model", "name it as adapter: in place of model: in the recipe"
         elif gguf:
             named = name.endswith(".gguf")
-            what = "the repository has no such file" if named else "the repository holds GGUF files, of which each is a model"
+            what = "the repository has no such file" if named else "the repository holds GGUF files, and each is a model"
             remedy = f"name one, like {self.name}/{gguf[0]}"
         elif any(each.endswith((".bin", ".pt", ".pth")) for each in there):
             what = "the weights are pickled, which can run code when opened; modekit reads safetensors only"
@@ -284,7 +284,7 @@ def _prove(file: Path, where: str, run: Run) -> None:
             where=where,
             found=f"sha256 {digest.hexdigest()}",
             expected=stated,
-            remedy="run the command again: the file was removed, and is downloaded anew",
+            remedy="run the command again: the file was removed, and is downloaded again",
         )
     keep_proven(proof)
 
@@ -341,13 +341,13 @@ def _unreached(error: Exception, spec: str, where: str) -> SourceError:
         remedy = "free space, or set HF_HOME to a folder of yours, and run the command again"
         return SourceError("the hub's cache cannot be written", where=where, found=found, remedy=remedy)
     if isinstance(error, OSError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
-        remedy = "run the command again, which goes on with what is there"
+        remedy = "run the command again; it continues"
         return SourceError("the hub does not send what it has", where=where, found=found, remedy=remedy)
     return SourceError(
         "no such folder, and the hub cannot be reached for a model of that name",
         where=where,
         found=found,
-        remedy="correct the path; or connect to the hub and run the command again, which goes on with what is there; or "
+        remedy="correct the path; or connect to the hub and run the command again, which continues; or "
         "download the model elsewhere and give its folder",
     )
 

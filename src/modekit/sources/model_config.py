@@ -145,7 +145,7 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         raise SourceError(
-            "the folder holds GGUF files, of which each is a model",
+            "the folder holds GGUF files, and each is a model",
             where=where,
             found=", ".join(files[:3]),
             remedy="name the file in place of the folder (parts of one file: join them with llama-gguf-split --merge)",

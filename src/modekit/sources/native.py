@@ -175,8 +175,8 @@ def choose_native(family: Family, config: Config, recipe: Recipe | None = None) 
             if not refusals:
                 return row, []
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")
-    reason = _WITHOUT_PARTNER.get(family.model_type, "nobody has written one")
-    return None, tried or [f"no native architecture says a mixture of '{family.model_type}': {reason}"]
+    reason = _WITHOUT_PARTNER.get(family.model_type, "none exists")
+    return None, tried or [f"no native architecture holds a mixture of '{family.model_type}': {reason}"]
 
 
 def leaves_out(config: Config) -> bool:

@@ -202,7 +202,7 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
         said = as_kind(parse_json(parts.content(state).decode("utf-8")), _State)
     except UNREADABLE as error:
         raise SourceError(
-            "what bitsandbytes says of a weight cannot be read",
+            "bitsandbytes' description of a weight cannot be read",
             where=f"{parts.where}: {state.name}",
             found=error,
             remedy=_REMEDY,

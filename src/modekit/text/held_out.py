@@ -116,7 +116,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
         check_kind(fit, reads, where=where)
     if prompts and "pairs" in (reads, *map(reads_of, fit)):
         raise TextError(
-            "prompts are plain text, and cannot stand beside pairs",
+            "prompts are plain text, and cannot be combined with pairs",
             where=f"experts[{place}] '{expert.name}': prompts",
             found=repr(prompts[0][:60]),
             expected="no prompts: a model with an encoder needs a target for every source",

@@ -52,7 +52,10 @@ def read_separated(stream: io.FileIO, *, where: str) -> Iterator[Row]:
             yield dict(zip(names, row, strict=False))
     except csv.Error as error:
         raise TextError(
-            "the table cannot be read", where=f"{where}:{lines.number}", found=error, remedy="correct the line, or save it anew"
+            "the table cannot be read",
+            where=f"{where}:{lines.number}",
+            found=error,
+            remedy="correct the line, or save it again",
         ) from None
 
 

@@ -62,7 +62,7 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
     found = list(documents)
     if any(_source_of(document) is None for document in found):
         raise TextError(
-            "a conversation has no place for a tag: its template decides what stands first",
+            "a conversation has no place for a tag: its template decides what comes first",
             where=where,
             expected="text, or pairs",
             remedy="leave --tags away, or give the conversations as text",

@@ -134,7 +134,7 @@ def keep_written(file: Path, made: Made, records: Sequence[TextRecord], document
             "the text that an expert wrote cannot be kept beside the recipe",
             where=str(file),
             found=error.strerror or error,
-            remedy="make room, or put the recipe into a folder that you may write to; the build then goes on",
+            remedy="make room, or put the recipe into a folder that you may write to; the build then continues",
         ) from None
 
 

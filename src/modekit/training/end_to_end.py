@@ -51,7 +51,10 @@ def train_end_to_end(
             remedy="train them on text alone",
         )
     lost = lost_teachers(checkpoint, corpora, run=run) if distills and request.teacher is None else {}
-    notes += [f"{checkpoint.names[expert]} was taught by what the mixture has of it: {why}" for expert, why in lost.items()]
+    notes += [
+        f"{checkpoint.names[expert]} had the mixture with this expert forced as its teacher: {why}"
+        for expert, why in lost.items()
+    ]
     teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)

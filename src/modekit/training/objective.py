@@ -134,7 +134,7 @@ def _read(model: PreTrainedModel, corpus: DomainSequences, expert: int | None, p
     head = head_of(model)
     if isinstance(head.linear, Mixed):
         raise TrainingError(
-            "the expert's own model is gone, and the mixture's head cannot stand in for it",
+            "the expert's own model is missing, and the mixture's head cannot stand in for it",
             where=f"distill: {corpus.name}",
             remedy="put the model back where the recipe found it, or train without distillation",
         )

@@ -93,7 +93,7 @@ class TrainSettings(BaseModel):
     @classmethod
     def _read_given(cls, values: Any) -> Any:
         if isinstance(values, dict) and "speed" in values:
-            raise ValueError("speed is gone: modekit fit OUT --fit logistic sets gates on kept activations, as cheap did")
+            raise ValueError("speed was removed: modekit fit OUT --fit logistic sets gates on kept activations, as cheap did")
         return {"what": ["all"], **values} if isinstance(values, dict) and values.get("regime") == "joint" else values
 
     @model_validator(mode="after")
@@ -130,7 +130,7 @@ class TrainSettings(BaseModel):
         """Raise ValueError for what a step that no router decides cannot train."""
         of_routers = OF_ROUTERS & set(self.losses)
         if "routers" in self.what or of_routers:
-            raise ValueError("regime: joint asks no router, so that none learns: remove what and losses of routers")
+            raise ValueError("regime: joint trains no router: remove what and losses of routers")
 
     @property
     def _reads_label(self) -> bool:

@@ -90,7 +90,7 @@ class StatesFolder:
                 "what an unfinished training left is damaged",
                 where=str(path),
                 found=shortened(error),
-                remedy=f"remove the folder {self.path.name} to begin anew",
+                remedy=f"remove the folder {self.path.name} to begin again",
             ) from None
 
     def keep(self, name: str, value: Any) -> None:

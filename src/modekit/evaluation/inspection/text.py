@@ -132,7 +132,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tup
         )
     ids: list[int] = encoded.get("input_ids", [])
     if len(ids) < 2:
-        short = "the text is too short: its first token is not predicted, so that two are needed"
+        short = "the text is too short: it needs two tokens, as the first is not predicted"
         raise TextError(
             short if ids else "the text is empty", where="--text", found=f"{len(ids)} tokens", remedy="give more text"
         )
@@ -169,7 +169,7 @@ def _windows(
 def _notes(windows: int, length: int, detailed: bool, without_base: str | None) -> list[str]:
     notes = []
     if windows > 1:
-        notes.append(f"the text was read in {windows} windows of up to {length} tokens, each starting anew")
+        notes.append(f"the text was read in {windows} windows of up to {length} tokens, each without the text before it")
     if not detailed:
         notes.append("long text: weights are the mean over the routers")
     if without_base is not None:

@@ -65,7 +65,7 @@ class TaskResults(CheckpointResult):
         except FileNotFoundError:
             return self
         except UNREADABLE:
-            return replace(self, notes=[*self.notes, f"{self.file} was damaged and is written anew"])
+            return replace(self, notes=[*self.notes, f"{self.file} was damaged and is written again"])
         if earlier.checkpoint != self.checkpoint:
             dropped = f"earlier results in {self.file} were of another state of the checkpoint and are dropped"
             return replace(self, notes=[*self.notes, dropped])

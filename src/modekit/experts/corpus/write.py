@@ -86,7 +86,7 @@ def _by_unit(counted: CountedDomain, wanted: set[Key], lines: Mapping[Key, _Line
             "the text changed while it was read",
             where=f"{WHERE} {counted.name}",
             found=counted.spec,
-            remedy="run the command again when nobody writes there",
+            remedy="run the command again when nothing writes there",
         )
     return found
 

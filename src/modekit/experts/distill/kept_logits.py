@@ -168,7 +168,7 @@ def read_kept(folder: Path) -> Header | None:
             where=str(folder / HEADER_FILE),
             found=error,
             expected="what --keep-teacher wrote",
-            remedy="name another folder, or remove this one to have it made anew",
+            remedy="name another folder, or remove this one to have it made again",
         ) from None
 
 
@@ -193,7 +193,7 @@ def check_kept(folder: Path, found: Header, wanted: Header) -> None:
             "the kept logits are not those that this distillation needs",
             where=str(folder),
             found="; ".join(different),
-            remedy="name another folder, or remove this one to have it made anew",
+            remedy="name another folder, or remove this one to have it made again",
         )
 
 
@@ -339,5 +339,5 @@ class KeptTeacher:
             "the kept logits are damaged",
             where=str(self._folder / LOGITS_FILE),
             found=found,
-            remedy="remove the folder to have it made anew",
+            remedy="remove the folder to have it made again",
         )

@@ -178,7 +178,7 @@ def _remarks_on_model(expert: Expert, source: ModelSource, base: ModelSource, vo
             "note",
             name,
             f"as: lora keeps a part of rank {expert.lora_rank}; the figures here are of the whole model",
-            to_do="`modekit extract` says what a rank loses",
+            to_do="`modekit extract` shows what a rank loses",
         )
 
 

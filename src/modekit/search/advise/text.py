@@ -87,7 +87,7 @@ NOTHING = TextMeasurements({}, frozenset(), frozenset(), None, None)
 _NO_TOKENIZER = Finding(
     "warning",
     "base_model",
-    "it has no tokenizer, so that no text can be read",
+    "it has no tokenizer, so modekit cannot read text",
     to_do="save the tokenizer into the base model's folder",
 )
 

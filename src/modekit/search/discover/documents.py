@@ -93,7 +93,7 @@ class UnlabelledDocuments:
                 "the text changed while it was read",
                 where=WHERE,
                 found=", ".join(self._texts),
-                remedy="run the command again when nobody writes there",
+                remedy="run the command again when nothing writes there",
             )
 
 

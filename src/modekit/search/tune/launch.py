@@ -26,7 +26,7 @@ from modekit.search.tune.study import SearchJob, is_done, open_study, work
 
 ADDRESS = "RAY_ADDRESS"
 """The environment variable that names a Ray cluster."""
-_GO_ON = "see the messages above; the same command goes on from what is there, with --processes 1 in less memory"
+_GO_ON = "see the messages above; the same command continues from what is there, with --processes 1 in less memory"
 _ANSWER_S = 5.0  # in which a head must answer: Ray itself would try for two minutes, and longer
 _LOOK_S = 1.0  # between two looks at how far the search is
 _STORE = 2**27  # bytes that the processes share: what they are sent is text in tokens
