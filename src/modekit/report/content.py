@@ -149,7 +149,7 @@ def _chosen_per(checkpoint: Checkpoint) -> str:
     whole = mixture.router.granularity == "sequence" or mixture.fit.decides.once
     if pair and (whole or mixture.fit.decides.for_model):
         return "source"
-    return "text" if whole else "token"
+    return "text" if whole else "segment" if mixture.router.granularity == "segment" else "token"
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, object]:
