@@ -67,8 +67,8 @@ def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any
     """Which experts (last axis) take a token, by the order `ranked`: bool, of the logits' shape.
 
     groups: the best of each group of experts, in order, as equal as can be (k top-1 prototyping, Section 3.2,
-    arXiv:2105.15082). threshold: all whose probability reaches theirs, and the best (top-any, Section 3.1, arXiv:2405.14297;
-    of the softmax, not the sigmoid there, since fits set logits only up to what all experts have in common).
+    arXiv:2105.15082). threshold: all whose probability reaches theirs, the best where none does (top-any, Section 3.1,
+    arXiv:2405.14297; of the softmax, not the sigmoid there, since fits set logits only up to what all have in common).
     """
     experts = logits.shape[-1]
     if routing.get("groups") is not None:
@@ -78,8 +78,9 @@ def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any
     if routing.get("top_k") is not None and routing["top_k"] < experts:
         return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranked.topk(routing["top_k"], dim=-1).indices, True)
     if routing.get("threshold") is not None:
-        enough = logits.softmax(-1) >= torch.tensor(routing["threshold"], device=logits.device)
-        return enough.scatter(-1, ranked.argmax(-1, keepdim=True), True)
+        enough = (logits.softmax(-1) >= torch.tensor(routing["threshold"], device=logits.device)) | ranked.isposinf()
+        best = torch.zeros_like(enough).scatter(-1, ranked.argmax(-1, keepdim=True), True)
+        return torch.where(enough.any(-1, keepdim=True), enough, best)
     if routing.get("top_p") is not None:
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         sorted_p = logits.softmax(-1).gather(-1, order)

@@ -94,8 +94,8 @@ class Mixture(Strict):
         Discriminator(lambda value: "literal[s]" if isinstance(value, dict) else "literal[]"),
     ] | None = Field(
         None,
-        description="In place of top_k: every expert whose probability reaches it, and at least the best; one for all, or by "
-        "name (routing only).",
+        description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
+        "or by name (routing only).",
     )
     combine: Literal["parameters"] | None = Field(
         None,
@@ -160,8 +160,11 @@ class Mixture(Strict):
                 "'combine' averages weights anew for every decision, and this router decides for every token; set router: "
                 "{granularity: segment}, or sequence, or remove it"
             )
-        if isinstance(self.modules, list) and "mlp" not in self.modules:
-            yield "'combine' has no effect on single projections, whose outputs add up as their weights do; remove it"
+        if self.is_whole or (isinstance(self.modules, list) and "mlp" not in self.modules):
+            yield (
+                f"'combine' has no effect with modules: {self.modules}, whose modules are mixed one by one: their outputs add up "
+                "as their weights do; remove it"
+            )
 
     def _problems_of_always_on(self) -> Iterator[str]:
         if self.always_on is None:

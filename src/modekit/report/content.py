@@ -128,6 +128,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, object]:
         "method": recipe.mixture.method,
         "top_k": recipe.top_k,
         "top_p": recipe.mixture.top_p,
+        "by_threshold": recipe.mixture.threshold is not None,
         "router": "fixed weights" if linear else recipe.mixture.router.said,
         "router_why": why_chosen(recipe, native=checkpoint.shape.plain),
         "granularity": "none" if linear else recipe.mixture.router.granularity,

@@ -24,6 +24,7 @@ from modekit.routing.statistics import DomainStatistics
 from modekit.run import QUIET, Run
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
+_HOLD = 10.0  # times l2, of a gate to its start: with less an attention router learns few kept tokens by heart
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
 
@@ -176,7 +177,7 @@ def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatist
     def loss() -> torch.Tensor:
         gate_GD = start_GD + sizes_G1 * moved_GD
         logits_NE = finished(tokens.x_ND @ gate_GD.T, gate_GD, len(domains))
-        return tokens.loss(logits_NE) + settings.l2 * moved_GD.square().sum()
+        return tokens.loss(logits_NE) + _HOLD * settings.l2 * moved_GD.square().sum()
 
     _minimise(loss, moved_GD)
     return (start_GD + sizes_G1 * moved_GD.detach()).double()
