@@ -30,7 +30,7 @@ PACKAGE = Path(modekit.__file__).parent
 ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")
 SCREEN = 30
 """Lines of functions."""
-BOUNDS = {"files": 38, "lines": 9_400}
+BOUNDS = {"files": 38, "lines": 9_500}
 """Most files, and most lines in them; a lexical router and the channels that carry it are five of these."""
 _WORDS = {"law": "court contract clause appeal", "medicine": "fever artery lesion dose"}
 

@@ -18,9 +18,13 @@ from modekit.architecture.modekit_router import select
 from modekit.architecture.modekit_scores import FINISHED, attention, cosine, segment_means
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import RecipeError, UnsupportedError
 from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.router import Router
 from modekit.routing.closed_form import fit_gates
+from modekit.routing.refit import refit
 from modekit.routing.statistics import DomainStatistics, SlotStatistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -45,7 +49,9 @@ Opened = Callable[..., PreTrainedModel]
 @pytest.fixture(scope="module")
 def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
     """A workshop of each family."""
-    return {name: make_workshop(tmp_path_factory.mktemp(name), name, num_hidden_layers=2, **said) for name, said in FAMILIES.items()}
+    return {
+        name: make_workshop(tmp_path_factory.mktemp(name), name, num_hidden_layers=2, **said) for name, said in FAMILIES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +185,15 @@ def test_cosine_and_attention_are_the_papers_formulas() -> None:
 
 
 @pytest.mark.parametrize("rule", ["cosine", "attention"])
-def test_a_gate_of_either_kind_fits_better_than_it_starts_and_than_a_linear_one(rule: str) -> None:
-    """Domains of two clusters each, opposite to each other, which no linear gate tells apart."""
+def test_a_gate_of_either_kind_fits_what_a_linear_one_cannot(rule: str) -> None:
+    """Attention: domains of two clusters, opposite to each other. Cosine: x of very different lengths, which say nothing."""
     draw = torch.Generator().manual_seed(3)
     centres = torch.randn((3, 8), generator=draw).double()
 
     def domain(place: int) -> DomainStatistics:
-        signs = torch.tensor([1.0, -1.0]).double().repeat(150)[:, None] if place else torch.ones(300, 1).double()
-        x = signs * centres[place] + 0.3 * torch.randn((300, 8), generator=draw).double()
+        noise, lengths = (torch.randn((300, width), generator=draw).double() for width in (8, 1))
+        signs = torch.tensor([1.0, -1.0 if place else 1.0]).double().repeat(150)[:, None]
+        x = signs * centres[place] + 0.3 * noise if rule == "attention" else (centres[place] + noise) * (2 * lengths).exp()
         return DomainStatistics(300, (SlotStatistics(x.sum(0), x.T @ x, torch.zeros(8).double(), x.half()),), {})
 
     domains = [domain(place) for place in range(3)]
@@ -205,7 +212,10 @@ def test_a_gate_of_either_kind_fits_better_than_it_starts_and_than_a_linear_one(
 def test_the_best_of_each_group_is_chosen() -> None:
     logits_E = torch.tensor([1.0, 4.0, 3.0, 2.0, 0.0])  # groups of 3 and 2
     found = select(logits_E, {"method": "routing", "groups": 2, "top_k": 2})
-    close(found, torch.tensor([0.0, 4.0, float("-inf"), 2.0, 0.0]).where(torch.tensor([0, 1, 0, 1, 0]) > 0, -torch.inf).softmax(-1))
+    close(
+        found,
+        torch.tensor([0.0, 4.0, float("-inf"), 2.0, 0.0]).where(torch.tensor([0, 1, 0, 1, 0]) > 0, -torch.inf).softmax(-1),
+    )
     found = select(logits_E, {"method": "routing", "groups": 2, "top_k": 2}, left_out=1)
     assert (found > 0).tolist() == [False, False, True, True, False]
     always = {"method": "routing", "groups": 2, "top_k": 2, "always_on": {"expert": 0, "weight": None}}
@@ -290,3 +300,91 @@ def test_gradients_of_merged_experts_are_those_of_each_sequence(opened: Opened, 
     assert any("router.gate" in name for name in found[0])
     for name, grad in found[0].items():
         close(grad, found[1][name], atol=1e-5)
+
+
+# --- recipes and refusals
+
+
+def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any) -> str:
+    with pytest.raises((RecipeError, UnsupportedError)) as caught:
+        make_plan(load_recipe(shop.write(mixture=mixture, output=output or {})), shop.root)
+    return str(caught.value)
+
+
+LOGISTIC, SEGMENTS = {"fit": "logistic"}, {"fit": "logistic", "granularity": "segment"}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"top_k": 2, "groups": 2}, "give top_k or groups, not both"),
+    ({"top_p": 0.5, "groups": 2, "threshold": 0.2}, "give top_p or groups or threshold, not all"),
+    ({"groups": 4}, "only 3 experts"),
+    ({"groups": 1}, "mixture.groups"),
+    ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
+    ({"threshold": 1.0}, "between 0 and 1"),
+    ({"threshold": {"law": 0.2}}, "must name every expert"),
+    ({"router": SEGMENTS}, "write method: gating"),
+    ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
+    ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads the tokens so far by itself"),
+    ({"router": {"fit": "hash", "granularity": "context"}}, "reads ids by itself"),
+    ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
+    ({"router": {"fit": "attention", "temperature": 2.0}}, "'temperature' has no effect with fit: attention"),
+    ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),
+    ({"router": {"fit": "cosine", "dimensions": 4}}, "no use for more"),
+    ({"router": {"fit": "logistic", "dimensions": 2}}, "only with cosine"),
+    ({"router": {"fit": "attention", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
+    ({"combine": "parameters", "router": LOGISTIC}, "decides for every token"),
+    ({"combine": "parameters", "method": "gating", "modules": "all", "router": {**SEGMENTS, "per": "model"}}, "one by one"),
+    ({"combine": "parameters", "method": "gating", "modules": ["q", "v"], "router": SEGMENTS}, "one by one"),
+]
+
+
+@pytest.mark.parametrize(("mixture", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_makes_no_sense_together_is_refused(shops: dict[str, Workshop], mixture: dict[str, Any], says: str) -> None:
+    assert says in refused(shops["llama"], **{"router": LOGISTIC, **mixture})
+
+
+@EVERY
+def test_no_native_architecture_says_it(shops: dict[str, Workshop], gate: str) -> None:
+    assert "output.format native cannot say" in refused(shops["llama"], output={"format": "native"}, **GATES[gate])
+
+
+def test_vllm_is_told_which_it_cannot_serve(shops: dict[str, Workshop]) -> None:
+    why = {
+        gate: open_checkpoint(built(shops["llama"], gate)).shape.without_vllm for gate in ("hash", "cosine", "groups", "merged")
+    }
+    assert {gate for gate, said in why.items() if said} == {"merged"}
+
+
+def test_a_recipe_of_before_says_no_new_key(shops: dict[str, Workshop]) -> None:
+    recipe = parse_recipe(shops["llama"].recipe)
+    new = {"groups", "threshold", "combine", "segment", "dimensions"}
+    said = recipe.model_dump(mode="json")["mixture"]
+    assert not new & (said.keys() | said["router"].keys())
+
+
+def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torch.Tensor) -> None:
+    shop = shops["llama"]
+    shop.build("walk", mixture=GATES["groups"], output={"format": "modekit"})
+    for changes in (
+        {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
+        {"top_k": 1, "router": {"fit": "hash"}},
+        {"method": "gating", "combine": "parameters", "router": {**SEGMENT, "fit": "attention"}},
+        {"combine": None, "method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
+    ):
+        checkpoint = refit(open_checkpoint(shop.root / "walk"), changes)
+        assert is_proven(verify(checkpoint, reload=False))
+        assert torch.isfinite(logits(load_model(checkpoint.folder), ids)).all()
+    mixture = checkpoint.record.recipe.mixture
+    assert (mixture.top_k, mixture.threshold, mixture.groups, mixture.router.segment) == (None, None, 3, None)
+
+
+@pytest.mark.parametrize("gate", ["cosine", "attention", "merged", "threshold"])
+def test_training_lowers_the_loss(opened: Opened, gate: str, ids: torch.Tensor) -> None:
+    model = copy.deepcopy(opened(gate)).train()
+    moving = [each for name, each in model.named_parameters() if name.endswith("router.gate")]
+    optimizer, losses = torch.optim.Adam(moving, lr=0.02), []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.01, losses

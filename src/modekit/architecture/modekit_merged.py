@@ -24,19 +24,19 @@ def merged_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) -> 
     if torch.is_grad_enabled():
         sequence_T = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
         keys = torch.cat([keys, sequence_T[:, None].to(keys)], dim=-1)
-    found, group_T = keys.unique(dim=0, return_inverse=True)
+    found, group_T = torch.unique(keys, dim=0, return_inverse=True)
     flat, results, places = x.flatten(0, 1), [], []
     for group in range(len(found)):
         rows = (group_T == group).nonzero().squeeze(-1)
-        results.append(_run(flat[rows], [(module, weight) for (module, _), weight in zip(parts, weights_TP[rows[0]])]))
+        results.append(_run(flat[rows], [module for module, _ in parts], weights_TP[rows[0]]))
         places.append(rows)
     y = torch.cat(results)[torch.cat(places).argsort()]
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _run(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) -> torch.Tensor:
+def _run(x: torch.Tensor, modules: list[nn.Module], weights_P: torch.Tensor) -> torch.Tensor:
     """The average of the modules with weight on some tokens; of one with all weight what it says itself."""
-    taken = [(module, weight) for module, weight in parts if bool(weight)]
+    taken = [(module, weight) for module, weight in zip(modules, weights_P, strict=True) if bool(weight)]
     if len(taken) == 1 and float(taken[0][1]) == 1.0 and not taken[0][1].requires_grad:
         y: torch.Tensor = taken[0][0](x)
         return y

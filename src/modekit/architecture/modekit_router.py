@@ -36,10 +36,11 @@ class Router(nn.Module):
             d < 1 an exponential average; with "sum" what was seen adds up instead, with "segment" it is the mean of the
             segment before.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
-        score: linear (w x), cosine and attention (modekit_scores.py; `dimensions` of cosine), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
-            (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
-            `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
-            or, with `orders`, part by part over n-grams of that order), tfidf (a classifier: modekit_terms.py).
+        score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|G_e x|: Arrow with one
+            row per expert, SpectR with all of B A), standardised (PHATGOOSE: x and gate rows standardised), ngram (the gate is
+            a table over hashed n-grams of token ids, whose `order` and `buckets` stand under "ngram"; x is not read), lexical
+            (the same over the token ids themselves, or, with `orders`, part by part over n-grams of that order), tfidf (a
+            classifier: modekit_terms.py).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.

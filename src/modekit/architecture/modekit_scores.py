@@ -29,7 +29,7 @@ def attention(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -
 
     The gate has three rows for every expert: those of its query, key and value.
     """
-    query, key, value = products_BSG.unflatten(-1, (experts, 3)).unbind(-1)
+    query, key, value = products_BSG.reshape(*products_BSG.shape[:-1], experts, 3).unbind(-1)
     scores_BSE1: torch.Tensor = (query[..., :, None] * key[..., None, :]).softmax(-1) @ value[..., None]
     return scores_BSE1.squeeze(-1)
 
@@ -73,17 +73,19 @@ def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any
     experts = logits.shape[-1]
     if routing.get("groups") is not None:
         groups = ranked.tensor_split(routing["groups"], dim=-1)
-        best = [torch.zeros_like(each, dtype=torch.bool).scatter(-1, each.argmax(-1, keepdim=True), True) for each in groups]
-        return torch.cat(best, dim=-1)
+        return torch.cat([_best(each) for each in groups], dim=-1)
     if routing.get("top_k") is not None and routing["top_k"] < experts:
         return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranked.topk(routing["top_k"], dim=-1).indices, True)
     if routing.get("threshold") is not None:
         enough = (logits.softmax(-1) >= torch.tensor(routing["threshold"], device=logits.device)) | ranked.isposinf()
-        best = torch.zeros_like(enough).scatter(-1, ranked.argmax(-1, keepdim=True), True)
-        return torch.where(enough.any(-1, keepdim=True), enough, best)
+        return enough | (_best(ranked) & ~enough.any(-1, keepdim=True))
     if routing.get("top_p") is not None:
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         sorted_p = logits.softmax(-1).gather(-1, order)
         enough = sorted_p.cumsum(-1) - sorted_p < routing["top_p"]  # what stands before it does not suffice
         return torch.zeros_like(enough).scatter(-1, order, enough)
     return torch.ones_like(logits, dtype=torch.bool)
+
+
+def _best(ranked: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranked.argmax(-1, keepdim=True), True)

@@ -196,7 +196,9 @@ class MixtureConfig(_Said):
         if self.wrapper is not None and self.dense_type not in WRAPPERS.get(self.wrapper, ()):
             raise ValueError(f"wrapper: no '{self.wrapper}' model of this version of modekit wraps a '{self.dense_type}'")
         self.routing.check(count)
-        if self.routing.runs_common and (self.family.head in self.places or not all(place.base for place in self.places.values())):
+        if self.routing.runs_common and (
+            self.family.head in self.places or not all(place.base for place in self.places.values())
+        ):
             raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
         for module, place in self.places.items():
             layer, path = split_layer(module)

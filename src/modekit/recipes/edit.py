@@ -17,7 +17,7 @@ from modekit.recipes.strict import BASE, RecipeData, RecipePart
 RECIPE_FILE = "recipe.yaml"
 """Beside a mixture that a search, or `modekit mix`, made: its recipe."""
 _METHODS = {
-    **dict.fromkeys(CHOICES, {"routing"}),
+    **{key: {"routing"} for key in CHOICES},
     "always_on": {"routing", "gating"},
     "unseen": {"routing", "gating"},
     "weights": {"linear"},

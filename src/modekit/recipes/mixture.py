@@ -89,10 +89,13 @@ class Mixture(Strict):
     groups: int | None = Field(
         None, ge=2, description="In place of top_k: groups of experts, in order; the best of each is taken (routing only)."
     )
-    threshold: Annotated[
-        Annotated[float, Tag("literal[]")] | Annotated[dict[Name, float], Tag("literal[s]")],
-        Discriminator(lambda value: "literal[s]" if isinstance(value, dict) else "literal[]"),
-    ] | None = Field(
+    threshold: (
+        Annotated[
+            Annotated[float, Tag("literal[]")] | Annotated[dict[Name, float], Tag("literal[s]")],
+            Discriminator(lambda value: "literal[s]" if isinstance(value, dict) else "literal[]"),
+        ]
+        | None
+    ) = Field(
         None,
         description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
         "or by name (routing only).",
@@ -162,8 +165,8 @@ class Mixture(Strict):
             )
         if self.is_whole or (isinstance(self.modules, list) and "mlp" not in self.modules):
             yield (
-                f"'combine' has no effect with modules: {self.modules}, whose modules are mixed one by one: their outputs add up "
-                "as their weights do; remove it"
+                f"'combine' has no effect with modules: {self.modules}, whose modules are mixed one by one: their outputs add "
+                "up as their weights do; remove it"
             )
 
     def _problems_of_always_on(self) -> Iterator[str]:

@@ -234,7 +234,7 @@ class Recipe(Strict):
         if isinstance(mixture.threshold, dict) and set(mixture.threshold) != set(names):
             yield f"mixture.threshold must name every expert once: {', '.join(names)}; or write one number"
         if mixture.router.dimensions is not None and mixture.router.dimensions > len(names):
-            yield f"mixture.router.dimensions is {mixture.router.dimensions}, and {len(names)} experts need no more than as many"
+            yield f"mixture.router.dimensions is {mixture.router.dimensions}, and {len(names)} experts have no use for more"
         if mixture.weights is not None and set(mixture.weights) != set(names):
             yield f"mixture.weights must name every expert once: {', '.join(names)}"
         if isinstance(mixture.backbone, BackboneExpert) and mixture.backbone.expert not in names:

@@ -180,7 +180,8 @@ def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatist
         return tokens.loss(logits_NE) + _HOLD * settings.l2 * moved_GD.square().sum()
 
     _minimise(loss, moved_GD)
-    return (start_GD + sizes_G1 * moved_GD.detach()).double()
+    found: torch.Tensor = (start_GD + sizes_G1 * moved_GD.detach()).double()
+    return found
 
 
 def _no_kept_tokens() -> RecipeError:
