@@ -24,6 +24,7 @@ from torch import nn
 
 from .modekit_few_bits import FewBits
 from .modekit_flow import Flow
+from .modekit_merged import merged_sum
 from .modekit_router import Router
 
 
@@ -57,6 +58,7 @@ class Mixed(nn.Module):
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         self._reads_ids = isinstance(dense, nn.Embedding)
+        self._of_several = any(True for _ in dense.children())
         bits: list[int] = list(place.get("bits", []))
         self.few_bits = [expert for expert, each in enumerate(bits) if each]
         if self.few_bits or any(self.ranks):
@@ -158,6 +160,9 @@ class Mixed(nn.Module):
         parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
         if self.base is not None:
             parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        leader = self._leader[0].router
+        if self._of_several and leader is not None and leader.routing.get("combine"):
+            return merged_sum(x, parts)
         if self.per_feature or self.sequence_axis != 1 or torch.compiler.is_compiling():
             return _dense_sum(x, parts, one_each=self.per_feature)
         return _sparse_sum(x, parts)

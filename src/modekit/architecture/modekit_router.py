@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .modekit_flow import Flow
+from .modekit_scores import FINISHED, chosen, segment_means
 from .modekit_streams import common_weight, no_weight_for_common
 from .modekit_terms import classify
 
@@ -29,14 +30,17 @@ class Router(nn.Module):
 
     `routing` is the config's `modekit.routing`:
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
-            probabilities reach it).
+            probabilities reach it, or `groups` or `threshold`: modekit_scores.py).
+        combine: parameters, where one expert of averaged weights runs (modekit_merged.py).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
-            d < 1 an exponential average; with "sum" what was seen adds up instead.
+            d < 1 an exponential average; with "sum" what was seen adds up instead, with "segment" it is the mean of the
+            segment before.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
-        score: linear (w x), norm (|G_e x|: Arrow with one row per expert, SpectR with all of B A), standardised
-            (PHATGOOSE: x and gate rows standardised), ngram (the gate is a table over hashed n-grams of token ids, whose
-            `order` and `buckets` stand under "ngram"; x is not read), lexical (the same over the token ids themselves,
-            or, with `orders`, part by part over n-grams of that order), tfidf (a classifier: modekit_terms.py).
+        score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|G_e x|: Arrow with one
+            row per expert, SpectR with all of B A), standardised (PHATGOOSE: x and gate rows standardised), ngram (the gate is
+            a table over hashed n-grams of token ids, whose `order` and `buckets` stand under "ngram"; x is not read), lexical
+            (the same over the token ids themselves, or, with `orders`, part by part over n-grams of that order), tfidf (a
+            classifier: modekit_terms.py).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.
@@ -64,7 +68,7 @@ class Router(nn.Module):
         self.features = features  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing, rows)
-        parts, shared = len(self.routing["averages"]), int(self.routing.get("score") == "tfidf")
+        parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or int(routing.get("score") == "tfidf")
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows) + shared, parts * width))
 
@@ -144,11 +148,12 @@ class Router(nn.Module):
                 scores = last_real(scores, flow.source_mask_BS)
             total = scores if total is None else total + scores
         assert total is not None
-        return total
+        finished = FINISHED.get(self.routing.get("score", "linear"))
+        return total if finished is None else finished(total, self.gate.float(), self.experts)
 
     def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
         score = self.routing.get("score", "linear")
-        if score == "linear" or self._flow[0].solo:
+        if score == "linear" or score in FINISHED or self._flow[0].solo:
             return torch.nn.functional.linear(x_BSD, gate_GD)
         if score == "standardised":  # Section 3, arXiv:2402.05859: z = LN(x), n_e = LN(v_e), z n_e / sqrt(D)
             width = (x_BSD.shape[-1],)
@@ -212,7 +217,10 @@ class Router(nn.Module):
         mask_BS = flow.source_mask_BS if by_source else flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         before = None if by_source else flow.states.get(key)
-        averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix, add_up=add_up)
+        if average.get("segment"):
+            averaged, state = segment_means(scores_BSG, mask_BS, before, average["segment"])
+        else:
+            averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix, add_up=add_up)
         if not by_source:
             flow.fresh[key] = state
         return averaged
@@ -310,19 +318,13 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | Non
         logits = logits.index_fill(-1, _index(left_out, logits), float("-inf"))
         always_on = always_on if always_on.get("expert") != left_out else {}
     own, share = always_on.get("expert"), always_on.get("weight")
-    chosen = torch.ones_like(logits, dtype=torch.bool)
-    ranked = logits
+    taken, ranked = torch.ones_like(logits, dtype=torch.bool), logits
     if own is not None and share is None:  # among the chosen whatever its logit; its weight is what the logit says
         place = torch.arange(logits.shape[-1], device=logits.device) == own
         ranked = logits.masked_fill(place, float("inf"))
-    if routing["method"] == "routing" and routing.get("top_k") is not None and routing["top_k"] < logits.shape[-1]:
-        chosen = torch.zeros_like(chosen).scatter(-1, ranked.topk(routing["top_k"], dim=-1).indices, True)
-    elif routing["method"] == "routing" and routing.get("top_p") is not None:
-        order = ranked.argsort(dim=-1, descending=True, stable=True)
-        sorted_p = logits.softmax(-1).gather(-1, order)
-        enough = sorted_p.cumsum(-1) - sorted_p < routing["top_p"]  # what stands before it does not suffice
-        chosen = torch.zeros_like(chosen).scatter(-1, order, enough)
-    weights = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+    if routing["method"] == "routing":
+        taken = chosen(ranked, logits, routing)
+    weights = logits.masked_fill(~taken, float("-inf")).softmax(-1)
     if share is not None:
         weights = weights * (1.0 - share)
         if own is not None:

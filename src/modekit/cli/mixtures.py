@@ -122,7 +122,7 @@ class FitOptions:
         str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
     ] = None
     granularity: Annotated[
-        str | None, typer.Option(help="token, context or sequence (reads the text again; not for a native checkpoint).")
+        str | None, typer.Option(help="token, context, sequence or segment (reads the text again; not for a native checkpoint).")
     ] = None
     top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
     temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
@@ -130,7 +130,7 @@ class FitOptions:
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
     seed: Annotated[
         int | None,
-        typer.Option(help="Random seed (random, lexical, classifier, phatgoose), also of written text."),
+        typer.Option(help="Random seed (random, hash, lexical, classifier, phatgoose), also of written text."),
     ] = None
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")

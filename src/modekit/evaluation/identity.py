@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.typed import Count, Label
+from modekit.recipes.mixture import CHOICES
 
-_DECIDES = {"method", "top_k", "top_p", "always_on", "weights", "router"}
+_DECIDES = {"method", *CHOICES, "combine", "always_on", "weights", "router"}
 """Keys of a mixture that say how its router decides; the others say what its experts are."""
 
 

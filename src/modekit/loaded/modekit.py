@@ -20,6 +20,7 @@ from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import reads_target
 from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.shape import RouterSlot
+from modekit.recipes.mixture import CHOICES
 from modekit.run import QUIET, Run
 
 
@@ -56,7 +57,7 @@ class ModekitMixture(LoadedMixture):
         """By another routing in every router."""
         routing = self.checkpoint.shape.routing.as_written()
         if top_k is not None:
-            routing |= {"method": "routing", "top_k": top_k, "top_p": None}
+            routing |= {"method": "routing", **dict.fromkeys(CHOICES), "top_k": top_k}
         for router in routers_at(self.model, self.checkpoint.slots):
             router.set(routing)
 

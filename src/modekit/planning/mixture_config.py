@@ -43,10 +43,13 @@ class _Said(BaseModel):
 
 
 class Average(_Said):
-    """What a part of the gate reads: the token itself (None), or a causal average; with `sum` what was seen adds up."""
+    """What a part of the gate reads: the token itself (None), or a causal average; with `sum` what was seen adds up, with
+    `segment` it is the mean of the segment of so many tokens before the token's.
+    """
 
     decay: Annotated[float, Field(ge=0, le=1)] | None
     sum: bool = False
+    segment: _Size | None = None
 
 
 class Ngram(_Said):
@@ -82,6 +85,35 @@ class Routing(_Said):
     unseen: _Index | None = None
     ngram: Ngram | None = None
     orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
+    groups: _Size | None = None
+    threshold: Annotated[list[float], _PerExpert] | None = None
+    dimensions: _Size | None = None
+    combine: Literal["parameters"] | None = None
+
+    def check(self, count: int) -> None:
+        """Raise ValueError where it is not of so many experts, or of no router that there is."""
+        for key in ("top_k", "groups", "dimensions"):
+            if (getattr(self, key) or 0) > count:
+                raise ValueError(f"routing.{key}: there are only {count} experts")
+        for key in ("weights", "threshold"):
+            if getattr(self, key) is not None and len(getattr(self, key)) != count:
+                raise ValueError(f"routing.{key} must have {count} entries")
+        if self.orders is not None and (self.ngram is None or len(self.orders) != len(self.averages)):
+            raise ValueError("routing.orders must have an entry for every average, and routing.ngram say the buckets")
+        one = self.prefix is not None and self.prefix <= MOST_PREFIX and len(self.averages) == 1
+        if self.score == "tfidf" and not one:
+            raise ValueError(f"routing.prefix: a classifier's is at most {MOST_PREFIX}, with one average")
+        if (self.score == "cosine") != (self.dimensions is not None):
+            raise ValueError("routing.dimensions are those of a cosine router")
+        if self.always_on is not None and not 0 <= (self.always_on.expert or 0) < count:
+            raise ValueError(f"routing.always_on: there are only {count} experts")
+        if self.unseen is not None and self.unseen >= count:
+            raise ValueError(f"routing.unseen: there are only {count} experts")
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows of a gate that are no expert's: how rare each term is, or a projection."""
+        return self.dimensions or int(self.score == "tfidf")
 
     @property
     def reads_averages(self) -> bool:
@@ -163,22 +195,11 @@ class MixtureConfig(_Said):
             raise ValueError(f"labels are other names of {count} experts")
         if self.wrapper is not None and self.dense_type not in WRAPPERS.get(self.wrapper, ()):
             raise ValueError(f"wrapper: no '{self.wrapper}' model of this version of modekit wraps a '{self.dense_type}'")
-        routing = self.routing
-        if routing.top_k is not None and routing.top_k > count:
-            raise ValueError(f"routing.top_k: there are only {count} experts")
-        if routing.orders is not None and (routing.ngram is None or len(routing.orders) != len(routing.averages)):
-            raise ValueError("routing.orders must have an entry for every average, and routing.ngram say the buckets")
-        one = routing.prefix is not None and routing.prefix <= MOST_PREFIX and len(routing.averages) == 1
-        if routing.score == "tfidf" and not one:
-            raise ValueError(f"routing.prefix: a classifier's is at most {MOST_PREFIX}, with one average")
-        if routing.weights is not None and len(routing.weights) != count:
-            raise ValueError(f"routing.weights must have {count} entries")
-        if routing.always_on is not None and not 0 <= (routing.always_on.expert or 0) < count:
-            raise ValueError(f"routing.always_on: there are only {count} experts")
-        if routing.runs_common and (self.family.head in self.places or not all(place.base for place in self.places.values())):
+        self.routing.check(count)
+        if self.routing.runs_common and (
+            self.family.head in self.places or not all(place.base for place in self.places.values())
+        ):
             raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
-        if routing.unseen is not None and routing.unseen >= count:
-            raise ValueError(f"routing.unseen: there are only {count} experts")
         for module, place in self.places.items():
             layer, path = split_layer(module)
             stack = None if layer is None else self.family.stack_of(layer)
@@ -216,6 +237,8 @@ class MixtureConfig(_Said):
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.score == "tfidf":
             return "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there"
+        if self.routing.combine is not None or self.routing.averages[0].segment is not None:
+            return "it decides per segment, or averages its experts' weights, which modekit's plug-in does not"
         if self.routing.remembers and any(place.features for place in self.places.values()):
             return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
         return self.family.without_vllm or None
@@ -231,13 +254,14 @@ class MixtureConfig(_Said):
 
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers; of fixed weights, which have no gates, where they would stand."""
-        slots, shared = [], int(self.routing.score == "tfidf")  # a row of how rare each term is
+        slots = []
         for module in sorted(self.places, key=natural_key):
             place = self.places[module]
             if place.router == module:
                 assert place.width is not None and place.rows is not None, module  # checked when this was made
                 parts = len(self.routing.averages)
-                slots.append(RouterSlot(module + _GATE, place.width, tuple(place.rows), place.features, parts, shared))
+                rows, shared = tuple(place.rows), self.routing.shared_rows
+                slots.append(RouterSlot(module + _GATE, place.width, rows, place.features, parts, shared))
         return tuple(slots)
 
     def positions(self) -> tuple[RouterPosition, ...]:

@@ -65,9 +65,9 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
         )
-    if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and recipe.mixture.top_p is None:
+    if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and not recipe.mixture.varies:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.reads.tokens and not family.pair:
+    if recipe.mixture.fit is not None and recipe.mixture.fit.tells_texts and not family.pair:
         yield (
             "the router reads only tokens, so `modekit front` can also use it before experts on separate servers; there one "
             "expert answers a whole text, which is another model (benchmarks/front.md)"

@@ -18,6 +18,7 @@ from modekit.planning.mixture_config import readers
 from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
 from modekit.planning.routing_config import gate_rows, needs_base
+from modekit.recipes.fits import IDS
 from modekit.recipes.layers import named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
@@ -79,11 +80,23 @@ def _sharers(place: str, family: Family, scope: str) -> object:
     return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)
 
 
-def _check_pair(recipe: Recipe, family: Family) -> None:
-    """Raise UnsupportedError for what no mixture with an encoder can be yet."""
+def _check_kind(recipe: Recipe, family: Family) -> None:
+    """Raise UnsupportedError for what no mixture with an encoder, or of a class without a row, can be yet."""
+    where, mixture = "mixture", recipe.mixture
+    if mixture.combine is not None and family.derived is not None:
+        raise UnsupportedError(
+            "weights of experts are averaged in families that modekit has a row for (docs/families.md)",
+            where=f"{where}.combine",
+            remedy="leave it out",
+        )
     if not family.pair:
         return
-    where, mixture = "mixture", recipe.mixture
+    if mixture.router.granularity == "segment" or (mixture.fit is not None and mixture.fit.reads is IDS):
+        raise UnsupportedError(
+            "an encoder reads a source at once, which has no segments, and no token that decides for all",
+            where=f"{where}.router",
+            remedy="choose another fit, or granularity: sequence",
+        )
     if mixture.modules == "decoder":
         raise UnsupportedError(
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",
@@ -114,7 +127,7 @@ class Places:
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
         self._recipe, self._sources, self._family = recipe, sources, family
         self._base = sources[0]
-        _check_pair(recipe, family)
+        _check_kind(recipe, family)
         self._count = len(recipe.experts)
         self._whole = recipe.mixture.is_whole
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()

@@ -37,9 +37,18 @@ def routing_config(recipe: Recipe) -> Routing:
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
             read["orders"] = [order for order in router.orders for _ in router.decays]
+        if "dimensions" in router.row.settings:
+            read["dimensions"] = router.dimensions or len(recipe.experts)
+    if mixture.groups is not None:
+        read["groups"] = mixture.groups
+    if mixture.threshold is not None:
+        by_name = mixture.threshold
+        read["threshold"] = [by_name[name] if isinstance(by_name, dict) else by_name for name in recipe.names]
+    if mixture.combine is not None:
+        read["combine"] = mixture.combine
     return Routing(
         method=mixture.method,
-        top_k=recipe.top_k if mixture.method == "routing" and mixture.top_p is None else None,
+        top_k=recipe.top_k if mixture.method == "routing" and not mixture.varies else None,
         top_p=mixture.top_p,
         weights=weights,
         always_on=always_on,

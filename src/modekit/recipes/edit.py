@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from modekit.recipes.fits import AUTO, Fit, row_of
+from modekit.recipes.mixture import CHOICES
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY, without_effect
@@ -16,8 +17,7 @@ from modekit.recipes.strict import BASE, RecipeData, RecipePart
 RECIPE_FILE = "recipe.yaml"
 """Beside a mixture that a search, or `modekit mix`, made: its recipe."""
 _METHODS = {
-    "top_k": {"routing"},
-    "top_p": {"routing"},
+    **{key: {"routing"} for key in CHOICES},
     "always_on": {"routing", "gating"},
     "unseen": {"routing", "gating"},
     "weights": {"linear"},
@@ -104,7 +104,7 @@ def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
 def _dead_of_mixture(mixture: RecipePart, changes: RecipePart, method: str) -> set[str]:
     """Keys of the old mixture without an effect under the new method and choice of experts."""
     dead = {key for key, methods in _METHODS.items() if method not in methods}
-    dead |= {"top_p"} if changes.get("top_k") is not None else {"top_k"} if changes.get("top_p") is not None else set()
+    dead |= {*CHOICES} if any(changes.get(key) is not None for key in CHOICES) else set()
     always_on = mixture.get("always_on") or {}
     if method == "gating" and always_on.get("weight") is None:
         dead.add("always_on")

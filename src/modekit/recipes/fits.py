@@ -19,7 +19,7 @@ from modekit.recipes.strict import RecipeData
 
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
-ScoreKind = Literal["linear", "norm", "standardised", "ngram", "lexical", "tfidf"]
+ScoreKind = Literal["linear", "norm", "standardised", "cosine", "attention", "ngram", "lexical", "tfidf"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
@@ -65,25 +65,26 @@ class FitInput:
     """What a fit is made from.
 
     Attributes:
-        kind: recipe: nothing else; changes: the experts' low-rank changes; tokens: ids of text, no model is run; router
-            inputs: what routers read while a text runs through its own expert; training: the gate is trained on text.
+        kind: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
+            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert;
+            training: the gate is trained on text.
         keeps: the statistics that it keeps of every domain, or None.
         sample: whether the kept sample of router inputs is all that it is made from.
     """
 
-    kind: Literal["recipe", "changes", "tokens", "router inputs", "training"]
+    kind: Literal["recipe", "ids", "changes", "tokens", "router inputs", "training"]
     keeps: KeptStatistics | None = None
     sample: bool = False
 
     @property
     def text(self) -> bool:
         """Whether every domain must have text."""
-        return self.kind not in {"recipe", "changes"}
+        return self.kind not in {"recipe", "ids", "changes"}
 
     @property
     def tokens(self) -> bool:
-        """Whether token ids are all that it reads, and its routers."""
-        return self.kind == "tokens"
+        """Whether token ids are all that it reads, if anything, and its routers."""
+        return self.kind in {"tokens", "ids"}
 
     @property
     def hidden(self) -> bool:
@@ -97,6 +98,7 @@ class FitInput:
 
 
 RECIPE = FitInput("recipe")
+IDS = FitInput("ids")
 CHANGES = FitInput("changes")
 TRAINING = FitInput("training")
 ROUTER_INPUTS = FitInput("router inputs", _SUMS)
@@ -135,6 +137,10 @@ NORM = FitScore("norm")
 NORM_OF_ALL = FitScore("norm", rows=lambda rank: max(1, rank))
 """All of B A; one row of zeros for an expert that changes nothing."""
 STANDARDISED = FitScore("standardised")
+COSINE = FitScore("cosine")
+ATTENTION = FitScore("attention", rows=lambda _rank: 3)
+"""Query, key and value."""
+BY_TOKEN = FitScore("lexical", by_token=True)
 EVIDENCE_SUM = FitScore("ngram", adds_up=True)
 EVIDENCE_AVERAGE = FitScore("lexical", by_token=True, native="channels")
 TFIDF = FitScore("tfidf", by_token=True, besides=1)
@@ -166,6 +172,7 @@ class FitTiming:
 
 BY_GRANULARITY = FitTiming("granularity")
 RUNNING = FitTiming("text", fading=0.98)
+BY_TOKENS = FitTiming("text")
 ONCE = FitTiming("prefix")
 
 
@@ -226,6 +233,11 @@ class Fit:
         return self.reads.tokens and self.decides.fading is not None
 
     @property
+    def tells_texts(self) -> bool:
+        """Whether it says of a text as a whole, on token ids alone, whose it is."""
+        return self.reads.tokens and self.reads.text
+
+    @property
     def said(self) -> str:
         """As a recipe says it."""
         return f"{self.name}, features: {self.kind}" if self.kind else self.name
@@ -248,6 +260,8 @@ class Fit:
 
 _OF_SUMS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
 _REGULAR = (*_OF_SUMS, "l2")
+_OF_ATTENTION = (*_OF_SUMS[1:], "l2")
+"""Without a temperature, which a product of query and key would take twice."""
 _SCORED = ("temperature", "jitter")
 _EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms")
 _OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "features", "classifier", "chat")
@@ -266,6 +280,7 @@ _KINDS = {
 }
 _ROWS = (
     Fit("random", "the paper's noisy router", RECIPE, settings=(*_SCORED, "seed"), title="noisy"),
+    Fit("hash", "every token has its expert, by a hash of its id, without text", IDS, BY_TOKEN, BY_TOKENS, ("seed",)),
     Fit(
         "centroid",
         "the mean of what a router reads in a domain",
@@ -275,6 +290,14 @@ _ROWS = (
     Fit("lda", "linear discriminants of the domains", ROUTER_INPUTS, settings=_REGULAR),
     Fit("logistic", "logistic regression on kept tokens", SAMPLE, settings=_REGULAR),
     Fit("ridge", "least squares on the domains", ROUTER_INPUTS, settings=_REGULAR),
+    Fit(
+        "cosine",
+        "the cosine of a low-dimensional projection with a vector per expert",
+        SAMPLE,
+        COSINE,
+        settings=(*_REGULAR, "dimensions"),
+    ),
+    Fit("attention", "attention between the experts", SAMPLE, ATTENTION, settings=_OF_ATTENTION),
     Fit(
         "ngram",
         "naive Bayes on the tokens so far",

@@ -53,6 +53,8 @@ Backbone = Annotated[
 
 Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
+CHOICES = ("top_k", "top_p", "groups", "threshold")
+"""Ways to choose experts, of which a mixture has one."""
 
 
 class AlwaysOn(Strict):
@@ -77,12 +79,30 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens")
+    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens", "groups", "threshold", "combine")
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
     top_p: float | None = Field(
         None, gt=0, le=1, description="In place of top_k: the fewest experts whose probabilities reach it (routing only)."
+    )
+    groups: int | None = Field(
+        None, ge=2, description="In place of top_k: groups of experts, in order; the best of each is taken (routing only)."
+    )
+    threshold: (
+        Annotated[
+            Annotated[float, Tag("literal[]")] | Annotated[dict[Name, float], Tag("literal[s]")],
+            Discriminator(lambda value: "literal[s]" if isinstance(value, dict) else "literal[]"),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
+        "or by name (routing only).",
+    )
+    combine: Literal["parameters"] | None = Field(
+        None,
+        description="parameters: the experts' weights are averaged, and one expert of the average runs; default: outputs are.",
     )
     modules: Annotated[
         Annotated[Literal["auto", "decoder", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
@@ -112,6 +132,7 @@ class Mixture(Strict):
     def _no_dead_setting(self) -> Mixture:
         problems = [
             *self._problems_of_the_method(),
+            *self._problems_of_combining(),
             *self._problems_of_always_on(),
             *self._problems_of_unseen(),
             *self._problems_of_modules(),
@@ -125,11 +146,28 @@ class Mixture(Strict):
             yield "'router' has no effect with method 'linear', whose weights do not read the input; remove it"
         if self.method != "linear" and self.weights is not None:
             yield f"'weights' has no effect with method '{self.method}'; remove it or use method: linear"
-        for key in ("top_k", "top_p"):
-            if self.method != "routing" and getattr(self, key) is not None:
-                yield f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it"
-        if self.top_k is not None and self.top_p is not None:
-            yield "give top_k or top_p, not both"
+        given = [key for key in CHOICES if getattr(self, key) is not None]
+        for key in given if self.method != "routing" else ():
+            yield f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it"
+        if len(given) > 1:
+            yield f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}"
+        if self.method == "routing" and self.router.granularity == "segment":
+            yield "granularity: segment has nothing to choose by in a text's first segment; write method: gating"
+
+    def _problems_of_combining(self) -> Iterator[str]:
+        if self.combine is None:
+            return
+        fit = self.fit
+        if fit is not None and self.router.granularity not in {"segment", "sequence"} and not fit.decides.once:
+            yield (
+                "'combine' averages weights anew for every decision, and this router decides for every token; set router: "
+                "{granularity: segment}, or sequence, or remove it"
+            )
+        if self.is_whole or (isinstance(self.modules, list) and "mlp" not in self.modules):
+            yield (
+                f"'combine' has no effect with modules: {self.modules}, whose modules are mixed one by one: their outputs add "
+                "up as their weights do; remove it"
+            )
 
     def _problems_of_always_on(self) -> Iterator[str]:
         if self.always_on is None:
@@ -180,7 +218,7 @@ class Mixture(Strict):
 
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
-        before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
+        before_first_layer = self.router.granularity in {"sequence", "segment"} and self.router.per == "model"
         if fit is not None and not before_first_layer and not fit.decides.for_model:
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
@@ -203,6 +241,9 @@ class Mixture(Strict):
             min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
         ):
             yield "'weights' must be >= 0 and not all zero"
+        thresholds = self.threshold.values() if isinstance(self.threshold, dict) else [self.threshold]
+        if not all(each is None or 0 < each < 1 for each in thresholds):
+            yield "'threshold' must lie between 0 and 1, as probabilities do"
 
     @property
     def is_whole(self) -> bool:
@@ -213,6 +254,11 @@ class Mixture(Strict):
     def fit(self) -> Fit | None:
         """How the router is set; None where weights are fixed and nothing is, or where that is still open."""
         return None if self.method == "linear" or self.is_open else self.router.row
+
+    @property
+    def varies(self) -> bool:
+        """Whether tokens have different numbers of experts."""
+        return self.top_p is not None or self.threshold is not None
 
     @property
     def is_open(self) -> bool:
@@ -237,10 +283,7 @@ class Mixture(Strict):
             reasons.append("modules other than the whole FFN")
         if self.layers is not None:
             reasons.append("only some layers")
-        if self.top_p is not None:
-            reasons.append("top_p")
-        if self.always_on is not None:
-            reasons.append("always_on")
+        reasons += [key for key in ("top_p", "groups", "threshold", "combine", "always_on") if getattr(self, key) is not None]
         if self.fit is not None:
             reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
             reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not self.fit.carried else []

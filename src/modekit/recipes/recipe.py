@@ -229,6 +229,12 @@ class Recipe(Strict):
         names, mixture = self.names, self.mixture
         if mixture.top_k is not None and mixture.top_k > len(names):
             yield f"mixture.top_k is {mixture.top_k} but there are only {len(names)} experts"
+        if mixture.groups is not None and mixture.groups > len(names):
+            yield f"mixture.groups is {mixture.groups} but there are only {len(names)} experts"
+        if isinstance(mixture.threshold, dict) and set(mixture.threshold) != set(names):
+            yield f"mixture.threshold must name every expert once: {', '.join(names)}; or write one number"
+        if mixture.router.dimensions is not None and mixture.router.dimensions > len(names):
+            yield f"mixture.router.dimensions is {mixture.router.dimensions}, and {len(names)} experts have no use for more"
         if mixture.weights is not None and set(mixture.weights) != set(names):
             yield f"mixture.weights must name every expert once: {', '.join(names)}"
         if isinstance(mixture.backbone, BackboneExpert) and mixture.backbone.expert not in names:
@@ -340,10 +346,12 @@ class Recipe(Strict):
 
     @property
     def top_k(self) -> int:
-        """Experts per token, resolved: all for linear, gating and top_p, 2 (or all, if fewer) by default for routing."""
-        if self.mixture.method != "routing" or self.mixture.top_p is not None:
+        """Experts per token, resolved: all at most for linear, gating, top_p and thresholds; of routing 2 (or all, if fewer) by
+        default.
+        """
+        if self.mixture.method != "routing" or self.mixture.varies:
             return len(self.experts)
-        return self.mixture.top_k or min(2, len(self.experts))
+        return self.mixture.top_k or self.mixture.groups or min(2, len(self.experts))
 
     def digest(self) -> str:
         """sha256 of the recipe in canonical JSON; two recipes that say the same have the same digest."""

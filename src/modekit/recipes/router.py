@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modekit.recipes.fits import AUTO, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
+from modekit.recipes.fits import AUTO, LINEAR, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
 from modekit.recipes.strict import RecipePart, Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
@@ -21,14 +21,16 @@ MOST_PREFIX = 1_024
 """Of a classifier that counts: its state is so long, and what is compared is its square."""
 COUNTS_ALONE = "naive_bayes"
 """The classifier that takes counts of tokens and nothing else."""
-READ_AT = {"decay": "context", "prefix": "sequence"}
+SEGMENT = 64
+"""Tokens of a segment, unless a recipe says another number."""
+READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
 """Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
 
 
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "features", "classifier")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "features", "classifier", "segment", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -37,9 +39,11 @@ class Router(Strict):
     l2: float = Field(1e-3, ge=0, description="Regularisation, relative to the mean square of the router's input.")
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
-    seed: int = Field(0, ge=0, description="Seed of a random router, of training one, and of text that experts write.")
-    granularity: Literal["token", "context", "sequence"] = Field(
-        "token", description="What the gate reads: the token, a causal average of the text so far, or the first tokens."
+    seed: int = Field(0, ge=0, description="Seed of a random or hash router, of training one, and of text that experts write.")
+    granularity: Literal["token", "context", "sequence", "segment"] = Field(
+        "token",
+        description="What the gate reads: the token, a causal average of the text so far, the first tokens, or the segment "
+        "before the token's.",
     )
     decay: list[float] | None = Field(
         None,
@@ -49,6 +53,12 @@ class Router(Strict):
     )
     prefix: int | None = Field(
         None, ge=1, description="Sequence, classifier: tokens after which the decision stays (default 64)."
+    )
+    segment: int | None = Field(
+        None, ge=1, description="Segment: tokens that share a decision, made on the segment before (default 64)."
+    )
+    dimensions: int | None = Field(
+        None, ge=2, description="Cosine: dimensions that what the router reads is projected to (default: one per expert)."
     )
     features: Literal["tfidf", "ngrams", "hidden"] | None = Field(
         None,
@@ -166,6 +176,8 @@ class Router(Strict):
             return [{"decay": 1.0}]
         if self.granularity == "token":
             return [{"decay": None}]
+        if self.granularity == "segment":
+            return [{"decay": 1.0, "segment": self.segment or SEGMENT}]
         return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
 
 
@@ -175,16 +187,16 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
         return
     by_itself, granularity = row.decides.once or row.reads.tokens, router.get("granularity", "token")
     if by_itself and "granularity" in router:
-        does = "decides for the text" if row.decides.once else "reads the tokens so far"
+        does = "decides for the text" if row.decides.once else "reads the tokens so far" if row.tells_unseen else "reads ids"
         yield "granularity", f"fit '{row.name}' {does} by itself: 'granularity' has no effect; remove it"
         granularity = "token"
     for key, reads_it in READ_AT.items():
-        read_anyway = row.decides.once if key == "prefix" else row.decides.fading is not None
-        if key in router and granularity != reads_it and not read_anyway:
+        read_anyway = {"prefix": row.decides.once, "decay": row.decides.fading is not None}
+        if key in router and granularity != reads_it and not read_anyway.get(key):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
     if "decay" in router and row.score.adds_up and len(router["decay"] or []) != 1:
         yield "decay", f"fit '{row.name}' has one decay"
-    if row.reads.low_rank and router.get("per") == "feature":
+    if row.score is not LINEAR and not row.decides.for_model and router.get("per") == "feature":
         yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"
     if row.decides.for_model and router.get("per", "model") != "model":
         yield "per", f"fit '{row.name}' makes one decision for the whole model; remove 'per', or write per: model"

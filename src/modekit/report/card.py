@@ -147,6 +147,8 @@ def _decides(checkpoint: Checkpoint) -> str:
         return "every expert takes part in every token with a fixed weight"
     if mixture.top_p is not None:
         return f"per token the fewest experts whose probabilities reach {mixture.top_p}"
+    if mixture.threshold is not None:
+        return f"per token every expert whose probability reaches {mixture.threshold}, or the best"
     chosen = checkpoint.record.recipe.top_k
     said = "a router weighs all experts" if mixture.method == "gating" else f"a router chooses {chosen} of them"
     if not checkpoint.shape.routing.runs_common or mixture.always_on is None:

@@ -128,6 +128,7 @@ def _mixture(checkpoint: Checkpoint) -> dict[str, object]:
         "method": recipe.mixture.method,
         "top_k": recipe.top_k,
         "top_p": recipe.mixture.top_p,
+        "by_threshold": recipe.mixture.threshold is not None,
         "router": "fixed weights" if linear else recipe.mixture.router.said,
         "router_why": why_chosen(recipe, native=checkpoint.shape.plain),
         "granularity": "none" if linear else recipe.mixture.router.granularity,
@@ -149,7 +150,7 @@ def _chosen_per(checkpoint: Checkpoint) -> str:
     whole = mixture.router.granularity == "sequence" or mixture.fit.decides.once
     if pair and (whole or mixture.fit.decides.for_model):
         return "source"
-    return "text" if whole else "token"
+    return "text" if whole else "segment" if mixture.router.granularity == "segment" else "token"
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, object]:

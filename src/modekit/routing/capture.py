@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from modekit.architecture.modekit_router import causal_average
+from modekit.architecture.modekit_scores import segment_means
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.processes import ALONE, Processes, processes
@@ -220,7 +221,11 @@ def averaged(
     for average in averages:
         part = x_BSD
         if average["decay"] is not None:
-            part, _ = causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=prefix)
+            mask = mask_BS.to(x_BSD)
+            part, _ = causal_average(x_BSD, mask, average["decay"], None, prefix=prefix)
             part = part[:, -1:].expand_as(x_BSD) if at_once else part  # pads behind a text change nothing
+            if average.get("segment"):  # in a text's first segment, where nothing is decided, what was read so far
+                length = int(average["segment"] or 0)
+                part = torch.where(mask.cumsum(1)[..., None] <= length, part, segment_means(x_BSD, mask, None, length)[0])
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -1,9 +1,10 @@
-"""Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem).
+"""Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem), cosine and
+attention (from a start in closed form).
 
-Every fit ends in one bias-free linear gate per router, because that is what native architectures hold; the temperature
+Every fit ends in one bias-free gate per router, because that is what native architectures hold; the temperature
 is folded into it. Domains count equally, however much text each had.
 
-Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains.
+Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains, R dimensions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from modekit.architecture.modekit_scores import FINISHED
 from modekit.errors import RecipeError
 from modekit.processes import processes
 from modekit.recipes.router import Router
@@ -22,6 +24,7 @@ from modekit.routing.statistics import DomainStatistics
 from modekit.run import QUIET, Run
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
+_HOLD = 10.0  # times l2, of a gate to its start: with less an attention router learns few kept tokens by heart
 _UNCALIBRATED_TEMPERATURE = 0.3  # for rows of length 1, when no tokens were kept to choose it on
 
 
@@ -141,9 +144,49 @@ def logistic_beside(
     return (rows_ND.detach() / scale).float()
 
 
+def cosine(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """W the discriminants of the domains (whitened by the second moment), v_e where W takes the mean of x; then descent."""
+    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
+    root_DD = torch.linalg.cholesky(_shrunk(_second_moment(slot, domains), settings.l2))
+    white_DE: torch.Tensor = torch.linalg.solve_triangular(root_DD, means_ED.T, upper=False)
+    size = settings.dimensions or len(domains)
+    directions_DR = torch.linalg.svd(white_DE, full_matrices=False)[0][:, :size]
+    projection_RD = torch.linalg.solve_triangular(root_DD.T, directions_DR, upper=True).T
+    vectors_ER = torch.nn.functional.pad(_unit_rows(white_DE.T @ directions_DR), (0, means_ED.shape[1] - size))
+    return _descended(torch.cat([vectors_ER / _UNCALIBRATED_TEMPERATURE, projection_RD]), slot, domains, settings)
+
+
+def attention(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """Query, key and value all the logistic gate's row, with which attention keeps the order of its logits; then descent.
+
+    With q = k = v the score of expert e is f(q_e), f(t) = sum_j softmax_j(t q_j) q_j, whose slope is a variance.
+    """
+    gate_ED = logistic(slot, domains, settings)
+    return _descended(gate_ED.repeat_interleave(3, 0), slot, domains, settings)
+
+
+def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
+    """The gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
+    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
+        raise _no_kept_tokens()
+    tokens, finished = _kept_tokens(slot, domains), FINISHED[settings.row.score.kind]
+    start_GD = gate_GD.float()
+    sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(1e-30)
+    moved_GD = torch.zeros_like(start_GD, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        gate_GD = start_GD + sizes_G1 * moved_GD
+        logits_NE = finished(tokens.x_ND @ gate_GD.T, gate_GD, len(domains))
+        return tokens.loss(logits_NE) + _HOLD * settings.l2 * moved_GD.square().sum()
+
+    _minimise(loss, moved_GD)
+    found: torch.Tensor = (start_GD + sizes_G1 * moved_GD.detach()).double()
+    return found
+
+
 def _no_kept_tokens() -> RecipeError:
     return RecipeError(
-        "the logistic fit needs kept tokens and there are none",
+        "this fit needs kept tokens and there are none",
         where="mixture.router.keep_tokens",
         expected="at least 1",
         remedy="fit again with keep_tokens > 0, or choose ridge",
@@ -177,6 +220,8 @@ RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Te
     "lda": lda,
     "logistic": logistic,
     "ridge": ridge,
+    "cosine": cosine,
+    "attention": attention,
 }
 """Name of a fit -> (slot, domains in the order of the experts, settings) -> gate (E, D) at temperature 1, float64."""
 

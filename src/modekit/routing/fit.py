@@ -13,6 +13,7 @@ import numpy as np
 from modekit.processes import processes
 from modekit.routing.fitting import FittedRouter, Fitting
 
+_HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
 
 
@@ -45,6 +46,19 @@ def _random(fitting: Fitting) -> FittedRouter:
     draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
     scale = np.float32(_RANDOM_STD / settings.temperature)
     return fitting.unfitted([draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots])
+
+
+def _hash(fitting: Fitting) -> FittedRouter:
+    """Hash Layers (arXiv:2106.04426): every token id has its order of the experts, by hashes of both (SplitMix64)."""
+    (slot,) = fitting.checkpoint.slots
+    experts, tokens = len(slot.rows), slot.width
+    with np.errstate(over="ignore"):
+        x_EV = np.arange(experts * tokens, dtype=np.uint64).reshape(experts, tokens) + np.uint64(1)
+        x_EV = (x_EV + np.uint64(fitting.settings.seed) * np.uint64(2**32)) * np.uint64(0x9E3779B97F4A7C15)
+        x_EV = (x_EV ^ (x_EV >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x_EV = (x_EV ^ (x_EV >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    ranks_EV = x_EV.argsort(0).argsort(0).astype(np.float32)  # 0 is a token's first expert
+    return fitting.unfitted([np.float32(_HASHED) * np.exp2(-ranks_EV)])
 
 
 def _solved(fitting: Fitting) -> FittedRouter:
@@ -88,7 +102,8 @@ def _trained(fitting: Fitting) -> FittedRouter:
 
 SETTERS: dict[str, Callable[[Fitting], FittedRouter]] = {
     "random": _random,
-    **dict.fromkeys(("centroid", "lda", "logistic", "ridge"), _solved),
+    "hash": _hash,
+    **dict.fromkeys(("centroid", "lda", "logistic", "ridge", "cosine", "attention"), _solved),
     "ngram": _counted,
     "lexical": _lexical,
     "classifier": _classified,

@@ -51,7 +51,7 @@ def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
     fit = fitting.recipe.mixture.fit
     names = [slot.name for slot in before.slots]
     alone = fitting.checkpoint.shape.channels is None and [slot.name for slot in fitting.checkpoint.slots] == names
-    alone = alone and not any(slot.features for slot in before.slots)
+    alone = alone and not any(slot.features or slot.shared for slot in before.slots)
     one_row = all(set(slot.rows) == {1} for slot in fitting.checkpoint.slots)
     if alone and (None not in origins or (fit is not None and fit.reads.hidden and one_row)):
         return

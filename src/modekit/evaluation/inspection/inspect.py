@@ -98,8 +98,8 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
 
 
 def top_k_of(checkpoint: Checkpoint) -> int | None:
-    """Experts per token; None with top_p."""
-    return checkpoint.record.recipe.top_k if checkpoint.record.recipe.mixture.top_p is None else None
+    """Experts per token; None where they vary."""
+    return None if checkpoint.record.recipe.mixture.varies else checkpoint.record.recipe.top_k
 
 
 def counted(run: Run, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> Advance:

@@ -76,7 +76,7 @@ class TextTrace(TokenTrace):
 
     Attributes:
         routers: whose weights these are; of a long text one, named mean.
-        top_k: experts per token; None with top_p.
+        top_k: experts per token; None where they vary.
         base_loss: of the base model on the same tokens; None where it is not at hand.
         entropy: mean over tokens and routers.
         windows: in which the text was read, each starting anew.

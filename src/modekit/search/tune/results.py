@@ -17,6 +17,7 @@ from modekit.evaluation.results import SMALLEST_GAP
 from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Number
 from modekit.recipes.fits import FITS
+from modekit.recipes.mixture import CHOICES
 from modekit.search.tune.space import label, short_backbone
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -201,7 +202,7 @@ def describe(mixture: Mapping[str, Any]) -> str:
         words += [f"decay {router['decay'][0]:g}"] if router.get("decay") else []
         words += [f"T {router['temperature']:g}"] if router.get("temperature", 1.0) != 1.0 else []
         words += [f"top-{mixture['top_k']}"] if mixture.get("top_k") else []
-        words += [f"top_p {mixture['top_p']:g}"] if mixture.get("top_p") else []
+        words += [f"{key} {mixture[key]}" for key in CHOICES[1:] if mixture.get(key)]
     always_on = mixture.get("always_on")
     if always_on is not None:
         share = f" {always_on['weight']:g}" if always_on.get("weight") else ""

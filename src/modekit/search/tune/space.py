@@ -19,7 +19,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.edit import as_written, settings_with_effect, unseen_with_effect, with_mixture
 from modekit.recipes.fits import FITS, RECIPE, known_fit
-from modekit.recipes.mixture import AlwaysOn, Backbone, BackboneMerge, Part
+from modekit.recipes.mixture import CHOICES, AlwaysOn, Backbone, BackboneMerge, Part
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.recipes.strict_yaml import read_yaml
@@ -44,7 +44,7 @@ _WHOLE: dict[str, dict[str, str]] = {
 
 RouterKind = Annotated[str, BeforeValidator(lambda value: value if value == LINEAR else known_fit(value))]
 """linear, or the name of a fit."""
-_SEARCHED = {"method", "top_k", "top_p", "modules", "layers", "always_on", "backbone", "weights"}
+_SEARCHED = {"method", *CHOICES, "combine", "modules", "layers", "always_on", "backbone", "weights"}
 _SEARCHED_OF_ROUTERS = {"fit", "granularity", "temperature", "decay", "order", "prefix", "per"}
 
 

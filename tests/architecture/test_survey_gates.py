@@ -1,0 +1,390 @@
+"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds, segments and merged experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from conftest import VOCAB, Workshop, make_workshop
+from modekit.architecture.modekit_mixed import Mixed
+from modekit.architecture.modekit_router import select
+from modekit.architecture.modekit_scores import FINISHED, attention, cosine, segment_means
+from modekit.building.verify import is_proven, verify
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.errors import RecipeError, UnsupportedError
+from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.router import Router
+from modekit.routing.closed_form import fit_gates
+from modekit.routing.refit import refit
+from modekit.routing.statistics import DomainStatistics, SlotStatistics
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LITTLE: dict[str, Any] = {"tokens_per_domain": 512, "sequence_length": 96, "keep_tokens": 256}
+SEGMENT: dict[str, Any] = {"fit": "logistic", "granularity": "segment", "segment": 5, **LITTLE}
+GATES: dict[str, dict[str, Any]] = {
+    "hash": {"method": "routing", "top_k": 2, "router": {"fit": "hash", "seed": 4}},
+    "cosine": {"method": "routing", "top_k": 2, "router": {"fit": "cosine", **LITTLE}},
+    "cosine in context": {"method": "gating", "router": {"fit": "cosine", "granularity": "context", **LITTLE}},
+    "attention": {"method": "routing", "top_k": 2, "router": {"fit": "attention", **LITTLE}},
+    "attention in context": {"method": "gating", "router": {"fit": "attention", "granularity": "context", **LITTLE}},
+    "groups": {"method": "routing", "groups": 2, "router": {"fit": "logistic", **LITTLE}},
+    "threshold": {"method": "routing", "threshold": 0.3, "router": {"fit": "logistic", **LITTLE}},
+    "segment": {"method": "gating", "router": SEGMENT},
+    "merged": {"method": "gating", "combine": "parameters", "router": SEGMENT},
+    "segment of whole models": {"method": "gating", "modules": "all", "router": {**SEGMENT, "per": "model"}},
+}
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"head_dim": 8, "sliding_window": 16}}
+Opened = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
+    """A workshop of each family."""
+    return {
+        name: make_workshop(tmp_path_factory.mktemp(name), name, num_hidden_layers=2, **said) for name, said in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def opened(shops: dict[str, Workshop]) -> Opened:
+    """Opens a mixture, which is built once."""
+
+    def open_it(gate: str, family: str = "llama") -> PreTrainedModel:
+        return load_model(built(shops[family], gate), dtype=torch.float32).eval()
+
+    return open_it
+
+
+def built(shop: Workshop, gate: str) -> Path:
+    out = shop.root / gate.replace(" ", "_")
+    if not out.exists():
+        shop.build(out.name, mixture=GATES[gate], output={"format": "modekit"})
+    return out
+
+
+EVERY = pytest.mark.parametrize("gate", GATES)
+EACH = pytest.mark.parametrize(("gate", "family"), [(gate, family) for gate in GATES for family in FAMILIES])
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, **kwargs).logits
+
+
+def weights(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Router -> weights (B, S, E) in a pass."""
+    logits(model, ids)
+    return {name: each.weights for name, each in model.base_model.flow.mixed.items() if each.router is not None}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
+
+
+@EACH
+def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(
+    opened: Opened, gate: str, family: str, ids: torch.Tensor
+) -> None:
+    found, active = weights(opened(gate, family), ids), set()
+    for weights_BSE in found.values():
+        close(weights_BSE.sum(-1), torch.ones(weights_BSE.shape[:-1]))
+        active |= set((weights_BSE > 0).sum(-1).flatten().tolist())
+    said = GATES[gate]
+    if said["method"] == "gating":
+        assert active == {3}
+    elif "threshold" in said:
+        assert len(active) > 1 and active <= {1, 2, 3}
+    else:
+        assert active == {2}
+    spread = max(float(each.flatten(0, 1).std(0).max()) for each in found.values())
+    assert spread > 0.005, "no decision differs from any other"
+
+
+@EACH
+def test_a_later_token_changes_nothing_before_it(opened: Opened, gate: str, family: str, ids: torch.Tensor) -> None:
+    model, changed = opened(gate, family), ids.clone()
+    changed[:, 17] = (changed[:, 17] + 31) % (VOCAB - 3) + 3
+    before, after = logits(model, ids), logits(model, changed)
+    close(after[:, :17], before[:, :17], atol=1e-6)
+    assert (after[:, 17:] - before[:, 17:]).abs().max() > 1e-3
+
+
+@EACH
+def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, family: str, ids: torch.Tensor) -> None:
+    model = opened(gate, family)
+    whole = logits(model, ids)
+    cache, pieces, start = DynamicCache(config=model.config), [], 0
+    for size in (7, 1, 2, *[1] * 14):
+        with torch.inference_mode():
+            output = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, start + size
+        pieces.append(output.logits)
+    close(torch.cat(pieces, 1), whole)
+    padded = torch.cat([torch.zeros_like(ids[:, :6]), ids], 1)
+    mask = (torch.arange(padded.shape[1]) >= 6).long().expand_as(padded)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    close(logits(model, padded, attention_mask=mask, position_ids=positions)[:, 6:], whole)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    text = model.generate(ids, **settings)
+    assert torch.equal(text, model.generate(ids, use_cache=False, **settings))
+    assert torch.equal(text, model.generate(padded, attention_mask=mask, **settings)[:, 6:])
+
+
+@EVERY
+def test_it_is_proven_saved_and_loaded(shops: dict[str, Workshop], gate: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    out = built(shops["llama"], gate)
+    assert is_proven(verify(open_checkpoint(out)))
+    model = load_model(out, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    close(logits(load_model(tmp_path / "again", dtype=torch.float32), ids), logits(model, ids), atol=1e-6)
+
+
+@EVERY
+def test_the_gate_gets_a_gradient(opened: Opened, gate: str, ids: torch.Tensor) -> None:
+    model = copy.deepcopy(opened(gate)).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    gates = {name: each.grad for name, each in model.named_parameters() if name.endswith("router.gate")}
+    assert gates and all(grad is not None and torch.isfinite(grad).all() and grad.any() for grad in gates.values())
+
+
+# --- scores
+
+
+def test_hash_is_a_function_of_the_token_alone(shops: dict[str, Workshop], opened: Opened, ids: torch.Tensor) -> None:
+    checkpoint = open_checkpoint(built(shops["llama"], "hash"))
+    (gate_EV,) = checkpoint.gates()
+    best_V = torch.from_numpy(gate_EV.copy()).argmax(0)
+    assert torch.bincount(best_V, minlength=3).min() > VOCAB / 6  # about a third of the tokens each
+    (found,) = weights(opened("hash"), ids).values()
+    assert torch.equal(found.argmax(-1), best_V[ids])
+    assert (found[found > 0] - 0.5).abs().max() < 0.01  # those chosen weigh the same
+    assert checkpoint.record.router.status == "unfitted" and checkpoint.record.router.text == {}
+    again = shops["llama"].build("again", mixture={**GATES["hash"], "router": {"fit": "hash", "seed": 5}})
+    assert (open_checkpoint(again).gates()[0] != gate_EV).any()
+
+
+def test_cosine_and_attention_are_the_papers_formulas() -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, vectors, projection = (torch.randn(shape, generator=draw) for shape in ((5, 8), (3, 2), (2, 8)))
+    gate = torch.cat([nn.functional.pad(vectors, (0, 6)), projection])
+    expected = torch.stack([nn.functional.cosine_similarity(x @ projection.T, each[None]) for each in vectors], -1)
+    close(cosine(x @ gate.T, gate, 3), expected * vectors.norm(dim=1).mean())
+    gate = torch.randn((9, 8), generator=draw)
+    for token in x:
+        query, key, value = (gate[part::3] @ token for part in range(3))
+        close(attention(token @ gate.T, gate, 3), torch.softmax(torch.outer(query, key), -1) @ value)
+
+
+@pytest.mark.parametrize("rule", ["cosine", "attention"])
+def test_a_gate_of_either_kind_fits_what_a_linear_one_cannot(rule: str) -> None:
+    """Attention: domains of two clusters, opposite to each other. Cosine: x of very different lengths, which say nothing."""
+    draw = torch.Generator().manual_seed(3)
+    centres = torch.randn((3, 8), generator=draw).double()
+
+    def domain(place: int) -> DomainStatistics:
+        noise, lengths = (torch.randn((300, width), generator=draw).double() for width in (8, 1))
+        signs = torch.tensor([1.0, -1.0 if place else 1.0]).double().repeat(150)[:, None]
+        x = signs * centres[place] + 0.3 * noise if rule == "attention" else (centres[place] + noise) * (2 * lengths).exp()
+        return DomainStatistics(300, (SlotStatistics(x.sum(0), x.T @ x, torch.zeros(8).double(), x.half()),), {})
+
+    domains = [domain(place) for place in range(3)]
+    found = {}
+    for fit in ("logistic", rule):
+        (gate,) = fit_gates(Router(fit=fit), domains)
+        said = FINISHED.get(rule if fit == rule else "", lambda products, *_: products)
+        scores = [said(each.slots[0].sample_ND.float() @ gate.T, gate, 3).log_softmax(-1) for each in domains]
+        found[fit] = -sum(float(each[:, place].mean()) for place, each in enumerate(scores)) / 3
+    assert found[rule] < found["logistic"] - 0.02, found
+
+
+# --- choice
+
+
+def test_the_best_of_each_group_is_chosen() -> None:
+    logits_E = torch.tensor([1.0, 4.0, 3.0, 2.0, 0.0])  # groups of 3 and 2
+    found = select(logits_E, {"method": "routing", "groups": 2, "top_k": 2})
+    close(
+        found,
+        torch.tensor([0.0, 4.0, float("-inf"), 2.0, 0.0]).where(torch.tensor([0, 1, 0, 1, 0]) > 0, -torch.inf).softmax(-1),
+    )
+    found = select(logits_E, {"method": "routing", "groups": 2, "top_k": 2}, left_out=1)
+    assert (found > 0).tolist() == [False, False, True, True, False]
+    always = {"method": "routing", "groups": 2, "top_k": 2, "always_on": {"expert": 0, "weight": None}}
+    assert (select(logits_E, always) > 0).tolist() == [True, False, False, True, False]
+
+
+def test_whoever_reaches_its_threshold_is_chosen_or_the_best_where_none_does() -> None:
+    logits_TE = torch.tensor([[0.5, 0.3, 0.2], [0.34, 0.33, 0.33], [0.9, 0.05, 0.05], [0.25, 0.7, 0.05]]).log()
+    found = select(logits_TE, {"method": "routing", "threshold": [0.4, 0.25, 0.1]})
+    assert (found > 0).tolist() == [[True, True, True], [False, True, True], [True, False, False], [False, True, False]]
+    none = select(logits_TE, {"method": "routing", "threshold": [0.95] * 3})
+    assert torch.equal(none, nn.functional.one_hot(logits_TE.argmax(-1), 3).float())
+    close(found[0], torch.tensor([0.5, 0.3, 0.2]))
+
+
+# --- segments and merged experts
+
+
+@pytest.mark.parametrize("sizes", [[23], [1] * 23, [4, 9, 2, 8]])
+def test_means_of_segments_summed_one_by_one(sizes: list[int]) -> None:
+    draw = torch.Generator().manual_seed(2)
+    values, segment = torch.randn((3, 23, 4), generator=draw), 4
+    mask = torch.ones(3, 23)
+    mask[1, :6], mask[2, 5:9], mask[2, -2:] = 0, 0, 0
+    expected = torch.zeros_like(values)
+    for row in range(3):
+        real = [place for place in range(23) if mask[row, place]]
+        for number, place in enumerate(real):
+            before = real[(number // segment - 1) * segment : number // segment * segment] if number >= segment else []
+            expected[row, place] = values[row, before].mean(0) if before else 0
+    state, found = None, []
+    for piece, seen in zip(values.split(sizes, 1), mask.split(sizes, 1), strict=True):
+        means, state = segment_means(piece, seen, state, segment)
+        found.append(means)
+    close(torch.cat(found, 1) * mask[..., None], expected, atol=1e-6)
+
+
+def test_merged_experts_are_those_merged_by_hand(opened: Opened, ids: torch.Tensor) -> None:
+    model, seen = opened("merged"), []
+    for module in model.modules():
+        if isinstance(module, Mixed) and any(True for _ in module.experts[0].children()):
+            module.register_forward_hook(lambda mixed, args, y: seen.append((mixed, args[0], y, mixed.leader.weights)))
+    logits(model, ids)
+    assert len(seen) == 2
+    for mixed, x, y, weights_BSE in seen:
+        assert (weights_BSE[:, :5] - 1 / 3).abs().max() < 1e-6  # nothing is known in the first segment
+        for row in range(2):
+            for place in range(ids.shape[1]):
+                start = place // 5 * 5
+                assert torch.equal(weights_BSE[row, place], weights_BSE[row, start])
+                merged = copy.deepcopy(mixed.experts[0])
+                every = [dict(each.named_parameters()) for each in mixed.experts]
+                with torch.no_grad():
+                    for name, parameter in merged.named_parameters():
+                        parts = zip(weights_BSE[row, place], every, strict=True)
+                        parameter.copy_(torch.stack([weight * each[name] for weight, each in parts]).sum(0))
+                    close(merged(x[row, place]), y[row, place])
+
+
+def test_all_weight_on_one_is_that_expert(opened: Opened, ids: torch.Tensor) -> None:
+    merged, summed = opened("merged"), opened("segment")
+    for place in range(3):
+        for model in (merged, summed):
+            model.use_expert(place)
+        close(logits(merged, ids), logits(summed, ids), atol=1e-6)
+    for model in (merged, summed):
+        model.use_expert(None)
+
+
+def test_merged_experts_are_no_sum_of_outputs(opened: Opened, ids: torch.Tensor) -> None:
+    merged, summed = opened("merged"), opened("segment")
+    assert (logits(merged, ids) - logits(summed, ids)).abs().max() > 1e-2
+
+
+def test_gradients_of_merged_experts_are_those_of_each_sequence(opened: Opened, ids: torch.Tensor) -> None:
+    found = []
+    for batches in ([ids], [ids[:1], ids[1:]]):
+        model = copy.deepcopy(opened("merged")).train()
+        for batch in batches:
+            (model(input_ids=batch, labels=batch).loss * len(batch)).backward()
+        found.append({name: each.grad for name, each in model.named_parameters() if "mlp" in name})
+    assert any("router.gate" in name for name in found[0])
+    for name, grad in found[0].items():
+        close(grad, found[1][name], atol=1e-5)
+
+
+# --- recipes and refusals
+
+
+def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any) -> str:
+    with pytest.raises((RecipeError, UnsupportedError)) as caught:
+        make_plan(load_recipe(shop.write(mixture=mixture, output=output or {})), shop.root)
+    return str(caught.value)
+
+
+LOGISTIC, SEGMENTS = {"fit": "logistic"}, {"fit": "logistic", "granularity": "segment"}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"top_k": 2, "groups": 2}, "give top_k or groups, not both"),
+    ({"top_p": 0.5, "groups": 2, "threshold": 0.2}, "give top_p or groups or threshold, not all"),
+    ({"groups": 4}, "only 3 experts"),
+    ({"groups": 1}, "mixture.groups"),
+    ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
+    ({"threshold": 1.0}, "between 0 and 1"),
+    ({"threshold": {"law": 0.2}}, "must name every expert"),
+    ({"router": SEGMENTS}, "write method: gating"),
+    ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
+    ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads the tokens so far by itself"),
+    ({"router": {"fit": "hash", "granularity": "context"}}, "reads ids by itself"),
+    ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
+    ({"router": {"fit": "attention", "temperature": 2.0}}, "'temperature' has no effect with fit: attention"),
+    ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),
+    ({"router": {"fit": "cosine", "dimensions": 4}}, "no use for more"),
+    ({"router": {"fit": "logistic", "dimensions": 2}}, "only with cosine"),
+    ({"router": {"fit": "attention", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
+    ({"combine": "parameters", "router": LOGISTIC}, "decides for every token"),
+    ({"combine": "parameters", "method": "gating", "modules": "all", "router": {**SEGMENTS, "per": "model"}}, "one by one"),
+    ({"combine": "parameters", "method": "gating", "modules": ["q", "v"], "router": SEGMENTS}, "one by one"),
+]
+
+
+@pytest.mark.parametrize(("mixture", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_makes_no_sense_together_is_refused(shops: dict[str, Workshop], mixture: dict[str, Any], says: str) -> None:
+    assert says in refused(shops["llama"], **{"router": LOGISTIC, **mixture})
+
+
+@EVERY
+def test_no_native_architecture_says_it(shops: dict[str, Workshop], gate: str) -> None:
+    assert "output.format native cannot say" in refused(shops["llama"], output={"format": "native"}, **GATES[gate])
+
+
+def test_vllm_is_told_which_it_cannot_serve(shops: dict[str, Workshop]) -> None:
+    why = {
+        gate: open_checkpoint(built(shops["llama"], gate)).shape.without_vllm for gate in ("hash", "cosine", "groups", "merged")
+    }
+    assert {gate for gate, said in why.items() if said} == {"merged"}
+
+
+def test_a_recipe_of_before_says_no_new_key(shops: dict[str, Workshop]) -> None:
+    recipe = parse_recipe(shops["llama"].recipe)
+    new = {"groups", "threshold", "combine", "segment", "dimensions"}
+    said = recipe.model_dump(mode="json")["mixture"]
+    assert not new & (said.keys() | said["router"].keys())
+
+
+def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torch.Tensor) -> None:
+    shop = shops["llama"]
+    shop.build("walk", mixture=GATES["groups"], output={"format": "modekit"})
+    for changes in (
+        {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
+        {"top_k": 1, "router": {"fit": "hash"}},
+        {"method": "gating", "combine": "parameters", "router": {**SEGMENT, "fit": "attention"}},
+        {"combine": None, "method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
+    ):
+        checkpoint = refit(open_checkpoint(shop.root / "walk"), changes)
+        assert is_proven(verify(checkpoint, reload=False))
+        assert torch.isfinite(logits(load_model(checkpoint.folder), ids)).all()
+    mixture = checkpoint.record.recipe.mixture
+    assert (mixture.top_k, mixture.threshold, mixture.groups, mixture.router.segment) == (None, None, 3, None)
+
+
+@pytest.mark.parametrize("gate", ["cosine", "attention", "merged", "threshold"])
+def test_training_lowers_the_loss(opened: Opened, gate: str, ids: torch.Tensor) -> None:
+    model = copy.deepcopy(opened(gate)).train()
+    moving = [each for name, each in model.named_parameters() if name.endswith("router.gate")]
+    optimizer, losses = torch.optim.Adam(moving, lr=0.02), []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.01, losses
