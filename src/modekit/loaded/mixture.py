@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 
-
 Chooser = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """A router slot, its logits, and the weights that they give -> the weights to take, of the same shape, at most 1 in sum."""
 

@@ -50,7 +50,8 @@ class ChosenWeights:
         self._sums_T = sums.flatten()
         shares = torch.where(sums > 0, weights / sums.clamp_min(1e-12), 1.0 / len(gate_ED))
         said = shares.clamp_min(1e-12).log()
-        said = said - torch.log1p(-shares / 2) if self._by_sigmoids else said
+        if self._by_sigmoids:  # the sigmoid of this is half the share, and the halves are renormalised
+            said = said - torch.log(2.0 - shares)
         said = torch.where(shares > 0, said, -_FAR).to(x.dtype)
         self._gate = gate_ED
         self._owner._parameters[self._name] = torch.eye(*gate_ED.shape, dtype=gate_ED.dtype, device=gate_ED.device)  # type: ignore[assignment]

@@ -98,7 +98,7 @@ def _read(request: Request, parts: Sequence[BatchPart]) -> int:
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     """How many experts a token gets while training, and what has to be said about it."""
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
-    if settings.is_joint:
+    if settings.is_joint or not settings.gate_row.reads_top_k:
         return None, []
     if settings.train_top_k is not None:
         wanted = settings.train_top_k or experts

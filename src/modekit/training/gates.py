@@ -1,13 +1,13 @@
 """How experts are chosen while a mixture trains. Afterwards its own routing decides, by nothing but a token's logits.
 
     base             balanced assignment: every expert gets as many of a batch's tokens, at the largest sum of logits (BASE,
-                     arXiv:2103.16716; weight 1 with the gradient of log sigmoid(logit), where the paper's weight is the sigmoid)
+                     arXiv:2103.16716; the weight is 1, with the gradient of log sigmoid(logit); the paper's is the sigmoid)
     sinkhorn         the largest top_k of a plan with equal shares of all experts (S-BASE, arXiv:2202.01169); softmax over them
     random           top_k experts at random, alike; THOR (arXiv:2110.04260) with one
     domain-random    an expert of the domain's group, at random (RRE, arXiv:2303.10845); a group has the same text
     dselect          top_k selectors, each a product of smooth steps along a tree of experts (DSelect-k, arXiv:2106.03760; each
                      step reads the distance of its two sides' best logits, as a gate has one row per expert)
-    dense-to-sparse  softmax of logits and Gumbel noise, whose temperature falls; what stays small is cut (DTS, arXiv:2112.14397)
+    dense-to-sparse  softmax of logits and Gumbel noise, whose temperature falls; small weights are cut (DTS, arXiv:2112.14397)
 
 Weights sum to 1, and less where a capacity cuts some off. Pads are no tokens and keep what their own logits say.
 
@@ -186,7 +186,7 @@ def _selector(logits_NE: torch.Tensor) -> torch.Tensor:
     if experts == 1:
         return torch.ones_like(logits_NE)
     left_NE, right_NE = logits_NE.tensor_split([(experts + 1) // 2], dim=-1)
-    step_N1 = smooth_step((left_NE.amax(-1) - right_NE.amax(-1)))[:, None]
+    step_N1 = smooth_step(left_NE.amax(-1) - right_NE.amax(-1))[:, None]
     return torch.cat([step_N1 * _selector(left_NE), (1.0 - step_N1) * _selector(right_NE)], -1)
 
 
@@ -253,7 +253,9 @@ class Capacity:
         by_score = self.priority == "score"
         key_N = -probabilities_NE.amax(-1) if by_score else places_N
         order_N = key_N.argsort(stable=True)
-        ranked_NE = torch.where(weights_NE > 0, 1.0 + weights_NE, probabilities_NE).argsort(-1, descending=True, stable=True)
+        ranked_NE = torch.where(weights_NE > 0, 1.0 + weights_NE, probabilities_NE).argsort(
+            dim=-1, descending=True, stable=True
+        )
         kept_NE = torch.zeros_like(weights_NE, dtype=torch.bool)
         for choice in range(logits_NE.shape[-1] if self.overflow == "next" else int(asked_N.max())):
             asks_N = (kept_NE.sum(-1) if self.overflow == "next" else choice) < asked_N

@@ -300,7 +300,7 @@ class Objective(TrainedModule):
         return self._gate.weights(self._of_slot(slot, logits, self._item), logits, weights)
 
     def _of_slot(self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]) -> Decisions:
-        """Which decisions of a router count, and what is known of them: of a source's tokens or a target's, or the one for all."""
+        """Which decisions of a router count: of a source's tokens or a target's, or the one for all."""
         real, labels, places, target = item["real"], item["labels"], item["position_ids"], item.get("target")
         if target is not None and reads_target(self._checkpoint.slots[slot].name):
             real, labels = target != NO_LABEL, labels[:, :1].expand(target.shape)

@@ -71,6 +71,11 @@ class GateRow:
     reads_labels: bool = False
     balances: bool = False
 
+    @property
+    def takes_one(self) -> bool:
+        """Whether every token gets one expert."""
+        return not (self.reads_top_k or self.takes_any)
+
 
 GATES: Mapping[Gate, GateRow] = {
     "base": GateRow(balances=True),
@@ -88,8 +93,9 @@ class TrainSettings(BaseModel):
     """Settings of one run, each as docs/training.md says it; unknown keys and settings without effect are errors.
 
     Losses of distillation count times temperature^2 (arXiv:1503.02531, Section 2); `regime` joint is JEET and MoE-CE of
-    arXiv:2407.19610; `randomise` is the domain randomisation of arXiv:2407.01126; `train_top_k` 0 is the dense training of DS-MoE (arXiv:2404.05567). None of `train_top_k` is the mixture's own,
-    but at least 2 in native mixtures, whose renormalised weight is 1 and gives no gradient at 1.
+    arXiv:2407.19610; `randomise` is the domain randomisation of arXiv:2407.01126; `train_top_k` 0 trains densely what is sparse
+    afterwards (DS-MoE, arXiv:2404.05567). None of it is the mixture's own, but at least 2 in native mixtures, whose
+    renormalised weight is 1 and gives no gradient at 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -153,7 +159,7 @@ class TrainSettings(BaseModel):
             "train_top_k": self.is_joint or not self.gate_row.reads_top_k,
             "gate": self.is_joint and self.gate is not None,
             "capacity": self.capacity is not None and (self.is_joint or self.gate_row.balances),
-            "overflow": self.capacity is None,
+            "overflow": self.capacity is None or (self.overflow == "random" and self.gate_row.takes_one),
             "priority": self.capacity is None,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
