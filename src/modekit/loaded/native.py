@@ -123,7 +123,7 @@ class NativeMixture(LoadedMixture):
         """By logits that say the weights, and by the blocks' outputs, which are scaled by the sum of the weights."""
         for number, (layer, gate) in enumerate(zip(decoder_layers(self.model), self.gates(), strict=True)):
             router, block = layer.get_submodule(self.native.router_module), self.ffn(layer)
-            ChosenWeights(partial(chooser, number), block, by_sigmoids=self.native.by_sigmoids).stand_at(router, gate)
+            ChosenWeights(partial(chooser, number), block, self.native.by_sigmoids).stand_at(router, gate)
 
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
@@ -165,11 +165,10 @@ class NativeMixture(LoadedMixture):
         def read(number: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             trace.said[number] = args[0]
 
-        hooks = [partial(read, number) for number in range(len(trace.said))]
-        routers = zip(self.routers(), hooks, strict=True)
-        handles = [
-            router.register_forward_pre_hook(hook, prepend=True) for router, hook in routers
-        ]  # before choosers change it
+        handles = [  # in front of choosers, which change what is read
+            router.register_forward_pre_hook(partial(read, number), prepend=True)
+            for number, router in enumerate(self.routers())
+        ]
         try:
             yield trace
         finally:

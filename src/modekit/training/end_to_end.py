@@ -54,7 +54,8 @@ def train_end_to_end(
     notes += [f"{checkpoint.names[expert]} was taught by what the mixture has of it: {why}" for expert, why in lost.items()]
     teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
     mixture = trainable.model
-    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed, steps=steps)
+    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
+    objective.steps = steps
     done = run_trainer(
         objective,
         Batches(corpora, parts, pad_id=0),
@@ -65,9 +66,9 @@ def train_end_to_end(
     )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
-    if objective.dropped:
-        quarters = [f"{sum(rates) / len(rates):.3f}" for rates in zip(*objective.dropped, strict=True)]
-        notes.append(f"capacity {settings.capacity} dropped, by quarter of the sequence: {', '.join(quarters)}")
+    if objective.dropped():
+        quarters = ", ".join(f"{rate:.3f}" for rate in objective.dropped())
+        notes.append(f"capacity {settings.capacity} dropped, by quarter of the sequence: {quarters}")
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
     moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
@@ -112,7 +113,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
             )
         return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
     moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None
-    if own == 1 and experts > 1 and not has_no_router(checkpoint) and moves_routers:
+    if own == 1 and experts > 1 and not has_no_router(checkpoint) and (moves_routers or settings.overflow == "random"):
         return 2, [
             "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "
             "the checkpoint goes on to use 1"

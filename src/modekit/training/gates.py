@@ -23,8 +23,10 @@ from dataclasses import dataclass
 import torch
 
 from modekit.training.losses import GENERIC
-from modekit.training.settings import Gate, Overflow, Priority, TrainSettings
+from modekit.training.settings import Gate, TrainSettings
 
+DROPPED = tuple(f"dropped_{quarter}" for quarter in range(1, 5))
+"""Columns of the log: share of decisions that capacity dropped, by quarter of the longest sequence."""
 _FAR = 1e4  # between two logits: softmax gives the lower one exactly nothing
 _HOT, _COLD = 2.0, 0.5  # temperatures of the Gumbel softmax, first and last, as in its authors' scripts
 _SMALL = 0.05  # of our own: a weight below it is cut
@@ -68,15 +70,12 @@ class Situation:
 
 
 class TrainingGate:
-    """A gate and the capacity of experts, as settings say, for `LoadedMixture.choose_by`.
-
-    `drops` counts decisions by quarter of the sequence since the last step: asked for, and dropped.
-    """
+    """A gate and the capacity of experts, as settings say; `progress` is the share of the run that is over."""
 
     def __init__(self, settings: TrainSettings, top_k: int, groups_EE: torch.Tensor) -> None:
-        self._settings, self._top_k, self._groups_EE = settings, top_k, groups_EE
+        self._settings, self._top_k, self.groups_EE = settings, top_k, groups_EE
         self.progress = 0.0
-        self.drops = torch.zeros(2, 4)
+        self._drops = torch.zeros(2, 4)  # of a step: dropped, asked for
 
     def weights(self, at: Decisions, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weights like `weights`, which are the mixture's own."""
@@ -84,17 +83,20 @@ class TrainingGate:
         if len(logits_NE) == 0:
             return weights
         if settings.gate is not None:
-            labels_N = at.each(at.labels, len(logits_NE))
-            groups_EE = self._groups_EE.to(logits.device)
+            labels_N, groups_EE = at.each(at.labels, len(logits_NE)), self.groups_EE.to(logits.device)
             weights_NE = CHOOSE[settings.gate](logits_NE, Situation(labels_N, self._top_k, self.progress, groups_EE))
         if settings.capacity is not None:
             places_N = at.each(at.places, len(logits_NE))
-            bound = Capacity(settings.capacity, settings.overflow, settings.priority)
-            weights_NE, dropped_N, asked_N = bound.applied(logits_NE, weights_NE, places_N)
-            quarter_N = (places_N * 4 // settings.sequence_length).clamp_max(3)
-            counts = torch.zeros(2, 4, device=logits.device)
-            self.drops += counts.index_add(1, quarter_N, torch.stack([asked_N, dropped_N]).to(counts)).cpu()
+            weights_NE, *counted = within_capacity(logits_NE, weights_NE, places_N, settings)
+            quarter_N = (places_N * 4 // settings.sequence_length).clamp_max(3).cpu()
+            self._drops.index_add_(1, quarter_N, torch.stack(counted).to(self._drops))
         return at.with_rows(weights, weights_NE.to(weights.dtype))
+
+    def drain(self) -> dict[str, float]:
+        """What capacity dropped in a step."""
+        (dropped, asked), self._drops = self._drops, torch.zeros(2, 4)
+        rates = (dropped / asked.clamp_min(1)).tolist()
+        return {} if self._settings.capacity is None else dict(zip(DROPPED, rates, strict=True))
 
 
 def softmax_over(logits_NE: torch.Tensor, chosen_NE: torch.Tensor) -> torch.Tensor:
@@ -104,13 +106,8 @@ def softmax_over(logits_NE: torch.Tensor, chosen_NE: torch.Tensor) -> torch.Tens
     return torch.where(chosen_NE.sum(-1, keepdim=True) == 1, weights_NE * (single_NE - single_NE.detach()).exp(), weights_NE)
 
 
-def _base(logits_NE: torch.Tensor, _: Situation) -> torch.Tensor:
-    chosen_NE = torch.nn.functional.one_hot(balanced(logits_NE.detach()), logits_NE.shape[-1]).bool()
-    return softmax_over(logits_NE, chosen_NE)
-
-
 def balanced(scores_NE: torch.Tensor) -> torch.Tensor:
-    """An expert for every token, (N,), each for at most N / E rounded up, at the largest sum of scores but for small steps.
+    """An expert for every token, (N, E), each for N / E rounded up at most, at the largest sum of scores but for small steps.
 
     An auction (Bertsekas, 1988, as in BASE): tokens without a place bid for the best expert at its price, by as much as it is
     better than the second. An expert takes the highest bids, and its price is the lowest of those.
@@ -126,21 +123,17 @@ def balanced(scores_NE: torch.Tensor) -> torch.Tensor:
             break
         values = scores_NE[free] - prices_E
         if bids >= _BIDS:  # what is left goes where there is room
-            values = values.masked_fill(holder_N[holder_N >= 0].bincount(minlength=experts) >= room, -torch.inf)
+            values = values.masked_fill(holder_N[holder_N >= 0].bincount(minlength=experts) >= room, -_FAR)
         best, at = values.topk(min(2, experts), dim=-1)
-        bids_N[free], holder_N[free] = prices_E[at[:, 0]] + best[:, 0] - best[:, -1].clamp_min(-_FAR) + step, at[:, 0]
-        for expert in at[:, 0].unique().tolist():
+        bids_N[free], holder_N[free] = prices_E[at[:, 0]] + best[:, 0] - best[:, -1] + step, at[:, 0]
+        for expert in range(experts):
             held = (holder_N == expert).nonzero().squeeze(-1)
             if len(held) >= room:
                 kept, places = bids_N[held].topk(room)
                 holder_N[held] = -1
                 holder_N[held[places]] = expert
                 prices_E[expert] = kept[-1]
-    return holder_N
-
-
-def _sinkhorn(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
-    return softmax_over(logits_NE, _largest(sinkhorn(logits_NE.detach()), at.top_k))
+    return torch.nn.functional.one_hot(holder_N, experts).bool()
 
 
 def sinkhorn(logits_NE: torch.Tensor) -> torch.Tensor:
@@ -155,18 +148,14 @@ def sinkhorn(logits_NE: torch.Tensor) -> torch.Tensor:
     return plan_NE
 
 
-def _random(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
-    return _largest(torch.rand_like(logits_NE), at.top_k) / at.top_k
+def _largest(values_NE: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.zeros_like(values_NE, dtype=torch.bool).scatter(-1, values_NE.topk(count, dim=-1).indices, True)
 
 
 def _domain_random(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
     """Text of no domain goes to any expert."""
     group_NE = at.groups_EE[at.labels_N.clamp_min(0)] | (at.labels_N == GENERIC)[:, None]
     return _largest(torch.rand_like(logits_NE).masked_fill(~group_NE, -1.0), 1).to(logits_NE)
-
-
-def _largest(values_NE: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.zeros_like(values_NE, dtype=torch.bool).scatter(-1, values_NE.topk(count, dim=-1).indices, True)
 
 
 def _dselect(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
@@ -176,16 +165,14 @@ def _dselect(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
         selected.append(_selector(left_NE))
         best.append(logits_NE.gather(-1, winner_N1))
         left_NE = left_NE.scatter(-1, winner_N1, -_FAR)
-    shares_NK = torch.cat(best, -1).softmax(-1)
-    return (torch.stack(selected, 1) * shares_NK[..., None]).sum(1)
+    return (torch.stack(selected, 1) * torch.cat(best, -1).softmax(-1)[..., None]).sum(1)
 
 
 def _selector(logits_NE: torch.Tensor) -> torch.Tensor:
     """Weights of the leaves of a tree: the product of smooth steps from its root, on one expert where all are at their ends."""
-    experts = logits_NE.shape[-1]
-    if experts == 1:
+    if logits_NE.shape[-1] == 1:
         return torch.ones_like(logits_NE)
-    left_NE, right_NE = logits_NE.tensor_split([(experts + 1) // 2], dim=-1)
+    left_NE, right_NE = logits_NE.tensor_split(2, dim=-1)
     step_N1 = smooth_step(left_NE.amax(-1) - right_NE.amax(-1))[:, None]
     return torch.cat([step_N1 * _selector(left_NE), (1.0 - step_N1) * _selector(right_NE)], -1)
 
@@ -199,14 +186,14 @@ def smooth_step(distance: torch.Tensor) -> torch.Tensor:
 def _dense_to_sparse(logits_NE: torch.Tensor, at: Situation) -> torch.Tensor:
     gumbel_NE = -torch.empty_like(logits_NE).exponential_().log()
     weights_NE = ((logits_NE + gumbel_NE) / (_HOT + at.progress * (_COLD - _HOT))).softmax(-1)
-    kept_NE = weights_NE.detach() >= weights_NE.detach().amax(-1, keepdim=True).clamp_max(_SMALL)
-    return weights_NE * kept_NE / (weights_NE * kept_NE).sum(-1, keepdim=True)
+    kept_NE = weights_NE * (weights_NE >= weights_NE.amax(-1, keepdim=True).clamp_max(_SMALL))
+    return kept_NE / kept_NE.sum(-1, keepdim=True)
 
 
 CHOOSE: Mapping[Gate, Callable[[torch.Tensor, Situation], torch.Tensor]] = {
-    "base": _base,
-    "sinkhorn": _sinkhorn,
-    "random": _random,
+    "base": lambda logits_NE, _: softmax_over(logits_NE, balanced(logits_NE.detach())),
+    "sinkhorn": lambda logits_NE, at: softmax_over(logits_NE, _largest(sinkhorn(logits_NE.detach()), at.top_k)),
+    "random": lambda logits_NE, at: _largest(torch.rand_like(logits_NE), at.top_k) / at.top_k,
     "domain-random": _domain_random,
     "dselect": _dselect,
     "dense-to-sparse": _dense_to_sparse,
@@ -214,52 +201,32 @@ CHOOSE: Mapping[Gate, Callable[[torch.Tensor, Situation], torch.Tensor]] = {
 """Logits (N, E) -> weights (N, E)."""
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """Every expert takes at most `factor` times its even share of a batch's decisions, rounded up.
+def within_capacity(
+    logits_NE: torch.Tensor, weights_NE: torch.Tensor, places_N: torch.Tensor, settings: TrainSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights within the settings' capacity, and per token how many experts it lost, and had asked for.
 
-    First choices come before second ones (GShard, arXiv:2006.16668). Among them `priority` decides: position takes the earlier
-    in their texts, score those whose largest probability is largest (batch-prioritised, arXiv:2106.05974).
-
-    overflow: drop (the expert's share is zero), next (the best expert with room takes its place), or random (a choice behind
-    the first is dispatched with probability min(1, 2 weight), arXiv:2006.16668, and dropped where there is no room).
+    An expert takes at most `capacity` times its even share of the decisions, rounded up, and first choices before second ones
+    (GShard, arXiv:2006.16668). By `priority` it takes the earlier in their texts first, or those whose largest probability is
+    largest (batch-prioritised, arXiv:2106.05974). `overflow` drops the others: their share is zero; or gives them to the next
+    best expert with room; or, random, takes a second choice with probability min(1, 2 weight) in the first place (GShard).
     """
-
-    factor: float
-    overflow: Overflow
-    priority: Priority
-
-    def applied(
-        self, logits_NE: torch.Tensor, weights_NE: torch.Tensor, places_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights within the capacity, and per token how many experts it lost, and had asked for."""
-        chosen_NE = weights_NE.detach() > 0
-        room = math.ceil(self.factor * int(chosen_NE.sum()) / logits_NE.shape[-1])
-        if self.overflow == "random":
-            first_NE = _largest(weights_NE.detach(), 1)
-            chosen_NE = chosen_NE & (first_NE | (2.0 * weights_NE.detach() > torch.rand_like(weights_NE)))
-        kept_NE = self._kept(logits_NE.detach(), weights_NE.detach() * chosen_NE, places_N, room)
-        asked_N = chosen_NE.sum(-1)
-        kept_weights_NE = weights_NE * kept_NE
-        if self.overflow == "next":
-            moved_N1 = (kept_NE & ~chosen_NE).any(-1, keepdim=True)
-            sums_N1 = weights_NE.sum(-1, keepdim=True)
-            kept_weights_NE = torch.where(moved_N1, softmax_over(logits_NE, kept_NE) * sums_N1, kept_weights_NE)
-        return kept_weights_NE, asked_N - kept_NE.sum(-1), asked_N
-
-    def _kept(self, logits_NE: torch.Tensor, weights_NE: torch.Tensor, places_N: torch.Tensor, room: int) -> torch.Tensor:
-        """Who stays with which expert: choice by choice, and within one by priority."""
-        probabilities_NE, asked_N = logits_NE.softmax(-1), (weights_NE > 0).sum(-1)
-        by_score = self.priority == "score"
-        key_N = -probabilities_NE.amax(-1) if by_score else places_N
-        order_N = key_N.argsort(stable=True)
-        ranked_NE = torch.where(weights_NE > 0, 1.0 + weights_NE, probabilities_NE).argsort(
-            dim=-1, descending=True, stable=True
-        )
-        kept_NE = torch.zeros_like(weights_NE, dtype=torch.bool)
-        for choice in range(logits_NE.shape[-1] if self.overflow == "next" else int(asked_N.max())):
-            asks_N = (kept_NE.sum(-1) if self.overflow == "next" else choice) < asked_N
-            asks_NE = (torch.nn.functional.one_hot(ranked_NE[:, choice], logits_NE.shape[-1]) * asks_N[:, None])[order_N]
-            fits_NE = asks_NE.bool() & (asks_NE.cumsum(0) + kept_NE.sum(0) <= room)
-            kept_NE[order_N] |= fits_NE
-        return kept_NE
+    assert settings.capacity is not None
+    own_NE = weights_NE.detach()
+    chosen_NE, goes_on = own_NE > 0, settings.overflow == "next"
+    room = math.ceil(settings.capacity * int(chosen_NE.sum()) / chosen_NE.shape[-1])
+    if settings.overflow == "random":
+        chosen_NE &= _largest(own_NE, 1) | (2.0 * own_NE > torch.rand_like(own_NE))
+    probabilities_NE, asked_N = logits_NE.detach().softmax(-1), chosen_NE.sum(-1)
+    order_N = (-probabilities_NE.amax(-1) if settings.priority == "score" else places_N).argsort(stable=True)
+    ranked_NE = torch.where(chosen_NE, 1.0 + own_NE, probabilities_NE).argsort(dim=-1, descending=True, stable=True)
+    kept_NE = torch.zeros_like(chosen_NE)
+    for choice in range(chosen_NE.shape[-1] if goes_on else int(asked_N.max())):
+        asks_N = (kept_NE.sum(-1) if goes_on else choice) < asked_N
+        asks_NE = (torch.nn.functional.one_hot(ranked_NE[:, choice], chosen_NE.shape[-1]) * asks_N[:, None])[order_N]
+        kept_NE[order_N] |= asks_NE.bool() & (asks_NE.cumsum(0) + kept_NE.sum(0) <= room)
+    within_NE, sums_N1 = weights_NE * kept_NE, weights_NE.sum(-1, keepdim=True)
+    if goes_on:
+        moved_N1 = (kept_NE & ~chosen_NE).any(-1, keepdim=True)
+        within_NE = torch.where(moved_N1, softmax_over(logits_NE, kept_NE) * sums_N1, within_NE)
+    return within_NE, asked_N - kept_NE.sum(-1), asked_N

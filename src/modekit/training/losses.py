@@ -144,8 +144,7 @@ def mutual(logits_NE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     probabilities_NE, labels_N = logits_NE[labels_N != GENERIC].softmax(-1), labels_N[labels_N != GENERIC]
     if len(labels_N) == 0:
         return logits_NE.sum() * 0.0
-    _, domain_N = labels_N.unique(return_inverse=True)
-    joint_ME = torch.nn.functional.one_hot(domain_N).to(probabilities_NE).t() @ probabilities_NE / len(labels_N)
+    joint_ME = torch.nn.functional.one_hot(labels_N).to(probabilities_NE).t() @ probabilities_NE / len(labels_N)
     apart_ME = joint_ME.sum(1, keepdim=True) * joint_ME.sum(0, keepdim=True)
     return -len(labels_N) * (joint_ME * (joint_ME.clamp_min(_TINY) / apart_ME.clamp_min(_TINY)).log()).sum()
 

@@ -35,7 +35,7 @@ from modekit.routing.capture import to_float16
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.training.batches import DomainSequences
-from modekit.training.gates import Decisions, TrainingGate
+from modekit.training.gates import DROPPED, Decisions, TrainingGate
 from modekit.training.losses import (
     DIVERGENCES,
     GENERIC,
@@ -150,7 +150,7 @@ class Objective(TrainedModule):
     """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
-    sequences. `steps`: of the whole run.
+    sequences. `steps` are those of the whole run, `logged` what steps logged so far.
     """
 
     prefix = "mixture"
@@ -164,7 +164,6 @@ class Objective(TrainedModule):
         teachers: Sequence[DomainTeacher | None],
         train_top_k: int | None,
         packed: bool,
-        steps: int = 1,
     ) -> None:
         super().__init__()
         self.mixture = mixture
@@ -177,9 +176,8 @@ class Objective(TrainedModule):
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
         self._gate = TrainingGate(settings, self._top_k, _groups(checkpoint)) if settings.chooses else None
         self._item: Mapping[str, torch.Tensor] = {}
-        self._steps, self._done = steps, 0
-        self.dropped: list[list[float]] = []
-        """Share of decisions that capacity dropped, by quarter of the sequence, of every step."""
+        self.steps = 1
+        self.logged: list[Mapping[str, float]] = []
         self._packed = packed
         gates = {id(gate) for gate in mixture_of(mixture, checkpoint).gates()}
         self.gate_names: list[str] = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
@@ -187,9 +185,8 @@ class Objective(TrainedModule):
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
-        self.skips_parameters: bool = (
-            (not checkpoint.shape.plain and own) or settings.losses.keys() <= OF_ROUTERS or settings.chooses
-        )
+        own = (own and not checkpoint.shape.plain) or settings.chooses
+        self.skips_parameters: bool = own or settings.losses.keys() <= OF_ROUTERS
         mixture_of(mixture, checkpoint).set_top_k(self._train_top_k)
         if self._gate is not None:
             mixture_of(mixture, checkpoint).choose_by(self._choose)
@@ -296,7 +293,7 @@ class Objective(TrainedModule):
     def _choose(self, slot: int, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weights in training, by the gate."""
         assert self._gate is not None
-        self._gate.progress = self._done / self._steps
+        self._gate.progress = len(self.logged) / self.steps
         return self._gate.weights(self._of_slot(slot, logits, self._item), logits, weights)
 
     def _of_slot(self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]) -> Decisions:
@@ -346,25 +343,19 @@ class Objective(TrainedModule):
 
     def drain(self) -> dict[str, float]:
         """Every loss of the last step: of this process's parts, per predicted token of the step; and what capacity dropped."""
-        losses = {f"loss_{name}": value for name, value in self._sums.items()}
+        losses = {f"loss_{name}": value for name, value in self._sums.items()} | (self._gate.drain() if self._gate else {})
         self._sums = {}
-        self._done += 1
-        if self._gate is not None and self.settings.capacity is not None:
-            asked, dropped = self._gate.drops
-            self.dropped.append((dropped / asked.clamp_min(1)).tolist())
-            self._gate.drops.zero_()
-            losses |= dict(zip(_DROPPED, self.dropped[-1], strict=True))
+        self.logged.append(losses)
         return losses
 
     def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
-        """As far as the steps that are done, with what they dropped."""
-        done = [entry for entry in history if "loss" in entry]
-        self._done = len(done)
-        self.dropped = [[entry[name] for name in _DROPPED] for entry in done if _DROPPED[0] in entry]
+        """With what the steps before a kill logged."""
+        self.logged = [entry for entry in history if "loss" in entry]
 
-
-_DROPPED = tuple(f"dropped_{quarter}" for quarter in range(1, 5))
-"""Columns of the log, by quarter of the sequence."""
+    def dropped(self) -> list[float]:
+        """Mean share of decisions that capacity dropped, by quarter of the sequence; empty without a capacity."""
+        rates = [[entry[name] for name in DROPPED] for entry in self.logged if DROPPED[0] in entry]
+        return [sum(each) / len(rates) for each in zip(*rates, strict=True)]
 
 
 def _predicted(item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,23 +109,14 @@ class Request:
             )
 
     def _check_gate(self) -> None:
-        """Raise TrainingError where what an expert always has would be shared out, or a second expert is asked for."""
-        settings, shape = self.settings, self.checkpoint.shape
-        always_on = None if shape.plain else shape.routing.always_on
-        if always_on is not None and not always_on.apart:
+        """Raise TrainingError where what an expert always has would be shared out."""
+        settings, routing = self.settings, self.checkpoint.shape.routing
+        if routing.always_on is not None and not routing.runs_common:
             raise TrainingError(
                 "an expert that is always on has its share of every token, which no gate or capacity may take",
                 where="gate" if settings.gate is not None else "capacity",
                 found="always_on",
                 remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
-            )
-        experts = settings.train_top_k or self.checkpoint.record.recipe.top_k
-        if settings.overflow == "random" and experts < 2 and set(settings.what).isdisjoint({"routers", "all"}):
-            raise TrainingError(
-                "there is no second expert to take or leave",
-                where="overflow",
-                found="random, and one expert per token",
-                remedy="write train_top_k: 2, or overflow: drop",
             )
 
     def _check_joint(self) -> None:

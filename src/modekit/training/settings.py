@@ -57,11 +57,8 @@ OF_ROUTERS = {"label", "balance", "importance", "load", "mutual", "z"}
 
 @dataclass(frozen=True)
 class GateRow:
-    """What follows from a gate.
-
-    `reads_top_k`: whether top_k says how many experts it takes. `takes_any`: whether it may take any number of them.
-    `draws`: whether two passes over a text differ. `teaches`: whether its weights have a gradient. `reads_labels`: whether it
-    goes by the labels of text. `balances`: whether experts get equal loads in any case.
+    """What follows from a gate: whether top_k says how many experts a token gets, whether it may get any number of them,
+    whether two passes over a text differ, whether weights have a gradient, whether labels matter, and whether loads are equal.
     """
 
     reads_top_k: bool = False
@@ -85,8 +82,7 @@ GATES: Mapping[Gate, GateRow] = {
     "dselect": GateRow(reads_top_k=True, takes_any=True),
     "dense-to-sparse": GateRow(takes_any=True, draws=True),
 }
-NO_GATE = GateRow(reads_top_k=True)
-"""The mixture's own routing."""
+"""Gates, and what follows from them."""
 
 
 class TrainSettings(BaseModel):
@@ -159,7 +155,8 @@ class TrainSettings(BaseModel):
             "train_top_k": self.is_joint or not self.gate_row.reads_top_k,
             "gate": self.is_joint and self.gate is not None,
             "capacity": self.capacity is not None and (self.is_joint or self.gate_row.balances),
-            "overflow": self.capacity is None or (self.overflow == "random" and self.gate_row.takes_one),
+            "overflow": self.capacity is None
+            or (self.overflow == "random" and (self.gate_row.takes_one or self.train_top_k == 1)),
             "priority": self.capacity is None,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
@@ -202,8 +199,8 @@ class TrainSettings(BaseModel):
 
     @property
     def gate_row(self) -> GateRow:
-        """What follows from the gate."""
-        return NO_GATE if self.gate is None else GATES[self.gate]
+        """What follows from the gate, or the mixture's own routing."""
+        return GateRow(reads_top_k=True) if self.gate is None else GATES[self.gate]
 
     @property
     def chooses(self) -> bool:
