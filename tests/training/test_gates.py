@@ -357,8 +357,9 @@ def test_packing_changes_nothing_of_a_gate(workshop: Workshop) -> None:
 def test_early_tokens_are_served_first_and_the_log_shows_it(workshop: Workshop) -> None:
     objective, item = objective_of(open_checkpoint(workshop.build()), settings_of(capacity=0.5, sequence_length=32))
     objective(**item)
-    assert objective.drain()["dropped_1"] == objective.dropped()[0]
-    rates = objective.dropped()
+    logged = objective.drain()
+    rates = [logged[f"dropped_{quarter}"] for quarter in range(1, 5)]
+    assert objective.notes() == [f"capacity 0.5 dropped, by quarter of the sequence: {', '.join(f'{r:.3f}' for r in rates)}"]
     assert rates[0] < rates[1] < rates[2] and rates[3] > 0.8
 
 

@@ -66,9 +66,7 @@ def train_end_to_end(
     )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
-    if objective.dropped():
-        quarters = ", ".join(f"{rate:.3f}" for rate in objective.dropped())
-        notes.append(f"capacity {settings.capacity} dropped, by quarter of the sequence: {quarters}")
+    notes += objective.notes()
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
     moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])

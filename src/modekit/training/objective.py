@@ -352,10 +352,11 @@ class Objective(TrainedModule):
         """With what the steps before a kill logged."""
         self.logged = [entry for entry in history if "loss" in entry]
 
-    def dropped(self) -> list[float]:
-        """Mean share of decisions that capacity dropped, by quarter of the sequence; empty without a capacity."""
+    def notes(self) -> list[str]:
+        """What the record says: the mean shares of decisions that capacity dropped."""
         rates = [[entry[name] for name in DROPPED] for entry in self.logged if DROPPED[0] in entry]
-        return [sum(each) / len(rates) for each in zip(*rates, strict=True)]
+        shares = ", ".join(f"{sum(each) / len(rates):.3f}" for each in zip(*rates, strict=True))
+        return [f"capacity {self.settings.capacity} dropped, by quarter of the sequence: {shares}"] if rates else []
 
 
 def _predicted(item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
