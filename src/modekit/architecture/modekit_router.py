@@ -113,7 +113,8 @@ class Router(nn.Module):
             return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
-        return select(logits, self.routing, flow.left_out)
+        weights = select(logits, self.routing, flow.left_out)
+        return flow.chooser(self.place, logits, weights) if self.training and flow.chooser is not None else weights
 
     @property
     def has_decided(self) -> bool:

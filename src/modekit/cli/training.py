@@ -31,7 +31,13 @@ class SettingOptions:
         list[str] | None,
         typer.Option(
             help="NAME or NAME=WEIGHT; repeatable: lm (default), distill, distill_reverse, teacher_ce, total_variation, label, "
-            "balance, importance, z."
+            "balance, importance, load, mutual, z, consistency."
+        ),
+    ] = None
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="How experts are chosen in training only: base, sinkhorn, random, domain-random, dselect, dense-to-sparse."
         ),
     ] = None
     regime: Annotated[

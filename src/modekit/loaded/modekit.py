@@ -16,7 +16,7 @@ from modekit.architecture.modekit_flow import Flow
 from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
-from modekit.loaded.mixture import LoadedMixture, RouterTrace
+from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
 from modekit.loaded.passes import reads_target
 from modekit.planning.mixture_config import MixtureConfig, leader_of
 from modekit.planning.shape import RouterSlot
@@ -61,6 +61,11 @@ class ModekitMixture(LoadedMixture):
         for router in routers_at(self.model, self.checkpoint.slots):
             router.set(routing)
 
+    def choose_by(self, chooser: Chooser) -> None:
+        """By the flow that all routers share."""
+        numbers = self._numbers()
+        flow_of(self.model).chooser = lambda place, logits, weights: chooser(numbers[place], logits, weights)
+
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
         """By the flow that all routers share."""
@@ -88,15 +93,17 @@ class ModekitMixture(LoadedMixture):
     @contextmanager
     def traced(self) -> Iterator[RouterTrace]:
         """The routers say their logits themselves."""
-        slots = self.checkpoint.slots
-        trace = RouterTrace(len(slots), None)
-        numbers = {router.place: number for number, router in enumerate(routers_at(self.model, slots))}
+        trace, numbers = RouterTrace(len(self.checkpoint.slots), None), self._numbers()
 
         def said(place: str, logits: torch.Tensor) -> None:
             trace.said[numbers[place]] = logits
 
         with flow_of(self.model).listening(said):
             yield trace
+
+    def _numbers(self) -> dict[str, int]:
+        """Place of a router -> the number of its slot."""
+        return {router.place: number for number, router in enumerate(routers_at(self.model, self.checkpoint.slots))}
 
 
 class ModekitView:

@@ -22,7 +22,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
 from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
-from modekit.loaded.mixture import LoadedMixture, RouterTrace
+from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
+from modekit.loaded.native_chooser import ChosenWeights
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
 from modekit.run import QUIET, Run
@@ -118,6 +119,12 @@ class NativeMixture(LoadedMixture):
                 if hasattr(module, "top_k"):
                     setattr(module, "top_k", chosen)  # noqa: B010
 
+    def choose_by(self, chooser: Chooser) -> None:
+        """By logits that say the weights, and by the blocks' outputs, which are scaled by the sum of the weights."""
+        for number, (layer, gate) in enumerate(zip(decoder_layers(self.model), self.gates(), strict=True)):
+            router, block = layer.get_submodule(self.native.router_module), self.ffn(layer)
+            ChosenWeights(partial(chooser, number), block, self.native.by_sigmoids).stand_at(router, gate)
+
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
         """The expert's logit is 10,000 and the others' less by twice as much: softmax and sigmoids are exactly one-hot."""
@@ -158,7 +165,10 @@ class NativeMixture(LoadedMixture):
         def read(number: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             trace.said[number] = args[0]
 
-        handles = [router.register_forward_pre_hook(partial(read, number)) for number, router in enumerate(self.routers())]
+        handles = [  # in front of choosers, which change what is read
+            router.register_forward_pre_hook(partial(read, number), prepend=True)
+            for number, router in enumerate(self.routers())
+        ]
         try:
             yield trace
         finally:

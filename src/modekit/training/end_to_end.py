@@ -58,6 +58,7 @@ def train_end_to_end(
     teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
     mixture = trainable.model
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
+    objective.steps = steps
     done = run_trainer(
         objective,
         Batches(corpora, parts, pad_id=0),
@@ -68,6 +69,7 @@ def train_end_to_end(
     )
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
+    notes += objective.notes()
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
     moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
@@ -98,7 +100,7 @@ def _read(request: Request, parts: Sequence[BatchPart]) -> int:
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     """How many experts a token gets while training, and what has to be said about it."""
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
-    if settings.is_joint:
+    if settings.is_joint or not settings.gate_row.reads_top_k:
         return None, []
     if settings.train_top_k is not None:
         wanted = settings.train_top_k or experts
@@ -112,7 +114,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
             )
         return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
     moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None
-    if own == 1 and experts > 1 and not has_no_router(checkpoint) and moves_routers:
+    if own == 1 and experts > 1 and not has_no_router(checkpoint) and (moves_routers or settings.overflow == "random"):
         return 2, [
             "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "
             "the checkpoint goes on to use 1"

@@ -1,5 +1,5 @@
 """What a training moves towards. Every loss is a sum over real tokens, so that parts of a step add up; pads never count.
-(balance and importance are products of means over the tokens of a part: they depend on how a step is cut.)
+(balance, importance, load and mutual are of means over the tokens of a part: they depend on how a step is cut.)
 
     lm               -log p(next token)
     forward_kl       T^2 KL(teacher || student) (arXiv:1503.02531); also called distill in `modekit train`, whose teacher is the
@@ -11,7 +11,10 @@
     label            -log p(router takes the domain's own expert), mean over routers
     balance          E sum_e f_e P_e: share of tokens sent to an expert times its mean probability (Eq. 4, arXiv:2101.03961)
     importance       squared coefficient of variation of the experts' summed weights (Eq. 7, arXiv:1701.06538)
+    load             squared coefficient of variation of the experts' smooth loads (Eq. 8-11, arXiv:1701.06538)
+    mutual           -I(expert; domain), of the routers' probabilities over the domains' tokens (arXiv:2212.08066)
     z                (log sum exp of a router's logits)^2, mean over routers (Eq. 5, arXiv:2202.08906)
+    consistency      1/2 (KL(p || q) + KL(q || p)) of two passes with experts drawn anew (arXiv:2110.04260)
 
 Shape legend: N tokens, V vocabulary, C classes that two distributions are compared over (the vocabulary, or some of its
 tokens and all others as one), E experts.
@@ -25,6 +28,7 @@ import torch
 
 GENERIC = -1
 """Label of a token of no domain."""
+_TINY = 1e-30
 
 
 def language_model(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -111,9 +115,43 @@ def importance(logits_NE: torch.Tensor) -> torch.Tensor:
     """Squared coefficient of variation of the experts' summed probabilities, times the number of tokens."""
     if len(logits_NE) == 0:
         return logits_NE.sum()
-    sums_E = logits_NE.softmax(-1).sum(0)
-    variation: torch.Tensor = sums_E.var(unbiased=False) / sums_E.mean().square()
-    return len(logits_NE) * variation
+    return len(logits_NE) * _variation(logits_NE.softmax(-1).sum(0))
+
+
+def _variation(values_E: torch.Tensor) -> torch.Tensor:
+    """Squared coefficient of variation."""
+    variation: torch.Tensor = values_E.var(unbiased=False) / values_E.mean().square()
+    return variation
+
+
+def load(logits_NE: torch.Tensor, noisy_NE: torch.Tensor, top_k: int, deviation: float) -> torch.Tensor:
+    """Squared coefficient of variation of the experts' loads, times the number of tokens.
+
+    The load of an expert is the sum over tokens of the probability that it is among the top_k when its noise is drawn anew and
+    the others keep theirs: Phi((logit - k-th largest of the other noisy logits) / deviation).
+    """
+    count, experts = logits_NE.shape
+    if count == 0 or top_k >= experts:
+        return logits_NE.sum() * 0.0
+    best_NK = noisy_NE.topk(top_k + 1, dim=-1).values
+    is_taken_NE = noisy_NE >= best_NK[:, top_k - 1, None]
+    others_NE = torch.where(is_taken_NE, best_NK[:, top_k, None], best_NK[:, top_k - 1, None])
+    return count * _variation(torch.special.ndtr((logits_NE - others_NE) / deviation).sum(0))
+
+
+def mutual(logits_NE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """-I(E; M) of experts and domains, times the number of tokens; tokens of no domain do not count."""
+    probabilities_NE, labels_N = logits_NE[labels_N != GENERIC].softmax(-1), labels_N[labels_N != GENERIC]
+    if len(labels_N) == 0:
+        return logits_NE.sum() * 0.0
+    joint_ME = torch.nn.functional.one_hot(labels_N).to(probabilities_NE).t() @ probabilities_NE / len(labels_N)
+    apart_ME = joint_ME.sum(1, keepdim=True) * joint_ME.sum(0, keepdim=True)
+    return -len(labels_N) * (joint_ME * (joint_ME.clamp_min(_TINY) / apart_ME.clamp_min(_TINY)).log()).sum()
+
+
+def consistency(first_NC: torch.Tensor, second_NC: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the symmetric divergence of two passes' log-probabilities (N, C)."""
+    return 0.5 * (forward_kl(first_NC, second_NC) + reverse_kl(first_NC, second_NC))
 
 
 def z_loss(logits_NE: torch.Tensor) -> torch.Tensor:

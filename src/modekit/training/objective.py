@@ -35,14 +35,19 @@ from modekit.routing.capture import to_float16
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.training.batches import DomainSequences
+from modekit.training.gates import DROPPED, Decisions, TrainingGate
 from modekit.training.losses import (
     DIVERGENCES,
     GENERIC,
+    consistency,
     distillation,
     domain_label,
     importance,
     language_model,
+    load,
     load_balance,
+    mutual,
+    tempered,
     z_loss,
 )
 from modekit.training.settings import OF_ROUTERS, TrainSettings
@@ -145,7 +150,7 @@ class Objective(TrainedModule):
     """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
-    sequences.
+    sequences. `steps` are those of the whole run, `logged` what steps logged so far.
     """
 
     prefix = "mixture"
@@ -167,8 +172,12 @@ class Objective(TrainedModule):
         self._checkpoint = checkpoint
         self.settings = settings
         self._teachers = list(teachers)
-        self._train_top_k = train_top_k
+        self._train_top_k = len(checkpoint.names) if settings.gate_row.takes_any else train_top_k
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
+        self._gate = TrainingGate(settings, self._top_k, _groups(checkpoint)) if settings.chooses else None
+        self._item: Mapping[str, torch.Tensor] = {}
+        self.steps = 1
+        self.logged: list[Mapping[str, float]] = []
         self._packed = packed
         gates = {id(gate) for gate in mixture_of(mixture, checkpoint).gates()}
         self.gate_names: list[str] = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
@@ -176,8 +185,11 @@ class Objective(TrainedModule):
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
-        self.skips_parameters: bool = (not checkpoint.shape.plain and own) or settings.losses.keys() <= OF_ROUTERS
-        mixture_of(mixture, checkpoint).set_top_k(train_top_k)
+        own = (own and not checkpoint.shape.plain) or settings.chooses
+        self.skips_parameters: bool = own or settings.losses.keys() <= OF_ROUTERS
+        mixture_of(mixture, checkpoint).set_top_k(self._train_top_k)
+        if self._gate is not None:
+            mixture_of(mixture, checkpoint).choose_by(self._choose)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None
         self._sums: dict[str, float] = {}
@@ -193,11 +205,15 @@ class Objective(TrainedModule):
         mixture = mixture_of(self.mixture, self._checkpoint)
         wanted = OF_ROUTERS & self.settings.losses.keys()
         own = mixture.on_own_text(int(item["expert"])) if self.settings.is_joint else nullcontext()
+        self._item = item
         with own, mixture.traced() if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"input_ids": batch.input_ids, "position_ids": item["position_ids"]}
-            logits = self.mixture(**(apart if self._packed else inputs_of(self.mixture, batch)), use_cache=False).logits
+            inputs = apart if self._packed else inputs_of(self.mixture, batch)
+            logits = self.mixture(**inputs, use_cache=False).logits
             losses = self._losses(logits, item, trace)
+        if "consistency" in self.settings.losses:
+            self._add_consistency(losses, logits, self.mixture(**inputs, use_cache=False).logits)
         weights = self._weights(losses)
         targets = item["targets"].to(logits.device)
         for name, value in losses.items():
@@ -208,15 +224,8 @@ class Objective(TrainedModule):
     def _losses(
         self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: RouterTrace | None
     ) -> dict[str, torch.Tensor]:
-        real, positions, target = item["real"], item["position_ids"], item.get("target")
-        if target is None:
-            predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
-            if "silent" in item:
-                predicted &= ~item["silent"][:, 1:]
-            logits_NV, wanted_N = logits[:, :-1][predicted], item["input_ids"][:, 1:][predicted]
-        else:
-            predicted = target != NO_LABEL
-            logits_NV, wanted_N = logits[predicted], target[predicted]
+        predicted, wanted_N = _predicted(item)
+        logits_NV = logits[:, : predicted.shape[1]][predicted]
         losses: dict[str, torch.Tensor] = {}
         names = self.settings.losses
         if "lm" in names:
@@ -251,34 +260,51 @@ class Objective(TrainedModule):
         names = self.settings.losses
         said = list(trace.by_slot())
         for slot, logits in said:
-            mask, labels = self._of_slot(slot, logits, item)
-            logits_TFE = logits.reshape(*mask.shape, -1, logits.shape[-1])[mask]  # (T, features or 1, E)
-            features = logits_TFE.shape[1]
-            logits_TE = logits_TFE.flatten(0, 1)
-            share = 1.0 / (features * len(said))
+            at = self._of_slot(slot, logits, item)
+            logits_TE = at.rows(logits)
+            labels_T = at.each(at.labels, len(logits_TE))
+            share = 1.0 / (max(self._checkpoint.slots[slot].features, 1) * len(said))
             values: dict[str, torch.Tensor] = {}
             if "label" in names:
-                labels_T = labels[mask].repeat_interleave(features)
                 values["label"] = domain_label(logits_TE, labels_T, self._base)
             if "balance" in names:
                 values["balance"] = load_balance(logits_TE, self._top_k)
             if "importance" in names:
                 values["importance"] = importance(logits_TE)
+            if "load" in names:  # noise as in V-MoE (arXiv:2106.05974), where the mixture has none of its own
+                deviation = self._checkpoint.shape.routing.noise or 1.0 / logits_TE.shape[-1]
+                noisy_TE = logits_TE + torch.randn_like(logits_TE) * deviation
+                values["load"] = load(logits_TE, noisy_TE, self._top_k, deviation)
+            if "mutual" in names:
+                values["mutual"] = mutual(logits_TE, labels_T)
             if "z" in names:
                 values["z"] = z_loss(logits_TE)
             for name, value in values.items():
                 losses[name] = losses.get(name, torch.zeros((), device=value.device)) + value * share
 
-    def _of_slot(self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which decisions of a router count, and their labels, (B, decisions): of a source's tokens or a target's, or the one
-        for all.
-        """
-        real, labels, target = item["real"], item["labels"], item.get("target")
+    def _add_consistency(self, losses: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor) -> None:
+        """How far two passes' predictions are from each other; the text is learnt by both of them, each by half."""
+        predicted, wanted_N = _predicted(self._item)
+        both = [logits[:, : predicted.shape[1]][predicted] for logits in (first, second)]
+        losses["consistency"] = consistency(*(tempered(logits_NV, 1.0) for logits_NV in both))
+        if "lm" in losses:
+            losses["lm"] = 0.5 * (losses["lm"] + language_model(both[1], wanted_N))
+
+    def _choose(self, slot: int, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Weights in training, by the gate."""
+        assert self._gate is not None
+        self._gate.progress = len(self.logged) / self.steps
+        return self._gate.weights(self._of_slot(slot, logits, self._item), logits, weights)
+
+    def _of_slot(self, slot: int, logits: torch.Tensor, item: Mapping[str, torch.Tensor]) -> Decisions:
+        """Which decisions of a router count: of a source's tokens or a target's, or the one for all."""
+        real, labels, places, target = item["real"], item["labels"], item["position_ids"], item.get("target")
         if target is not None and reads_target(self._checkpoint.slots[slot].name):
             real, labels = target != NO_LABEL, labels[:, :1].expand(target.shape)
+            places = torch.arange(target.shape[1], device=target.device).expand(target.shape)
         if target is not None and logits.shape[1] == 1:
-            real, labels = real[:, :1], labels[:, :1]
-        return real.to(logits.device), labels.to(logits.device)
+            real, labels, places = real[:, :1], labels[:, :1], places[:, :1]
+        return Decisions(*(each.to(logits.device) for each in (real, labels, places)))
 
     def _weights(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
@@ -316,7 +342,35 @@ class Objective(TrainedModule):
             mixture_of(self.mixture, self._checkpoint).set_top_k(self._train_top_k)
 
     def drain(self) -> dict[str, float]:
-        """Every loss of the last step: of this process's parts, per predicted token of the step."""
-        losses = {f"loss_{name}": value for name, value in self._sums.items()}
+        """Every loss of the last step: of this process's parts, per predicted token of the step; and what capacity dropped."""
+        losses = {f"loss_{name}": value for name, value in self._sums.items()} | (self._gate.drain() if self._gate else {})
         self._sums = {}
+        self.logged.append(losses)
         return losses
+
+    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
+        """With what the steps before a kill logged."""
+        self.logged = [entry for entry in history if "loss" in entry]
+
+    def notes(self) -> list[str]:
+        """What the record says: the mean shares of decisions that capacity dropped."""
+        rates = [[entry[name] for name in DROPPED] for entry in self.logged if DROPPED[0] in entry]
+        shares = ", ".join(f"{sum(each) / len(rates):.3f}" for each in zip(*rates, strict=True))
+        return [f"capacity {self.settings.capacity} dropped, by quarter of the sequence: {shares}"] if rates else []
+
+
+def _predicted(item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which logits predict a token, (B, S - 1) or (B, T) of pairs, and the tokens (N,)."""
+    real, positions, target = item["real"], item["position_ids"], item.get("target")
+    if target is not None:
+        return target != NO_LABEL, target[target != NO_LABEL]
+    predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
+    if "silent" in item:
+        predicted &= ~item["silent"][:, 1:]
+    return predicted, item["input_ids"][:, 1:][predicted]
+
+
+def _groups(checkpoint: Checkpoint) -> torch.Tensor:
+    """Which experts are of one domain, (E, E): those that have the same text."""
+    texts = [None if expert.writes_text else expert.text for expert in checkpoint.record.recipe.experts]
+    return torch.tensor([[a == b or (x is not None and x == y) for b, y in enumerate(texts)] for a, x in enumerate(texts)])

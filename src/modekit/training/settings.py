@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,8 +24,13 @@ Group = Literal["routers", "attention", "norms", "mlp", "embeddings", "head", "e
 """What may move; training/moving.py finds the parameters."""
 
 _Divergence = Literal["distill", "distill_reverse", "forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
-Loss = Literal["lm", _Divergence, "label", "balance", "importance", "z"]
+Loss = Literal["lm", _Divergence, "label", "balance", "importance", "load", "mutual", "z", "consistency"]
 """See training/losses.py."""
+
+Gate = Literal["base", "sinkhorn", "random", "domain-random", "dselect", "dense-to-sparse"]
+Overflow = Literal["drop", "next", "random"]
+Priority = Literal["position", "score"]
+"""See training/gates.py."""
 
 RandomiseTo = Literal["half", "all", "others", "generic"]
 """What a label becomes that is drawn anew: half of them none, half another; any, its own among them; another; none."""
@@ -34,24 +40,58 @@ WEIGHTS: dict[Loss, float] = {
     "label": 0.1,  # of our own: a tenth of a nat of routing against a nat of text (benchmarks/training.md)
     "balance": 0.01,  # alpha, arXiv:2101.03961, Section 2.2
     "importance": 0.1,  # w_importance, arXiv:1701.06538, Section 4
+    "load": 0.1,  # w_load, arXiv:1701.06538, Section 4
+    "mutual": 0.001,  # w_MI, arXiv:2212.08066
     "z": 0.001,  # c_z, arXiv:2202.08906, Section 3
+    "consistency": 5.0,  # alpha, arXiv:2110.04260, as in its authors' script
 }
 """Weight of a loss that is named without one."""
 
 DISTILLS = set(get_args(_Divergence))
 """Losses that need the domains' own experts as teachers."""
-_READS_LABELS = "tags, regime: joint, the loss label, or distillation without a teacher"
+_READS_LABELS = "tags, regime: joint, the losses label and mutual, gate: domain-random, or distillation without a teacher"
 _FEWEST_SELECT_TOKENS = 64
-OF_ROUTERS = {"label", "balance", "importance", "z"}
+OF_ROUTERS = {"label", "balance", "importance", "load", "mutual", "z"}
 """Losses that are taken of what routers say."""
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """What follows from a gate: whether top_k says how many experts a token gets, whether it may get any number of them,
+    whether two passes over a text differ, whether weights have a gradient, whether labels matter, and whether loads are equal.
+    """
+
+    reads_top_k: bool = False
+    takes_any: bool = False
+    draws: bool = False
+    teaches: bool = True
+    reads_labels: bool = False
+    balances: bool = False
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether every token gets one expert."""
+        return not (self.reads_top_k or self.takes_any)
+
+
+GATES: Mapping[Gate, GateRow] = {
+    "base": GateRow(balances=True),
+    "sinkhorn": GateRow(reads_top_k=True),
+    "random": GateRow(reads_top_k=True, draws=True, teaches=False),
+    "domain-random": GateRow(draws=True, teaches=False, reads_labels=True),
+    "dselect": GateRow(reads_top_k=True, takes_any=True),
+    "dense-to-sparse": GateRow(takes_any=True, draws=True),
+}
+"""Gates, and what follows from them."""
 
 
 class TrainSettings(BaseModel):
     """Settings of one run, each as docs/training.md says it; unknown keys and settings without effect are errors.
 
     Losses of distillation count times temperature^2 (arXiv:1503.02531, Section 2); `regime` joint is JEET and MoE-CE of
-    arXiv:2407.19610; `randomise` is the domain randomisation of arXiv:2407.01126. None of `train_top_k` is the mixture's own,
-    but at least 2 in native mixtures, whose renormalised weight is 1 and gives no gradient at 1.
+    arXiv:2407.19610; `randomise` is the domain randomisation of arXiv:2407.01126; `train_top_k` 0 trains densely what is sparse
+    afterwards (DS-MoE, arXiv:2404.05567). None of it is the mixture's own, but at least 2 in native mixtures, whose
+    renormalised weight is 1 and gives no gradient at 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -73,6 +113,10 @@ class TrainSettings(BaseModel):
     warmup: float = Field(0.06, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     train_top_k: int | None = Field(None, ge=0)
+    gate: Gate | None = None
+    capacity: float | None = Field(None, gt=0)
+    overflow: Overflow = "drop"
+    priority: Priority = "position"
     mix: Literal["equal", "proportional", "temperature"] = "equal"
     mix_temperature: float = Field(2.0, ge=1)
     generic: list[str] = []
@@ -108,7 +152,12 @@ class TrainSettings(BaseModel):
             "randomise": self.randomise > 0 and not self._reads_label,
             "randomise_to": self.randomise == 0,
             "learning_rate": not {"routers", "all"} & set(self.what) or self.is_joint,
-            "train_top_k": self.is_joint,
+            "train_top_k": self.is_joint or not self.gate_row.reads_top_k,
+            "gate": self.is_joint and self.gate is not None,
+            "capacity": self.capacity is not None and (self.is_joint or self.gate_row.balances),
+            "overflow": self.capacity is None
+            or (self.overflow == "random" and (self.gate_row.takes_one or self.train_top_k == 1)),
+            "priority": self.capacity is None,
             "backbone_learning_rate": set(self.what) == {"routers"},
             "weight_decay": set(self.what) == {"routers"} and self.weight_decay > 0,
         }
@@ -120,11 +169,22 @@ class TrainSettings(BaseModel):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
         if self.is_joint:
             self._check_joint()
+        self._check_gate()
         if set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
         if self.lora is not None and set(self.what) <= {"routers", "norms"}:
             raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
         return self
+
+    def _check_gate(self) -> None:
+        """Raise ValueError for what a gate cannot teach, and for two passes that are one."""
+        if not self.gate_row.teaches and set(self.what) == {"routers"} and not OF_ROUTERS & set(self.losses):
+            raise ValueError(
+                f"gate: {self.gate} does not ask routers, so that none learns: train experts, or add a loss of routers"
+            )
+        if "consistency" in self.losses and not (self.gate_row.draws or self.overflow == "random"):
+            drawing = [f"gate: {name}" for name, row in GATES.items() if row.draws]
+            raise ValueError(f"consistency needs experts that are drawn: {', '.join(drawing)} or overflow: random")
 
     def _check_joint(self) -> None:
         """Raise ValueError for what a step that no router decides cannot train."""
@@ -134,8 +194,18 @@ class TrainSettings(BaseModel):
 
     @property
     def _reads_label(self) -> bool:
-        reads = {"label"} if self.teacher is not None else {"label", *DISTILLS}  # one teacher teaches every label alike
-        return self.tags or self.is_joint or bool(reads & set(self.losses))
+        reads = {"label", "mutual"} | (DISTILLS if self.teacher is None else set())  # one teacher teaches every label alike
+        return self.tags or self.is_joint or self.gate_row.reads_labels or bool(reads & set(self.losses))
+
+    @property
+    def gate_row(self) -> GateRow:
+        """What follows from the gate, or the mixture's own routing."""
+        return GateRow(reads_top_k=True) if self.gate is None else GATES[self.gate]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether experts are chosen in another way than the mixture's own."""
+        return self.gate is not None or self.capacity is not None
 
     @property
     def is_joint(self) -> bool:
