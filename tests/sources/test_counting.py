@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import modekit
 
+from command_line import modekit
 from modekit.errors import SourceError
 from modekit.sources.counting import count_parameters
 

@@ -80,7 +80,7 @@ def count_parameters(config_file: Path, *, run: Run = QUIET) -> ParameterCount:
 
 
 def _choices(model: nn.Module) -> Iterator[tuple[str, int, int, int]]:
-    """Of every module of experts: the module that holds it, its parameters, how many experts it has, and how many a token uses."""
+    """Of every module of experts: what holds it, its parameters, how many experts it has, and how many a token uses."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if not kind.endswith("Experts") or "Shared" in kind:

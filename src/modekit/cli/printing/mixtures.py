@@ -214,7 +214,7 @@ def print_count(count: ParameterCount) -> None:
     table.add("model", count.model_type)
     table.add("parameters", f"{count_of(count.total)} total, {count_of(count.active)} active per token")
     if count.layers:
-        table.add("experts", "{} in each of {} layers, top_k {}".format(next(numbers), count.layers, next(numbers)))
+        table.add("experts", f"{next(numbers)} in each of {count.layers} layers, top_k {next(numbers)}")
         table.add("of experts", f"{count_of(count.expert_parameters)}, without shared ones")
     out.print(table)
 
