@@ -13,7 +13,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-_PARTS = ("any", "cache", "chain", "few_bits", "flow", "mixed", "pairs", "router", "streams", "terms", "whole", "wrapped")
+_PARTS = (
+    *("any", "cache", "chain", "few_bits", "flow", "mixed", "pairs", "prefix", "router", "streams", "terms", "whole"),
+    "wrapped",
+)
 _CODE = ("configuration_modekit", "modeling_modekit", *(f"modekit_{part}" for part in _PARTS))
 CODE_FILES = tuple(Path(__file__).with_name(f"{name}.py") for name in _CODE)
 _AUTO = "transformers.models.auto.configuration_auto"
