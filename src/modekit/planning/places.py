@@ -17,6 +17,7 @@ from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
+from modekit.planning.prefixes import check_prefixes, place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import named_layers, order_of
 from modekit.recipes.recipe import Recipe
@@ -28,6 +29,7 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import (
     HEAD,
     LOGITS_BIAS,
+    SOFT_PREFIX,
     in_decoder,
     is_ignored,
     module_of,
@@ -75,7 +77,7 @@ def _sharers(place: str, family: Family, scope: str) -> object:
         return scope if scope == "model" else place
     if family.derived is not None:  # what the layer calls: its attention, its FFN
         return layer, path.rpartition(".")[0].partition(".")[0]
-    parts = family.stack_of(layer).parts
+    parts = {**family.stack_of(layer).parts, **({"q": path} if path == SOFT_PREFIX else {})}
     return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)
 
 
@@ -115,6 +117,7 @@ class Places:
         self._recipe, self._sources, self._family = recipe, sources, family
         self._base = sources[0]
         _check_pair(recipe, family)
+        check_prefixes(recipe, sources)
         self._count = len(recipe.experts)
         self._whole = recipe.mixture.is_whole
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
@@ -274,6 +277,9 @@ class Places:
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
+            prefixes = place_of_prefixes(self._sources, self._family, layer)
+            if prefixes is not None:
+                yield prefixes
             for part, path in self.parts.in_order(layer):
                 module = self._family.in_layer(layer, path)
                 calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()
