@@ -36,8 +36,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 class MixedPrefix(Mixed):
     """The prefixes of one layer's attention, and the router if the place has one. Its entry in `modekit.places` has besides:
-        prefixes: tokens of each expert's prefix; 0 without one. prompted: experts whose prefix is a prompt.
-        widths: of what is stored here of each: 2 H C, keys and values side by side; of a prompt D, in the first layer alone.
+    prefixes: tokens of each expert's prefix; 0 without one. prompted: experts whose prefix is a prompt.
+    widths: of what is stored here of each: 2 H C, keys and values side by side; of a prompt D, in the first layer alone.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class MixedPrefix(Mixed):
 
     def stand_in(self, attention: Any) -> None:
         """Let an attention call this place first, and attend by its function."""
+        self._flow[0].prefixed = True
         self._config, self._kind = [attention.config], type(attention)
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation = _NAME
@@ -72,21 +73,25 @@ class MixedPrefix(Mixed):
         self._of_pass = self._decided(x_BSD)
         return x_BSD
 
-    def attend(self, attention: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **more: Any) -> Any:
-        """What the attention's own function gives, summed over the experts: (B, S, heads, C), and no weights."""
-        plain = partial(self._function(), attention, query, **more)
+    def attend(self, attention: Any, query: torch.Tensor, *text: Any, **more: Any) -> Any:
+        """What the attention's own function gives of a text's keys, values and mask, summed over the experts: (B, S, heads, C),
+        and no weights.
+        """
+        plain, (keys, values, mask) = partial(self._function(), attention, query, **more), text
         flow = self._flow[0]
         if flow.probe is not None:
             flow.probe[self.name] = (keys, values, self.turn)
             return plain(keys, values, mask)
         assert self._of_pass is not None
         weights_BSE = self._of_pass.to(query)
-        parts = [(None, 1.0 - weights_BSE[..., [e for e, length in enumerate(self.lengths) if length]].sum(-1))]
-        parts = [] if all(self.lengths) else parts
+        parts: list[tuple[Pair | None, torch.Tensor]] = []
         parts += [(pair, weights_BSE[..., expert]) for expert, pair in self.pairs.items()]
+        if not all(self.lengths):
+            parts.append((None, 1.0 - weights_BSE[..., list(self.pairs)].sum(-1)))
         total: torch.Tensor | None = None
         for number, (pair, weight_BS) in enumerate(parts):
-            if not torch.compiler.is_compiling() and not bool(weight_BS.any()) and (total is not None or number + 1 < len(parts)):
+            idle = not torch.compiler.is_compiling() and not bool(weight_BS.any())
+            if idle and (total is not None or number + 1 < len(parts)):
                 continue
             y = plain(keys, values, mask)[0] if pair is None else plain(*_behind(pair, query, keys, values, mask))[0]
             y = y * weight_BS[..., None, None]
@@ -115,7 +120,8 @@ class MixedPrefix(Mixed):
         heads, width = keys_BHTC.shape[1], keys_BHTC.shape[3]
         stored = self.get_parameter(f"expert_{expert}").to(keys_BHTC)
         keys, values = stored.view(self.lengths[expert], 2, heads, width).permute(1, 2, 0, 3)
-        if (keys_BHTC[0] - keys_BHTC[1]).abs().max() > _SAME * keys_BHTC.abs().max():  # P places apart: this layer has positions
+        apart = (keys_BHTC[0] - keys_BHTC[1]).abs().max()  # of one token, P places apart
+        if apart > _SAME * keys_BHTC.abs().max():  # this layer has positions
             size = (cos.square() + sin.square()).sqrt()  # what yarn and longrope scale queries and keys with
             turn = sys.modules[self._kind.__module__].apply_rotary_pos_emb
             part, rest = keys[None].split([cos.shape[-1], width - cos.shape[-1]], dim=-1)
@@ -124,8 +130,11 @@ class MixedPrefix(Mixed):
         self.pairs[expert] = keys, values
 
 
-def prepare(model: Any, forward: Callable[..., Any], flow: Flow) -> None:
-    """Before a pass: every expert's keys and values, kept where no gradients are asked for. `forward`: one of the base model."""
+def prepare(model: Any, forward: Callable[..., Any], start: Callable[..., None]) -> None:
+    """Before a pass: every expert's keys and values, kept where no gradients are asked for, by a pass of the base model."""
+    flow: Flow = model.flow
+    if not flow.prefixed:
+        return
     places = [mixed for mixed in flow.mixed.values() if isinstance(mixed, MixedPrefix)]
     first, like = places[0], model.get_input_embeddings().weight
     known = next((keys for keys, _ in first.pairs.values()), like)
@@ -144,7 +153,9 @@ def prepare(model: Any, forward: Callable[..., Any], flow: Flow) -> None:
         flow.probe = {}
         try:
             with flow.forcing(expert):
-                forward(inputs_embeds=given, position_ids=positions, use_cache=False)
+                said = {"inputs_embeds": given, "position_ids": positions, "use_cache": False}
+                start(flow, said)
+                forward(model, **said)
             for place in places:
                 place.keep(expert, flow.probe[place.name])
         finally:

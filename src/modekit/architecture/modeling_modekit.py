@@ -27,7 +27,7 @@ from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow, Recomputing
 from .modekit_mixed import Mixed
-from .modekit_prefix import MixedPrefix, prepare
+from .modekit_prefix import prepare
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
@@ -133,23 +133,18 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
     """Wrap the places under `root` that the config names; their paths start with `prefix`."""
     modekit: dict[str, Any] = config.modekit
     kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
-    here: list[str] = []
     for name, place in modekit["places"].items():
         path = path_of(name, config)
         if path.startswith(prefix):
             parent, _, leaf = path.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
-            dense = Chain(owner, calls) if calls else getattr(owner, leaf, None)
+            dense: Any = Chain(owner, calls) if calls else getattr(owner, leaf, None)
             module = kinds.get(leaf, other)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
-            if isinstance(module, MixedPrefix):
-                module.stand_in(owner)
-                flow.prefixed = True
             flow.mixed[name] = module
-            here.append(name)
-    for name in here:
-        flow.mixed[name].follow(flow.mixed[modekit["places"][name]["router"]])
+    for name, module in flow.mixed.items():
+        module.follow(flow.mixed[modekit["places"][name]["router"]])
 
 
 def initialise(module: nn.Module) -> None:
@@ -199,13 +194,8 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         flow, asked = self.flow, asks_for_log(self.config, kwargs)
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
-        def of_prefix(**given: Any) -> None:
-            start_pass(flow, given)
-            dense_model.forward(self, **given)
-
         def run() -> Any:
-            if flow.prefixed:
-                prepare(self, of_prefix, flow)
+            prepare(self, dense_model.forward, start_pass)
             given = {**dict(zip(arguments, args, strict=False)), **flow.told_padding, **kwargs}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)

@@ -21,9 +21,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
 from modekit.run import Run
-from modekit.sources.adapter import is_adapter
-from modekit.sources.adapter_config import read_adapter_config
-from modekit.sources.prefix import is_prefix
+from modekit.sources.adapter import holds_prefix, is_adapter
 from modekit.text.tags import labels_of
 
 ALONE = "without the base beside it"
@@ -80,8 +78,8 @@ def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
             yield RowJob(name, "expert", identity, partial(load, place), dense=True)
     if every:
-        prefixed = {place for place, folder in enumerate(folders) if is_adapter(folder) and is_prefix(read_adapter_config(folder, where=str(folder)))}
-        members = list(dict.fromkeys(0 if place in prefixed else place for place in record.expert_sources))  # weights of the base
+        weights = [0 if holds_prefix(folders[place]) else place for place in record.expert_sources]  # whose are the base's
+        members = list(dict.fromkeys(weights))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, place) for place in members]
         yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)

@@ -30,8 +30,8 @@ from modekit.loaded.prefixed import with_prefix
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import DTYPE_NAMES, ModelSource, is_quantised, open_source
 from modekit.sources.families import family_of
+from modekit.sources.model import DTYPE_NAMES, ModelSource, is_quantised, open_source
 from modekit.sources.model_config import check_no_code, read_config
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.native import leaves_out

@@ -194,13 +194,15 @@ class MixtureConfig(_Said):
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
-            if any(each and len(each) != count for each in (place.bits, place.prefixes, place.widths)):
-                raise ValueError(f"places.{module}: bits, prefixes and widths must have {count} entries")
-            if bool(place.prefixes) != module.endswith(f".{SOFT_PREFIX}") or len(place.prefixes) != len(place.widths):
-                raise ValueError(f"places.{module}: prefixes stand before the attention of a layer")
+            if place.bits and len(place.bits) != count:
+                raise ValueError(f"places.{module}: bits must have {count} entries")
+            if {len(place.prefixes), len(place.widths)} != {count if module.endswith(f".{SOFT_PREFIX}") else 0}:
+                raise ValueError(f"places.{module}: prefixes stand before the attention of a layer, with {count} entries")
             for named in (place.own, place.biased, place.prompted):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
-                    raise ValueError(f"places.{module}: own, biased and prompted name some of {count} experts, each once and in order")
+                    raise ValueError(
+                        f"places.{module}: own, biased, prompted name some of {count} experts, each once, in order"
+                    )
             if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
         return self

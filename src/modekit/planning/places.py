@@ -17,7 +17,7 @@ from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
-from modekit.planning.prefixes import check_prefixes, place_of_prefixes
+from modekit.planning.prefixes import place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.layers import named_layers, order_of
 from modekit.recipes.recipe import Recipe
@@ -117,7 +117,6 @@ class Places:
         self._recipe, self._sources, self._family = recipe, sources, family
         self._base = sources[0]
         _check_pair(recipe, family)
-        check_prefixes(recipe, sources)
         self._count = len(recipe.experts)
         self._whole = recipe.mixture.is_whole
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()

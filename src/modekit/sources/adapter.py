@@ -115,6 +115,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists()
 
 
+def holds_prefix(folder: Path) -> bool:
+    """Whether a folder holds an adapter that changes no weights, but stands before the text."""
+    return is_adapter(folder) and is_prefix(read_adapter_config(folder, where=str(folder)))
+
+
 def open_adapter(
     label: str,
     spec: str,

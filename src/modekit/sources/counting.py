@@ -88,5 +88,6 @@ def _choices(model: nn.Module) -> Iterator[tuple[str, int, int, int]]:
         holder = name.rpartition(".")[0]
         own = list(module.parameters(recurse=False))
         experts = own[0].shape[0] if own else sum(1 for _ in module.children())
-        top_k = next((each.top_k for each in model.get_submodule(holder).modules() if hasattr(each, "top_k")), 1)
-        yield holder, sum(each.numel() for each in module.parameters()), experts, min(int(top_k), experts)
+        chosen = (getattr(each, "top_k", None) for each in model.get_submodule(holder).modules())
+        top_k = next((each for each in chosen if isinstance(each, int)), 1)
+        yield holder, sum(each.numel() for each in module.parameters()), experts, min(top_k, experts)

@@ -18,7 +18,7 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, SAVE_AGAIN
 from modekit.sources.families import family_of
-from modekit.sources.family import Config, whole
+from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 
 TENSOR = "prompt_embeddings"
@@ -68,32 +68,8 @@ def is_prefix(config: Config) -> bool:
 
 def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSource, *, where: str) -> SoftPrefix:
     """What an adapter's files say stands before the text. Raises SourceError, MismatchError, UnsupportedError."""
-    known = {*_Settings.model_fields, *_TRAINING, *NO_EFFECT}
-    other = next((key for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")), None)
-    if other is not None:
-        raise UnsupportedError(
-            "modekit does not know what this setting does to a prefix",
-            where=f"{where}: {CONFIG_FILE}",
-            found=f"{other}: {shortened(config[other])}",
-            remedy="train it without the setting",
-        )
-    try:
-        settings = _Settings.model_validate(dict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SourceError(
-            f"{first['loc'][0]} has no usable value", where=f"{where}: {CONFIG_FILE}", expected=first["msg"], remedy=SAVE_AGAIN
-        ) from None
-    family = family_of(base.config, where=f"{base.label} ({base.spec})")
-    without = _OTHER_ATTENTION.get(family.model_type, "it has an encoder" if family.pair else "")
-    if family.derived is not None:
-        without = "it has no row in modekit's table, so that nobody knows how its attention takes keys"
-    if without:
-        raise UnsupportedError(
-            f"a '{family.model_type}' model takes no prefix here: {without}",
-            where=where,
-            remedy="train a LoRA adapter, or choose another base",
-        )
+    settings = _settings(config, where)
+    family = _family(base, where)
     ref = tensors.get(TENSOR)
     if ref is None or len(tensors) > 1 or ref.dtype not in DTYPE_NAMES:
         found = ", ".join(sorted(tensors)[:3]) or "no tensor"
@@ -112,3 +88,37 @@ def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSou
             remedy="use an adapter trained on this base model",
         )
     return SoftPrefix(ref, layers)
+
+
+def _settings(config: Config, where: str) -> _Settings:
+    known = {*_Settings.model_fields, *_TRAINING, *NO_EFFECT}
+    other = next((key for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")), None)
+    if other is not None:
+        raise UnsupportedError(
+            "modekit does not know what this setting does to a prefix",
+            where=f"{where}: {CONFIG_FILE}",
+            found=f"{other}: {shortened(config[other])}",
+            remedy="train it without the setting",
+        )
+    try:
+        return _Settings.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SourceError(
+            f"{first['loc'][0]} has no usable value", where=f"{where}: {CONFIG_FILE}", expected=first["msg"], remedy=SAVE_AGAIN
+        ) from None
+
+
+def _family(base: ModelSource, where: str) -> Family:
+    """The base's, whose attention takes keys before a text's."""
+    family = family_of(base.config, where=f"{base.label} ({base.spec})")
+    without = _OTHER_ATTENTION.get(family.model_type, "it has an encoder" if family.pair else "")
+    if family.derived is not None:
+        without = "it has no row in modekit's table, so that nobody knows how its attention takes keys"
+    if without:
+        raise UnsupportedError(
+            f"a '{family.model_type}' model takes no prefix here: {without}",
+            where=where,
+            remedy="train a LoRA adapter, or choose another base",
+        )
+    return family
