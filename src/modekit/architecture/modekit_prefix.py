@@ -130,10 +130,10 @@ class MixedPrefix(Mixed):
         self.pairs[expert] = keys, values
 
 
-def prepare(model: Any, forward: Callable[..., Any], start: Callable[..., None]) -> None:
+def prepare(model: Any) -> None:
     """Before a pass: every expert's keys and values, kept where no gradients are asked for, by a pass of the base model."""
     flow: Flow = model.flow
-    if not flow.prefixed:
+    if not flow.prefixed or flow.probe is not None:
         return
     places = [mixed for mixed in flow.mixed.values() if isinstance(mixed, MixedPrefix)]
     first, like = places[0], model.get_input_embeddings().weight
@@ -153,14 +153,16 @@ def prepare(model: Any, forward: Callable[..., Any], start: Callable[..., None])
         flow.probe = {}
         try:
             with flow.forcing(expert):
-                said = {"inputs_embeds": given, "position_ids": positions, "use_cache": False}
-                start(flow, said)
-                forward(model, **said)
+                model(inputs_embeds=given, position_ids=positions, use_cache=False)
             for place in places:
                 place.keep(expert, flow.probe[place.name])
         finally:
             flow.probe = None
     flow.prefixed_by = made_of
+
+
+prepare_ahead = torch.no_grad()(prepare)
+"""The same before others watch what passes read."""
 
 
 def _before_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -186,6 +186,10 @@ class MixtureConfig(_Said):
             raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
         if routing.unseen is not None and routing.unseen >= count:
             raise ValueError(f"routing.unseen: there are only {count} experts")
+        self._check_places(count)
+        return self
+
+    def _check_places(self, count: int) -> None:
         for module, place in self.places.items():
             layer, path = split_layer(module)
             stack = None if layer is None else self.family.stack_of(layer)
@@ -205,7 +209,6 @@ class MixtureConfig(_Said):
                     )
             if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
-        return self
 
     @cached_property
     def family(self) -> Family:
