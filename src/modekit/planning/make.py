@@ -176,7 +176,7 @@ def _native_layout(
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
     base, asked = sources[0], recipe.output.format
-    beyond = recipe.mixture.beyond_native()
+    beyond = recipe.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if recipe.output.keep is not None:
         return None, "only the modekit architecture keeps what wraps a language model (output.keep)"

@@ -113,7 +113,7 @@ class ModekitShape:
         if self.wrapper is not None:
             return "it keeps a vision tower (output.keep)"
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
-        beyond = self.recipe.mixture.beyond_native()
+        beyond = self.recipe.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
         if not reasons and self.recipe.output.format == "modekit":
             reasons = ["its recipe asks for the modekit architecture (output.format)"]

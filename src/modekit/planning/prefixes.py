@@ -31,6 +31,9 @@ def check_prefixes(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
         "a native architecture has no place for a prefix": recipe.output.format == "native",
         "experts with prefixes share the base's other parts: modules cannot be all or decoder": mixture.is_whole,
         "a prefix is read by a layer's attention as a whole: per cannot be feature": mixture.router.scope == "feature",
+        "a prefix runs through all layers: experts[].layers is for others": any(
+            expert.layers and prefix for expert, prefix in zip(recipe.experts, prefixes_of(sources), strict=True)
+        ),
         "this router fit scores low-rank changes, and a prefix is none": fit is not None and fit.reads is CHANGES,
     }
     for what in (what for what, holds in problems.items() if first is not None and holds):
