@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .modekit_mixed import Mixed
+from .modekit_prefix import MixedPrefix
 
 
 class MixedPositions(Mixed):
@@ -110,7 +111,11 @@ class BiasedHead(nn.Module):
         return nn.functional.linear(x, self.weight) + self.final_logits_bias
 
 
-KINDS: dict[str, type[Mixed]] = {"embed_positions": MixedPositions, "relative_attention_bias": MixedBuckets}
+KINDS: dict[str, type[Mixed]] = {
+    "embed_positions": MixedPositions,
+    "relative_attention_bias": MixedBuckets,
+    "prefix": MixedPrefix,
+}
 """Last part of a place's name -> its class, where it is no plain one."""
 
 

@@ -27,6 +27,7 @@ from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow, Recomputing
 from .modekit_mixed import Mixed
+from .modekit_prefix import prepare, prepare_ahead
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
@@ -74,11 +75,9 @@ class MixtureModel(InBoth):
         self.post_init()  # type: ignore[attr-defined]
 
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back.
-
-        Raises ValueError for an expert that is not there.
-        """
+        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.flow.forced = places_of(expert, self.config.modekit)
+        prepare_ahead(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -100,6 +99,7 @@ class MixtureForCausalLM(InBoth):
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
         """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.flow.forced = places_of(expert, self.config.modekit)
+        prepare_ahead(self.base_model)
 
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
@@ -132,20 +132,18 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
     """Wrap the places under `root` that the config names; their paths start with `prefix`."""
     modekit: dict[str, Any] = config.modekit
     kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
-    here: list[str] = []
     for name, place in modekit["places"].items():
         path = path_of(name, config)
         if path.startswith(prefix):
             parent, _, leaf = path.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
-            dense = Chain(owner, calls) if calls else getattr(owner, leaf)
+            dense: Any = Chain(owner, calls) if calls else getattr(owner, leaf, None)
             module = kinds.get(leaf, other)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
             flow.mixed[name] = module
-            here.append(name)
-    for name in here:
-        flow.mixed[name].follow(flow.mixed[modekit["places"][name]["router"]])
+    for name, module in flow.mixed.items():
+        module.follow(flow.mixed[modekit["places"][name]["router"]])
 
 
 def initialise(module: nn.Module) -> None:
@@ -196,6 +194,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
+            prepare(self)
             given = {**dict(zip(arguments, args, strict=False)), **flow.told_padding, **kwargs}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)

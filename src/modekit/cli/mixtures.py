@@ -15,7 +15,15 @@ from rich.text import Text
 from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import err, out, print_json
-from modekit.cli.printing.mixtures import print_checks, print_forced, print_mix, print_notes, print_plan, time_said
+from modekit.cli.printing.mixtures import (
+    print_checks,
+    print_count,
+    print_forced,
+    print_mix,
+    print_notes,
+    print_plan,
+    time_said,
+)
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, Writing, app, resolved, writable
@@ -32,14 +40,20 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml; or the config.json of any mixture.")],
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what a build would do, from configs and headers alone."""
+    """Show what a build would do, from configs and headers alone; or count the parameters of a published mixture."""
     from modekit.building.preview import preview
+    from modekit.sources.counting import count_parameters, is_config
 
-    found = preview(recipe, run=Run(trust_remote_code))
+    run = Run(trust_remote_code)
+    if is_config(recipe):
+        counted = count_parameters(recipe, run=run)
+        print_json(counted.model_dump(mode="json")) if as_json else print_count(counted)
+        return
+    found = preview(recipe, run=run)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -122,7 +136,8 @@ class FitOptions:
         str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
     ] = None
     granularity: Annotated[
-        str | None, typer.Option(help="token, context, sequence or segment (reads the text again; not for a native checkpoint).")
+        str | None,
+        typer.Option(help="token, context, sequence or segment (reads the text again; not for a native checkpoint)."),
     ] = None
     top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
     temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None

@@ -169,8 +169,8 @@ def _plan_export(checkpoint: Checkpoint, expert: int, name: str) -> ExportPlan:
         if checkpoint.record.tokens is not None and HEAD in places:
             reason = f"its head has rows for the tokens of other models, and {own.problem}"
             return ExportPlan(expert, name, own, reason)
-        if not places or any(expert in place.own for place in places.values()):
-            reason = f"parts of it were folded into whole modules (DoRA, IA3, biases), and {own.problem}"
+        if not places or any(not place.ranks[expert] for place in places.values()):
+            reason = f"parts of it are no low-rank changes (DoRA, IA3, biases, prefixes), and {own.problem}"
             return ExportPlan(expert, name, own, reason)
     return ExportPlan(expert, name, own, notes=notes)
 
@@ -194,8 +194,8 @@ def _notes(checkpoint: Checkpoint, expert: int, own: OwnFiles | None) -> Iterato
 
 
 def _kind(config: Mapping[str, object]) -> str:
-    if config["peft_type"] == "IA3":
-        return "IA3"
+    if config["peft_type"] != "LORA":
+        return str(config["peft_type"])
     return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
@@ -219,6 +219,8 @@ def places_of(checkpoint: Checkpoint, expert: int) -> dict[str, Place]:
 def is_trained(checkpoint: Checkpoint, expert: int) -> bool:
     """Whether `modekit train` moved a part of an expert since the build."""
     for module, place in places_of(checkpoint, expert).items():
+        if f"{module}.expert_{expert}" in checkpoint.record.trained:
+            return True
         own = f"{module}.experts.{place.own.index(expert)}." if expert in place.own else f"{module}.lora_"
         if any(name.startswith(own) for name in checkpoint.record.trained):
             return True

@@ -27,6 +27,7 @@ from modekit.errors import CheckpointError, ModekitError, RecipeError, SourceErr
 from modekit.files.read import UNREADABLE
 from modekit.members.edits import MixtureEdit
 from modekit.planning.make import plan_of
+from modekit.planning.modekit_shape import KEYS
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
 from modekit.planning.shape import LowRankPart, MixedTensor
@@ -37,8 +38,9 @@ from modekit.sources.adapter import AdapterSource, Change, LowRank
 from modekit.sources.contents import blake3_of
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.names import module_of
+from modekit.sources.names import SOFT_PREFIX, module_of
 from modekit.sources.open import Opener, label_of
+from modekit.sources.prefix import TENSOR, SoftPrefix
 from modekit.sources.tokenizer import PAIR_FILES, copied_content, copied_files, gone_pair_files
 
 
@@ -296,14 +298,24 @@ def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Ch
         for each in mixed
         if number in each.own and not each.holds_changes
     }
-    added = {module_of(each.name): each for each in mixed if number in each.own and each.holds_changes}
+    before = [each for each in mixed if number in each.own and module_of(each.name).endswith(f".{SOFT_PREFIX}")]
+    added = {module_of(each.name): each for each in mixed if number in each.own and each.holds_changes and each not in before}
     changes: dict[str, Change] = {
         each.name: _low_rank(each.name, each.low_rank[number], added.get(module_of(each.name)), file)
         for each in mixed
         if number in each.low_rank
     }
     nothing = {"": _ref("", file, "U8", (0,))}  # so that its file is known
-    return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced)
+    prefix = _prefix(before, file) if before else None
+    return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced, prefix=prefix)
+
+
+def _prefix(kept: Sequence[MixedTensor], file: Path) -> SoftPrefix:
+    """Of what the checkpoint has of it in every layer, or of a prompt in one."""
+    layers = len(kept) if kept[0].name.endswith(KEYS) else 0
+    tokens, width = kept[0].shape
+    dtype = next(iter(kept[0].own.values())).ref.dtype
+    return SoftPrefix(_ref(TENSOR, file, dtype, (tokens, width * max(layers, 1))), layers)
 
 
 def records_dtypes(checkpoint: Checkpoint) -> bool:

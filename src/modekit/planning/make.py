@@ -19,6 +19,7 @@ from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
+from modekit.planning.prefixes import check_prefixes
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import with_following
 from modekit.recipes.mixture import BackboneExpert
@@ -91,6 +92,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     family = family_of(base.config, where=f"base_model ({base.spec})")
     sources = _with_sizes(sources, family)
     check_mixable(sources, family)
+    check_prefixes(recipe, sources)
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
     sources = vocabulary.sources
@@ -174,7 +176,7 @@ def _native_layout(
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
     base, asked = sources[0], recipe.output.format
-    beyond = recipe.mixture.beyond_native()
+    beyond = recipe.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if recipe.output.keep is not None:
         return None, "only the modekit architecture keeps what wraps a language model (output.keep)"

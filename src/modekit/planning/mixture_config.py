@@ -19,7 +19,7 @@ from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.derived import Derived, family_from
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
-from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
+from modekit.sources.names import LOGITS_BIAS, SOFT_PREFIX, module_of, natural_key, split_layer
 from modekit.sources.wrappers import WRAPPERS
 
 FORMAT = 1
@@ -151,6 +151,9 @@ class Place(_Said):
     rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
     of_source: bool = False
+    prefixes: Annotated[list[_Rank], _PerExpert] = []
+    widths: Annotated[list[_Rank], _PerExpert] = []
+    prompted: Annotated[list[int], _PerExpert] = []
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""
@@ -160,7 +163,11 @@ class Place(_Said):
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here, an added bias aside."""
-        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits
+        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits or self.prefix(expert) > 0
+
+    def prefix(self, expert: int) -> int:
+        """Tokens that an expert puts before the text here."""
+        return self.prefixes[expert] if self.prefixes else 0
 
     @property
     def few_bits(self) -> list[int]:
@@ -200,6 +207,10 @@ class MixtureConfig(_Said):
             self.family.head in self.places or not all(place.base for place in self.places.values())
         ):
             raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
+        self._check_places(count)
+        return self
+
+    def _check_places(self, count: int) -> None:
         for module, place in self.places.items():
             layer, path = split_layer(module)
             stack = None if layer is None else self.family.stack_of(layer)
@@ -210,12 +221,15 @@ class MixtureConfig(_Said):
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
             if place.bits and len(place.bits) != count:
                 raise ValueError(f"places.{module}: bits must have {count} entries")
-            for named in (place.own, place.biased):
+            if {len(place.prefixes), len(place.widths)} != {count if module.endswith(f".{SOFT_PREFIX}") else 0}:
+                raise ValueError(f"places.{module}: prefixes stand before the attention of a layer, with {count} entries")
+            for named in (place.own, place.biased, place.prompted):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
-                    raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once and in order")
+                    raise ValueError(
+                        f"places.{module}: own, biased, prompted name some of {count} experts, each once, in order"
+                    )
             if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
-        return self
 
     @cached_property
     def family(self) -> Family:
@@ -233,6 +247,8 @@ class MixtureConfig(_Said):
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if any(place.bits for place in self.places.values()):
             return "it keeps differences in a few bits (budget), which modekit's plug-in does not read"
+        if any(place.prefixes for place in self.places.values()):
+            return "its experts have prefixes, whose keys modekit's plug-in does not put before a text's"
         if self.routing.runs_common:
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.score == "tfidf":

@@ -15,6 +15,7 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.parts import PlannedPlace
 from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, some_rows
 from modekit.planning.places import Places
+from modekit.planning.prefixes import entry_of, prefix_tensors
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
@@ -118,6 +119,7 @@ class ModekitLayout:
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             yield from self._few_bits_tensors(place)
+            yield from prefix_tensors(place, self._code_of, first=self._is_first(place))
             biases = [self._places.added_bias(place, expert) for expert in range(self._count)]
             pieces = [piece for piece in biases if piece is not None]
             if pieces:
@@ -149,6 +151,7 @@ class ModekitLayout:
             "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
         }
+        entry |= entry_of(place, first=self._is_first(place))
         if any(place.bits):
             entry["bits"] = place.bits
         biased = [expert for expert in range(self._count) if self._places.added_bias(place, expert) is not None]
@@ -168,6 +171,9 @@ class ModekitLayout:
             entry["width"] = self._places.width(place)
             entry["rows"] = self._places.rows(place)
         return Place.model_validate(entry)
+
+    def _is_first(self, place: PlannedPlace) -> bool:
+        return place is next(iter(self._places))
 
     def _check_router(self) -> None:
         """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""

@@ -36,6 +36,8 @@ from modekit.sources.names import split_layer
 from modekit.weights.factor_size import bytes_of_codes
 
 _FIRST = ".experts.0."
+PROMPT, KEYS = "prompt", "keys_and_values"
+"""Last parts of what experts put before the text are called by."""
 _GATE_KEYS = {"router", "width", "rows", "features"}
 
 
@@ -111,7 +113,7 @@ class ModekitShape:
         if self.wrapper is not None:
             return "it keeps a vision tower (output.keep)"
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
-        beyond = self.recipe.mixture.beyond_native()
+        beyond = self.recipe.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
         if not reasons and self.recipe.output.format == "modekit":
             reasons = ["its recipe asks for the modekit architecture (output.format)"]
@@ -195,6 +197,7 @@ class ModekitShape:
         """Every tensor of every place: the experts' own modules, their low-rank changes, and the biases these add."""
         of_module = _leaves(tensors)
         for module, place in self.mixture.places.items():
+            yield from _prefixes(tensors, module, place)
             leaves = of_module.get(module, [])
             if (place.few_bits or any(place.ranks)) and "weight" not in leaves:
                 leaves = [*leaves, "weight"]
@@ -267,6 +270,10 @@ def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) 
             name = f"{module}.differences.{number}.{leaf}"
             if name not in tensors or tensors[name].shape != sizes or (leaf == "codes") != (tensors[name].dtype == "U8"):
                 yield name
+    for expert, width in enumerate(place.widths):
+        name = f"{module}.expert_{expert}"
+        if width and (name not in tensors or tensors[name].shape != (place.prefixes[expert], width)):
+            yield name
     bias = tensors.get(f"{module}.lora_bias")
     if place.biased and (bias is None or len(bias.shape) != 2 or bias.shape[0] != len(place.biased)):
         yield f"{module}.lora_bias"
@@ -289,6 +296,14 @@ def _few_bits(tensors: Tensors, module: str, place: Place) -> dict[int, FewBitsP
         expert: FewBitsPart(*(tensors[f"{module}.differences.{number}.{leaf}"] for leaf in ("codes", "steps")))
         for number, expert in enumerate(place.few_bits)
     }
+
+
+def _prefixes(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:
+    """What experts put before the text, of each its own."""
+    for expert in (each for each, width in enumerate(place.widths) if width):
+        ref = tensors[f"{module}.expert_{expert}"]
+        kind = PROMPT if expert in place.prompted else KEYS
+        yield MixedTensor(f"{module}.{kind}", ref.shape, own={expert: TensorPart(ref)}, holds_changes=True)
 
 
 def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:

@@ -191,7 +191,7 @@ class NativeShape:
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        return [*recipe.mixture.beyond_native(), *self.native.beyond(recipe)]
+        return [*recipe.beyond_native(), *self.native.beyond(recipe)]
 
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""

@@ -152,7 +152,7 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
     merged, backbone, lost = recipe.mixture.merge is not None, recipe.mixture.backbone, list[str]()
     kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if not isinstance(source, AdapterSource):
+        if not isinstance(source, AdapterSource) or source.prefix is not None:
             continue
         changed = {*source.changes, *source.bias_changes, *source.replaced}
         outside = changed - mixed

@@ -13,10 +13,11 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.family import Family
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import POSITIONS, module_of, split_layer, weight_of
+from modekit.sources.prefix import SoftPrefix
 
-Kind = LowRank | Part | str | int | None
-"""What an expert has at a place: its low-rank change, a difference in a few bits, "own" a module of its own, a rank to
-factorise to, or the base's."""
+Kind = LowRank | SoftPrefix | Part | str | int | None
+"""What an expert has at a place: its low-rank change, a prefix, a difference in a few bits, "own" a module of its own, a rank
+to factorise to, or the base's."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import Kind, MixedParts, PlannedPlace
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
+from modekit.planning.prefixes import place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
 from modekit.recipes.fits import IDS
-from modekit.recipes.layers import named_layers, order_of
+from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
@@ -29,6 +30,7 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import (
     HEAD,
     LOGITS_BIAS,
+    SOFT_PREFIX,
     in_decoder,
     is_ignored,
     module_of,
@@ -76,7 +78,7 @@ def _sharers(place: str, family: Family, scope: str) -> object:
         return scope if scope == "model" else place
     if family.derived is not None:  # what the layer calls: its attention, its FFN
         return layer, path.rpartition(".")[0].partition(".")[0]
-    parts = family.stack_of(layer).parts
+    parts = {**family.stack_of(layer).parts, **({"q": path} if path == SOFT_PREFIX else {})}
     return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)
 
 
@@ -220,6 +222,14 @@ class Places:
                 where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
             )
+        for expert, said in enumerate(self._recipe.experts):
+            if said.layers is not None and all(place.kinds[expert] is None for place in places):
+                raise UnsupportedError(
+                    "the expert has nothing of its own in its layers that is mixed",
+                    where=f"experts[{expert}].layers",
+                    found=said.layers,
+                    remedy="name other layers, or leave 'layers' out",
+                )
         self._check_reader(places[0].module)
         return places
 
@@ -287,6 +297,9 @@ class Places:
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
+            prefixes = place_of_prefixes(self._sources, self._family, layer)
+            if prefixes is not None:
+                yield prefixes
             for part, path in self.parts.in_order(layer):
                 module = self._family.in_layer(layer, path)
                 calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()
@@ -361,7 +374,7 @@ class Places:
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
         source, said = self._sources[1 + expert], self._recipe.experts[expert]
-        if said.is_base or module in self._shared:
+        if said.is_base or module in self._shared or not self._has_layer(expert, split_layer(module)[0]):
             return None
         weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
         if isinstance(source, AdapterSource):
@@ -377,6 +390,16 @@ class Places:
         if weight is None or len(weight.shape) != 2 or is_end or not self._family.may_be_low_rank(module):
             return None
         return min(said.rank or 16, *weight.shape)
+
+    def _has_layer(self, expert: int, layer: Layer | None) -> bool:
+        """Whether an expert may have parts of its own in a layer; elsewhere it is the base, whose part stands for it."""
+        own = self._layers[expert]
+        return own is None or layer in own
+
+    @cached_property
+    def _layers(self) -> list[list[Layer] | None]:
+        said, sizes = [expert.layers for expert in self._recipe.experts], self._family.sizes(self._base.config)
+        return [each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)]
 
     def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
         """What an expert's adapter does to the weight of a place, if that is a low-rank change."""

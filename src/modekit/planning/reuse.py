@@ -20,7 +20,7 @@ from modekit.sources.model import ModelSource, TensorRef
 
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""
-_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.")
+_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.|\.expert_\d+$")
 _JOINED = {"copy", "cast", "fold", "factor", "columns"}
 
 

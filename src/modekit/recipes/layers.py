@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from modekit.errors import RecipeError
 
+Layers = list[int | str]
+"""As a recipe says them: numbers, ranges, stacks."""
 Layer = int | str
 """A number; of a model with an encoder `encoder.` or `decoder.` and a number."""
 STACKS = ("encoder", "decoder")
@@ -33,31 +35,34 @@ def order_of(layer: Layer) -> tuple[int, int]:
     return (STACKS.index(stack) if stack else 0), number
 
 
-def check_layers(said: Sequence[int | str]) -> None:
-    """Raise ValueError, in words, for an entry that names no layers."""
-    for entry in said:
-        _parsed(entry)
+def layer_problems(said: Layers | None) -> Iterator[str]:
+    """Of a key 'layers' that has an entry which names none."""
+    try:
+        for entry in said or ():
+            _parsed(entry)
+    except ValueError as error:
+        yield f"'layers' must be {error} (found {said})"
 
 
-def named_layers(said: Sequence[int | str] | None, sizes: Mapping[str, int]) -> list[Layer]:
+def named_layers(said: Sequence[int | str] | None, sizes: Mapping[str, int], where: str = "mixture.layers") -> list[Layer]:
     """The layers that a recipe means, all without a word of it, in the order in which they run.
 
-    `sizes`: stack -> number of its layers. Raises RecipeError for one that does not exist.
+    `sizes`: stack -> number of its layers. Raises RecipeError, with the key `where`, for one that does not exist.
     """
     if said is None:
         return [layer_at(stack, number) for stack, count in sizes.items() for number in range(count)]
     found: dict[Layer, None] = {}
     for entry in said:
-        found.update(dict.fromkeys(_meant(entry, sizes)))
+        found.update(dict.fromkeys(_meant(entry, sizes, where)))
     return sorted(found, key=order_of)
 
 
-def _meant(entry: int | str, sizes: Mapping[str, int]) -> Iterator[Layer]:
+def _meant(entry: int | str, sizes: Mapping[str, int], where: str) -> Iterator[Layer]:
     stack, first, last = _parsed(entry)
     if stack not in sizes:
         raise RecipeError(
             "there is no such layer" if stack else "the model has an encoder and a decoder, and this names neither",
-            where="mixture.layers",
+            where=where,
             found=entry,
             expected=", ".join(_said(name, count) for name, count in sizes.items()),
             remedy="correct the layers",
@@ -66,7 +71,7 @@ def _meant(entry: int | str, sizes: Mapping[str, int]) -> Iterator[Layer]:
     if last >= sizes[stack]:
         raise RecipeError(
             "there is no such layer",
-            where="mixture.layers",
+            where=where,
             found=layer_at(stack, last),
             expected=_said(stack, sizes[stack]),
             remedy="correct the layers",

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modekit.recipes.fits import CHANGES, Fit
-from modekit.recipes.layers import check_layers
+from modekit.recipes.layers import Layers, layer_problems
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
 
@@ -112,7 +112,7 @@ class Mixture(Strict):
         description="What experts have of their own; auto: the FFN, and what adapters change. decoder: everything between the "
         "embedding and the head, which they share. all: everything.",
     )
-    layers: list[int | str] | None = Field(
+    layers: Layers | None = Field(
         None,
         min_length=1,
         description="Layers that are mixed, such as [0, '4-11']; of a model that has both [encoder, decoder.4-5]; default all.",
@@ -233,10 +233,7 @@ class Mixture(Strict):
             yield f"'layers' has no effect with modules: {self.modules}; remove it"
 
     def _problems_of_numbers(self) -> Iterator[str]:
-        try:
-            check_layers(self.layers or [])
-        except ValueError as error:
-            yield f"'layers' must be {error} (found {self.layers})"
+        yield from layer_problems(self.layers)
         if self.weights is not None and not (
             min(self.weights.values(), default=0) >= 0 and 0 < sum(self.weights.values()) < math.inf
         ):

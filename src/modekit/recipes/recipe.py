@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from modekit.recipes.fits import fits_with
+from modekit.recipes.layers import Layers, layer_problems
 from modekit.recipes.mixture import BackboneExpert, Mixture
 from modekit.recipes.strict import BASE, SELF, TAKEN, Name, Strict, checked
 
@@ -39,11 +40,11 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts")
+    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts", "layers")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
-    adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter (LoRA, IA3) of the base.")
+    adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter of the base.")
     as_: Literal["full", "lora"] = Field("full", alias="as", description="lora: keep only a low-rank part of a full model.")
     rank: int | None = Field(None, ge=1, description="Rank of that part (as: lora only; default 16).")
     budget: Annotated[float, BeforeValidator(lambda value: _parse_budget(value), json_schema_input_type=float | str)] | None = (
@@ -56,6 +57,9 @@ class Expert(Strict):
     )
     parts: dict[str, Annotated[str, Field(pattern=r"^(rank [1-9][0-9]{0,4}|[1-8] bits|whole)$")]] | None = Field(
         None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
+    )
+    layers: Layers | None = Field(
+        None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(
@@ -88,6 +92,9 @@ class Expert(Strict):
             problems.append("'budget' chooses what is kept of each module, and 'rank' is one for all: remove one of them")
         if self.parts is not None and self.budget is None:
             problems.append("'parts' are those of a 'budget'; add that, or remove them")
+        problems += layer_problems(self.layers)
+        if self.layers is not None and self.is_base:
+            problems.append("'layers' has no effect with model: base; remove it")
         if self.text is not None and SELF in self.text[1:] + self.text[:-1]:
             problems.append("'text: self' cannot be combined with other text: leave one of them out")
         return checked(self, problems)
@@ -268,8 +275,13 @@ class Recipe(Strict):
                 yield (
                     f"experts '{expert.name}': 'as: lora' does not fit output.format native, whose experts are whole; remove it"
                 )
-        if self.mixture.beyond_native():
-            yield f"output.format native cannot say {', '.join(self.mixture.beyond_native())}; use modekit or auto"
+        if self.beyond_native():
+            yield f"output.format native cannot say {', '.join(self.beyond_native())}; use modekit or auto"
+
+    def beyond_native(self) -> list[str]:
+        """What of it only the modekit architecture can say."""
+        counts = ["experts that have only some layers"] if any(expert.layers for expert in self.experts) else []
+        return [*self.mixture.beyond_native(), *counts]
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit

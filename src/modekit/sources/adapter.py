@@ -26,6 +26,7 @@ from modekit.sources.adapter_config import (
 from modekit.sources.adapter_resolve import Resolution, peft_plain
 from modekit.sources.model import Elsewhere, ModelSource, TensorRef, WeightFiles
 from modekit.sources.names import module_of
+from modekit.sources.prefix import SoftPrefix, is_prefix, read_prefix
 from modekit.sources.wrappers import naming_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -98,6 +99,7 @@ class AdapterSource(ModelSource):
         changes: name of a 2-D weight of the base -> change.
         bias_changes: name of a bias of the base -> the change that holds lora_bias or IA3's scaling of it.
         replaced: name of a tensor of the base -> the whole tensor that takes its place.
+        prefix: what stands before the text; then nothing of the base changes.
         notes: what a user may want to know.
     """
 
@@ -105,11 +107,17 @@ class AdapterSource(ModelSource):
     bias_changes: Mapping[str, Change] = field(default_factory=dict, compare=False)
     replaced: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    prefix: SoftPrefix | None = field(default=None, compare=False)
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
     return (folder / CONFIG_FILE).exists()
+
+
+def holds_prefix(folder: Path) -> bool:
+    """Whether a folder holds an adapter that changes no weights, but stands before the text."""
+    return is_adapter(folder) and is_prefix(read_adapter_config(folder, where=str(folder)))
 
 
 def open_adapter(
@@ -128,9 +136,13 @@ def open_adapter(
     """
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
-    parse_settings(config, where=where)
+    if not is_prefix(config):
+        parse_settings(config, where=where)
     file = folder / WEIGHTS_FILE if elsewhere is not None else _weights_file(folder, where=where)
     tensors = WeightFiles([file], where, elsewhere).tensors()
+    if is_prefix(config):
+        prefix = read_prefix(config, tensors, base, where=where)
+        return AdapterSource(label, spec, folder, revision, config, tensors, prefix=prefix)
     naming = naming_of((peft_plain(name) for name in tensors), where=where)
     settings = parse_settings(config, where=where, naming=naming)
     resolved = Resolution(where, settings, base, tensors, naming)

@@ -32,7 +32,7 @@ _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2
 _Rank = Annotated[int, Field(ge=1, le=10**100)]
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
-_NO_EFFECT = frozenset(
+NO_EFFECT = frozenset(
     {
         "peft_type",
         "peft_version",
@@ -233,7 +233,7 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
             remedy=_MERGE_FIRST,
         )
     for key, value in config.items():
-        if key not in kind.model_fields and key not in _NO_EFFECT and value not in (None, False, [], {}, ""):
+        if key not in kind.model_fields and key not in NO_EFFECT and value not in (None, False, [], {}, ""):
             raise UnsupportedError(
                 "modekit does not know what this setting does to the weights",
                 where=where,

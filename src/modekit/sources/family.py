@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, is_looked_up, module_of, split_layer, weight_of
+from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, SOFT_PREFIX, is_looked_up, module_of, split_layer, weight_of
 
 if TYPE_CHECKING:
     from modekit.sources.derived import Derived
@@ -116,7 +116,9 @@ class Stack:
         return list(self.parts)
 
     def rank(self, path: str) -> int:
-        """Where a part, or the whole FFN, runs among the others."""
+        """Where a part, or the whole FFN, runs among the others; before them all, what stands before the attention."""
+        if path == SOFT_PREFIX:
+            return -1
         paths = [self.parts[part] for part in self.in_order]
         return next((place for place, each in enumerate(paths) if each == path or each.startswith(f"{path}.")), len(paths))
 

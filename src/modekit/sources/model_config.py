@@ -116,9 +116,11 @@ def settings_digest(config: Config) -> str:
 
 
 def read_config(folder: Path, *, where: str) -> dict[str, object]:
-    """A model's config.json as data. Raises SourceError when it is missing, no JSON, or nested past all use."""
+    """A model's config.json as data, by its folder or the file. Raises SourceError when it is missing, no JSON, or nested past
+    all use.
+    """
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder if folder.is_file() else folder / "config.json")
         if _is_deep(config):
             raise ValueError("nested too deeply")
     except FileNotFoundError:

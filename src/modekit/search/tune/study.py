@@ -204,7 +204,7 @@ class _Worker:
             plan = self.weights.plan(recipe)
         except (RecipeError, UnsupportedError, MismatchError) as error:
             return self._refuse(trial, error)
-        is_native = self.job.native and not recipe.mixture.beyond_native()
+        is_native = self.job.native and not recipe.beyond_native()
         for attribute, value in (*plan.parameters().items(), ("native", is_native)):
             if attribute in {"active", "total", "native"}:
                 trial.set_user_attr(attribute, value)

@@ -1,0 +1,76 @@
+"""Prefixes and prompts of experts in a plan: a place before each layer's attention (architecture/modekit_prefix.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from modekit.errors import UnsupportedError
+from modekit.planning.parts import PlannedPlace
+from modekit.planning.pieces import CodeOf, Piece, PlannedTensor
+from modekit.recipes.fits import CHANGES
+from modekit.recipes.layers import Layer
+from modekit.recipes.recipe import Recipe
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.family import Family
+from modekit.sources.model import ModelSource
+from modekit.sources.names import SOFT_PREFIX, split_layer
+from modekit.sources.prefix import SoftPrefix
+
+
+def prefixes_of(sources: Sequence[ModelSource]) -> tuple[SoftPrefix | None, ...]:
+    """Per expert what it puts before the text; `sources` begin with the base."""
+    return tuple(source.prefix if isinstance(source, AdapterSource) else None for source in sources[1:])
+
+
+def check_prefixes(recipe: Recipe, sources: Sequence[ModelSource]) -> None:
+    """Raise UnsupportedError for what no mixture with prefixes can be."""
+    named = zip(recipe.names, prefixes_of(sources), strict=True)
+    first, mixture = next((name for name, prefix in named if prefix is not None), None), recipe.mixture
+    fit = mixture.fit
+    problems = {
+        "a native architecture has no place for a prefix": recipe.output.format == "native",
+        "experts with prefixes share the base's other parts: modules cannot be all or decoder": mixture.is_whole,
+        "a prefix is read by a layer's attention as a whole: per cannot be feature": mixture.router.scope == "feature",
+        "a prefix runs through all layers: experts[].layers is for others": any(
+            expert.layers and prefix for expert, prefix in zip(recipe.experts, prefixes_of(sources), strict=True)
+        ),
+        "this router fit scores low-rank changes, and a prefix is none": fit is not None and fit.reads is CHANGES,
+    }
+    for what in (what for what, holds in problems.items() if first is not None and holds):
+        raise UnsupportedError(what, where=f"expert '{first}'", remedy="leave that setting out, or use a LoRA adapter")
+
+
+def place_of_prefixes(sources: Sequence[ModelSource], family: Family, layer: Layer) -> PlannedPlace | None:
+    """The place of a layer; None where no expert has a prefix."""
+    kinds = prefixes_of(sources)
+    return PlannedPlace(family.in_layer(layer, SOFT_PREFIX), (), kinds) if any(kinds) else None
+
+
+def _stored(place: PlannedPlace, first: bool) -> list[tuple[int, int]]:
+    """Per expert the columns of its tensor that are stored at a place; a prompt is, once, at the first."""
+    layer = int(str(split_layer(place.module)[0]))
+    prefixes = (kind if isinstance(kind, SoftPrefix) and (kind.layers or first) else None for kind in place.kinds)
+    return [(0, 0) if prefix is None else prefix.columns(layer) for prefix in prefixes]
+
+
+def entry_of(place: PlannedPlace, *, first: bool) -> dict[str, object]:
+    """What config.json says of a place besides the rest; nothing of places that are no prefixes'."""
+    kinds = place.kinds
+    if not any(isinstance(kind, SoftPrefix) for kind in kinds):
+        return {}
+    prompted = [expert for expert, kind in enumerate(kinds) if isinstance(kind, SoftPrefix) and not kind.layers]
+    return {
+        "prefixes": [kind.tokens if isinstance(kind, SoftPrefix) else 0 for kind in kinds],
+        "widths": [stop - start for start, stop in _stored(place, first)],
+        **({"prompted": prompted} if prompted else {}),
+    }
+
+
+def prefix_tensors(place: PlannedPlace, code_of: CodeOf, *, first: bool) -> Iterator[PlannedTensor]:
+    """Every expert's part of its own."""
+    for expert, (kind, columns) in enumerate(zip(place.kinds, _stored(place, first), strict=True)):
+        if isinstance(kind, SoftPrefix) and columns != (0, 0):
+            shape = (kind.tokens, columns[1] - columns[0])
+            piece = Piece(1 + expert, kind.ref, columns=columns, expert=expert)
+            name = f"{place.module}.expert_{expert}"
+            yield PlannedTensor(name, code_of(kind.ref), shape, "adapter", "cast", (piece,), expert=expert)
