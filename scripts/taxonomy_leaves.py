@@ -1,4 +1,4 @@
-"""Every leaf of Fig. 3 of "A Survey on Mixture of Experts" (arXiv:2407.06204): the part of modekit that it is, or why there is none.
+"""Every leaf of Fig. 3 of "A Survey on Mixture of Experts" (arXiv:2407.06204): the part of modekit that it is, or a reason.
 
 It is data for one page and its tests, so that it stands here and not in the package. A paper is its name and arXiv number;
 those that are not on arXiv stand in the leaf's name.
@@ -13,7 +13,7 @@ import yaml
 from typer.main import get_command
 
 from modekit.cli.shell import app
-from modekit.errors import ModekitError, TrainingError
+from modekit.errors import TrainingError
 from modekit.recipes.read import parse_recipe
 from modekit.training.settings import train_settings
 
@@ -41,6 +41,7 @@ class Recipe:
     adapters: bool = False
 
     def check(self) -> None:
+        """Parse it into a recipe of three experts."""
         kind = "adapter" if self.adapters else "model"
         experts = [{"name": name, kind: f"./{name}", "text": f"./{name}.jsonl"} for name in EXPERTS]
         parse_recipe({"base_model": "./base", "experts": experts, **yaml.safe_load(f"{{{self.said}}}")}, where=self.said)
@@ -53,6 +54,7 @@ class Training:
     said: str
 
     def check(self) -> None:
+        """Parse them."""
         settings: dict[str, Any] = yaml.safe_load(f"{{{self.said}}}")
         train_settings(settings, where=self.said)
 
@@ -64,14 +66,19 @@ class Command:
     said: str
 
     def check(self) -> None:
+        """Look the command and its options up."""
         _, name, *words = self.said.split()
         commands = getattr(get_command(app), "commands", {})
         if name not in commands:
-            raise TrainingError("no such command", where=self.said, found=name, expected=", ".join(commands), remedy="correct it")
+            raise TrainingError(
+                "no such command", where=self.said, found=name, expected=", ".join(commands), remedy="correct it"
+            )
         known = {option for each in commands[name].params for option in (*each.opts, *each.secondary_opts)}
         for word in words:
             if word.startswith("-") and word.partition("=")[0] not in known:
-                raise TrainingError("no such option", where=self.said, found=word, expected=", ".join(known), remedy="correct it")
+                raise TrainingError(
+                    "no such option", where=self.said, found=word, expected=", ".join(known), remedy="correct it"
+                )
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ DIAGNOSTICS = "Diagnostics"
 _MIXTURES = "architecture/test_mixtures.py::"
 _ARCHITECTURE = "architecture/test_architecture.py::"
 _TRAIN = "training/test_train.py::"
-_LATER = "it looks at later tokens: what a token gets would change when the text goes on, so that generation is not what was trained"
+_LATER = (
+    "it looks at later tokens: what a token gets would change when the text goes on, so that generation is not what was trained"
+)
 _ENGINE = "the engine's part ([serve.md](serve.md#many-devices))"
 _BASE = "it changes what the base computes, so that its fine-tunes are no longer what was trained"
 
@@ -516,7 +525,9 @@ KINDS: list[Leaf] = [
         EXPERT,
         "size",
         ("DeepSeekMoE 2401.06066", "LLaMA-MoE 2406.16554"),
-        Recipe("experts: [{name: law, model: ./law, as: lora, rank: 8}, {name: code, model: ./code, as: lora, budget: 0.125x}]"),
+        Recipe(
+            "experts: [{name: law, model: ./law, as: lora, rank: 8}, {name: code, model: ./code, as: lora, budget: 0.125x}]"
+        ),
         "building/test_budgets.py::test_it_takes_no_more_than_its_budget_and_is_proven",
         "expert_budget.md",
         note="segments of a dense FFN: `upcycle --segments`",
@@ -621,7 +632,9 @@ KINDS: list[Leaf] = [
         "members.md",
     ),
     Leaf(DERIVATIVES, "tokens mixed over texts", ("MoT 2310.15961",), note=_LATER),
-    Leaf(DERIVATIVES, "mixture of depths", ("MoD 2404.02258",), note=_BASE + "; its top-k over a sequence is not causal either"),
+    Leaf(
+        DERIVATIVES, "mixture of depths", ("MoD 2404.02258",), note=_BASE + "; its top-k over a sequence is not causal either"
+    ),
     Leaf(DERIVATIVES, "layers shared over depth", ("WideNet 2107.11817", "SUT 2310.07096"), note=_BASE),
     Leaf(
         DERIVATIVES,
@@ -693,37 +706,39 @@ KINDS: list[Leaf] = [
 
 LEAVES: list[Leaf] = [*GATES, *TRAINED, *KINDS]
 
-PENDING: frozenset[str] = frozenset({
-    "prototyping: top-1 in each group",
-    "balanced assignment",
-    "Sinkhorn",
-    "DSelect-k",
-    "cosine, low-dimensional",
-    "attention router",
-    "a threshold per expert",
-    "hash of the token",
-    "random, drawn anew",
-    "domain group, random in it",
-    "experts merged, by segment",
-    "load",
-    "mutual information",
-    "consistency",
-    "capacity, overflow dropped",
-    "overflow to the next",
-    "random second expert",
-    "batch-prioritised, in training",
-    "dense to sparse: copies",
-    "dense to sparse: segments",
-    "dense to sparse: channels grouped",
-    "dense to sparse: gate from dense to top-k",
-    "sparse to dense: distillation",
-    "sparse to dense: sum, SVD",
-    "sparse to dense: average",
-    "sparse to dense: pruned to one",
-    "near duplicates merged",
-    "count per layer",
-    "parameters of a published mixture",
-    "prefix, prompt (SMoP, EMNLP 2023)",
-    "drops by position",
-})
+PENDING: frozenset[str] = frozenset(
+    {
+        "prototyping: top-1 in each group",
+        "balanced assignment",
+        "Sinkhorn",
+        "DSelect-k",
+        "cosine, low-dimensional",
+        "attention router",
+        "a threshold per expert",
+        "hash of the token",
+        "random, drawn anew",
+        "domain group, random in it",
+        "experts merged, by segment",
+        "load",
+        "mutual information",
+        "consistency",
+        "capacity, overflow dropped",
+        "overflow to the next",
+        "random second expert",
+        "batch-prioritised, in training",
+        "dense to sparse: copies",
+        "dense to sparse: segments",
+        "dense to sparse: channels grouped",
+        "dense to sparse: gate from dense to top-k",
+        "sparse to dense: distillation",
+        "sparse to dense: sum, SVD",
+        "sparse to dense: average",
+        "sparse to dense: pruned to one",
+        "near duplicates merged",
+        "count per layer",
+        "parameters of a published mixture",
+        "prefix, prompt (SMoP, EMNLP 2023)",
+        "drops by position",
+    }
+)
 """Leaves whose part, test or measurement is not there yet: a leaf that is whole must not stand here (tests/docs)."""

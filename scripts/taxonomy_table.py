@@ -65,7 +65,9 @@ def _problems_of_measurement(measured: str) -> list[str]:
 def page() -> str:
     """The page as it should be."""
     groups = dict.fromkeys(leaf.group for leaf in LEAVES)
-    tables = ("\n".join([f"\n## {group}\n", _COLUMNS, *(_line(leaf) for leaf in LEAVES if leaf.group == group)]) for group in groups)
+    tables = (
+        "\n".join([f"\n## {group}\n", _COLUMNS, *(_line(leaf) for leaf in LEAVES if leaf.group == group)]) for group in groups
+    )
     return _HEAD + "\n".join(tables) + "\n"
 
 

@@ -286,7 +286,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
 
 
 def test_how_far_the_token_alone_decides() -> None:
-    """Of two routers one reads the token alone. The other draws: six times 0 and two 1; of the latter none is led elsewhere by 1."""
+    """Of two routers one reads the token alone. The other takes 0 six times, 1 twice: there 0 leads elsewhere."""
     leaders, decided = LeadersById(2), torch.tensor([[0, 0, 0, 1, 2], [0, 1, 0, 0, 2]])
     weights_RSE = torch.nn.functional.one_hot(decided, 3).float().numpy()
     leaders.add([7, 7, 7, 8, 9], [0, 1], weights_RSE)  # 9 comes once: it is not counted
