@@ -118,6 +118,10 @@ DIAGNOSTICS = "Diagnostics"
 _MIXTURES = "architecture/test_mixtures.py::"
 _ARCHITECTURE = "architecture/test_architecture.py::"
 _TRAIN = "training/test_train.py::"
+_CHOICE = "architecture/test_gates.py::"
+_TRAINING_GATES = "training/test_gates.py::"
+_DENSIFY = "conversion/test_densify.py::"
+_UPCYCLE = "conversion/test_upcycle.py::"
 _LATER = (
     "it looks at later tokens: what a token gets would change when the text goes on, so that generation is not what was trained"
 )
@@ -164,10 +168,38 @@ GATES: list[Leaf] = [
         ("Shazeer 1701.06538",),
         note="it saves gates from hundreds of experts on; a mixture of trained models has few",
     ),
-    Leaf(TOKEN_CHOICE, "prototyping: top-1 in each group", ("M6-T 2105.15082",), Recipe("mixture: {groups: 2}")),
-    Leaf(TOKEN_CHOICE, "balanced assignment", ("BASE 2103.16716",), Training("gate: base"), "", "trained: base"),
-    Leaf(TOKEN_CHOICE, "Sinkhorn", ("S-BASE 2202.01169",), Training("gate: sinkhorn"), "", "trained: sinkhorn"),
-    Leaf(TOKEN_CHOICE, "DSelect-k", ("DSelect-k 2106.03760",), Training("gate: dselect"), "", "trained: dselect"),
+    Leaf(
+        TOKEN_CHOICE,
+        "prototyping: top-1 in each group",
+        ("M6-T 2105.15082",),
+        Recipe("mixture: {groups: 2}"),
+        _CHOICE + "test_the_best_of_each_group_is_chosen",
+        "logistic, groups: 2",
+    ),
+    Leaf(
+        TOKEN_CHOICE,
+        "balanced assignment",
+        ("BASE 2103.16716",),
+        Training("gate: base"),
+        _TRAINING_GATES + "test_base_gives_every_expert_as_many_tokens_at_the_best_sum",
+        "trained: base",
+    ),
+    Leaf(
+        TOKEN_CHOICE,
+        "Sinkhorn",
+        ("S-BASE 2202.01169",),
+        Training("gate: sinkhorn"),
+        _TRAINING_GATES + "test_a_sinkhorn_plan_has_equal_shares_of_all_experts",
+        "trained: sinkhorn",
+    ),
+    Leaf(
+        TOKEN_CHOICE,
+        "DSelect-k",
+        ("DSelect-k 2106.03760",),
+        Training("gate: dselect"),
+        _TRAINING_GATES + "test_dselect_is_top_k_where_its_steps_are_at_their_ends",
+        "trained: dselect",
+    ),
     Leaf(
         TOKEN_CHOICE,
         "sentence, task",
@@ -183,8 +215,22 @@ GATES: list[Leaf] = [
         ("Survey 2407.06204",),
         note="where the task is known, [its label](labels.md) names the expert, and no gate is needed",
     ),
-    Leaf(TOKEN_CHOICE, "cosine, low-dimensional", ("X-MoE 2204.09179",), Recipe("mixture: {router: {fit: cosine}}")),
-    Leaf(TOKEN_CHOICE, "attention router", ("Yuan 2.0-M32 2405.17976",), Recipe("mixture: {router: {fit: attention}}")),
+    Leaf(
+        TOKEN_CHOICE,
+        "cosine, low-dimensional",
+        ("X-MoE 2204.09179",),
+        Recipe("mixture: {router: {fit: cosine}}"),
+        _CHOICE + "test_cosine_and_attention_are_the_papers_formulas",
+        "cosine, top-2",
+    ),
+    Leaf(
+        TOKEN_CHOICE,
+        "attention router",
+        ("Yuan 2.0-M32 2405.17976",),
+        Recipe("mixture: {router: {fit: attention}}"),
+        _CHOICE + "test_cosine_and_attention_are_the_papers_formulas",
+        "attention, top-2",
+    ),
     Leaf(
         TOKEN_CHOICE,
         "null experts",
@@ -197,7 +243,14 @@ GATES: list[Leaf] = [
         "lexical, unseen: base",
         note="the base as an expert is the null expert",
     ),
-    Leaf(TOKEN_CHOICE, "a threshold per expert", ("DYNMoE 2405.14297",), Recipe("mixture: {threshold: 0.3}")),
+    Leaf(
+        TOKEN_CHOICE,
+        "a threshold per expert",
+        ("DYNMoE 2405.14297",),
+        Recipe("mixture: {threshold: 0.3}"),
+        _CHOICE + "test_whoever_reaches_its_threshold_is_chosen_or_the_best_where_none_does",
+        "logistic, threshold 0.3",
+    ),
     Leaf(
         TOKEN_CHOICE,
         "distilled, then frozen",
@@ -219,7 +272,14 @@ GATES: list[Leaf] = [
         ("Flextron 2406.10260",),
         note="the sizes of one model are trained together; [budgets](recipe.md#mixture) cut experts to a size afterwards",
     ),
-    Leaf(FIXED, "hash of the token", ("Hash Layers 2106.04426",), Recipe("mixture: {router: {fit: hash}}")),
+    Leaf(
+        FIXED,
+        "hash of the token",
+        ("Hash Layers 2106.04426",),
+        Recipe("mixture: {top_k: 1, router: {fit: hash}}"),
+        _CHOICE + "test_hash_is_a_function_of_the_token_alone",
+        "hash, top-1",
+    ),
     Leaf(
         FIXED,
         "random, frozen",
@@ -228,7 +288,14 @@ GATES: list[Leaf] = [
         "sources/test_families.py::test_copies_of_one_model_are_that_model",
         "random, top-2",
     ),
-    Leaf(FIXED, "random, drawn anew", ("THOR 2110.04260",), Training("gate: random"), "", "trained: random and consistency"),
+    Leaf(
+        FIXED,
+        "random, drawn anew",
+        ("THOR 2110.04260",),
+        Training("what: [experts], gate: random"),
+        _TRAINING_GATES + "test_random_experts_come_from_all_or_from_the_group_of_the_domain",
+        "trained: random and consistency, experts alone",
+    ),
     Leaf(
         FIXED,
         "domain, its posterior at inference",
@@ -250,9 +317,9 @@ GATES: list[Leaf] = [
         FIXED,
         "domain group, random in it",
         ("PanGu-Sigma 2303.10845",),
-        Training("gate: domain-random"),
-        "",
-        "trained: domain-random",
+        Training("what: [experts, routers], gate: domain-random, losses: {lm: 1, label: 0.1}"),
+        _TRAINING_GATES + "test_random_experts_come_from_all_or_from_the_group_of_the_domain",
+        "trained: domain-random, experts too",
     ),
     Leaf(
         OTHER_GATES,
@@ -281,8 +348,8 @@ GATES: list[Leaf] = [
         OTHER_GATES,
         "experts merged, by segment",
         ("SMEAR 2306.03745", "Lory 2405.03133", "MEO 2310.09832"),
-        Recipe("mixture: {combine: parameters, router: {granularity: segment, segment: 64}}"),
-        "",
+        Recipe("mixture: {method: gating, combine: parameters, router: {granularity: segment, segment: 64}}"),
+        _CHOICE + "test_merged_experts_are_those_merged_by_hand",
         "logistic, experts merged by segment",
         note="SMEAR merges by the whole sequence, which is not causal",
     ),
@@ -305,7 +372,14 @@ TRAINED: list[Leaf] = [
         _TRAIN + "test_losses_are_their_formulas",
         "trained: importance",
     ),
-    Leaf(LOSSES, "load", ("Shazeer 1701.06538",), Training("losses: {lm: 1, load: 0.1}"), "", "trained: load"),
+    Leaf(
+        LOSSES,
+        "load",
+        ("Shazeer 1701.06538",),
+        Training("losses: {lm: 1, load: 0.1}"),
+        _TRAINING_GATES + "test_the_load_is_the_smooth_share_of_tokens_that_an_expert_gets",
+        "trained: load",
+    ),
     Leaf(
         LOSSES,
         "balance",
@@ -327,33 +401,47 @@ TRAINED: list[Leaf] = [
         "mutual information",
         ("Mod-Squad 2212.08066", "ModuleFormer 2306.04640", "DS-MoE 2404.05567"),
         Training("losses: {lm: 1, mutual: 0.001}"),
-        "",
+        _TRAINING_GATES + "test_mutual_information_is_all_where_experts_say_the_domain_and_nothing_where_they_are_alike",
         "trained: mutual",
     ),
     Leaf(
         LOSSES,
         "consistency",
         ("THOR 2110.04260",),
-        Training("gate: random, losses: {lm: 1, consistency: 1}"),
-        "",
-        "trained: random and consistency",
+        Training("what: [experts], gate: random, losses: {lm: 1, consistency: 5}"),
+        _TRAINING_GATES + "test_consistency_is_the_mean_of_both_divergences",
+        "trained: random and consistency, experts alone",
     ),
     Leaf(
         LOSSES,
         "capacity, overflow dropped",
         ("Switch 2101.03961", "Z-code M3 2109.10465"),
         Training("capacity: 1.25"),
-        "",
+        _TRAINING_GATES + "test_what_overflows_is_as_much_as_the_formula_says_and_the_first_stay",
         "trained: capacity 1.25, drop",
     ),
-    Leaf(LOSSES, "overflow to the next", ("NLLB 2207.04672",), Training("capacity: 1.25, overflow: next")),
-    Leaf(LOSSES, "random second expert", ("GShard 2006.16668",), Training("capacity: 1.25, overflow: random")),
+    Leaf(
+        LOSSES,
+        "overflow to the next",
+        ("NLLB 2207.04672",),
+        Training("capacity: 1.25, overflow: next"),
+        _TRAINING_GATES + "test_no_expert_takes_more_than_its_capacity",
+        "trained: capacity 1.25, next",
+    ),
+    Leaf(
+        LOSSES,
+        "random second expert",
+        ("GShard 2006.16668",),
+        Training("capacity: 1.25, overflow: random"),
+        _TRAINING_GATES + "test_a_second_expert_is_taken_as_often_as_twice_its_weight_says",
+        "trained: capacity 1.25, random second",
+    ),
     Leaf(
         LOSSES,
         "batch-prioritised, in training",
         ("V-MoE 2106.05974",),
         Training("capacity: 1.25, priority: score"),
-        "",
+        _TRAINING_GATES + "test_batch_priority_drops_less_of_the_gates_mass_than_order_does",
         "trained: capacity 1.25, by score",
         note="at inference it is refused: it looks at later tokens",
     ),
@@ -370,6 +458,8 @@ TRAINED: list[Leaf] = [
         "dense to sparse: copies",
         ("Sparse Upcycling 2212.05055", "MoE-LLaVA 2401.15947", "Tricks 2110.08246", "RMoE 2204.09636"),
         Command("modekit upcycle BASE OUT --experts 4 --top-k 2"),
+        _UPCYCLE + "test_the_mixture_has_the_logits_of_the_dense_model",
+        "taxonomy.md",
         note="RMoE's residual of a shared core: `always_on`",
     ),
     Leaf(
@@ -377,7 +467,7 @@ TRAINED: list[Leaf] = [
         "dense to sparse: segments",
         ("DeepSeekMoE 2401.06066", "LLaMA-MoE 2406.16554"),
         Command("modekit upcycle BASE OUT --experts 4 --segments 2"),
-        "",
+        _UPCYCLE + "test_active_parameters_do_not_depend_on_segments",
         "taxonomy.md",
     ),
     Leaf(
@@ -392,7 +482,7 @@ TRAINED: list[Leaf] = [
         "dense to sparse: gate from dense to top-k",
         ("EvoMoE 2112.14397",),
         Training("gate: dense-to-sparse"),
-        "",
+        _TRAINING_GATES + "test_dense_to_sparse_takes_fewer_experts_as_the_run_goes_on",
         "trained: dense-to-sparse",
     ),
     Leaf(
@@ -416,7 +506,7 @@ TRAINED: list[Leaf] = [
         "sparse to dense: distillation",
         ("Switch 2101.03961", "OneS 2201.10890"),
         Command("modekit densify OUT DENSE --by distil"),
-        "",
+        _DENSIFY + "test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps",
         "densify.md",
     ),
     Leaf(
@@ -424,7 +514,7 @@ TRAINED: list[Leaf] = [
         "sparse to dense: sum, SVD",
         ("OneS 2201.10890",),
         Command("modekit densify OUT DENSE --by svd"),
-        "",
+        _DENSIFY + "test_of_one_expert_svd_of_full_rank_is_that_expert",
         "densify.md",
     ),
     Leaf(
@@ -432,7 +522,7 @@ TRAINED: list[Leaf] = [
         "sparse to dense: average",
         ("EWA 2308.06093",),
         Command("modekit densify OUT DENSE --by average"),
-        "",
+        _DENSIFY + "test_the_average_is_the_mean_of_the_experts_and_has_the_base_s_class_and_size",
         "densify.md",
     ),
     Leaf(
@@ -440,7 +530,7 @@ TRAINED: list[Leaf] = [
         "sparse to dense: pruned to one",
         ("MoE-Pruning 2206.00277",),
         Command("modekit densify OUT DENSE --by best"),
-        "",
+        _DENSIFY + "test_the_best_expert_is_that_of_the_lowest_loss",
         "densify.md",
     ),
     Leaf(
@@ -457,7 +547,7 @@ TRAINED: list[Leaf] = [
         "near duplicates merged",
         ("MC-SMoE 2310.01334",),
         Command("modekit shrink OUT NEW --to 6"),
-        "",
+        "conversion/test_shrink.py::test_a_stranger_s_doubled_experts_become_one_without_loss",
         "densify.md",
     ),
     Leaf(
@@ -519,8 +609,19 @@ KINDS: list[Leaf] = [
         "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without",
         "scale.md",
     ),
-    Leaf(EXPERT, "count per layer", ("MoLA 2402.08562", "DeepSpeed-MoE 2201.05596")),
-    Leaf(EXPERT, "parameters of a published mixture", ("Mixtral 2401.04088",), Command("modekit plan CONFIG")),
+    Leaf(
+        EXPERT,
+        "count per layer",
+        ("MoLA 2402.08562", "DeepSpeed-MoE 2201.05596"),
+        Recipe("experts: [{name: law, model: ./law, layers: [6-11]}, {name: code, model: ./code}]"),
+    ),
+    Leaf(
+        EXPERT,
+        "parameters of a published mixture",
+        ("Mixtral 2401.04088",),
+        Command("modekit plan CONFIG"),
+        "sources/test_counting.py::test_counts_are_those_published",
+    ),
     Leaf(
         EXPERT,
         "size",
@@ -622,6 +723,7 @@ KINDS: list[Leaf] = [
         "prefix, prompt (SMoP, EMNLP 2023)",
         ("Prefix-Tuning 2101.00190", "Prompt Tuning 2104.08691", "UniPELT 2110.07577"),
         Recipe("mixture: {top_k: 1}", adapters=True),
+        "architecture/test_prefixes.py::test_an_expert_alone_is_its_own_model",
     ),
     Leaf(
         DERIVATIVES,
@@ -701,7 +803,13 @@ KINDS: list[Leaf] = [
         "evaluation/test_inspect.py::test_how_far_the_token_alone_decides",
         "training.md",
     ),
-    Leaf(DIAGNOSTICS, "drops by position", ("OpenMoE 2402.01739",), Training("capacity: 1.25")),
+    Leaf(
+        DIAGNOSTICS,
+        "drops by position",
+        ("OpenMoE 2402.01739",),
+        Training("capacity: 1.25"),
+        _TRAINING_GATES + "test_early_tokens_are_served_first_and_the_log_shows_it",
+    ),
 ]
 
 LEAVES: list[Leaf] = [*GATES, *TRAINED, *KINDS]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from typer.main import get_command
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.cli.shell import app, main
+from modekit.cli.shell import app
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.run import QUIET
 from modekit.training.losses import load_balance
@@ -34,8 +35,8 @@ TOKENS = 2_048
 EXPERTS = 4
 NEARER = (0.0, 0.25, 0.5, 0.75)
 """How far experts are moved towards their mean."""
-SEGMENTS = {"2 of 8 whole experts": (8, 1, 2), "4 of 16 half experts": (8, 2, 4)}
-"""Name -> copies, segments of each, experts per token: as many parameters, as many of them active."""
+SEGMENTS = {"2 of 8 whole experts": (8, 1, 2), "4 of 16 half experts": (8, 2, 2)}
+"""Name -> copies, segments of each, copies per token: as many parameters, as many of them active."""
 
 COLLAPSED = f"balance loss, every token to one of {EXPERTS} experts"
 EVEN = "balance loss, tokens spread evenly"
@@ -126,12 +127,13 @@ def _nearer(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
 
 def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
     """Whole and half experts, upcycled from the base and trained on the text of all domains."""
-    if "upcycle" not in {command.callback.__name__ for command in app.registered_commands if command.callback}:
+    if "upcycle" not in getattr(get_command(app), "commands", {}):
         return {}
     dense, found = _loss(opened(pool.base), texts), dict[str, float]()
     for name, (experts, segments, top_k) in SEGMENTS.items():
         folder = out / f"segments-{segments}"
-        main(["upcycle", str(pool.base), str(folder), f"--experts={experts}", f"--segments={segments}", f"--top-k={top_k}"])
+        words = ["upcycle", str(pool.base), str(folder), f"--experts={experts}", f"--segments={segments}", f"--top-k={top_k}"]
+        app(words, standalone_mode=False)
         settings = {
             "what": ["experts", "routers"],
             "steps": STEPS.count,

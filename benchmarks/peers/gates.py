@@ -29,6 +29,8 @@ LOAD_TOKENS = 1_024
 """Per domain, of the select split."""
 RANDOM: dict[str, Any] = {"fit": "random"}
 FORMAT = {"format": "modekit"}
+EXPERTS: dict[str, Any] = {"what": ["experts"], "backbone_learning_rate": STEPS.rate}
+BOTH: dict[str, Any] = {"what": ["experts", "routers"], "backbone_learning_rate": STEPS.rate}
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ SET: list[Gate] = [
 ]
 LEARNT: list[Gate] = [
     _trained("lm alone", "1701.06538"),
+    _trained("lm alone, experts too", "2101.03961", **BOTH),
     Gate("trained: noise", "1701.06538", _routed("random", noise=1.0), {}),
     _with_loss("importance", "1701.06538", 0.1),
     _with_loss("load", "1701.06538", 0.1),
@@ -163,8 +166,10 @@ LEARNT: list[Gate] = [
     _trained("sinkhorn", "2202.01169", gate="sinkhorn"),
     _trained("dselect", "2106.03760", gate="dselect"),
     _trained("dense-to-sparse", "2112.14397", gate="dense-to-sparse"),
-    _trained("domain-random", "2303.10845", gate="domain-random"),
-    _trained("random and consistency", "2110.04260", gate="random", losses={"lm": 1.0, "consistency": 1.0}),
+    _trained("domain-random, experts too", "2303.10845", **BOTH, gate="domain-random", losses={"lm": 1.0, "label": 0.1}),
+    _trained(
+        "random and consistency, experts alone", "2110.04260", **EXPERTS, gate="random", losses={"lm": 1.0, "consistency": 5.0}
+    ),
     _trained("capacity 1.25, drop", "2101.03961", capacity=1.25),
     _trained("capacity 1.25, next", "2207.04672", capacity=1.25, overflow="next"),
     _trained("capacity 1.25, by score", "2106.05974", capacity=1.25, priority="score"),
