@@ -116,17 +116,18 @@ class LeadersById:
             self._found[router].append((ids, leaders_S))
 
     def agreement(self, experts: int) -> list[float] | None:
-        """Per router the fraction of tokens, of those seen at least five times, led by the expert that leads most often where the
-        same token stands elsewhere, a draw counts half (context-independent specialisation, arXiv:2402.01739, Section 4.1). None
-        without such tokens.
+        """Per router the fraction of tokens led by the expert that leads most often where the same token stands elsewhere, a
+        draw counts half (context-independent specialisation, arXiv:2402.01739, Section 4.1). Of tokens seen five times or more;
+        None without such.
         """
         shares = [_by_id(found, experts) for found in self._found]
         return None if None in shares else [share for share in shares if share is not None]
 
 
 def _by_id(found: Sequence[tuple[Sequence[int], npt.NDArray[np.int64]]], experts: int) -> float | None:
-    ids_T = np.concatenate([ids for ids, _ in found] or [np.zeros(0, np.int64)])
-    leaders_T = np.concatenate([leaders for _, leaders in found] or [np.zeros(0, np.int64)])
+    if not found:
+        return None
+    ids_T, leaders_T = (np.concatenate([np.asarray(each[of]) for each in found]) for of in range(2))
     seen, rows_T = np.unique(ids_T, return_inverse=True)
     counts_VE = np.bincount(rows_T * experts + leaders_T, minlength=len(seen) * experts).reshape(-1, experts)
     counts_VE = counts_VE[counts_VE.sum(1) >= _FEWEST]
