@@ -141,9 +141,11 @@ def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
             "seed": pool.seed,
         }
         said = train_settings({**settings, "batch_tokens": STEPS.length * len(pool.text)}, where=name)
-        done = train(
-            open_checkpoint(folder), said, texts={name: [str(path)] for name, path in pool.text.items()}, evaluate_tokens=None
-        )
+        made = open_checkpoint(folder)
+        read = {
+            expert: [str(path)] for expert, path in zip(made.names, pool.text.values(), strict=False)
+        }  # of all: no label is read
+        done = train(made, said, texts=read, evaluate_tokens=None)
         found[TRAINED.format(name)] = _loss(opened(done.checkpoint.folder), texts) - dense
     return found
 
