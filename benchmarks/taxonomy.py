@@ -96,9 +96,9 @@ def _line(each: Measured, base: Measured) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and largest deviation from it."""
+    """Mean and largest deviation from it; one value alone has none."""
     mean = statistics.fmean(values)
-    return f"{mean:.3f} ± {max(abs(value - mean) for value in values):.3f}"
+    return f"{mean:.3f}" + (f" ± {max(abs(value - mean) for value in values):.3f}" if len(values) > 1 else "")
 
 
 def claims_table(by_seed: Sequence[Mapping[str, float]]) -> str:
