@@ -29,11 +29,12 @@ def table(rows: Iterable[Row], kind: str) -> str:
     """Two tables in Markdown, the best first; bold: ours, and what closes more than our plain checkpoint."""
     peers = measured(rows, kind)
     order = sorted(peers, key=lambda name: -statistics.fmean(peers[name].gaps()))
-    results = _lines(FIRST, [_result(peers, name) for name in order])
-    return "\n".join([*results, "", *_lines(SECOND, [_cost(peers[name], peers[BASE]) for name in order])])
+    results = lines(FIRST, [_result(peers, name) for name in order])
+    return "\n".join([*results, "", *lines(SECOND, [_cost(peers[name], peers[BASE]) for name in order])])
 
 
-def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
@@ -74,7 +75,7 @@ def write_page(results: Path) -> None:
     """Keep the rows of a run beside the page, and write its tables anew."""
     rows = read_rows(results)
     ROWS.parent.mkdir(exist_ok=True)
-    ROWS.write_text("".join(json.dumps(_rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
+    ROWS.write_text("".join(json.dumps(rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     for kind in dict.fromkeys(row.kind for row in rows):
         text = put(text, kind, table(rows, kind))
@@ -89,7 +90,8 @@ def put(page: str, mark: str, text: str) -> str:
     )
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
+    """Figures with five digits behind the point."""
     if isinstance(value, float):
         return round(value, 5)
-    return {key: _rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return {key: rounded(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -67,6 +67,7 @@ class Made:
         active: parameters that a token passes; 0: counted in the folder (`experts` by top_k, everything else whole).
         nbytes: of what is kept; 0: two bytes per parameter.
         engines: where it runs; empty: by the architecture's name.
+        load: largest share of an expert, mean over tokens of all domains and routers; 0: not looked at.
     """
 
     model: Path | Speaker | Mapping[str, Path]
@@ -75,6 +76,7 @@ class Made:
     active: int = 0
     nbytes: int = 0
     engines: str = ""
+    load: float = 0.0
 
 
 class Peer(Protocol):

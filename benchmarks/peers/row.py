@@ -31,6 +31,7 @@ class Row:
         seconds: of a processor, to make it.
         peak_mb: resident memory while it was made, in MB; Python and torch take some 500 of it.
         ms_per_token: of a forward pass in transformers.
+        load: largest share of an expert, as the peer says; 0: it does not.
     """
 
     peer: str
@@ -48,6 +49,7 @@ class Row:
     engines: str = ""
     note: str = ""
     failure: str = ""
+    load: float = 0.0
 
 
 def path_of(results: Path, peer: Peer, scored: Scored) -> Path:
@@ -102,7 +104,7 @@ def _measure(peer: Peer, scored: Scored, path: Path, blank: Row, tokens: int) ->
     try:
         before, wall = _processor_seconds(), time.perf_counter()
         made = peer.make(scored.pool, out)
-        said |= {"seconds": _processor_seconds() - before, "peak_mb": _peak_mb(), "note": made.note}
+        said |= {"seconds": _processor_seconds() - before, "peak_mb": _peak_mb(), "note": made.note, "load": made.load}
         texts = texts_of(scored.pool.base, scored.report, tokens)
         for name, (nats, right) in scores(made.model, texts, scored.pool.base).items():
             said["losses"][name], said["accuracy"][name] = nats, right

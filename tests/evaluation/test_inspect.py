@@ -32,7 +32,7 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
 from modekit.evaluation.inspection.text import inspect_text
-from modekit.evaluation.inspection.tokens import split_text, token_texts, words_of
+from modekit.evaluation.inspection.tokens import LeadersById, split_text, token_texts, words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.plan import ROUTER_FILE
@@ -161,6 +161,7 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
         "top_k",
         "per_domain",
         "utilisation",
+        "by_id",
         "dead",
         "similarity",
         "top_tokens",
@@ -268,7 +269,7 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
     plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
     checkpoint = open_with_any_router(checkpoint.folder)
     data = inspect(checkpoint, **SMALL).model_dump()
-    assert data["utilisation"] == [[0, 1, 0]]
+    assert data["utilisation"] == [[0, 1, 0]] and data["by_id"] == [1]
     assert data["dead"] == [{"router": 0, "expert": "medicine"}, {"router": 0, "expert": "code"}]
     forced, domain_losses = load_model(checkpoint.folder), {}
     for domain in run_module.held_out_domains(checkpoint, **SMALL):
@@ -282,6 +283,28 @@ def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_pa
         assert entry["without"]["medicine"] == entry["without"]["code"] == 0 != entry["without"]["law"]
     assert all(token["lift"] == token["share"] == 1 for token in data["top_tokens"]["law"])
     assert data["top_tokens"]["law"] and not data["top_tokens"]["medicine"] and not data["top_tokens"]["code"]
+
+
+def test_how_far_the_token_alone_decides() -> None:
+    """Of two routers one reads the token alone. The other takes 0 six times, 1 twice: there 0 leads elsewhere."""
+    leaders, decided = LeadersById(2), torch.tensor([[0, 0, 0, 1, 2], [0, 1, 0, 0, 2]])
+    weights_RSE = torch.nn.functional.one_hot(decided, 3).float().numpy()
+    leaders.add([7, 7, 7, 8, 9], [0, 1], weights_RSE)  # 9 comes once: it is not counted
+    assert leaders.agreement(3) is None
+    leaders.add([7, 7, 7, 8, 8, 7], [0], weights_RSE[:1, [0, 0, 0, 3, 3, 0]])
+    leaders.add([7, 7, 7, 7, 7, 9], [1], weights_RSE[1:, [0, 0, 0, 0, 1, 4]])
+    assert leaders.agreement(3) == [1, 6 / 8]
+
+
+def test_evidence_of_one_token_decides_by_it_and_of_the_text_does_not(shared_workshop: Workshop, tmp_path: Path) -> None:
+    found = {}
+    for decay in (0.0, 0.98):
+        (tmp_path / str(decay)).mkdir()
+        workshop = borrow(shared_workshop, tmp_path / str(decay))
+        router = {"fit": "lexical", "decay": [decay], "sequence_length": 32}
+        out = workshop.build(mixture={"method": "routing", "top_k": 1, "router": router}, **MODEKIT)
+        (found[decay],) = inspect(open_checkpoint(out), **SMALL).by_id or [math.nan]
+    assert found[0.0] == 1 > found[0.98]
 
 
 def test_a_gate_of_zeros_weighs_all_alike(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -673,7 +696,7 @@ def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path
         with patch.object(printing_module, "out", Console(file=stream, width=width)):
             printing_module.print_inspection(Path("OUT"), Inspection.model_validate(data))
         shown.append(sorted(cell for cell in stream.getvalue().replace("\n", " ").split(" ") if "0." in cell))
-    assert shown[0] == shown[1] and len(shown[0]) == 48
+    assert shown[0] == shown[1] and len(shown[0]) == 49
 
 
 def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def print_inspection(folder: Path, found: Inspection) -> None:
     agreement = ["-" if each.agreement is None else f"{fmean(each.agreement):.2f}" for each in usages]
     table.add("agreement", *agreement, "", style="dim")
     table.add("entropy", *(f"{fmean(each.entropy):.2f}" for each in usages), "", style="dim")
+    if found.by_id is not None:
+        table.add("by token id", *("" for _ in usages), f"{fmean(found.by_id):.2f}", style="dim")
     out.print(table)
     _print_routers(found)
     if any(each.without for each in usages):

@@ -28,7 +28,7 @@ from modekit.evaluation.inspection.passes import (
 )
 from modekit.evaluation.inspection.result import INSPECT_FILE, Dead, DomainTrace, Inspection, TokenLoss, Usage, only_figures
 from modekit.evaluation.inspection.similarity import similarity
-from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
+from modekit.evaluation.inspection.tokens import LeadersById, TopTokens, evidence_of, strongest, token_texts
 from modekit.evaluation.inspection.unseen import detect_unseen
 from modekit.evaluation.results_folder import write_results
 from modekit.loaded.load import load_model, load_tokenizer
@@ -72,7 +72,8 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
     samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
     advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     top = TopTokens(_vocabulary(model), len(checkpoint.names))
-    per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
+    leaders = LeadersById(len(checkpoint.shape.positions))
+    per_domain = {domain.name: _of_domain(model, checkpoint, domain, (top, leaders), advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, samples, advance)
     alike = similarity(checkpoint, run)
     table_VE = evidence_of(checkpoint)
@@ -87,6 +88,7 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
         top_k=top_k_of(checkpoint),
         per_domain=per_domain,
         utilisation=np.mean([per_domain[name].shares for name in own], axis=0).tolist(),
+        by_id=leaders.agreement(len(checkpoint.names)),
         dead=[Dead(router=int(router), expert=checkpoint.names[expert]) for router, expert in np.argwhere(most_RE < _DEAD)],
         similarity=alike,
         top_tokens=top.by_expert(tokenizer, checkpoint.names),
@@ -116,8 +118,11 @@ def named_changes(checkpoint: Checkpoint, changes_E: Array64) -> dict[str, float
     return dict(zip(checkpoint.names[: len(changes_E)], changes_E.tolist(), strict=True))
 
 
-def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance) -> Usage:
+def _of_domain(
+    model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, by_token: tuple[TopTokens, LeadersById], advance: Advance
+) -> Usage:
     sequences, names = domain.sequences, checkpoint.names
+    top, leaders = by_token
     shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
     entropy_NR, agreement_NR = np.zeros(shape), np.zeros(shape)
@@ -132,7 +137,9 @@ def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, t
         if domain.expert is not None:
             leads_RSE = decided.weights_RSE >= decided.weights_RSE.max(-1, keepdims=True)  # a draw of several counts in part
             agreement_NR[row, at] = (leads_RSE[..., domain.expert] / leads_RSE.sum(-1)).sum(1)
-        top.add(sequence.target if decided.of_target else sequence.ids, decided.weights_RSE.mean(0))
+        ids = sequence.target if decided.of_target else sequence.ids
+        top.add(ids, decided.weights_RSE.mean(0))
+        leaders.add(ids, decided.routers, decided.weights_RSE)
 
     whole_N = sums_of(traced_losses(model, checkpoint, sequences, consume, advance))
     changes_EN = changes_without(model, checkpoint, sequences, whole_N, advance)

@@ -166,7 +166,7 @@ class Inspection(Data):
     """inspect.json: of `domains`, which have an expert, and `unseen` ones, both in `per_domain`.
 
     `utilisation` [R][E] is the mean over `domains`; `top_k` is None with top_p; `evidence` and `told_apart` are None where the
-    router reads more than tokens.
+    router reads more than tokens. `by_id` [R]: how far the token alone decides; None where no token came five times.
     """
 
     format: Literal[1] = 1
@@ -178,6 +178,7 @@ class Inspection(Data):
     top_k: int | None
     per_domain: dict[str, Usage]
     utilisation: list[list[Share]]
+    by_id: list[Share] | None = None
     dead: list[Dead]
     similarity: Similarity | None
     top_tokens: dict[str, list[TopToken]]
@@ -210,6 +211,8 @@ class Inspection(Data):
             check(usage.shares, f"per_domain.{domain}.shares")
             check(usage.chosen, f"per_domain.{domain}.chosen")
         check(self.utilisation, "utilisation")
+        if len(self.by_id or self.routers) != routers:
+            raise ValueError(f"by_id is not of {routers} routers")
         for sample in self.texts:
             if len(sample.weights) != routers or any(len(tokens) != len(sample.tokens) for tokens in sample.weights):
                 raise ValueError("texts[].weights is not routers x tokens")

@@ -1,0 +1,160 @@
+"""What claims of "A Survey on Mixture of Experts" (arXiv:2407.06204) come to on small models.
+
+Shape legend: B batch, S sequence, T tokens, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from typer.main import get_command
+
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.cli.shell import app
+from modekit.evaluation.inspection.similarity import similarity
+from modekit.run import QUIET
+from modekit.training.losses import load_balance
+from modekit.training.settings import train_settings
+from modekit.training.train import train
+from peers.bounds import mean_of, models_of, save
+from peers.ours import built
+from peers.peer import Pool
+from peers.pool import Scored
+from peers.score import Texts, opened, score, texts_of
+from peers.training import STEPS
+
+TOKENS = 2_048
+"""Per text."""
+EXPERTS = 4
+NEARER = (0.0, 0.25, 0.5, 0.75)
+"""How far experts are moved towards their mean."""
+SEGMENTS = {"2 of 8 whole experts": (8, 1, 2), "4 of 16 half experts": (8, 2, 2)}
+"""Name -> copies, segments of each, copies per token: as many parameters, as many of them active."""
+
+COLLAPSED = f"balance loss, every token to one of {EXPERTS} experts"
+EVEN = "balance loss, tokens spread evenly"
+UPCYCLED = "upcycled: loss less the dense model's, softmax over the chosen experts"
+NOT_NORMALISED = "upcycled: loss less the dense model's, softmax before top-k"
+ALIKE = "experts moved {0:.0%} towards their mean: cosine of two"
+CLOSED = "experts moved {0:.0%} towards their mean: gap closed"
+TRAINED = "upcycled and trained, {0}: loss less the dense model's"
+CLAIMS = (
+    *(COLLAPSED, EVEN, UPCYCLED, NOT_NORMALISED),
+    *(figure.format(each) for each in NEARER for figure in (ALIKE, CLOSED)),
+    *(TRAINED.format(each) for each in SEGMENTS),
+)
+"""Figures, in the order of the table."""
+
+
+def claims(scored: Scored, out: Path) -> dict[str, float]:
+    """Every figure of CLAIMS that this version can make; `out` is written anew."""
+    shutil.rmtree(out, ignore_errors=True)
+    texts = texts_of(scored.pool.base, {name: scored.report[name] for name in scored.pool.text}, TOKENS)
+    return {
+        **balance(),
+        **upcycled(scored.pool, texts, out),
+        **_nearer(scored.pool, texts, out),
+        **_segments(scored.pool, texts, out),
+    }
+
+
+def balance(tokens: int = 64) -> dict[str, float]:
+    """The balance loss at its two ends, per token."""
+    to_one_TE = torch.zeros(tokens, EXPERTS)
+    to_one_TE[:, 0] = 1e3
+    evenly_TE = 1e3 * torch.nn.functional.one_hot(torch.arange(tokens) % EXPERTS, EXPERTS).float()
+    return {name: float(load_balance(logits, 1)) / tokens for name, logits in ((COLLAPSED, to_one_TE), (EVEN, evenly_TE))}
+
+
+def upcycled(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
+    """Copies of the base behind random gates; without normalisation a copy counts what the chosen ones weigh together."""
+    copies = replace(pool, experts=dict.fromkeys(pool.experts, pool.base))
+    mixture = {"top_k": 2, "router": {"fit": "random", "seed": pool.seed}}
+    made = built(copies, out / "copies", {"mixture": mixture, "output": {"format": "native"}}, "")
+    base = opened(pool.base)
+    dense = _loss(base, texts)
+    with _not_normalised(base, pool.seed):
+        other = _loss(base, texts)
+    return {UPCYCLED: _loss(opened(_folder(made.model)), texts) - dense, NOT_NORMALISED: other - dense}
+
+
+@contextmanager
+def _not_normalised(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """The dense model as copies of each FFN under a random gate whose two largest probabilities do not sum to one."""
+    draw, hooks = torch.Generator().manual_seed(seed), []
+    for layer in model.model.layers:
+        gate_ED = 0.02 * torch.randn(EXPERTS, model.config.hidden_size, generator=draw)
+
+        def weigh(
+            _module: object, inputs: tuple[torch.Tensor], output: torch.Tensor, gate_ED: torch.Tensor = gate_ED
+        ) -> torch.Tensor:
+            return output * (inputs[0] @ gate_ED.T).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+
+        hooks.append(layer.mlp.register_forward_hook(weigh))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nearer(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
+    """Mixtures of experts that are moved towards their mean, under a router that reads words and not the experts."""
+    states = dict(zip(pool.whole, (model.state_dict() for model in models_of(pool)), strict=True))
+    mean, found = mean_of(list(states.values())), dict[str, float]()
+    base = {name: score(opened(pool.base), each)[0] for name, each in texts.items()}
+    own = {name: score(opened(pool.whole[name]), each)[0] for name, each in texts.items()}
+    for far in NEARER:
+        where = out / f"nearer-{far:g}"
+        moved = {
+            name: {key: (1 - far) * each + far * mean[key] for key, each in state.items()} for name, state in states.items()
+        }
+        experts = {name: save(pool, state, where / name) for name, state in moved.items()}
+        made = built(replace(pool, experts=experts), where, {"mixture": {"top_k": 1, "router": {"fit": "lexical"}}})
+        model, cosines = opened(_folder(made.model)), similarity(open_checkpoint(_folder(made.model)), QUIET).experts
+        gaps = [(base[name] - score(model, each)[0]) / (base[name] - own[name]) for name, each in texts.items()]
+        found[ALIKE.format(far)] = statistics.fmean(cosines[a][b] for a in range(len(cosines)) for b in range(a))
+        found[CLOSED.format(far)] = statistics.fmean(gaps)
+    return found
+
+
+def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
+    """Whole and half experts, upcycled from the base and trained on the text of all domains."""
+    if "upcycle" not in getattr(get_command(app), "commands", {}):
+        return {}
+    dense, found = _loss(opened(pool.base), texts), dict[str, float]()
+    for name, (experts, segments, top_k) in SEGMENTS.items():
+        folder = out / f"segments-{segments}"
+        words = ["upcycle", str(pool.base), str(folder), f"--experts={experts}", f"--segments={segments}", f"--top-k={top_k}"]
+        app(words, standalone_mode=False)
+        settings = {
+            "what": ["experts", "routers"],
+            "steps": STEPS.count,
+            "backbone_learning_rate": STEPS.rate,
+            "seed": pool.seed,
+        }
+        said = train_settings({**settings, "batch_tokens": STEPS.length * len(pool.text)}, where=name)
+        made = open_checkpoint(folder)
+        read = {
+            expert: [str(path)] for expert, path in zip(made.names, pool.text.values(), strict=False)
+        }  # of all: no label is read
+        done = train(made, said, texts=read, evaluate_tokens=None)
+        found[TRAINED.format(name)] = _loss(opened(done.checkpoint.folder), texts) - dense
+    return found
+
+
+def _loss(model: object, texts: Texts) -> float:
+    assert isinstance(model, PreTrainedModel)
+    return statistics.fmean(score(model, each)[0] for each in texts.values())
+
+
+def _folder(made: object) -> Path:
+    assert isinstance(made, Path)
+    return made
