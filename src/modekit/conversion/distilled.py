@@ -1,0 +1,109 @@
+"""The mixture taught to one dense model: the training of a mixture (training/engine.py) with a student in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.experts.distill.kept_logits import LoadedTeacher
+from modekit.experts.distill.settings import DistillSettings, distill_settings
+from modekit.experts.distill.student import Lesson, Student
+from modekit.loaded.engine import LoopSettings
+from modekit.loaded.load import load_model
+from modekit.loaded.passes import losses_of
+from modekit.loaded.shapes import mixture_of
+from modekit.run import Run
+from modekit.text.sequences import Batch
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
+from modekit.training.end_to_end import in_bfloat16
+from modekit.training.engine import JudgedModule, run_trainer
+from modekit.training.folder import TrainingOutcome
+from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.texts import TrainingText
+
+STEPS = 200
+"""Of a distillation, when nothing is said."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast a dense model learns from its mixture.
+
+    Attributes:
+        settings: of the training loop; everything that moves has the backbone's rate.
+        lesson: what counts how much, and the temperature. Switch Transformers (arXiv 2101.03961, 2.3) give the teacher 0.25.
+        minutes: ends after so many, and so does the fall of the rate; None: after the last step.
+    """
+
+    settings: TrainSettings
+    lesson: DistillSettings
+    minutes: float | None = None
+
+
+def course_of(said: Mapping[str, Any]) -> Course:
+    """Of settings by name: those of a training loop, `learning_rate`, `weights`, `temperature` and `minutes`.
+
+    Raises TrainingError.
+    """
+    where, values = "modekit densify", {"what": ["all"], "steps": STEPS, **said}
+    minutes = values.pop("minutes", None)
+    lesson = {name: values.pop(name) for name in ("weights", "temperature") if name in values}
+    if "learning_rate" in values:
+        values["backbone_learning_rate"] = values.pop("learning_rate")
+    return Course(
+        train_settings(values, where=where),
+        distill_settings({"weights": 0.75, "temperature": 1.0, **lesson}, where=where),
+        minutes,
+    )
+
+
+class JudgedStudent(Student, JudgedModule):
+    """A student whose states are compared by the loss of held-out text."""
+
+    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
+        super().__init__(student, lesson, settings, steps)
+        self.settings = settings
+
+    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As a student's; as JudgedModule says with `score`."""
+        if score:
+            batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
+            return {"loss": losses_of(self.student, batch).sum()}
+        return super().forward(factor, **item)
+
+
+def teach(
+    checkpoint: Checkpoint, student: PreTrainedModel, course: Course, texts: list[TrainingText], folder: Path, run: Run
+) -> TrainingOutcome:
+    """Train the student, whose parameters that move have gradients, from the last state in `folder` on."""
+    teacher = load_model(checkpoint.folder, run=run)
+    mixture_of(teacher, checkpoint).prepare_training()
+    settings, corpora = course.settings, [text.corpus for text in texts]
+    steps = settings.steps or steps_of_one_pass(corpora, settings)
+    parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
+    lesson = Lesson(LoadedTeacher(teacher, checkpoint.vocabulary), checkpoint.vocabulary, course.lesson)
+    loop = LoopSettings(
+        steps,
+        1,
+        settings.warmup,
+        settings.clip,
+        settings.seed,
+        in_bfloat16(settings, student.device),
+        seconds=None if course.minutes is None else 60 * course.minutes,
+    )
+    module = JudgedStudent(student, lesson, settings, steps)
+    return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)
+
+
+def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
+    """Give the student the weights of the best state, those that it began with where no state was better."""
+    if outcome.improved:
+        best = load_file(outcome.best_state(folder))
+        student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)
