@@ -120,3 +120,26 @@ def print_dense(output: Path, record: DenseRecord) -> None:
     said += f", then {record.distilled.best_step} steps of distillation" if record.distilled else ""
     said += f"; keeps {record.kept:.0%} of the mixture's gap" if record.kept is not None else ""
     out.print(Text.assemble((str(output), "bold"), said))
+
+
+@app.command()
+@grouped
+def upcycle(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the dense model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    options: Writing,
+    experts: Annotated[int, typer.Option(min=2, help="Copies of the FFN in every layer.")] = 4,
+    segments: Annotated[int, typer.Option(min=1, help="Parts that each copy is cut into.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0,
+) -> None:
+    """Turn a dense model into a mixture with the same logits, to be trained."""
+    from modekit.conversion.upcycle import Upcycling, upcycle
+
+    target = writable(output, options.overwrite)
+    with drawn_progress() as progress:
+        asked, run = Upcycling(experts, segments, top_k, seed), options.run(progress)
+        made = upcycle(base, asked, target, root=Path.cwd(), overwrite=options.overwrite, run=run)
+    size = made.parameters
+    said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
+    out.print(Text.assemble((str(output), "bold"), said))

@@ -202,7 +202,7 @@ class _Work:
         asked, notes = self.asked, list[str]()
         if self.checkpoint.record.trained:
             notes.append(
-                "the mixture was trained: only a distillation has what that changed, merges have the experts' own models"
+                "the mixture was trained: merges are of the experts' own models, only a distillation has what that changed"
             )
         distilled = None
         if outcome is not None:

@@ -19,10 +19,10 @@ from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import has_bfloat16_products
 from modekit.run import Run
 from modekit.text.sequences import Batch
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
-from modekit.training.end_to_end import in_bfloat16
 from modekit.training.engine import JudgedModule, run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.settings import TrainSettings, train_settings
@@ -95,7 +95,7 @@ def teach(
         settings.warmup,
         settings.clip,
         settings.seed,
-        in_bfloat16(settings, student.device),
+        settings.precision == "bfloat16" if settings.precision else has_bfloat16_products(student.device),
         seconds=None if course.minutes is None else 60 * course.minutes,
     )
     module = JudgedStudent(student, lesson, settings, steps)

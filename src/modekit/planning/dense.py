@@ -39,9 +39,8 @@ def dense_plan(plan: Plan, backbone: Backbone, dtype: DType = "source") -> Dense
     base, giver = plan.sources[0], BackboneGiver(recipe, plan.sources)
     refs = [base.tensors[name] for name in sorted(own_names(base, plan.family), key=natural_key)]
     tensors = [giver.tensor(ref.name, dtype_code(dtype, ref), ref) for ref in refs]
-    grown = plan.vocabulary is not None and plan.vocabulary.is_grown
-    settings = (
-        {"vocab_size": base.config["vocab_size"], **plan.vocabulary.tokenizer.settings} if grown and plan.vocabulary else {}
-    )
+    config = dict(base.on_disk or base.config)
+    if plan.vocabulary is not None and plan.vocabulary.is_grown:
+        config |= {"vocab_size": base.config["vocab_size"], **plan.vocabulary.tokenizer.settings}
     shards = cut_into_shards(tensors, recipe.output.shard_size)
-    return DensePlan(replace(plan, recipe=recipe, shards=shards, reused=None), {**(base.on_disk or base.config), **settings})
+    return DensePlan(replace(plan, recipe=recipe, shards=shards, reused=None), config)

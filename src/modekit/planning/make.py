@@ -179,6 +179,8 @@ def _native_layout(
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if recipe.output.keep is not None:
         return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
+    if any(expert.segment for expert in recipe.experts):
+        asked, adapters = "native", []  # which say the reason where it cannot be
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:

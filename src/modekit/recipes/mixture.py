@@ -17,9 +17,9 @@ from modekit.recipes.strict import BASE, Name, Strict, checked
 class BackboneMerge(Strict):
     """A backbone merged from the experts, with its settings."""
 
-    method: Literal["average", "task_arithmetic", "ties", "slerp", "svd"]
     later: ClassVar[tuple[str, ...]] = ("rank",)
 
+    method: Literal["average", "task_arithmetic", "ties", "slerp", "svd"]
     scale: float = Field(1.0, description="Strength of task_arithmetic, ties and svd (lambda).")
     density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
     t: float = Field(0.5, ge=0, le=1, description="Position of slerp between the two experts.")

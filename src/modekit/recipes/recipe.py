@@ -39,7 +39,7 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts")
+    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts", "segment")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
@@ -56,6 +56,9 @@ class Expert(Strict):
     )
     parts: dict[str, Annotated[str, Field(pattern=r"^(rank [1-9][0-9]{0,4}|[1-8] bits|whole)$")]] | None = Field(
         None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
+    )
+    segment: str | None = Field(
+        None, pattern=r"^[1-9][0-9]{0,2}/[1-9][0-9]{0,2}$", description="Which part of the FFN it is, like 1/2 (upcycle)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(
