@@ -39,6 +39,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "specialize": "specialize ./base ./law --text law.jsonl",
         "extract": "extract ./law ./law-lora --base ./base --rank 16",
         "upcycle": "upcycle ./base OUT --experts 4 --segments 2",
+        "shrink": "shrink OUT NEW --to 6 --text law.jsonl",
         "densify": "densify OUT DENSE --minutes 10",
         "data": "",
         "balance": "data balance OUT --text law=law.jsonl --text tax=tax.jsonl --tokenizer ./base",
