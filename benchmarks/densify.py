@@ -37,11 +37,7 @@ from modekit.run import QUIET
 from peers.pool import read_text, write_text
 from whole import recipe
 
-TOKENS = 4_096  # of each domain that a row is scored on
-COURSE = {
-    **{"steps": 60, "batch_tokens": 3_072, "learning_rate": 2e-3},
-    **{"select_tokens": 1_024, "evaluate_every": 20},
-}
+COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
 NOISE = 0.2
 """Of a duplicate, as a share of what its expert changed of the base."""
 NATIVE = {"output": {"format": "native"}}
@@ -58,6 +54,8 @@ class Pool:
     """Base and experts of one seed in FOLDER/seed<n>, and their mixture."""
 
     home: Path
+    steps: int
+    tokens: int
 
     @cached_property
     def mixture(self) -> Checkpoint:
@@ -68,7 +66,7 @@ class Pool:
     @cached_property
     def report(self) -> list[Domain]:
         """Text of the four domains."""
-        found = held_out_domains(self.mixture, tokens_per_domain=TOKENS, sequence_length=512)
+        found = held_out_domains(self.mixture, tokens_per_domain=self.tokens, sequence_length=512)
         return [domain for domain in found if domain.expert is not None]
 
     @cached_property
@@ -103,8 +101,13 @@ def merges(pool: Pool) -> None:
 def distil(pool: Pool) -> None:
     """One row: before, after, and what it cost."""
     start = time.process_time()
-    asked = Densify("distil", course_of(COURSE), tokens=TOKENS)
-    record = densify(pool.mixture, asked, pool.home / "dense", overwrite=True)
+    asked = Densify(
+        "distil",
+        course_of({**COURSE, "steps": pool.steps, "evaluate_every": pool.steps // 2}),
+        tokens=pool.tokens,
+        overwrite=True,
+    )
+    record = densify(pool.mixture, asked, pool.home / "dense")
     took, row = time.process_time() - start, record.gap_closed
     print(
         f"| {record.merge.said} | {row('merge'):.3f} | {row('dense'):.3f} | {row('mixture'):.3f} | {record.kept:.2f} "
@@ -127,7 +130,7 @@ def shrink_eight(pool: Pool) -> None:
     gaps = {8: pool.gap(load_model(eight.folder))}
     for to in (6, 4):
         texts = [str(home.parent / "text" / f"{name}.jsonl") for name in DOMAINS]
-        record = shrink(eight.folder, Shrinking(to, texts, home, TOKENS), home / f"densify-{to}", overwrite=True)
+        record = shrink(eight.folder, Shrinking(to, texts, home, pool.tokens, overwrite=True), home / f"densify-{to}")
         gaps[to] = pool.gap(load_model(home / f"densify-{to}"))
         merged = [" + ".join(eight.names[e] for e in group) for group in record.groups[0] if len(group) > 1]
         print(f"| {to} | {gaps[8]:.3f} | {gaps[to]:.3f} | {gaps[to] / gaps[8]:.3f} | {', '.join(merged)} |", flush=True)
@@ -156,11 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=60, help="of a distillation")
+    parser.add_argument("--tokens", type=int, default=4_096, help="of each domain that a row is scored on")
     parser.add_argument("--only", choices=list(STEPS), required=True)
     said = parser.parse_args()
     for seed in said.seeds:
         print(f"\nseed {seed}", flush=True)
-        STEPS[said.only](Pool(said.folder.resolve() / f"seed{seed}"))
+        STEPS[said.only](Pool(said.folder.resolve() / f"seed{seed}", said.steps, said.tokens))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens"
 
 
 def made(shop: Workshop, out: str, by: By, name: str = "DENSE", **said: object) -> DenseRecord:
-    asked = Densify(by, course_of({**SHORT, **said.pop("course", {})}), tokens=200, **said)  # type: ignore[arg-type,dict-item]
-    return densify(open_checkpoint(shop.root / out), asked, shop.root / name, overwrite=True)
+    asked = Densify(by, course_of({**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
+    return densify(open_checkpoint(shop.root / out), asked, shop.root / name)
 
 
 def opened(folder: Path) -> PreTrainedModel:

@@ -94,10 +94,17 @@ def densify(
 
         said = {name: value for name, value in vars(course).items() if value is not None}
         asked = Densify(
-            by, course_of(said), texts_by_domain(options.text), Path.cwd(), options.scale, options.rank, options.tokens
+            by,
+            course_of(said),
+            texts_by_domain(options.text),
+            Path.cwd(),
+            options.scale,
+            options.rank,
+            options.tokens,
+            options.overwrite,
         )
         opened = open_checkpoint(resolved(checkpoint))
-        record = densify(opened, asked, target, overwrite=options.overwrite, run=options.run(progress))
+        record = densify(opened, asked, target, run=options.run(progress))
     if options.as_json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
@@ -122,24 +129,30 @@ def print_dense(output: Path, record: DenseRecord) -> None:
     out.print(Text.assemble((str(output), "bold"), said))
 
 
+@dataclass(frozen=True)
+class UpcycleOptions(Writing):
+    """Which experts."""
+
+    experts: Annotated[int, typer.Option(min=2, help="Copies of the FFN in every layer.")] = 4
+    segments: Annotated[int, typer.Option(min=1, help="Parts that each copy is cut into.")] = 1
+    top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2
+    seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0
+
+
 @app.command()
 @grouped
 def upcycle(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the dense model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    options: Writing,
-    experts: Annotated[int, typer.Option(min=2, help="Copies of the FFN in every layer.")] = 4,
-    segments: Annotated[int, typer.Option(min=1, help="Parts that each copy is cut into.")] = 1,
-    top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2,
-    seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0,
+    options: UpcycleOptions,
 ) -> None:
     """Turn a dense model into a mixture with the same logits, to be trained."""
     from modekit.conversion.upcycle import Upcycling, upcycle
 
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        asked, run = Upcycling(experts, segments, top_k, seed), options.run(progress)
-        made = upcycle(base, asked, target, root=Path.cwd(), overwrite=options.overwrite, run=run)
+        asked = Upcycling(options.experts, options.segments, options.top_k, options.seed, options.overwrite)
+        made = upcycle(base, asked, target, root=Path.cwd(), run=options.run(progress))
     size = made.parameters
     said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
     out.print(Text.assemble((str(output), "bold"), said))
@@ -167,8 +180,8 @@ def shrink(
         from modekit.conversion.shrink import Shrinking, shrink
 
         folder = model_folder(mixture, None, root=Path.cwd(), label="OUT", run=run)
-        asked = Shrinking(to, text or (), Path.cwd(), tokens)
-        record = shrink(folder, asked, target, overwrite=options.overwrite, run=run)
+        asked = Shrinking(to, text or (), Path.cwd(), tokens, options.overwrite)
+        record = shrink(folder, asked, target, run=run)
     for layer, groups in enumerate(record.groups[:1] if record.names else record.groups):
         merged = [", ".join(record.names[e] if record.names else str(e) for e in group) for group in groups if len(group) > 1]
         out.print(f"{'merged' if record.names else f'layer {layer}'}: {'; '.join(merged)}")

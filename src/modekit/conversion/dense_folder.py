@@ -11,7 +11,7 @@ from typing import ClassVar
 from modekit.conversion.dense_record import DENSE_FILE, DenseRecord
 from modekit.conversion.merged import write_tokenizer
 from modekit.experts.specialist import SpecialistFolder
-from modekit.files.output import replaced_by, settle, was_made_by
+from modekit.files.output import Replace, settle, was_made_by
 from modekit.files.read import SMALL
 from modekit.files.staging import Staging, staging
 from modekit.files.typed import read_as
@@ -31,7 +31,7 @@ class DenseFolder(SpecialistFolder):
 
 @dataclass(frozen=True)
 class NewDense:
-    """Where it goes, by which command, and of which folders; `overwrite`: whether another result may go.
+    """Where it goes, by which command, and of which folders; `replace`: what may go.
 
     `tokenizer`: a plan of the mixture's models, whose tokenizer goes along.
     """
@@ -39,7 +39,7 @@ class NewDense:
     folder: DenseFolder
     made_by: str
     sources: tuple[Path, ...]
-    overwrite: bool
+    replace: Replace
     tokenizer: DensePlan
 
     def finished(self) -> DenseRecord | None:
@@ -56,8 +56,7 @@ class NewDense:
         run.begin("write")
         data, out = record.model_dump(mode="json"), self.folder.out
         trained = sorted({*marks, *(mark for source in self.sources for mark in digests_in(source / TRAINED_FILE))})
-        replace = replaced_by(self.overwrite)
-        with staging(out, self.made_by, "model", sources=self.sources, replace=replace, sync=run.sync) as stage:
+        with staging(out, self.made_by, "model", sources=self.sources, replace=self.replace, sync=run.sync) as stage:
             stage.settles = not self.folder.is_held
             fill(stage)
             write_tokenizer(self.tokenizer, stage.folder)

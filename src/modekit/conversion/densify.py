@@ -55,6 +55,7 @@ class Densify:
         texts: of a domain, relative to `root`, instead of the recipe's.
         scale, rank: of a sum and of svd; None: the best of some on the select split, and all ranks shared out.
         tokens: of held-out text per domain for the figures in densify.json.
+        overwrite: whether another result may go.
     """
 
     by: By
@@ -64,9 +65,10 @@ class Densify:
     scale: float | None = None
     rank: int | None = None
     tokens: int = SAMPLE_TOKENS
+    overwrite: bool = False
 
 
-def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> DenseRecord:
+def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUIET) -> DenseRecord:
     """Write the dense model; returns what densify.json says.
 
     A distillation goes on after a kill or Ctrl-C from its last state. Raises SourceError (an expert's folder that is gone or
@@ -75,7 +77,7 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, overwrite: boo
     refuse_pairs(checkpoint, "a mixture of models with an encoder has no dense form here", option="densify")
     folder = DenseFolder(out)
     folder.tidy()
-    refuse_existing(out, replaced_by(overwrite), sources=(checkpoint.folder,))
+    refuse_existing(out, replaced_by(asked.overwrite), sources=(checkpoint.folder,))
     _check_sources(checkpoint, run)
     texts = _texts(checkpoint, asked, run)
     plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
@@ -83,7 +85,9 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, overwrite: boo
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
     sources = (checkpoint.folder, *(source.folder for source in plan.sources))
-    wanted = NewDense(folder, f"densify {request} {state}", sources, overwrite, chooser.planned(Merge(by="average")))
+    wanted = NewDense(
+        folder, f"densify {request} {state}", sources, replaced_by(asked.overwrite), chooser.planned(Merge(by="average"))
+    )
     made = wanted.finished()
     if made is not None:
         return made
@@ -94,16 +98,10 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, overwrite: boo
         return work.distil(wanted, folder)
 
 
-def _asked(asked: Densify) -> list[object]:
+def _asked(asked: Densify) -> str:
     """All that decides what comes out, but for the text."""
-    course = asked.course
-    return [
-        asked.by,
-        asked.scale,
-        asked.rank,
-        asked.tokens,
-        *([course.settings.model_dump(mode="json"), course.lesson.model_dump(mode="json")] if asked.by == "distil" else []),
-    ]
+    course = asked.course if asked.by == "distil" else None
+    return repr([asked.by, asked.scale, asked.rank, asked.tokens, course and (course.settings, course.lesson)])
 
 
 def _check_sources(checkpoint: Checkpoint, run: Run) -> None:

@@ -51,22 +51,26 @@ class ShrinkRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Shrinking:
-    """What is asked for: `to` experts, and `texts` relative to `root`, of which `tokens` are read; none: all count the same."""
+    """What is asked for: `to` experts, and `texts` relative to `root`, of which `tokens` are read; none: all count the same.
+
+    `overwrite`: whether another result may go.
+    """
 
     to: int
     texts: Sequence[str] = ()
     root: Path = field(default_factory=Path)
     tokens: int = 8_192
+    overwrite: bool = False
 
 
-def shrink(folder: Path, asked: Shrinking, out: Path, *, overwrite: bool = False, run: Run = QUIET) -> ShrinkRecord:
+def shrink(folder: Path, asked: Shrinking, out: Path, *, run: Run = QUIET) -> ShrinkRecord:
     """Write the smaller mixture; returns what shrink.json says.
 
     Raises UnsupportedError for what is no plain mixture, SourceError, TextError, OutputError, and ModekitError for a number of
     experts that it cannot have.
     """
     check_packages(("scipy.optimize",), "pip install 'modekit[discover]'")
-    refuse_existing(out, replaced_by(overwrite), sources=(folder,))
+    refuse_existing(out, replaced_by(asked.overwrite), sources=(folder,))
     plain = PlainMixture.opened(folder)
     if not 1 <= asked.to < plain.experts:
         raise ModekitError(
@@ -78,7 +82,7 @@ def shrink(folder: Path, asked: Shrinking, out: Path, *, overwrite: bool = False
         groups = _groups(plain, opened, chosen, asked.to, run)
         record = ShrinkRecord(mixture=folder.name, experts=plain.experts, to=asked.to, groups=groups, names=plain.names)
         digest = hashlib.sha256(json.dumps([record.model_dump(), plain.identity, chosen.tolist()]).encode()).hexdigest()
-        replace = replaced_by(overwrite)
+        replace = replaced_by(asked.overwrite)
         with staging(out, f"shrink {digest}", "model", sources=(folder,), replace=replace, sync=run.sync) as stage:
             write_smaller(plain, opened, groups, chosen, stage, run)
             for file in copied_files(folder, where=str(folder)):

@@ -26,12 +26,16 @@ from modekit.run import QUIET, Run
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What is asked for: `copies` of the FFN in `segments` parts each, `top_k` copies per token, a gate drawn from `seed`."""
+    """What is asked for: `copies` of the FFN in `segments` parts each, `top_k` copies per token, a gate drawn from `seed`.
+
+    `overwrite`: whether another result may go.
+    """
 
     copies: int = 4
     segments: int = 1
     top_k: int = 2
     seed: int = 0
+    overwrite: bool = False
 
     def recipe(self, base: str) -> RecipeData:
         """Of the mixture. Raises ModekitError."""
@@ -51,10 +55,10 @@ class Upcycling:
         return {"base_model": base, "experts": experts, "mixture": mixture, "output": {"format": "native"}}
 
 
-def upcycle(base: str, asked: Upcycling, out: Path, *, root: Path, overwrite: bool = False, run: Run = QUIET) -> Checkpoint:
+def upcycle(base: str, asked: Upcycling, out: Path, *, root: Path, run: Run = QUIET) -> Checkpoint:
     """Write the mixture of a model that is named as in a recipe, relative to `root`.
 
     Raises what `build` raises, UnsupportedError for a family without a native architecture.
     """
     recipe = parse_recipe(asked.recipe(base), where="modekit upcycle")
-    return build(make_plan(recipe, root, run=run), out, overwrite=overwrite, run=run)
+    return build(make_plan(recipe, root, run=run), out, overwrite=asked.overwrite, run=run)
