@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -17,13 +16,11 @@ from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
-from modekit.loaded.passes import losses_of
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import has_bfloat16_products
 from modekit.run import Run
-from modekit.text.sequences import Batch
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
-from modekit.training.engine import JudgedModule, run_trainer
+from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.texts import TrainingText
@@ -52,31 +49,12 @@ def course_of(said: Mapping[str, Any]) -> Course:
 
     Raises TrainingError.
     """
-    where, values = "modekit densify", {"what": ["all"], "steps": STEPS, **said}
-    minutes = values.pop("minutes", None)
-    lesson = {name: values.pop(name) for name in ("weights", "temperature") if name in values}
-    if "learning_rate" in values:
-        values["backbone_learning_rate"] = values.pop("learning_rate")
-    return Course(
-        train_settings(values, where=where),
-        distill_settings({"weights": 0.75, "temperature": 1.0, **lesson}, where=where),
-        minutes,
-    )
-
-
-class JudgedStudent(Student, JudgedModule):
-    """A student whose states are compared by the loss of held-out text."""
-
-    def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
-        super().__init__(student, lesson, settings, steps)
-        self.settings = settings
-
-    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As a student's; as JudgedModule says with `score`."""
-        if score:
-            batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
-            return {"loss": losses_of(self.student, batch).sum()}
-        return super().forward(factor, **item)
+    where, lesson = "modekit densify", {"weights": 0.75, "temperature": 1.0}
+    lesson |= {name: value for name, value in said.items() if name in lesson}
+    renamed = {("backbone_learning_rate" if name == "learning_rate" else name): value for name, value in said.items()}
+    loop = {name: value for name, value in renamed.items() if name not in (*lesson, "minutes")}
+    settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
+    return Course(settings, distill_settings(lesson, where=where), said.get("minutes"))
 
 
 def teach(
@@ -98,7 +76,7 @@ def teach(
         settings.precision == "bfloat16" if settings.precision else has_bfloat16_products(student.device),
         seconds=None if course.minutes is None else 60 * course.minutes,
     )
-    module = JudgedStudent(student, lesson, settings, steps)
+    module = Student(student, lesson, settings, steps)
     return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)
 
 

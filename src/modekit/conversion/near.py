@@ -28,7 +28,7 @@ def in_order_of(expert_FC: Array32, other_FC: Array32) -> Array32:
     if len(expert_FC) > _MOST_CHANNELS:
         return other_FC
     _, order = linear_sum_assignment(expert_FC @ other_FC.T, maximize=True)
-    return other_FC[order]
+    return np.asarray(other_FC[order])
 
 
 def squared_distances(experts: Sequence[Array32]) -> Array64:

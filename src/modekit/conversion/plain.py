@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,71 +117,27 @@ def _read(opened: OpenFiles, ref: TensorRef, place: int = 0, of: int = 1) -> Arr
     return to_float32(Stored(opened, ref)[place * size : (place + 1) * size]).reshape(ref.shape[-2:])
 
 
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor of the smaller mixture, made when it is written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    content: Callable[[], Iterable[memoryview]]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-
-@dataclass(frozen=True)
-class MergedLayer:
-    """The experts of one layer in groups; `counts_E` is how much each expert counts in its group's mean."""
-
-    plain: PlainMixture
-    opened: OpenFiles
-    layer: int
-    groups: Sequence[Group]
-    counts_E: Array64
-
-    def tensors(self) -> Iterator[NewTensor]:
-        """Gate, and the experts apart or all in one."""
-        native, hidden = self.plain.native, whole(self.plain.config, "hidden_size")
-        gate = self.plain.tensors[in_layer(self.layer, native.router)]
-        yield self._tensor(in_layer(self.layer, native.router), gate, (len(self.groups), gate.shape[1]), self._gate)
-        for part, path in (native.experts or {}).items():
-            for number in range(len(self.groups)):
-                name = in_layer(self.layer, path.format(expert=number))
-                ref = self.plain.tensors[name]
-                yield self._tensor(name, ref, ref.shape, lambda number=number, part=part: self._part(number, part, hidden))
-        for part, path in zip(("both", "down"), native.fused or (), strict=False):
-            name = in_layer(self.layer, path)
-            ref, count = self.plain.tensors[name], range(len(self.groups))
-            shape = (len(self.groups), *ref.shape[1:])
-            yield self._tensor(name, ref, shape, lambda part=part, count=count: self._stacked(count, part, hidden))
-
-    def _tensor(self, name: str, ref: TensorRef, shape: tuple[int, ...], make: Callable[[], Array32]) -> NewTensor:
-        return NewTensor(name, ref.dtype, shape, lambda: [to_bytes(np.ascontiguousarray(make()).ravel(), ref.dtype)])
-
-    @cached_property
-    def _experts(self) -> list[Array32]:
-        return [
-            mean_expert([self.plain.expert(self.opened, self.layer, expert) for expert in group], self._shares(group))
-            for group in self.groups
-        ]
-
-    def _shares(self, group: Group) -> Array64:
-        counts = self.counts_E[group]
-        return np.asarray(counts / counts.sum())
-
-    def _gate(self) -> Array32:
-        rows_ED = _read(self.opened, self.plain.tensors[in_layer(self.layer, self.plain.native.router)])
-        return np.stack([self._shares(group) @ rows_ED[group] for group in self.groups]).astype(np.float32)
-
-    def _part(self, number: int, part: str, hidden: int) -> Array32:
-        gate, up, down = np.split(self._experts[number], [hidden, 2 * hidden], axis=1)
-        return {"gate": gate, "up": up, "down": down.T, "both": np.concatenate([gate, up])}[part]
-
-    def _stacked(self, numbers: Iterable[int], part: str, hidden: int) -> Array32:
-        return np.stack([self._part(number, part, hidden) for number in numbers])
+def merged_layer(
+    plain: PlainMixture, opened: OpenFiles, layer: int, groups: Sequence[Group], counts_E: Array64
+) -> dict[str, Array32]:
+    """The experts of one layer in groups, and their rows of the gate, by name; each counts as often as it was chosen."""
+    native, hidden = plain.native, whole(plain.config, "hidden_size")
+    shares = [counts_E[group] / counts_E[group].sum() for group in groups]
+    rows_ED = _read(opened, plain.tensors[in_layer(layer, native.router)])
+    gate_ED = np.stack([share @ rows_ED[group] for share, group in zip(shares, groups, strict=True)])
+    made = {in_layer(layer, native.router): gate_ED.astype(np.float32)}
+    experts = []
+    for share, group in zip(shares, groups, strict=True):
+        mean_FC = mean_expert([plain.expert(opened, layer, expert) for expert in group], share)
+        gate, up, down = np.split(mean_FC, [hidden, 2 * hidden], axis=1)
+        experts.append({"gate": gate, "up": up, "down": down.T})
+    for part, path in (native.experts or {}).items():
+        made |= {in_layer(layer, path.format(expert=number)): expert[part] for number, expert in enumerate(experts)}
+    if native.fused is not None:
+        of_both, of_down = (in_layer(layer, name) for name in native.fused)
+        made[of_both] = np.stack([np.concatenate([expert["gate"], expert["up"]]) for expert in experts])
+        made[of_down] = np.stack([expert["down"] for expert in experts])
+    return made
 
 
 def write_smaller(
@@ -189,21 +145,32 @@ def write_smaller(
 ) -> None:
     """Shards, one per layer of experts and one for the rest, index and config; one layer is in memory at a time."""
     own = {name for layer in range(plain.layers) for name in plain.parts(layer)}
-    rest = [NewTensor(n, r.dtype, r.shape, lambda r=r: opened.chunks(r)) for n, r in plain.tensors.items() if n not in own]
-    weight_map, total = dict[str, str](), 0
-    for number in run.over("write", range(plain.layers + 1), plain.layers + 1):
-        layer = number - 1
-        tensors = list(MergedLayer(plain, opened, layer, groups[layer], chosen_LE[layer]).tensors()) if number else rest
-        file = f"model-{number + 1:05d}-of-{plain.layers + 1:05d}.safetensors"
+    rest = [(ref, ref.shape, partial(opened.chunks, ref)) for name, ref in plain.tensors.items() if name not in own]
+    weight_map, total, files = dict[str, str](), 0, plain.layers + 1
+    for number in run.over("write", range(files), files):
+        planned: Sequence[_New] = rest
+        if number:
+            made = merged_layer(plain, opened, number - 1, groups[number - 1], chosen_LE[number - 1])
+            planned = [(plain.tensors[name], each.shape, partial(_bytes, each, plain, name)) for name, each in made.items()]
+        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
 
-        def write_next(at: int, stream: io.FileIO, tensors: Sequence[NewTensor] = tensors) -> None:
-            for block in tensors[at].content():
+        def write_next(at: int, stream: io.FileIO, planned: Sequence[_New] = planned) -> None:
+            for block in planned[at][2]():
                 write_all(stream, block)
 
-        stage.write_shard(file, [(each.name, each.dtype, each.shape, each.nbytes) for each in tensors], write_next)
-        weight_map |= {each.name: file for each in tensors}
-        total += sum(each.nbytes for each in tensors)
+        entries = [(ref.name, ref.dtype, shape, math.prod(shape) * ITEMSIZE[ref.dtype]) for ref, shape, _ in planned]
+        stage.write_shard(file, entries, write_next)
+        weight_map |= {name: file for name, *_ in entries}
+        total += sum(nbytes for *_, nbytes in entries)
     write_json(stage.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    to, native = len(groups[0]), plain.native
-    top_k = min(to, whole(plain.config, native.top_k_key))
-    write_json(stage.folder / "config.json", {**plain.config, plain.count_key: to, native.top_k_key: top_k})
+    to, top_k = len(groups[0]), plain.native.top_k_key
+    fewer = {plain.count_key: to, top_k: min(to, whole(plain.config, top_k))}
+    write_json(stage.folder / "config.json", {**plain.config, **fewer})
+
+
+_New = tuple[TensorRef, tuple[int, ...], Callable[[], Iterable[memoryview]]]
+"""A tensor of the smaller mixture: the one whose name and dtype it has, its shape, and its bytes."""
+
+
+def _bytes(values: Array32, plain: PlainMixture, name: str) -> list[memoryview]:
+    return [to_bytes(np.ascontiguousarray(values).ravel(), plain.tensors[name].dtype)]
