@@ -134,7 +134,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     carried = _carried(plan, stage, update, run)
     inspector = Inspector(plan, stage, update.hashes if update is not None else {})
     try:
-        _write_shards(plan, stage, carried, run)
+        write_shards(plan, stage, carried, run)
     except BaseException:
         inspector.stop()
         raise
@@ -265,7 +265,8 @@ def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRou
     return trained_gates(fitting, update.checkpoint, update.origins)
 
 
-def _write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) -> None:
+def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) -> None:
+    """The weights of a plan, but for its gates. Raises SourceError."""
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
     with OpenFiles() as opened:

@@ -227,7 +227,7 @@ def _merged(plan: Plan, tensor: PlannedTensor, read: PieceReader) -> Iterator[me
     settings = plan.recipe.mixture.merge
     assert settings is not None
     base, *experts = (read.values(piece) for piece in tensor.pieces)
-    for block in merge_blocks(settings, base, experts):
+    for block in merge_blocks(settings, base, experts, tensor.shape):
         merged = to_bytes(block.astype(np.float32) * np.float32(tensor.factor), tensor.dtype)
         if not is_finite(merged, tensor.dtype):
             raise SourceError(

@@ -14,6 +14,7 @@ from modekit.cli import evaluation as evaluation
 from modekit.cli import demo as demo
 from modekit.cli import inspection as inspection
 from modekit.cli import experts as experts
+from modekit.cli import conversion as conversion
 from modekit.cli import chat as chat
 from modekit.cli import export as export
 from modekit.cli import serving as serving

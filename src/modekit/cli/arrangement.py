@@ -38,6 +38,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "Make experts": {
         "specialize": "specialize ./base ./law --text law.jsonl",
         "extract": "extract ./law ./law-lora --base ./base --rank 16",
+        "upcycle": "upcycle ./base OUT --experts 4 --segments 2",
+        "shrink": "shrink OUT NEW --to 6 --text law.jsonl",
+        "densify": "densify OUT DENSE --minutes 10",
         "data": "",
         "balance": "data balance OUT --text law=law.jsonl --text tax=tax.jsonl --tokenizer ./base",
         "tokenizer": "data tokenizer OUT --text law=law.jsonl --text tax=tax.jsonl",

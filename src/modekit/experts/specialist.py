@@ -194,11 +194,12 @@ class SpecialistFolder(StatesFolder):
 
     changed: ClassVar[str] = "student or teacher, or the base, are no longer what it started from"
     also_kept: ClassVar[tuple[str, ...]] = ("before",)
+    record_file: ClassVar[str] = SPECIALIST_FILE
 
     def digest_in_out(self) -> str | None:
         """Of what OUT says of how it was made, which nobody else writes."""
         try:
-            return hashlib.sha256(read_bytes(self.out / SPECIALIST_FILE, SMALL)).hexdigest()
+            return hashlib.sha256(read_bytes(self.out / self.record_file, SMALL)).hexdigest()
         except UNREADABLE:
             return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,7 @@ class LoopSettings:
         seed: of all generators; None leaves them as they are.
         bfloat16: whether products are in bfloat16.
         least: share of its peak below which a rate does not fall.
+        seconds: the training ends after so many, counted from its start or from where it goes on; rates fall with them.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class LoopSettings:
     seed: int | None
     bfloat16: bool = False
     least: float = 0.0
+    seconds: float | None = None
 
 
 class NotFiniteError(Exception):
@@ -213,7 +215,9 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         self._module = module
         self._moving = {f"{module.prefix}.{name}" for name in module.moving}
         self._batches = batches
-        self._loop = loop
+        self._loop, self._began = loop, time.monotonic()
+        if loop.seconds is not None:
+            self.add_callback(_StopWhen(self._elapsed))
         if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -239,9 +243,15 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         warm = max(1, math.ceil(num_training_steps * self._loop.warmup))
         rest, least = max(1, num_training_steps - warm), self._loop.least
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: min((step + 1) / warm, max(least, 1.0 - (step - warm) / rest))
+            optimizer or self.optimizer,
+            lambda step: min((step + 1) / warm, max(least, 1.0 - max((step - warm) / rest, self._elapsed()))),
         )
         return self.lr_scheduler
+
+    def _elapsed(self) -> float:
+        """The share of its time that is over, at most 1; 0 without a limit."""
+        seconds = self._loop.seconds
+        return 0.0 if seconds is None else min(1.0, (time.monotonic() - self._began) / max(seconds, 1e-9))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -327,6 +337,18 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
     def _report(self, state: Any, detail: str = "") -> None:
         if state.is_world_process_zero:
             self._progress(f"train{detail}", state.global_step, state.max_steps)
+
+
+class _StopWhen(TrainerCallback):  # type: ignore[misc]
+    """Ends the training when its time is over; what it has come to is judged and kept."""
+
+    def __init__(self, elapsed: Callable[[], float]) -> None:
+        self._elapsed = elapsed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._elapsed() >= 1.0:
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
 
 
 class _StateEvery(TrainerCallback):  # type: ignore[misc]

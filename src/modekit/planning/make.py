@@ -96,7 +96,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
     sources = vocabulary.sources
-    code_of = partial(_code_of, recipe.output.dtype)
+    code_of = partial(dtype_code, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed, shape = layout.mixed_names(), layout.shape(str(root))
@@ -142,7 +142,8 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
-def _code_of(dtype: str, ref: TensorRef) -> str:
+def dtype_code(dtype: str, ref: TensorRef) -> str:
+    """The safetensors dtype that a recipe's `output.dtype` gives a tensor."""
     return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
@@ -153,7 +154,7 @@ def _backbone(
 
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
     """
-    base, giver = sources[0], _Giver(recipe, sources)
+    base, giver = sources[0], BackboneGiver(recipe, sources)
     refs = {name: base.tensors[name] for name in own_names(base, family)}
     for name, original in layout.unties.items():
         refs[name] = base.tensor(original)
@@ -180,6 +181,8 @@ def _native_layout(
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if recipe.output.keep is not None:
         return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
+    if any(expert.segment for expert in recipe.experts):
+        asked, adapters = "native", []  # which say the reason where it cannot be
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:
@@ -233,7 +236,7 @@ def _check_text(recipe: Recipe, reader: ModelSource) -> None:
         )
 
 
-class _Giver:
+class BackboneGiver:
     """Where the tensors of the backbone come from: copied from one model, or merged."""
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...]) -> None:

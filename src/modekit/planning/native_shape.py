@@ -13,6 +13,7 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.channel_choice import channels_of
 from modekit.planning.channels import Channels
 from modekit.planning.mixture_config import Average, MixtureConfig, Routing
+from modekit.planning.segments import segments_of
 from modekit.planning.shape import (
     BUILD_AGAIN,
     MixedTensor,
@@ -191,7 +192,13 @@ class NativeShape:
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        return [*recipe.beyond_native(), *self.native.beyond(recipe)]
+        scaled = segments_of(self.recipe)
+        other = [f"another top_k than {self.recipe.top_k}, by which its segments are scaled"] if scaled else []
+        return [
+            *recipe.beyond_native(),
+            *self.native.beyond(recipe),
+            *(other if recipe.top_k != self.recipe.top_k else []),
+        ]
 
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""

@@ -40,7 +40,7 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts", "layers")
+    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts", "layers", "segment")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
@@ -60,6 +60,9 @@ class Expert(Strict):
     )
     layers: Layers | None = Field(
         None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
+    )
+    segment: str | None = Field(
+        None, pattern=r"^[1-9][0-9]{0,2}/[1-9][0-9]{0,2}$", description="Which part of the FFN it is, like 1/2 (upcycle)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(

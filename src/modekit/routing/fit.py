@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from modekit.planning.segments import segments_of
 from modekit.processes import processes
 from modekit.routing.fitting import FittedRouter, Fitting
 
@@ -45,7 +46,9 @@ def _random(fitting: Fitting) -> FittedRouter:
     settings = fitting.settings
     draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
     scale = np.float32(_RANDOM_STD / settings.temperature)
-    return fitting.unfitted([draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots])
+    gates = [draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots]
+    segments = segments_of(fitting.recipe)
+    return fitting.unfitted(gates if segments is None else [gate[segments.owners] for gate in gates])  # one row for all parts
 
 
 def _hash(fitting: Fitting) -> FittedRouter:

@@ -12,6 +12,9 @@ of the mixture (selected-by.txt beside it).
     extract                      --text                                              fit          -
     train, to move by            --text of the domain, else experts[].text; generic  fit          -
     train, to compare states     the same                                            select       set, trained
+    densify                      as train
+    densify, its table           experts[].text, or the recipe's eval                 report       set, trained, chosen
+    shrink                       --text                                              fit, report  -
     tune, to choose              experts[].text, else the recipe's eval              select       set, trained
     advise                       experts[].text                                      select, fit  set, trained (of select)
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen

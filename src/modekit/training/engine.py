@@ -28,6 +28,7 @@ from modekit.loaded.engine import (
     ModuleTrainer,
     NotFiniteError,
     StepReport,
+    TrainedModule,
     arguments_of,
     quiet_trainer,
 )
@@ -36,11 +37,17 @@ from modekit.run import Run
 from modekit.text.sequences import make_batches
 from modekit.training.batches import Batches
 from modekit.training.folder import TrainingOutcome
-from modekit.training.objective import Objective
+from modekit.training.settings import TrainSettings
+
+
+class JudgedModule(TrainedModule):
+    """What gives, with `score=True`, the sum of -log p over the predicted tokens of a padded batch."""
+
+    settings: TrainSettings
 
 
 def run_trainer(
-    objective: Objective, batches: Batches, select: Sequence[Domain], loop: LoopSettings, folder: Path, run: Run
+    objective: JudgedModule, batches: Batches, select: Sequence[Domain], loop: LoopSettings, folder: Path, run: Run
 ) -> TrainingOutcome:
     """Train until the steps are done or the held-out loss stops falling, from the last whole state in `folder` on.
 
@@ -75,7 +82,7 @@ class _JudgingTrainer(ModuleTrainer):
 
     def __init__(
         self,
-        objective: Objective,
+        objective: JudgedModule,
         batches: Batches,
         select: Sequence[Domain],
         loop: LoopSettings,

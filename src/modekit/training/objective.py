@@ -24,7 +24,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TrainingError
 from modekit.files.write import make_folder, remove
-from modekit.loaded.engine import BETAS, TrainedModule
+from modekit.loaded.engine import BETAS
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import RouterTrace
@@ -35,6 +35,7 @@ from modekit.routing.capture import to_float16
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.training.batches import DomainSequences
+from modekit.training.engine import JudgedModule
 from modekit.training.gates import DROPPED, Decisions, TrainingGate
 from modekit.training.losses import (
     DIVERGENCES,
@@ -146,7 +147,7 @@ def _read(model: PreTrainedModel, corpus: DomainSequences, expert: int | None, p
     return DomainTeacher(expert, hidden_ND, Head(copy.deepcopy(head.linear), head.scale, head.cap))
 
 
-class Objective(TrainedModule):
+class Objective(JudgedModule):
     """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several

@@ -1,4 +1,4 @@
-"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SLERP.
+"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SLERP, SVD (of a whole tensor).
 
 Sources are read as float32; sums are kept in float64 and rounded once, so that merging copies of one model gives that
 model back bit for bit. Memory is a few blocks, whatever the tensor's size and however many models there are.
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
+from modekit.weights.factorise import factorise
 from modekit.weights.numeric import blocks
 from modekit.weights.stored import FlatArray
 
@@ -20,13 +21,18 @@ _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is
 Block = npt.NDArray[np.float64]
 
 
-def merge_blocks(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> Iterator[Block]:
-    """Blocks of the merged tensor, in order, in float64.
+def merge_blocks(
+    settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]
+) -> Iterator[Block]:
+    """Blocks of the merged tensor of a shape, in order, in float64.
 
     `base` and `experts` are flat arrays of equal length in any float format.
     """
     if settings.method == "slerp":
         yield from _slerp(settings.t, *experts)
+        return
+    if settings.method == "svd" and len(shape) == 2:
+        yield _gathered(settings, base, experts, shape)
         return
     rule = _elementwise(settings, base, experts)
     for part in blocks(len(base), _COPIES * (1 + len(experts))):
@@ -42,7 +48,7 @@ def _elementwise(
 ) -> Callable[[Block, list[Block]], Block]:
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
-    if settings.method == "task_arithmetic":  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
+    if settings.method in ("task_arithmetic", "svd"):  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
         return lambda origin, values: _moved(origin, settings.scale * _sum([value - origin for value in values]))
     thresholds = [_magnitude_threshold(base, expert, settings.density) for expert in experts]
     return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
@@ -73,6 +79,17 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
     count = agrees.sum(axis=0)
     mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
     return _moved(base, scale * mean)
+
+
+def _gathered(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> Block:
+    """Base + scale * the sum of each task vector's best rank-R part (the SVD gathering of OneS, arXiv:2201.10890)."""
+    origin = _read(base, slice(0, len(base)))
+    rank = settings.rank or max(1, min(shape) // len(experts))
+    shift = np.zeros(shape)
+    for expert in experts:
+        factors = factorise((_read(expert, slice(0, len(base))) - origin).astype(np.float32).reshape(shape), rank=rank)
+        shift += factors.b.astype(np.float64) @ factors.a
+    return _moved(origin, settings.scale * shift.ravel())
 
 
 def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> np.float32:

@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.distill.kept_logits import Teacher, predicted_in
 from modekit.experts.distill.settings import DistillSettings
-from modekit.loaded.engine import BETAS, TrainedModule
-from modekit.text.sequences import TokenSequence, make_batches
+from modekit.loaded.engine import BETAS
+from modekit.loaded.passes import losses_of
+from modekit.text.sequences import Batch, TokenSequence, make_batches
+from modekit.training.engine import JudgedModule
 from modekit.training.losses import divergence, forward_kl, language_model
 from modekit.training.settings import TrainSettings
 
@@ -43,7 +45,7 @@ class Lesson:
     settings: DistillSettings
 
 
-class Student(TrainedModule):
+class Student(JudgedModule):
     """`student` with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     prefix = "student"
@@ -53,13 +55,16 @@ class Student(TrainedModule):
         self.student = student
         self.config = student.config
         self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-        self._settings = settings
+        self.settings = settings
         self._lesson = lesson
         self._weight = CrossEntropyWeight(lesson.settings, steps)
         self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
 
-    def forward(self, factor: float = 1.0, **item: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step, times `factor`."""
+        if score:
+            batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
+            return {"loss": losses_of(self.student, batch).sum()}
         logits = self.student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
         predicted = predicted_in(item)
         logits_NV = logits[:, :-1][predicted]
@@ -84,7 +89,7 @@ class Student(TrainedModule):
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """AdamW, at the backbone's rate."""
         moving = [parameter for _, parameter in named if parameter.requires_grad]
-        rate, decay = self._settings.backbone_learning_rate, self._settings.weight_decay
+        rate, decay = self.settings.backbone_learning_rate, self.settings.weight_decay
         return torch.optim.AdamW(moving, rate, betas=BETAS, weight_decay=decay)
 
     def drain(self) -> dict[str, float]:

@@ -76,7 +76,7 @@ class PatchedBase:
         if len(arrays) == 1:
             values: Iterable[npt.NDArray[np.float32]] = (to_float32(arrays[0][part]) for part in blocks(len(arrays[0])))
         else:
-            values = (block.astype(np.float32) for block in merge_blocks(_AVERAGE, arrays[0], arrays))
+            values = (block.astype(np.float32) for block in merge_blocks(_AVERAGE, arrays[0], arrays, ref.shape))
         start = 0
         with torch.no_grad():
             for block in values:  # an average comes in smaller ones

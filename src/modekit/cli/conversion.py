@@ -1,0 +1,189 @@
+"""Commands that make mixtures of dense models, and dense models of mixtures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from modekit.cli.options import grouped, texts_by_domain
+from modekit.cli.printing.console import out, print_json
+from modekit.cli.printing.mixtures import print_notes
+from modekit.cli.printing.table import Table
+from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.shell import AsJson, OutFolder, Writing, app, refuse_without_effect, resolved, writable
+from modekit.files.figures import count_of, or_dash
+from modekit.text.amounts import SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from modekit.conversion.dense_record import DenseRecord
+
+
+@dataclass(frozen=True)
+class CourseOptions:
+    """How the mixture is distilled (--by distil)."""
+
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps (default 200).")] = None
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many minutes; 0 writes the best state that an earlier run left.")
+    ] = None
+    learning_rate: Annotated[float | None, typer.Option(min=0, max=10, help="Peak learning rate (default 1e-4).")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=16, help="Tokens per step (default 4096).")] = None
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Longest piece of a document (default 512).")] = None
+    select_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens per domain to compare states by.")] = None
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between two states.")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed of the text order.")] = None
+    weights: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Weight of the text loss; the teacher gets the rest (default 0.75).")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 1).")] = None
+
+    def check(self, by: str) -> None:
+        """Raise ModekitError for an option that changes nothing."""
+        said = {name: value for name, value in vars(self).items() if name not in ("select_tokens", "sequence_length")}
+        if by != "distil":
+            refuse_without_effect("--by distil", {f"--{name.replace('_', '-')}": value for name, value in said.items()})
+
+
+@dataclass(frozen=True)
+class DensifyOptions(Writing):
+    """How the models are merged, and by what text."""
+
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Scale of the summed differences (sum, svd, distil; default: by text).")
+    ] = None
+    rank: Annotated[int | None, typer.Option(min=1, help="What svd keeps of each difference.")] = None
+    text: Annotated[
+        list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
+    ] = None
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain for the table.")] = SAMPLE_TOKENS
+    as_json: AsJson = False
+
+
+@app.command()
+@grouped
+def densify(
+    checkpoint: OutFolder,
+    output: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write.")],
+    options: DensifyOptions,
+    course: CourseOptions,
+    by: Annotated[
+        Literal["distil", "average", "sum", "best", "svd"],
+        typer.Option(
+            help="distil: the best merge, taught by the mixture; average: the mean of the experts; sum: of their differences; "
+            "svd: of low-rank parts of these; best: one expert."
+        ),
+    ] = "distil",
+) -> None:
+    """Turn a mixture into one dense model of the base's size, and show what it keeps."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+
+    course.check(by)
+    if by in ("average", "best"):
+        refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
+    if by != "svd":
+        refuse_without_effect("--by svd", {"--rank": options.rank})
+    target = writable(output, options.overwrite)
+    with drawn_progress() as progress:
+        progress(LIBRARIES, 0, 1)
+        from modekit.conversion.densify import Densify, densify
+        from modekit.conversion.distilled import course_of
+
+        said = {name: value for name, value in vars(course).items() if value is not None}
+        asked = Densify(
+            by,
+            course_of(said),
+            texts_by_domain(options.text),
+            Path.cwd(),
+            options.scale,
+            options.rank,
+            options.tokens,
+            options.overwrite,
+        )
+        opened = open_checkpoint(resolved(checkpoint))
+        record = densify(opened, asked, target, run=options.run(progress))
+    if options.as_json:
+        gaps = {row: record.gap_closed(row) for row in record.losses}
+        print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
+    else:
+        print_dense(output, record)
+
+
+def print_dense(output: Path, record: DenseRecord) -> None:
+    """A row per model, a column per domain."""
+    domains = list(record.losses.get("dense", {}))
+    if domains:
+        table = Table("held-out loss", [*domains, "mean", "gap closed"])
+        for row, losses in record.losses.items():
+            figures = [losses[domain] for domain in domains]
+            cells = [f"{loss:.3f}" for loss in (*figures, sum(figures) / len(figures))]
+            table.add(row, *cells, or_dash(record.gap_closed(row), ".2f"), style="bold" if row == "dense" else "")
+        out.print(table)
+    print_notes(record.notes)
+    said = f": {count_of(record.parameters)} parameters, {record.merge.said}"
+    said += f", then {record.distilled.best_step} steps of distillation" if record.distilled else ""
+    said += f"; keeps {record.kept:.0%} of the mixture's gap" if record.kept is not None else ""
+    out.print(Text.assemble((str(output), "bold"), said))
+
+
+@dataclass(frozen=True)
+class UpcycleOptions(Writing):
+    """Which experts."""
+
+    experts: Annotated[int, typer.Option(min=2, help="Copies of the FFN in every layer.")] = 4
+    segments: Annotated[int, typer.Option(min=1, help="Parts that each copy is cut into.")] = 1
+    top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2
+    seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0
+
+
+@app.command()
+@grouped
+def upcycle(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the dense model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    options: UpcycleOptions,
+) -> None:
+    """Turn a dense model into a mixture with the same logits, to be trained."""
+    from modekit.conversion.upcycle import Upcycling, upcycle
+
+    target = writable(output, options.overwrite)
+    with drawn_progress() as progress:
+        asked = Upcycling(options.experts, options.segments, options.top_k, options.seed, options.overwrite)
+        made = upcycle(base, asked, target, root=Path.cwd(), run=options.run(progress))
+    size = made.parameters
+    said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
+    out.print(Text.assemble((str(output), "bold"), said))
+
+
+@app.command()
+@grouped
+def shrink(
+    mixture: Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a plain mixture, modekit's or another.")],
+    output: Annotated[Path, typer.Argument(metavar="NEW", help="The folder to write.")],
+    to: Annotated[int, typer.Option(min=1, help="Experts that are left in every layer.")],
+    options: Writing,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.")] = SAMPLE_TOKENS,
+) -> None:
+    """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
+    from modekit.sources.open import model_folder
+
+    target = writable(output, options.overwrite)
+    with drawn_progress() as progress:
+        run = options.run(progress)
+        run.begin(LIBRARIES)
+        from modekit.conversion.shrink import Shrinking, shrink
+
+        folder = model_folder(mixture, None, root=Path.cwd(), label="OUT", run=run)
+        asked = Shrinking(to, text or (), Path.cwd(), tokens, options.overwrite)
+        record = shrink(folder, asked, target, run=run)
+    for layer, groups in enumerate(record.groups[:1] if record.names else record.groups):
+        merged = [", ".join(record.names[e] if record.names else str(e) for e in group) for group in groups if len(group) > 1]
+        out.print(f"{'merged' if record.names else f'layer {layer}'}: {'; '.join(merged)}")
+    loss = f"; held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}" if record.loss_after is not None else ""
+    out.print(Text.assemble((str(output), "bold"), f": {record.experts} experts -> {record.to}{loss}"))

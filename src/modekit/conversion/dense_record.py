@@ -1,0 +1,83 @@
+"""densify.json: what one dense model was made of, and what it kept of the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+DENSE_FILE = "densify.json"
+By = Literal["distil", "average", "sum", "best", "svd"]
+
+
+class Merge(BaseModel):
+    """A rule and its setting: the scale of a sum, the rank of svd, or the one expert."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: By
+    scale: float | None = None
+    rank: int | None = None
+    expert: str | None = None
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        said = {"scale": self.scale, "rank": self.rank, "expert": self.expert}
+        return " ".join(
+            [self.by, *(f"{name} {value:g}" if name != "expert" else str(value) for name, value in said.items() if value)]
+        )
+
+
+class Distilled(BaseModel):
+    """How it went: `steps` taken, the state of `best_step` was written; `weight` of the text's own loss."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: dict[str, object]
+    weight: float
+    steps: int
+    best_step: int
+    select_loss: dict[str, tuple[float, float]]
+
+
+class DenseRecord(BaseModel):
+    """The content of densify.json.
+
+    Attributes:
+        mixture: name of its folder.
+        merge: what was written, or what a distillation began from.
+        parameters: of the dense model.
+        losses: row (base, experts, mixture, merge, dense) -> domain -> nats per token of the report split; empty without text.
+            `experts` has each domain's own.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    by: By
+    mixture: str
+    merge: Merge
+    parameters: int
+    distilled: Distilled | None = None
+    losses: dict[str, dict[str, float]] = {}
+    notes: list[str] = []
+
+    def gap_closed(self, row: str) -> float | None:
+        """(base - row) / (base - own expert), mean over the domains whose own expert is better than the base."""
+        if row not in self.losses:
+            return None
+        base, own, ours = (self.losses[name] for name in ("base", "experts", row))
+        shares = [(base[name] - ours[name]) / (base[name] - own[name]) for name in ours if own[name] < base[name]]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the mixture's gap that the dense model keeps."""
+        ours, mixture = self.gap_closed("dense"), self.gap_closed("mixture")
+        return ours / mixture if ours is not None and mixture else None
+
+
+def mean(losses: Mapping[str, float]) -> float:
+    """Over domains."""
+    return sum(losses.values()) / len(losses)

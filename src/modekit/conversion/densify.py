@@ -1,0 +1,224 @@
+"""`modekit densify OUT DENSE`: a mixture as one dense model of the base's class and size.
+
+    average   the mean of the experts' own models (branch-train-merge's weight average)
+    sum       base + scale * the sum of their differences (task arithmetic, arXiv 2212.04089)
+    svd       base + scale * the sum of their differences' best low-rank parts (OneS, arXiv 2201.10890)
+    best      the one expert with the lowest loss on the text of all domains
+    distil    the best of these, taught by the mixture on its own text (Switch Transformers, arXiv 2101.03961)
+
+    DENSE.training/      states of a distillation, so that the same command goes on after a kill or Ctrl-C
+    DENSE                a plain model folder with the mixture's tokenizer
+    DENSE/densify.json   what was done, and how much of the mixture's gap is kept (dense_record.py)
+
+Merges read the experts' own folders, which must be as the mixture was built from them; the teacher is the mixture as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
+from modekit.checkpoint.sources import why_not
+from modekit.conversion.choice import Chooser, losses_by_domain
+from modekit.conversion.dense_folder import DenseFolder, NewDense
+from modekit.conversion.dense_record import By, DenseRecord, Distilled, Merge
+from modekit.conversion.distilled import Course, take_best, teach
+from modekit.conversion.merged import write_merged
+from modekit.errors import SourceError, TextError
+from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.experts.moving import Save, make_trainable
+from modekit.files.libraries import library_writes
+from modekit.files.output import refuse_existing, replaced_by
+from modekit.files.staging import Staging
+from modekit.loaded.experts import load_expert_source
+from modekit.loaded.load import load_model
+from modekit.planning.make import make_plan_again
+from modekit.run import QUIET, Run
+from modekit.text.amounts import SAMPLE_TOKENS
+from modekit.training.folder import TrainingOutcome
+from modekit.training.request import memory_errors
+from modekit.training.states_folder import digest_of_data
+from modekit.training.texts import TrainingText, read_texts
+
+
+@dataclass(frozen=True)
+class Densify:
+    """What is asked for.
+
+    Attributes:
+        by: see above.
+        course: of a distillation, and how text is read.
+        texts: of a domain, relative to `root`, instead of the recipe's.
+        scale, rank: of a sum and of svd; None: the best of some on the select split, and all ranks shared out.
+        tokens: of held-out text per domain for the figures in densify.json.
+        overwrite: whether another result may go.
+    """
+
+    by: By
+    course: Course
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    root: Path = Path()
+    scale: float | None = None
+    rank: int | None = None
+    tokens: int = SAMPLE_TOKENS
+    overwrite: bool = False
+
+
+def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUIET) -> DenseRecord:
+    """Write the dense model; returns what densify.json says.
+
+    A distillation goes on after a kill or Ctrl-C from its last state. Raises SourceError (an expert's folder that is gone or
+    changed), UnsupportedError (a model with an encoder), TextError (distil and best without text), TrainingError, OutputError.
+    """
+    refuse_pairs(checkpoint, "a mixture of models with an encoder has no dense form here", option="densify")
+    folder = DenseFolder(out)
+    folder.tidy()
+    refuse_existing(out, replaced_by(asked.overwrite), sources=(checkpoint.folder,))
+    _check_sources(checkpoint, run)
+    texts = _texts(checkpoint, asked, run)
+    plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
+    chooser = Chooser(checkpoint, plan, [text.held_out for text in texts], run)
+    request = digest_of_data([_asked(asked), [[text.corpus.name, text.record] for text in texts]])
+    state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
+    sources = (checkpoint.folder, *(source.folder for source in plan.sources))
+    wanted = NewDense(
+        folder, f"densify {request} {state}", sources, replaced_by(asked.overwrite), chooser.planned(Merge(by="average"))
+    )
+    made = wanted.finished()
+    if made is not None:
+        return made
+    work = _Work(checkpoint, asked, chooser, texts, run)
+    if asked.by != "distil":
+        return work.merge(wanted)
+    with folder.held(request, state), memory_errors():
+        return work.distil(wanted, folder)
+
+
+def _asked(asked: Densify) -> str:
+    """All that decides what comes out, but for the text."""
+    course = asked.course if asked.by == "distil" else None
+    return repr([asked.by, asked.scale, asked.rank, asked.tokens, course and (course.settings, course.lesson)])
+
+
+def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
+    """Raise SourceError where an expert's own model is not what is in the mixture."""
+    for expert, name in enumerate(checkpoint.names):
+        why = why_not(checkpoint, expert, run=run)
+        if why is not None:
+            raise SourceError("an expert's own model cannot be merged", where=f"expert '{name}'", found=why)
+
+
+def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingText]:
+    """Text of every domain that has any. Raises TextError where there is none and something must be measured."""
+    needs_text = asked.by in ("distil", "best")
+    if not asked.texts and not needs_text and not any(expert.text for expert in checkpoint.record.recipe.experts):
+        return []
+    return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run)
+
+
+def _saved_by(save: Save) -> Callable[[Staging], None]:
+    def fill(stage: Staging) -> None:
+        with library_writes(stage.folder) as written:
+            save(written)
+
+    return fill
+
+
+@dataclass(frozen=True)
+class _Work:
+    checkpoint: Checkpoint
+    asked: Densify
+    chooser: Chooser
+    texts: list[TrainingText]
+    run: Run
+
+    def merge(self, wanted: NewDense) -> DenseRecord:
+        """Write a merge as it is."""
+        merge, report = self._best(), self._report()
+        planned = self.chooser.planned(merge)
+        losses = self._losses(self.chooser.set(merge), {}, report) if report else {}
+        record = self._record(merge, planned.parameters, losses)
+        wanted.write(record, (), lambda stage: write_merged(planned, stage, self.run), self.run)
+        return record
+
+    def distil(self, wanted: NewDense, folder: DenseFolder) -> DenseRecord:
+        """Teach the best merge, and write the best state of that."""
+        merge, report = self._best(), self._report()
+        student = self.chooser.set(merge)
+        start = losses_by_domain(student, report)
+        save = make_trainable(student, self.chooser.plan.sources[0], "full", 0)
+        outcome = folder.recall("trained", TrainingOutcome.model_validate)
+        if outcome is None:
+            outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
+            folder.keep("trained", outcome.model_dump(mode="json"))
+        take_best(student.eval(), outcome, folder.path)
+        losses = self._losses(student, {"merge": start}, report) if report else {}
+        record = self._record(merge, self.chooser.planned(merge).parameters, losses, outcome)
+        marks = [mark for text in self.texts for mark in text.trained_on]
+        wanted.write(record, marks, _saved_by(save), self.run)
+        if outcome.error is not None:
+            raise outcome.error
+        return record
+
+    def _best(self) -> Merge:
+        return self.chooser.best(self.asked.by, self.asked.scale, self.asked.rank)
+
+    def _report(self) -> list[Domain]:
+        """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none."""
+        if not self.texts:
+            return []
+        scored = self.checkpoint.scored_on(self.asked.texts, self.asked.root)
+        seen = {mark for text in self.texts for mark in (*text.trained_on, *text.selected_by)}
+        length = self.asked.course.settings.sequence_length
+        try:
+            found = held_out_domains(
+                scored, tokens_per_domain=self.asked.tokens, sequence_length=length, seen=seen, run=self.run
+            )
+        except TextError:
+            return []
+        return [domain for domain in found if domain.expert is not None]
+
+    def _losses(
+        self, dense: PreTrainedModel, known: dict[str, dict[str, float]], domains: Sequence[Domain]
+    ) -> dict[str, dict[str, float]]:
+        """Losses of base, of each domain's own expert, of the mixture and of the dense model; one other model at a time."""
+        rows, experts = {"dense": losses_by_domain(dense, domains)}, dict[str, float]()
+        for domain in self.run.over("score the experts", domains, len(domains)):
+            experts |= losses_by_domain(load_expert_source(self.checkpoint, domain.expert, run=self.run), [domain])
+        self.run.begin("score base and mixture")
+        base = losses_by_domain(load_expert_source(self.checkpoint, None, run=self.run), domains)
+        mixture = losses_by_domain(load_model(self.checkpoint.folder, run=self.run), domains)
+        return {"base": base, "experts": experts, "mixture": mixture, **known, **rows}
+
+    def _record(
+        self, merge: Merge, parameters: int, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None = None
+    ) -> DenseRecord:
+        asked, notes = self.asked, list[str]()
+        if self.checkpoint.record.trained:
+            notes.append(
+                "the mixture was trained: merges are of the experts' own models, only a distillation has what that changed"
+            )
+        distilled = None
+        if outcome is not None:
+            if not outcome.improved:
+                notes.append("no state of the distillation was better on held-out text than the merge that it began from")
+            distilled = Distilled(
+                settings=asked.course.settings.model_dump(mode="json", exclude_unset=True),
+                weight=asked.course.lesson.weights,
+                steps=outcome.steps,
+                best_step=outcome.best_step,
+                select_loss={name: (before, outcome.after[name]) for name, before in outcome.before.items()},
+            )
+        return DenseRecord(
+            by=asked.by,
+            mixture=self.checkpoint.folder.name,
+            merge=merge,
+            parameters=parameters,
+            distilled=distilled,
+            losses=losses,
+            notes=notes,
+        )

@@ -1,0 +1,87 @@
+"""The mixture taught to one dense model: the training of a mixture (training/engine.py) with a student in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.experts.distill.kept_logits import LoadedTeacher
+from modekit.experts.distill.settings import DistillSettings, distill_settings
+from modekit.experts.distill.student import Lesson, Student
+from modekit.loaded.engine import LoopSettings
+from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
+from modekit.loaded.text_training import has_bfloat16_products
+from modekit.run import Run
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
+from modekit.training.engine import run_trainer
+from modekit.training.folder import TrainingOutcome
+from modekit.training.settings import TrainSettings, train_settings
+from modekit.training.texts import TrainingText
+
+STEPS = 200
+"""Of a distillation, when nothing is said."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast a dense model learns from its mixture.
+
+    Attributes:
+        settings: of the training loop; everything that moves has the backbone's rate.
+        lesson: what counts how much, and the temperature. Switch Transformers (arXiv 2101.03961, 2.3) give the teacher 0.25.
+        minutes: ends after so many, and so does the fall of the rate; None: after the last step.
+    """
+
+    settings: TrainSettings
+    lesson: DistillSettings
+    minutes: float | None = None
+
+
+def course_of(said: Mapping[str, Any]) -> Course:
+    """Of settings by name: those of a training loop, `learning_rate`, `weights`, `temperature` and `minutes`.
+
+    Raises TrainingError.
+    """
+    where, lesson = "modekit densify", {"weights": 0.75, "temperature": 1.0}
+    lesson |= {name: value for name, value in said.items() if name in lesson}
+    renamed = {("backbone_learning_rate" if name == "learning_rate" else name): value for name, value in said.items()}
+    loop = {name: value for name, value in renamed.items() if name not in (*lesson, "minutes")}
+    settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
+    return Course(settings, distill_settings(lesson, where=where), said.get("minutes"))
+
+
+def teach(
+    checkpoint: Checkpoint, student: PreTrainedModel, course: Course, texts: list[TrainingText], folder: Path, run: Run
+) -> TrainingOutcome:
+    """Train the student, whose parameters that move have gradients, from the last state in `folder` on."""
+    teacher = load_model(checkpoint.folder, run=run)
+    mixture_of(teacher, checkpoint).prepare_training()
+    settings, corpora = course.settings, [text.corpus for text in texts]
+    steps = settings.steps or steps_of_one_pass(corpora, settings)
+    parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
+    lesson = Lesson(LoadedTeacher(teacher, checkpoint.vocabulary), checkpoint.vocabulary, course.lesson)
+    loop = LoopSettings(
+        steps,
+        1,
+        settings.warmup,
+        settings.clip,
+        settings.seed,
+        settings.precision == "bfloat16" if settings.precision else has_bfloat16_products(student.device),
+        seconds=None if course.minutes is None else 60 * course.minutes,
+    )
+    module = Student(student, lesson, settings, steps)
+    return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)
+
+
+def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
+    """Give the student the weights of the best state, those that it began with where no state was better."""
+    if outcome.improved:
+        best = load_file(outcome.best_state(folder))
+        student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)

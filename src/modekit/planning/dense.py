@@ -1,0 +1,46 @@
+"""One dense model of the base's size from the models of a mixture: every tensor what a backbone rule makes of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from modekit.planning.make import BackboneGiver, dtype_code
+from modekit.planning.pieces import cut_into_shards
+from modekit.planning.plan import Plan
+from modekit.recipes.mixture import Backbone
+from modekit.recipes.recipe import DType
+from modekit.sources.compatibility import own_names
+from modekit.sources.family import Config
+from modekit.sources.names import natural_key
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """The tensors of one dense model. Of `plan`, which has them as its shards, shape and gates are still the mixture's."""
+
+    plan: Plan
+    config: Config
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor -> file, for the index."""
+        return {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its tensors."""
+        return sum(tensor.numel for shard in self.plan.shards for tensor in shard.tensors)
+
+
+def dense_plan(plan: Plan, backbone: Backbone, dtype: DType = "source") -> DensePlan:
+    """By a rule that merges all tensors of a plan's models, or takes those of one expert. Raises MismatchError."""
+    mixture = plan.recipe.mixture.model_copy(update={"backbone": backbone})
+    recipe = plan.recipe.model_copy(update={"mixture": mixture})
+    base, giver = plan.sources[0], BackboneGiver(recipe, plan.sources)
+    refs = [base.tensors[name] for name in sorted(own_names(base, plan.family), key=natural_key)]
+    tensors = [giver.tensor(ref.name, dtype_code(dtype, ref), ref) for ref in refs]
+    config = dict(base.on_disk or base.config)
+    if plan.vocabulary is not None and plan.vocabulary.is_grown:
+        config |= {"vocab_size": base.config["vocab_size"], **plan.vocabulary.tokenizer.settings}
+    shards = cut_into_shards(tensors, recipe.output.shard_size)
+    return DensePlan(replace(plan, recipe=recipe, shards=shards, reused=None), config)

@@ -1,0 +1,153 @@
+"""One dense model of a mixture: what merges are, what a distillation adds, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapter_folders import UP, write_adapter
+from conftest import Workshop, make_workshop
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.conversion.dense_record import By, DenseRecord
+from modekit.conversion.densify import Densify, densify
+from modekit.conversion.distilled import course_of
+from modekit.errors import ModekitError, SourceError, TextError
+
+SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
+
+
+def made(shop: Workshop, out: str, by: By, name: str = "DENSE", **said: object) -> DenseRecord:
+    asked = Densify(by, course_of({**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
+    return densify(open_checkpoint(shop.root / out), asked, shop.root / name)
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def mean_of(models: Sequence[PreTrainedModel], name: str) -> torch.Tensor:
+    return torch.stack([dict(model.named_parameters())[name].data.double() for model in models]).mean(0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_the_average_is_the_mean_of_the_experts_and_has_the_base_s_class_and_size(tmp_path: Path, model_type: str) -> None:
+    shop = make_workshop(tmp_path, model_type)
+    shop.build()
+    record = made(shop, "OUT", "average")
+    dense, base = opened(tmp_path / "DENSE"), opened(tmp_path / "base")
+    experts = [opened(tmp_path / name) for name in ("medicine", "law", "code")]
+    assert type(dense) is type(base)
+    assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in base.parameters()) == record.parameters
+    for name, parameter in dense.named_parameters():
+        assert torch.allclose(parameter.double(), mean_of(experts, name), atol=1e-6), name
+
+
+def test_a_sum_takes_the_best_scale_and_is_base_and_scaled_differences(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "sum")
+    assert record.merge.scale in [times / 3 for times in (1.0, 1.5, 2.0, 3.0)]
+    base = opened(tmp_path / "base")
+    experts = [opened(tmp_path / name) for name in ("medicine", "law", "code")]
+    for name, parameter in opened(tmp_path / "DENSE").named_parameters():
+        origin = dict(base.named_parameters())[name].data.double()
+        wanted = origin + record.merge.scale * 3 * (mean_of(experts, name) - origin)
+        assert torch.allclose(parameter.double(), wanted, atol=1e-5), name
+    assert made(shop, "OUT", "sum", "OTHER", scale=0.25).merge.scale == 0.25
+
+
+def test_of_one_expert_svd_of_full_rank_is_that_expert(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build(experts=[{"name": "still", "model": "base"}, shop.recipe["experts"][1]])
+    made(shop, "OUT", "svd", scale=1.0)
+    law = dict(opened(tmp_path / "law").named_parameters())
+    for name, parameter in opened(tmp_path / "DENSE").named_parameters():
+        assert torch.allclose(parameter, law[name], atol=1e-4), name
+    cut = made(shop, "OUT", "svd", "CUT", scale=1.0, rank=1)
+    assert cut.merge.rank == 1
+    origin = dict(opened(tmp_path / "base").named_parameters())
+    for name, parameter in opened(tmp_path / "CUT").named_parameters():
+        if parameter.ndim == 2:
+            assert torch.linalg.matrix_rank((parameter - origin[name]).detach(), rtol=1e-4) == 1, name
+
+
+def test_the_best_expert_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "best")
+    assert record.merge.expert in ("medicine", "law", "code")
+    own = dict(opened(tmp_path / str(record.merge.expert)).named_parameters())
+    assert all(torch.equal(parameter, own[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
+
+
+def test_adapters_of_the_modekit_architecture_become_one_dense_model(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    for name in ("fever", "court"):
+        write_adapter(tmp_path / name, UP, target_modules=["up_proj"], r=4, lora_alpha=8)
+    experts = [{"name": name, "adapter": f"./{name}", "text": "./text/law.jsonl"} for name in ("fever", "court")]
+    shop.build(experts=experts)
+    made(shop, "OUT", "average")
+    base = dict(opened(tmp_path / "base").named_parameters())
+    moved = {name for name, p in opened(tmp_path / "DENSE").named_parameters() if not torch.equal(p, base[name])}
+    assert moved and all(name.endswith("up_proj.weight") for name in moved)
+
+
+def test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "distil", course={"steps": 12, "learning_rate": 3e-3})
+    losses = record.losses
+    assert set(losses) == {"base", "experts", "mixture", "merge", "dense"}
+    assert sum(losses["dense"].values()) < sum(losses["merge"].values())
+    assert record.distilled is not None and record.distilled.best_step > 0
+    assert DenseRecord.model_validate(json.loads((tmp_path / "DENSE" / "densify.json").read_text())) == record
+    assert (tmp_path / "DENSE" / "trained-on.txt").exists()
+    assert not (tmp_path / "DENSE.training").exists()
+    assert opened(tmp_path / "DENSE").num_parameters() == record.parameters
+
+
+def test_no_minutes_stop_a_distillation_after_a_step(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "distil", course={"steps": 50, "minutes": 0.0})
+    assert record.distilled is not None and record.distilled.steps == 1
+
+
+def test_gaps_are_means_over_domains_that_have_one() -> None:
+    losses = {
+        "base": {"law": 3.0, "code": 2.0, "tax": 1.0},
+        "experts": {"law": 2.0, "code": 1.0, "tax": 1.0},
+        "mixture": {"law": 2.0, "code": 1.2, "tax": 0.5},
+        "dense": {"law": 2.5, "code": 1.6, "tax": 0.9},
+    }
+    record = DenseRecord(by="sum", mixture="OUT", merge={"by": "sum", "scale": 0.5}, parameters=1, losses=losses)  # type: ignore[arg-type]
+    assert record.gap_closed("mixture") == pytest.approx(0.9)
+    assert record.gap_closed("dense") == pytest.approx(0.45)
+    assert record.kept == pytest.approx(0.5)
+
+
+def test_without_text_there_is_no_distillation_and_no_figure(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build(experts=[{key: value for key, value in each.items() if key != "text"} for each in shop.recipe["experts"]])
+    assert made(shop, "OUT", "sum").losses == {}
+    with pytest.raises(TextError):
+        made(shop, "OUT", "distil")
+
+
+def test_an_expert_s_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    (tmp_path / "law" / "config.json").unlink()
+    with pytest.raises(SourceError, match="law"):
+        made(shop, "OUT", "average")
+
+
+def test_a_setting_of_a_training_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ModekitError):
+        course_of({"steps": 0})
