@@ -122,7 +122,8 @@ class FitOptions:
         str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
     ] = None
     granularity: Annotated[
-        str | None, typer.Option(help="token, context, sequence or segment (reads the text again; not for a native checkpoint).")
+        str | None,
+        typer.Option(help="token, context, sequence, segment (reads the text again; not for native checkpoints)."),
     ] = None
     top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
     temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
