@@ -159,8 +159,8 @@ def rename_expert(checkpoint: Checkpoint, name: str, new_name: str) -> MixtureEd
     if labels:
         data["experts"][number]["labels"] = labels
     mixture = data.get("mixture", {})
-    if mixture.get("weights"):
-        mixture["weights"] = {new_name if key == name else key: value for key, value in mixture["weights"].items()}
+    for setting in _by_name(mixture):
+        mixture[setting] = {new_name if key == name else key: value for key, value in mixture[setting].items()}
     for user in ("always_on", "backbone"):
         if isinstance(mixture.get(user), dict) and mixture[user].get("expert") == name:
             mixture[user] = {**mixture[user], "expert": new_name}
@@ -197,9 +197,14 @@ def _check_unused(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _without_weight(data: dict[str, Any], name: str) -> None:
-    weights = data.get("mixture", {}).get("weights")
-    if weights:
-        data["mixture"] = {**data["mixture"], "weights": {key: value for key, value in weights.items() if key != name}}
+    mixture = data.get("mixture", {})
+    for setting in _by_name(mixture):
+        mixture[setting] = {key: value for key, value in mixture[setting].items() if key != name}
+
+
+def _by_name(mixture: Mapping[str, object]) -> list[str]:
+    """Settings of a mixture that name every expert."""
+    return [key for key in ("weights", "threshold") if isinstance(mixture.get(key), dict)]
 
 
 def _source(entry: Mapping[str, object]) -> str | None:
