@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
@@ -29,6 +30,8 @@ from refusal import tree
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 WHOLE = ("medicine", "law", "code")
 LOW_RANK = ("fever", "court", "yield")
+BEFORE = ("dose", "deed", "class")
+"""Two prefixes around a prompt."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ KINDS = {
     "adapters": Kind(_routed("ridge", **SHORT), MODEKIT, LOW_RANK),
     "adapters without text": Kind(_routed("arrow"), MODEKIT, LOW_RANK),
     "adapters folded": Kind(_routed("random", seed=3), NATIVE, LOW_RANK),
+    "prefixes": Kind(_routed("ridge", **SHORT), MODEKIT, BEFORE),
     "adapters and whole models": Kind(_routed("ngram"), MODEKIT, ("fever", "law", "yield")),
 }
 
@@ -78,13 +82,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         tensors = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, 32, rank, layers=2).items()}
         write_adapter(made.root / name, tensors, target_modules=["up_proj"], r=rank, lora_alpha=8)
         shutil.copyfile(made.root / "text" / f"{WHOLE[seed]}.jsonl", made.root / "text" / f"{name}.jsonl")
+    for seed, (name, kind, width) in enumerate(zip(BEFORE, ("PREFIX", "PROMPT", "PREFIX"), (64, 32, 64), strict=True)):
+        tensors = {"prompt_embeddings": np.random.default_rng(seed).normal(size=(seed + 2, width)).astype(np.float32)}
+        unsaid = dict.fromkeys(("r", "lora_alpha", "target_modules"), ...)
+        write_adapter(made.root / name, tensors, **unsaid, peft_type=f"{kind}_TUNING", num_virtual_tokens=seed + 2)
+        shutil.copyfile(made.root / "text" / f"{WHOLE[seed]}.jsonl", made.root / "text" / f"{name}.jsonl")
     shutil.copyfile(made.root / "text" / "law.jsonl", made.root / "text" / "base_too.jsonl")
     return made
 
 
 def expert(name: str) -> dict[str, Any]:
     """As a recipe says it."""
-    said = {"adapter": f"./{name}"} if name in LOW_RANK else {"model": "base" if name == "base_too" else f"./{name}"}
+    said = (
+        {"adapter": f"./{name}"} if name in (*LOW_RANK, *BEFORE) else {"model": "base" if name == "base_too" else f"./{name}"}
+    )
     return {"name": name, **said, "text": [f"./text/{name}.jsonl"]}
 
 

@@ -167,7 +167,7 @@ def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], objec
 # What the config and the file say
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "ADALORA", "BONE", "lora", ""])
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "MULTITASK_PROMPT_TUNING", "ADALORA", "BONE", "lora", ""])
 def test_unknown_kinds(bench: Workshop, kind: str) -> None:
     write_adapter(law(bench), peft_type=kind)
     refused(bench, f"peft_type {kind}", "LORA or IA3", "merge_and_unload")

@@ -187,6 +187,10 @@ class IA3Settings(AdapterSettings):
 _KINDS: dict[str, type[AdapterSettings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
 
 
+PREFIX_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+"""Adapters that stand before the text (prefix.py)."""
+
+
 def _ends_with(module: str, names: Iterable[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
 
@@ -229,7 +233,7 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
             "an adapter of this kind cannot be read",
             where=where,
             found=f"peft_type {shortened(config['peft_type'])}",
-            expected=" or ".join(_KINDS),
+            expected=f"{' or '.join(_KINDS)}; {', '.join(PREFIX_KINDS)}",
             remedy=_MERGE_FIRST,
         )
     for key, value in config.items():

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, SAVE_AGAIN
+from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, PREFIX_KINDS, SAVE_AGAIN
 from modekit.sources.families import family_of
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
@@ -63,7 +63,7 @@ class _Settings(BaseModel):
 
 def is_prefix(config: Config) -> bool:
     """Whether adapter_config.json is of an adapter that stands before the text."""
-    return config["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+    return config["peft_type"] in PREFIX_KINDS
 
 
 def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSource, *, where: str) -> SoftPrefix:
