@@ -118,7 +118,7 @@ DIAGNOSTICS = "Diagnostics"
 _MIXTURES = "architecture/test_mixtures.py::"
 _ARCHITECTURE = "architecture/test_architecture.py::"
 _TRAIN = "training/test_train.py::"
-_CHOICE = "architecture/test_gates.py::"
+_CHOICE = "architecture/test_survey_gates.py::"
 _TRAINING_GATES = "training/test_gates.py::"
 _DENSIFY = "conversion/test_densify.py::"
 _UPCYCLE = "conversion/test_upcycle.py::"
@@ -614,6 +614,7 @@ KINDS: list[Leaf] = [
         "count per layer",
         ("MoLA 2402.08562", "DeepSpeed-MoE 2201.05596"),
         Recipe("experts: [{name: law, model: ./law, layers: [6-11]}, {name: code, model: ./code}]"),
+        "planning/test_expert_layers.py::test_an_expert_is_the_base_where_it_has_no_layer",
     ),
     Leaf(
         EXPERT,
