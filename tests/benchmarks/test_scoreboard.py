@@ -131,7 +131,7 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pyte
     rows = [_row("base", 4.0, 3.0, 2.0), _row("own expert (oracle)", 3.0, 1.0, 2.0), replace(_row("x", 1, 1, 1), failure="why")]
     for row in rows:
         (folder / f"{row.peer}.json").write_text(json.dumps(row.__dict__))
-    page.write_page(tmp_path / "results")
+    page.write_page([tmp_path / "results", tmp_path / "other"])
     text = page.PAGE.read_text()
     assert "old" not in text and "prose" in text and "own expert" in text and "| x | full 0 | why |" in text
     assert len(page.ROWS.read_text().splitlines()) == 3
