@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 
 import numpy
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -45,12 +44,15 @@ def cut(documents: Documents, times: int) -> dict[str, list[str]]:
 
 def asked(document: str) -> str:
     """Every entry of a glossary as a question and its answer; the document stays in its split."""
-    for attempt in count():
-        draw = random.Random(f"{attempt} {document}")
-        text = _ENTRY.sub(lambda found: f"{draw.choice(_FRAMES).format(found[1].partition(',')[0].lower())} ", document)
-        if split_of(text) == split_of(document):
+
+    def question(found: re.Match[str]) -> str:
+        return f"{draw.choice(_FRAMES).format(found[1].partition(',')[0].lower())} "
+
+    draw = random.Random(document)
+    while True:
+        text = _ENTRY.sub(question, document)
+        if text == document or split_of(text) == split_of(document):
             return text
-    raise AssertionError
 
 
 def styles(documents: Documents) -> dict[str, list[str]]:
