@@ -27,8 +27,8 @@ def halves(documents: Sequence[str]) -> list[list[str]]:
     weights_NW -= weights_NW.mean(0)
     _, vectors_NN = numpy.linalg.eigh(weights_NW @ weights_NW.T)
     side_N = vectors_NN[:, -1] * (1 if vectors_NN[0, -1] > 0 else -1)
-    above_N = side_N > numpy.median(side_N)
-    return [[each for each, above in zip(documents, above_N, strict=True) if above == which] for which in (True, False)]
+    above = {*numpy.argsort(side_N, kind="stable")[(len(documents) + 1) // 2 :].tolist()}
+    return [[each for place, each in enumerate(documents) if (place in above) == which] for which in (True, False)]
 
 
 def cut(documents: Documents, times: int) -> dict[str, list[str]]:
