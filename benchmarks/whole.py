@@ -38,8 +38,8 @@ FORCED_TOKENS = {"adapters": 1_024, "ffn": 1_024, "full": 1_024, "strangers": 25
 MOVED: dict[str, Experts] = {"adapters": "lora", "ffn": "mlp", "full": "full"}
 """What training moves of a kind's experts."""
 PART_STEPS = {"styles": 40, "eight": 40, "sixteen": 24}
-PART_BATCH = 1_536
-"""Steps and their tokens, of an expert of a part of a domain (peers/parts.py), which has less text."""
+PART_BATCH, PART_RATE = 1_536, 1e-2
+"""Steps, their tokens and learning rate, of an expert of a part of a domain (peers/parts.py), which has less text."""
 PART_KINDS = tuple(f"adapters-{how}" for how in PART_STEPS)
 STEPS = 60
 NATIVE = {"format": "native"}
@@ -88,7 +88,9 @@ def train(folder: Path, kind: str, seed: int) -> None:
     moved, _, how = kind.partition("-")
     training = SMALL.lora_training if moved == "adapters" else SMALL.expert_training
     if how:
-        training = training.with_(steps=PART_STEPS[how], batch_tokens=PART_BATCH, held_out_tokens=1_024)
+        training = training.with_(
+            steps=PART_STEPS[how], batch_tokens=PART_BATCH, learning_rate=PART_RATE, held_out_tokens=1_024
+        )
     for place, (name, text) in enumerate(read.items()):
         out = home / f"{kind}-{name}"
         if not is_there(out):
