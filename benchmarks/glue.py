@@ -2,7 +2,7 @@
 
     cp benchmarks/glue.yaml FOLDER/glue.yaml
     python benchmarks/glue.py text FOLDER                 GLUE as pairs in FOLDER/text (train) and FOLDER/held-out (validation)
-    modekit build FOLDER/glue.yaml --out FOLDER/mixture
+    modekit build FOLDER/glue.yaml FOLDER/mixture
     python benchmarks/glue.py score FOLDER [--pairs 500]  each task: mixture, own adapter, and the first over the second
 
 `text` and the recipe need the model hub. Prompts and answers are those of fusion_bench 0.2.33 (MIT), spelling included. Score

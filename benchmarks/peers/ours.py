@@ -34,7 +34,8 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Ma
 def _plain(pool: Pool, out: Path, text: str = "real") -> Made:
     """What `modekit mix --without-base` writes where llama.cpp must run it."""
     full = pool.trained == "full"
-    mixture = {**TOP_1, **({"backbone": "average"} if full else {})}
+    average = full and not any(map(is_adapter, pool.experts.values()))
+    mixture = {**TOP_1, **({"backbone": "average"} if average else {})}
     return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
 
 
