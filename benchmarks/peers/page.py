@@ -97,8 +97,14 @@ def failures(rows: Iterable[Row]) -> str:
 
 
 def write_page(results: Sequence[Path]) -> None:
-    """Keep the rows of some runs beside the page, and write its tables anew. A row of an earlier folder goes first."""
-    found = {(row.kind, row.seed, row.peer): row for folder in reversed(results) for row in read_rows(folder)}
+    """Keep the rows of some runs beside the page, and write its tables anew.
+
+    A row of an earlier folder goes first; rows beside the page stay where no folder has their kind of experts.
+    """
+    new = [row for folder in reversed(results) for row in read_rows(folder)]
+    kinds, lines = {row.kind for row in new}, ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    old = [row for row in (Row(**json.loads(line)) for line in lines) if row.kind not in kinds]
+    found = {(row.kind, row.seed, row.peer): row for row in [*old, *new]}
     rows = [found[key] for key in sorted(found)]
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text("".join(json.dumps(_rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
