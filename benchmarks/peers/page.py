@@ -99,7 +99,7 @@ def failures(rows: Iterable[Row]) -> str:
 def write_page(results: Sequence[Path]) -> None:
     """Keep the rows of some runs beside the page, and write its tables anew.
 
-    A row of an earlier folder goes first; rows beside the page stay where no folder has their kind of experts.
+    A row of an earlier folder goes first. Where no folder has a kind of experts, its rows and tables stay.
     """
     new = [row for folder in reversed(results) for row in read_rows(folder)]
     kinds, lines = {row.kind for row in new}, ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
@@ -109,7 +109,7 @@ def write_page(results: Sequence[Path]) -> None:
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text("".join(json.dumps(_rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
-    for kind in dict.fromkeys(row.kind for row in rows):
+    for kind in sorted(kinds):
         text = put(text, kind, table(rows, kind))
         (ROWS.parent / f"{kind}.svg").write_text(picture(rows, kind), encoding="utf-8")
     PAGE.write_text(put(text, "failures", failures(rows)), encoding="utf-8")
