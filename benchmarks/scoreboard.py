@@ -3,7 +3,8 @@
     python benchmarks/whole.py train FOLDER --kind adapters --seeds 0 1 2     (and --kind full, --kind ffn)
     python benchmarks/scoreboard.py FOLDER --seeds 0 1 2                      rows that are not there yet
     python benchmarks/scoreboard.py FOLDER --only "peft" --again              rows whose name or source has these words, anew
-    python benchmarks/scoreboard.py FOLDER --page                             the tables of scoreboard.md, and the rows beside
+    python benchmarks/scoreboard.py FOLDER --kinds adapters-eight             pools that are hard to route: peers/parts.py
+    python benchmarks/scoreboard.py FOLDER --page [OTHER ...]                 the tables of scoreboard.md, and the rows beside
 
 A row is made and scored in a process of its own and kept in FOLDER/scoreboard; the command goes on where it was stopped. It is
 no command of modekit, since peers bring packages and environments of their own, which it makes in
@@ -25,13 +26,12 @@ from transformers.utils import logging
 
 from peers.every import PEERS
 from peers.page import write_page
-from peers.pool import open_pool
+from peers.parts import PARTS
+from peers.pool import SMOLLM2, open_pool
 from peers.row import path_of, run
 
 KINDS = ("ffn", "adapters", "full")
-HARD = ("adapters-twice",)
-TOKENS = 4_096
-"""Per text, to score."""
+HARD = ("adapters-twice", *(f"adapters-{how}" for how in PARTS), SMOLLM2)
 
 
 def main() -> None:
@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words of a peer's name or source")
     parser.add_argument("--without", nargs="*", default=[], help="words of peers to leave out")
     parser.add_argument("--again", action="store_true", help="make rows anew that are there")
+    parser.add_argument("--tokens", type=int, default=4_096, help="of each text, to score")
     parser.add_argument("--minutes", type=float, default=15, help="most time of a row")
-    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--page", nargs="*", type=Path, help="write the page; rows of other FOLDERs, too")
     said = parser.parse_args()
     logging.disable_progress_bar()
     results = said.folder.resolve() / "scoreboard"
-    if said.page:
-        write_page(results)
+    if said.page is not None:
+        write_page([results, *(folder.resolve() / "scoreboard" for folder in said.page)])
         return
     for seed in said.seeds:
         pools = [open_pool(said.folder.resolve(), kind, seed, results) for kind in said.kinds]
@@ -59,7 +60,7 @@ def main() -> None:
                 continue
             if said.again:
                 path_of(results, peer, scored).unlink(missing_ok=True)
-            run(peer, scored, results, tokens=TOKENS, minutes=said.minutes)
+            run(peer, scored, results, tokens=said.tokens, minutes=said.minutes)
 
 
 if __name__ == "__main__":

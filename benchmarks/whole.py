@@ -5,7 +5,8 @@
     python benchmarks/whole.py trained FOLDER --kind full --seeds 0 1 2        the mixture of rank 64, trained from there
 
 Kinds: adapters (LoRA of rank 16 on all linear parts), ffn (FFNs alone), full (full fine-tunes), strangers (five experts of
-SmolLM2-135M, made in five ways: strangers.py). `train` keeps models that are there.
+SmolLM2-135M, made in five ways: strangers.py); adapters-styles, adapters-eight, adapters-sixteen (of parts of the domains,
+for scoreboard.py). `train` keeps models that are there.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.training.settings import train_settings
 from modekit.training.train import train as train_mixture
+from peers.pool import texts_of_kind
 from strangers import ATTENTION, BASE_TEXT, EXPERTS, train_strangers
 
 EVAL_TOKENS = {"adapters": 8_192, "ffn": 8_192, "full": 8_192, "strangers": 1_024}
 FORCED_TOKENS = {"adapters": 1_024, "ffn": 1_024, "full": 1_024, "strangers": 256}
 MOVED: dict[str, Experts] = {"adapters": "lora", "ffn": "mlp", "full": "full"}
 """What training moves of a kind's experts."""
+PART_STEPS = {"styles": 40, "eight": 40, "sixteen": 24}
+PART_BATCH, PART_RATE = 1_536, 1e-2
+"""Steps, their tokens and learning rate, of an expert of a part of a domain (peers/parts.py), which has less text."""
+PART_KINDS = tuple(f"adapters-{how}" for how in PART_STEPS)
 STEPS = 60
 NATIVE = {"format": "native"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -75,16 +81,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 def train(folder: Path, kind: str, seed: int) -> None:
     """Base and experts of one seed."""
-    texts, home = unpack_text(folder / "text"), folder / f"seed{seed}"
+    texts, home, read = unpack_text(folder / "text"), folder / f"seed{seed}", texts_of_kind(folder, kind)
     home.mkdir(parents=True, exist_ok=True)
     if not is_there(home / "base"):
         make_base(home / "base", texts, steps=SMALL.base_steps, seed=seed, run=QUIET)
-    for place, name in enumerate(DOMAINS):
+    moved, _, how = kind.partition("-")
+    training = SMALL.lora_training if moved == "adapters" else SMALL.expert_training
+    if how:
+        training = training.with_(
+            steps=PART_STEPS[how], batch_tokens=PART_BATCH, learning_rate=PART_RATE, held_out_tokens=1_024
+        )
+    for place, (name, text) in enumerate(read.items()):
         out = home / f"{kind}-{name}"
         if not is_there(out):
-            training = SMALL.lora_training if kind == "adapters" else SMALL.expert_training
             with_seed = training.with_(seed=1000 * seed + place)
-            specialize(home / "base", out, [str(texts[name])], root=home, train=MOVED[kind], training=with_seed, run=QUIET)
+            specialize(home / "base", out, [str(text)], root=home, train=MOVED[moved], training=with_seed, run=QUIET)
 
 
 def experts_of(kind: str, *, ffn_alone: bool) -> list[dict[str, str]]:
@@ -178,10 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["train", "mixtures", "trained"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", choices=[*VARIANTS], required=True)
+    parser.add_argument("--kind", choices=[*VARIANTS, *PART_KINDS], required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", default="")
     said = parser.parse_args()
+    if said.step != "train" and said.kind not in VARIANTS:
+        parser.error(f"{said.kind}: mixtures of it are rows of scoreboard.py")
     for seed in said.seeds:
         if said.step == "train" and said.kind == "strangers":
             train_strangers(said.folder.resolve(), seed)

@@ -15,10 +15,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from peers.choose import choose
+from peers.choose import SELECT_TOKENS, choose
 from peers.peer import Formula, Made, Peer, Pool
 from peers.pool import read_text
-from peers.score import counts, side_by_side
+from peers.score import counts, scores, side_by_side, texts_of
 
 BASE, BEST, AVERAGE = "base", "best single expert", "weight average"
 BESIDE = "each model by itself"
@@ -59,6 +59,16 @@ def _average(pool: Pool, out: Path) -> Made:
 def _best(pool: Pool, _out: Path) -> Made:
     name, made = choose(pool, list(pool.whole), lambda name: Made(pool.whole[name]))
     return Made(made.model, f"chosen on select: {name}")
+
+
+def _best_other(pool: Pool, _out: Path) -> Made:
+    """Whether experts gain anything over each other: of each text, the expert of another one that knows it best."""
+    texts = texts_of(pool.base, pool.select, SELECT_TOKENS)
+    each = {name: scores(path, texts, pool.base) for name, path in pool.whole.items()}
+    best = {text: min((name for name in each if name != text), key=lambda name: each[name][text][0]) for text in pool.whole}
+    folders = {text: pool.whole[name] for text, name in best.items()}
+    note = "chosen on select: " + ", ".join(f"{name} for {text}" for text, name in best.items())
+    return Made(folders, note, total=side_by_side(pool), active=counts(pool.base)[0], engines=BESIDE)
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ def per_request(pool: Pool, _out: Path) -> Made:
 BOUNDS: list[Peer] = [
     Formula(BASE, lambda pool, out: Made(pool.base), "bound"),
     Formula(BEST, _best, "bound"),
+    Formula("best other expert (oracle)", _best_other, "bound"),
     Formula(AVERAGE, _average, "2203.05482, formula"),
     Formula("ensemble of probabilities, uniform", partial(_ensemble, False), "formula; all experts run"),
     Formula("branch-train-merge, posterior", partial(_ensemble, True), "2208.03306, formula; all experts run"),

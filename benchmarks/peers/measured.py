@@ -11,6 +11,7 @@ from modekit.demo.text import UNSEEN
 from peers.row import Row
 
 BASE, OWN, OURS = "base", "own expert (oracle)", "modekit, plain checkpoint"
+OTHER = "best other expert (oracle)"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Measured:
             {name: (base.losses[name] - row.losses[name]) / (base.losses[name] - own.losses[name]) for name in domains_of(row)}
             for row, base, own in zip(self.rows, self.base, self.own, strict=True)
         ]
+
+    def gain(self) -> float:
+        """Nats per token below the base."""
+        pairs = zip(self.rows, self.base, strict=True)
+        return statistics.fmean(base.losses[name] - row.losses[name] for row, base in pairs for name in domains_of(row))
 
     def share(self) -> float:
         """Perplexity of the own expert over that of this model: what DUME's paper calls retained."""

@@ -14,7 +14,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.training.settings import train_settings
 from modekit.training.train import train as train_mixture
 from peers.peer import Formula, Made, Peer, Pool
-from peers.pool import read_text, write_text
+from peers.pool import is_adapter, read_text, write_text
 from peers.training import STEPS
 
 ADAPTERS = frozenset({"adapters"})
@@ -28,7 +28,7 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real", besid
     experts = list(besides)
     for name, path in pool.experts.items():
         both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
-        which = "adapter" if pool.trained == "adapters" else "model"
+        which = "adapter" if is_adapter(path) else "model"
         experts.append({"name": name, which: str(path), **({"text": "self" if text == "self" else str(both)} if text else {})})
     recipe = parse_recipe({"base_model": str(pool.base), "experts": experts, **said}, where="scoreboard")
     return Made(build(make_plan(recipe, out), out / "mixture").folder)
@@ -37,7 +37,8 @@ def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real", besid
 def _plain(pool: Pool, out: Path, text: str = "real", top_k: int = 1) -> Made:
     """What `modekit mix --without-base` writes where llama.cpp must run it."""
     full = pool.trained == "full"
-    mixture = {"method": "routing", "top_k": top_k, **({"backbone": "average"} if full else {})}
+    average = full and not any(map(is_adapter, pool.experts.values()))
+    mixture = {"method": "routing", "top_k": top_k, **({"backbone": "average"} if average else {})}
     return built(pool, out, {"mixture": mixture, "output": {"format": "native", **({"carry": "all"} if full else {})}}, text)
 
 

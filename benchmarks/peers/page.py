@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from modekit.demo.text import UNSEEN
-from peers.measured import BASE, Measured, domains_of, measured, over_ours
+from peers.measured import BASE, OTHER, OWN, Measured, domains_of, measured, over_ours
 from peers.plot import picture
 from peers.row import Row, read_rows
 
@@ -23,14 +23,38 @@ FIRST = (
     "runs in",
 )
 SECOND = ("way", "source", "total", "MB", "make s", "peak MB", "ms / token", "note")
+POOL = ("way", "gap closed", "over ours", "domains", f"{UNSEEN} / base", "total", "active", "MB", "make s", "runs in")
+"""Of a pool that is hard to route, in one table."""
+SHOWN_DOMAINS = 6
+"""Of more, the lowest and the highest gap."""
+ALIKE = 0.95
+"""Experts gain nothing over each other where the best other one closes as much of the gap."""
 
 
 def table(rows: Iterable[Row], kind: str) -> str:
-    """Two tables in Markdown, the best first; bold: ours, and what closes more than our plain checkpoint."""
+    """One table in Markdown for a pool of parts, two for others, the best first; bold: ours, and what closes more than our
+    plain checkpoint.
+    """
     peers = measured(rows, kind)
     order = sorted(peers, key=lambda name: -statistics.fmean(peers[name].gaps()))
-    results = lines(FIRST, [_result(peers, name) for name in order])
-    return "\n".join([*results, "", *lines(SECOND, [_cost(peers[name], peers[BASE]) for name in order])])
+    results, costs = [_result(peers, name) for name in order], [_cost(peers[name], peers[BASE]) for name in order]
+    if "-" in kind:
+        pairs = zip(results, costs, strict=True)
+        both = [[*result[:5], cost[2], result[7], *cost[3:5], result[8]] for result, cost in pairs]
+        return "\n".join([_gains(peers), "", *lines(POOL, both)])
+    return "\n".join([*lines(FIRST, results), "", *lines(SECOND, costs)])
+
+
+def _gains(peers: Mapping[str, Measured]) -> str:
+    """What own experts gain over the base, and how much of it other experts do."""
+    if OWN not in peers:
+        return "No row of the own experts yet."
+    said = f"Own experts: {peers[OWN].gain():.2f} nats per token below the base."
+    if OTHER not in peers:
+        return said
+    other = statistics.fmean(peers[OTHER].gaps())
+    alike = " **These experts gain nothing over each other.**" if other >= ALIKE else ""
+    return f"{said} The best other expert closes {other:.2f} of that.{alike}"
 
 
 def lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -43,7 +67,9 @@ def _result(peers: Mapping[str, Measured], name: str) -> list[str]:
     mean = statistics.fmean(gaps)
     spread = f" ± {max(abs(gap - mean) for gap in gaps):.3f}" if len(gaps) > 1 else ""
     bold = "**" if name.startswith("modekit") or (over is not None and over > 0) else ""
-    domains = ", ".join(f"{statistics.fmean(by[of] for by in each.gaps_by_domain()):.2f}" for of in domains_of(each.first))
+    found = [statistics.fmean(by[of] for by in each.gaps_by_domain()) for of in domains_of(each.first)]
+    shown_gaps = found if len(found) <= SHOWN_DOMAINS else [min(found), max(found)]
+    domains = (", " if shown_gaps is found else " to ").join(f"{gap:.2f}" for gap in shown_gaps)
     shown = "" if over is None else f"{over:+.3f}"
     return [
         *(f"{bold}{name}{bold}", f"{bold}{mean:.3f}{spread}{bold}", shown, domains, f"{each.unseen():.3f}"),
@@ -71,13 +97,20 @@ def failures(rows: Iterable[Row]) -> str:
     return "\n".join(["| way | experts, seed | reason |", "|---|---|---|", *lines]) if lines else "None."
 
 
-def write_page(results: Path) -> None:
-    """Keep the rows of a run beside the page, and write its tables anew."""
-    rows = read_rows(results)
+def write_page(results: Sequence[Path]) -> None:
+    """Keep the rows of some runs beside the page, and write its tables anew.
+
+    A row of an earlier folder goes first. Where no folder has a kind of experts, its rows and tables stay.
+    """
+    new = [row for folder in reversed(results) for row in read_rows(folder)]
+    kinds, kept = {row.kind for row in new}, ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    old = [row for row in (Row(**json.loads(line)) for line in kept) if row.kind not in kinds]
+    found = {(row.kind, row.seed, row.peer): row for row in [*old, *new]}
+    rows = [found[key] for key in sorted(found)]
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text("".join(json.dumps(rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
-    for kind in dict.fromkeys(row.kind for row in rows):
+    for kind in sorted(kinds):
         text = put(text, kind, table(rows, kind))
         (ROWS.parent / f"{kind}.svg").write_text(picture(rows, kind), encoding="utf-8")
     PAGE.write_text(put(text, "failures", failures(rows)), encoding="utf-8")

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.models import SEQUENCE_LENGTH
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from peers.peer import Made, Pool, Speaker
-from peers.pool import read_text
+from peers.pool import is_adapter, read_text
 
 TIMED_TOKENS = 512
 PASSES = 3
@@ -144,7 +144,7 @@ def numbers_of(folder: Path) -> dict[str, int]:
 
 def side_by_side(pool: Pool) -> int:
     """Parameters of all experts, adapters with their base."""
-    below = [pool.base] if pool.trained == "adapters" else []
+    below = [pool.base] if any(map(is_adapter, pool.experts.values())) else []
     return sum(sum(numbers_of(folder).values()) for folder in (*below, *pool.experts.values()))
 
 

@@ -14,11 +14,13 @@ import torch
 from pools import tiny_pool
 
 from modekit.demo.text import DOMAINS, UNSEEN
-from peers import page, plot
+from modekit.text.splits import split_of
+from peers import page, parts, plot
+from peers.bounds import BOUNDS
 from peers.choose import choose
-from peers.measured import measured, over_ours
+from peers.measured import OTHER, measured, over_ours
 from peers.peer import Formula, Made, Pool, Unsuitable
-from peers.pool import Scored, open_pool, read_text, write_text
+from peers.pool import Scored, open_pool, read_text, texts_of_kind, write_text
 from peers.row import Row, path_of, run
 from peers.score import counts, score, scores, texts_of
 
@@ -122,6 +124,31 @@ def test_gaps_shares_and_bold() -> None:
     assert "| worse | s | 1.00 | 0.0 | 1 | 2 | 3.00 |  |" in second
 
 
+def test_a_pool_of_parts_has_one_table_and_says_whether_its_experts_gain_over_each_other() -> None:
+    rows = [
+        _row("base", 4.0, 3.0, 2.0),
+        _row("own expert (oracle)", 3.0, 1.0, 2.0),
+        _row("modekit, plain checkpoint", 3.5, 2, 2),
+    ]
+    other = _row("best other expert (oracle)", 3.05, 1.04, 2.0)
+    hard = [replace(row, kind="full-eight") for row in [*rows, other]]
+    said, _, *lines = page.table(hard, "full-eight").splitlines()
+    assert said == (
+        "Own experts: 1.50 nats per token below the base. The best other expert closes 0.97 of that. "
+        "**These experts gain nothing over each other.**"
+    )
+    assert (
+        lines[4] == "| **modekit, plain checkpoint** | **0.500** | +0.000 | 0.50, 0.50 | 1.000 | 1.00 | 0.50 | 0.0 | 1 | vLLM |"
+    )
+    assert len(lines) == 6 and not page.table(hard[:3], "full-eight").splitlines()[0].endswith("other.**")
+    names = [f"{name}{part}" for name in "ab" for part in range(4)]
+    many = [
+        replace(row, losses={"music": 2.0, **{name: row.losses[name[0]] for name in names}}, accuracy=dict.fromkeys(names, 0.2))
+        for row in hard[:2]
+    ]
+    assert "| 1.00 to 1.00 |" in page.table(many, "full-eight")
+
+
 def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "PAGE", tmp_path / "scoreboard.md")
     monkeypatch.setattr(page, "ROWS", tmp_path / "kept" / "rows.jsonl")
@@ -131,10 +158,17 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pyte
     rows = [_row("base", 4.0, 3.0, 2.0), _row("own expert (oracle)", 3.0, 1.0, 2.0), replace(_row("x", 1, 1, 1), failure="why")]
     for row in rows:
         (folder / f"{row.peer}.json").write_text(json.dumps(row.__dict__))
-    page.write_page(tmp_path / "results")
+    other = tmp_path / "other" / "full-seed1"
+    other.mkdir(parents=True)
+    (other / "base.json").write_text(json.dumps(_row("base", 4.0, 3.0, 2.0, seed=1).__dict__))
+    page.ROWS.parent.mkdir()
+    before = [_row("gone", 1, 1, 1), *(replace(row, kind="ffn") for row in rows[:2])]
+    page.ROWS.write_text("".join(json.dumps(row.__dict__) + "\n" for row in before))
+    page.write_page([tmp_path / "results", tmp_path / "other"])
     text = page.PAGE.read_text()
     assert "old" not in text and "prose" in text and "own expert" in text and "| x | full 0 | why |" in text
-    assert len(page.ROWS.read_text().splitlines()) == 3
+    kept = [json.loads(line) for line in page.ROWS.read_text().splitlines()]
+    assert [row["kind"] for row in kept] == ["ffn"] * 2 + ["full"] * 4 and "gone" not in {row["peer"] for row in kept}
 
 
 def test_the_picture_has_every_row_in_order() -> None:
@@ -167,3 +201,34 @@ def test_an_expert_that_is_there_twice_has_half_of_the_text_each(folder: Path) -
     assert list(twice.pool.whole) == [*DOMAINS, "law-again"] and twice.pool.whole["law"] == twice.pool.whole["law-again"]
     halves = [read_text(twice.pool.text[name]) for name in ("law", "law-again")]
     assert sorted([*halves[0], *halves[1]]) == sorted(read_text(once.pool.text["law"])) and twice.report == once.report
+
+
+def test_parts_of_a_domain_are_as_large_and_stay_in_their_split() -> None:
+    documents = [f"{word} number {number}" for number in range(20) for word in ("fever", "artery")]
+    first, second = parts.halves(documents)
+    assert {each.split()[0] for each in first} == {"fever"} and {each.split()[0] for each in second} == {"artery"}
+    found = parts.cut(dict.fromkeys(DOMAINS, documents), 2)
+    assert len(found) == 16 and {len(part) for part in found.values()} == {10}
+    entry = "Lip, labium: a fold of tissue. Ear: the organ of hearing; it hears. Head: the upper part of the body."
+    text = parts.asked(entry)
+    assert split_of(text) == split_of(entry) and "a fold of tissue" in text and "Ear:" not in text and " lip" in text
+    styles = parts.styles({"medicine": [entry] * 4, "law": [entry, "You may copy: no."], "code": ["class A", "def a"]})
+    assert [len(each) for each in styles.values()] == [2, 2, 1, 1, 1, 1] and styles["law-entry"] == [entry]
+
+
+def test_a_pool_of_parts_reads_its_own_text(folder: Path) -> None:
+    for name in DOMAINS:
+        write_text([f"{word} {name} {number}" for number in range(60) for word in "ab"], folder / "text" / f"{name}.jsonl")
+    names = texts_of_kind(folder, "full-eight")
+    assert [*names] == [f"{name}-{part}" for name in sorted(DOMAINS) for part in (1, 2)]
+    for name in names:
+        (folder / "seed0" / f"full-eight-{name}").symlink_to(folder / "seed0" / "base")
+    scored = open_pool(folder, "full-eight", 0, folder / "out")
+    assert [*scored.pool.text] == [*names] and [*scored.report] == [*names, UNSEEN]
+    every = [read_text(each[name]) for name in names for each in (scored.pool.text, scored.pool.select, scored.report)]
+    assert sum(map(len, every)) == len({each for part in every for each in part}) == 480
+
+
+def test_the_best_other_expert_is_never_ones_own(pool: Pool) -> None:
+    made = next(peer for peer in BOUNDS if peer.name == OTHER).make(pool, Path())
+    assert made.model == {"a": pool.whole["b"], "b": pool.whole["a"]}
