@@ -46,31 +46,32 @@ def place_of_prefixes(sources: Sequence[ModelSource], family: Family, layer: Lay
     return PlannedPlace(family.in_layer(layer, SOFT_PREFIX), (), kinds) if any(kinds) else None
 
 
-def _stored(place: PlannedPlace, first: bool) -> list[tuple[int, int]]:
-    """Per expert the columns of its tensor that are stored at a place; a prompt is, once, at the first."""
-    layer = int(str(split_layer(place.module)[0]))
-    prefixes = (kind if isinstance(kind, SoftPrefix) and (kind.layers or first) else None for kind in place.kinds)
-    return [(0, 0) if prefix is None else prefix.columns(layer) for prefix in prefixes]
+def _columns(place: PlannedPlace, expert: int, *, first: bool) -> tuple[int, int]:
+    """Of an expert's tensor, those that are stored at a place, of a prompt once, at the first; (0, 0) for none."""
+    kind = place.kinds[expert]
+    if not isinstance(kind, SoftPrefix) or not (kind.layers or first):
+        return 0, 0
+    return kind.columns(int(str(split_layer(place.module)[0])))
 
 
 def entry_of(place: PlannedPlace, *, first: bool) -> dict[str, object]:
     """What config.json says of a place besides the rest; nothing of places that are no prefixes'."""
-    kinds = place.kinds
-    if not any(isinstance(kind, SoftPrefix) for kind in kinds):
-        return {}
-    prompted = [expert for expert, kind in enumerate(kinds) if isinstance(kind, SoftPrefix) and not kind.layers]
-    return {
-        "prefixes": [kind.tokens if isinstance(kind, SoftPrefix) else 0 for kind in kinds],
-        "widths": [stop - start for start, stop in _stored(place, first)],
+    prefixes = {expert: kind for expert, kind in enumerate(place.kinds) if isinstance(kind, SoftPrefix)}
+    prompted = [expert for expert, prefix in prefixes.items() if not prefix.layers]
+    columns = [_columns(place, expert, first=first) for expert in range(len(place.kinds))]
+    said = {
+        "prefixes": [prefixes[expert].tokens if expert in prefixes else 0 for expert in range(len(place.kinds))],
+        "widths": [stop - start for start, stop in columns],
         **({"prompted": prompted} if prompted else {}),
     }
+    return said if prefixes else {}
 
 
 def prefix_tensors(place: PlannedPlace, code_of: CodeOf, *, first: bool) -> Iterator[PlannedTensor]:
     """Every expert's part of its own."""
-    for expert, (kind, columns) in enumerate(zip(place.kinds, _stored(place, first), strict=True)):
-        if isinstance(kind, SoftPrefix) and columns != (0, 0):
-            shape = (kind.tokens, columns[1] - columns[0])
+    for expert, kind in enumerate(place.kinds):
+        start, stop = columns = _columns(place, expert, first=first)
+        if isinstance(kind, SoftPrefix) and stop:
             piece = Piece(1 + expert, kind.ref, columns=columns, expert=expert)
-            name = f"{place.module}.expert_{expert}"
+            name, shape = f"{place.module}.expert_{expert}", (kind.tokens, stop - start)
             yield PlannedTensor(name, code_of(kind.ref), shape, "adapter", "cast", (piece,), expert=expert)

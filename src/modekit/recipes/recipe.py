@@ -283,8 +283,7 @@ class Recipe(Strict):
 
     def beyond_native(self) -> list[str]:
         """What of it only the modekit architecture can say."""
-        counts = ["experts that have only some layers"] if any(expert.layers for expert in self.experts) else []
-        return [*self.mixture.beyond_native(), *counts]
+        return self.mixture.beyond_native() + ["experts that have only some layers"] * any(each.layers for each in self.experts)
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit

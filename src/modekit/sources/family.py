@@ -117,9 +117,7 @@ class Stack:
 
     def rank(self, path: str) -> int:
         """Where a part, or the whole FFN, runs among the others; before them all, what stands before the attention."""
-        if path == SOFT_PREFIX:
-            return -1
-        paths = [self.parts[part] for part in self.in_order]
+        paths = [SOFT_PREFIX, *(self.parts[part] for part in self.in_order)]
         return next((place for place, each in enumerate(paths) if each == path or each.startswith(f"{path}.")), len(paths))
 
     @property
