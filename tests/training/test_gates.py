@@ -432,7 +432,6 @@ def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str
             logits = torch.cat([each.flatten(0, -2) for each in trace])
         shares.append(float(own(logits, 2).mean(0).max()))
         assert load_balance(logits, 2) >= 0
-    print(loss, shares)
     assert shares[1] < shares[0]
 
 
