@@ -76,7 +76,8 @@ def _line(leaf: Leaf) -> str:
     turned_on += f": {leaf.note}" if leaf.part is None else f"; {leaf.note}" if leaf.note else ""
     papers = ", ".join(_link(paper) for paper in leaf.papers)
     test = f"`{leaf.test}`" if leaf.test else ""
-    measured = f"[{leaf.measured}](../benchmarks/{leaf.measured})" if leaf.measured.endswith(".md") else leaf.measured
+    is_page = leaf.measured.endswith(".md") and (ROOT / "benchmarks" / leaf.measured).is_file()
+    measured = f"[{leaf.measured}](../benchmarks/{leaf.measured})" if is_page else leaf.measured
     return f"| {leaf.name} | {turned_on} | {papers} | {test} | {measured} |"
 
 
