@@ -59,7 +59,7 @@ def entry_of(place: PlannedPlace, *, first: bool) -> dict[str, object]:
     prefixes = {expert: kind for expert, kind in enumerate(place.kinds) if isinstance(kind, SoftPrefix)}
     prompted = [expert for expert, prefix in prefixes.items() if not prefix.layers]
     columns = [_columns(place, expert, first=first) for expert in range(len(place.kinds))]
-    said = {
+    said: dict[str, object] = {
         "prefixes": [prefixes[expert].tokens if expert in prefixes else 0 for expert in range(len(place.kinds))],
         "widths": [stop - start for start, stop in columns],
         **({"prompted": prompted} if prompted else {}),
