@@ -58,7 +58,7 @@ class Expert(Strict):
         None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
     )
     segment: str | None = Field(
-        None, pattern=r"^[1-9][0-9]{0,2}/[1-9][0-9]{0,2}$", description="Which part of the FFN it is, like 1/2 (upcycle)."
+        None, pattern=r"^[1-9]\d{0,2}/[1-9]\d{0,2}$", description="Part of its FFN, like 1/2 (upcycle)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(
