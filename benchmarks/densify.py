@@ -44,7 +44,7 @@ NATIVE = {"output": {"format": "native"}}
 MERGES = {
     "average": Merge(by="average"),
     **{f"sum, scale {scale:g}": Merge(by="sum", scale=scale) for scale in (0.375, 0.5, 0.75)},
-    **{f"svd, rank {rank}, scale 0.5": Merge(by="svd", scale=0.5, rank=rank) for rank in (16, 64)},
+    "svd, scale 0.5": Merge(by="svd", scale=0.5),
     **{f"best: {name} alone": Merge(by="best", expert=name) for name in DOMAINS},
 }
 

@@ -55,7 +55,6 @@ class DensifyOptions(Writing):
     scale: Annotated[
         float | None, typer.Option(min=0, help="Scale of the summed differences (sum, svd, distil; default: by text).")
     ] = None
-    rank: Annotated[int | None, typer.Option(min=1, help="What svd keeps of each difference.")] = None
     text: Annotated[
         list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
     ] = None
@@ -84,8 +83,6 @@ def densify(
     course.check(by)
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
-    if by != "svd":
-        refuse_without_effect("--by svd", {"--rank": options.rank})
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
@@ -99,7 +96,6 @@ def densify(
             texts_by_domain(options.text),
             Path.cwd(),
             options.scale,
-            options.rank,
             options.tokens,
             options.overwrite,
         )

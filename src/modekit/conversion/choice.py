@@ -30,7 +30,7 @@ def backbone_of(merge: Merge) -> Backbone:
     if merge.expert is not None:
         return BackboneExpert(expert=merge.expert)
     if merge.by == "svd":
-        return BackboneMerge.model_validate({"method": "svd", "scale": merge.scale, "rank": merge.rank})
+        return BackboneMerge.model_validate({"method": "svd", "scale": merge.scale})
     return "average" if merge.by == "average" else BackboneMerge(method="task_arithmetic", scale=merge.scale or 1.0)
 
 
@@ -58,7 +58,7 @@ class Chooser:
 
     def planned(self, merge: Merge, *, in_memory: bool = False) -> DensePlan:
         """The merge as a plan, in the base's dtypes or in float32."""
-        return dense_plan(self.plan, backbone_of(merge), "float32" if in_memory else "source")
+        return dense_plan(self.plan, backbone_of(merge), "F32" if in_memory else None)
 
     def set(self, merge: Merge) -> PreTrainedModel:
         """The model with the weights of a merge."""
@@ -66,21 +66,21 @@ class Chooser:
         set_between(self.model, base, self.state(merge), 1.0)
         return self.model
 
-    def best(self, by: By, scale: float | None, rank: int | None) -> Merge:
+    def best(self, by: By, scale: float | None) -> Merge:
         """The best of a rule's merges; of all rules' where the rule is distil. The middle one where there is no text."""
-        found = list(self._possible(by, scale, rank))
+        found = list(self._possible(by, scale))
         if len(found) == 1:
             return found[0]
         if not self.domains:
             return next(merge for merge in found if merge.scale in (None, self._scale(UNMEASURED)))
         losses: dict[Merge, float] = {}
-        direction: tuple[tuple[str, int | None], State] | None = None
+        direction: tuple[By, State] | None = None
         for merge in self.run.over("compare merges", found, len(found)):
             if merge.scale is None:
                 self.set(merge)
             else:  # every scale is a point on one line
-                if direction is None or direction[0] != (merge.by, merge.rank):
-                    direction = (merge.by, merge.rank), self.state(merge.model_copy(update={"scale": 1.0}))
+                if direction is None or direction[0] != merge.by:
+                    direction = merge.by, self.state(merge.model_copy(update={"scale": 1.0}))
                 set_between(self.model, self._base, direction[1], merge.scale)
             losses[merge] = mean_loss(self.model, self.domains)
         return min(losses, key=lambda merge: losses[merge])
@@ -89,14 +89,14 @@ class Chooser:
         moved = sum(not expert.is_base for expert in self.plan.recipe.experts)
         return times / max(1, moved)
 
-    def _possible(self, by: By, scale: float | None, rank: int | None) -> Iterator[Merge]:
+    def _possible(self, by: By, scale: float | None) -> Iterator[Merge]:
         scales = [scale] if scale is not None else list(map(self._scale, SCALES))
         if by == "average":
             yield Merge(by="average")
         if by in ("sum", "distil"):
             yield from (Merge(by="sum", scale=each) for each in scales)
         if by == "svd":
-            yield from (Merge(by="svd", scale=each, rank=rank) for each in scales)
+            yield from (Merge(by="svd", scale=each) for each in scales)
         if by in ("best", "distil"):
             yield from (Merge(by="best", expert=name) for name in self.plan.recipe.names)
 

@@ -20,9 +20,9 @@ from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.run import Run
 from modekit.sources.native_row import Native
 from modekit.text.held_out import read_text
-from modekit.text.sequences import encode
+from modekit.text.sequences import TokenSequence, encode
 
-_LENGTH = 512
+_LENGTH, _SHORTEST = 512, 64
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ def measure_text(
     """Run a mixture over some of a text; None without text. Raises TextError."""
     if not texts:
         return None
-    text, tokenizer = read_text(texts, root=root, where="--text"), load_tokenizer(folder, run=run)
-    fit, shown = (encode(tokenizer, found, max_tokens=tokens, sequence_length=_LENGTH) for found in (text.fit(), text.report()))
-    if not fit:
-        raise text.nothing_left("no document is left to read")
+    tokenizer, share = load_tokenizer(folder, run=run), max(_SHORTEST, tokens // len(texts))
+    fit, shown = list[TokenSequence](), list[TokenSequence]()
+    for text in (read_text([spec], root=root, where="--text") for spec in texts):  # each has the same share
+        fit += encode(tokenizer, text.fit(), max_tokens=share, sequence_length=_LENGTH)
+        shown += encode(tokenizer, text.report(), max_tokens=share, sequence_length=_LENGTH)
+        if not fit:
+            raise text.nothing_left("no document is left to read")
     model, held_out = load_model(folder, run=run), Domain("held-out", None, shown)
     run.begin("read the text")
     counts = _counts(model, native, Domain("text", None, fit))

@@ -12,22 +12,19 @@ By = Literal["distil", "average", "sum", "best", "svd"]
 
 
 class Merge(BaseModel):
-    """A rule and its setting: the scale of a sum, the rank of svd, or the one expert."""
+    """A rule and its setting: the scale of a sum or of svd, or the one expert."""
 
     model_config = ConfigDict(frozen=True)
 
     by: By
     scale: float | None = None
-    rank: int | None = None
     expert: str | None = None
 
     @property
     def said(self) -> str:
         """In words."""
-        said = {"scale": self.scale, "rank": self.rank, "expert": self.expert}
-        return " ".join(
-            [self.by, *(f"{name} {value:g}" if name != "expert" else str(value) for name, value in said.items() if value)]
-        )
+        scale = None if self.scale is None else f"scale {self.scale:g}"
+        return " ".join(filter(None, [self.by, scale, self.expert]))
 
 
 class Distilled(BaseModel):

@@ -53,7 +53,7 @@ class Densify:
         by: see above.
         course: of a distillation, and how text is read.
         texts: of a domain, relative to `root`, instead of the recipe's.
-        scale, rank: of a sum and of svd; None: the best of some on the select split, and all ranks shared out.
+        scale: of a sum and of svd; None: the best of some on the select split.
         tokens: of held-out text per domain for the figures in densify.json.
         overwrite: whether another result may go.
     """
@@ -63,7 +63,6 @@ class Densify:
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     root: Path = Path()
     scale: float | None = None
-    rank: int | None = None
     tokens: int = SAMPLE_TOKENS
     overwrite: bool = False
 
@@ -101,7 +100,7 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
 def _asked(asked: Densify) -> str:
     """All that decides what comes out, but for the text."""
     course = asked.course if asked.by == "distil" else None
-    return repr([asked.by, asked.scale, asked.rank, asked.tokens, course and (course.settings, course.lesson)])
+    return repr([asked.by, asked.scale, asked.tokens, course and (course.settings, course.lesson)])
 
 
 def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
@@ -165,7 +164,7 @@ class _Work:
         return record
 
     def _best(self) -> Merge:
-        return self.chooser.best(self.asked.by, self.asked.scale, self.asked.rank)
+        return self.chooser.best(self.asked.by, self.asked.scale)
 
     def _report(self) -> list[Domain]:
         """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none."""

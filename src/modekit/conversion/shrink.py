@@ -51,7 +51,8 @@ class ShrinkRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Shrinking:
-    """What is asked for: `to` experts, and `texts` relative to `root`, of which `tokens` are read; none: all count the same.
+    """What is asked for: `to` experts, and `texts` relative to `root`, of which `tokens` are read, as many of each; none: all
+    experts count the same.
 
     `overwrite`: whether another result may go.
     """

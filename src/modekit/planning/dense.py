@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from modekit.planning.make import BackboneGiver, dtype_code
+from modekit.planning.make import BackboneGiver
 from modekit.planning.pieces import cut_into_shards
 from modekit.planning.plan import Plan
 from modekit.recipes.mixture import Backbone
-from modekit.recipes.recipe import DType
 from modekit.sources.compatibility import own_names
 from modekit.sources.family import Config
 from modekit.sources.names import natural_key
@@ -32,13 +31,16 @@ class DensePlan:
         return sum(tensor.numel for shard in self.plan.shards for tensor in shard.tensors)
 
 
-def dense_plan(plan: Plan, backbone: Backbone, dtype: DType = "source") -> DensePlan:
-    """By a rule that merges all tensors of a plan's models, or takes those of one expert. Raises MismatchError."""
+def dense_plan(plan: Plan, backbone: Backbone, dtype: str | None = None) -> DensePlan:
+    """By a rule that merges all tensors of a plan's models, or takes those of one expert, in a safetensors dtype or the base's.
+
+    Raises MismatchError.
+    """
     mixture = plan.recipe.mixture.model_copy(update={"backbone": backbone})
     recipe = plan.recipe.model_copy(update={"mixture": mixture})
     base, giver = plan.sources[0], BackboneGiver(recipe, plan.sources)
     refs = [base.tensors[name] for name in sorted(own_names(base, plan.family), key=natural_key)]
-    tensors = [giver.tensor(ref.name, dtype_code(dtype, ref), ref) for ref in refs]
+    tensors = [giver.tensor(ref.name, dtype or ref.source_dtype, ref) for ref in refs]
     config = dict(base.on_disk or base.config)
     if plan.vocabulary is not None and plan.vocabulary.is_grown:
         config |= {"vocab_size": base.config["vocab_size"], **plan.vocabulary.tokenizer.settings}

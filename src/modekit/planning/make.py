@@ -96,7 +96,7 @@ def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
     _check_text(recipe, vocabulary.tokenizer.source)
     sources = vocabulary.sources
-    code_of = partial(dtype_code, recipe.output.dtype)
+    code_of = partial(_code_of, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
     mixed, shape = layout.mixed_names(), layout.shape(str(root))
@@ -142,8 +142,7 @@ def _with_own_sizes(source: ModelSource) -> ModelSource:
     return replace(source, config=family.with_sizes(source.config), on_disk=source.on_disk or source.config)
 
 
-def dtype_code(dtype: str, ref: TensorRef) -> str:
-    """The safetensors dtype that a recipe's `output.dtype` gives a tensor."""
+def _code_of(dtype: str, ref: TensorRef) -> str:
     return ref.source_dtype if dtype == "source" else _TO_SAFETENSORS[dtype]
 
 
@@ -176,13 +175,11 @@ def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, asked = sources[0], recipe.output.format
+    base, asked = sources[0], "native" if any(expert.segment for expert in recipe.experts) else recipe.output.format
     beyond = recipe.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
     if recipe.output.keep is not None:
         return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
-    if any(expert.segment for expert in recipe.experts):
-        asked, adapters = "native", []  # which say the reason where it cannot be
     if asked == "modekit":
         return None, "the recipe asks for the modekit architecture"
     if asked == "auto" and beyond:

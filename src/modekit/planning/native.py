@@ -63,13 +63,7 @@ class NativeLayout:
                 recipe, sources, family, dense, lambda size: _spare(channels_of(recipe, native, dense, size))
             )
         self._channels = channels_of(recipe, native, dense, self._carry)
-        self._segments = segments_of(recipe, self._gate.shape[0])
-        if self._segments is not None and self._channels is not None:
-            raise UnsupportedError(
-                "segments have no room for the channels of a router that reads tokens",
-                where="experts[].segment",
-                remedy="use router: {fit: random}, and modekit train",
-            )
+        self._segments = segments_of(recipe, self._gate.shape[0]).beside(self._channels)
         self._front = int(self._channels is not None and self._channels.front)
         carries_head = self._carry is not None and self._carry.head and is_tied(self._base, family)
         self.unties: Mapping[str, str] = family.ties if carries_head else {}
@@ -127,7 +121,7 @@ class NativeLayout:
             self._base.config,
             experts=len(self._recipe.experts),
             top_k=self._recipe.top_k,
-            expert_hidden=self._expert_hidden,
+            expert_hidden=self._segments.width(self._gate.shape[0]),
             dtype=DTYPE_NAMES[self.router_dtype],
         )
         if self._channels is not None:
@@ -162,7 +156,8 @@ class NativeLayout:
         yield from self._in_front()
         yield from self._experts(self._layers)
         spare, units = (0, 0) if self._channels is None else (self._channels.spare, self._channels.more_units)
-        hidden, expert_hidden = whole(self._base.config, "hidden_size") + spare, self._expert_hidden + units
+        hidden = whole(self._base.config, "hidden_size") + spare
+        expert_hidden = self._segments.width(self._gate.shape[0]) + units
         letters = {"D": hidden, "F": expert_hidden, "E": len(self._recipe.experts)}
         letters["H"] = whole(self._base.config, "num_attention_heads")
         for layer in range(self._layers + self._front):
@@ -214,10 +209,8 @@ class NativeLayout:
         factors = self._factors()
         for layer in range(layers):
             refs = {part: self._base.tensor(in_layer(layer, path)) for part, path in self._family.mlp.items()}
-            pieces: _Pieces = {
-                part: [self._part(expert, part, ref) for expert in range(len(self._recipe.experts))]
-                for part, ref in refs.items()
-            }
+            experts = range(len(self._recipe.experts))
+            pieces: _Pieces = {part: [self._part(expert, part, ref) for expert in experts] for part, ref in refs.items()}
             yield from self._of_layer(layer + self._front, pieces, factors)
 
     def _of_layer(self, layer: int, pieces: _Pieces, factors: Mapping[str, float]) -> Iterable[PlannedTensor]:
@@ -230,43 +223,29 @@ class NativeLayout:
             ref = self._as_in_base(layer, part)
             for expert, piece in enumerate(pieces[part]):
                 factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
-                name, shape = in_layer(layer, path.format(expert=expert)), self._shape(part, ref)
+                name, shape = in_layer(layer, path.format(expert=expert)), self._segments.shape(part, *ref.shape)
                 tensor = _of_all(name, self._code_of(ref), shape, [piece], expert)
                 operation: Operation = "scale" if factor != 1.0 and piece is not None else tensor.operation
-                plain = self._scaled(part, replace(tensor, operation=operation, factor=factor))
+                plain = self._segments.scaled(part, replace(tensor, operation=operation, factor=factor))
                 yield widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
 
     def _fused(self, layer: int, pieces: _Pieces) -> Iterable[PlannedTensor]:
         """All experts in two tensors, gate and up side by side in the first: there, matrices are widened one by one."""
         assert self._native.fused is not None
         ref = self._as_in_base(layer, "gate")
-        (rows, columns), code, count = self._shape("gate", ref), self._code_of(ref), len(self._recipe.experts)
+        (rows, columns), code, count = self._segments.shape("gate", *ref.shape), self._code_of(ref), len(self._recipe.experts)
         both, down = (in_layer(layer, path) for path in self._native.fused)
         gate_up = [piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair]
         apart = widened(_of_all(both, code, (2 * count, rows, columns), gate_up), self._pad("gate_up", layer))
         yield replace(apart, shape=(count, 2 * apart.shape[1], apart.shape[2]))
         whole_down = _of_all(down, code, (count, columns, rows), pieces["down"])
-        yield widened(self._scaled("down", whole_down), self._pad("down", layer))
+        yield widened(self._segments.scaled("down", whole_down), self._pad("down", layer))
 
     def _pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad | None:
         return None if self._channels is None else self._channels.expert_pad(part, layer, expert)
 
-    @property
-    def _expert_hidden(self) -> int:
-        """F."""
-        return self._gate.shape[0] // (1 if self._segments is None else self._segments.count)
-
     def _part(self, expert: int, part: str, ref: TensorRef) -> Piece:
-        """What an expert has of a part of the base's FFN."""
-        piece = self._piece(1 + expert, ref).cut(self._rows(part, ref))
-        return piece if self._segments is None else self._segments.cut(piece, expert, part)
-
-    def _shape(self, part: str, ref: TensorRef) -> tuple[int, ...]:
-        """Of a part of one expert."""
-        return (ref.shape[0], self._expert_hidden) if part == "down" else (self._expert_hidden, ref.shape[1])
-
-    def _scaled(self, part: str, tensor: PlannedTensor) -> PlannedTensor:
-        return tensor if self._segments is None or part != "down" else self._segments.scaled(tensor)
+        return self._segments.cut(self._piece(1 + expert, ref).cut(self._rows(part, ref)), expert, part)
 
     def _piece(self, number: int, ref: TensorRef) -> Piece:
         source = self._sources[number]

@@ -192,13 +192,7 @@ class NativeShape:
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        scaled = segments_of(self.recipe)
-        other = [f"another top_k than {self.recipe.top_k}, by which its segments are scaled"] if scaled else []
-        return [
-            *recipe.beyond_native(),
-            *self.native.beyond(recipe),
-            *(other if recipe.top_k != self.recipe.top_k else []),
-        ]
+        return [*recipe.beyond_native(), *self.native.beyond(recipe), *segments_of(self.recipe).refusals(recipe.top_k)]
 
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""

@@ -1,69 +1,75 @@
 """Experts that are parts of one FFN: its hidden channels cut into equal ranges (DeepSeekMoE, arXiv 2401.06066, 3.1).
 
-An FFN is a sum over its hidden channels, so that its parts add up to it. A router weighs what it chooses by numbers that sum
-to 1: down is multiplied with as many parts of one FFN as a token gets, so that parts of equal weight add up to the FFN.
+An FFN is the sum of its parts. Weights of the chosen experts sum to 1: down is multiplied with the parts of one FFN per token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from modekit.errors import RecipeError
+from modekit.errors import RecipeError, UnsupportedError
 from modekit.planning.pieces import Piece, PlannedTensor
 from modekit.recipes.recipe import Recipe
+
+_TRAIN = "use router: {fit: random}, and modekit train"
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Of `count` parts of one FFN expert e has the part `places[e]`; `factor` is in front of down."""
+    """Expert e has part e mod `count` of its FFN; `factor` is in front of down. Of whole experts both are 1."""
 
-    count: int
-    places: tuple[int, ...]
-    factor: float
+    count: int = 1
+    factor: float = 1.0
+    top_k: int = 0
 
-    @property
-    def owners(self) -> list[int]:
-        """Of which FFN each expert is a part: one begins wherever a first part stands."""
-        found: list[int] = []
-        for place in self.places:
-            found.append((found[-1] if found else -1) + (place == 0))
-        return found
-
-    def range_of(self, expert: int, channels: int) -> tuple[int, int]:
-        """From and to which of so many channels an expert goes."""
-        width = channels // self.count
-        return self.places[expert] * width, (self.places[expert] + 1) * width
+    def width(self, channels: int) -> int:
+        """Channels of an expert."""
+        return channels // self.count
 
     def cut(self, piece: Piece, expert: int, part: str) -> Piece:
         """What an expert has of a part of the FFN: rows of gate and up, columns of down."""
-        if part == "down":
-            return replace(piece, columns=self.range_of(expert, piece.ref.shape[1]))
-        return piece.cut(self.range_of(expert, piece.ref.shape[0]))
+        if self.count == 1:
+            return piece
+        width = self.width(piece.ref.shape[part == "down"])
+        start = expert % self.count * width
+        return replace(piece, columns=(start, start + width)) if part == "down" else piece.cut((start, start + width))
 
-    def scaled(self, tensor: PlannedTensor) -> PlannedTensor:
+    def shape(self, part: str, rows: int, columns: int) -> tuple[int, int]:
+        """Of a part of one expert, in place of the base's."""
+        return (rows, self.width(columns)) if part == "down" else (self.width(rows), columns)
+
+    def scaled(self, part: str, tensor: PlannedTensor) -> PlannedTensor:
         """Down with its factor."""
-        return replace(tensor, operation="scale", factor=tensor.factor * self.factor)
+        is_scaled = self.count > 1 and part == "down"
+        return replace(tensor, operation="scale", factor=tensor.factor * self.factor) if is_scaled else tensor
+
+    def beside(self, channels: object) -> Segments:
+        """The same. Raises UnsupportedError where a router that reads tokens needs channels."""
+        if self.count > 1 and channels is not None:
+            raise UnsupportedError("segments have no room for channels", where="experts[].segment", remedy=_TRAIN)
+        return self
+
+    def refusals(self, top_k: int) -> list[str]:
+        """Why a router cannot choose so many."""
+        other = self.count > 1 and top_k != self.top_k
+        return [f"another top_k than {self.top_k}, by which its segments are scaled"] if other else []
 
 
-def segments_of(recipe: Recipe, channels: int = 0) -> Segments | None:
-    """None where experts are whole. Raises RecipeError for parts that cannot be in one mixture, or of so many `channels`."""
+def segments_of(recipe: Recipe, channels: int = 0) -> Segments:
+    """Raises RecipeError for parts that cannot be in one mixture, or of so many `channels`."""
     said = [expert.segment for expert in recipe.experts]
-    if not any(said):
-        return None
-    places, counts = zip(
-        *((int(one), int(other)) for one, _, other in ((each or "1/1").partition("/") for each in said)), strict=True
-    )
-    whole = all(place == number % counts[0] + 1 for number, place in enumerate(places)) and len(set(counts)) == 1
-    if not whole or len(said) % counts[0] or any(expert.adapter for expert in recipe.experts):
+    return _parts_of(recipe, said, channels) if any(said) else Segments()
+
+
+def _parts_of(recipe: Recipe, said: list[str | None], channels: int) -> Segments:
+    count = int((said[0] or "1/1").partition("/")[2])
+    in_order = said == [f"{number % count + 1}/{count}" for number in range(len(said))] and len(said) % count == 0
+    weighed = recipe.mixture.weights is not None or any(expert.adapter for expert in recipe.experts)
+    if not in_order or channels % count or weighed:
         raise RecipeError(
-            "segments are parts of full models, all of one size and in order",
+            "the FFN cannot be cut so",
             where="experts[].segment",
-            found=", ".join(each or "none" for each in said[:8]),
-            expected="1/2, 2/2 of one model, then 1/2, 2/2 of the next",
+            found=f"{', '.join(each or 'none' for each in said[:8])} of {channels or 'its'} channels",
+            expected="1/2, 2/2 of one full model, then of the next, without weights; a number that divides the channels",
         )
-    if channels % counts[0] or recipe.mixture.weights is not None:
-        found = "mixture.weights" if recipe.mixture.weights is not None else f"{channels} channels in {counts[0]} parts"
-        raise RecipeError(
-            "the FFN cannot be cut so", where="experts[].segment", found=found, expected="a number that divides them"
-        )
-    return Segments(counts[0], tuple(place - 1 for place in places), float(min(counts[0], recipe.top_k)))
+    return Segments(count, float(min(count, recipe.top_k)), recipe.top_k)

@@ -17,19 +17,14 @@ from modekit.recipes.strict import BASE, Name, Strict, checked
 class BackboneMerge(Strict):
     """A backbone merged from the experts, with its settings."""
 
-    later: ClassVar[tuple[str, ...]] = ("rank",)
-
     method: Literal["average", "task_arithmetic", "ties", "slerp", "svd"]
     scale: float = Field(1.0, description="Strength of task_arithmetic, ties and svd (lambda).")
     density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
     t: float = Field(0.5, ge=0, le=1, description="Position of slerp between the two experts.")
-    rank: int | None = Field(None, ge=1, description="What svd keeps of each difference; default: all ranks, shared out.")
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> BackboneMerge:
-        live = {"task_arithmetic": {"scale"}, "ties": {"scale", "density"}, "slerp": {"t"}, "svd": {"scale", "rank"}}.get(
-            self.method, set()
-        )
+        live = {"average": set(), "ties": {"scale", "density"}, "slerp": {"t"}}.get(self.method, {"scale"})
         for key in self.model_fields_set - {"method"} - live:
             raise ValueError(f"'{key}' has no effect with method '{self.method}'; remove it")
         return self

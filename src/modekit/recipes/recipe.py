@@ -62,7 +62,7 @@ class Expert(Strict):
         None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
     )
     segment: str | None = Field(
-        None, pattern=r"^[1-9][0-9]{0,2}/[1-9][0-9]{0,2}$", description="Which part of the FFN it is, like 1/2 (upcycle)."
+        None, pattern=r"^[1-9]\d{0,2}/[1-9]\d{0,2}$", description="Part of its FFN, like 1/2 (upcycle)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     text: Texts | None = Field(

@@ -47,8 +47,8 @@ def _random(fitting: Fitting) -> FittedRouter:
     draw = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal
     scale = np.float32(_RANDOM_STD / settings.temperature)
     gates = [draw(slot.shape, np.float32) * scale for slot in fitting.checkpoint.slots]
-    segments = segments_of(fitting.recipe)
-    return fitting.unfitted(gates if segments is None else [gate[segments.owners] for gate in gates])  # one row for all parts
+    count = segments_of(fitting.recipe).count
+    return fitting.unfitted([gate[::count].repeat(count, 0) for gate in gates])  # one row for all parts of an FFN
 
 
 def _hash(fitting: Fitting) -> FittedRouter:

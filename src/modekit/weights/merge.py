@@ -84,7 +84,7 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
 def _gathered(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> Block:
     """Base + scale * the sum of each task vector's best rank-R part (the SVD gathering of OneS, arXiv:2201.10890)."""
     origin = _read(base, slice(0, len(base)))
-    rank = settings.rank or max(1, min(shape) // len(experts))
+    rank = max(1, min(shape) // len(experts))
     shift = np.zeros(shape)
     for expert in experts:
         factors = factorise((_read(expert, slice(0, len(base))) - origin).astype(np.float32).reshape(shape), rank=rank)
