@@ -43,7 +43,9 @@ def merged_state(dense: DensePlan, run: Run) -> State:
         read = PieceReader(opened)
         found = {}
         for tensor in run.over("merge", tensors, len(tensors)):
-            data = bytearray().join(stored_blocks(dense.plan, tensor, read))
+            data = bytearray()
+            for block in stored_blocks(dense.plan, tensor, read):  # each lies where the one before it lay
+                data += block
             found[tensor.name] = torch.frombuffer(data, dtype=torch.float32).view(tensor.shape)
     return found
 
