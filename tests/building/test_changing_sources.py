@@ -88,7 +88,7 @@ def test_a_source_replaced_between_plan_and_build(bench: Workshop, monkeypatch: 
     if watched == "copying":
         monkeypatch.setattr("modekit.building.build.Inspector", Idle)
     else:
-        monkeypatch.setattr("modekit.building.build._write_shards", lambda *_: None)
+        monkeypatch.setattr("modekit.building.build.write_shards", lambda *_: None)
     assert refused(plan, SourceError, "has changed since").where == str(law)
 
 
@@ -141,7 +141,7 @@ def test_a_source_that_the_disk_does_not_give(bench: Workshop, monkeypatch: pyte
     plan = plan_of(bench, **HALF) if watched == "computing" else plan_of(bench)
     broken_disk(monkeypatch, "model.safetensors")
     if watched == "hashing":
-        monkeypatch.setattr("modekit.building.build._write_shards", lambda *_: None)
+        monkeypatch.setattr("modekit.building.build.write_shards", lambda *_: None)
     else:
         monkeypatch.setattr("modekit.building.build.Inspector", Idle)
 

@@ -239,13 +239,13 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
     """Whatever another command did to the mixture meanwhile is not undone; notes that came meanwhile stay."""
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build()
-    write_shards = building._write_shards
+    write_shards = building.write_shards
 
     def with_a_fit(*args: Any) -> None:
         write_shards(*args)
         refit(open_checkpoint(out), {"top_k": 1})
 
-    monkeypatch.setattr(building, "_write_shards", with_a_fit)
+    monkeypatch.setattr(building, "write_shards", with_a_fit)
     with pytest.raises(CheckpointError, match="another command has changed"):
         write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert open_checkpoint(out).record.recipe.top_k == 1 and open_checkpoint(out).names == ["medicine", "law", "code"]
@@ -254,7 +254,7 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
         write_shards(*args)
         (out / "notes.txt").write_text("mine")
 
-    monkeypatch.setattr(building, "_write_shards", with_notes)
+    monkeypatch.setattr(building, "write_shards", with_notes)
     write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
 
