@@ -16,6 +16,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.conversion.dense_record import By, DenseRecord
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
+from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import ModekitError, SourceError, TextError
 
 SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
@@ -119,6 +120,24 @@ def test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps(tmp_path
     assert (tmp_path / "DENSE" / "trained-on.txt").exists()
     assert not (tmp_path / "DENSE.training").exists()
     assert opened(tmp_path / "DENSE").num_parameters() == record.parameters
+
+
+def test_where_no_state_was_better_the_merge_itself_is_written(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "distil", course={"learning_rate": 10.0, "warmup": 0.0})
+    assert record.distilled is not None and record.distilled.best_step == 0
+    assert record.losses["dense"] == pytest.approx(record.losses["merge"])
+    assert any("no state" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("by", ["average", "sum", "svd"])
+def test_a_mixture_whose_experts_are_all_the_base_is_the_base(tmp_path: Path, by: By) -> None:
+    shop = make_workshop(tmp_path)
+    upcycle("./base", Upcycling(copies=2, top_k=1), tmp_path / "OUT", root=tmp_path)
+    made(shop, "OUT", by)
+    base = dict(opened(tmp_path / "base").named_parameters())
+    assert all(torch.equal(parameter, base[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
 
 
 def test_no_minutes_stop_a_distillation_after_a_step(tmp_path: Path) -> None:

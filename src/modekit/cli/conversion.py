@@ -164,7 +164,7 @@ def shrink(
     text: Annotated[
         list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.")] = SAMPLE_TOKENS,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of that text.")] = SAMPLE_TOKENS,
 ) -> None:
     """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
     from modekit.sources.open import model_folder

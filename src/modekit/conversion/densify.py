@@ -154,7 +154,11 @@ class _Work:
         if outcome is None:
             outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
             folder.keep("trained", outcome.model_dump(mode="json"))
-        take_best(student.eval(), outcome, folder.path)
+        if outcome.improved:
+            take_best(student, outcome, folder.path)
+        else:  # the student has gone on from it
+            self.chooser.set(merge)
+        student.eval()
         losses = self._losses(student, {"merge": start}, report) if report else {}
         record = self._record(merge, self.chooser.planned(merge).parameters, losses, outcome)
         marks = [mark for text in self.texts for mark in text.trained_on]

@@ -81,7 +81,6 @@ def teach(
 
 
 def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
-    """Give the student the weights of the best state, those that it began with where no state was better."""
-    if outcome.improved:
-        best = load_file(outcome.best_state(folder))
-        student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)
+    """Give the student the weights of the best state."""
+    best = load_file(outcome.best_state(folder))
+    student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)

@@ -17,7 +17,7 @@ import numpy as np
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.conversion.near import Array32, Array64, Group, mean_expert
-from modekit.errors import CheckpointError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.files.staging import Staging
 from modekit.files.tensors import write_all
 from modekit.files.write import write_json
@@ -49,11 +49,11 @@ class PlainMixture:
         """Raises UnsupportedError for another architecture, SourceError."""
         config = read_config(folder, where=str(folder))
         native = next((row for row in NATIVES if row.native_type == config["model_type"]), None)
-        if native is None:
+        if native is None or "quantization_config" in config:
             raise UnsupportedError(
                 "only plain mixtures of whole FFNs have experts that can be merged",
                 where=str(folder),
-                found=str(config["model_type"]),
+                found=f"{config['model_type']}{'' if native is None else ', quantised'}",
                 expected=", ".join(dict.fromkeys(row.native_type for row in NATIVES)),
                 remedy="build with output: {format: native}, or take experts out with modekit remove",
             )
@@ -63,8 +63,11 @@ class PlainMixture:
         mixture = cls(config, native, tensors, _names_in(folder))
         lacking = next((name for layer in range(mixture.layers) for name in mixture.parts(layer) if name not in tensors), None)
         if lacking is not None:
-            raise CheckpointError(
-                "a tensor of an expert is missing", where=f"{folder}: {lacking}", remedy="save the mixture again"
+            raise UnsupportedError(
+                "a tensor of an expert is missing",
+                where=f"{folder}: {lacking}",
+                expected="experts in every layer",
+                remedy="save the mixture again, if it is not meant to have layers without experts",
             )
         return mixture
 
@@ -89,11 +92,15 @@ class PlainMixture:
         """Of its files as they are."""
         return [[str(ref.file), name, ref.start, str(ref.state)] for name, ref in self.tensors.items()]
 
+    def rows(self, layer: int) -> dict[str, int]:
+        """Tensors of the router, the gate first, and their axis of experts."""
+        biases = {each.name: each.shape.index("E") for each in self.native.constants if "E" in each.shape}
+        return {in_layer(layer, name): axis for name, axis in {self.native.router: 0, **biases}.items()}
+
     def parts(self, layer: int) -> list[str]:
-        """Names of the tensors of a layer that have a part for every expert, the gate first."""
-        fused = list(self.native.fused or ())
+        """Names of the tensors of a layer that have a part for every expert."""
         apart = [path.format(expert=e) for e in range(self.experts) for path in (self.native.experts or {}).values()]
-        return [in_layer(layer, name) for name in (self.native.router, *fused, *apart)]
+        return [*self.rows(layer), *(in_layer(layer, name) for name in (*(self.native.fused or ()), *apart))]
 
     def expert(self, opened: OpenFiles, layer: int, expert: int) -> Array32:
         """Gate and up, and down turned round, side by side, (F, C)."""
@@ -120,13 +127,14 @@ def _read(opened: OpenFiles, ref: TensorRef, place: int = 0, of: int = 1) -> Arr
 def merged_layer(
     plain: PlainMixture, opened: OpenFiles, layer: int, groups: Sequence[Group], counts_E: Array64
 ) -> dict[str, Array32]:
-    """The experts of one layer in groups, and their rows of the gate, by name; each counts as often as it was chosen."""
+    """The experts of one layer in groups, and what its router has of them, by name; each counts as often as it was chosen."""
     native, hidden = plain.native, whole(plain.config, "hidden_size")
     shares = [counts_E[group] / counts_E[group].sum() for group in groups]
-    rows_ED = _read(opened, plain.tensors[in_layer(layer, native.router)])
-    gate_ED = np.stack([share @ rows_ED[group] for share, group in zip(shares, groups, strict=True)])
-    made = {in_layer(layer, native.router): gate_ED.astype(np.float32)}
-    experts = []
+    made, experts = dict[str, Array32](), []
+    for name, axis in plain.rows(layer).items():
+        apart = np.moveaxis(_read(opened, plain.tensors[name]), axis, 0)
+        rows = np.stack([np.average(apart[group], 0, share) for share, group in zip(shares, groups, strict=True)])
+        made[name] = np.moveaxis(rows, 0, axis).astype(np.float32)
     for share, group in zip(shares, groups, strict=True):
         mean_FC = mean_expert([plain.expert(opened, layer, expert) for expert in group], share)
         gate, up, down = np.split(mean_FC, [hidden, 2 * hidden], axis=1)

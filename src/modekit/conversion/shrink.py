@@ -31,6 +31,7 @@ from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.tokenizer import copied_files
+from modekit.text.splits import TRAINED_FILE
 
 SHRINK_FILE = "shrink.json"
 
@@ -88,6 +89,8 @@ def shrink(folder: Path, asked: Shrinking, out: Path, *, run: Run = QUIET) -> Sh
             write_smaller(plain, opened, groups, chosen, stage, run)
             for file in copied_files(folder, where=str(folder)):
                 copy_file(file, stage.folder / file.name)
+            if (folder / TRAINED_FILE).exists():
+                copy_file(folder / TRAINED_FILE, stage.folder / TRAINED_FILE)
             if measured is not None:
                 after = measured.loss_of(stage.folder, run)
                 record = record.model_copy(update={"loss_before": measured.loss, "loss_after": after})
