@@ -23,7 +23,7 @@ SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens"
 
 
 def made(shop: Workshop, out: str, by: By, name: str = "DENSE", **said: object) -> DenseRecord:
-    asked = Densify(by, course_of({**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
+    asked = Densify(by, course_of(**{**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
     return densify(open_checkpoint(shop.root / out), asked, shop.root / name)
 
 
@@ -178,4 +178,4 @@ def test_an_expert_s_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
 
 def test_a_setting_of_a_training_that_there_is_not_is_refused() -> None:
     with pytest.raises(ModekitError):
-        course_of({"steps": 0})
+        course_of(steps=0)

@@ -89,18 +89,10 @@ def densify(
         from modekit.conversion.densify import Densify, densify
         from modekit.conversion.distilled import course_of
 
-        said = {name: value for name, value in vars(course).items() if value is not None}
-        asked = Densify(
-            by,
-            course_of(said),
-            texts_by_domain(options.text),
-            Path.cwd(),
-            options.scale,
-            options.tokens,
-            options.overwrite,
-        )
-        opened = open_checkpoint(resolved(checkpoint))
-        record = densify(opened, asked, target, run=options.run(progress))
+        said = course_of(**{name: value for name, value in vars(course).items() if value is not None})
+        texts, scale = texts_by_domain(options.text), options.scale
+        asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
+        record = densify(open_checkpoint(resolved(checkpoint)), asked, target, run=options.run(progress))
     if options.as_json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
