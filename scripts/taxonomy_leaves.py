@@ -474,7 +474,7 @@ TRAINED: list[Leaf] = [
         SCHEMES,
         "dense to sparse: channels grouped",
         ("MoEfication 2110.01786", "MoEBERT 2204.07675", "EMoE 2310.10908"),
-        note="it saves work where most channels are zero, by ReLU; the gated FFNs here use nearly all of theirs for every token",
+        note="it saves work where most channels are zero, by ReLU; the gated FFNs here use nearly all for every token",
     ),
     Leaf(
         SCHEMES,

@@ -12,8 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import SMALL, character_tokenizer, make_workshop, save, write_text
 from modekit.conversion.near import groups_of, in_order_of, mean_expert
-from modekit.conversion.shrink import Shrinking, shrink
+from modekit.conversion.plain import PlainMixture
+from modekit.conversion.shrink import Shrinking, _counts, shrink
 from modekit.errors import ModekitError, UnsupportedError
+from modekit.run import QUIET
+from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE
 
 KINDS = {
@@ -69,6 +72,16 @@ def test_the_loss_before_and_after_is_said(tmp_path: Path) -> None:
     worse = shrink(tmp_path / "OUT", Shrinking(1, [str(text["law"])], tmp_path, 400), tmp_path / "ONE")
     assert worse.loss_after is not None and worse.loss_before == record.loss_before
     assert abs(worse.loss_after - record.loss_before) > 1e-3
+
+
+def test_pads_choose_no_expert(tmp_path: Path) -> None:
+    stranger(tmp_path / "OUT", "mixtral")
+    plain = PlainMixture.opened(tmp_path / "OUT")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "OUT").eval()
+    texts = [TokenSequence(tuple(range(4, 4 + length)), 0) for length in (5, 40)]
+    together = _counts(model, plain, texts, QUIET)
+    assert together.sum(1).tolist() == [45.0] * 3
+    assert (together == sum(_counts(model, plain, [text], QUIET) for text in texts)).all()
 
 
 def test_a_mixture_of_modekit_s_has_one_grouping_for_all_layers(tmp_path: Path) -> None:

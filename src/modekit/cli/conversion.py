@@ -43,9 +43,11 @@ class CourseOptions:
 
     def check(self, by: str) -> None:
         """Raise ModekitError for an option that changes nothing."""
-        said = {name: value for name, value in vars(self).items() if name not in ("select_tokens", "sequence_length")}
+        said = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name != "sequence_length"}
+        if by == "average":
+            refuse_without_effect("another --by", {"--select-tokens": said["--select-tokens"]})
         if by != "distil":
-            refuse_without_effect("--by distil", {f"--{name.replace('_', '-')}": value for name, value in said.items()})
+            refuse_without_effect("--by distil", {**said, "--select-tokens": None})
 
 
 @dataclass(frozen=True)

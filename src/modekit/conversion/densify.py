@@ -185,12 +185,8 @@ class _Work:
     def _write(self, record: DenseRecord, marks: Sequence[str], fill: Callable[[Staging], object]) -> None:
         """Put it in its place: what `fill` writes, tokenizer, record, and what it and its experts were trained on."""
         self.run.begin("write")
-        data, folder, plan, replace = (
-            record.model_dump(mode="json"),
-            self.folder,
-            self.chooser.plan,
-            replaced_by(self.asked.overwrite),
-        )
+        data, folder, plan = record.model_dump(mode="json"), self.folder, self.chooser.plan
+        replace = replaced_by(self.asked.overwrite)
         sources = (self.checkpoint.folder, *(source.folder for source in plan.sources))
         trained = sorted({*marks, *(mark for source in sources for mark in digests_in(source / TRAINED_FILE))})
         with staging(folder.out, self.made_by, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:

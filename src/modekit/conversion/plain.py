@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,8 @@ class PlainMixture:
         tensors: dict[str, TensorRef] = {}
         for file in weight_files(folder, where=str(folder)):
             tensors |= read_header(file, where=str(folder))
-        mixture = cls(config, native, tensors, _names_in(folder))
+        names = open_checkpoint(folder).names if (folder / RECORD_FILE).exists() else []
+        mixture = cls(config, native, tensors, names)
         lacking = next((name for layer in range(mixture.layers) for name in mixture.parts(layer) if name not in tensors), None)
         if lacking is not None:
             raise UnsupportedError(
@@ -113,11 +113,6 @@ class PlainMixture:
         return np.concatenate([*np.split(both, 2), down.T], axis=1)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """Of modekit's experts; none of a stranger's."""
-    return open_checkpoint(folder).names if (folder / RECORD_FILE).exists() else []
-
-
 def _read(opened: OpenFiles, ref: TensorRef, place: int = 0, of: int = 1) -> Array32:
     """A matrix, or one of several in a tensor."""
     size = ref.numel // of
@@ -153,32 +148,25 @@ def write_smaller(
 ) -> None:
     """Shards, one per layer of experts and one for the rest, index and config; one layer is in memory at a time."""
     own = {name for layer in range(plain.layers) for name in plain.parts(layer)}
-    rest = [(ref, ref.shape, partial(opened.chunks, ref)) for name, ref in plain.tensors.items() if name not in own]
+    rest = {name: ref.shape for name, ref in plain.tensors.items() if name not in own}
     weight_map, total, files = dict[str, str](), 0, plain.layers + 1
     for number in run.over("write", range(files), files):
-        planned: Sequence[_New] = rest
-        if number:
-            made = merged_layer(plain, opened, number - 1, groups[number - 1], chosen_LE[number - 1])
-            planned = [(plain.tensors[name], each.shape, partial(_bytes, each, plain, name)) for name, each in made.items()]
-        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        at = number - 1
+        made = merged_layer(plain, opened, at, groups[at], chosen_LE[at]) if number else {}
+        shapes = {name: values.shape for name, values in made.items()} or rest
+        refs = [plain.tensors[name] for name in shapes]
 
-        def write_next(at: int, stream: io.FileIO, planned: Sequence[_New] = planned) -> None:
-            for block in planned[at][2]():
+        def write_next(place: int, stream: io.FileIO, refs: list[TensorRef] = refs, made: Mapping[str, Array32] = made) -> None:
+            ref = refs[place]
+            for block in [to_bytes(made[ref.name].ravel(), ref.dtype)] if made else opened.chunks(ref):
                 write_all(stream, block)
 
-        entries = [(ref.name, ref.dtype, shape, math.prod(shape) * ITEMSIZE[ref.dtype]) for ref, shape, _ in planned]
+        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        entries = [(ref.name, ref.dtype, shapes[ref.name], math.prod(shapes[ref.name]) * ITEMSIZE[ref.dtype]) for ref in refs]
         stage.write_shard(file, entries, write_next)
-        weight_map |= {name: file for name, *_ in entries}
+        weight_map |= {ref.name: file for ref in refs}
         total += sum(nbytes for *_, nbytes in entries)
     write_json(stage.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     to, top_k = len(groups[0]), plain.native.top_k_key
     fewer = {plain.count_key: to, top_k: min(to, whole(plain.config, top_k))}
     write_json(stage.folder / "config.json", {**plain.config, **fewer})
-
-
-_New = tuple[TensorRef, tuple[int, ...], Callable[[], Iterable[memoryview]]]
-"""A tensor of the smaller mixture: the one whose name and dtype it has, its shape, and its bytes."""
-
-
-def _bytes(values: Array32, plain: PlainMixture, name: str) -> list[memoryview]:
-    return [to_bytes(np.ascontiguousarray(values).ravel(), plain.tensors[name].dtype)]
