@@ -6,7 +6,8 @@
 
 Weights of the chosen experts must sum to 1: a softmax before top-k, without dividing by the sum, changes the model
 (Skywork-MoE, arXiv 2406.06563). What is written is a recipe's checkpoint, whose experts are all the base: train, inspect and
-eval take it.
+eval take it. In bfloat16 two copies tie in 1 to 3 of 1,000 decisions of tiny models; with segments such a token takes parts of
+both, in float32 none does.
 """
 
 from __future__ import annotations
