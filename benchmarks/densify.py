@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.conversion.choice import Chooser, losses_by_domain
+from modekit.conversion.choice import Chooser
 from modekit.conversion.dense_record import Merge
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
 from modekit.conversion.shrink import Shrinking, shrink
 from modekit.demo.text import DOMAINS
 from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.experts.specialist import held_out_losses
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
@@ -72,10 +73,10 @@ class Pool:
     @cached_property
     def ends(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Losses of the base, and of each domain's own expert."""
-        base = losses_by_domain(load_expert_source(self.mixture, None), self.report)
+        base = held_out_losses(load_expert_source(self.mixture, None), self.report, "the base", QUIET)
         experts = {}
         for domain in self.report:
-            experts |= losses_by_domain(load_expert_source(self.mixture, domain.expert), [domain])
+            experts |= held_out_losses(load_expert_source(self.mixture, domain.expert), [domain], domain.name, QUIET)
         return base, experts
 
     def gap(self, model: PreTrainedModel) -> float:
@@ -85,7 +86,7 @@ class Pool:
 
     def losses(self, model: PreTrainedModel) -> Mapping[str, float]:
         """Of the four domains."""
-        return losses_by_domain(model, self.report)
+        return held_out_losses(model, self.report, "a model", QUIET)
 
 
 def merges(pool: Pool) -> None:
@@ -103,7 +104,7 @@ def distil(pool: Pool) -> None:
     start = time.process_time()
     asked = Densify(
         "distil",
-        course_of({**COURSE, "steps": pool.steps, "evaluate_every": pool.steps // 2}),
+        course_of(**COURSE, steps=pool.steps, evaluate_every=pool.steps // 2),
         tokens=pool.tokens,
         overwrite=True,
     )

@@ -17,6 +17,7 @@ from modekit.conversion.choice import losses_by_domain
 from modekit.conversion.dense_record import By, DenseRecord
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
+from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import held_out_domains
 from modekit.sources import contents
@@ -25,7 +26,7 @@ SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens"
 
 
 def made(shop: Workshop, out: str, by: By, name: str = "DENSE", **said: object) -> DenseRecord:
-    asked = Densify(by, course_of({**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
+    asked = Densify(by, course_of(**{**SHORT, **said.pop("course", {})}), tokens=200, overwrite=True, **said)  # type: ignore[arg-type,dict-item]
     return densify(open_checkpoint(shop.root / out), asked, shop.root / name)
 
 
@@ -127,6 +128,24 @@ def test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps(tmp_path
     assert opened(tmp_path / "DENSE").num_parameters() == record.parameters
 
 
+def test_where_no_state_was_better_the_merge_itself_is_written(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    record = made(shop, "OUT", "distil", course={"learning_rate": 10.0, "warmup": 0.0})
+    assert record.distilled is not None and record.distilled.best_step == 0
+    assert record.losses["dense"] == pytest.approx(record.losses["merge"])
+    assert any("no state" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("by", ["average", "sum", "svd"])
+def test_a_mixture_whose_experts_are_all_the_base_is_the_base(tmp_path: Path, by: By) -> None:
+    shop = make_workshop(tmp_path)
+    upcycle("./base", Upcycling(copies=2, top_k=1), tmp_path / "OUT", root=tmp_path)
+    made(shop, "OUT", by)
+    base = dict(opened(tmp_path / "base").named_parameters())
+    assert all(torch.equal(parameter, base[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
+
+
 def test_no_minutes_stop_a_distillation_after_a_step(tmp_path: Path) -> None:
     shop = make_workshop(tmp_path)
     shop.build()
@@ -165,4 +184,4 @@ def test_an_expert_s_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
 
 def test_a_setting_of_a_training_that_there_is_not_is_refused() -> None:
     with pytest.raises(ModekitError):
-        course_of({"steps": 0})
+        course_of(steps=0)

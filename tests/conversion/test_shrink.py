@@ -12,8 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import SMALL, character_tokenizer, make_workshop, save, write_text
 from modekit.conversion.near import groups_of, in_order_of, mean_expert
-from modekit.conversion.shrink import Shrinking, shrink
+from modekit.conversion.plain import PlainMixture
+from modekit.conversion.shrink import Shrinking, _counts, shrink
 from modekit.errors import ModekitError, UnsupportedError
+from modekit.run import QUIET
+from modekit.text.sequences import TokenSequence
+from modekit.text.splits import TRAINED_FILE
 
 KINDS = {
     "mixtral": {"num_local_experts": 4},
@@ -70,6 +74,16 @@ def test_the_loss_before_and_after_is_said(tmp_path: Path) -> None:
     assert abs(worse.loss_after - record.loss_before) > 1e-3
 
 
+def test_pads_choose_no_expert(tmp_path: Path) -> None:
+    stranger(tmp_path / "OUT", "mixtral")
+    plain = PlainMixture.opened(tmp_path / "OUT")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "OUT").eval()
+    texts = [TokenSequence(tuple(range(4, 4 + length)), 0) for length in (5, 40)]
+    together = _counts(model, plain, texts, QUIET)
+    assert together.sum(1).tolist() == [45.0] * 3
+    assert (together == sum(_counts(model, plain, [text], QUIET) for text in texts)).all()
+
+
 def test_a_mixture_of_modekit_s_has_one_grouping_for_all_layers(tmp_path: Path) -> None:
     shop = make_workshop(tmp_path)
     law = AutoModelForCausalLM.from_pretrained(tmp_path / "law", dtype=torch.float32)
@@ -83,6 +97,17 @@ def test_a_mixture_of_modekit_s_has_one_grouping_for_all_layers(tmp_path: Path) 
     assert record.names == ["medicine", "law", "code", "again"]
     assert not (tmp_path / "NEW" / "modekit.json").exists()
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "NEW")).isfinite().all()
+
+
+def test_biases_of_a_router_are_merged_and_what_was_trained_on_goes_along(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path, "ernie4_5")
+    shop.build(output={"format": "native"})
+    (tmp_path / "OUT" / TRAINED_FILE).write_text(f"{'0' * 16}\n")
+    shrink(tmp_path / "OUT", Shrinking(2), tmp_path / "NEW")
+    smaller, how = AutoModelForCausalLM.from_pretrained(tmp_path / "NEW", output_loading_info=True)
+    assert smaller.config.moe_num_experts == 2 and not how["missing_keys"] and not how["mismatched_keys"]
+    assert logits(smaller).isfinite().all()
+    assert (tmp_path / "NEW" / TRAINED_FILE).exists()
 
 
 def test_groups_are_of_the_nearest_and_of_the_rarest() -> None:
@@ -103,6 +128,14 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     stranger(tmp_path / "OUT", "mixtral")
     with pytest.raises(ModekitError, match="--to"):
         shrink(tmp_path / "OUT", Shrinking(4), tmp_path / "NEW")
+    file = tmp_path / "OUT" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(UnsupportedError, match=r"layers\.3"):
+        shrink(tmp_path / "OUT", Shrinking(2), tmp_path / "NEW")
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedError, match="quantised"):
+        shrink(tmp_path / "OUT", Shrinking(2), tmp_path / "NEW")
     make_workshop(tmp_path)
     with pytest.raises(UnsupportedError, match="llama"):
         shrink(tmp_path / "base", Shrinking(1), tmp_path / "NEW")

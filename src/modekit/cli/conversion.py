@@ -43,9 +43,11 @@ class CourseOptions:
 
     def check(self, by: str) -> None:
         """Raise ModekitError for an option that changes nothing."""
-        said = {name: value for name, value in vars(self).items() if name not in ("select_tokens", "sequence_length")}
+        said = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name != "sequence_length"}
+        if by == "average":
+            refuse_without_effect("another --by", {"--select-tokens": said["--select-tokens"]})
         if by != "distil":
-            refuse_without_effect("--by distil", {f"--{name.replace('_', '-')}": value for name, value in said.items()})
+            refuse_without_effect("--by distil", {**said, "--select-tokens": None})
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,10 @@ def densify(
         from modekit.conversion.densify import Densify, densify
         from modekit.conversion.distilled import course_of
 
-        said = {name: value for name, value in vars(course).items() if value is not None}
-        asked = Densify(
-            by,
-            course_of(said),
-            texts_by_domain(options.text),
-            Path.cwd(),
-            options.scale,
-            options.tokens,
-            options.overwrite,
-        )
-        opened = open_checkpoint(resolved(checkpoint))
-        record = densify(opened, asked, target, run=options.run(progress))
+        said = course_of(**{name: value for name, value in vars(course).items() if value is not None})
+        texts, scale = texts_by_domain(options.text), options.scale
+        asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
+        record = densify(open_checkpoint(resolved(checkpoint)), asked, target, run=options.run(progress))
     if options.as_json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
@@ -164,7 +158,7 @@ def shrink(
     text: Annotated[
         list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of that text.")] = SAMPLE_TOKENS,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of that text.")] = SAMPLE_TOKENS,
 ) -> None:
     """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
     from modekit.sources.open import model_folder

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from transformers import PreTrainedModel
 
+from modekit.building.tensors import PieceReader, stored_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.conversion.dense_record import By, Merge
-from modekit.conversion.merged import State, merged_state, set_between, state_of
 from modekit.evaluation.domains import Domain
-from modekit.evaluation.loss import score_domain
+from modekit.experts.specialist import held_out_losses
 from modekit.loaded.experts import load_expert_source
 from modekit.planning.dense import DensePlan, dense_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.mixture import Backbone, BackboneExpert, BackboneMerge
 from modekit.run import Run
+from modekit.sources.contents import OpenFiles
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
 """Of a sum, in parts of the average's, which is 1 / experts."""
 UNMEASURED = 2.0
 """The one where nothing can be measured (benchmarks/densify.md)."""
 
-
-def backbone_of(merge: Merge) -> Backbone:
-    """The rule as a plan takes it."""
-    if merge.expert is not None:
-        return BackboneExpert(expert=merge.expert)
-    if merge.by == "svd":
-        return BackboneMerge.model_validate({"method": "svd", "scale": merge.scale})
-    return "average" if merge.by == "average" else BackboneMerge(method="task_arithmetic", scale=merge.scale or 1.0)
+_State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,21 +44,40 @@ class Chooser:
         return load_expert_source(self.checkpoint, None, run=self.run)
 
     @cached_property
-    def _base(self) -> State:
-        return state_of(self.model, self.state(Merge(by="average")))
+    def _named(self) -> _State:
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-    def state(self, merge: Merge) -> State:
-        """Its tensors, float32."""
-        return merged_state(self.planned(merge, in_memory=True), self.run)
+    @cached_property
+    def _base(self) -> _State:
+        return {tensor.name: self._named[tensor.name].detach().clone() for tensor in self.planned(Merge(by="average")).tensors}
 
-    def planned(self, merge: Merge, *, in_memory: bool = False) -> DensePlan:
-        """The merge as a plan, in the base's dtypes or in float32."""
-        return dense_plan(self.plan, backbone_of(merge), "F32" if in_memory else None)
+    def planned(self, merge: Merge, dtype: str | None = None) -> DensePlan:
+        """The merge as a plan, in the base's dtypes or in one."""
+        backbone: Backbone = "average"
+        if merge.expert is not None:
+            backbone = BackboneExpert(expert=merge.expert)
+        elif merge.scale is not None:
+            backbone = BackboneMerge(method="svd" if merge.by == "svd" else "task_arithmetic", scale=merge.scale)
+        return dense_plan(self.plan, backbone, dtype)
 
     def set(self, merge: Merge) -> PreTrainedModel:
         """The model with the weights of a merge."""
-        base = self._base
-        set_between(self.model, base, self.state(merge), 1.0)
+        return self._set_between(self._state(merge), 1.0)
+
+    def _state(self, merge: Merge) -> _State:
+        dense, found = self.planned(merge, "F32"), _State()
+        with OpenFiles() as opened:
+            read = PieceReader(opened)
+            for tensor in self.run.over("merge", dense.tensors, len(dense.tensors)):
+                data = bytearray().join(stored_blocks(dense.plan, tensor, read))
+                found[tensor.name] = torch.frombuffer(data, dtype=torch.float32).view(tensor.shape)
+        return found
+
+    @torch.no_grad()
+    def _set_between(self, merged: _State, scale: float) -> PreTrainedModel:
+        """Base + scale * (merged - base)."""
+        for name, origin in self._base.items():
+            self._named[name].copy_(origin + scale * (merged[name].to(origin.device) - origin))
         return self.model
 
     def best(self, by: By, scale: float | None) -> Merge:
@@ -74,15 +88,14 @@ class Chooser:
         if not self.domains:
             return next(merge for merge in found if merge.scale in (None, self._scale(UNMEASURED)))
         losses: dict[Merge, float] = {}
-        direction: tuple[By, State] | None = None
-        for merge in self.run.over("compare merges", found, len(found)):
+        direction: _State = {}
+        for merge in found:
             if merge.scale is None:
                 self.set(merge)
-            else:  # every scale is a point on one line
-                if direction is None or direction[0] != merge.by:
-                    direction = merge.by, self.state(merge.model_copy(update={"scale": 1.0}))
-                set_between(self.model, self._base, direction[1], merge.scale)
-            losses[merge] = mean_loss(self.model, self.domains)
+            else:  # every scale of a rule is a point on one line
+                direction = direction or self._state(merge.model_copy(update={"scale": 1.0}))
+                self._set_between(direction, merge.scale)
+            losses[merge] = sum(held_out_losses(self.model, self.domains, merge.said, self.run).values())
         return min(losses, key=lambda merge: losses[merge])
 
     def _scale(self, times: float) -> float:
@@ -90,24 +103,10 @@ class Chooser:
         return times / max(1, moved)
 
     def _possible(self, by: By, scale: float | None) -> Iterator[Merge]:
-        scales = [scale] if scale is not None else list(map(self._scale, SCALES))
         if by == "average":
             yield Merge(by="average")
-        if by in ("sum", "distil"):
-            yield from (Merge(by="sum", scale=each) for each in scales)
-        if by == "svd":
-            yield from (Merge(by="svd", scale=each) for each in scales)
+        if by in ("sum", "svd", "distil"):
+            for each in map(self._scale, SCALES) if scale is None else [scale]:
+                yield Merge(by="svd" if by == "svd" else "sum", scale=each)
         if by in ("best", "distil"):
             yield from (Merge(by="best", expert=name) for name in self.plan.recipe.names)
-
-
-def mean_loss(model: PreTrainedModel, domains: Sequence[Domain]) -> float:
-    """Nats per token, each domain counting the same."""
-    return sum(losses_by_domain(model, domains).values()) / len(domains)
-
-
-def losses_by_domain(
-    model: PreTrainedModel, domains: Sequence[Domain], progress: Callable[[int], object] = lambda tokens: None
-) -> dict[str, float]:
-    """Nats per token."""
-    return {domain.name: score_domain(model, domain, progress).loss for domain in domains}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -73,8 +72,3 @@ class DenseRecord(BaseModel):
         """The share of the mixture's gap that the dense model keeps."""
         ours, mixture = self.gap_closed("dense"), self.gap_closed("mixture")
         return ours / mixture if ours is not None and mixture else None
-
-
-def mean(losses: Mapping[str, float]) -> float:
-    """Over domains."""
-    return sum(losses.values()) / len(losses)

@@ -15,34 +15,48 @@ Merges read the experts' own folders, which must be as the mixture was built fro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from modekit.building.build import write_shards
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
-from modekit.conversion.choice import Chooser, losses_by_domain
-from modekit.conversion.dense_folder import DenseFolder, NewDense
-from modekit.conversion.dense_record import By, DenseRecord, Distilled, Merge
+from modekit.conversion.choice import Chooser
+from modekit.conversion.dense_record import DENSE_FILE, By, DenseRecord, Distilled, Merge
 from modekit.conversion.distilled import Course, take_best, teach
-from modekit.conversion.merged import write_merged
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.experts.moving import Save, make_trainable
+from modekit.experts.moving import make_trainable
+from modekit.experts.specialist import SpecialistFolder, held_out_losses
 from modekit.files.libraries import library_writes
 from modekit.files.output import refuse_existing, replaced_by
-from modekit.files.staging import Staging
+from modekit.files.staging import Staging, staging
+from modekit.files.write import json_bytes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan_again
+from modekit.planning.plan import INDEX_FILE
 from modekit.run import QUIET, Run
+from modekit.sources.tokenizer import copied_content
 from modekit.text.amounts import SAMPLE_TOKENS
+from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.folder import TrainingOutcome
 from modekit.training.request import memory_errors
 from modekit.training.states_folder import digest_of_data
 from modekit.training.texts import TrainingText, read_texts
+
+
+class DenseFolder(SpecialistFolder):
+    """DENSE.training."""
+
+    changed: ClassVar[str] = "the mixture is no longer what it started from"
+    also_kept: ClassVar[tuple[str, ...]] = ("trained",)
+    record_file: ClassVar[str] = DENSE_FILE
 
 
 @dataclass(frozen=True)
@@ -83,18 +97,14 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     chooser = Chooser(checkpoint, plan, [text.held_out for text in texts], run)
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
-    sources = (checkpoint.folder, *(source.folder for source in plan.sources))
-    wanted = NewDense(
-        folder, f"densify {request} {state}", sources, replaced_by(asked.overwrite), chooser.planned(Merge(by="average"))
-    )
-    made = wanted.finished()
+    work = _Work(checkpoint, asked, chooser, texts, folder, f"densify {request} {state}", run)
+    made = folder.finished(work.made_by, DenseRecord)
     if made is not None:
         return made
-    work = _Work(checkpoint, asked, chooser, texts, run)
     if asked.by != "distil":
-        return work.merge(wanted)
+        return work.merge()
     with folder.held(request, state), memory_errors():
-        return work.distil(wanted, folder)
+        return work.distil()
 
 
 def _asked(asked: Densify) -> str:
@@ -119,49 +129,77 @@ def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingTex
     return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run)
 
 
-def _saved_by(save: Save) -> Callable[[Staging], None]:
-    def fill(stage: Staging) -> None:
-        with library_writes(stage.folder) as written:
-            save(written)
-
-    return fill
-
-
 @dataclass(frozen=True)
 class _Work:
     checkpoint: Checkpoint
     asked: Densify
     chooser: Chooser
     texts: list[TrainingText]
+    folder: DenseFolder
+    made_by: str
     run: Run
 
-    def merge(self, wanted: NewDense) -> DenseRecord:
+    def merge(self) -> DenseRecord:
         """Write a merge as it is."""
         merge, report = self._best(), self._report()
-        planned = self.chooser.planned(merge)
-        losses = self._losses(self.chooser.set(merge), {}, report) if report else {}
-        record = self._record(merge, planned.parameters, losses)
-        wanted.write(record, (), lambda stage: write_merged(planned, stage, self.run), self.run)
+        dense = self.chooser.planned(merge)
+        record = self._record(merge, self._losses(self.chooser.set(merge), {}, report) if report else {})
+
+        def fill(stage: Staging) -> None:
+            write_shards(dense.plan, stage, None, self.run)
+            weight_map = {tensor.name: shard.file for shard in dense.plan.shards for tensor in shard.tensors}
+            size = sum(shard.nbytes for shard in dense.plan.shards)
+            write_json(stage.folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            write_json(stage.folder / "config.json", dict(dense.config))
+
+        self._write(record, (), fill)
         return record
 
-    def distil(self, wanted: NewDense, folder: DenseFolder) -> DenseRecord:
+    def distil(self) -> DenseRecord:
         """Teach the best merge, and write the best state of that."""
-        merge, report = self._best(), self._report()
+        merge, report, folder = self._best(), self._report(), self.folder
         student = self.chooser.set(merge)
-        start = losses_by_domain(student, report)
+        start = held_out_losses(student, report, "the merge", self.run)
         save = make_trainable(student, self.chooser.plan.sources[0], "full", 0)
         outcome = folder.recall("trained", TrainingOutcome.model_validate)
         if outcome is None:
             outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
             folder.keep("trained", outcome.model_dump(mode="json"))
-        take_best(student.eval(), outcome, folder.path)
+        if outcome.improved:
+            take_best(student, outcome, folder.path)
+        else:  # the student has gone on from it
+            self.chooser.set(merge)
+        student.eval()
         losses = self._losses(student, {"merge": start}, report) if report else {}
-        record = self._record(merge, self.chooser.planned(merge).parameters, losses, outcome)
-        marks = [mark for text in self.texts for mark in text.trained_on]
-        wanted.write(record, marks, _saved_by(save), self.run)
+        record = self._record(merge, losses, outcome)
+
+        def fill(stage: Staging) -> None:
+            with library_writes(stage.folder) as written:
+                save(written)
+
+        self._write(record, [mark for text in self.texts for mark in text.trained_on], fill)
         if outcome.error is not None:
             raise outcome.error
         return record
+
+    def _write(self, record: DenseRecord, marks: Sequence[str], fill: Callable[[Staging], object]) -> None:
+        """Put it in its place: what `fill` writes, tokenizer, record, and what it and its experts were trained on."""
+        self.run.begin("write")
+        data, folder, plan = record.model_dump(mode="json"), self.folder, self.chooser.plan
+        replace = replaced_by(self.asked.overwrite)
+        sources = (self.checkpoint.folder, *(source.folder for source in plan.sources))
+        trained = sorted({*marks, *(mark for source in sources for mark in digests_in(source / TRAINED_FILE))})
+        with staging(folder.out, self.made_by, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:
+            stage.settles = not folder.is_held
+            fill(stage)
+            tokenizer = {file.name: copied_content(file) for file in plan.copied_files}
+            for name, content in {**tokenizer, **plan.written_files}.items():
+                write_file(stage.folder / name, content)
+            if trained:
+                write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in trained).encode())
+            if folder.is_held:
+                folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
+            write_json(stage.folder / DENSE_FILE, data)
 
     def _best(self) -> Merge:
         return self.chooser.best(self.asked.by, self.asked.scale)
@@ -185,38 +223,33 @@ class _Work:
         self, dense: PreTrainedModel, known: dict[str, dict[str, float]], domains: Sequence[Domain]
     ) -> dict[str, dict[str, float]]:
         """Losses of base, of each domain's own expert, of the mixture and of the dense model; one other model at a time."""
-        rows, experts = {"dense": losses_by_domain(dense, domains)}, dict[str, float]()
-        for domain in self.run.over("score the experts", domains, len(domains)):
-            experts |= losses_by_domain(load_expert_source(self.checkpoint, domain.expert, run=self.run), [domain])
-        self.run.begin("score base and mixture")
-        base = losses_by_domain(load_expert_source(self.checkpoint, None, run=self.run), domains)
-        mixture = losses_by_domain(load_model(self.checkpoint.folder, run=self.run), domains)
-        return {"base": base, "experts": experts, "mixture": mixture, **known, **rows}
+        ours, experts = held_out_losses(dense, domains, "the dense model", self.run), dict[str, float]()
+        for domain in domains:
+            expert = load_expert_source(self.checkpoint, domain.expert, run=self.run)
+            experts |= held_out_losses(expert, [domain], f"expert {domain.name}", self.run)
+        base = held_out_losses(load_expert_source(self.checkpoint, None, run=self.run), domains, "the base", self.run)
+        mixture = held_out_losses(load_model(self.checkpoint.folder, run=self.run), domains, "the mixture", self.run)
+        return {"base": base, "experts": experts, "mixture": mixture, **known, "dense": ours}
 
-    def _record(
-        self, merge: Merge, parameters: int, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None = None
-    ) -> DenseRecord:
-        asked, notes = self.asked, list[str]()
+    def _record(self, merge: Merge, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None = None) -> DenseRecord:
+        notes, distilled, course = list[str](), None, self.asked.course
         if self.checkpoint.record.trained:
-            notes.append(
-                "the mixture was trained: merges are of the experts' own models, only a distillation has what that changed"
-            )
-        distilled = None
+            notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
         if outcome is not None:
             if not outcome.improved:
                 notes.append("no state of the distillation was better on held-out text than the merge that it began from")
             distilled = Distilled(
-                settings=asked.course.settings.model_dump(mode="json", exclude_unset=True),
-                weight=asked.course.lesson.weights,
+                settings=course.settings.model_dump(mode="json", exclude_unset=True),
+                weight=course.lesson.weights,
                 steps=outcome.steps,
                 best_step=outcome.best_step,
                 select_loss={name: (before, outcome.after[name]) for name, before in outcome.before.items()},
             )
         return DenseRecord(
-            by=asked.by,
+            by=self.asked.by,
             mixture=self.checkpoint.folder.name,
             merge=merge,
-            parameters=parameters,
+            parameters=sum(tensor.numel for tensor in self.chooser.planned(merge).tensors),
             distilled=distilled,
             losses=losses,
             notes=notes,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -17,9 +15,9 @@ from modekit.experts.distill.student import Lesson, Student
 from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
-from modekit.loaded.text_training import has_bfloat16_products
 from modekit.run import Run
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
+from modekit.training.end_to_end import in_bfloat16
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.settings import TrainSettings, train_settings
@@ -44,17 +42,16 @@ class Course:
     minutes: float | None = None
 
 
-def course_of(said: Mapping[str, Any]) -> Course:
-    """Of settings by name: those of a training loop, `learning_rate`, `weights`, `temperature` and `minutes`.
+def course_of(minutes: float | None = None, **said: object) -> Course:
+    """Of settings by name: those of a training loop, `learning_rate`, `weights` and `temperature`.
 
     Raises TrainingError.
     """
-    where, lesson = "modekit densify", {"weights": 0.75, "temperature": 1.0}
-    lesson |= {name: value for name, value in said.items() if name in lesson}
-    renamed = {("backbone_learning_rate" if name == "learning_rate" else name): value for name, value in said.items()}
-    loop = {name: value for name, value in renamed.items() if name not in (*lesson, "minutes")}
+    where, names = "modekit densify", {"learning_rate": "backbone_learning_rate"}
+    lesson = {name: said.pop(name, default) for name, default in (("weights", 0.75), ("temperature", 1.0))}
+    loop = {names.get(name, name): value for name, value in said.items()}
     settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
-    return Course(settings, distill_settings(lesson, where=where), said.get("minutes"))
+    return Course(settings, distill_settings(lesson, where=where), minutes)
 
 
 def teach(
@@ -73,7 +70,7 @@ def teach(
         settings.warmup,
         settings.clip,
         settings.seed,
-        settings.precision == "bfloat16" if settings.precision else has_bfloat16_products(student.device),
+        in_bfloat16(settings, student.device),
         seconds=None if course.minutes is None else 60 * course.minutes,
     )
     module = Student(student, lesson, settings, steps)
@@ -81,7 +78,6 @@ def teach(
 
 
 def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
-    """Give the student the weights of the best state, those that it began with where no state was better."""
-    if outcome.improved:
-        best = load_file(outcome.best_state(folder))
-        student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)
+    """Give the student the weights of the best state."""
+    best = load_file(outcome.best_state(folder))
+    student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.conversion.near import Array32, Array64, Group, mean_expert
-from modekit.errors import CheckpointError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.files.staging import Staging
 from modekit.files.tensors import write_all
 from modekit.files.write import write_json
@@ -49,22 +48,26 @@ class PlainMixture:
         """Raises UnsupportedError for another architecture, SourceError."""
         config = read_config(folder, where=str(folder))
         native = next((row for row in NATIVES if row.native_type == config["model_type"]), None)
-        if native is None:
+        if native is None or "quantization_config" in config:
             raise UnsupportedError(
                 "only plain mixtures of whole FFNs have experts that can be merged",
                 where=str(folder),
-                found=str(config["model_type"]),
+                found=f"{config['model_type']}{'' if native is None else ', quantised'}",
                 expected=", ".join(dict.fromkeys(row.native_type for row in NATIVES)),
                 remedy="build with output: {format: native}, or take experts out with modekit remove",
             )
         tensors: dict[str, TensorRef] = {}
         for file in weight_files(folder, where=str(folder)):
             tensors |= read_header(file, where=str(folder))
-        mixture = cls(config, native, tensors, _names_in(folder))
+        names = open_checkpoint(folder).names if (folder / RECORD_FILE).exists() else []
+        mixture = cls(config, native, tensors, names)
         lacking = next((name for layer in range(mixture.layers) for name in mixture.parts(layer) if name not in tensors), None)
         if lacking is not None:
-            raise CheckpointError(
-                "a tensor of an expert is missing", where=f"{folder}: {lacking}", remedy="save the mixture again"
+            raise UnsupportedError(
+                "a tensor of an expert is missing",
+                where=f"{folder}: {lacking}",
+                expected="experts in every layer",
+                remedy="save the mixture again, if it is not meant to have layers without experts",
             )
         return mixture
 
@@ -89,11 +92,15 @@ class PlainMixture:
         """Of its files as they are."""
         return [[str(ref.file), name, ref.start, str(ref.state)] for name, ref in self.tensors.items()]
 
+    def rows(self, layer: int) -> dict[str, int]:
+        """Tensors of the router, the gate first, and their axis of experts."""
+        biases = {each.name: each.shape.index("E") for each in self.native.constants if "E" in each.shape}
+        return {in_layer(layer, name): axis for name, axis in {self.native.router: 0, **biases}.items()}
+
     def parts(self, layer: int) -> list[str]:
-        """Names of the tensors of a layer that have a part for every expert, the gate first."""
-        fused = list(self.native.fused or ())
+        """Names of the tensors of a layer that have a part for every expert."""
         apart = [path.format(expert=e) for e in range(self.experts) for path in (self.native.experts or {}).values()]
-        return [in_layer(layer, name) for name in (self.native.router, *fused, *apart)]
+        return [*self.rows(layer), *(in_layer(layer, name) for name in (*(self.native.fused or ()), *apart))]
 
     def expert(self, opened: OpenFiles, layer: int, expert: int) -> Array32:
         """Gate and up, and down turned round, side by side, (F, C)."""
@@ -106,11 +113,6 @@ class PlainMixture:
         return np.concatenate([*np.split(both, 2), down.T], axis=1)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """Of modekit's experts; none of a stranger's."""
-    return open_checkpoint(folder).names if (folder / RECORD_FILE).exists() else []
-
-
 def _read(opened: OpenFiles, ref: TensorRef, place: int = 0, of: int = 1) -> Array32:
     """A matrix, or one of several in a tensor."""
     size = ref.numel // of
@@ -120,13 +122,14 @@ def _read(opened: OpenFiles, ref: TensorRef, place: int = 0, of: int = 1) -> Arr
 def merged_layer(
     plain: PlainMixture, opened: OpenFiles, layer: int, groups: Sequence[Group], counts_E: Array64
 ) -> dict[str, Array32]:
-    """The experts of one layer in groups, and their rows of the gate, by name; each counts as often as it was chosen."""
+    """The experts of one layer in groups, and what its router has of them, by name; each counts as often as it was chosen."""
     native, hidden = plain.native, whole(plain.config, "hidden_size")
     shares = [counts_E[group] / counts_E[group].sum() for group in groups]
-    rows_ED = _read(opened, plain.tensors[in_layer(layer, native.router)])
-    gate_ED = np.stack([share @ rows_ED[group] for share, group in zip(shares, groups, strict=True)])
-    made = {in_layer(layer, native.router): gate_ED.astype(np.float32)}
-    experts = []
+    made, experts = dict[str, Array32](), []
+    for name, axis in plain.rows(layer).items():
+        apart = np.moveaxis(_read(opened, plain.tensors[name]), axis, 0)
+        rows = np.stack([np.average(apart[group], 0, share) for share, group in zip(shares, groups, strict=True)])
+        made[name] = np.moveaxis(rows, 0, axis).astype(np.float32)
     for share, group in zip(shares, groups, strict=True):
         mean_FC = mean_expert([plain.expert(opened, layer, expert) for expert in group], share)
         gate, up, down = np.split(mean_FC, [hidden, 2 * hidden], axis=1)
@@ -145,32 +148,25 @@ def write_smaller(
 ) -> None:
     """Shards, one per layer of experts and one for the rest, index and config; one layer is in memory at a time."""
     own = {name for layer in range(plain.layers) for name in plain.parts(layer)}
-    rest = [(ref, ref.shape, partial(opened.chunks, ref)) for name, ref in plain.tensors.items() if name not in own]
+    rest = {name: ref.shape for name, ref in plain.tensors.items() if name not in own}
     weight_map, total, files = dict[str, str](), 0, plain.layers + 1
     for number in run.over("write", range(files), files):
-        planned: Sequence[_New] = rest
-        if number:
-            made = merged_layer(plain, opened, number - 1, groups[number - 1], chosen_LE[number - 1])
-            planned = [(plain.tensors[name], each.shape, partial(_bytes, each, plain, name)) for name, each in made.items()]
-        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        at = number - 1
+        made = merged_layer(plain, opened, at, groups[at], chosen_LE[at]) if number else {}
+        shapes = {name: values.shape for name, values in made.items()} or rest
+        refs = [plain.tensors[name] for name in shapes]
 
-        def write_next(at: int, stream: io.FileIO, planned: Sequence[_New] = planned) -> None:
-            for block in planned[at][2]():
+        def write_next(place: int, stream: io.FileIO, refs: list[TensorRef] = refs, made: Mapping[str, Array32] = made) -> None:
+            ref = refs[place]
+            for block in [to_bytes(made[ref.name].ravel(), ref.dtype)] if made else opened.chunks(ref):
                 write_all(stream, block)
 
-        entries = [(ref.name, ref.dtype, shape, math.prod(shape) * ITEMSIZE[ref.dtype]) for ref, shape, _ in planned]
+        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        entries = [(ref.name, ref.dtype, shapes[ref.name], math.prod(shapes[ref.name]) * ITEMSIZE[ref.dtype]) for ref in refs]
         stage.write_shard(file, entries, write_next)
-        weight_map |= {name: file for name, *_ in entries}
+        weight_map |= {ref.name: file for ref in refs}
         total += sum(nbytes for *_, nbytes in entries)
     write_json(stage.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     to, top_k = len(groups[0]), plain.native.top_k_key
     fewer = {plain.count_key: to, top_k: min(to, whole(plain.config, top_k))}
     write_json(stage.folder / "config.json", {**plain.config, **fewer})
-
-
-_New = tuple[TensorRef, tuple[int, ...], Callable[[], Iterable[memoryview]]]
-"""A tensor of the smaller mixture: the one whose name and dtype it has, its shape, and its bytes."""
-
-
-def _bytes(values: Array32, plain: PlainMixture, name: str) -> list[memoryview]:
-    return [to_bytes(np.ascontiguousarray(values).ravel(), plain.tensors[name].dtype)]

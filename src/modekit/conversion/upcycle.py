@@ -3,11 +3,11 @@
     copies      every expert is the base's FFN, under a random gate (sparse upcycling, arXiv 2212.05055)
     segments    each copy is cut into m parts that share one row of the gate, and a token takes all parts of the copies that it
                 chooses (fine-grained experts, DeepSeekMoE, arXiv 2401.06066)
-    cluster     the parts of one FFN are channels that fire together (MoEfication, arXiv 2110.01786; clusters.py)
 
 Weights of the chosen experts must sum to 1: a softmax before top-k, without dividing by the sum, changes the model
 (Skywork-MoE, arXiv 2406.06563). What is written is a recipe's checkpoint, whose experts are all the base: train, inspect and
-eval take it.
+eval take it. In bfloat16 two copies tie in 1 to 3 of 1,000 decisions of tiny models; with segments such a token takes parts of
+both, in float32 none does.
 """
 
 from __future__ import annotations

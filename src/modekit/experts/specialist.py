@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +38,8 @@ from modekit.text.document import Document
 from modekit.text.splits import TRAINED_FILE, mark_of
 from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder, digest_of_data
+
+RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class _Figures(BaseModel):
@@ -159,15 +161,6 @@ class NewSpecialist:
         """What OUT says of the command that made it, until that has tidied up."""
         return f"{self.verb} {self.request}"
 
-    def finished(self) -> SpecialistRecord | None:
-        """What OUT says of how it was made, where this very command made it and was killed while it tidied up; else None."""
-        out = self.folder.out
-        if not was_made_by(out, self.made_by):
-            return None
-        self.folder.tidy()
-        settle(out)
-        return read_as(out / SPECIALIST_FILE, SpecialistRecord, SMALL)
-
     def write(self, record: SpecialistRecord, save: Save, run: Run, **beside: bytes) -> None:
         """Put it in its place: weights by `save`, the record, and CSV files `beside`.
 
@@ -195,6 +188,14 @@ class SpecialistFolder(StatesFolder):
     changed: ClassVar[str] = "student or teacher, or the base, are no longer what it started from"
     also_kept: ClassVar[tuple[str, ...]] = ("before",)
     record_file: ClassVar[str] = SPECIALIST_FILE
+
+    def finished(self, made_by: str, record: type[RecordT]) -> RecordT | None:
+        """What OUT says of how it was made, where this very command made it and was killed while it tidied up; else None."""
+        if not was_made_by(self.out, made_by):
+            return None
+        self.tidy()
+        settle(self.out)
+        return read_as(self.out / self.record_file, record, SMALL)
 
     def digest_in_out(self) -> str | None:
         """Of what OUT says of how it was made, which nobody else writes."""

@@ -89,7 +89,7 @@ def specialize(
     of_text = text_record(material.fit, material.tokens)
     request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data()], list(new)])
     wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
-    made = wanted.finished()
+    made = folder.finished(wanted.made_by, SpecialistRecord)
     if made is not None:
         return made
     with folder.held(request, digest_of_source(source)):

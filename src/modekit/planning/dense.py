@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from modekit.planning.make import BackboneGiver
-from modekit.planning.pieces import cut_into_shards
+from modekit.planning.pieces import PlannedTensor, cut_into_shards
 from modekit.planning.plan import Plan
 from modekit.recipes.mixture import Backbone
 from modekit.sources.compatibility import own_names
@@ -21,14 +21,9 @@ class DensePlan:
     config: Config
 
     @property
-    def weight_map(self) -> dict[str, str]:
-        """Tensor -> file, for the index."""
-        return {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in its tensors."""
-        return sum(tensor.numel for shard in self.plan.shards for tensor in shard.tensors)
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """All of them."""
+        return tuple(tensor for shard in self.plan.shards for tensor in shard.tensors)
 
 
 def dense_plan(plan: Plan, backbone: Backbone, dtype: str | None = None) -> DensePlan:

@@ -238,8 +238,8 @@ class BackboneGiver:
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...]) -> None:
         self._sources = sources
-        self._merges = recipe.mixture.merge is not None
         self._merged = [number for number, expert in enumerate(recipe.experts, start=1) if not expert.is_base]
+        self._merges = recipe.mixture.merge is not None and bool(self._merged)
         backbone = recipe.mixture.backbone
         self._one = 1 + recipe.names.index(backbone.expert) if isinstance(backbone, BackboneExpert) else 0
 
