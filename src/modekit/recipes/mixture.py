@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.fits import CHANGES, Fit
+from modekit.recipes.fits import CHANGES, IDS, Fit
 from modekit.recipes.layers import Layers, layer_problems
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -153,6 +153,9 @@ class Mixture(Strict):
             yield f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}"
         if self.method == "routing" and self.router.granularity == "segment":
             yield "granularity: segment has nothing to choose by in a text's first segment; write method: gating"
+
+        if self.fit is not None and self.fit.reads is IDS and self.method == "gating":
+            yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
 
     def _problems_of_combining(self) -> Iterator[str]:
         if self.combine is None:

@@ -43,7 +43,7 @@ WEIGHTS: dict[Loss, float] = {
     "load": 0.1,  # w_load, arXiv:1701.06538, Section 4
     "mutual": 0.001,  # w_MI, arXiv:2212.08066
     "z": 0.001,  # c_z, arXiv:2202.08906, Section 3
-    "consistency": 5.0,  # alpha, arXiv:2110.04260, as in its authors' script
+    "consistency": 2.5,  # half the alpha of arXiv:2110.04260's script: there both passes' lm is a sum, here a mean
 }
 """Weight of a loss that is named without one."""
 
