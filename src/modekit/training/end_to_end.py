@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from modekit.loaded.text_training import has_bfloat16_products
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.sources.family import words
-from modekit.training.batches import Batches, BatchPart, plan_parts, steps_of_one_pass
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
@@ -49,7 +48,9 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     notes += objective.notes()
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
-    moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
+    read = (draw for part in parts[: done.steps * per_step] for row in part.rows for draw in row)
+    tokens = sum(corpora[draw.corpus].sequences[draw.sequence].size for draw in read)
+    moving = sum(parameter.numel() for parameter in trainable.parameters())
     return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
 
 
@@ -80,12 +81,6 @@ def _trainable(request: Request, run: Run) -> TrainableMixture:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.enable_input_require_grads()
     return trainable
-
-
-def _read(request: Request, parts: Sequence[BatchPart]) -> int:
-    """Tokens in some parts."""
-    corpora = request.corpora
-    return sum(corpora[draw.corpus].sequences[draw.sequence].size for part in parts for row in part.rows for draw in row)
 
 
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
