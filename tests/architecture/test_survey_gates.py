@@ -326,6 +326,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
     ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads the tokens so far by itself"),
     ({"router": {"fit": "hash", "granularity": "context"}}, "reads ids by itself"),
+    ({"method": "gating", "router": {"fit": "hash"}}, "weighs experts alike"),
     ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
     ({"router": {"fit": "attention", "temperature": 2.0}}, "'temperature' has no effect with fit: attention"),
     ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),

@@ -74,6 +74,23 @@ def test_counts_are_those_published(tmp_path: Path, config: dict[str, Any], tota
     assert found.layers == layers
 
 
+def test_experts_are_told_from_shared_ones_by_where_they_stand(tmp_path: Path) -> None:
+    """GraniteMoeShared's experts have a class of that name, and its layers one besides them."""
+    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+    found = _count(
+        tmp_path, {"model_type": "granitemoeshared", **small, "num_local_experts": 4, "shared_intermediate_size": 16}
+    )
+    assert (found.layers, found.experts, found.top_k) == (3, [4], [2])
+    assert found.expert_parameters == 3 * 4 * 3 * 64 * 32
+    assert found.total - found.active == found.expert_parameters // 2
+
+
+def test_attention_and_ffn_of_a_layer_are_one_layer(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "kv_channels": 16, "vocab_size": 96}
+    found = _count(tmp_path, {"model_type": "jetmoe", **small, "num_key_value_heads": 2, "num_local_experts": 4})
+    assert (found.layers, found.experts, found.top_k) == (3, [4], [2])
+
+
 def test_what_the_count_of_deepseek_leaves_out(tmp_path: Path) -> None:
     """Its card gives 15.7 and 2.4 billion; the active ones without the embedding, of which a token reads one row."""
     found = _count(tmp_path, _DEEPSEEK)

@@ -24,7 +24,7 @@ from modekit.training.finish import TrainedMixture
 from modekit.training.gates import CHOOSE, Situation, balanced, sinkhorn, smooth_step, within_capacity
 from modekit.training.losses import GENERIC, consistency, load, load_balance, mutual
 from modekit.training.objective import Objective
-from modekit.training.settings import GATES, Gate, TrainSettings, train_settings
+from modekit.training.settings import GATES, WEIGHTS, Gate, TrainSettings, train_settings
 from modekit.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +83,7 @@ def test_consistency_is_the_mean_of_both_divergences() -> None:
     first, second = drawn(5, 7).log_softmax(-1), drawn(5, 7, seed=1).log_softmax(-1)
     wanted = 0.5 * float(((first.exp() - second.exp()) * (first - second)).sum())
     assert consistency(first, second) == pytest.approx(wanted, rel=1e-5) and consistency(first, first) == 0.0
+    assert WEIGHTS["consistency"] == 5.0 / 2  # lm is the mean of two passes here, and in the authors' script their sum
 
 
 # Gates.
@@ -473,6 +474,35 @@ def test_a_gate_is_refused_where_nothing_is_left_to_choose(workshop: Workshop) -
     single = open_checkpoint(workshop.build("ONE", mixture={"method": "routing", "top_k": 1, "router": {"fit": "random"}}))
     done = run(single, what=["experts"], capacity=1.0, overflow="random")
     assert any("trained with 2 experts per token" in note for note in done.record.notes)  # one alone leaves nothing to draw
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"gate": "sinkhorn"}, "gate: sinkhorn"),
+        ({"gate": "random", "what": ["experts"]}, "gate: random"),
+        ({"losses": {"lm": 1.0, "load": 0.1}}, "losses: load"),
+        ({"losses": {"lm": 1.0, "balance": 0.1}}, "losses: balance"),
+    ],
+)
+def test_what_chooses_among_all_experts_is_refused(workshop: Workshop, changes: dict[str, Any], where: str) -> None:
+    for number, more in enumerate(({"train_top_k": 0}, {"train_top_k": 3}, {})):
+        mixture = {} if more else {"mixture": {"method": "gating", "router": {"fit": "random"}}}
+        with pytest.raises(TrainingError, match=f"(?s)all experts.*{where}.*3 experts per token of 3.*2 or less"):
+            run(open_checkpoint(workshop.build(f"OUT-{number}", **mixture)), **changes, **more)
+
+
+@pytest.mark.parametrize(("gate", "what"), [("random", "all"), ("sinkhorn", "routers")])
+def test_a_gate_gives_one_expert_where_the_mixture_does(workshop: Workshop, gate: str, what: str) -> None:
+    single = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": {"fit": "random"}}))
+    assert not any("experts per token" in note for note in run(single, what=[what], gate=gate).record.notes)
+
+
+def test_tokens_that_capacity_drops_get_nothing_of_averaged_experts(workshop: Workshop) -> None:
+    router = {"fit": "random", "granularity": "segment", "segment": 8}
+    mixture = {"method": "gating", "combine": "parameters", "router": router}
+    done = run(open_checkpoint(workshop.build(mixture=mixture)), what=["experts"], gate="domain-random", capacity=0.3)
+    assert done.failed is None and any("capacity 0.3 dropped" in note for note in done.record.notes)
 
 
 def test_a_group_is_the_experts_of_the_same_text(workshop: Workshop) -> None:

@@ -35,11 +35,12 @@ def merged_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) -> 
 
 
 def _run(x: torch.Tensor, modules: list[nn.Module], weights_P: torch.Tensor) -> torch.Tensor:
-    """The average of the modules with weight on some tokens; of one with all weight what it says itself."""
-    taken = [(module, weight) for module, weight in zip(modules, weights_P, strict=True) if bool(weight)]
+    """The sum of the modules' weights on some tokens, nothing where no module has any; of one with all weight the module."""
+    taken = [each for each in zip(modules, weights_P, strict=True) if bool(each[1])]
+    if not taken:  # capacity left these tokens no expert
+        return torch.zeros_like(modules[0](x))
     if len(taken) == 1 and float(taken[0][1]) == 1.0 and not taken[0][1].requires_grad:
-        y: torch.Tensor = taken[0][0](x)
-        return y
+        return taken[0][0](x)  # type: ignore[no-any-return]
     every = [(dict(module.named_parameters()), weight) for module, weight in taken]
     first = every[0][0]
     if any(each.is_meta or not each.is_floating_point() for each in first.values()):
@@ -48,5 +49,4 @@ def _run(x: torch.Tensor, modules: list[nn.Module], weights_P: torch.Tensor) -> 
         name: torch.stack([weight * each[name].float() for each, weight in every]).sum(0).to(one.dtype)
         for name, one in first.items()
     }
-    merged: torch.Tensor = torch.func.functional_call(taken[0][0], mean, (x,))
-    return merged
+    return torch.func.functional_call(taken[0][0], mean, (x,))  # type: ignore[no-any-return]

@@ -25,9 +25,7 @@ class MixedPositions(Mixed):
         return self._by_sequence(lambda module: module(*args, **kwargs), lambda y, weight_B: weight_B[:, None, None] * y)
 
     def _by_sequence(
-        self,
-        call: Callable[[nn.Module], torch.Tensor],
-        weighted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        self, call: Callable[[nn.Module], torch.Tensor], weighted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """The sum over the modules that some sequence gives weight, of what each says and its weight (B,) per sequence."""
         alone = self._flow[0].alone

@@ -15,15 +15,7 @@ from rich.text import Text
 from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import err, out, print_json
-from modekit.cli.printing.mixtures import (
-    print_checks,
-    print_count,
-    print_forced,
-    print_mix,
-    print_notes,
-    print_plan,
-    time_said,
-)
+from modekit.cli.printing.mixtures import print_checks, print_count, print_forced, print_mix, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, Writing, app, resolved, writable
@@ -144,8 +136,7 @@ class FitOptions:
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
     seed: Annotated[
-        int | None,
-        typer.Option(help="Random seed (random, hash, lexical, classifier, phatgoose), also of written text."),
+        int | None, typer.Option(help="Random seed (random, hash, lexical, classifier, phatgoose), also of written text.")
     ] = None
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")
@@ -176,11 +167,7 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
     from modekit.routing.refit import refit
 
     with drawn_progress() as progress:
-        done = refit(
-            open_with_any_router(resolved(checkpoint)),
-            options.changes(),
-            run=Run(trust_remote_code, progress),
-        )
+        done = refit(open_with_any_router(resolved(checkpoint)), options.changes(), run=Run(trust_remote_code, progress))
     if not processes().is_main:
         return
     settings = done.record.router.settings

@@ -128,8 +128,7 @@ def train(
     labels: LabelSettings,
     options: TrainOptions,
     text: Annotated[
-        list[str] | None,
-        typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text."),
+        list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
     ] = None,
 ) -> None:
     """Improve a mixture by gradient; by default train only its routers. Works under torchrun and accelerate launch."""

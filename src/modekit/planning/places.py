@@ -84,43 +84,32 @@ def _sharers(place: str, family: Family, scope: str) -> object:
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
     """Raise UnsupportedError for what no mixture with an encoder, or of a class without a row, can be yet."""
-    where, mixture = "mixture", recipe.mixture
-    if mixture.combine is not None and family.derived is not None:
-        raise UnsupportedError(
-            "weights of experts are averaged in families that modekit has a row for (docs/families.md)",
-            where=f"{where}.combine",
-            remedy="leave it out",
-        )
-    if not family.pair:
-        return
-    if mixture.router.granularity == "segment" or (mixture.fit is not None and mixture.fit.reads is IDS):
-        raise UnsupportedError(
+    mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
+    decides_once = mixture.method == "linear" or (fit is not None and fit.decides.for_model)
+    by_source = router.granularity == "sequence"
+    said = f"this is granularity: {router.granularity}, a router per {router.scope}"
+    refused = {
+        (
             "an encoder reads a source at once, which has no segments, and no token that decides for all",
-            where=f"{where}.router",
-            remedy="choose another fit, or granularity: sequence",
-        )
-    if mixture.modules == "decoder":
-        raise UnsupportedError(
+            *("router", "choose another fit, or granularity: sequence"),
+        ): router.granularity == "segment" or (fit is not None and fit.reads is IDS),
+        (
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",
-            where=f"{where}.modules",
-            found=mixture.modules,
-            expected="all: experts are whole models; auto, or a list of parts",
-            remedy="write modules: all, or layers: [decoder] with modules: auto",
-        )
-    router, once = mixture.router, mixture.fit is not None and mixture.fit.decides.for_model
-    if mixture.method != "linear" and not once and (router.granularity == "sequence") != (router.scope == "model"):
-        raise UnsupportedError(
-            "in a model with an encoder one router serves all layers where it decides once per source, and only there",
-            where=f"{where}.router",
-            found=f"granularity: {router.granularity}, a router per {router.scope}",
-            remedy="write granularity: sequence and per: model together, or neither",
-        )
-    if mixture.always_on is not None and mixture.always_on.apart:
-        raise UnsupportedError(
-            "a common expert that runs apart is for models without an encoder",
-            where=f"{where}.always_on",
-            remedy="leave 'apart' out",
-        )
+            *("modules", "write modules: all (whole models), or layers: [decoder] with modules: auto"),
+        ): mixture.modules == "decoder",
+        (
+            f"with an encoder one router serves all layers where it decides once per source, and only there; {said}",
+            *("router", "write granularity: sequence and per: model together, or neither"),
+        ): not decides_once and by_source != (router.scope == "model"),
+        ("a common expert that runs apart is for models without an encoder", "always_on", "leave 'apart' out"): (
+            mixture.always_on is not None and bool(mixture.always_on.apart)
+        ),
+    }
+    known = "weights of experts are averaged in families that modekit has a row for (docs/families.md)"
+    row = {(known, "combine", "leave it out"): mixture.combine is not None and family.derived is not None}
+    for (what, where, remedy), holds in (row | refused if family.pair else row).items():
+        if holds:
+            raise UnsupportedError(what, where=f"mixture.{where}", remedy=remedy)
 
 
 class Places:
@@ -215,28 +204,28 @@ class Places:
     @cached_property
     def _all(self) -> list[PlannedPlace]:
         places = self._with_budgets(list(self._of_everything() if self._whole else self._of_layers()))
-        self._check_low_rank(places)
+        self._check_experts(places)
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in the mixed modules",
                 where="mixture.modules",
                 remedy="mix other modules or layers, or add an expert that is not 'base'",
             )
-        for expert, said in enumerate(self._recipe.experts):
-            if said.layers is not None and all(place.kinds[expert] is None for place in places):
+        self._check_reader(places[0].module)
+        return places
+
+    def _check_experts(self, places: list[PlannedPlace]) -> None:
+        """Raise UnsupportedError where an expert would be the base: its layers, or low-rank parts, have no mixed place."""
+        none = (each for each in range(self._count) if all(place.kinds[each] is None for place in places))
+        for expert, said in ((each, self._recipe.experts[each]) for each in none):
+            if said.layers is not None:
                 raise UnsupportedError(
                     "the expert has nothing of its own in its layers that is mixed",
                     where=f"experts[{expert}].layers",
                     found=said.layers,
                     remedy="name other layers, or leave 'layers' out",
                 )
-        self._check_reader(places[0].module)
-        return places
-
-    def _check_low_rank(self, places: list[PlannedPlace]) -> None:
-        """Raise UnsupportedError where no place that is mixed can keep a low-rank part of an expert: it would be the base."""
-        for expert, said in enumerate(self._recipe.experts):
-            if said.is_low_rank and all(place.kinds[expert] is None for place in places):
+            if said.is_low_rank:
                 raise UnsupportedError(
                     "nothing of the expert can be kept as a low-rank part",
                     where=f"experts[{expert}] '{said.name}': as",
@@ -374,7 +363,8 @@ class Places:
 
     def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
         source, said = self._sources[1 + expert], self._recipe.experts[expert]
-        if said.is_base or module in self._shared or not self._has_layer(expert, split_layer(module)[0]):
+        layers = self._layers[expert]
+        if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
             return None
         weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
         if isinstance(source, AdapterSource):
@@ -391,13 +381,9 @@ class Places:
             return None
         return min(said.rank or 16, *weight.shape)
 
-    def _has_layer(self, expert: int, layer: Layer | None) -> bool:
-        """Whether an expert may have parts of its own in a layer; elsewhere it is the base, whose part stands for it."""
-        own = self._layers[expert]
-        return own is None or layer in own
-
     @cached_property
     def _layers(self) -> list[list[Layer] | None]:
+        """Per expert those where it may have parts of its own, None: all; elsewhere it is the base."""
         said, sizes = [expert.layers for expert in self._recipe.experts], self._family.sizes(self._base.config)
         return [each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)]
 

@@ -281,12 +281,7 @@ _KINDS = {
 _ROWS = (
     Fit("random", "the paper's noisy router", RECIPE, settings=(*_SCORED, "seed"), title="noisy"),
     Fit("hash", "every token has its expert, by a hash of its id, without text", IDS, BY_TOKEN, BY_TOKENS, ("seed",)),
-    Fit(
-        "centroid",
-        "the mean of what a router reads in a domain",
-        ROUTER_INPUTS,
-        settings=(*_OF_SUMS, "negative_prompts"),
-    ),
+    Fit("centroid", "the mean of what a router reads in a domain", ROUTER_INPUTS, settings=(*_OF_SUMS, "negative_prompts")),
     Fit("lda", "linear discriminants of the domains", ROUTER_INPUTS, settings=_REGULAR),
     Fit("logistic", "logistic regression on kept tokens", SAMPLE, settings=_REGULAR),
     Fit("ridge", "least squares on the domains", ROUTER_INPUTS, settings=_REGULAR),

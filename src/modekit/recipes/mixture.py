@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.fits import CHANGES, Fit
+from modekit.recipes.fits import CHANGES, IDS, Fit
 from modekit.recipes.layers import Layers, layer_problems
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -51,6 +51,8 @@ Backbone = Annotated[
 ]
 
 
+_ONE, _MANY = Tag("literal[]"), Tag("literal[s]")
+_ONE_OR_MANY = Discriminator(lambda value: "literal[s]" if isinstance(value, (list, dict)) else "literal[]")
 Part = Literal["mlp", "q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "gate", "up", "down"]
 Method = Literal["linear", "gating", "routing"]
 CHOICES = ("top_k", "top_p", "groups", "threshold")
@@ -89,13 +91,7 @@ class Mixture(Strict):
     groups: int | None = Field(
         None, ge=2, description="In place of top_k: groups of experts, in order; the best of each is taken (routing only)."
     )
-    threshold: (
-        Annotated[
-            Annotated[float, Tag("literal[]")] | Annotated[dict[Name, float], Tag("literal[s]")],
-            Discriminator(lambda value: "literal[s]" if isinstance(value, dict) else "literal[]"),
-        ]
-        | None
-    ) = Field(
+    threshold: Annotated[Annotated[float, _ONE] | Annotated[dict[Name, float], _MANY], _ONE_OR_MANY] | None = Field(
         None,
         description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
         "or by name (routing only).",
@@ -104,10 +100,7 @@ class Mixture(Strict):
         None,
         description="parameters: the experts' weights are averaged, and one expert of the average runs; default: outputs are.",
     )
-    modules: Annotated[
-        Annotated[Literal["auto", "decoder", "all"], Tag("literal[]")] | Annotated[list[Part], Tag("literal[s]")],
-        Discriminator(lambda value: "literal[s]" if isinstance(value, list) else "literal[]"),
-    ] = Field(
+    modules: Annotated[Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], _MANY], _ONE_OR_MANY] = Field(
         "auto",
         description="What experts have of their own; auto: the FFN, and what adapters change. decoder: everything between the "
         "embedding and the head, which they share. all: everything.",
@@ -153,6 +146,9 @@ class Mixture(Strict):
             yield f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}"
         if self.method == "routing" and self.router.granularity == "segment":
             yield "granularity: segment has nothing to choose by in a text's first segment; write method: gating"
+
+        if self.fit is not None and self.fit.reads is IDS and self.method == "gating":
+            yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
 
     def _problems_of_combining(self) -> Iterator[str]:
         if self.combine is None:

@@ -183,10 +183,7 @@ class Output(Strict):
         "where those are few, else 64.",
     )
     budget: Times | None = Field(
-        None,
-        gt=1,
-        le=10,
-        description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'.",
+        None, gt=1, le=10, description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'."
     )
     keep: Literal["wrapper"] | None = Field(
         None, description="wrapper: keep the vision tower that the base wraps its language model with; images work."
@@ -237,10 +234,9 @@ class Recipe(Strict):
 
     def _problems_of_names(self) -> Iterator[str]:
         names, mixture = self.names, self.mixture
-        if mixture.top_k is not None and mixture.top_k > len(names):
-            yield f"mixture.top_k is {mixture.top_k} but there are only {len(names)} experts"
-        if mixture.groups is not None and mixture.groups > len(names):
-            yield f"mixture.groups is {mixture.groups} but there are only {len(names)} experts"
+        for key in ("top_k", "groups"):
+            if (getattr(mixture, key) or 0) > len(names):
+                yield f"mixture.{key} is {getattr(mixture, key)} but there are only {len(names)} experts"
         if isinstance(mixture.threshold, dict) and set(mixture.threshold) != set(names):
             yield f"mixture.threshold must name every expert once: {', '.join(names)}; or write one number"
         if mixture.router.dimensions is not None and mixture.router.dimensions > len(names):
@@ -273,11 +269,8 @@ class Recipe(Strict):
                 known.setdefault(label, f"a label of expert '{expert.name}'")
 
     def _problems_of_native(self) -> Iterator[str]:
-        for expert in self.experts:
-            if expert.as_ == "lora":
-                yield (
-                    f"experts '{expert.name}': 'as: lora' does not fit output.format native, whose experts are whole; remove it"
-                )
+        for name in (expert.name for expert in self.experts if expert.is_low_rank):
+            yield f"experts '{name}': 'as: lora' does not fit output.format native, whose experts are whole; remove it"
         if self.beyond_native():
             yield f"output.format native cannot say {', '.join(self.beyond_native())}; use modekit or auto"
 
@@ -287,15 +280,14 @@ class Recipe(Strict):
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit
-        if self.output.channels is not None and (fit is None or not fit.carried or self.output.format == "modekit"):
-            yield "output.channels has no effect without router: {fit: lexical} in a native architecture; remove it"
-        asked = [key for key in ("carry", "rank", "budget") if getattr(self.output, key) is not None]
+        asked = [key for key in ("channels", "carry", "rank", "budget") if getattr(self.output, key) is not None]
         if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
-        if self.output.rank is not None and self.output.budget is not None:
+        sizes = [key for key in asked if key in ("rank", "budget")]
+        if len(sizes) > 1:
             yield "output.rank and output.budget say the same in two ways; remove one of them"
-        if self.output.carry == "ffn" and asked[1:]:
-            yield f"output.{asked[1]} has no effect with carry: ffn; remove it"
+        if self.output.carry == "ffn" and sizes:
+            yield f"output.{sizes[0]} has no effect with carry: ffn; remove it"
 
     def _problems_of_keeping(self) -> Iterator[str]:
         always_on = self.mixture.always_on
@@ -305,10 +297,10 @@ class Recipe(Strict):
             yield "output.keep: a common expert that runs apart is for text alone; leave 'apart' or 'keep' out"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
-        whole = [expert.name for expert in self.experts if expert.is_whole or expert.budget is not None]
-        if whole and self.mixture.fit is not None and self.mixture.fit.reads.low_rank:
+        whole, fit = [each.name for each in self.experts if each.is_whole or each.budget is not None], self.mixture.fit
+        if whole and fit is not None and fit.reads.low_rank:
             yield (
-                f"router fit '{self.mixture.fit.name}' scores low-rank changes, and these experts are full models: "
+                f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "
                 f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"
             )
 
@@ -331,10 +323,8 @@ class Recipe(Strict):
                 "(add experts[].text, or a few short texts as experts[].prompts; without any, write text: self, and the "
                 "expert writes some; without running it, adapters can take router: {fit: arrow}, all others {fit: random})"
             )
-        if (
-            any(expert.negative_prompts for expert in self.experts)
-            and "negative_prompts" not in self.mixture.router.row.settings
-        ):
+        negative = any(expert.negative_prompts for expert in self.experts)
+        if negative and "negative_prompts" not in self.mixture.router.row.settings:
             fits = " or ".join(fits_with("negative_prompts"))
             yield f"'negative_prompts' have no effect without router: {{fit: {fits}}}; remove them"
 

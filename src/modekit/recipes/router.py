@@ -66,8 +66,7 @@ class Router(Strict):
         "ngrams), or the mean of what the router reads (hidden).",
     )
     classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] | None = Field(
-        None,
-        description="Classifier: which of scikit-learn's; auto, the default, fits all, and held-out text picks the best.",
+        None, description="Classifier: which of scikit-learn's; auto, the default, fits all, and held-out text picks the best."
     )
     per: Scope = Field(
         "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
@@ -92,10 +91,7 @@ class Router(Strict):
     )
 
     false_alarms: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="With unseen: share of a domain's tokens that may go to the base (default 0.02).",
+        None, gt=0, lt=1, description="With unseen: share of a domain's tokens that may go to the base (default 0.02)."
     )
 
     @model_validator(mode="after")

@@ -205,12 +205,7 @@ def _sizes(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
 
 
 def averaged(
-    x_BSD: torch.Tensor,
-    mask_BS: torch.Tensor,
-    averages: Averages,
-    prefix: int | None,
-    *,
-    at_once: bool = False,
+    x_BSD: torch.Tensor, mask_BS: torch.Tensor, averages: Averages, prefix: int | None, *, at_once: bool = False
 ) -> torch.Tensor:
     """What a gate takes: the causal averages of x side by side, (B, S, J D). A gate is linear, so that averaging what it
     reads, as here, is averaging what it says, as the router does.

@@ -18,6 +18,7 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.derived import is_installed, structure
 from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.names import split_layer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +74,7 @@ def count_parameters(config_file: Path, *, run: Run = QUIET) -> ParameterCount:
         total=total,
         active=total - in_experts + used,
         expert_parameters=in_experts,
-        layers=len({module for module, _, _, _ in choices}),
+        layers=len({split_layer(holder)[0] for holder, _, _, _ in choices}),
         experts=sorted({experts for _, _, experts, _ in choices}),
         top_k=sorted({top_k for _, _, _, top_k in choices}),
     )
@@ -82,10 +83,9 @@ def count_parameters(config_file: Path, *, run: Run = QUIET) -> ParameterCount:
 def _choices(model: nn.Module) -> Iterator[tuple[str, int, int, int]]:
     """Of every module of experts: what holds it, its parameters, how many experts it has, and how many a token uses."""
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if not kind.endswith("Experts") or "Shared" in kind:
+        holder, _, called = name.rpartition(".")
+        if not type(module).__name__.endswith("Experts") or "shared" in called:
             continue
-        holder = name.rpartition(".")[0]
         own = list(module.parameters(recurse=False))
         experts = own[0].shape[0] if own else sum(1 for _ in module.children())
         chosen = (getattr(each, "top_k", None) for each in model.get_submodule(holder).modules())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,21 +15,17 @@ from modekit.loaded.text_training import has_bfloat16_products
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.sources.family import words
-from modekit.training.batches import Batches, BatchPart, plan_parts, steps_of_one_pass
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
-from modekit.training.objective import Objective, lost_teachers, make_teachers
+from modekit.training.objective import DomainTeacher, Objective, lost_teachers, make_teachers
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
 from modekit.training.texts import silent_domains
 
 
-def train_end_to_end(
-    request: Request,
-    folder: Path,
-    run: Run,
-) -> TrainingOutcome:
+def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcome:
     """Train; what is needed to go on after a kill is kept in `folder`. Raises TrainingError."""
     checkpoint, settings, corpora = request.checkpoint, request.settings, request.corpora
     trainable = _trainable(request, run)
@@ -42,38 +37,35 @@ def train_end_to_end(
     steps = settings.steps or steps_of_one_pass(corpora, settings)
     per_step = accumulate * processes().count
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
-    distills = bool(DISTILLS & set(settings.losses))
-    if distills and checkpoint.shape.family.pair:
-        raise TrainingError(
-            "models with an encoder are not distilled yet",
-            where="losses",
-            found=", ".join(DISTILLS & set(settings.losses)),
-            remedy="train them on text alone",
-        )
-    lost = lost_teachers(checkpoint, corpora, run=run) if distills and request.teacher is None else {}
-    notes += [
-        f"{checkpoint.names[expert]} had the mixture with this expert forced as its teacher: {why}"
-        for expert, why in lost.items()
-    ]
-    teachers = make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run) if distills else []
-    mixture = trainable.model
+    teachers = _teachers(request, folder, notes, run) if DISTILLS & set(settings.losses) else []
+    mixture, held_out = trainable.model, [text.held_out for text in request.texts]
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
-    objective.steps = steps
-    done = run_trainer(
-        objective,
-        Batches(corpora, parts, pad_id=0),
-        [text.held_out for text in request.texts],
-        LoopSettings(steps, accumulate, settings.warmup, settings.clip, settings.seed, in_bfloat16(settings, mixture.device)),
-        folder,
-        run,
-    )
+    objective.steps, bfloat16 = steps, in_bfloat16(settings, mixture.device)
+    loop = LoopSettings(steps, accumulate, settings.warmup, settings.clip, settings.seed, bfloat16)
+    done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
     if done.stopped:
         notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
     notes += objective.notes()
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
-    moving, tokens = sum(p.numel() for p in trainable.parameters()), _read(request, parts[: done.steps * per_step])
+    read = (draw for part in parts[: done.steps * per_step] for row in part.rows for draw in row)
+    tokens = sum(corpora[draw.corpus].sequences[draw.sequence].size for draw in read)
+    moving = sum(parameter.numel() for parameter in trainable.parameters())
     return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
+
+
+def _teachers(request: Request, folder: Path, notes: list[str], run: Run) -> list[DomainTeacher | None]:
+    """One per corpus; `notes` get what they are where an expert's own model is missing."""
+    checkpoint, corpora = request.checkpoint, request.corpora
+    if checkpoint.shape.family.pair:
+        found = ", ".join(DISTILLS & set(request.settings.losses))
+        raise TrainingError(
+            "models with an encoder are not distilled yet", where="losses", found=found, remedy="train them on text alone"
+        )
+    lost = lost_teachers(checkpoint, corpora, run=run) if request.teacher is None else {}
+    forced = "had the mixture with this expert forced as its teacher"
+    notes += [f"{checkpoint.names[expert]} {forced}: {why}" for expert, why in lost.items()]
+    return make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run)
 
 
 def _trainable(request: Request, run: Run) -> TrainableMixture:
@@ -91,29 +83,34 @@ def _trainable(request: Request, run: Run) -> TrainableMixture:
     return trainable
 
 
-def _read(request: Request, parts: Sequence[BatchPart]) -> int:
-    """Tokens in some parts."""
-    corpora = request.corpora
-    return sum(corpora[draw.corpus].sequences[draw.sequence].size for part in parts for row in part.rows for draw in row)
-
-
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
-    """How many experts a token gets while training, and what has to be said about it."""
+    """How many experts a token gets while training, and what has to be said about it. Raises TrainingError."""
+    top_k, notes = _top_k_and_notes(checkpoint, settings)
+    experts, taken = len(checkpoint.names), top_k or checkpoint.record.recipe.top_k
+    without = [f"losses: {name}" for name in ("balance", "load") if name in settings.losses]
+    if settings.gate is not None and settings.gate_row.reads_top_k and not settings.gate_row.takes_any:
+        without.append(f"gate: {settings.gate}")
+    if without and 1 < experts <= taken:
+        raise TrainingError(
+            "every token gets all experts, so that nothing is left to choose",
+            where=", ".join(without),
+            found=f"{taken} experts per token of {experts}",
+            remedy=f"set train_top_k to {experts - 1} or less, or leave this out (the loss importance evens out weights)",
+        )
+    return top_k, notes
+
+
+def _top_k_and_notes(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
     if settings.is_joint or not settings.gate_row.reads_top_k:
         return None, []
     if settings.train_top_k is not None:
         wanted = settings.train_top_k or experts
         if wanted > experts:
-            raise TrainingError(
-                "there are fewer experts",
-                where="train_top_k",
-                found=wanted,
-                expected=f"at most {experts}, or 0 for all",
-                remedy="lower it",
-            )
+            most = f"at most {experts}, or 0 for all"
+            raise TrainingError("there are fewer experts", where="train_top_k", found=wanted, expected=most, remedy="lower it")
         return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
-    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None
+    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and settings.gate is None
     if own == 1 and experts > 1 and not has_no_router(checkpoint) and (moves_routers or settings.overflow == "random"):
         return 2, [
             "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "

@@ -258,30 +258,26 @@ class Objective(JudgedModule):
         return total
 
     def _add_router_losses(self, losses: dict[str, torch.Tensor], item: Mapping[str, torch.Tensor], trace: RouterTrace) -> None:
-        names = self.settings.losses
         said = list(trace.by_slot())
         for slot, logits in said:
             at = self._of_slot(slot, logits, item)
             logits_TE = at.rows(logits)
-            labels_T = at.each(at.labels, len(logits_TE))
             share = 1.0 / (max(self._checkpoint.slots[slot].features, 1) * len(said))
-            values: dict[str, torch.Tensor] = {}
-            if "label" in names:
-                values["label"] = domain_label(logits_TE, labels_T, self._base)
-            if "balance" in names:
-                values["balance"] = load_balance(logits_TE, self._top_k)
-            if "importance" in names:
-                values["importance"] = importance(logits_TE)
-            if "load" in names:  # noise as in V-MoE (arXiv:2106.05974), where the mixture has none of its own
-                deviation = self._checkpoint.shape.routing.noise or 1.0 / logits_TE.shape[-1]
-                noisy_TE = logits_TE + torch.randn_like(logits_TE) * deviation
-                values["load"] = load(logits_TE, noisy_TE, self._top_k, deviation)
-            if "mutual" in names:
-                values["mutual"] = mutual(logits_TE, labels_T)
-            if "z" in names:
-                values["z"] = z_loss(logits_TE)
-            for name, value in values.items():
-                losses[name] = losses.get(name, torch.zeros((), device=value.device)) + value * share
+            for name in (name for name in self.settings.losses if name in OF_ROUTERS):
+                value = self._router_loss(name, logits_TE, at.each(at.labels, len(logits_TE))) * share
+                losses[name] = losses[name] + value if name in losses else value
+
+    def _router_loss(self, name: str, logits_TE: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        if name == "label":
+            return domain_label(logits_TE, labels_T, self._base)
+        if name == "balance":
+            return load_balance(logits_TE, self._top_k)
+        if name == "load":  # noise as in V-MoE (arXiv:2106.05974), where the mixture has none of its own
+            deviation = self._checkpoint.shape.routing.noise or 1.0 / logits_TE.shape[-1]
+            return load(logits_TE, logits_TE + torch.randn_like(logits_TE) * deviation, self._top_k, deviation)
+        if name == "mutual":
+            return mutual(logits_TE, labels_T)
+        return importance(logits_TE) if name == "importance" else z_loss(logits_TE)
 
     def _add_consistency(self, losses: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor) -> None:
         """How far two passes' predictions are from each other; the text is learnt by both of them, each by half."""

@@ -28,8 +28,6 @@ Loss = Literal["lm", _Divergence, "label", "balance", "importance", "load", "mut
 """See training/losses.py."""
 
 Gate = Literal["base", "sinkhorn", "random", "domain-random", "dselect", "dense-to-sparse"]
-Overflow = Literal["drop", "next", "random"]
-Priority = Literal["position", "score"]
 """See training/gates.py."""
 
 RandomiseTo = Literal["half", "all", "others", "generic"]
@@ -43,7 +41,7 @@ WEIGHTS: dict[Loss, float] = {
     "load": 0.1,  # w_load, arXiv:1701.06538, Section 4
     "mutual": 0.001,  # w_MI, arXiv:2212.08066
     "z": 0.001,  # c_z, arXiv:2202.08906, Section 3
-    "consistency": 5.0,  # alpha, arXiv:2110.04260, as in its authors' script
+    "consistency": 2.5,  # half the alpha of arXiv:2110.04260's script: there both passes' lm is a sum, here a mean
 }
 """Weight of a loss that is named without one."""
 
@@ -115,8 +113,8 @@ class TrainSettings(BaseModel):
     train_top_k: int | None = Field(None, ge=0)
     gate: Gate | None = None
     capacity: float | None = Field(None, gt=0)
-    overflow: Overflow = "drop"
-    priority: Priority = "position"
+    overflow: Literal["drop", "next", "random"] = "drop"
+    priority: Literal["position", "score"] = "position"
     mix: Literal["equal", "proportional", "temperature"] = "equal"
     mix_temperature: float = Field(2.0, ge=1)
     generic: list[str] = []
@@ -167,8 +165,8 @@ class TrainSettings(BaseModel):
             raise ValueError(f"settings without effect here: {', '.join(found)}; remove them{needed}")
         if any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
-        if self.is_joint:
-            self._check_joint()
+        if self.is_joint and ("routers" in self.what or OF_ROUTERS & set(self.losses)):
+            raise ValueError("regime: joint trains no router: remove what and losses of routers")
         self._check_gate()
         if set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or distill")
@@ -185,12 +183,6 @@ class TrainSettings(BaseModel):
         if "consistency" in self.losses and not (self.gate_row.draws or self.overflow == "random"):
             drawing = [f"gate: {name}" for name, row in GATES.items() if row.draws]
             raise ValueError(f"consistency needs experts that are drawn: {', '.join(drawing)} or overflow: random")
-
-    def _check_joint(self) -> None:
-        """Raise ValueError for what a step that no router decides cannot train."""
-        of_routers = OF_ROUTERS & set(self.losses)
-        if "routers" in self.what or of_routers:
-            raise ValueError("regime: joint trains no router: remove what and losses of routers")
 
     @property
     def _reads_label(self) -> bool:

@@ -82,11 +82,7 @@ def traced_losses(
 
 @torch.inference_mode()
 def _losses(
-    model: PreTrainedModel,
-    sequences: Sequence[TokenSequence],
-    tokens: int,
-    advance: Advance,
-    passed: Callable[[Batch], None],
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], tokens: int, advance: Advance, passed: Callable[[Batch], None]
 ) -> list[Array32]:
     """`passed` gets every batch, as soon as the model has read it."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)

@@ -47,13 +47,7 @@ class UserMessage:
     text: str
 
 
-def inspect_text(
-    checkpoint: Checkpoint,
-    text: str | UserMessage,
-    *,
-    sequence_length: int = 512,
-    run: Run = QUIET,
-) -> TextTrace:
+def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_length: int = 512, run: Run = QUIET) -> TextTrace:
     """What the routers do with a text; what is said in a chat is shown in the chat template, up to where the answer begins.
 
     Beyond 4,096 tokens `weights` has one entry, the mean over the routers. Raises TextError for a text of fewer than two
