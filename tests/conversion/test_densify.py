@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapter_folders import UP, write_adapter
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.conversion.choice import losses_by_domain
 from modekit.conversion.dense_record import By, DenseRecord
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
 from modekit.conversion.upcycle import Upcycling, upcycle
 from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import held_out_domains
+from modekit.experts.specialist import held_out_losses
+from modekit.run import QUIET
 from modekit.sources import contents
 
 SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
@@ -97,7 +98,7 @@ def test_the_best_expert_is_that_of_the_lowest_loss(tmp_path: Path, monkeypatch:
     record = made(shop, "OUT", "best")
     scored = {name: record.losses["dense"][name] for name in record.losses["dense"]}
     domains = held_out_domains(open_checkpoint(tmp_path / "OUT"), tokens_per_domain=200, sequence_length=64)
-    assert losses_by_domain(opened(tmp_path / "DENSE").eval(), domains) == pytest.approx(scored, abs=1e-4)
+    assert held_out_losses(opened(tmp_path / "DENSE").eval(), domains, "dense", QUIET) == pytest.approx(scored, abs=1e-4)
     own = dict(opened(tmp_path / str(record.merge.expert)).named_parameters())
     assert all(torch.equal(parameter, own[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
 

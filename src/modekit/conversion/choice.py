@@ -69,7 +69,9 @@ class Chooser:
         with OpenFiles() as opened:
             read = PieceReader(opened)
             for tensor in self.run.over("merge", dense.tensors, len(dense.tensors)):
-                data = bytearray().join(stored_blocks(dense.plan, tensor, read))
+                data = bytearray()
+                for block in stored_blocks(dense.plan, tensor, read):  # each lies where the one before it lay
+                    data += block
                 found[tensor.name] = torch.frombuffer(data, dtype=torch.float32).view(tensor.shape)
         return found
 
