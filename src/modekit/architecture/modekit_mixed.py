@@ -58,7 +58,7 @@ class Mixed(nn.Module):
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         self._reads_ids = isinstance(dense, nn.Embedding)
-        self._of_several = any(True for _ in dense.children())
+        self._of_several = isinstance(dense, nn.Module) and any(True for _ in dense.children())  # a prefix has none
         bits: list[int] = list(place.get("bits", []))
         self.few_bits = [expert for expert, each in enumerate(bits) if each]
         if self.few_bits or any(self.ranks):
