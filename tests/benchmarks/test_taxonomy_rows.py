@@ -34,7 +34,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
             "trained",
             "",
             {"top_k": 2, "router": {"fit": "random"}},
-            {"steps": 2, "evaluate_every": 1, "losses": {"balance": 1.0}},
+            {"steps": 2, "evaluate_every": 1, "losses": {"importance": 1.0}},
         ),
         Gate("null expert", "", {"top_k": 1, "router": {"fit": "lexical"}, "unseen": "base"}, general=True),
     ],

@@ -95,7 +95,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
             "every token gets all experts, so that nothing is left to choose",
             where=", ".join(without),
             found=f"{taken} experts per token of {experts}",
-            remedy=f"set train_top_k to {experts - 1} or less, or leave this out (the loss importance evens out weights)",
+            remedy=f"set train_top_k to {experts - 1}, or leave this out (the loss importance evens out weights)",
         )
     return top_k, notes
 
