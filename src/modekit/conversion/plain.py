@@ -47,12 +47,12 @@ class PlainMixture:
     def opened(cls, folder: Path) -> PlainMixture:
         """Raises UnsupportedError for another architecture, SourceError."""
         config = read_config(folder, where=str(folder))
-        native = next((row for row in NATIVES if row.native_type == config["model_type"]), None)
-        if native is None or "quantization_config" in config:
+        row_of_type = next((row for row in NATIVES if row.native_type == config["model_type"]), None)
+        if row_of_type is None or "quantization_config" in config:
             raise UnsupportedError(
                 "only plain mixtures of whole FFNs have experts that can be merged",
                 where=str(folder),
-                found=f"{config['model_type']}{'' if native is None else ', quantised'}",
+                found=f"{config['model_type']}{'' if row_of_type is None else ', quantised'}",
                 expected=", ".join(dict.fromkeys(row.native_type for row in NATIVES)),
                 remedy="build with output: {format: native}, or take experts out with modekit remove",
             )
@@ -60,7 +60,7 @@ class PlainMixture:
         for file in weight_files(folder, where=str(folder)):
             tensors |= read_header(file, where=str(folder))
         names = open_checkpoint(folder).names if (folder / RECORD_FILE).exists() else []
-        mixture = cls(config, native, tensors, names)
+        mixture = cls(config, row_of_type, tensors, names)
         lacking = next((name for layer in range(mixture.layers) for name in mixture.parts(layer) if name not in tensors), None)
         if lacking is not None:
             raise UnsupportedError(
