@@ -2,7 +2,8 @@
 
     python benchmarks/whole.py train FOLDER --kind ffn --seeds 0 1 2      base and four experts, as `modekit demo` has
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only merges       weights alone: average, sums, svd, best expert
-    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only distil       the best of them, taught by the mixture
+    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only distil       the best of them, distilled from the mixture
+    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only teacher      the same with none, a quarter or all of the teacher
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only shrink       each expert twice, near duplicates merged
 
 Gap closed on the report split, mean over the four domains.
@@ -99,15 +100,18 @@ def merges(pool: Pool) -> None:
         print(f"| {name} | {pool.gap(chooser.set(merge)):.3f} |", flush=True)
 
 
-def distil(pool: Pool) -> None:
+def teacher(pool: Pool) -> None:
+    """A row per share of the text in the loss; the teacher has the rest."""
+    for text in (1.0, 0.75, 0.5, 0.0):
+        print(f"text {text:g}", end=" ")
+        distil(pool, text)
+
+
+def distil(pool: Pool, text: float = 0.75) -> None:
     """One row: before, after, and what it cost."""
     start = time.process_time()
-    asked = Densify(
-        "distil",
-        course_of(**COURSE, steps=pool.steps, evaluate_every=pool.steps // 2),
-        tokens=pool.tokens,
-        overwrite=True,
-    )
+    course = course_of(**COURSE, weights=text, steps=pool.steps, evaluate_every=pool.steps // 2)
+    asked = Densify("distil", course, tokens=pool.tokens, overwrite=True)
     record = densify(pool.mixture, asked, pool.home / "dense")
     took, row = time.process_time() - start, record.gap_closed
     print(
@@ -152,7 +156,7 @@ def _noisy(base: Path, expert: Path, out: Path) -> Path:
     return out
 
 
-STEPS: dict[str, Callable[[Pool], None]] = {"merges": merges, "distil": distil, "shrink": shrink_eight}
+STEPS: dict[str, Callable[[Pool], None]] = {"merges": merges, "distil": distil, "teacher": teacher, "shrink": shrink_eight}
 
 
 def main() -> None:

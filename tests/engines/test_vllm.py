@@ -219,6 +219,29 @@ def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family
     check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
 
 
+GATES: dict[str, dict[str, Any]] = {
+    "hash": {"top_k": 1, "router": {"fit": "hash"}},
+    "cosine": {"top_k": 2, "router": {"fit": "cosine"}},
+    "cosine-in-context": {"router": {"fit": "cosine", "granularity": "context"}},
+    "attention": {"top_k": 2, "router": {"fit": "attention"}},
+    "groups": {"groups": 2, "router": {"fit": "logistic"}},
+    "threshold": {"threshold": 0.3, "router": {"fit": "logistic"}},
+}
+
+
+@pytest.mark.parametrize("mixed", GATES.values(), ids=GATES)
+def test_gates_of_the_survey(tmp_path: Path, mixed: dict[str, Any]) -> None:
+    experts = model_experts(tmp_path, ("medicine", "law", "code"), "llama", **HEAD)
+    recipe = {"base_model": "./medicine", "experts": experts, "mixture": mixed, "output": {"format": "modekit"}}
+    checkpoint = built(tmp_path, recipe)
+    prompts = prompts_of(checkpoint, PROMPTS)
+    expected = in_transformers(checkpoint, prompts)
+    check_same(in_vllm(checkpoint, prompts), expected)
+    for expert in range(3):
+        others, far = apart(in_transformers(checkpoint, prompts, expert=expert), expected)
+        assert others or far > 10 * CLOSE
+
+
 CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 9}
 """Long prompts come in chunks, and there are so few blocks that requests are put off and begun again."""
 
