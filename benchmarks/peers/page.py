@@ -110,7 +110,7 @@ def write_page(results: Sequence[Path]) -> None:
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text("".join(json.dumps(rounded(asdict(row))) + "\n" for row in rows), encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
-    for kind in sorted(kinds):
+    for kind in sorted(kind for kind in kinds if measured(rows, kind)):
         text = put(text, kind, table(rows, kind))
         (ROWS.parent / f"{kind}.svg").write_text(picture(rows, kind), encoding="utf-8")
     PAGE.write_text(put(text, "failures", failures(rows)), encoding="utf-8")

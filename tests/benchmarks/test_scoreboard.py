@@ -161,14 +161,19 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pyte
     other = tmp_path / "other" / "full-seed1"
     other.mkdir(parents=True)
     (other / "base.json").write_text(json.dumps(_row("base", 4.0, 3.0, 2.0, seed=1).__dict__))
+    alone = tmp_path / "other" / "adapters-seed0"  # nothing but a row that failed
+    alone.mkdir()
+    (alone / "x.json").write_text(json.dumps(replace(_row("x", 1, 1, 1), kind="adapters", failure="why").__dict__))
     page.ROWS.parent.mkdir()
     before = [_row("gone", 1, 1, 1), *(replace(row, kind="ffn") for row in rows[:2])]
     page.ROWS.write_text("".join(json.dumps(row.__dict__) + "\n" for row in before))
     page.write_page([tmp_path / "results", tmp_path / "other"])
     text = page.PAGE.read_text()
-    assert "old" not in text and "prose" in text and "own expert" in text and "| x | full 0 | why |" in text
+    assert "old" not in text and "prose" in text and "own expert" in text and "| x | adapters 0, full 0 | why |" in text
     kept = [json.loads(line) for line in page.ROWS.read_text().splitlines()]
-    assert [row["kind"] for row in kept] == ["ffn"] * 2 + ["full"] * 4 and "gone" not in {row["peer"] for row in kept}
+    assert [row["kind"] for row in kept] == ["adapters"] + ["ffn"] * 2 + ["full"] * 4 and "gone" not in {
+        row["peer"] for row in kept
+    }
 
 
 def test_the_picture_has_every_row_in_order() -> None:
