@@ -6,9 +6,9 @@
     python benchmarks/scoreboard.py FOLDER --kinds adapters-eight             pools that are hard to route: peers/parts.py
     python benchmarks/scoreboard.py FOLDER --page [OTHER ...]                 the tables of scoreboard.md, and the rows beside
 
-A row is made and scored in a process of its own and kept in FOLDER/scoreboard; the command goes on where it was stopped. It is
-no command of modekit, since peers bring packages and environments of their own, which it makes in
-FOLDER/scoreboard/environments.
+A row is made and scored in a process of its own and kept in FOLDER/scoreboard; the command goes on where it was stopped. Two
+that run at once share the rows. It is no command of modekit, since peers bring packages and environments of their own, which it
+makes in FOLDER/scoreboard/environments.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # draws the pictures of docs, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not wait for threads of its parent
 
+from filelock import FileLock
 from transformers.utils import logging
 
 from peers.every import PEERS
@@ -52,8 +53,10 @@ def main() -> None:
     if said.page is not None:
         write_page([results, *(folder.resolve() / "scoreboard" for folder in said.page)])
         return
+    results.mkdir(exist_ok=True)
     for seed in said.seeds:
-        pools = [open_pool(said.folder.resolve(), kind, seed, results) for kind in said.kinds]
+        with FileLock(results / "pools.lock"):
+            pools = [open_pool(said.folder.resolve(), kind, seed, results) for kind in said.kinds]
         for peer, scored in product(PEERS, pools):
             words = f"{peer.name} {peer.source}"
             if (said.only and not any(each in words for each in said.only)) or any(each in words for each in said.without):

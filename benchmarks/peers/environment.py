@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy
 import torch
+from filelock import FileLock
 
 from peers.peer import Unsuitable
 
@@ -43,6 +44,11 @@ class Package:
 
     def prepare(self, environments: Path) -> None:
         """Make its environment, unless there is one of the same packages. torch comes from where pip takes it here."""
+        environments.mkdir(parents=True, exist_ok=True)
+        with FileLock(environments / f"{self.name}.lock"):
+            self._install(environments)
+
+    def _install(self, environments: Path) -> None:
         home, wanted = environments / self.name, [f"{self.name}=={self.version}", TORCH, *self.pins]
         ready = home / READY
         if ready.exists() and json.loads(ready.read_text()) == wanted:

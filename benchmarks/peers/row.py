@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from peers.peer import Peer, Unsuitable
 from peers.pool import Scored
 from peers.score import engines, milliseconds_per_token, scores, size, texts_of
@@ -60,23 +62,30 @@ def path_of(results: Path, peer: Peer, scored: Scored) -> Path:
 
 def read_rows(results: Path) -> list[Row]:
     """All that are there."""
-    return [Row(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("*-seed*/*.json"))]
+    return [_kept(path) for path in sorted(results.glob("*-seed*/*.json"))]
 
 
 def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: float) -> Row:
-    """The row that is there, or a new one; a process that takes longer is killed with all that it started."""
+    """The row that is there, or a new one, unless another run makes it right now."""
     path, pool = path_of(results, peer, scored), scored.pool
-    if path.exists():
-        return Row(**json.loads(path.read_text(encoding="utf-8")))
     blank = Row(peer.name, peer.source, pool.kind, pool.seed)
     if pool.trained not in peer.kinds:
         return Row(**{**asdict(blank), "failure": "not for these experts"})
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        peer.prepare(pool.environments)
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            return _kept(path) if path.exists() else _made(peer, scored, path, blank, tokens, minutes)
+    except Timeout:
+        return Row(**{**asdict(blank), "failure": "another run makes it"})
+
+
+def _made(peer: Peer, scored: Scored, path: Path, blank: Row, tokens: int, minutes: float) -> Row:
+    """A new row, kept at `path`; a process that takes longer is killed with all that it started."""
+    try:
+        peer.prepare(scored.pool.environments)
     except Unsuitable as error:
         _write(Row(**{**asdict(blank), "failure": str(error)}), path)
-        return run(peer, scored, results, tokens=tokens, minutes=minutes)
+        return _kept(path)
     child = multiprocessing.get_context("fork").Process(target=_measure, args=(peer, scored, path, blank, tokens))
     child.start()
     child.join(60 * minutes)
@@ -91,6 +100,10 @@ def run(peer: Peer, scored: Scored, results: Path, *, tokens: int, minutes: floa
         if child.exitcode is not None and child.exitcode < 0 and not slow:
             return ended  # somebody stopped it: the next run makes the row
         _write(ended, path)
+    return _kept(path)
+
+
+def _kept(path: Path) -> Row:
     return Row(**json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from pools import tiny_pool
 
 from modekit.demo.text import DOMAINS, UNSEEN
@@ -46,6 +47,15 @@ def test_a_row_is_measured_once_and_kept(scored: Scored, tmp_path: Path) -> None
         raise AssertionError
 
     assert run(Formula("base", fails, "bound"), scored, tmp_path, tokens=200, minutes=1) == row
+
+
+def test_a_row_that_another_run_makes_is_left_to_it(scored: Scored, tmp_path: Path) -> None:
+    peer = Formula("base", lambda pool, out: Made(pool.base), "bound")
+    path = path_of(tmp_path, peer, scored)
+    path.parent.mkdir(parents=True)
+    with FileLock(path.with_suffix(".lock")):
+        assert run(peer, scored, tmp_path, tokens=20, minutes=1).failure == "another run makes it" and not path.exists()
+    assert not run(peer, scored, tmp_path, tokens=20, minutes=1).failure and path.exists()
 
 
 def test_why_there_is_no_row_stands_in_the_row(scored: Scored, tmp_path: Path) -> None:
