@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from modekit.experts.distill.kept_logits import FullLogits, LoadedTeacher, TopLogits, predicted_in
+from modekit.experts.distill.kept_logits import FullLogits, LoadedTeacher, TopLogits
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, HeldOutText, Lesson, Student, kl_to_teacher
 from modekit.text.sequences import TokenSequence
-from modekit.training.batches import Batches, DomainSequences, plan_parts
+from modekit.training.batches import Batches, DomainSequences, plan_parts, predicted_in
 from modekit.training.losses import DIVERGENCES, distillation, divergence
 from modekit.training.settings import train_settings
 
@@ -166,14 +166,14 @@ def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> No
     for text in texts:
         ids, first = torch.tensor([text.ids]), 1 if text.tag is None else 2
         with torch.no_grad():
-            ours, theirs = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in (student.student, teacher._model))
+            ours, theirs = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in (student.model, teacher._model))
         cross_entropy -= float(ours.gather(-1, ids[0, first:, None]).sum())
         distance += float((theirs.exp() * (theirs - ours)).sum())
     student(**item)
     figures = student.drain()
     assert figures[CROSS_ENTROPY] == pytest.approx(cross_entropy / 63, rel=1e-5)
     assert figures[DISTILLATION] == pytest.approx(distance / 63, rel=1e-4)
-    assert kl_to_teacher(student.student, student._lesson, HeldOutText(texts, 0)) == pytest.approx(distance / 63, rel=1e-4)
+    assert kl_to_teacher(student.model, student._lesson, HeldOutText(texts, 0)) == pytest.approx(distance / 63, rel=1e-4)
 
 
 def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:
@@ -184,7 +184,7 @@ def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:
 
 def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path: Path) -> None:
     student = student_of()
-    assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"student"}
+    assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"model"}
     student(**batch_of([LONG]))["loss"].backward()
     teacher = student._lesson.teacher
     assert isinstance(teacher, LoadedTeacher)

@@ -277,7 +277,7 @@ def test_both_forms_choose_alike_with_the_same_gradients(tmp_path: Path, family:
             objective, item = objective_of(checkpoint, settings_of(losses=losses, **changes))
             loss = objective(**item)["loss"]
             loss.backward()
-            gates = mixture_of(objective.mixture, checkpoint).gates()
+            gates = mixture_of(objective.model, checkpoint).gates()
             found.append((float(loss.detach()), [gate.grad for gate in gates], objective.drain()))
         (first, one, logged), (second, two, again) = found
         assert first == pytest.approx(second, rel=1e-4), changes
@@ -419,7 +419,7 @@ def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str
     shares = []
     for losses in ({"lm": 1.0}, {"lm": 1.0, loss: 1.0}):
         objective, item = objective_of(checkpoint, settings_of(losses=losses))
-        gates = mixture_of(objective.mixture, checkpoint).gates()
+        gates = mixture_of(objective.model, checkpoint).gates()
         with torch.no_grad():
             for gate in gates:
                 gate *= 10  # decided, and for few of the experts
@@ -428,8 +428,8 @@ def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str
             optimizer.zero_grad()
             objective(**item)["loss"].backward()
             optimizer.step()
-        with torch.no_grad(), mixture_of(objective.mixture, checkpoint).traced() as trace:
-            objective.mixture(input_ids=item["input_ids"])
+        with torch.no_grad(), mixture_of(objective.model, checkpoint).traced() as trace:
+            objective.model(input_ids=item["input_ids"])
             logits = torch.cat([each.flatten(0, -2) for each in trace])
         shares.append(float(own(logits, 2).mean(0).max()))
         assert load_balance(logits, 2) >= 0

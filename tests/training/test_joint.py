@@ -165,7 +165,7 @@ def test_forcing_an_expert_leaves_the_common_one_out_and_teaching_does_not(works
     base = load_model(workshop.root / "base")
     with torch.inference_mode():
         torch.testing.assert_close(common, base.model(input_ids=ids)[0])
-    with flow_of(model).without_common(), loaded.on_own_text(1):
+    with flow_of(model).changed(common=0.0), loaded.on_own_text(1):
         torch.testing.assert_close(hidden(), own)
 
 

@@ -173,41 +173,18 @@ class Flow:
         self.__dict__.update(held)
 
     @contextmanager
-    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> Iterator[None]:
+    def changed(self, **attributes: Any) -> Iterator[None]:
+        """While open, some attributes have other values."""
+        before = {name: getattr(self, name) for name in attributes}
+        self.hold(attributes)
+        try:
+            yield
+        finally:
+            self.hold(before)
+
+    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> AbstractContextManager[None]:
         """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""
-        before = self.forced, self.solo, self.beside
-        self.forced, self.solo, self.beside = expert, solo, beside
-        try:
-            yield
-        finally:
-            self.forced, self.solo, self.beside = before
-
-    @contextmanager
-    def without_common(self) -> Iterator[None]:
-        """While open, the chosen experts have no common one beside them."""
-        before, self.common = self.common, 0.0
-        try:
-            yield
-        finally:
-            self.common = before
-
-    @contextmanager
-    def leaving_out(self, expert: int) -> Iterator[None]:
-        """While open, an expert gets no weight."""
-        before, self.left_out = self.left_out, expert
-        try:
-            yield
-        finally:
-            self.left_out = before
-
-    @contextmanager
-    def listening(self, listener: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-        """While open, every router tells its logits."""
-        before, self.listener = self.listener, listener
-        try:
-            yield
-        finally:
-            self.listener = before
+        return self.changed(forced=expert, solo=solo, beside=beside)
 
 
 class Recomputing:

@@ -40,7 +40,8 @@ def _run(x: torch.Tensor, modules: list[nn.Module], weights_P: torch.Tensor) -> 
     if not taken:  # capacity left these tokens no expert
         return torch.zeros_like(modules[0](x))
     if len(taken) == 1 and float(taken[0][1]) == 1.0 and not taken[0][1].requires_grad:
-        return taken[0][0](x)  # type: ignore[no-any-return]
+        alone: torch.Tensor = taken[0][0](x)
+        return alone
     every = [(dict(module.named_parameters()), weight) for module, weight in taken]
     first = every[0][0]
     if any(each.is_meta or not each.is_floating_point() for each in first.values()):
@@ -49,4 +50,5 @@ def _run(x: torch.Tensor, modules: list[nn.Module], weights_P: torch.Tensor) -> 
         name: torch.stack([weight * each[name].float() for each, weight in every]).sum(0).to(one.dtype)
         for name, one in first.items()
     }
-    return torch.func.functional_call(taken[0][0], mean, (x,))  # type: ignore[no-any-return]
+    y: torch.Tensor = torch.func.functional_call(taken[0][0], mean, (x,))
+    return y

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,86 +23,65 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_modekit import family_config
 from .modekit_flow import Flow
-from .modekit_router import one_hot, places_of
+from .modekit_router import one_hot
 from .modekit_whole import connect, own_head
-from .modeling_modekit import PADDING, InBoth, ModekitModel, asks_for_log, finish_pass, initialise, install, logged, start_pass
+from .modeling_modekit import PADDING, InBoth, ModekitModel, asks_for_log, finish_pass, install, logged, members_of, start_pass
 
 _IDS, _WEIGHTS = "source_ids", "source_weights"
 """Entries of an encoder's output."""
 
 
-class _BeforeEncoder:
-    """Tells the routers what the source is. An object and no function, so that a copy of a model has one with its own flow.
-
-    Passes of one thread at a time: `generate` calls the encoder by itself.
-    """
-
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        flow, given = self._flow, _given(module, args, kwargs)
-        flow.begin()
-        flow.encoding, flow.source_weights = True, None
-        start_pass(flow, given)
-        flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
-        _check_one_each(flow, given)
+# Hooks get the flow as a bound argument, which is copied with the model: a copy has its own.
 
 
-class _AfterEncoder:
-    """Lets the source's ids, and what one router for all places says of it, go with the output."""
-
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
-
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        flow = self._flow
-        try:
-            flow.encoding, flow.fresh = False, {}
-            if output is not None:
-                self._carry(output)
-        finally:
-            flow.end()
-
-    def _carry(self, output: Any) -> None:
-        flow = self._flow
-        leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
-        if len(leaders) == 1:
-            (leader,) = leaders.values()
-            if leader.weights is not None:  # it stands in the encoder, and says the same of every token
-                flow.source_weights = leader.weights[:, :1]
-        for name, carried in ((_IDS, flow.source_ids_BS), (_WEIGHTS, flow.source_weights)):
-            if carried is not None and hasattr(output, "keys"):
-                output[name] = carried
+def _before_encoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the routers what the source is. Passes of one thread at a time: `generate` calls the encoder by itself."""
+    given = _given(module, args, kwargs)
+    flow.begin()
+    flow.encoding, flow.source_weights = True, None
+    start_pass(flow, given)
+    flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
+    _check_one_each(flow, given)
 
 
-class _BeforeDecoder:
-    """Tells the routers which tokens are pads, where their averages stood, and whose the target is, where one says so: it may
+def _after_encoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+    """Let the source's ids, and what one router for all places says of it, go with the output."""
+    try:
+        flow.encoding, flow.fresh = False, {}
+        if output is not None:
+            _carry(flow, output)
+    finally:
+        flow.end()
+
+
+def _carry(flow: Flow, output: Any) -> None:
+    leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
+    if len(leaders) == 1:
+        (leader,) = leaders.values()
+        if leader.weights is not None:  # it stands in the encoder, and says the same of every token
+            flow.source_weights = leader.weights[:, :1]
+    for name, carried in ((_IDS, flow.source_ids_BS), (_WEIGHTS, flow.source_weights)):
+        if carried is not None and hasattr(output, "keys"):
+            output[name] = carried
+
+
+def _before_decoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the routers which tokens are pads, where their averages stood, and whose the target is, where one says so: it may
     be another expert's than the source was.
     """
-
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        flow, given = self._flow, _given(module, args, kwargs)
-        flow.begin()
-        start_pass(flow, {**given, **flow.told})
-        flow.told_weights = _told_weights(flow, given)
+    given = _given(module, args, kwargs)
+    flow.begin()
+    start_pass(flow, {**given, **flow.told})
+    flow.told_weights = _told_weights(flow, given)
 
 
-class _AfterDecoder:
-    """Keeps the routers' averages beside the keys and values."""
-
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
-
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        try:
-            if output is not None:
-                finish_pass(self._flow, output)
-        finally:
-            self._flow.end()
+def _after_decoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+    """Keep the routers' averages beside the keys and values."""
+    try:
+        if output is not None:
+            finish_pass(flow, output)
+    finally:
+        flow.end()
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -145,15 +124,10 @@ class MixtureForSeq2SeqLM(InBoth):
         install(self, "", config, flow)  # type: ignore[arg-type]
         connect(self, flow.mixed)
         encoder, decoder = self.get_encoder(), self.get_decoder()  # type: ignore[attr-defined]
-        encoder.register_forward_pre_hook(_BeforeEncoder(flow), with_kwargs=True)
-        encoder.register_forward_hook(_AfterEncoder(flow), with_kwargs=True, always_call=True)
-        decoder.register_forward_pre_hook(_BeforeDecoder(flow), with_kwargs=True)
-        decoder.register_forward_hook(_AfterDecoder(flow), with_kwargs=True, always_call=True)
+        for part, before, after in ((encoder, _before_encoder, _after_encoder), (decoder, _before_decoder, _after_decoder)):
+            part.register_forward_pre_hook(functools.partial(before, flow), with_kwargs=True)
+            part.register_forward_hook(functools.partial(after, flow), with_kwargs=True, always_call=True)
         self.post_init()  # type: ignore[attr-defined]
-
-    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
-        self.base_model.flow.forced = places_of(expert, self.config.modekit)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the family does; where it is interrupted in the encoder, which it runs by itself, that pass is over."""
@@ -170,26 +144,14 @@ class MixtureForSeq2SeqLM(InBoth):
             inputs[PADDING] = mask
         return inputs
 
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module)
-        super()._init_weights(module)  # type: ignore[misc]
-
 
 @functools.cache
 def pair_class(config_class: Any) -> Any:
     """The model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     dense = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[dense_config]
-    members = {
-        "__module__": __name__,
-        "config_class": config_class,
-        "_can_compile_fullgraph": False,
-        "_tp_plan": {},
-        "__qualname__": f"ModekitForSeq2SeqLM_{dense_config.model_type}",
-        "forward": _forward_of(dense),
-        "_auto_class": "AutoModelForSeq2SeqLM",
-    }
-    return type("ModekitForSeq2SeqLM", (MixtureForSeq2SeqLM, dense), members)
+    members = {**members_of(config_class, "ModekitForSeq2SeqLM"), "__module__": __name__, "forward": _forward_of(dense)}
+    return type("ModekitForSeq2SeqLM", (MixtureForSeq2SeqLM, dense), {**members, "_auto_class": "AutoModelForSeq2SeqLM"})
 
 
 def _forward_of(dense: Any) -> Callable[..., Any]:

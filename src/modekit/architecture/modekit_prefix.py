@@ -112,7 +112,7 @@ class MixedPrefix(Mixed):
         return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in own]
 
     def keep(self, expert: int, found: tuple[torch.Tensor, torch.Tensor, Pair]) -> None:
-        """Make an expert's keys and values of what a layer has of it, and of a pass that told how the layer turns keys."""
+        """Make an expert's keys and values of what is stored here, and of a pass that showed how the layer rotates keys."""
         keys_BHTC, values_BHTC, (cos, sin) = found
         if expert in self.prompted:
             self.pairs[expert] = keys_BHTC[0], values_BHTC[0]

@@ -7,6 +7,7 @@ Shape legend: B batch, S sequence, D width, E experts, Q and K tokens that atten
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,27 +55,20 @@ class MixedBuckets(MixedPositions):
     """Relative positions as T5 has them: a bias per head for the bucket of every distance, the same for all sequences."""
 
     def forward(self, buckets_QK: torch.Tensor) -> torch.Tensor:
-        """(Q, K, B H), or (Q, K, H) of one expert alone; see `BiasBySequence`."""
+        """(Q, K, B H), or (Q, K, H) of one expert alone; see `bias_by_sequence`."""
         return self._by_sequence(
             lambda module: module(buckets_QK), lambda y, weight_B: (weight_B[:, None] * y[:, :, None]).flatten(2)
         )
 
 
-class BiasBySequence:
-    """Stands for T5's `compute_bias`, which makes (1, H, Q, K) of what its embedding says: (B, H, Q, K) where sequences differ.
+def bias_by_sequence(attention: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """In place of T5's `compute_bias`, which makes (1, H, Q, K): (B, H, Q, K) where sequences differ.
 
-    An object and no function, so that a copy of a model has one with its own attention.
+    The attention is a bound argument, which is copied with the model: a copy has its own.
     """
-
-    def __init__(self, attention: Any) -> None:
-        self._attention = attention
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Arguments as the attention's own."""
-        attention = self._attention
-        bias = type(attention).compute_bias(attention, *args, **kwargs)
-        of_sequences: torch.Tensor = bias.unflatten(1, (-1, attention.n_heads))[0]
-        return of_sequences
+    bias = type(attention).compute_bias(attention, *args, **kwargs)
+    of_sequences: torch.Tensor = bias.unflatten(1, (-1, attention.n_heads))[0]
+    return of_sequences
 
 
 class SharedEmbedding(nn.Module):
@@ -140,7 +134,7 @@ def connect(model: Any, mixed: dict[str, Mixed]) -> None:
     for name, place in mixed.items():
         if isinstance(place, MixedBuckets):
             attention = model.get_submodule(name.rpartition(".")[0])
-            attention.compute_bias = BiasBySequence(attention)
+            attention.compute_bias = partial(bias_by_sequence, attention)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, part in model.named_modules():
         ties = part._tied_weights_keys if isinstance(part, PreTrainedModel) else None

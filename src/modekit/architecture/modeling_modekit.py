@@ -42,6 +42,15 @@ class InBoth:
     config: Any
     base_model: Any
 
+    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
+        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
+        self.base_model.flow.forced = places_of(expert, self.config.modekit)
+        prepare_ahead(self.base_model)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module)
+        super()._init_weights(module)  # type: ignore[misc]
+
     def _set_gradient_checkpointing(self, *, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
         if gradient_checkpointing_func is not None:
             places = self.config.modekit["places"]
@@ -74,15 +83,6 @@ class MixtureModel(InBoth):
         install(self, prefix, config, self.flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
-    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
-        self.flow.forced = places_of(expert, self.config.modekit)
-        prepare_ahead(self)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module)
-        super()._init_weights(module)  # type: ignore[misc]
-
 
 class MixtureForCausalLM(InBoth):
     """Mixed into a family's causal language model: its base model and, where the config says so, its head are mixtures."""
@@ -95,11 +95,6 @@ class MixtureForCausalLM(InBoth):
         inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
         install(self, "", config, flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
-
-    def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
-        """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
-        self.base_model.flow.forced = places_of(expert, self.config.modekit)
-        prepare_ahead(self.base_model)
 
     def prepare_inputs_for_generation(
         self, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
@@ -114,10 +109,6 @@ class MixtureForCausalLM(InBoth):
         if attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
             inputs[PADDING] = attention_mask
         return inputs
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module)
-        super()._init_weights(module)  # type: ignore[misc]
 
 
 def _inner(causal: Any) -> Any:
@@ -165,7 +156,7 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
     kind, dense_causal = causal_class(dense_config)
-    members = {**_members(config_class, f"Modekit{kind}"), "forward": _causal_forward_of(dense_causal)}
+    members = {**members_of(config_class, f"Modekit{kind}"), "forward": _causal_forward_of(dense_causal)}
     causal = type(f"Modekit{kind}", (MixtureForCausalLM, dense_causal), {**members, "_auto_class": f"AutoModel{kind}"})
     dense_model = MODEL_MAPPING.get(dense_config, None)
     return dense_model and _mixture_class(dense_model, config_class), causal
@@ -174,11 +165,12 @@ def family_classes(config_class: Any) -> tuple[Any, Any]:
 @functools.cache
 def _mixture_class(dense_model: Any, config_class: Any) -> Any:
     """A base model's class with a mixture's pass."""
-    members = {**_members(config_class, "ModekitModel"), "forward": _forward_of(dense_model), "_auto_class": "AutoModel"}
+    members = {**members_of(config_class, "ModekitModel"), "forward": _forward_of(dense_model), "_auto_class": "AutoModel"}
     return type("ModekitModel", (MixtureModel, dense_model), members)
 
 
-def _members(config_class: Any, name: str) -> dict[str, Any]:
+def members_of(config_class: Any, name: str) -> dict[str, Any]:
+    """What all classes of a family have."""
     # generate must not compile the whole pass on its own: what is kept between passes changes shape with the batch.
     members = {"__module__": __name__, "config_class": config_class, "_can_compile_fullgraph": False, "_tp_plan": {}}
     return {**members, "__qualname__": f"{name}_{config_class.__mro__[1].model_type}"}

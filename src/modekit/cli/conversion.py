@@ -74,8 +74,8 @@ def densify(
     by: Annotated[
         Literal["distil", "average", "sum", "best", "svd"],
         typer.Option(
-            help="distil: the best merge, taught by the mixture; average: the mean of the experts; sum: of their differences; "
-            "svd: of low-rank parts of these; best: one expert."
+            help="distil: the best merge, then distilled from the mixture; average: the mean of the experts; sum: of their "
+            "differences; svd: of low-rank parts of these; best: one expert."
         ),
     ] = "distil",
 ) -> None:

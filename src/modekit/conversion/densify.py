@@ -4,7 +4,7 @@
     sum       base + scale * the sum of their differences (task arithmetic, arXiv 2212.04089)
     svd       base + scale * the sum of their differences' best low-rank parts (OneS, arXiv 2201.10890)
     best      the one expert with the lowest loss on the text of all domains
-    distil    the best of these, taught by the mixture on its own text (Switch Transformers, arXiv 2101.03961)
+    distil    the best of these, then distilled from the mixture on its own text (Switch Transformers, arXiv 2101.03961)
 
     DENSE.training/      states of a distillation, so that the same command goes on after a kill or Ctrl-C
     DENSE                a plain model folder with the mixture's tokenizer
@@ -122,9 +122,13 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
 
 
 def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingText]:
-    """Text of every domain that has any. Raises TextError where there is none and something must be measured."""
-    needs_text = asked.by in ("distil", "best")
-    if not asked.texts and not needs_text and not any(expert.text for expert in checkpoint.record.recipe.experts):
+    """Text of every domain that has any, to distil on or to choose a merge by; none where the merge is given.
+
+    Raises TextError where there is none and something must be measured.
+    """
+    needs_text, chooses = asked.by in ("distil", "best"), asked.by in ("sum", "svd") and asked.scale is None
+    known = asked.texts or any(expert.text for expert in checkpoint.record.recipe.experts)
+    if not needs_text and not (chooses and known):
         return []
     return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run)
 
@@ -156,7 +160,7 @@ class _Work:
         return record
 
     def distil(self) -> DenseRecord:
-        """Teach the best merge, and write the best state of that."""
+        """Distil the mixture into the best merge, and write the best state."""
         merge, report, folder = self._best(), self._report(), self.folder
         student = self.chooser.set(merge)
         start = held_out_losses(student, report, "the merge", self.run)
@@ -206,8 +210,6 @@ class _Work:
 
     def _report(self) -> list[Domain]:
         """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none."""
-        if not self.texts:
-            return []
         scored = self.checkpoint.scored_on(self.asked.texts, self.asked.root)
         seen = {mark for text in self.texts for mark in (*text.trained_on, *text.selected_by)}
         length = self.asked.course.settings.sequence_length
@@ -236,6 +238,7 @@ class _Work:
         if self.checkpoint.record.trained:
             notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
         if outcome is not None:
+            notes += [outcome.stopped] if outcome.stopped else []
             if not outcome.improved:
                 notes.append("no state of the distillation was better on held-out text than the merge that it began from")
             distilled = Distilled(

@@ -1,4 +1,4 @@
-"""The mixture taught to one dense model: the training of a mixture (training/engine.py) with a student in its place."""
+"""The mixture distilled into one dense model: the training of a mixture (training/engine.py) with a student in its place."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.experts.distill.kept_logits import LoadedTeacher
 from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
-from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
-from modekit.training.end_to_end import in_bfloat16
+from modekit.training.end_to_end import loop_of
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.settings import TrainSettings, train_settings
@@ -64,15 +63,7 @@ def teach(
     steps = settings.steps or steps_of_one_pass(corpora, settings)
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
     lesson = Lesson(LoadedTeacher(teacher, checkpoint.vocabulary), checkpoint.vocabulary, course.lesson)
-    loop = LoopSettings(
-        steps,
-        1,
-        settings.warmup,
-        settings.clip,
-        settings.seed,
-        in_bfloat16(settings, student.device),
-        seconds=None if course.minutes is None else 60 * course.minutes,
-    )
+    loop = loop_of(settings, steps, student.device, seconds=None if course.minutes is None else 60 * course.minutes)
     module = Student(student, lesson, settings, steps)
     return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)
 
@@ -80,4 +71,4 @@ def teach(
 def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
     """Give the student the weights of the best state."""
     best = load_file(outcome.best_state(folder))
-    student.load_state_dict({name.removeprefix("student."): value for name, value in best.items()}, strict=False)
+    student.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)

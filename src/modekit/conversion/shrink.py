@@ -12,8 +12,6 @@ Shape legend: L layers, E experts, T tokens of a batch, K experts per token.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,13 +33,14 @@ from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
 from modekit.files.write import copy_file, write_json
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
-from modekit.loaded.passes import losses_of
+from modekit.loaded.passes import losses_of, removed
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.tokenizer import copied_files
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import TRAINED_FILE
+from modekit.training.states_folder import digest_of_data
 
 SHRINK_FILE = "shrink.json"
 _LENGTH, _SHORTEST = 512, 64
@@ -99,7 +98,7 @@ def shrink(folder: Path, asked: Shrinking, out: Path, *, run: Run = QUIET) -> Sh
     with OpenFiles() as opened:
         groups = _groups(plain, opened, chosen, asked.to, run)
         record = ShrinkRecord(mixture=folder.name, experts=plain.experts, to=asked.to, groups=groups, names=plain.names)
-        digest = hashlib.sha256(json.dumps([record.model_dump(), plain.identity, chosen.tolist()]).encode()).hexdigest()
+        digest = digest_of_data([record.model_dump(), plain.identity, chosen.tolist()])
         replace = replaced_by(asked.overwrite)
         with staging(out, f"shrink {digest}", "model", sources=(folder,), replace=replace, sync=run.sync) as stage:
             write_smaller(plain, opened, groups, chosen, stage, run)
@@ -143,11 +142,8 @@ def _counts(model: PreTrainedModel, plain: PlainMixture, sequences: Sequence[Tok
             layer.get_submodule(plain.native.router_module).register_forward_hook(partial(count, place, given.mask.flatten()))
             for place, layer in enumerate(decoder_layers(model))
         ]
-        try:
+        with removed(handles):
             losses_of(model, given)
-        finally:
-            for handle in handles:
-                handle.remove()
     return counts_LE
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from modekit.errors import TrainingError
@@ -40,16 +40,19 @@ class TrainedModule(nn.Module):
     """A model with its loss: a batch goes in, {"loss": ...} comes out, times `factor` where that is given.
 
     Attributes:
-        prefix: name of the submodule that is trained, with which a state's names begin.
+        model: the submodule that is trained, with whose name a state's names begin.
         config: of the model.
-        moving: names of the parameters that move, within the submodule.
+        moving: names of the parameters that move, within the model.
         skips_parameters: whether a step may leave some that move without a gradient.
     """
 
-    prefix: str
-    config: Any
-    moving: list[str]
     skips_parameters = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config  # where accelerate looks for sizes and for layers to shard
+        self.moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Of the module's parameters, as they are named and sharded when training begins."""
@@ -125,8 +128,7 @@ def run_all_steps(
         last = state_to_resume(folder) if folder is not None else None
         arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
         with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
-            callbacks = [StepReport(module, run), *([_StateEvery()] if folder is not None else [])]
-            trainer = ModuleTrainer(module, batches, loop, arguments, callbacks)
+            trainer = ModuleTrainer(module, batches, loop, arguments, [_StateEvery()] if folder is not None else [], run)
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:
@@ -201,6 +203,7 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         loop: LoopSettings,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback],
+        run: Run,
     ) -> None:
         super().__init__(
             model=module,
@@ -213,11 +216,10 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is per step, not per part: `compute_loss` sees to it
         self._module = module
-        self._moving = {f"{module.prefix}.{name}" for name in module.moving}
-        self._batches = batches
+        self._moving = {f"model.{name}" for name in module.moving}
+        self._batches, self._run = batches, run
         self._loop, self._began = loop, time.monotonic()
-        if loop.seconds is not None:
-            self.add_callback(_StopWhen(self._elapsed))
+        self.add_callback(_StepReport(module, run, self.elapsed))
         if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -244,11 +246,11 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         rest, least = max(1, num_training_steps - warm), self._loop.least
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,
-            lambda step: min((step + 1) / warm, max(least, 1.0 - max((step - warm) / rest, self._elapsed()))),
+            lambda step: min((step + 1) / warm, max(least, 1.0 - max((step - warm) / rest, self.elapsed()))),
         )
         return self.lr_scheduler
 
-    def _elapsed(self) -> float:
+    def elapsed(self) -> float:
         """The share of its time that is over, at most 1; 0 without a limit."""
         seconds = self._loop.seconds
         return 0.0 if seconds is None else min(1.0, (time.monotonic() - self._began) / max(seconds, 1e-9))
@@ -314,11 +316,11 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
         """Nothing: what does not move is not in the file."""
 
 
-class StepReport(TrainerCallback):  # type: ignore[misc]
-    """Reports every step, and tells the module of the steps before a kill."""
+class _StepReport(TrainerCallback):  # type: ignore[misc]
+    """Reports every step, gives the module the log of the steps before a kill, and ends the training when its time is over."""
 
-    def __init__(self, module: TrainedModule, run: Run) -> None:
-        self._module, self._progress = module, run.progress
+    def __init__(self, module: TrainedModule, run: Run, elapsed: Callable[[], float]) -> None:
+        self._module, self._progress, self._elapsed = module, run.progress, elapsed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What is kept, before the first step."""
@@ -326,8 +328,11 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
         self._report(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """How many steps are done."""
+        """How many steps are done; of a training whose time is over, the last state is judged and kept."""
         self._report(state)
+        if self._elapsed() >= 1.0:
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """The loss of the step."""
@@ -337,18 +342,6 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
     def _report(self, state: Any, detail: str = "") -> None:
         if state.is_world_process_zero:
             self._progress(f"train{detail}", state.global_step, state.max_steps)
-
-
-class _StopWhen(TrainerCallback):  # type: ignore[misc]
-    """Ends the training when its time is over; what it has come to is judged and kept."""
-
-    def __init__(self, elapsed: Callable[[], float]) -> None:
-        self._elapsed = elapsed
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._elapsed() >= 1.0:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
 
 
 class _StateEvery(TrainerCallback):  # type: ignore[misc]

@@ -6,7 +6,7 @@ Shape legend: B batch, S sequence, O output features, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -66,29 +66,21 @@ class ModekitMixture(LoadedMixture):
         numbers = self._numbers()
         flow_of(self.model).chooser = lambda place, logits, weights: chooser(numbers[place], logits, weights)
 
-    @contextmanager
-    def forced(self, expert: int) -> Iterator[None]:
+    def forced(self, expert: int) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
-        with flow_of(self.model).forcing(expert):
-            yield
+        return flow_of(self.model).forcing(expert)
 
-    @contextmanager
-    def on_own_text(self, expert: int) -> Iterator[None]:
+    def on_own_text(self, expert: int) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
-        with flow_of(self.model).forcing(expert, beside=True):
-            yield
+        return flow_of(self.model).forcing(expert, beside=True)
 
-    @contextmanager
-    def without_common(self) -> Iterator[None]:
+    def without_common(self) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
-        with flow_of(self.model).without_common():
-            yield
+        return flow_of(self.model).changed(common=0.0)
 
-    @contextmanager
-    def left_out(self, expert: int) -> Iterator[None]:
+    def left_out(self, expert: int) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
-        with flow_of(self.model).leaving_out(expert):
-            yield
+        return flow_of(self.model).changed(left_out=expert)
 
     @contextmanager
     def traced(self) -> Iterator[RouterTrace]:
@@ -98,7 +90,7 @@ class ModekitMixture(LoadedMixture):
         def said(place: str, logits: torch.Tensor) -> None:
             trace.said[numbers[place]] = logits
 
-        with flow_of(self.model).listening(said):
+        with flow_of(self.model).changed(listener=said):
             yield trace
 
     def _numbers(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.passes import check_text, losses_of, reads_target, run_backbone
+from modekit.loaded.passes import check_text, losses_of, reads_target, removed, run_backbone
 from modekit.planning.budgets import SENSITIVITY_TOKENS
 from modekit.run import Run
 from modekit.text.document import Document
@@ -101,17 +101,13 @@ class _InputSums:
         """Run the model (the head of a causal one is not needed) over all sequences; gives the tokens done after each batch."""
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         done = 0
-        try:
-            with torch.inference_mode():
-                for batch in make_batches(sequences):
-                    self._masks = (batch.mask.to(model.device), batch.target_mask.to(model.device))
-                    run_backbone(model, batch)
-                    self._last = None
-                    done += batch.tokens
-                    yield done
-        finally:
-            for handle in handles:
-                handle.remove()
+        with removed(handles), torch.inference_mode():
+            for batch in make_batches(sequences):
+                self._masks = (batch.mask.to(model.device), batch.target_mask.to(model.device))
+                run_backbone(model, batch)
+                self._last = None
+                done += batch.tokens
+                yield done
 
     def mean(self, name: str, tokens: int) -> npt.NDArray[np.float32]:
         """E[x x^T] (I, I) of one module."""
@@ -169,7 +165,7 @@ def sensitivities(
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)  # so that all that follows has gradients
-    try:
+    with removed(handles):
         for batch in make_batches(sequences, tokens=1):  # one sequence each, without pads
             loss = losses_of(model, batch).sum()
             for name, g in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
@@ -177,9 +173,6 @@ def sensitivities(
             outputs.clear()
             done += batch.tokens
             advance(done, total)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: read[name] / total * given[name] / total for name in names}
 
 

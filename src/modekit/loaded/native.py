@@ -24,8 +24,10 @@ from modekit.errors import CheckpointError
 from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
 from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
 from modekit.loaded.native_chooser import ChosenWeights
+from modekit.loaded.passes import removed
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
+from modekit.planning.shape import other_record
 from modekit.run import QUIET, Run
 from modekit.sources.family import whole
 from modekit.sources.model_config import check_no_code
@@ -169,11 +171,8 @@ class NativeMixture(LoadedMixture):
             router.register_forward_pre_hook(partial(read, number), prepend=True)
             for number, router in enumerate(self.routers())
         ]
-        try:
+        with removed(handles):
             yield trace
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _changed_logits(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -188,10 +187,9 @@ class NativeMixture(LoadedMixture):
             handles.append(router.register_forward_pre_hook(partial(_read_logits, change, gate.data)))
             gate.data = torch.eye(*gate.shape, dtype=gate.dtype, device=gate.device)
         try:
-            yield
+            with removed(handles):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for gate, data in gates:
                 gate.data = data
 
@@ -208,11 +206,8 @@ class NativeMixture(LoadedMixture):
             factor = (count - 1) / (count * rest) if rest > 0 else 1.0
             for layer in decoder_layers(self.model):
                 handles.append(self.ffn(layer).register_forward_hook(lambda _module, _args, y: y * factor))
-        try:
+        with removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _read_logits(
@@ -329,13 +324,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     wide = _wide(checkpoint)
     for key in _SIZES:
         if wide.get(key) != checkpoint.config.get(key):
-            raise CheckpointError(
-                "modekit.json and config.json disagree",
-                where=f"{checkpoint.folder}: dense_config.{key}",
-                found=wide.get(key),
-                expected=checkpoint.config.get(key),
-                remedy="build the mixture again",
-            )
+            raise other_record(f"{checkpoint.folder}: dense_config.{key}", wide.get(key), checkpoint.config.get(key))
 
 
 def _lies_in(name: str, block: str) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -54,6 +56,16 @@ def head_of(model: PreTrainedModel) -> Head:
     scaling = getattr(config, "logits_scaling", None)
     scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
     return Head(model.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """While open, the hooks stay; then they are removed."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _READS_ENCODER = re.compile(r"\.(encoder_attn\.[kv]_proj|EncDecAttention\.[kv])(\.|$)")

@@ -123,13 +123,8 @@ class TextLoss(TrainedModule):
     tokens are pads; encoders, which read to the right, too, always are.
     """
 
-    prefix = "model"
-
     def __init__(self, model: PreTrainedModel, training: Training, threads: Threads) -> None:
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        super().__init__(model)
         self._training, self._threads = training, threads
         self._bfloat16 = training.autocast and has_bfloat16_products(model.device)
         self._last = 0.0

@@ -26,6 +26,7 @@ from modekit.planning.shape import (
     Tensors,
     check_sizes,
     disagreement,
+    other_record,
 )
 from modekit.recipes.recipe import Recipe
 from modekit.sources.derived import SIZES
@@ -72,19 +73,10 @@ class ModekitShape:
                 "config.json does not say what is mixed", where=f"{where}: modekit", found=error, remedy=BUILD_AGAIN
             ) from None
         if said.experts != recipe.names:
-            raise CheckpointError(
-                "config.json and modekit.json disagree",
-                where=f"{where}: modekit.experts",
-                found=f"{len(said.experts)} experts of other names or in another order",
-                remedy=BUILD_AGAIN,
-            )
+            found = f"{len(said.experts)} experts of other names or in another order"
+            raise other_record(f"{where}: modekit.experts", found)
         if said.labels != recipe.other_labels:
-            raise CheckpointError(
-                "config.json and modekit.json disagree",
-                where=f"{where}: modekit.labels",
-                found=f"{len(said.labels)} other labels, or of other experts",
-                remedy=BUILD_AGAIN,
-            )
+            raise other_record(f"{where}: modekit.labels", f"{len(said.labels)} other labels, or of other experts")
         try:
             if said.derived is None:
                 check_values(config, where=where, pair=said.family.pair)

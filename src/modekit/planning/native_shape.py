@@ -24,6 +24,7 @@ from modekit.planning.shape import (
     Tensors,
     check_sizes,
     disagreement,
+    other_record,
 )
 from modekit.recipes.recipe import Recipe
 from modekit.sources.families import FAMILIES
@@ -78,13 +79,7 @@ class NativeShape:
         for key in (native.num_experts_key, native.top_k_key):
             count, most = config.get(key), len(recipe.experts)
             if type(count) is not int or not 1 <= count <= most:
-                raise CheckpointError(
-                    "config.json and modekit.json disagree",
-                    where=f"{where}: {key}",
-                    found=shortened(repr(count)),
-                    expected=f"1 to {most}, the number of experts",
-                    remedy=BUILD_AGAIN,
-                )
+                raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
 
     @property
@@ -314,11 +309,5 @@ def _channels_said_by(
         ) from None
     for key, value in wide.items():
         if config.get(key) != value:
-            raise CheckpointError(
-                "config.json and modekit.json disagree",
-                where=f"{where}: {key}",
-                found=shortened(repr(config.get(key))),
-                expected=value,
-                remedy=BUILD_AGAIN,
-            )
+            raise other_record(f"{where}: {key}", shortened(repr(config.get(key))), value)
     return channels

@@ -28,8 +28,7 @@ def routing_config(recipe: Recipe) -> Routing:
         weights = [given[name] / total for name in recipe.names]
     read: dict[str, Any] = {}
     if mixture.method != "linear":
-        read = {"score": router.row.score.kind, "jitter": router.jitter, "noise": router.noise}
-        read["prefix"] = router.prefix_tokens
+        read = {"score": router.row.score.kind, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
         if mixture.unseen is not None:
             read["unseen"] = place_of_base(recipe.experts)
         if "order" in router.row.settings:
@@ -39,13 +38,10 @@ def routing_config(recipe: Recipe) -> Routing:
             read["orders"] = [order for order in router.orders for _ in router.decays]
         if "dimensions" in router.row.settings:
             read["dimensions"] = router.dimensions or len(recipe.experts)
-    if mixture.groups is not None:
-        read["groups"] = mixture.groups
+    read |= {key: said for key in ("groups", "combine") if (said := getattr(mixture, key)) is not None}
     if mixture.threshold is not None:
         by_name = mixture.threshold
         read["threshold"] = [by_name[name] if isinstance(by_name, dict) else by_name for name in recipe.names]
-    if mixture.combine is not None:
-        read["combine"] = mixture.combine
     return Routing(
         method=mixture.method,
         top_k=recipe.top_k if mixture.method == "routing" and not mixture.varies else None,

@@ -58,10 +58,8 @@ class Segments:
 def segments_of(recipe: Recipe, channels: int = 0) -> Segments:
     """Raises RecipeError for parts that cannot be in one mixture, or of so many `channels`."""
     said = [expert.segment for expert in recipe.experts]
-    return _parts_of(recipe, said, channels) if any(said) else Segments()
-
-
-def _parts_of(recipe: Recipe, said: list[str | None], channels: int) -> Segments:
+    if not any(said):
+        return Segments()
     count = int((said[0] or "1/1").partition("/")[2])
     in_order = said == [f"{number % count + 1}/{count}" for number in range(len(said))] and len(said) % count == 0
     weighed = recipe.mixture.weights is not None or any(expert.adapter for expert in recipe.experts)

@@ -27,6 +27,12 @@ def disagreement(where: str, found: object = None) -> CheckpointError:
     return CheckpointError("config.json and the weights disagree", where=where, found=found, remedy=BUILD_AGAIN)
 
 
+def other_record(where: str, found: object, expected: object = None) -> CheckpointError:
+    """The error where config.json says something else than modekit.json."""
+    what = "config.json and modekit.json disagree"
+    return CheckpointError(what, where=where, found=found, expected=expected, remedy=BUILD_AGAIN)
+
+
 def check_sizes(config: Config, family: Family, tensors: Tensors, where: str) -> None:
     """Raise CheckpointError unless the weights have the layers and the width of which config.json speaks.
 

@@ -8,7 +8,8 @@ Shape legend: B rows, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -181,6 +182,12 @@ def _deal(rows: list[Row], sizes: Sequence[int], parts: int) -> list[list[Row]]:
     return dealt
 
 
+def predicted_in(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Places (B, S - 1) from which a real token of the same document is predicted: no pads, no ends of documents, no tags."""
+    found = item["real"][:, :-1] & item["real"][:, 1:] & (item["position_ids"][:, 1:] > 0)
+    return found if item.get("silent") is None else found & ~item["silent"][:, 1:]
+
+
 class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The parts as tensors.
 
@@ -204,7 +211,7 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         part = self._parts[index]
         rows = part.rows or [[]]  # a process without a row still takes part in the step
-        length = max(2, *(sum(len(self._ids(draw)) for draw in row) for row in rows))
+        length = max(2, *(sum(len(self._read(draw)[0].ids) for draw in row) for row in rows))
         shape = (len(rows), length)
         item = {
             "input_ids": torch.full(shape, self._pad_id),
@@ -246,15 +253,8 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def describe(self, number: int) -> str:
         """Domains of a part for messages."""
-        counts: dict[str, int] = {}
-        for row in self._parts[number].rows:
-            for draw in row:
-                name = self._corpora[draw.corpus].name
-                counts[name] = counts.get(name, 0) + 1
+        counts = Counter(self._corpora[draw.corpus].name for row in self._parts[number].rows for draw in row)
         return ", ".join(f"{count} of {name}" for name, count in counts.items())
-
-    def _ids(self, draw: Draw) -> tuple[int, ...]:
-        return self._corpora[draw.corpus].read_as(draw.sequence, draw.label).ids
 
     def _read(self, draw: Draw) -> tuple[TokenSequence, torch.Tensor]:
         """A sequence under its label, and where its tokens stand in the corpus, less the place of a tag taken out."""

@@ -39,13 +39,10 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
     teachers = _teachers(request, folder, notes, run) if DISTILLS & set(settings.losses) else []
     mixture, held_out = trainable.model, [text.held_out for text in request.texts]
-    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
-    objective.steps, bfloat16 = steps, in_bfloat16(settings, mixture.device)
-    loop = LoopSettings(steps, accumulate, settings.warmup, settings.clip, settings.seed, bfloat16)
+    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed, steps=steps)
+    loop = loop_of(settings, steps, mixture.device, parts=accumulate)
     done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
-    if done.stopped:
-        notes.append(f"ended after step {done.steps} of {steps}: {done.stopped}; the state of step {done.best_step} was taken")
-    notes += objective.notes()
+    notes += [*([done.stopped] if done.stopped else []), *objective.notes()]
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
     read = (draw for part in parts[: done.steps * per_step] for row in part.rows for draw in row)
@@ -135,8 +132,11 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     return not (averaging or running or pair) if settings.pack is None else settings.pack
 
 
-def in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether products are in bfloat16: as the settings say, else where the device is faster with it."""
-    if settings.precision is not None:
-        return settings.precision == "bfloat16"
-    return device.type != "cpu" and has_bfloat16_products(device)
+def loop_of(
+    settings: TrainSettings, steps: int, device: torch.device, *, parts: int = 1, seconds: float | None = None
+) -> LoopSettings:
+    """How a training goes; products are in bfloat16 as the settings say, else where an accelerator is faster with it."""
+    bfloat16 = settings.precision == "bfloat16"
+    if settings.precision is None:
+        bfloat16 = device.type != "cpu" and has_bfloat16_products(device)
+    return LoopSettings(steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16, seconds=seconds)

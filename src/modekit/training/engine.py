@@ -12,38 +12,90 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.files.write import write_file
 from modekit.loaded.engine import (
+    BETAS,
     LoopSettings,
     ModuleTrainer,
     NotFiniteError,
-    StepReport,
     TrainedModule,
     arguments_of,
     quiet_trainer,
 )
+from modekit.loaded.passes import losses_of
 from modekit.loaded.states import state_to_resume
 from modekit.run import Run
-from modekit.text.sequences import make_batches
+from modekit.text.sequences import Batch, make_batches
 from modekit.training.batches import Batches
 from modekit.training.folder import TrainingOutcome
 from modekit.training.settings import TrainSettings
 
 
 class JudgedModule(TrainedModule):
-    """What gives, with `score=True`, the sum of -log p over the predicted tokens of a padded batch."""
+    """A model whose losses are summed over a batch's tokens, and that scores held-out text; `steps` are those of the whole run.
 
-    settings: TrainSettings
+    `gate_names`: parameters of routers, which have a learning rate of their own.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: TrainSettings, steps: int) -> None:
+        super().__init__(model)
+        self.settings, self.steps = settings, steps
+        self.gate_names: list[str] = []
+        self._sums: dict[str, float] = {}
+
+    def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Every loss of a batch from `Batches`, summed over its tokens, by name."""
+        raise NotImplementedError
+
+    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        """How much each of these losses counts."""
+        raise NotImplementedError
+
+    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step, times `factor`.
+
+        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real, target of pairs, silent).
+        """
+        batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
+        if score:
+            return {"loss": losses_of(self.model, batch).sum()}
+        losses = self.losses(batch, item)
+        weights, targets = self.weights(losses), item["targets"].to(next(iter(losses.values())).device)
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach() / targets)
+        parts = [weights[name] * value for name, value in losses.items() if weights[name]]
+        total = torch.stack(parts).sum() if parts else 0.0 * torch.stack([*losses.values()]).sum()
+        return {"loss": total * (factor / targets)}
+
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """AdamW with a rate of their own for routers, whose weights do not decay."""
+        gates, settings = {f"model.{name}" for name in self.gate_names}, self.settings
+        routers: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in named:
+            if parameter.requires_grad:
+                (routers if name in gates else others).append(parameter)
+        groups = [
+            {"params": routers, "lr": settings.learning_rate, "weight_decay": 0.0},
+            {"params": others, "lr": settings.backbone_learning_rate, "weight_decay": settings.weight_decay},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
+
+    def drain(self) -> dict[str, float]:
+        """Every loss of the last step: of this process's parts, per predicted token of the step."""
+        drained, self._sums = {f"loss_{name}": value for name, value in self._sums.items()}, {}
+        return drained
 
 
 def run_trainer(
@@ -74,7 +126,8 @@ def run_trainer(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:
             failed = error
-        return _outcome(trainer.state, loop.steps, failed)
+        why = "its time was over" if trainer.elapsed() >= 1.0 else "the held-out loss no longer fell"
+        return _outcome(trainer.state, loop.steps, why, failed)
 
 
 class _JudgingTrainer(ModuleTrainer):
@@ -95,10 +148,10 @@ class _JudgingTrainer(ModuleTrainer):
             batches,
             loop,
             arguments,
-            [patience, *log_writers(Path(arguments.output_dir)), StepReport(objective, run)],
+            [patience, *log_writers(Path(arguments.output_dir))],
+            run,
         )
         self._select = select
-        self._run = run
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean held-out loss of every domain (select split), and the mean over domains."""
@@ -135,8 +188,8 @@ class _JudgingTrainer(ModuleTrainer):
         return total / text.scored_tokens
 
 
-def _outcome(state: Any, steps: int, failed: NotFiniteError | None) -> TrainingOutcome:
-    """What Trainer's state says. Raises TrainingError when not even the start could be judged."""
+def _outcome(state: Any, steps: int, why: str, failed: NotFiniteError | None) -> TrainingOutcome:
+    """What Trainer's state says; `why` it ended before its last step. Raises TrainingError when the start could not be judged."""
     error = None if failed is None else failed.as_training_error("lower the learning rate, or leave this text out")
     before = _held_out(state, 0)
     if before is None:
@@ -146,12 +199,13 @@ def _outcome(state: Any, steps: int, failed: NotFiniteError | None) -> TrainingO
     best_step = int(state.best_global_step) if best < sum(before.values()) / len(before) else 0
     after = _held_out(state, best_step)
     assert after is not None
+    stopped = f"ended after step {state.global_step} of {steps}: {why}; the state of step {best_step} was taken"
     return TrainingOutcome(
         steps=state.global_step,
         best_step=best_step,
         before=before,
         after=after,
-        stopped=None if state.global_step >= steps else "the held-out loss no longer fell",
+        stopped=None if state.global_step >= steps else stopped,
         failed=None if error is None else (error.what, error.where, str(error.found)),
     )
 

@@ -95,7 +95,7 @@ def _moved(request: Request, outcome: TrainingOutcome, kept: TrainingFolder, run
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
-    best = {name.removeprefix("mixture."): value for name, value in load_file(outcome.best_state(kept.path)).items()}
+    best = {name.removeprefix("model."): value for name, value in load_file(outcome.best_state(kept.path)).items()}
     mixture.load_state_dict(best, strict=False)
     folder = kept.path / "moved"
     remove(folder)

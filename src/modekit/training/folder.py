@@ -56,17 +56,14 @@ class TrainingFolder(StatesFolder):
 
     def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[TrainingText]) -> None:
         """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
-        self.take(digest_of_request(settings, texts), _state(checkpoint))
+        state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
+        self.take(digest_of_request(settings, texts), state)
 
 
 def digest_of_request(settings: TrainSettings, texts: Sequence[TrainingText]) -> str:
     """What was asked for, but for settings that only trade memory for time."""
     asked = settings.model_dump(mode="json", exclude=_OF_MEMORY)
     return digest_of_data([asked, [[text.corpus.name, text.record, text.selected_by] for text in texts]])
-
-
-def _state(checkpoint: Checkpoint) -> str:
-    return digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
 
 
 def _digest_of(trainings: Sequence[TrainingRecord]) -> str:
@@ -88,7 +85,7 @@ class TrainingOutcome(BaseModel):
         steps: how many were taken.
         best_step: after which the held-out loss was lowest; 0 where no state was better than the start.
         before, after: held-out losses by domain, at the start and at the best state.
-        stopped: why it ended before its last step, if it did.
+        stopped: after which step it ended and why, if that was not the last one.
         failed: the error that ended it: what, where, found.
         notes: what is to be said of it.
         parameters: how many moved.

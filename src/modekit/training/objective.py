@@ -10,13 +10,12 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, D width, V 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_mixed import Mixed
@@ -24,17 +23,16 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TrainingError
 from modekit.files.write import make_folder, remove
-from modekit.loaded.engine import BETAS
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import RouterTrace
-from modekit.loaded.passes import Head, head_of, inputs_of, losses_of, reads_target, tokens_per_batch
+from modekit.loaded.passes import Head, head_of, inputs_of, reads_target, tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
 from modekit.routing.capture import to_float16
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
-from modekit.training.batches import DomainSequences
+from modekit.training.batches import DomainSequences, predicted_in
 from modekit.training.engine import JudgedModule
 from modekit.training.gates import DROPPED, Decisions, TrainingGate
 from modekit.training.losses import (
@@ -148,13 +146,11 @@ def _read(model: PreTrainedModel, corpus: DomainSequences, expert: int | None, p
 
 
 class Objective(JudgedModule):
-    """`mixture` with its losses. Nothing but the mixture has parameters; `moving` and `gate_names` are names of its own.
+    """A mixture with its losses. Nothing but the mixture has parameters.
 
     `train_top_k` is how many experts a token gets in training, None: as the checkpoint says. `packed`: rows hold several
-    sequences. `steps` are those of the whole run, `logged` what steps logged so far.
+    sequences. `logged` is what steps logged so far.
     """
-
-    prefix = "mixture"
 
     def __init__(
         self,
@@ -165,24 +161,20 @@ class Objective(JudgedModule):
         teachers: Sequence[DomainTeacher | None],
         train_top_k: int | None,
         packed: bool,
+        steps: int = 1,
     ) -> None:
-        super().__init__()
-        self.mixture = mixture
-        self.config = mixture.config  # where accelerate looks for sizes and for layers to shard
+        super().__init__(mixture, settings, steps)
         self._no_split_modules = mixture._no_split_modules
         self._checkpoint = checkpoint
-        self.settings = settings
         self._teachers = list(teachers)
         self._train_top_k = len(checkpoint.names) if settings.gate_row.takes_any else train_top_k
         self._top_k = train_top_k or checkpoint.record.recipe.top_k
         self._gate = TrainingGate(settings, self._top_k, _groups(checkpoint)) if settings.chooses else None
         self._item: Mapping[str, torch.Tensor] = {}
-        self.steps = 1
         self.logged: list[Mapping[str, float]] = []
         self._packed = packed
         gates = {id(gate) for gate in mixture_of(mixture, checkpoint).gates()}
-        self.gate_names: list[str] = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
-        self.moving: list[str] = [name for name, parameter in mixture.named_parameters() if parameter.requires_grad]
+        self.gate_names = [name for name, parameter in mixture.named_parameters() if id(parameter) in gates]
         # Modules of experts that no token of a batch takes are not run in the modekit architecture, and losses of routers do
         # not reach what stands behind the last one.
         own = any(parameter.requires_grad and ".experts." in name for name, parameter in mixture.named_parameters())
@@ -193,34 +185,22 @@ class Objective(JudgedModule):
             mixture_of(mixture, checkpoint).choose_by(self._choose)
         sources = checkpoint.record.expert_sources
         self._base = sources.index(0) if 0 in sources else None
-        self._sums: dict[str, float] = {}
 
-    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of a batch from `Batches`: its share of the step's, times `factor`.
-
-        With `score`, the sum of -log p over the predicted tokens of a padded batch (input_ids, real, target of pairs, silent).
-        """
-        batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
-        if score:
-            return {"loss": losses_of(self.mixture, batch).sum()}
-        mixture = mixture_of(self.mixture, self._checkpoint)
+    def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those that the settings name, by their names there."""
+        mixture = mixture_of(self.model, self._checkpoint)
         wanted = OF_ROUTERS & self.settings.losses.keys()
         own = mixture.on_own_text(int(item["expert"])) if self.settings.is_joint else nullcontext()
         self._item = item
         with own, mixture.traced() if wanted else nullcontext() as trace:
             # Packed rows hold several sequences: positions that begin anew keep them apart.
             apart = {"input_ids": batch.input_ids, "position_ids": item["position_ids"]}
-            inputs = apart if self._packed else inputs_of(self.mixture, batch)
-            logits = self.mixture(**inputs, use_cache=False).logits
+            inputs = apart if self._packed else inputs_of(self.model, batch)
+            logits = self.model(**inputs, use_cache=False).logits
             losses = self._losses(logits, item, trace)
         if "consistency" in self.settings.losses:
-            self._add_consistency(losses, logits, self.mixture(**inputs, use_cache=False).logits)
-        weights = self._weights(losses)
-        targets = item["targets"].to(logits.device)
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach() / targets)
-        total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-        return {"loss": total * (factor / targets)}
+            self._add_consistency(losses, logits, self.model(**inputs, use_cache=False).logits)
+        return losses
 
     def _losses(
         self, logits: torch.Tensor, item: Mapping[str, torch.Tensor], trace: RouterTrace | None
@@ -303,7 +283,7 @@ class Objective(JudgedModule):
             real, labels, places = real[:, :1], labels[:, :1], places[:, :1]
         return Decisions(*(each.to(logits.device) for each in (real, labels, places)))
 
-    def _weights(self, losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
         weights: dict[str, float] = {name: weight for name, weight in self.settings.losses.items() if name in losses}
         if self.settings.adaptive:
@@ -314,34 +294,18 @@ class Objective(JudgedModule):
                 weights |= {name: whole * value / total for name, value in values.items()}
         return weights
 
-    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """AdamW with a rate of their own for routers, whose weights do not decay."""
-        gates = {f"{self.prefix}.{name}" for name in self.gate_names}
-        settings = self.settings
-        routers: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in named:
-            if parameter.requires_grad:
-                (routers if name in gates else others).append(parameter)
-        groups = [
-            {"params": routers, "lr": settings.learning_rate, "weight_decay": 0.0},
-            {"params": others, "lr": settings.backbone_learning_rate, "weight_decay": settings.weight_decay},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
-
     @contextmanager
     def as_configured(self) -> Iterator[None]:
         """While open, routers choose as the checkpoint's config says and not as they do in training."""
-        mixture_of(self.mixture, self._checkpoint).set_top_k(None)
+        mixture_of(self.model, self._checkpoint).set_top_k(None)
         try:
             yield
         finally:
-            mixture_of(self.mixture, self._checkpoint).set_top_k(self._train_top_k)
+            mixture_of(self.model, self._checkpoint).set_top_k(self._train_top_k)
 
     def drain(self) -> dict[str, float]:
-        """Every loss of the last step: of this process's parts, per predicted token of the step; and what capacity dropped."""
-        losses = {f"loss_{name}": value for name, value in self._sums.items()} | (self._gate.drain() if self._gate else {})
-        self._sums = {}
+        """Besides the losses what capacity dropped."""
+        losses = super().drain() | (self._gate.drain() if self._gate else {})
         self.logged.append(losses)
         return losses
 
@@ -358,12 +322,10 @@ class Objective(JudgedModule):
 
 def _predicted(item: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Which logits predict a token, (B, S - 1) or (B, T) of pairs, and the tokens (N,)."""
-    real, positions, target = item["real"], item["position_ids"], item.get("target")
+    target = item.get("target")
     if target is not None:
         return target != NO_LABEL, target[target != NO_LABEL]
-    predicted = real[:, :-1] & real[:, 1:] & (positions[:, 1:] > 0)  # not across documents, not from pads
-    if "silent" in item:
-        predicted &= ~item["silent"][:, 1:]
+    predicted = predicted_in(item)
     return predicted, item["input_ids"][:, 1:][predicted]
 
 

@@ -30,13 +30,13 @@ from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
-from modekit.loaded.engine import LoopSettings, run_all_steps
+from modekit.loaded.engine import run_all_steps
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.splits import text_record
 from modekit.training.batches import Batches, steps_of_one_pass
-from modekit.training.end_to_end import in_bfloat16
+from modekit.training.end_to_end import loop_of
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.states_folder import StatesFolder, digest_of_data
@@ -161,13 +161,8 @@ def _teach(
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
     module = Student(student, lesson, engine, steps)
-    history = run_all_steps(
-        module,
-        Batches([texts.corpus], parts, pad_id=0),
-        LoopSettings(steps, 1, engine.warmup, engine.clip, engine.seed, in_bfloat16(engine, student.device)),
-        folder.path,
-        run,
-    )
+    batches, loop = Batches([texts.corpus], parts, pad_id=0), loop_of(engine, steps, student.device)
+    history = run_all_steps(module, batches, loop, folder.path, run)
     student.eval()
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))

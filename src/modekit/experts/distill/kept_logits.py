@@ -47,12 +47,6 @@ Item = Mapping[str, torch.Tensor]
 """input_ids, real, position (B, S): where each token stands among those of all sequences."""
 
 
-def predicted_in(item: Item) -> torch.Tensor:
-    """Places (B, S - 1) from which a real token of the same document is predicted: no pads, no ends of documents, no tags."""
-    found = item["real"][:, :-1] & item["real"][:, 1:] & (item["position_ids"][:, 1:] > 0)
-    return found if item.get("silent") is None else found & ~item["silent"][:, 1:]
-
-
 class TeacherOutput(Protocol):
     """What a teacher says of N tokens."""
 

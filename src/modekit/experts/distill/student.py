@@ -15,19 +15,17 @@ Shape legend: B rows, S sequence, N predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.kept_logits import Teacher, predicted_in
+from modekit.experts.distill.kept_logits import Teacher
 from modekit.experts.distill.settings import DistillSettings
-from modekit.loaded.engine import BETAS
-from modekit.loaded.passes import losses_of
 from modekit.text.sequences import Batch, TokenSequence, make_batches
+from modekit.training.batches import predicted_in
 from modekit.training.engine import JudgedModule
 from modekit.training.losses import divergence, forward_kl, language_model
 from modekit.training.settings import TrainSettings
@@ -46,37 +44,24 @@ class Lesson:
 
 
 class Student(JudgedModule):
-    """`student` with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
-
-    prefix = "student"
+    """A student with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
-        super().__init__()
-        self.student = student
-        self.config = student.config
-        self.moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-        self.settings = settings
+        super().__init__(student, settings, steps)
         self._lesson = lesson
         self._weight = CrossEntropyWeight(lesson.settings, steps)
-        self._sums = {CROSS_ENTROPY: 0.0, DISTILLATION: 0.0}
 
-    def forward(self, factor: float = 1.0, score: bool = False, **item: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step, times `factor`."""
-        if score:
-            batch = Batch(item["input_ids"], item["real"], (), item.get("target"), item.get("silent"))
-            return {"loss": losses_of(self.student, batch).sum()}
-        logits = self.student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
+    def losses(self, batch: Batch, item: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Cross-entropy and distillation."""
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
         predicted = predicted_in(item)
         logits_NV = logits[:, :-1][predicted]
-        cross_entropy = language_model(logits_NV, item["input_ids"][:, 1:][predicted])
-        distillation = self._distillation(logits_NV, predicted, item)
-        targets = item["targets"].to(logits.device)
-        self._sums[CROSS_ENTROPY] += float(cross_entropy.detach() / targets)
-        self._sums[DISTILLATION] += float(distillation.detach() / targets)
-        ours, theirs = self._weight.factors()
-        parts = [weight * loss for weight, loss in ((ours, cross_entropy), (theirs, distillation)) if weight]
-        total = torch.stack(parts).sum() if parts else logits_NV.sum() * 0.0
-        return {"loss": total * (factor / targets)}
+        cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
+        return {"lm": cross_entropy, "distill": self._distillation(logits_NV, predicted, item)}
+
+    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        """By what the steps before logged."""
+        return dict(zip(losses, self._weight.factors(), strict=True))
 
     def _distillation(self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of the distillation losses, summed over tokens."""
@@ -86,18 +71,11 @@ class Student(JudgedModule):
         losses = [weight * divergence(name, student, teacher, settings.temperature) for name, weight in settings.losses.items()]
         return torch.stack(losses).sum()
 
-    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """AdamW, at the backbone's rate."""
-        moving = [parameter for _, parameter in named if parameter.requires_grad]
-        rate, decay = self.settings.backbone_learning_rate, self.settings.weight_decay
-        return torch.optim.AdamW(moving, rate, betas=BETAS, weight_decay=decay)
-
     def drain(self) -> dict[str, float]:
         """Both losses of the step that has just ended, and what cross-entropy counted in it."""
-        figures = {**self._sums, SHARE: self._weight.share()}
-        self._weight.remember(self._sums[CROSS_ENTROPY], self._sums[DISTILLATION])
-        self._sums = dict.fromkeys(self._sums, 0.0)
-        return figures
+        losses, share = super().drain(), self._weight.share()
+        self._weight.remember(losses[CROSS_ENTROPY], losses[DISTILLATION])
+        return {**losses, SHARE: share}
 
     def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
         """Weights of the next steps hang on the losses of the steps before."""
