@@ -13,22 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-_PARTS: tuple[str, ...] = (
-    "any",
-    "cache",
-    "chain",
-    "few_bits",
-    "flow",
-    "merged",
-    "mixed",
-    "pairs",
-    "prefix",
-    "router",
-    "scores",
-)
-_PARTS += ("streams", "terms", "whole", "wrapped")
-_CODE = ("configuration_modekit", "modeling_modekit", *(f"modekit_{part}" for part in _PARTS))
-CODE_FILES = tuple(Path(__file__).with_name(f"{name}.py") for name in _CODE)
+CODE_FILES = tuple(sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py"))
 _AUTO = "transformers.models.auto.configuration_auto"
 
 

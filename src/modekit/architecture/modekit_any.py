@@ -81,9 +81,7 @@ class MixedAny(Mixed):
 
     def _sum_of_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: torch.Tensor) -> Any:
         """Every expert's own module, each with a memory of its own, and the base's with what they leave over."""
-        parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
-        if self.base is not None:
-            parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        parts = self._parts(weights)
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         total: Any = None
         for number, (module, weight) in enumerate(parts):

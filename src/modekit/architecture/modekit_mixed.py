@@ -157,15 +157,20 @@ class Mixed(nn.Module):
             assert self.base is not None
             y: torch.Tensor = self.base(x)
             return y
-        parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
-        if self.base is not None:
-            parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        parts = self._parts(weights)
         leader = self._leader[0].router
         if self._of_several and leader is not None and leader.routing.get("combine"):
             return merged_sum(x, parts)
         if self.per_feature or self.sequence_axis != 1 or torch.compiler.is_compiling():
             return _dense_sum(x, parts, one_each=self.per_feature)
         return _sparse_sum(x, parts)
+
+    def _parts(self, weights: torch.Tensor) -> list[tuple[nn.Module, torch.Tensor]]:
+        """Every module here and its weight; the base's has what the experts' own leave over."""
+        parts = [(module, weights[..., expert]) for module, expert in zip(self.experts, self.own, strict=True)]
+        if self.base is not None:
+            parts.insert(0, (self.base, 1.0 - weights[..., self.own].sum(-1)))
+        return parts
 
     def _plus_low_rank(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return y + B (g s (A x)): exact for any weights, mixed ranks, and adapters that have nothing here."""

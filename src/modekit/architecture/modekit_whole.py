@@ -31,11 +31,10 @@ class MixedPositions(Mixed):
         """The sum over the modules that some sequence gives weight, of what each says and its weight (B,) per sequence."""
         alone = self._flow[0].alone
         if alone is not None:
-            return call(self.experts[self.own.index(alone)] if alone in self.own else self._kept)
-        weights_BE = self._decided(self.weight)[:, 0]  # where it is: offloaded weights are nowhere until a module is called
-        parts = [(module, weights_BE[:, expert]) for module, expert in zip(self.experts, self.own, strict=True)]
-        if self.base is not None:
-            parts.insert(0, (self.base, 1.0 - weights_BE[:, self.own].sum(-1)))
+            module = self.experts[self.own.index(alone)] if alone in self.own else self.base
+            assert module is not None
+            return call(module)
+        parts = self._parts(self._decided(self.weight)[:, 0])  # offloaded weights are nowhere until a module is called
         total: torch.Tensor | None = None
         for module, weight_B in parts:
             if torch.compiler.is_compiling() or bool(weight_B.any()) or (total is None and module is parts[-1][0]):
@@ -44,11 +43,6 @@ class MixedPositions(Mixed):
                 total = y if total is None else total + y
         assert total is not None
         return total
-
-    @property
-    def _kept(self) -> nn.Module:
-        assert self.base is not None
-        return self.base
 
 
 class MixedBuckets(MixedPositions):

@@ -43,11 +43,9 @@ class CourseOptions:
 
     def check(self, by: str) -> None:
         """Raise ModekitError for an option that changes nothing."""
-        said = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name != "sequence_length"}
-        if by == "average":
-            refuse_without_effect("another --by", {"--select-tokens": said["--select-tokens"]})
-        if by != "distil":
-            refuse_without_effect("--by distil", {**said, "--select-tokens": None})
+        read = {"distil": set(vars(self)), "average": {"sequence_length"}}.get(by, {"sequence_length", "select_tokens"})
+        unread = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name not in read}
+        refuse_without_effect("--by distil", unread)
 
 
 @dataclass(frozen=True)

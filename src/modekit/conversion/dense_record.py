@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 DENSE_FILE = "densify.json"
 By = Literal["distil", "average", "sum", "best", "svd"]
 
 
-class Merge(BaseModel):
+class Merge(BaseModel, frozen=True):
     """A rule and its setting: the scale of a sum or of svd, or the one expert."""
-
-    model_config = ConfigDict(frozen=True)
 
     by: By
     scale: float | None = None
@@ -26,10 +24,8 @@ class Merge(BaseModel):
         return " ".join(filter(None, [self.by, scale, self.expert]))
 
 
-class Distilled(BaseModel):
+class Distilled(BaseModel, frozen=True):
     """How it went: `steps` taken, the state of `best_step` was written; `weight` of the text's own loss."""
-
-    model_config = ConfigDict(frozen=True)
 
     settings: dict[str, object]
     weight: float
@@ -38,7 +34,7 @@ class Distilled(BaseModel):
     select_loss: dict[str, tuple[float, float]]
 
 
-class DenseRecord(BaseModel):
+class DenseRecord(BaseModel, frozen=True):
     """The content of densify.json.
 
     Attributes:
@@ -48,8 +44,6 @@ class DenseRecord(BaseModel):
         losses: row (base, experts, mixture, merge, dense) -> domain -> nats per token of the report split; empty without text.
             `experts` has each domain's own.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     by: By
     mixture: str

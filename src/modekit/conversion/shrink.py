@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,10 +46,8 @@ SHRINK_FILE = "shrink.json"
 _LENGTH, _SHORTEST = 512, 64
 
 
-class ShrinkRecord(BaseModel):
+class ShrinkRecord(BaseModel, frozen=True):
     """The content of shrink.json. `groups` [L][to]: experts of OUT by number; losses are nats per token of held-out text."""
-
-    model_config = ConfigDict(frozen=True)
 
     mixture: str
     experts: int

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from modekit.errors import TrainingError
 from modekit.files.libraries import new_folder
 from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
+from modekit.loaded.load import verbosity_kept
 from modekit.loaded.states import COMPLETE, STATE_FILE, check_names, state_read, state_to_resume
 from modekit.run import DETAIL, Run
 
@@ -111,9 +111,10 @@ class NotFiniteError(Exception):
         self.found = found
         super().__init__(where)
 
-    def as_training_error(self, remedy: str) -> TrainingError:
+    def as_training_error(self) -> TrainingError:
         """For the user."""
-        return TrainingError("the loss is not finite: training stopped", where=self.where, found=self.found, remedy=remedy)
+        what, remedy = "the loss is not finite: training stopped", "lower the learning rate, or leave this text out"
+        return TrainingError(what, where=self.where, found=self.found, remedy=remedy)
 
 
 def run_all_steps(
@@ -124,7 +125,7 @@ def run_all_steps(
     A state is kept every two minutes; without a folder, none is. `module` then holds what came of it. Raises TrainingError
     when the last state is damaged, or a loss is not finite.
     """
-    with quiet_trainer():
+    with verbosity_kept():  # Trainer sets it for the whole process
         last = state_to_resume(folder) if folder is not None else None
         arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
         with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
@@ -132,7 +133,7 @@ def run_all_steps(
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except NotFiniteError as error:
-            raise error.as_training_error("lower the learning rate, or leave this text out") from None
+            raise error.as_training_error() from None
         history: list[dict[str, float]] = trainer.state.log_history
         return history
 
@@ -147,16 +148,6 @@ def _generators_kept() -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-
-
-@contextmanager
-def quiet_trainer() -> Iterator[None]:
-    """Afterwards transformers says as much as it did before; Trainer sets that for the whole process."""
-    before = logging.get_verbosity()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def arguments_of(module: TrainedModule, loop: LoopSettings, folder: Path | None, **more: Any) -> TrainingArguments:

@@ -58,17 +58,23 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
+def verbosity_kept() -> Iterator[None]:
+    """Afterwards transformers says as much as it did before."""
+    before = transformers_logging.get_verbosity()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
 def without_report(folder: Path) -> Iterator[None]:
     """While open, nothing is said of tensors that have no number and are left out: that they are missing, or made anew."""
-    verbosity = transformers_logging.get_verbosity()
-    if leaves_out(read_config(folder, where=str(folder))):
-        transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with verbosity_kept(), warnings.catch_warnings():
+        if leaves_out(read_config(folder, where=str(folder))):
+            transformers_logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
 
 
 def default_device() -> torch.device:
@@ -206,8 +212,7 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
     if rows not in (None, model.get_input_embeddings().weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
     parameters = dict(model.named_parameters())
-    opened = OpenFiles()
-    try:
+    with OpenFiles() as opened:
         read = reader(opened)
         for name in {*adapter.changes, *adapter.bias_changes, *adapter.replaced}:
             parameter = parameters[name]
@@ -220,6 +225,4 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
             elif name in adapter.bias_changes:
                 values = folded_bias(adapter.bias_changes[name], values, read)
             parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
-    finally:
-        opened.close()
     return model

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BaseModel, NonNegativeInt
 from safetensors import safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -35,10 +35,8 @@ class _Callback(BaseModel):
     attributes: dict[str, object] = {}
 
 
-class _State(BaseModel):
+class _State(BaseModel, extra="allow"):
     """What of trainer_state.json is computed with; figures may be infinite, as a gradient's norm was."""
-
-    model_config = ConfigDict(extra="allow")
 
     epoch: float
     global_step: NonNegativeInt

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from modekit.errors import UnsupportedError
 from modekit.planning.pieces import low_rank, touched
@@ -35,7 +35,7 @@ STREAM_TOKENS = 4_096
 """Of all domains together: the beginnings of their text, which the base reads at a build."""
 
 
-class CarrySize(BaseModel):
+class CarrySize(BaseModel, extra="forbid", frozen=True):
     """How much is carried; modekit.json keeps it.
 
     Attributes:
@@ -43,8 +43,6 @@ class CarrySize(BaseModel):
         terms: K.
         head, embedding, biases: whether what the experts' heads, embeddings and biases of q, k and v differ by is carried, too.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
     inputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.fits import ScoreKind
@@ -34,9 +34,7 @@ _Index = Annotated[int, Field(ge=0, le=2**12)]
 _Rank = Annotated[int, Field(ge=0, le=2**40)]
 
 
-class _Said(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
+class _Said(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=False):
     def as_written(self) -> dict[str, Any]:
         """As config.json has it: only the keys that were set."""
         return self.model_dump(exclude_unset=True)

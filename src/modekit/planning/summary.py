@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
 from modekit.planning.carry import STREAM_TOKENS
@@ -23,11 +23,7 @@ _FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the t
 _TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class FitWork(_Figures):
+class FitWork(BaseModel, frozen=True):
     """What a fit does at most; texts may be shorter.
 
     Attributes:
@@ -47,7 +43,7 @@ class FitWork(_Figures):
     seconds: float | None = None
 
 
-class ExpertSummary(_Figures):
+class ExpertSummary(BaseModel, frozen=True):
     """An expert, the model or adapter that it is, and whether it has text."""
 
     name: str
@@ -55,7 +51,7 @@ class ExpertSummary(_Figures):
     text: bool
 
 
-class PlanSummary(_Figures):
+class PlanSummary(BaseModel, frozen=True):
     """A plan; `disk` is that of the recipe's folder, sizes are in bytes.
 
     Attributes:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
+from pydantic import BaseModel, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
 
 BASE = "base"
 """The word that stands for the base model wherever a model is named."""
@@ -46,10 +46,9 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else ""
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
     """Part of a recipe: an unknown key, another type, or a number that is none, or past all use, is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     later: ClassVar[tuple[str, ...]] = ()
     """Keys that older versions did not know: unset, they are not written, so that digests of what said nothing stay."""
 

@@ -31,8 +31,8 @@ from modekit.loaded.engine import (
     NotFiniteError,
     TrainedModule,
     arguments_of,
-    quiet_trainer,
 )
+from modekit.loaded.load import verbosity_kept
 from modekit.loaded.passes import losses_of
 from modekit.loaded.states import state_to_resume
 from modekit.run import Run
@@ -105,7 +105,7 @@ def run_trainer(
 
     Raises TrainingError when that state is damaged.
     """
-    with quiet_trainer():
+    with verbosity_kept():
         last = state_to_resume(folder)
         every = min(loop.steps, objective.settings.evaluate_every or max(1, loop.steps // 10))
         arguments = arguments_of(
@@ -189,8 +189,8 @@ class _JudgingTrainer(ModuleTrainer):
 
 
 def _outcome(state: Any, steps: int, why: str, failed: NotFiniteError | None) -> TrainingOutcome:
-    """What Trainer's state says; `why` it ended before its last step. Raises TrainingError when the start could not be judged."""
-    error = None if failed is None else failed.as_training_error("lower the learning rate, or leave this text out")
+    """What Trainer's state says; `why` it ended before its last step. Raises TrainingError when the start was not judged."""
+    error = None if failed is None else failed.as_training_error()
     before = _held_out(state, 0)
     if before is None:
         assert error is not None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, PlainSerializer, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
@@ -78,7 +78,7 @@ Loss = Annotated[
 """Nats per token; null in JSON where it is not finite."""
 
 
-class TrainingOutcome(BaseModel):
+class TrainingOutcome(BaseModel, frozen=True):
     """How a training ended, before anything of it is written: trained.json, so that a kill costs no step.
 
     Attributes:
@@ -91,8 +91,6 @@ class TrainingOutcome(BaseModel):
         parameters: how many moved.
         tokens: how many were read.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     steps: Count
     best_step: Count

@@ -1,21 +1,6 @@
 """What a training moves towards. Every loss is a sum over real tokens, so that parts of a step add up; pads never count.
 (balance, importance, load and mutual are of means over the tokens of a part: they depend on how a step is cut.)
 
-    lm               -log p(next token)
-    forward_kl       T^2 KL(teacher || student) (arXiv:1503.02531); also called distill in `modekit train`, whose teacher is the
-                     domain's own expert
-    reverse_kl       T^2 KL(student || teacher), which does not reach for what the student cannot say (arXiv:2306.08543); there
-                     also called distill_reverse
-    teacher_ce       T^2 (-sum p_teacher log p_student): forward_kl and the teacher's entropy, which no student changes
-    total_variation  1/2 sum |p_teacher - p_student|, between 0 and 1
-    label            -log p(router takes the domain's own expert), mean over routers
-    balance          E sum_e f_e P_e: share of tokens sent to an expert times its mean probability (Eq. 4, arXiv:2101.03961)
-    importance       squared coefficient of variation of the experts' summed weights (Eq. 7, arXiv:1701.06538)
-    load             squared coefficient of variation of the experts' smooth loads (Eq. 8-11, arXiv:1701.06538)
-    mutual           -I(expert; domain), of the routers' probabilities over the domains' tokens (arXiv:2212.08066)
-    z                (log sum exp of a router's logits)^2, mean over routers (Eq. 5, arXiv:2202.08906)
-    consistency      1/2 (KL(p || q) + KL(q || p)) of two passes with experts drawn anew (arXiv:2110.04260)
-
 Shape legend: N tokens, V vocabulary, C classes that two distributions are compared over (the vocabulary, or some of its
 tokens and all others as one), E experts.
 """
@@ -37,22 +22,22 @@ def language_model(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Te
 
 
 def forward_kl(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of KL(teacher || student), of log-probabilities (N, C)."""
+    """Sum over tokens of KL(teacher || student), of log-probabilities (N, C) (arXiv:1503.02531)."""
     return torch.nn.functional.kl_div(student_NC, teacher_NC, reduction="sum", log_target=True)
 
 
 def reverse_kl(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of KL(student || teacher), of log-probabilities (N, C)."""
+    """The same of KL(student || teacher), which does not reach for what the student cannot say (arXiv:2306.08543)."""
     return torch.nn.functional.kl_div(teacher_NC, student_NC, reduction="sum", log_target=True)
 
 
 def teacher_ce(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of -sum p_teacher log p_student, of log-probabilities (N, C): the gradient is that of forward_kl."""
+    """The same of -sum p_teacher log p_student: forward_kl and the teacher's entropy, which no student changes."""
     return -(teacher_NC.exp() * student_NC).sum()
 
 
 def total_variation(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of 1/2 sum |p_teacher - p_student|, of log-probabilities (N, C)."""
+    """The same of 1/2 sum |p_teacher - p_student|, between 0 and 1."""
     return 0.5 * (teacher_NC.exp() - student_NC.exp()).abs().sum()
 
 
@@ -103,7 +88,9 @@ def domain_label(logits_NE: torch.Tensor, labels_N: torch.Tensor, base: int | No
 
 
 def load_balance(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """E sum_e f_e P_e, 1 when tokens and probabilities are spread evenly; times the number of tokens, so that it adds up."""
+    """E sum_e f_e P_e, the share of tokens sent to an expert times its mean probability (Eq. 4, arXiv:2101.03961): 1 when both
+    are spread evenly; times the number of tokens, so that it adds up.
+    """
     count, experts = logits_NE.shape
     if count == 0:
         return logits_NE.sum()
@@ -112,7 +99,7 @@ def load_balance(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def importance(logits_NE: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation of the experts' summed probabilities, times the number of tokens."""
+    """Squared coefficient of variation of the experts' summed probabilities (Eq. 7, arXiv:1701.06538), times the tokens."""
     if len(logits_NE) == 0:
         return logits_NE.sum()
     return len(logits_NE) * _variation(logits_NE.softmax(-1).sum(0))
@@ -125,7 +112,7 @@ def _variation(values_E: torch.Tensor) -> torch.Tensor:
 
 
 def load(logits_NE: torch.Tensor, noisy_NE: torch.Tensor, top_k: int, deviation: float) -> torch.Tensor:
-    """Squared coefficient of variation of the experts' loads, times the number of tokens.
+    """Squared coefficient of variation of the experts' loads (Eq. 8-11, arXiv:1701.06538), times the number of tokens.
 
     The load of an expert is the sum over tokens of the probability that it is among the top_k when its noise is drawn anew and
     the others keep theirs: Phi((logit - k-th largest of the other noisy logits) / deviation).
@@ -140,7 +127,7 @@ def load(logits_NE: torch.Tensor, noisy_NE: torch.Tensor, top_k: int, deviation:
 
 
 def mutual(logits_NE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """-I(E; M) of experts and domains, times the number of tokens; tokens of no domain do not count."""
+    """-I(E; M) of experts and domains (arXiv:2212.08066), times the number of tokens; tokens of no domain do not count."""
     probabilities_NE, labels_N = logits_NE[labels_N != GENERIC].softmax(-1), labels_N[labels_N != GENERIC]
     if len(labels_N) == 0:
         return logits_NE.sum() * 0.0
@@ -150,10 +137,10 @@ def mutual(logits_NE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
 
 
 def consistency(first_NC: torch.Tensor, second_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the symmetric divergence of two passes' log-probabilities (N, C)."""
+    """Sum over tokens of the symmetric divergence of two passes' log-probabilities (N, C) (arXiv:2110.04260)."""
     return 0.5 * (forward_kl(first_NC, second_NC) + reverse_kl(first_NC, second_NC))
 
 
 def z_loss(logits_NE: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of (log sum exp of the logits)^2."""
+    """Sum over tokens of (log sum exp of the logits)^2 (Eq. 5, arXiv:2202.08906)."""
     return logits_NE.logsumexp(-1).square().sum()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
@@ -83,7 +83,7 @@ GATES: Mapping[Gate, GateRow] = {
 """Gates, and what follows from them."""
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Settings of one run, each as docs/training.md says it; unknown keys and settings without effect are errors.
 
     Losses of distillation count times temperature^2 (arXiv:1503.02531, Section 2); `regime` joint is JEET and MoE-CE of
@@ -91,8 +91,6 @@ class TrainSettings(BaseModel):
     afterwards (DS-MoE, arXiv:2404.05567). None of it is the mixture's own, but at least 2 in native mixtures, whose
     renormalised weight is 1 and gives no gradient at 1.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     what: list[Group] = Field(["routers"], min_length=1)
     lora: int | None = Field(None, ge=1)
