@@ -18,11 +18,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.stats import spearmanr
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modekit  # noqa: F401  its architecture opens in transformers
 
@@ -41,9 +40,9 @@ class Task:
     answers: tuple[str, ...] = ()
     held_out: str = "validation"
 
-    def pair(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def pair(self, row: Mapping[str, str | float]) -> dict[str, str]:
         """Source and target."""
-        answer = self.answers[row["label"]] if self.answers else f"{row['label']:.1f}"
+        answer = self.answers[int(row["label"])] if self.answers else f"{row['label']:.1f}"
         return {"source": self.prompt.format(**row), "target": answer}
 
     def score(self, written: Sequence[str], targets: Sequence[str]) -> float:
@@ -130,7 +129,7 @@ def score(mixture: Path, held_out: Path, pairs: int | None = None) -> dict[str, 
     return found
 
 
-def _written(model: Any, tokenizer: Any, sources: Sequence[str]) -> list[str]:
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> list[str]:
     """Greedily."""
     found: list[str] = []
     for start in range(0, len(sources), BATCH):

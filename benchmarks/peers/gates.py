@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from modekit.errors import ModekitError
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model
 from modekit.recipes.read import parse_recipe
+from modekit.recipes.strict import RecipeData
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from peers.ours import built
@@ -27,10 +27,10 @@ from peers.training import STEPS
 
 LOAD_TOKENS = 1_024
 """Per domain, of the select split."""
-RANDOM: dict[str, Any] = {"fit": "random"}
+RANDOM: RecipeData = {"fit": "random"}
 FORMAT = {"format": "modekit"}
-EXPERTS: dict[str, Any] = {"what": ["experts"], "backbone_learning_rate": STEPS.rate}
-BOTH: dict[str, Any] = {"what": ["experts", "routers"], "backbone_learning_rate": STEPS.rate}
+EXPERTS: RecipeData = {"what": ["experts"], "backbone_learning_rate": STEPS.rate}
+BOTH: RecipeData = {"what": ["experts", "routers"], "backbone_learning_rate": STEPS.rate}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Gate:
 
     name: str
     source: str
-    mixture: dict[str, Any]
-    training: dict[str, Any] | None = None
+    mixture: RecipeData
+    training: RecipeData | None = None
     general: bool = False
     kinds: frozenset[str] = field(default_factory=lambda: frozenset({"ffn"}))
 
@@ -80,12 +80,12 @@ class Gate:
             checkpoint, note = done.checkpoint, STEPS.said
         return Made(made.model, note, load=load_of(checkpoint, pool))
 
-    def _seeded(self, pool: Pool) -> dict[str, Any]:
+    def _seeded(self, pool: Pool) -> RecipeData:
         router = self.mixture.get("router", {})
         return {**self.mixture, "router": {**router, "seed": pool.seed}} if router.get("fit") == "random" else self.mixture
 
 
-def _as_others(pool: Pool) -> dict[str, Any]:
+def _as_others(pool: Pool) -> RecipeData:
     return {
         **{"steps": STEPS.count, "sequence_length": STEPS.length, "batch_tokens": STEPS.length * len(pool.text)},
         **{"select_tokens": 1_024, "evaluate_every": STEPS.count // 3, "seed": pool.seed},
@@ -106,11 +106,11 @@ def load_of(checkpoint: Checkpoint, pool: Pool) -> float:
     return float(sums_E.max() / sums_E.sum())
 
 
-def _routed(fit: str, *, top_k: int = 2, **router: Any) -> dict[str, Any]:
+def _routed(fit: str, *, top_k: int = 2, **router: object) -> RecipeData:
     return {"top_k": top_k, "router": {"fit": fit, **router}}
 
 
-def _trained(name: str, source: str, **settings: Any) -> Gate:
+def _trained(name: str, source: str, **settings: object) -> Gate:
     return Gate(f"trained: {name}", source, _routed("random"), settings)
 
 
