@@ -152,6 +152,19 @@ def test_no_minutes_stop_a_distillation_after_a_step(tmp_path: Path) -> None:
     shop.build()
     record = made(shop, "OUT", "distil", course={"steps": 50, "minutes": 0.0})
     assert record.distilled is not None and record.distilled.steps == 1
+    assert any("ended after step 1 of 50: its time was over" in note for note in record.notes)
+
+
+def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    monkeypatch.setattr("modekit.conversion.densify.read_texts", lambda *_, **__: pytest.fail("text to train on was read"))
+    assert set(made(shop, "OUT", "average").losses) == {"base", "experts", "mixture", "dense"}
+    assert made(shop, "OUT", "sum", scale=0.5).losses
+    (tmp_path / "text").rename(tmp_path / "elsewhere")
+    assert made(shop, "OUT", "average").losses == {}
 
 
 def test_gaps_are_means_over_domains_that_have_one() -> None:

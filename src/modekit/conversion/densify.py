@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modekit.building.build import write_shards
@@ -28,7 +29,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.conversion.choice import Chooser
 from modekit.conversion.dense_record import DENSE_FILE, By, DenseRecord, Distilled, Merge
-from modekit.conversion.distilled import Course, take_best, teach
+from modekit.conversion.distilled import Course, teach
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.moving import make_trainable
@@ -170,7 +171,8 @@ class _Work:
             outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
             folder.keep("trained", outcome.model_dump(mode="json"))
         if outcome.improved:
-            take_best(student, outcome, folder.path)
+            best = load_file(outcome.best_state(folder.path))
+            student.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)
         else:  # the student has gone on from it
             self.chooser.set(merge)
         student.eval()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -66,9 +65,3 @@ def teach(
     loop = loop_of(settings, steps, student.device, seconds=None if course.minutes is None else 60 * course.minutes)
     module = Student(student, lesson, settings, steps)
     return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)
-
-
-def take_best(student: PreTrainedModel, outcome: TrainingOutcome, folder: Path) -> None:
-    """Give the student the weights of the best state."""
-    best = load_file(outcome.best_state(folder))
-    student.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)

@@ -103,18 +103,12 @@ class LoopSettings:
     seconds: float | None = None
 
 
-class NotFiniteError(Exception):
+class NotFiniteError(TrainingError):
     """Where a loss was not finite, and what it was."""
 
     def __init__(self, where: str, found: str) -> None:
-        self.where = where
-        self.found = found
-        super().__init__(where)
-
-    def as_training_error(self) -> TrainingError:
-        """For the user."""
         what, remedy = "the loss is not finite: training stopped", "lower the learning rate, or leave this text out"
-        return TrainingError(what, where=self.where, found=self.found, remedy=remedy)
+        super().__init__(what, where=where, found=found, remedy=remedy)
 
 
 def run_all_steps(
@@ -130,10 +124,7 @@ def run_all_steps(
         arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
         with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
             trainer = ModuleTrainer(module, batches, loop, arguments, [_StateEvery()] if folder is not None else [], run)
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except NotFiniteError as error:
-            raise error.as_training_error() from None
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         history: list[dict[str, float]] = trainer.state.log_history
         return history
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,9 +70,9 @@ class LoadedMixture(ABC):
     def experts(self) -> Iterator[nn.Parameter]:
         """What each expert has of its own."""
 
-    @abstractmethod
     def constants(self) -> Iterator[nn.Parameter]:
         """What the architecture wants and must stay zero."""
+        return iter(())
 
     def own_corner(self, name: str, parameter: nn.Parameter) -> tuple[slice, ...] | None:
         """The rows and columns of a parameter that the base has, too; None: all of it. What is behind them stays as built."""
@@ -102,13 +102,13 @@ class LoadedMixture(ABC):
     def forced(self, expert: int) -> AbstractContextManager[None]:
         """While open, every router gives all weight to one expert."""
 
-    @abstractmethod
     def on_own_text(self, expert: int) -> AbstractContextManager[None]:
         """While open, text goes to one expert (-1: to none) as if the routers had chosen it: a common expert takes part."""
+        return self.forced(expert)
 
-    @abstractmethod
     def without_common(self) -> AbstractContextManager[None]:
         """While open, the chosen experts have no common one beside them."""
+        return nullcontext()
 
     @abstractmethod
     def left_out(self, expert: int) -> AbstractContextManager[None]:

@@ -38,10 +38,6 @@ class ModekitMixture(LoadedMixture):
             yield from mixed.parameters(recurse=False)  # lora_A, lora_B, lora_bias
             yield from mixed.differences.parameters() if mixed.few_bits else ()
 
-    def constants(self) -> Iterator[nn.Parameter]:
-        """There are none."""
-        return iter(())
-
     def ffn(self, layer: nn.Module) -> nn.Module:
         """The family's own module, mixed or with mixed parts."""
         return layer.get_submodule(self.checkpoint.shape.mixture.family.mlp_module)

@@ -9,7 +9,7 @@ Shape legend: B batch, S sequence, D width, E experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -137,14 +137,6 @@ class NativeMixture(LoadedMixture):
         with self._changed_logits(change):
             yield
 
-    def on_own_text(self, expert: int) -> AbstractContextManager[None]:
-        """There is no common expert here."""
-        return self.forced(expert)
-
-    def without_common(self) -> AbstractContextManager[None]:
-        """There is none."""
-        return nullcontext()
-
     @contextmanager
     def left_out(self, expert: int) -> Iterator[None]:
         """The expert's logit is far below the others'."""
@@ -241,7 +233,8 @@ class DenseView:
         _check_sizes(checkpoint)
         config = _dense_config(checkpoint, run)
         block = self._native.router.split(".")[0]  # everything the native layer has in place of the dense FFN
-        state = {name: self._read(name) for name in checkpoint.tensors if not _lies_in(name, block)}
+        outside = (name for name in checkpoint.tensors if not split_layer(name)[1].startswith(f"{block}."))
+        state = {name: self._read(name) for name in outside}
         for layer in range(checkpoint.layers):
             state.update(self._ffn(layer, 0))
             for module, parts in self._native.split.items():
@@ -325,9 +318,3 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     for key in _SIZES:
         if wide.get(key) != checkpoint.config.get(key):
             raise other_record(f"{checkpoint.folder}: dense_config.{key}", wide.get(key), checkpoint.config.get(key))
-
-
-def _lies_in(name: str, block: str) -> bool:
-    """Whether a tensor lies in this module of a layer."""
-    layer, path = split_layer(name)
-    return layer is not None and path.startswith(f"{block}.")

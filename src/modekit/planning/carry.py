@@ -155,17 +155,12 @@ def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
 def _rank(source: ModelSource, base: ModelSource, family: Family, layer: int, parts: Sequence[str]) -> float:
     """Of what a source changes in some parts of a layer together; infinite where it has no small rank."""
     total = 0.0
-    for name in _weights(family, layer, parts):
+    for name in (in_layer(layer, f"{family.parts[part]}.weight") for part in parts):
         if touched(source, name):
             change = low_rank(source, name)
             total += math.inf if change is None else change.rank
     biased = parts != ("o",) and any(touched(source, name) for name in biases_of(base, family, layer))
     return total + biased
-
-
-def _weights(family: Family, layer: int, parts: Sequence[str]) -> Iterator[str]:
-    for part in parts:
-        yield in_layer(layer, f"{family.parts[part]}.weight")
 
 
 def biases_of(base: ModelSource, family: Family, layer: int) -> Iterator[str]:

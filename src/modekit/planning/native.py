@@ -170,12 +170,13 @@ class NativeLayout:
         """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
         else, norms as there, experts that add nothing of their own.
         """
-        if not self._front:
+        if self._channels is None or not self._front:
             return
+        norms = (*self._channels.widening.norms, *self._channels.widening.over_heads)
         within = in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self._ffn and not is_ignored(name):
-                is_norm = name.rpartition(".")[0].removeprefix(within) in self._passed_norms
+                is_norm = name.rpartition(".")[0].removeprefix(within) in norms
                 pieces = (Piece(0, ref),) if is_norm else ()
                 code = self._code_of(ref)
                 plain = joined(name, code, ref.shape, "backbone", pieces) if is_norm else _zeros(name, code, ref.shape)
@@ -198,11 +199,6 @@ class NativeLayout:
             return None
         half = ref.shape[0] // 2
         return (0, half) if part == "gate" else (half, 2 * half)
-
-    @property
-    def _passed_norms(self) -> tuple[str, ...]:
-        assert self._channels is not None
-        return (*self._channels.widening.norms, *self._channels.widening.over_heads)
 
     def _experts(self, layers: int) -> Iterable[PlannedTensor]:
         """The FFN of every expert in every layer of the base."""

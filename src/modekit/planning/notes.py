@@ -132,13 +132,15 @@ def _of_targets(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
 def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
     """A note that names the full models of a recipe that may lose something; none on another backbone, or when all is mixed."""
     outside = [name for name in sources[0].tensors if name not in mixed and not is_ignored(name)]
+    modules = recipe.mixture.modules
+    mixes_every_ffn = recipe.mixture.layers is None and (not isinstance(modules, list) or "mlp" in modules)
     if recipe.mixture.backbone != BASE or not outside:
         return
     names = [
         expert.name
         for expert, source in zip(recipe.experts, sources[1:], strict=True)
         if not (expert.is_base or expert.is_low_rank or isinstance(source, AdapterSource))
-        and not (_mixes_every_ffn(recipe) and changed_ffn_alone(source))
+        and not (mixes_every_ffn and changed_ffn_alone(source))
     ]
     if names:
         yield (
@@ -205,11 +207,6 @@ def _kinds(names: set[str]) -> str:
     return ", ".join(
         sorted({f"{module.rpartition('.')[2]} {leaf.removeprefix('weight')}".rstrip() for module, _, leaf in modules})
     )
-
-
-def _mixes_every_ffn(recipe: Recipe) -> bool:
-    modules = recipe.mixture.modules
-    return recipe.mixture.layers is None and (not isinstance(modules, list) or "mlp" in modules)
 
 
 def changed_ffn_alone(source: ModelSource) -> bool:

@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
-from modekit.planning.parts import Kind, MixedParts, PlannedPlace
+from modekit.planning.parts import Kind, MixedParts, PlannedPlace, weight_in
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
 from modekit.planning.prefixes import place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
@@ -366,7 +366,7 @@ class Places:
         layers = self._layers[expert]
         if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
             return None
-        weight = next((ref for ref in refs if ref.name == weight_of(module)), None)
+        weight = weight_in(module, refs)
         if isinstance(source, AdapterSource):
             if not any(touched(source, self.original(ref).name) for ref in refs):
                 return None

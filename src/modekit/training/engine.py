@@ -188,9 +188,8 @@ class _JudgingTrainer(ModuleTrainer):
         return total / text.scored_tokens
 
 
-def _outcome(state: Any, steps: int, why: str, failed: NotFiniteError | None) -> TrainingOutcome:
+def _outcome(state: Any, steps: int, why: str, error: NotFiniteError | None) -> TrainingOutcome:
     """What Trainer's state says; `why` it ended before its last step. Raises TrainingError when the start was not judged."""
-    error = None if failed is None else failed.as_training_error()
     before = _held_out(state, 0)
     if before is None:
         assert error is not None

@@ -105,10 +105,9 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
 
 @dataclass(frozen=True)
 class TrainableMixture:
-    """`names` of the parameters with gradients, as the model has them now, and the `targets` that move through them."""
+    """A model whose parameters with gradients move the `targets`, by their names before."""
 
     model: PreTrainedModel
-    names: list[str]
     targets: dict[str, nn.Parameter]
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -142,7 +141,7 @@ def make_trainable(model: PreTrainedModel, names: Sequence[str], rank: int | Non
     moving = {id(each) for name, each in targets.items() if name not in {*modules, *stacks}}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in moving or id(parameter) not in known)
-    return TrainableMixture(model, [name for name, each in model.named_parameters() if each.requires_grad], targets)
+    return TrainableMixture(model, targets)
 
 
 def keep_channels(trainable: TrainableMixture, mixture: LoadedMixture) -> None:
