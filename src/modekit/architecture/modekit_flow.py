@@ -182,9 +182,9 @@ class Flow:
         finally:
             self.hold(before)
 
-    def forcing(self, expert: int | torch.Tensor, *, solo: bool = False, beside: bool = False) -> AbstractContextManager[None]:
-        """While open, all weight is an expert's, or with `solo` what its own logit says; see the attributes."""
-        return self.changed(forced=expert, solo=solo, beside=beside)
+    def forcing(self, expert: int | torch.Tensor) -> AbstractContextManager[None]:
+        """While open, all weight is an expert's; see the attributes."""
+        return self.changed(forced=expert, solo=False, beside=False)
 
 
 class Recomputing:

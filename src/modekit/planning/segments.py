@@ -58,8 +58,10 @@ class Segments:
 def segments_of(recipe: Recipe, channels: int = 0) -> Segments:
     """Raises RecipeError for parts that cannot be in one mixture, or of so many `channels`."""
     said = [expert.segment for expert in recipe.experts]
-    if not any(said):
-        return Segments()
+    return _parts_of(recipe, said, channels) if any(said) else Segments()
+
+
+def _parts_of(recipe: Recipe, said: list[str | None], channels: int) -> Segments:
     count = int((said[0] or "1/1").partition("/")[2])
     in_order = said == [f"{number % count + 1}/{count}" for number in range(len(said))] and len(said) % count == 0
     weighed = recipe.mixture.weights is not None or any(expert.adapter for expert in recipe.experts)

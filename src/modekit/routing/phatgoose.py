@@ -56,7 +56,7 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
     for expert, (name, own) in enumerate(zip(checkpoint.names, sequences, strict=True)):
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
             # Jitter and noise draw from the global generator.
-            with _seeded(settings.seed, model.device), flow_of(model).forcing(expert, solo=True):
+            with _seeded(settings.seed, model.device), flow_of(model).changed(forced=expert, solo=True):
                 train_on_text(model, own, training, run=fitting.run.about(f"gate of {name}"))
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
