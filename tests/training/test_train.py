@@ -372,7 +372,7 @@ def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
         train_top_k=None,
         packed=False,
     )
-    weights = objective._weights({"lm": torch.tensor(3.0), "distill": torch.tensor(1.0)})
+    weights = objective.weights({"lm": torch.tensor(3.0), "distill": torch.tensor(1.0)})
     assert weights == pytest.approx({"lm": 3.0, "distill": 1.0})
     assert sum(weights.values()) == pytest.approx(4.0)
 
