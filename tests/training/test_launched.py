@@ -172,7 +172,7 @@ whole = objective()
 for number in range(2):
     whole(**batches[number])["loss"].backward()
 sharded = objective()
-for layer in sharded.mixture.model.layers:
+for layer in sharded.model.model.layers:
     fully_shard(layer)
 fully_shard(sharded)
 sharded(factor=2.0, **batches[torch.distributed.get_rank()])["loss"].backward()
