@@ -244,7 +244,9 @@ class Checkpoint:
         `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
         """
         changed = self.with_recipe(recipe)
-        dtype = self._gate_dtype
+        dtype = next(code for code, name in DTYPE_NAMES.items() if name == self.config["dtype"])
+        if self.slots and (found := self.tensors[self.slots[0].name].dtype) in DTYPE_NAMES:
+            dtype = found
         gate_file = router_bytes(changed.slots, gates, dtype)
         files: dict[str, Content] = {ROUTER_FILE: gate_file}
         fitted, trained = router.model_copy(update={"sha256": sha256_of(gate_file)}), self.record.trained
@@ -288,13 +290,6 @@ class Checkpoint:
             raise CheckpointError(
                 "another command has changed the checkpoint meanwhile", where=str(self.folder), remedy="run the command again"
             )
-
-    @property
-    def _gate_dtype(self) -> str:
-        """That of the gates that are there, else that of the model."""
-        said = {name: code for code, name in DTYPE_NAMES.items()}[str(self.config["dtype"])]
-        found = self.tensors[self.slots[0].name].dtype if self.slots else said
-        return found if found in DTYPE_NAMES else said
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

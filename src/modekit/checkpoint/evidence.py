@@ -39,10 +39,8 @@ def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDA
     parts = []
     with OpenFiles() as opened:
         for start, rows in rows_of(opened, embedding):
-            sizes_V = row_sizes(
-                channels.row_scale,
-                to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])[:, : channels.hidden],
-            )
+            found = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
+            sizes_V = row_sizes(channels.row_scale, found[:, : channels.hidden])
             values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
             parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
     columns = memoryview(b"".join(parts))

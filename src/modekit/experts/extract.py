@@ -45,7 +45,8 @@ from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, TextDigest, text_record
 from modekit.weights.factorise import Array32, factorise, relative_error
-from modekit.weights.numeric import as_array, to_bytes, to_float32
+from modekit.weights.numeric import to_bytes
+from modekit.weights.stored import read_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,8 +215,7 @@ def _adapt(
     each: TensorDifference, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings
 ) -> AdaptedWeight:
     """Factors of one weight's difference."""
-    moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (each.tuned, each.base))
-    delta_OI: Array32 = (moved - still).reshape(each.base.shape)
+    delta_OI: Array32 = read_float32(opened, each.tuned) - read_float32(opened, each.base)
     factors = factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank, moment_II=moment_II)
     plain = factors.error if moment_II is None else relative_error(delta_OI, factors.a, factors.b)
     return AdaptedWeight(each, factors, plain)

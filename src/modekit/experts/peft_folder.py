@@ -88,18 +88,10 @@ def lora_config(
     }
 
 
-_OF_THE_MODULES = frozenset(
-    {
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-    }
-)
+_OF_THE_MODULES = {
+    *("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
+}
 """Keys of PEFT's that choose modules, or keep whole ones; a list of targets says it all."""
 
 

@@ -17,9 +17,9 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import (
     CONFIG_FILE,
-    SAVE_AGAIN,
     IA3Settings,
     LoraSettings,
+    damaged,
     parse_settings,
     read_adapter_config,
 )
@@ -149,7 +149,7 @@ def open_adapter(
     rules = _Rules(resolved)
     changes, replaced, notes = rules.changes(), resolved.replaced(), tuple(rules.notes())
     if not changes and not replaced:
-        raise SourceError("the adapter changes nothing", where=where, found=f"no tensor in {WEIGHTS_FILE}", remedy=SAVE_AGAIN)
+        raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
     bias_changes, beside = rules.bias_changes(changes), resolved.beside
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
 
@@ -165,7 +165,7 @@ def _weights_file(folder: Path, *, where: str) -> Path:
             expected=WEIGHTS_FILE,
             remedy="convert it once where you trust the file: load it with PEFT and save_pretrained to a new folder",
         )
-    raise SourceError("the adapter has no weights", where=where, expected=WEIGHTS_FILE, remedy=SAVE_AGAIN)
+    raise damaged("the adapter has no weights", where, expected=WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class _Rules:
     ) -> LowRank:
         settings = self.resolved.settings
         assert isinstance(settings, LoraSettings)
-        is_embedding = self.resolved.looks_up(module)
-        other_way = is_embedding or self.resolved.keeps_columns(module)
+        is_embedding = self.resolved.family.looks_up(module)
+        other_way = is_embedding or self.resolved.family.keeps_columns(module)
         rank, (inputs, outputs) = settings.rank(module), shape if other_way else shape[::-1]
         names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         expected: dict[str, tuple[int, ...]] = {names[0]: (rank, inputs), names[1]: (outputs, rank)}
@@ -227,12 +227,9 @@ class _Rules:
         self._check_parts(module, parts, expected)
         for name, axis in zip(names, (0, 1), strict=True):
             if len(parts[name].shape) == 2 and parts[name].shape[axis] != rank:
-                raise SourceError(
-                    "the rank in the adapter file is not that in its config",
-                    where=f"{self.resolved.where}: {parts[name].name}",
-                    found=parts[name].shape[axis],
-                    expected=f"{rank}, by r and rank_pattern",
-                    remedy=SAVE_AGAIN,
+                where, found = f"{self.resolved.where}: {parts[name].name}", parts[name].shape[axis]
+                raise damaged(
+                    "the rank in the adapter file is not that in its config", where, found, f"{rank}, by r and rank_pattern"
                 )
         self._check_shapes(parts, expected)
         if settings.lora_bias:
@@ -254,13 +251,8 @@ class _Rules:
         """Raise SourceError unless the module has exactly the tensors that the config asks for."""
         missing = sorted(set(expected) - parts.keys())
         if missing:
-            raise SourceError(
-                "the adapter lacks a part of a module",
-                where=f"{self.resolved.where}: {module}",
-                found=", ".join(sorted(parts)),
-                expected=", ".join(missing) + " as well",
-                remedy=SAVE_AGAIN,
-            )
+            where, there = f"{self.resolved.where}: {module}", ", ".join(sorted(parts))
+            raise damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
         for part in sorted(parts.keys() - set(expected)):
             self.resolved.refuse_unexplained(parts[part], "the config does not ask for it")
 

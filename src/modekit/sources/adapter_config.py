@@ -25,6 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
 
 _MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+_GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
 _Names = Annotated[list[str], Field(max_length=10_000)]
@@ -32,27 +33,12 @@ _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2
 _Rank = Annotated[int, Field(ge=1, le=10**100)]
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
-NO_EFFECT = frozenset(
-    {
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "lora_dropout",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-        "init_ia3_weights",
-        # read only while the matching init_lora_weights initialises; those that change the base are refused there
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    }
-)
+NO_EFFECT = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "init_ia3_weights"),
+    # read only while the matching init_lora_weights initialises; those that change the base are refused there
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
 """AdapterSettings that say nothing about what the saved weights do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 """Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
@@ -185,10 +171,13 @@ class IA3Settings(AdapterSettings):
 
 
 _KINDS: dict[str, type[AdapterSettings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
-
-
 PREFIX_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 """Adapters that stand before the text (prefix.py)."""
+
+
+def damaged(what: str, where: str, found: object = None, expected: object = None) -> SourceError:
+    """The error of an adapter that contradicts itself."""
+    return SourceError(what, where=where, found=found, expected=expected, remedy=SAVE_AGAIN)
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
@@ -201,23 +190,14 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
-            raise SourceError(
-                "this is a full model, not an adapter",
-                where=where,
-                remedy="name it as model: in place of adapter: in the recipe",
-            ) from None
-        raise SourceError(
-            f"{CONFIG_FILE} is missing", where=where, remedy="give an adapter that PEFT saved (save_pretrained)"
-        ) from None
+            remedy = "name it as model: in place of adapter: in the recipe"
+            raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
+        raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:
-        raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
+        raise damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise SourceError(
-            f"{CONFIG_FILE} names no peft_type",
-            where=where,
-            expected=" or ".join(_KINDS),
-            remedy="give an adapter that PEFT saved (save_pretrained)",
-        )
+        kinds = " or ".join(_KINDS)
+        raise SourceError(f"{CONFIG_FILE} names no peft_type", where=where, expected=kinds, remedy=_GIVE_SAVED)
     return config
 
 
@@ -248,13 +228,7 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
         settings = kind.model_validate(dict(config))
     except ValidationError as error:
         key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise SourceError(
-            f"{key} has no usable value",
-            where=where,
-            found=shortened(config.get(key, "nothing")),
-            expected=problem,
-            remedy=SAVE_AGAIN,
-        ) from None
+        raise damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
     settings._patterns.where, settings._naming = where, naming
     if isinstance(settings, LoraSettings):
         _check_lora(settings, where=where)
@@ -270,9 +244,7 @@ def _check_lora(settings: LoraSettings, *, where: str) -> None:
             remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
         )
     if settings.use_dora and settings.lora_bias:
-        raise SourceError(
-            "use_dora and lora_bias exclude each other in PEFT", where=where, found="both true", remedy=SAVE_AGAIN
-        )
+        raise damaged("use_dora and lora_bias exclude each other in PEFT", where, "both true")
     if isinstance(settings.target_modules, str) and settings.layers_to_transform is not None:
         raise SourceError(
             "layers_to_transform needs target_modules as a list, as in PEFT",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.recipes.layers import stack_of
-from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack, no_usable
 from modekit.sources.names import split_layer
 
 if TYPE_CHECKING:
@@ -105,11 +105,6 @@ def is_installed(model_type: str) -> bool:
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def derive(config: Config, *, where: str) -> Family:
-    """The row of a config, from its installed class. Raises UnsupportedError where it cannot be mixed, and SourceError."""
-    return structure(config, where=where).family
-
-
 def structure(config: Config, *, where: str) -> Structure:
     """What the installed class of a config is made of. Raises SourceError where transformers cannot make it."""
     return _structure(json.dumps(config, sort_keys=True), where)
@@ -152,13 +147,7 @@ def _check_counts(config: Any, where: str) -> None:
         elif isinstance(value, list):
             waiting += [(key, each) for each in value if isinstance(each, Mapping)]
         elif isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
-            raise SourceError(
-                f"config.json gives no usable {key[:64]}",
-                where=where,
-                found=value,
-                expected=f"at most {_MOST}",
-                remedy=SAVE_AGAIN,
-            )
+            raise no_usable(key, value, f"at most {_MOST}", where)
 
 
 class Structure:
@@ -176,7 +165,7 @@ class Structure:
 
     @cached_property
     def family(self) -> Family:
-        """The row."""
+        """The row of its config. Raises UnsupportedError where it cannot be mixed."""
         config = self.model.config
         if config.model_type in INEXACT:
             raise self.refused(INEXACT[config.model_type])

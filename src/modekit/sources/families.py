@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.derived import derive, is_installed
-from modekit.sources.family import LINEAR, Config, Family, Stack, whole, words
+from modekit.errors import UnsupportedError
+from modekit.sources.derived import is_installed, structure
+from modekit.sources.family import LINEAR, Config, Family, Stack, no_usable, whole, words
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
@@ -37,12 +37,7 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
     def kinds(config: Config) -> list[str]:
         period = config.get(key) or default
         if not isinstance(period, int):
-            raise SourceError(
-                f"config.json gives no usable {key}",
-                found=period,
-                expected="a whole number of layers",
-                remedy="download or save the model again",
-            )
+            raise no_usable(key, period, "a whole number of layers")
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
@@ -269,7 +264,7 @@ def family_of(config: Config, *, where: str) -> Family:
         return row
     wraps = "text_config" in config
     if not wraps and is_installed(model_type):
-        return derive(config, where=where)
+        return structure(config, where=where).family
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
         + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),

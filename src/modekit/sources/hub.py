@@ -213,7 +213,7 @@ def open_hub_adapter(
 def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> None:
     """Bring weight files of a model on the hub to this disk. Raises SourceError."""
     name = _parts(source.spec)[0]
-    Snapshot(name, source.folder, f"{source.label} ({source.spec})").fetch([file.name for file in files], run=run)
+    Snapshot(name, source.folder, source.where).fetch([file.name for file in files], run=run)
 
 
 def _of_small_files(spec: str, revision: str | None, where: str) -> str | None:

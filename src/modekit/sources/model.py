@@ -20,7 +20,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
-from modekit.sources.family import Config, Family
+from modekit.sources.family import SAVE_AGAIN, Config, Family
 from modekit.sources.header import AGAIN, entries_in
 from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
@@ -118,6 +118,11 @@ class ModelSource:
     packed: str = field(default="", compare=False, kw_only=True)
 
     @property
+    def where(self) -> str:
+        """What messages call it, with what the recipe says."""
+        return f"{self.label} ({self.spec})"
+
+    @property
     def written_config(self) -> Config:
         """config.json as it stands."""
         return next((each for each in (self.wrapper, self.on_disk) if each is not None), self.config)
@@ -161,7 +166,7 @@ class ModelSource:
         if other.shape != ref.shape:
             raise MismatchError(
                 "the expert's tensor has another shape than the base model's",
-                where=f"{self.label} ({self.spec}): {ref.name}",
+                where=f"{self.where}: {ref.name}",
                 found=list(other.shape),
                 expected=list(ref.shape),
                 remedy="use an expert fine-tuned from this base model",
@@ -260,18 +265,18 @@ def source_of(
     label: str, spec: str, folder: Path, revision: str | None, config: Config, tensors: Mapping[str, TensorRef]
 ) -> ModelSource:
     """A model by its config.json and headers. Raises SourceError, or UnsupportedError, for a wrapper that cannot be read."""
-    where = f"{label} ({spec})"
+    plain = ModelSource(label, spec, folder, revision, config, tensors)
     if not may_wrap(config):
-        return ModelSource(label, spec, folder, revision, config, tensors)
-    names, wraps = plain_names(tensors, where=where), config["model_type"] in WRAPPERS
+        return plain
+    names, wraps = plain_names(tensors, where=plain.where), config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
-    text = text_config(config, own, where=where) if wraps else config
+    text = text_config(config, own, where=plain.where) if wraps else config
     unread = own_family(text, Family("")).unread(text)
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
     beside |= {name: own.pop(name) for name in own.keys() & unread}
     if not wraps and own.keys() == tensors.keys():
-        return ModelSource(label, spec, folder, revision, config, tensors)
-    return ModelSource(label, spec, folder, revision, text, own, wrapper=config, beside=beside)
+        return plain
+    return replace(plain, config=text, tensors=own, wrapper=config, beside=beside)
 
 
 def is_quantised(folder: Path) -> bool:
@@ -324,15 +329,13 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
         names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
         elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
-        raise SourceError(
-            "the safetensors index cannot be read", where=where, remedy="download or save the model again"
-        ) from None
+        raise SourceError("the safetensors index cannot be read", where=where, remedy=SAVE_AGAIN) from None
     if elsewhere:
         raise SourceError(
             "the safetensors index names what is no weight file of this folder",
             where=where,
             found=elsewhere[0],
             expected="names like model-00001-of-00002.safetensors",
-            remedy="download or save the model again",
+            remedy=SAVE_AGAIN,
         )
     return names

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modekit.errors import MismatchError, SourceError, UnsupportedError
+from modekit.errors import MismatchError, UnsupportedError
 from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, PREFIX_KINDS, SAVE_AGAIN
+from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, PREFIX_KINDS, damaged
 from modekit.sources.families import family_of
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
@@ -73,7 +73,7 @@ def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSou
     ref = tensors.get(TENSOR)
     if ref is None or len(tensors) > 1 or ref.dtype not in DTYPE_NAMES:
         found = ", ".join(sorted(tensors)[:3]) or "no tensor"
-        raise SourceError("the file does not hold one prefix", where=where, found=found, expected=TENSOR, remedy=SAVE_AGAIN)
+        raise damaged("the file does not hold one prefix", where, found, TENSOR)
     full, layers = family.dense_config(base.config), 0
     width = family.hidden(base.config)
     if settings.peft_type == "PREFIX_TUNING":
@@ -104,14 +104,12 @@ def _settings(config: Config, where: str) -> _Settings:
         return _Settings.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
-        raise SourceError(
-            f"{first['loc'][0]} has no usable value", where=f"{where}: {CONFIG_FILE}", expected=first["msg"], remedy=SAVE_AGAIN
-        ) from None
+        raise damaged(f"{first['loc'][0]} has no usable value", f"{where}: {CONFIG_FILE}", expected=first["msg"]) from None
 
 
 def _family(base: ModelSource, where: str) -> Family:
     """The base's, whose attention takes keys before a text's."""
-    family = family_of(base.config, where=f"{base.label} ({base.spec})")
+    family = family_of(base.config, where=base.where)
     without = _OTHER_ATTENTION.get(family.model_type, "it has an encoder" if family.pair else "")
     if family.derived is not None:
         without = "it has no row in modekit's table, so that nobody knows how its attention takes keys"

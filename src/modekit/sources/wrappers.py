@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modekit.errors import SourceError, UnsupportedError
 from modekit.sources.families import own_family
-from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack, no_usable
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
@@ -103,13 +103,8 @@ def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config
     kinds = WRAPPERS[str(config["model_type"])]
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
-        raise SourceError(
-            "config.json gives no usable text_config",
-            where=f"{where}: config.json",
-            found=inner,
-            expected="the settings of the language model that is wrapped",
-            remedy=SAVE_AGAIN,
-        )
+        expected = "the settings of the language model that is wrapped"
+        raise no_usable("text_config", inner, expected, f"{where}: config.json")
     kind = inner.get("model_type", kinds[0]) if len(kinds) > 1 else kinds[0]  # the class of one kind does not ask
     if kind not in kinds:
         raise UnsupportedError(

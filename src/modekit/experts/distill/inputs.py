@@ -25,7 +25,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.sources.model import ModelSource, open_source
-from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
 from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
@@ -79,7 +79,7 @@ def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     check_same_tokenizer(student, teacher, where=where, readers=_READERS)
     _check_same(tokenizer, its_own, where)
     for source, label in ((ours, f"STUDENT ({student.name})"), (theirs, where)):
-        check_ids_fit(source.folder, _vocab_size(source.config), where=label)
+        check_ids_fit(read_tokens(source.folder, where=label), _vocab_size(source.config), where=label)
     return StudentAndTeacher(ours, theirs, tokenizer)
 
 
