@@ -168,7 +168,7 @@ def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
         asked_again.append(len(block))
         return passes(self, block)
 
-    blocks = len(kept_logits._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
+    blocks = len(kept_logits._blocks_of(SEQUENCES))
     below = tmp_path / "below"
     below.mkdir()
     moment = 1

@@ -78,8 +78,34 @@ class ExtractSettings:
     base_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ModekitError for sizes that contradict each other, before a model is opened or downloaded."""
-        _check_settings(self)
+        """Raises ModekitError unless exactly one of rank and energy is given, in range, and max_rank has an effect: before a
+        model is opened or downloaded.
+        """
+        rank, energy, max_rank = self.rank, self.energy, self.max_rank
+        if (rank is None) == (energy is None):
+            raise ModekitError(
+                "the size of the adapter is not determined",
+                where="--rank, --energy",
+                found="neither" if rank is None else "both",
+                expected="one of them",
+                remedy="give --rank 16 or --energy 0.9",
+            )
+        for where, value in (("--rank", rank), ("--max-rank", max_rank)):
+            if value is not None and value < 1:
+                raise ModekitError(
+                    "a rank must be at least 1", where=where, found=value, expected="a whole number > 0", remedy="correct it"
+                )
+        if energy is not None and not 0 < energy <= 1:
+            raise ModekitError(
+                "not a share of the energy", where="--energy", found=energy, expected="above 0, at most 1", remedy="correct it"
+            )
+        if max_rank is not None and energy is None:
+            raise ModekitError(
+                "the setting has no effect with a fixed rank",
+                where="--max-rank",
+                found=max_rank,
+                remedy="remove it, or give --energy in place of --rank",
+            )
 
     @property
     def ranks(self) -> RankSettings:
@@ -142,35 +168,6 @@ def extract(
             copy_file(model / TRAINED_FILE, stage.folder / TRAINED_FILE)
         write_json(stage.folder / RECORD_FILE, record.model_dump(mode="json"))
     return record
-
-
-def _check_settings(settings: ExtractSettings) -> None:
-    """Raise ModekitError unless exactly one of rank and energy is given, in range, and max_rank has an effect."""
-    rank, energy, max_rank = settings.rank, settings.energy, settings.max_rank
-    if (rank is None) == (energy is None):
-        raise ModekitError(
-            "the size of the adapter is not determined",
-            where="--rank, --energy",
-            found="neither" if rank is None else "both",
-            expected="one of them",
-            remedy="give --rank 16 or --energy 0.9",
-        )
-    for where, value in (("--rank", rank), ("--max-rank", max_rank)):
-        if value is not None and value < 1:
-            raise ModekitError(
-                "a rank must be at least 1", where=where, found=value, expected="a whole number > 0", remedy="correct it"
-            )
-    if energy is not None and not 0 < energy <= 1:
-        raise ModekitError(
-            "not a share of the energy", where="--energy", found=energy, expected="above 0, at most 1", remedy="correct it"
-        )
-    if max_rank is not None and energy is None:
-        raise ModekitError(
-            "the setting has no effect with a fixed rank",
-            where="--max-rank",
-            found=max_rank,
-            remedy="remove it, or give --energy in place of --rank",
-        )
 
 
 _Moments: TypeAlias = Iterator[tuple[TensorDifference, npt.NDArray[np.float32] | None]]

@@ -7,7 +7,7 @@ and alpha (`get_pattern_key`). A setting whose effect on the weights is not know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -28,6 +28,7 @@ _MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pr
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
+_Kind = TypeVar("_Kind", bound=BaseModel)
 _Names = Annotated[list[str], Field(max_length=10_000)]
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
 _Rank = Annotated[int, Field(ge=1, le=10**100)]
@@ -206,33 +207,37 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
 
     Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
     """
-    where = f"{where}: {CONFIG_FILE}"
     kind = _KINDS.get(str(config["peft_type"]))
     if kind is None:
         raise UnsupportedError(
             "an adapter of this kind cannot be read",
-            where=where,
+            where=f"{where}: {CONFIG_FILE}",
             found=f"peft_type {shortened(config['peft_type'])}",
             expected=f"{' or '.join(_KINDS)}; {', '.join(PREFIX_KINDS)}",
             remedy=_MERGE_FIRST,
         )
+    settings = checked_settings(kind, config, "the weights", where=where, remedy=_MERGE_FIRST)
+    settings._patterns.where, settings._naming = f"{where}: {CONFIG_FILE}", naming
+    if isinstance(settings, LoraSettings):
+        _check_lora(settings, where=f"{where}: {CONFIG_FILE}")
+    return settings
+
+
+def checked_settings(
+    kind: type[_Kind], config: Config, what: str, *, where: str, remedy: str, without_effect: Collection[str] = ()
+) -> _Kind:
+    """The settings of a config. Raises UnsupportedError where nobody knows what one of them does to `what`, and SourceError."""
+    where = f"{where}: {CONFIG_FILE}"
+    known = {*kind.model_fields, *NO_EFFECT, *without_effect}
     for key, value in config.items():
-        if key not in kind.model_fields and key not in NO_EFFECT and value not in (None, False, [], {}, ""):
-            raise UnsupportedError(
-                "modekit does not know what this setting does to the weights",
-                where=where,
-                found=f"{key}: {shortened(value)}",
-                remedy=_MERGE_FIRST,
-            )
+        if key not in known and value not in (None, False, [], {}, ""):
+            said = f"modekit does not know what this setting does to {what}"
+            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=remedy)
     try:
-        settings = kind.model_validate(dict(config))
+        return kind.model_validate(dict(config))
     except ValidationError as error:
         key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
         raise damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
-    settings._patterns.where, settings._naming = where, naming
-    if isinstance(settings, LoraSettings):
-        _check_lora(settings, where=where)
-    return settings
 
 
 def _check_lora(settings: LoraSettings, *, where: str) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
+from modekit.errors import MismatchError, UnsupportedError, some_of
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import CONFIG_FILE, AdapterSettings, IA3Settings, LoraSettings, damaged
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.model import ModelSource, TensorRef, check_floats
 from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.rows import with_rows
 from modekit.sources.wrappers import PLAIN, Naming
@@ -52,15 +52,7 @@ class Resolution:
     naming: Naming = PLAIN
 
     def __post_init__(self) -> None:
-        for ref in self.tensors.values():
-            if ref.dtype not in DTYPE_NAMES:
-                raise SourceError(
-                    "tensor dtype cannot be used",
-                    where=f"{self.where}: {ref.name}",
-                    found=ref.dtype,
-                    expected=", ".join(DTYPE_NAMES),
-                    remedy="save the adapter in bf16, fp16 or fp32",
-                )
+        check_floats(self.tensors.values(), where=self.where)
         self._check_targets_are_there()
 
     @cached_property

@@ -14,7 +14,7 @@ from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.families import CONFIG_MUST_MATCH, family_of, own_family
 from modekit.sources.family import UNTIE, Family, whole, words
-from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.model import ModelSource, check_floats
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.targets import check_same_target
@@ -87,15 +87,7 @@ def check_sizes(source: ModelSource, family: Family) -> None:
 
 def check_dtypes(source: ModelSource) -> None:
     """Raise SourceError for tensors that are no floats."""
-    for name, ref in source.tensors.items():
-        if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
-            raise SourceError(
-                "tensor dtype cannot be mixed",
-                where=f"{source.where}: {name}",
-                found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES),
-                remedy="give the model in bf16, fp16 or fp32",
-            )
+    check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
 
 
 def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:

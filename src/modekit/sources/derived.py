@@ -189,7 +189,8 @@ class Structure:
             ),
             blocks=self._blocks(layers),
         )
-        found = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
+        count = len(list(self._modules[layers.rstrip(".")].children()))
+        found = dict(zip(SIZES, (int(width), int(rows), count), strict=True))
         known = {
             key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()
         }
@@ -213,9 +214,6 @@ class Structure:
         if not sizes:
             raise self.refused("no list of layers was found in its class")
         return f"{max(sizes, key=lambda name: sizes[name])}."
-
-    def _count(self, layers: str) -> int:
-        return sum(1 for _ in self._modules[layers.rstrip(".")].children())
 
     def _name_of(self, module: Any) -> str:
         return next((name for name, each in self._modules.items() if each is module), "")

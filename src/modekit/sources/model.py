@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,19 @@ def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: Fi
     return {
         name: TensorRef(name, file, each.dtype, each.shape, each.start, each.end, state=state) for name, each in entries.items()
     }
+
+
+def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
+    """Raise SourceError for a tensor of no float."""
+    for ref in refs:
+        if ref.dtype not in DTYPE_NAMES:
+            raise SourceError(
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {ref.name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="save it in bf16, fp16 or fp32",
+            )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, PREFIX_KINDS, damaged
+from modekit.sources.adapter_config import PREFIX_KINDS, checked_settings, damaged
 from modekit.sources.families import family_of
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
@@ -68,7 +67,8 @@ def is_prefix(config: Config) -> bool:
 
 def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSource, *, where: str) -> SoftPrefix:
     """What an adapter's files say stands before the text. Raises SourceError, MismatchError, UnsupportedError."""
-    settings = _settings(config, where)
+    remedy = "train it without the setting"
+    settings = checked_settings(_Settings, config, "a prefix", where=where, remedy=remedy, without_effect=_TRAINING)
     family = _family(base, where)
     ref = tensors.get(TENSOR)
     if ref is None or len(tensors) > 1 or ref.dtype not in DTYPE_NAMES:
@@ -88,23 +88,6 @@ def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSou
             remedy="use an adapter trained on this base model",
         )
     return SoftPrefix(ref, layers)
-
-
-def _settings(config: Config, where: str) -> _Settings:
-    known = {*_Settings.model_fields, *_TRAINING, *NO_EFFECT}
-    other = next((key for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")), None)
-    if other is not None:
-        raise UnsupportedError(
-            "modekit does not know what this setting does to a prefix",
-            where=f"{where}: {CONFIG_FILE}",
-            found=f"{other}: {shortened(config[other])}",
-            remedy="train it without the setting",
-        )
-    try:
-        return _Settings.model_validate(dict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise damaged(f"{first['loc'][0]} has no usable value", f"{where}: {CONFIG_FILE}", expected=first["msg"]) from None
 
 
 def _family(base: ModelSource, where: str) -> Family:

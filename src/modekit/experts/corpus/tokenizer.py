@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modekit.errors import ModekitError, TextError
-from modekit.experts.corpus.count import WHERE, CountTokens, checked_texts, key_of, token_counter
+from modekit.errors import TextError
+from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, token_counter
 from modekit.files.libraries import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -122,10 +122,11 @@ class _DomainText:
     root: Path
     sizes: Mapping[Split, int]
 
-    def documents(self, split: Split, share: float = 1.0) -> Iterator[str]:
+    def documents(self, split: Split, share: float) -> Iterator[str]:
         """Those of a split, duplicates once; a share of them is chosen by the hash of each, wherever it stands."""
         for key, document in self.all_documents():
-            if split_of(document) == split and _is_chosen(key, share):
+            place = int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big")
+            if split_of(document) == split and place < share * 2**64:
                 yield document
 
     def all_documents(self) -> Iterator[tuple[bytes, str]]:
@@ -138,10 +139,6 @@ class _DomainText:
                 yield key, text_of(document)
 
 
-def _is_chosen(key: bytes, share: float) -> bool:
-    return share >= 1 or int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big") < share * 2**64
-
-
 def train_tokenizer(
     mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> TrainedTokenizer:
@@ -149,14 +146,8 @@ def train_tokenizer(
 
     Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
     """
-    if not SMALLEST < vocabulary <= LARGEST:
-        raise ModekitError(
-            "the setting is out of range",
-            where="--vocabulary",
-            found=vocabulary,
-            expected=f"{SMALLEST + 1} to {LARGEST}",
-            remedy="correct it",
-        )
+    possible = SMALLEST < vocabulary <= LARGEST
+    check_setting("--vocabulary", vocabulary, f"{SMALLEST + 1} to {LARGEST}", right=possible)
     texts = checked_texts(mix.texts, mix.root)
     found = [locate(spec, mix.root) for spec in texts.values()]
     sources = [path for path in (*found, mix.against_folder) if path is not None]
@@ -167,13 +158,15 @@ def train_tokenizer(
     count = token_counter(tokenizer)
     other = None if mix.against is None else token_counter(mix.against)
     fertilities = [_fertility(domain, count, other, run) for domain in domains]
+    size = len(tokenizer)
+    too_few = f"the text has words for no more than {size:,} tokens of {vocabulary:,}: give more text"
     trained = TrainedTokenizer(
-        vocabulary=len(tokenizer),
+        vocabulary=size,
         asked=vocabulary,
         against=mix.against_name,
         bytes_per_domain=each,
         domains=fertilities,
-        notes=_notes(len(tokenizer), vocabulary),
+        notes=[too_few] if size < vocabulary else [],
     )
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
@@ -181,10 +174,6 @@ def train_tokenizer(
             tokenizer.save_pretrained(folder)
         write_json(stage.folder / RECORD, trained.model_dump(mode="json"), sync=False)
     return trained
-
-
-def _notes(size: int, asked: int) -> list[str]:
-    return [f"the text has words for no more than {size:,} tokens of {asked:,}: give more text"] if size < asked else []
 
 
 def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:

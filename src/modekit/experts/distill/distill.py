@@ -27,7 +27,7 @@ from modekit.experts.distill.kept_logits import Header, KeptTeacher, LoadedTeach
 from modekit.experts.distill.settings import TOP_K, DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
 from modekit.experts.moving import Save, What, make_trainable
-from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
+from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.loaded.engine import LoopSettings, run_all_steps
@@ -132,7 +132,7 @@ def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tupl
         digest_of_sequences(texts.sequences),
         digest_of_sequences(texts.held_out),
     ]
-    return digest_of_data(what), digest_of_data([pair.student_digest, pair.teacher_digest])
+    return digest_of_data(what), digest_of_data([digest_of_source(pair.student), pair.teacher_digest])
 
 
 @dataclass(frozen=True)

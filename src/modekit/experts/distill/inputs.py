@@ -54,11 +54,6 @@ class StudentAndTeacher:
         return ours if ours == theirs else max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
-    def student_digest(self) -> str:
-        """Of the student's config and weights as they are now."""
-        return digest_of_source(self.student)
-
-    @cached_property
     def teacher_digest(self) -> str:
         """Of the teacher's config and weights as they are now."""
         return digest_of_source(self.teacher)

@@ -152,6 +152,11 @@ class Header(BaseModel):
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1e3, strict=True)], ...], Field(min_length=1, max_length=16)]
     tokens: _Size
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of the three tensors of a block, in the order of the file."""
+        return {"ids": self.top_k, "log_probs": self.top_k, "log_rest": len(self.temperatures)}
+
 
 def read_kept(folder: Path) -> Header | None:
     """The header of kept logits; None where there is no folder. Raises SourceError when it cannot be read.
@@ -197,42 +202,33 @@ def check_kept(folder: Path, found: Header, wanted: Header) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Which sequences lie in which block, and how large its tensors are."""
+def _blocks_of(sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+    """Consecutive sequences, of about _BLOCK tokens."""
+    blocks: list[list[TokenSequence]] = []
+    size = _BLOCK
+    for sequence in sequences:
+        if size + len(sequence.ids) > _BLOCK:
+            blocks.append([])
+            size = 0
+        blocks[-1].append(sequence)
+        size += len(sequence.ids)
+    return blocks
 
-    sequences: Sequence[TokenSequence]
-    top_k: int
-    temperatures: tuple[float, ...]
 
-    def all(self) -> list[list[TokenSequence]]:
-        """Consecutive sequences, of about _BLOCK tokens."""
-        blocks: list[list[TokenSequence]] = []
-        size = _BLOCK
-        for sequence in self.sequences:
-            if size + len(sequence.ids) > _BLOCK:
-                blocks.append([])
-                size = 0
-            blocks[-1].append(sequence)
-            size += len(sequence.ids)
-        return blocks
-
-    def entries(self, blocks: Sequence[Sequence[TokenSequence]]) -> list[Entry]:
-        """Of the file's header, in order."""
-        widths = {"ids": self.top_k, "log_probs": self.top_k, "log_rest": len(self.temperatures)}
-        found: list[Entry] = []
-        for number, block in enumerate(blocks):
-            tokens = sum(len(sequence.ids) for sequence in block)
-            found += [
-                (f"{name}.{number}", _DTYPES[name][0], (tokens, widths[name]), 4 * tokens * widths[name]) for name in _NAMES
-            ]
-        return found
+def _entries(header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> list[Entry]:
+    """Of the file's header, in order."""
+    sizes = [sum(len(sequence.ids) for sequence in block) for block in blocks]
+    widths = header.widths.items()
+    return [
+        (f"{name}.{number}", _DTYPES[name][0], (tokens, width), 4 * tokens * width)
+        for number, tokens in enumerate(sizes)
+        for name, width in widths
+    ]
 
 
 def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequence[TokenSequence], *, run: Run) -> None:
     """One pass of the teacher over all sequences, written as it goes. Raises OutputError."""
-    layout = _Blocks(sequences, header.top_k, header.temperatures)
-    blocks = layout.all()
+    blocks = _blocks_of(sequences)
     passes = _Passes(model, header, blocks)
 
     def write(number: int, stream: io.FileIO) -> None:
@@ -241,7 +237,7 @@ def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequen
         run.progress("teacher", number + 1, len(blocks) * len(_NAMES))
 
     with staging(folder, f"teacher {digest_of_data(header.model_dump(mode='json'))}", "teacher", sync=run.sync) as stage:
-        stage.write_shard(LOGITS_FILE, layout.entries(blocks), write)
+        stage.write_shard(LOGITS_FILE, _entries(header, blocks), write)
         write_json(stage.folder / HEADER_FILE, header.model_dump(mode="json"))
 
 
@@ -261,8 +257,7 @@ class _Passes:
     def _compute(self, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
         starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
         tokens, header = int(starts[-1]), self._header
-        widths = {"ids": header.top_k, "log_probs": header.top_k, "log_rest": len(header.temperatures)}
-        found = {name: np.empty((tokens, width), _DTYPES[name][1]) for name, width in widths.items()}
+        found = {name: np.empty((tokens, width), _DTYPES[name][1]) for name, width in header.widths.items()}
         with torch.inference_mode():
             for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(self._model.config))):
                 mask = batch.mask.to(self._model.device)
@@ -290,10 +285,9 @@ class KeptTeacher:
         self.classes = (
             "the whole vocabulary" if header.top_k == header.vocabulary else f"the teacher's top {header.top_k} and the rest"
         )
-        layout = _Blocks(sequences, header.top_k, header.temperatures)
-        blocks = layout.all()
+        blocks = _blocks_of(sequences)
         self._refs = read_header(folder / LOGITS_FILE, where="--keep-teacher")
-        expected = {name: (dtype, shape) for name, dtype, shape, _ in layout.entries(blocks)}
+        expected = {name: (dtype, shape) for name, dtype, shape, _ in _entries(header, blocks)}
         if {name: (ref.dtype, ref.shape) for name, ref in self._refs.items()} != expected:
             raise self._damaged("tensors of other names or shapes")
         self._ends = list(accumulate(sum(len(sequence.ids) for sequence in block) for block in blocks))
