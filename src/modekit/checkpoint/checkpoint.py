@@ -50,6 +50,8 @@ from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
 
+_WRITTEN = "give the folder that `modekit mix` or `modekit build` wrote"
+
 
 class _Config(BaseModel):
     """What every config.json of a mixture says."""
@@ -163,10 +165,9 @@ class Checkpoint:
             raise self._other_router("NaN or Inf in the table", "finite numbers", embedding.file)
 
     def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
+        which = "the router file" if file is None else "the router's table in the embedding"
         return CheckpointError(
-            "the router file is not the one that modekit.json records"
-            if file is None
-            else "the router's table in the embedding is not the one that modekit.json records",
+            f"{which} is not the one that modekit.json records",
             where=str(file or self.folder / ROUTER_FILE),
             found=shortened(found),
             expected=expected,
@@ -315,18 +316,20 @@ def open_with_any_router(folder: Path) -> Checkpoint:
         finish_change(folder)
         record = as_kind(read_json(path), MixtureRecord)
     except FileNotFoundError:
+        partial = f"{folder.name}.partial"
+        cut_short = f"the build of it was cut short ({partial} is there): run the same command again to finish it"
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",
             where=str(folder),
             found=None if os.path.lexists(folder) else "there is no such folder",
-            remedy=_how_to_get_one(folder),
+            remedy=cut_short if folder.name and (folder.parent / partial).exists() else _WRITTEN,
         ) from None
     except OSError as error:
         raise CheckpointError(
             "modekit.json cannot be read",
             where=str(folder),
             found=shortened(error),
-            remedy="give the folder that `modekit mix` or `modekit build` wrote",
+            remedy=_WRITTEN,
         ) from None
     except ValueError as error:
         raise CheckpointError(
@@ -338,13 +341,6 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
-
-
-def _how_to_get_one(folder: Path) -> str:
-    partial = f"{folder.name}.partial"
-    if folder.name and (folder.parent / partial).exists():
-        return f"the build of it was cut short ({partial} is there): run the same command again to finish it"
-    return "give the folder that `modekit mix` or `modekit build` wrote"
 
 
 def size_of(folder: Path) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -25,9 +26,6 @@ from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.shapes import mixture_of
 from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

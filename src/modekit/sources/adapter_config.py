@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.family import Config
@@ -40,13 +40,13 @@ NO_EFFECT = {
     # read only while the matching init_lora_weights initialises; those that change the base are refused there
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-"""AdapterSettings that say nothing about what the saved weights do."""
+"""Settings that say nothing about what the saved weights do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 """Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
 
 
 class AdapterSettings(BaseModel):
-    """AdapterSettings that LoRA and IA3 share, with PEFT's defaults. Methods name modules as the base model does."""
+    """What LoRA and IA3 share, with PEFT's defaults. Methods name modules as the base model does."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -99,7 +99,7 @@ class AdapterSettings(BaseModel):
 
 
 class LoraSettings(AdapterSettings):
-    """AdapterSettings of LoRA, rsLoRA and DoRA."""
+    """Settings of LoRA, rsLoRA and DoRA."""
 
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
@@ -159,7 +159,7 @@ class LoraSettings(AdapterSettings):
 
 
 class IA3Settings(AdapterSettings):
-    """AdapterSettings of IA3."""
+    """Settings of IA3."""
 
     feedforward_modules: str | _Names
 
@@ -179,6 +179,12 @@ PREFIX_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 def damaged(what: str, where: str, found: object = None, expected: object = None) -> SourceError:
     """The error of an adapter that contradicts itself."""
     return SourceError(what, where=where, found=found, expected=expected, remedy=SAVE_AGAIN)
+
+
+def other_base(what: str, where: str, found: object, expected: object) -> MismatchError:
+    """The error of an adapter that is not for this base model."""
+    remedy = "use an adapter that was trained on this base model"
+    return MismatchError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from modekit.errors import MismatchError, UnsupportedError, some_of
 from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, AdapterSettings, IA3Settings, LoraSettings, damaged
+from modekit.sources.adapter_config import CONFIG_FILE, AdapterSettings, IA3Settings, LoraSettings, damaged, other_base
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
 from modekit.sources.model import ModelSource, TensorRef, check_floats
@@ -290,20 +290,10 @@ class Resolution:
         where = f"{self.where}: {ref.name}"
         layers, (layer, _) = layers_of(self._base_names), split_layer(module)
         if layer is not None and layer not in layers:
-            raise MismatchError(
-                "the adapter has more layers than the base model",
-                where=where,
-                found=f"layer {layer}",
-                expected=f"{len(layers)} layers",
-                remedy="use an adapter that was trained on this base model",
-            )
-        raise MismatchError(
-            "the adapter has a tensor for a part that the base model lacks",
-            where=where,
-            found=module,
-            expected=f"a module of {self.base.spec} ({self.base.config.get('model_type')})",
-            remedy="use an adapter that was trained on this base model",
-        )
+            what = "the adapter has more layers than the base model"
+            raise other_base(what, where, f"layer {layer}", f"{len(layers)} layers")
+        expected = f"a module of {self.base.spec} ({self.base.config.get('model_type')})"
+        raise other_base("the adapter has a tensor for a part that the base model lacks", where, module, expected)
 
     def refuse_unexplained(self, ref: TensorRef, why: str) -> None:
         """Raise SourceError for a tensor that the config gives no meaning."""
@@ -312,10 +302,5 @@ class Resolution:
 
     def refuse_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> None:
         """Raise MismatchError for a tensor of another shape."""
-        raise MismatchError(
-            "the adapter does not fit the base model's sizes",
-            where=f"{self.where}: {ref.name}",
-            found=list(ref.shape),
-            expected=f"{list(expected)}, for {self.base.spec}",
-            remedy="use an adapter that was trained on this base model",
-        )
+        what, wanted = "the adapter does not fit the base model's sizes", f"{list(expected)}, for {self.base.spec}"
+        raise other_base(what, f"{self.where}: {ref.name}", list(ref.shape), wanted)

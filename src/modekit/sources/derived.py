@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.recipes.layers import stack_of
-from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack, no_usable
+from modekit.sources.family import Config, Family, Stack, damaged_model, no_usable
 from modekit.sources.names import split_layer
 
 if TYPE_CHECKING:
@@ -129,12 +129,8 @@ def _on_meta(config: Mapping[str, Any], where: str) -> Any:
             made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
-        raise SourceError(
-            f"transformers cannot make a '{config['model_type']}' model of this config.json",
-            where=where,
-            found=f"{type(error).__name__}: {error}"[:300],
-            remedy=SAVE_AGAIN,
-        ) from None
+        what = f"transformers cannot make a '{config['model_type']}' model of this config.json"
+        raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
 
 
 def _check_counts(config: Any, where: str) -> None:

@@ -91,6 +91,7 @@ def _gemma4_layer(config: Config, layer: int) -> Config:
 
 _SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
 _LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 _QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
@@ -110,13 +111,7 @@ DECODERS: tuple[Family, ...] = (
         defaults={**_QWEN, **_QWEN_WINDOW, "attention_bias": False},
         layer_types=_windows_after,
     ),
-    Family(
-        model_type="granite",
-        defaults={
-            **{**_LLAMA, "attention_bias": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
-            **{"logits_scaling": 1.0, "attention_multiplier": 1.0},
-        },
-    ),
+    Family(model_type="granite", defaults={**_LLAMA, "attention_bias": False, **dict.fromkeys(_FACTORS, 1.0)}),
     Family(
         model_type="olmo2",
         defaults={

@@ -71,7 +71,13 @@ def architecture_of(config: Config) -> str:
 
 def no_usable(key: str, found: object, expected: str | None, where: str | None = None, remedy: str = SAVE_AGAIN) -> SourceError:
     """The error of a setting that nothing can be computed from."""
-    what = f"config.json gives no usable {key[:64]}"
+    return damaged_model(f"config.json gives no usable {key[:64]}", where, found, expected, remedy)
+
+
+def damaged_model(
+    what: str, where: str | None, found: object = None, expected: str | None = None, remedy: str = SAVE_AGAIN
+) -> SourceError:
+    """The error of a model whose files contradict each other, or cannot be read."""
     return SourceError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 

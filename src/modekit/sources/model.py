@@ -20,7 +20,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
-from modekit.sources.family import SAVE_AGAIN, Config, Family
+from modekit.sources.family import Config, Family, damaged_model
 from modekit.sources.header import AGAIN, entries_in
 from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
@@ -342,13 +342,8 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
         names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
         elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
-        raise SourceError("the safetensors index cannot be read", where=where, remedy=SAVE_AGAIN) from None
+        raise damaged_model("the safetensors index cannot be read", where) from None
     if elsewhere:
-        raise SourceError(
-            "the safetensors index names what is no weight file of this folder",
-            where=where,
-            found=elsewhere[0],
-            expected="names like model-00001-of-00002.safetensors",
-            remedy=SAVE_AGAIN,
-        )
+        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
+        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
     return names

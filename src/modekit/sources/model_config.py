@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
-from modekit.sources.family import SAVE_AGAIN, Config, no_usable
+from modekit.sources.family import Config, damaged_model, no_usable
 
 _DEEPEST = 32  # containers within each other
 SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
@@ -121,7 +121,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
         refuse_gguf(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
-        raise SourceError("config.json cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
+        raise damaged_model("config.json cannot be read", where, error) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
     return config

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modekit.errors import MismatchError, UnsupportedError
-from modekit.sources.adapter_config import PREFIX_KINDS, checked_settings, damaged
+from modekit.errors import UnsupportedError
+from modekit.sources.adapter_config import PREFIX_KINDS, checked_settings, damaged, other_base
 from modekit.sources.families import family_of
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
@@ -80,13 +80,8 @@ def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSou
         layers = whole(full, "num_hidden_layers")
         width = layers * 2 * whole(full, "num_key_value_heads") * whole(full, "head_dim")
     if ref.shape != (settings.num_virtual_tokens, width) or settings.num_layers not in (None, whole(full, "num_hidden_layers")):
-        raise MismatchError(
-            "the prefix does not fit the base model",
-            where=f"{where}: {TENSOR}",
-            found=list(ref.shape),
-            expected=[settings.num_virtual_tokens, width],
-            remedy="use an adapter trained on this base model",
-        )
+        expected = [settings.num_virtual_tokens, width]
+        raise other_base("the prefix does not fit the base model", f"{where}: {TENSOR}", list(ref.shape), expected)
     return SoftPrefix(ref, layers)
 
 

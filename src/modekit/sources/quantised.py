@@ -211,7 +211,7 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
 
 
 def _gptq(parts: _Parts) -> Found:
-    """Qweight (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
+    """`qweight` (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
     said = as_kind(parts.settings, _Words)
     for module in parts.modules(".qweight"):
         weight = parts.matrix(f"{module}.qweight", ("I32",))
@@ -229,7 +229,7 @@ def _gptq(parts: _Parts) -> Found:
 
 
 def _awq(parts: _Parts) -> Found:
-    """Qweight (I, O/8), scales (G, O), qzeros (G, O/8)."""
+    """`qweight` (I, O/8), scales (G, O), qzeros (G, O/8)."""
     said = as_kind(parts.settings, _Words)
     if said.bits != 4 or (said.version or "gemm").lower() != "gemm":
         parts.refuse("config.json", f"{said.bits} bits, version {said.version}", "4 bits, version gemm")

@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
-from modekit.sources.family import SAVE_AGAIN, Config
+from modekit.sources.family import Config, damaged_model
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
@@ -92,13 +92,13 @@ def check_tokenizer_files(folder: Path, *, where: str) -> None:
     there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     strange = [path.name for path in there if not path.is_file()]
     if strange:
-        raise _unreadable(where, f"{', '.join(strange)}: no regular file")
+        raise damaged_model("the tokenizer cannot be read", where, f"{', '.join(strange)}: no regular file")
     try:
         config = read_json(folder / "tokenizer_config.json", LARGE)
     except FileNotFoundError:
         return
     except UNREADABLE as error:
-        raise _unreadable(f"{where}: tokenizer_config.json", error) from None
+        raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer_config.json", error) from None
     if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
         raise SourceError(
             "the tokenizer's config names other files than tokenizer.json",
@@ -106,10 +106,6 @@ def check_tokenizer_files(folder: Path, *, where: str) -> None:
             expected="a mapping without fast_tokenizer_files",
             remedy="save the tokenizer again with transformers 5",
         )
-
-
-def _unreadable(where: str, found: object) -> SourceError:
-    return SourceError("the tokenizer cannot be read", where=where, found=found, remedy=SAVE_AGAIN)
 
 
 Tokens = dict[str, int]
@@ -152,7 +148,7 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges])
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         found = f"nothing called {error}" if isinstance(error, KeyError) else error
-        raise _unreadable(f"{where}: {path.name}", found) from None
+        raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
 
 
 def _text(token: object) -> str:
@@ -238,7 +234,7 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
         try:
             same = read(base / name, LARGE) == read(expert / name, LARGE)
         except UNREADABLE as error:
-            raise _unreadable(f"{where}: {name}", error) from None
+            raise damaged_model("the tokenizer cannot be read", f"{where}: {name}", error) from None
         if not same:
             raise MismatchError(
                 f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s",

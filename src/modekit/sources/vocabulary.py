@@ -133,14 +133,13 @@ class _Model:
         names = [weight_of(self.family.embedding), *([weight_of(self.family.head)] if untied else [])]
         found = {name: self.tensors[name].shape[0] if name in self.tensors else base for name in names}
         if len(set(found.values())) > 1:
+            both = "save both in the adapter (modules_to_save: [embed_tokens, lm_head])"
             raise MismatchError(
                 "the model's embedding and head have different numbers of tokens",
                 where=self.source.where,
                 found=", ".join(f"{name} {rows}" for name, rows in found.items()),
                 expected="as many rows in both",
-                remedy="save both in the adapter (modules_to_save: [embed_tokens, lm_head])"
-                if isinstance(self.source, AdapterSource)
-                else "save the model again",
+                remedy=both if isinstance(self.source, AdapterSource) else "save the model again",
             )
 
     def has(self, ref: TensorRef) -> set[int]:

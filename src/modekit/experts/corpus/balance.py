@@ -31,7 +31,15 @@ from modekit.experts.corpus.balanced import (
     DomainShare,
     Split,
 )
-from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, check_setting, checked_texts, token_counter
+from modekit.experts.corpus.count import (
+    CountedDomain,
+    DomainReader,
+    Key,
+    check_setting,
+    checked_texts,
+    none_in_split,
+    token_counter,
+)
 from modekit.experts.corpus.write import write_domain
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -185,19 +193,15 @@ def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict
         own = [_of_split(each, split, settings) for each in units]
         for domain, each in zip(counted, own, strict=True):
             if not each:
-                raise TextError(
-                    f"no document of a domain is in the {split} split",
-                    where=f"{WHERE} {domain.name}",
-                    found=f"{len(domain.tokens)} documents in all",
-                    expected=f"a share of about {settings.share(split):g}",
-                    remedy="give more documents, or another --validation (0: none)",
-                )
+                found, expected = f"{len(domain.tokens)} documents in all", f"a share of about {settings.share(split):g}"
+                remedy = "give more documents, or another --validation (0: none)"
+                raise none_in_split(split, domain.name, found, expected, remedy)
         most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
         choose = choose_common if settings.common else choose_apart
-        found = choose(own, settings.max_diff_percent, most, settings.seed)
-        if found is None:
+        chosen = choose(own, settings.max_diff_percent, most, settings.seed)
+        if chosen is None:
             raise _nothing_left(split, counted, own, settings)
-        kept[split] = found
+        kept[split] = chosen
     return kept
 
 

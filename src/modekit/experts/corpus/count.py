@@ -197,6 +197,12 @@ def check_setting(where: str, found: object, expected: str, *, right: bool) -> N
         raise ModekitError("the setting is out of range", where=where, found=found, expected=expected, remedy="correct it")
 
 
+def none_in_split(split: str, name: str, found: str, expected: str, remedy: str) -> TextError:
+    """The error of a domain without a document in a split."""
+    what = f"no document of a domain is in the {split} split"
+    return TextError(what, where=f"{WHERE} {name}", found=found, expected=expected, remedy=remedy)
+
+
 def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int = 1) -> dict[str, str]:
     """Domain -> its text. Raises ModekitError for names that cannot be files, and TextError for a text that is not there.
 
@@ -226,7 +232,7 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int 
         check_present(specs, root=root, where=f"{WHERE} {name}")
     if len(texts) < least:
         raise ModekitError(
-            "there is nothing to balance",
+            "too few domains",
             where=WHERE,
             found=", ".join(texts) or "no domain",
             expected=f"{least} domains or more",

@@ -12,14 +12,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modekit.errors import TextError
-from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, token_counter
+from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, none_in_split, token_counter
 from modekit.files.libraries import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -30,9 +28,6 @@ from modekit.text.document import text_of
 from modekit.text.documents import stream_documents
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 SMALLEST = 256 + len(SPECIAL)
@@ -187,13 +182,8 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:
             sizes[split] += len(document.encode())
     for split, size in sizes.items():
         if not size:
-            raise TextError(
-                f"no document of a domain is in the {split} split",
-                where=f"{WHERE} {name}",
-                found=spec,
-                expected="one of ten documents to measure by, and more to train on",
-                remedy=MORE,
-            )
+            expected = "one of ten documents to measure by, and more to train on"
+            raise none_in_split(split, name, spec, expected, MORE)
     return domain
 
 

@@ -96,7 +96,7 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
         record = _record(asked, pair, texts, taught)
-        wanted.write(record, taught.save, run, distill=_table(taught.history))
+        wanted.write(record, taught.save, run, distill=_table(taught.steps))
     return record
 
 
@@ -140,7 +140,7 @@ class _Taught:
     """A student that has learned, how to save it, and what is known of how it went."""
 
     save: Save
-    history: Sequence[Mapping[str, float]]
+    steps: Sequence[Mapping[str, float]]
     loss: Mapping[str, float | None]
     kl: Mapping[str, float | None]
     classes: str
@@ -172,7 +172,8 @@ def _teach(
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
     tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
-    return _Taught(save, history, loss, kl, teacher.classes, tokens)
+    steps_taken = [entry for entry in history if CROSS_ENTROPY in entry]
+    return _Taught(save, steps_taken, loss, kl, teacher.classes, tokens)
 
 
 def _measured(
@@ -208,7 +209,7 @@ def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Ru
 
 
 def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:
-    steps, settings = _steps(taught.history), asked.settings
+    steps, settings = taught.steps, asked.settings
     shares = [each[SHARE] for each in steps]
     return SpecialistRecord.model_validate(
         {
@@ -235,13 +236,8 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: 
     )
 
 
-def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    return [entry for entry in history if CROSS_ENTROPY in entry]
-
-
-def _table(history: Sequence[Mapping[str, float]]) -> bytes:
+def _table(steps: Sequence[Mapping[str, float]]) -> bytes:
     """Losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
-    steps = _steps(history)
     every = -(-len(steps) // _MOST_ROWS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
