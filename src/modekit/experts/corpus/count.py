@@ -232,7 +232,7 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int 
         check_present(specs, root=root, where=f"{WHERE} {name}")
     if len(texts) < least:
         raise ModekitError(
-            "too few domains",
+            "there is nothing to balance",
             where=WHERE,
             found=", ".join(texts) or "no domain",
             expected=f"{least} domains or more",
