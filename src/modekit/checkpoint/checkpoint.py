@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, evidence_digest, read_evidence
+from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, read_evidence
 from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
@@ -157,7 +157,7 @@ class Checkpoint:
             with OpenFiles() as opened:
                 found, expected = opened.blake3(embedding), trained
         else:
-            found = evidence_digest(columns) if expected else ""
+            found = sha256_of(columns) if expected else ""
         if found != expected:
             wanted = f"{expected[:16]}, as {RECORD_FILE} has it"
             raise self._other_router(f"a table with the digest {found[:16]}", wanted, embedding.file)
@@ -254,7 +254,7 @@ class Checkpoint:
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
-            fitted = fitted.with_evidence(evidence_digest(evidence))
+            fitted = fitted.with_evidence(sha256_of(evidence))
             if embedding.name in trained:
                 trained = {**trained, embedding.name: changed_blake3(channels, embedding, evidence)}
         if changed.slots != self.slots:

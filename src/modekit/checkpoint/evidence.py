@@ -5,7 +5,6 @@ Shape legend: V vocabulary, D the base's hidden size, P channels besides it, N c
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator
 
@@ -82,11 +81,6 @@ def _sized_rows(
         for start, rows in rows_of(opened, embedding):
             values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
             yield start, values, row_sizes(channels.row_scale, values[:, : channels.hidden])
-
-
-def evidence_digest(columns: memoryview) -> str:
-    """sha256, as the record keeps it."""
-    return hashlib.sha256(columns).hexdigest()
 
 
 def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:

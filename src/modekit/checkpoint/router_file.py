@@ -41,8 +41,8 @@ def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dty
     return sha256_of(content)
 
 
-def sha256_of(content: bytes) -> str:
-    """Of a router file, as the record keeps it."""
+def sha256_of(content: bytes | memoryview) -> str:
+    """Of a router file, or of evidence in the embedding, as the record keeps it."""
     return hashlib.sha256(content).hexdigest()
 
 

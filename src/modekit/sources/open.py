@@ -47,7 +47,7 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run
     if folder is None:
         from modekit.sources.hub import download
 
-        return download(spec, revision, where=f"{label} ({spec})", run=run)
+        return download(spec, revision, where=f"{label} ({spec})", run=run)[0]
     if revision is not None:
         raise SourceError(
             "a revision has no effect with a folder",

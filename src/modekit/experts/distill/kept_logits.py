@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -53,31 +53,14 @@ def predicted_in(item: Item) -> torch.Tensor:
     return found if item.get("silent") is None else found & ~item["silent"][:, 1:]
 
 
-class TeacherOutput(Protocol):
-    """What a teacher says of N tokens."""
-
-    def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of a student's logits and of the teacher, at a temperature, over the same classes."""
-
-
-class Teacher(Protocol):
-    """Says what comes next."""
-
-    classes: str
-    """What distributions are compared over, in words."""
-
-    def output_of(self, item: Item, predicted: torch.Tensor) -> TeacherOutput:
-        """Of the predicted tokens of a batch."""
-
-
 @dataclass(frozen=True)
 class FullLogits:
-    """Logits (N, V)."""
+    """What a teacher says of N tokens: logits (N, V)."""
 
     logits_NV: torch.Tensor
 
     def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the whole vocabulary."""
+        """Log-probabilities of a student's logits and of the teacher, at a temperature, over the whole vocabulary."""
         return tempered(student_NV, temperature), tempered(self.logits_NV, temperature)
 
 
@@ -93,7 +76,7 @@ class TopLogits:
     log_rest_N: Callable[[float], torch.Tensor | None]
 
     def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the kept tokens and, as one class, all others."""
+        """The same over the kept tokens and, as one class, all others."""
         student = tempered(student_NV, temperature)
         student_NK = student.gather(-1, self.ids_NK)
         teacher_NK = self.log_probs_NK / temperature
@@ -109,6 +92,7 @@ class LoadedTeacher:
     """The teacher's model, which never learns; `vocabulary` ids are those of the tokenizer that both models have."""
 
     classes = "the whole vocabulary"
+    """What distributions are compared over, in words."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self._model = model.requires_grad_(False).eval()
@@ -335,3 +319,6 @@ class KeptTeacher:
             found=found,
             remedy="remove the folder to have it made again",
         )
+
+
+Teacher: TypeAlias = LoadedTeacher | KeptTeacher
