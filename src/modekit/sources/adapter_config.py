@@ -24,7 +24,7 @@ from modekit.sources.wrappers import PLAIN, Naming
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
 
-_MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
@@ -220,9 +220,9 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
             where=f"{where}: {CONFIG_FILE}",
             found=f"peft_type {shortened(config['peft_type'])}",
             expected=f"{' or '.join(_KINDS)}; {', '.join(PREFIX_KINDS)}",
-            remedy=_MERGE_FIRST,
+            remedy=MERGE_FIRST,
         )
-    settings = checked_settings(kind, config, "the weights", where=where, remedy=_MERGE_FIRST)
+    settings = checked_settings(kind, config, "the weights", where=where, remedy=MERGE_FIRST)
     settings._patterns.where, settings._naming = f"{where}: {CONFIG_FILE}", naming
     if isinstance(settings, LoraSettings):
         _check_lora(settings, where=f"{where}: {CONFIG_FILE}")
@@ -252,7 +252,7 @@ def _check_lora(settings: LoraSettings, *, where: str) -> None:
             "this initialisation may have changed the base model's weights, which the adapter does not hold",
             where=where,
             found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
-            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
+            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + MERGE_FIRST,
         )
     if settings.use_dora and settings.lora_bias:
         raise damaged("use_dora and lora_bias exclude each other in PEFT", where, "both true")

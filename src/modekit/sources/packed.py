@@ -112,20 +112,16 @@ class Scaled:
         """Rows first to last."""
         found = numbers(read, self.weight, first, last).astype(np.float32)
         rows, columns = np.arange(first, last) // self.block[0], np.arange(self.unit) // self.block[1]
+        blocks = -(-self.weight.shape[0] // self.block[0])  # above each other
 
         def repeated(ref: TensorRef) -> Array32:
-            grid = numbers(read, ref).astype(np.float32).reshape(rows_of(self.weight, self.block), -1)
+            grid = numbers(read, ref).astype(np.float32).reshape(blocks, -1)
             return grid[rows][:, columns] if grid.shape[1] > 1 else grid[rows]
 
         if self.zero is not None:
             found -= repeated(self.zero)
         found *= repeated(self.scale) * np.float32(self.factor)
         return found.ravel()
-
-
-def rows_of(weight: TensorRef, block: tuple[int, int]) -> int:
-    """Blocks above each other."""
-    return -(-weight.shape[0] // block[0])
 
 
 @dataclass(frozen=True)

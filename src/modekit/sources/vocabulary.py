@@ -22,6 +22,7 @@ from typing import Literal
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.adapter_config import MERGE_FIRST
 from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family, whole
 from modekit.sources.model import ModelSource, TensorRef
@@ -172,8 +173,12 @@ class _Grown:
         if not lacking and own.shape[0] == self._rows:
             return own
         for each, _, ids in owners:
-            if ids & lacking:
-                _check_gives(each, name)
+            if ids & lacking and isinstance(each.source, AdapterSource) and name in each.source.changes:
+                raise UnsupportedError(  # the row that it gives is not in its file as the model has it
+                    "the adapter adds tokens and has a low-rank change on their embedding or head as well",
+                    where=f"{each.source.where}: {name}",
+                    remedy=MERGE_FIRST,
+                )
 
         def giver(row: int) -> Giver:
             given = [(each, ref) for each, ref, ids in owners if row in ids]
@@ -195,24 +200,11 @@ class _Grown:
                 where=f"{model.source.where}: {name}",
                 found=f"{count} tokens",
                 expected=f"{self._rows}, as the mixture has",
-                remedy=_MERGE,
+                remedy=MERGE_FIRST,
             )
         if change.transposed:
             return change  # folded row by row: the rows that it lacks stay (weights/folding.py)
         return replace(change, b=joined_rows(change.b, [RowRange(count, (change.b,)), RowRange(self._rows - count)]))
-
-
-def _check_gives(model: _Model, name: str) -> None:
-    """Raise UnsupportedError where a row that a model gives is not in its file as the model has it."""
-    if isinstance(model.source, AdapterSource) and name in model.source.changes:
-        raise UnsupportedError(
-            "the adapter adds tokens and has a low-rank change on their embedding or head as well",
-            where=f"{model.source.where}: {name}",
-            remedy=_MERGE,
-        )
-
-
-_MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 
 
 def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int, rule: Rule) -> Iterator[str]:

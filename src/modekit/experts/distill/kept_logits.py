@@ -18,7 +18,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -213,11 +213,15 @@ def _entries(header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> list[
 def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequence[TokenSequence], *, run: Run) -> None:
     """One pass of the teacher over all sequences, written as it goes. Raises OutputError."""
     blocks = _blocks_of(sequences)
-    passes = _Passes(model, header, blocks)
+    model.eval()
+
+    @lru_cache(maxsize=1)  # the tensors of a block are written one after the other
+    def arrays(number: int) -> dict[str, np.ndarray]:
+        return _arrays(model, header, blocks[number])
 
     def write(number: int, stream: io.FileIO) -> None:
         name = _NAMES[number % len(_NAMES)]
-        write_all(stream, memoryview(passes.of(number // len(_NAMES))[name].tobytes()))
+        write_all(stream, memoryview(arrays(number // len(_NAMES))[name].tobytes()))
         run.progress("teacher", number + 1, len(blocks) * len(_NAMES))
 
     with staging(folder, f"teacher {digest_of_data(header.model_dump(mode='json'))}", "teacher", sync=run.sync) as stage:
@@ -225,31 +229,18 @@ def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequen
         write_json(stage.folder / HEADER_FILE, header.model_dump(mode="json"))
 
 
-class _Passes:
-    """The teacher's word on one block at a time."""
-
-    def __init__(self, model: PreTrainedModel, header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> None:
-        self._model, self._header, self._blocks = model.eval(), header, blocks
-        self._last: tuple[int, dict[str, np.ndarray]] | None = None
-
-    def of(self, number: int) -> dict[str, np.ndarray]:
-        """The three arrays of a block; its tensors are written one after the other."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, self._compute(self._blocks[number])
-        return self._last[1]
-
-    def _compute(self, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
-        starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
-        tokens, header = int(starts[-1]), self._header
-        found = {name: np.empty((tokens, width), _DTYPES[name][1]) for name, width in header.widths.items()}
-        with torch.inference_mode():
-            for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(self._model.config))):
-                mask = batch.mask.to(self._model.device)
-                output = self._model(input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False)
-                places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
-                for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
-                    found[name][places] = values.cpu().numpy()
-        return found
+def _arrays(model: PreTrainedModel, header: Header, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
+    """The teacher's word on a block."""
+    starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
+    found = {name: np.empty((int(starts[-1]), width), _DTYPES[name][1]) for name, width in header.widths.items()}
+    with torch.inference_mode():
+        for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(model.config))):
+            mask = batch.mask.to(model.device)
+            output = model(input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False)
+            places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
+            for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
+                found[name][places] = values.cpu().numpy()
+    return found
 
 
 def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
