@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from modekit.errors import UnsupportedError
 from modekit.recipes.layers import stack_of
 from modekit.sources.family import Config, Family, Stack, damaged_model, no_usable
+from modekit.sources.model_config import entries
 from modekit.sources.names import split_layer
 
 if TYPE_CHECKING:
@@ -133,16 +134,10 @@ def _on_meta(config: Mapping[str, Any], where: str) -> Any:
         raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
 
 
-def _check_counts(config: Any, where: str) -> None:
+def _check_counts(config: Config, where: str) -> None:
     """Raise SourceError before anything has an entry for each of a billion layers."""
-    waiting = [("", config)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += list(value.items())
-        elif isinstance(value, list):
-            waiting += [(key, each) for each in value if isinstance(each, Mapping)]
-        elif isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
+    for key, value in entries(config):
+        if isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
             raise no_usable(key, value, f"at most {_MOST}", where)
 
 

@@ -48,7 +48,9 @@ def entries_in(stream: BinaryIO, size: int, *, where: str) -> dict[str, Entry]:
     """
     header, data_start = _parsed_header(stream, size, where)
     try:
-        _check_metadata(header.pop("__metadata__", None))
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata must be text")
         entries = {name: _entry(name, said, data_start, size, where) for name, said in header.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _damaged("safetensors header is malformed", where) from None
@@ -72,12 +74,6 @@ def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, A
     if not isinstance(header, dict):
         raise _damaged("safetensors header is malformed", where)
     return header, 8 + length
-
-
-def _check_metadata(metadata: object) -> None:
-    """Raise ValueError unless it is text by name, or nothing."""
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
-        raise ValueError("metadata must be text")
 
 
 def _entry(name: str, said: Mapping[str, Any], data_start: int, size: int, where: str) -> Entry:

@@ -154,7 +154,7 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
     """
     if run.trust_remote_code:
         return
-    for key, value in _entries(config):
+    for key, value in entries(config):
         if key == "auto_map" and value:
             raise SourceError(
                 "the model brings code of its own (auto_map in config.json)",
@@ -225,7 +225,7 @@ def _is_plain(value: object) -> bool:
     return value is None or (isinstance(value, str) and "/" not in value)
 
 
-def _entries(data: object) -> Iterator[tuple[str, object]]:
+def entries(data: object) -> Iterator[tuple[str, object]]:
     """Every key and its value in mappings, and in mappings and lists within these."""
     waiting = [data]
     while waiting:
