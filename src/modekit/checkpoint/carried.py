@@ -91,7 +91,7 @@ def read_carried(folder: Path, channels: Channels, vocabulary: int) -> Carried:
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             raise SourceError(
-                "the file of what is carried is not of this checkpoint",
+                "carried.safetensors is not that of this checkpoint",
                 where=f"{folder / CARRIED_FILE}: {name}",
                 found=found.get(name),
                 expected=expected.get(name),

@@ -1,4 +1,4 @@
-"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from what a teacher says of it.
+"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from a teacher's output on it.
 
     OUT.training/       states of the training, so that the same command goes on after a kill; removed when all is done
     OUT                 the student: a plain model folder, or a LoRA adapter
@@ -54,8 +54,8 @@ class Distillation:
         train, rank: what of the student moves; see specialize.py.
         training: how long and how fast; muon, by_length, shares and autocast have no effect.
         settings: what is learned from the teacher.
-        keep: a folder for the teacher's word, which is read from there where it is already; None asks the teacher itself.
-        top_k: tokens that are kept of it at each place.
+        keep: a folder for the teacher's output, which is read from there where it is kept already; None: the teacher is run.
+        top_k: tokens that are kept at each place.
         mix: how several texts share the steps; see texts.py.
     """
 
@@ -187,7 +187,7 @@ def _measured(
 
 
 def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Run) -> Teacher:
-    """The teacher beside the student, or its kept word, which is made first where there is none."""
+    """The teacher beside the student, or its kept output, which is made first where there is none."""
     if asked.keep is None:
         return LoadedTeacher(load_model(asked.teacher, run=run), pair.vocabulary)
     header = Header(

@@ -133,7 +133,7 @@ class Texts:
 
     @property
     def all(self) -> list[TokenSequence]:
-        """What the teacher is asked about, in the order in which its word is kept."""
+        """Sequences for which the teacher's output is needed, in the order in which it is kept."""
         return [*self.sequences, *self.held_out]
 
     @property

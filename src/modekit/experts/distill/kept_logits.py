@@ -1,4 +1,4 @@
-"""What a teacher says of every token, and how far a student is from it: beside the student, or kept for several students.
+"""A teacher's output at every token, and how far a student is from it: beside the student, or kept for several students.
 
     FOLDER/teacher.json          of which teacher, tokenizer and text, at which temperatures (Header)
     FOLDER/logits.safetensors    in blocks of whole sequences: ids.N (T, K) int32, log_probs.N (T, K) float32, at temperature 1,
@@ -55,7 +55,7 @@ def predicted_in(item: Item) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FullLogits:
-    """What a teacher says of N tokens: logits (N, V)."""
+    """A teacher's output at N tokens: logits (N, V)."""
 
     logits_NV: torch.Tensor
 
@@ -230,7 +230,7 @@ def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequen
 
 
 def _arrays(model: PreTrainedModel, header: Header, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
-    """The teacher's word on a block."""
+    """The teacher's output on a block."""
     starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
     found = {name: np.empty((int(starts[-1]), width), _DTYPES[name][1]) for name, width in header.widths.items()}
     with torch.inference_mode():
@@ -253,7 +253,7 @@ def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, tor
 
 
 class KeptTeacher:
-    """A teacher's kept word, read batch by batch."""
+    """A teacher's kept output, read batch by batch."""
 
     def __init__(self, folder: Path, header: Header, sequences: Sequence[TokenSequence]) -> None:
         self._folder, self._header = folder, header

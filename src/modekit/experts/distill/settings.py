@@ -15,7 +15,7 @@ Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
 """See training/losses.py."""
 
 TOP_K = 64
-"""Tokens that are kept of what a teacher says at each place, when nothing is said (docs/distill.md has what that costs)."""
+"""Tokens of a teacher's output that are kept at each place, by default (docs/distill.md has what that costs)."""
 
 
 class DistillSettings(BaseModel):
