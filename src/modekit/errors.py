@@ -126,6 +126,12 @@ class InterruptError(ModekitError):
     """The user interrupted the command."""
 
 
+def some_of(names: Sequence[object], most: int = 3) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def missing_packages(names: Sequence[str]) -> list[str]:
     """Those that are not installed, or do not import what they stand in."""
     return [name for name in names if not _is_there(name)]

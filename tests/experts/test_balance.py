@@ -312,6 +312,7 @@ BAD: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
     "one text for two": ((), {"en": "en.jsonl", "fr": "en.jsonl"}, "the same text"),
     "a path as a name": ((), {"../en": "en.jsonl", "fr": "fr.jsonl"}, "not a name"),
     "below zero": (("--max-diff-percent", "-1"), {"en": "en.jsonl", "fr": "fr.jsonl"}, "out of range"),
+    "too much": (("--max-diff-percent", "2000000"), {"en": "en.jsonl", "fr": "fr.jsonl"}, "0 to 1,000,000"),
     "not a number": (("--max-diff-percent", "nan"), {"en": "en.jsonl", "fr": "fr.jsonl"}, "out of range"),
     "all of it": (("--validation", "0.9"), {"en": "en.jsonl", "fr": "fr.jsonl"}, "out of range"),
     "no tokens": (("--max-tokens", "0"), {"en": "en.jsonl", "fr": "fr.jsonl"}, "out of range"),

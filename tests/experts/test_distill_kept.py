@@ -162,22 +162,22 @@ def test_a_pass_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: Path
     keep(tmp_path / "WHOLE", header_of(5), model, SEQUENCES, run=QUIET)
 
     asked_again: list[int] = []
-    passes = kept_logits._Passes._compute
+    passes = kept_logits._arrays
 
-    def counted(self: Any, block: Any) -> Any:
+    def counted(model: Any, header: Any, block: Any) -> Any:
         asked_again.append(len(block))
-        return passes(self, block)
+        return passes(model, header, block)
 
-    blocks = len(kept_logits._Blocks(SEQUENCES, 5, (1.0, 2.0)).all())
+    blocks = len(kept_logits._blocks_of(SEQUENCES))
     below = tmp_path / "below"
     below.mkdir()
     moment = 1
     while dies(lambda: keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET), below, moment):
         if list((below / "KEPT.partial").glob("new/*")) and not (below / "KEPT").exists():
             asked_again.clear()
-            monkeypatch.setattr(kept_logits._Passes, "_compute", counted)
+            monkeypatch.setattr(kept_logits, "_arrays", counted)
             keep(below / "KEPT", header_of(5), model, SEQUENCES, run=QUIET)
-            monkeypatch.setattr(kept_logits._Passes, "_compute", passes)
+            monkeypatch.setattr(kept_logits, "_arrays", passes)
             assert len(asked_again) <= blocks
             assert tree(below / "KEPT") == tree(tmp_path / "WHOLE")
             assert not (below / "KEPT.partial").exists()
@@ -228,13 +228,13 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.
     """No more than a block is held at once, however many there are."""
     monkeypatch.setattr(kept_logits, "_BLOCK", 64)
     held: list[int] = []
-    passes = kept_logits._Passes._compute
+    passes = kept_logits._arrays
 
-    def watched(self: Any, block: Any) -> Any:
-        found = passes(self, block)
+    def watched(model: Any, header: Any, block: Any) -> Any:
+        found = passes(model, header, block)
         held.append(sum(array.nbytes for array in found.values()))
         return found
 
-    monkeypatch.setattr(kept_logits._Passes, "_compute", watched)
+    monkeypatch.setattr(kept_logits, "_arrays", watched)
     keep(tmp_path / "KEPT", header_of(5), tiny_model(num_hidden_layers=1), SEQUENCES * 3, run=QUIET)
     assert len(held) > 12 and max(held) <= 64 * (5 * 4 + 5 * 4 + 2 * 4)

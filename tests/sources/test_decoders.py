@@ -25,7 +25,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.derived import INEXACT, derive
+from modekit.sources.derived import INEXACT, structure
 from modekit.sources.families import family_of
 from tiny_decoders import TYPES, tiny_config, tiny_decoder
 
@@ -60,7 +60,7 @@ def forced(model: PreTrainedModel, expert: int | torch.Tensor) -> torch.Tensor:
 def linear_parts(root: Path) -> list[str]:
     """The linear modules of the layers; of a mixture of experts those outside of it."""
     config = json.loads((root / "base" / "config.json").read_text())
-    stack = derive(config, where="base").stacks[0]
+    stack = structure(config, where="base").family.stacks[0]
     model, paths = opened(root / "base"), list(stack.parts.values())
     if any(parameter.ndim > 2 and "experts" in name for name, parameter in model.named_parameters()):
         paths = [

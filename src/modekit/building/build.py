@@ -204,7 +204,7 @@ def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:
                 if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape) or not same_bytes(opened, ours, theirs):
                     raise SourceError(
                         "a model's files hold two embeddings that are to be one",
-                        where=f"{source.label} ({source.spec}): {name}",
+                        where=f"{source.where}: {name}",
                         found=f"other values than {embedding}",
                         expected="the same values, or no such tensor",
                         remedy="give a model that shares its embedding; where they are meant to differ, its config.json must "

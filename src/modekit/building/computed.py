@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.building.carrying import Carrying, carried_of
 from modekit.building.tensors import PieceReader, computed_blocks, free_part
@@ -24,6 +23,7 @@ from modekit.planning.plan import Plan
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.weights.numeric import as_array, to_float32
+from modekit.weights.stored import read_float32
 
 _ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
 """Dtype of factors -> largest difference of two products, as a share of the product: some roundings of the dtype."""
@@ -103,7 +103,7 @@ def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceRea
     here = [checkpoint.tensors.get(tensor.name) for tensor in (a, b)]
     if [(ref.dtype, ref.shape) for ref in here if ref is not None] != [(tensor.dtype, tensor.shape) for tensor in (a, b)]:
         return False
-    a_RI, b_OR = (_found(checkpoint, tensor, read) for tensor in (a, b))
+    a_RI, b_OR = (read_float32(read.opened, checkpoint.tensors[tensor.name]) for tensor in (a, b))
     start = 0
     for piece_a, piece_b in zip(a.pieces, b.pieces, strict=True):
         again_RI = to_float32(read.values(piece_a)[:]).reshape(-1, a.shape[1])
@@ -114,8 +114,3 @@ def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: PieceRea
             return False
         start = stop
     return True
-
-
-def _found(checkpoint: Checkpoint, tensor: PlannedTensor, read: PieceReader) -> npt.NDArray[np.float32]:
-    ref = checkpoint.tensors[tensor.name]
-    return to_float32(as_array(read.opened.read(ref), ref.dtype)).reshape(ref.shape)

@@ -18,7 +18,7 @@ from modekit.sources.compatibility import is_tied
 from modekit.sources.model import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.numeric import as_array, to_float32
-from modekit.weights.stored import FlatArray
+from modekit.weights.stored import FlatArray, read_float32
 
 Singles = npt.NDArray[np.float32]
 
@@ -138,7 +138,7 @@ class Differences:
 
     def _stored(self, ref: TensorRef) -> Singles:
         check_finite(self._plan, ref, self._read.opened.read(ref))
-        return to_float32(as_array(self._read.opened.read(ref), ref.dtype)).reshape(ref.shape)
+        return read_float32(self._read.opened, ref)
 
     def own(self, name: str, expert: int) -> Singles:
         """A tensor of the base as an expert has it."""

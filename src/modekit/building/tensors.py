@@ -154,7 +154,7 @@ def check_finite(plan: Plan, ref: TensorRef, view: memoryview) -> None:
         source = next(source for source in plan.models if ref.file in source.files)
         raise SourceError(
             "the weights hold NaN or Inf",
-            where=f"{source.label} ({source.spec}): {ref.name}",
+            where=f"{source.where}: {ref.name}",
             remedy="the model is damaged: save or download it again",
         )
 
@@ -166,7 +166,7 @@ def _values(plan: Plan, piece: Piece, read: PieceReader) -> FlatArray:
         source = plan.models[piece.source]
         raise SourceError(
             "the expert's difference to the base model overflows float32",
-            where=f"{source.label} ({source.spec}): {piece.ref.name}",
+            where=f"{source.where}: {piece.ref.name}",
             remedy="the model is damaged: save or download it again",
         ) from None
 
@@ -218,7 +218,7 @@ def _refuse_overflow(plan: Plan, piece: Piece, tensor: PlannedTensor) -> NoRetur
     source = plan.models[piece.source]
     raise SourceError(
         f"the weights do not fit {DTYPES[tensor.dtype]}",
-        where=f"{source.label} ({source.spec}): {piece.ref.name}",
+        where=f"{source.where}: {piece.ref.name}",
         remedy="choose output: {dtype: bfloat16} or float32",
     )
 

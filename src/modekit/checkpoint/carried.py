@@ -22,16 +22,14 @@ from modekit.errors import SourceError
 from modekit.files.read import open_regular
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.model import read_header
-from modekit.weights.numeric import as_array, to_float32
 from modekit.weights.pass_through import PassThrough
+from modekit.weights.stored import read_float32
 
 CARRIED_FILE = "carried.safetensors"
 
 Singles = npt.NDArray[np.float32]
-
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -93,14 +91,14 @@ def read_carried(folder: Path, channels: Channels, vocabulary: int) -> Carried:
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             raise SourceError(
-                "the file of what is carried is not of this checkpoint",
+                "carried.safetensors is not that of this checkpoint",
                 where=f"{folder / CARRIED_FILE}: {name}",
                 found=found.get(name),
                 expected=expected.get(name),
                 remedy="build the mixture again",
             )
     with OpenFiles() as opened:
-        arrays = {name: to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape) for name, ref in refs.items()}
+        arrays = {name: read_float32(opened, ref) for name, ref in refs.items()}
     return Carried(
         tuple(_units(*map(float, row)) for row in arrays["units"]),
         tuple(map(float, arrays["output_sizes"])),
@@ -122,7 +120,7 @@ def carried_digest(folder: Path) -> str:
     if not path.exists():
         return ""
     with open_regular(path) as stream:
-        while block := stream.read(_CHUNK):
+        while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
 

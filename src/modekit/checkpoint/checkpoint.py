@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, evidence_digest, read_evidence
+from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, read_evidence
 from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
 from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
@@ -49,6 +49,8 @@ from modekit.sources.kept import without_wrapper
 from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
 from modekit.sources.names import weight_of
 from modekit.weights.numeric import is_finite
+
+_WRITTEN = "give the folder that `modekit mix` or `modekit build` wrote"
 
 
 class _Config(BaseModel):
@@ -155,7 +157,7 @@ class Checkpoint:
             with OpenFiles() as opened:
                 found, expected = opened.blake3(embedding), trained
         else:
-            found = evidence_digest(columns) if expected else ""
+            found = sha256_of(columns) if expected else ""
         if found != expected:
             wanted = f"{expected[:16]}, as {RECORD_FILE} has it"
             raise self._other_router(f"a table with the digest {found[:16]}", wanted, embedding.file)
@@ -163,10 +165,9 @@ class Checkpoint:
             raise self._other_router("NaN or Inf in the table", "finite numbers", embedding.file)
 
     def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
+        which = "the router file" if file is None else "the router's table in the embedding"
         return CheckpointError(
-            "the router file is not the one that modekit.json records"
-            if file is None
-            else "the router's table in the embedding is not the one that modekit.json records",
+            f"{which} is not the one that modekit.json records",
             where=str(file or self.folder / ROUTER_FILE),
             found=shortened(found),
             expected=expected,
@@ -244,14 +245,16 @@ class Checkpoint:
         `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
         """
         changed = self.with_recipe(recipe)
-        dtype = self._gate_dtype
+        dtype = next(code for code, name in DTYPE_NAMES.items() if name == self.config["dtype"])
+        if self.slots and (found := self.tensors[self.slots[0].name].dtype) in DTYPE_NAMES:
+            dtype = found
         gate_file = router_bytes(changed.slots, gates, dtype)
         files: dict[str, Content] = {ROUTER_FILE: gate_file}
         fitted, trained = router.model_copy(update={"sha256": sha256_of(gate_file)}), self.record.trained
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
-            fitted = fitted.with_evidence(evidence_digest(evidence))
+            fitted = fitted.with_evidence(sha256_of(evidence))
             if embedding.name in trained:
                 trained = {**trained, embedding.name: changed_blake3(channels, embedding, evidence)}
         if changed.slots != self.slots:
@@ -289,13 +292,6 @@ class Checkpoint:
                 "another command has changed the checkpoint meanwhile", where=str(self.folder), remedy="run the command again"
             )
 
-    @property
-    def _gate_dtype(self) -> str:
-        """That of the gates that are there, else that of the model."""
-        said = {name: code for code, name in DTYPE_NAMES.items()}[str(self.config["dtype"])]
-        found = self.tensors[self.slots[0].name].dtype if self.slots else said
-        return found if found in DTYPE_NAMES else said
-
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's record, config, headers and router file.
@@ -320,18 +316,20 @@ def open_with_any_router(folder: Path) -> Checkpoint:
         finish_change(folder)
         record = as_kind(read_json(path), MixtureRecord)
     except FileNotFoundError:
+        partial = f"{folder.name}.partial"
+        cut_short = f"the build of it was cut short ({partial} is there): run the same command again to finish it"
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",
             where=str(folder),
             found=None if os.path.lexists(folder) else "there is no such folder",
-            remedy=_how_to_get_one(folder),
+            remedy=cut_short if folder.name and (folder.parent / partial).exists() else _WRITTEN,
         ) from None
     except OSError as error:
         raise CheckpointError(
             "modekit.json cannot be read",
             where=str(folder),
             found=shortened(error),
-            remedy="give the folder that `modekit mix` or `modekit build` wrote",
+            remedy=_WRITTEN,
         ) from None
     except ValueError as error:
         raise CheckpointError(
@@ -343,13 +341,6 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work
     return checkpoint
-
-
-def _how_to_get_one(folder: Path) -> str:
-    partial = f"{folder.name}.partial"
-    if folder.name and (folder.parent / partial).exists():
-        return f"the build of it was cut short ({partial} is there): run the same command again to finish it"
-    return "give the folder that `modekit mix` or `modekit build` wrote"
 
 
 def size_of(folder: Path) -> int:

@@ -5,7 +5,6 @@ Shape legend: V vocabulary, D the base's hidden size, P channels besides it, N c
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator
 
@@ -37,14 +36,9 @@ def row_sizes(measured: MeasuredColumn, rows_VD: npt.NDArray[np.float32]) -> npt
 def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
     """The columns (V, N) that say a table, in the embedding's dtype. Raises RecipeError when they are not finite in it."""
     parts = []
-    with OpenFiles() as opened:
-        for start, rows in rows_of(opened, embedding):
-            sizes_V = row_sizes(
-                channels.row_scale,
-                to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])[:, : channels.hidden],
-            )
-            values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
-            parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
+    for start, _, sizes_V in _sized_rows(channels, embedding):
+        values = channels.eps * sizes_V[:, None] * table_VN[start : start + len(sizes_V)]
+        parts.append(bytes(to_bytes(values.astype(np.float32).ravel(), embedding.dtype)))
     columns = memoryview(b"".join(parts))
     if not is_finite(columns, embedding.dtype):
         raise RecipeError(
@@ -70,21 +64,23 @@ def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:
     """The table (V, N) that an embedding says, but for rounding. Raises CheckpointError where it is not finite."""
     parts = []
-    with OpenFiles() as opened:
-        for _, rows in rows_of(opened, embedding):
-            values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
-            sizes_V = row_sizes(channels.row_scale, values[:, : channels.hidden])
-            with np.errstate(all="ignore"):
-                parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
+    for _, values, sizes_V in _sized_rows(channels, embedding):
+        with np.errstate(all="ignore"):
+            parts.append((values[:, channels.evidence] / (channels.eps * sizes_V[:, None])).astype(np.float32))
     table_VN = np.concatenate(parts)
     if not np.isfinite(table_VN).all():
         raise CheckpointError("the router's table in the embedding is not finite", where=str(embedding.file), remedy=FIT_ANEW)
     return table_VN
 
 
-def evidence_digest(columns: memoryview) -> str:
-    """sha256, as the record keeps it."""
-    return hashlib.sha256(columns).hexdigest()
+def _sized_rows(
+    channels: Channels, embedding: TensorRef
+) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float64]]]:
+    """Blocks of rows: the number of the first, their numbers and their `row_sizes`."""
+    with OpenFiles() as opened:
+        for start, rows in rows_of(opened, embedding):
+            values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
+            yield start, values, row_sizes(channels.row_scale, values[:, : channels.hidden])
 
 
 def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:

@@ -318,22 +318,18 @@ def _tokens_record(plan: Plan) -> TokensRecord | None:
     return TokensRecord(tokenizer=tokenizer.number, eos=list(tokenizer.eos), written=sorted(tokenizer.written))
 
 
-def _size(source: ModelSource, file: Path) -> int:
-    return source.absent[file] if file in source.absent else file.stat().st_size
-
-
 def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], known: SourceRecord | None) -> SourceRecord:
     if known is not None:
         files, config = known.files, known.config
     else:
-        files = {file.name: FileRecord(size=_size(source, file), blake3=hashes[str(file)]) for file in source.files}
+        sizes = {file: source.absent[file] if file in source.absent else file.stat().st_size for file in source.files}
+        files = {file.name: FileRecord(size=size, blake3=hashes[str(file)]) for file, size in sizes.items()}
         config = settings_digest(source.written_config)
-    folder = os.path.relpath(source.folder, out)
     return SourceRecord(
         label=source.label,
         spec=source.spec,
         revision=source.revision,
-        folder=folder,
+        folder=os.path.relpath(source.folder, out),
         files=files,
         config=config,
         packed=source.packed,

@@ -21,7 +21,8 @@ from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
-from modekit.weights.numeric import DTYPES, as_array, is_finite, to_bytes, to_float32
+from modekit.weights.numeric import DTYPES, is_finite, to_bytes
+from modekit.weights.stored import read_float32
 
 Gates = Sequence[npt.NDArray[np.float32]]
 """The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""
@@ -30,8 +31,7 @@ Gates = Sequence[npt.NDArray[np.float32]]
 def read_gates(slots: Sequence[RouterSlot], tensors: Mapping[str, TensorRef]) -> list[npt.NDArray[np.float32]]:
     """The gate of every router slot as it is on disk."""
     with OpenFiles() as opened:
-        refs = [tensors[slot.name] for slot in slots]
-        return [to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape) for ref in refs]
+        return [read_float32(opened, tensors[slot.name]) for slot in slots]
 
 
 def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dtype: str) -> str:
@@ -41,8 +41,8 @@ def write_router_file(path: Path, slots: Sequence[RouterSlot], gates: Gates, dty
     return sha256_of(content)
 
 
-def sha256_of(content: bytes) -> str:
-    """Of a router file, as the record keeps it."""
+def sha256_of(content: bytes | memoryview) -> str:
+    """Of a router file, or of evidence in the embedding, as the record keeps it."""
     return hashlib.sha256(content).hexdigest()
 
 

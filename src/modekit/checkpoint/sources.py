@@ -6,10 +6,8 @@ A weight file is read again only where its size, times or inode are not those th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -71,7 +69,7 @@ def source_state(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> Sou
     if on_hub:
         return SourceState(record, folder, is_there=True, on_hub=on_hub)
     try:
-        changed = next(chain(changed_settings(record, folder), _changed_weights(record, folder, run)), "")
+        changed = next(iter(changed_settings(record, folder)), None) or changed_weights(record, folder, run) or ""
     except SourceError as error:
         changed = error.what
     except OSError as error:
@@ -92,19 +90,18 @@ def changed_settings(record: SourceRecord, folder: Path) -> list[str]:
     return [file] if record.config not in ("", now) else []
 
 
-def changed_weights(record: SourceRecord, folder: Path, run: Run) -> list[str]:
-    """The first weight file that is not what was recorded, if there is one. Raises SourceError and OSError."""
-    return list(islice(_changed_weights(record, folder, run), 1))
-
-
-def _changed_weights(record: SourceRecord, folder: Path, run: Run) -> Iterator[str]:
+def changed_weights(record: SourceRecord, folder: Path, run: Run) -> str | None:
+    """The first weight file that is not what was recorded; None where all are. Raises SourceError and OSError."""
     there = [folder / WEIGHTS_FILE] if is_adapter(folder) else weight_files(folder, where=record.label)
-    yield from sorted({file.name for file in there}.symmetric_difference(record.files))
+    others = {file.name for file in there}.symmetric_difference(record.files)
+    if others:
+        return min(others)
     progress = partial(run.progress, f"look at {record.label}")
     for name, expected in record.files.items():
         is_other = bool(expected.blake3) and known_blake3(folder / name, progress) != expected.blake3
         if is_other or (folder / name).stat().st_size != expected.size:
-            yield name
+            return name
+    return None
 
 
 def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> str | None:

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import UnsupportedError
+from modekit.errors import UnsupportedError, some_of
 from modekit.planning.shape import LowRankPart
 from modekit.sources.contents import OpenFiles
 from modekit.sources.kept import is_in_tower
-from modekit.sources.model import TensorRef
 from modekit.sources.names import module_of, split_layer
-from modekit.weights.numeric import as_array, to_float32
+from modekit.weights.stored import read_float32
 
 _NATIVE = (
     "where the base model has a native architecture, mix whole FFNs in it (output.format: native; `modekit plan` says "
@@ -57,7 +56,7 @@ class Adapter:
     def factors(self, name: str, opened: OpenFiles) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """A (R, I) and B (O, R) such that the change is B A times alpha over R."""
         part = self.changes[name]
-        a, b = _matrix(part.a, opened)[part.ranks], _matrix(part.b, opened)[:, part.ranks]
+        a, b = read_float32(opened, part.a)[part.ranks], read_float32(opened, part.b)[:, part.ranks]
         if _alpha_of(part) != self.alpha:
             b = (b.astype(np.float64) * (part.scale * _rank(part) / self.alpha)).astype(np.float32)
         return np.ascontiguousarray(a), np.ascontiguousarray(b)
@@ -117,13 +116,13 @@ def _adapter_of(checkpoint: Checkpoint, expert: int) -> Adapter | str:
     asked = checkpoint.record.recipe.experts[expert]
     few = [tensor.name for tensor in mixed if expert in tensor.few_bits]
     if few:
-        return f"it has {_shown(few)} in a few bits (experts[].budget)"
+        return f"it has {some_of(few, 1)} in a few bits (experts[].budget)"
     if whole and asked.adapter is None:
         return "it is a full model"
     if whole:
-        return f"it has {_shown(whole)} as whole tensors of its own (DoRA, IA3, biases, modules_to_save, the head)"
+        return f"it has {some_of(whole, 1)} as whole tensors of its own (DoRA, IA3, biases, modules_to_save, the head)"
     if added:
-        return f"it adds {_shown(added)}, and a LoRA of llama.cpp has no biases"
+        return f"it adds {some_of(added, 1)}, and a LoRA of llama.cpp has no biases"
     return next(_unsaid(checkpoint, changes), None) or (Adapter(expert, asked.name, changes) if changes else _NOTHING)
 
 
@@ -145,17 +144,9 @@ def _modules_over(name: str) -> Iterator[str]:
         name = module
 
 
-def _shown(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _rank(part: LowRankPart) -> int:
     return int(part.ranks.stop - part.ranks.start)
 
 
 def _alpha_of(part: LowRankPart) -> float:
     return float(np.float32(part.scale * _rank(part)))
-
-
-def _matrix(ref: TensorRef, opened: OpenFiles) -> npt.NDArray[np.float32]:
-    return to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape)

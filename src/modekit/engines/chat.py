@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.llama import Llama
@@ -25,9 +27,6 @@ from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 8_192  # tokens of a context, where nobody asks for more: memory grows with it
 _WORDS = 8  # that are named per expert

@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import TracebackType
 from typing import IO, Any
 
 ProcessSettings = dict[str, Any]
@@ -62,7 +61,7 @@ class Child:
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def complaint(self) -> str:
@@ -132,11 +131,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def _exit() -> None:
-    os._exit(1)
-
-
-def settings_of_caller(at_end: Callable[[], None] = _exit) -> ProcessSettings:
+def settings_of_caller(at_end: Callable[[], None] = lambda: os._exit(1)) -> ProcessSettings:
     """The child's end: what the parent wants. From now on the process ends when the parent does, by `at_end`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, whose end is this one's
     settings: ProcessSettings = json.loads(sys.stdin.readline())

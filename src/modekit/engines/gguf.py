@@ -260,11 +260,11 @@ def prove_adapters(
         with _without_changes(both.model):
             of_base = both.proof(files[0], outtype, texts=texts, run=run)
         proofs = [of_base.beside(of_base if outtype in SMALL else None).judged(files[0], accept=settings.accept)]
-        told_once = dataclasses.replace(both, notes=())
+        without_notes = dataclasses.replace(both, notes=())
         for place, (adapter, file) in enumerate(zip(adapters, files[1:], strict=True)):
             both.model.use_expert(adapter.name)
             both.llama.use_adapter(place)
-            proof = told_once.proof(file, outtype, texts=texts, run=run).beside(None if outtype == EXACT else of_base)
+            proof = without_notes.proof(file, outtype, texts=texts, run=run).beside(None if outtype == EXACT else of_base)
             proofs.append(proof.judged(file, accept=settings.accept))
     return proofs
 

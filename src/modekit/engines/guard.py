@@ -226,13 +226,13 @@ def _described(fault: BaseException) -> dict[str, object]:
 
 def _again(body: bytes, receive: Receive) -> Receive:
     """The body once more, for the server."""
-    told = False
+    sent = False
 
     async def again() -> Message:
-        nonlocal told
-        if told:
+        nonlocal sent
+        if sent:
             return await receive()
-        told = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again

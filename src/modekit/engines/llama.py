@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from modekit.engines.child import Child
@@ -63,7 +62,7 @@ class Llama:
     def __enter__(self) -> Llama:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._child.stop()
 
     def use_adapter(self, adapter: int | None) -> None:

@@ -40,7 +40,7 @@ class FrontSettings(Strict):
 def run_front(
     checkpoint: Checkpoint, settings: FrontSettings, host: str, port: int, listening: Callable[[str], None], *, run: Run = QUIET
 ) -> None:
-    """Serve until interrupted; `listening` is called with the address once it is heard. Raises UnsupportedError when the
+    """Serve until interrupted; `listening` is called with the address once the server listens. Raises UnsupportedError when the
     mixture's router needs the model; EngineError when it cannot listen.
     """
     front = front_of(checkpoint, settings, host, run=run)
@@ -85,7 +85,7 @@ def checked_names(checkpoint: Checkpoint, given: Sequence[str]) -> dict[str, str
         expert, equals, model = each.partition("=")
         if expert not in known or not equals or not model:
             raise EngineError(
-                "that names no expert's model",
+                "this names no expert's model",
                 where="--name",
                 found=each,
                 expected=f"EXPERT=MODEL of {', '.join(known)}",
@@ -108,7 +108,7 @@ def _check_urls(urls: Sequence[str]) -> None:
             good = False
         if not good or parsed.path.rstrip("/") not in {"", "/v1"}:
             raise EngineError(
-                "that is no address of a server",
+                "this is no address of a server",
                 where="--worker",
                 found=url,
                 expected="such as http://127.0.0.1:8001",

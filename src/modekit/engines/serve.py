@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
-from modekit.engines.child import Child, ProcessSettings
+from modekit.engines.child import Child
 from modekit.engines.listening import KEY, answering, bound_socket, key_in, refuse_other_machines, url_of
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.engines.sampling import context_of
@@ -78,7 +78,13 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
     with bound_socket(settings.host, settings.port) as listener:
         inner_key = secrets.token_urlsafe()
-        wanted = {**_common(checkpoint, settings, inner_key), **engine.prepared(checkpoint, settings, run), "threads": threads}
+        wanted = {
+            **{"host": _INNER, "port": 0, "name": checkpoint.folder.name, "key": inner_key},
+            "context": context_of(checkpoint, settings.context),
+            "parallel": settings.parallel or _PARALLEL,
+            "threads": threads,
+            **engine.prepared(checkpoint, settings, run),
+        }
         environment = {
             "HF_HUB_OFFLINE": "1",
             KEY: inner_key,
@@ -91,15 +97,3 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
             app = Proxy(supervisor, engine, checkpoint.folder.name, inner_key, template).app(key)
             with answering(app, listener):
                 yield ServedMixture(url_of(*listener.getsockname()[:2]), name, why, threads, supervisor)
-
-
-def _common(checkpoint: Checkpoint, settings: ServeSettings, key: str) -> ProcessSettings:
-    """What every engine's process needs to know. Raises EngineError for a context that the model was not trained for."""
-    return {
-        "host": _INNER,
-        "port": 0,
-        "name": checkpoint.folder.name,
-        "key": key,
-        "context": context_of(checkpoint, settings.context),
-        "parallel": settings.parallel or _PARALLEL,
-    }

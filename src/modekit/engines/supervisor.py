@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
 from modekit.engines.child import Child
 from modekit.errors import EngineError
@@ -49,7 +48,7 @@ class Supervisor:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changing:
             self._stopping = True
         if self._child is not None:

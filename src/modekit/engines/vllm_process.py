@@ -55,12 +55,12 @@ def main() -> None:
     os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
     settings["port"] = free_port(settings["host"], settings["port"])  # vLLM does not say which one it took
     address = url_of(settings["host"], settings["port"])
-    threading.Thread(target=_answer_when_heard, args=(address,), daemon=True).start()
+    threading.Thread(target=_answer_when_ready, args=(address,), daemon=True).start()
     sys.argv = [SERVER, *arguments_of(settings)]
     runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
 
 
-def _answer_when_heard(address: str) -> None:
+def _answer_when_ready(address: str) -> None:
     """Tell the parent once the server answers; an engine that does not start ends the process, which tells it, too."""
     ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     while True:

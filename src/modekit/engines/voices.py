@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol
+from typing import TypeAlias
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -25,9 +26,6 @@ from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.shapes import mixture_of
 from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,6 @@ class AnswerToken:
 OnToken = Callable[[AnswerToken], None]
 
 
-class Voice(Protocol):
-    """A mixture that writes on."""
-
-    engine: str
-
-    def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
-        """Write at most so many tokens after the given ones; whether the answer came to its own end. Raises EngineError."""
-
-    def use_expert(self, expert: int | None) -> None:
-        """Always take this expert; None: as the routers choose. Raises UnsupportedError."""
-
-
 class TransformersVoice:
     """A mixture as transformers loads it. A token's experts are what its routers decided in the pass that chose it."""
 
@@ -76,11 +62,11 @@ class TransformersVoice:
             torch.manual_seed(sampling.seed)
 
     def use_expert(self, expert: int | None) -> None:
-        """Overrule the routers."""
+        """Always take this expert; None: as the routers choose."""
         self._expert = expert
 
     def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
-        """Token by token, in this thread."""
+        """Write at most so many tokens after the given ones, in this thread; whether the answer came to its own end."""
         forced = nullcontext() if self._expert is None else self._mixture.forced(self._expert)
         text, read, at_end = RunningText(self._tokenizer), 0, False
 
@@ -130,14 +116,14 @@ class LlamaVoice:
         self._llama = llama
 
     def use_expert(self, expert: int | None) -> None:
-        """A file has its routers built in."""
+        """Raises UnsupportedError for an expert: a file has its routers built in."""
         if expert is not None:
             raise UnsupportedError(
                 "llama.cpp takes the experts that the routers choose", where="/expert", remedy="chat without --gguf"
             )
 
     def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
-        """As the server streams it."""
+        """The same as the server streams it. Raises EngineError."""
         read, count = list(ids), 0
         for text, tokens in self._llama.written(ids, most, self._sampling):
             if self._sampling.ends.intersection(tokens):
@@ -161,3 +147,7 @@ class LlamaVoice:
             return None
         logits_E = torch.from_numpy(self._router.logits(ids)).float()
         return tuple(select(logits_E, self._routing).tolist())
+
+
+Voice: TypeAlias = TransformersVoice | LlamaVoice
+"""A mixture that writes on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
+from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, own_names
 from modekit.sources.contents import OpenFiles
@@ -66,7 +66,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
     if ours != theirs:
         raise MismatchError(
             "the model has another number of tokens than its base, which an adapter of its layers cannot hold",
-            where=f"{tuned.label} ({tuned.spec}): vocab_size",
+            where=f"{tuned.where}: vocab_size",
             found=theirs,
             expected=ours,
             remedy="mix the model itself: `as: lora` keeps its layers low-rank and its tokens whole",
@@ -76,7 +76,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
         if ".experts." in name:
             raise UnsupportedError(
                 "the experts of a mixture are no linear layers in memory, so an adapter cannot reach them",
-                where=f"{origin.label} ({origin.spec}): {name}",
+                where=f"{origin.where}: {name}",
                 remedy="extract from dense models",
             )
     return names
@@ -89,7 +89,7 @@ def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFile
         if not holds_only_finite(opened, ref):
             raise SourceError(
                 "the weights hold NaN or Inf",
-                where=f"{source.label} ({source.spec}): {name}",
+                where=f"{source.where}: {name}",
                 remedy="the model is damaged: save or download it again",
             )
     moved, still = (Stored(opened, ref) for ref in refs)
@@ -151,6 +151,6 @@ def check_differs(chosen: Sequence[TensorDifference], differences: Sequence[Tens
     raise MismatchError(
         "no linear weight that could be adapted differs",
         where="MODEL, BASE",
-        found="only " + ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else ""),
+        found=f"only {some_of(moved)}",
         remedy="use the full model: an adapter of its linear layers would be empty",
     )

@@ -270,8 +270,10 @@ def adapter_config_of(checkpoint: Checkpoint, expert: int, known: Mapping[str, o
     places = places_of(checkpoint, expert)
     changes = {module: ModuleChange(place.ranks[expert], place.scales[expert]) for module, place in places.items()}
     biased = any(expert in place.biased for place in places.values())
-    revision = {"revision": checkpoint.record.recipe.revision}
-    return lora_config(_base_model(checkpoint), changes, lora_bias=biased, known={**known, **revision})
+    recipe = checkpoint.record.recipe
+    folder = locate(recipe.base_model, checkpoint.recipe_root)
+    base = recipe.base_model if folder is None else str(folder.resolve())  # PEFT finds it, whatever folder it is called from
+    return lora_config(base, changes, lora_bias=biased, known={**known, "revision": recipe.revision})
 
 
 def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
@@ -300,10 +302,3 @@ def _read_part(ref: TensorRef, index: _Index, opened: OpenFiles) -> memoryview:
     part = np.ascontiguousarray(as_array(opened.read(ref), ref.dtype).reshape(ref.shape)[index])
     view: memoryview = part.view(np.uint8).reshape(-1).data
     return view
-
-
-def _base_model(checkpoint: Checkpoint) -> str:
-    """Where PEFT finds the base model, whatever folder it is called from: a hub id, or the folder itself."""
-    recipe = checkpoint.record.recipe
-    folder = locate(recipe.base_model, checkpoint.recipe_root)
-    return recipe.base_model if folder is None else str(folder.resolve())

@@ -45,7 +45,8 @@ from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import TRAINED_FILE, TextDigest, text_record
 from modekit.weights.factorise import Array32, factorise, relative_error
-from modekit.weights.numeric import as_array, to_bytes, to_float32
+from modekit.weights.numeric import to_bytes
+from modekit.weights.stored import read_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,8 +78,34 @@ class ExtractSettings:
     base_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ModekitError for sizes that contradict each other, before a model is opened or downloaded."""
-        _check_settings(self)
+        """Raises ModekitError unless exactly one of rank and energy is given, in range, and max_rank has an effect: before a
+        model is opened or downloaded.
+        """
+        rank, energy, max_rank = self.rank, self.energy, self.max_rank
+        if (rank is None) == (energy is None):
+            raise ModekitError(
+                "the size of the adapter is not determined",
+                where="--rank, --energy",
+                found="neither" if rank is None else "both",
+                expected="one of them",
+                remedy="give --rank 16 or --energy 0.9",
+            )
+        for where, value in (("--rank", rank), ("--max-rank", max_rank)):
+            if value is not None and value < 1:
+                raise ModekitError(
+                    "a rank must be at least 1", where=where, found=value, expected="a whole number > 0", remedy="correct it"
+                )
+        if energy is not None and not 0 < energy <= 1:
+            raise ModekitError(
+                "not a share of the energy", where="--energy", found=energy, expected="above 0, at most 1", remedy="correct it"
+            )
+        if max_rank is not None and energy is None:
+            raise ModekitError(
+                "the setting has no effect with a fixed rank",
+                where="--max-rank",
+                found=max_rank,
+                remedy="remove it, or give --energy in place of --rank",
+            )
 
     @property
     def ranks(self) -> RankSettings:
@@ -143,35 +170,6 @@ def extract(
     return record
 
 
-def _check_settings(settings: ExtractSettings) -> None:
-    """Raise ModekitError unless exactly one of rank and energy is given, in range, and max_rank has an effect."""
-    rank, energy, max_rank = settings.rank, settings.energy, settings.max_rank
-    if (rank is None) == (energy is None):
-        raise ModekitError(
-            "the size of the adapter is not determined",
-            where="--rank, --energy",
-            found="neither" if rank is None else "both",
-            expected="one of them",
-            remedy="give --rank 16 or --energy 0.9",
-        )
-    for where, value in (("--rank", rank), ("--max-rank", max_rank)):
-        if value is not None and value < 1:
-            raise ModekitError(
-                "a rank must be at least 1", where=where, found=value, expected="a whole number > 0", remedy="correct it"
-            )
-    if energy is not None and not 0 < energy <= 1:
-        raise ModekitError(
-            "not a share of the energy", where="--energy", found=energy, expected="above 0, at most 1", remedy="correct it"
-        )
-    if max_rank is not None and energy is None:
-        raise ModekitError(
-            "the setting has no effect with a fixed rank",
-            where="--max-rank",
-            found=max_rank,
-            remedy="remove it, or give --energy in place of --rank",
-        )
-
-
 _Moments: TypeAlias = Iterator[tuple[TensorDifference, npt.NDArray[np.float32] | None]]
 
 
@@ -214,8 +212,7 @@ def _adapt(
     each: TensorDifference, moment_II: npt.NDArray[np.float32] | None, opened: OpenFiles, settings: ExtractSettings
 ) -> AdaptedWeight:
     """Factors of one weight's difference."""
-    moved, still = (to_float32(as_array(opened.read(ref), ref.dtype)) for ref in (each.tuned, each.base))
-    delta_OI: Array32 = (moved - still).reshape(each.base.shape)
+    delta_OI: Array32 = read_float32(opened, each.tuned) - read_float32(opened, each.base)
     factors = factorise(delta_OI, rank=settings.rank, energy=settings.energy, max_rank=settings.max_rank, moment_II=moment_II)
     plain = factors.error if moment_II is None else relative_error(delta_OI, factors.a, factors.b)
     return AdaptedWeight(each, factors, plain)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel
 
+from modekit.errors import some_of
 from modekit.experts.differences import TensorDifference
 from modekit.weights.factorise import Factors
 
@@ -103,8 +104,7 @@ class Extraction(BaseModel, frozen=True):
             notes.append(f"{small}: raise --rank (with --energy: --max-rank)")
         outside = list(self.not_carried)
         if outside and carried < _LITTLE * kept:
-            more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-            held = f"much of the difference is in tensors that it does not hold ({', '.join(outside[:3])}{more})"
+            held = f"much of the difference is in tensors that it does not hold ({some_of(outside)})"
             notes.append(f"{held}: use the full model")
         return notes
 

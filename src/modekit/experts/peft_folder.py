@@ -36,9 +36,9 @@ class ModuleChange:
     scale: float
 
     def alpha(self, *, use_rslora: bool) -> float:
-        """What lora_alpha has to be."""
+        """What lora_alpha has to be; a whole number where it can."""
         alpha = self.scale * (math.sqrt(self.rank) if use_rslora else self.rank)
-        near = float(round(alpha))  # sqrt(r) * (alpha / sqrt(r)) misses a whole number by a last bit
+        near = round(alpha)  # sqrt(r) * (alpha / sqrt(r)) misses a whole number by a last bit
         return near if math.isclose(alpha, near, rel_tol=1e-12) else alpha
 
 
@@ -64,7 +64,7 @@ def lora_config(
     known = known or {}
     use_rslora = bool(known.get("use_rslora"))
     ranks = {module: change.rank for module, change in sorted(changes.items())}
-    alphas = {module: _plain(changes[module].alpha(use_rslora=use_rslora)) for module in ranks}
+    alphas = {module: changes[module].alpha(use_rslora=use_rslora) for module in ranks}
     largest = max(ranks, key=ranks.__getitem__)
     rank, alpha = ranks[largest], alphas[largest]
     return {
@@ -88,23 +88,11 @@ def lora_config(
     }
 
 
-_OF_THE_MODULES = frozenset(
-    {
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-    }
-)
+_OF_THE_MODULES = {
+    *("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
+}
 """Keys of PEFT's that choose modules, or keep whole ones; a list of targets says it all."""
-
-
-def _plain(alpha: float) -> float:
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def write_lora(stage: Staging, config: Mapping[str, object], tensors: Sequence[PeftTensor]) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import InterruptError
@@ -42,11 +42,7 @@ from modekit.training.states_folder import StatesFolder, digest_of_data
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class BeforeAfter(_Figures):
+class BeforeAfter(BaseModel, frozen=True):
     """Nats per token of held-out text before the first step and after the last; None without such text."""
 
     before: float | None
@@ -59,14 +55,14 @@ class DistanceToTeacher(BeforeAfter):
     over: str
 
 
-class FirstLast(_Figures):
+class FirstLast(BaseModel, frozen=True):
     """A loss of training in nats per predicted token, of the first step and the last."""
 
     first: float
     last: float
 
 
-class WeightRange(_Figures):
+class WeightRange(BaseModel, frozen=True):
     """What cross-entropy counted in the steps, from 0 to 1."""
 
     lowest: float
@@ -74,7 +70,7 @@ class WeightRange(_Figures):
     mean: float
 
 
-class TagsUsed(_Figures):
+class TagsUsed(BaseModel, frozen=True):
     """Labels whose tags were read; with which probability others were drawn, and which (training/settings.py)."""
 
     tags: list[str]
@@ -82,7 +78,7 @@ class TagsUsed(_Figures):
     randomise_to: RandomiseTo | None = None
 
 
-class TextUsed(_Figures):
+class TextUsed(BaseModel, frozen=True):
     """How much text, and a digest of its documents; `share`: of text of no domain, its share of all tokens."""
 
     documents: int
@@ -91,7 +87,7 @@ class TextUsed(_Figures):
     share: float | None = None
 
 
-class TeacherUsed(_Figures):
+class TeacherUsed(BaseModel, frozen=True):
     """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (or "adaptive"),
     `combined` as a sum or in turn, `kept_top_k` tokens at each place where its answers were kept.
     """
@@ -105,7 +101,7 @@ class TeacherUsed(_Figures):
     kept_top_k: int | None
 
 
-class SpecialistRecord(_Figures):
+class SpecialistRecord(BaseModel, frozen=True):
     """specialist.json: how an expert was made. What does not apply is not in the file.
 
     Attributes:
@@ -220,20 +216,17 @@ class SpecialistFolder(StatesFolder):
             if self.is_held and steps is None:
                 self.remove()
             if isinstance(error, (KeyboardInterrupt, InterruptError)):
-                raise _interrupted(self.path, steps) from None
+                if steps is None:
+                    remedy = "run the command again to start over"
+                    raise InterruptError("interrupted; nothing was kept", remedy=remedy) from None
+                raise InterruptError(
+                    f"interrupted; the training is kept up to step {steps}",
+                    where=str(self.path),
+                    remedy="run the same command again to go on from there, or remove the folder",
+                ) from None
             raise
         finally:
             self.release()
-
-
-def _interrupted(folder: Path, steps: str | None) -> InterruptError:
-    if steps is None:
-        return InterruptError("interrupted; nothing was kept", remedy="run the command again to start over")
-    return InterruptError(
-        f"interrupted; the training is kept up to step {steps}",
-        where=str(folder),
-        remedy="run the same command again to go on from there, or remove the folder",
-    )
 
 
 def digest_of_source(source: ModelSource) -> str:

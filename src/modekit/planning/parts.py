@@ -119,7 +119,7 @@ class MixedParts:
         if "mlp" in wanted and self.splits_ffn:
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
         chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
-        for part in stack.in_order:
+        for part in stack.parts:
             if part in wanted and stack.parts[part] not in chosen.values():
                 chosen[part] = stack.parts[part]
         return sorted(chosen.items(), key=lambda entry: stack.rank(entry[1]))

@@ -17,9 +17,9 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.files.typed import shortened
 from modekit.sources.adapter_config import (
     CONFIG_FILE,
-    SAVE_AGAIN,
     IA3Settings,
     LoraSettings,
+    damaged,
     parse_settings,
     read_adapter_config,
 )
@@ -145,12 +145,11 @@ def open_adapter(
         return AdapterSource(label, spec, folder, revision, config, tensors, prefix=prefix)
     naming = naming_of((peft_plain(name) for name in tensors), where=where)
     settings = parse_settings(config, where=where, naming=naming)
-    resolved = Resolution(where, settings, base, tensors, naming)
-    rules = _Rules(resolved)
-    changes, replaced, notes = rules.changes(), resolved.replaced(), tuple(rules.notes())
+    rules = _Rules(where, settings, base, tensors, naming)
+    changes, replaced, notes = rules.changes(), rules.replaced(), tuple(rules.notes())
     if not changes and not replaced:
-        raise SourceError("the adapter changes nothing", where=where, found=f"no tensor in {WEIGHTS_FILE}", remedy=SAVE_AGAIN)
-    bias_changes, beside = rules.bias_changes(changes), resolved.beside
+        raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
+    bias_changes, beside = rules.bias_changes(changes), rules.beside
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
 
 
@@ -165,24 +164,21 @@ def _weights_file(folder: Path, *, where: str) -> Path:
             expected=WEIGHTS_FILE,
             remedy="convert it once where you trust the file: load it with PEFT and save_pretrained to a new folder",
         )
-    raise SourceError("the adapter has no weights", where=where, expected=WEIGHTS_FILE, remedy=SAVE_AGAIN)
+    raise damaged("the adapter has no weights", where, expected=WEIGHTS_FILE)
 
 
-@dataclass(frozen=True)
-class _Rules:
+class _Rules(Resolution):
     """By which rule the adapter changes each weight."""
-
-    resolved: Resolution
 
     def changes(self) -> dict[str, Change]:
         """Name of a weight of the base -> its change."""
         found: dict[str, Change] = {}
-        for module, parts in self.resolved.parts.items():
-            weights = {name: self.resolved.whole.get(name, ref) for name, ref in self.resolved.weights(module).items()}
+        for module, parts in self.parts.items():
+            weights = {name: self.whole.get(name, ref) for name, ref in self.weights(module).items()}
             total, start = sum(ref.shape[0] for ref in weights.values()), 0
             for name, ref in weights.items():
                 rows = None if len(weights) == 1 else (start, start + ref.shape[0])
-                change = self._scaling if self.resolved.is_ia3 else self._low_rank
+                change = self._scaling if self.is_ia3 else self._low_rank
                 found[name] = change(module, parts, (total, ref.shape[1]), rows)
                 start += ref.shape[0]
         return found
@@ -193,19 +189,19 @@ class _Rules:
         for name, change in changes.items():
             bias = f"{module_of(name)}.bias"
             reaches = change.bias is not None if isinstance(change, LowRank) else change.axis == "rows"
-            if reaches and bias in self.resolved.base.tensors:
+            if reaches and bias in self.base.tensors:
                 found[bias] = change
         return found
 
     def notes(self) -> Iterator[str]:
         """Remarks for the user."""
-        if self.resolved.settings.fan_in_fan_out:
+        if self.settings.fan_in_fan_out:
             yield "fan_in_fan_out has no effect: PEFT ignores it on linear layers and embeddings"
-        own = [name for name in self.resolved.whole if module_of(name) in self.resolved.parts and name.endswith(".weight")]
+        own = [name for name in self.whole if module_of(name) in self.parts and name.endswith(".weight")]
         if own:
             yield f"the adapter brings its own copy of {shortened(', '.join(own))}, which replaces the base's before the change"
-        if isinstance(self.resolved.settings, LoraSettings):
-            unused = self.resolved.settings.unused_patterns(self.resolved.parts)
+        if isinstance(self.settings, LoraSettings):
+            unused = self.settings.unused_patterns(self.parts)
             if unused:
                 said = shortened(", ".join(unused))
                 yield f"no adapted module matches these entries of rank_pattern or alpha_pattern: {said}"
@@ -213,10 +209,10 @@ class _Rules:
     def _low_rank(
         self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, int], rows: tuple[int, int] | None
     ) -> LowRank:
-        settings = self.resolved.settings
+        settings = self.settings
         assert isinstance(settings, LoraSettings)
-        is_embedding = self.resolved.looks_up(module)
-        other_way = is_embedding or self.resolved.keeps_columns(module)
+        is_embedding = self.family.looks_up(module)
+        other_way = is_embedding or self.family.keeps_columns(module)
         rank, (inputs, outputs) = settings.rank(module), shape if other_way else shape[::-1]
         names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         expected: dict[str, tuple[int, ...]] = {names[0]: (rank, inputs), names[1]: (outputs, rank)}
@@ -227,12 +223,9 @@ class _Rules:
         self._check_parts(module, parts, expected)
         for name, axis in zip(names, (0, 1), strict=True):
             if len(parts[name].shape) == 2 and parts[name].shape[axis] != rank:
-                raise SourceError(
-                    "the rank in the adapter file is not that in its config",
-                    where=f"{self.resolved.where}: {parts[name].name}",
-                    found=parts[name].shape[axis],
-                    expected=f"{rank}, by r and rank_pattern",
-                    remedy=SAVE_AGAIN,
+                where, found = f"{self.where}: {parts[name].name}", parts[name].shape[axis]
+                raise damaged(
+                    "the rank in the adapter file is not that in its config", where, found, f"{rank}, by r and rank_pattern"
                 )
         self._check_shapes(parts, expected)
         if settings.lora_bias:
@@ -243,8 +236,8 @@ class _Rules:
     def _scaling(
         self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, int], rows: tuple[int, int] | None
     ) -> Scaling:
-        assert isinstance(self.resolved.settings, IA3Settings)
-        scales_inputs = self.resolved.settings.scales_inputs(module)
+        assert isinstance(self.settings, IA3Settings)
+        scales_inputs = self.settings.scales_inputs(module)
         expected = {"ia3_l": (1, shape[1]) if scales_inputs else (shape[0], 1)}
         self._check_parts(module, parts, expected)
         self._check_shapes(parts, expected)
@@ -254,27 +247,22 @@ class _Rules:
         """Raise SourceError unless the module has exactly the tensors that the config asks for."""
         missing = sorted(set(expected) - parts.keys())
         if missing:
-            raise SourceError(
-                "the adapter lacks a part of a module",
-                where=f"{self.resolved.where}: {module}",
-                found=", ".join(sorted(parts)),
-                expected=", ".join(missing) + " as well",
-                remedy=SAVE_AGAIN,
-            )
+            where, there = f"{self.where}: {module}", ", ".join(sorted(parts))
+            raise damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
         for part in sorted(parts.keys() - set(expected)):
-            self.resolved.refuse_unexplained(parts[part], "the config does not ask for it")
+            self.refuse_unexplained(parts[part], "the config does not ask for it")
 
     def _check_shapes(self, parts: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]]) -> None:
         for part, shape in expected.items():
             if parts[part].shape != shape:
-                self.resolved.refuse_shape(parts[part], shape)
+                self.refuse_shape(parts[part], shape)
 
     def _check_has_bias(self, module: str) -> None:
         """Like PEFT's merge, which has no place for lora_bias on a layer without a bias."""
-        for member in self.resolved.members(module):
-            if f"{member}.bias" not in self.resolved.base.tensors:
+        for member in self.members(module):
+            if f"{member}.bias" not in self.base.tensors:
                 raise UnsupportedError(
                     "the adapter adds a bias (lora_bias) to a layer that has none",
-                    where=f"{self.resolved.where}: {member}",
+                    where=f"{self.where}: {member}",
                     remedy="train the adapter without lora_bias",
                 )

@@ -7,13 +7,13 @@ and alpha (`get_pattern_key`). A setting whose effect on the weights is not know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import shortened
 from modekit.sources.family import Config
@@ -24,42 +24,29 @@ from modekit.sources.wrappers import PLAIN, Naming
 CONFIG_FILE = "adapter_config.json"
 SAVE_AGAIN = "download or save the adapter again"
 
-_MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+_GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Value = TypeVar("_Value")
+_Kind = TypeVar("_Kind", bound=BaseModel)
 _Names = Annotated[list[str], Field(max_length=10_000)]
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
 _Rank = Annotated[int, Field(ge=1, le=10**100)]
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
 
-NO_EFFECT = frozenset(
-    {
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "lora_dropout",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-        "init_ia3_weights",
-        # read only while the matching init_lora_weights initialises; those that change the base are refused there
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    }
-)
-"""AdapterSettings that say nothing about what the saved weights do."""
+NO_EFFECT = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "init_ia3_weights"),
+    # read only while the matching init_lora_weights initialises; those that change the base are refused there
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Settings that say nothing about what the saved weights do."""
 _INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 """Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
 
 
 class AdapterSettings(BaseModel):
-    """AdapterSettings that LoRA and IA3 share, with PEFT's defaults. Methods name modules as the base model does."""
+    """What LoRA and IA3 share, with PEFT's defaults. Methods name modules as the base model does."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -112,7 +99,7 @@ class AdapterSettings(BaseModel):
 
 
 class LoraSettings(AdapterSettings):
-    """AdapterSettings of LoRA, rsLoRA and DoRA."""
+    """Settings of LoRA, rsLoRA and DoRA."""
 
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
@@ -172,7 +159,7 @@ class LoraSettings(AdapterSettings):
 
 
 class IA3Settings(AdapterSettings):
-    """AdapterSettings of IA3."""
+    """Settings of IA3."""
 
     feedforward_modules: str | _Names
 
@@ -185,10 +172,19 @@ class IA3Settings(AdapterSettings):
 
 
 _KINDS: dict[str, type[AdapterSettings]] = {"LORA": LoraSettings, "IA3": IA3Settings}
-
-
 PREFIX_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 """Adapters that stand before the text (prefix.py)."""
+
+
+def damaged(what: str, where: str, found: object = None, expected: object = None) -> SourceError:
+    """The error of an adapter that contradicts itself."""
+    return SourceError(what, where=where, found=found, expected=expected, remedy=SAVE_AGAIN)
+
+
+def other_base(what: str, where: str, found: object, expected: object) -> MismatchError:
+    """The error of an adapter that is not for this base model."""
+    remedy = "use an adapter that was trained on this base model"
+    return MismatchError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
@@ -201,23 +197,14 @@ def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
         config = read_json(folder / CONFIG_FILE, _LARGEST)
     except FileNotFoundError:
         if (folder / "config.json").exists():
-            raise SourceError(
-                "this is a full model, not an adapter",
-                where=where,
-                remedy="name it as model: in place of adapter: in the recipe",
-            ) from None
-        raise SourceError(
-            f"{CONFIG_FILE} is missing", where=where, remedy="give an adapter that PEFT saved (save_pretrained)"
-        ) from None
+            remedy = "name it as model: in place of adapter: in the recipe"
+            raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
+        raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
     except UNREADABLE as error:
-        raise SourceError(f"{CONFIG_FILE} cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
+        raise damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise SourceError(
-            f"{CONFIG_FILE} names no peft_type",
-            where=where,
-            expected=" or ".join(_KINDS),
-            remedy="give an adapter that PEFT saved (save_pretrained)",
-        )
+        kinds = " or ".join(_KINDS)
+        raise SourceError(f"{CONFIG_FILE} names no peft_type", where=where, expected=kinds, remedy=_GIVE_SAVED)
     return config
 
 
@@ -226,39 +213,37 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
 
     Raises SourceError for values of the wrong kind, UnsupportedError for kinds and settings whose maths is not known here.
     """
-    where = f"{where}: {CONFIG_FILE}"
     kind = _KINDS.get(str(config["peft_type"]))
     if kind is None:
         raise UnsupportedError(
             "an adapter of this kind cannot be read",
-            where=where,
+            where=f"{where}: {CONFIG_FILE}",
             found=f"peft_type {shortened(config['peft_type'])}",
             expected=f"{' or '.join(_KINDS)}; {', '.join(PREFIX_KINDS)}",
-            remedy=_MERGE_FIRST,
+            remedy=MERGE_FIRST,
         )
+    settings = checked_settings(kind, config, "the weights", where=where, remedy=MERGE_FIRST)
+    settings._patterns.where, settings._naming = f"{where}: {CONFIG_FILE}", naming
+    if isinstance(settings, LoraSettings):
+        _check_lora(settings, where=f"{where}: {CONFIG_FILE}")
+    return settings
+
+
+def checked_settings(
+    kind: type[_Kind], config: Config, what: str, *, where: str, remedy: str, without_effect: Collection[str] = ()
+) -> _Kind:
+    """The settings of a config. Raises UnsupportedError where nobody knows what one of them does to `what`, and SourceError."""
+    where = f"{where}: {CONFIG_FILE}"
+    known = {*kind.model_fields, *NO_EFFECT, *without_effect}
     for key, value in config.items():
-        if key not in kind.model_fields and key not in NO_EFFECT and value not in (None, False, [], {}, ""):
-            raise UnsupportedError(
-                "modekit does not know what this setting does to the weights",
-                where=where,
-                found=f"{key}: {shortened(value)}",
-                remedy=_MERGE_FIRST,
-            )
+        if key not in known and value not in (None, False, [], {}, ""):
+            said = f"modekit does not know what this setting does to {what}"
+            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=remedy)
     try:
-        settings = kind.model_validate(dict(config))
+        return kind.model_validate(dict(config))
     except ValidationError as error:
         key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
-        raise SourceError(
-            f"{key} has no usable value",
-            where=where,
-            found=shortened(config.get(key, "nothing")),
-            expected=problem,
-            remedy=SAVE_AGAIN,
-        ) from None
-    settings._patterns.where, settings._naming = where, naming
-    if isinstance(settings, LoraSettings):
-        _check_lora(settings, where=where)
-    return settings
+        raise damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
 
 
 def _check_lora(settings: LoraSettings, *, where: str) -> None:
@@ -267,12 +252,10 @@ def _check_lora(settings: LoraSettings, *, where: str) -> None:
             "this initialisation may have changed the base model's weights, which the adapter does not hold",
             where=where,
             found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
-            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE_FIRST,
+            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + MERGE_FIRST,
         )
     if settings.use_dora and settings.lora_bias:
-        raise SourceError(
-            "use_dora and lora_bias exclude each other in PEFT", where=where, found="both true", remedy=SAVE_AGAIN
-        )
+        raise damaged("use_dora and lora_bias exclude each other in PEFT", where, "both true")
     if isinstance(settings.target_modules, str) and settings.layers_to_transform is not None:
         raise SourceError(
             "layers_to_transform needs target_modules as a list, as in PEFT",

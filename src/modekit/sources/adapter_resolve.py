@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from modekit.errors import MismatchError, SourceError, UnsupportedError
+from modekit.errors import MismatchError, UnsupportedError, some_of
 from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, SAVE_AGAIN, AdapterSettings, IA3Settings, LoraSettings
+from modekit.sources.adapter_config import CONFIG_FILE, AdapterSettings, IA3Settings, LoraSettings, damaged, other_base
 from modekit.sources.families import family_of
 from modekit.sources.family import UNTIE, Family
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.model import ModelSource, TensorRef, check_floats
 from modekit.sources.names import embedding_in, layers_of, module_of, split_layer, weight_of
 from modekit.sources.rows import with_rows
 from modekit.sources.wrappers import PLAIN, Naming
@@ -52,15 +52,7 @@ class Resolution:
     naming: Naming = PLAIN
 
     def __post_init__(self) -> None:
-        for ref in self.tensors.values():
-            if ref.dtype not in DTYPE_NAMES:
-                raise SourceError(
-                    "tensor dtype cannot be used",
-                    where=f"{self.where}: {ref.name}",
-                    found=ref.dtype,
-                    expected=", ".join(DTYPE_NAMES),
-                    remedy="save the adapter in bf16, fp16 or fp32",
-                )
+        check_floats(self.tensors.values(), where=self.where)
         self._check_targets_are_there()
 
     @cached_property
@@ -69,41 +61,25 @@ class Resolution:
         return isinstance(self.settings, IA3Settings)
 
     @cached_property
-    def _shares(self) -> bool:
-        """Whether encoder and decoder of the base have embeddings of their own that are one with its embedding."""
-        return self._family.shares
-
-    @cached_property
-    def _family(self) -> Family:
-        return family_of(self.base.config, where=f"{self.base.label} ({self.base.spec})")
-
-    def looks_up(self, module: str) -> bool:
-        """Whether an adapted module is an embedding."""
-        return self._family.looks_up(module)
-
-    def keeps_columns(self, module: str) -> bool:
-        """Whether a linear module of the base keeps its weight as (I, O)."""
-        return self._family.keeps_columns(module)
+    def family(self) -> Family:
+        """The base's."""
+        return family_of(self.base.config, where=self.base.where)
 
     @cached_property
     def _is_tied(self) -> bool:
-        if self._family.derived is not None:
-            return bool(self._family.ties)
-        says = not self._shares and bool(self.base.config.get("tie_word_embeddings"))
-        return says or weight_of(self._head) not in self.base.tensors
+        if self.family.derived is not None:
+            return bool(self.family.ties)
+        says = not self.family.shares and bool(self.base.config.get("tie_word_embeddings"))
+        return says or weight_of(self.family.head) not in self.base.tensors
 
     @cached_property
     def _embedding(self) -> str:
-        return self._family.embedding if self._family.derived is not None else embedding_in(self.base.tensors)
-
-    @property
-    def _head(self) -> str:
-        return self._family.head
+        return self.family.embedding if self.family.derived is not None else embedding_in(self.base.tensors)
 
     @cached_property
     def _base_names(self) -> frozenset[str]:
         """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
-        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(self._head)))
+        return frozenset(name for name in self.base.tensors if not (self._is_tied and name == weight_of(self.family.head)))
 
     @cached_property
     def _base_modules(self) -> frozenset[str]:
@@ -134,12 +110,8 @@ class Resolution:
             if name is None:
                 continue
             if name in found:
-                raise SourceError(
-                    "two tensors of the adapter mean the same",
-                    where=f"{self.where}: {name}",
-                    found=f"{found[name].name} and {key}",
-                    remedy=SAVE_AGAIN,
-                )
+                both = f"{found[name].name} and {key}"
+                raise damaged("two tensors of the adapter mean the same", f"{self.where}: {name}", both)
             found[name] = ref
         return found
 
@@ -161,9 +133,9 @@ class Resolution:
             if match is None:
                 continue
             module = match["module"]
-            if self._is_tied and module in {self._embedding, self._head}:
+            if self._is_tied and module in {self._embedding, self.family.head}:
                 self._refuse_tied(ref)
-            if self._shares and module == self._embedding:
+            if self.family.shares and module == self._embedding:
                 self._refuse_shared(ref)
             if module not in self._base_modules and module not in self._fused_modules:
                 self._refuse_unknown(ref, module)
@@ -181,10 +153,10 @@ class Resolution:
                 continue
             module, _, last = name.rpartition(".")
             own = module.removesuffix(".base_layer").removesuffix(_TOKENS)  # the adapted module itself lies under base_layer
-            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(self._head)}
+            is_tied = self._is_tied and f"{own}.{last}" in {weight_of(self._embedding), weight_of(self.family.head)}
             if is_tied and self.settings.saves(own) and not self.settings.ties_copies:
                 self._refuse_tied(ref)
-            if self._shares and not is_tied and own == self._embedding and self.settings.saves(own):
+            if self.family.shares and not is_tied and own == self._embedding and self.settings.saves(own):
                 self._refuse_shared(ref)
             if not is_tied and f"{own}.{last}" not in self._base_names:
                 self._refuse_unknown(ref, own)
@@ -199,19 +171,15 @@ class Resolution:
         found = {name.removesuffix(_ROWS): ref for name, ref in self._by_name.items() if name.endswith(_ROWS)}
         for module, ref in found.items():
             ids = self._trained_tokens(self._embedding if self._is_tied else module)
-            if module not in (self._embedding, self._head) or self._shares:
+            if module not in (self._embedding, self.family.head) or self.family.shares:
                 self._refuse_unknown(ref, module)
             if self._trained_tokens(module) not in ([], ids):
                 self._refuse_tied(ref)
             if ref.shape != (len(ids), *self.base.tensors[weight_of(self._embedding)].shape[1:]) or len(set(ids)) < len(ids):
                 self.refuse_unexplained(ref, f"{ref.shape[0] if ref.shape else 0} rows, and other tokens in the config")
-        lacking = [each for each in (self._embedding, self._head) if self._trained_tokens(each) and each not in found]
+        lacking = [each for each in (self._embedding, self.family.head) if self._trained_tokens(each) and each not in found]
         if lacking and not (self._is_tied and self._embedding in found):
-            raise SourceError(
-                "the adapter file lacks the rows of trainable_token_indices",
-                where=f"{self.where}: {lacking[0]}",
-                remedy=SAVE_AGAIN,
-            )
+            raise damaged("the adapter file lacks the rows of trainable_token_indices", f"{self.where}: {lacking[0]}")
         return found
 
     def _trained_tokens(self, module: str) -> list[int]:
@@ -235,36 +203,32 @@ class Resolution:
         module, _, last = name.rpartition(".")
         for inside in (".original_module", ".modules_to_save"):
             own = module.removesuffix(inside)
-            saves = self.settings.saves(own) or (own == self._head and self._is_tied and self.settings.ties_copies)
+            saves = self.settings.saves(own) or (own == self.family.head and self._is_tied and self.settings.ties_copies)
             if own != module and saves and f"{own}.{last}" in self._by_name:
                 return True
         return False
 
     def replaced(self) -> dict[str, TensorRef]:
         """Name of a tensor of the base -> the tensor of the file that takes its place."""
-        names = self._base_names | {weight_of(self._head)}  # PEFT copies the head of a tied base, too
+        names = self._base_names | {weight_of(self.family.head)}  # PEFT copies the head of a tied base, too
         missing = sorted(name for name in names if self.settings.saves(module_of(name)) and name not in self.whole)
         if missing:
-            raise SourceError(
-                "the adapter file lacks tensors of modules_to_save",
-                where=self.where,
-                found=_some(missing),
-                expected=f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}",
-                remedy=SAVE_AGAIN,
-            )
+            copies = f"whole copies of modules_to_save: {shortened(self.settings.modules_to_save)}"
+            raise damaged("the adapter file lacks tensors of modules_to_save", self.where, some_of(missing), copies)
         found = dict(self.whole)
-        if self._is_tied and weight_of(self._head) in found:
-            head = found.pop(weight_of(self._head))  # one parameter with the embedding, saved under both names
+        if self._is_tied and weight_of(self.family.head) in found:
+            head = found.pop(weight_of(self.family.head))  # one parameter with the embedding, saved under both names
             found.setdefault(weight_of(self._embedding), head)
         # Of what has a row for each token the adapter may have more or fewer than the base.
-        of_tokens = () if self._shares else (weight_of(self._embedding), weight_of(self._head), f"{self._head}.bias")
+        both = (weight_of(self._embedding), weight_of(self.family.head))
+        of_tokens = () if self.family.shares else (*both, f"{self.family.head}.bias")
         for name, ref in found.items():
             expected = self.base.tensors[name].shape
             if ref.shape != expected and not (name in of_tokens and ref.shape[1:] == expected[1:]):
                 self.refuse_shape(ref, expected)
         for module, rows in self.token_rows.items():
             name = weight_of(module)
-            if rows.shape[0] and not (self._is_tied and module == self._head):
+            if rows.shape[0] and not (self._is_tied and module == self.family.head):
                 found[name] = self._with_token_rows(name, found.get(name, self.base.tensors[name]), rows)
         return found
 
@@ -273,7 +237,7 @@ class Resolution:
         members = self.members(module)
         weights = {f"{member}.weight": self.base.tensors[f"{member}.weight"] for member in members}
         for name, ref in weights.items():
-            if len(ref.shape) != 2 or (self.is_ia3 and self.looks_up(module)):
+            if len(ref.shape) != 2 or (self.is_ia3 and self.family.looks_up(module)):
                 raise UnsupportedError(
                     "the adapter is on a module that is no linear layer" + ("" if self.is_ia3 else " or embedding"),
                     where=f"{self.where}: {name}",
@@ -284,21 +248,17 @@ class Resolution:
         if members != (module,):
             twice = [member for member in members if member in self.parts]
             if twice:
-                raise SourceError(
-                    "the adapter has both a fused module and its parts",
-                    where=self.where,
-                    found=f"{module} and {_some(twice)}",
-                    remedy=SAVE_AGAIN,
-                )
+                both = f"{module} and {some_of(twice)}"
+                raise damaged("the adapter has both a fused module and its parts", self.where, both)
         return weights
 
     def _check_targets_are_there(self) -> None:
         """Raise SourceError when the config targets a module that the file does not adapt."""
         fused = {member for module in self.parts for member in self._fused_modules.get(module, ())}
-        modules = self._base_modules | ({self._head} - {""})
+        modules = self._base_modules | ({self.family.head} - {""})
         if self.settings.takes_all_linear:
             modules = frozenset(
-                module for module in modules - {self._head} if len(self.base.tensors[weight_of(module)].shape) == 2
+                module for module in modules - {self.family.head} if len(self.base.tensors[weight_of(module)].shape) == 2
             )
         missing = {module for module in modules - self.parts.keys() - fused if self.settings.targets(module)}
         # A fused target that the base lacks means nothing to PEFT, unless the file shows that the adapter is for fused modules.
@@ -306,13 +266,8 @@ class Resolution:
         fused_modules = {module for module in self._fused_modules if module.rpartition(".")[2] in kinds}
         missing |= {module for module in fused_modules - self.parts.keys() if self.settings.targets(module)}
         if missing:
-            raise SourceError(
-                "the adapter file lacks modules that its config targets",
-                where=self.where,
-                found=_some(sorted(missing)),
-                expected=f"target_modules: {shortened(self.settings.target_modules)}",
-                remedy=SAVE_AGAIN,
-            )
+            what, expected = "the adapter file lacks modules that its config targets", shortened(self.settings.target_modules)
+            raise damaged(what, self.where, some_of(sorted(missing)), f"target_modules: {expected}")
 
     def _refuse_tied(self, ref: TensorRef) -> None:
         """PEFT computes both apart until it merges; then one change lands in both, so that no tied model is the adapter's."""
@@ -335,41 +290,17 @@ class Resolution:
         where = f"{self.where}: {ref.name}"
         layers, (layer, _) = layers_of(self._base_names), split_layer(module)
         if layer is not None and layer not in layers:
-            raise MismatchError(
-                "the adapter has more layers than the base model",
-                where=where,
-                found=f"layer {layer}",
-                expected=f"{len(layers)} layers",
-                remedy="use an adapter that was trained on this base model",
-            )
-        raise MismatchError(
-            "the adapter has a tensor for a part that the base model lacks",
-            where=where,
-            found=module,
-            expected=f"a module of {self.base.spec} ({self.base.config.get('model_type')})",
-            remedy="use an adapter that was trained on this base model",
-        )
+            what = "the adapter has more layers than the base model"
+            raise other_base(what, where, f"layer {layer}", f"{len(layers)} layers")
+        expected = f"a module of {self.base.spec} ({self.base.config.get('model_type')})"
+        raise other_base("the adapter has a tensor for a part that the base model lacks", where, module, expected)
 
     def refuse_unexplained(self, ref: TensorRef, why: str) -> None:
         """Raise SourceError for a tensor that the config gives no meaning."""
-        raise SourceError(
-            "a tensor of the adapter would be lost",
-            where=f"{self.where}: {ref.name}",
-            found=why,
-            expected=f"only tensors that {CONFIG_FILE} explains",
-            remedy=SAVE_AGAIN,
-        )
+        expected = f"only tensors that {CONFIG_FILE} explains"
+        raise damaged("a tensor of the adapter would be lost", f"{self.where}: {ref.name}", why, expected)
 
     def refuse_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> None:
         """Raise MismatchError for a tensor of another shape."""
-        raise MismatchError(
-            "the adapter does not fit the base model's sizes",
-            where=f"{self.where}: {ref.name}",
-            found=list(ref.shape),
-            expected=f"{list(expected)}, for {self.base.spec}",
-            remedy="use an adapter that was trained on this base model",
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        what, wanted = "the adapter does not fit the base model's sizes", f"{list(expected)}, for {self.base.spec}"
+        raise other_base(what, f"{self.where}: {ref.name}", list(ref.shape), wanted)

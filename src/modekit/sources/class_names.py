@@ -34,7 +34,7 @@ def named_by_class(source: ModelSource) -> ModelSource:
     config = source.config
     if row_of(config) is not None or "text_config" in config or not is_installed(str(config.get("model_type"))):
         return source
-    return replace(source, tensors=_named(structure(config, where=f"{source.label} ({source.spec})"), source.tensors))
+    return replace(source, tensors=_named(structure(config, where=source.where), source.tensors))
 
 
 def _named(found: Structure, tensors: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from modekit.errors import MismatchError, SourceError
+from modekit.errors import MismatchError, SourceError, some_of
 from modekit.recipes.layers import Layer, layer_at, stack_of
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.families import CONFIG_MUST_MATCH, family_of, own_family
-from modekit.sources.family import UNTIE, Config, Family, whole, words
-from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.family import UNTIE, Family, whole, words
+from modekit.sources.model import ModelSource, check_floats
 from modekit.sources.model_config import check_values
 from modekit.sources.names import HEAD, is_ignored, layers_of, split_layer, weight_of
 from modekit.sources.targets import check_same_target
@@ -69,7 +69,7 @@ def copies_of(source: ModelSource, family: Family) -> dict[str, str]:
 
 def check_sizes(source: ModelSource, family: Family) -> None:
     """Raise SourceError when config.json lacks a size that every plan needs, or has more layers than there are weights for."""
-    check_values(source.config, where=f"{source.label} ({source.spec})", pair=family.pair)
+    check_values(source.config, where=source.where, pair=family.pair)
     there = layers_of(source.tensors)
     for stack in family.stacks:
         count = stack.size(source.config)
@@ -87,16 +87,7 @@ def check_sizes(source: ModelSource, family: Family) -> None:
 
 def check_dtypes(source: ModelSource) -> None:
     """Raise SourceError for tensors that are no floats."""
-    where = f"{source.label} ({source.spec})"
-    for name, ref in source.tensors.items():
-        if ref.dtype not in DTYPE_NAMES and not is_ignored(name):
-            raise SourceError(
-                "tensor dtype cannot be mixed",
-                where=f"{where}: {name}",
-                found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES),
-                remedy="give the model in bf16, fp16 or fp32",
-            )
+    check_floats((ref for name, ref in source.tensors.items() if not is_ignored(name)), where=source.where)
 
 
 def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer]) -> None:
@@ -112,7 +103,7 @@ def check_complete(source: ModelSource, family: Family, layers: Sequence[Layer])
         if source.tensor(name).shape != shape:
             raise SourceError(
                 "a tensor has another shape than config.json says",
-                where=f"{source.label} ({source.spec}): {name}",
+                where=f"{source.where}: {name}",
                 found=list(source.tensor(name).shape),
                 expected=list(shape),
                 remedy="correct config.json, or save the model again",
@@ -130,7 +121,7 @@ def _check_layers_alike(source: ModelSource, family: Family, layers: Sequence[La
         if layer not in found:
             raise SourceError(
                 "the weights have more layers than config.json says",
-                where=f"{source.label} ({source.spec}): {name}",
+                where=f"{source.where}: {name}",
                 expected=_counted(layers),
                 remedy="correct config.json, or save the model again",
             )
@@ -162,7 +153,7 @@ def _counted(layers: Sequence[Layer]) -> str:
 def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Layer]) -> dict[str, tuple[int, ...]]:
     """Name -> the shape that follows from config.json."""
     if family.derived is not None:
-        return dict(family_of(source.config, where=f"{source.label} ({source.spec})").tensors)
+        return dict(family_of(source.config, where=source.where).tensors)
     hidden = family.hidden(source.config)
     shapes: dict[str, tuple[int, ...]] = {weight_of(family.embedding): (whole(source.config, "vocab_size"), hidden)}
     dense = family.dense_config(source.config)
@@ -183,7 +174,7 @@ def _configured_shapes(source: ModelSource, family: Family, layers: Sequence[Lay
 
 def check_same_architecture(base: ModelSource, source: ModelSource, family: Family) -> None:
     """Raise MismatchError that names the setting in which an expert differs from the base model."""
-    where = f"{source.label} ({source.spec}): config.json"
+    where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
     if theirs_type != family.model_type:
         raise MismatchError(
@@ -199,7 +190,7 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     if is_tied(base, family) and (extra == [head] or (family.derived is not None and own_head)):
         raise MismatchError(
             "the expert has a head of its own, and the base model's is its embedding",
-            where=f"{source.label} ({source.spec})",
+            where=source.where,
             found=f"{head} in the expert's weights alone",
             expected="the same in both",
             remedy="save both with the same version of transformers" if family.shares else UNTIE,
@@ -207,8 +198,8 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     if extra:
         raise MismatchError(
             "the expert has tensors that the base model lacks, and they would be lost",
-            where=f"{source.label} ({source.spec})",
-            found=", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""),
+            where=source.where,
+            found=some_of(extra),
             remedy="merge adapters into the model first, or use an expert fine-tuned from this base model",
         )
     _check_same_settings(base, source, family, where)
@@ -220,7 +211,7 @@ def _check_same_settings(base: ModelSource, source: ModelSource, family: Family,
     if family.derived is not None:  # with every setting that its class has
         theirs = family_of(source.config, where=where).defaults
         ours, keys = family.defaults, sorted({*family.defaults, *theirs} - {"vocab_size"})
-    elif not family.pair and _rope_type(ours) in {"dynamic", "longrope"}:
+    elif isinstance(rope := ours.get("rope_parameters"), Mapping) and rope.get("rope_type") in {"dynamic", "longrope"}:
         keys.append("max_position_embeddings")  # these ropes depend on it
     for key in keys:
         if _plain(ours.get(key)) != _plain(theirs.get(key)):
@@ -231,11 +222,6 @@ def _check_same_settings(base: ModelSource, source: ModelSource, family: Family,
                 expected=ours.get(key),
                 remedy="use experts fine-tuned from this base model without changing its architecture",
             )
-
-
-def _rope_type(config: Config) -> object:
-    rope = config["rope_parameters"]
-    return rope.get("rope_type") if isinstance(rope, Mapping) else None
 
 
 def _plain(value: object) -> object:

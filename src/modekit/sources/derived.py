@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.recipes.layers import stack_of
-from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.family import Config, Family, Stack, damaged_model, no_usable
+from modekit.sources.model_config import entries
 from modekit.sources.names import split_layer
 
 if TYPE_CHECKING:
@@ -105,11 +106,6 @@ def is_installed(model_type: str) -> bool:
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def derive(config: Config, *, where: str) -> Family:
-    """The row of a config, from its installed class. Raises UnsupportedError where it cannot be mixed, and SourceError."""
-    return structure(config, where=where).family
-
-
 def structure(config: Config, *, where: str) -> Structure:
     """What the installed class of a config is made of. Raises SourceError where transformers cannot make it."""
     return _structure(json.dumps(config, sort_keys=True), where)
@@ -134,31 +130,15 @@ def _on_meta(config: Mapping[str, Any], where: str) -> Any:
             made = config_class.from_dict(config_class._decode_special_floats(dict(config)))
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(made)](made)
     except Exception as error:  # by what a config says, anything may go wrong in a model's own code
-        raise SourceError(
-            f"transformers cannot make a '{config['model_type']}' model of this config.json",
-            where=where,
-            found=f"{type(error).__name__}: {error}"[:300],
-            remedy=SAVE_AGAIN,
-        ) from None
+        what = f"transformers cannot make a '{config['model_type']}' model of this config.json"
+        raise damaged_model(what, where, f"{type(error).__name__}: {error}"[:300]) from None
 
 
-def _check_counts(config: Any, where: str) -> None:
+def _check_counts(config: Config, where: str) -> None:
     """Raise SourceError before anything has an entry for each of a billion layers."""
-    waiting = [("", config)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += list(value.items())
-        elif isinstance(value, list):
-            waiting += [(key, each) for each in value if isinstance(each, Mapping)]
-        elif isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
-            raise SourceError(
-                f"config.json gives no usable {key[:64]}",
-                where=where,
-                found=value,
-                expected=f"at most {_MOST}",
-                remedy=SAVE_AGAIN,
-            )
+    for key, value in entries(config):
+        if isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
+            raise no_usable(key, value, f"at most {_MOST}", where)
 
 
 class Structure:
@@ -176,7 +156,7 @@ class Structure:
 
     @cached_property
     def family(self) -> Family:
-        """The row."""
+        """The row of its config. Raises UnsupportedError where it cannot be mixed."""
         config = self.model.config
         if config.model_type in INEXACT:
             raise self.refused(INEXACT[config.model_type])
@@ -200,7 +180,8 @@ class Structure:
             ),
             blocks=self._blocks(layers),
         )
-        found = dict(zip(SIZES, (int(width), int(rows), self._count(layers)), strict=True))
+        count = len(list(self._modules[layers.rstrip(".")].children()))
+        found = dict(zip(SIZES, (int(width), int(rows), count), strict=True))
         known = {
             key: size if type(getattr(config, key, None)) is not int else getattr(config, key) for key, size in found.items()
         }
@@ -224,9 +205,6 @@ class Structure:
         if not sizes:
             raise self.refused("no list of layers was found in its class")
         return f"{max(sizes, key=lambda name: sizes[name])}."
-
-    def _count(self, layers: str) -> int:
-        return sum(1 for _ in self._modules[layers.rstrip(".")].children())
 
     def _name_of(self, module: Any) -> str:
         return next((name for name, each in self._modules.items() if each is module), "")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from modekit.errors import SourceError, UnsupportedError
-from modekit.sources.derived import derive, is_installed
-from modekit.sources.family import LINEAR, Config, Family, Stack, whole, words
+from modekit.errors import UnsupportedError
+from modekit.sources.derived import is_installed, structure
+from modekit.sources.family import LINEAR, Config, Family, Stack, no_usable, whole, words
 from modekit.sources.model_config import SETTINGS
 from modekit.sources.pairs import PAIRS
 
@@ -37,12 +37,7 @@ def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
     def kinds(config: Config) -> list[str]:
         period = config.get(key) or default
         if not isinstance(period, int):
-            raise SourceError(
-                f"config.json gives no usable {key}",
-                found=period,
-                expected="a whole number of layers",
-                remedy="download or save the model again",
-            )
+            raise no_usable(key, period, "a whole number of layers")
         return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
 
     return kinds
@@ -96,6 +91,7 @@ def _gemma4_layer(config: Config, layer: int) -> Config:
 
 _SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
 _LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 _QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
@@ -115,13 +111,7 @@ DECODERS: tuple[Family, ...] = (
         defaults={**_QWEN, **_QWEN_WINDOW, "attention_bias": False},
         layer_types=_windows_after,
     ),
-    Family(
-        model_type="granite",
-        defaults={
-            **{**_LLAMA, "attention_bias": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
-            **{"logits_scaling": 1.0, "attention_multiplier": 1.0},
-        },
-    ),
+    Family(model_type="granite", defaults={**_LLAMA, "attention_bias": False, **dict.fromkeys(_FACTORS, 1.0)}),
     Family(
         model_type="olmo2",
         defaults={
@@ -269,7 +259,7 @@ def family_of(config: Config, *, where: str) -> Family:
         return row
     wraps = "text_config" in config
     if not wraps and is_installed(model_type):
-        return derive(config, where=where)
+        return structure(config, where=where).family
     raise UnsupportedError(
         f"models of the family '{model_type}' cannot be mixed"
         + (": it wraps a language model; give that part alone (its text_config and weights)" if wraps else ""),

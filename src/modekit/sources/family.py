@@ -43,7 +43,7 @@ def whole(config: Config, key: str) -> int:
     """A whole number that a config gives. Raises SourceError where it gives none."""
     value = config.get(key)
     if type(value) is not int:
-        raise _no_usable(key, value, "a whole number")
+        raise no_usable(key, value, "a whole number")
     return value
 
 
@@ -52,7 +52,7 @@ def number(config: Config, key: str, default: float | None = None) -> float:
     value = config.get(key)
     value = default if default is not None and not value else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _no_usable(key, value, "a number")
+        raise no_usable(key, value, "a number")
     return float(value)
 
 
@@ -60,7 +60,7 @@ def words(config: Config, key: str) -> list[object]:
     """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
     value = config.get(key) or []
     if not isinstance(value, list):
-        raise _no_usable(key, value, "a list")
+        raise no_usable(key, value, "a list")
     return value
 
 
@@ -69,8 +69,16 @@ def architecture_of(config: Config) -> str:
     return str(next(iter(words(config, "architectures")), ""))
 
 
-def _no_usable(key: str, found: object, expected: str) -> SourceError:
-    return SourceError(f"config.json gives no usable {key}", found=found, expected=expected, remedy=SAVE_AGAIN)
+def no_usable(key: str, found: object, expected: str | None, where: str | None = None, remedy: str = SAVE_AGAIN) -> SourceError:
+    """The error of a setting that nothing can be computed from."""
+    return damaged_model(f"config.json gives no usable {key[:64]}", where, found, expected, remedy)
+
+
+def damaged_model(
+    what: str, where: str | None, found: object = None, expected: str | None = None, remedy: str = SAVE_AGAIN
+) -> SourceError:
+    """The error of a model whose files contradict each other, or cannot be read."""
+    return SourceError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -110,14 +118,9 @@ class Stack:
         """The modules under the layer that hold the FFN."""
         return tuple(dict.fromkeys((self.ffn, *self.ffn_calls)))
 
-    @property
-    def in_order(self) -> list[str]:
-        """Its parts as they run."""
-        return list(self.parts)
-
     def rank(self, path: str) -> int:
         """Where a part, or the whole FFN, runs among the others; before them all, what stands before the attention."""
-        paths = [SOFT_PREFIX, *(self.parts[part] for part in self.in_order)]
+        paths = [SOFT_PREFIX, *(self.parts[part] for part in self.parts)]
         return next((place for place, each in enumerate(paths) if each == path or each.startswith(f"{path}.")), len(paths))
 
     @property
@@ -235,7 +238,7 @@ class Family:
     @property
     def all_parts(self) -> list[str]:
         """What any stack has, in the order in which parts run."""
-        parts = dict.fromkeys(part for stack in self.stacks for part in stack.in_order)
+        parts = dict.fromkeys(part for stack in self.stacks for part in stack.parts)
         return sorted(parts, key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS))
 
     @property
@@ -321,12 +324,7 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, ob
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
-        raise SourceError(
-            "the rotary settings in config.json are not a mapping",
-            found=given,
-            expected="rope_type, rope_theta, ...",
-            remedy=SAVE_AGAIN,
-        )
+        raise no_usable("rope_parameters or rope_scaling", given, "a mapping: rope_type, rope_theta, ...")
     rope: dict[str, object] = dict(given)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))

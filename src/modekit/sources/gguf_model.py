@@ -2,7 +2,7 @@
 
     CACHE/gguf/<sha256 of path and state>/   config.json, the tokenizer's files, and a link to the file
 
-The house opens this folder in place of the file. It is made again when it is gone or the file is another.
+modekit opens this folder in place of the file. It is made again when it is missing or the file is another.
 """
 
 from __future__ import annotations

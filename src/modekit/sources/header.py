@@ -28,6 +28,7 @@ _BITS = {
 LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
 _KEYS = {"dtype", "shape", "data_offsets"}
 AGAIN = "download or save the file again"
+_DISAGREE = "safetensors header and data disagree"
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ def entries_in(stream: BinaryIO, size: int, *, where: str) -> dict[str, Entry]:
     """
     header, data_start = _parsed_header(stream, size, where)
     try:
-        _check_metadata(header.pop("__metadata__", None))
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata must be text")
         entries = {name: _entry(name, said, data_start, size, where) for name, said in header.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise SourceError("safetensors header is malformed", where=where, remedy=AGAIN) from None
+        raise _damaged("safetensors header is malformed", where) from None
     _check_gapless(entries, data_start, size, where)
     return entries
 
@@ -59,28 +62,18 @@ def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, A
     """The header as data, and where the tensors' bytes start. Raises SourceError, and OSError of the stream."""
     raw_length = stream.read(8)
     if len(raw_length) < 8:
-        raise SourceError("safetensors file is truncated", where=where, found=f"{size} bytes", remedy=AGAIN)
+        raise _damaged("safetensors file is truncated", where, f"{size} bytes")
     (length,) = struct.unpack("<Q", raw_length)
     if length > min(size - 8, LARGEST_HEADER):
-        raise SourceError(
-            "not a safetensors file, or its header is truncated",
-            where=where,
-            found=f"a header of {length} bytes in a file of {size}",
-            remedy=AGAIN,
-        )
+        found = f"a header of {length} bytes in a file of {size}"
+        raise _damaged("not a safetensors file, or its header is truncated", where, found)
     try:
         header = parse_json(stream.read(length).decode("utf-8"), once=True)
     except ValueError:
-        raise SourceError("safetensors header is not JSON", where=where, remedy=AGAIN) from None
+        raise _damaged("safetensors header is not JSON", where) from None
     if not isinstance(header, dict):
-        raise SourceError("safetensors header is malformed", where=where, remedy=AGAIN)
+        raise _damaged("safetensors header is malformed", where)
     return header, 8 + length
-
-
-def _check_metadata(metadata: object) -> None:
-    """Raise ValueError unless it is text by name, or nothing."""
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
-        raise ValueError("metadata must be text")
 
 
 def _entry(name: str, said: Mapping[str, Any], data_start: int, size: int, where: str) -> Entry:
@@ -96,12 +89,8 @@ def _entry(name: str, said: Mapping[str, Any], data_start: int, size: int, where
     if math.prod(max(each, 1) for each in entry.shape) * bits >= 2**63:
         raise ValueError("more elements than can be counted")
     if begin > end or entry.end > size or 8 * (end - begin) != math.prod(entry.shape) * bits:
-        raise SourceError(
-            "safetensors header and data disagree (truncated or damaged file)",
-            where=f"{where}: {name}",
-            found=f"{entry.dtype} {list(entry.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data",
-            remedy=AGAIN,
-        )
+        found = f"{entry.dtype} {list(entry.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data"
+        raise _damaged(f"{_DISAGREE} (truncated or damaged file)", f"{where}: {name}", found)
     return entry
 
 
@@ -109,19 +98,13 @@ def _check_gapless(entries: Mapping[str, Entry], position: int, size: int, where
     """Raise SourceError unless the tensors lie one after the other from `position` to the end of the file."""
     for name, ref in sorted(entries.items(), key=lambda each: (each[1].start, each[1].end)):
         if ref.start != position:
-            raise SourceError(
-                "safetensors header and data disagree (tensors overlap or leave a hole)",
-                where=f"{where}: {name}",
-                found=f"it starts at byte {ref.start}",
-                expected=f"byte {position}, where the tensor before it ends",
-                remedy=AGAIN,
-            )
+            found, expected = f"it starts at byte {ref.start}", f"byte {position}, where the tensor before it ends"
+            raise _damaged(f"{_DISAGREE} (tensors overlap or leave a hole)", f"{where}: {name}", found, expected)
         position = ref.end
     if position != size:
-        raise SourceError(
-            "safetensors header and data disagree (bytes after the last tensor)",
-            where=where,
-            found=f"{size} bytes",
-            expected=f"{position}, where the last tensor ends",
-            remedy=AGAIN,
-        )
+        expected = f"{position}, where the last tensor ends"
+        raise _damaged(f"{_DISAGREE} (bytes after the last tensor)", where, f"{size} bytes", expected)
+
+
+def _damaged(what: str, where: str, found: str | None = None, expected: str | None = None) -> SourceError:
+    return SourceError(what, where=where, found=found, expected=expected, remedy=AGAIN)

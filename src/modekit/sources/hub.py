@@ -159,13 +159,11 @@ class Snapshot:
         return SourceError(what, where=self.where, found=shortened(", ".join(there)) or None, expected=name, remedy=remedy)
 
 
-def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET) -> Path:
-    """The folder of a model or adapter of which every weight is on this disk. Raises SourceError."""
-    return _whole(spec, revision, where, run)[0]
+def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET) -> tuple[Path, str]:
+    """The folder of a model or adapter of which every weight is on this disk, and its commit. Raises SourceError.
 
-
-def _whole(spec: str, revision: str | None, where: str, run: Run) -> tuple[Path, str]:
-    """The same, and its commit. Of `org/name/file.gguf` the folder is modekit's own for that file."""
+    Of `org/name/file.gguf` the folder is modekit's own for that file.
+    """
     name, file = _parts(spec)
     if file:
         from modekit.sources.gguf_model import gguf_folder  # few models need it
@@ -189,7 +187,7 @@ def open_hub_model(label: str, spec: str, revision: str | None, *, whole: bool, 
     """A hub model by config and tensor headers; `whole`: with all weights on this disk. Raises as `open_source`."""
     where, elsewhere = f"{label} ({spec})", None
     if whole or _parts(spec)[1]:
-        folder, commit = _whole(spec, revision, where, run)
+        folder, commit = download(spec, revision, where=where, run=run)
     else:
         elsewhere = Snapshot.of(spec, revision, where=where, run=run)
         folder, commit = elsewhere.folder, elsewhere.commit
@@ -206,14 +204,14 @@ def open_hub_adapter(
     where = f"{label} ({spec})"
     elsewhere = Snapshot.of(spec, revision, where=where, run=run)
     if whole and (elsewhere.folder / CONFIG_FILE).exists():
-        _whole(spec, elsewhere.commit, where, run)
+        download(spec, elsewhere.commit, where=where, run=run)
     return open_adapter(label, spec, elsewhere.folder, base, revision=elsewhere.commit, elsewhere=elsewhere)
 
 
 def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> None:
     """Bring weight files of a model on the hub to this disk. Raises SourceError."""
     name = _parts(source.spec)[0]
-    Snapshot(name, source.folder, f"{source.label} ({source.spec})").fetch([file.name for file in files], run=run)
+    Snapshot(name, source.folder, source.where).fetch([file.name for file in files], run=run)
 
 
 def _of_small_files(spec: str, revision: str | None, where: str) -> str | None:

@@ -14,7 +14,7 @@ from modekit.errors import MismatchError, SourceError, UnsupportedError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import SAVE_AGAIN, Config
+from modekit.sources.family import SAVE_AGAIN, Config, no_usable
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.model_config import check_no_code
 from modekit.sources.tokenizer import copied_files
@@ -33,6 +33,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 _OF_BOTH = ("architectures", "auto_map", "dtype", "model_type", "modekit", "tie_word_embeddings")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NUMBERED = re.compile(r"^(.*?)\.([0-9]{1,9})\.(.+)$")
+_AGAIN_OR_LEAVE = f"{SAVE_AGAIN}, or leave output.keep out"
 _SAVE_TEXT = "load it with AutoModelForCausalLM and save that: its language model is mixed, behind the base's tower"
 
 
@@ -52,7 +53,7 @@ def is_in_tower(name: str, wrapper: str | None) -> bool:
 
 def kept_settings(source: ModelSource) -> Config:
     """config.json of a wrapper without its language model's. Raises UnsupportedError where the base wraps nothing."""
-    said, where = source.wrapper or {}, f"{source.label} ({source.spec})"
+    said, where = source.wrapper or {}, source.where
     kind = str(said.get("model_type"))
     if kind not in KEPT:
         raise UnsupportedError(
@@ -63,29 +64,22 @@ def kept_settings(source: ModelSource) -> Config:
             remedy="give the whole model, vision tower and all, as base_model, or leave keep out",
         )
     if not isinstance(said.get("vision_config"), Mapping):
-        raise SourceError(
-            "config.json gives no usable vision_config",
-            where=f"{where}: config.json",
-            found=said.get("vision_config"),
-            expected="the settings of the vision tower that is to be kept",
-            remedy=f"{SAVE_AGAIN}, or leave output.keep out",
-        )
+        expected = "the settings of the vision tower that is to be kept"
+        raise no_usable("vision_config", said.get("vision_config"), expected, f"{where}: config.json", _AGAIN_OR_LEAVE)
     return {key: value for key, value in said.items() if key not in ("text_config", "torch_dtype", "_name_or_path")}
 
 
 def processor_files(source: ModelSource, run: Run) -> tuple[Path, ...]:
     """What AutoProcessor reads beside the tokenizer. Raises SourceError for links out of the folder, and for code."""
-    where = f"{source.label} ({source.spec})"
+    where = source.where
     found = copied_files(source.folder, where=where, names=PROCESSOR_FILES)
     for file in found:
         try:
             said = read_json(file)
             check_no_code(said if isinstance(said, dict) else {}, where=f"{where}: {file.name}", run=run)
         except UNREADABLE as error:
-            remedy = f"{SAVE_AGAIN}, or leave output.keep out"
-            raise SourceError(
-                "the processor cannot be read", where=f"{where}: {file.name}", found=error, remedy=remedy
-            ) from None
+            place = f"{where}: {file.name}"
+            raise SourceError("the processor cannot be read", where=place, found=error, remedy=_AGAIN_OR_LEAVE) from None
     return found
 
 
@@ -96,9 +90,9 @@ def check_kept(sources: Sequence[ModelSource]) -> None:
     if lost is not None:
         raise SourceError(
             "a tensor of the vision tower is missing",
-            where=f"{base.label} ({base.spec}): {lost}",
+            where=f"{base.where}: {lost}",
             found=f"{len(kept)} tensors beside the language model",
-            remedy=f"{SAVE_AGAIN}, or leave output.keep out",
+            remedy=_AGAIN_OR_LEAVE,
         )
     for expert in own_towers(sources):
         theirs = kept_beside(expert)
@@ -118,7 +112,7 @@ def other_tower(source: ModelSource, name: str, found: object, expected: object)
     """The error for an expert that sees otherwise than the base."""
     return MismatchError(
         "the expert's vision tower or projector is not the base model's, and all share one (output: {keep: wrapper})",
-        where=f"{source.label} ({source.spec}): {name}",
+        where=f"{source.where}: {name}",
         found=found,
         expected=expected,
         remedy=f"fine-tune with both frozen, leave output.keep out, or {_SAVE_TEXT}",

@@ -13,6 +13,7 @@ def _lfm2_kinds(config: Config) -> list[str]:
 
 
 _LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+_SHARED_INPUT = "shared_mlp.input_linear"
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 LOOKED_UP: tuple[Family, ...] = (
@@ -21,11 +22,7 @@ LOOKED_UP: tuple[Family, ...] = (
         is_variant=lambda config: config.get("num_local_experts") == 0,
         stacks=(
             Stack(
-                parts={
-                    **LINEAR,
-                    **dict.fromkeys(("gate", "up"), "shared_mlp.input_linear"),
-                    "down": "shared_mlp.output_linear",
-                },
+                parts={**LINEAR, "gate": _SHARED_INPUT, "up": _SHARED_INPUT, "down": "shared_mlp.output_linear"},
                 ffn="shared_mlp",
                 ffn_width="shared_intermediate_size",
             ),
@@ -63,9 +60,7 @@ LOOKED_UP: tuple[Family, ...] = (
     Family(
         model_type="exaone",
         rope_theta=500_000.0,
-        same_as={
-            **{"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
-        },
+        same_as={"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
         defaults={
             **{**_LLAMA, **_NO_BIAS, "pad_token_id": 0, "eos_token_id": 361, "rms_norm_eps": 1e-5},
             **{"max_position_embeddings": 4096, "num_key_value_heads": 8},
@@ -100,15 +95,9 @@ LOOKED_UP: tuple[Family, ...] = (
         model_type="cohere",
         rope_theta=500_000.0,
         defaults={
-            **{
-                "pad_token_id": 0,
-                "bos_token_id": 5,
-                "eos_token_id": 255_001,
-                "tie_word_embeddings": True,
-                "hidden_act": "silu",
-            },
-            **{"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "attention_bias": False, "logit_scale": 0.0625},
-            **{"use_qk_norm": False},
+            **{"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255_001, "tie_word_embeddings": True},
+            **{"hidden_act": "silu", "layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "attention_bias": False},
+            **{"logit_scale": 0.0625, "use_qk_norm": False},
         },
     ),
     Family(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
-from modekit.sources.family import Config, Family
+from modekit.sources.family import Config, Family, damaged_model
 from modekit.sources.header import AGAIN, entries_in
 from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
@@ -96,6 +96,19 @@ def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: Fi
     }
 
 
+def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
+    """Raise SourceError for a tensor of no float."""
+    for ref in refs:
+        if ref.dtype not in DTYPE_NAMES:
+            raise SourceError(
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {ref.name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="save it in bf16, fp16 or fp32",
+            )
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A dense model on disk; of one that wraps a language model, that alone.
@@ -116,6 +129,11 @@ class ModelSource:
     beside: Mapping[str, TensorRef] = field(default_factory=dict, compare=False, kw_only=True)
     on_disk: Config | None = field(default=None, compare=False, kw_only=True)
     packed: str = field(default="", compare=False, kw_only=True)
+
+    @property
+    def where(self) -> str:
+        """What messages call it, with what the recipe says."""
+        return f"{self.label} ({self.spec})"
 
     @property
     def written_config(self) -> Config:
@@ -161,7 +179,7 @@ class ModelSource:
         if other.shape != ref.shape:
             raise MismatchError(
                 "the expert's tensor has another shape than the base model's",
-                where=f"{self.label} ({self.spec}): {ref.name}",
+                where=f"{self.where}: {ref.name}",
                 found=list(other.shape),
                 expected=list(ref.shape),
                 remedy="use an expert fine-tuned from this base model",
@@ -260,18 +278,18 @@ def source_of(
     label: str, spec: str, folder: Path, revision: str | None, config: Config, tensors: Mapping[str, TensorRef]
 ) -> ModelSource:
     """A model by its config.json and headers. Raises SourceError, or UnsupportedError, for a wrapper that cannot be read."""
-    where = f"{label} ({spec})"
+    plain = ModelSource(label, spec, folder, revision, config, tensors)
     if not may_wrap(config):
-        return ModelSource(label, spec, folder, revision, config, tensors)
-    names, wraps = plain_names(tensors, where=where), config["model_type"] in WRAPPERS
+        return plain
+    names, wraps = plain_names(tensors, where=plain.where), config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
-    text = text_config(config, own, where=where) if wraps else config
+    text = text_config(config, own, where=plain.where) if wraps else config
     unread = own_family(text, Family("")).unread(text)
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
     beside |= {name: own.pop(name) for name in own.keys() & unread}
     if not wraps and own.keys() == tensors.keys():
-        return ModelSource(label, spec, folder, revision, config, tensors)
-    return ModelSource(label, spec, folder, revision, text, own, wrapper=config, beside=beside)
+        return plain
+    return replace(plain, config=text, tensors=own, wrapper=config, beside=beside)
 
 
 def is_quantised(folder: Path) -> bool:
@@ -324,15 +342,8 @@ def _shard_names(index: Path, *, where: str) -> list[str]:
         names = sorted(set(read_json(index, LARGE)["weight_map"].values()))
         elsewhere = [name for name in names if not _SHARD.fullmatch(name)]
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
-        raise SourceError(
-            "the safetensors index cannot be read", where=where, remedy="download or save the model again"
-        ) from None
+        raise damaged_model("the safetensors index cannot be read", where) from None
     if elsewhere:
-        raise SourceError(
-            "the safetensors index names what is no weight file of this folder",
-            where=where,
-            found=elsewhere[0],
-            expected="names like model-00001-of-00002.safetensors",
-            remedy="download or save the model again",
-        )
+        what, expected = "the safetensors index names what is no weight file of this folder", "model-00001-of-00002.safetensors"
+        raise damaged_model(what, where, elsewhere[0], f"names like {expected}")
     return names

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
-from modekit.sources.family import SAVE_AGAIN, Config
+from modekit.sources.family import Config, damaged_model, no_usable
 
 _DEEPEST = 32  # containers within each other
 SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
@@ -71,22 +71,15 @@ SETTINGS = tuple(_Values.model_fields)
 """What anything is computed from."""
 
 _SIZES_OF_A_PAIR = (
-    (
-        "encoder_layers",
-        "decoder_layers",
-        "encoder_ffn_dim",
-        "decoder_ffn_dim",
-        "encoder_attention_heads",
-        "decoder_attention_heads",
-    ),
-    ("num_layers", "num_heads", "d_ff", "d_kv"),
+    "encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
+    "num_layers num_heads d_ff d_kv",
 )
 """Of which a config gives all of one kind: Bart's or T5's."""
 _PairValues = create_model(
     "_PairValues",
     __config__=_READ_AS,
     **_needed("d_model vocab_size"),
-    **_optional(Size, " ".join((*_SIZES_OF_A_PAIR[0], *_SIZES_OF_A_PAIR[1]))),
+    **_optional(Size, " ".join(_SIZES_OF_A_PAIR)),
     **_optional(Size, "decoder_vocab_size num_decoder_layers"),
     **_optional(Size, "relative_attention_num_buckets relative_attention_max_distance"),
     **_optional(Annotated[int, Field(ge=1, le=2**20)], "max_position_embeddings"),  # some compute as many sines and cosines
@@ -128,7 +121,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
         refuse_gguf(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
-        raise SourceError("config.json cannot be read", where=where, found=error, remedy=SAVE_AGAIN) from None
+        raise damaged_model("config.json cannot be read", where, error) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError("config.json names no model_type", where=where, remedy="give a transformers model folder")
     return config
@@ -161,7 +154,7 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
     """
     if run.trust_remote_code:
         return
-    for key, value in _entries(config):
+    for key, value in entries(config):
         if key == "auto_map" and value:
             raise SourceError(
                 "the model brings code of its own (auto_map in config.json)",
@@ -206,10 +199,10 @@ def _check_pair(config: Config, *, where: str) -> None:
         _PairValues.model_validate(dict(config))
     except ValidationError as error:
         raise _unusable(config, error, where) from None
-    kind = min(_SIZES_OF_A_PAIR, key=lambda keys: sum(config.get(key) is None for key in keys))
+    kind = min(map(str.split, _SIZES_OF_A_PAIR), key=lambda keys: sum(config.get(key) is None for key in keys))
     lacking = next((key for key in kind if config.get(key) is None), None)
     if lacking is not None:
-        raise SourceError(f"config.json gives no usable {lacking}", where=f"{where}: config.json", remedy=SAVE_AGAIN)
+        raise no_usable(lacking, None, None, f"{where}: config.json")
     if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
             "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
@@ -222,13 +215,7 @@ def _check_pair(config: Config, *, where: str) -> None:
 def _unusable(config: Config, error: ValidationError, where: str) -> SourceError:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    return SourceError(
-        f"config.json gives no usable {name[:64]}",
-        where=f"{where}: config.json",
-        found=config.get(name, first["input"]),
-        expected=first["msg"],
-        remedy=SAVE_AGAIN,
-    )
+    return no_usable(name, config.get(name, first["input"]), first["msg"], f"{where}: config.json")
 
 
 def _is_plain(value: object) -> bool:
@@ -238,7 +225,7 @@ def _is_plain(value: object) -> bool:
     return value is None or (isinstance(value, str) and "/" not in value)
 
 
-def _entries(data: object) -> Iterator[tuple[str, object]]:
+def entries(data: object) -> Iterator[tuple[str, object]]:
     """Every key and its value in mappings, and in mappings and lists within these."""
     waiting = [data]
     while waiting:

@@ -24,6 +24,7 @@ from modekit.sources.native_row import (
     Constant,
     Native,
     Widening,
+    experts_in,
     heads_fill,
     mapping,
 )
@@ -115,7 +116,7 @@ IN_THEIR_OWN: tuple[Native, ...] = (
     Native(
         **_partner("lfm2", "lfm2_moe", "Lfm2MoeForCausalLM"),
         router="feed_forward.gate.weight",
-        experts={part: f"feed_forward.experts.{{expert}}.w{n}.weight" for part, n in (("gate", 1), ("up", 3), ("down", 2))},
+        experts=experts_in("feed_forward", "w1", "w3", "w2"),
         router_module="feed_forward.gate",
         block_module="feed_forward",
         expert_hidden_key="moe_intermediate_size",

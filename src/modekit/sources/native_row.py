@@ -61,6 +61,12 @@ class Widening:
     in_front: bool = True
 
 
+def experts_in(block: str, *modules: str) -> dict[str, str]:
+    """Native name per projection with `{expert}`, by the modules of gate, up and down."""
+    names = zip(("gate", "up", "down"), modules, strict=True)
+    return {part: f"{block}.experts.{{expert}}.{module}.weight" for part, module in names}
+
+
 @dataclass(frozen=True)
 class Native:
     """The native partner of one dense family.
@@ -94,13 +100,7 @@ class Native:
     native_type: str
     native_class: str
     router: str = "mlp.gate.weight"
-    experts: Mapping[str, str] | None = field(
-        default_factory=lambda: {
-            "gate": "mlp.experts.{expert}.gate_proj.weight",
-            "up": "mlp.experts.{expert}.up_proj.weight",
-            "down": "mlp.experts.{expert}.down_proj.weight",
-        }
-    )
+    experts: Mapping[str, str] | None = field(default_factory=lambda: experts_in("mlp", "gate_proj", "up_proj", "down_proj"))
     fused: tuple[str, str] | None = None
     router_module: str = "mlp.gate"
     block_module: str = "mlp"

@@ -14,13 +14,10 @@ from modekit.sources.native_row import (
     Native,
     Rule,
     Widening,
+    experts_in,
     heads_fill,
     mapping,
 )
-
-
-def _one_attention_kind(config: Config) -> bool:
-    return len(set(words(config, "layer_types"))) < 2
 
 
 def _score_scale(config: Config) -> float:
@@ -68,11 +65,7 @@ _MIXTRAL: dict[str, Any] = {
     "native_type": "mixtral",
     "native_class": "MixtralForCausalLM",
     "router": "block_sparse_moe.gate.weight",
-    "experts": {
-        "gate": "block_sparse_moe.experts.{expert}.w1.weight",
-        "up": "block_sparse_moe.experts.{expert}.w3.weight",
-        "down": "block_sparse_moe.experts.{expert}.w2.weight",
-    },
+    "experts": experts_in("block_sparse_moe", "w1", "w3", "w2"),
     "num_experts_key": "num_local_experts",
     "fixed": {"output_router_logits": False, "router_jitter_noise": 0.0},
     "dropped": frozenset({"attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window"}),
@@ -132,12 +125,12 @@ _GRANITE_SWA: dict[str, Any] = {
     "serves": "transformers alone",
     "without_gguf": "its converter does not know GraniteMoeSWA",
     "widening": "its heads have sinks, which the heads of a router's own would need, too",
-    "rules": (
-        NO_MLP_BIAS,
-        SILU,
-        heads_fill("GraniteMoeSWA"),
-    ),
+    "rules": (NO_MLP_BIAS, SILU, heads_fill("GraniteMoeSWA")),
 }
+_ONE_WINDOW: Rule = (
+    lambda c: len(set(words(c, "layer_types"))) < 2,
+    "layers differ in their attention window, Mixtral's are all alike",
+)
 _LONGER_THAN_TEXT = 2**30  # tokens: where Cohere2 has a window, it turns queries and keys
 _NO_BIASES: Rule = (lambda c: not c.get("attention_bias"), "attention has biases, those of the native architecture have none")
 IN_SHARED: tuple[Native, ...] = (
@@ -157,22 +150,9 @@ IN_SHARED: tuple[Native, ...] = (
         computed={"attention_multiplier": _score_scale},
         rules=(NO_MLP_BIAS, SILU, heads_fill("GraniteMoE")),
     ),
-    Native(
-        family=FAMILY["mistral"],
-        **_MIXTRAL,
-        rules=(SILU, (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike")),
-    ),
-    Native(
-        family=FAMILY["ministral"],
-        **_MIXTRAL,
-        computed={"sliding_window": _window_of_all},
-        rules=(SILU, (_one_attention_kind, "layers differ in their attention window, Mixtral's are all alike")),
-    ),
-    Native(
-        family=FAMILY["granite"],
-        **_GRANITE_MOE,
-        rules=(NO_MLP_BIAS, SILU, heads_fill("GraniteMoE")),
-    ),
+    Native(family=FAMILY["mistral"], **_MIXTRAL, rules=(SILU, _ONE_WINDOW)),
+    Native(family=FAMILY["ministral"], **_MIXTRAL, computed={"sliding_window": _window_of_all}, rules=(SILU, _ONE_WINDOW)),
+    Native(family=FAMILY["granite"], **_GRANITE_MOE, rules=(NO_MLP_BIAS, SILU, heads_fill("GraniteMoE"))),
     Native(
         family=FAMILY["cohere2"],
         **_COHERE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run
     if folder is None:
         from modekit.sources.hub import download
 
-        return download(spec, revision, where=f"{label} ({spec})", run=run)
+        return download(spec, revision, where=f"{label} ({spec})", run=run)[0]
     if revision is not None:
         raise SourceError(
             "a revision has no effect with a folder",
@@ -113,7 +112,8 @@ def label_of(place: int, expert: Expert) -> str:
 
 def _check_folders(recipe: Recipe, root: Path) -> None:
     missing: list[SourceError] = []
-    for label, spec in _named(recipe):
+    experts = [(label_of(place, each), each.source) for place, each in enumerate(recipe.experts) if not each.is_base]
+    for label, spec in [("base_model", recipe.base_model), *experts]:
         try:
             local_folder(spec, root=root, label=label)
         except SourceError as error:
@@ -128,11 +128,3 @@ def _check_folders(recipe: Recipe, root: Path) -> None:
             found="; ".join(str(error.found) if same else f"{error.what} ({error.found})" for error in missing),
             remedy="; ".join(dict.fromkeys(str(error.remedy) for error in missing)),
         )
-
-
-def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every model that a recipe names: where it does so, and its path or hub id."""
-    yield "base_model", recipe.base_model
-    for place, expert in enumerate(recipe.experts):
-        if not expert.is_base:
-            yield label_of(place, expert), expert.source

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -37,21 +37,6 @@ NUMBERS: dict[str, np.dtype[np.generic]] = {
 """Of the dtypes that parts have."""
 _AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """In which four bits of a word AWQ's eight numbers lie."""
-
-
-class Form(Protocol):
-    """How the numbers of one tensor follow from others in the files."""
-
-    @property
-    def parts(self) -> tuple[TensorRef, ...]:
-        """What it is computed from."""
-
-    @property
-    def unit(self) -> int:
-        """Elements that are computed together."""
-
-    def values(self, read: Read, first: int, last: int) -> Array32:
-        """The elements of these units, flat; of the last unit as many as there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +112,16 @@ class Scaled:
         """Rows first to last."""
         found = numbers(read, self.weight, first, last).astype(np.float32)
         rows, columns = np.arange(first, last) // self.block[0], np.arange(self.unit) // self.block[1]
+        blocks = -(-self.weight.shape[0] // self.block[0])  # above each other
 
         def repeated(ref: TensorRef) -> Array32:
-            grid = numbers(read, ref).astype(np.float32).reshape(rows_of(self.weight, self.block), -1)
+            grid = numbers(read, ref).astype(np.float32).reshape(blocks, -1)
             return grid[rows][:, columns] if grid.shape[1] > 1 else grid[rows]
 
         if self.zero is not None:
             found -= repeated(self.zero)
         found *= repeated(self.scale) * np.float32(self.factor)
         return found.ravel()
-
-
-def rows_of(weight: TensorRef, block: tuple[int, int]) -> int:
-    """Blocks above each other."""
-    return -(-weight.shape[0] // block[0])
 
 
 @dataclass(frozen=True)
@@ -317,3 +298,9 @@ class Ggml:
         row = self.data.nbytes // max(1, math.prod(self.shape[:-1]))
         packed = np.frombuffer(read(self.data, first * row, last * row), np.uint8).reshape(last - first, row)
         return np.asarray(dequantize(packed, GGMLQuantizationType(self.kind)), np.float32).reshape(last - first, -1)
+
+
+Form: TypeAlias = Scaled | Coded | Words | Ggml
+"""How the numbers of one tensor follow from others in the files, its `parts`: by units of elements that are computed together.
+`values` are those of some units, flat; of the last unit as many as there are.
+"""

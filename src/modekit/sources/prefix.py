@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from modekit.errors import MismatchError, SourceError, UnsupportedError
-from modekit.files.typed import shortened
-from modekit.sources.adapter_config import CONFIG_FILE, NO_EFFECT, PREFIX_KINDS, SAVE_AGAIN
+from modekit.errors import UnsupportedError
+from modekit.sources.adapter_config import PREFIX_KINDS, checked_settings, damaged, other_base
 from modekit.sources.families import family_of
 from modekit.sources.family import Config, Family, whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
@@ -68,50 +67,27 @@ def is_prefix(config: Config) -> bool:
 
 def read_prefix(config: Config, tensors: Mapping[str, TensorRef], base: ModelSource, *, where: str) -> SoftPrefix:
     """What an adapter's files say stands before the text. Raises SourceError, MismatchError, UnsupportedError."""
-    settings = _settings(config, where)
+    remedy = "train it without the setting"
+    settings = checked_settings(_Settings, config, "a prefix", where=where, remedy=remedy, without_effect=_TRAINING)
     family = _family(base, where)
     ref = tensors.get(TENSOR)
     if ref is None or len(tensors) > 1 or ref.dtype not in DTYPE_NAMES:
         found = ", ".join(sorted(tensors)[:3]) or "no tensor"
-        raise SourceError("the file does not hold one prefix", where=where, found=found, expected=TENSOR, remedy=SAVE_AGAIN)
+        raise damaged("the file does not hold one prefix", where, found, TENSOR)
     full, layers = family.dense_config(base.config), 0
     width = family.hidden(base.config)
     if settings.peft_type == "PREFIX_TUNING":
         layers = whole(full, "num_hidden_layers")
         width = layers * 2 * whole(full, "num_key_value_heads") * whole(full, "head_dim")
     if ref.shape != (settings.num_virtual_tokens, width) or settings.num_layers not in (None, whole(full, "num_hidden_layers")):
-        raise MismatchError(
-            "the prefix does not fit the base model",
-            where=f"{where}: {TENSOR}",
-            found=list(ref.shape),
-            expected=[settings.num_virtual_tokens, width],
-            remedy="use an adapter trained on this base model",
-        )
+        expected = [settings.num_virtual_tokens, width]
+        raise other_base("the prefix does not fit the base model", f"{where}: {TENSOR}", list(ref.shape), expected)
     return SoftPrefix(ref, layers)
-
-
-def _settings(config: Config, where: str) -> _Settings:
-    known = {*_Settings.model_fields, *_TRAINING, *NO_EFFECT}
-    other = next((key for key, value in config.items() if key not in known and value not in (None, False, [], {}, "")), None)
-    if other is not None:
-        raise UnsupportedError(
-            "modekit does not know what this setting does to a prefix",
-            where=f"{where}: {CONFIG_FILE}",
-            found=f"{other}: {shortened(config[other])}",
-            remedy="train it without the setting",
-        )
-    try:
-        return _Settings.model_validate(dict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SourceError(
-            f"{first['loc'][0]} has no usable value", where=f"{where}: {CONFIG_FILE}", expected=first["msg"], remedy=SAVE_AGAIN
-        ) from None
 
 
 def _family(base: ModelSource, where: str) -> Family:
     """The base's, whose attention takes keys before a text's."""
-    family = family_of(base.config, where=f"{base.label} ({base.spec})")
+    family = family_of(base.config, where=base.where)
     without = _OTHER_ATTENTION.get(family.model_type, "it has an encoder" if family.pair else "")
     if family.derived is not None:
         without = "it has no row in modekit's table, so that nobody knows how its attention takes keys"

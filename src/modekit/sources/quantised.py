@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, parse_json
 from modekit.files.typed import as_kind
-from modekit.sources.family import Config
+from modekit.sources.family import Config, no_usable
 from modekit.sources.model import DTYPE_NAMES, TensorRef, WeightFiles
 from modekit.sources.model_config import Number, Size
-from modekit.sources.packed import Coded, DoubleQuantised, Form, PackedRef, Scaled, Words
+from modekit.sources.packed import Coded, DoubleQuantised, PackedRef, Scaled, Words
 
 _REMEDY = "download or save the model again, or give the unquantised model"
 _LARGEST_STATE = 2**16  # bytes of the JSON that bitsandbytes writes for each weight
@@ -106,9 +106,7 @@ def unpack(said: object, config: Config, weights: WeightFiles) -> Unpacked:
     try:
         forms = dict(reader(parts))
     except (ValueError, TypeError) as error:  # of the settings
-        raise SourceError(
-            f"config.json gives no usable settings of {method}", where=f"{where}: config.json", found=error, remedy=_REMEDY
-        ) from None
+        raise no_usable(f"settings of {method}", error, None, f"{where}: config.json", _REMEDY) from None
     if not forms:
         raise SourceError(
             f"config.json says that the weights are quantised ({method}), and none is",
@@ -117,15 +115,13 @@ def unpack(said: object, config: Config, weights: WeightFiles) -> Unpacked:
         )
     used = {ref.name for form in forms.values() for ref in form.parts} | parts.used
     plain = {name: ref for name, ref in tensors.items() if name not in used and not name.endswith(_UNUSED)}
-    shapes = {name: shape_of(form) for name, form in forms.items()}
+    shapes = {name: form.weight.shape if isinstance(form, Scaled) else form.shape for name, form in forms.items()}
     packed = {name: PackedRef.of(name, shapes[name], form, written) for name, form in forms.items()}
     return Unpacked({**plain, **packed}, f"{' and '.join(sorted(parts.bits))} bits ({method})")
 
 
-def shape_of(form: Form) -> tuple[int, ...]:
-    """(O, I)."""
-    assert isinstance(form, Scaled | Coded | Words)
-    return form.weight.shape if isinstance(form, Scaled) else form.shape
+def _damaged(what: str, where: object, found: object = None, expected: object = None) -> SourceError:
+    return SourceError(what, where=str(where), found=found, expected=expected, remedy=_REMEDY)
 
 
 class _Parts:
@@ -144,18 +140,15 @@ class _Parts:
         """A tensor that must have one of these dtypes and shapes, if there is one."""
         ref = self.tensors.get(name)
         if ref is not None and (ref.dtype not in dtypes or (shapes and ref.shape not in shapes)):
-            self.refuse(
-                name,
-                f"{ref.dtype} {list(ref.shape)}",
-                f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}",
-            )
+            expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
+            self.refuse(name, f"{ref.dtype} {list(ref.shape)}", expected)
         return ref
 
     def part(self, name: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> TensorRef:
         """The same of one that must be there."""
         ref = self.there(name, dtypes, *shapes)
         if ref is None:
-            raise SourceError("a part of a quantised weight is missing", where=f"{self.where}: {name}", remedy=_REMEDY)
+            raise _damaged("a part of a quantised weight is missing", f"{self.where}: {name}")
         return ref
 
     def matrix(self, name: str, dtypes: Sequence[str]) -> TensorRef:
@@ -173,16 +166,11 @@ class _Parts:
 
     def refuse(self, name: str, found: object, expected: object) -> None:
         """Raise the error of a tensor that contradicts the others or config.json."""
-        raise SourceError(
-            "a quantised weight is not what config.json and its other parts say",
-            where=f"{self.where}: {name}",
-            found=found,
-            expected=expected,
-            remedy=_REMEDY,
-        )
+        what = "a quantised weight is not what config.json and its other parts say"
+        raise _damaged(what, f"{self.where}: {name}", found, expected)
 
 
-Found = Iterator[tuple[str, Form]]
+Found = Iterator[tuple[str, Scaled | Coded | Words]]
 
 
 def _bitsandbytes(parts: _Parts) -> Found:
@@ -201,12 +189,8 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
     try:
         said = as_kind(parse_json(parts.content(state).decode("utf-8")), _State)
     except UNREADABLE as error:
-        raise SourceError(
-            "bitsandbytes' description of a weight cannot be read",
-            where=f"{parts.where}: {state.name}",
-            found=error,
-            remedy=_REMEDY,
-        ) from None
+        what = "bitsandbytes' description of a weight cannot be read"
+        raise _damaged(what, f"{parts.where}: {state.name}", error) from None
     count = math.prod(said.shape)
     blocks = -(-count // said.blocksize)
     weight = parts.part(name, ("U8", "BF16", "F16", "F32"))
@@ -217,10 +201,8 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
     nested = None
     if said.nested_blocksize is not None:
         above = -(-blocks // said.nested_blocksize)
-        scale, code = (
-            parts.part(f"{name}.nested_absmax", ("F32",), (above,)),
-            parts.part(f"{name}.nested_quant_map", ("F32",), (256,)),
-        )
+        scale = parts.part(f"{name}.nested_absmax", ("F32",), (above,))
+        code = parts.part(f"{name}.nested_quant_map", ("F32",), (256,))
         nested = DoubleQuantised(scale, code, said.nested_blocksize, said.nested_offset)
     absmax = parts.part(f"{name}.absmax", ("F32",) if nested is None else ("U8",), (blocks,))
     parts.used.add(state.name)
@@ -229,7 +211,7 @@ def _coded(parts: _Parts, name: str, state: TensorRef) -> Coded:
 
 
 def _gptq(parts: _Parts) -> Found:
-    """Qweight (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
+    """`qweight` (I bits/32, O), scales (G, O), qzeros (G, O bits/32), g_idx (I,)."""
     said = as_kind(parts.settings, _Words)
     for module in parts.modules(".qweight"):
         weight = parts.matrix(f"{module}.qweight", ("I32",))
@@ -247,7 +229,7 @@ def _gptq(parts: _Parts) -> Found:
 
 
 def _awq(parts: _Parts) -> Found:
-    """Qweight (I, O/8), scales (G, O), qzeros (G, O/8)."""
+    """`qweight` (I, O/8), scales (G, O), qzeros (G, O/8)."""
     said = as_kind(parts.settings, _Words)
     if said.bits != 4 or (said.version or "gemm").lower() != "gemm":
         parts.refuse("config.json", f"{said.bits} bits, version {said.version}", "4 bits, version gemm")
@@ -317,9 +299,7 @@ def _pack_quantised(parts: _Parts, module: str, bits: int) -> Words:
     try:
         content = parts.content(stated)
     except OSError as error:
-        raise SourceError(
-            "a weight file cannot be read", where=str(stated.file), found=error.strerror, remedy=_REMEDY
-        ) from None
+        raise _damaged("a weight file cannot be read", stated.file, error.strerror) from None
     rows, columns = (int.from_bytes(content[start : start + 8], "little", signed=True) for start in (0, 8))
     if rows != weight.shape[0] or columns < 1 or -(-columns * bits // 32) != weight.shape[1]:
         parts.refuse(weight.name, list(weight.shape), f"{bits} bits for each of {[rows, columns]}")

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from modekit.errors import MismatchError
-from modekit.files.read import UNREADABLE, read_json
+from modekit.errors import MismatchError, some_of
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Config
@@ -24,6 +23,7 @@ from modekit.sources.tokenizer import (
     check_alike,
     check_same_pieces,
     copied_files,
+    read_beside,
     read_tokens,
 )
 
@@ -57,8 +57,7 @@ class SharedTokens:
 
     def shown(self, ids: Sequence[int]) -> str:
         """Some tokens, for a message."""
-        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        return ", ".join(f"{self.by_id.get(number, '')[:60]!r} {number}" for number in ids[:5]) + more
+        return some_of([f"{self.by_id.get(number, '')[:60]!r} {number}" for number in ids], 5)
 
 
 def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
@@ -68,10 +67,10 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
     tokens, a token two ids, or join tokens otherwise; SourceError for one that cannot be read.
     """
     base = sources[0]
-    first = read_tokens(base.folder, where=f"{base.label} ({base.spec})")
+    first = read_tokens(base.folder, where=base.where)
     found, largest = [first], 0
     for number, source in enumerate(sources[1:], 1):
-        where = f"{source.label} ({source.spec})"
+        where = source.where
         check_same_pieces(base.folder, source.folder, where=where)
         read = None if first is None else read_tokens(source.folder, where=where, beside=first.tokens) or first
         found.append(read)
@@ -135,7 +134,7 @@ class TokenizerChoice:
     @property
     def copied_files(self) -> tuple[Path, ...]:
         """Of its files. Raises SourceError for a link out of the folder."""
-        found = copied_files(self.source.folder, where=f"{self.source.label} ({self.source.spec})")
+        found = copied_files(self.source.folder, where=self.source.where)
         return tuple(file for file in found if file.name not in self.written)
 
 
@@ -150,7 +149,7 @@ def choose_tokenizer(sources: Sequence[ModelSource], shared: SharedTokens) -> To
     names = ("bos_token_id", "pad_token_id", "eos_token_id") if not isinstance(owner, AdapterSource) else ()
     settings = {name: owner.config[name] for name in names if name in owner.config} | ({"eos_token_id": said} if eos else {})
     written: dict[str, bytes] = {}
-    generation = next((found for each in (owner, sources[0]) if (found := _read(each.folder, _GENERATION))), None)
+    generation = next((found for each in (owner, sources[0]) if (found := read_beside(each.folder, _GENERATION))), None)
     if generation is not None and eos:
         written[_GENERATION] = json_bytes({**generation, "eos_token_id": said})
     teller = next((each for each in (owner, *sources) if chat_template(each.folder)), None)
@@ -170,19 +169,10 @@ def _notes(owner: ModelSource, teller: ModelSource | None, shared: SharedTokens,
 
 def _ends(source: ModelSource, tokens: Tokens) -> Iterator[int]:
     """Ids of the tokens at which a model's texts end, by its tokenizer, its generation config and its config."""
-    said = _read(source.folder, "tokenizer_config.json").get("eos_token")
+    said = read_beside(source.folder, "tokenizer_config.json").get("eos_token")
     name = said.get("content") if isinstance(said, dict) else said
     if isinstance(name, str) and name in tokens:
         yield tokens[name]
-    for config in (_read(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
+    for config in (read_beside(source.folder, _GENERATION), {} if isinstance(source, AdapterSource) else source.config):
         found = config.get("eos_token_id")
         yield from (each for each in (found if isinstance(found, list) else [found]) if type(each) is int)
-
-
-def _read(folder: Path, name: str) -> Config:
-    """A JSON file of a model's folder; nothing where it is missing or damaged."""
-    try:
-        found = read_json(folder / name)
-    except UNREADABLE:
-        return {}
-    return found if isinstance(found, dict) else {}

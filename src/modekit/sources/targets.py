@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from modekit.errors import MismatchError
-from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.sources.model import ModelSource
+from modekit.sources.tokenizer import read_beside
 
 _FORCED = "forced_bos_token_id"
 _OF_THE_TARGET = {
@@ -27,9 +27,9 @@ def check_same_target(sources: Sequence[ModelSource]) -> None:
             if value != expected:
                 raise MismatchError(
                     "two models begin what they write with another token: they were made for other languages",
-                    where=f"{source.label} ({source.spec}): {file}: {key}",
+                    where=f"{source.where}: {file}: {key}",
                     found=value,
-                    expected=f"{expected}, as {first.label} ({first.spec}) has it",
+                    expected=f"{expected}, as {first.where} has it",
                     remedy="use experts that write the same language, or correct the file if only it differs",
                 )
 
@@ -67,17 +67,8 @@ def _target_of(source: ModelSource) -> dict[tuple[str, str], object]:
     """
     found: dict[tuple[str, str], object] = {}
     for files, keys in _OF_THE_TARGET.items():
-        configs = {file: _read_beside(source, file) for file in files}
+        configs = {file: read_beside(source.folder, file) for file in files}
         for key in keys:
             values = {file: config[key] for file, config in configs.items() if config.get(key) is not None}
             found |= {(file, key): values.get(file, next(iter(values.values()))) for file in files if values}
     return found
-
-
-def _read_beside(source: ModelSource, file: str) -> Mapping[str, object]:
-    """A file in a model's folder; empty where it is not there. An adapter has no config of a model."""
-    try:
-        found = read_json(source.folder / file, LARGE)
-    except UNREADABLE:  # whoever uses it says so
-        return {}
-    return found if isinstance(found, Mapping) else {}

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modekit.errors import MismatchError, SourceError
+from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
+from modekit.sources.family import Config, damaged_model
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
@@ -91,23 +92,13 @@ def check_tokenizer_files(folder: Path, *, where: str) -> None:
     there = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     strange = [path.name for path in there if not path.is_file()]
     if strange:
-        raise SourceError(
-            "the tokenizer cannot be read",
-            where=where,
-            found=f"{', '.join(strange)}: no regular file",
-            remedy="download or save the model again",
-        )
+        raise damaged_model("the tokenizer cannot be read", where, f"{', '.join(strange)}: no regular file")
     try:
         config = read_json(folder / "tokenizer_config.json", LARGE)
     except FileNotFoundError:
         return
     except UNREADABLE as error:
-        raise SourceError(
-            "the tokenizer cannot be read",
-            where=f"{where}: tokenizer_config.json",
-            found=error,
-            remedy="download or save the model again",
-        ) from None
+        raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer_config.json", error) from None
     if not isinstance(config, dict) or config.get("fast_tokenizer_files"):
         raise SourceError(
             "the tokenizer's config names other files than tokenizer.json",
@@ -156,12 +147,8 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         merges = raw["model"].get("merges")
         return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges])
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SourceError(
-            "the tokenizer cannot be read",
-            where=f"{where}: {path.name}",
-            found=f"nothing called {error}" if isinstance(error, KeyError) else error,
-            remedy="download or save the model again",
-        ) from None
+        found = f"nothing called {error}" if isinstance(error, KeyError) else error
+        raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
 
 
 def _text(token: object) -> str:
@@ -224,14 +211,12 @@ def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Read
         return
     differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
     name = readers.ours.removesuffix(" model")
-    shown = ", ".join(
-        f"{token[:60]!r} ({name} {ours.get(token, '-')}, {readers.theirs} {theirs.get(token, '-')})" for token in differing[:5]
-    )
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
+    shown = [f"{token[:60]!r} ({name} {our_id}, {readers.theirs} {their_id})" for token, our_id, their_id in pairs]
     raise MismatchError(
         f"the {readers.theirs}'s tokenizer differs from {readers.other} in {len(differing)} tokens",
         where=where,
-        found=shown + more,
+        found=some_of(shown, 5),
         expected="the same token for the same id",
         remedy=readers.remedy + readers.more,
     )
@@ -249,9 +234,7 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
         try:
             same = read(base / name, LARGE) == read(expert / name, LARGE)
         except UNREADABLE as error:
-            raise SourceError(
-                "the tokenizer cannot be read", where=f"{where}: {name}", found=error, remedy="download or save the model again"
-            ) from None
+            raise damaged_model("the tokenizer cannot be read", f"{where}: {name}", error) from None
         if not same:
             raise MismatchError(
                 f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s",
@@ -262,13 +245,8 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
             )
 
 
-def check_ids_fit(folder: Path, vocab_size: int, *, where: str) -> None:
-    """Raise MismatchError when a folder's tokenizer has ids for which the model has no embedding."""
-    check_rows_for(read_tokens(folder, where=where), vocab_size, where=where)
-
-
-def check_rows_for(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:
-    """The same of a tokenizer that has been read."""
+def check_ids_fit(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:
+    """Raise MismatchError when a tokenizer has ids for which the model has no embedding."""
     beyond = beyond_rows({} if read is None else read.tokens, vocab_size)
     if beyond:
         remedy = "give the tokenizer that belongs to the model, or resize the model's embeddings"
@@ -289,6 +267,15 @@ def no_embedding_for(tokens: Sequence[str], vocab_size: int, *, where: str, reme
         expected=f"ids below vocab_size {vocab_size}",
         remedy=remedy,
     )
+
+
+def read_beside(folder: Path, name: str) -> Config:
+    """A JSON file of a model's folder; nothing where it is missing or damaged, which whoever uses it says."""
+    try:
+        found = read_json(folder / name, LARGE)
+    except UNREADABLE:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def chat_template(folder: Path) -> str | None:

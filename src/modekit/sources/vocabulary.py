@@ -22,13 +22,14 @@ from typing import Literal
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.adapter_config import MERGE_FIRST
 from modekit.sources.compatibility import is_tied
 from modekit.sources.family import Family, whole
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
 from modekit.sources.shared_tokenizer import SharedTokens, TokenizerChoice, choose_tokenizer, share_tokens
-from modekit.sources.tokenizer import Tokens, check_ids_fit, check_rows_for, check_same_tokenizer
+from modekit.sources.tokenizer import Tokens, check_ids_fit, check_same_tokenizer, read_tokens
 
 Rule = Literal["mean", "first"]
 """What several experts give to a token that the base lacks."""
@@ -63,14 +64,15 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     base, unique = sources[0], list(dict.fromkeys(sources))
     if family.pair:
         for source in unique[1:]:
-            check_same_tokenizer(base.folder, source.folder, where=f"{source.label} ({source.spec})")
-        check_ids_fit(base.folder, whole(base.config, "vocab_size"), where=f"base_model ({base.spec})")
+            check_same_tokenizer(base.folder, source.folder, where=source.where)
+        where = f"base_model ({base.spec})"
+        check_ids_fit(read_tokens(base.folder, where=where), whole(base.config, "vocab_size"), where=where)
         return Vocabulary(sources, sources, TokenizerChoice(base))
     shared = share_tokens(unique)
     pairs = zip(unique, shared.read, strict=True)
     models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
-    check_rows_for(shared.read[shared.largest], rows, where=owner.label)
+    check_ids_fit(shared.read[shared.largest], rows, where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, sources, TokenizerChoice(base))
     for model in models:
@@ -78,7 +80,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         if model.rows > _MOST:
             raise UnsupportedError(
                 "the model has more rows than any tokenizer has tokens",
-                where=model.label,
+                where=model.source.where,
                 found=f"{model.rows:,}",
                 expected=f"{_MOST:,} at most, where models have different numbers of tokens",
                 remedy="download or save the model again",
@@ -100,10 +102,6 @@ class _Model:
     base: ModelSource
     family: Family
     tokens: Tokens | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label} ({self.source.spec})"
 
     @cached_property
     def ids(self) -> frozenset[int]:
@@ -136,14 +134,13 @@ class _Model:
         names = [weight_of(self.family.embedding), *([weight_of(self.family.head)] if untied else [])]
         found = {name: self.tensors[name].shape[0] if name in self.tensors else base for name in names}
         if len(set(found.values())) > 1:
+            both = "save both in the adapter (modules_to_save: [embed_tokens, lm_head])"
             raise MismatchError(
                 "the model's embedding and head have different numbers of tokens",
-                where=self.label,
+                where=self.source.where,
                 found=", ".join(f"{name} {rows}" for name, rows in found.items()),
                 expected="as many rows in both",
-                remedy="save both in the adapter (modules_to_save: [embed_tokens, lm_head])"
-                if isinstance(self.source, AdapterSource)
-                else "save the model again",
+                remedy=both if isinstance(self.source, AdapterSource) else "save the model again",
             )
 
     def has(self, ref: TensorRef) -> set[int]:
@@ -176,8 +173,12 @@ class _Grown:
         if not lacking and own.shape[0] == self._rows:
             return own
         for each, _, ids in owners:
-            if ids & lacking:
-                _check_gives(each, name)
+            if ids & lacking and isinstance(each.source, AdapterSource) and name in each.source.changes:
+                raise UnsupportedError(  # the row that it gives is not in its file as the model has it
+                    "the adapter adds tokens and has a low-rank change on their embedding or head as well",
+                    where=f"{each.source.where}: {name}",
+                    remedy=MERGE_FIRST,
+                )
 
         def giver(row: int) -> Giver:
             given = [(each, ref) for each, ref, ids in owners if row in ids]
@@ -196,27 +197,14 @@ class _Grown:
         if not isinstance(change, LowRank) or change.magnitude is not None or change.bias is not None:
             raise UnsupportedError(
                 "an adapter with DoRA, lora_bias or IA3 on embedding or head cannot be given more tokens",
-                where=f"{model.label}: {name}",
+                where=f"{model.source.where}: {name}",
                 found=f"{count} tokens",
                 expected=f"{self._rows}, as the mixture has",
-                remedy=_MERGE,
+                remedy=MERGE_FIRST,
             )
         if change.transposed:
             return change  # folded row by row: the rows that it lacks stay (weights/folding.py)
         return replace(change, b=joined_rows(change.b, [RowRange(count, (change.b,)), RowRange(self._rows - count)]))
-
-
-def _check_gives(model: _Model, name: str) -> None:
-    """Raise UnsupportedError where a row that a model gives is not in its file as the model has it."""
-    if isinstance(model.source, AdapterSource) and name in model.source.changes:
-        raise UnsupportedError(
-            "the adapter adds tokens and has a low-rank change on their embedding or head as well",
-            where=f"{model.label}: {name}",
-            remedy=_MERGE,
-        )
-
-
-_MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
 
 
 def _notes(models: Sequence[_Model], shared: SharedTokens, rows: int, rule: Rule) -> Iterator[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import UnsupportedError
 from modekit.sources.families import own_family
-from modekit.sources.family import SAVE_AGAIN, Config, Family, Stack
+from modekit.sources.family import Config, Family, Stack, damaged_model, no_usable
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, weight_of
 
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
@@ -62,12 +62,8 @@ def naming_of(names: Iterable[str], *, where: str) -> Naming:
     naming = next((each for each in _NAMINGS if any(name.startswith(each.stack) for name in names)), PLAIN)
     strange = next((name for name in names if naming.plain(name) is None and name.startswith(_OF_TEXT)), None)
     if naming is not PLAIN and strange is not None:
-        raise SourceError(
-            "the tensors of one language model are named in two ways",
-            where=f"{where}: {strange}",
-            expected=f"a name that begins with {naming.stack}",
-            remedy=SAVE_AGAIN,
-        )
+        what, expected = "the tensors of one language model are named in two ways", f"a name that begins with {naming.stack}"
+        raise damaged_model(what, f"{where}: {strange}", expected=expected)
     return naming
 
 
@@ -84,12 +80,8 @@ def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
     for name in tensors:
         plain = naming.plain(name) if naming is not PLAIN else name
         if plain in found:
-            raise SourceError(
-                "two tensors of the model mean the same",
-                where=f"{where}: {plain}",
-                found=f"{found[plain]} and {name}",
-                remedy=SAVE_AGAIN,
-            )
+            both = f"{found[plain]} and {name}"
+            raise damaged_model("two tensors of the model mean the same", f"{where}: {plain}", both)
         if plain is not None:
             found[plain] = name
     return found
@@ -103,13 +95,8 @@ def text_config(config: Config, tensors: Iterable[str], *, where: str) -> Config
     kinds = WRAPPERS[str(config["model_type"])]
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
-        raise SourceError(
-            "config.json gives no usable text_config",
-            where=f"{where}: config.json",
-            found=inner,
-            expected="the settings of the language model that is wrapped",
-            remedy=SAVE_AGAIN,
-        )
+        expected = "the settings of the language model that is wrapped"
+        raise no_usable("text_config", inner, expected, f"{where}: config.json")
     kind = inner.get("model_type", kinds[0]) if len(kinds) > 1 else kinds[0]  # the class of one kind does not ask
     if kind not in kinds:
         raise UnsupportedError(

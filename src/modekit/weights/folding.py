@@ -16,7 +16,7 @@ import numpy.typing as npt
 from modekit.sources.adapter import Change, LowRank, Scaling
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import TensorRef
-from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.numeric import BLOCK, moved, to_float32
 from modekit.weights.stored import FlatArray, Stored
 
 Array = npt.NDArray[np.generic]
@@ -96,7 +96,7 @@ def folded_bias(change: Change, base: Array, read: Read) -> _Single:
     if change.bias is None:
         return bias
     with np.errstate(over="ignore"):
-        return _moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
+        return moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
 
 
 class _LowRankRows:
@@ -116,24 +116,27 @@ class _LowRankRows:
         self._factor_of_columns: _Double | None = None
 
     def __call__(self, rows: slice) -> _Single:
-        moved = self._plain(rows)
+        weight = self._plain(rows)
         if self._magnitude is not None:
-            moved *= self._column_factor() if self._by_column else _ratio(self._magnitude[rows], _squares(moved, 1))[:, None]
+            if self._by_column:
+                weight *= self._column_factor()
+            else:
+                weight *= _ratio(self._magnitude[rows], np.square(weight).sum(axis=1))[:, None]
         with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
-            return moved.astype(np.float32)
+            return weight.astype(np.float32)
 
     def _plain(self, rows: slice) -> _Double:
         base, left = self._base[rows], self._left[rows].astype(np.float64)
         shift = np.zeros(base.shape, np.float64)  # of tokens that the adapter does not know, nothing
         shift[: len(left)] = self._scale * (left @ self._right)
-        return _moved(base, shift)
+        return moved(base, shift)
 
     def _column_factor(self) -> _Double:
         if self._factor_of_columns is None:
             assert self._magnitude is not None
             squares = np.zeros(self._base.shape[1], np.float64)
             for start in range(0, self._base.shape[0], self._group):
-                squares += _squares(self._plain(slice(start, start + self._group)), 0)
+                squares += np.square(self._plain(slice(start, start + self._group))).sum(axis=0)
             self._factor_of_columns = _ratio(self._magnitude, squares)
         return self._factor_of_columns
 
@@ -151,17 +154,6 @@ class _ScaledRows:
 
 def _part(array: Array, rows: tuple[int, int] | None) -> Array:
     return array if rows is None else array[rows[0] : rows[1]]
-
-
-def _moved(origin: _Single, shift: _Double) -> _Double:
-    """The sum of both, where a shift of zero keeps even the sign of a zero."""
-    moved: _Double = np.where(shift == 0, origin, origin + shift)
-    return moved
-
-
-def _squares(values: _Double, axis: int) -> _Double:
-    total: _Double = np.square(values).sum(axis=axis)
-    return total
 
 
 def _ratio(magnitude: _Double, squares: _Double) -> _Double:

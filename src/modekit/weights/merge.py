@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
 from modekit.weights.factorise import factorise
-from modekit.weights.numeric import blocks
+from modekit.weights.numeric import blocks, moved
 from modekit.weights.stored import FlatArray
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
@@ -49,7 +49,7 @@ def _elementwise(
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
     if settings.method in ("task_arithmetic", "svd"):  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
-        return lambda origin, values: _moved(origin, settings.scale * _sum([value - origin for value in values]))
+        return lambda origin, values: moved(origin, settings.scale * _sum([value - origin for value in values]))
     thresholds = [_magnitude_threshold(base, expert, settings.density) for expert in experts]
     return lambda origin, values: _ties(origin, values, thresholds, settings.scale)
 
@@ -57,12 +57,6 @@ def _elementwise(
 def _sum(values: Sequence[Block]) -> Block:
     """The sum in order; unlike numpy's it starts with the first value, not with zero, so that -0.0 stays -0.0."""
     return functools.reduce(np.add, values)
-
-
-def _moved(origin: Block, shift: Block) -> Block:
-    """The sum of both, where a shift of zero keeps even the sign of a zero."""
-    moved: Block = np.where(shift == 0, origin, origin + shift)
-    return moved
 
 
 def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale: float) -> Block:
@@ -78,7 +72,7 @@ def _ties(base: Block, values: list[Block], thresholds: list[np.float32], scale:
     agrees = (np.sign(trimmed) == elected) & (elected != 0)
     count = agrees.sum(axis=0)
     mean: Block = np.where(agrees, trimmed, 0.0).sum(axis=0) / np.maximum(count, 1)
-    return _moved(base, scale * mean)
+    return moved(base, scale * mean)
 
 
 def _gathered(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> Block:
@@ -89,7 +83,7 @@ def _gathered(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatAr
     for expert in experts:
         factors = factorise((_read(expert, slice(0, len(base))) - origin).astype(np.float32).reshape(shape), rank=rank)
         shift += factors.b.astype(np.float64) @ factors.a
-    return _moved(origin, settings.scale * shift.ravel())
+    return moved(origin, settings.scale * shift.ravel())
 
 
 def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> np.float32:
@@ -134,4 +128,4 @@ def _slerp(t: float, first: FlatArray, second: FlatArray) -> Iterator[Block]:
         weights = (float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle)))
     for part in blocks(len(first)):
         a, b = _read(first, part), _read(second, part)
-        yield _moved(a, weights[1] * (b - a)) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b
+        yield moved(a, weights[1] * (b - a)) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b

@@ -53,6 +53,11 @@ def to_float32(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return array.astype(np.float32)
 
 
+def moved(origin: npt.NDArray[np.floating], shift: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sum of both, where a shift of zero keeps even the sign of a zero."""
+    return np.asarray(np.where(shift == 0, origin, origin + shift))
+
+
 def to_bytes(array: npt.NDArray[np.generic], dtype: str) -> memoryview:
     """Values rounded (to nearest, ties to even) to the named dtype, as bytes."""
     with np.errstate(over="ignore"):

@@ -13,7 +13,7 @@ from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import TensorRef
 from modekit.sources.rows import RowRange, RowsRef
-from modekit.weights.numeric import DTYPES, as_array, is_finite
+from modekit.weights.numeric import DTYPES, as_array, is_finite, to_float32
 
 
 class FlatArray(Protocol):
@@ -63,6 +63,11 @@ class Stored:
         for each in found:
             total += each.astype(np.float64)
         return (total / max(1, len(found))).astype(np.float32)
+
+
+def read_float32(opened: OpenFiles, ref: TensorRef) -> npt.NDArray[np.float32]:
+    """A whole tensor, in its shape. Raises SourceError when it cannot be read."""
+    return to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape)
 
 
 def holds_only_finite(opened: OpenFiles, ref: TensorRef) -> bool:

@@ -11,13 +11,14 @@ in whatever files and order they lie.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modekit.errors import ModekitError, TextError
+import numpy as np
+
+from modekit.errors import TextError
 from modekit.experts.corpus.balanced import (
     JSON_FILE,
     MARKDOWN_FILE,
@@ -30,7 +31,15 @@ from modekit.experts.corpus.balanced import (
     DomainShare,
     Split,
 )
-from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, checked_texts, token_counter
+from modekit.experts.corpus.count import (
+    CountedDomain,
+    DomainReader,
+    Key,
+    check_setting,
+    checked_texts,
+    none_in_split,
+    token_counter,
+)
 from modekit.experts.corpus.write import write_domain
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -40,9 +49,6 @@ from modekit.run import QUIET, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from collections.abc import Iterable
-
-import numpy as np
 
 KeptUnits = Sequence[Sequence[Key]]
 """Per domain the units that are kept, in order."""
@@ -170,16 +176,11 @@ def balance(
 def _check_settings(settings: BalanceSettings) -> None:
     """Raise ModekitError for a setting that cannot be."""
     percent, validation, most = settings.max_diff_percent, settings.validation, settings.max_tokens
+    check_setting(PERCENT, percent, f"0 to {_MOST_PERCENT:,.0f}", right=0 <= percent <= _MOST_PERCENT)
     held_out = f"a share from 0 to {_MOST_HELD_OUT}"
-    wrong = (
-        (PERCENT, percent, "0 or more", math.isfinite(percent) and 0 <= percent <= _MOST_PERCENT),
-        ("--validation", validation, held_out, 0 <= validation <= _MOST_HELD_OUT),
-        ("--max-tokens", most, "1 or more", most is None or most >= 1),
-        ("--seed", settings.seed, "0 or more", settings.seed >= 0),
-    )
-    for where, found, expected, right in wrong:
-        if not right:
-            raise ModekitError("the setting is out of range", where=where, found=found, expected=expected, remedy="correct it")
+    check_setting("--validation", validation, held_out, right=0 <= validation <= _MOST_HELD_OUT)
+    check_setting("--max-tokens", most, "1 or more", right=most is None or most >= 1)
+    check_setting("--seed", settings.seed, "0 or more", right=settings.seed >= 0)
 
 
 def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict[Split, KeptUnits]:
@@ -192,19 +193,15 @@ def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict
         own = [_of_split(each, split, settings) for each in units]
         for domain, each in zip(counted, own, strict=True):
             if not each:
-                raise TextError(
-                    f"no document of a domain is in the {split} split",
-                    where=f"{WHERE} {domain.name}",
-                    found=f"{len(domain.tokens)} documents in all",
-                    expected=f"a share of about {settings.share(split):g}",
-                    remedy="give more documents, or another --validation (0: none)",
-                )
+                found, expected = f"{len(domain.tokens)} documents in all", f"a share of about {settings.share(split):g}"
+                remedy = "give more documents, or another --validation (0: none)"
+                raise none_in_split(split, domain.name, found, expected, remedy)
         most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
         choose = choose_common if settings.common else choose_apart
-        found = choose(own, settings.max_diff_percent, most, settings.seed)
-        if found is None:
+        chosen = choose(own, settings.max_diff_percent, most, settings.seed)
+        if chosen is None:
             raise _nothing_left(split, counted, own, settings)
-        kept[split] = found
+        kept[split] = chosen
     return kept
 
 

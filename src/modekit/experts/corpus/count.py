@@ -8,6 +8,7 @@ alone, in whatever order they come.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -67,12 +68,7 @@ class CountedDomain:
 
     def documents_of_units(self) -> dict[Key, int]:
         """Unit -> how many documents it holds."""
-        if not self.unit_of:
-            return dict.fromkeys(self.tokens, 1)
-        found: dict[Key, int] = {}
-        for unit in self.unit_of.values():
-            found[unit] = found.get(unit, 0) + 1
-        return found
+        return Counter(self.unit_of.values()) if self.unit_of else dict.fromkeys(self.tokens, 1)
 
     def unit(self, document: Key) -> Key:
         """What a document goes in or out with."""
@@ -193,6 +189,18 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
             start = end
     if pieces:
         yield places, pieces
+
+
+def check_setting(where: str, found: object, expected: str, *, right: bool) -> None:
+    """Raise ModekitError for a setting that cannot be."""
+    if not right:
+        raise ModekitError("the setting is out of range", where=where, found=found, expected=expected, remedy="correct it")
+
+
+def none_in_split(split: str, name: str, found: str, expected: str, remedy: str) -> TextError:
+    """The error of a domain without a document in a split."""
+    what = f"no document of a domain is in the {split} split"
+    return TextError(what, where=f"{WHERE} {name}", found=found, expected=expected, remedy=remedy)
 
 
 def checked_texts(texts: Mapping[str, Sequence[str]], root: Path, *, least: int = 1) -> dict[str, str]:

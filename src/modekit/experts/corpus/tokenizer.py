@@ -12,14 +12,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modekit.errors import ModekitError, TextError
-from modekit.experts.corpus.count import WHERE, CountTokens, checked_texts, key_of, token_counter
+from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, none_in_split, token_counter
 from modekit.files.libraries import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
@@ -30,9 +28,6 @@ from modekit.text.document import text_of
 from modekit.text.documents import stream_documents
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 SMALLEST = 256 + len(SPECIAL)
@@ -122,10 +117,11 @@ class _DomainText:
     root: Path
     sizes: Mapping[Split, int]
 
-    def documents(self, split: Split, share: float = 1.0) -> Iterator[str]:
+    def documents(self, split: Split, share: float) -> Iterator[str]:
         """Those of a split, duplicates once; a share of them is chosen by the hash of each, wherever it stands."""
         for key, document in self.all_documents():
-            if split_of(document) == split and _is_chosen(key, share):
+            place = int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big")
+            if split_of(document) == split and place < share * 2**64:
                 yield document
 
     def all_documents(self) -> Iterator[tuple[bytes, str]]:
@@ -138,10 +134,6 @@ class _DomainText:
                 yield key, text_of(document)
 
 
-def _is_chosen(key: bytes, share: float) -> bool:
-    return share >= 1 or int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big") < share * 2**64
-
-
 def train_tokenizer(
     mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> TrainedTokenizer:
@@ -149,14 +141,8 @@ def train_tokenizer(
 
     Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
     """
-    if not SMALLEST < vocabulary <= LARGEST:
-        raise ModekitError(
-            "the setting is out of range",
-            where="--vocabulary",
-            found=vocabulary,
-            expected=f"{SMALLEST + 1} to {LARGEST}",
-            remedy="correct it",
-        )
+    possible = SMALLEST < vocabulary <= LARGEST
+    check_setting("--vocabulary", vocabulary, f"{SMALLEST + 1} to {LARGEST}", right=possible)
     texts = checked_texts(mix.texts, mix.root)
     found = [locate(spec, mix.root) for spec in texts.values()]
     sources = [path for path in (*found, mix.against_folder) if path is not None]
@@ -167,13 +153,15 @@ def train_tokenizer(
     count = token_counter(tokenizer)
     other = None if mix.against is None else token_counter(mix.against)
     fertilities = [_fertility(domain, count, other, run) for domain in domains]
+    size = len(tokenizer)
+    too_few = f"the text has words for no more than {size:,} tokens of {vocabulary:,}: give more text"
     trained = TrainedTokenizer(
-        vocabulary=len(tokenizer),
+        vocabulary=size,
         asked=vocabulary,
         against=mix.against_name,
         bytes_per_domain=each,
         domains=fertilities,
-        notes=_notes(len(tokenizer), vocabulary),
+        notes=[too_few] if size < vocabulary else [],
     )
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
@@ -181,10 +169,6 @@ def train_tokenizer(
             tokenizer.save_pretrained(folder)
         write_json(stage.folder / RECORD, trained.model_dump(mode="json"), sync=False)
     return trained
-
-
-def _notes(size: int, asked: int) -> list[str]:
-    return [f"the text has words for no more than {size:,} tokens of {asked:,}: give more text"] if size < asked else []
 
 
 def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:
@@ -198,13 +182,8 @@ def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:
             sizes[split] += len(document.encode())
     for split, size in sizes.items():
         if not size:
-            raise TextError(
-                f"no document of a domain is in the {split} split",
-                where=f"{WHERE} {name}",
-                found=spec,
-                expected="one of ten documents to measure by, and more to train on",
-                remedy=MORE,
-            )
+            expected = "one of ten documents to measure by, and more to train on"
+            raise none_in_split(split, name, spec, expected, MORE)
     return domain
 
 

@@ -18,7 +18,7 @@ from modekit.errors import TextError
 from modekit.experts.corpus.count import WHERE, CountedDomain, DomainReader, Key, key_of, key_of_id
 from modekit.files.read import open_regular
 from modekit.files.write import appearing, create, remove, temporary_in
-from modekit.text.records import TextRecord, data_of
+from modekit.text.records import data_of
 
 _BUFFER = 2**16
 _NAMELESS = "\U0010ffff"  # sorts behind every id
@@ -63,16 +63,12 @@ def _spooled(counted: CountedDomain, reader: DomainReader, wanted: set[Key], str
         known = lines.get(document)
         if known is not None and (record.id or _NAMELESS) >= known.id:
             continue
-        line = _line(record, document)
+        said = {"id": record.id or document.hex(), **data_of(record.document)}  # as text/records.py reads it
+        line = f"{json.dumps(said, ensure_ascii=False)}\n".encode()
         stream.write(line)
         lines[document] = _Line(record.id or _NAMELESS, position, len(line))
         position += len(line)
     return lines
-
-
-def _line(record: TextRecord, document: Key) -> bytes:
-    """A record as `text/records.py` reads it; without an id of its own it is called by its hash."""
-    return (json.dumps({"id": record.id or document.hex(), **data_of(record.document)}, ensure_ascii=False) + "\n").encode()
 
 
 def _by_unit(counted: CountedDomain, wanted: set[Key], lines: Mapping[Key, _Line]) -> dict[Key, list[_Line]]:

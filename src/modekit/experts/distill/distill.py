@@ -1,4 +1,4 @@
-"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from what a teacher says of it.
+"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from a teacher's output on it.
 
     OUT.training/       states of the training, so that the same command goes on after a kill; removed when all is done
     OUT                 the student: a plain model folder, or a LoRA adapter
@@ -27,7 +27,7 @@ from modekit.experts.distill.kept_logits import Header, KeptTeacher, LoadedTeach
 from modekit.experts.distill.settings import TOP_K, DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
 from modekit.experts.moving import Save, What, make_trainable
-from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, held_out_losses
+from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.loaded.engine import run_all_steps
@@ -54,8 +54,8 @@ class Distillation:
         train, rank: what of the student moves; see specialize.py.
         training: how long and how fast; muon, by_length, shares and autocast have no effect.
         settings: what is learned from the teacher.
-        keep: a folder for the teacher's word, which is read from there where it is already; None asks the teacher itself.
-        top_k: tokens that are kept of it at each place.
+        keep: a folder for the teacher's output, which is read from there where it is kept already; None: the teacher is run.
+        top_k: tokens that are kept at each place.
         mix: how several texts share the steps; see texts.py.
     """
 
@@ -96,7 +96,7 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
         with memory_errors():
             taught = _teach(asked, pair, texts, engine, folder, run)
         record = _record(asked, pair, texts, taught)
-        wanted.write(record, taught.save, run, distill=_table(taught.history))
+        wanted.write(record, taught.save, run, distill=_table(taught.steps))
     return record
 
 
@@ -132,7 +132,7 @@ def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tupl
         digest_of_sequences(texts.sequences),
         digest_of_sequences(texts.held_out),
     ]
-    return digest_of_data(what), digest_of_data([pair.student_digest, pair.teacher_digest])
+    return digest_of_data(what), digest_of_data([digest_of_source(pair.student), pair.teacher_digest])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Taught:
     """A student that has learned, how to save it, and what is known of how it went."""
 
     save: Save
-    history: Sequence[Mapping[str, float]]
+    steps: Sequence[Mapping[str, float]]
     loss: Mapping[str, float | None]
     kl: Mapping[str, float | None]
     classes: str
@@ -167,7 +167,8 @@ def _teach(
     after = _measured(student, lesson, held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
     tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
-    return _Taught(save, history, loss, kl, teacher.classes, tokens)
+    steps_taken = [entry for entry in history if CROSS_ENTROPY in entry]
+    return _Taught(save, steps_taken, loss, kl, teacher.classes, tokens)
 
 
 def _measured(
@@ -181,7 +182,7 @@ def _measured(
 
 
 def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Run) -> Teacher:
-    """The teacher beside the student, or its kept word, which is made first where there is none."""
+    """The teacher beside the student, or its kept output, which is made first where there is none."""
     if asked.keep is None:
         return LoadedTeacher(load_model(asked.teacher, run=run), pair.vocabulary)
     header = Header(
@@ -203,7 +204,7 @@ def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Ru
 
 
 def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:
-    steps, settings = _steps(taught.history), asked.settings
+    steps, settings = taught.steps, asked.settings
     shares = [each[SHARE] for each in steps]
     return SpecialistRecord.model_validate(
         {
@@ -230,13 +231,8 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: 
     )
 
 
-def _steps(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    return [entry for entry in history if CROSS_ENTROPY in entry]
-
-
-def _table(history: Sequence[Mapping[str, float]]) -> bytes:
+def _table(steps: Sequence[Mapping[str, float]]) -> bytes:
     """Losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
-    steps = _steps(history)
     every = -(-len(steps) // _MOST_ROWS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

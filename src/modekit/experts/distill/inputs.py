@@ -25,7 +25,7 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.sources.model import ModelSource, open_source
-from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer
+from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
 from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
@@ -54,11 +54,6 @@ class StudentAndTeacher:
         return ours if ours == theirs else max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
-    def student_digest(self) -> str:
-        """Of the student's config and weights as they are now."""
-        return digest_of_source(self.student)
-
-    @cached_property
     def teacher_digest(self) -> str:
         """Of the teacher's config and weights as they are now."""
         return digest_of_source(self.teacher)
@@ -79,7 +74,7 @@ def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     check_same_tokenizer(student, teacher, where=where, readers=_READERS)
     _check_same(tokenizer, its_own, where)
     for source, label in ((ours, f"STUDENT ({student.name})"), (theirs, where)):
-        check_ids_fit(source.folder, _vocab_size(source.config), where=label)
+        check_ids_fit(read_tokens(source.folder, where=label), _vocab_size(source.config), where=label)
     return StudentAndTeacher(ours, theirs, tokenizer)
 
 
@@ -138,7 +133,7 @@ class Texts:
 
     @property
     def all(self) -> list[TokenSequence]:
-        """What the teacher is asked about, in the order in which its word is kept."""
+        """Sequences for which the teacher's output is needed, in the order in which it is kept."""
         return [*self.sequences, *self.held_out]
 
     @property

@@ -1,4 +1,4 @@
-"""What a teacher says of every token, and how far a student is from it: beside the student, or kept for several students.
+"""A teacher's output at every token, and how far a student is from it: beside the student, or kept for several students.
 
     FOLDER/teacher.json          of which teacher, tokenizer and text, at which temperatures (Header)
     FOLDER/logits.safetensors    in blocks of whole sequences: ids.N (T, K) int32, log_probs.N (T, K) float32, at temperature 1,
@@ -18,10 +18,10 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -47,31 +47,14 @@ Item = Mapping[str, torch.Tensor]
 """input_ids, real, position (B, S): where each token stands among those of all sequences."""
 
 
-class TeacherOutput(Protocol):
-    """What a teacher says of N tokens."""
-
-    def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of a student's logits and of the teacher, at a temperature, over the same classes."""
-
-
-class Teacher(Protocol):
-    """Says what comes next."""
-
-    classes: str
-    """What distributions are compared over, in words."""
-
-    def output_of(self, item: Item, predicted: torch.Tensor) -> TeacherOutput:
-        """Of the predicted tokens of a batch."""
-
-
 @dataclass(frozen=True)
 class FullLogits:
-    """Logits (N, V)."""
+    """A teacher's output at N tokens: logits (N, V)."""
 
     logits_NV: torch.Tensor
 
     def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the whole vocabulary."""
+        """Log-probabilities of a student's logits and of the teacher, at a temperature, over the whole vocabulary."""
         return tempered(student_NV, temperature), tempered(self.logits_NV, temperature)
 
 
@@ -87,7 +70,7 @@ class TopLogits:
     log_rest_N: Callable[[float], torch.Tensor | None]
 
     def beside(self, student_NV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the kept tokens and, as one class, all others."""
+        """The same over the kept tokens and, as one class, all others."""
         student = tempered(student_NV, temperature)
         student_NK = student.gather(-1, self.ids_NK)
         teacher_NK = self.log_probs_NK / temperature
@@ -103,6 +86,7 @@ class LoadedTeacher:
     """The teacher's model, which never learns; `vocabulary` ids are those of the tokenizer that both models have."""
 
     classes = "the whole vocabulary"
+    """What distributions are compared over, in words."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self._model = model.requires_grad_(False).eval()
@@ -145,6 +129,11 @@ class Header(BaseModel):
     top_k: _Size
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1e3, strict=True)], ...], Field(min_length=1, max_length=16)]
     tokens: _Size
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of the three tensors of a block, in the order of the file."""
+        return {"ids": self.top_k, "log_probs": self.top_k, "log_rest": len(self.temperatures)}
 
 
 def read_kept(folder: Path) -> Header | None:
@@ -191,80 +180,61 @@ def check_kept(folder: Path, found: Header, wanted: Header) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Which sequences lie in which block, and how large its tensors are."""
+def _blocks_of(sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+    """Consecutive sequences, of about _BLOCK tokens."""
+    blocks: list[list[TokenSequence]] = []
+    size = _BLOCK
+    for sequence in sequences:
+        if size + len(sequence.ids) > _BLOCK:
+            blocks.append([])
+            size = 0
+        blocks[-1].append(sequence)
+        size += len(sequence.ids)
+    return blocks
 
-    sequences: Sequence[TokenSequence]
-    top_k: int
-    temperatures: tuple[float, ...]
 
-    def all(self) -> list[list[TokenSequence]]:
-        """Consecutive sequences, of about _BLOCK tokens."""
-        blocks: list[list[TokenSequence]] = []
-        size = _BLOCK
-        for sequence in self.sequences:
-            if size + len(sequence.ids) > _BLOCK:
-                blocks.append([])
-                size = 0
-            blocks[-1].append(sequence)
-            size += len(sequence.ids)
-        return blocks
-
-    def entries(self, blocks: Sequence[Sequence[TokenSequence]]) -> list[Entry]:
-        """Of the file's header, in order."""
-        widths = {"ids": self.top_k, "log_probs": self.top_k, "log_rest": len(self.temperatures)}
-        found: list[Entry] = []
-        for number, block in enumerate(blocks):
-            tokens = sum(len(sequence.ids) for sequence in block)
-            found += [
-                (f"{name}.{number}", _DTYPES[name][0], (tokens, widths[name]), 4 * tokens * widths[name]) for name in _NAMES
-            ]
-        return found
+def _entries(header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> list[Entry]:
+    """Of the file's header, in order."""
+    sizes = [sum(len(sequence.ids) for sequence in block) for block in blocks]
+    widths = header.widths.items()
+    return [
+        (f"{name}.{number}", _DTYPES[name][0], (tokens, width), 4 * tokens * width)
+        for number, tokens in enumerate(sizes)
+        for name, width in widths
+    ]
 
 
 def keep(folder: Path, header: Header, model: PreTrainedModel, sequences: Sequence[TokenSequence], *, run: Run) -> None:
     """One pass of the teacher over all sequences, written as it goes. Raises OutputError."""
-    layout = _Blocks(sequences, header.top_k, header.temperatures)
-    blocks = layout.all()
-    passes = _Passes(model, header, blocks)
+    blocks = _blocks_of(sequences)
+    model.eval()
+
+    @lru_cache(maxsize=1)  # the tensors of a block are written one after the other
+    def arrays(number: int) -> dict[str, np.ndarray]:
+        return _arrays(model, header, blocks[number])
 
     def write(number: int, stream: io.FileIO) -> None:
         name = _NAMES[number % len(_NAMES)]
-        write_all(stream, memoryview(passes.of(number // len(_NAMES))[name].tobytes()))
+        write_all(stream, memoryview(arrays(number // len(_NAMES))[name].tobytes()))
         run.progress("teacher", number + 1, len(blocks) * len(_NAMES))
 
     with staging(folder, f"teacher {digest_of_data(header.model_dump(mode='json'))}", "teacher", sync=run.sync) as stage:
-        stage.write_shard(LOGITS_FILE, layout.entries(blocks), write)
+        stage.write_shard(LOGITS_FILE, _entries(header, blocks), write)
         write_json(stage.folder / HEADER_FILE, header.model_dump(mode="json"))
 
 
-class _Passes:
-    """The teacher's word on one block at a time."""
-
-    def __init__(self, model: PreTrainedModel, header: Header, blocks: Sequence[Sequence[TokenSequence]]) -> None:
-        self._model, self._header, self._blocks = model.eval(), header, blocks
-        self._last: tuple[int, dict[str, np.ndarray]] | None = None
-
-    def of(self, number: int) -> dict[str, np.ndarray]:
-        """The three arrays of a block; its tensors are written one after the other."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, self._compute(self._blocks[number])
-        return self._last[1]
-
-    def _compute(self, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
-        starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
-        tokens, header = int(starts[-1]), self._header
-        widths = {"ids": header.top_k, "log_probs": header.top_k, "log_rest": len(header.temperatures)}
-        found = {name: np.empty((tokens, width), _DTYPES[name][1]) for name, width in widths.items()}
-        with torch.inference_mode():
-            for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(self._model.config))):
-                mask = batch.mask.to(self._model.device)
-                output = self._model(input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False)
-                places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
-                for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
-                    found[name][places] = values.cpu().numpy()
-        return found
+def _arrays(model: PreTrainedModel, header: Header, block: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
+    """The teacher's output on a block."""
+    starts = torch.tensor([0, *(len(sequence.ids) for sequence in block)]).cumsum(0)
+    found = {name: np.empty((int(starts[-1]), width), _DTYPES[name][1]) for name, width in header.widths.items()}
+    with torch.inference_mode():
+        for batch in make_batches(block, tokens=min(2_048, tokens_per_pass(model.config))):
+            mask = batch.mask.to(model.device)
+            output = model(input_ids=batch.input_ids.to(mask.device), attention_mask=mask.long(), use_cache=False)
+            places = (starts[torch.tensor(batch.rows)][:, None] + torch.arange(batch.mask.shape[1]))[batch.mask].numpy()
+            for name, values in zip(_NAMES, _kept_of(output.logits[mask][:, : header.vocabulary], header), strict=True):
+                found[name][places] = values.cpu().numpy()
+    return found
 
 
 def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -277,17 +247,16 @@ def _kept_of(logits_NV: torch.Tensor, header: Header) -> tuple[torch.Tensor, tor
 
 
 class KeptTeacher:
-    """A teacher's kept word, read batch by batch."""
+    """A teacher's kept output, read batch by batch."""
 
     def __init__(self, folder: Path, header: Header, sequences: Sequence[TokenSequence]) -> None:
         self._folder, self._header = folder, header
         self.classes = (
             "the whole vocabulary" if header.top_k == header.vocabulary else f"the teacher's top {header.top_k} and the rest"
         )
-        layout = _Blocks(sequences, header.top_k, header.temperatures)
-        blocks = layout.all()
+        blocks = _blocks_of(sequences)
         self._refs = read_header(folder / LOGITS_FILE, where="--keep-teacher")
-        expected = {name: (dtype, shape) for name, dtype, shape, _ in layout.entries(blocks)}
+        expected = {name: (dtype, shape) for name, dtype, shape, _ in _entries(header, blocks)}
         if {name: (ref.dtype, ref.shape) for name, ref in self._refs.items()} != expected:
             raise self._damaged("tensors of other names or shapes")
         self._ends = list(accumulate(sum(len(sequence.ids) for sequence in block) for block in blocks))
@@ -335,3 +304,6 @@ class KeptTeacher:
             found=found,
             remedy="remove the folder to have it made again",
         )
+
+
+Teacher: TypeAlias = LoadedTeacher | KeptTeacher

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modekit.errors import TrainingError
-from modekit.files.typed import problem_in
+from modekit.files.typed import as_kind
 from modekit.training.settings import losses_said
 
 Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
 """See training/losses.py."""
 
 TOP_K = 64
-"""Tokens that are kept of what a teacher says at each place, when nothing is said (docs/distill.md has what that costs)."""
+"""Tokens of a teacher's output that are kept at each place, by default (docs/distill.md has what that costs)."""
 
 
 class DistillSettings(BaseModel):
@@ -49,12 +49,12 @@ class DistillSettings(BaseModel):
 def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSettings:
     """Checked settings. Raises TrainingError with the first thing wrong."""
     try:
-        return DistillSettings.model_validate(values)
-    except ValidationError as error:
+        return as_kind(values, DistillSettings)
+    except ValueError as error:
         raise TrainingError(
             "the settings of this distillation are wrong",
             where=where,
-            found=problem_in(error),
+            found=error,
             remedy="correct them; docs/distill.md has them all",
         ) from None
 
