@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,15 @@ class TextOptions:
 
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import STDIN, UserMessage, standard_input
+        from modekit.evaluation.inspection.text import UserMessage
+        from modekit.text.plain import decode
 
         if not self.chat:
             refuse_without_effect("a user message (--chat)", {"--system": self.system})
         if self.text is None:
             refuse_without_effect("a text (--text)", {"--chat": self.chat or None})
             return None
-        text = standard_input() if self.text == STDIN else self.text
+        text = decode(sys.stdin.buffer.read(), where="standard input") if self.text == "-" else self.text
         return UserMessage(self.system, text) if self.chat else text
 
 

@@ -9,6 +9,7 @@ tokens of a batch, N kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -167,19 +168,16 @@ def run_with_inputs(
 
         return read
 
-    handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(view.router_inputs())]
-    try:
-        with torch.inference_mode():
-            advance(0)
-            for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
-                rows = torch.tensor([mine[row] for row in batch.rows])
-                masks = (batch.mask, batch.target_mask)
-                real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
-                run_backbone(view.model, batch)
-                advance(batch.tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for slot, module in enumerate(view.router_inputs()):
+            hooks.enter_context(module.register_forward_pre_hook(hook(slot)))
+        advance(0)
+        for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
+            rows = torch.tensor([mine[row] for row in batch.rows])
+            masks = (batch.mask, batch.target_mask)
+            real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
+            run_backbone(view.model, batch)
+            advance(batch.tokens)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def task_files(made: Sequence[Questions]) -> dict[str, bytes]:
     for questions in made:
         lines = [json.dumps(item, ensure_ascii=False, sort_keys=True) for item in questions.items]
         files[_data_file(questions)] = ("\n".join(lines) + "\n").encode()
-        for form in _forms_of(questions.kind):
+        for form in _forms_of(questions):
             config = task_config(form, questions, folder=None)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             if form == "generation":
@@ -94,23 +94,18 @@ def task_config(form: str, questions: Questions, folder: Path | None) -> dict[st
     }
 
 
-def wanted_forms(names: Sequence[str]) -> list[str]:
-    """The forms that names of TASKS ask for."""
-    return list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
-
-
 def tasks_of(forms: Sequence[str], made: Sequence[Questions]) -> dict[str, tuple[str, Questions]]:
     """Task name -> form and questions, of those forms."""
     return {
         task_name(form, questions.domain): (form, questions)
         for form in forms
         for questions in made
-        if form in _forms_of(questions.kind)
+        if form in _forms_of(questions)
     }
 
 
-def _forms_of(kind: str) -> list[str]:
-    return [form for form in FORMS if form.split("_")[0] == kind]
+def _forms_of(questions: Questions) -> list[str]:
+    return [form for form in FORMS if form.split("_")[0] == questions.kind]
 
 
 def _data_file(questions: Questions) -> str:

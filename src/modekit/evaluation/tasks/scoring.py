@@ -40,23 +40,13 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_GENERATED)
         self._advance = advance
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As HFLM, without its bar."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """As HFLM, without its bar."""
-        answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        return answers
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """As HFLM, without its bar."""
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As HFLM, in parts, so that `advance` hears of each."""
         answers: list[str] = []
         for start in range(0, len(requests), 4 * _GENERATED):
             part = requests[start : start + 4 * _GENERATED]
             with torch.inference_mode():
-                answers += super().generate_until(part, disable_tqdm=True)
+                answers += super().generate_until(part, disable_tqdm=disable_tqdm)
             self._advance(len(part))
         return answers
 
