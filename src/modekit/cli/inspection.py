@@ -21,7 +21,7 @@ from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
 from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
 from modekit.run import Run
@@ -66,9 +66,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:

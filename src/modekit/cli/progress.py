@@ -82,7 +82,9 @@ class Works:
     def report(self, stage: str, done: int, total: int) -> str:
         """Take a report; the name of its work."""
         self.phase, _, self.detail = stage.partition(DETAIL)
-        name, now = _name_of_work(self.phase), self._clock()
+        about, sign, rest = self.phase.rpartition(": ")
+        name = next((about + sign + start for start in _SHARED if rest.startswith(start)), self.phase)
+        now = self._clock()
         work = self._by_name.get(name)
         if work is None or total != work.total or done < work.done:
             work = self._by_name[name] = Work(total, done, deque([(now, done)]))
@@ -155,11 +157,6 @@ class Lines:
             phase = self._works.phase
             line = line.replace(phase, f"{phase[: max(8, len(phase) - too_long - 1)]}…", 1)
         self._write(line)
-
-
-def _name_of_work(phase: str) -> str:
-    about, sign, work = phase.rpartition(": ")
-    return next((about + sign + start for start in _SHARED if work.startswith(start)), phase)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.text import Text
@@ -25,6 +25,9 @@ from modekit.errors import FinishedError, InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="modekit",
@@ -119,6 +122,13 @@ def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
 def resolved(path: Path) -> Path:
     """A path without links and ways up; unlike `Path.resolve` not an error where links go round."""
     return Path(os.path.realpath(path))
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder. Raises CheckpointError."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+
+    return open_checkpoint(resolved(folder))
 
 
 def writable(path: Path, overwrite: bool) -> Path:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from modekit.files.read import SMALL, read_json
 
@@ -17,6 +26,9 @@ Count = Annotated[int, Field(ge=0, le=2**63, strict=True)]
 """How many there are: whole, and no more than can be."""
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e300, le=1e300, strict=True)]
 """A measured figure: finite, and so is a sum of many."""
+SIX_DIGITS = PlainSerializer(lambda value: float(f"{value:.6g}"), return_type=float)
+Figure = Annotated[Number, SIX_DIGITS]
+"""A figure that a file has with 6 significant digits."""
 Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or nothing."""
 

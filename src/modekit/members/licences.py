@@ -146,11 +146,8 @@ def _base_models(matter: dict[str, object], folder: Path, root: Path) -> tuple[s
     said = _strings(matter.get("base_model"))
     for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
         said = said or _strings(_json_in(folder / file).get(key))
-    return tuple(name for name in said if _is_hub_id(name) and not any(locate(name, at) for at in (folder, root)))
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and _HUB_ID.match(name) is not None
+    ids = (name for name in said if name.count("/") == 1 and _HUB_ID.match(name))
+    return tuple(name for name in ids if not any(locate(name, at) for at in (folder, root)))
 
 
 def _json_in(path: Path) -> dict[str, object]:

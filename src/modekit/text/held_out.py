@@ -113,7 +113,8 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
     """
     where = f"experts[{place}] '{expert.name}': text"
-    text = _own(expert, root, where) or DomainText((), where, None)
+    check_written(expert, root, where)
+    text = read_text(expert.texts, root=root, where=where) if expert.text else DomainText((), where, None)
     fit, prompts = text.fit(), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
@@ -129,12 +130,6 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")
     return documents
-
-
-def _own(expert: Expert, root: Path, where: str) -> DomainText | None:
-    """All of an expert's text; None where it has none. Raises TextError."""
-    check_written(expert, root, where)
-    return read_text(expert.texts, root=root, where=where) if expert.text else None
 
 
 def unseen(documents: Iterable[Document], seen: Collection[str]) -> list[Document]:
