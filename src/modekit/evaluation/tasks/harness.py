@@ -61,10 +61,9 @@ def quiet(trusted: bool) -> Iterator[None]:
     import lm_eval.filters.extraction
     import lm_eval.models.huggingface
     import lm_eval.utils
-    from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    level, bars, bar = logger.level, datasets.is_progress_bar_enabled(), lm_eval.api.task.tqdm
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -74,7 +73,7 @@ def quiet(trusted: bool) -> Iterator[None]:
         if bars:
             stack.callback(datasets.enable_progress_bars)
         for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-            _replace(stack, module, "tqdm", lambda *of, **settings: tqdm(*of, **{**settings, "disable": True}))
+            _replace(stack, module, "tqdm", lambda *of, **settings: bar(*of, **{**settings, "disable": True}))
         if not trusted:
             patterns = BoundedPatterns()
             _replace(stack, lm_eval.utils, "apply_template", render)
