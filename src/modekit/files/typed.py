@@ -6,16 +6,8 @@ from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic.functional_serializers import PlainSerializer
 
 from modekit.files.read import SMALL, read_json
 

@@ -51,6 +51,10 @@ class Figure:
     value: float
     error: float | None
 
+    def said(self, digits: int) -> str:
+        """With so many digits behind the point, and its error where that is known."""
+        return f"{self.value:.{digits}f}" + ("" if self.error is None else f" ± {self.error:.{digits}f}")
+
 
 class GroupDrift(BaseModel, frozen=True):
     """An expert in a group: |difference| / |base| (None where the base is zero), and the share of its squared difference."""
