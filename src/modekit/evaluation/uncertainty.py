@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 _BLOCKS = 20
 
@@ -35,7 +35,7 @@ def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Se
     return jackknife_error(share, base, own, row)
 
 
-def jackknife_error(figure: Callable[..., float], *blocks: Sequence[float]) -> float | None:
+def jackknife_error(figure: Callable[..., float], *blocks: Collection[float]) -> float | None:
     """Standard error of a figure of several sums, each given by block: from its values with one block left out each; None when
     one of them is not finite.
 

@@ -40,13 +40,13 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_GENERATED)
         self._advance = advance
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """As HFLM, in parts, so that `advance` hears of each."""
         answers: list[str] = []
         for start in range(0, len(requests), 4 * _GENERATED):
             part = requests[start : start + 4 * _GENERATED]
             with torch.inference_mode():
-                answers += super().generate_until(part, disable_tqdm=disable_tqdm)
+                answers += super().generate_until(part, disable_tqdm=True)
             self._advance(len(part))
         return answers
 

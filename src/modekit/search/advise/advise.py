@@ -54,12 +54,11 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
         return found.model_copy(update={"findings": findings})
     facts = _facts(compared, measured, kept, native)
     output = raw.get("output")
-    kept_output = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
-    given = {**raw, "output": kept_output}  # leaves the architecture open
+    open_output = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
 
     def planned_by(known: Facts) -> Planned:
         choice = choose(known)
-        data = advised_recipe(given, kept, measured.unread, choice, known.native)
+        data = advised_recipe({**raw, "output": open_output}, kept, measured.unread, choice, known.native)
         return choice, summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
 
     chosen = choose(facts)
