@@ -99,7 +99,7 @@ class LabelSettings:
     ] = None
 
     def said(self) -> dict[str, object]:
-        """Likewise."""
+        """As those of `SettingOptions`."""
         return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 

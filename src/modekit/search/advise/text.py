@@ -123,8 +123,7 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
     from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
-    opened = OpenFiles()
-    try:
+    with OpenFiles() as opened:
         base = compared.base
         model = load_model(base.folder, run=run)
         give_rows(model, base, base)
@@ -138,8 +137,6 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
             for index, losses in on_average(patched, scored, own, run=run).items():
                 gains.parts[index][ON_AVERAGE] = losses
         return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
-    finally:
-        opened.close()
 
 
 def _weights(model: PreTrainedModel) -> int:
