@@ -139,8 +139,9 @@ def said_of(counted: Compared) -> str:
 def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
     """A line per kind of text, a column per example."""
     kinds = {"source": "source", "reference": "reference", "base": "base", "own expert": "own", "mixture": "mixture"}
-    lines = [[title, *(getattr(each, kind) or "" for each in examples)] for title, kind in kinds.items()]
-    return [line for line in lines if any(each.own is not None for each in examples) or line[0] != "own expert"]
+    if all(each.own is None for each in examples):
+        del kinds["own expert"]
+    return [[title, *(getattr(each, kind) or "" for each in examples)] for title, kind in kinds.items()]
 
 
 @dataclass(frozen=True)
