@@ -24,6 +24,7 @@ from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
+from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
@@ -41,7 +42,6 @@ from modekit.search.advise.result import (
     Figure,
     GroupDrift,
     PartGain,
-    TextSummary,
     WordTable,
 )
 from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup, TextRead, TriedNumber
@@ -250,7 +250,7 @@ def test_advise(shown: Callable[..., str]) -> None:
         base_model="./base",
         drift=dict.fromkeys(NAMES, ExpertDrift(relative=0.00123, groups={"ffn": group, "attention": group})),
         similarity=ExpertPairs(experts=NAMES, cosine=[[0.25] * 8] * 8, distance=[[0.5] * 8] * 8),
-        text=dict.fromkeys(NAMES, TextSummary(documents=9, tokens=8192, sha256="", sequence_length=512)),
+        text=dict.fromkeys(NAMES, ReadSequences(documents=9, tokens=8192, sha256="", sequence_length=512)),
         losses=dict.fromkeys(["base", *NAMES], dict.fromkeys(NAMES, 12.3456)),
         gain=dict.fromkeys(NAMES, ExpertGain(nats=Figure(1.0, None), parts=parts)),
         words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, accuracy=0.789),

@@ -144,9 +144,9 @@ def test_answers_are_the_greedy_ones_whatever_they_are_batched_with(checkpoint: 
     prompts = [
         template.ids(template.text([{"role": "user", "content": text}], answer=True)) for text in ("fever", "what is a deed")
     ]
-    together = list(chat._answers(model, prompts, tokenizer, 6))
+    together = list(chat._answers(model, prompts, tokenizer))
     for prompt, answered in zip(prompts, together, strict=True):
-        (alone,) = chat._answers(model, [prompt], tokenizer, 6)
+        (alone,) = chat._answers(model, [prompt], tokenizer)
         assert alone == answered and answered.ids[: len(prompt)] == tuple(prompt)
         ids = torch.tensor([prompt])
         for token in answered.ids[len(prompt) :]:

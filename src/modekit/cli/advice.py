@@ -21,7 +21,7 @@ from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.search.advise.result import Advice, Figure, Finding, WayToRun, WordTable
+    from modekit.search.advise.result import Advice, Finding, WayToRun, WordTable
 
 
 @app.command()
@@ -116,24 +116,18 @@ def _print_losses(advice: Advice) -> None:
 
 def _print_gains(advice: Advice) -> None:
     """Of experts that have a gain; all of their parts have a share then, or none."""
-    columns = {name: gain.parts for name, gain in advice.gain.items() if all(part.share for part in gain.parts.values())}
+    shares = {name: {part: each.share for part, each in gain.parts.items() if each.share} for name, gain in advice.gain.items()}
+    columns = {name: own for name, own in shares.items() if own}
     if not columns:
         return
     table = Table("put into the base", list(columns))
     for part in next(iter(columns.values())):
-        table.add(part, *(_with_error(parts[part].share) for parts in columns.values()))
+        table.add(part, *(own[part].said(2) for own in columns.values()))
     out.print("\nWhere the gain sits: share of an expert's gain on its own text, with its standard error.")
     out.print(table)
-    without = [
-        name for name, parts in columns.items() if any(part.share and part.share.error is None for part in parts.values())
-    ]
+    without = [name for name, own in columns.items() if any(share.error is None for share in own.values())]
     if without:
         print_notes([f"too little text to say how sure the figures of {', '.join(without)} are: give more, or more --tokens"])
-
-
-def _with_error(share: Figure | None) -> str:
-    assert share is not None
-    return f"{share.value:.2f}" + (f" ± {share.error:.2f}" if share.error else "")
 
 
 def _print_words(words: WordTable) -> None:

@@ -2,62 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from importlib.resources import files
 
 import typer
 from typer.models import CommandInfo
 
-GROUPS: Mapping[str, Mapping[str, str]] = {
-    "Start here": {
-        "mix": "mix ./base ./law-lora ./code -o OUT",
-        "chat": "chat OUT",
-        "serve": "serve OUT",
-        "demo": "demo --quick",
-    },
-    "Look": {
-        "plan": "plan recipe.yaml",
-        "eval": "eval OUT",
-        "eval-chat": "eval-chat OUT",
-        "eval-tasks": "eval-tasks OUT questions",
-        "eval-translation": "eval-translation OUT --beams 4",
-        "inspect": 'inspect OUT --text "The court held that"',
-        "route": 'route OUT "The court held that"',
-        "experts": "experts OUT",
-        "verify": "verify OUT --deep",
-        "report": "report OUT",
-    },
-    "Build and change": {
-        "build": "build recipe.yaml OUT",
-        "fit": "fit OUT --fit lexical",
-        "train": "train OUT --what routers --what attention",
-        "add": "add OUT --name tax --model ./tax --text tax.jsonl",
-        "replace": "replace OUT law --model ./law-2",
-        "remove": "remove OUT law",
-        "rename": "rename OUT law court",
-    },
-    "Make experts": {
-        "specialize": "specialize ./base ./law --text law.jsonl",
-        "extract": "extract ./law ./law-lora --base ./base --rank 16",
-        "upcycle": "upcycle ./base OUT --experts 4 --segments 2",
-        "shrink": "shrink OUT NEW --to 6 --text law.jsonl",
-        "densify": "densify OUT DENSE --minutes 10",
-        "data": "",
-        "balance": "data balance OUT --text law=law.jsonl --text tax=tax.jsonl --tokenizer ./base",
-        "tokenizer": "data tokenizer OUT --text law=law.jsonl --text tax=tax.jsonl",
-    },
-    "Find out": {
-        "advise": "advise recipe.yaml --write advised.yaml",
-        "tune": "tune recipe.yaml OUT --trials 24",
-        "discover": "discover FOUND --text unlabelled/",
-    },
-    "Share": {
-        "export": "export OUT FOLDER --gguf --outtype q8_0",
-        "front": "front OUT --worker http://127.0.0.1:8001",
-        "card": "card OUT",
-        "push": "push OUT me/my-mixture --dry-run",
-        "schema": "schema > recipe.schema.json",
-    },
-}
+GROUPS: dict[str, dict[str, str]] = {}
+"""Group -> command -> example, in the order of `--help`; examples.txt has a line for each."""
+for _line in files("modekit.cli").joinpath("examples.txt").read_text(encoding="utf-8").splitlines():
+    _group, _command, _example = _line.split("\t")
+    GROUPS.setdefault(_group, {})[_command] = _example
 
 
 def example_of(command: str) -> str:

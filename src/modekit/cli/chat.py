@@ -17,7 +17,7 @@ from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import OutFolder, Trust, app, resolved
+from modekit.cli.shell import OutFolder, Trust, app, checkpoint_in
 from modekit.errors import ModekitError
 from modekit.run import Run
 
@@ -66,9 +66,7 @@ class ChatOptions:
 @grouped
 def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     """Chat with a mixture; colours show which expert leads. Without a terminal, each line of the input is a question."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     with ExitStack() as stack:
         with drawn_progress() as progress:
             progress(LIBRARIES, 0, 1)

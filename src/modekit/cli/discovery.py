@@ -15,7 +15,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes, print_tune
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
+from modekit.cli.shell import AsJson, RecipePath, Writing, app, checkpoint_in, resolved
 from modekit.errors import check_packages
 from modekit.files.output import replaced_by
 from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
@@ -52,10 +52,9 @@ def discover(
 ) -> None:
     """Group unlabelled documents into domains, name each by its words, and show which ones a mixture already serves."""
     check_packages(("sklearn", "scipy", "threadpoolctl"), "pip install 'modekit[discover]'")
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.search.discover.discover import Unlabelled, discover
 
-    mixture = None if options.mixture is None else open_checkpoint(resolved(options.mixture))
+    mixture = None if options.mixture is None else checkpoint_in(options.mixture)
     with drawn_progress() as progress:
         discovery = discover(
             Unlabelled(text, Path.cwd(), mixture),

@@ -16,7 +16,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, resolved
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -199,11 +199,9 @@ def eval_translation(
 @contextmanager
 def _scoring(checkpoint: Path, trusted: bool) -> Iterator[tuple[Checkpoint, Run]]:
     """The checkpoint, and how to run; progress is drawn while it is open."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
-        yield open_checkpoint(resolved(checkpoint)), Run(trusted, progress)
+        yield checkpoint_in(checkpoint), Run(trusted, progress)
 
 
 def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | None) -> None:

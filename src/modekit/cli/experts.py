@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Writing, app, refuse_without_effect, resolved, writable
+from modekit.cli.shell import AsJson, OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -251,10 +251,9 @@ def extract(
 @app.command()
 def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
     """List the experts of a mixture: kind, size, date, gain and licence."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.members.listing import members_of
 
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     members, history = members_of(opened), opened.record.history
     if as_json:
         changes = [change.model_dump(mode="json", exclude_none=True) for change in history]

@@ -15,7 +15,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import OutFolder, Writing, app, refuse_without_effect, resolved
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
@@ -49,14 +49,12 @@ def export(
     options: ExportOptions,
 ) -> None:
     """Write the adapters of a mixture as ordinary PEFT folders, bit for bit; or a mixture for llama.cpp (--gguf)."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
     if options.gguf:
-        write_gguf(open_checkpoint(resolved(checkpoint)), output, options)
+        write_gguf(checkpoint_in(checkpoint), output, options)
         return
     only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer, "--accept": options.accept or None}
     refuse_without_effect("only --gguf reads it", only)
-    _export_adapters(open_checkpoint(resolved(checkpoint)), output, options)
+    _export_adapters(checkpoint_in(checkpoint), output, options)
 
 
 def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
@@ -108,9 +106,7 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
 @app.command()
 def report(checkpoint: OutFolder) -> None:
     """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
         from modekit.report.page import write_report
@@ -127,9 +123,7 @@ def card(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that you wrote or changed.")] = False,
 ) -> None:
     """Write the model card (OUT/README.md) with the licences of all sources."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
         from modekit.report.card import write_card
@@ -148,11 +142,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
 ) -> None:
     """Upload the mixture to the hub, without router statistics and local paths."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.report.push import check_repo, pack, push
 
     check_repo(repo)
-    parcel = pack(open_checkpoint(resolved(checkpoint)), ask_hub=not dry_run)
+    parcel = pack(checkpoint_in(checkpoint), ask_hub=not dry_run)
     print_parcel(parcel, repo)
     if not dry_run:
         out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
 from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
 from modekit.run import Run
@@ -42,14 +43,15 @@ class TextOptions:
 
     def read(self) -> str | UserMessage | None:
         """The text, or a user message (--chat); None without a text. Raises ModekitError, TextError."""
-        from modekit.evaluation.inspection.text import STDIN, UserMessage, standard_input
+        from modekit.evaluation.inspection.text import UserMessage
+        from modekit.text.plain import decode
 
         if not self.chat:
             refuse_without_effect("a user message (--chat)", {"--system": self.system})
         if self.text is None:
             refuse_without_effect("a text (--text)", {"--chat": self.chat or None})
             return None
-        text = standard_input() if self.text == STDIN else self.text
+        text = decode(sys.stdin.buffer.read(), where="standard input") if self.text == "-" else self.text
         return UserMessage(self.system, text) if self.chat else text
 
 
@@ -64,9 +66,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:

@@ -17,7 +17,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, Writing, app, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, or_dash, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -148,13 +148,12 @@ def _change(
 ) -> None:
     """Plan the change, measure the new expert, write the mixture. `asked`: what of the command makes it another."""
     from modekit.building.build import build
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.files.output import check_not_made_by
     from modekit.members.change import before_change
 
     target = resolved(write.output or folder)
     check_not_made_by(target, asked)
-    opened = open_checkpoint(resolved(folder))
+    opened = checkpoint_in(folder)
     if target != opened.folder:
         writable(target, write.overwrite)
     with drawn_progress() as progress:

@@ -19,7 +19,7 @@ from modekit.files.figures import clock_of, time_of
 from modekit.run import DETAIL, Progress
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn, TaskID
+    from rich.progress import TaskID
 
 LIBRARIES = "load the libraries"
 """First phase of commands that run models: on a busy machine that alone takes long."""
@@ -82,7 +82,9 @@ class Works:
     def report(self, stage: str, done: int, total: int) -> str:
         """Take a report; the name of its work."""
         self.phase, _, self.detail = stage.partition(DETAIL)
-        name, now = _name_of_work(self.phase), self._clock()
+        about, sign, rest = self.phase.rpartition(": ")
+        name = next((about + sign + start for start in _SHARED if rest.startswith(start)), self.phase)
+        now = self._clock()
         work = self._by_name.get(name)
         if work is None or total != work.total or done < work.done:
             work = self._by_name[name] = Work(total, done, deque([(now, done)]))
@@ -157,11 +159,6 @@ class Lines:
         self._write(line)
 
 
-def _name_of_work(phase: str) -> str:
-    about, sign, work = phase.rpartition(": ")
-    return next((about + sign + start for start in _SHARED if work.startswith(start)), phase)
-
-
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
     """Bars with the time left on a terminal, lines elsewhere; nothing from processes that are not the main one."""
@@ -179,17 +176,26 @@ def drawn_progress() -> Iterator[Progress]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
     from rich.table import Column
+    from rich.text import Text
 
     works = Works(time.monotonic)
+
+    class TimeLeft(ProgressColumn):
+        """How much time is left, said anew whenever it is drawn."""
+
+        def render(self, task: Task) -> Text:
+            left = works.left(task.fields["work"])
+            return Text("" if left is None else f"{time_of(left)} left", style="progress.remaining")
+
     columns = (
         TextColumn("{task.description:<22}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(None, table_column=Column(max_width=16)),  # gives way to long names
         TaskProgressColumn(table_column=Column(no_wrap=True)),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        _time_left(works),
+        TimeLeft(Column(no_wrap=True)),
     )
     with Bars(*columns, console=err, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
@@ -204,20 +210,6 @@ def _bars() -> Iterator[Progress]:
             bars.update(tasks[name], description=described, completed=done, total=total if works.work.is_counted else None)
 
         yield draw
-
-
-def _time_left(works: Works) -> ProgressColumn:
-    """A column that says anew, whenever it is drawn, how much time is left."""
-    from rich.progress import ProgressColumn, Task
-    from rich.table import Column
-    from rich.text import Text
-
-    class TimeLeft(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            left = works.left(task.fields["work"])
-            return Text("" if left is None else f"{time_of(left)} left", style="progress.remaining")
-
-    return TimeLeft(Column(no_wrap=True))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
 
@@ -72,10 +72,9 @@ class ServeOptions:
 @grouped
 def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     """Serve a mixture with OpenAI's API. Clients must send the key in MODEKIT_API_KEY, if it is set."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.engines.serve import choose_engine
 
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
     engine, _ = choose_engine(opened, options.engine)
     unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
@@ -132,14 +131,13 @@ class FrontOptions:
 @grouped
 def front(checkpoint: OutFolder, options: FrontOptions) -> None:
     """Run a gateway; requests for "auto" go to the expert that best matches their text."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.engines.run_front import FrontSettings, run_front
 
     adapters = None if options.adapters is None else resolved(options.adapters)
     settings = FrontSettings(
         workers=options.worker, names=options.name or [], timeout=options.timeout, adapters=adapters, no_key=options.no_key
     )
-    opened = open_checkpoint(resolved(checkpoint))
+    opened = checkpoint_in(checkpoint)
 
     def listening(address: str) -> None:
         out.print(Text.assemble((f"{address}/v1", "bold"), ": model auto, or what the workers serve; Ctrl-C ends it"))
@@ -155,9 +153,7 @@ def route(
     trust_remote_code: Trust = False,
 ) -> None:
     """Name the expert that best matches a text. Only the mixture's router runs, no model."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    opened, read = open_checkpoint(resolved(checkpoint)), sys.stdin.read() if text == "-" else text
+    opened, read = checkpoint_in(checkpoint), sys.stdin.read() if text == "-" else text
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
         from modekit.routing.text_router import TextRouter

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.text import Text
@@ -25,6 +26,9 @@ from modekit.errors import FinishedError, InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
+
+if TYPE_CHECKING:
+    from modekit.checkpoint.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="modekit",
@@ -58,27 +62,6 @@ class Writing:
 
 
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
-_MOVED_OPTIONS = {
-    "eval": {
-        **dict.fromkeys(
-            ("--tasks", "--models", "--include-path", "--limit", "--seen", "--seed"), "run modekit eval-tasks OUT TASKS"
-        ),
-        **dict.fromkeys(("--chat", "--system", "--questions"), "run modekit eval-chat OUT"),
-        **dict.fromkeys(
-            ("--translate", "--beams", "--pairs", "--batch", "--max-new-tokens"), "run modekit eval-translation OUT"
-        ),
-    },
-    "inspect": {"--text-file": "give --text - < FILE", "--layer": "give --json, which has the weights of every router"},
-    "plan": {"--time": "leave it out; plan always shows how long a build takes"},
-    "train": {"--cheap": "run modekit fit OUT --fit logistic"},
-    "report": {"--out": "copy OUT/results/report.html, which is whole by itself"},
-    "demo": {"--modular": "run python benchmarks/modular.py in modekit's repository"},
-    "discover": {
-        **dict.fromkeys(("--features", "--model"), "leave it out; texts are always grouped by their words"),
-        "--most": "give --domains; without it up to 12 are tried",
-    },
-}
-"""Command -> options that it had -> what to do now."""
 _NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
@@ -119,6 +102,13 @@ def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
 def resolved(path: Path) -> Path:
     """A path without links and ways up; unlike `Path.resolve` not an error where links go round."""
     return Path(os.path.realpath(path))
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder. Raises CheckpointError."""
+    from modekit.checkpoint.checkpoint import open_checkpoint
+
+    return open_checkpoint(resolved(folder))
 
 
 def writable(path: Path, overwrite: bool) -> Path:
@@ -178,9 +168,11 @@ def _wrong_usage(said: str) -> ModekitError:
 
     said = said.replace(": Value error, ", ": ")
     option = _NO_OPTION.match(said)
-    moved = _MOVED_OPTIONS.get(_command(), {}).get(option[1]) if option else None
-    if option and moved:
-        return ModekitError(f"this option was removed: {option[1]}", where=f"modekit {_command()}", remedy=moved)
+    removed = files("modekit.cli").joinpath("removed_options.txt").read_text(encoding="utf-8").splitlines()
+    remedies = {(command, name): remedy for command, name, remedy in (line.split("\t") for line in removed)}
+    if option and (_command(), option[1]) in remedies:
+        remedy = remedies[_command(), option[1]]
+        return ModekitError(f"this option was removed: {option[1]}", where=f"modekit {_command()}", remedy=remedy)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command())

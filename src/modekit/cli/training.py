@@ -12,7 +12,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import print_json
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, resolved
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, resolved
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -99,7 +99,7 @@ class LabelSettings:
     ] = None
 
     def said(self) -> dict[str, object]:
-        """Likewise."""
+        """As those of `SettingOptions`."""
         return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
@@ -132,7 +132,6 @@ def train(
     ] = None,
 ) -> None:
     """Improve a mixture by gradient; by default train only its routers. Works under torchrun and accelerate launch."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
     from modekit.processes import processes
     from modekit.training.settings import given_settings
 
@@ -143,7 +142,7 @@ def train(
         from modekit.training.train import train
 
         done = train(
-            open_checkpoint(resolved(checkpoint)),
+            checkpoint_in(checkpoint),
             wanted,
             texts=texts_by_domain(text),
             root=Path.cwd(),

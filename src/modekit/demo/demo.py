@@ -26,7 +26,7 @@ from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import translated_table
 from modekit.errors import OutputError
-from modekit.evaluation.results import Results, Row, gaps_of, with_gaps
+from modekit.evaluation.results import Results, gaps_of, with_gaps
 from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
@@ -52,9 +52,9 @@ class DemoResults:
         for name, results in by_mixture.items():
             carrying.setdefault(name.partition(" ")[2], results)
         rows = [row for row in first.rows if row.kind not in {"mixture", "oracle"}]
-        rows += [Row(f"oracle {carried}".strip(), *_rest(results.row("oracle"))) for carried, results in carrying.items()]
+        rows += [results.row("oracle").renamed(f"oracle {carried}".strip()) for carried, results in carrying.items()]
         rows += [
-            Row(name if row.name == "mixture" else f"{name} {row.name}", *_rest(row))
+            row.renamed(name if row.name == "mixture" else f"{name} {row.name}")
             for name, results in by_mixture.items()
             for row in results.rows
             if row.kind == "mixture"
@@ -173,7 +173,3 @@ def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )
-
-
-def _rest(row: Row) -> tuple[Any, ...]:
-    return row.kind, row.total_parameters, row.active_parameters, row.scores, row.identity

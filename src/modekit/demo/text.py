@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from modekit.files.write import make_folder, write_file
-from modekit.text.shipped import shipped_file, shipped_notice
+from modekit.text.shipped import SHIPPED_FOLDER, shipped_file
 
 DOMAINS = ("medicine", "law", "science", "code")
 GENERAL = "general"
@@ -24,7 +24,7 @@ LANGUAGES = ("english", "french", "german")
 def unpack_text(folder: Path, names: Sequence[str] = (*DOMAINS, GENERAL, UNSEEN)) -> dict[str, Path]:
     """Write the text of each name as FOLDER/<name>.jsonl, where it can be looked at; returns the paths."""
     make_folder(folder)
-    write_file(folder / "NOTICE", shipped_notice())
+    write_file(folder / "NOTICE", (SHIPPED_FOLDER / "NOTICE").read_bytes())
     paths = {}
     for domain in names:
         paths[domain] = folder / f"{domain}.jsonl"

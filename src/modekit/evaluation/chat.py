@@ -48,7 +48,7 @@ SMALL_TALK, CHANGE = "small talk", "change of domain"
 REAL, REAL_CHANGE = "real questions: ", "real questions: change of domain"
 _FEWEST, _MOST = 8, 24  # words of a question
 _ANSWERED = 32  # words of an answer that stands before a change of domain
-_BATCH = 8
+_BATCH, _ANSWER_TOKENS = 8, 16
 _PAGE = 4_000  # characters
 _SENTENCE = re.compile(r"(?<=[.;:!?\n])\s+")
 
@@ -94,15 +94,8 @@ class ChatResults(CheckpointResult):
     def markdown(self) -> str:
         """For chat.md."""
         titles = ["", "questions", "last prompt token", f"after {self.answer_tokens} tokens", "over them", *self.experts]
-        lines = [
-            [
-                row.name,
-                str(row.questions),
-                *row.shares,
-                *(str(row.leaders.get(name, 0)) for name in self.experts),
-            ]
-            for row in self.rows
-        ]
+        counts = ([str(row.leaders.get(name, 0)) for name in self.experts] for row in self.rows)
+        lines = [[row.name, str(row.questions), *row.shares, *led] for row, led in zip(self.rows, counts, strict=True)]
         return "\n".join([markdown_table(titles, lines), "", *(f"* {note}" for note in self.notes), ""])
 
 
@@ -119,7 +112,6 @@ def evaluate_chat(
     checkpoint: Checkpoint,
     *,
     questions: int = 32,
-    answer_tokens: int = 16,
     system: str | None = None,
     seed: int = 0,
     ask: Path | None = None,
@@ -145,10 +137,10 @@ def evaluate_chat(
     asked = [*_questions(checkpoint, held_out_texts(checkpoint), questions, seed), *real]
     prompts = [template.ids(template.text([*above, *each.messages], answer=True)) for each in asked]
     model = load_model(checkpoint.folder, run=run)
-    leaders = _leaders(model, checkpoint, prompts, tokenizer, answer_tokens, run)
+    leaders = _leaders(model, checkpoint, prompts, tokenizer, run)
     rows = [_score(kind, asked, leaders, checkpoint.names) for kind in dict.fromkeys(each.kind for each in asked)]
     notes = _notes(template, system, rows)
-    results = ChatResults(checkpoint.names, system, answer_tokens, rows, notes, checkpoint=checkpoint.identity)
+    results = ChatResults(checkpoint.names, system, _ANSWER_TOKENS, rows, notes, checkpoint=checkpoint.identity)
     if write:
         results.write(checkpoint)
     return results
@@ -234,14 +226,13 @@ def _leaders(
     checkpoint: Checkpoint,
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    answer_tokens: int,
     run: Run,
 ) -> list[list[int]]:
     """Who leads at the end of every prompt, and at each token of its answer."""
     answered: list[TokenSequence] = []
     run.begin("answer", len(prompts))
     for start in range(0, len(prompts), _BATCH):
-        answered += _answers(model, prompts[start : start + _BATCH], tokenizer, answer_tokens)
+        answered += _answers(model, prompts[start : start + _BATCH], tokenizer)
         run.progress("answer", len(answered), len(prompts))
     found: list[list[int]] = [[]] * len(prompts)
 
@@ -255,7 +246,7 @@ def _leaders(
 
 
 def _answers(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, answer_tokens: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TokenSequence]:
     """Every prompt with its greedy answer, at most so many tokens."""
     longest = max(map(len, prompts))
@@ -265,7 +256,7 @@ def _answers(
     mask_BS = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with torch.inference_mode():
         out_BS: Any = model.generate(
-            input_ids=ids_BS, attention_mask=mask_BS, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=0
+            input_ids=ids_BS, attention_mask=mask_BS, max_new_tokens=_ANSWER_TOKENS, do_sample=False, pad_token_id=0
         )
     for prompt, row in zip(prompts, out_BS[:, longest:].tolist(), strict=True):
         length = next((place for place, token in enumerate(row) if token in ended), len(row))

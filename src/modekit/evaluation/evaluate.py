@@ -109,7 +109,7 @@ def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> li
 def loss_gains(domains: Sequence[Domain], with_label: Row, without: Row) -> list[Gain]:
     """What a label saves of the loss, mean over the domains that have an expert; none where one of them was not scored."""
     own = [domain for domain in domains if domain.expert is not None]
-    if not all(_of(with_label, domain) for domain in own):
+    if not all(domain.name in with_label.scores for domain in own):
         return []
     scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
     gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
@@ -127,7 +127,9 @@ def _without_errors(rows: Sequence[Row], domains: Sequence[Domain]) -> Iterator[
         domain.name
         for domain in domains
         if domain.name not in single
-        and any(score.gap_closed is not None and score.gap_error is None for row in rows if (score := _of(row, domain)))
+        and any(
+            score.gap_closed is not None and score.gap_error is None for row in rows if (score := row.scores.get(domain.name))
+        )
     ]
     if undecided:
         yield (
@@ -143,7 +145,7 @@ def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> Ite
         own = named.get(domain.name, named.get(BASE))
         if domain.expert is None or own is None:
             continue
-        others = [row for row in named.values() if row.kind == "expert" and row is not own and _of(row, domain)]
+        others = [row for row in named.values() if row.kind == "expert" and row is not own and domain.name in row.scores]
         best = min(others, key=lambda row: row.scores[domain.name].loss, default=None)
         if best is None:
             continue
@@ -151,10 +153,6 @@ def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> Ite
         if mine.loss - other.loss > max(least, 2 * (_error_of_difference(mine, other, domain) or 0.0)):
             who = "the base model, which is its expert," if own.kind == "base" else "its own expert"
             yield f"{domain.name}: {who} has {mine.loss:.3f} on its text, worse than {best.name} with {other.loss:.3f}"
-
-
-def _of(row: Row, domain: Domain) -> Score | None:
-    return row.scores.get(domain.name)
 
 
 def _error_of_difference(one: Score, other: Score, domain: Domain) -> float | None:

@@ -67,11 +67,6 @@ class ForcedExpert:
         """KL(own || forced) / KL(own || base): 0 = the whole expert, 1 = nothing; None where own model and base are one."""
         return self.kl / self.base_kl if self.base_kl > _SAME else None
 
-    @property
-    def means(self) -> tuple[float, ...]:
-        """What is a mean over the tokens, in the order of the fields."""
-        return self.kl, self.base_kl, self.own_loss, self.forced_loss, self.base_loss
-
 
 @dataclass(frozen=True)
 class ForcedExperts(CheckpointResult):
@@ -134,9 +129,10 @@ def _cells(row: ForcedExpert) -> list[str]:
 def _pooled(rows: Sequence[ForcedExpert], text: str) -> ForcedExpert:
     """Several texts of an expert as one."""
     tokens = sum(row.tokens for row in rows)
-    weighted = ([mean * row.tokens for mean in row.means] for row in rows)
-    means = (sum(sums) / tokens for sums in zip(*weighted, strict=True))
-    return ForcedExpert(rows[0].expert, text, tokens, max(row.largest for row in rows), *means)
+    means = ((row.kl, row.base_kl, row.own_loss, row.forced_loss, row.base_loss) for row in rows)
+    weighted = ([mean * row.tokens for mean in own] for row, own in zip(rows, means, strict=True))
+    pooled = (sum(sums) / tokens for sums in zip(*weighted, strict=True))
+    return ForcedExpert(rows[0].expert, text, tokens, max(row.largest for row in rows), *pooled)
 
 
 def force_experts(

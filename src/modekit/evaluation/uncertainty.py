@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 
 _BLOCKS = 20
 
@@ -16,8 +17,7 @@ def in_blocks(values: Sequence[float]) -> tuple[float, ...]:
 
 def mean_error(sums: Sequence[float], counts: Sequence[float]) -> float | None:
     """Standard error of sum(sums) / sum(counts), from both by block."""
-    total, number = sum(sums), sum(counts)
-    return jackknife_error([(total - s) / (number - n) for s, n in zip(sums, counts, strict=True)])
+    return jackknife_error(operator.truediv, sums, counts)
 
 
 def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Sequence[float] | None) -> float | None:
@@ -28,20 +28,21 @@ def gap_error(base: Sequence[float] | None, own: Sequence[float] | None, row: Se
     """
     if base is None or own is None or row is None or not len(base) == len(own) == len(row) > 1:
         return None
-    without = []
-    for b, o, r in zip(base, own, row, strict=True):
-        gap = (sum(base) - b) - (sum(own) - o)
-        if gap <= 0:
-            return None
-        without.append(((sum(base) - b) - (sum(row) - r)) / gap)
-    return jackknife_error(without)
+
+    def share(base: float, own: float, row: float) -> float:
+        return (base - row) / (base - own) if base > own else math.nan
+
+    return jackknife_error(share, base, own, row)
 
 
-def jackknife_error(without: Sequence[float]) -> float | None:
-    """Standard error of a figure from its values with one block left out each; None when one of them is not finite.
+def jackknife_error(figure: Callable[..., float], *blocks: Collection[float]) -> float | None:
+    """Standard error of a figure of several sums, each given by block: from its values with one block left out each; None when
+    one of them is not finite.
 
     Tukey's jackknife; Efron and Stein, Annals of Statistics 1981.
     """
+    totals = [sum(each) for each in blocks]
+    without = [figure(*map(operator.sub, totals, parts)) for parts in zip(*blocks, strict=True)]
     count = len(without)
     mean = sum(without) / count
     error = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))

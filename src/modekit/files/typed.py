@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic.functional_serializers import PlainSerializer
 
 from modekit.files.read import SMALL, read_json
 
@@ -17,39 +19,39 @@ Count = Annotated[int, Field(ge=0, le=2**63, strict=True)]
 """How many there are: whole, and no more than can be."""
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e300, le=1e300, strict=True)]
 """A measured figure: finite, and so is a sum of many."""
+SIX_DIGITS = PlainSerializer(lambda value: float(f"{value:.6g}"), return_type=float)
+Figure = Annotated[Number, SIX_DIGITS]
+"""A figure that a file has with 6 significant digits."""
 Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or nothing."""
 
 
-def _plain_name(name: str) -> str:
-    if name in ("", ".", "..") or any(sign in name for sign in "/\\\0") or PureWindowsPath(name).drive:
-        raise ValueError("must be a name without a path")
-    return name
+def must_be(what: str, is_so: Callable[[_Kind], bool]) -> AfterValidator:
+    """A check of a value; `what` completes the message: must be ..."""
+
+    def checked(value: _Kind) -> _Kind:
+        if not is_so(value):
+            raise ValueError(f"must be {what}")
+        return value
+
+    return AfterValidator(checked)
 
 
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must be a line of characters that can be printed")
-    return text
+def _is_relative(path: str) -> bool:
+    return not ("\0" in path or len(path) > 4_096 or Path(path).is_absolute() or PureWindowsPath(path).drive)
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must be no text with a NUL, which no path has")
-    return text
+def _is_plain_name(name: str) -> bool:
+    return not (name in ("", ".", "..") or any(sign in name for sign in "/\\\0") or PureWindowsPath(name).drive)
 
 
-def _relative(path: str) -> str:
-    if "\0" in path or len(path) > 4_096 or Path(path).is_absolute() or PureWindowsPath(path).drive:
-        raise ValueError("must be a path relative to the folder that the file lies in")
-    return path
-
-
-Label = Annotated[str, StringConstraints(max_length=300), AfterValidator(_one_line)]
+Label = Annotated[str, StringConstraints(max_length=300), must_be("a line of characters that can be printed", str.isprintable)]
 """What a table calls something."""
-PlainName = Annotated[str, AfterValidator(_plain_name)]
-RelativePath = Annotated[str, AfterValidator(_relative)]
-Spec = Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_no_nul)]
+PlainName = Annotated[str, must_be("a name without a path", _is_plain_name)]
+RelativePath = Annotated[str, must_be("a path relative to the folder that the file lies in", _is_relative)]
+Spec = Annotated[
+    str, StringConstraints(max_length=4_096), must_be("no text with a NUL, which no path has", lambda text: "\0" not in text)
+]
 """A path or hub id, as somebody wrote it."""
 
 

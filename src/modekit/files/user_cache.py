@@ -67,13 +67,13 @@ def keep_digest(path: Path, state: FileState, blake3: str) -> None:
 def keep_proven(what: str) -> None:
     """Keep that something was proven here."""
     with suppress(OSError, RuntimeError):
-        _write(_proven_file(what), b"")
+        _write(_file_of("proven", what.encode()), b"")
 
 
 def is_proven_here(what: str) -> bool:
     """Whether it was."""
     try:
-        return _proven_file(what).is_file()
+        return _file_of("proven", what.encode()).is_file()
     except (OSError, RuntimeError):
         return False
 
@@ -81,14 +81,15 @@ def is_proven_here(what: str) -> bool:
 def keep_header(what: str, content: bytes) -> None:
     """Keep the header of a file that is elsewhere and never changes."""
     with suppress(OSError, RuntimeError):
-        if not _header_file(what).exists():
-            _write(_header_file(what), content)
+        file = _file_of("headers", what.encode())
+        if not file.exists():
+            _write(file, content)
 
 
 def known_header(what: str) -> bytes | None:
     """The same; None where it is not known."""
     try:
-        return read_bytes(_header_file(what), 2**26)
+        return read_bytes(_file_of("headers", what.encode()), 2**26)
     except (*UNREADABLE, RuntimeError):
         return None
 
@@ -103,15 +104,11 @@ def cached_folder(name: str) -> Path:
 
 
 def _digest_file(path: Path) -> Path:
-    return _own_folder("digests") / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+    return _file_of("digests", os.fsencode(os.path.realpath(path)), ".json")
 
 
-def _proven_file(what: str) -> Path:
-    return _own_folder("proven") / hashlib.sha256(what.encode()).hexdigest()
-
-
-def _header_file(what: str) -> Path:
-    return _own_folder("headers") / hashlib.sha256(what.encode()).hexdigest()
+def _file_of(folder: str, what: bytes, suffix: str = "") -> Path:
+    return _own_folder(folder) / f"{hashlib.sha256(what).hexdigest()}{suffix}"
 
 
 def _own_folder(name: str) -> Path:

@@ -22,7 +22,7 @@ from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import ModekitError, SourceError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
-from modekit.recipes.layers import Layer, layer_at
+from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
 from modekit.search.advise.drift import compare, groups_of
 from modekit.search.advise.findings import NEAR_COSINE
@@ -154,7 +154,8 @@ def _likeness(
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
     groups = groups_of(base, plan.family)
-    looked_at = _looked_at(plan.family.sizes(base.config))
+    sizes = plan.family.sizes(base.config)  # layers of each stack
+    looked_at = {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
     sample = {name: group for name, group in groups.items() if split_layer(name)[0] in looked_at}
     assert sample, looked_at
     found = compare(base, [new, *others.values()], sample, run=run)
@@ -168,11 +169,6 @@ def _likeness(
         return compare(base, [new], groups, run=run).total(0), {}
     pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
     return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
-
-
-def _looked_at(sizes: Mapping[str, int]) -> set[Layer]:
-    """The first, the middle and the last layer of each stack, by its number of layers."""
-    return {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
 
 
 def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:

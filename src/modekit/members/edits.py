@@ -122,7 +122,9 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> MixtureEdit:
     data["eval"] = {key: texts for key, texts in data.get("eval", {}).items() if key != name}
     if not data["eval"]:
         del data["eval"]
-    _without_weight(data, name)
+    mixture = data.get("mixture", {})
+    for setting in _by_name(mixture):
+        mixture[setting] = {key: value for key, value in mixture[setting].items() if key != name}
     origins = [other for other in range(len(checkpoint.names)) if other != number]
     return MixtureEdit(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
 
@@ -194,12 +196,6 @@ def _check_unused(checkpoint: Checkpoint, name: str) -> None:
             found=name,
             remedy=f"build a recipe without it, or change mixture.{user} first",
         )
-
-
-def _without_weight(data: dict[str, Any], name: str) -> None:
-    mixture = data.get("mixture", {})
-    for setting in _by_name(mixture):
-        mixture[setting] = {key: value for key, value in mixture[setting].items() if key != name}
 
 
 def _by_name(mixture: Mapping[str, object]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -25,30 +26,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
 _LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.-]*\Z")
 _FRONT_MATTER = re.compile(r"^---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(\n|\Z)", re.DOTALL)
 _TITLE = 600  # characters in which a licence's title stands
-_TITLES = (
-    ("apache license version 2.0", "apache-2.0"),
-    ("mit license", "mit"),
-    ("permission is hereby granted, free of charge, to any person obtaining a copy", "mit"),
-    ("gnu affero general public license version 3", "agpl-3.0"),
-    ("gnu lesser general public license version 3", "lgpl-3.0"),
-    ("gnu general public license version 3", "gpl-3.0"),
-    ("gnu general public license version 2", "gpl-2.0"),
-    ("mozilla public license version 2.0", "mpl-2.0"),
-    ("attribution-noncommercial-sharealike 4.0", "cc-by-nc-sa-4.0"),
-    ("attribution-noncommercial-noderivatives 4.0", "cc-by-nc-nd-4.0"),
-    ("attribution-noncommercial 4.0", "cc-by-nc-4.0"),
-    ("attribution-sharealike 4.0", "cc-by-sa-4.0"),
-    ("attribution-noderivatives 4.0", "cc-by-nd-4.0"),
-    ("attribution 4.0 international", "cc-by-4.0"),
-    ("cc0 1.0 universal", "cc0-1.0"),
-    ("llama 2 community license", "llama2"),
-    ("llama 3 community license", "llama3"),
-    ("meta llama 3 community license", "llama3"),
-    ("llama 3.1 community license", "llama3.1"),
-    ("llama 3.2 community license", "llama3.2"),
-    ("llama 3.3 community license", "llama3.3"),
-    ("gemma terms of use", "gemma"),
-)
+_LINES = files("modekit.members").joinpath("licence_titles.txt").read_text(encoding="utf-8").splitlines()
+_TITLES = {title: licence for licence, title in (line.split("\t") for line in _LINES)}
 """What a licence file begins with -> the hub's id."""
 _KINDS = (
     ("non-commercial use only", re.compile(r"(^|-)nc(-|$)|non-?commercial")),
@@ -146,11 +125,8 @@ def _base_models(matter: dict[str, object], folder: Path, root: Path) -> tuple[s
     said = _strings(matter.get("base_model"))
     for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
         said = said or _strings(_json_in(folder / file).get(key))
-    return tuple(name for name in said if _is_hub_id(name) and not any(locate(name, at) for at in (folder, root)))
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and _HUB_ID.match(name) is not None
+    ids = (name for name in said if name.count("/") == 1 and _HUB_ID.match(name))
+    return tuple(name for name in ids if not any(locate(name, at) for at in (folder, root)))
 
 
 def _json_in(path: Path) -> dict[str, object]:
@@ -203,7 +179,7 @@ def _licence_file(folder: Path) -> tuple[str, str | None]:
     for name in names:
         beginning = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
         head = beginning.replace(" ,", ",")[:_TITLE]
-        known = next((licence for title, licence in _TITLES if title in head), None)
+        known = next((licence for title, licence in _TITLES.items() if title in head), None)
         if known is None and "redistribution and use in source and binary forms" in beginning:
             whole = _text_of(folder / name).lower()
             known = "bsd-3-clause" if "neither the name" in whole else "bsd-2-clause"

@@ -9,6 +9,7 @@ tokens of a batch, N kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ def capture_domain(
     """
     shared, sides = processes(), view.in_decoder()
     check_text(view.model, [*sequences, *negatives])
-    totals = _totals(sequences)
+    totals = [sum(sizes) for sizes in _sizes(sequences)]
     kept = [_evenly(total, keep_tokens) for total in totals]
     sums: list[dict[int, _Sums]] = [{} for _ in reads]
 
@@ -109,7 +110,7 @@ def capture_domain(
             found.setdefault(slot, _Sums(width, kept[sides[slot]])).add_up(shared)  # a process may have had no sequence
     negative = [{slot: torch.zeros_like(each.sum_D) for slot, each in found.items()} for found in sums]
     if negatives:
-        counts = _totals(negatives)
+        counts = [sum(sizes) for sizes in _sizes(negatives)]
 
         def consume_negative(number: int, slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
             negative[number][slot] += x_TD.sum(0, dtype=torch.float64).cpu() / counts[sides[slot]]
@@ -127,12 +128,6 @@ def capture_domain(
         )
         for number, (read, found) in enumerate(zip(reads, sums, strict=True))
     ]
-
-
-def _totals(sequences: Sequence[TokenSequence]) -> tuple[int, int]:
-    """Tokens of all sources, or plain text, and of all targets."""
-    sources, targets = _sizes(sequences)
-    return sum(sources), sum(targets)
 
 
 def _evenly(total: int, most: int) -> torch.Tensor:
@@ -167,19 +162,16 @@ def run_with_inputs(
 
         return read
 
-    handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(view.router_inputs())]
-    try:
-        with torch.inference_mode():
-            advance(0)
-            for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
-                rows = torch.tensor([mine[row] for row in batch.rows])
-                masks = (batch.mask, batch.target_mask)
-                real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
-                run_backbone(view.model, batch)
-                advance(batch.tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for slot, module in enumerate(view.router_inputs()):
+            hooks.enter_context(module.register_forward_pre_hook(hook(slot)))
+        advance(0)
+        for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
+            rows = torch.tensor([mine[row] for row in batch.rows])
+            masks = (batch.mask, batch.target_mask)
+            real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
+            run_backbone(view.model, batch)
+            advance(batch.tokens)
 
 
 @dataclass(frozen=True)

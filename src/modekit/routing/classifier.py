@@ -97,17 +97,15 @@ def fitted_table(
     """The gate (E + 1, V + 1) float32, and what the record says of it. `special`: tokens that weigh nothing."""
     counts = [counted(terms.pieces(text.sequences()), terms.count) for text in texts]
     idf_V = rareness(counts, [int(terms.rows(torch.tensor([token]))[0]) for token in special])
-    held = [counted(_long_and_short(terms.pieces(text.held_out())), terms.count) for text in texts]
+    pieces = [terms.pieces(text.held_out()) for text in texts]
+    short = [[piece[: max(1, len(piece) // _SHORT)] for piece in own] for own in pieces]
+    held = [counted([*long, *also], terms.count) for long, also in zip(pieces, short, strict=True)]
     own, others = ([vectors(each, idf_V) for each in part] for part in (counts, held))
     chosen = choose(settings.classifiers(CLASSIFIERS), own, others, settings.seed)
     linear = chosen.linear.at(settings.temperature)
     gate = np.zeros((len(texts) + 1, terms.count + 1), dtype=np.float32)
     gate[:-1, :-1], gate[:-1, -1], gate[-1, :-1] = linear.weights_EV * idf_V, linear.bias_E, idf_V
     return gate, report_of(chosen, held)
-
-
-def _long_and_short(pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [*pieces, *(piece[: max(1, len(piece) // _SHORT)] for piece in pieces)]
 
 
 @dataclass(frozen=True)

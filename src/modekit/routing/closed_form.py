@@ -108,7 +108,15 @@ class _KeptTokens:
 
 
 def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
+    """Of all domains. Raises RecipeError where one of them has none."""
     counts = [domain.slots[slot].sample_ND.shape[0] for domain in domains]
+    if not all(counts):
+        raise RecipeError(
+            "this fit needs kept tokens and there are none",
+            where="mixture.router.keep_tokens",
+            expected="at least 1",
+            remedy="fit again with keep_tokens > 0, or choose ridge",
+        )
     return _KeptTokens(
         torch.cat([domain.slots[slot].sample_ND.float() for domain in domains]),
         torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
@@ -118,26 +126,22 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
 
 def logistic(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """Multinomial logistic regression on the kept x, without intercept, by L-BFGS from zero."""
-    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
-        raise _no_kept_tokens()
-    tokens, scale = _scaled(_kept_tokens(slot, domains))
-    weights_ED = torch.zeros((len(domains), tokens.x_ND.shape[1]), requires_grad=True)
-    _minimise(lambda: tokens.loss(tokens.x_ND @ weights_ED.T) + settings.l2 * weights_ED.square().sum(), weights_ED)
-    return (weights_ED.detach() / scale).double()
+    start_ED = torch.zeros(len(domains), len(domains[0].slots[slot].sum_D))
+    return logistic_beside(slot, domains, settings, start_ED, range(len(domains))).double()
 
 
 def logistic_beside(
     slot: int, domains: Sequence[DomainStatistics], settings: Router, gate_ED: torch.Tensor, new: Sequence[int]
 ) -> torch.Tensor:
     """Rows (N, D) float32 of the experts `new` of a gate whose other rows are as `gate_ED` has them: logistic regression."""
-    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
-        raise _no_kept_tokens()
-    tokens, scale = _scaled(_kept_tokens(slot, domains))
+    kept = _kept_tokens(slot, domains)
+    scale = kept.x_ND.square().mean().sqrt().clamp_min(1e-30)
+    tokens = replace(kept, x_ND=kept.x_ND / scale)  # at mean square 1
     others_ED = gate_ED.float() * scale
     rows_ND = torch.zeros((len(new), tokens.x_ND.shape[1]), requires_grad=True)
 
     def loss() -> torch.Tensor:
-        weights_ED = others_ED.index_copy(0, torch.tensor(new), rows_ND)
+        weights_ED = others_ED.index_copy(0, torch.tensor([*new]), rows_ND)
         return tokens.loss(tokens.x_ND @ weights_ED.T) + settings.l2 * rows_ND.square().sum()
 
     _minimise(loss, rows_ND)
@@ -167,8 +171,6 @@ def attention(slot: int, domains: Sequence[DomainStatistics], settings: Router) 
 
 def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """The gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
-    if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
-        raise _no_kept_tokens()
     tokens, finished = _kept_tokens(slot, domains), FINISHED[settings.row.score.kind]
     start_GD = gate_GD.float()
     sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(1e-30)
@@ -182,21 +184,6 @@ def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatist
     _minimise(loss, moved_GD)
     found: torch.Tensor = (start_GD + sizes_G1 * moved_GD.detach()).double()
     return found
-
-
-def _no_kept_tokens() -> RecipeError:
-    return RecipeError(
-        "this fit needs kept tokens and there are none",
-        where="mixture.router.keep_tokens",
-        expected="at least 1",
-        remedy="fit again with keep_tokens > 0, or choose ridge",
-    )
-
-
-def _scaled(tokens: _KeptTokens) -> tuple[_KeptTokens, torch.Tensor]:
-    """The tokens at mean square 1, and what they were divided by."""
-    scale = tokens.x_ND.square().mean().sqrt().clamp_min(1e-30)
-    return replace(tokens, x_ND=tokens.x_ND / scale), scale
 
 
 def _minimise(loss: Callable[[], torch.Tensor], weights: torch.Tensor) -> None:

@@ -37,26 +37,17 @@ class _Evidence:
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
-        rows_S, weights_S = self._weighted(ids_S, prefix)
-        said_E: np.ndarray = weights_S @ self.rows_VE[rows_S]
+        said_E: np.ndarray = self.by_token(ids_S, prefix).sum(0)
         return said_E
 
     def by_token(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """What each token that counts adds to the logits, (N, E), float32."""
-        rows_S, weights_S = self._weighted(ids_S, prefix)
+        rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.rows_VE))
+        rows_S = rows_S if self.decay is None else rows_S[:prefix]
+        weights_S = np.power(self.decay or 0.0, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
+        weights_S = weights_S if self.adds_up else weights_S / weights_S.sum()
         added_SE: np.ndarray = weights_S[:, None] * self.rows_VE[rows_S]
         return added_SE
-
-    def _weighted(self, ids_S: np.ndarray, prefix: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """The row of every token that counts, and its weight, float32."""
-        rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.rows_VE))
-        if self.decay is None:
-            weights_S = np.zeros(len(rows_S), np.float32)
-            weights_S[-1] = 1.0
-            return rows_S, weights_S
-        rows_S = rows_S[:prefix]
-        weights_S = np.power(self.decay, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)
-        return rows_S, weights_S if self.adds_up else weights_S / weights_S.sum()
 
 
 @dataclass(frozen=True)

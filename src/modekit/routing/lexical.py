@@ -16,6 +16,7 @@ Shape legend: B batch, S sequence, E experts, J averages, V vocabulary, N = J E 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -272,23 +273,20 @@ def _factors(
 
         return read
 
-    handles = [module.register_forward_pre_hook(hook(slot)) for slot, module in enumerate(routers)]
-    try:
-        with torch.inference_mode():
-            for place, text in enumerate(texts):
-                view.use_expert(place)
-                for batch in make_batches(text.beginning(max(16, MEASURED_TOKENS // len(texts)))):
-                    mask_BS = batch.mask
-                    wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
-                    view.model.model(
-                        input_ids=batch.input_ids.to(view.model.device),
-                        attention_mask=batch.mask.long().to(view.model.device),
-                        use_cache=False,
-                    )
-                fitting.run.progress("measure the stream", place + 1, len(texts))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for slot, module in enumerate(routers):
+            hooks.enter_context(module.register_forward_pre_hook(hook(slot)))
+        for place, text in enumerate(texts):
+            view.use_expert(place)
+            for batch in make_batches(text.beginning(max(16, MEASURED_TOKENS // len(texts)))):
+                mask_BS = batch.mask
+                wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
+                view.model.model(
+                    input_ids=batch.input_ids.to(view.model.device),
+                    attention_mask=batch.mask.long().to(view.model.device),
+                    use_cache=False,
+                )
+            fitting.run.progress("measure the stream", place + 1, len(texts))
     said = [torch.cat(each) for each in found]
     return [float(each.median()) if len(each) else 1.0 for each in said]  # of an expert alone no token says anything
 

@@ -83,12 +83,8 @@ def low_rank_tensors(
     checkpoint: Checkpoint, module: str, ranks: Sequence[int], expert: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A (R, D) and B (O, R) of one expert at a place, as the checkpoint holds them."""
-    start = sum(ranks[:expert])
-    stop = start + ranks[expert]
-    name = f"{module}.lora_A"
-    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-        a_RD: torch.Tensor = file.get_slice(name)[start:stop]
-    name = f"{module}.lora_B"
-    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-        b_OR: torch.Tensor = file.get_slice(name)[:, start:stop]
-    return a_RD, b_OR
+    own, found = slice(sum(ranks[:expert]), sum(ranks[: expert + 1])), []
+    for name, rows in ((f"{module}.lora_A", own), (f"{module}.lora_B", (slice(None), own))):
+        with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+            found.append(file.get_slice(name)[rows])
+    return found[0], found[1]

@@ -131,7 +131,9 @@ class StatisticsReader:
             self._view_of(first.place),
             first.sequences,
             first.negatives,
-            reads=[reader._gate_input(domain) for reader, domain in others],
+            reads=[
+                GateInput(reader._settings.averages, reader._settings.prefix_tokens, domain.source) for reader, domain in others
+            ],
             keep_tokens=self._settings.keep_tokens,
             advance=advance,
         )
@@ -156,9 +158,6 @@ class StatisticsReader:
         if checkpoint.record.trained:  # what routers read is no longer what the build made
             how["trained"] = sorted(checkpoint.record.trained.values())
         return how
-
-    def _gate_input(self, domain: DomainToRead) -> GateInput:
-        return GateInput(self._settings.averages, self._settings.prefix_tokens, domain.source)
 
     def _view_of(self, place: int) -> ExpertView:
         if self._view is None:

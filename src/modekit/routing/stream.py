@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence, N tokens, T sampled tokens, D hidden size, V 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -45,16 +46,12 @@ def measure_stream(plan: Plan, kept: Path, run: Run) -> Stream:
     width = 4 * layers * (channels.hidden + channels.heads * channels.head_dim)
     taps = _Taps(channels, every=max(1, -(-total // max(128, min(_SAMPLE, _BYTES // width)))))
     run.begin(_MEASURE, total)
-    handles = taps.attach(plan, model)
-    try:
-        with torch.inference_mode():
-            for batch in make_batches(sequences, tokens=1_024):
-                taps.mask = batch.mask.bool()
-                model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
-                run.progress(_MEASURE, min(total, len(torch.cat(taps.sizes["last"]))), total)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        taps.attach(plan, model, hooks)
+        for batch in make_batches(sequences, tokens=1_024):
+            taps.mask = batch.mask.bool()
+            model.model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.mask.long().to(model.device))
+            run.progress(_MEASURE, min(total, len(torch.cat(taps.sizes["last"]))), total)
     if not torch.cat(taps.sizes["last"]).isfinite().all():
         raise SourceError(
             "the base model computes NaN or Inf",
@@ -94,12 +91,12 @@ class _Taps:
         self.sizes: dict[str, list[torch.Tensor]] = {}
         self._samples: dict[str, list[torch.Tensor]] = {}
 
-    def attach(self, plan: Plan, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    def attach(self, plan: Plan, model: nn.Module, hooks: ExitStack) -> None:
         """Hooks before the norms and output projections of every layer, and before the last norm."""
-        widening, handles = self._channels.widening, []
+        widening = self._channels.widening
 
         def tap(module: str, hook: Callable[[nn.Module, tuple[torch.Tensor, ...]], None]) -> None:
-            handles.append(model.get_submodule(module).register_forward_pre_hook(hook))
+            hooks.enter_context(model.get_submodule(module).register_forward_pre_hook(hook))
 
         for layer in range(self._channels.layers):
             for name in (widening.before_attention, widening.after_attention):
@@ -107,7 +104,6 @@ class _Taps:
                 tap(in_layer(layer, name), partial(self._sized, f"{layer}.{name}", name == widening.before_attention))
             tap(in_layer(layer, plan.family.parts["o"]), partial(self._plain, f"{layer}.o"))
         tap("model.norm", partial(self._sized, "last", True))
-        return handles
 
     def _sized(self, place: str, samples: bool, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         real_ND = args[0][self.mask].float()

@@ -120,7 +120,9 @@ class TextRouter:
     def _probabilities(self, ids: list[int]) -> list[float]:
         """One per expert. Raises CheckpointError where the router's numbers are too large to be added up."""
         with np.errstate(all="ignore"):
-            found: list[float] = _softmax(self._router.logits(ids)).tolist()
+            logits_E = self._router.logits(ids).astype(np.float64)
+            powers_E = np.exp(logits_E - logits_E.max())
+            found: list[float] = (powers_E / powers_E.sum()).tolist()
         if not all(map(math.isfinite, found)):
             raise CheckpointError(
                 "the router's answer is no number", where=str(self._folder), remedy="set the router again with `modekit fit`"
@@ -143,13 +145,6 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
         kept.append({**message, "content": _clean(message["content"][-left:])})
         left -= len(message["content"])
     return kept[::-1]
-
-
-def _softmax(logits_E: np.ndarray) -> np.ndarray:
-    """Probabilities (E,), float64."""
-    powers_E = np.exp(logits_E.astype(np.float64) - logits_E.max())
-    probabilities_E: np.ndarray = powers_E / powers_E.sum()
-    return probabilities_E
 
 
 def last_token_of(checkpoint: Checkpoint) -> LastToken:

@@ -130,10 +130,8 @@ def _counts(counts_V: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 def _expected(fitting: Fitting, expert: Expert) -> torch.Tensor | None:
     """What is known of an expert that wrote its text."""
-    known, vocabulary = (
-        read_written(written_file(expert, fitting.root)) if expert.writes_text else None,
-        fitting.checkpoint.vocabulary,
-    )
+    vocabulary = fitting.checkpoint.vocabulary
+    known = read_written(written_file(expert, fitting.root)) if expert.writes_text else None
     with suppress(ValueError):  # a damaged record
         counts = bytearray(base64.b64decode(known.expected if known is not None else "", validate=True))
         return _counts(torch.frombuffer(counts, dtype=torch.float32)[:vocabulary], vocabulary) if counts else None

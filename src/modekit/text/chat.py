@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
@@ -26,7 +25,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._around = lru_cache(maxsize=64)(self._find_around)
+        self.around = lru_cache(maxsize=64)(self._around)
 
     @property
     def source(self) -> str:
@@ -40,7 +39,7 @@ class ChatTemplate:
         except RenderError as error:
             raise TextError(
                 "the tokenizer's chat template does not take these messages",
-                where=self._where,
+                where=str(self._tokenizer.name_or_path),
                 found=f"{str(error)[:300]} (messages of {_shown(messages)})",
                 remedy="correct the messages, or the template",
             ) from None
@@ -59,13 +58,6 @@ class ChatTemplate:
         found: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    def around(self, system: str | None) -> tuple[str, str] | None:
-        """What stands before a first message of the user, and between it and the answer; None where that cannot be said.
-
-        `system` None: without a message of the system, for which templates may put one of their own.
-        """
-        return self._around(system)
-
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
         said = [message_of("user", "."), message_of("assistant", _ANSWER), message_of("user", _USER)]
@@ -82,7 +74,11 @@ class ChatTemplate:
         found = self.around(system)
         return 0 if found is None else len(self.ids(found[0]))
 
-    def _find_around(self, system: str | None) -> tuple[str, str] | None:
+    def _around(self, system: str | None) -> tuple[str, str] | None:
+        """What stands before a first message of the user, and between it and the answer; None where that cannot be said.
+
+        `system` None: without a message of the system, for which templates may put one of their own.
+        """
         above = [] if system is None else [message_of("system", system)]
         said = [*above, message_of("user", _USER), message_of("assistant", _ANSWER)]
         try:
@@ -91,10 +87,6 @@ class ChatTemplate:
             return None
         between, answer, _ = rest.partition(_ANSWER)
         return (before, between) if user and answer else None
-
-    @property
-    def _where(self) -> str:
-        return str(Path(str(self._tokenizer.name_or_path)))
 
 
 def _shown(messages: Sequence[Message]) -> str:

@@ -113,7 +113,8 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
     """
     where = f"experts[{place}] '{expert.name}': text"
-    text = _own(expert, root, where) or DomainText((), where, None)
+    check_written(expert, root, where)
+    text = read_text(expert.texts, root=root, where=where) if expert.text else DomainText((), where, None)
     fit, prompts = text.fit(), expert.prompts or []
     if reads is not None:
         check_kind(fit, reads, where=where)
@@ -129,12 +130,6 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     if not documents:
         raise text.nothing_left("no document is left for the fit after the held-out split")
     return documents
-
-
-def _own(expert: Expert, root: Path, where: str) -> DomainText | None:
-    """All of an expert's text; None where it has none. Raises TextError."""
-    check_written(expert, root, where)
-    return read_text(expert.texts, root=root, where=where) if expert.text else None
 
 
 def unseen(documents: Iterable[Document], seen: Collection[str]) -> list[Document]:
@@ -186,7 +181,9 @@ class RecipeTexts:
         names = self._recipe.names
         used = {*self._made, *self._chosen, *_marks(seen)}
         used |= {mark_of(document) for place in range(len(names)) for document in self.fit(place)}
-        used |= {mark_of(document) for place in range(len(names)) for document in self._chosen_by_the_fit(place)}
+        fit = self._recipe.mixture.fit
+        chosen = map(self.own, range(len(names)) if fit is not None and fit.chooses else ())
+        used |= {mark_of(document) for own in chosen if own is not None for document in own.select()}
         found = []
         for name in [*names, *(name for name in self._recipe.eval if name not in names)]:
             place = names.index(name) if name in names else None
@@ -196,10 +193,6 @@ class RecipeTexts:
             elif own is not None:
                 found.append(_held_out(name, place, own.report(), own, used))
         return found
-
-    def _chosen_by_the_fit(self, place: int) -> list[Document]:
-        fit, own = self._recipe.mixture.fit, self.own(place)
-        return own.select() if fit is not None and fit.chooses and own is not None else []
 
     def _given(self, name: str) -> DomainText | None:
         return self._text(self._recipe.eval[name], f"eval.{name}") if name in self._recipe.eval else None

@@ -158,7 +158,7 @@ def encode(
             stop = min(start + longest, len(written.ids), start + max_tokens - total - room)
             if stop - start < (shortest_rest if start else 2):
                 continue
-            sequences.append(written.piece(tokenizer, start, stop))
+            sequences.append(writer.piece(written, start, stop))
             total += sequences[-1].size
         if total >= max_tokens - 1:
             break
@@ -184,40 +184,17 @@ def none_fits(
 
 
 @dataclass(frozen=True)
-class _Tag:
-    """The tag that a document begins with, and the special tokens that it stands behind."""
-
-    token: int
-    opening: tuple[int, ...]
-
-    def before(self, sequence: TokenSequence) -> TokenSequence:
-        """A sequence with the tag."""
-        return sequence.with_tag(self.token, place_of_tag(self.opening, sequence.ids))
-
-
-@dataclass(frozen=True)
 class _Written:
     """A document as tokens, and where they stand in `text`, if the tokenizer is fast; `opening` as `start` of TokenSequence.
 
-    `tag`: the tag that the document began with, if there was one: it is not in `text`.
+    `tag`: the token of the tag that the document began with, if there was one: it is not in `text`.
     """
 
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]] | None
     opening: int = 0
-    tag: _Tag | None = None
-
-    def piece(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: int) -> TokenSequence:
-        """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
-        if self.offsets is None:
-            scored = len(tokenizer.decode(self.ids[start + 1 : stop]).encode())
-        else:
-            end = max(offset[1] for offset in self.offsets[start + 1 : stop])  # special tokens have (0, 0)
-            scored = len(self.text[self.offsets[start + 1][0] : end].encode())
-        opening = min(max(0, self.opening - start), stop - start - 1)
-        sequence = TokenSequence(tuple(self.ids[start:stop]), scored, opening)
-        return sequence if self.tag is None else self.tag.before(sequence)
+    tag: int | None = None
 
 
 class _Writer:
@@ -234,10 +211,19 @@ class _Writer:
     def _opening(self) -> tuple[int, ...]:
         return opening_ids(self.tokenizer)
 
-    def _tag_of(self, text: str) -> _Tag | None:
-        """None where a text, or a source, begins with none that is known."""
-        token = leading_tag(self.tokenizer, text)
-        return None if token is None else _Tag(token, self._opening)
+    def _with_tag(self, sequence: TokenSequence, tag: int | None) -> TokenSequence:
+        """A sequence with its document's tag, if there is one, behind the special tokens that it begins with."""
+        return sequence if tag is None else sequence.with_tag(tag, place_of_tag(self._opening, sequence.ids))
+
+    def piece(self, written: _Written, start: int, stop: int) -> TokenSequence:
+        """Some of the tokens as a sequence, with the tag where there is one: in later pieces in front of all."""
+        if written.offsets is None:
+            scored = len(self.tokenizer.decode(written.ids[start + 1 : stop]).encode())
+        else:
+            end = max(offset[1] for offset in written.offsets[start + 1 : stop])  # special tokens have (0, 0)
+            scored = len(written.text[written.offsets[start + 1][0] : end].encode())
+        opening = min(max(0, written.opening - start), stop - start - 1)
+        return self._with_tag(TokenSequence(tuple(written.ids[start:stop]), scored, opening), written.tag)
 
     def written(self, document: str | Conversation, wanted: int) -> _Written:
         """Of a long one at least the first `wanted` tokens. Raises TextError for messages without a template."""
@@ -250,22 +236,22 @@ class _Writer:
                 ids, offsets = _tokenise(self.tokenizer, text, wanted, whole=True)
                 return _Written(text, ids, offsets, template.opening(document.messages))
             document = document.text
-        tag = self._tag_of(document)
-        text = without_tag(document) if tag else document
+        tag = leading_tag(self.tokenizer, document)
+        text = document if tag is None else without_tag(document)
         return _Written(text, *_tokenise(self.tokenizer, text, wanted), tag=tag)
 
     def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
         """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
         if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
             return None
-        tag = self._tag_of(pair.source)
+        tag = leading_tag(self.tokenizer, pair.source)
+        source = pair.source if tag is None else without_tag(pair.source)
         with _panics_reported(self.tokenizer):
-            ids: list[int] = self.tokenizer(without_tag(pair.source) if tag else pair.source, verbose=False)["input_ids"]
+            ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
             target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
             return None
-        sequence = TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target))
-        return sequence if tag is None else tag.before(sequence)
+        return self._with_tag(TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target)), tag)
 
 
 def _tokenise(

@@ -10,12 +10,12 @@ import json
 import lzma
 from importlib.resources import files
 
-_FOLDER = files("modekit") / "demo" / "text"
+SHIPPED_FOLDER = files("modekit") / "demo" / "text"
 
 
 def shipped_file(name: str) -> bytes:
     """A text as .jsonl."""
-    return lzma.decompress((_FOLDER / f"{name}.jsonl.xz").read_bytes())
+    return lzma.decompress((SHIPPED_FOLDER / f"{name}.jsonl.xz").read_bytes())
 
 
 def shipped_documents(name: str) -> list[str]:
@@ -23,25 +23,11 @@ def shipped_documents(name: str) -> list[str]:
     return [str(json.loads(line)["text"]) for line in shipped_file(name).splitlines()]
 
 
-def shipped_notice() -> bytes:
-    """Whose the texts are, and under which licences."""
-    return (_FOLDER / "NOTICE").read_bytes()
+def _lines_of(name: str) -> tuple[str, ...]:
+    return tuple(files("modekit.text").joinpath(name).read_text(encoding="utf-8").splitlines())
 
 
-SYSTEM_PROMPTS = (
-    "",
-    "You are a helpful assistant.",
-    "You are a friendly and honest assistant who answers questions as well as you can.",
-    "Answer briefly.",
-    "Be concise. If you are not sure, say so.",
-    "You are an expert. Think step by step and explain your reasoning.",
-    "Today is Monday. The user writes from a phone.",
-    "Use Markdown. Keep to the facts and name your sources where you can.",
-    "Du bist ein hilfreicher Assistent.",
-    "Tu es un assistant utile.",
-    "Eres un asistente útil.",
-)
+SYSTEM_PROMPTS = _lines_of("system_prompts.txt")
 """Of no domain; the first one is none at all."""
-
-SMALL_TALK = tuple(files("modekit.text").joinpath("small_talk.txt").read_text(encoding="utf-8").splitlines())
+SMALL_TALK = _lines_of("small_talk.txt")
 """Of no domain: greetings, thanks, questions about the speaker, in several languages; a line of the file each."""

@@ -177,7 +177,9 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
-    compiled = lru_cache(maxsize=256)(_task_environment().from_string)
+    tasks = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)  # as lm-evaluation-harness has it
+    tasks.filters["regex_replace"] = _regex_replace
+    compiled = lru_cache(maxsize=256)(tasks.from_string)
     for line in sys.stdin.buffer:
         try:
             answer = _answer(line, render_jinja_template, compiled)
@@ -207,13 +209,6 @@ def _answer(line: bytes, render: Callable[..., tuple[list[str], object]], compil
     messages = [{key: value for key, value in message.items() if value is not None} for message in request["messages"]]
     texts, _ = render(conversations=[messages], chat_template=request["source"], **request["variables"])
     return _said({"text": texts[0]})
-
-
-def _task_environment() -> SandboxedEnvironment:
-    """That of lm-evaluation-harness, in the sandbox."""
-    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    made.filters["regex_replace"] = _regex_replace
-    return made
 
 
 def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:

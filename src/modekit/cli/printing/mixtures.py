@@ -80,19 +80,15 @@ def print_tune(results: TuneResults) -> None:
     """Draw the best candidates of a search, and the fixed variants."""
     header, body = results.table()
     table = Table("variant", header[2:])
-    named = [bool(candidate.name) for candidate in results.candidates]
-    left_out = 0
-    for place, (cells, is_named) in enumerate(zip(body, named, strict=True)):
-        if place < _SHOWN_CANDIDATES or is_named or cells[0]:
-            mark, variant, *figures = cells
-            style = "bold green" if mark == "best" else "dim" if figures[0].startswith("(") else ""
-            table.add(f"{mark}: {variant}" if mark else variant, *figures, style=style)
-        else:
-            left_out += 1
+    every = enumerate(zip(body, results.candidates, strict=True))
+    shown = [cells for place, (cells, each) in every if place < _SHOWN_CANDIDATES or each.name or cells[0]]
+    for mark, variant, *figures in shown:
+        style = "bold green" if mark == "best" else "dim" if figures[0].startswith("(") else ""
+        table.add(f"{mark}: {variant}" if mark else variant, *figures, style=style)
     out.print("Mean held-out loss. The select split chooses, the report split is only shown. In brackets: dropped early;")
     out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
-    more = f"; {left_out} more in tune.md" if left_out else ""
+    more = f"; {len(body) - len(shown)} more in tune.md" if len(shown) < len(body) else ""
     out.print(Text(f"{len(body)} variants in {results.seconds:.0f} s{more}", style="dim"))
 
 

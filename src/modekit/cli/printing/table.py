@@ -179,30 +179,19 @@ def _fold(line: str, width: int) -> list[str]:
     if cell_len(line) <= width:
         return [line]
     parts, current = [], ""
-    for piece in (piece for word in re.findall(r"\S*\s*", line) for piece in _pieces(word, width)):
-        for letters in _cut(piece, width):
-            if cell_len((current + letters).rstrip()) > width and current:
-                parts.append(current.rstrip())
-                current = ""
-            current += letters
+    for piece in _pieces(line, width, [r"\S*\s*", r"[^\s\-_/.,:;+]*[\s\-_/.,:;+]*", r"(?s)."]):
+        if cell_len((current + piece).rstrip()) > width and current:
+            parts.append(current.rstrip())
+            current = ""
+        current += piece
     return [*parts, *([current.rstrip()] if current.strip() else [])]
 
 
-def _pieces(word: str, width: int) -> list[str]:
-    fits = cell_len(word.rstrip()) <= width
-    return [word] if fits else re.findall(r"[^\s\-_/.,:;+]*[\s\-_/.,:;+]*", word)
-
-
-def _cut(piece: str, width: int) -> Iterator[str]:
-    """A piece without a place to cut it, in parts that fit."""
-    current = ""
-    for letter in piece:
-        if cell_len((current + letter).rstrip()) > width and current:
-            yield current
-            current = ""
-        current += letter
-    if current:
-        yield current
+def _pieces(text: str, width: int, cuts: Sequence[str]) -> Iterator[str]:
+    """Text cut by the first pattern; pieces that do not fit by the next one."""
+    for piece in re.findall(cuts[0], text):
+        fits = cell_len(piece.rstrip()) <= width or len(cuts) == 1
+        yield from [piece] if fits else _pieces(piece, width, cuts[1:])
 
 
 def _lines_of(text: str) -> list[str]:

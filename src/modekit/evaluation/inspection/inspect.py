@@ -71,7 +71,8 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
     longest = min(_SAMPLE_TOKENS, max(2, _SAMPLE_WEIGHTS // (len(checkpoint.shape.positions) * len(checkpoint.names))))
     samples = [(domain.name, sequence) for domain in domains for sequence in _samples(domain.sequences, longest)]
     advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
-    top = TopTokens(_vocabulary(model), len(checkpoint.names))
+    vocabulary = max(model.config.vocab_size, getattr(model.config, "decoder_vocab_size", None) or 0)  # of targets, too
+    top = TopTokens(vocabulary, len(checkpoint.names))
     leaders = LeadersById(len(checkpoint.shape.positions))
     per_domain = {domain.name: _of_domain(model, checkpoint, domain, (top, leaders), advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, samples, advance)
@@ -218,11 +219,6 @@ def _of_samples(
             )
         )
     return found
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    """Tokens that there are; a model with an encoder may have others for its targets."""
-    return max(int(model.config.vocab_size), int(getattr(model.config, "decoder_vocab_size", None) or 0))
 
 
 def _base_is_outside(checkpoint: Checkpoint) -> bool:

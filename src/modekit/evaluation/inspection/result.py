@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import CheckpointError
-from modekit.files.typed import Count, Data, Number, problem_in
+from modekit.files.typed import SIX_DIGITS, Count, Data, Figure, problem_in
 from modekit.planning.shape import RouterPosition
 from modekit.recipes.layers import Layer
 
@@ -32,9 +32,7 @@ def _has_a_layer(router: RouterPosition) -> RouterPosition:
     return router
 
 
-_Written = PlainSerializer(lambda value: float(f"{value:.6g}"), return_type=float)
-Figure = Annotated[Number, _Written]
-Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3), _Written]
+Share = Annotated[float, Field(ge=-1e-3, le=1 + 1e-3), SIX_DIGITS]
 Position = Annotated[RouterPosition, AfterValidator(_has_a_layer)]
 
 

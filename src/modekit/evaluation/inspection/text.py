@@ -5,7 +5,6 @@ Shape legend: S tokens of a window, T tokens of the text, E experts, R routers.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +25,10 @@ from modekit.planning.shape import RouterPosition
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
 from modekit.text.document import message_of
-from modekit.text.plain import decode
 from modekit.text.sequences import TokenSequence
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
-STDIN = "-"
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
-
-
-def standard_input() -> str:
-    """A text. Raises TextError when it is no UTF-8."""
-    return decode(sys.stdin.buffer.read(), where="standard input")
 
 
 @dataclass(frozen=True)

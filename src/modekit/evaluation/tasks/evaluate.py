@@ -18,7 +18,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, SourceError, check_packages
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
-from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of, wanted_forms
+from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of
 from modekit.evaluation.tasks.harness import (
     Metric,
     Scored,
@@ -83,7 +83,7 @@ def evaluate_tasks(
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
     others = [name for name in names if name not in GROUPS]
-    forms = wanted_forms(names)
+    forms = list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
     for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):
         if said and not needed:
             raise ModekitError(

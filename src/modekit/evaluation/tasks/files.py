@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -16,43 +17,7 @@ from modekit.evaluation.tasks import scores
 from modekit.evaluation.tasks.questions import Questions
 
 FUNCTION = "!function"
-_ACCURACY = {"aggregation": "mean", "higher_is_better": True}
-_CHOICE = {"output_type": "multiple_choice", "doc_to_target": "answer"}
-_CONTINUATION = {**_CHOICE, "doc_to_text": "beginning", "doc_to_choice": "continuations", "target_delimiter": ""}
-FORMS: dict[str, dict[str, object]] = {
-    # Which head makes the gloss likeliest, log p(gloss | head): the noisy channel of arXiv:2108.04106.
-    "glosses": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "answer",
-        "doc_to_choice": "heads",
-        "doc_to_target": "gloss",
-        "target_delimiter": " ",
-        "metric_list": [{"metric": "acc", **_ACCURACY}],
-    },
-    # Which term follows the gloss, log p(term | gloss) per character.
-    "glosses_plain": {
-        **_CHOICE,
-        "doc_to_text": "asked",
-        "doc_to_choice": "terms",
-        "target_delimiter": " ",
-        "metric_list": [{"metric": "acc_norm", **_ACCURACY}],
-    },
-    # Which continuation gains most by the beginning, log p(continuation | beginning) - log p(continuation).
-    "continuations": {**_CONTINUATION, "metric_list": [{"metric": "acc_mutual_info", **_ACCURACY}]},
-    # Which continuation is likeliest, log p(continuation | beginning) per character.
-    "continuations_plain": {**_CONTINUATION, "metric_list": [{"metric": "acc_norm", **_ACCURACY}]},
-    "generation": {
-        "output_type": "generate_until",
-        "doc_to_text": "prompt",
-        "doc_to_target": "reference",
-        "generation_kwargs": {"until": ["\n\n", ". "], "max_gen_toks": 48, "do_sample": False},
-        "metric_list": [
-            {"metric": "chrf", **_ACCURACY},
-            {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True},
-            {"metric": "rougeL", **_ACCURACY},
-        ],
-    },
-}
+FORMS: dict[str, dict[str, object]] = yaml.safe_load(files("modekit.evaluation.tasks").joinpath("forms.yaml").read_bytes())
 """Form -> what its task file says; the kind of question is the form's first word."""
 
 GROUPS = {**{form: (form,) for form in FORMS}, "questions": ("glosses", "continuations")}
@@ -66,17 +31,17 @@ def task_name(form: str, domain: str) -> str:
 
 def task_files(made: Sequence[Questions]) -> dict[str, bytes]:
     """Every task of the questions: file name -> content."""
-    files = {"scores.py": Path(scores.__file__).read_bytes()}
+    written = {"scores.py": Path(scores.__file__).read_bytes()}
     for questions in made:
         lines = [json.dumps(item, ensure_ascii=False, sort_keys=True) for item in questions.items]
-        files[_data_file(questions)] = ("\n".join(lines) + "\n").encode()
-        for form in _forms_of(questions.kind):
+        written[_data_file(questions)] = ("\n".join(lines) + "\n").encode()
+        for form in _forms_of(questions):
             config = task_config(form, questions, folder=None)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             if form == "generation":
                 text += f"process_results: {FUNCTION} scores.process_results\n"
-            files[f"{task_name(form, questions.domain)}.yaml"] = text.encode()
-    return files
+            written[f"{task_name(form, questions.domain)}.yaml"] = text.encode()
+    return written
 
 
 def task_config(form: str, questions: Questions, folder: Path | None) -> dict[str, object]:
@@ -94,23 +59,18 @@ def task_config(form: str, questions: Questions, folder: Path | None) -> dict[st
     }
 
 
-def wanted_forms(names: Sequence[str]) -> list[str]:
-    """The forms that names of TASKS ask for."""
-    return list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
-
-
 def tasks_of(forms: Sequence[str], made: Sequence[Questions]) -> dict[str, tuple[str, Questions]]:
     """Task name -> form and questions, of those forms."""
     return {
         task_name(form, questions.domain): (form, questions)
         for form in forms
         for questions in made
-        if form in _forms_of(questions.kind)
+        if form in _forms_of(questions)
     }
 
 
-def _forms_of(kind: str) -> list[str]:
-    return [form for form in FORMS if form.split("_")[0] == kind]
+def _forms_of(questions: Questions) -> list[str]:
+    return [form for form in FORMS if form.split("_")[0] == questions.kind]
 
 
 def _data_file(questions: Questions) -> str:

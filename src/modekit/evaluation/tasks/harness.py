@@ -56,12 +56,14 @@ def quiet(trusted: bool) -> Iterator[None]:
     """While open the harness logs, warns and draws nothing. Unless trusted, templates and patterns of tasks are bounded."""
     import datasets
     import lm_eval.api.metrics
+    import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.filters.extraction
+    import lm_eval.models.huggingface
     import lm_eval.utils
 
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    level, bars, bar = logger.level, datasets.is_progress_bar_enabled(), lm_eval.api.task.tqdm
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -70,7 +72,8 @@ def quiet(trusted: bool) -> Iterator[None]:
         datasets.disable_progress_bars()
         if bars:
             stack.callback(datasets.enable_progress_bars)
-        _replace(stack, lm_eval.api.task, "tqdm", lambda iterable, **_: iterable)
+        for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+            _replace(stack, module, "tqdm", lambda *of, **settings: bar(*of, **{**settings, "disable": True}))
         if not trusted:
             patterns = BoundedPatterns()
             _replace(stack, lm_eval.utils, "apply_template", render)

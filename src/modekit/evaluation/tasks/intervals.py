@@ -8,29 +8,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PlainSerializer
 
-from modekit.files.typed import Number
+from modekit.files.typed import Figure
 
 DRAWS = 1_000
 _LEVEL = (2.5, 97.5)  # percentiles: 95 %
 
 Floats = npt.NDArray[np.float64]
-SixDigits = Annotated[Number, PlainSerializer(lambda value: float(f"{value:.6g}"))]
-"""A figure that a file has with 6 significant digits."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value and the bounds of its 95 % interval; None where nothing can be drawn again."""
 
-    value: SixDigits
-    low: SixDigits | None = None
-    high: SixDigits | None = None
+    value: Figure
+    low: Figure | None = None
+    high: Figure | None = None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
-from modekit.evaluation.tasks.intervals import Estimate, SixDigits
+from modekit.evaluation.tasks.intervals import Estimate
 from modekit.files.figures import or_dash
 from modekit.files.read import UNREADABLE
-from modekit.files.typed import Count, Label
+from modekit.files.typed import Count, Figure, Label
 from modekit.recipes.strict import BASE
 
 PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100
@@ -28,7 +28,7 @@ class TaskScores:
 
     metric: Label
     higher_is_better: bool
-    chance: SixDigits | None
+    chance: Figure | None
     items: Count
     rows: Mapping[Label, Estimate]
     differences: Mapping[Label, Estimate]

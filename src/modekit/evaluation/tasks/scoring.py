@@ -40,18 +40,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_GENERATED)
         self._advance = advance
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As HFLM, without its bar."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """As HFLM, without its bar."""
-        answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        return answers
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """As HFLM, without its bar."""
+        """As HFLM, in parts, so that `advance` hears of each."""
         answers: list[str] = []
         for start in range(0, len(requests), 4 * _GENERATED):
             part = requests[start : start + 4 * _GENERATED]

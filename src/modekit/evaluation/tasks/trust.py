@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from modekit.errors import ModekitError
-from modekit.files.typed import Label, shortened
+from modekit.files.typed import Label, must_be, shortened
 from modekit.sources.patterns import bounded
 
 if TYPE_CHECKING:
@@ -61,12 +61,6 @@ def _pattern(pattern: str) -> str:
     return pattern
 
 
-def _column(name: str) -> str:
-    if not re.fullmatch(r"[\w. -]{1,200}", name):
-        raise ValueError("must be a name of letters, digits, points, blanks and dashes")
-    return name
-
-
 _Metric = Annotated[str, _named("metric")]
 _Aggregation = Annotated[str, _named("aggregation")]
 _Filter = Annotated[str, _named("filter")]
@@ -74,7 +68,10 @@ _Sampler = Annotated[str, _named("sampler")]
 _Prompt = Annotated[str, _named("prompt")]
 _Pattern = Annotated[str, AfterValidator(_pattern)]
 _Name = Annotated[Label, Field(min_length=1)]
-_Split = Annotated[str, AfterValidator(_column)]
+_NAME = re.compile(r"[\w. -]{1,200}")
+_Split = Annotated[
+    str, must_be("a name of letters, digits, points, blanks and dashes", lambda name: _NAME.fullmatch(name) is not None)
+]
 _Template = Annotated[str, StringConstraints(max_length=100_000)]
 _Text = Annotated[str, StringConstraints(max_length=10_000)]
 _Scalar = str | int | float | bool | None

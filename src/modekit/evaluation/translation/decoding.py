@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.files.typed import Count
@@ -97,7 +98,9 @@ def translated(
     texts = [""] * len(pairs)
     tokens, cut, seconds = 0, 0, 0.0
     limit = int(model.generation_config.max_new_tokens)
-    for rows in _batches(pairs, batch):
+    longest_first = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row].ids), row))
+    for start in range(0, len(pairs), batch):
+        rows = longest_first[start : start + batch]
         started = time.perf_counter()
         written = list(_written(model, [pairs[row].ids for row in rows]))
         seconds += time.perf_counter() - started
@@ -110,22 +113,12 @@ def translated(
     return Translations(texts, tokens, seconds, cut)
 
 
-def _batches(pairs: Sequence[TokenSequence], batch: int) -> Iterator[Sequence[int]]:
-    """Places of the pairs, the longest sources first."""
-    order = sorted(range(len(pairs)), key=lambda row: (-len(pairs[row].ids), row))
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
-
-
 def _written(model: PreTrainedModel, sources: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """What is written of each source, up to its end token, without what the decoder starts with."""
     settings: Any = model.generation_config
-    longest = max(map(len, sources))
-    ids_BS = torch.full((len(sources), longest), settings.pad_token_id, dtype=torch.int64)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, ids in enumerate(sources):
-        ids_BS[row, : len(ids)] = torch.tensor(ids)
-        mask_BS[row, : len(ids)] = 1
+    ids = [torch.tensor(each) for each in sources]
+    ids_BS = pad_sequence(ids, batch_first=True, padding_value=settings.pad_token_id)
+    mask_BS = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
     with torch.inference_mode():
         out_BW: Any = model.generate(
             input_ids=ids_BS.to(model.device), attention_mask=mask_BS.to(model.device), generation_config=settings

@@ -64,11 +64,6 @@ class PairDomain(Domain):
 
     pairs: Sequence[Pair] = ()
 
-    @property
-    def references(self) -> list[str]:
-        """What translations are compared with."""
-        return [pair.target for pair in self.pairs]
-
 
 @dataclass(frozen=True)
 class WrittenRow:
@@ -94,7 +89,15 @@ def evaluate_translation(
     Raises MismatchError for a mixture without an encoder, or labels that cannot act on it, ModekitError without sacrebleu,
     TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded.
     """
-    _check_encoder(checkpoint)
+    family = checkpoint.shape.family
+    if not family.pair:
+        raise MismatchError(
+            "only a model with an encoder translates",
+            where=str(checkpoint.folder),
+            found=f"a mixture of {family.model_type} models, which write a text on",
+            expected="Bart, mBART, Marian, M2M100 or T5",
+            remedy="run modekit eval, which scores such a mixture by its loss",
+        )
     require_sacrebleu()
     notes: list[str] = []
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -118,18 +121,6 @@ def evaluate_translation(
     if write:
         results.write(checkpoint)
     return results
-
-
-def _check_encoder(checkpoint: Checkpoint) -> None:
-    family = checkpoint.shape.family
-    if not family.pair:
-        raise MismatchError(
-            "only a model with an encoder translates",
-            where=str(checkpoint.folder),
-            found=f"a mixture of {family.model_type} models, which write a text on",
-            expected="Bart, mBART, Marian, M2M100 or T5",
-            remedy="run modekit eval, which scores such a mixture by its loss",
-        )
 
 
 def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> PairDomain:
@@ -283,7 +274,7 @@ def _results(
 
 def _scored(checkpoint: Checkpoint, row: WrittenRow, domains: Sequence[PairDomain], scorer: Scorer) -> TranslationRow:
     scores = {
-        domain.name: scorer.corpus(row.written[domain.name].texts, domain.references)
+        domain.name: scorer.corpus(row.written[domain.name].texts, [pair.target for pair in domain.pairs])
         for domain in domains
         if domain.name in row.written
     }

@@ -138,14 +138,10 @@ def said_of(counted: Compared) -> str:
 
 def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
     """A line per kind of text, a column per example."""
-    lines = [
-        ["source", *(each.source for each in examples)],
-        ["reference", *(each.reference for each in examples)],
-        ["base", *(each.base for each in examples)],
-    ]
-    if any(each.own is not None for each in examples):
-        lines.append(["own expert", *(each.own or "" for each in examples)])
-    return [*lines, ["mixture", *(each.mixture for each in examples)]]
+    kinds = {"source": "source", "reference": "reference", "base": "base", "own expert": "own", "mixture": "mixture"}
+    if all(each.own is None for each in examples):
+        del kinds["own expert"]
+    return [[title, *(getattr(each, kind) or "" for each in examples)] for title, kind in kinds.items()]
 
 
 @dataclass(frozen=True)

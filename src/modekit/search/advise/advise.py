@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from modekit.planning.channel_choice import is_carried
 from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
@@ -55,11 +53,12 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     if not any(kept.values()):
         return found.model_copy(update={"findings": findings})
     facts = _facts(compared, measured, kept, native)
-    given = _without_format(raw)
+    output = raw.get("output")
+    open_output = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
 
     def planned_by(known: Facts) -> Planned:
         choice = choose(known)
-        data = advised_recipe(given, kept, measured.unread, choice, known.native)
+        data = advised_recipe({**raw, "output": open_output}, kept, measured.unread, choice, known.native)
         return choice, summary(make_plan(parse_recipe(data, where="the advised recipe"), root, run=run))
 
     chosen = choose(facts)
@@ -74,13 +73,6 @@ def advise(path: Path, *, tokens: int = SAMPLE_TOKENS, native: bool = False, run
     ways = ways_of(compared, measured.gains, facts, kept, planned_by)
     said = {"facts": facts, "advice": (chosen,), "recipe": data, "plan": planned, "ways": ways}
     return found.model_copy(update={"findings": findings, **said})
-
-
-def _without_format(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """A recipe that leaves the architecture open."""
-    output = raw.get("output")
-    kept = {key: value for key, value in output.items() if key != "format"} if isinstance(output, dict) else {}
-    return {**{key: value for key, value in raw.items() if key != "output"}, **({"output": kept} if kept else {})}
 
 
 def _found(compared: ComparedModels, measured: TextMeasurements) -> Advice:

@@ -33,7 +33,7 @@ from modekit.run import QUIET, Run
 from modekit.search.advise.result import Group
 from modekit.sources.compatibility import own_names
 from modekit.sources.contents import OpenFiles
-from modekit.sources.family import Family, Stack
+from modekit.sources.family import Family
 from modekit.sources.model import ModelSource
 from modekit.sources.names import HEAD, LOGITS_BIAS, is_looked_up, module_of, split_layer
 from modekit.weights.numeric import BLOCK, to_float32
@@ -56,17 +56,14 @@ def groups_of(base: ModelSource, family: Family) -> dict[str, Group]:
             stack = family.stack_of(layer)
             if _lies_in(path, stack.ffn_modules):
                 return "ffn"
-            return "attention" if _lies_in(path, _attention(stack) if family.pair else blocks) else "norms"
+            # T5 numbers what holds the parts that mix tokens, and keeps norms beside them.
+            mixing = {module_of(stack.parts[part]) for part in ATTENTION if part in stack.parts} if family.pair else blocks
+            return "attention" if _lies_in(path, mixing) else "norms"
         if is_looked_up(module_of(name)):
             return "embeddings"
         return "head" if module_of(name) == HEAD or name == LOGITS_BIAS else "norms"
 
     return {name: group(name) for name in names}
-
-
-def _attention(stack: Stack) -> set[str]:
-    """Modules of a layer that hold the parts which mix tokens; T5 numbers what holds these, and keeps norms beside them."""
-    return {module_of(stack.parts[part]) for part in ATTENTION if part in stack.parts}
 
 
 def _lies_in(path: str, modules: Collection[str]) -> bool:

@@ -71,7 +71,7 @@ def _of_gain(name: str, gain: Figure) -> Iterator[Finding]:
             "warning",
             name,
             "it is not better than the base model on its own text",
-            f"{_figure(gain)} nats per token",
+            f"{gain.said(3)} nats per token",
             "check that text and model belong together; else write model: base",
         )
     elif gain.error is not None and gain.value < 2 * gain.error:
@@ -79,7 +79,7 @@ def _of_gain(name: str, gain: Figure) -> Iterator[Finding]:
             "note",
             name,
             "its gain is within what this much text can tell",
-            f"{_figure(gain)} nats per token",
+            f"{gain.said(3)} nats per token",
             "give more text, or more --tokens",
         )
 
@@ -100,7 +100,7 @@ def _of_better(recipe: Recipe, gains: Gains, moved: Collection[int], index: int)
         "warning",
         recipe.names[index],
         f"{recipe.names[best]} is better on its text than it is itself",
-        f"{_figure(better)} nats per token" + ("; it is the worst of all there" if is_worst and len(others) > 1 else ""),
+        f"{better.said(3)} nats per token" + ("; it is the worst of all there" if is_worst and len(others) > 1 else ""),
         "check that models and texts are not mixed up"
         if index in moved
         else f"give this text to {recipe.names[best]}, or train an expert on it: the base is for what no expert knows better",
@@ -147,8 +147,3 @@ def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
                 f"{mistaken:.0%} of their tokens are taken for the other's by n-grams (50% is one text)",
                 "no router can tell them apart by their words: make one domain of them, or give text that differs",
             )
-
-
-def _figure(figure: Figure) -> str:
-    """A figure with its standard error."""
-    return f"{figure.value:.3f}" + ("" if figure.error is None else f" ± {figure.error:.3f}")

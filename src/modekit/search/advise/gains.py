@@ -7,6 +7,7 @@ Losses are kept for a few blocks of the text; leaving out one block at a time sa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -90,14 +91,10 @@ def has_gain(gain: Figure) -> bool:
 
 def figure_of(figure: Callable[..., float], *losses: BlockLosses) -> Figure:
     """A function of mean losses on the same text, and its jackknife standard error over the blocks."""
-    value = figure(*(each.mean for each in losses))
-    count = len(losses[0].sums)
-    if count < 2:
-        return Figure(value, None)
-    left_out = []
-    for block in range(count):
-        kept = np.arange(count) != block
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means = [each.sums[kept].sum() / each.tokens[kept].sum() for each in losses]
-            left_out.append(float(figure(*means)))
-    return Figure(value, jackknife_error(left_out))
+
+    def of_sums(*sums: float) -> float:
+        return figure(*map(operator.truediv, sums[::2], sums[1::2]))
+
+    value, blocks = figure(*(each.mean for each in losses)), [part for each in losses for part in (each.sums, each.tokens)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Figure(value, jackknife_error(of_sums, *blocks) if len(blocks[0]) > 1 else None)

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, JsonValue
 
 from modekit.errors import ModekitError
+from modekit.evaluation.identity import ReadSequences
 from modekit.planning.summary import PlanSummary
 
 Level = Literal["error", "warning", "note"]
@@ -50,6 +51,10 @@ class Figure:
     value: float
     error: float | None
 
+    def said(self, digits: int) -> str:
+        """With so many digits behind the point, and its error where that is known."""
+        return f"{self.value:.{digits}f}" + ("" if self.error is None else f" ± {self.error:.{digits}f}")
+
 
 class GroupDrift(BaseModel, frozen=True):
     """An expert in a group: |difference| / |base| (None where the base is zero), and the share of its squared difference."""
@@ -71,15 +76,6 @@ class ExpertPairs(BaseModel, frozen=True):
     experts: list[str]
     cosine: list[list[float | None]]
     distance: list[list[float]]
-
-
-class TextSummary(BaseModel, frozen=True):
-    """Select text of a domain: its size, a hash of its documents, tokens per sequence."""
-
-    documents: int
-    tokens: int
-    sha256: str
-    sequence_length: int
 
 
 class PartGain(BaseModel, frozen=True):
@@ -166,7 +162,7 @@ class Advice(BaseModel, frozen=True):
     base_model: str
     drift: dict[str, ExpertDrift]
     similarity: ExpertPairs
-    text: dict[str, TextSummary]
+    text: dict[str, ReadSequences]
     losses: dict[str, dict[str, float]]
     gain: dict[str, ExpertGain]
     words: WordTable | None

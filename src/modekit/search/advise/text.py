@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.errors import TextError
+from modekit.evaluation.identity import ReadSequences
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.router import Router
 from modekit.run import Run
 from modekit.search.advise.gains import ON_AVERAGE, Gains
 from modekit.search.advise.models import ComparedModels
-from modekit.search.advise.result import Finding, TextSummary, finding_of
+from modekit.search.advise.result import Finding, finding_of
 from modekit.search.advise.rules import NEARLY_ALL
 from modekit.sources.contents import OpenFiles
 from modekit.sources.tokenizer import TOKENIZER_FILES
@@ -43,7 +44,7 @@ class DomainText:
     """Of one domain: select text to score, its size, and the documents that a router may be fitted on."""
 
     sequences: Sequence[TokenSequence]
-    summary: TextSummary
+    record: ReadSequences
     fit: Sequence[Document]
 
 
@@ -75,7 +76,7 @@ class TextMeasurements:
     the passes that were run here.
     """
 
-    texts: Mapping[int, TextSummary]
+    texts: Mapping[int, ReadSequences]
     unread: frozenset[int]
     fittable: frozenset[int]
     gains: Gains | None
@@ -110,8 +111,8 @@ def measure_text(compared: ComparedModels, *, tokens: int, run: Run) -> tuple[Te
     gains = speed = None
     if scored:
         gains, speed = _gains(compared, scored, run)
-    summaries = {index: text.summary for index, text in texts.items()}
-    return TextMeasurements(summaries, unread, fittable, gains, confusion, speed), findings
+    records = {index: text.record for index, text in texts.items()}
+    return TextMeasurements(records, unread, fittable, gains, confusion, speed), findings
 
 
 def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence]], run: Run) -> tuple[Gains, float | None]:
@@ -122,8 +123,7 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
     from modekit.loaded.load import load_model
     from modekit.search.advise.part_scores import PatchedBase, measure, on_average
 
-    opened = OpenFiles()
-    try:
+    with OpenFiles() as opened:
         base = compared.base
         model = load_model(base.folder, run=run)
         give_rows(model, base, base)
@@ -137,8 +137,6 @@ def _gains(compared: ComparedModels, scored: Mapping[int, Sequence[TokenSequence
             for index, losses in on_average(patched, scored, own, run=run).items():
                 gains.parts[index][ON_AVERAGE] = losses
         return gains, gains.tokens * 2 * _weights(model) / seconds if seconds > 0 else None
-    finally:
-        opened.close()
 
 
 def _weights(model: PreTrainedModel) -> int:
@@ -177,8 +175,8 @@ def read_texts(
             what = "little text to measure on" if count else "no text to measure on"
             found = f"{count} of {tokens} tokens in the select split (one document in ten)"
             findings.append(Finding("note", expert.name, what, found, "give more documents"))
-        summary = TextSummary.model_validate({**text_record(chosen, count), "sequence_length": SEQUENCE_LENGTH})
-        texts[place] = DomainText(sequences, summary, fit)
+        record = ReadSequences(**text_record(chosen, count), sequence_length=SEQUENCE_LENGTH)
+        texts[place] = DomainText(sequences, record, fit)
     return texts, findings
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -157,9 +157,10 @@ def _assign_all(
     numbers, characters = [0] * len(names), [0] * len(names)
     read = (document for _, document in documents.read())
     with ExitStack() as opened:
-        files = (
-            [opened.enter_context(_appearing(stage.folder / f"{name}.jsonl")) for name in names] if stage is not None else []
-        )
+        files: list[io.BufferedWriter] = []
+        for path in [] if stage is None else [stage.folder / f"{name}.jsonl" for name in names]:
+            temporary = opened.enter_context(appearing(path, sync=False))
+            files.append(opened.enter_context(io.BufferedWriter(create(temporary), _BUFFER)))
         while together := list(islice(read, _TOGETHER)):
             for document, label in zip(together, grouping.assign([text_of(each) for each in together]), strict=True):
                 numbers[label] += 1
@@ -170,12 +171,6 @@ def _assign_all(
             run.progress("group documents", min(sum(numbers), sample.documents), sample.documents)
         documents.check_same(sample)
     return list(zip(numbers, characters, strict=True))
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[io.BufferedIOBase]:
-    with appearing(path, sync=False) as temporary, io.BufferedWriter(create(temporary), _BUFFER) as stream:
-        yield stream
 
 
 SURE = 0.9

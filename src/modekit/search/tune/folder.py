@@ -16,11 +16,11 @@ from modekit.files.libraries import check_own
 from modekit.files.lock import Lock
 from modekit.files.marker import claim_work_folder, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_json
-from modekit.files.typed import read_as, shortened
+from modekit.files.typed import read_as
 from modekit.files.write import remove, sweep, write_json
 from modekit.planning.plan import Plan
 from modekit.search.tune.results import TuneSettings
-from modekit.search.tune.study import SearchJob
+from modekit.search.tune.study import SearchJob, damaged
 
 _Kind = TypeVar("_Kind")
 _SETTINGS_FILE = "settings.json"
@@ -111,12 +111,7 @@ def read_kept(path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return read_as(path, kind, LARGE)
     except UNREADABLE as error:
-        raise TuneError(
-            "what a search left is damaged",
-            where=str(path),
-            found=shortened(error),
-            remedy=f"remove the folder {path.parent.name} to start over",
-        ) from None
+        raise damaged(path, error) from None
 
 
 @contextmanager

@@ -115,25 +115,20 @@ def _connected(ray: Any, address: str, processes: int) -> Iterator[None]:
         settings |= {"include_dashboard": False, "num_cpus": cores, "object_store_memory": _STORE}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it, here and in all that it starts
     try:
-        with _start_errors(address), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(**settings)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(**settings)
+        except (Exception, SystemExit) as error:  # Ray ends the process where it gives up
+            raise TuneError(
+                "Ray does not start" if address == "local" else "the Ray cluster cannot be joined",
+                where=f"{ADDRESS}={address}",
+                found=shortened(error) or type(error).__name__,
+                remedy="all machines need the same Ray and Python; without RAY_ADDRESS Ray is started here",
+            ) from None
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _start_errors(address: str) -> Iterator[None]:
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # Ray ends the process where it gives up
-        raise TuneError(
-            "Ray does not start" if address == "local" else "the Ray cluster cannot be joined",
-            where=f"{ADDRESS}={address}",
-            found=shortened(error) or type(error).__name__,
-            remedy="all machines need the same Ray and Python; without RAY_ADDRESS Ray is started here",
-        ) from None
 
 
 def share_of(nodes: Sequence[Mapping[str, Any]], processes: int) -> dict[str, float]:

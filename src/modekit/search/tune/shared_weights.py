@@ -83,7 +83,9 @@ class SharedWeights:
         make_folder(folder.parent)
         with waiting(folder.with_suffix(".lock")):
             if not (folder / RECORD_FILE).exists():
-                self._write(plan, folder)
+                with appearing(folder, sync=False) as partial:
+                    make_folder(partial)
+                    self._write(plan, folder, partial)
         return open_checkpoint(folder).with_recipe(recipe)
 
     def gates(self, shared: Checkpoint, recipe: Recipe) -> Gates:
@@ -141,12 +143,7 @@ class SharedWeights:
         for name in ("weights", "tensors"):
             remove(self._work / name)
 
-    def _write(self, plan: Plan, folder: Path) -> None:
-        with appearing(folder, sync=False) as partial:
-            make_folder(partial)
-            self._write_into(plan, folder, partial)
-
-    def _write_into(self, plan: Plan, folder: Path, partial: Path) -> None:
+    def _write(self, plan: Plan, folder: Path, partial: Path) -> None:
         """Write everything into `partial`, which will be `folder`."""
         pool = self._work / "tensors"
         make_folder(pool)

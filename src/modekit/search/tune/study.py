@@ -47,6 +47,16 @@ _STATES: dict[TrialState, Literal["scored", "dropped", "refused"]] = {
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
+def damaged(path: Path, error: Exception) -> TuneError:
+    """The error of a file that a search left in its folder, and that cannot be read."""
+    return TuneError(
+        "what a search left is damaged",
+        where=str(path),
+        found=shortened(error) or type(error).__name__,
+        remedy=f"remove the folder {path.parent.name} to start over",
+    )
+
+
 @dataclass(frozen=True)
 class SearchJob:
     """What every process of a search needs to know; all of it can be sent to another machine.
@@ -92,12 +102,7 @@ def _damage_reported(job: SearchJob) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise TuneError(
-            "what a search left is damaged",
-            where=str(job.work / _STUDY_FILE),
-            found=shortened(error) or type(error).__name__,
-            remedy=f"remove the folder {job.work.name} to start over",
-        ) from None
+        raise damaged(job.work / _STUDY_FILE, error) from None
 
 
 def open_study(job: SearchJob, process: int = 0) -> optuna.Study:
@@ -150,9 +155,7 @@ def _mend(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise TuneError(
-            "what a search left cannot be read", where=str(path), found=error.strerror, remedy="remove the folder to start over"
-        ) from None
+        raise damaged(path, error) from None
 
 
 @_quiet()
