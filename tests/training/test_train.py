@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
@@ -557,6 +558,26 @@ def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, cont
     assert str(state) in str(error.value.where) and "checkpoint-4" in str(error.value.remedy)
     shutil.rmtree(state)
     assert run(checkpoint, **changes).improved
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_state_with_the_names_of_an_older_version_is_refused(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Also where all steps are done: nothing of it would reach the mixture."""
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise _KilledError
+
+    checkpoint = built(workshop)
+    changes = {"what": ["attention"], "steps": 6, "evaluate_every": 2}
+    with monkeypatch.context() as patched, pytest.raises(_KilledError):
+        patched.setattr(finish_module, "write_trained", killed)
+        train(checkpoint, settings_of(**changes), evaluate_tokens=None, run=Run() if ended else Run(progress=killed_at(5)))
+    for state in (workshop.root / "OUT.training").glob("checkpoint-*/model.safetensors"):
+        save_file({name.replace("model.", "mixture.", 1): each for name, each in load_file(state).items()}, state)
+    with pytest.raises(TrainingError, match=r"as states of an older version do\n.*OUT\.training to begin again"):
+        run(checkpoint, **changes)
 
 
 def test_another_training_does_not_take_over_an_unfinished_one(workshop: Workshop) -> None:

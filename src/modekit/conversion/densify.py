@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modekit.building.build import write_shards
@@ -40,6 +39,7 @@ from modekit.files.staging import Staging, staging
 from modekit.files.write import json_bytes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
+from modekit.loaded.states import take_state
 from modekit.planning.make import make_plan_again
 from modekit.planning.plan import INDEX_FILE
 from modekit.run import QUIET, Run
@@ -171,8 +171,7 @@ class _Work:
             outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
             folder.keep("trained", outcome.model_dump(mode="json"))
         if outcome.improved:
-            best = load_file(outcome.best_state(folder.path))
-            student.load_state_dict({name.removeprefix("model."): value for name, value in best.items()}, strict=False)
+            take_state(student, outcome.best_state(folder.path))
         else:  # the student has gone on from it
             self.chooser.set(merge)
         student.eval()

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, NonNegativeInt
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -26,6 +28,7 @@ from modekit.files.write import remove
 
 COMPLETE = "complete"
 STATE_FILE = "model.safetensors"  # the name that Trainer looks for
+_OTHERS = f"{STATE_FILE} holds other parameters than those that move, as states of an older version do"
 
 
 class _Callback(BaseModel):
@@ -81,7 +84,16 @@ def check_names(state: Path, moving: Collection[str]) -> None:
     open_regular(state / STATE_FILE).close()  # safetensors would wait for a pipe
     with safe_open(state / STATE_FILE, framework="pt") as file:
         if set(file.keys()) != set(moving):
-            raise ValueError(f"{STATE_FILE} holds other parameters than those that move")
+            raise ValueError(_OTHERS)
+
+
+def take_state(model: nn.Module, file: Path) -> None:
+    """Give a model what moved, as it is in the file of a state. Raises TrainingError where that is damaged."""
+    with state_read(file.parent, file):
+        open_regular(file).close()
+        moved = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        if model.load_state_dict(moved, strict=False).unexpected_keys:
+            raise ValueError(_OTHERS)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from modekit.files.output import settle
 from modekit.files.read import LARGE, read_bytes
 from modekit.files.write import files_below, json_bytes, remove
 from modekit.loaded.load import load_model, without_bars
+from modekit.loaded.states import take_state
 from modekit.processes import processes
 from modekit.run import Run
 from modekit.training.engine import LOG_FILE, TENSORBOARD_FOLDER
@@ -95,8 +96,7 @@ def _moved(request: Request, outcome: TrainingOutcome, kept: TrainingFolder, run
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
     trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
-    best = {name.removeprefix("model."): value for name, value in load_file(outcome.best_state(kept.path)).items()}
-    mixture.load_state_dict(best, strict=False)
+    take_state(mixture, outcome.best_state(kept.path))
     folder = kept.path / "moved"
     remove(folder)
     with without_bars(), library_writes(folder) as new:
