@@ -163,6 +163,9 @@ def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
     monkeypatch.setattr("modekit.conversion.densify.read_texts", lambda *_, **__: pytest.fail("text to train on was read"))
     assert set(made(shop, "OUT", "average").losses) == {"base", "experts", "mixture", "dense"}
     assert made(shop, "OUT", "sum", scale=0.5).losses
+    for given in ({"law": ["./nowhere.jsonl"]}, {"physics": ["./text/law.jsonl"]}):
+        with pytest.raises(TextError, match="--text"):
+            made(shop, "OUT", "average", texts=given, root=tmp_path)
     (tmp_path / "text").rename(tmp_path / "elsewhere")
     assert made(shop, "OUT", "average").losses == {}
 

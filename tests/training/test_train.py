@@ -604,6 +604,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_state(workshop: Work
     done = run(checkpoint, what=["head"], steps=9)
     assert done.failed is not None and done.improved
     assert "step 4" in str(done.failed) and "of medicine" in str(done.failed)
+    assert any("ended after step 3 of 9: a loss was not finite;" in note for note in done.record.notes)
     assert is_proven(verify(open_checkpoint(checkpoint.folder)))
     losses = done.record.select_loss
     assert sum(each["after"] for each in losses.values()) < sum(each["before"] for each in losses.values())

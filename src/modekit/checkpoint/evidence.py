@@ -76,7 +76,7 @@ def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float
 def _sized_rows(
     channels: Channels, embedding: TensorRef
 ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float64]]]:
-    """Blocks of rows: the number of the first, their numbers and their `row_sizes`."""
+    """Blocks of rows: the place of the first, the rows in float32, and their `row_sizes`."""
     with OpenFiles() as opened:
         for start, rows in rows_of(opened, embedding):
             values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])

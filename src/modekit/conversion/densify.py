@@ -49,7 +49,7 @@ from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.folder import TrainingOutcome
 from modekit.training.request import memory_errors
 from modekit.training.states_folder import digest_of_data
-from modekit.training.texts import TrainingText, read_texts
+from modekit.training.texts import TrainingText, check_given, read_texts
 
 
 class DenseFolder(SpecialistFolder):
@@ -125,8 +125,9 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
 def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingText]:
     """Text of every domain that has any, to distil on or to choose a merge by; none where the merge is given.
 
-    Raises TextError where there is none and something must be measured.
+    Raises TextError where there is none and something must be measured, and for a given text that is not there.
     """
+    check_given(checkpoint, asked.texts, asked.root)
     needs_text, chooses = asked.by in ("distil", "best"), asked.by in ("sum", "svd") and asked.scale is None
     known = asked.texts or any(expert.text for expert in checkpoint.record.recipe.experts)
     if not needs_text and not (chooses and known):

@@ -127,6 +127,7 @@ def run_trainer(
         except NotFiniteError as error:
             failed = error
         why = "its time was over" if trainer.elapsed() >= 1.0 else "the held-out loss no longer fell"
+        why = why if failed is None else "a loss was not finite"
         return _outcome(trainer.state, loop.steps, why, failed)
 
 

@@ -105,7 +105,7 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
 
 @dataclass(frozen=True)
 class TrainableMixture:
-    """A model whose parameters with gradients move the `targets`, by their names before."""
+    """A model and the `targets` that move, themselves or by low-rank changes, by their names before these were added."""
 
     model: PreTrainedModel
     targets: dict[str, nn.Parameter]

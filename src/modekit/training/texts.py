@@ -15,6 +15,7 @@ from modekit.evaluation.domains import Domain, recipe_texts
 from modekit.loaded.load import load_tokenizer
 from modekit.run import Run
 from modekit.text.document import Document, check_kind
+from modekit.text.documents import check_present
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
@@ -43,6 +44,19 @@ class TrainingText:
         return Domain(self.corpus.name, self.corpus.expert, self.select)
 
 
+def check_given(checkpoint: Checkpoint, texts: Mapping[str, Sequence[str]], root: Path) -> None:
+    """Raise TextError where a given text is of no expert, or is not there; nothing is read."""
+    for name, specs in texts.items():
+        if name not in checkpoint.names:
+            raise TextError(
+                "there is no expert for this domain",
+                where=f"--text {name}=...",
+                expected=", ".join(checkpoint.names),
+                remedy="name a domain of the mixture; text of no domain goes under generic",
+            )
+        check_present(specs, root=root, where=f"--text {name}")
+
+
 def read_texts(
     checkpoint: Checkpoint, settings: TrainSettings, texts: Mapping[str, Sequence[str]], root: Path, *, run: Run
 ) -> list[TrainingText]:
@@ -51,16 +65,8 @@ def read_texts(
     `texts`, relative to `root`, counts more than the recipe's. Experts with neither are left out. Raises TextError, also for
     text of another kind than the mixture reads, and for pairs that go another way than those of the other texts.
     """
-    names = checkpoint.names
-    unknown = [name for name in texts if name not in names]
-    if unknown:
-        raise TextError(
-            "there is no expert for this domain",
-            where=f"--text {unknown[0]}=...",
-            expected=", ".join(names),
-            remedy="name a domain of the mixture; text of no domain goes under generic",
-        )
-    own = recipe_texts(checkpoint)
+    check_given(checkpoint, texts, root)
+    names, own = checkpoint.names, recipe_texts(checkpoint)
     given: list[tuple[str, int, DomainText]] = []
     for place, name in enumerate(names):
         text = read_text(texts[name], root=root, where=f"--text {name}") if name in texts else own.own(place)
