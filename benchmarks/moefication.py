@@ -2,9 +2,9 @@
 
     python benchmarks/moefication.py MODEL TEXT [TEXT ...]      a model's folder, files of text as `modekit` reads them
 
-MoEfication (arXiv:2110.01786) splits a trained FFN's channels into experts and runs a few of them. No router is better than one
-that knows what each channel gives, so that rows are bounds: of every token the channels, or groups of them, kept are those
-whose part of the output is longest,
+MoEfication (arXiv:2110.01786) splits a trained FFN's channels into experts and runs a few of them. A router that knows what
+each channel gives is hard to beat, so that rows are about what a split can reach: of every token the channels, or groups of
+them, kept are those whose part of the output is longest,
 
     |down[:, c] h_c|      of a channel;      (sum_c in g |down[:, c] h_c|^2)^0.5      of a group.
 
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modekit.loaded.passes import removed
 from peers.score import texts_of
 
 GROUPS, ROUNDS = 8, 10
@@ -81,9 +82,8 @@ def kept(model: PreTrainedModel, keeps: list[Keep]) -> Iterator[None]:
     hooks = [
         layer.mlp.down_proj.register_forward_pre_hook(mask(keep)) for layer, keep in zip(layers(model), keeps, strict=True)
     ]
-    yield
-    for each in hooks:
-        each.remove()
+    with removed(hooks):
+        yield
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
