@@ -127,3 +127,17 @@ def test_train_options_are_settings() -> None:
 def test_an_option_that_moved_names_its_command(options: tuple[str, ...], command: str, tmp_path: Path) -> None:
     message = refuse_usage("eval", tmp_path, *options)
     assert f"this option was removed: {options[0]}" in message and f"run modekit {command}\n" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("average", "--select-tokens", "9"), "--by distil or best, or sum or svd without --scale"),
+        (("sum", "--scale", "0.5", "--select-tokens", "9"), "--by distil or best, or sum or svd without --scale"),
+        (("sum", "--steps", "9"), "--by distil"),
+        (("best", "--scale", "0.5"), "--by sum, svd or distil"),
+    ],
+)
+def test_densify_says_which_merge_reads_an_option(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    message = refuse_usage("densify", tmp_path, tmp_path / "DENSE", "--by", *options)
+    assert f"where:    {options[-2]}\n" in message and f"expected: {said}\n" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapter_folders import UP, write_adapter
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.conversion import densify as densify_module
 from modekit.conversion.dense_record import By, DenseRecord
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
@@ -202,3 +204,17 @@ def test_an_expert_s_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
 def test_a_setting_of_a_training_that_there_is_not_is_refused() -> None:
     with pytest.raises(ModekitError):
         course_of(steps=0)
+
+
+def test_text_for_the_figures_of_a_given_merge_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path)
+    shop.build()
+    (tmp_path / "damaged.jsonl").write_text("{")
+    with pytest.raises(TextError, match=r"damaged\.jsonl"):
+        made(shop, "OUT", "average", texts={"law": ["damaged.jsonl"]}, root=tmp_path)
+    assert not (tmp_path / "DENSE").exists()
+
+
+def test_another_text_for_the_figures_is_another_request() -> None:
+    asked = Densify("average", course_of(), {"law": ["law.jsonl"]})
+    assert densify_module._asked(asked) != densify_module._asked(replace(asked, texts={"law": ["law-2.jsonl"]}))

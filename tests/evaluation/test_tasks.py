@@ -28,6 +28,7 @@ from modekit.evaluation.tasks import evaluate as run
 from modekit.evaluation.tasks import scoring
 from modekit.evaluation.tasks.evaluate import evaluate_tasks
 from modekit.evaluation.tasks.files import FORMS, task_name
+from modekit.evaluation.tasks.harness import quiet
 from modekit.evaluation.tasks.intervals import average, bleu_sample, differences, draw, mean_sample, rows
 from modekit.evaluation.tasks.questions import (
     CHOICES,
@@ -387,6 +388,18 @@ def test_a_whole_text_is_scored_in_windows(workshop: Workshop) -> None:
     alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     assert found[0] == pytest.approx(direct(model, tokenizer, "", texts[0]), abs=1e-3)
     assert found == pytest.approx(alone.loglikelihood_rolling([Asked(t) for t in texts], disable_tqdm=True), abs=1e-3)
+
+
+def test_no_answer_draws_a_bar(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model(workshop.root / "base"), load_tokenizer(workshop.root / "base")
+    with quiet(trusted=False):
+        reader = scoring.LoadedModel(model, tokenizer)
+        reader.loglikelihood([Asked("a", "b")])
+        reader.loglikelihood_rolling([Asked("a text")])
+        reader.generate_until([Asked("a", {"until": ["."], "max_gen_toks": 2})])
+    assert capsys.readouterr().err == ""
+    reader.loglikelihood([Asked("a", "b")])
+    assert "100%" in capsys.readouterr().err  # the harness draws its own again
 
 
 def test_too_long_a_text_loses_its_beginning(workshop: Workshop) -> None:

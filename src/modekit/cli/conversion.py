@@ -41,11 +41,14 @@ class CourseOptions:
     ] = None
     temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 1).")] = None
 
-    def check(self, by: str) -> None:
+    def check(self, by: str, scale: float | None) -> None:
         """Raise ModekitError for an option that changes nothing."""
-        read = {"distil": set(vars(self)), "average": {"sequence_length"}}.get(by, {"sequence_length", "select_tokens"})
-        unread = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name not in read}
-        refuse_without_effect("--by distil", unread)
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name != "sequence_length"}
+        select = {"--select-tokens": given.pop("--select-tokens")}
+        if by == "average" or (by in ("sum", "svd") and scale is not None):
+            refuse_without_effect("--by distil or best, or sum or svd without --scale", select)
+        if by != "distil":
+            refuse_without_effect("--by distil", given)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def densify(
     """Turn a mixture into one dense model of the base's size, and show what it keeps."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
-    course.check(by)
+    course.check(by, options.scale)
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)

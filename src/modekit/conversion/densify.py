@@ -110,8 +110,9 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
 
 def _asked(asked: Densify) -> str:
     """All that decides what comes out, but for the text."""
-    course = asked.course if asked.by == "distil" else None
-    return repr([asked.by, asked.scale, asked.tokens, course and (course.settings, course.lesson)])
+    course = asked.course
+    said = (course.settings, course.lesson) if asked.by == "distil" else (course.settings.sequence_length, asked.texts)
+    return repr([asked.by, asked.scale, asked.tokens, said])
 
 
 def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
@@ -211,7 +212,10 @@ class _Work:
         return self.chooser.best(self.asked.by, self.asked.scale)
 
     def _report(self) -> list[Domain]:
-        """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none."""
+        """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none.
+
+        Raises TextError where text that was given for these figures alone cannot be read.
+        """
         scored = self.checkpoint.scored_on(self.asked.texts, self.asked.root)
         seen = {mark for text in self.texts for mark in (*text.trained_on, *text.selected_by)}
         length = self.asked.course.settings.sequence_length
@@ -220,6 +224,8 @@ class _Work:
                 scored, tokens_per_domain=self.asked.tokens, sequence_length=length, seen=seen, run=self.run
             )
         except TextError:
+            if self.asked.texts and not self.texts:
+                raise
             return []
         return [domain for domain in found if domain.expert is not None]
 

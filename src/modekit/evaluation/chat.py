@@ -248,7 +248,7 @@ def _leaders(
 def _answers(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TokenSequence]:
-    """Every prompt with its greedy answer, at most so many tokens."""
+    """Every prompt with its greedy answer of at most 16 tokens."""
     longest = max(map(len, prompts))
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ended = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
