@@ -10,7 +10,7 @@ from typer.models import CommandInfo
 GROUPS: dict[str, dict[str, str]] = {}
 """Group -> command -> example, in the order of `--help`; examples.txt has a line for each."""
 for _line in files("modekit.cli").joinpath("examples.txt").read_text(encoding="utf-8").splitlines():
-    _group, _command, _example = _line.split("\t")
+    _group, _command, _example = (*_line.split("\t"), "")[:3]  # a group of commands has none
     GROUPS.setdefault(_group, {})[_command] = _example
 
 
