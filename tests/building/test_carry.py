@@ -245,7 +245,7 @@ def test_another_file_of_what_is_carried_is_refused(shop: Workshop) -> None:
     (out / "modekit.json").write_text(json.dumps(record))
     wrong = next(check for check in verify(open_checkpoint(out), reload=False) if check.verdict == "failed")
     assert CARRIED_FILE in wrong.detail
-    with pytest.raises(SourceError, match="not of this checkpoint") as caught:
+    with pytest.raises(SourceError, match="not that of this checkpoint") as caught:
         write_change(checkpoint := open_checkpoint(out), rename_expert(checkpoint, "law", "jura"), shop.root / "RENAMED")
     assert "outputs.1" in str(caught.value.where)
     record["carry"]["head"] = True
