@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from typer.main import get_command
 
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.cli.shell import app
@@ -54,7 +53,7 @@ CLAIMS = (
 
 
 def claims(scored: Scored, out: Path) -> dict[str, float]:
-    """Every figure of CLAIMS that this version can make; `out` is written anew."""
+    """Every figure of CLAIMS; `out` is written anew."""
     shutil.rmtree(out, ignore_errors=True)
     texts = texts_of(scored.pool.base, {name: scored.report[name] for name in scored.pool.text}, TOKENS)
     return {
@@ -127,8 +126,6 @@ def _nearer(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
 
 def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
     """Whole and half experts, upcycled from the base and trained on the text of all domains."""
-    if "upcycle" not in getattr(get_command(app), "commands", {}):
-        return {}
     dense, found = _loss(opened(pool.base), texts), dict[str, float]()
     for name, (experts, segments, top_k) in SEGMENTS.items():
         folder = out / f"segments-{segments}"
@@ -142,9 +139,8 @@ def _segments(pool: Pool, texts: Texts, out: Path) -> dict[str, float]:
         }
         said = train_settings({**settings, "batch_tokens": STEPS.length * len(pool.text)}, where=name)
         made = open_checkpoint(folder)
-        read = {
-            expert: [str(path)] for expert, path in zip(made.names, pool.text.values(), strict=False)
-        }  # of all: no label is read
+        texts_read = [[str(fit), str(pool.select[name])] for name, fit in pool.text.items()]
+        read = dict(zip(made.names, texts_read, strict=False))  # of all experts: no label is read
         done = train(made, said, texts=read, evaluate_tokens=None)
         found[TRAINED.format(name)] = _loss(opened(done.checkpoint.folder), texts) - dense
     return found
