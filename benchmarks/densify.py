@@ -102,7 +102,7 @@ def merges(pool: Pool) -> None:
 
 def teacher(pool: Pool) -> None:
     """A row per share of the text in the loss; the teacher has the rest."""
-    for text in (1.0, 0.75, 0.5, 0.0):
+    for text in (1.0, 0.75, 0.5, 0.25, 0.0):
         print(f"text {text:g}", end=" ")
         distil(pool, text)
 
