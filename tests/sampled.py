@@ -27,7 +27,7 @@ SAMPLED = {
     "architecture/test_encoder_decoder.py::test_it_opens_without_modekit": r"^t5$",
     "architecture/test_experts_per_source.py::test_beams_of_a_source_share_its_expert": r"^t5-",
     "architecture/test_mixtures.py::test_copies_in_every_family": r"^(llama|qwen3)-",
-    "architecture/test_mixtures.py::test_every_family_mixes_every_kind_of_expert": r"^(llama|gemma2|cohere2|phi3)-",
+    "architecture/test_mixtures.py::test_every_family_mixes_every_kind_of_expert": r"^llama-|^(gemma2|cohere2|phi3)-all",
     "architecture/test_mixtures.py::test_padding_and_batch_order_never_change_a_fit": r"^(l.*token|f.*context|m.*sequence)$",
     "architecture/test_mixtures.py::test_the_same_recipe_twice_gives_the_same_bytes_and_is_proven": r"^(nati|mode|phat)\w+$",
     "architecture/test_mixtures.py::test_transformers_alone_says_the_same": r"^native$",
