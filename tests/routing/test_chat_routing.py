@@ -136,7 +136,6 @@ def decays_of(checkpoint: Checkpoint) -> list[float | None]:
     return [average.decay for average in open_checkpoint(checkpoint.folder).shape.routing.averages]
 
 
-@pytest.mark.slow
 def test_a_refit_that_makes_a_router_lexical_follows_chats_and_one_that_adds_up_does_not(shop: Workshop) -> None:
     checkpoint = build(shop, "OTHER-FIT", "modekit", fit="ngram")
     assert decays_of(checkpoint) == [0.98]
