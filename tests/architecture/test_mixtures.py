@@ -600,7 +600,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
     return mixture
 
 
-FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

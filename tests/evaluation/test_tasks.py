@@ -696,7 +696,7 @@ def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, c
         and "chance" in done.stdout
         and "tasks.json, tasks.md" in done.stdout
     )
-    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), *options, "--json"])
+    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), "continuations", *options[1:], "--json"])
     with pytest.raises(SystemExit) as end:
         main()
     printed = capsys.readouterr()

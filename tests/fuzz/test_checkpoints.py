@@ -234,7 +234,7 @@ def refit_from_statistics(folder: Path) -> None:
         refit(opened, {"router": {"temperature": 1.0}})
 
 
-@many(60)
+@many(30)
 def test_a_damaged_native_checkpoint(native: Stranger, data: st.DataObject) -> None:
     damage_and_read(native, data, native.files, read_everything)
 
@@ -261,7 +261,7 @@ def read_router(folder: Path) -> None:
         assert all(0 <= each <= 1 for each in decided.probabilities.values())
 
 
-@many(60)
+@many(30)
 def test_a_damaged_modekit_checkpoint(own: Stranger, data: st.DataObject) -> None:
     damage_and_read(own, data, own.files, read_everything)
 

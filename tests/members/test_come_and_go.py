@@ -16,7 +16,7 @@ import yaml
 from peft import LoraConfig
 
 from adapter_folders import lora, train_adapter, write_adapter
-from conftest import VOCAB, Workshop, make_workshop, save, tiny_model
+from conftest import VOCAB, Workshop, make_workshop, save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -216,7 +216,8 @@ def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) 
 def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
     """32 carry 15 experts: with one more every tensor is wider, and comes from the models again."""
     shop = make_workshop(tmp_path, num_hidden_layers=1, head_dim=64)
-    same = [{"name": f"base{number}", "model": "base", "text": ["./text/law.jsonl"]} for number in range(13)]
+    write_text(shop.root / "few", ("law",), documents=6)
+    same = [{"name": f"base{number}", "model": "base", "text": ["./few/law.jsonl"]} for number in range(13)]
     said = {**recipe(KINDS["native lexical"], WHOLE[:2]), "experts": [*map(expert, WHOLE[:2]), *same]}
     before = build(make_plan(parse_recipe(said), shop.root), tmp_path / "before")
     joint = build(
