@@ -37,7 +37,7 @@ class CourseOptions:
     evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between two states.")] = None
     seed: Annotated[int | None, typer.Option(help="Random seed of the text order.")] = None
     weights: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Weight of the text loss; the teacher gets the rest (default 0.75).")
+        float | None, typer.Option(min=0, max=1, help="Weight of the text loss; the teacher gets the rest (default 0.5).")
     ] = None
     temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 1).")] = None
 

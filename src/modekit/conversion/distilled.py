@@ -31,7 +31,7 @@ class Course:
 
     Attributes:
         settings: of the training loop; everything that moves has the backbone's rate.
-        lesson: what counts how much, and the temperature. Switch Transformers (arXiv 2101.03961, 2.3) give the teacher 0.25.
+        lesson: what counts how much, and the temperature. Half is the teacher's: benchmarks/densify.md has other shares.
         minutes: ends after so many, and so does the fall of the rate; None: after the last step.
     """
 
@@ -46,7 +46,7 @@ def course_of(minutes: float | None = None, **said: object) -> Course:
     Raises TrainingError.
     """
     where, names = "modekit densify", {"learning_rate": "backbone_learning_rate"}
-    lesson = {name: said.pop(name, default) for name, default in (("weights", 0.75), ("temperature", 1.0))}
+    lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
     loop = {names.get(name, name): value for name, value in said.items()}
     settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
     return Course(settings, distill_settings(lesson, where=where), minutes)
