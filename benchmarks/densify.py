@@ -42,7 +42,7 @@ from whole import recipe
 COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
 NOISE = 0.2
 """Of a duplicate, as a share of what its expert changed of the base."""
-NATIVE = {"output": {"format": "native"}}
+NATIVE, MODEKIT = {"output": {"format": "native"}}, {"output": {"format": "modekit"}}
 MERGES = {
     "average": Merge(by="average"),
     **{f"sum, scale {scale:g}": Merge(by="sum", scale=scale) for scale in (0.375, 0.5, 0.75)},
@@ -58,11 +58,13 @@ class Pool:
     home: Path
     steps: int
     tokens: int
+    kind: str = "ffn"
 
     @cached_property
     def mixture(self) -> Checkpoint:
-        """Plain, lexical router, one expert a token."""
-        plan = make_plan(parse_recipe(recipe("ffn", NATIVE), where="densify"), self.home)
+        """Lexical router, one expert a token; plain for FFN specialists."""
+        said = recipe(self.kind, NATIVE if self.kind == "ffn" else MODEKIT)
+        plan = make_plan(parse_recipe(said, where="densify"), self.home)
         return build(plan, self.home / "densify-mixture", overwrite=True)
 
     @cached_property
@@ -166,11 +168,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=60, help="of a distillation")
     parser.add_argument("--tokens", type=int, default=4_096, help="of each domain that a row is scored on")
+    parser.add_argument("--kind", choices=("ffn", "adapters", "full"), default="ffn", help="of experts; whole.py trains them")
     parser.add_argument("--only", choices=list(STEPS), required=True)
     said = parser.parse_args()
     for seed in said.seeds:
         print(f"\nseed {seed}", flush=True)
-        STEPS[said.only](Pool(said.folder.resolve() / f"seed{seed}", said.steps, said.tokens))
+        STEPS[said.only](Pool(said.folder.resolve() / f"seed{seed}", said.steps, said.tokens, said.kind))
 
 
 if __name__ == "__main__":
