@@ -42,7 +42,8 @@ from whole import recipe
 COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
 NOISE = 0.2
 """Of a duplicate, as a share of what its expert changed of the base."""
-NATIVE, MODEKIT = {"output": {"format": "native"}}, {"output": {"format": "modekit"}}
+NATIVE = {"output": {"format": "native"}}
+WHOLE = {"modules": "all", "output": {"format": "modekit"}}
 MERGES = {
     "average": Merge(by="average"),
     **{f"sum, scale {scale:g}": Merge(by="sum", scale=scale) for scale in (0.375, 0.5, 0.75)},
@@ -62,8 +63,8 @@ class Pool:
 
     @cached_property
     def mixture(self) -> Checkpoint:
-        """Lexical router, one expert a token; plain for FFN specialists."""
-        said = recipe(self.kind, NATIVE if self.kind == "ffn" else MODEKIT)
+        """Lexical router, one expert a token; plain for FFN specialists, whole models in the modekit architecture otherwise."""
+        said = recipe(self.kind, NATIVE if self.kind == "ffn" else WHOLE)
         plan = make_plan(parse_recipe(said, where="densify"), self.home)
         return build(plan, self.home / "densify-mixture", overwrite=True)
 
