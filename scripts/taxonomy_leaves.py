@@ -7,6 +7,7 @@ its name and arXiv number; those that are not on arXiv stand in the leaf's name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ class Leaf:
 _PARTS = {"recipe": Recipe, "adapters": partial(Recipe, adapters=True), "training": Training, "command": Command}
 
 
-def _leaf(group: str, name: str, said: dict[str, Any], reasons: dict[str, str]) -> Leaf:
+def _leaf(group: str, name: str, said: Mapping[str, str], reasons: Mapping[str, str]) -> Leaf:
     part = next((make(said[key]) for key, make in _PARTS.items() if key in said), None)
     note = reasons[said["reason"]] if "reason" in said else said.get("note", "")
     return Leaf(group, name, tuple(said["papers"].split(", ")), part, said.get("test", ""), said.get("measured", ""), note=note)

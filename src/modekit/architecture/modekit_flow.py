@@ -23,7 +23,7 @@ _HELD = (
     "source_ids_BS",
     "source_mask_BS",
     "source_weights",
-    "told_weights",
+    "target_weights",
 )
 
 
@@ -65,8 +65,8 @@ class Flow:
         pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers
             that read ids read those of the source, `source_ids_BS`, whose real tokens are in `source_mask_BS` (None: all), and
             where one router serves all places, `source_weights` (B, 1, E) is what it decided in the encoder.
-            `told_weights` (B, 1, E) stand in the decoder for all that was decided, with `forced`, whatever read the source.
-            `told` holds what generate says of the target besides its arguments.
+            `target_weights` (B, 1, E) stand in the decoder for all that was decided, with `forced`, whatever read the source.
+            `padding` holds which tokens of the target are pads, where generate says so besides its arguments.
         mixed: place -> its module.
         prefixed: whether experts have prefixes. `prefixed_by` says of which tensors their keys were made, and `probe` holds, in
             the pass that makes them, what layers have of one (modekit_prefix.py).
@@ -78,8 +78,8 @@ class Flow:
         self.source_ids_BS: torch.Tensor | None = None
         self.source_mask_BS: torch.Tensor | None = None
         self.source_weights: torch.Tensor | None = None
-        self.told_weights: torch.Tensor | None = None
-        self.told: dict[str, Any] = {}
+        self.target_weights: torch.Tensor | None = None
+        self.padding: dict[str, Any] = {}
         self.mixed: dict[str, Any] = {}
         self.prefixed = False
         self.prefixed_by: list[Any] = []

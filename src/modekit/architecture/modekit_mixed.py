@@ -138,8 +138,8 @@ class Mixed(nn.Module):
         flow, leader = self._flow[0], self._leader[0].router
         if self.router is not None and not self.router.has_decided:
             self.weights = self.router(self.base(x) if self.base is not None and self._reads_ids else x)
-        if flow.told_weights is not None and not flow.encoding:  # routers run all the same: statistics are of what they read
-            return flow.told_weights[:, :, None] if self.per_feature else flow.told_weights
+        if flow.target_weights is not None and not flow.encoding:  # routers run all the same: statistics are of what they read
+            return flow.target_weights[:, :, None] if self.per_feature else flow.target_weights
         weights = self._leader[0].weights
         weights = flow.source_weights if weights is None else weights
         if weights is None and leader is not None and leader.decides_by_ids:  # it reads no module's input, and need not wait

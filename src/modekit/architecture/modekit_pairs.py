@@ -66,13 +66,13 @@ def _carry(flow: Flow, output: Any) -> None:
 
 
 def _before_decoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the routers which tokens are pads, where their averages stood, and whose the target is, where one says so: it may
-    be another expert's than the source was.
+    """Give the routers the pads and their averages so far, and the target's own expert where the caller names one: it may
+    differ from the source's.
     """
     given = _given(module, args, kwargs)
     flow.begin()
-    start_pass(flow, {**given, **flow.told})
-    flow.told_weights = _told_weights(flow, given)
+    start_pass(flow, {**given, **flow.padding})
+    flow.target_weights = _target_weights(flow, given)
 
 
 def _after_decoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
@@ -104,7 +104,7 @@ def _check_one_each(flow: Flow, given: dict[str, Any]) -> None:
         raise ValueError(f"use_expert was given {named} experts, for {len(tokens)} sequences")
 
 
-def _told_weights(flow: Flow, given: dict[str, Any]) -> torch.Tensor | None:
+def _target_weights(flow: Flow, given: dict[str, Any]) -> torch.Tensor | None:
     """(B, 1, E) of the experts that were named; None where the routers decide. Raises ValueError as `one_hot` does."""
     tokens = _tokens(given)
     if flow.forced is None or flow.solo or tokens is None:
@@ -167,12 +167,12 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             carried = dict(encoded) if hasattr(encoded, "keys") else {}
             flow.source_ids_BS, flow.source_weights = carried.get(_IDS, given.get("input_ids")), carried.get(_WEIGHTS)
             flow.source_mask_BS = given.get("attention_mask")
-            flow.told = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
+            flow.padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
             run = functools.partial(dense.forward, self, *args, **kwargs)
             try:
                 return logged(flow, run) if asked else run()
             finally:
-                flow.told = {}
+                flow.padding = {}
 
     return forward
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
@@ -189,7 +189,7 @@ class _JudgingTrainer(ModuleTrainer):
         return total / text.scored_tokens
 
 
-def _outcome(state: Any, steps: int, why: str, error: NotFiniteError | None) -> TrainingOutcome:
+def _outcome(state: TrainerState, steps: int, why: str, error: NotFiniteError | None) -> TrainingOutcome:
     """What Trainer's state says; `why` it ended before its last step. Raises TrainingError when the start was not judged."""
     before = _held_out(state, 0)
     if before is None:
@@ -210,7 +210,7 @@ def _outcome(state: Any, steps: int, why: str, error: NotFiniteError | None) -> 
     )
 
 
-def _held_out(state: Any, step: int) -> dict[str, float] | None:
+def _held_out(state: TrainerState, step: int) -> dict[str, float] | None:
     """Held-out losses by domain as they were logged after a step."""
     for entry in state.log_history:
         if entry.get("step") == step and "eval_loss" in entry:

@@ -94,9 +94,9 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
         return made
     with folder.held(request, state):
         with memory_errors():
-            taught = _teach(asked, pair, texts, engine, folder, run)
-        record = _record(asked, pair, texts, taught)
-        wanted.write(record, taught.save, run, distill=_table(taught.steps))
+            distilled = _teach(asked, pair, texts, engine, folder, run)
+        record = _record(asked, pair, texts, distilled)
+        wanted.write(record, distilled.save, run, distill=_table(distilled.steps))
     return record
 
 
@@ -136,7 +136,7 @@ def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tupl
 
 
 @dataclass(frozen=True)
-class _Taught:
+class _Distilled:
     """A student that has learned, how to save it, and what is known of how it went."""
 
     save: Save
@@ -149,7 +149,7 @@ class _Taught:
 
 def _teach(
     asked: Distillation, pair: StudentAndTeacher, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
-) -> _Taught:
+) -> _Distilled:
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
     with torch.random.fork_rng():
@@ -168,7 +168,7 @@ def _teach(
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
     tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
     steps_taken = [entry for entry in history if CROSS_ENTROPY in entry]
-    return _Taught(save, steps_taken, loss, kl, teacher.classes, tokens)
+    return _Distilled(save, steps_taken, loss, kl, teacher.classes, tokens)
 
 
 def _measured(
@@ -203,8 +203,8 @@ def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Ru
     return KeptTeacher(asked.keep, found, texts.all)
 
 
-def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: _Taught) -> SpecialistRecord:
-    steps, settings = taught.steps, asked.settings
+def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, distilled: _Distilled) -> SpecialistRecord:
+    steps, settings = distilled.steps, asked.settings
     shares = [each[SHARE] for each in steps]
     return SpecialistRecord.model_validate(
         {
@@ -220,13 +220,13 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, taught: 
                 "combined": "in turn" if settings.alternate else "sum",
                 "kept_top_k": asked.top_k if asked.keep is not None else None,
             },
-            "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": taught.tokens},
+            "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": distilled.tokens},
             "text": text_record(texts.fit, texts.corpus.tokens),
             "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
             "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
             "cross_entropy_weight": {"lowest": min(shares), "highest": max(shares), "mean": sum(shares) / len(steps)},
-            "held_out_loss": dict(taught.loss),
-            "held_out_kl": {**taught.kl, "over": taught.classes},
+            "held_out_loss": dict(distilled.loss),
+            "held_out_kl": {**distilled.kl, "over": distilled.classes},
         }
     )
 
