@@ -58,7 +58,7 @@ from wrapped_models import WRAPPED, wrapped_config
 RANDOM = {"router": {"fit": "random"}}
 MOST_TEXT = 20_000
 """Characters of any message."""
-QUICK, SLOW = 100, 1_700
+QUICK, SLOW = 100, 1_200
 TARGETS = [
     "headers",
     "configs",
