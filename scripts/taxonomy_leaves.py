@@ -108,9 +108,12 @@ class Leaf:
 
 
 _PARTS = {"recipe": Recipe, "adapters": partial(Recipe, adapters=True), "training": Training, "command": Command}
+_KEYS = {*_PARTS, "papers", "reason", "note", "test", "measured"}
 
 
 def _leaf(group: str, name: str, said: Mapping[str, str], reasons: Mapping[str, str]) -> Leaf:
+    if not said.keys() <= _KEYS:
+        raise KeyError(f"{name}: {said.keys() - _KEYS}")
     part = next((make(said[key]) for key, make in _PARTS.items() if key in said), None)
     note = reasons[said["reason"]] if "reason" in said else said.get("note", "")
     return Leaf(group, name, tuple(said["papers"].split(", ")), part, said.get("test", ""), said.get("measured", ""), note=note)

@@ -36,7 +36,7 @@ from modekit.experts.specialist import SpecialistFolder, held_out_losses
 from modekit.files.libraries import library_writes
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import Staging, staging
-from modekit.files.write import json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.states import take_state
@@ -48,7 +48,6 @@ from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.folder import TrainingOutcome
 from modekit.training.request import memory_errors
-from modekit.training.states_folder import digest_of_data
 from modekit.training.texts import TrainingText, check_given, read_texts
 
 

@@ -31,7 +31,7 @@ from modekit.evaluation.loss import tokens_per_pass
 from modekit.experts.specialist import held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import staging
-from modekit.files.write import copy_file, write_json
+from modekit.files.write import copy_file, digest_of_data, write_json
 from modekit.loaded.load import decoder_layers, load_model, load_tokenizer
 from modekit.loaded.passes import losses_of, removed
 from modekit.run import QUIET, Run
@@ -40,7 +40,6 @@ from modekit.sources.tokenizer import copied_files
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import TRAINED_FILE
-from modekit.training.states_folder import digest_of_data
 
 SHRINK_FILE = "shrink.json"
 _LENGTH, _SHORTEST = 512, 64

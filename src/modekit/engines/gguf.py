@@ -12,7 +12,6 @@ The folder appears when all is proven, so that no file is ever there that was no
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import remove, write_file, write_json
+from modekit.files.write import digest_of_data, remove, write_file, write_json
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.modekit import flow_of
 from modekit.planning.shapes import Shape
@@ -115,7 +114,7 @@ def export_gguf(
     check_installed()
     made = made_of(checkpoint, settings, adapters)
     names = [_name(checkpoint, made), *(f"{adapter.name}{ADAPTER}" for adapter in adapters)]
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    digest = digest_of_data(made)
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
         if not stage.recall("converted"):
             run.begin("convert")

@@ -29,7 +29,7 @@ from modekit.files.output import replaced_by, settle, was_made_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.staging import staging
 from modekit.files.typed import read_as
-from modekit.files.write import json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
 from modekit.loaded.states import whole_states
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
@@ -37,7 +37,7 @@ from modekit.sources.model import SPECIALIST_FILE, ModelSource
 from modekit.text.document import Document
 from modekit.text.splits import TRAINED_FILE, mark_of
 from modekit.training.settings import RandomiseTo
-from modekit.training.states_folder import StatesFolder, digest_of_data
+from modekit.training.states_folder import StatesFolder
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 

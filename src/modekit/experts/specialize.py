@@ -21,6 +21,7 @@ from modekit.experts.moving import What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.typed import as_kind
+from modekit.files.write import digest_of_data
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
@@ -28,7 +29,6 @@ from modekit.sources.model import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
 from modekit.text.splits import text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
-from modekit.training.states_folder import digest_of_data
 
 RANK = 16
 """Of an adapter, when nothing is said."""

@@ -11,6 +11,7 @@ became: its bytes are on the disk before its name is, and both before the call r
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -36,6 +37,11 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 def json_bytes(value: object) -> bytes:
     """Data as indented JSON with a fixed key order."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of_data(value: object) -> str:
+    """sha256 of plain data, the same for the same content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def create(path: Path) -> io.FileIO:

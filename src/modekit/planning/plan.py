@@ -5,8 +5,6 @@ Shape legend: L layers, E experts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from modekit.files.read import FileState
+from modekit.files.write import digest_of_data
 from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
@@ -229,7 +228,7 @@ class Plan:
                 for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()
             ],
         }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return digest_of_data(identity)
 
 
 def _padding(tensor: PlannedTensor) -> list[object]:

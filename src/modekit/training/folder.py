@@ -21,9 +21,10 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
 from modekit.files.typed import Count, as_kind
+from modekit.files.write import digest_of_data
 from modekit.loaded.states import STATE_FILE
 from modekit.training.settings import TrainSettings
-from modekit.training.states_folder import StatesFolder, digest_of_data
+from modekit.training.states_folder import StatesFolder
 from modekit.training.texts import TrainingText
 
 _OF_MEMORY = {"accumulate", "checkpointing"}  # what a training may go on with otherwise

@@ -7,8 +7,6 @@ writing.json       the digest of what will be in OUT once it is written: then wh
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -152,8 +150,3 @@ class StatesFolder:
         return None
 
     changed: ClassVar[str] = "OUT is no longer what it started from"
-
-
-def digest_of_data(value: object) -> str:
-    """sha256 of plain data, the same for the same content."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -30,6 +30,7 @@ from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
+from modekit.files.write import digest_of_data
 from modekit.loaded.engine import run_all_steps
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
@@ -39,7 +40,7 @@ from modekit.training.batches import Batches, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
-from modekit.training.states_folder import StatesFolder, digest_of_data
+from modekit.training.states_folder import StatesFolder
 
 _MOST_ROWS = 1_000
 

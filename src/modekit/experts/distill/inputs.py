@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import MismatchError
 from modekit.experts.labelled import Reading, read_domain
 from modekit.experts.specialist import digest_of_source
+from modekit.files.write import digest_of_data
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
@@ -30,7 +31,6 @@ from modekit.text.document import Document
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
 from modekit.training.settings import TrainSettings
-from modekit.training.states_folder import digest_of_data
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")  # a pad never counts, whatever it is called
 _READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer", "")

@@ -35,13 +35,12 @@ from modekit.files.read import SMALL, UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.tensors import Entry, write_all
 from modekit.files.typed import Digest, Label, read_as
-from modekit.files.write import write_json
+from modekit.files.write import digest_of_data, write_json
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import read_header
 from modekit.text.sequences import TokenSequence, make_batches
 from modekit.training.losses import tempered
-from modekit.training.states_folder import digest_of_data
 
 Item = Mapping[str, torch.Tensor]
 """input_ids, real, position (B, S): where each token stands among those of all sequences."""
