@@ -11,6 +11,20 @@ from peers.packages import PACKAGES
 from peers.peer import Peer
 from peers.peft_rows import PEFT_ROWS
 from peers.trained import TRAINED
+from peers.twin import TWIN
 from peers.wemoe import WEMOE
 
-PEERS: list[Peer] = [*BITDELTA, *BOUNDS, *OURS, *DUME, *PACKAGES, *FITS, *PEFT_ROWS, *LORAHUB, *WEMOE, *TRAINED, *OURS_TRAINED]
+PEERS: list[Peer] = [
+    *BITDELTA,
+    *BOUNDS,
+    *OURS,
+    *DUME,
+    *PACKAGES,
+    *FITS,
+    *PEFT_ROWS,
+    *LORAHUB,
+    *TWIN,
+    *WEMOE,
+    *TRAINED,
+    *OURS_TRAINED,
+]

@@ -10,7 +10,7 @@ import torch
 from pools import tiny_adapters, tiny_pool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peers import bitdelta, dume, lorahub, peft_rows, trained, wemoe
+from peers import bitdelta, dume, lorahub, peft_rows, trained, twin, wemoe
 from peers.bounds import Ensemble, PerRequest, mean_of, models_of, moved, per_request
 from peers.mixtral import mixtral
 from peers.peer import Pool
@@ -110,6 +110,30 @@ def test_wemoe_reads_nothing_ahead(pool: Pool, ids: torch.Tensor) -> None:
     for each in model.model.layers:
         torch.nn.init.normal_(each.mlp.router.second.weight)
     torch.testing.assert_close(model(ids).logits[:, :4], model(ids[:, :4]).logits, atol=1e-5, rtol=0)
+
+
+def test_twin_merging_with_every_singular_value_is_the_expert_that_its_router_names(
+    pool: Pool, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(twin, "PREFIX", 8)
+    monkeypatch.setattr(twin, "SHARES", (1.0,))
+    model = twin.twin(pool, Path()).model
+    assert isinstance(model, twin.Twin)
+    for place, expert in enumerate(models_of(pool)):
+        merged = model.merged([float(each == place) for each in range(2)])
+        for name, weight in expert.named_parameters():
+            torch.testing.assert_close(merged[name], weight.detach(), atol=1e-5, rtol=0)
+    for place, sequences in enumerate(texts_of(pool.base, pool.text, 100).values()):
+        shares = model.router.predict_proba(twin.embedded(model.shared, torch.tensor([sequences[0].ids[:8]])))[0]
+        assert shares.argmax() == place
+    shared, said = model.shared(ids).logits, model.logits(ids)
+    torch.testing.assert_close(said[:, :7], shared[:, :7])
+    assert not torch.allclose(said[:, 7:], shared[:, 7:], atol=1e-3)
+    torch.testing.assert_close(said[:, :9], model.logits(ids[:, :9]), atol=1e-5, rtol=0)
+
+
+def test_twin_merging_keeps_the_first_singular_values() -> None:
+    assert twin.kept(torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5])), 0.5).diagonal().tolist() == pytest.approx([3, 2, 0, 0])
 
 
 def test_one_bit_keeps_signs_and_the_mean_size() -> None:
