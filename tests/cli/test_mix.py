@@ -229,8 +229,12 @@ def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pyt
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
-    assert "the output folder exists" in refuse("mix", "base", "law", "-o", "code")
-    assert "give the model that it was trained on" in refuse("mix", "fever-lora", "law", "-o", "NEW")
+    assert "--overwrite" not in refuse("mix", "base", "law", "-o", "code")  # a folder without the marker is not overwritten
+    missing = refuse("mix", "base", "nolaw", "-o", "NEW")
+    assert "(nolaw)" in missing and f"{shop}/nolaw" in missing and "partial" not in missing
+    assert f"{shop}/text/none.jsonl" in refuse("mix", "base", "law", *texts(law="none"), "-o", "NEW")
+    assert "not a name" in refuse("mix", "base", "our law=law", "code", "-o", "NEW")
+    assert "like the one that it was trained on" in refuse("mix", "fever-lora", "law", "-o", "NEW")
     (shop / "moe.yaml").write_text(
         yaml.safe_dump({"base_model": "b", "experts": [{"source_model": "o/law", "positive_prompts": ["tort"]}]})
     )

@@ -683,6 +683,7 @@ def test_an_edited_trained_tensor_is_found(workshop: Workshop) -> None:
     [
         ({"wat": ["routers"]}, "wat"),
         ({"what": ["router"]}, "what"),
+        ({"step": 2}, "step: unknown key; did you mean 'steps'"),
         ({"losses": {"lm": 0}}, "above 0"),
         ({"losses": {"kl": 1}}, "losses"),
         ({"temperature": 2.0}, "without effect here: temperature"),

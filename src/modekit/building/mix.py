@@ -29,9 +29,10 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
 from modekit.sources.names import natural_key
-from modekit.sources.open import open_recipe_sources
+from modekit.sources.open import check_folders, open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.glance import check_texts
+from modekit.text.held_out import check_texts_present
 from modekit.weights.stored import same_bytes
 
 Kind = Literal["base", "adapter", "ffn", "full"]
@@ -97,7 +98,11 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
     root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
-    raw = from_folder(_with_given_text(models), models.root, out)
+    given = _with_given_text(models)
+    typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
+    check_folders(typed, models.root)  # here, as messages then name the paths that were typed
+    check_texts_present(typed, models.root)
+    raw = from_folder(given, models.root, out)
     bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
     run.begin("compare the models")
     sources = open_recipe_sources(bare, root, run=run)

@@ -161,7 +161,8 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
     if not os.path.lexists(out) or replace == "in place":
         return
     if replace == "nothing":
-        raise OutputError("the output folder exists", where=str(out), remedy="choose another folder or pass --overwrite")
+        remedy = "choose another folder" + (" or pass --overwrite" if read_marker(out) is not None else "")
+        raise OutputError("the output folder exists", where=str(out), remedy=remedy)
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     foreign = foreign_files(out) if out.is_dir() else None

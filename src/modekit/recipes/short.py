@@ -57,8 +57,8 @@ def spelled_out(raw: RecipeData, root: Path) -> RecipeData:
 
 def _halves(short: str, root: Path) -> tuple[str | None, str]:
     """The name that is given, if any, and what it is of; a path may have an equals sign of its own."""
-    name, sign, spec = short.partition("=")
-    named = sign and spec and is_name(name) and locate(short, root) is None
+    name, _, spec = short.partition("=")
+    named = name and spec and (is_name(name) or locate(spec, root)) and locate(short, root) is None
     return (name, spec) if named else (None, short)
 
 

@@ -66,11 +66,13 @@ class TextRouter:
         """
         settings = checkpoint.record.router.settings
         if settings is None or not reads_tokens(checkpoint):
+            anew = "build again with mixture: {router: {fit: lexical}}"  # gates of a plain checkpoint have no room for its table
+            refit = "fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`"
             raise UnsupportedError(
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`, or build it so",
+                remedy=refit if settings is not None and checkpoint.record.native_type is None else anew,
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)

@@ -130,8 +130,8 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
 def refuse_adapter(folder: Path, *, where: str) -> None:
     """Raise SourceError where a folder that lacks a model holds an adapter."""
     if (folder / "adapter_config.json").exists():
-        its_base = "give the model that it was trained on (base_model_name_or_path in its adapter_config.json)"
-        remedy = its_base if where.startswith("base_model") else "name it as adapter: in place of model: in the recipe"
+        its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
+        remedy = "name it as adapter: in place of model: in the recipe" if where.startswith("experts[") else its_base
         raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
 
 

@@ -63,7 +63,7 @@ def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers
     Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; folders
     that do not exist are named all at once, before anything is opened.
     """
-    _check_folders(recipe, root)
+    check_folders(recipe, root)
     opener = Opener(root, run, headers_only)
     base = opener.base(recipe)
     return (base, *(opener.expert(place, expert, base) for place, expert in enumerate(recipe.experts)))
@@ -110,7 +110,8 @@ def label_of(place: int, expert: Expert) -> str:
     return f"experts[{place}] '{expert.name}'"
 
 
-def _check_folders(recipe: Recipe, root: Path) -> None:
+def check_folders(recipe: Recipe, root: Path) -> None:
+    """Raise SourceError, one for all, for the models that are paths to nothing."""
     missing: list[SourceError] = []
     experts = [(label_of(place, each), each.source) for place, each in enumerate(recipe.experts) if not each.is_base]
     for label, spec in [("base_model", recipe.base_model), *experts]:

@@ -111,6 +111,6 @@ def needed_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTempl
             "messages need a chat template, and the tokenizer has none",
             where=where,
             found=str(tokenizer.name_or_path),
-            remedy="give plain text, or put a chat_template.jinja beside the base model's tokenizer",
+            remedy="put a chat_template.jinja into that folder, or use plain text",
         )
     return found

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
 from modekit.files.typed import shortened
+from modekit.recipes.strict import did_you_mean
 from modekit.recipes.strict_yaml import read_yaml
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -211,7 +212,9 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
         problems = []
         for each in error.errors():
             key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
-            problems.append(f"{key}: {each['msg']}" if key else each["msg"].removeprefix("Value error, "))
+            unknown = f"unknown key; {did_you_mean(key, TrainSettings.model_fields) or 'remove it'}"
+            said = unknown if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {said}" if key else said)
         raise TrainingError(
             "the settings of this training are wrong",
             where=where,
