@@ -22,7 +22,7 @@ from modekit.evaluation.domains import held_out_texts
 from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.recipe import Expert
-from modekit.text.chat import ChatTemplate
+from modekit.text.chat import ChatTemplate, needed_template
 from modekit.text.document import Conversation
 from modekit.text.question_frames import QUESTION_FRAMES
 from modekit.text.shipped import SMALL_TALK as FITTED
@@ -198,6 +198,10 @@ def test_without_a_template_there_is_no_chat(shared_workshop: Workshop) -> None:
         evaluate_chat(plain)
     with pytest.raises(TextError, match="messages need a chat template"):
         inspect_text(plain, UserMessage(None, "what is fever"))
+    with pytest.raises(TextError, match="into that folder"):
+        needed_template(load_tokenizer(plain.folder), "eval-chat")
+    (plain.folder / "chat_template.jinja").write_text("{% for each in messages %}{{ each.content }} {% endfor %}")
+    needed_template(load_tokenizer(plain.folder), "eval-chat")  # the remedy works
 
 
 def test_a_template_without_a_system_prompt_says_so(shop: Workshop) -> None:

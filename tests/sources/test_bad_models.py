@@ -20,11 +20,13 @@ from modekit.building.build import build
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.cli.shell import main
+from modekit.errors import SourceError
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.planning import make as plan
+from modekit.sources.model_config import refuse_adapter
 from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
@@ -372,6 +374,8 @@ def test_an_adapter(bench: Workshop, with_config: bool) -> None:
     assert LAW in message
     assert "adapter" in message
     assert "name it as adapter:" in message
+    with pytest.raises(SourceError, match="like the one that it was trained on"):  # `extract --base`, where there is no recipe
+        refuse_adapter(folder, where="BASE")
 
 
 def test_no_weights_at_all(bench: Workshop) -> None:

@@ -66,7 +66,7 @@ class TextRouter:
         """
         settings = checkpoint.record.router.settings
         if settings is None or not reads_tokens(checkpoint):
-            anew = "build again with mixture: {router: {fit: lexical}}"  # gates of a plain checkpoint have no room for its table
+            anew = "build again with mixture: {router: {fit: lexical}}"  # a plain one has no room for the table
             refit = "fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`"
             raise UnsupportedError(
                 "the mixture's router needs the model",

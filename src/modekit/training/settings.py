@@ -219,7 +219,7 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
             "the settings of this training are wrong",
             where=where,
             found="; ".join(problems),
-            remedy="correct them; `modekit train --help` names them all",
+            remedy="correct them; docs/training.md names them all",
         ) from None
 
 
