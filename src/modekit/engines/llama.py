@@ -31,7 +31,7 @@ class Llama:
     """
 
     def __init__(self, file: Path, *, context: int, threads: int, adapters: Sequence[Path] = (), exact: bool = True) -> None:
-        self._file = file
+        self._file, self._context = file, context
         self._adapters = len(adapters)
         self._chosen: int | None = None
         settings = {
@@ -121,7 +121,8 @@ class Llama:
     def _request(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         # every one is named: a request that names none goes on from what another left in the cache
         scales = [{"id": place, "scale": float(place == self._chosen)} for place in range(self._adapters)]
-        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **settings}
+        everywhere = {"repeat_last_n": self._context}  # a penalty, if there is one, is for what stands anywhere before
+        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **everywhere, **settings}
 
     def _ask(self, what: str, request: dict[str, Any]) -> Any:
         with self._opened(what, request) as answer:
