@@ -82,14 +82,17 @@ class Llama:
         """At most `count` tokens after the given ones, always the likeliest; fewer where the text ends."""
         return [int(token) for token in self._complete(ids, n_predict=count, return_tokens=True)["tokens"]]
 
-    def written(self, ids: Sequence[int], count: int, sampling: Sampling) -> Iterator[tuple[str, list[int]]]:
-        """At most `count` tokens after the given ones as they come: what was written, and the tokens of it that are known."""
+    def written(self, ids: Sequence[int], count: int, sampling: Sampling) -> Iterator[tuple[str, list[int], bool]]:
+        """At most `count` tokens after the given ones as they come: what was written, the tokens of it that are known, and
+        whether it ends here because there may be no more.
+        """
         settings = {"n_predict": count, "return_tokens": True, "stream": True, **sampling.for_llama()}
         with self._opened("completion", self._request(ids, **settings)) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     said = json.loads(line.removeprefix(b"data: "))
-                    yield str(said.get("content", "")), [int(token) for token in said.get("tokens", [])]
+                    tokens = [int(token) for token in said.get("tokens", [])]
+                    yield str(said.get("content", "")), tokens, said.get("stop_type") == "limit"
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """The log-probability in nats of every token of a text but the first, each after those before it."""
