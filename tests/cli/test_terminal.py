@@ -134,6 +134,8 @@ def test_llama_cpp_answers_the_same_and_it_is_known_who_led(mixtures: dict[str, 
     plain = [re.sub(r"[^ -~]", "", answer.text) for answer in (ours, theirs)]
     assert theirs.prompt == ours.prompt and plain[1] and plain[0].startswith(plain[1][:4])
     assert next(iter(theirs.led_by())) == next(iter(ours.led_by())) == 1
+    (cut,) = answered(checkpoint, QUESTION, gguf=written_file.file, threads=1, answer_tokens=24)
+    assert len(cut.tokens) < 24 and cut.ended == "length"  # of several tokens that are one character
     code, stdout, stderr = ended_with("heart\n", "chat", checkpoint.folder, "--gguf", written_file.file, "--max-tokens", "4")
     assert code == 0 and "in llama.cpp" in stderr and stdout.strip()
     code, _, stderr = ended_with("/expert law\n", "chat", checkpoint.folder, "--gguf", written_file.file)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from building.test_carry import adapter_shop
-from byte_level import byte_tokenizer
+from byte_level import byte_tokenizer, save_byte_model
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +25,7 @@ from modekit.engines.llama import Llama
 from modekit.engines.proof import MOST_TOKENS, compare, shipped_texts, texts_of
 from modekit.engines.proof_result import Loss, Proof
 from modekit.engines.registry import GgufSettings
+from modekit.engines.sampling import Sampling
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.evaluation.forced import force_experts
 from modekit.experts.specialize import specialize
@@ -413,6 +415,19 @@ def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
     convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
     begins, chat = compare(checkpoint.folder, file, "f32").judged(file).notes
     assert f"begins a text with the ids [{tokenizer.bos_token_id}" in begins and "chat otherwise" in chat
+
+
+def test_a_repetition_penalty_reaches_as_far_as_in_transformers(tmp_path: Path) -> None:
+    """llama.cpp alone looks at the last 64 tokens."""
+    save_byte_model(tmp_path / "model", "llama", 1, num_hidden_layers=1)
+    convert(tmp_path / "model", tmp_path / "model.gguf", Conversion("f32", guess="gpt-2"))
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), [place * 7 % 300 + 5 for place in range(150)]
+    sampling = Sampling(repetition_penalty=1.5, ends=frozenset({1}))
+    settings = {**sampling.for_transformers(), "max_new_tokens": 8, "pad_token_id": 0}
+    ours = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 150), **settings)[0, 150:].tolist()
+    with Llama(tmp_path / "model.gguf", context=256, threads=1) as llama:
+        theirs = llama._complete(ids, n_predict=8, return_tokens=True, **sampling.for_llama())["tokens"]
+    assert theirs == ours
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_parameters_are_the_models(tmp_path: Path) -> None:
         "top_p": "0.9",
         "top_k": "20",
         "repeat_penalty": "1.1",
+        "repeat_last_n": "-1",
     }
     assert "PARAMETER temperature" not in saved(tmp_path, None, temperature=0.6)
     sampling = Sampling.of(tmp_path)

@@ -301,6 +301,17 @@ def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_
     check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
 
 
+def test_prompts_of_another_model_are_read(shop: Workshop, tmp_path: Path) -> None:
+    said = recipe(KINDS["native lexical"], WHOLE)
+    out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
+    prompts = ["fever and dose"]
+    replaced = write_change(
+        out, replace_expert(out, "law", NewExpert({"model": "./code", "prompts": prompts}, shop.root)), tmp_path / "new"
+    )
+    said["experts"][1] |= {"model": "./code", "prompts": prompts}
+    check_same(replaced.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
+
+
 def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, tmp_path: Path) -> None:
     shutil.copytree(shop.root / "text", tmp_path / "text")
     said = recipe(KINDS["native ridge"], WHOLE)

@@ -843,6 +843,19 @@ def test_refuses_to_change_one_of_two_tied_tensors(
     refused(UnsupportedError, bases("tied llama"), tmp_path, "one tensor", "tie_word_embeddings = False")
 
 
+def test_a_family_that_ties_by_itself_is_tied_though_its_files_hold_a_head(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model("gemma", num_hidden_layers=2).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    train(base, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), tmp_path / "adapter")
+    refused(UnsupportedError, base, tmp_path / "adapter", "one tensor")
+
+
 def test_refuses_an_adapter_that_changes_nothing(bases: Callable[[str], Path], tmp_path: Path) -> None:
     write_adapter(tmp_path, {}, target_modules=["w1"])
     refused(SourceError, bases("llama"), tmp_path, "changes nothing")

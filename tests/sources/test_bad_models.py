@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conftest import Workshop, save, tiny_model
 from modekit.building.build import build
@@ -27,6 +28,7 @@ from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.planning import make as plan
 from modekit.sources.model_config import refuse_adapter
+from modekit.sources.model import open_source
 from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
@@ -164,9 +166,25 @@ def test_missing_shard(bench: Workshop) -> None:
     assert shards[1].name in message
 
 
+@pytest.mark.parametrize("shards_stay", [False, True])
+def test_a_model_saved_over_one_in_shards_is_the_one_that_transformers_loads(tmp_path: Path, shards_stay: bool) -> None:
+    folder, now = tmp_path / "model", tiny_model(seed=2, num_hidden_layers=1)
+    tiny_model(seed=1, num_hidden_layers=1).save_pretrained(folder, max_shard_size="20KB")
+    assert list(folder.glob("model-*.safetensors"))
+    now.save_pretrained(tmp_path / "now" if shards_stay else folder)  # transformers removes the shards, but not their index
+    if shards_stay:
+        shutil.copy(tmp_path / "now" / "model.safetensors", folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, now.lm_head.weight)
+    assert open_source("law", "./law", folder).files == (folder / "model.safetensors",)
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
 def test_damaged_index(bench: Workshop, content: str) -> None:
-    (copy_expert(bench) / "model.safetensors.index.json").write_text(content)
+    folder = copy_expert(bench)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
     message = refuse_build(bench)
     assert LAW in message
     assert "model.safetensors.index.json" in message

@@ -25,7 +25,9 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
+from modekit.sources import gguf_model
 from modekit.sources.contents import OpenFiles
+from modekit.sources.gguf_model import gguf_folder
 from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
 from modekit.weights.stored import Stored
@@ -406,3 +408,18 @@ def test_a_gguf_with_a_tensor_that_has_no_name(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(good.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
     with pytest.raises(SourceError, match=r"no name for blk\.0\.ffn_xx\.weight"):
         open_source("m", "m", model_folder("bad.gguf", None, root=tmp_path, label="m"))
+
+
+def test_a_gguf_that_another_process_reads_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    save(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    file, convert, folders = write_gguf(tmp_path / "plain", tmp_path / "law.gguf"), gguf_model._convert, []
+
+    def behind(*given: Any) -> None:
+        monkeypatch.setattr(gguf_model, "_convert", convert)
+        folders.append(gguf_folder(file, where="m"))
+        convert(*given)
+
+    monkeypatch.setattr(gguf_model, "_convert", behind)
+    assert [gguf_folder(file, where="m")] == folders
+    assert [path.name for path in folders[0].parent.iterdir()] == [folders[0].name]

@@ -139,6 +139,13 @@ def test_padding_rows_are_padding(tmp_path: Path) -> None:
     assert torch.equal(weights(checkpoint.folder)[f"{HEAD.removesuffix('.weight')}.experts.1.weight"][98:], code[HEAD][98:])
 
 
+def test_padding_of_another_model_is_no_row_of_a_token(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM, law={"tokens": CHAT, "rows": 96}, code={"rows": 104})
+    with pytest.raises(MismatchError, match="2 tokens that the model has no embedding for") as refused:
+        planned(shop)
+    assert "experts[0] 'law'" in str(refused.value)
+
+
 def test_more_rows_alone_change_neither_tokenizer_nor_end(tmp_path: Path) -> None:
     checkpoint = built(shop_of(tmp_path, RANDOM, law={"rows": 128}))
     assert checkpoint.vocabulary == 128 and checkpoint.config["eos_token_id"] == 2

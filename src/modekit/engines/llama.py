@@ -31,7 +31,7 @@ class Llama:
     """
 
     def __init__(self, file: Path, *, context: int, threads: int, adapters: Sequence[Path] = (), exact: bool = True) -> None:
-        self._file = file
+        self._file, self._context = file, context
         self._adapters = len(adapters)
         self._chosen: int | None = None
         settings = {
@@ -82,14 +82,17 @@ class Llama:
         """At most `count` tokens after the given ones, always the likeliest; fewer where the text ends."""
         return [int(token) for token in self._complete(ids, n_predict=count, return_tokens=True)["tokens"]]
 
-    def written(self, ids: Sequence[int], count: int, sampling: Sampling) -> Iterator[tuple[str, list[int]]]:
-        """At most `count` tokens after the given ones as they come: what was written, and the tokens of it that are known."""
+    def written(self, ids: Sequence[int], count: int, sampling: Sampling) -> Iterator[tuple[str, list[int], bool]]:
+        """At most `count` tokens after the given ones as they come: what was written, the tokens of it that are known, and
+        whether it ends here because there may be no more.
+        """
         settings = {"n_predict": count, "return_tokens": True, "stream": True, **sampling.for_llama()}
         with self._opened("completion", self._request(ids, **settings)) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     said = json.loads(line.removeprefix(b"data: "))
-                    yield str(said.get("content", "")), [int(token) for token in said.get("tokens", [])]
+                    tokens = [int(token) for token in said.get("tokens", [])]
+                    yield str(said.get("content", "")), tokens, said.get("stop_type") == "limit"
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """The log-probability in nats of every token of a text but the first, each after those before it."""
@@ -121,7 +124,8 @@ class Llama:
     def _request(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         # every one is named: a request that names none goes on from what another left in the cache
         scales = [{"id": place, "scale": float(place == self._chosen)} for place in range(self._adapters)]
-        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **settings}
+        everywhere = {"repeat_last_n": self._context}  # a penalty, if there is one, is for what stands anywhere before
+        return {"prompt": list(ids), "temperature": 0.0, "cache_prompt": True, "lora": scales, **everywhere, **settings}
 
     def _ask(self, what: str, request: dict[str, Any]) -> Any:
         with self._opened(what, request) as answer:

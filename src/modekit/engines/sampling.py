@@ -88,7 +88,8 @@ class Sampling:
     def for_ollama(self) -> dict[str, float]:
         """Parameters of a Modelfile; what the model leaves open is Ollama's to choose."""
         said = self._draw() if self.temperature else {}
-        return said if self.repetition_penalty is None else {**said, "repeat_penalty": self.repetition_penalty}
+        penalty = self.repetition_penalty
+        return said if penalty is None else {**said, "repeat_penalty": penalty, "repeat_last_n": -1}  # of all of the context
 
     def _draw(self) -> dict[str, float]:
         named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}

@@ -124,16 +124,14 @@ class LlamaVoice:
 
     def speak(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
         """The same as the server streams it. Raises EngineError."""
-        read, count = list(ids), 0
-        for text, tokens in self._llama.written(ids, most, self._sampling):
-            if self._sampling.ends.intersection(tokens):
-                return True
-            if not text:
-                continue
-            on_token(AnswerToken(text, self._weights(read)))
-            read += self._ids(text, tokens)
-            count += 1
-        return count < most
+        read = list(ids)
+        for text, tokens, is_cut in self._llama.written(ids, most, self._sampling):
+            if self._sampling.ends.intersection(tokens) or is_cut:
+                return not is_cut
+            if text:
+                on_token(AnswerToken(text, self._weights(read)))
+                read += self._ids(text, tokens)
+        return True
 
     def _ids(self, text: str, tokens: list[int]) -> list[int]:
         """Tokens of what came; of a character made of several the server names the last one."""

@@ -140,10 +140,10 @@ def replace_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> Mixture
     labels = dict.fromkeys([*(old.get("labels") or ()), *(given if isinstance(given, list | tuple) else ())])
     data["experts"][number] = {**kept, **entry, **({"labels": list(labels)} if labels else {})}
     fit = checkpoint.record.recipe.mixture.fit
-    keeps_text = [name] if fit is not None and fit.reads.tokens and "text" not in entry else []
+    keeps = fit is not None and fit.reads.tokens and not {"text", "prompts"} & entry.keys()
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
     change = _change("replace", name, was=_source(old), source=_source(entry))
-    return MixtureEdit(_parsed(data, checkpoint), origins, change, keeps_text)
+    return MixtureEdit(_parsed(data, checkpoint), origins, change, [name] if keeps else [])
 
 
 def rename_expert(checkpoint: Checkpoint, name: str, new_name: str) -> MixtureEdit:

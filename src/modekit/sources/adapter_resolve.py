@@ -69,8 +69,8 @@ class Resolution:
     def _is_tied(self) -> bool:
         if self.family.derived is not None:
             return bool(self.family.ties)
-        says = not self.family.shares and bool(self.base.config.get("tie_word_embeddings"))
-        return says or weight_of(self.family.head) not in self.base.tensors
+        said = self.base.config.get("tie_word_embeddings", self.family.defaults.get("tie_word_embeddings"))
+        return bool(said and not self.family.shares) or weight_of(self.family.head) not in self.base.tensors
 
     @cached_property
     def _embedding(self) -> str:

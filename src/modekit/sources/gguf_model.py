@@ -37,6 +37,7 @@ _NO_WORDS = ("_name_or_path", "quantization_config", "dtype", "torch_dtype")
 
 def gguf_folder(file: Path, *, where: str) -> Path:
     """The folder that stands for a GGUF file. Raises SourceError where none can be made of it."""
+    folder = None
     try:
         with open_regular(file) as raw:
             state = FileState.of(raw)
@@ -47,6 +48,8 @@ def gguf_folder(file: Path, *, where: str) -> Path:
                 new_folder(new)
                 _convert(read_gguf(file, where=where), new, where)
     except (OSError, RuntimeError) as error:
+        if folder is not None and (folder / CONVERTED).exists():  # another process was quicker
+            return folder
         raise SourceError(
             "config and tokenizer of a GGUF file cannot be kept in modekit's cache",
             where=where,

@@ -303,6 +303,8 @@ def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[P
     With `elsewhere` those that the folder lacks are named, too.
     """
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.exists():  # first, as in transformers: the index may be of a model that was saved there before
+        return [single]
     if index.exists():
         names = _shard_names(index, where=f"{where}: {index.name}")
         missing = [name for name in names if not (folder / name).exists()]
@@ -314,8 +316,6 @@ def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[P
                 remedy="download the model again",
             )
         return [folder / name for name in names]
-    if single.exists():
-        return [single]
     if (folder / CONVERTED).is_symlink():
         return [folder / CONVERTED]
     if elsewhere:

@@ -72,7 +72,8 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     pairs = zip(unique, shared.read, strict=True)
     models = [_Model(source, base, family, None if read is None else read.tokens) for source, read in pairs]
     rows, owner = max(model.rows for model in models), models[shared.largest]
-    check_ids_fit(shared.read[shared.largest], rows, where=owner.source.where)
+    known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
+    check_ids_fit(shared.read[shared.largest], max(known), where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
         return Vocabulary(sources, sources, TokenizerChoice(base))
     for model in models:
