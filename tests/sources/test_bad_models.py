@@ -27,8 +27,8 @@ from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.planning import make as plan
-from modekit.sources.model_config import refuse_adapter
 from modekit.sources.model import open_source
+from modekit.sources.model_config import refuse_adapter
 from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
