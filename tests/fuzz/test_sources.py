@@ -295,8 +295,8 @@ _STRANGE = ["model.", "language_model.model.", "model.language_model.", "", "mod
 
 def fuzz_indexes(root: Path, _: dict[str, Any]) -> Target:
     """The index of shards, and a specialist's record."""
-    header = header_of(root / "law" / "model.safetensors")
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(list(header)[:4], "model.safetensors")}
+    shard = (root / "law" / "model.safetensors").rename(root / "law" / "model-00001-of-00001.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(list(header_of(shard))[:4], shard.name)}
 
     def door(content: bytes) -> object:
         (root / "law" / "model.safetensors.index.json").write_bytes(content)

@@ -213,6 +213,7 @@ def test_bytes_after_the_data_and_other_encodings(bench: Workshop) -> None:
 )
 def test_an_index_that_leads_elsewhere(bench: Workshop, name: str) -> None:
     index = copy_expert(bench) / "model.safetensors.index.json"
+    (index.parent / "model.safetensors").rename(index.parent / "model-00001-of-00001.safetensors")
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     refused(bench, "experts[1] 'law'", "model.safetensors.index.json")
 
@@ -246,6 +247,7 @@ def test_pipes_are_not_waited_for(bench: Workshop) -> None:
         refused(bench, "base_model", name)
         path.unlink()
         path.write_bytes(content)
+    (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors.index.json")
     refused(bench, "base_model", "model.safetensors.index.json")
 
