@@ -22,6 +22,7 @@ from modekit.experts.specialist import NewSpecialist, SpecialistFolder, Speciali
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.typed import as_kind
 from modekit.files.write import digest_of_data
+from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
@@ -94,7 +95,8 @@ def specialize(
         return made
     with folder.held(request, digest_of_source(source)):
         model = load_model(base, run=run)
-        save = make_trainable(model, source, train, rank, new)
+        with seeded(training.seed, model.device):  # a new adapter's first weights
+            save = make_trainable(model, source, train, rank, new)
         before = _before(model, material, folder, run)
         losses = train_on_text(model, material.sequences, training, read=read, folder=folder.path, run=run)
         after = held_out_losses(model, material.held_out, "after", run)
