@@ -66,7 +66,7 @@ class StudentAndTeacher:
 
 
 def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
-    """Both by header. Raises SourceError, UnsupportedError (an encoder), MismatchError that says how their tokenizers differ."""
+    """Both by header. Raises SourceError, UnsupportedError (an encoder), MismatchError that says how tokenizers differ."""
     ours = open_source("STUDENT", student.name, student, run=run)
     theirs = open_source("--teacher", teacher.name, teacher, run=run)
     where = f"--teacher ({teacher.name})"
