@@ -196,6 +196,19 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
+def test_a_training_does_not_go_on_where_its_held_out_text_is_another(workshop: Workshop) -> None:
+    """The loss before would be of the old one, and that after of the new one."""
+    with pytest.raises(StoppedError):
+        run(workshop, "new", run=stopped_at(4))
+    file = workshop.root / "text" / "law.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines if split_of(json.loads(line)["text"]) == "report"))
+    file.write_text("".join(lines))
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        run(workshop, "new")
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
 def test_what_was_interrupted_says_what_is_kept(workshop: Workshop) -> None:
     with pytest.raises(InterruptError, match="kept up to step 3"):
         run(workshop, "new", run=stopped_at(4, KeyboardInterrupt))

@@ -203,7 +203,7 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
         longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
         self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._generator = torch.Generator().manual_seed(training.seed)
-        steps = training.steps or max(1, len(sequences) // self.rows)
+        steps = training.steps or -(-len(sequences) // self.rows)
         self._steps = list(islice(self._planned(_SORTED_TOGETHER if training.by_length else 1), steps))
 
     def __len__(self) -> int:
