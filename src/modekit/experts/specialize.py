@@ -88,8 +88,7 @@ def specialize(
         read = RelabelledPasses(material.sequences, texts, reading).read
     # Of all that decides what comes out, but for the base's weights.
     of_text = text_record(material.fit, material.tokens)
-    held_out = [[domain.name, [each.ids for each in domain.sequences]] for domain in material.held_out]  # measured before, too
-    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data(), held_out], list(new)])
+    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, *material.as_asked()], list(new)])
     wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
     made = folder.finished(wanted.made_by, SpecialistRecord)
     if made is not None:
