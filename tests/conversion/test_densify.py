@@ -19,11 +19,12 @@ from modekit.conversion.dense_record import By, DenseRecord
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
 from modekit.conversion.upcycle import Upcycling, upcycle
-from modekit.errors import ModekitError, SourceError, TextError
+from modekit.errors import InterruptError, ModekitError, SourceError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.specialist import held_out_losses
-from modekit.run import QUIET
+from modekit.run import QUIET, Run
 from modekit.sources import contents
+from modekit.text.splits import split_of
 
 SHORT = {"steps": 3, "batch_tokens": 256, "sequence_length": 64, "select_tokens": 200}
 
@@ -129,6 +130,24 @@ def test_a_distillation_lowers_the_held_out_loss_and_says_what_it_keeps(tmp_path
     assert (tmp_path / "DENSE" / "trained-on.txt").exists()
     assert not (tmp_path / "DENSE.training").exists()
     assert opened(tmp_path / "DENSE").num_parameters() == record.parameters
+
+
+def test_a_distillation_does_not_go_on_where_its_states_were_compared_on_other_text(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path, num_hidden_layers=1)
+    shop.build()
+    asked = Densify("distil", course_of(**{**SHORT, "evaluate_every": 1}), tokens=200)  # type: ignore[arg-type]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("train") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptError, match="kept up to step"):
+        densify(open_checkpoint(tmp_path / "OUT"), asked, tmp_path / "DENSE", run=Run(progress=stop))
+    lines = (tmp_path / "text" / "law.jsonl").read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines if split_of(json.loads(line)["text"]) == "select"))
+    (tmp_path / "text" / "law.jsonl").write_text("".join(lines))
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        densify(open_checkpoint(tmp_path / "OUT"), asked, tmp_path / "DENSE")
 
 
 def test_where_no_state_was_better_the_merge_itself_is_written(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from conftest import SMALL, character_tokenizer, make_workshop, save, write_text
 from modekit.conversion.near import groups_of, in_order_of, mean_expert
 from modekit.conversion.plain import PlainMixture
 from modekit.conversion.shrink import Shrinking, _counts, shrink
-from modekit.errors import ModekitError, UnsupportedError
+from modekit.errors import ModekitError, TextError, UnsupportedError
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
-from modekit.text.splits import TRAINED_FILE
+from modekit.text.splits import TRAINED_FILE, split_of
 
 KINDS = {
     "mixtral": {"num_local_experts": 4},
@@ -72,6 +72,15 @@ def test_the_loss_before_and_after_is_said(tmp_path: Path) -> None:
     worse = shrink(tmp_path / "OUT", Shrinking(1, [str(text["law"])], tmp_path, 400), tmp_path / "ONE")
     assert worse.loss_after is not None and worse.loss_before == record.loss_before
     assert abs(worse.loss_after - record.loss_before) > 1e-3
+
+
+def test_every_text_has_something_that_weighs(tmp_path: Path) -> None:
+    stranger(tmp_path / "OUT", "mixtral")
+    write_text(tmp_path)
+    texts = (f"only {number} words of this text" for number in range(100))
+    (tmp_path / "one.txt").write_text(next(text for text in texts if split_of(text) == "report"))
+    with pytest.raises(TextError, match="no document is left to read"):
+        shrink(tmp_path / "OUT", Shrinking(2, ["law.jsonl", "one.txt"], tmp_path), tmp_path / "NEW")
 
 
 def test_pads_choose_no_expert(tmp_path: Path) -> None:

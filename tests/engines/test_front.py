@@ -96,6 +96,15 @@ def test_conversations_keep_their_expert(mixtures: dict[str, Checkpoint]) -> Non
     assert router.decide([medicine, answer, longer]).expert == "law"
 
 
+def test_a_chat_is_read_in_the_template_in_which_the_router_was_fitted(mixtures: dict[str, Checkpoint]) -> None:
+    """It is, unless the recipe says otherwise, and the mixture reads it so, too."""
+    checkpoint, said = mixtures["lexical"], [{"role": "user", "content": TEXTS["law"]}]
+    written = load_tokenizer(checkpoint.folder).apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    decided, expected = (TextRouter(checkpoint).decide(each) for each in (said, written))
+    assert checkpoint.record.router.settings is not None and checkpoint.record.router.settings.chat is None
+    assert (decided.tokens, decided.probabilities) == (expected.tokens, expected.probabilities)
+
+
 def test_nobody_knows_an_empty_text(mixtures: dict[str, Checkpoint]) -> None:
     for name in ("lexical", "ngram"):
         found = TextRouter(mixtures[name]).decide("")

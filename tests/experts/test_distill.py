@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import modekit.loaded.engine as engine_module
 from command_line import modekit
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
-from modekit.errors import MismatchError, OutputError, TrainingError
+from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
 from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.kept_logits import LoadedTeacher
 from modekit.experts.distill.settings import DistillSettings
@@ -27,6 +28,7 @@ from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.text.held_out import read_text
 from modekit.text.sequences import encode
+from pair_models import make_pair_workshop
 from refusal import refuse, tree
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
@@ -263,6 +265,15 @@ def test_dead_and_wrong_options_are_refused(
     monkeypatch.chdir(root)
     assert said in refuse("specialize", "base", "NEW", "--text", "text/law.jsonl", *words)
     assert tree(root) == before
+
+
+def test_encoders_and_pairs_are_refused(shop: Workshop, tmp_path: Path) -> None:
+    make_pair_workshop(tmp_path / "pairs", "bart")
+    pairs = dataclasses.replace(asked(shop), student=tmp_path / "pairs" / "base", teacher=tmp_path / "pairs" / "law")
+    with pytest.raises(UnsupportedError, match="models with an encoder are not distilled yet"):
+        distill(pairs, tmp_path / "new")
+    with pytest.raises(TextError, match="a model without an encoder reads plain text"):
+        distill(dataclasses.replace(asked(shop), texts=["./pairs/law.jsonl"]), tmp_path / "new")
 
 
 def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,9 +26,9 @@ from modekit.loaded.text_training import Training
 from modekit.public import evaluate
 from modekit.run import DETAIL, QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS, TABLE_TOKENS
-from modekit.text.splits import split_of
+from modekit.text.splits import TRAINED_FILE, digests_in, split_of
 from modekit.training.settings import TrainSettings
-from pair_models import PAIR_FAMILIES, built, inputs, logits_of, make_pair_workshop
+from pair_models import PAIR_FAMILIES, built, inputs, logits_of, make_pair_workshop, pair_model
 from refusal import tree
 from rounding import assert_close
 
@@ -196,6 +196,19 @@ def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Wo
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
+def test_a_training_does_not_go_on_where_its_held_out_text_is_another(workshop: Workshop) -> None:
+    """The loss before would be of the old one, and that after of the new one."""
+    with pytest.raises(StoppedError):
+        run(workshop, "new", run=stopped_at(4))
+    file = workshop.root / "text" / "law.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines if split_of(json.loads(line)["text"]) == "report"))
+    file.write_text("".join(lines))
+    with pytest.raises(TrainingError, match="an unfinished training is in the way"):
+        run(workshop, "new")
+
+
+@pytest.mark.usefixtures("a_state_after_every_step")
 def test_what_was_interrupted_says_what_is_kept(workshop: Workshop) -> None:
     with pytest.raises(InterruptError, match="kept up to step 3"):
         run(workshop, "new", run=stopped_at(4, KeyboardInterrupt))
@@ -260,3 +273,26 @@ def test_the_command_says_what_it_does_before_it_has_loaded_anything_heavy() -> 
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
     assert said.splitlines()[0] == "0:00  load the libraries"
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_seed_decides_all_that_is_drawn(tmp_path: Path, train: Literal["lora", "full"]) -> None:
+    """First weights of an adapter, and dropout; the caller's own generator goes on as it was."""
+    make_pair_workshop(tmp_path, "bart")
+    pair_model("bart", dropout=0.1).save_pretrained(tmp_path / "base")
+    found = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        specialize(tmp_path / "base", tmp_path / f"new{number}", ["./law.jsonl"], root=tmp_path, train=train, training=TRAINING)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(load_file(next((tmp_path / f"new{number}").glob("*.safetensors"))))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_what_the_base_was_trained_on_goes_along(workshop: Workshop) -> None:
+    """No table may show text that the specialist knows from the model that it was made from."""
+    run(workshop, "new")
+    specialize(workshop.root / "new", workshop.root / "newer", ["./text/code.jsonl"], root=workshop.root, training=TRAINING)
+    first, both = (digests_in(workshop.root / name / TRAINED_FILE) for name in ("new", "newer"))
+    assert first and first < both

@@ -32,3 +32,9 @@ def test_by_length_leaves_little_padding_and_no_order_of_lengths_between_steps()
     assert real / padded > 0.85 > real / drawn
     widths = [batch.mask.shape[1] for batch in batches]
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+
+
+def test_a_pass_over_a_short_text_leaves_no_sequence_out() -> None:
+    sequences = [TokenSequence((place, *[1] * 63), 0) for place in range(15)]
+    batches = TextBatches(sequences, Training(batch_tokens=512, sequence_length=64))
+    assert {int(row[0]) for step in range(len(batches)) for row in batches[step]["batch"].input_ids} == set(range(15))

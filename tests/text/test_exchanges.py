@@ -27,6 +27,7 @@ EXCHANGES: list[dict[str, Any]] = [
     {"question": SAID[0], "answer": SAID[1]},
     {"query": SAID[0], "response": SAID[1]},
     {"input": SAID[0], "output": SAID[1]},
+    {"prompt": "", "question": SAID[0], "completion": " ", "answer": SAID[1]},
 ]
 TURNS = [{"from": "system", "value": "be kind"}, {"from": "human", "value": SAID[0]}, {"from": "gpt", "value": SAID[1]}]
 

@@ -1009,3 +1009,15 @@ def test_products_in_bfloat16_train_float32_weights(workshop: Workshop) -> None:
     one, two = read(first.folder)["lm_head.weight"], read(second.folder)["lm_head.weight"]
     assert one.dtype == two.dtype == torch.float32
     assert not torch.equal(one, two) and torch.allclose(one, two, atol=0.02)
+
+
+def test_the_seed_decides_the_first_weights_of_low_rank_changes(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint, found = built(workshop), []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        trained = train(
+            checkpoint, settings_of(what=["attention"], lora=2), out=tmp_path / f"new{number}", evaluate_tokens=None
+        )
+        assert trained.improved
+        found.append(read(tmp_path / f"new{number}"))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

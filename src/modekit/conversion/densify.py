@@ -95,7 +95,7 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     texts = _texts(checkpoint, asked, run)
     plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     chooser = Chooser(checkpoint, plan, [text.held_out for text in texts], run)
-    request = digest_of_data([_asked(asked), [[text.corpus.name, text.record] for text in texts]])
+    request = digest_of_data([_asked(asked), [[text.corpus.name, text.record, text.selected_by] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
     work = _Work(checkpoint, asked, chooser, texts, folder, f"densify {request} {state}", run)
     made = folder.finished(work.made_by, DenseRecord)

@@ -116,10 +116,11 @@ def _sequences(folder: Path, asked: Shrinking, run: Run) -> tuple[list[TokenSequ
     for spec in asked.texts:
         text, tokenizer = read_text([spec], root=asked.root, where="--text"), load_tokenizer(folder, run=run)
         most = max(_SHORTEST, asked.tokens // len(asked.texts))
-        fit += encode(tokenizer, text.fit(), max_tokens=most, sequence_length=_LENGTH)
-        report += encode(tokenizer, text.report(), max_tokens=most, sequence_length=_LENGTH)
-        if not fit:
+        own = encode(tokenizer, text.fit(), max_tokens=most, sequence_length=_LENGTH)
+        if not own:
             raise text.nothing_left("no document is left to read")
+        fit += own
+        report += encode(tokenizer, text.report(), max_tokens=most, sequence_length=_LENGTH)
     return fit, Domain("held-out", None, report)
 
 

@@ -80,6 +80,10 @@ class Material:
         found = {"labels": self.labels, "generic": self.generic}
         return {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
 
+    def as_asked(self) -> list[object]:
+        """The same, and all that is held out: what was measured on it before the first step is not measured again."""
+        return [self.as_data(), [[domain.name, [each.ids for each in domain.sequences]] for domain in self.held_out]]
+
 
 def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
     """Read the fit split of all texts, and what is held out of those of a domain.

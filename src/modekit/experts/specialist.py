@@ -35,7 +35,7 @@ from modekit.run import Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.model import SPECIALIST_FILE, ModelSource
 from modekit.text.document import Document
-from modekit.text.splits import TRAINED_FILE, mark_of
+from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder
 
@@ -174,7 +174,9 @@ class NewSpecialist:
             for name, content in beside.items():
                 write_file(stage.folder / f"{name}.csv", content)
             self.folder.announce_digest(hashlib.sha256(json_bytes(record.as_data())).hexdigest())
-            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark_of(document)}\n" for document in self.documents).encode())
+            older = {digest for source in self.sources for digest in digests_in(source / TRAINED_FILE)}
+            marks = dict.fromkeys([*map(mark_of, self.documents), *sorted(older)])
+            write_file(stage.folder / TRAINED_FILE, "".join(f"{mark}\n" for mark in marks).encode())
             write_json(stage.folder / SPECIALIST_FILE, record.as_data())
 
 

@@ -22,6 +22,7 @@ from modekit.experts.specialist import NewSpecialist, SpecialistFolder, Speciali
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.typed import as_kind
 from modekit.files.write import digest_of_data
+from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
@@ -87,14 +88,15 @@ def specialize(
         read = RelabelledPasses(material.sequences, texts, reading).read
     # Of all that decides what comes out, but for the base's weights.
     of_text = text_record(material.fit, material.tokens)
-    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, material.as_data()], list(new)])
+    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, *material.as_asked()], list(new)])
     wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
     made = folder.finished(wanted.made_by, SpecialistRecord)
     if made is not None:
         return made
     with folder.held(request, digest_of_source(source)):
         model = load_model(base, run=run)
-        save = make_trainable(model, source, train, rank, new)
+        with seeded(training.seed, model.device):  # a new adapter's first weights
+            save = make_trainable(model, source, train, rank, new)
         before = _before(model, material, folder, run)
         losses = train_on_text(model, material.sequences, training, read=read, folder=folder.path, run=run)
         after = held_out_losses(model, material.held_out, "after", run)

@@ -130,6 +130,14 @@ def run_all_steps(
 
 
 @contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """While open, torch's own generators, from which adapters, dropout, jitter and noise are drawn, go on from a seed."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def _generators_kept() -> Iterator[None]:
     """Afterwards the generators of torch, numpy and Python go on from where they were."""
     of_python, of_numpy = random.getstate(), np.random.get_state()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps
+from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps, seeded
 from modekit.loaded.muon import Muon
 from modekit.loaded.passes import check_text, head_of, inputs_of
 from modekit.loaded.threads import Threads
@@ -51,7 +51,7 @@ class Training:
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
         max_tokens: text read at most.
         held_out_tokens: tokens on which the loss before and after is measured.
-        seed: order of the sequences.
+        seed: order of the sequences, and what is drawn in a pass.
     """
 
     steps: int | None = None
@@ -110,7 +110,7 @@ def train_on_text(
     check_text(model, sequences)
     batches = TextBatches(sequences, training, read)
     loop = LoopSettings(len(batches), 1, training.warmup, training.clip, seed=None, least=_LEAST_RATE)
-    with Threads(training.shares if model.device.type == "cpu" else 1) as threads:
+    with seeded(training.seed, model.device), Threads(training.shares if model.device.type == "cpu" else 1) as threads:
         history = run_all_steps(TextLoss(model, training, threads), batches, loop, folder, run)
     model.eval()
     return [entry[LOSS] for entry in history if LOSS in entry]
@@ -203,7 +203,7 @@ class TextBatches(torch.utils.data.Dataset[dict[str, Batch]]):
         longest = (max(len(s.ids) for s in sequences), max(len(s.target) for s in sequences))
         self.rows: int = max(1, training.batch_tokens // sum(min(training.sequence_length, each) for each in longest))
         self._generator = torch.Generator().manual_seed(training.seed)
-        steps = training.steps or max(1, len(sequences) // self.rows)
+        steps = training.steps or -(-len(sequences) // self.rows)
         self._steps = list(islice(self._planned(_SORTED_TOGETHER if training.by_length else 1), steps))
 
     def __len__(self) -> int:

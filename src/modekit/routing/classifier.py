@@ -205,8 +205,8 @@ def hidden_gate(kept: Sequence[np.ndarray], settings: Router) -> tuple[npt.NDArr
     """The gate (E, D) of a classifier of kept router inputs, (N, D) float64 of every domain, and what the record says of it.
 
     It is linear and has no intercept, as all gates that read hidden states. Classifiers are compared on the last tenth of every
-    domain's inputs, and the temperature is chosen there: those are of the last documents of the fit split, since the select
-    split is not run through the models. Raises RecipeError without kept inputs.
+    domain's inputs, and the temperature is chosen there: those are of the last documents of the fit split, with chats of those
+    that were cut from it, since the select split is not run through the models. Raises RecipeError without kept inputs.
     """
     if not all(map(len, kept)):
         raise RecipeError(

@@ -6,8 +6,6 @@ the standardised x is compared with the standardised v_e, and the experts with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -55,18 +53,9 @@ def _train_gates(fitting: Fitting, sequences: list[list[TokenSequence]]) -> list
     learned = [torch.zeros_like(gate) for gate in gates]
     for expert, (name, own) in enumerate(zip(checkpoint.names, sequences, strict=True)):
         if any(place.has(expert) for place in checkpoint.shape.mixture.places.values()):
-            # Jitter and noise draw from the global generator.
-            with _seeded(settings.seed, model.device), flow_of(model).changed(forced=expert, solo=True):
+            with flow_of(model).changed(forced=expert, solo=True):
                 train_on_text(model, own, training, run=fitting.run.about(f"gate of {name}"))
         for gate, result in zip(gates, learned, strict=True):
             result[expert] = gate.data[expert]
             gate.data.zero_()
     return [gate.float().cpu().numpy() for gate in learned]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Start torch's own generators from a seed, and leave them as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -78,7 +78,7 @@ class TextRouter:
         base = place_of_base(checkpoint.record.recipe.experts)
         self._unknown = BASE if base is None else self._names[base]
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
-        self._template = chat_template_of(self._tokenizer) if settings.chat else None
+        self._template = chat_template_of(self._tokenizer) if settings.chat is not False else None
         self._router = last_token_of(checkpoint)
 
     @staticmethod

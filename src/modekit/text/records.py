@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -136,10 +136,7 @@ def _exchange_of(data: _Data) -> Document | None:
     return Conversation([message_of(role, text) for role, text in contents.items() if text.strip()], is_exchange=True)
 
 
-def _first(data: _Data, keys: Sequence[str]) -> Iterator[str]:
-    """The text of the first of the keys that holds any."""
-    for key in keys:
-        text = data.get(key)
-        if isinstance(text, str):
-            yield _whole(text)
-            return
+def _first(data: _Data, keys: Sequence[str]) -> list[str]:
+    """The text of the first of the keys that holds any; an empty one where none does."""
+    texts = [_whole(text) for text in map(data.get, keys) if isinstance(text, str)]
+    return [text for text in texts if text.strip()][:1] or texts[:1]

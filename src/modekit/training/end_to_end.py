@@ -8,7 +8,7 @@ import torch
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.engine import LoopSettings
+from modekit.loaded.engine import LoopSettings, seeded
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import has_bfloat16_products
@@ -72,7 +72,9 @@ def _trainable(request: Request, run: Run) -> TrainableMixture:
     loaded = mixture_of(mixture, checkpoint)
     loaded.prepare_training()
     but: tuple[Group, ...] = ("routers",) if settings.is_joint else ()
-    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what, but=but), settings.lora)
+    names = moving_of(mixture, checkpoint).names(settings.what, but=but)
+    with seeded(settings.seed, mixture.device):  # of low-rank changes the first weights
+        trainable = make_trainable(mixture, names, settings.lora)
     keep_channels(trainable, loaded)
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

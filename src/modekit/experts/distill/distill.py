@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
@@ -31,7 +30,7 @@ from modekit.experts.specialist import NewSpecialist, SpecialistFolder, Speciali
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
 from modekit.files.write import digest_of_data
-from modekit.loaded.engine import run_all_steps
+from modekit.loaded.engine import run_all_steps, seeded
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
@@ -153,8 +152,7 @@ def _teach(
 ) -> _Distilled:
     teacher = _teacher(asked, pair, texts, run)
     student = load_model(asked.student, run=run)
-    with torch.random.fork_rng():
-        torch.manual_seed(engine.seed)  # a new adapter's first weights
+    with seeded(engine.seed, student.device):  # a new adapter's first weights
         save = make_trainable(student, pair.student, asked.train, asked.rank)
     lesson = Lesson(teacher, pair.vocabulary, asked.settings)
     held_out = HeldOutText(texts.held_out, texts.corpus.tokens)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from modekit.errors import MismatchError
+from modekit.errors import MismatchError, UnsupportedError
 from modekit.experts.labelled import Reading, read_domain
 from modekit.experts.specialist import digest_of_source
 from modekit.files.write import digest_of_data
@@ -26,8 +26,9 @@ from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
 from modekit.sources.model import ModelSource, open_source
+from modekit.sources.pairs import PAIRS
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
-from modekit.text.document import Document
+from modekit.text.document import Document, check_kind
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
 from modekit.training.settings import TrainSettings
@@ -65,7 +66,7 @@ class StudentAndTeacher:
 
 
 def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
-    """Both by header. Raises SourceError, and MismatchError that names what differs between their tokenizers."""
+    """Both by header. Raises SourceError, UnsupportedError (an encoder), MismatchError that says how tokenizers differ."""
     ours = open_source("STUDENT", student.name, student, run=run)
     theirs = open_source("--teacher", teacher.name, teacher, run=run)
     where = f"--teacher ({teacher.name})"
@@ -74,6 +75,9 @@ def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     check_same_tokenizer(student, teacher, where=where, readers=_READERS)
     _check_same(tokenizer, its_own, where)
     for source, label in ((ours, f"STUDENT ({student.name})"), (theirs, where)):
+        if source.config["model_type"] in {family.model_type for family in PAIRS}:
+            remedy = "leave --teacher away, and train it on text alone"
+            raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
         check_ids_fit(read_tokens(source.folder, where=label), _vocab_size(source.config), where=label)
     return StudentAndTeacher(ours, theirs, tokenizer)
 
@@ -169,6 +173,7 @@ def read_texts(
     for together in [list(texts)] if mix is None else [[text] for text in texts]:
         where = "--text" if mix is None else f"--text {together[0]}"
         documents, of_these, of_others = read_domain(None, together, reading, where=where)
+        check_kind(documents, "text", where=where)
         fit += documents
         sequences += of_these
         held_out += of_others.sequences
