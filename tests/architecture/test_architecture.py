@@ -688,6 +688,18 @@ def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, bat
         close(others[name], gradients[name])
 
 
+def test_gradient_checkpointing_beside_a_common_expert(built: Build) -> None:
+    common = {"expert": "base", "weight": 0.5, "apart": True}
+    model = opened(built(method="gating", router=ROUTERS["context"], always_on=common))
+    ids, mask = left_padded(prompts())
+    loss, gradients = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, others = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert again == pytest.approx(loss, abs=1e-6)
+    for name in gradients:
+        close(others[name], gradients[name])
+
+
 def test_training_adds_only_jitter_and_noise(built: Build, ids: torch.Tensor) -> None:
     plain = opened(built(method="gating", router=TOKEN))
     expected = logits_of(plain, ids)
