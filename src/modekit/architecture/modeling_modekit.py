@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -93,6 +93,8 @@ class MixtureForCausalLM(InBoth):
         inner, config_class = _inner(self), config.__class__
         dense_model: Any = type(inner)
         inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
+        # By its class a model is known to record hidden states and attentions.
+        getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).update({str(inner.__class__): inner._can_record_outputs})
         install(self, "", config, flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
