@@ -30,6 +30,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     StaticCache,
+    modeling_utils,
 )
 
 from conftest import VOCAB, character_tokenizer, logits_of, save, tiny_model
@@ -686,6 +687,34 @@ def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, bat
     assert gradients.keys() == others.keys()
     for name in gradients:
         close(others[name], gradients[name])
+
+
+def test_gradient_checkpointing_beside_a_common_expert(built: Build) -> None:
+    common = {"expert": "base", "weight": 0.5, "apart": True}
+    model = opened(built(method="gating", router=ROUTERS["context"], always_on=common))
+    ids, mask = left_padded(prompts())
+    loss, gradients = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, others = trained_step(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert again == pytest.approx(loss, abs=1e-6)
+    for name in gradients:
+        close(others[name], gradients[name])
+
+
+@pytest.mark.parametrize("common", [{}, {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}], ids=["", "common"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "tuple"])
+def test_hidden_states_and_attentions_are_given(built: Build, ids: torch.Tensor, common: dict[str, Any], named: bool) -> None:
+    folder = built(method="gating", router=TOKEN, **common)
+    said = {"output_hidden_states": True, "output_attentions": True, "return_dict": named}
+    modeling_utils._CAN_RECORD_REGISTRY.clear()  # of other models of this process
+    for opens in (AutoModelForCausalLM, AutoModel):
+        opened_model = opens.from_pretrained(folder, attn_implementation="eager").eval()
+        for model in (opened_model, opened_model.base_model):
+            with torch.inference_mode():
+                output = model(input_ids=ids, **said)
+            found = [output.hidden_states, output.attentions] if named else [each for each in output if isinstance(each, tuple)]
+            assert [len(each or ()) for each in found] == [model.config.num_hidden_layers + 1, model.config.num_hidden_layers]
+            assert {len(one) for each in found for one in each} == {len(ids)}
 
 
 def test_training_adds_only_jitter_and_noise(built: Build, ids: torch.Tensor) -> None:

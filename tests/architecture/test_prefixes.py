@@ -218,6 +218,24 @@ def test_gradients_reach_prefixes_and_gates_alone_where_the_rest_is_frozen(bench
     assert all(each.grad is not None and bool(each.grad.any()) for each in model.parameters() if each.requires_grad)
 
 
+@pytest.mark.parametrize("apart", [{}, {"apart": True}], ids=["", "apart"])
+def test_a_base_that_is_always_on_attends_without_a_prefix(
+    bench: Callable[[str], Path], padded: Any, apart: dict[str, bool]
+) -> None:
+    """Where every expert has one: what the first attention gives, or, apart, the logits, are in part the base's."""
+    common = {"expert": "base", "weight": 0.25, **apart}
+    folder, (ids, _) = mixture(bench("llama"), [{"name": "prefix", "adapter": "./prefix"}], always_on=common), padded
+    model, found = AutoModelForCausalLM.from_pretrained(folder).eval(), list[torch.Tensor]()
+    base = AutoModelForCausalLM.from_pretrained(bench("llama") / "base").eval()
+    for each in (model, base):
+        each.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    own = [run(model, ids), run(base, ids)]
+    model.use_expert("prefix")
+    forced = run(model, ids)
+    mixed, plain, alone = [*own, forced] if apart else [each for each in found if each.shape[:2] == ids.shape]
+    torch.testing.assert_close(mixed, 0.75 * alone + 0.25 * plain, atol=1e-5, rtol=0)
+
+
 def test_lora_alone_says_nothing_of_prefixes(bench: Callable[[str], Path]) -> None:
     folder = mixture(bench("llama"), [EXPERTS[0], EXPERTS[-1]])
 

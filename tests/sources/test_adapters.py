@@ -295,6 +295,7 @@ def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: 
 # --- built into a mixture, in both architectures (promise 3)
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED_FFN = ["gate_up_proj", "down_proj"]
 BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     "rank and alpha": ("llama", LoraConfig(r=5, lora_alpha=3, target_modules=ALL)),
     "rslora": ("llama", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=ALL)),
@@ -337,6 +338,7 @@ BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     ),
     "fused modules": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
     "fused modules, dora": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"], use_dora=True)),
+    "fused modules, ia3": ("phi3", IA3Config(target_modules=FUSED_FFN, feedforward_modules=FUSED_FFN)),
 }
 EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
 

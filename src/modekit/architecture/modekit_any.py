@@ -62,7 +62,8 @@ class MixedAny(Mixed):
         if self._flow[0].shape_BS is None:
             return None
         batch, length = self._flow[0].shape_BS
-        if x.ndim > self.sequence_axis and x.shape[0] == batch and x.shape[self.sequence_axis] in (length, 1):
+        counts = x.ndim > self.sequence_axis and x.shape[0] == batch
+        if counts and (self.is_head or x.shape[self.sequence_axis] in (length, 1)):
             return "tokens"
         return "flat" if x.ndim == 2 and x.is_floating_point() and x.shape[0] == batch * length else None
 

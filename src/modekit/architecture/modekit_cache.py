@@ -38,8 +38,9 @@ class CarriesRouterStates:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences in another order (beam search)."""
-        super().reorder_cache(self._places(beam_idx))  # type: ignore[misc]
-        self._in_modules("reorder_cache", beam_idx)
+        places = self._places(beam_idx)
+        super().reorder_cache(places)  # type: ignore[misc]
+        self._in_modules("reorder_cache", places)
         self._change(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -50,8 +51,9 @@ class CarriesRouterStates:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some sequences."""
-        super().batch_select_indices(self._places(indices))  # type: ignore[misc]
-        self._in_modules("batch_select_indices", indices)
+        places = self._places(indices)
+        super().batch_select_indices(places)  # type: ignore[misc]
+        self._in_modules("batch_select_indices", places)
         self._change(lambda state: state[indices.to(state.device)])
 
     def reset(self) -> None:

@@ -17,6 +17,7 @@ _HELD = (
     "mask_BS",
     "ids_BS",
     "shape_BS",
+    "sequences",
     "states",
     "forced",
     "encoding",
@@ -46,7 +47,7 @@ class Flow:
         averages: whether any router averages over tokens.
         ids_BS: token ids of this pass; None when embeddings were given in their place.
         mask_BS: real tokens of this pass; None when all are.
-        shape_BS: sequences and tokens of this pass.
+        shape_BS: rows and tokens of this pass.
         told_padding: what generate says of pads, on its way past a family's own classes.
         kept: places of the tokens whose logits are asked for, when they were named one by one.
         states: router place -> state before this pass (from the cache).

@@ -85,7 +85,7 @@ class Mixed(nn.Module):
             )
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
-        self._is_head = name == "lm_head"
+        self.is_head = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in a running pass."""
@@ -110,7 +110,7 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The mixture's output for x (B, S, I), token ids (B, S), or (B, heads, S, I) with `sequence_axis` 2."""
         weights = self._decided(x).to(x.device)
-        if self._is_head and self._flow[0].kept is not None:
+        if self.is_head and self._flow[0].kept is not None:
             weights = weights[:, self._flow[0].kept.to(weights.device)]
         elif weights.shape[1] == 1:  # one decision for all tokens, or one token
             weights = weights.expand(-1, x.shape[self.sequence_axis], *weights.shape[2:])

@@ -86,7 +86,8 @@ class MixedPrefix(Mixed):
         weights_BSE = self._of_pass.to(query)
         parts: list[tuple[Pair | None, torch.Tensor]] = []
         parts += [(pair, weights_BSE[..., expert]) for expert, pair in self.pairs.items()]
-        if not all(self.lengths):
+        always_on = {} if self.leader.router is None else self.leader.router.routing.get("always_on") or {}
+        if not all(self.lengths) or always_on.get("expert", 0) is None:  # the base, which is in no list
             parts.append((None, 1.0 - weights_BSE[..., list(self.pairs)].sum(-1)))
         total: torch.Tensor | None = None
         for number, (pair, weight_BS) in enumerate(parts):

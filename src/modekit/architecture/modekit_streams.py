@@ -44,7 +44,7 @@ def averaged(output: Any, sequences: int, weight: float) -> Any:
     routed, common = output[0][:sequences], output[0][sequences:]
     hidden = (1.0 - weight) * routed + weight * common
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
+        return (hidden, *(tuple(one[:sequences] for one in each) if isinstance(each, tuple) else each for each in output[1:]))
     output["last_hidden_state"] = hidden
     for key in ("hidden_states", "attentions"):
         if output.get(key) is not None:

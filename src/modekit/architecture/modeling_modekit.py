@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -93,6 +93,8 @@ class MixtureForCausalLM(InBoth):
         inner, config_class = _inner(self), config.__class__
         dense_model: Any = type(inner)
         inner.__class__, inner.flow = _mixture_class(dense_model, config_class), flow
+        # By its class a model is known to record hidden states and attentions.
+        getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).update({str(inner.__class__): inner._can_record_outputs})
         install(self, "", config, flow)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -123,6 +125,7 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
     """Wrap the places under `root` that the config names; their paths start with `prefix`."""
     modekit: dict[str, Any] = config.modekit
     kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
+    head = modekit.get("derived", {}).get("head", "lm_head")
     for name, place in modekit["places"].items():
         path = path_of(name, config)
         if path.startswith(prefix):
@@ -132,7 +135,7 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
             dense: Any = Chain(owner, calls) if calls else getattr(owner, leaf, None)
             module = kinds.get(leaf, other)(name, dense, place, flow, len(modekit["experts"]), modekit["routing"])
             put_in_place(owner, calls or [leaf], module)
-            flow.mixed[name] = module
+            module.is_head, flow.mixed[name] = name == head, module
     for name, module in flow.mixed.items():
         module.follow(flow.mixed[modekit["places"][name]["router"]])
 
@@ -281,7 +284,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     given = kwargs.get("attention_mask")
     mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else kwargs.get(PADDING)
     flow.mask_BS = None if mask is None or tokens is None else mask[:, -tokens.shape[1] :]
-    flow.shape_BS = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+    flow.shape_BS = None if tokens is None else (flow.streams * tokens.shape[0], tokens.shape[1])
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     flow.cache = cache
     flow.states = cache.router_states if isinstance(cache, CarriesRouterStates) else {}

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.adapter import AdapterSource, Change, LowRank, Scaling
 from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.rows import RowsRef, is_joined, rows_of, stored_refs
@@ -147,7 +147,7 @@ class Piece:
     def cut(self, rows: tuple[int, int] | None) -> Piece:
         """Some rows of what it gives; all without any."""
         change, ref = self.change, some_rows(self.ref, rows)
-        if rows is not None and change is not None:
+        if rows is not None and change is not None and not (isinstance(change, Scaling) and change.axis == "columns"):
             change = replace(change, rows=rows)
         return replace(self, ref=ref, change=change)
 

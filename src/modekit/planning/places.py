@@ -48,9 +48,9 @@ ATTENTION = {
 
 
 def first_to_run(modules: Collection[str], family: Family) -> str:
-    """Of the modules of whole models or whole decoders, the one that a pass reaches first."""
-    ways = (*family.entrances, family.in_layer(0, "input_layernorm"), family.in_layer(0, family.parts.get("q", "")))
-    return next(module for module in ways if module in modules)
+    """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
+    paths = ("input_layernorm", "operator_norm", family.parts.get("q", ""))
+    return next((each for each in (*family.entrances, *(family.in_layer(0, path) for path in paths)) if each in modules), "")
 
 
 def leaders_of(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
@@ -282,7 +282,12 @@ class Places:
     @cached_property
     def _first(self) -> str:
         modules = [module for module in self._all_modules() if module not in self._shared]
-        return first_to_run(modules, self._family)
+        first = first_to_run(modules, self._family)
+        if first != next((each for each in self._family.called if each in modules), first or None):
+            what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
+            found = f"a pass of a '{self._family.model_type}' model begins with another module"
+            raise UnsupportedError(what, where="mixture.modules", found=found, remedy="write modules: all (whole models)")
+        return first
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):

@@ -306,7 +306,8 @@ class Recipe(Strict):
 
     def _problems_of_the_backbone(self) -> Iterator[str]:
         mixture = self.mixture
-        if mixture.modules == "all" and mixture.backbone != BASE and all(expert.as_ == "full" for expert in self.experts):
+        whole = all(expert.as_ == "full" and expert.layers is None for expert in self.experts)
+        if mixture.modules == "all" and mixture.backbone != BASE and whole:
             yield "mixture.backbone has no effect with modules: all, where experts bring everything; remove it"
         if mixture.merge is not None:
             merged = [expert for expert in self.experts if not expert.is_base]

@@ -187,7 +187,8 @@ class Structure:
         }
         tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
-        return replace(family_from(config.model_type, derived), known=known, tensors=tensors, defaults=settings)
+        family = family_from(config.model_type, derived)
+        return replace(family, known=known, tensors=tensors, defaults=settings, called=tuple(self._called))
 
     def refused(self, why: str, remedy: str = "choose a base model of another family (docs/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""

@@ -163,8 +163,8 @@ class Family:
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
         head: the module of the head.
         derived: of a family without a row, what was found in its class (derived.py); `known`, what its config.json says of
-            sizes under the names that other families use, and `tensors`, name -> shape of all that a model has, where it
-            was looked for now.
+            sizes under the names that other families use, `tensors`, name -> shape of all that a model has, and `called`,
+            modules in the order in which they run, where it was looked for now.
     """
 
     model_type: str
@@ -193,6 +193,7 @@ class Family:
     derived: Derived | None = None
     known: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    called: tuple[str, ...] = ()
 
     @property
     def ties(self) -> dict[str, str]:
