@@ -66,13 +66,12 @@ class TextRouter:
         """
         settings = checkpoint.record.router.settings
         if settings is None or not reads_tokens(checkpoint):
-            anew = "build again with mixture: {router: {fit: lexical}}"  # a plain one has no room for the table
-            refit = "fit it with lexical, ngram or classifier: `modekit fit OUT --fit lexical`"
             raise UnsupportedError(
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy=refit if settings is not None and checkpoint.record.native_type is None else anew,
+                remedy="`modekit fit OUT --fit lexical`, or ngram or classifier; a plain checkpoint with gates has no room for a "
+                "table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)
