@@ -70,8 +70,8 @@ class TextRouter:
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="`modekit fit OUT --fit lexical`, or ngram or classifier; a plain checkpoint with gates has no room for a "
-                "table: build again with mixture: {router: {fit: lexical}}",
+                remedy="`modekit fit OUT --fit lexical`, or ngram or classifier; gates of a plain checkpoint have no room "
+                "for a table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names
         base = place_of_base(checkpoint.record.recipe.experts)
