@@ -115,6 +115,15 @@ def test_text_on_the_command_line_takes_the_place_of_the_recipe_s(workshop: Work
     assert scored.identity == checkpoint.identity and checkpoint.scored_on({}, tmp_path) is checkpoint
 
 
+def test_an_unseen_domain_by_nearly_the_name_of_an_expert_is_pointed_out(evaluated: tuple[Checkpoint, Results]) -> None:
+    texts = {"lw": ["text/law.jsonl"], "music": ["text/law.jsonl"]}
+    scored = evaluated[0].scored_on(texts, evaluated[0].recipe_root)
+    notes = evaluate(scored, tokens_per_domain=100, sequence_length=32, write=False).notes
+    assert [note for note in notes if "unseen domain" in note] == [
+        "no expert is called lw, so it is an unseen domain; did you mean 'law'?"
+    ]
+
+
 def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:
     """Without text for a fit, only the specialist's own list tells what it has seen."""
     (workshop.root / "law").rename(workshop.root / "old")

@@ -532,11 +532,11 @@ def test_a_space_from_a_file(shop: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("router: [ridgy]", r"space\.yaml\s+found:\s+router\.0: "),
+        ("router: [ridgy]", r"space\.yaml\s+found:\s+router\.0: must be "),
         ("top_k: 2", "lists under router"),
         ("tempo: [1.0]", "tempo"),
         ("- router", "not a mapping"),
-        ("router: [", "cannot be read"),
+        ("router: [", r"cannot be read(.|\n)*in space\.yaml, line 1"),
     ],
 )
 def test_a_wrong_space(tmp_path: Path, content: str, message: str) -> None:
@@ -544,6 +544,11 @@ def test_a_wrong_space(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
         read_space(path, SMALL)
+
+
+def test_a_space_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"found:\s+No such file or directory\n\s+to do:\s+correct the path$"):
+        read_space(tmp_path / "space.yaml", SMALL)
 
 
 def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
