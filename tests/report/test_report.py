@@ -364,6 +364,10 @@ def test_figures_of_a_search_are_not_those_of_the_trained_mixture(page: Path) ->
     assert "this mixture, before its training" in page.read_text()
 
 
+def test_documents_are_not_said_to_have_been_read_whole(page: Path) -> None:
+    assert page.read_text().count("All documents that could be read, how many tokens of them were") == 2
+
+
 def test_a_long_curve_keeps_its_ends(told: Checkpoint) -> None:
     path = told.folder / "results" / "train.csv"
     kept = path.read_text()

@@ -89,7 +89,7 @@ def print_tune(results: TuneResults) -> None:
     out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
     more = f"; {len(body) - len(shown)} more in tune.md" if len(shown) < len(body) else ""
-    out.print(Text(f"{len(body)} variants in {results.seconds:.0f} s{more}", style="dim"))
+    out.print(Text(f"{len(body)} variants; this run searched for {results.seconds:.0f} s{more}", style="dim"))
 
 
 def print_training(folder: Path, training: TrainedMixture) -> None:
