@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.evaluation.jobs as jobs_module
 import modekit.loaded.experts as experts_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
@@ -253,6 +255,15 @@ def test_errors_are_the_spread_over_parts_of_the_text() -> None:
     base, own, row = sums(0)
     assert gap_error(base, own, base) == 0 and gap_error(base, own, own) == pytest.approx(0, abs=1e-12)
     assert gap_error(base, base, row) is None and gap_error(base, None, row) is None
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(workshop: Workshop) -> None:
+    out = workshop.build()
+    for shard in out.glob("model-expert-*.safetensors"):
+        save_file({name: tensor * math.nan for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the loss is not finite\n\s+where:\s+oracle on the text 'medicine'"):
+        evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
+    assert not (out / "results").exists()
 
 
 def test_parts_are_consecutive_and_lose_nothing() -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
@@ -43,7 +44,7 @@ def evaluate(
 
     Documents whose digests are `seen` are left out, as those that something was set or trained by always are. Rows of `known`,
     and of the checkpoint's earlier results, that ran the same weights on the same tokens are taken over. Raises TextError,
-    SourceError, MismatchError.
+    SourceError, MismatchError, and CheckpointError for a loss that is not finite.
     """
     run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -97,6 +98,9 @@ def _run(
                     model = model if model is not None else job.load()
                     with job.within(model, text):
                         score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)
+                if not math.isfinite(score.loss):
+                    where, remedy = f"{job.name} on the text '{domain.name}'", "look for what is damaged with `modekit verify`"
+                    raise CheckpointError("the loss is not finite", where=where, remedy=remedy)
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
