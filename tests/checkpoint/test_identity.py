@@ -89,6 +89,22 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
         assert (losses[0] == losses[1]) == (name in {"base", "medicine", "code"}), name
 
 
+@pytest.mark.parametrize("what", ["rename", "replace"])
+def test_who_changed_a_mixture_that_was_searched_for_is_named(bench: Workshop, what: str) -> None:
+    out = bench.build()
+    before = open_checkpoint(out)
+    (out / "results").mkdir()
+    (out / "results" / "tune.json").write_text(json.dumps(search_of(before.record.recipe_digest)))
+    if what == "rename":
+        write_change(before, rename_expert(before, "law", "tax"), out)
+    else:
+        other_weights(bench.root / "law")
+        replaced(bench, out)
+    problems: list[str] = []
+    assert find_search(open_checkpoint(out), problems) is None
+    assert f"`modekit {what}` has changed this mixture since" in problems[0]
+
+
 def test_an_adapter_with_another_scale_is_another_mixture(tmp_path: Path) -> None:
     """The weights are the same; what adapter_config.json makes of them is not. In a native mixture no name and shape tells."""
     save(tiny_model(), tmp_path / "base")

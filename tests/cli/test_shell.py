@@ -139,3 +139,7 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
         shell.main()
     shown = capsys.readouterr()
     assert end.value.code == 2 and "balance" in shown.out + shown.err and "error" not in shown.err
+
+
+def test_a_number_out_of_range_is_said_in_words() -> None:
+    assert "'--trials': must be greater than or equal to 1" in ended("tune", "recipe.yaml", "OUT", "--trials", "0")[2]

@@ -120,7 +120,7 @@ def test_tune(shown: Callable[..., str]) -> None:
     header = ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"]
     found = Some(table=lambda: (header, body), candidates=[candidate] * 3, seconds=1.0)
     check_whole(shown, ["3.1234", "3.2345", "0.987", "12345.67M", "modekit"], mixtures.print_tune, found)
-    assert variant in shown(None, mixtures.print_tune, found)
+    assert variant in (text := shown(None, mixtures.print_tune, found)) and "3 variants; this run searched for 1 s" in text
     assert "".join(variant.split()) in "".join(plain(shown(200, mixtures.print_tune, found)).split())
 
 

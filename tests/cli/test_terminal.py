@@ -199,10 +199,10 @@ def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
     assert said[0] == said[1] != said[2]
 
 
-def ended_with(said: str, *args: object) -> tuple[object, str, str]:
+def ended_with(said: str | bytes, *args: object) -> tuple[object, str, str]:
     """`modekit ARGS` with a text on its standard input."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", io.StringIO(said))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said.encode() if isinstance(said, str) else said), "utf-8"))
         return ended(*args)
 
 
@@ -214,6 +214,12 @@ def test_lines_of_a_pipe_are_questions(mixtures: dict[str, Checkpoint]) -> None:
     assert "/why: words that decided" in stderr and "there is no expert nobody; there are medicine, law" in stderr
     code, _, stderr = ended_with("word " * 400, "chat", mixtures["lexical"].folder)
     assert code == 2 and "no room for an answer" in stderr and "--context" in stderr
+
+
+@pytest.mark.parametrize("command", [["chat"], ["route", "-"], ["inspect", "--text", "-"]])
+def test_an_input_in_another_encoding_is_refused(mixtures: dict[str, Checkpoint], command: list[str]) -> None:
+    code, _, stderr = ended_with(b"caf\xe9\n", command[0], mixtures["lexical"].folder, *command[1:])
+    assert code == 2 and "standard input" in stderr and "UTF-8" in stderr
 
 
 def test_without_a_template_a_text_is_continued(tmp_path: Path) -> None:

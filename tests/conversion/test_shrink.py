@@ -18,6 +18,7 @@ from modekit.errors import ModekitError, TextError, UnsupportedError
 from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import TRAINED_FILE, split_of
+from refusal import refuse
 
 KINDS = {
     "mixtral": {"num_local_experts": 4},
@@ -148,3 +149,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     make_workshop(tmp_path)
     with pytest.raises(UnsupportedError, match="llama"):
         shrink(tmp_path / "base", Shrinking(1), tmp_path / "NEW")
+
+
+def test_tokens_without_a_text_to_read_are_refused(tmp_path: Path) -> None:
+    assert "a text (--text)" in refuse("shrink", tmp_path / "OUT", tmp_path / "NEW", "--to", 2, "--tokens", 100)

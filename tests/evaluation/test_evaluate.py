@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.evaluation.jobs as jobs_module
 import modekit.loaded.experts as experts_module
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
@@ -113,6 +115,15 @@ def test_text_on_the_command_line_takes_the_place_of_the_recipe_s(workshop: Work
     domains = {domain.name: domain for domain in held_out_domains(scored, tokens_per_domain=100, sequence_length=64)}
     assert list(domains) == [*DOMAINS, "music"] and domains["law"].record.documents == domains["music"].record.documents == 1
     assert scored.identity == checkpoint.identity and checkpoint.scored_on({}, tmp_path) is checkpoint
+
+
+def test_an_unseen_domain_by_nearly_the_name_of_an_expert_is_pointed_out(evaluated: tuple[Checkpoint, Results]) -> None:
+    texts = {"lw": ["text/law.jsonl"], "music": ["text/law.jsonl"]}
+    scored = evaluated[0].scored_on(texts, evaluated[0].recipe_root)
+    notes = evaluate(scored, tokens_per_domain=100, sequence_length=32, write=False).notes
+    assert [note for note in notes if "unseen domain" in note] == [
+        "no expert is called lw, so it is an unseen domain; did you mean 'law'?"
+    ]
 
 
 def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop: Workshop) -> None:
@@ -244,6 +255,15 @@ def test_errors_are_the_spread_over_parts_of_the_text() -> None:
     base, own, row = sums(0)
     assert gap_error(base, own, base) == 0 and gap_error(base, own, own) == pytest.approx(0, abs=1e-12)
     assert gap_error(base, base, row) is None and gap_error(base, None, row) is None
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(workshop: Workshop) -> None:
+    out = workshop.build()
+    for shard in out.glob("model-expert-*.safetensors"):
+        save_file({name: tensor * math.nan for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the loss is not finite\n\s+where:\s+oracle on the text 'medicine'"):
+        evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
+    assert not (out / "results").exists()
 
 
 def test_parts_are_consecutive_and_lose_nothing() -> None:

@@ -25,8 +25,12 @@ def row(name: str, loss: float, jitter: float = 0.0, gap: float | None = None) -
 
 def test_a_base_expert_that_is_beaten_is_named() -> None:
     rows = [row("base", 3.6), row("medicine", 3.44), row("law", 3.5), row("mixture", 3.4)]
-    (note,) = notes_of(rows, [domain("general")], 1e-3)
+    (note,) = notes_of(rows, [domain("general")], 1e-3, bases=["general"])
     assert note == "general: the base model, which is its expert, has 3.600 on its text, worse than medicine with 3.440"
+
+
+def test_the_base_does_not_stand_for_an_expert_whose_row_is_left_out() -> None:
+    assert notes_of([row("base", 3.6), row("medicine", 3.44)], [domain("general")], 1e-3) == []
 
 
 def test_an_expert_that_is_beaten_is_named() -> None:
@@ -36,8 +40,8 @@ def test_an_expert_that_is_beaten_is_named() -> None:
 
 def test_what_is_within_the_error_is_not() -> None:
     rows = [row("base", 3.6, jitter=0.5), row("medicine", 3.59, jitter=-0.5)]
-    assert notes_of(rows, [domain("general")], 1e-3) == []
-    assert notes_of([row("base", 3.6), row("medicine", 3.61)], [domain("general")], 1e-3) == []
+    assert notes_of(rows, [domain("general")], 1e-3, ["general"]) == []
+    assert notes_of([row("base", 3.6), row("medicine", 3.61)], [domain("general")], 1e-3, ["general"]) == []
     assert notes_of([row("base", 3.6), row("medicine", 3.4)], [domain("general", expert=None)], 1e-3) == []
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from command_line import ended, modekit
-from conftest import Workshop
+from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import SourceError
 from modekit.evaluation.evaluate import evaluate
@@ -114,6 +114,18 @@ def test_a_damaged_model_with_an_encoder_is_kept_out(tmp_path: Path) -> None:
     before = before_change(checkpoint, add_expert(checkpoint, "damaged", NewExpert({"model": "./damaged"}, tmp_path)))
     with pytest.raises(SourceError, match="NaN or Inf"):
         measure_admission(before)
+
+
+def test_a_model_whose_loss_is_no_number_is_kept_out(workshop: Workshop) -> None:
+    checkpoint = open_checkpoint(workshop.build(experts=workshop.recipe["experts"][:2]))
+    model = tiny_model(seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1e20 if "mlp" in name else 1.0)  # finite, and what comes of it is not
+    save(model, workshop.root / "huge")
+    new = NewExpert({"model": "./huge", "text": "./text/code.jsonl"}, workshop.root)
+    found = measure_admission(before_change(checkpoint, add_expert(checkpoint, "code", new)), tokens=100)
+    assert [finding.what for finding in found.refused] == ["it is not better than the base model on its own text"]
 
 
 def test_without_text_that_is_said(shop: Workshop) -> None:

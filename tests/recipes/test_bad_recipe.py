@@ -55,7 +55,7 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ("duplicate names", {**GOOD, "experts": [EXPERTS[0], EXPERTS[0]]}, ["experts", "two experts are named 'law'"]),
     ("name of something else", {**GOOD, "experts": [{**EXPERTS[0], "name": "base"}]}, ["experts", "cannot be named 'base'"]),
     ("name that is no file name", {**GOOD, "experts": [{**EXPERTS[0], "name": "../law"}]}, ["experts[0].name", "'../law'"]),
-    ("unknown method", with_mixture(method="switch"), ["mixture.method", "'linear', 'gating' or 'routing'", "'switch'"]),
+    ("unknown method", with_mixture(method="switch"), ["mixture.method: must be 'linear', 'gating' or 'routing'", "'switch'"]),
     ("unknown fit", with_mixture(router={"fit": "magic"}), ["mixture.router.fit", "'centroid'", "'magic'"]),
     ("top_k over E", with_mixture(**RANDOM, top_k=3), ["mixture.top_k is 3", "only 2 experts"]),
     ("top_k of zero", with_mixture(**RANDOM, top_k=0), ["mixture.top_k", "greater than or equal to 1", "found 0"]),
@@ -233,7 +233,7 @@ def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Pat
     [
         ("", "not a mapping"),
         ("- base_model\n", "not a mapping"),
-        ("base_model: [\n", "not YAML"),
+        ("base_model: [\n", "in recipe.yaml, line 2"),
         ("base_model: a\nbase_model: b\n", "'base_model' is given twice"),
         ("base_model: \x00\n", "not YAML"),
     ],

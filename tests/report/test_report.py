@@ -360,6 +360,26 @@ def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path
     assert content.data["search"] is None and any("tune.json is of another recipe" in line for line in content.notes)
 
 
+def test_figures_of_a_search_are_not_those_of_the_trained_mixture(page: Path) -> None:
+    assert "this mixture, before its training" in page.read_text()
+
+
+def test_documents_are_not_said_to_have_been_read_whole(page: Path) -> None:
+    assert page.read_text().count("All documents that could be read, how many tokens of them were") == 2
+
+
+def test_a_long_curve_keeps_its_ends(told: Checkpoint) -> None:
+    path = told.folder / "results" / "train.csv"
+    kept = path.read_text()
+    try:
+        path.write_text("step,loss\n" + "".join(f"{step},{1000.0 - step}\n" for step in range(1_001)))
+        content = make_content(told)
+    finally:
+        path.write_text(kept)
+    assert content.curves is not None and len(content.curves.training) < 500
+    assert content.curves.training[0] == [0, 1000.0] and content.curves.training[-1] == [1000, 0.0]
+
+
 def test_every_figure_is_the_json_beside_it(page: Path) -> None:
     data, shown = data_of(page), Shown(page.read_text())
     assert len(shown.figures) > 300

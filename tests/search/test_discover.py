@@ -354,5 +354,6 @@ def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path, monkeypatc
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     text = write_documents(tmp_path / "a.jsonl", list(planted(2, 30)))
     before = tree(tmp_path)
+    assert "a FOLDER to write to" in refuse("discover", "--text", text, "--overwrite")
     discovery = discover(Unlabelled([str(text)], tmp_path), DiscoverSettings(most=4), run=QUIET)
     assert tree(tmp_path) == before and sorted(each.documents for each in discovery.groups) == [30, 30]

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import modekit.search.tune.study as study_module
-from adapter_folders import UP, write_adapter
+from adapter_folders import UP, lora, write_adapter
 from command_line import ended
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model, write_text
 from kills import KILLED
@@ -395,6 +395,20 @@ def test_a_search_of_other_models_or_text_is_not_gone_on_with(tmp_path: Path) ->
     assert is_proven(verify(open_checkpoint(out)))  # the mixture of the new expert, not what was there
 
 
+def test_a_search_of_adapters_with_another_scale_is_not_gone_on_with(tmp_path: Path) -> None:
+    made = make_workshop(tmp_path)
+    for seed, expert in enumerate(made.recipe["experts"]):
+        shutil.rmtree(tmp_path / expert["name"])
+        write_adapter(tmp_path / expert["name"], lora("mlp.up_proj", 48, 32, seed=seed), lora_alpha=8)
+        expert["adapter"] = expert.pop("model")
+    recipe, space = recipe_of(made), SMALL.model_copy(update={"router": ["linear"], "backbone": ["base"]})
+    tune(recipe, tmp_path, tmp_path / "OUT", space=space, settings=SETTINGS)
+    config = tmp_path / "law" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
+    with pytest.raises(TuneError, match="other models"):
+        tune(recipe, tmp_path, tmp_path / "OUT", space=space, settings=SETTINGS, overwrite=True)
+
+
 def test_a_folder_of_others_is_refused_before_the_search(shop: Workshop) -> None:
     (shop.root / "THESIS").mkdir()
     (shop.root / "THESIS" / "thesis.txt").write_text("mine")
@@ -532,11 +546,11 @@ def test_a_space_from_a_file(shop: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("router: [ridgy]", r"space\.yaml\s+found:\s+router\.0: "),
+        ("router: [ridgy]", r"space\.yaml\s+found:\s+router\.0: must be "),
         ("top_k: 2", "lists under router"),
         ("tempo: [1.0]", "tempo"),
         ("- router", "not a mapping"),
-        ("router: [", "cannot be read"),
+        ("router: [", r"cannot be read(.|\n)*in space\.yaml, line 1"),
     ],
 )
 def test_a_wrong_space(tmp_path: Path, content: str, message: str) -> None:
@@ -544,6 +558,11 @@ def test_a_wrong_space(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
         read_space(path, SMALL)
+
+
+def test_a_space_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"found:\s+No such file or directory\n\s+to do:\s+correct the path$"):
+        read_space(tmp_path / "space.yaml", SMALL)
 
 
 def test_refusals(shop: Workshop, tuned: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:

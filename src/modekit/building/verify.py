@@ -17,6 +17,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError
+from modekit.files.figures import file_count
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan_again
@@ -103,7 +104,7 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
         if changed:
             yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
         else:
-            yield Check(name, "proven", f"{len(read)} files, blake3 as recorded")
+            yield Check(name, "proven", f"{file_count(len(read))}, blake3 as recorded")
 
 
 def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
@@ -171,7 +172,7 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
     count = len(plan.copied_files) + len(plan.written_files) - len(lacking)
     owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return Check(name, "proven", f"{count} files as {owner}{without}")
+    return Check(name, "proven", f"{file_count(count)} as {owner}{without}")
 
 
 def _unlike(checkpoint: Checkpoint, name: str, content: bytes) -> str | None:
@@ -190,7 +191,7 @@ def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
         return
     wrong = _differing(checkpoint, files)
     if wrong is None:
-        yield Check("code that opens it", "proven", f"{len(files)} files as this version's")
+        yield Check("code that opens it", "proven", f"{file_count(len(files))} as this version's")
     else:
         why = "another version of modekit wrote it, or somebody changed it: build again"
         yield Check("code that opens it", "failed", f"{wrong}; {why}")

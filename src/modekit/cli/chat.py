@@ -20,6 +20,7 @@ from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import OutFolder, Trust, app, checkpoint_in
 from modekit.errors import ModekitError
 from modekit.run import Run
+from modekit.text.plain import decode
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -104,7 +105,7 @@ def _introduce(talk: Chat, checkpoint: Checkpoint) -> None:
 def _lines() -> Iterator[str]:
     """What the user says; on a terminal with history, and Ctrl-C empties the line. Raises EOFError."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (decode(line, where="standard input").rstrip("\r\n") for line in sys.stdin.buffer)
         return
     with suppress(ImportError):  # where a system has it, `input` edits lines and remembers them
         import readline  # noqa: F401

@@ -159,9 +159,11 @@ def shrink(
     text: Annotated[
         list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of that text.")] = SAMPLE_TOKENS,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Tokens of that text (default 8192).")] = None,
 ) -> None:
     """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
+    if not text:
+        refuse_without_effect("a text (--text)", {"--tokens": tokens})
     from modekit.sources.open import model_folder
 
     target = writable(output, options.overwrite)
@@ -171,7 +173,7 @@ def shrink(
         from modekit.conversion.shrink import Shrinking, shrink
 
         folder = model_folder(mixture, None, root=Path.cwd(), label="OUT", run=run)
-        asked = Shrinking(to, text or (), Path.cwd(), tokens, options.overwrite)
+        asked = Shrinking(to, text or (), Path.cwd(), tokens or SAMPLE_TOKENS, options.overwrite)
         record = shrink(folder, asked, target, run=run)
     for layer, groups in enumerate(record.groups[:1] if record.names else record.groups):
         merged = [", ".join(record.names[e] if record.names else str(e) for e in group) for group in groups if len(group) > 1]

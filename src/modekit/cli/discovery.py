@@ -15,7 +15,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes, print_tune
 from modekit.cli.printing.table import Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, RecipePath, Writing, app, checkpoint_in, resolved
+from modekit.cli.shell import AsJson, RecipePath, Writing, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.errors import check_packages
 from modekit.files.output import replaced_by
 from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
@@ -54,6 +54,8 @@ def discover(
     check_packages(("sklearn", "scipy", "threadpoolctl"), "pip install 'modekit[discover]'")
     from modekit.search.discover.discover import Unlabelled, discover
 
+    if output is None:
+        refuse_without_effect("a FOLDER to write to", {"--overwrite": options.overwrite or None})
     mixture = None if options.mixture is None else checkpoint_in(options.mixture)
     with drawn_progress() as progress:
         discovery = discover(

@@ -236,7 +236,7 @@ def print_chat(results: ChatResults) -> None:
     """Draw a row per kind of question: the share on which the right expert leads, and how often each one does."""
     out.print(
         f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
-        "tokens of answer; share of these tokens; then how often each expert leads at the last prompt token."
+        "tokens of answer; mean share of an answer's tokens; then how often each expert leads at the last prompt token."
     )
     table = Table("", ["questions", "prompt", "answer", "over it", *results.experts])
     for row in results.rows:

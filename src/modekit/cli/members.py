@@ -17,7 +17,7 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, or_dash, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -74,9 +74,9 @@ class AdmissionOptions:
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
     ] = True
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split).")] = (
-        SAMPLE_TOKENS
-    )
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split; default 8192).")
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Use the expert whatever the measurement shows.")] = False
 
 
@@ -151,6 +151,8 @@ def _change(
     from modekit.files.output import check_not_made_by
     from modekit.members.change import before_change
 
+    if admission is not None and not admission.measure:
+        refuse_without_effect("a measurement (--measure)", {"--tokens": admission.tokens})
     target = resolved(write.output or folder)
     check_not_made_by(target, asked)
     opened = checkpoint_in(folder)
@@ -164,7 +166,7 @@ def _change(
         if admission is not None and admission.measure:
             from modekit.members.admission import measure_admission  # torch, which a change itself may not need
 
-            found = measure_admission(before, tokens=admission.tokens, run=run)
+            found = measure_admission(before, tokens=admission.tokens or SAMPLE_TOKENS, run=run)
     if found is not None and admission is not None:
         print_admission(found)
         before = before.measured(found.numbers())

@@ -153,7 +153,9 @@ def route(
     trust_remote_code: Trust = False,
 ) -> None:
     """Name the expert that best matches a text. Only the mixture's router runs, no model."""
-    opened, read = checkpoint_in(checkpoint), sys.stdin.read() if text == "-" else text
+    from modekit.text.plain import decode
+
+    opened, read = checkpoint_in(checkpoint), decode(sys.stdin.buffer.read(), where="standard input") if text == "-" else text
     with drawn_progress() as progress:
         progress(LIBRARIES, 0, 1)
         from modekit.routing.text_router import TextRouter

@@ -166,7 +166,7 @@ def _wrong_usage(said: str) -> ModekitError:
     """What Typer says of options, without a library's own words, and with the nearest of the choices."""
     from modekit.recipes.strict import did_you_mean
 
-    said = said.replace(": Value error, ", ": ")
+    said = said.replace(": Value error, ", ": ").replace("Input should be", "must be")
     option = _NO_OPTION.match(said)
     removed = files("modekit.cli").joinpath("removed_options.txt").read_text(encoding="utf-8").splitlines()
     remedies = {(command, name): remedy for command, name, remedy in (line.split("\t") for line in removed)}

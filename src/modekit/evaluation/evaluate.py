@@ -14,6 +14,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
@@ -22,7 +23,7 @@ from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import SMALLEST_GAP, Results, Row, Score, gaps_of, rows_scored_here, with_gaps
 from modekit.evaluation.uncertainty import in_blocks, mean_error
 from modekit.loaded.load import load_tokenizer
-from modekit.recipes.strict import BASE
+from modekit.recipes.strict import BASE, did_you_mean
 from modekit.run import QUIET, Run
 from modekit.text.amounts import TABLE_TOKENS
 from modekit.text.written import written_notes
@@ -43,7 +44,7 @@ def evaluate(
 
     Documents whose digests are `seen` are left out, as those that something was set or trained by always are. Rows of `known`,
     and of the checkpoint's earlier results, that ran the same weights on the same tokens are taken over. Raises TextError,
-    SourceError, MismatchError.
+    SourceError, MismatchError, and CheckpointError for a loss that is not finite.
     """
     run.begin("read the text")
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -61,7 +62,12 @@ def evaluate(
     if gapless:
         notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
     rows = with_gaps(rows, gaps)
-    notes += [*notes_of(rows, domains, SMALLEST_GAP), *written_notes(checkpoint.record.recipe, checkpoint.recipe_root)]
+    bases = [name for name, place in zip(checkpoint.names, checkpoint.record.expert_sources, strict=True) if place == 0]
+    notes += notes_of(rows, domains, SMALLEST_GAP, bases)
+    notes += written_notes(checkpoint.record.recipe, checkpoint.recipe_root)
+    unseen = known_and_unseen(domains)[1]
+    hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
+    notes += [f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()]
     if labels is not None:
         named = {row.name: row for row in rows}
         notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))
@@ -92,6 +98,9 @@ def _run(
                     model = model if model is not None else job.load()
                     with job.within(model, text):
                         score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)
+                if not math.isfinite(score.loss):
+                    where, remedy = f"{job.name} on the text '{domain.name}'", "look for what is damaged with `modekit verify`"
+                    raise CheckpointError("the loss is not finite", where=where, remedy=remedy)
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
@@ -101,9 +110,9 @@ def _run(
     return rows
 
 
-def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> list[str]:
-    """Notes on scored rows, one sentence each. Differences of loss below `least` (nats per token) mean nothing."""
-    return [*_without_errors(rows, domains), *_beaten(rows, domains, least)]
+def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float, bases: Collection[str] = ()) -> list[str]:
+    """Notes on scored rows. Losses less than `least` (nats per token) apart are one; `bases`: experts that are the base."""
+    return [*_without_errors(rows, domains), *_beaten(rows, domains, least, bases)]
 
 
 def loss_gains(domains: Sequence[Domain], with_label: Row, without: Row) -> list[Gain]:
@@ -138,11 +147,11 @@ def _without_errors(rows: Sequence[Row], domains: Sequence[Domain]) -> Iterator[
         )
 
 
-def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float) -> Iterator[str]:
+def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float, bases: Collection[str]) -> Iterator[str]:
     """Domains whose own expert, which is the base where the recipe says so, is surely worse than another expert."""
     named = {row.name: row for row in rows if row.kind in {"base", "expert"}}
     for domain in domains:
-        own = named.get(domain.name, named.get(BASE))
+        own = named.get(BASE if domain.name in bases else domain.name)
         if domain.expert is None or own is None:
             continue
         others = [row for row in named.values() if row.kind == "expert" and row is not own and domain.name in row.scores]

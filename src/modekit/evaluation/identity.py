@@ -16,7 +16,7 @@ _DECIDES = {"method", *CHOICES, "combine", "always_on", "weights", "router"}
 
 @dataclass(frozen=True)
 class ReadText:
-    """How much of a domain's held-out text was read, and a digest of the documents."""
+    """The documents of a domain's held-out text, how many tokens of them were read, and a digest of all the documents."""
 
     documents: Count
     tokens: Count

@@ -11,6 +11,11 @@ def bytes_of(count: int) -> str:
     return f"{count} B"
 
 
+def file_count(count: int) -> str:
+    """So many files, in words."""
+    return f"{count} file{'' if count == 1 else 's'}"
+
+
 def count_of(number: int) -> str:
     """A number of parameters, in millions or billions."""
     if number < 10_000:

@@ -82,8 +82,13 @@ def problem_in(error: ValidationError) -> str:
         return f"{error.error_count():,} problems"
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    said = str(first["msg"]).removeprefix("Value error, ")
+    said = problem_said(first["msg"])
     return shortened(f"{where}: {said}" if where else said)
+
+
+def problem_said(message: str) -> str:
+    """What pydantic says of a value, in the words of this module."""
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def shortened(text: object) -> str:

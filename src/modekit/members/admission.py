@@ -190,7 +190,7 @@ def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> 
         )
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if base - expert <= SMALLEST_GAIN:
+    if not base - expert > SMALLEST_GAIN:  # nor where it is no number
         yield Finding(
             "error",
             name,

@@ -18,6 +18,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
 from modekit.files.read import UNREADABLE, parse_json, read_text
 from modekit.recipes.paths import locate
+from modekit.recipes.strict_yaml import StrictLoader
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one
@@ -141,7 +142,7 @@ def front_matter(readme: Path) -> dict[str, object]:
     """The YAML at the head of a README; empty when there is none that can be read."""
     matched = _FRONT_MATTER.match(_text_of(readme)[:_LONGEST_MATTER])
     try:
-        data = yaml.safe_load(matched[1]) if matched else None
+        data = yaml.load(matched[1], StrictLoader) if matched else None
     except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     return data if isinstance(data, dict) else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from modekit.errors import RecipeError
+from modekit.files.typed import problem_said
 from modekit.recipes.auto import choices
 from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
@@ -132,7 +133,7 @@ def _message(problem: RecipeData) -> str:
         return f"not a mapping of keys; write for example {_EXAMPLES[problem['loc'][-1]]}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
         return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = problem_said(str(problem["msg"]))
     if problem["type"] == "literal_error" and isinstance(found, str):
         hint = did_you_mean(found, re.findall("'([^']*)'", str(context.get("expected"))))
         return f"{message}; {hint}" if hint else message

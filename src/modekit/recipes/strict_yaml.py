@@ -67,7 +67,7 @@ def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> object:
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', path.name)) from None
 
 
 def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -312,7 +312,7 @@ def _curves(checkpoint: Checkpoint, trained: TrainingTables | None) -> LossCurve
     def points(*names: str) -> list[list[float]]:
         values = next((curve.columns[name] for name in names if name in curve.columns), [])
         found = [[step, value] for step, value in zip(curve.steps, values, strict=False) if value is not None]
-        return found[:: math.ceil(len(found) / _POINTS) or 1]
+        return [*found[: -1 : math.ceil(len(found) / _POINTS) or 1], *found[-1:]]
 
     domains = _in_order(checkpoint.record.training[-1].select_loss, checkpoint.names)
     held_out = {name: points(f"eval_{name}_loss", f"eval_{name}") for name in domains}

@@ -52,11 +52,10 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> TuneResults | No
     if not os.path.lexists(path):
         return None
     search = read_or_say(SEARCH_FILE, "modekit tune", lambda: read_as(path, TuneResults, LARGE), problems)
-    if search is not None and search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest:
-        problems.append(f"{SEARCH_FILE} is of another recipe: `modekit fit` has changed this mixture since")
-        return None
-    if search is not None and any(change.what == "replace" for change in checkpoint.record.history):
-        problems.append(f"{SEARCH_FILE} is of other experts: `modekit replace` has changed this mixture since")
+    replaced = any(change.what == "replace" for change in checkpoint.record.history)
+    if search is not None and (replaced or search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest):
+        by = checkpoint.record.history[-1].what if checkpoint.record.history else "fit"
+        problems.append(f"{SEARCH_FILE} is of another recipe or experts: `modekit {by}` has changed this mixture since")
         return None
     return search
 

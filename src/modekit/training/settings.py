@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from modekit.errors import TrainingError
 from modekit.files.read import UNREADABLE
-from modekit.files.typed import shortened
+from modekit.files.typed import problem_said, shortened
 from modekit.recipes.strict import did_you_mean
 from modekit.recipes.strict_yaml import read_yaml
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -213,7 +213,7 @@ def train_settings(values: dict[str, Any], *, where: str) -> TrainSettings:
         for each in error.errors():
             key = ".".join(str(part) for part in each["loc"] if not str(part).startswith("literal"))
             unknown = f"unknown key; {did_you_mean(key, TrainSettings.model_fields) or 'remove it'}"
-            said = unknown if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, ")
+            said = unknown if each["type"] == "extra_forbidden" else problem_said(each["msg"])
             problems.append(f"{key}: {said}" if key else said)
         raise TrainingError(
             "the settings of this training are wrong",
@@ -252,8 +252,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except UNREADABLE as error:
+        found, remedy = getattr(error, "strerror", None), f"correct the {'path' if isinstance(error, OSError) else 'file'}"
         raise TrainingError(
-            "the settings file cannot be read", where=str(path), found=shortened(error), remedy="correct the file"
+            "the settings file cannot be read", where=str(path), found=found or shortened(error), remedy=remedy
         ) from None
     if not isinstance(values, dict):
         raise TrainingError(

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from modekit.cli.printing.console import err, out
 from modekit.cli.printing.table import Cell, Table
-from modekit.files.figures import bytes_of, count_of, range_of, three_digits, time_of
+from modekit.files.figures import bytes_of, count_of, file_count, range_of, three_digits, time_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +89,7 @@ def print_tune(results: TuneResults) -> None:
     out.print("front: no other variant is better with as few active parameters.")
     out.print(table)
     more = f"; {len(body) - len(shown)} more in tune.md" if len(shown) < len(body) else ""
-    out.print(Text(f"{len(body)} variants in {results.seconds:.0f} s{more}", style="dim"))
+    out.print(Text(f"{len(body)} variants; this run searched for {results.seconds:.0f} s{more}", style="dim"))
 
 
 def print_training(folder: Path, training: TrainedMixture) -> None:
@@ -181,7 +181,7 @@ def print_plan(plan: Preview) -> None:
         ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
         ("router", plan.router_why or plan.router),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
-        ("tensors", f"{plan.tensors['total']} ({operations}) in {plan.shards} files, {plan.dtype}"),
+        ("tensors", f"{plan.tensors['total']} ({operations}) in {file_count(plan.shards)}, {plan.dtype}"),
         (
             "bytes",
             f"{bytes_of(sizes['read'])} read, {bytes_of(sizes['written'])} written, {bytes_of(sizes['statistics'])} statistics",

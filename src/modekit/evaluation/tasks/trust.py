@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from modekit.errors import ModekitError
-from modekit.files.typed import Label, must_be, shortened
+from modekit.files.typed import Label, must_be, problem_said, shortened
 from modekit.sources.patterns import bounded
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def refusal(where: Path, found: str, expected: str) -> ModekitError:
 def _refusal(kind: type[BaseModel], problem: ErrorDetails, where: Path) -> ModekitError:
     place, unknown = problem["loc"], problem["type"] == "extra_forbidden"
     inner = [_NESTED[str(part)] for part in place[:-1] if part in _NESTED]
-    expected = shortened(str(problem["msg"]).removeprefix("Value error, "))
+    expected = shortened(problem_said(str(problem["msg"])))
     if unknown:
         expected = f"one of the keys {', '.join((inner[-1] if inner else kind).model_fields)}"
     said = [part for part in place if isinstance(part, int) or (_KEY.fullmatch(part) and part not in _TYPES)]

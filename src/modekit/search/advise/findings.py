@@ -134,7 +134,7 @@ def of_confusion(recipe: Recipe, confusion: Confusion) -> Iterator[Finding]:
             "note",
             ", ".join(recipe.names[index] for index in confusion.domains),
             "words alone tell little of their domains",
-            f"n-grams name the domain of {confusion.accuracy:.2f} of the held-out tokens",
+            f"n-grams name the domain of {confusion.accuracy:.2f} of its held-out tokens, mean over the domains",
             "compare router: {fit: logistic, granularity: context}, which reads hidden states (benchmarks/routers.md: 0.90)",
         )
     for first, second in combinations(confusion.domains, 2):

@@ -71,8 +71,9 @@ class SearchIdentity(BaseModel, frozen=True):
 
 
 def identity_of(job: SearchJob, settings: TuneSettings, native: bool, plan: Plan, text: str) -> SearchIdentity:
-    """Of a search of a plan's models; it changes with size and time of every file. `text`: a digest of what is read."""
-    files = ((source.label, file, file.stat()) for source in plan.sources for file in source.files)
+    """Of a search of a plan's models; it changes with size and time of their files. `text`: a digest of what is read."""
+    settings_of = {source.folder: sorted(filter(Path.is_file, source.folder.glob("*.json"))) for source in plan.sources}
+    files = ((each.label, file, file.stat()) for each in plan.sources for file in (*each.files, *settings_of[each.folder]))
     stats = [[label, file.name, stat.st_size, stat.st_mtime_ns] for label, file, stat in files]
     return SearchIdentity(
         recipe=job.recipe.digest(),

@@ -261,7 +261,7 @@ def read_space(path: Path, default: Space) -> Space:
         raise RecipeError(
             "the space of the search cannot be read",
             where=str(path),
-            found=error,
-            expected=f"lists under {', '.join(Space.model_fields)}",
-            remedy="correct it",
+            found=getattr(error, "strerror", None) or error,
+            expected=None if isinstance(error, OSError) else f"lists under {', '.join(Space.model_fields)}",
+            remedy="correct the path" if isinstance(error, OSError) else "correct it",
         ) from None
