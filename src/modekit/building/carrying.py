@@ -148,7 +148,7 @@ class Carrying:
 
     def _gate_or_up(self, kind: FFNKind, layer: int, expert: int, said: _Expert) -> Fill:
         """Gate and up (F, D) read U, too; the further units of up read what is passed on, and those of gate the constant."""
-        own_scale = None if np.array_equal(said.norm, said.own_norm) else _ratio(said.own_norm, said.norm)
+        own_scale = None if np.array_equal(said.norm, said.own_norm) else said.own_norm / _divisor(said.norm)
         beside = None
         if layer > 0 and self._size.outputs:
             weights_FD = self._of_ffn(kind, layer, expert) * said.own_norm
@@ -256,7 +256,3 @@ class Carrying:
 def _divisor(weights_D: Singles) -> Singles:
     """Weights of a norm to divide by: through one that is nothing, nothing can be read."""
     return np.where(np.abs(weights_D) > 1e-6 * np.abs(weights_D).max(), weights_D, np.float32(np.inf))
-
-
-def _ratio(own_D: Singles, weights_D: Singles) -> Singles:
-    return own_D / _divisor(weights_D)

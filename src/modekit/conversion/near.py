@@ -51,7 +51,8 @@ def groups_of(distances_EE: Array64, counts_E: Array64, to: int) -> list[Group]:
     apart = distances_EE.copy()
     while len(groups) > to:
         pairs = [(one, other) for one in range(len(groups)) for other in range(one + 1, len(groups))]
-        one, other = min(pairs, key=lambda pair: _weight(sizes[pair[0]], sizes[pair[1]]) * apart[pair])
+        costs = {(a, b): sizes[a] * sizes[b] / (sizes[a] + sizes[b] or 1.0) * apart[a, b] for a, b in pairs}
+        one, other = min(pairs, key=costs.__getitem__)
         total, between = sizes[one] + sizes[other], apart[one, other]
         share = sizes[one] / total if total else 0.5
         apart[one] = share * apart[one] + (1 - share) * apart[other] - share * (1 - share) * between
@@ -61,10 +62,6 @@ def groups_of(distances_EE: Array64, counts_E: Array64, to: int) -> list[Group]:
         groups[one], sizes[one] = groups[one] + groups[other], total
         del groups[other], sizes[other]
     return [sorted(group) for group in groups]
-
-
-def _weight(one: float, other: float) -> float:
-    return one * other / (one + other) if one + other else 0.0
 
 
 def mean_expert(experts: Sequence[Array32], shares: Array64) -> Array32:

@@ -268,16 +268,14 @@ def touched(source: ModelSource, name: str) -> bool:
 
 def low_rank(source: ModelSource, weight: str) -> LowRank | None:
     """The adapter's change of a weight when it can be kept low-rank: plain LoRA on a linear layer, nothing replaced."""
-    if not isinstance(source, AdapterSource) or weight in source.replaced or _bias(weight) in source.replaced:
+    if (
+        not isinstance(source, AdapterSource)
+        or weight in source.replaced
+        or weight.removesuffix("weight") + "bias" in source.replaced
+    ):
         return None
     change = source.changes.get(weight)
-    if isinstance(change, LowRank) and change.magnitude is None and not change.transposed:
-        return change
-    return None
-
-
-def _bias(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
+    return change if isinstance(change, LowRank) and change.magnitude is None and not change.transposed else None
 
 
 def some_rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:

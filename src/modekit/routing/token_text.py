@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
-from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens, chats_of, read_examples
 from modekit.routing.fitting import Fitting, TextProvenance
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
@@ -191,7 +190,8 @@ class SelectTexts:
 def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choosing: SelectTexts) -> TokenText:
     expert, settings = fitting.recipe.experts[place], fitting.settings
     path = fitting.statistics_file(expert.name)
-    kept, how = load_token_text(path, fitting.checkpoint.vocabulary), _how(tokenizer, expert, settings)
+    kept = load_token_text(path, fitting.checkpoint.vocabulary)
+    how = {"sequence_length": settings.sequence_length, **chats_of(tokenizer, expert, settings)}
     if kept is not None and choosing.needed and not kept.chooses:
         kept = None
     documents = documents_to_read(fitting, place, None if kept is None else kept.source, how)
@@ -220,7 +220,3 @@ def _joined(sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Ten
     """Ids of sequences, one after the other, and the tokens of each, int32."""
     ids = [each for sequence in sequences for each in sequence.ids]
     return torch.tensor(ids, dtype=torch.int32), torch.tensor([len(each.ids) for each in sequences], dtype=torch.int32)
-
-
-def _how(tokenizer: PreTrainedTokenizerBase, expert: Expert, settings: Router) -> dict[str, object]:
-    return {**settings.model_dump(mode="json", include={"sequence_length"}), **chats_of(tokenizer, expert, settings)}

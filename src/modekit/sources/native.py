@@ -30,9 +30,7 @@ from modekit.sources.native_row import (
 )
 from modekit.sources.native_shared import IN_SHARED
 
-
-def _no_window(config: Config) -> bool:
-    return "sliding_attention" not in words(config, "layer_types")
+_WINDOW_IN_SOME = "some layers have a sliding window, which Qwen3-MoE applies to all or none"
 
 
 def _partner(model_type: str, native_type: str, native_class: str) -> dict[str, Any]:
@@ -62,7 +60,7 @@ IN_THEIR_OWN: tuple[Native, ...] = (
         expert_hidden_key="moe_intermediate_size",
         fixed={**_RENORMALISED, **_IN_EVERY_LAYER, "use_sliding_window": False, "sliding_window": None},
         dropped=frozenset({"layer_types", "max_window_layers"}),
-        rules=(SILU, (_no_window, "some layers have a sliding window, which Qwen3-MoE applies to all or none")),
+        rules=(SILU, (lambda c: "sliding_attention" not in words(c, "layer_types"), _WINDOW_IN_SOME)),
         serves="vLLM, llama.cpp",
         serves_with_biases="vLLM",
         vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),

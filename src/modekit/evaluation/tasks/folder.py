@@ -49,11 +49,9 @@ class _TaskLoader(StrictLoader):
     """Reads any tag as what it says, so that the error can name its key."""
 
 
-def _tagged(loader: _TaskLoader, suffix: str, node: yaml.Node) -> _Tagged:
-    return _Tagged(suffix, node.value if isinstance(node, yaml.ScalarNode) else "...")
-
-
-_TaskLoader.add_multi_constructor("", _tagged)
+_TaskLoader.add_multi_constructor(
+    "", lambda _, suffix, node: _Tagged(suffix, node.value if isinstance(node, yaml.ScalarNode) else "...")
+)
 
 
 def check_exists(folder: Path) -> None:
