@@ -12,7 +12,6 @@ from conftest import Workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_domains
-from modekit.experts.distill.inputs import read_texts as read_for_a_student
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
@@ -60,8 +59,6 @@ def test_whatever_trains_says_so(shop: Workshop) -> None:
     with pytest.raises(TextError, match=TOO_LONG) as caught:
         read_material(["./long.jsonl"], None, Reading(pair_tokenizer(), shop.root, training))
     assert "60 documents in 1 file" in str(caught.value.found) and "128" in str(caught.value.expected)
-    with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text \./long\.jsonl"):
-        read_for_a_student(["./law.jsonl", "./long.jsonl"], shop.root, pair_tokenizer(), training, "turns")
     checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}))
     settings = train_settings({"what": ["mlp"], "sequence_length": 128}, where="test")
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text law"):
