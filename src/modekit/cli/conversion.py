@@ -159,7 +159,7 @@ def shrink(
     text: Annotated[
         list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=64, help="Tokens of that text (default 8192).")] = None,
+    tokens: Annotated[int | None, typer.Option(min=64, help=f"Tokens of that text (default {SAMPLE_TOKENS}).")] = None,
 ) -> None:
     """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
     if not text:

@@ -75,7 +75,8 @@ class AdmissionOptions:
         bool, typer.Option("--measure/--no-measure", help="Measure first what the expert adds, and which expert it resembles.")
     ] = True
     tokens: Annotated[
-        int | None, typer.Option(min=64, help="Held-out tokens of its text to measure on (select split; default 8192).")
+        int | None,
+        typer.Option(min=64, help=f"Held-out tokens of its text to measure on (select split; default {SAMPLE_TOKENS})."),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Use the expert whatever the measurement shows.")] = False
 

@@ -268,11 +268,8 @@ def touched(source: ModelSource, name: str) -> bool:
 
 def low_rank(source: ModelSource, weight: str) -> LowRank | None:
     """The adapter's change of a weight when it can be kept low-rank: plain LoRA on a linear layer, nothing replaced."""
-    if (
-        not isinstance(source, AdapterSource)
-        or weight in source.replaced
-        or weight.removesuffix("weight") + "bias" in source.replaced
-    ):
+    bias = weight.removesuffix("weight") + "bias"
+    if not isinstance(source, AdapterSource) or weight in source.replaced or bias in source.replaced:
         return None
     change = source.changes.get(weight)
     return change if isinstance(change, LowRank) and change.magnitude is None and not change.transposed else None
