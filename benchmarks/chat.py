@@ -18,7 +18,7 @@ import re
 import shutil
 import statistics
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.run import QUIET
+from study import spread
 
 DOCUMENT = 1_500  # characters of entries that are joined to a document
 MOST = 1_200  # documents of a domain
@@ -129,12 +130,6 @@ def rows(results: ChatResults, domains: list[str]) -> dict[str, float]:
         "change, answer": found[CHANGE].after_answer or 0.0,
         **{name: found[name].at_prompt or 0.0 for name in domains},
     }
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The mean, and the largest deviation from it where there are several."""
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f}" + (f" ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:

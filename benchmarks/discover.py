@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from other_styles import source_of_a_library
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer
@@ -58,7 +59,6 @@ from modekit.search.discover.grouping import (
 )
 from modekit.search.discover.result import DiscoverSettings, Discovery
 from modekit.text.documents import read_documents
-from other_styles import source_of_a_library
 
 Labels = dict[str, str]
 """Document -> the domain that it was taken from."""

@@ -30,7 +30,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from routers import EVAL_TOKENS, Losses, losses_of
+from study import EVAL_TOKENS, Losses, gaps_closed, losses_of, spread, total
 
 HALF = 256
 STAYS = 8
@@ -44,11 +44,6 @@ def lexical(top_k: int = 2, form: str = "native", **router: Any) -> dict[str, An
     }
 
 
-def ngram(**router: Any) -> dict[str, Any]:
-    """A mixture under an n-gram router."""
-    return {"mixture": {"method": "routing", "top_k": 2, "router": {"fit": "ngram", **router}}, "output": {"format": "modekit"}}
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "native, top-2": lexical(),
     "native, top-1": lexical(1),
@@ -59,7 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modekit, tokens": lexical(form="modekit"),
     "modekit, tokens and pairs": lexical(form="modekit", orders=[1, 2]),
     "modekit, tokens to triples": lexical(form="modekit", orders=[1, 2, 3]),
-    "modekit, n-gram (naive Bayes)": ngram(),
 }
 
 
@@ -82,11 +76,11 @@ def run_seed(folder: Path, split: Any, only: Sequence[str]) -> dict[str, dict[st
                     with mixture_of(model, checkpoint).forced(domain.expert):
                         own |= losses_of(model, [domain])
         losses = losses_of(model, held_out)
-        gaps = {each: (_sum(base[each]) - _sum(losses[each])) / (_sum(base[each]) - _sum(own[each])) for each in own}
+        gaps = gaps_closed(base, own, losses)
         waits = sorted(waiting_times(model, checkpoint, held_out))
         rows[name] = {
             **gaps,
-            UNSEEN: _sum(losses[UNSEEN]) / _sum(base[UNSEEN]),
+            UNSEEN: total(losses[UNSEEN]) / total(base[UNSEEN]),
             "median": statistics.median(waits),
             "most": waits[int(0.9 * (len(waits) - 1))],
         }
@@ -127,10 +121,6 @@ def _built(folder: Path, name: str, says: Mapping[str, Any]) -> Checkpoint:
     return build(make_plan(parse_recipe(recipe), folder), out, overwrite=True)
 
 
-def _sum(texts: Sequence[torch.Tensor]) -> float:
-    return float(sum(text.double().sum() for text in texts))
-
-
 def table(per_seed: list[dict[str, dict[str, Any]]]) -> str:
     lines = [
         f"| router | gap closed | {' | '.join(DOMAINS)} | {UNSEEN} / base | a new topic leads after: median / 90 % |",
@@ -139,18 +129,13 @@ def table(per_seed: list[dict[str, dict[str, Any]]]) -> str:
     for name in per_seed[0]:
         rows = [seed[name] for seed in per_seed]
         means = [statistics.fmean(row[domain] for domain in DOMAINS) for row in rows]
-        cells = [_spread(means), *(f"{statistics.fmean(row[domain] for row in rows):.3f}" for domain in DOMAINS)]
-        cells += [_spread([row[UNSEEN] for row in rows], 4)]
+        cells = [spread(means, 3), *(f"{statistics.fmean(row[domain] for row in rows):.3f}" for domain in DOMAINS)]
+        cells += [spread([row[UNSEEN] for row in rows], 4)]
         cells += [
             f"{statistics.fmean(row['median'] for row in rows):.0f} / {statistics.fmean(row['most'] for row in rows):.0f}"
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], digits: int = 3) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f}" + (f" ± {max(abs(v - mean) for v in values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:

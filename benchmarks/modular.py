@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from chat import spread
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.demo.text import unpack_text
 from modekit.evaluation.domains import Domain, held_out_domains
@@ -31,7 +30,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
 from modular_models import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
-from routers import mean_losses
+from study import mean_losses, spread
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {
     "text alone": WITHOUT_TEACHER,
@@ -40,7 +39,6 @@ WAYS_OF_TEACHING: dict[str, DistillSettings] = {
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "classifier": CLASSIFIER,
-    "ngram": {"fit": "ngram"},
     "lexical": {"fit": "lexical"},
 }
 TOGETHER, TURNS, UNEVEN = "all in every step", "one language a step, in turn", "shuffled, sizes 1:2:4:8"

@@ -22,7 +22,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training
 from modekit.text.document import Pair
 from modekit.text.sequences import encode
-from routers import mean_losses
+from study import mean_losses
 from translation_models import (
     Maker,
     Mode,

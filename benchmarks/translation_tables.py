@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat import spread
+from study import spread
 
 COLUMNS = ("right", "wrong", "none", "unseen, no label", "unseen, a label")
 LOSSES = ("| losses", "| by column")

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from lexical_cost import EXPERTS, make_models
 from transformers import AutoModelForCausalLM
 
-from lexical_cost import EXPERTS, make_models
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.shapes import mixture_of

@@ -43,7 +43,6 @@ SAMPLED = {
     "architecture/test_whole_pairs.py::test_experts_come_and_go": r"^bart$",
     "architecture/test_whole_pairs.py::test_it_opens_without_modekit": nothing,
     "architecture/test_whole_pairs.py::test_its_router_is_fitted_anew": r"^t5$",
-    "benchmarks/test_glue.py::test_every_task_of_the_recipe_is_mixed_and_scored": nothing,
     "building/test_carry.py::test_a_build_again_is_the_same_bytes": nothing,
     "building/test_carry.py::test_a_forced_adapter_is_what_peft_makes_of_it": r"^(llama-mixtral0|qwen2-qwen2_moe)$",
     "building/test_carry.py::test_a_killed_build_goes_on_with_the_channels_that_it_has_written": nothing,

@@ -1,7 +1,7 @@
 """How many threads an engine computes with on processors, and how they wait for each other.
 
 llama.cpp's threads meet after every operation. Where one of them has no core to itself, the others wait for it and by default
-spin, which costs up to a hundred times the time (benchmarks/llama_threads.py).
+spin, which costs up to a hundred times the time (benchmarks/llama.md).
 """
 
 from __future__ import annotations
