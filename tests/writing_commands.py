@@ -112,12 +112,10 @@ COMMANDS = {
     "densify": Command(("densify", "OUT", "NEW", "--by", "sum", *FEW), 15),
     "densify by distillation": Command(("densify", "OUT", "NEW", *SHORT, *FEW), 40, 47, 3, "NEW.training"),
     "shrink": Command(("shrink", "THREE", "NEW", "--to", "2", "--text", "text/law.jsonl", *FEW), 15),
-    "discover": Command(("discover", "NEW", "--text", "text", "--domains", "3"), 15),
     "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
     "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
     "report": Command(("report", "OUT"), 15),
     "card": Command(("card", "OUT"), 10),
-    "advise": Command(("advise", "native.yaml", "--write", "advised.yaml", *FEW), 2, 1),
 }
 
 

@@ -77,8 +77,6 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
 
 COMMANDS = (
     "",
-    "advise",
-    "discover",
     "plan",
     "build",
     "fit",

@@ -115,21 +115,6 @@ def test_train_options_are_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "command"),
-    [
-        (("--tasks", "glosses"), "eval-tasks OUT TASKS"),
-        (("--limit", "3"), "eval-tasks OUT TASKS"),
-        (("--chat", "--questions", "3"), "eval-chat OUT"),
-        (("--translate",), "eval-translation OUT"),
-        (("--beams", "2"), "eval-translation OUT"),
-    ],
-)
-def test_an_option_that_moved_names_its_command(options: tuple[str, ...], command: str, tmp_path: Path) -> None:
-    message = refuse_usage("eval", tmp_path, *options)
-    assert f"this option was removed: {options[0]}" in message and f"run modekit {command}\n" in message
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("average", "--select-tokens", "9"), "--by distil or best, or sum or svd without --scale"),

@@ -13,9 +13,7 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
-import modekit.cli.advice as advice
 import modekit.cli.data as data
-import modekit.cli.discovery as discovery
 import modekit.cli.evaluation as evaluation
 import modekit.cli.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
@@ -24,7 +22,6 @@ from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
-from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
@@ -34,17 +31,6 @@ from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
 from modekit.files.figures import three_digits, time_of
 from modekit.planning.shape import RouterPosition
-from modekit.search.advise.result import (
-    Advice,
-    ExpertDrift,
-    ExpertGain,
-    ExpertPairs,
-    Figure,
-    GroupDrift,
-    PartGain,
-    WordTable,
-)
-from modekit.search.discover.result import Coverage, DiscoverSettings, Discovery, DocumentGroup, TextRead, TriedNumber
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
 WIDTHS = (60, 80, 200)
@@ -63,7 +49,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (advice, data, discovery, inspection, mixtures, evaluation):
+        for module in (data, inspection, mixtures, evaluation):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -238,51 +224,6 @@ def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
     said = shown(None, inspection.print_inspection, Path("OUT"), inspection_of(["law"], layers))
     places = [said.index(str(layer)) for layer in layers]
     assert places == sorted(places)
-
-
-def test_advise(shown: Callable[..., str]) -> None:
-    group = GroupDrift(relative=0.000712, share=0.5)
-    parts = {
-        "ffn": PartGain(loss=1.0, share=Figure(0.5, 0.25)),
-        "all": PartGain(loss=1.0, share=Figure(1.0, None)),
-    }
-    found = Advice(
-        base_model="./base",
-        drift=dict.fromkeys(NAMES, ExpertDrift(relative=0.00123, groups={"ffn": group, "attention": group})),
-        similarity=ExpertPairs(experts=NAMES, cosine=[[0.25] * 8] * 8, distance=[[0.5] * 8] * 8),
-        text=dict.fromkeys(NAMES, ReadSequences(documents=9, tokens=8192, sha256="", sequence_length=512)),
-        losses=dict.fromkeys(["base", *NAMES], dict.fromkeys(NAMES, 12.3456)),
-        gain=dict.fromkeys(NAMES, ExpertGain(nats=Figure(1.0, None), parts=parts)),
-        words=WordTable(domains=NAMES, named=[[0.789] * 8] * 8, accuracy=0.789),
-        findings=[],
-    )
-    cells = [*NAMES, "0.000712", "0.00123", "0.25", "12.346", "0.50 ± 0.25", "1.00", "0.79"]
-    check_whole(shown, cells, advice.print_advice, found)
-    for width, own in ((80, "text in bold"), (None, "text marked *")):
-        text = " ".join(plain(shown(width, advice.print_advice, found)).split())
-        assert own in text and ("12.346*" in text) == (width is None)
-        assert "too little text to say how sure the figures" in text
-
-
-def test_discover(shown: Callable[..., str]) -> None:
-    served = Coverage(documents=200, experts={NAMES[7]: 0.875}, certainty=0.9, served=0.625, expert=NAMES[7])
-    words = [f"[red]word{number}[/]" for number in range(8)]
-    found = Discovery(
-        settings=DiscoverSettings(),
-        text=TextRead(documents=1, sha256=""),
-        domains=6,
-        chosen="held-out likelihood",
-        worth=0.06,
-        tried=[TriedNumber(domains=number, held_out=-9.123 + number / 8, gain=0.125) for number in range(1, 8)],
-        mixture="OUT",
-        groups=[
-            DocumentGroup(name=name, file="", documents=123_456, characters=1, words=words, served=served) for name in NAMES[:6]
-        ],
-        notes=["a note " * 20],
-    )
-    cells = [*NAMES[:6], "123,456", "17%", "62%", "-8.373", "+0.125", "[red]word7[/]"]
-    check_whole(shown, cells, discovery.print_discovery, found, None)
-    assert "-8.373*" in shown(None, discovery.print_discovery, found, None)
 
 
 def test_data(shown: Callable[..., str]) -> None:

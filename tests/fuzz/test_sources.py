@@ -40,8 +40,6 @@ from modekit.experts.distill.kept_logits import HEADER_FILE, LOGITS_FILE, Header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
-from modekit.search.discover.discover import Unlabelled, discover
-from modekit.search.discover.result import DiscoverSettings
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
 from modekit.sources.gguf_model import gguf_folder
@@ -75,7 +73,6 @@ TARGETS = [
     "texts",
     "tables",
     "parquets",
-    "unlabelled",
     "templates",
     "taught",
 ]
@@ -634,22 +631,6 @@ def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
     damaged = hostile_bytes(hostile_json(plain))
     whole = st.just(json.dumps(plain).encode())
     return st.one_of(st.tuples(damaged, st.none()), st.tuples(whole, st.one_of(st.none(), hostile_bytes(values)))), door
-
-
-def fuzz_unlabelled(root: Path, _: dict[str, Any]) -> Target:
-    """Text that nobody has labelled, grouped and written."""
-    said = [{"role": "user", "content": "what is fever"}]
-    records = [hostile_json({"text": "some words of law"}), hostile_json({"messages": said})]
-    lines = st.lists(st.one_of(*records, st.text(max_size=60)), min_size=1, max_size=4)
-    (root / "known.jsonl").write_text('{"text": "some words of law"}\n{"text": "what is fever"}\n{"text": "what is law"}\n')
-
-    def door(drawn: tuple[bytes, str]) -> object:
-        path = root / "text" / f"law{drawn[1]}"
-        path.write_bytes(drawn[0])
-        texts = Unlabelled(["known.jsonl", f"./text/{path.name}"], root)
-        return discover(texts, DiscoverSettings(domains=2), out=root / "FOUND", replace="modekit's own").model_dump()
-
-    return st.tuples(hostile_bytes(lines.map("\n".join)), st.sampled_from([".jsonl", ".txt", ".md", ".parquet"])), door
 
 
 def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:

@@ -40,7 +40,7 @@ def test_full_models_lose_what_is_not_mixed(workshop: Workshop, shape: str) -> N
     specialist(workshop, "medicine", "mlp")
     specialist(workshop, "code", "full")
     (note,) = notes_of(workshop, output={"format": shape})
-    assert note.startswith("law, code: ") and "`modekit advise` measures" in note
+    assert note.startswith("law, code: ") and "`modekit verify --deep` measures" in note
 
 
 @pytest.mark.parametrize(

@@ -1,119 +1,22 @@
-"""Commands that search: for domains in text that nobody has labelled, and for the best mixture."""
+"""The command that searches for the best mixture."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_notes, print_tune
-from modekit.cli.printing.table import Cell, Table
+from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, RecipePath, Writing, app, checkpoint_in, refuse_without_effect, resolved
+from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
 from modekit.errors import check_packages
-from modekit.files.output import replaced_by
-from modekit.search.discover.result import MOST_DOMAINS, DiscoverSettings
 from modekit.text.amounts import SAMPLE_TOKENS
-
-if TYPE_CHECKING:
-    from modekit.search.discover.result import Discovery, DocumentGroup
-
-
-@dataclass(frozen=True)
-class DiscoverOptions(Writing):
-    """Options of `modekit discover`."""
-
-    domains: Annotated[
-        int | None,
-        typer.Option(min=2, max=MOST_DOMAINS, help="Number of domains (default: chosen by held-out likelihood)."),
-    ] = None
-    sample: Annotated[int, typer.Option(min=2, help="Largest number of documents to learn the groups from.")] = 8_192
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the grouping.")] = 0
-    mixture: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Mixture to compare with: which groups its router sends to an expert.")
-    ] = None
-    as_json: AsJson = False
-
-
-@app.command()
-@grouped
-def discover(
-    text: Annotated[list[str], typer.Option(help="Unlabelled text: file, folder or hub data set; repeatable.")],
-    options: DiscoverOptions,
-    output: Annotated[
-        Path | None, typer.Argument(metavar="[FOLDER]", help="Folder to write a .jsonl per domain to (default: write nothing).")
-    ] = None,
-) -> None:
-    """Group unlabelled documents into domains, name each by its words, and show which ones a mixture already serves."""
-    check_packages(("sklearn", "scipy", "threadpoolctl"), "pip install 'modekit[discover]'")
-    from modekit.search.discover.discover import Unlabelled, discover
-
-    if output is None:
-        refuse_without_effect("a FOLDER to write to", {"--overwrite": options.overwrite or None})
-    mixture = None if options.mixture is None else checkpoint_in(options.mixture)
-    with drawn_progress() as progress:
-        discovery = discover(
-            Unlabelled(text, Path.cwd(), mixture),
-            DiscoverSettings(domains=options.domains, sample=options.sample, seed=options.seed),
-            out=None if output is None else resolved(output),
-            replace=replaced_by(options.overwrite),
-            run=options.run(progress),
-        )
-    if options.as_json:
-        sys.stdout.write(discovery.model_dump_json(indent=2) + "\n")
-    else:
-        print_discovery(discovery, output)
-
-
-def print_discovery(discovery: Discovery, folder: Path | None) -> None:
-    """Print what was found; `folder` is where it was written, None when it was not."""
-    if discovery.tried:
-        _print_tried(discovery)
-        out.print()
-    _print_groups(discovery)
-    print_notes(discovery.notes)
-    for group in discovery.groups:
-        if group.name == discovery.next:
-            said = f" {group.name}, of which no expert serves about {group.unserved:,.0f} documents"
-            out.print(Text.assemble(("the next expert:", "bold"), said))
-    if folder is not None:
-        said = f"{discovery.domains} domain{'' if discovery.domains == 1 else 's'} as text, and discover.json"
-        out.print(Text.assemble((str(folder), "bold"), f": {said}"), soft_wrap=True)
-
-
-def _print_tried(discovery: Discovery) -> None:
-    table = Table("domains", ["held-out likelihood", "gain"])
-    for tried in discovery.tried:
-        held_out = Cell(f"{tried.held_out:.3f}", own=tried.domains == discovery.domains)
-        table.add(str(tried.domains), held_out, "" if tried.gain is None else f"{tried.gain:+.3f}")
-    worth = f"a domain more must gain {discovery.worth}"
-    out.print(f"How many domains: held-out log-likelihood, nats per word; {worth}.")
-    out.print(table)
-
-
-def _print_groups(discovery: Discovery) -> None:
-    served = discovery.mixture is not None
-    table = Table("domain", ["documents", "share", *(["served", "led by"] if served else []), "words"], prose=True)
-    total = sum(group.documents for group in discovery.groups)
-    for group in discovery.groups:
-        cells = [f"{group.documents:,}", f"{group.documents / total:.0%}", *(_served(group) if served else [])]
-        table.add(group.name, *cells, ", ".join(group.words))
-    about = ": served is the share that an expert other than the base leads on with certainty, led by who leads at all"
-    out.print(f"{total:,} documents{about if served else ''}.")
-    out.print(table)
-
-
-def _served(group: DocumentGroup) -> list[str]:
-    if group.served is None or not group.served.documents:
-        return ["-", "-"]
-    expert, share = next(iter(group.served.experts.items()))
-    return [f"{group.served.served:.0%}", f"{expert} {share:.0%}"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modekit.cli.advice import print_findings
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.checkpoint.record import Change
-    from modekit.members.admission import Admission
+    from modekit.members.admission import Admission, Finding
     from modekit.members.edits import MixtureEdit, NewExpert
     from modekit.members.listing import ListedExpert
 
@@ -204,6 +203,22 @@ def print_admission(admission: Admission) -> None:
         near = f"the nearest expert is {name}: cosine {cosine:.2f}, distance {three_digits(distance)}"
         out.print(f"{admission.expert} moved {three_digits(admission.drift)} of the base's size; {near}.")
     print_findings(admission.findings)
+
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print findings, the gravest first."""
+    if findings:
+        out.print("\nFindings")
+    for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
+        found = f": {finding.found}" if finding.found else ""
+        colour = _COLOURS[finding.level]
+        text = Text.assemble((finding.level, colour), "  ", (finding.about, "bold"), f"  {finding.what}{found}")
+        out.print(text, soft_wrap=True)
+        if finding.to_do:
+            out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)
 
 
 def print_experts(experts: Sequence[ListedExpert], history: Sequence[Change]) -> None:

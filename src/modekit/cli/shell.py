@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -62,7 +61,6 @@ class Writing:
 
 
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
-_NO_OPTION = re.compile(r"No such option: (--[a-z-]+)")
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
 _FRAMES = 100  # of a traceback that a log keeps
@@ -167,12 +165,6 @@ def _wrong_usage(said: str) -> ModekitError:
     from modekit.recipes.strict import did_you_mean
 
     said = said.replace(": Value error, ", ": ").replace("Input should be", "must be")
-    option = _NO_OPTION.match(said)
-    removed = files("modekit.cli").joinpath("removed_options.txt").read_text(encoding="utf-8").splitlines()
-    remedies = {(command, name): remedy for command, name, remedy in (line.split("\t") for line in removed)}
-    if option and (_command(), option[1]) in remedies:
-        remedy = remedies[_command(), option[1]]
-        return ModekitError(f"this option was removed: {option[1]}", where=f"modekit {_command()}", remedy=remedy)
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
     example = example_of(_command())

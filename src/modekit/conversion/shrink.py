@@ -78,7 +78,7 @@ def shrink(folder: Path, asked: Shrinking, out: Path, *, run: Run = QUIET) -> Sh
     Raises UnsupportedError for what is no plain mixture, SourceError, TextError, OutputError, and ModekitError for a number of
     experts that it cannot have.
     """
-    check_packages(("scipy.optimize",), "pip install 'modekit[discover]'")
+    check_packages(("scipy.optimize",), "pip install 'modekit[classifier]'")
     refuse_existing(out, replaced_by(asked.overwrite), sources=(folder,))
     plain = PlainMixture.opened(folder)
     if not 1 <= asked.to < plain.experts:

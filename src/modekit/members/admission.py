@@ -1,7 +1,7 @@
 """What is measured before an expert is added: what it brings on its own text, whom it resembles, what its licence says.
 
     loss of base, mixture and expert on the expert's held-out text (select split), in nats per token
-    drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (search/advise/drift.py)
+    drift     |D| / |base|        cosine, distance    of D to that of each expert that is there        (likeness.py)
 
 D is the difference from the base, here in the tensors of the first, the middle and the last layer; of encoder and decoder
 each, where there are both.
@@ -14,21 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from modekit.building.build import write_texts
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
-from modekit.errors import ModekitError, SourceError, TextError
+from modekit.errors import ModekitError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.members.licences import facts, licence_of, sources_of
+from modekit.members.likeness import compare
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
-from modekit.search.advise.drift import compare, groups_of
-from modekit.search.advise.findings import NEAR_COSINE
-from modekit.search.advise.gains import SMALLEST_GAIN
-from modekit.search.advise.result import Finding
-from modekit.search.advise.text import SEQUENCE_LENGTH
+from modekit.sources.compatibility import own_names
 from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
 from modekit.sources.open import Opener
@@ -37,6 +35,20 @@ from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
 
 _SERVED = 0.9  # of the expert's gain that the mixture has already
+_SMALLEST_GAIN = 1e-3  # nats per token: less is noise
+_NEAR_COSINE = 0.95  # of two differences from the base: above it, two experts are nearly one
+_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the user should know before the change, and what to do. `about` names the expert; an error refuses it."""
+
+    level: Literal["error", "warning", "note"]
+    about: str
+    what: str
+    found: str = ""
+    to_do: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
             raise
         own = None  # its text is gone, and what is kept of it sets the router
     chosen = texts.select_of(own) if own is not None else []
-    sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=SEQUENCE_LENGTH)
+    sequences = encode(load_tokenizer(mixture, run=run), chosen, max_tokens=tokens, sequence_length=_SEQUENCE_LENGTH)
     if not sequences:
         return {}, 0
     count = sum(len(sequence.ids) for sequence in sequences)
@@ -153,22 +165,16 @@ def _likeness(
     base, new = plan.sources[0], plan.sources[1 + place]
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
-    groups = groups_of(base, plan.family)
+    names = own_names(base, plan.family)
     sizes = plan.family.sizes(base.config)  # layers of each stack
     looked_at = {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
-    sample = {name: group for name, group in groups.items() if split_layer(name)[0] in looked_at}
+    sample = [name for name in names if split_layer(name)[0] in looked_at]
     assert sample, looked_at
-    found = compare(base, [new, *others.values()], sample, run=run)
-    if found.damaged[0]:
-        raise SourceError(
-            "the weights hold NaN or Inf",
-            where=f"{new.label} ({new.spec}): {found.damaged[0][0]}",
-            remedy="the model is damaged: save or download it again",
-        )
-    if not found.moved[0]:  # in those layers: perhaps in others
-        return compare(base, [new], groups, run=run).total(0), {}
-    pairs = ((name, found.cosine(0, number), found.distance(0, number)) for number, name in enumerate(others, 1))
-    return found.total(0), {name: (cosine, distance) for name, cosine, distance in pairs if cosine is not None}
+    found = compare(base, [new, *others.values()], sample, run)
+    if not found.drift:  # in those layers: perhaps in others
+        return compare(base, [new], names, run).drift, {}
+    pairs = {name: found.to(number) for number, name in enumerate(others, 1)}
+    return found.drift, {name: pair for name, pair in pairs.items() if pair is not None}
 
 
 def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
@@ -190,7 +196,7 @@ def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> 
         )
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
-    if not base - expert > SMALLEST_GAIN:  # nor where it is no number
+    if not base - expert > _SMALLEST_GAIN:  # nor where it is no number
         yield Finding(
             "error",
             name,
@@ -220,7 +226,7 @@ def _of_likeness(
             "their models are not where they were, or not what they were",
         )
     for other, (cosine, distance) in likeness.items():
-        if cosine >= NEAR_COSINE:
+        if cosine >= _NEAR_COSINE:
             yield Finding(
                 "error",
                 name,

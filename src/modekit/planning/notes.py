@@ -1,7 +1,6 @@
 """What a user should know of a plan: what experts lose, who is one model, what the router is fitted on.
 
-A plan reads headers only, so that of full models it says that something may be lost, not how much; `modekit advise` measures
-that.
+A plan reads headers only, so that of full models it says that something may be lost, not how much.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from modekit.weights.rounding import nearest_difference
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 
-_MEASURED = "`modekit advise` measures before a build what that is worth, `modekit verify --deep` after it"
+_MEASURED = "`modekit verify --deep` measures what that is worth"
 
 
 def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:

@@ -16,19 +16,16 @@ of the mixture (selected-by.txt beside it).
     densify, its table           experts[].text, or the recipe's eval                 report       set, trained, chosen
     shrink                       --text                                              fit, report  -
     tune, to choose              experts[].text, else the recipe's eval              select       set, trained
-    advise                       experts[].text                                      select, fit  set, trained (of select)
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
       report of tune               report split                                      report
     tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
-    discover, data balance       --text                                              all          -
+    data balance                 --text                                              all          -
     data tokenizer               --text                                              fit          -
     data tokenizer, fertility    --text                                              report       -
 
 What a router's classifier was chosen by (`chooses` of its row in recipes/fits.py) is the select split of the experts' own text,
 so that an `eval` that names this text, too, is shown without that part. What tune has chosen by is kept in selected-by.txt, so
-that a recipe's `eval` can give it text and be shown without that part. Advice leaves no such list, and reads nothing of `eval`.
-What discover groups is no domain yet: it shows no model's loss, and every document keeps its split in the domain that it comes
-to.
+that a recipe's `eval` can give it text and be shown without that part.
 """
 
 from __future__ import annotations

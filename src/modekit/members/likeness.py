@@ -1,0 +1,93 @@
+"""How far an expert lies from the base, and from the experts that are there: one pass over the files, in blocks.
+
+    drift     |D| / |base|        cosine    <D, D_f> / |D| |D_f|        distance    |D - D_f| / max(|D|, |D_f|)
+
+D is the difference from the base (Frobenius). Shape legend: E experts, N elements of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.building.tensors import PieceReader
+from modekit.errors import SourceError
+from modekit.planning.pieces import piece_of, touched
+from modekit.run import Run
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource
+from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.stored import FlatArray, holds_only_finite
+
+_Double = npt.NDArray[np.float64]
+_STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of the first expert: squared length of the base's tensors, and the products <D_e, D_f> (E, E) of all experts."""
+
+    base: float
+    products: _Double
+
+    @property
+    def drift(self) -> float:
+        """|D| / |base|."""
+        return math.sqrt(self.products[0, 0] / self.base)
+
+    def to(self, other: int) -> tuple[float, float] | None:
+        """Cosine and distance to another expert; None where either equals the base."""
+        own, its, both = self.products[0, 0], self.products[other, other], self.products[0, other]
+        if not own or not its:
+            return None
+        cosine = float(np.clip(both / math.sqrt(own * its), -1, 1))
+        return cosine, math.sqrt(max(own + its - 2 * both, 0.0) / max(own, its))
+
+
+def compare(base: ModelSource, experts: Sequence[ModelSource], names: Collection[str], run: Run) -> Likeness:
+    """Read these tensors of the base and of the experts once. Raises SourceError where one holds NaN or Inf."""
+    sources = (base, *experts)
+    square, products = 0.0, np.zeros((len(experts), len(experts)))
+    with OpenFiles() as opened:
+        read = PieceReader(opened)
+        for name in run.over("compare", names, len(names)):
+            ref = base.tensor(name)
+            changed = [at for at, source in enumerate(sources) if at and source is not base and touched(source, name)]
+            pieces = {at: piece_of(sources, at, ref) for at in (0, *changed)}
+            for at, piece in pieces.items():
+                for part in piece.refs:
+                    if not holds_only_finite(opened, part):
+                        raise _damaged(sources[at], part.name)
+            added, product = _sums(read.values(pieces[0]), [read.values(pieces[at]) for at in changed])
+            for at, length in zip(changed, np.diagonal(product), strict=True):
+                if not np.isfinite(length):  # DoRA of a row of zeros
+                    raise _damaged(sources[at], name)
+            square += added
+            rows = np.array(changed, dtype=int) - 1
+            products[np.ix_(rows, rows)] += product
+    return Likeness(square, products)
+
+
+def _damaged(source: ModelSource, name: str) -> SourceError:
+    return SourceError(
+        "the weights hold NaN or Inf",
+        where=f"{source.label} ({source.spec}): {name}",
+        remedy="the model is damaged: save or download it again",
+    )
+
+
+def _sums(base: FlatArray, experts: Sequence[FlatArray]) -> tuple[float, _Double]:
+    """|base|^2 and <D_e, D_f> (E, E) of one tensor."""
+    square, product = 0.0, np.zeros((len(experts), len(experts)))
+    for start in range(0, len(base), _STEP):
+        part = slice(start, start + _STEP)
+        origin = to_float32(base[part]).astype(np.float64)
+        square += float(origin @ origin)
+        if experts:
+            delta_EN = np.stack([to_float32(expert[part]) - origin for expert in experts])
+            product += delta_EN @ delta_EN.T
+    return square, product
