@@ -7,7 +7,6 @@ few hundred inputs of each, `make test-all` 23,800 together.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -42,7 +41,6 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.run import QUIET
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
-from modekit.sources.gguf_model import gguf_folder
 from modekit.sources.model import ModelSource, open_source, read_header
 from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
@@ -50,7 +48,7 @@ from modekit.text.glance import check_texts
 from modekit.text.sequences import TokenSequence, encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES
-from quantised import FORMS, quantise, write_gguf
+from quantised import FORMS, quantise
 from wrapped_models import WRAPPED, wrapped_config
 
 RANDOM = {"router": {"fit": "random"}}
@@ -64,7 +62,6 @@ TARGETS = [
     "wrappers",
     "indexes",
     "packed",
-    "ggufs",
     "adapters",
     "recipes",
     "mergekit",
@@ -333,20 +330,6 @@ def fuzz_packed(root: Path, _: dict[str, Any]) -> Target:
         return read_all(open_source("m", "m", folder))
 
     return st.sampled_from(list(FORMS)).flatmap(variants), door
-
-
-def fuzz_ggufs(root: Path, _: dict[str, Any]) -> Target:
-    """A whole file, with other bytes in it, as a folder and read."""
-    pytest.importorskip("gguf")
-    save(tiny_model(num_hidden_layers=1, vocab_size=40), root / "plain")
-    good = [write_gguf(root / "plain", root / f"{kind}.gguf", kind).read_bytes() for kind in ("Q8_0", "F16")]
-    os.environ["MODEKIT_CACHE"] = str(root / "cache")
-
-    def door(content: bytes) -> object:
-        (root / "law.gguf").write_bytes(content)
-        return read_all(open_source("m", "m", gguf_folder(root / "law.gguf", where="m")))
-
-    return st.sampled_from(good).flatmap(lambda file: st.one_of(st.just(file), damaged_bytes(file))), door
 
 
 def read_all(source: ModelSource) -> int:

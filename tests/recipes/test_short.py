@@ -52,7 +52,6 @@ def test_a_name_may_be_given_and_no_two_are_alike(root: Path) -> None:
         ("law-lora/", "law-lora"),
         ("../law/lora/final", "law"),
         ("checkpoint-5", "checkpoint-5"),
-        ("./law.Q4_K_M.gguf", "law.Q4_K_M"),
         ("org/Law 7B (v2)", "Law-7B-v2"),
         ("a/base", "base-2"),
         ("..", "expert"),

@@ -83,23 +83,14 @@ def test_a_file_is_not_a_model_folder(bench: Workshop) -> None:
     assert "a file is named in place of a folder" in message and "that the file is part of" in message
 
 
-def test_a_gguf_that_is_none_or_one_of_many(bench: Workshop) -> None:
-    """A damaged file, a folder that holds nothing else, and several at once."""
-    pytest.importorskip("gguf")
+def test_a_gguf_names_what_unpacks_it(bench: Workshop) -> None:
+    """A file, and a folder of them."""
     file = copy_expert(bench) / "model-q8_0.gguf"
     file.write_bytes(b"GGUF")
-    for spec in (str(file), "./law/model-q8_0.gguf", "law/model-q8_0.gguf"):
-        message = refuse_build(bench, base_model=spec)
-        assert "the GGUF file is damaged, or none" in message and "does not exist" not in message
-        assert f"base_model ({spec}): model-q8_0.gguf" in message
-    experts = [{"name": "law", "model": str(file)}]
-    message = refuse_build(bench, base_model="./nowhere", experts=experts, mixture={"router": {"fit": "random"}})
-    assert "2 models cannot be opened" in message and "the GGUF file" in message and "model folder does not exist" in message
-    assert "model folder does not exist" in refuse_build(bench, base_model="gone/model.gguf")
-    for missing in ("tokenizer.json", "config.json"):
-        (file.parent / "model.safetensors").unlink(missing_ok=True)
-        assert "the folder holds GGUF files, and each is a model" in refuse_build(bench)
-        (bench.root / "law" / missing).unlink()
+    assert "gguf_file=NAME" in refuse_build(bench, base_model=str(file))
+    (file.parent / "model.safetensors").unlink()
+    message = refuse_build(bench)
+    assert "GGUF files are not read" in message and "model-q8_0.gguf" in message and "gguf_file=NAME" in message
 
 
 @pytest.mark.parametrize("spec", ["some/name", "some name/with spaces"])

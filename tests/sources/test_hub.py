@@ -24,7 +24,7 @@ from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
 from modekit.sources.open import model_folder
-from quantised import quantise, write_gguf
+from quantised import quantise
 from stand_in_hub import COMMIT, StandIn, point_at, serving
 
 
@@ -210,7 +210,7 @@ def test_without_a_network_a_shard_that_stayed_there_does_not_matter(
     assert make_plan(recipe, workshop.root).digest() == plan.digest()
 
 
-@pytest.mark.parametrize("form", ["nf4", "compressed"])
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
 def test_a_quantised_model_is_planned_without_its_weights(workshop: Workshop, hub: StandIn, tmp_path: Path, form: str) -> None:
     """What its weights say of their shapes is read where they lie."""
     quantise(workshop.root / "law", tmp_path / "packed", form)
@@ -220,24 +220,6 @@ def test_a_quantised_model_is_planned_without_its_weights(workshop: Workshop, hu
     assert not hub.whole() & weights(hub, "acme/packed") and remote.bytes_downloaded
     local = make_plan(load_recipe(write(workshop, {"model": str(tmp_path / "packed")})), workshop.root)
     assert [tensor.shape for tensor in remote.tensors] == [tensor.shape for tensor in local.tensors]
-
-
-@pytest.mark.parametrize("spec", ["acme/odd/tiny.gguf", "acme/odd/sub/tiny.gguf"])
-def test_a_gguf_file_of_a_repository(workshop: Workshop, hub: StandIn, tmp_path: Path, spec: str) -> None:
-    pytest.importorskip("gguf")
-    file = tmp_path / spec.removeprefix("acme/")
-    file.parent.mkdir(parents=True)
-    save(tiny_model(seed=7), tmp_path / "plain")
-    write_gguf(tmp_path / "plain", file, "Q8_0")
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # the converted one is another
-        (workshop.root / "base" / name).unlink()
-    hub.repos["acme/odd"] = tmp_path / "odd"
-    recipe = write(workshop, {"model": spec})
-    for headers_only in (True, False):
-        plan = make_plan(load_recipe(recipe), workshop.root, headers_only=headers_only)
-        assert plan.sources[1].revision == COMMIT and "GGUF" in plan.sources[1].packed
-    said = refused(workshop, {"model": "acme/odd/other.gguf"})
-    assert "no such file" in said and "name one, like acme/odd/" in said
 
 
 def test_a_hub_that_sends_no_parts_of_files(workshop: Workshop, hub: StandIn) -> None:
@@ -287,7 +269,7 @@ def test_what_the_hub_refuses_is_one_message(
     ("names", "words"),
     [
         (["pytorch_model.bin", "modeling_x.py"], ["pickled", "pytorch_model.bin"]),
-        (["x-Q4_K_M.gguf", "x-Q8_0.gguf"], ["GGUF", "x-Q8_0.gguf", "acme/odd/x-Q4_K_M.gguf"]),
+        (["x-Q4_K_M.gguf", "x-Q8_0.gguf"], ["GGUF", "x-Q8_0.gguf", "gguf_file=NAME"]),
         (["notes.txt"], ["no weights that modekit reads"]),
     ],
 )

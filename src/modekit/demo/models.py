@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.libraries import library_writes
 from modekit.files.staging import staging
-from modekit.loaded.load import load_model, load_tokenizer, without_bars
+from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.run import Run
-from modekit.sources.gguf_model import gguf_folder
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.sequences import TokenSequence
@@ -111,9 +119,28 @@ def make_real_base(out: Path, run: Run) -> None:
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", "model") as stage:
         run.progress("unpack SmolLM2-135M", 0, 1)
-        read = gguf_folder(file, where="SmolLM2-135M")
-        model, tokenizer = load_model(read, dtype=torch.bfloat16), load_tokenizer(read)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        tokenizer = _smol_tokenizer(file, model.config.vocab_size)
         with without_bars(), library_writes(stage.folder) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         run.progress("unpack SmolLM2-135M", 1, 1)
+
+
+def _smol_tokenizer(file: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of SmolLM2's GGUF. transformers' converter adds special tokens without an embedding, and leaves out that
+    every digit is a word of its own.
+    """
+    made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    said = json.loads(made.backend_tokenizer.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < vocab_size]
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    said["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    special = {key: token for key, token in made.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)),
+        chat_template=made.chat_template,
+        model_input_names=made.model_input_names,
+        **{key: token for key, token in special.items() if made.convert_tokens_to_ids(token) < vocab_size},
+    )

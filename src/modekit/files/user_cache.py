@@ -3,7 +3,6 @@
     CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
     CACHE/proven/<sha256>                what was proven here; the name says it all
     CACHE/headers/<sha256>               a weight file's header on the hub, at one commit; the name says which
-    CACHE/gguf/<sha256>/                 config and tokenizer of a GGUF file (sources/gguf_model.py)
 
 CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
 file is read again, and a proof is made again.
@@ -94,15 +93,6 @@ def known_header(what: str) -> bytes | None:
         return None
 
 
-def cached_folder(name: str) -> Path:
-    """A folder of the cache, which is this user's alone. Raises OSError, and RuntimeError where the user has no home."""
-    folder = _own_folder(name)
-    if not folder.exists():
-        make_folder(folder)
-        folder.chmod(stat.S_IRWXU)  # whatever the umask says
-    return folder
-
-
 def _digest_file(path: Path) -> Path:
     return _file_of("digests", os.fsencode(os.path.realpath(path)), ".json")
 
@@ -123,7 +113,10 @@ def _own_folder(name: str) -> Path:
 
 
 def _write(file: Path, content: bytes) -> None:
-    cached_folder(file.parent.name)
+    folder = _own_folder(file.parent.name)
+    if not folder.exists():
+        make_folder(folder)
+        folder.chmod(stat.S_IRWXU)  # whatever the umask says
     write_file(file, content, sync=False)
     for old in _oldest(file.parent):
         remove(old)

@@ -20,7 +20,7 @@ def locate(spec: str, root: Path) -> Path | None:
 
 def may_be_hub_id(spec: str) -> bool:
     """Whether what is no path on this machine may be an id on the hub: OWNER/NAME."""
-    return spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not spec.lower().endswith(".gguf")
+    return spec.count("/") == 1 and not spec.startswith((".", "/", "~"))
 
 
 def sides_of(spec: str, root: Path) -> tuple[str, str] | None:

@@ -32,7 +32,7 @@ class ExpertNames:
 
     def of(self, spec: object) -> str:
         """The name of an expert that has none."""
-        parts = [part for part in str(spec).removesuffix(".gguf").split("/") if part not in ("", ".", "..", "~")]
+        parts = [part for part in str(spec).split("/") if part not in ("", ".", "..", "~")]
         said = next((part for part in reversed(parts) if not _SAYS_NOTHING.fullmatch(part)), parts[-1] if parts else "")
         last = re.sub(r"[^A-Za-z0-9_.-]+", "-", said).lstrip("_.-").rstrip("-") or "expert"
         names = (f"{last[: LONGEST_NAME - 4]}{f'-{number}' if number > 1 else ''}" for number in count(1))

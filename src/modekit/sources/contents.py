@@ -17,7 +17,7 @@ from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular
 from modekit.files.user_cache import keep_digest, known_digest
 from modekit.sources.model import TensorRef
-from modekit.sources.packed import PackedRef
+from modekit.sources.quantised import PackedRef
 
 CHUNK = 2**19
 """Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""

@@ -58,6 +58,7 @@ from modekit.sources.model import (
     tensors_in,
     weight_files,
 )
+from modekit.sources.model_config import FROM_GGUF
 from modekit.sources.tokenizer import COPIED_FILES
 
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *PROCESSOR_FILES, "README.md")
@@ -145,14 +146,11 @@ class Snapshot:
         """The error of a repository without a file; it says what there is in its place."""
         names = HfApi().list_repo_files(self.name, revision=self.commit)
         there = [each for each in names if each.endswith(_WEIGHTS)]
-        gguf = [each for each in there if each.endswith(".gguf")]
         what, remedy = "the repository has no weights that modekit reads", "choose another repository or revision"
-        if name != WEIGHTS_FILE and not name.endswith(".gguf") and CONFIG_FILE in names:
+        if name != WEIGHTS_FILE and CONFIG_FILE in names:
             what, remedy = "this is an adapter, not a full model", "name it as adapter: in place of model: in the recipe"
-        elif gguf:
-            named = name.endswith(".gguf")
-            what = "the repository has no such file" if named else "the repository holds GGUF files, and each is a model"
-            remedy = f"name one, like {self.name}/{gguf[0]}"
+        elif any(each.endswith(".gguf") for each in there):
+            what, remedy = "GGUF files are not read", FROM_GGUF
         elif any(each.endswith((".bin", ".pt", ".pth")) for each in there):
             what = "the weights are pickled, which can run code when opened; modekit reads safetensors only"
             remedy = "choose a revision with safetensors, or convert it once where you trust it and give the folder"
@@ -160,21 +158,8 @@ class Snapshot:
 
 
 def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET) -> tuple[Path, str]:
-    """The folder of a model or adapter of which every weight is on this disk, and its commit. Raises SourceError.
-
-    Of `org/name/file.gguf` the folder is modekit's own for that file.
-    """
-    name, file = _parts(spec)
-    if file:
-        from modekit.sources.gguf_model import gguf_folder  # few models need it
-
-        found = Snapshot.of(name, revision, where=where, files=[escape(file)], run=run)
-        if not (found.folder / file).exists():
-            with _explained(spec, revision, where):
-                raise found.no_weights(file)
-        found.fetch([file], run=run)
-        return gguf_folder(found.folder / file, where=where), found.commit
-    found = Snapshot.of(name, revision, where=where, run=run)
+    """The folder of a model or adapter of which every weight is on this disk, and its commit. Raises SourceError."""
+    found = Snapshot.of(spec, revision, where=where, run=run)
     is_adapter = (found.folder / CONFIG_FILE).exists()
     files = [found.folder / WEIGHTS_FILE] if is_adapter else weight_files(found.folder, where=where, elsewhere=True)
     if not all(file.exists() for file in files[:1]):
@@ -186,7 +171,7 @@ def download(spec: str, revision: str | None, *, where: str, run: Run = QUIET) -
 def open_hub_model(label: str, spec: str, revision: str | None, *, whole: bool, run: Run = QUIET) -> ModelSource:
     """A hub model by config and tensor headers; `whole`: with all weights on this disk. Raises as `open_source`."""
     where, elsewhere = f"{label} ({spec})", None
-    if whole or _parts(spec)[1]:
+    if whole:
         folder, commit = download(spec, revision, where=where, run=run)
     else:
         elsewhere = Snapshot.of(spec, revision, where=where, run=run)
@@ -210,8 +195,7 @@ def open_hub_adapter(
 
 def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> None:
     """Bring weight files of a model on the hub to this disk. Raises SourceError."""
-    name = _parts(source.spec)[0]
-    Snapshot(name, source.folder, source.where).fetch([file.name for file in files], run=run)
+    Snapshot(source.spec, source.folder, source.where).fetch([file.name for file in files], run=run)
 
 
 def _of_small_files(spec: str, revision: str | None, where: str) -> str | None:
@@ -247,12 +231,6 @@ def _drawn_by(run: Run) -> type[tqdm]:
                 run.progress("download", int(self.n), max(1, int(self.total or 0)))
 
     return Bar
-
-
-def _parts(spec: str) -> tuple[str, str]:
-    """Repository, and the file in it if one is named."""
-    owner, name, *file = spec.split("/")
-    return f"{owner}/{name}", "/".join(file)
 
 
 def _prove(file: Path, where: str, run: Run) -> None:
@@ -331,7 +309,7 @@ def _refused(error: HfHubHTTPError, spec: str, revision: str | None, where: str)
 def _unreached(error: Exception, spec: str, where: str) -> SourceError:
     """The hub did not answer, or must not be asked."""
     if is_offline_mode():
-        what, remedy = "no such folder, and not all of that name is in the hub's cache", f"`hf download {_parts(spec)[0]}`"
+        what, remedy = "no such folder, and not all of that name is in the hub's cache", f"`hf download {spec}`"
         remedy = f"correct the path; or unset HF_HUB_OFFLINE; or {remedy} where there is a network, and take the cache along"
         return SourceError(what, where=where, found="HF_HUB_OFFLINE forbids to ask the hub", remedy=remedy)
     found = shortened(error) or type(error).__name__
@@ -353,7 +331,7 @@ def _unreached(error: Exception, spec: str, where: str) -> SourceError:
 def _near(spec: str) -> str:
     """Names on the hub that are close to one, for a message; nothing where it does not say."""
     with suppress(Exception):  # the message stands without them
-        owner, name = _parts(spec)[0].split("/")
+        owner, name = spec.split("/")
         found = [each.id for search in (name, owner) for each in HfApi().list_models(search=search, limit=20)]
         close = get_close_matches(spec, dict.fromkeys(found), 3)
         return f" (there is {' and '.join(close)})" if close else ""

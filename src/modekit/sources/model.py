@@ -22,7 +22,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.families import own_family
 from modekit.sources.family import Config, Family, damaged_model
 from modekit.sources.header import AGAIN, entries_in
-from modekit.sources.model_config import check_no_code, read_config, refuse_adapter, refuse_gguf
+from modekit.sources.model_config import FROM_GGUF, check_no_code, read_config, refuse_adapter, refuse_gguf
 from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -33,8 +33,6 @@ SPECIALIST_FILE = "specialist.json"
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
-CONVERTED = "model.gguf"
-"""In modekit's own folder for a GGUF file: a link to it (gguf_model.py)."""
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -65,7 +63,7 @@ class TensorRef:
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
-        """The tensors in its model's files that are read for it: itself, unless packed (packed.py) or joined (rows.py)."""
+        """The tensors in its model's files that are read for it: itself, but for quantised and joined ones."""
         return (self,)
 
     @property
@@ -116,7 +114,7 @@ class ModelSource:
     `label` is what messages call it (base_model, experts[2] 'law'); `spec` is what the recipe says. `wrapper` is
     config.json as it stands where the files are a wrapper's, or name the language model as a wrapper does; `beside` are tensors
     that are no part of the language model, such as those of a vision tower. `on_disk` is its config where `config` has more
-    tokens (vocabulary.py). `packed` says in what its weights are quantised: 4 bits (gptq); empty where they are not.
+    tokens (vocabulary.py). `packed` says in what its weights are quantised: 4 bits (bitsandbytes); empty where they are not.
     """
 
     label: str
@@ -197,7 +195,7 @@ def no_model_folder(path: Path, where: str) -> SourceError:
     except (OSError, ValueError):  # a name that no file system has
         is_file = False
     if is_file:
-        remedy = "name the folder of the model or adapter that the file is part of"
+        remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
         return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
     return SourceError(NO_FOLDER, where=where, found=str(path), remedy="correct the path")
 
@@ -260,8 +258,7 @@ def open_source(
     if packing:
         from modekit.sources.quantised import unpack  # few models need it
 
-        unpacked = unpack(packing, config, weights)
-        tensors, packed = unpacked.tensors, unpacked.said
+        tensors, packed = unpack(packing, config, weights)
     else:
         tensors = weights.tensors()
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
@@ -316,8 +313,6 @@ def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[P
                 remedy="download the model again",
             )
         return [folder / name for name in names]
-    if (folder / CONVERTED).is_symlink():
-        return [folder / CONVERTED]
     if elsewhere:
         return [single]
     refuse_adapter(folder, where=where)

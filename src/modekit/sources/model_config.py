@@ -20,7 +20,10 @@ from modekit.run import Run
 from modekit.sources.family import Config, damaged_model, no_usable
 
 _DEEPEST = 32  # containers within each other
-SAFETENSORS = "name the folder of the model in safetensors (config.json, model*.safetensors, tokenizer)"
+FROM_GGUF = (
+    "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), "
+    "then save_pretrained, and the tokenizer in the same way"
+)
 _REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
 """Keys by which transformers reads other files than config.json and the weights that modekit checks."""
 _CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
@@ -139,12 +142,7 @@ def refuse_gguf(folder: Path, *, where: str) -> None:
     """Raise SourceError where a folder that lacks a model holds GGUF files."""
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
-        raise SourceError(
-            "the folder holds GGUF files, and each is a model",
-            where=where,
-            found=", ".join(files[:3]),
-            remedy="name the file in place of the folder (parts of one file: join them with llama-gguf-split --merge)",
-        ) from None
+        raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
 
 
 def check_no_code(config: Config, *, where: str, run: Run) -> None:

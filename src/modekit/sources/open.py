@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,25 +13,16 @@ from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
 from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_source
 
-_HUB_GGUF = re.compile(r"(?i)[\w-][\w.-]*/[\w.-]+/.+\.gguf")
-"""owner/name/file.gguf"""
-
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
     """The folder that a recipe names, relative to `root`; None when it can only be a hub id.
 
-    Of a GGUF file, modekit's own folder for it. Raises SourceError when it is a path to nothing.
+    Raises SourceError when it is a path to nothing.
     """
     try:
         folder = (root / Path(spec).expanduser()).resolve()
         if folder.is_dir():
             return folder
-        if folder.suffix.lower() == ".gguf" and folder.is_file():
-            from modekit.sources.gguf_model import gguf_folder  # few models need it
-
-            return gguf_folder(folder, where=f"{label} ({spec})")
-        if _HUB_GGUF.fullmatch(spec) and not (root / spec).parent.is_dir():
-            return None
     except (OSError, RuntimeError, ValueError):  # a name too long for the file system, ~ of a user that does not exist, a NUL
         folder = root / spec
     if not may_be_hub_id(spec):

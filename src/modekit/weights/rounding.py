@@ -9,7 +9,7 @@ import numpy as np
 from modekit.errors import SourceError
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
-from modekit.sources.packed import PackedRef
+from modekit.sources.quantised import PackedRef
 from modekit.weights.stored import Stored
 
 _TENSORS, _NUMBERS = 8, 2**16
