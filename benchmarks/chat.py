@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
+from chat_asked import CHANGE, REAL, REAL_CHANGE, SMALL_TALK, ChatRow, who_leads
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.demo.models import make_real_base
-from modekit.evaluation.chat import CHANGE, REAL, REAL_CHANGE, SMALL_TALK, ChatResults, evaluate_chat
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -41,8 +41,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lexical, native": ("native", {"fit": "lexical"}),
     "lexical, native, decay 0.95": ("native", {"fit": "lexical", "decay": [0.95]}),
     "lexical, native, without chats": ("native", {"fit": "lexical", "chat": False}),
-    "n-gram, modekit": ("modekit", {"fit": "ngram"}),
-    "n-gram, modekit, without chats": ("modekit", {"fit": "ngram", "chat": False}),
 }
 
 
@@ -114,9 +112,9 @@ def built(recipe: dict[str, Any], folder: Path, form: str, router: dict[str, Any
     return build(make_plan(parsed, folder), out)
 
 
-def rows(results: ChatResults, domains: list[str]) -> dict[str, float]:
+def rows(results: list[ChatRow], domains: list[str]) -> dict[str, float]:
     """What the table shows of one evaluation."""
-    found = {row.name: row for row in results.rows}
+    found = {row.name: row for row in results}
     own, real = [found[name] for name in domains], [found[REAL + name] for name in domains]
     return {
         "real": statistics.fmean(row.at_prompt or 0.0 for row in real),
@@ -152,7 +150,7 @@ def main() -> None:
             found = []
             for seed in range(arguments.seeds):
                 checkpoint = built(recipe, arguments.folder, form, router, seed)
-                asked = evaluate_chat(checkpoint, questions=arguments.questions, system=SYSTEMS[system], seed=seed, write=False)
+                asked = who_leads(checkpoint, arguments.questions, SYSTEMS[system], seed)
                 found.append(rows(asked, domains))
             cells = [spread([each[title] for each in found]) for title in titles]
             print(f"| {name} | {system} | {' | '.join(cells)} |", flush=True)

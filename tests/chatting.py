@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import _WORDS, DOMAINS, Workshop, make_workshop
-from modekit.evaluation.chat import GREETINGS
 from modekit.text.question_frames import QUESTION_FRAMES
 from modekit.text.shipped import SMALL_TALK, SYSTEM_PROMPTS
 
@@ -27,7 +26,7 @@ _GENERAL = "table river walk bread window morning horse garden paper yellow"
 def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A token per word of the texts and of what is said in chats."""
     frames = [frame.replace("{}", " ") for frames in QUESTION_FRAMES.values() for frame in frames]
-    asked = [*SMALL_TALK, *SYSTEM_PROMPTS, *GREETINGS, *frames]
+    asked = [*SMALL_TALK, *SYSTEM_PROMPTS, *frames]
     said = " ".join([*_WORDS.values(), _COMMON, _GENERAL, *asked, "system user assistant"])
     split = pre_tokenizers.Whitespace()
     words = dict.fromkeys(word for word, _ in split.pre_tokenize_str(f"{said} You help with court and fever"))

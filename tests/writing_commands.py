@@ -78,7 +78,6 @@ COMMANDS = {
     ),
     "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 701, 61),
     "eval": Command(("eval", "OUT", *FEW), 10),
-    "eval chat": Command(("eval-chat", "OUT", "--questions", "1"), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "verify": Command(("verify", "OUT", "--deep", "--no-reload"), 10),
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),

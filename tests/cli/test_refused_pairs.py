@@ -25,7 +25,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["export", "--gguf"], "--gguf", "in Python"),
         (["export", "--gguf", "--expert", "law"], "--gguf", "in Python"),
         (["inspect", "--text", "fever"], "--text", "leave it out"),
-        (["eval-chat"], "", "in Python"),
         (["eval-tasks", "hellaswag"], "", "modekit eval-translation OUT"),
         (["eval-tasks", "questions"], "", "modekit eval-translation OUT"),
     ],

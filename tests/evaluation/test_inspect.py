@@ -21,17 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import modekit.cli.inspection as printing_module
 import modekit.evaluation.inspection.inspect as run_module
 import modekit.evaluation.inspection.passes as passes_module
+from chatting import make_chat_workshop
 from checkpoint_states import result_of
-from command_line import ended
+from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, logits_of
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
 from modekit.cli.shell import main
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenLoss, only_figures
 from modekit.evaluation.inspection.similarity import similarity
-from modekit.evaluation.inspection.text import inspect_text
+from modekit.evaluation.inspection.text import UserMessage, inspect_text
 from modekit.evaluation.inspection.tokens import LeadersById, split_text, token_texts, words_of
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -748,3 +749,22 @@ def test_a_hundred_thousand_words(shared_workshop: Workshop, tmp_path: Path) -> 
     trace = inspect_text(checkpoint, "a fever " * 50_000).model_dump()
     assert len(trace["tokens"]) == 400_000 and all(len(router) == 400_000 for router in trace["weights"])
     assert len(drawn(trace)) < 8_000
+
+
+def test_a_chat_is_shown_up_to_where_its_answer_begins(tmp_path: Path) -> None:
+    shop = make_chat_workshop(tmp_path)
+    checkpoint = open_checkpoint(shop.build("OUT", output={"format": "native"}))
+    said = inspect_text(checkpoint, UserMessage("Be brief", "what is a fever"))
+    assert said.text.startswith("<|im_start|>system\nBe brief<|im_end|>") and said.text.endswith("<|im_start|>assistant\n")
+    assert max(zip(said.prompt_end or [], checkpoint.names, strict=True))[1] == "medicine"
+    assert inspect_text(checkpoint, "what is a fever").prompt_end is None
+    shown = modekit("inspect", str(checkpoint.folder), "--chat", "--text", "what does def mean")
+    assert "the answer begins with code" in shown
+
+
+def test_without_a_template_there_is_no_chat(shared_workshop: Workshop) -> None:
+    plain = open_checkpoint(shared_workshop.build("NO-CHAT"))
+    with pytest.raises(TextError, match=r"messages need a chat template(.|\n)*into that folder"):
+        inspect_text(plain, UserMessage(None, "what is fever"))
+    (plain.folder / "chat_template.jinja").write_text("{% for each in messages %}{{ each.content }} {% endfor %}")
+    inspect_text(plain, UserMessage(None, "what is fever"))  # the remedy works

@@ -164,7 +164,7 @@ def test_a_table_without_domains_is_shown(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "round", "folder"])
-@pytest.mark.parametrize("name", ["eval.json", "inspect.json", "tasks.json", "chat.json", "tune.json"])
+@pytest.mark.parametrize("name", ["eval.json", "inspect.json", "tasks.json", "tune.json"])
 def test_results_that_are_no_files_are_left_out(checkpoint: Checkpoint, name: str, kind: str) -> None:
     (checkpoint.folder / "results").mkdir()
     (checkpoint.folder / "results" / name).touch()

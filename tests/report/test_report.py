@@ -154,20 +154,6 @@ def tasks_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def chat_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    row = {"expert": "law", "questions": 8, "at_prompt": 0.875, "after_answer": 0.75, "leaders": {"law": 7, "code": 1}}
-    silent = {"name": "small talk", "expert": None, "questions": 24, "at_prompt": None, "after_answer": None, "leaders": {}}
-    return {
-        "format": 1,
-        "checkpoint": checkpoint.identity,
-        "experts": checkpoint.names,
-        "system": "Be <b>brief</b>",
-        "answer_tokens": 16,
-        "rows": [{"name": "law <i>", **row}, silent],
-        "notes": ["24 <tokens>"],
-    }
-
-
 def search_data(checkpoint: Checkpoint) -> dict[str, Any]:
     def variant(name: str, status: str, loss: float, active: int, **said: Any) -> dict[str, Any]:
         report = reported(loss + 0.01, 0.5) if status == "scored" else None
@@ -213,7 +199,6 @@ def told(workshop: Workshop) -> Checkpoint:
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
     put(done.checkpoint, "tasks.json", tasks_of(done.checkpoint))
-    put(done.checkpoint, "chat.json", chat_of(done.checkpoint))
     put(done.checkpoint, "tune.json", search_data(done.checkpoint))
     return done.checkpoint
 
@@ -334,19 +319,6 @@ def test_tasks_of_another_checkpoint_are_left_out(told: Checkpoint) -> None:
     finally:
         put(told, "tasks.json", tasks_of(told))
     assert content.data["tasks"] is None and any("tasks.json is of another state" in line for line in content.notes)
-
-
-def test_chats_are_shown_and_those_of_another_checkpoint_are_left_out(told: Checkpoint, page: Path) -> None:
-    said = data_of(page)["chat"]
-    assert said["rows"][0]["leaders"] == {"law": 7, "code": 1} and said["rows"][1]["at_prompt"] is None
-    assert "Be &lt;b&gt;brief&lt;/b&gt;" in page.read_text() and 'id="chat"' in page.read_text()
-    kept = (told.folder / "results" / "chat.json").read_text()
-    try:
-        put(told, "chat.json", {**chat_of(told), "checkpoint": {"recipe_digest": "0"}})
-        content = make_content(told)
-    finally:
-        put(told, "chat.json", kept)
-    assert content.data["chat"] is None and any("chat.json is of another state" in line for line in content.notes)
 
 
 def test_a_search_of_another_recipe_is_left_out(told: Checkpoint, tmp_path: Path) -> None:
@@ -779,7 +751,7 @@ def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop:
 def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     folder = workshop.root / "DAMAGED"
     checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("DAMAGED"))
-    for name in ("eval.json", "inspect.json", "tasks.json", "chat.json"):
+    for name in ("eval.json", "inspect.json", "tasks.json"):
         put(checkpoint, name, damage)
     content = make_content(checkpoint)
     assert len(content.notes) == 4 and all("damaged or of another version" in line for line in content.notes)

@@ -1,4 +1,4 @@
-"""Commands that score: `eval` losses, `eval-tasks` tasks, `eval-chat` who leads in chats, `eval-translation` translations."""
+"""Commands that score: `eval` losses, `eval-tasks` tasks, `eval-translation` translations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
-from modekit.cli.printing.table import Cell, Table
+from modekit.cli.printing.table import Table
 from modekit.cli.progress import LIBRARIES, drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, resolved
 from modekit.errors import ModekitError
@@ -24,7 +24,6 @@ from modekit.text.documents import check_present
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.evaluation.chat import ChatResults
     from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
     from modekit.evaluation.tasks.results import TaskResults
@@ -154,25 +153,6 @@ def eval_tasks(
 
 
 @app.command()
-def eval_chat(
-    checkpoint: OutFolder,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per domain.")] = 32,
-    system: Annotated[str | None, typer.Option(help="System prompt (default: the template's own).")] = None,
-    ask: Annotated[
-        Path | None, typer.Option(help="Real questions, a .jsonl with domain, question and answer (default: modekit's own).")
-    ] = None,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Ask the mixture short questions in the chat template and show which expert leads."""
-    with _scoring(checkpoint, trust_remote_code) as (opened, run):
-        from modekit.evaluation.chat import evaluate_chat
-
-        results = evaluate_chat(opened, questions=questions, system=system, ask=ask and resolved(ask), run=run)
-    _show(results, checkpoint, None if as_json else print_chat)
-
-
-@app.command()
 @grouped
 def eval_translation(
     checkpoint: OutFolder,
@@ -229,20 +209,6 @@ def print_tasks(results: TaskResults) -> None:
     for title, header, body in results.tables(between="\n"):
         out.print(Text(title, style="bold"))
         out.print(table_of_models(header, body))
-    print_notes(results.notes)
-
-
-def print_chat(results: ChatResults) -> None:
-    """Draw a row per kind of question: the share on which the right expert leads, and how often each one does."""
-    out.print(
-        f"Share of questions on which their own expert leads, at the last prompt token and after {results.answer_tokens} "
-        "tokens of answer; mean share of an answer's tokens; then how often each expert leads at the last prompt token."
-    )
-    table = Table("", ["questions", "prompt", "answer", "over it", *results.experts])
-    for row in results.rows:
-        counts = [Cell(str(row.leaders.get(name, 0)), own=name == row.expert) for name in results.experts]
-        table.add(row.name, Cell(str(row.questions), "dim"), *row.shares, *counts)
-    out.print(table)
     print_notes(results.notes)
 
 

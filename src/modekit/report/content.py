@@ -15,7 +15,6 @@ from pydantic import BaseModel, JsonValue
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.evaluation.chat import ChatResults
 from modekit.evaluation.forced import ForcedExperts
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.tasks.results import TaskResults
@@ -73,7 +72,7 @@ def make_content(checkpoint: Checkpoint) -> Content:
         missing.append(f"{results.file} has no domain with an expert of its own")
     inspection = find_inspection(checkpoint, missing)
     trained, tasks = find_training(checkpoint, missing), TaskResults.find(checkpoint, missing)
-    chat, search = ChatResults.find(checkpoint, missing), find_search(checkpoint, missing)
+    search = find_search(checkpoint, missing)
     translation, forced = TranslationResults.find(checkpoint, missing), ForcedExperts.find(checkpoint, missing)
     sources = sources_of(checkpoint)
     curves, points = _curves(checkpoint, trained), _points(search)
@@ -89,7 +88,6 @@ def make_content(checkpoint: Checkpoint) -> Content:
         "forced": _forced(forced) if forced is not None else None,
         "training": _training(checkpoint, trained, curves),
         "tasks": tasks if tasks is not None and tasks.tasks else None,
-        "chat": chat if chat is not None and chat.rows else None,
         "translation": _translation(translation) if translation is not None and translation.rows else None,
         "search": _search(search, points) if search is not None and points is not None else None,
         "members": _members(checkpoint),

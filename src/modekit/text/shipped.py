@@ -1,7 +1,7 @@
 """The text that comes with modekit: documents by name (demo/text/NOTICE says whose they are), and short texts for fits.
 
 A base model that is an expert takes small talk (routing/examples.py): text of a domain rarely has any, so that a router
-fitted on documents alone finds its few words in some domain. Nothing of what `modekit eval-chat` says to a mixture is here.
+fitted on documents alone finds its few words in some domain.
 """
 
 from __future__ import annotations
