@@ -148,11 +148,11 @@ def test_whole_ffns_are_experts(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(forced(model, 1), logits(by_hand), atol=1e-4, rtol=0)
 
 
-def test_a_budget_keeps_most_of_a_model(tmp_path: Path) -> None:
-    """With differences in a few bits; alone, and sequence by sequence, it is the same model."""
+def test_few_bits_keep_most_of_a_model(tmp_path: Path) -> None:
+    """Alone, and sequence by sequence, it is the same model."""
     save_models("gpt_neox", tmp_path)
     base, other = (logits(opened(tmp_path / name)) for name in ("base", "other"))
-    said = {"name": "other", "model": "./other", "as": "lora", "budget": 0.5}
+    said = {"name": "other", "model": "./other", "bits": 4}
     model = mixture(tmp_path, "OUT", [{"name": "plain", "model": "base"}, said], router=ONE_ROUTER)
     assert any(any(place.get("bits", ())) for place in model.config.modekit["places"].values())
     alone = forced(model, 1)

@@ -20,7 +20,6 @@ from modekit.building.carry_bases import carry_bases
 from modekit.building.carrying import Carrying, carried_of
 from modekit.building.differences import Differences
 from modekit.building.inspector import Inspector
-from modekit.building.parts import settled
 from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
@@ -89,7 +88,6 @@ def build(
         _complete_text(plan, update, run)
     run.begin("check the models")
     _check_copies(plan, update)
-    plan = settled(plan, run=run)
     in_place = update is not None and update.is_of(out)
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
@@ -118,8 +116,7 @@ def _complete_text(plan: Plan, update: CheckpointUpdate | None, run: Run) -> Non
 def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
     """Let the experts of a plan write the text that its recipe asks them for, if it reads any and they are not in `but`."""
     recipe = plan.recipe
-    reads = recipe.mixture.needs_text or any(expert.budget is not None for expert in recipe.experts)
-    if reads and any(expert.writes_text and expert.name not in but for expert in recipe.experts):
+    if recipe.mixture.needs_text and any(expert.writes_text and expert.name not in but for expert in recipe.experts):
         resolve_name(_WRITE_TEXTS)(recipe, plan.root, plan.sources, run, but=but)
 
 

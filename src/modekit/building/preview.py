@@ -20,7 +20,7 @@ from modekit.checkpoint.record import MixtureRecord
 from modekit.planning.make import make_plan
 from modekit.planning.notes import BASE_AGAIN, one_model
 from modekit.planning.plan import Plan
-from modekit.planning.summary import PlanSummary, budget_flops, fit_work, summary
+from modekit.planning.summary import PlanSummary, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
 from modekit.sources.family import whole
@@ -91,7 +91,6 @@ def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = t
     fit = 0.0
     if work is not None:
         fit = (work.flops + work.solving) / (_SHARE_OF_PRODUCTS * machine.products) + _FIT_SECONDS / machine.share
-    fit += budget_flops(plan) / (_SHARE_OF_PRODUCTS * machine.products)
     write_text = _flops_of_writing(plan) / (_SHARE_IN_WRITING * machine.products)
     seconds = write + write_text + fit
     runs = write_text > 0 or (work is not None and work.reads)

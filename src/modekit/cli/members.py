@@ -45,9 +45,7 @@ class ModelOptions:
     ] = None
     as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
-    budget: Annotated[
-        str | None, typer.Option(help="What that part may add, like 0.125x of the base's bytes (instead of --rank).")
-    ] = None
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Keep a full model's difference in bits per number.")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
     label: Annotated[
         list[str] | None,

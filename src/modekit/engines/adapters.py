@@ -116,7 +116,7 @@ def _adapter_of(checkpoint: Checkpoint, expert: int) -> Adapter | str:
     asked = checkpoint.record.recipe.experts[expert]
     few = [tensor.name for tensor in mixed if expert in tensor.few_bits]
     if few:
-        return f"it has {some_of(few, 1)} in a few bits (experts[].budget)"
+        return f"it has {some_of(few, 1)} in a few bits (experts[].bits)"
     if whole and asked.adapter is None:
         return "it is a full model"
     if whole:

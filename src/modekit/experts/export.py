@@ -160,7 +160,7 @@ def _plan_export(checkpoint: Checkpoint, expert: int, name: str) -> ExportPlan:
     if asked.is_base:
         return ExportPlan(expert, name, reason="it is the base model")
     if asked.adapter is None and asked.lora_rank is None:
-        kept = "" if asked.budget is None else ", kept within a budget: `modekit extract` makes an adapter of it"
+        kept = "" if asked.bits is None else ", kept in a few bits: `modekit extract` makes an adapter of it"
         return ExportPlan(expert, name, reason=f"it is a full model{kept}")
     own = own_files(checkpoint, expert) if asked.adapter is not None else None
     notes = tuple(dict.fromkeys(_notes(checkpoint, expert, own)))

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from modekit.building.build import build
-from modekit.building.parts import settled
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord
@@ -150,7 +149,7 @@ def _planned(
         return None
     if not _is_what_is_there(checkpoint, before):
         return None
-    after = settled(plan_of(recipe, root, tuple(sources), run=run), run=run)
+    after = plan_of(recipe, root, tuple(sources), run=run)
     _check_shape(checkpoint, after)
     planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, edit.origins)
     names = {} if planned.reused is None else planned.reused.names

@@ -20,7 +20,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
 
 _FEWEST = 2
-_OF_ITS_MODEL = ("model", "adapter", "as", "rank", "budget", "parts", "revision")  # of what a recipe says of an expert
+_OF_ITS_MODEL = ("model", "adapter", "as", "rank", "bits", "revision")  # of what a recipe says of an expert
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _kind(expert: Expert, teacher: str | None) -> str:
         kind = "adapter"
     else:
         kind = f"rank {expert.lora_rank} of a model" if expert.lora_rank else "full model"
-        kind = kind if expert.budget is None else f"{expert.budget:g}x of a model"
+        kind = kind if expert.bits is None else f"{expert.bits} bits of a model"
     return kind if teacher is None else f"{kind}, distilled from {teacher}"
 
 

@@ -244,7 +244,7 @@ class MixtureConfig(_Said):
         if self.family.head in self.places:
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if any(place.bits for place in self.places.values()):
-            return "it keeps differences in a few bits (budget), which modekit's plug-in does not read"
+            return "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read"
         if any(place.prefixes for place in self.places.values()):
             return "its experts have prefixes, whose keys modekit's plug-in does not put before a text's"
         if self.routing.runs_common:

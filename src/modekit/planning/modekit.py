@@ -95,9 +95,8 @@ class ModekitLayout:
         if parts.splits_ffn and parts.mixes_whole_ffn and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
-            if said.budget is not None:
-                chosen = "parts as the recipe says" if said.parts else "a build chooses a part per module by what it gains"
-                yield f"{said.name}: {chosen}, within {said.budget:g}x of the base's bytes; the rest of its change is lost"
+            if said.bits is not None:
+                yield f"{said.name}: differences of its weights are rounded to {said.bits} bits per number"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
@@ -215,9 +214,9 @@ class ModekitLayout:
                 yield PlannedTensor(name, code, sizes, "adapter", "bits", pieces, expert=expert)
 
     def _adapter_code(self, pieces: list[Piece]) -> str:
-        """Their own dtype, so that adapters stay bit for bit; within a budget the base's; float32 when they differ."""
+        """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(pieces[0].ref)
-        kept = {place for place, said in enumerate(self._recipe.experts) if said.is_low_rank and said.budget is None}
+        kept = {place for place, said in enumerate(self._recipe.experts) if said.lora_rank is not None}
         codes = {"F32" if piece.factor is not None and piece.expert in kept else piece.ref.dtype for piece in pieces}
         return codes.pop() if len(codes) == 1 else "F32"

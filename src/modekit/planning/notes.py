@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
-from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
 from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
@@ -38,7 +37,6 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: st
     yield from _of_packed(sources)
     yield from _of_routing(recipe, sources, family)
     yield from _lost_of_adapters(recipe, sources, way_out, mixed)
-    yield from _of_budgets(recipe)
     yield from _of_chats(recipe, vocabulary)
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
@@ -74,16 +72,6 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             yield from (f"{expert.name}: {note}" for note in source.notes)
-
-
-def _of_budgets(recipe: Recipe) -> Iterable[str]:
-    """What a build reads to choose what of an expert with a budget is kept."""
-    names = [expert.name for expert in recipe.experts if reads_for_budget(expert)]
-    if names:
-        yield (
-            f"{', '.join(names)}: a build runs each over up to {SENSITIVITY_TOKENS:,} tokens of its text, forward and "
-            "backward, to choose what its budget keeps"
-        )
 
 
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:

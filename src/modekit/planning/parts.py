@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from modekit.errors import UnsupportedError
-from modekit.planning.budgets import Part
 from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
@@ -15,7 +14,15 @@ from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import POSITIONS, module_of, split_layer, weight_of
 from modekit.sources.prefix import SoftPrefix
 
-Kind = LowRank | SoftPrefix | Part | str | int | None
+
+@dataclass(frozen=True)
+class FewBits:
+    """A difference kept in so many bits per number."""
+
+    bits: int
+
+
+Kind = LowRank | SoftPrefix | FewBits | str | int | None
 """What an expert has at a place: its low-rank change, a prefix, a difference in a few bits, "own" a module of its own, a rank
 to factorise to, or the base's."""
 
@@ -50,7 +57,7 @@ class PlannedPlace:
     @property
     def bits(self) -> list[int]:
         """Per expert those of each number of its difference; 0 without one."""
-        return [kind.bits if isinstance(kind, Part) else 0 for kind in self.kinds]
+        return [kind.bits if isinstance(kind, FewBits) else 0 for kind in self.kinds]
 
     @property
     def scales(self) -> list[float]:
@@ -78,13 +85,6 @@ class PlannedPlace:
         """Whether it is a linear map, or an embedding of tokens."""
         weight = weight_in(self.module, self.refs)
         return weight is not None and len(weight.shape) == 2 and self.module.rpartition(".")[2] not in POSITIONS
-
-    def with_part(self, expert: int, part: Part | None) -> PlannedPlace:
-        """The same where an expert has this part of a difference here; None: what it has."""
-        if part is None:
-            return self
-        kind: Kind = part if part.bits else min(part.rank, *self.weight.shape) or "own"
-        return replace(self, kinds=(*self.kinds[:expert], kind, *self.kinds[expert + 1 :]))
 
 
 def weight_in(module: str, refs: Iterable[TensorRef]) -> TensorRef | None:

@@ -13,9 +13,8 @@ from functools import cached_property
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.planning.budgets import Budget, Part
 from modekit.planning.mixture_config import readers
-from modekit.planning.parts import Kind, MixedParts, PlannedPlace, weight_in
+from modekit.planning.parts import FewBits, Kind, MixedParts, PlannedPlace, weight_in
 from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
 from modekit.planning.prefixes import place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
@@ -25,7 +24,6 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied, own_names
 from modekit.sources.family import Family, whole
-from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.names import (
     HEAD,
@@ -150,11 +148,11 @@ class Places:
         return needs_base(self._recipe, self._family, place.module, place.own)
 
     def added_bias(self, place: PlannedPlace, expert: int) -> Piece | None:
-        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; by what an expert
-        with a budget differs from the base's.
+        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; of a difference
+        in a few bits, by what the expert's differs from the base's.
         """
         change = self._change(place, expert)
-        if self._recipe.experts[expert].budget is not None and isinstance(place.kinds[expert], int | Part):
+        if isinstance(place.kinds[expert], FewBits):
             bias = next((ref for ref in place.refs if ref != place.weight), None)
             return None if bias is None else self._difference(expert, bias, "whole", 1)
         if change is None or change.bias is None:
@@ -165,7 +163,7 @@ class Places:
     def difference(self, place: PlannedPlace, expert: int, side: Side) -> Piece:
         """A tensor of the part of a full model's weight that is kept."""
         kind = place.kinds[expert]
-        size = kind.bits if isinstance(kind, Part) else kind
+        size = kind.bits if isinstance(kind, FewBits) else kind
         assert isinstance(size, int), place.module
         return self._difference(expert, place.weight, side, size)
 
@@ -203,7 +201,7 @@ class Places:
 
     @cached_property
     def _all(self) -> list[PlannedPlace]:
-        places = self._with_budgets(list(self._of_everything() if self._whole else self._of_layers()))
+        places = list(self._of_everything() if self._whole else self._of_layers())
         self._check_experts(places)
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
@@ -232,35 +230,6 @@ class Places:
                     found=f"no module that is mixed has a weight (outputs, inputs) in a '{self._family.model_type}' model",
                     remedy="leave 'as: lora' out: what is mixed of the expert is kept whole",
                 )
-
-    def _with_budgets(self, places: list[PlannedPlace]) -> list[PlannedPlace]:
-        """The places with the ranks of experts that have a budget."""
-        for expert, said in enumerate(self._recipe.experts):
-            if said.budget is not None:
-                parts = self._budget(places, expert).parts(said, f"experts[{expert}] '{said.name}'")
-                places = [place.with_part(expert, parts.get(place.module)) for place in places]
-        return places
-
-    def budget(self, expert: int) -> Budget:
-        """What an expert with a budget may take."""
-        return self._budget(self, expert)
-
-    def _budget(self, places: Iterable[PlannedPlace], expert: int) -> Budget:
-        dtype, shapes, fixed = self._recipe.output.dtype, dict[str, tuple[int, int]](), 0
-        itemsize = 4 if dtype == "float32" else 2 if dtype != "source" else max(ITEMSIZE[ref.dtype] for ref in self._own)
-        for place in places:
-            if place.kinds[expert] is not None:
-                low = place.weight if self._may_be_low_rank(place) else None
-                fixed += sum(ref.numel for ref in place.refs if ref != low)
-                shapes |= {place.module: (low.shape[0], low.shape[1])} if low is not None else {}
-        return Budget(shapes, itemsize, fixed * itemsize, sum(ref.numel for ref in self._own) * itemsize)
-
-    def _may_be_low_rank(self, place: PlannedPlace) -> bool:
-        return place.may_be_low_rank and self._family.may_be_low_rank(place.module)
-
-    @cached_property
-    def _own(self) -> list[TensorRef]:
-        return [self._base.tensors[name] for name in own_names(self._base, self._family)]
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
@@ -379,8 +348,9 @@ class Places:
             return change or "own"
         if not said.is_low_rank:
             return "own"
-        if said.budget is not None:
-            return 1 if self._may_be_low_rank(PlannedPlace(module, refs, ())) else "own"  # until all places are known
+        if said.bits is not None:
+            low = PlannedPlace(module, refs, ()).may_be_low_rank and self._family.may_be_low_rank(module)
+            return FewBits(said.bits) if low else "own"
         is_end = module == self._family.head or self._family.looks_up(module)
         if weight is None or len(weight.shape) != 2 or is_end or not self._family.may_be_low_rank(module):
             return None

@@ -127,8 +127,7 @@ class Plan:
     @cached_property
     def read_files(self) -> frozenset[Path]:
         """Weight files of which a build reads something: all, where it compares whole models."""
-        compares = bool(self.shape.channels and self.shape.channels.carry)
-        if compares or any(expert.budget is not None for expert in self.recipe.experts):
+        if self.shape.channels and self.shape.channels.carry:
             return frozenset(self.source_states)
         refs = [ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs]
         for source in (each for each in self.sources if not isinstance(each, AdapterSource)):

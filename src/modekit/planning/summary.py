@@ -6,7 +6,6 @@ import shutil
 
 from pydantic import BaseModel
 
-from modekit.planning.budgets import SENSITIVITY_TOKENS, reads_for_budget
 from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.plan import Plan
@@ -151,12 +150,6 @@ def _measured_tokens(plan: Plan) -> int:
     if channels is None:
         return 0
     return MEASURED_TOKENS + (0 if channels.carry is None else STREAM_TOKENS)
-
-
-def budget_flops(plan: Plan) -> int:
-    """Floating-point operations of choosing what budgets keep: forward and backward over each such expert's text."""
-    count = sum(map(reads_for_budget, plan.recipe.experts))
-    return 6 * count * SENSITIVITY_TOKENS * _weights(plan) if count else 0
 
 
 def _weights(plan: Plan) -> int:

@@ -40,23 +40,15 @@ Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=st
 class Expert(Strict):
     """One expert: a domain's name, the model or adapter made for it and, for fitting and evaluation, its text."""
 
-    later: ClassVar[tuple[str, ...]] = ("labels", "budget", "parts", "layers", "segment")
+    later: ClassVar[tuple[str, ...]] = ("labels", "bits", "layers", "segment")
 
     name: Name = Field(description="Name of the expert and of its domain.")
     model: str | None = Field(None, min_length=1, description="Folder, hub id, or the word 'base'.")
     adapter: str | None = Field(None, min_length=1, description="Folder or hub id of a PEFT adapter of the base.")
     as_: Literal["full", "lora"] = Field("full", alias="as", description="lora: keep only a low-rank part of a full model.")
     rank: int | None = Field(None, ge=1, description="Rank of that part (as: lora only; default 16).")
-    budget: Annotated[float, BeforeValidator(lambda value: _parse_budget(value), json_schema_input_type=float | str)] | None = (
-        Field(
-            None,
-            gt=0,
-            description="In place of rank (as: lora only): what the expert may add, like 0.125x of the base's parameters. "
-            "A build chooses what is kept of each module by what it gains; norms and biases are whole.",
-        )
-    )
-    parts: dict[str, Annotated[str, Field(pattern=r"^(rank [1-9][0-9]{0,4}|[1-8] bits|whole)$")]] | None = Field(
-        None, description="What is kept of each module: rank N, N bits or whole; a build chooses them for the budget."
+    bits: int | None = Field(
+        None, ge=1, le=8, description="Keep each weight's difference from the base in so many bits per number (full models)."
     )
     layers: Layers | None = Field(
         None, min_length=1, description="Layers where it has its own parts; elsewhere it is the base."
@@ -89,12 +81,8 @@ class Expert(Strict):
             problems.append(f"'as: lora' keeps a low-rank part of a full model, and this is {kind}: remove 'as'")
         if self.rank is not None and self.as_ != "lora":
             problems.append("'rank' has no effect without 'as: lora'; remove it (an adapter has the rank it was trained with)")
-        if self.budget is not None and self.as_ != "lora":
-            problems.append("'budget' has no effect without 'as: lora'; add that, or remove it")
-        if self.budget is not None and self.rank is not None:
-            problems.append("'budget' chooses what is kept of each module, and 'rank' is one for all: remove one of them")
-        if self.parts is not None and self.budget is None:
-            problems.append("'parts' are those of a 'budget'; add that, or remove them")
+        if self.bits is not None and (self.adapter is not None or self.model == BASE or self.as_ == "lora"):
+            problems.append("'bits' keeps the difference of a full model from the base, without 'as: lora'; remove it")
         problems += layer_problems(self.layers)
         if self.layers is not None and self.is_base:
             problems.append("'layers' has no effect with model: base; remove it")
@@ -128,18 +116,18 @@ class Expert(Strict):
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether a low-rank part of a full model is kept."""
-        return self.as_ == "lora"
+        """Whether a part of a full model's difference from the base is kept: of low rank, or in a few bits per number."""
+        return self.as_ == "lora" or self.bits is not None
 
     @property
     def lora_rank(self) -> int | None:
-        """The one rank of that part; None where nothing is to be taken, or a budget says how much."""
-        return (self.rank or 16) if self.is_low_rank and self.budget is None else None
+        """The rank of a low-rank part; None without one."""
+        return (self.rank or 16) if self.as_ == "lora" else None
 
     @property
     def is_whole(self) -> bool:
         """Whether it is a full model that is taken as it is."""
-        return self.model is not None and not self.is_base and self.as_ == "full"
+        return self.model is not None and not self.is_base and not self.is_low_rank
 
 
 def place_of_base(experts: Sequence[Expert]) -> int | None:
@@ -270,7 +258,7 @@ class Recipe(Strict):
 
     def _problems_of_native(self) -> Iterator[str]:
         for name in (expert.name for expert in self.experts if expert.is_low_rank):
-            yield f"experts '{name}': 'as: lora' does not fit output.format native, whose experts are whole; remove it"
+            yield f"experts '{name}': experts are whole in output.format native; remove as: lora or bits"
         if self.beyond_native():
             yield f"output.format native cannot say {', '.join(self.beyond_native())}; use modekit or auto"
 
@@ -297,7 +285,7 @@ class Recipe(Strict):
             yield "output.keep: a common expert that runs apart is for text alone; leave 'apart' or 'keep' out"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
-        whole, fit = [each.name for each in self.experts if each.is_whole or each.budget is not None], self.mixture.fit
+        whole, fit = [each.name for each in self.experts if each.is_whole or each.bits is not None], self.mixture.fit
         if whole and fit is not None and fit.reads.low_rank:
             yield (
                 f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "
@@ -306,7 +294,7 @@ class Recipe(Strict):
 
     def _problems_of_the_backbone(self) -> Iterator[str]:
         mixture = self.mixture
-        whole = all(expert.as_ == "full" and expert.layers is None for expert in self.experts)
+        whole = not any(expert.is_low_rank or expert.layers for expert in self.experts)
         if mixture.modules == "all" and mixture.backbone != BASE and whole:
             yield "mixture.backbone has no effect with modules: all, where experts bring everything; remove it"
         if mixture.merge is not None:
@@ -367,23 +355,12 @@ class Recipe(Strict):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _parse_budget(value: object) -> object:
-    """0.125x, or 0.125, of the base."""
-    number = _parse_times(value)
-    if isinstance(number, float | int) and number > 1:
-        raise ValueError(
-            f"it is what the expert adds, as a share of the base model's bytes; {value} is more than the whole expert takes"
-            + (": 1.25x of the base in all is 0.25x" if number <= 2 else "")
-        )
-    return float(number) if isinstance(number, int) else number
-
-
 def _parse_times(value: object) -> object:
     """1.1x -> 1.1."""
     try:
         return float(value.strip().lower().removesuffix("x")) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f"'{value}' is not a multiple of the base model; write one like 0.125x or 1.1x") from None
+        raise ValueError(f"'{value}' is not a multiple of the base model; write one like 1.1x") from None
 
 
 def _parse_size(value: object) -> object:

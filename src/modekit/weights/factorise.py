@@ -101,25 +101,6 @@ def factorise(
     return Factors((a_RI * root).astype(np.float32), (b_OR * root).astype(np.float32), error)
 
 
-def energies(delta_OI: Array32, most: int, *, seed: int = 0) -> Array64:
-    """The squared singular values of a weight difference (O, I), largest first: `most` of them, or all if there are fewer.
-
-    Exact or by iteration as in `factorise`. Raises ValueError where the difference is not finite.
-    """
-    scale = _power_of_two(float(np.abs(delta_OI).max(initial=0.0)))
-    smaller = min(delta_OI.shape)
-    most = min(most, smaller)
-    if scale == 0:
-        return np.zeros(most)
-    delta_OI = delta_OI / np.float32(scale)
-    if is_exact(smaller, most):
-        found_X = _exact(delta_OI, None)[1]
-    else:
-        total = float(np.square(delta_OI, dtype=np.float64).sum())
-        found_X = _subspace(delta_OI, delta_OI, None, most, total, seed)[1]
-    return np.asarray(found_X[:most] * scale**2)
-
-
 def relative_error(delta_OI: Array32, a_RI: Array32, b_OR: Array32) -> float:
     """|| D - B A || / || D || (Frobenius), 0 when D is 0. Products are float32, sums float64."""
     return _error(delta_OI, delta_OI, a_RI, a_RI, b_OR)

@@ -48,13 +48,6 @@ def decoded(codes_XPC: Codes, step_X: Array32, inputs: int) -> Array32:
     return np.asarray((codes_XI - np.float32((2**bits - 1) / 2)) * step_X[:, None], np.float32)
 
 
-def squared_error(delta_XI: Array32, bits: int) -> float:
-    """|| difference - what is kept of it ||^2 over rows."""
-    step_X = steps_of(delta_XI, bits)
-    level_XI = _codes(delta_XI, step_X[:, None], bits) - np.float32((2**bits - 1) / 2)
-    return float(np.square(delta_XI - level_XI * step_X[:, None], dtype=np.float64).sum())
-
-
 def _codes(delta_XI: Array32, step_X1: Array32, bits: int) -> Codes:
     scaled_XI = np.divide(delta_XI, step_X1, out=np.zeros_like(delta_XI), where=step_X1 > 0)
     return np.asarray(np.clip(np.floor(scaled_XI) + 2 ** (bits - 1), 0, 2**bits - 1), np.uint8)

@@ -8,8 +8,7 @@ Shape legend: S sequence (of a router in a decoder the target), E experts, R rou
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -236,21 +235,11 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
             f"classifier of the first {recipe.mixture.router.prefix_tokens} tokens: {checkpoint.record.router.choice.said}"
         )
     notes += written_notes(recipe, checkpoint.recipe_root)
-    notes += [f"{each.name}: {each.budget:g}x of the base: {_by_kind(each.parts)}" for each in recipe.experts if each.parts]
     if len(recipe.experts) == 1:
         notes.append("there is one expert: none can be left out")
     if any(slot.features for slot in checkpoint.slots):
         notes.append("routers decide per output feature: weights are means over the features")
     return notes
-
-
-def _by_kind(parts: Mapping[str, str]) -> str:
-    """What is kept of the modules that have one last name: q_proj 2 bits (3), rank 4 (1); lm_head 4 bits (1)."""
-    kinds: dict[str, Counter[str]] = {}
-    for module, part in parts.items():
-        kinds.setdefault(module.rpartition(".")[2], Counter())[part] += 1
-    said = (f"{kind} {', '.join(f'{part} ({count})' for part, count in found.items())}" for kind, found in kinds.items())
-    return "; ".join(said)
 
 
 def _notes_on_pairs(domains: Sequence[Domain], samples: Sequence[object]) -> list[str]:
