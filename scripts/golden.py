@@ -2,11 +2,10 @@
 
     python scripts/golden.py build FOLDER        tiny sources and a checkpoint of every kind, with the command line only
     python scripts/golden.py record FOLDER TO    what they hold, as tests/golden/ has it
-    python scripts/golden.py old FOLDER          the few that tests/golden/old/ keeps whole, with the logits of each
     python scripts/golden.py compare A B         two folders of checkpoints, file by file; exit code 1 when they differ
 
 Only `modekit build` is used, so that any commit can be asked: PYTHONPATH=OTHER_TREE/src python scripts/golden.py ...
-What tests/golden/ holds was made at commit f5be87a, its digests anew when a file's data came to begin at 64 bytes.
+What tests/golden/ holds was made at commit ae8101a9.
 
 Copied and computed tensors, the index, tokenizer files and the record are compared by digest, the config as data. Fitted
 gates and what a decomposition makes of full models are compared as numbers, because their last bits are the processor's.
@@ -29,16 +28,20 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from golden_recipes import OLD, RECIPES
+from golden_recipes import RECIPES
 from golden_sources import write_sources, write_yaml
 
 Run = Callable[..., object]
 """Runs `modekit ARGS`; raises when that fails."""
-Recipes = dict[str, dict[str, Any]]
 Tensors = dict[str, np.ndarray[Any, Any]]
 
 ROUTER_FILE = "model-router.safetensors"
-_COUNTED = "ngram"  # the checkpoint whose kept statistics are counts, not sums
+_COMPUTED: dict[str, tuple[str, ...]] = {
+    "native-lexical": ("model-embedding",),
+    "native-lexical-whole": ("model-", "carried"),
+    "native-lexical-adapters": ("model-", "carried"),
+}
+"""Checkpoint -> how files begin that hold what was fitted to text or decomposed."""
 _DECOMPOSED = "low-rank"
 _DECOMPOSED_ENDS = ("lora_A", "lora_B")
 
@@ -48,31 +51,13 @@ def command_line(*args: object) -> None:
     subprocess.run([sys.executable, "-m", "modekit", *map(str, args)], check=True, stdout=subprocess.DEVNULL)
 
 
-def build_all(folder: Path, run: Run = command_line, recipes: Recipes = RECIPES, layers: int = 2) -> Path:
+def build_all(folder: Path, run: Run = command_line) -> Path:
     """Write FOLDER/sources and a checkpoint FOLDER/checkpoints/NAME per recipe; returns the latter's folder."""
-    write_sources(folder / "sources", layers)
-    for name, recipe in recipes.items():
+    write_sources(folder / "sources")
+    for name, recipe in RECIPES.items():
         path = write_yaml(folder / "recipes" / f"{name}.yaml", {"base_model": "../sources/base", **recipe})
         run("build", path, folder / "checkpoints" / name)
     return folder / "checkpoints"
-
-
-def build_old(folder: Path) -> None:
-    """Write the old checkpoints, and FOLDER/logits.safetensors: (1, 24, vocabulary) of each, float32."""
-    checkpoints = build_all(folder, command_line, OLD, layers=1)
-    save_file({name: logits_of(checkpoints / name) for name in OLD}, folder / "logits.safetensors")
-
-
-def logits_of(checkpoint: Path) -> np.ndarray[Any, Any]:
-    """Logits of a fixed text, in float32."""
-    import torch
-
-    import modekit  # noqa: F401  (transformers learns of its architecture)
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray[Any, Any] = model(input_ids=torch.arange(40, 64)[None]).logits.numpy()
-    return logits
 
 
 def digests_of(checkpoint: Path) -> dict[str, str]:
@@ -102,8 +87,8 @@ def numbers_of(checkpoint: Path) -> Tensors:
 def _is_exact(path: Path, name: str) -> bool:
     """Whether a tensor has the same bytes on any machine."""
     if path.parent.name == "router":
-        return path.parents[1].name == _COUNTED
-    if path.name == ROUTER_FILE:
+        return False
+    if path.name == ROUTER_FILE or path.name.startswith(_COMPUTED.get(path.parent.name, ())):
         return False
     return path.parent.name != _DECOMPOSED or not name.endswith(_DECOMPOSED_ENDS)
 
@@ -132,7 +117,9 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in {"modekit_version", "recipe_folder", "dense_config"}}
     machine = {"folder", "config"}  # the digest of a source's config.json, which has transformers' defaults in it
     kept["sources"] = [{key: value for key, value in source.items() if key not in machine} for source in record["sources"]]
-    kept["router"] = {key: value for key, value in record["router"].items() if key != "sha256"}
+    kept["router"] = {key: value for key, value in record["router"].items() if key not in {"sha256", "report"}}
+    if "carry" in kept:
+        kept["carry"] = {key: value for key, value in record["carry"].items() if key != "sha256"}
     return kept
 
 
@@ -190,15 +177,12 @@ def _distance(ours: Path, theirs: Path) -> str:
 def main() -> None:
     """Run a command of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build", "record", "old", "compare"))
+    parser.add_argument("command", choices=("build", "record", "compare"))
     parser.add_argument("first", type=Path, metavar="FOLDER")
     parser.add_argument("second", type=Path, nargs="?", metavar="TO")
     args = parser.parse_args()
     if args.command == "build":
         build_all(args.first)
-        return
-    if args.command == "old":
-        build_old(args.first)
         return
     if args.second is None:
         parser.error(f"{args.command} takes two folders")

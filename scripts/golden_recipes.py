@@ -7,7 +7,9 @@ from typing import Any
 from golden_sources import ADAPTERS, DOMAINS
 
 _TEXT = {"tokens_per_domain": 400, "sequence_length": 32}
-_ROUTER = {"fit": "ridge", **_TEXT}
+_ROUTER = {"fit": "logistic", **_TEXT}
+_CENTROID = {"fit": "centroid", **_TEXT}
+_LEXICAL = {"fit": "lexical", "sequence_length": 32}
 _ATTENTION = ["q", "k", "v", "o", "mlp"]
 
 
@@ -26,15 +28,23 @@ def _adapters(names: tuple[str, ...] = DOMAINS) -> list[dict[str, Any]]:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "native-logistic": {
-        "experts": _full(),
-        "output": {"shard_size": "40KB"},
-        "mixture": {"router": {"fit": "logistic", **_TEXT}},
-    },
-    "native-ridge": {
+    "native-logistic": {"experts": _full(), "output": {"shard_size": "40KB"}, "mixture": {"router": _ROUTER}},
+    "native-base-expert": {
         "experts": [*_full(), {"name": "general", "model": "base", "text": "../sources/text/law.jsonl"}],
-        "mixture": {"router": _ROUTER, "top_k": 1},
+        "mixture": {"router": {**_CENTROID, "keep_tokens": 16}, "top_k": 1},
     },
+    "native-lexical": {"experts": _full(), "output": {"carry": "ffn"}, "mixture": {"router": _LEXICAL}},
+    "native-lexical-whole": {
+        "experts": _full(),
+        "output": {"carry": "all", "rank": 4},
+        "mixture": {"router": _LEXICAL, "top_k": 1, "backbone": "average"},
+    },
+    "native-lexical-adapters": {
+        "experts": _adapters(("medicine", "law", "dora")),
+        "output": {"format": "native"},
+        "mixture": {"router": _LEXICAL, "top_k": 1},
+    },
+    "modekit-lexical": {"experts": _full(), "output": {"format": "modekit"}, "mixture": {"router": _LEXICAL, "modules": "all"}},
     "native-linear-ties": {
         "experts": _full(),
         "mixture": {
@@ -48,8 +58,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "output": {"dtype": "bfloat16"},
         "mixture": {"router": {"fit": "random", "seed": 3}, "backbone": {"method": "task_arithmetic", "scale": 0.4}},
     },
-    "native-centroid-average": {"experts": _full(), "mixture": {"router": {"fit": "centroid", **_TEXT}, "backbone": "average"}},
-    "native-lda-slerp": {"experts": _full(DOMAINS[:2]), "mixture": {"router": {"fit": "lda", **_TEXT}, "backbone": "slerp"}},
+    "native-centroid-average": {"experts": _full(), "mixture": {"router": _CENTROID, "backbone": "average"}},
+    "native-cosine-slerp": {
+        "experts": _full(DOMAINS[:2]),
+        "mixture": {"router": {"fit": "cosine", **_TEXT}, "backbone": "slerp"},
+    },
     "native-folded": {
         "experts": _adapters(("medicine", "law", "dora")),
         "output": {"format": "native"},
@@ -65,11 +78,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "router": {**_ROUTER, "granularity": "context", "decay": [0.5, 0.9], "per": "projection"},
         },
     },
-    "ngram": {
-        "experts": _full(),
-        "output": {"dtype": "float16"},
-        "mixture": {"router": {"fit": "ngram", "buckets": 64, "sequence_length": 32}},
-    },
     "whole-sequence": {
         "experts": _full(),
         "mixture": {"modules": "all", "router": {**_ROUTER, "granularity": "sequence", "prefix": 8, "per": "model"}},
@@ -77,22 +85,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adapters": {"experts": _adapters(), "mixture": {"router": {**_ROUTER, "granularity": "context"}}},
     "adapters-linear": {"experts": _adapters(("medicine", "dora")), "mixture": {"method": "linear"}},
     "adapters-arrow": {"experts": _adapters(), "mixture": {"router": {"fit": "arrow"}}},
-    "low-rank": {"experts": _full(**{"as": "lora", "rank": 3}), "mixture": {"router": {"fit": "seqr"}}},
+    "low-rank": {"experts": _full(**{"as": "lora", "rank": 3}), "mixture": {"router": {"fit": "arrow"}}},
 }
 """Name of a checkpoint -> its recipe; the base model is the same for all."""
-
-_KEPT = {**_ROUTER, "keep_tokens": 16}
-OLD: dict[str, dict[str, Any]] = {
-    "native": {"experts": _full(), "output": {"dtype": "bfloat16"}, "mixture": {"router": _KEPT}},
-    "adapters": {
-        "experts": _adapters(),
-        "output": {"dtype": "bfloat16"},
-        "mixture": {"router": {**_KEPT, "granularity": "context"}},
-    },
-    "ngram": {
-        "experts": _full(),
-        "output": {"dtype": "float16"},
-        "mixture": {"router": {"fit": "ngram", "buckets": 64, "sequence_length": 32, "keep_tokens": 100}},
-    },
-}
-"""Of models with one layer: the checkpoints that tests/golden/old/ keeps whole, so that later versions go on opening them."""

@@ -323,31 +323,6 @@ def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, 
     check_same(write_change(out, remove_expert(out, "code"), tmp_path / "removed").folder, wanted.folder)
 
 
-def test_a_mixture_of_an_earlier_layout_takes_experts_too(shop: Workshop, tmp_path: Path) -> None:
-    """Where the files are cut otherwise, the tensors are copied."""
-    old = Path(__file__).parents[1] / "golden" / "old" / "checkpoints"
-    assert "model-00001-of-00001.safetensors" in (old / "native" / "model.safetensors.index.json").read_text()
-    kind = KINDS["native random"]
-    before = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
-    _in_one_file(before)
-    added = write_change(open_checkpoint(before.folder), add_expert(before, "code", new(shop, "code")), tmp_path / "added")
-    check_same(added.folder, built(shop, kind, WHOLE, tmp_path / "joint").folder)
-
-
-def _in_one_file(checkpoint: Checkpoint) -> None:
-    """All weights but the gates in one file, as before the files were cut by whose they are."""
-    from safetensors.torch import load_file, save_file
-
-    files = [path for path in checkpoint.folder.glob("model-*.safetensors") if path.name != "model-router.safetensors"]
-    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    for path in files:
-        path.unlink()
-    save_file(tensors, checkpoint.folder / "model-00001-of-00001.safetensors")
-    index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
-    (checkpoint.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> None:
     out = built(shop, KINDS["native random"], WHOLE[:2], tmp_path / "OUT").folder
     assert "history" not in json.loads((out / "modekit.json").read_text())
