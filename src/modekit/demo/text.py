@@ -1,7 +1,6 @@
 """The text that comes with modekit: four domains, general English, one domain that no expert has seen, and three languages.
 
-Made by scripts/make_demo_text.py from WordNet glosses, open licences, the standard library and message catalogues; see
-text/NOTICE.
+From WordNet glosses, open licences, the standard library and message catalogues; text/NOTICE says how it was made.
 """
 
 from __future__ import annotations
