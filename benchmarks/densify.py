@@ -1,10 +1,9 @@
-"""One dense model of a mixture of four FFN specialists, and six experts of eight: densify.md.
+"""One dense model of a mixture of four FFN specialists: densify.md.
 
     python benchmarks/whole.py train FOLDER --kind ffn --seeds 0 1 2      base and four experts, as `modekit demo` has
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only merges       weights alone: average, sums, svd, best expert
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only distil       the best of them, distilled from the mixture
     python benchmarks/densify.py FOLDER --seeds 0 1 2 --only teacher      the same with none, a quarter or all of the teacher
-    python benchmarks/densify.py FOLDER --seeds 0 1 2 --only shrink       each expert twice, near duplicates merged
 
 Gap closed on the report split, mean over the four domains.
 """
@@ -18,8 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -27,7 +25,6 @@ from modekit.conversion.choice import Chooser
 from modekit.conversion.dense_record import Merge
 from modekit.conversion.densify import Densify, densify
 from modekit.conversion.distilled import course_of
-from modekit.conversion.shrink import Shrinking, shrink
 from modekit.demo.text import DOMAINS
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.specialist import held_out_losses
@@ -36,12 +33,9 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
-from peers.pool import read_text, write_text
 from whole import recipe
 
 COURSE = {"batch_tokens": 3_072, "learning_rate": 2e-3, "select_tokens": 512}
-NOISE = 0.2
-"""Of a duplicate, as a share of what its expert changed of the base."""
 NATIVE = {"output": {"format": "native"}}
 WHOLE = {"modules": "all", "output": {"format": "modekit"}}
 MERGES = {
@@ -124,42 +118,7 @@ def distil(pool: Pool, text: float = 0.75) -> None:
     )
 
 
-def shrink_eight(pool: Pool) -> None:
-    """Rows of eight experts, six and four."""
-    home, experts = pool.home, []
-    for name in DOMAINS:
-        again = _noisy(home / "base", home / f"ffn-{name}", home / f"ffn-{name}-again")
-        documents = read_text(home.parent / "text" / f"{name}.jsonl")
-        for place, (called, model) in enumerate(((name, home / f"ffn-{name}"), (f"{name}-again", again))):
-            text = write_text(documents[place::2], home / "halves" / f"{called}.jsonl")
-            experts.append({"name": called, "model": str(model), "text": str(text)})
-    said = {**recipe("ffn", NATIVE), "experts": experts, "eval": {}}
-    eight = build(make_plan(parse_recipe(said, where="eight"), home), home / "densify-eight", overwrite=True)
-    gaps = {8: pool.gap(load_model(eight.folder))}
-    for to in (6, 4):
-        texts = [str(home.parent / "text" / f"{name}.jsonl") for name in DOMAINS]
-        record = shrink(eight.folder, Shrinking(to, texts, home, pool.tokens, overwrite=True), home / f"densify-{to}")
-        gaps[to] = pool.gap(load_model(home / f"densify-{to}"))
-        merged = [" + ".join(eight.names[e] for e in group) for group in record.groups[0] if len(group) > 1]
-        print(f"| {to} | {gaps[8]:.3f} | {gaps[to]:.3f} | {gaps[to] / gaps[8]:.3f} | {', '.join(merged)} |", flush=True)
-
-
-def _noisy(base: Path, expert: Path, out: Path) -> Path:
-    """A copy whose changes of the base have Gaussian noise."""
-    if not (out / "config.json").exists():
-        origin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-        model = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                size = (parameter - origin[name]).std() * NOISE
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-        model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(expert).save_pretrained(out)
-    return out
-
-
-STEPS: dict[str, Callable[[Pool], None]] = {"merges": merges, "distil": distil, "teacher": teacher, "shrink": shrink_eight}
+STEPS: dict[str, Callable[[Pool], None]] = {"merges": merges, "distil": distil, "teacher": teacher}
 
 
 def main() -> None:

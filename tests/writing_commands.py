@@ -64,7 +64,6 @@ COMMANDS = {
     ),
     "remove": Command(("remove", "THREE", "law"), 30),
     "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
-    "rename": Command(("rename", "OUT", "law", "court"), 20),
     "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
     "train": Command(
         ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
@@ -110,7 +109,6 @@ COMMANDS = {
     "upcycle": Command(("upcycle", "base", "NEW", "--experts", "2", "--segments", "2", "--top-k", "1"), 20, 11),
     "densify": Command(("densify", "OUT", "NEW", "--by", "sum", *FEW), 15),
     "densify by distillation": Command(("densify", "OUT", "NEW", *SHORT, *FEW), 40, 47, 3, "NEW.training"),
-    "shrink": Command(("shrink", "THREE", "NEW", "--to", "2", "--text", "text/law.jsonl", *FEW), 15),
     "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
     "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
     "report": Command(("report", "OUT"), 15),

@@ -21,7 +21,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
-from modekit.members.edits import remove_expert, rename_expert
+from modekit.members.edits import remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.router import Router
@@ -381,14 +381,13 @@ def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torc
 
 @pytest.mark.parametrize("gate", ["hash", "cosine", "attention"])
 def test_experts_come_and_go(shops: dict[str, Workshop], gate: str, ids: torch.Tensor) -> None:
-    """Rows that are no expert's and rows by threes follow; thresholds by name lose one that goes, and are renamed."""
+    """Rows that are no expert's and rows by threes follow; thresholds by name lose one that goes."""
     shop, threshold = shops["llama"], {"medicine": 0.3, "law": 0.4, "code": 0.2}
     mixture = {"method": "routing", "threshold": threshold, "router": GATES[gate]["router"]}
     out = shop.build(f"members of {gate}", mixture=mixture, output={"format": "modekit"})
     checkpoint = open_checkpoint(out)
     checkpoint = write_change(checkpoint, remove_expert(checkpoint, "law"), shop.root / f"fewer of {gate}")
-    checkpoint = write_change(checkpoint, rename_expert(checkpoint, "code", "python"), shop.root / f"renamed of {gate}")
-    assert checkpoint.record.recipe.mixture.threshold == {"medicine": 0.3, "python": 0.2}
+    assert checkpoint.record.recipe.mixture.threshold == {"medicine": 0.3, "code": 0.2}
     assert is_proven(verify(checkpoint, reload=False))
     found = weights(load_model(checkpoint.folder, dtype=torch.float32), ids)
     assert all(each.shape[-1] == 2 for each in found.values())

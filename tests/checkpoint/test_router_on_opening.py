@@ -175,7 +175,7 @@ def test_every_writer_of_the_table_records_it(small_workshop: Workshop, tmp_path
     check()
     modekit.remove(tmp_path / "OUT", "law")
     check()
-    ended("rename", tmp_path / "OUT", "code", "python")
+    ended("remove", tmp_path / "OUT", "code")
     check()
     assert len(set(seen)) >= 4 and all(seen)
 

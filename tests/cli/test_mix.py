@@ -189,12 +189,12 @@ def test_its_recipe_follows_a_change_unless_somebody_wrote_it(shop: Path, monkey
     monkeypatch.chdir(shop)
     modekit("mix", "base", "law", "code", "-o", "CHANGED")
     file = shop / "CHANGED" / "recipe.yaml"
-    modekit("rename", "CHANGED", "law", "court")
-    assert [each["name"] for each in yaml.safe_load(file.read_text())["experts"]] == ["court", "code", "general"]
+    modekit("remove", "CHANGED", "law")
+    assert [each["name"] for each in yaml.safe_load(file.read_text())["experts"]] == ["code", "general"]
     modekit("plan", file)
     file.write_text(f"# mine\n{file.read_text()}")
-    modekit("rename", "CHANGED", "court", "law")
-    assert file.read_text().startswith("# mine") and "name: court" in file.read_text()
+    modekit("add", "CHANGED", "--name", "law", "--model", "./law", "--no-measure")
+    assert file.read_text().startswith("# mine") and "name: law" not in file.read_text()
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {

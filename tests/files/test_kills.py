@@ -104,14 +104,14 @@ def test_ctrl_c_between_the_two_renames_gives_the_old_folder_back(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Staging, "_put", interrupted)
-    for words in (COMMANDS["rename"].words, COMMANDS["build over"].words):
+    for words in (COMMANDS["remove"].words, COMMANDS["build over"].words):
         code, said = run_in(root, words)
         assert code == 130
         assert "interrupted; nothing was left behind" in said
         assert tree(root) == before
 
 
-@pytest.mark.parametrize("name", ["build", "rename", "extract", "specialize", "data balance", "export"])
+@pytest.mark.parametrize("name", ["build", "remove", "extract", "specialize", "data balance", "export"])
 def test_a_killed_clean_up_finds_its_own_output(
     writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -92,7 +92,7 @@ def test_two_hundred_pairs(shop: Workshop) -> None:
 
 RACES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "two that make one output": (COMMANDS["extract"].words, COMMANDS["specialize"].words),
-    "rename against remove": (("rename", "THREE", "law", "court"), ("remove", "THREE", "law")),
+    "remove against remove": (("remove", "THREE", "medicine"), ("remove", "THREE", "law")),
     "fit while it is evaluated": (COMMANDS["fit"].words, COMMANDS["eval"].words),
     "add against replace": (COMMANDS["add"].words, COMMANDS["replace"].words),
     "train against fit": (COMMANDS["train gates"].words, COMMANDS["fit"].words),

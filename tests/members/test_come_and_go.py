@@ -22,7 +22,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import SourceError
 from modekit.members.change import write_change
-from modekit.members.edits import NewExpert, add_expert, remove_expert, rename_expert, replace_expert
+from modekit.members.edits import NewExpert, add_expert, remove_expert, replace_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import tree
@@ -191,17 +191,6 @@ def test_another_model_in_the_place_of_one(shop: Workshop, tmp_path: Path, name:
     }
 
 
-@pytest.mark.parametrize("name", ["native ridge", "native lexical", "adapters", "whole models by n-grams"])
-def test_another_name(shop: Workshop, tmp_path: Path, name: str) -> None:
-    kind = KINDS[name]
-    out = built(shop, kind, kind.names, tmp_path / "OUT")
-    with gone(shop, *kind.names):
-        renamed = write_change(out, rename_expert(out, kind.names[1], "other"), tmp_path / "renamed")
-    said = recipe(kind, kind.names)
-    said["experts"][1]["name"] = "other"
-    check_same(renamed.folder, build(make_plan(parse_recipe(said), shop.root), tmp_path / "wanted").folder)
-
-
 def test_the_files_of_others_are_the_same_files(shop: Workshop, tmp_path: Path) -> None:
     before = built(shop, KINDS["native lexical"], WHOLE[:2], tmp_path / "OUT")
     files = {path.name: path.stat().st_ino for path in before.folder.glob("model-*.safetensors")}
@@ -228,25 +217,19 @@ def test_more_channels_are_made_when_they_are_needed(tmp_path: Path) -> None:
     check_same(added.folder, joint.folder)
 
 
-@pytest.mark.parametrize("dora", [True, False])
-def test_what_an_adapter_that_is_gone_gave_stays(shop: Workshop, tmp_path: Path, dora: bool) -> None:
-    """Also where it is more than a low-rank change, and alone asks for a place."""
-    for name, parts in (("first", ["q_proj", "up_proj"]), ("second", ["up_proj"])):
-        config = LoraConfig(target_modules=parts, r=4, use_dora=dora and name == "first")
+def test_an_adapter_that_is_gone_and_needed_is_named(shop: Workshop, tmp_path: Path) -> None:
+    """What DoRA is computed of lies in its own folder alone."""
+    for name, parts in (("first", ["q_proj", "up_proj"]), ("second", ["up_proj"]), ("third", ["up_proj"])):
+        config = LoraConfig(target_modules=parts, r=4, use_dora=name == "first")
         train_adapter(shop.root / "base", config, tmp_path / name)
-    experts = [{"name": name, "adapter": str(tmp_path / name)} for name in ("first", "second")]
+    experts = [{"name": name, "adapter": str(tmp_path / name)} for name in ("first", "second", "third")]
     said = {"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}, "output": MODEKIT}
     out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
-    for name in ("first", "second"):
-        (tmp_path / name).rename(tmp_path / f"{name}.gone")
+    (tmp_path / "first").rename(tmp_path / "first.gone")
     kept = tree(out.folder)
-    try:
-        renamed = write_change(out, rename_expert(out, "second", "other"), tmp_path / "renamed")
-    except SourceError as error:
-        assert dora and "is missing, and this change needs it" in str(error)
-        assert tree(out.folder) == kept and not (tmp_path / "renamed").exists()
-    else:
-        assert {name: ref.shape for name, ref in renamed.tensors.items()} == {n: ref.shape for n, ref in out.tensors.items()}
+    with pytest.raises(SourceError, match="is missing, and this change needs it"):
+        write_change(out, remove_expert(out, "third"), tmp_path / "removed")
+    assert tree(out.folder) == kept and not (tmp_path / "removed").exists()
 
 
 def test_an_adapter_that_was_changed_since_is_not_believed(shop: Workshop, tmp_path: Path) -> None:
@@ -327,15 +310,13 @@ def test_the_history_says_who_came_and_went(shop: Workshop, tmp_path: Path) -> N
     out = built(shop, KINDS["native random"], WHOLE[:2], tmp_path / "OUT").folder
     assert "history" not in json.loads((out / "modekit.json").read_text())
     write_change(open_checkpoint(out), add_expert(open_checkpoint(out), "code", new(shop, "code")), out)
-    write_change(open_checkpoint(out), rename_expert(open_checkpoint(out), "code", "python"), out)
     write_change(open_checkpoint(out), remove_expert(open_checkpoint(out), "law"), out)
     record = open_checkpoint(out).record
     assert [(each.what, each.expert, each.was) for each in record.history] == [
         ("add", "code", None),
-        ("rename", "python", "code"),
         ("remove", "law", "./law"),
     ]
-    assert record.recipe.names == ["medicine", "python"]
+    assert record.recipe.names == ["medicine", "code"]
 
 
 def test_what_others_put_into_the_folder_stays(shop: Workshop, tmp_path: Path) -> None:

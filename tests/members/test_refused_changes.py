@@ -48,7 +48,6 @@ def test_a_name_that_is_there(bench: Workshop, shared_workshop: Workshop) -> Non
     out = bench.build()
     message = refuse_change(bench, "add", out, "--name", "law", *of_shop(shared_workshop, "code"))
     assert "an expert of this name exists already" in message and "modekit replace" in message
-    assert "exists already" in refuse_change(bench, "rename", out, "medicine", "law")
 
 
 @pytest.mark.parametrize("name", ["oracle", "mixture", "base"])
@@ -61,7 +60,7 @@ def test_tokens_to_measure_on_without_a_measurement(bench: Workshop, shared_work
     assert "a measurement (--measure)" in refuse_change(bench, "add", bench.build(), *options)
 
 
-@pytest.mark.parametrize("command", [("remove",), ("rename", "other"), ("replace", "--model", "base")])
+@pytest.mark.parametrize("command", [("remove",), ("replace", "--model", "base")])
 def test_a_name_that_is_not_there(bench: Workshop, command: tuple[str, ...]) -> None:
     verb, *rest = command
     message = refuse_change(bench, verb, bench.build(), "tax", *rest)
@@ -264,12 +263,6 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
     assert (out / "notes.txt").read_text() == "mine" and open_checkpoint(out).names == ["medicine", "code"]
 
 
-def test_a_name_of_the_recipes_eval(shared_workshop: Workshop, tmp_path: Path) -> None:
-    bench = borrow(shared_workshop, tmp_path)
-    out = bench.build(eval={"generic": str(shared_workshop.root / "text" / "law.jsonl")})
-    assert "eval.generic" in refuse_change(bench, "rename", out, "law", "generic")
-
-
 def test_a_weight_without_effect(bench: Workshop, shared_workshop: Workshop) -> None:
     out = bench.build()
     message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--weight", "2")
@@ -289,7 +282,7 @@ def test_a_damaged_history(bench: Workshop, history: object) -> None:
     out = bench.build()
     record = json.loads((out / "modekit.json").read_text())
     (out / "modekit.json").write_text(json.dumps({**record, "history": history}))
-    assert "modekit.json is damaged" in refuse_change(bench, "experts", out)
+    assert "modekit.json is damaged" in refuse_change(bench, "remove", out, "law")
 
 
 def test_the_folder_itself_as_out(bench: Workshop, shared_workshop: Workshop) -> None:

@@ -156,9 +156,6 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
     size = plan.shape.channels and plan.shape.channels.carry
     if not size:
         return None
-    kept = None if update is None else update.carried(stage.folder)
-    if kept is not None:
-        return kept
     if update is not None and update.checkpoint.record.trained:
         raise UnsupportedError(
             "a mixture that was trained, and carries more of its experts than FFNs, cannot change its experts",
@@ -254,10 +251,9 @@ def _set_router(plan: Plan, stage: Staging, hashes: dict[str, str], update: Chec
 
 
 def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRouter | None:
-    """Of a mixture that is changed the router that it has, renamed or with rows for who is new; None where a fit sets it."""
-    renamed = None if update is None else update.renamed()
-    if update is None or renamed is not None or not update.keeps_training:
-        return renamed
+    """Of a mixture that is changed the router that it has, with rows for who is new; None where a fit sets it."""
+    if update is None or not update.keeps_training:
+        return None
     trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
     return trained_gates(fitting, update.checkpoint, update.origins)
 

@@ -8,21 +8,18 @@ that no table may show any more.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modekit.building.carrying import carried_of
-from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
+from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, Change, MixtureRecord, SourceRecord
-from modekit.errors import CheckpointError
 from modekit.files.marker import INTERNAL, foreign_files
 from modekit.files.write import carry_over, link_file, make_folder
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import RECIPE_FILE, as_file
-from modekit.routing.fitting import FittedRouter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource, TensorRef
 from modekit.sources.tokenizer import COPIED_FILES
@@ -37,7 +34,7 @@ class CheckpointUpdate:
         checkpoint: the mixture as it is.
         plan: of the mixture as it is to be, which takes what it can from the checkpoint.
         origins: per expert of that its number in the checkpoint; None for a new one.
-        statistics: expert of the new mixture -> whose kept statistics are its own.
+        statistics: experts whose kept statistics stay.
         change: what the history will say.
         refits: the router is set anew even where it was trained.
         made_by: what the new mixture says of the command that made it, until that has tidied up; empty: nothing.
@@ -46,7 +43,7 @@ class CheckpointUpdate:
     checkpoint: Checkpoint
     plan: Plan
     origins: Origins
-    statistics: Mapping[str, str]
+    statistics: Collection[str]
     change: Change
     refits: bool = False
     made_by: str = ""
@@ -56,30 +53,6 @@ class CheckpointUpdate:
         """Whether the router is what a training made, and stays that. (PHATGOOSE is trained by its fit, and fitted again.)"""
         record = self.checkpoint.record
         return record.router.status == "trained" and bool(record.training) and not self.refits
-
-    def renamed(self) -> FittedRouter | None:
-        """The router as it is, where nothing but a name changes."""
-        if self.change.what != "rename":
-            return None
-        router = self.checkpoint.record.router
-        names = dict(zip(self.checkpoint.names, self.plan.recipe.names, strict=True))
-        text = {names.get(name, name): said for name, said in router.text.items()}
-        return FittedRouter(self.checkpoint.gates(), router.model_copy(update={"text": text}))
-
-    def carried(self, folder: Path) -> Carried | None:
-        """The bases that the mixture carries more than FFNs by, where they stay; linked into the new mixture's folder."""
-        checkpoint = self.checkpoint
-        if self.change.what != "rename" or checkpoint.record.carry is None:
-            return None
-        if carried_digest(checkpoint.folder) != checkpoint.record.carry.sha256:
-            raise CheckpointError(
-                "the file of what is carried is not as recorded",
-                where=str(checkpoint.folder / CARRIED_FILE),
-                remedy="build the mixture again",
-            )
-        carried = carried_of(self.plan, checkpoint.folder)
-        link_file(checkpoint.folder / CARRIED_FILE, folder / CARRIED_FILE)
-        return carried
 
     def measured(self, numbers: Mapping[str, float | None]) -> CheckpointUpdate:
         """The same, and the history will say what was measured of who comes."""
@@ -124,9 +97,9 @@ class CheckpointUpdate:
 
     def carry_statistics(self, folder: Path) -> None:
         """Into the folder in which the new mixture is made. Raises OSError."""
-        for name, was in self.statistics.items():
+        for name in self.statistics:
             kept = self.checkpoint.folder / STATISTICS_FOLDER
-            file = kept / f"{was}.safetensors"
+            file = kept / f"{name}.safetensors"
             if file.is_file() and not (file.is_symlink() or kept.is_symlink()):
                 make_folder(folder / STATISTICS_FOLDER)
                 link_file(file, folder / STATISTICS_FOLDER / f"{name}.safetensors")

@@ -185,18 +185,18 @@ class TrainingRecord(_Record):
 
 
 class Change(_Record):
-    """An expert that came, went, was replaced or renamed after the build.
+    """An expert that came, went or was replaced after the build.
 
     Attributes:
         what: which of these.
-        expert: its name, afterwards where it has one.
+        expert: its name.
         on: the day, as YYYY-MM-DD.
-        was: the name before (rename), or the model or adapter before (replace, remove).
+        was: the model or adapter before (replace, remove).
         source: the model or adapter that came.
         door: what was measured before it was let in, if it was.
     """
 
-    what: Literal["add", "remove", "replace", "rename"]
+    what: Literal["add", "remove", "replace"]
     expert: str
     on: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     was: str | None = None
@@ -206,13 +206,11 @@ class Change(_Record):
     @property
     def specs(self) -> dict[str, str | None]:
         """What it says of models, by attribute."""
-        return {"source": self.source, **({} if self.what == "rename" else {"was": self.was})}
+        return {"source": self.source, "was": self.was}
 
     @property
     def said(self) -> str:
         """In words."""
-        if self.what == "rename":
-            return f"{self.was} was renamed to {self.expert}"
         if self.what == "remove":
             return f"{self.expert} was removed ({self.was})"
         if self.what == "replace":

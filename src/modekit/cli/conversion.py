@@ -147,36 +147,3 @@ def upcycle(
     size = made.parameters
     said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
     out.print(Text.assemble((str(output), "bold"), said))
-
-
-@app.command()
-@grouped
-def shrink(
-    mixture: Annotated[str, typer.Argument(metavar="OUT", help="Folder or hub id of a plain mixture, modekit's or another.")],
-    output: Annotated[Path, typer.Argument(metavar="NEW", help="The folder to write.")],
-    to: Annotated[int, typer.Option(min=1, help="Experts that are left in every layer.")],
-    options: Writing,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text that weighs the experts and shows the loss before and after; repeatable.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=64, help=f"Tokens of that text (default {SAMPLE_TOKENS}).")] = None,
-) -> None:
-    """Merge the most similar experts of a plain mixture; NEW is a plain model for transformers."""
-    if not text:
-        refuse_without_effect("a text (--text)", {"--tokens": tokens})
-    from modekit.sources.open import model_folder
-
-    target = writable(output, options.overwrite)
-    with drawn_progress() as progress:
-        run = options.run(progress)
-        run.begin(LIBRARIES)
-        from modekit.conversion.shrink import Shrinking, shrink
-
-        folder = model_folder(mixture, None, root=Path.cwd(), label="OUT", run=run)
-        asked = Shrinking(to, text or (), Path.cwd(), tokens or SAMPLE_TOKENS, options.overwrite)
-        record = shrink(folder, asked, target, run=run)
-    for layer, groups in enumerate(record.groups[:1] if record.names else record.groups):
-        merged = [", ".join(record.names[e] if record.names else str(e) for e in group) for group in groups if len(group) > 1]
-        out.print(f"{'merged' if record.names else f'layer {layer}'}: {'; '.join(merged)}")
-    loss = f"; held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}" if record.loss_after is not None else ""
-    out.print(Text.assemble((str(output), "bold"), f": {record.experts} experts -> {record.to}{loss}"))

@@ -1,4 +1,4 @@
-"""Commands that make experts, and list those of a mixture."""
+"""Commands that make experts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import typer
 from rich.text import Text
 
 from modekit.cli.labels import LabelOptions
-from modekit.cli.members import print_experts
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
+from modekit.cli.shell import AsJson, Writing, app, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -246,18 +245,3 @@ def extract(
     totals = record.totals
     said = f"{totals.modules} modules, {bytes_of(totals.bytes)}, {totals.carried:.0%} of the model's squared difference"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))
-
-
-@app.command()
-def experts(checkpoint: OutFolder, as_json: AsJson = False) -> None:
-    """List the experts of a mixture: kind, size, date, gain and licence."""
-    from modekit.members.listing import members_of
-
-    opened = checkpoint_in(checkpoint)
-    members, history = members_of(opened), opened.record.history
-    if as_json:
-        changes = [change.model_dump(mode="json", exclude_none=True) for change in history]
-        data = {"experts": [member.model_dump(mode="json") for member in members], "history": changes}
-        print_json(data)
-    else:
-        print_experts(members, history)

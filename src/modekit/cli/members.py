@@ -18,17 +18,15 @@ from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of, or_dash, three_digits
+from modekit.files.figures import bytes_of, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.checkpoint.record import Change
     from modekit.members.admission import Admission, Finding
     from modekit.members.edits import MixtureEdit, NewExpert
-    from modekit.members.listing import ListedExpert
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
 
@@ -123,20 +121,6 @@ def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
     _change(checkpoint, f"remove {name}", lambda opened: remove_expert(opened, name), write)
 
 
-@app.command()
-@grouped
-def rename(
-    checkpoint: OutFolder,
-    name: Name,
-    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="The new name.")],
-    write: WriteOptions,
-) -> None:
-    """Rename an expert and its domain."""
-    from modekit.members.edits import rename_expert
-
-    _change(checkpoint, f"rename {name} {new_name}", lambda opened: rename_expert(opened, name, new_name), write)
-
-
 def _change(
     folder: Path,
     asked: str,
@@ -217,23 +201,3 @@ def print_findings(findings: Sequence[Finding]) -> None:
         out.print(text, soft_wrap=True)
         if finding.to_do:
             out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)
-
-
-def print_experts(experts: Sequence[ListedExpert], history: Sequence[Change]) -> None:
-    """Draw the experts of a mixture and the history of its changes."""
-    table = Table("expert", ["is", "of its own", "since", "gain", "gap closed", "licence", "from"])
-    for expert in experts:
-        figures = [or_dash(value, ".3f") for value in (expert.gain, expert.gap_closed)]
-        table.add(
-            expert.name,
-            expert.kind,
-            bytes_of(expert.nbytes),
-            expert.since or "the build",
-            *figures,
-            expert.licence,
-            expert.source,
-        )
-    out.print("Gain: loss of the base less that of the mixture on the expert's domain, in nats per token (`modekit eval`).")
-    out.print(table)
-    for change in history:
-        out.print(Text.assemble((change.on, "dim"), f" {change.said}"))

@@ -1,1 +1,1 @@
-"""Who is in a finished mixture: experts are added, removed, replaced and renamed; what each brought."""
+"""Who is in a finished mixture: experts are added, removed and replaced; what each brought."""

@@ -1,4 +1,4 @@
-"""Experts come and go: add, remove, replace or rename one of a finished mixture.
+"""Experts come and go: add, remove or replace one of a finished mixture.
 
     OUT + change -> recipe as it is to be -> two plans over the same models -> what OUT has is taken from it -> build
 
@@ -154,7 +154,7 @@ def _planned(
     planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, edit.origins)
     names = {} if planned.reused is None else planned.reused.names
     _check_training_stays(checkpoint, names, edit.origins, before)
-    statistics = _statistics(checkpoint, edit, planned, names)
+    statistics = _statistics(edit, planned, names)
     return CheckpointUpdate(checkpoint, planned, edit.origins, statistics, edit.change, edit.refits)
 
 
@@ -178,7 +178,7 @@ def _merges_adapters(checkpoint: Checkpoint, edit: MixtureEdit) -> bool:
     """Whether a backbone is merged anew to which adapters give what no tensor of the mixture tells."""
     recipe = checkpoint.record.recipe
     adapters = any(expert.adapter is not None for expert in recipe.experts)
-    return adapters and recipe.mixture.backbone != BASE and edit.change.what != "rename"
+    return adapters and recipe.mixture.backbone != BASE
 
 
 def _check_is_another(checkpoint: Checkpoint, edit: MixtureEdit, new: Mapping[int, ModelSource]) -> None:
@@ -268,18 +268,17 @@ def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], orig
         )
 
 
-def _statistics(checkpoint: Checkpoint, edit: MixtureEdit, plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
-    """Expert of the new mixture -> expert of the checkpoint whose statistics are its own.
+def _statistics(edit: MixtureEdit, plan: Plan, names: Mapping[str, str]) -> frozenset[str]:
+    """Experts of the new mixture whose kept statistics are still their own.
 
     What was read through another backbone is not of this one.
     """
     fit = edit.recipe.mixture.fit
     backbone = {tensor.name for tensor in plan.tensors if tensor.role == "backbone"}
     if fit is not None and not fit.reads.tokens and not backbone <= names.keys():
-        return {}
+        return frozenset()
     pairs = zip(edit.recipe.names, edit.origins, strict=True)
-    kept = {name: checkpoint.names[origin] for name, origin in pairs if origin is not None}
-    return kept | {name: name for name in edit.keeps_text}
+    return frozenset(edit.keeps_text).union(name for name, origin in pairs if origin is not None)
 
 
 def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Checkpoint, number: int) -> ModelSource:

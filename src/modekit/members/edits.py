@@ -1,4 +1,4 @@
-"""Edits of a mixture's recipe: an expert is added, removed, replaced or renamed. Nothing is read."""
+"""Edits of a mixture's recipe: an expert is added, removed or replaced. Nothing is read."""
 
 from __future__ import annotations
 
@@ -146,32 +146,6 @@ def replace_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> Mixture
     return MixtureEdit(_parsed(data, checkpoint), origins, change, [name] if keeps else [])
 
 
-def rename_expert(checkpoint: Checkpoint, name: str, new_name: str) -> MixtureEdit:
-    """With another name for an expert and its domain."""
-    number = _number(checkpoint, name)
-    if new_name in checkpoint.names:
-        raise RecipeError(
-            "an expert of this name exists already", where=str(checkpoint.folder), found=new_name, remedy="choose another name"
-        )
-    data = as_written(checkpoint.record.recipe)
-    if new_name in data.get("eval", {}):
-        raise RecipeError("the recipe's eval has a domain of this name", where=f"eval.{new_name}", remedy="choose another name")
-    data["experts"][number]["name"] = new_name
-    labels = [label for label in data["experts"][number].pop("labels", None) or () if label != new_name]
-    if labels:
-        data["experts"][number]["labels"] = labels
-    mixture = data.get("mixture", {})
-    for setting in _by_name(mixture):
-        mixture[setting] = {new_name if key == name else key: value for key, value in mixture[setting].items()}
-    for user in ("always_on", "backbone"):
-        if isinstance(mixture.get(user), dict) and mixture[user].get("expert") == name:
-            mixture[user] = {**mixture[user], "expert": new_name}
-    if data.get("eval"):
-        data["eval"] = {new_name if key == name else key: texts for key, texts in data["eval"].items()}
-    change = _change("rename", new_name, was=name)
-    return MixtureEdit(_parsed(data, checkpoint), list(range(len(checkpoint.names))), change)
-
-
 def _number(checkpoint: Checkpoint, name: str) -> int:
     if name not in checkpoint.names:
         raise RecipeError(
@@ -218,6 +192,6 @@ def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:
     return checkpoint.shape.pinned(parse_recipe(data, where=str(checkpoint.folder)))
 
 
-def _change(what: Literal["add", "remove", "replace", "rename"], name: str, **entry: str | None) -> Change:
+def _change(what: Literal["add", "remove", "replace"], name: str, **entry: str | None) -> Change:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Change(what=what, expert=name, on=today, was=entry.get("was"), source=entry.get("source"))

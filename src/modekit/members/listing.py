@@ -72,8 +72,6 @@ def _since(history: Sequence[Change]) -> dict[str, str]:
     for change in history:
         if change.what in {"add", "replace"}:
             since[change.expert] = change.on
-        elif change.what == "rename" and change.was in since:
-            since[change.expert] = since.pop(change.was)
         elif change.what == "remove":
             since.pop(change.expert, None)
     return since

@@ -14,7 +14,6 @@ of the mixture (selected-by.txt beside it).
     train, to compare states     the same                                            select       set, trained
     densify                      as train
     densify, its table           experts[].text, or the recipe's eval                 report       set, trained, chosen
-    shrink                       --text                                              fit, report  -
     tune, to choose              experts[].text, else the recipe's eval              select       set, trained
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
       report of tune               report split                                      report
