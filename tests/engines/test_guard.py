@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatting import TEMPLATE, word_tokenizer
-from modekit.engines.guard import BODY, LARGEST_BODY, MOST_MESSAGES, MOST_VALUES, App, Guard, RefusedError, sizes_of
+from modekit.engines.guard import BODY, LARGEST_BODY, MOST_MESSAGES, MOST_VALUES, App, Guard, sizes_of
 from modekit.engines.request_template import RequestTemplate
-from modekit.text import template_process
 
-LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 SAID = [{"role": "user", "content": "what is fever"}]
 
 
@@ -133,26 +131,6 @@ def template_guard(source: str | None, app: App = echo) -> Guard:
     return Guard(app, None, rewrite=RequestTemplate(word_tokenizer(source)).checked)
 
 
-def test_what_the_template_cannot_do_never_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "SECONDS", 0.3)
-
-    async def engine(*_: object) -> None:
-        raise AssertionError("it was asked")
-
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "loop"}]}]
-    for source, body in (
-        (LOOPS, {"messages": SAID}),
-        ("{% if tools %}" + LOOPS + "{% endif %}", {"messages": SAID, "tools": [{"type": "function"}]}),
-        ("{% if slow %}" + LOOPS + "{% endif %}", {"messages": SAID, "chat_template_kwargs": {"slow": True}}),
-        ("{% if messages[0].content == 'a\nloop' %}" + LOOPS + "{% endif %}", {"messages": parts}),
-        ("{{ messages[0].content * 99999999 }}", {"messages": SAID}),
-    ):
-        status, said = asked(template_guard(source, engine), json.dumps(body).encode())
-        assert status == 400 and "the chat template takes too long or too much" in said
-    status, said = asked(template_guard(None, engine), json.dumps({"messages": SAID}).encode())
-    assert status == 400 and "no chat template; send a prompt to /v1/completions" in said
-
-
 @pytest.mark.parametrize("body", [{"messages": SAID}, {"messages": 7}, {"prompt": "x"}, {"messages": [{"content": None}]}])
 def test_everything_else_does(body: dict[str, Any]) -> None:
     """Also what the template refuses at once: the engine has its own error for that."""
@@ -164,22 +142,6 @@ async def _accepting(_scope: Any, receive: Any, send: Callable[..., Any]) -> Non
     assert (await receive())["body"]
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b""})
-
-
-def test_the_event_loop_goes_on_while_a_template_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "SECONDS", 0.5)
-
-    async def turns() -> int:
-        template, count = RequestTemplate(word_tokenizer(LOOPS)), 0
-        waiting = asyncio.ensure_future(template.checked({"messages": SAID}))
-        while not waiting.done():
-            await asyncio.sleep(0.01)
-            count += 1
-        with pytest.raises(RefusedError):
-            await waiting
-        return count
-
-    assert asyncio.run(turns()) > 10
 
 
 def test_a_mistake_leaves_where_it_was_and_no_text_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -161,27 +159,6 @@ def test_a_chat_is_what_the_template_writes(running: tuple[ServedMixture, Checkp
         assert plain(answer["choices"][0]["message"]["content"]).strip() == plain(written(checkpoint, prompt)).strip()
         answers.append(answer)
     assert answers[0]["usage"]["prompt_tokens"] != answers[1]["usage"]["prompt_tokens"]
-
-
-def test_a_template_without_end_stops_nobody_else(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
-    """On the event loop of transformers it would; the client gets a status, and meanwhile the others are answered."""
-    folder = tmp_path / "native"
-    shutil.copytree(mixtures["native"].folder, folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    )
-    with serving(open_checkpoint(folder), ServeSettings("transformers", port=0, context=64)) as served:
-        with ThreadPoolExecutor(1) as pool:
-            chat = {"model": "native", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-            waiting = pool.submit(asked, served, "/v1/chat/completions", chat)
-            answered = 0
-            while not waiting.done():
-                assert asked(served, "/health")[0] == 200
-                answered += 1
-                time.sleep(0.1)
-        status, said = waiting.result()
-        assert status == 400 and "did not end within 5 seconds of processor time" in said and answered > 5
-        assert asked(served, "/v1/completions", {"model": "native", "prompt": "the", "max_tokens": 2})[0] == 200
 
 
 def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMixture, Checkpoint]) -> None:

@@ -255,30 +255,6 @@ def test_groups_end(checkpoint: Checkpoint, folder: Path, case: str) -> None:
         evaluate_tasks(checkpoint, ["all"], folders=[folder], models=["base"])
 
 
-TEMPLATES = {
-    "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() | length }}", "SecurityError"),
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}", "processor"),
-    "is one endless call": ("{{ 9 ** (9 ** 9) }}", "processor"),
-    "compares what doubles": (
-        "{% set ns = namespace(a=[1], b=[1]) %}{% for _ in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
-        "processor",
-    ),
-    "takes all memory": ("{{ [1] * 999999999 }}", "memory"),
-    "is a long text": ("{{ 'x' * 9999999 }}", "characters"),
-    "replaces for ever": ("{{ ('a' * 40 ~ 'b') | regex_replace('(a+)+$', '') }}", "processor"),
-}
-
-
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_a_template_ends(case: str) -> None:
-    template, shown = TEMPLATES[case]
-    with pytest.raises(TextError, match="a task's template cannot be used") as ended:
-        render(template, {"word": "a"})
-    assert shown in str(ended.value.found)
-    assert render("{{ word }}", {"word": "still here"}) == "still here"
-
-
 def test_templates_say_what_the_harness_makes_of_them() -> None:
     doc = {"word": "a\n", "choices": ["x", "ß"], "more": {"n": [1, 2]}}
     for template in (

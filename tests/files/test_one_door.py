@@ -72,7 +72,6 @@ ALLOWED = {
     ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("cli/shell.py", "mkstemp"): "a log of an unforeseen error: a name nobody could foresee",
     ("cli/shell.py", "fdopen"): "that log",
-    ("text/template_process.py", "write"): "into a pipe",
 }
 """What other libraries write for us, by file and call, and where it goes."""
 

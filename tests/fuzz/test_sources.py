@@ -33,7 +33,6 @@ from transformers import (
 from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_model
-from damage import damaged_bytes
 from modekit.errors import ModekitError, SourceError
 from modekit.experts.distill.kept_logits import HEADER_FILE, LOGITS_FILE, Header, KeptTeacher, check_kept, keep, read_kept
 from modekit.planning.make import make_plan
@@ -42,7 +41,6 @@ from modekit.run import QUIET
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import ModelSource, open_source, read_header
-from modekit.text.chat import ChatTemplate
 from modekit.text.documents import read_documents
 from modekit.text.glance import check_texts
 from modekit.text.sequences import TokenSequence, encode
@@ -69,8 +67,6 @@ TARGETS = [
     "vocabularies",
     "texts",
     "tables",
-    "parquets",
-    "templates",
     "taught",
 ]
 
@@ -538,30 +534,6 @@ def fuzz_tables(root: Path, recipe: dict[str, Any]) -> Target:
     return st.tuples(hostile_bytes(text), st.sampled_from([".csv", ".tsv"])), door
 
 
-def fuzz_parquets(root: Path, _: dict[str, Any]) -> Target:
-    """Tables of text and of lists, compressed or not, with other bytes in them."""
-    said = [[{"role": "user", "content": f"what is fever {n}"}, {"role": "assistant", "content": "a"}] for n in range(9)]
-    tables = [pa.table({"text": [f"some words {n}" for n in range(9)], "id": range(9)}), pa.table({"messages": said})]
-    ways = [
-        {"compression": "zstd"},
-        {"compression": "none", "use_dictionary": False},
-        {"data_page_version": "2.0", "row_group_size": 4},
-        {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
-    ]
-    files = []
-    for table in tables:
-        for way in ways if "text" in table.column_names else ways[:3]:
-            encoding = {"text": "DELTA_BYTE_ARRAY", "id": "PLAIN"} if "column_encoding" in way else None
-            parquet.write_table(table, root / "law.parquet", **{**way, "column_encoding": encoding})
-            files.append((root / "law.parquet").read_bytes())
-
-    def door(content: bytes) -> object:
-        (root / "law.parquet").write_bytes(content)
-        return read_documents(["law.parquet"], root=root, where="law")
-
-    return st.sampled_from(files).flatmap(damaged_bytes), door
-
-
 def fuzz_mergekit(root: Path, _: dict[str, Any]) -> Target:
     """Recipes of mergekit, whose keys alone are modekit's at times."""
     expert = {"source_model": "./law", "positive_prompts": ["court"], "negative_prompts": ["code"]}
@@ -614,61 +586,6 @@ def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
     damaged = hostile_bytes(hostile_json(plain))
     whole = st.just(json.dumps(plain).encode())
     return st.one_of(st.tuples(damaged, st.none()), st.tuples(whole, st.one_of(st.none(), hostile_bytes(values)))), door
-
-
-def fuzz_templates(_root: Path, _: dict[str, Any]) -> Target:
-    """What a model says of how a conversation is written."""
-    pieces = [
-        "{% for message in messages %}",
-        "{% endfor %}",
-        "{{ message['content'] }}",
-        "{{ message.role }}",
-        "{% if ",
-        "{% endif %}",
-        "loop.first",
-        "%}",
-        "{{ ",
-        " }}",
-        "messages[0]",
-        "['role']",
-        "| trim",
-        "| tojson",
-        "* 99999999",
-        "range(9999)",
-        "none",
-        "raise_exception('no')",
-        "{% set x = ",
-        "namespace(a=1)",
-        "{% macro m() %}",
-        "{% endmacro %}",
-        "m()",
-        "'",
-        "[",
-        "]",
-        "[::-1]",
-        "{% generation %}",
-        "{% include 'a' %}",
-        "add_generation_prompt",
-        "strftime_now('%Y')",
-        "{#",
-        "#}",
-        "{%- ",
-        "-%}",
-        "\x00",
-        ".__class__",
-        "~ bos_token",
-        "⁂user⁂",
-        "{{ cycler.__init__.__globals__ }}",
-        "{% break %}",
-        "// 0",
-    ]
-    said = [{"role": "user", "content": "what is fever"}, {"role": "assistant", "content": "a thing"}]
-
-    def door(text: str) -> object:
-        template = ChatTemplate(word_tokenizer(text or " "))
-        return template.around(None), template.around("x"), template.turn(), template.text(said, answer=True)
-
-    return st.lists(st.one_of(st.sampled_from(pieces), st.text(max_size=8)), max_size=14).map("".join), door
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ from modekit.recipes.recipe import Expert
 from modekit.text.document import Document, Pair, text_of
 from modekit.text.documents import bytes_of_text, check_present, found_in, is_local, read_documents
 from modekit.text.held_out import fit_documents
-from modekit.text.records import data_of, pair_of
+from modekit.text.records import data_of, record_of
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import digest_of, text_record
 from pair_models import pair_tokenizer, pairs
@@ -54,13 +54,14 @@ def test_a_pair_is_both_sides() -> None:
     ],
 )
 def test_what_is_no_pair(record: dict[object, object]) -> None:
-    assert pair_of(record, where="text") is None
+    with pytest.raises(TextError, match="no pair of texts"):
+        record_of(record, where="text")
 
 
 @pytest.mark.parametrize("record", [{"translation": {"en": "a", "fr": None}}, {"source": None, "target": "b"}])
 def test_a_side_that_is_null_is_empty(record: dict[object, object]) -> None:
     with pytest.raises(TextError, match="empty"):
-        pair_of(record, where="text")
+        record_of(record, where="text")
 
 
 def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> None:

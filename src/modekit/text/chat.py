@@ -1,18 +1,13 @@
-"""The chat template of a tokenizer, which writes conversations.
-
-A template is a program that came with a model. It runs in a process of its own (template_process.py), with little time and
-little memory, so that a stranger's cannot hang a fit.
-"""
+"""The chat template of a tokenizer, which writes conversations. transformers runs it in its sandbox."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.document import Message, message_of
-from modekit.text.template_process import TEMPLATES, RenderError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,26 +27,22 @@ class ChatTemplate:
         """The template itself."""
         return str(self._tokenizer.get_chat_template())
 
-    def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
-        """The messages as the model reads them, and with `answer` the beginning of the answer. Raises TextError."""
+    def text(self, messages: Sequence[Message], *, answer: bool = False, **variables: object) -> str:
+        """The messages as the model reads them, and with `answer` the beginning of the answer; `variables` are what it
+        sees besides, as `apply_chat_template` takes them. Raises TextError.
+        """
         try:
-            return self.rendered(messages, {"add_generation_prompt": answer})
-        except RenderError as error:
+            written = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, **variables
+            )
+        except Exception as error:  # a template raises what it likes
             raise TextError(
                 "the tokenizer's chat template does not take these messages",
                 where=str(self._tokenizer.name_or_path),
                 found=f"{str(error)[:300]} (messages of {_shown(messages)})",
                 remedy="correct the messages, or the template",
             ) from None
-
-    def rendered(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> str:
-        """The messages as `apply_chat_template` writes them when it is given these keyword arguments. Raises RenderError."""
-        if not messages:
-            raise RenderError("there are no messages")
-        tokenizer = self._tokenizer
-        source = tokenizer.get_chat_template(tools=variables.get("tools"))
-        written = TEMPLATES.text(source, messages, {**tokenizer.special_tokens_map, **variables})
-        return written.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+        return str(written).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text that the template wrote."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from sys import getsizeof
 
@@ -12,16 +12,13 @@ from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
-from modekit.text.formats import TEXT_SUFFIXES, aligned_files, read_aligned, read_file, read_hub
+from modekit.text.formats import RECORDS, SEARCHED, SUFFIXES, aligned_files, read_aligned, read_file, read_hub
 from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
-from modekit.text.tables import SEPARATED
 
 MOST_TEXT = 2**28
 """Bytes in memory of the documents of one text: 60 million tokens or so, far more than any fit or evaluation reads."""
-_BEGINNING, _BEGINNINGS = 2**16, 64  # bytes of a file's beginning, and of how many files of a text
-_HASH = 300  # bytes that a document takes besides its text
-_RECORDS = (".jsonl", ".parquet", *SEPARATED)  # whose documents have ids of their own
+_BEGINNING = 64  # records of a file, and files of a text, that are looked at
 
 
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Document]:
@@ -38,22 +35,16 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Docu
     kept = _SmallestHashes(MOST_TEXT)
     kinds: dict[Reads, str] = {}
     for spec in specs:
-        for document in stream_documents([spec], root=root, where=where):
-            kinds.setdefault(reads_of(document), spec)
+        for record in stream_records([spec], root=root, where=where):
+            kinds.setdefault(reads_of(record.document), spec)
             if len(kinds) > 1:
-                raise both_kinds(
-                    where=where, found=f"pairs in {kinds['pairs']}, plain text in {kinds['text']}: {text_of(document)[:60]!r}"
-                )
-            kept.add(document)
+                found = f"pairs in {kinds['pairs']}, plain text in {kinds['text']}: {text_of(record.document)[:60]!r}"
+                raise both_kinds(where=where, found=found)
+            kept.add(record.document)
     documents = kept.documents()
     if not documents:
-        raise empty(specs, where)
+        raise TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
     return documents
-
-
-def empty(specs: Sequence[str], where: str) -> TextError:
-    """The error of texts without a document."""
-    return TextError("the text is empty", where=where, found=", ".join(specs), remedy="give text with at least one document")
 
 
 class _SmallestHashes:
@@ -67,59 +58,82 @@ class _SmallestHashes:
     def add(self, document: Document) -> None:
         """Keep a document where there is room."""
         digest = digest_of(document)
-        if self._bound is not None and digest >= self._bound:
-            return
-        self._size += _bytes_of(document) if digest not in self._kept else 0
-        self._kept[digest] = document
-        if self._size > self._room * 5 // 4:
-            self._make_room()
+        if digest not in self._kept and (self._bound is None or digest < self._bound):
+            self._kept[digest] = document
+            self._size += _bytes_of(document)
+            if self._size > self._room * 5 // 4:
+                self.documents()
 
     def documents(self) -> list[Document]:
         """By their hashes."""
-        self._make_room()
-        return list(self._kept.values())
-
-    def _make_room(self) -> None:
-        ordered = sorted(self._kept)
-        size = 0
-        for place, digest in enumerate(ordered):
-            size += _bytes_of(self._kept[digest])
-            if size > self._room and place:
-                ordered, self._bound = ordered[:place], digest
+        ordered, self._kept, self._size = sorted(self._kept.items()), {}, 0
+        for digest, document in ordered:
+            self._size += _bytes_of(document)
+            if self._size > self._room and self._kept:
+                self._size -= _bytes_of(document)
+                self._bound = digest
                 break
-        self._kept = {digest: self._kept[digest] for digest in ordered}
-        self._size = sum(map(_bytes_of, self._kept.values()))
+            self._kept[digest] = document
+        return list(self._kept.values())
 
 
 def _bytes_of(document: Document) -> int:
     """In memory, about: pairs and conversations have more parts than plain text."""
-    return getsizeof(text_of(document)) * (1 if isinstance(document, str) else 2) + _HASH
-
-
-def stream_documents(specs: Sequence[str], *, root: Path, where: str) -> Iterator[Document]:
-    """The documents as they come, file by file, duplicates among them; nothing is kept of those that were read.
-
-    Raises TextError as `read_documents`, but for a text that holds nothing.
-    """
-    return (record.document for record in stream_records(specs, root=root, where=where))
+    return getsizeof(text_of(document)) * (1 if isinstance(document, str) else 2) + 300
 
 
 def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[TextRecord]:
-    """As `stream_documents`, with the `id` of each: that of its record; of plain text its file's path below the folder that
-    was named, without the suffix; else None.
+    """The documents as they come, file by file, duplicates among them, with the `id` of each: that of its record; of plain text
+    its file's path below the folder that was named, without the suffix; else None. Nothing is kept of those that were read.
+
+    Raises TextError as `read_documents`, but for a text that holds nothing.
     """
     for spec in specs:
-        for record in _read_spec(spec, root=root, where=where):
+        for record in chain.from_iterable(_by_file(spec, root=root, where=where)):
             text = text_of(record.document).strip()
             if text:
                 yield TextRecord(text, record.id) if isinstance(record.document, str) else record
 
 
+def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
+    """Raise TextError for what is wrong with the beginning of a text: with that of some of its files, not with all of it."""
+    for spec in specs:
+        for records in islice(_by_file(spec, root=root, where=where), _BEGINNING):
+            for _ in islice(records, _BEGINNING):
+                pass
+
+
+def _by_file(spec: str, *, root: Path, where: str) -> Iterator[Iterator[TextRecord]]:
+    """The records of each file of a text."""
+    path, both = locate(spec, root), aligned_files(spec, root)
+    if both is not None:
+        yield map(TextRecord, read_aligned(*both, where=where))
+    elif path is None:
+        check_present([spec], root=root, where=where)
+        yield read_hub(spec, where=where)
+    else:
+        files = _files_in(path)
+        if not files:
+            raise TextError(
+                "the folder holds no text",
+                where=where,
+                found=str(path),
+                expected=", ".join(SEARCHED),
+                remedy="put text there, or correct the path",
+            )
+        for file in files:
+            relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
+            records = read_file(file, where=where)
+            yield records if file.suffix in RECORDS else _named(records, relative)
+
+
+def _named(records: Iterator[TextRecord], name: str) -> Iterator[TextRecord]:
+    return (TextRecord(record.document, name) for record in records)
+
+
 def is_local(spec: str, root: Path) -> bool:
     """Whether a text is a file or folder, or two files joined by '+', there or not, rather than a hub data set."""
-    named = (
-        spec.endswith((*TEXT_SUFFIXES, *SEPARATED)) or spec.startswith((".", "/", "~")) or "+" in spec
-    )  # no data set has one in its name
+    named = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or "+" in spec  # no data set has a '+' in its name
     return named or locate(spec, root) is not None
 
 
@@ -127,24 +141,8 @@ def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
     """Raise TextError when a text on disk is not there; nothing is read."""
     for spec in specs:
         if is_local(spec, root) and _files_of(spec, root) is None:
-            sides = [side for side in spec.split("+") if side and locate(side, root) is not None]
-            if len(sides) > 2:
-                raise TextError(
-                    "parallel text has two sides",
-                    where=where,
-                    found=f"{len(sides)} files: {', '.join(sides)}",
-                    expected="source+target",
-                    remedy="name two files; further pairs are a text of their own",
-                )
             remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
             raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
-
-
-def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
-    """Raise TextError for what is wrong with the beginning of a text: with that of some of its files, not with all of it."""
-    for spec in specs:
-        for _ in _read_spec(spec, root=root, where=where, most=_BEGINNING):
-            pass
 
 
 def found_in(documents: Sequence[Document], specs: Sequence[str], root: Path) -> str:
@@ -156,6 +154,15 @@ def found_in(documents: Sequence[Document], specs: Sequence[str], root: Path) ->
 
 def _counted(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def bytes_of_text(specs: Sequence[str], root: Path) -> int:
+    """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
+    total = 0
+    for file in (file for spec in specs for file in _files_of(spec, root) or ()):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def _files_of(spec: str, root: Path) -> list[Path] | None:
@@ -174,42 +181,6 @@ def _files_in(path: Path) -> list[Path]:
     while folders:
         with suppress(OSError):  # not ours to read, or too deep for a path
             entries = list(folders.pop().iterdir())
-            files += [entry for entry in entries if entry.suffix in TEXT_SUFFIXES and entry.is_file()]
+            files += [entry for entry in entries if entry.suffix in SEARCHED and entry.is_file()]
             folders += [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]  # links may lead in circles
     return sorted(files)
-
-
-def bytes_of_text(specs: Sequence[str], root: Path) -> int:
-    """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
-    total = 0
-    for files in (_files_of(spec, root) for spec in specs):
-        for file in files or ():
-            with suppress(OSError):
-                total += file.stat().st_size
-    return total
-
-
-def _read_spec(spec: str, *, root: Path, where: str, most: int | None = None) -> Iterator[TextRecord]:
-    """The records of a text; with `most` of some of its files, and of each about so many bytes."""
-    path, both = locate(spec, root), aligned_files(spec, root)
-    if both is not None:
-        yield from map(TextRecord, islice(read_aligned(*both, where=where), most))
-        return
-    if path is None:
-        check_present([spec], root=root, where=where)
-        yield from read_hub(spec, where=where)
-        return
-    files = _files_in(path)
-    if not files:
-        raise TextError(
-            "the folder holds no text",
-            where=where,
-            found=str(path),
-            expected=", ".join(TEXT_SUFFIXES),
-            remedy="put text there, or correct the path",
-        )
-    for file in files if most is None else files[:_BEGINNINGS]:
-        relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
-        plain = file.suffix not in _RECORDS
-        for record in read_file(file, where=where, most=most):
-            yield TextRecord(record.document, relative) if plain else record

@@ -2,111 +2,130 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
 from modekit.recipes.paths import locate, sides_of
-from modekit.text.document import Pair, text_of, whole_pair
-from modekit.text.plain import lines_of, passages, plain_text, text_pieces
-from modekit.text.records import TextRecord, record_of
-from modekit.text.tables import SEPARATED, read_parquet, read_separated
+from modekit.text.document import Pair, whole_pair
+from modekit.text.plain import LARGEST, lines_of, passages
+from modekit.text.records import KEYS, TextRecord, no_record, record_of
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".md", ".py")
-"""Of files that a folder is searched for."""
-_REMEDY = (
-    "save it as .txt (plain text) or .jsonl (a record per line); a side of parallel text is named with the other: FILE+OTHER"
-)
-_REMEDIES = {
-    ".gz": "unpack it: `gunzip -k FILE`",
-    ".bz2": "unpack it: `bunzip2 -k FILE`",
-    ".xz": "unpack it: `unxz -k FILE`",
-    ".zst": "unpack it: `unzstd FILE`",
-    ".zip": "unpack it: `unzip FILE`",
-    ".json": "write a record per line into a .jsonl: `jq -c '.[]' FILE > NEW.jsonl`",
-}
-"""Suffix of files that are no text yet -> what makes text of them."""
-_ROW = 64  # bytes that a row counts as besides its text
+SEARCHED = (".txt", ".jsonl", ".parquet", ".md", ".py")
+"""Suffixes of the files that a folder is searched for; many a .csv holds no text."""
+_SEPARATED = (".csv", ".tsv")
+SUFFIXES = (*SEARCHED, *_SEPARATED)
+RECORDS = (".jsonl", ".parquet", *_SEPARATED)
+"""Suffixes of files whose documents have ids of their own."""
+_ROWS = 64  # of a parquet file in memory at once
 _HUB_DOCUMENTS = 100_000  # read of a hub data set at most: far more than any fit or evaluation uses
 
 
-def read_file(file: Path, *, where: str, most: int | None = None) -> Iterator[TextRecord]:
-    """The documents of one file; with `most` reading ends after about so many bytes.
-
-    Raises TextError when it is of no known kind, cannot be read, is binary, or holds a document larger than any should be.
-    """
+def read_file(file: Path, *, where: str) -> Iterator[TextRecord]:
+    """The documents of one file. Raises TextError when it is of no known kind, cannot be read, or is no text."""
     place = f"{where}: {file.name}"
-    if file.suffix not in (*TEXT_SUFFIXES, *SEPARATED):
-        raise _unknown_kind(file, place)
-    if file.suffix == ".parquet":
-        yield from _records_of(read_parquet(file, where=place), where=place, most=most)
-        return
+    if file.suffix not in SUFFIXES:
+        raise TextError(
+            "the kind of text file is not known",
+            where=place,
+            found=file.suffix or "no suffix",
+            expected=", ".join(SUFFIXES),
+            remedy="unpack it, or save it as .txt (plain text) or .jsonl (a record per line); a side of parallel text is named "
+            f"with the other: {file.name}+OTHER",
+        )
     try:
-        with open_regular(file) as stream:
-            if file.suffix in SEPARATED:
-                yield from _records_of(read_separated(stream, where=place), where=place, most=most)
+        with _opened(file) as stream:
+            if file.suffix == ".parquet":
+                yield from _records_of(_read_parquet(stream, where=place), where=place)
+            elif file.suffix in _SEPARATED:
+                yield from _records_of(_read_separated(stream, file.suffix, where=place), where=place)
             elif file.suffix == ".jsonl":
-                yield from _read_lines(stream, where=place, most=most)
+                yield from _read_lines(stream, where=place)
             else:
-                yield from map(TextRecord, passages(lambda: text_pieces(stream, where=place, most=most)))
+                yield from map(TextRecord, passages(lambda: lines_of(stream, where=place)))
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
 
 
-def _unknown_kind(file: Path, where: str) -> TextError:
-    remedy = next((said for suffix, said in _REMEDIES.items() if file.suffix.lower() == suffix), _REMEDY)
-    return TextError(
-        "the kind of text file is not known",
-        where=where,
-        found=file.suffix or "no suffix",
-        expected=", ".join((*TEXT_SUFFIXES, *SEPARATED)),
-        remedy=remedy.replace("FILE", file.name),
-    )
+def _opened(file: Path) -> io.BufferedReader:
+    return io.BufferedReader(open_regular(file))
 
 
-def _read_lines(stream: io.FileIO, *, where: str, most: int | None) -> Iterator[TextRecord]:
-    """A record per line. Raises OSError, TextError."""
-    read = 0
-    for number, data in enumerate(lines_of(stream, where=where), 1):
-        line = plain_text(data, where=where, start=read)
-        if line.strip():
-            yield _record(line, where=f"{where}:{number}")
-        read += len(data)
-        if most is not None and read >= most:
-            return
+def _read_lines(stream: io.BufferedReader, *, where: str) -> Iterator[TextRecord]:
+    """A record per line."""
+    for number, line in enumerate(lines_of(stream, where=where), 1):
+        if not line.strip():
+            continue
+        place = f"{where}:{number}"
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TextError(
+                "the line is not JSON",
+                where=place,
+                found=f"{error}: {line.strip()[:60]}",
+                expected='a record per line: {"text": "..."}',
+                remedy="correct or remove the line",
+            ) from None
+        record = record_of(data, where=place)
+        if record is not None:
+            yield record
 
 
-def _record(line: str, *, where: str) -> TextRecord:
-    try:
-        record = record_of(json.loads(line), where=where)
-    except (ValueError, RecursionError):
-        record = None
-    if record is None:
-        raise TextError(
-            "not a JSON record with 'text', 'messages', a pair of texts, or a prompt and its answer",
-            where=where,
-            found=line.strip()[:60],
-            expected='{"text": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]}, {"source": "...", "target": '
-            '"..."}, {"translation": {"en": "...", "fr": "..."}} or {"prompt": "...", "completion": "..."}',
-            remedy="correct or remove the line",
-        )
-    return record
-
-
-def _records_of(rows: Iterable[Mapping[str, object]], *, where: str, most: int | None = None) -> Iterator[TextRecord]:
+def _records_of(rows: Iterable[object], *, where: str) -> Iterator[TextRecord]:
     """Of the rows of a table those that hold a document."""
-    read = 0
     for number, row in enumerate(rows, 1):
         record = record_of(row, where=f"{where}: row {number}")
         if record is not None:
             yield record
-        read += _ROW if record is None else len(text_of(record.document)) + _ROW
-        if most is not None and read >= most:
-            return
+
+
+def _read_separated(stream: io.BufferedReader, suffix: str, *, where: str) -> Iterator[Mapping[str, str | None]]:
+    """The rows of a table whose first line names the columns: values between tabs as they stand, or as CSV quotes them."""
+    lines = lines_of(stream, where=where)
+    header = next(lines, "")
+    csv.field_size_limit(max(csv.field_size_limit(), LARGEST))  # of the whole process
+    if suffix == ".tsv":
+        rows = csv.reader(chain([header], lines), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count))
+    try:
+        names = next(rows, [])
+        for row in rows:
+            yield {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
+    except csv.Error as error:
+        remedy = "correct the line, or save it again"
+        raise TextError("the table cannot be read", where=f"{where}:{rows.line_num}", found=error, remedy=remedy) from None
+
+
+def _read_parquet(stream: io.BufferedReader, *, where: str) -> Iterator[Mapping[str, object]]:
+    """The rows of a parquet file, of the columns that a record may have."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise TextError("reading .parquet needs pyarrow", where=where, remedy="pip install 'modekit[data]'") from None
+    try:
+        with ParquetFile(stream) as table:
+            names = table.schema_arrow.names
+            columns = [name for name in KEYS if name in names]
+            if not columns:
+                raise no_record(where=where, found=f"the columns {', '.join(names)}")
+            for batch in table.iter_batches(_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except TextError:
+        raise
+    except Exception as error:  # pyarrow's errors share no base class
+        raise TextError(
+            "the parquet file cannot be read",
+            where=where,
+            found=(str(error) or type(error).__name__)[:300],
+            remedy="write it again: it is damaged, or no parquet file",
+        ) from None
 
 
 def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
@@ -125,15 +144,12 @@ def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
     """
     counts = [0, 0]
     try:
-        with open_regular(source) as first, open_regular(target) as second:
-            streams = (lines_of(first, where=f"{where}: {source.name}"), lines_of(second, where=f"{where}: {target.name}"))
-            for number, both in enumerate(zip_longest(*streams), 1):
-                counts = [counts[side] + (line is not None) for side, line in enumerate(both)]
-                if counts[0] == counts[1]:
-                    places = (f"{where}: {file.name}:{number}" for file in (source, target))
-                    sides = [plain_text(line, where=place) for line, place in zip(both, places, strict=True)]
-                    if any(side.strip() for side in sides):
-                        yield whole_pair(sides[0], sides[1], where=f"{where}: line {number} of {source.name} and {target.name}")
+        with _opened(source) as first, _opened(target) as second:
+            lines = (lines_of(first, where=f"{where}: {source.name}"), lines_of(second, where=f"{where}: {target.name}"))
+            for number, (ours, theirs) in enumerate(zip_longest(*lines), 1):
+                counts = [counts[0] + (ours is not None), counts[1] + (theirs is not None)]
+                if ours is not None and theirs is not None and (ours.strip() or theirs.strip()):
+                    yield whole_pair(ours, theirs, where=f"{where}: line {number} of {source.name} and {target.name}")
     except OSError as error:
         raise TextError("the text cannot be read", where=where, found=error.strerror, remedy="make it readable") from None
     if counts[0] != counts[1]:
@@ -163,9 +179,10 @@ def read_hub(spec: str, *, where: str) -> Iterator[TextRecord]:
     except TextError:
         raise
     except Exception as error:  # network, missing data set, missing split: the library raises many kinds
+        said = " ".join(str(error).split())[:300]
         raise TextError(
-            "no such file or folder, and no hub data set that can be reached",
+            "no such file or folder, and no hub data set that can be read",
             where=where,
-            found=f"{spec}: {type(error).__name__}",
-            remedy="correct the path, or connect to the hub",
+            found=f"{spec}: {type(error).__name__}: {said}",
+            remedy="correct the path, or connect to the hub; a data set without a split 'train' is saved as a file first",
         ) from None

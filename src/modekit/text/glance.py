@@ -6,16 +6,13 @@ second. Data sets of the hub are not asked for.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations, islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.recipes.recipe import WRITTEN_FOLDER, Recipe
 from modekit.sources.family import Reads
-from modekit.text.document import Document, Pair, text_of
+from modekit.text.document import text_of
 from modekit.text.documents import bytes_of_text, check_beginnings, is_local
 from modekit.text.held_out import DomainText, check_texts_present, fit_documents, read_text
 from modekit.text.written import is_written
@@ -32,38 +29,30 @@ def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
     """
     check_texts_present(recipe, root)
     notes: list[str] = []
-    read: dict[str, Sequence[Document]] = {}
     writers: list[str] = []
     for place, expert in enumerate(recipe.experts):
         where = f"experts[{place}] '{expert.name}': text"
         if expert.writes_text and not is_written(expert, root):
-            _check_writer(reads, where)
+            if reads == "pairs":
+                raise TextError(
+                    "a model with an encoder cannot write text of its own",
+                    where=where,
+                    found="self",
+                    expected="pairs of source and target",
+                    remedy="give parallel text",
+                )
             writers.append(expert.name)
             continue
         text = _read(expert.texts, root, where)
         if recipe.mixture.needs_text and (text is not None or not expert.text):
-            read[expert.name] = fit_documents(expert, root, place, reads=reads)
+            fit_documents(expert, root, place, reads=reads)
         if text is not None:
             notes += _too_little(expert.name, text)
     for domain, specs in recipe.eval.items():
         _read(specs, root, f"eval.{domain}")
     if writers:
         notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
-    if recipe.mixture.modules != "all":  # each source goes to one of whole models, which may go several ways
-        notes += notes_on_directions(read)
     return notes
-
-
-def _check_writer(reads: Reads, where: str) -> None:
-    """Raise TextError where no expert can write text itself."""
-    if reads == "pairs":
-        raise TextError(
-            "a model with an encoder cannot write text of its own",
-            where=where,
-            found="self",
-            expected="pairs of source and target",
-            remedy="give parallel text",
-        )
 
 
 def _read(specs: Sequence[str], root: Path, where: str) -> DomainText | None:
@@ -83,43 +72,3 @@ def _too_little(name: str, text: DomainText) -> Iterator[str]:
             f"{name}: its text is {text.found} with {characters:,} characters, too little to learn a domain from: give at "
             f"least {_FEWEST_DOCUMENTS} documents and {_FEWEST_CHARACTERS:,} characters; hundreds of documents are better"
         )
-
-
-_PAIRS, _CHARACTERS = 250, 150  # of a text that are looked at, and of each side
-_FEWEST = 30  # pairs: fewer say nothing
-_CLEAR = 0.15  # by which both sides together are more alike crosswise: 0.2 to 1.1 between English, French and German
-_Profile = Counter[str]
-
-
-def notes_on_directions(texts: Mapping[str, Sequence[Document]]) -> Iterator[str]:
-    """A note for every two texts, by their names, of which the one reads as if its sides were swapped (news.fr+news.en).
-
-    A side's counts of three characters are a profile of its language, and profiles of one language are alike in any domain.
-    Texts whose sources say what is to be done (`translate English to German: ...`) may well go both ways: so it is a note.
-    """
-    profiles: dict[str, tuple[_Profile, _Profile]] = {}
-    for name, documents in texts.items():
-        pairs = list(islice((document for document in documents if isinstance(document, Pair)), _PAIRS))
-        if len(pairs) >= _FEWEST:
-            profiles[name] = _profile(pair.source for pair in pairs), _profile(pair.target for pair in pairs)
-    for (name, (source, target)), (other, (its_source, its_target)) in combinations(profiles.items(), 2):
-        as_they_are = _alike(source, its_source) + _alike(target, its_target)
-        if _alike(source, its_target) + _alike(target, its_source) > as_they_are + _CLEAR:
-            yield (
-                f"{other}: its sources read as the targets of {name}, and its targets as the sources there: swap the sides of "
-                "one, unless every source says into which language it goes"
-            )
-
-
-def _profile(sides: Iterable[str]) -> _Profile:
-    counts: _Profile = Counter()
-    for side in sides:
-        text = f" {' '.join(side[:_CHARACTERS].lower().split())} "
-        counts.update(text[place : place + 3] for place in range(len(text) - 2))
-    return counts
-
-
-def _alike(one: _Profile, other: _Profile) -> float:
-    """Cosine of two profiles."""
-    lengths = [math.sqrt(sum(number**2 for number in counts.values())) for counts in (one, other)]
-    return sum(number * other[three] for three, number in one.items()) / max(1e-9, lengths[0] * lengths[1])

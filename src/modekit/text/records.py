@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from modekit.errors import TextError
 from modekit.text.document import Conversation, Document, Pair, message_of, whole_pair
 
 TEXT, MESSAGES, ID = "text", "messages", "id"
-SOURCE, TARGET, TRANSLATION = "source", "target", "translation"
-ASKED = ("prompt", "instruction", "question", "query")
-GIVEN = ("input", "context")
-ANSWERED = ("completion", "output", "response", "answer")
-"""Keys of a prompt, of what it is about, and of its answer; of several the first that holds text counts."""
-TURNS = "conversations"
-"""Key of turns of `from` and `value`, as ShareGPT has them."""
+_SOURCE, _TARGET, _TRANSLATION = "source", "target", "translation"
+_TURNS = "conversations"  # turns of `from` and `value`, as ShareGPT has them
+_ASKED = ("prompt", "instruction", "question", "query")
+_GIVEN = ("input", "context")
+_ANSWERED = ("completion", "output", "response", "answer")  # of several keys the first that holds text counts
+KEYS = (TEXT, MESSAGES, _SOURCE, _TARGET, _TRANSLATION, _TURNS, *_ASKED, *_GIVEN, *_ANSWERED, ID)
+"""All that is read of a record."""
 _ROLES: dict[object, str] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _Data: TypeAlias = Mapping[object, object]
 
@@ -34,28 +35,56 @@ def data_of(document: Document) -> dict[str, object]:
         case str():
             return {TEXT: document}
         case Pair(source, target):
-            return {SOURCE: source, TARGET: target}
+            return {_SOURCE: source, _TARGET: target}
         case Conversation(messages, False):
             return {MESSAGES: list(messages)}
         case Conversation(messages):
             contents = {message["role"]: message["content"] for message in messages}
-            return {ASKED[0]: contents["user"], ANSWERED[0]: contents.get("assistant", "")}
+            return {_ASKED[0]: contents["user"], _ANSWERED[0]: contents.get("assistant", "")}
 
 
 def record_of(data: object, *, where: str) -> TextRecord | None:
-    """None for what is no record of any kind. Raises TextError for a pair of which a side is empty."""
-    if not isinstance(data, Mapping):
-        return None
-    document = _document_of(data, where)
-    return None if document is None else TextRecord(document, _id_of(data.get(ID)))
+    """The text of a record, or else its conversation, its pair, or its prompt and answer; None where these are null or empty.
+
+    Raises TextError for what is no record of any kind, and for a pair of which a side is empty.
+    """
+    if isinstance(data, Mapping):
+        document = _document_of(data, where)
+        if document is not None:
+            return TextRecord(document, _id_of(data.get(ID)))
+        if _is_empty(data):
+            return None
+    raise no_record(where=where, found=f"the keys {', '.join(map(str, data))}" if isinstance(data, Mapping) else repr(data))
+
+
+def no_record(*, where: str, found: str) -> TextError:
+    """The error of what is no record, or a table without any."""
+    return TextError(
+        "no 'text', no 'messages', no pair of texts, and no prompt with its answer",
+        where=where,
+        found=found[:300],
+        expected='{"text": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]}, {"source": "...", "target": '
+        '"..."}, {"translation": {"en": "...", "fr": "..."}} or {"prompt": "...", "completion": "..."}; or such columns',
+        remedy="correct or remove it; the first line of a .csv or .tsv names the columns",
+    )
 
 
 def _document_of(data: _Data, where: str) -> Document | None:
-    """The text of a record, or else its conversation, its pair, or its prompt and answer; None when it has none of them."""
     text = data.get(TEXT)
     if isinstance(text, str):
         return _whole(text)
-    return conversation_of(data.get(MESSAGES)) or pair_of(data, where=where) or _turns_of(data) or _exchange_of(data)
+    turns = data.get(_TURNS)
+    if isinstance(turns, list):
+        turns = [_turn(turn) for turn in turns]
+    return conversation_of(data.get(MESSAGES)) or _pair_of(data, where=where) or conversation_of(turns) or _exchange_of(data)
+
+
+def _is_empty(data: _Data) -> bool:
+    """Whether what a document would be made of is there, and null or empty, as tables have it."""
+    if any(key in data and not data[key] for key in (TEXT, MESSAGES, _TURNS)):
+        return True
+    said = [data[key] for key in (*_ASKED, *_GIVEN, *_ANSWERED) if key in data]
+    return bool(said) and not any(said)
 
 
 def _id_of(value: object) -> str | None:
@@ -70,14 +99,10 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def pair_of(data: _Data, *, where: str) -> Pair | None:
-    """The pair of a record: its `source` and `target`, or the two languages of its `translation`, of which the first is the
-    source; None when it has neither. A side that is null, as tables have it, is empty.
-
-    Raises TextError when a side is empty.
-    """
-    sides: list[object] = [data[SOURCE], data[TARGET]] if SOURCE in data and TARGET in data else []
-    translation = data.get(TRANSLATION)
+def _pair_of(data: _Data, *, where: str) -> Pair | None:
+    """`source` and `target`, or the two languages of `translation`, of which the first is the source. A null side is empty."""
+    sides: list[object] = [data[_SOURCE], data[_TARGET]] if _SOURCE in data and _TARGET in data else []
+    translation = data.get(_TRANSLATION)
     if isinstance(translation, Mapping) and not (sides and all(isinstance(side, str) for side in sides)):
         sides = list(translation.values())
         if len(sides) > 2:  # of several languages, the two that are there
@@ -87,16 +112,14 @@ def pair_of(data: _Data, *, where: str) -> Pair | None:
 
 
 def conversation_of(value: object) -> Conversation | None:
-    """The conversation of a record's `messages`; None when they are no list of roles with text."""
-    if not isinstance(value, list) or not value:
-        return None
+    """The conversation of a list of roles with text; None of anything else. A null content, as of a tool call, is empty."""
     messages = []
-    for each in value:
+    for each in value if isinstance(value, list) else ():
         role, content = (each.get("role"), _content_of(each.get("content"))) if isinstance(each, Mapping) else (None, None)
         if not isinstance(role, str) or not role or content is None:
             return None
         messages.append(message_of(role, _whole(content)))
-    return Conversation(messages)
+    return Conversation(messages) if messages else None
 
 
 def _content_of(content: object) -> str | None:
@@ -105,29 +128,23 @@ def _content_of(content: object) -> str | None:
         texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
         known = [text for text in texts if isinstance(text, str)]
         return "".join(known) if known and len(known) == len(content) else None
-    return content if isinstance(content, str) else None
+    return "" if content is None else content if isinstance(content, str) else None
 
 
-def _turns_of(data: _Data) -> Conversation | None:
-    """The conversation of a record's `conversations`; None when they are no list of speakers with text."""
-    turns = data.get(TURNS)
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return None
-    return conversation_of([_turn(turn) for turn in turns])
-
-
-def _turn(turn: _Data) -> Mapping[object, object] | Mapping[str, object]:
-    """A turn by the keys and roles of a chat template; one that has them already stays as it is."""
-    speaker = turn.get("from")
-    return {"role": _ROLES.get(speaker, speaker), "content": turn.get("value")} if isinstance(speaker, str) else turn
+def _turn(turn: object) -> object:
+    """A turn of `from` and `value` by the keys and roles of a chat template; anything else stays as it is."""
+    speaker = turn.get("from") if isinstance(turn, Mapping) else None
+    if isinstance(turn, Mapping) and isinstance(speaker, str):
+        return {"role": _ROLES.get(speaker, speaker), "content": turn.get("value")}
+    return turn
 
 
 def _exchange_of(data: _Data) -> Document | None:
     """The prompt and answer of a record; the messages of both where it has lists of them; None when it has no such keys."""
-    asked, answered = data.get(ASKED[0]), data.get(ANSWERED[0])
+    asked, answered = data.get(_ASKED[0]), data.get(_ANSWERED[0])
     if isinstance(asked, list) and isinstance(answered, list):
         return conversation_of([*asked, *answered])
-    prompts, answers = [*_first(data, ASKED), *_first(data, GIVEN)], [*_first(data, ANSWERED)]
+    prompts, answers = [*_first(data, _ASKED), *_first(data, _GIVEN)], [*_first(data, _ANSWERED)]
     if not prompts or not answers:
         return None
     contents = {"user": "\n\n".join(text for text in prompts if text.strip()), "assistant": answers[0]}

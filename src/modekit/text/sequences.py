@@ -6,7 +6,6 @@ Shape legend: B batch, S sequence (of a pair the source), T target of a pair, P 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _LONG = 2**20  # characters: a document that has no more is tokenised whole
 _PAST = 256  # tokens: where a text is cut changes none that stands so far before
 NO_LABEL = -100  # where nothing is predicted, as losses of torch and transformers have it
-_THIN = 64  # characters: text with more of them per token, read so far, is not read on for tokens that may never come
 
 
 @dataclass(frozen=True)
@@ -242,13 +240,12 @@ class _Writer:
 
     def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
         """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
-        if max(len(pair.source), len(pair.target)) > max(_LONG, _THIN * longest):  # not tokenised: it takes a lot of memory
+        if max(len(pair.source), len(pair.target)) > _LONG:  # longer than any sequence
             return None
         tag = leading_tag(self.tokenizer, pair.source)
         source = pair.source if tag is None else without_tag(pair.source)
-        with _panics_reported(self.tokenizer):
-            ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
-            target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
+        target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:
             return None
         return self._with_tag(TokenSequence(tuple(ids), len(pair.target.encode()), target=tuple(target)), tag)
@@ -257,44 +254,19 @@ class _Writer:
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *, whole: bool = False
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`.
-
-    To a `whole` text the tokenizer adds no special tokens.
-
-    A tokenizer takes hundreds of bytes per character, so that of a document that is far longer than what is wanted only
-    its beginning is tokenised, up to white space and well past the last token that is wanted. Megabytes that make hardly any
-    tokens (blanks, one endless word) are left where they are.
+    """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`: a
+    tokenizer takes hundreds of bytes per character. To a `whole` text the tokenizer adds no special tokens.
     """
-    length, most = max(_LONG, wanted), max(4 * _LONG, _THIN * wanted)
+    length = max(_LONG, wanted)
     while True:
         end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
-        with _panics_reported(tokenizer):
-            encoded = tokenizer(
-                document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
-            )
+        encoded = tokenizer(
+            document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
+        )
         ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
         if end == len(document) or len(ids) >= wanted + _PAST:
-            return ids, offsets
-        if length >= most:
-            return ids[:-_PAST], None if offsets is None else offsets[:-_PAST]
+            return ids, encoded.get("offset_mapping")
         length *= 4
-
-
-@contextmanager
-def _panics_reported(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Where a tokenizer gives up on a text, as one does whose patterns find no end in it, TextError says so."""
-    try:
-        yield
-    except BaseException as error:  # a panic of Rust is no Exception, and its class cannot be imported
-        if type(error).__name__ != "PanicException":
-            raise
-        raise TextError(
-            "the tokenizer cannot read the text",
-            where=str(tokenizer.name_or_path),
-            found=str(error)[:300],
-            remedy="its regular expressions find no end in the text: use a tokenizer of a source that you trust, or other text",
-        ) from None
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:

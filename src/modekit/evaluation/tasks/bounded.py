@@ -1,7 +1,7 @@
 """What a stranger's task file says and the harness runs, within limits: its templates and its regular expressions.
 
 The harness matches with `re`, which cannot be stopped. `BoundedPatterns` stands for that module in those of its modules that
-match what a task file says. Templates run in a process with limits (text/template_process.py).
+match what a task file says. Templates run in jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+
 from modekit.errors import TextError
 from modekit.sources.patterns import bounded
-from modekit.text.template_process import TEMPLATES, RenderError
 
 if TYPE_CHECKING:
     import regex
@@ -26,14 +28,16 @@ _Found = TypeVar("_Found")
 
 
 def render(template: str, item: Mapping[str, object]) -> str:
-    """As the harness's `apply_template`. Raises TextError when the template fails, does not end, or gives a huge text."""
+    """As the harness's `apply_template`. Raises TextError when the template fails, or gives a huge text."""
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, repl, count=0: re.sub(pattern, repl, text, count=count)
     try:
-        text = TEMPLATES.text_of_item(template, item)
+        text = environment.from_string(template).render(**item)
         if len(text) <= LONGEST:
             return text
         problem = f"it gives {len(text):,} characters"
-    except RenderError as error:
-        problem = str(error)
+    except Exception as error:  # a template raises what it likes
+        problem = f"{type(error).__name__}: {error}"
     raise TextError(
         "a task's template cannot be used",
         where="TASKS",

@@ -25,7 +25,7 @@ from modekit.files.write import write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of
-from modekit.text.documents import stream_documents
+from modekit.text.documents import stream_records
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
 
@@ -127,7 +127,8 @@ class _DomainText:
     def all_documents(self) -> Iterator[tuple[bytes, str]]:
         """Every document with its hash, duplicates once. Raises TextError."""
         seen: set[bytes] = set()
-        for document in stream_documents([self.spec], root=self.root, where=f"{WHERE} {self.name}"):
+        for record in stream_records([self.spec], root=self.root, where=f"{WHERE} {self.name}"):
+            document = record.document
             key = key_of(document)
             if key not in seen:
                 seen.add(key)
