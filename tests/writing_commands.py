@@ -75,7 +75,7 @@ COMMANDS = {
         3,
         "NEW.training",
     ),
-    "tune": Command(("tune", "native.yaml", "NEW", "--trials", "2", *FEW), 100, 701, 61),
+    "tune": Command(("tune", "native.yaml", "NEW", "top_k=1", *FEW), 100, 701, 61),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "verify": Command(("verify", "OUT", "--deep", "--no-reload"), 10),

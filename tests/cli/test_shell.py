@@ -142,4 +142,4 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_number_out_of_range_is_said_in_words() -> None:
-    assert "'--trials': must be greater than or equal to 1" in ended("tune", "recipe.yaml", "OUT", "--trials", "0")[2]
+    assert "'--tokens': must be greater than or equal to 64" in ended("tune", "recipe.yaml", "OUT", "--tokens", "0")[2]

@@ -99,17 +99,6 @@ def test_a_table_that_fits_is_one_table(shown: Callable[..., str]) -> None:
     assert len(text.splitlines()) == 6  # two of the sentence above, two of titles
 
 
-def test_tune(shown: Callable[..., str]) -> None:
-    variant = "logistic, context, decay 0.9, T 0.5, top-2, always general 0.1, whole models, layers 1,2,3,4,5"
-    candidate = Some(name="x")
-    body = [["best", variant, "3.1234", "3.2345", "0.987", "12345.67M", "modekit"]] * 3
-    header = ["", "variant", "select loss", "report loss", "gap closed", "active", "runs as"]
-    found = Some(table=lambda: (header, body), candidates=[candidate] * 3, seconds=1.0)
-    check_whole(shown, ["3.1234", "3.2345", "0.987", "12345.67M", "modekit"], mixtures.print_tune, found)
-    assert variant in (text := shown(None, mixtures.print_tune, found)) and "3 variants; this run searched for 1 s" in text
-    assert "".join(variant.split()) in "".join(plain(shown(200, mixtures.print_tune, found)).split())
-
-
 def test_plan(shown: Callable[..., str]) -> None:
     figures = {
         "architecture": "ModekitForCausalLM",

@@ -13,10 +13,8 @@ import yaml
 
 import families_table
 from command_line import modekit
-from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
-from modekit.search.tune.space import LINEAR, Space
 from modekit.training.settings import WEIGHTS, Group, TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -86,12 +84,6 @@ def test_every_setting_of_a_training_is_explained() -> None:
     page = (ROOT / "docs/training.md").read_text()
     named = [*TrainSettings.model_fields, *WEIGHTS, *get_args(Group)]
     assert not [name for name in named if f"`{name}" not in page]
-
-
-def test_every_axis_of_a_search_is_explained() -> None:
-    page = (ROOT / "docs/tune.md").read_text()
-    assert not [name for name in Space.model_fields if f"`{name}`" not in page]
-    assert not [name for name in [LINEAR, *FITS] if name not in page.lower()]
 
 
 def test_the_table_of_families_is_up_to_date() -> None:

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "report": (("report", "OUT"), 4_000),
     "card": (("card", "OUT"), 500),
     "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
-    "tune": (("tune", "recipe.yaml", "NEW", "--trials", "2", *FEW), 20_000),
+    "tune": (("tune", "recipe.yaml", "NEW", "top_k=1", *FEW), 20_000),
     "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),
     "specialize with a teacher": (
         ("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "2", "--teacher", "MODEL"),

@@ -83,26 +83,6 @@ def test_every_entry_leads_elsewhere(writing_shop: Workshop, tmp_path: Path, nam
     try_links(writing_shop, tmp_path, name, 1)
 
 
-@pytest.mark.parametrize("way", ["a link", "a hard link"])
-def test_a_users_diary_is_no_journal_of_a_search(writing_shop: Workshop, tmp_path: Path, way: str) -> None:
-    root = shutil.copytree(writing_shop.root, tmp_path / "root")
-    words = COMMANDS["tune"].words
-    befallen(lambda: run_in(root, words), root, 120, "kill")
-    diary = root / "diary.txt"
-    diary.write_text("what I did today\nand a line without an end")
-    log = root / "NEW.tuning" / "study.log"
-    log.unlink()
-    if way == "a link":
-        log.symlink_to(diary)
-    else:
-        os.link(diary, log)
-    code, said = run_in(root, words)
-    assert diary.read_text() == "what I did today\nand a line without an end"
-    assert code == 2
-    assert "study.log" in said
-    assert "remove the folder" in said
-
-
 def test_what_leads_out_of_a_folder_is_found_at_every_depth(tmp_path: Path) -> None:
     folder = tmp_path / "OUT.training"
     (folder / "a" / "b").mkdir(parents=True)

@@ -12,7 +12,6 @@ from conftest import Workshop
 from modekit.errors import RecipeError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.search.tune.space import Space, read_space
 from mutations import limited
 from refusal import borrow, refuse
 
@@ -100,8 +99,6 @@ def test_a_pipe_is_not_waited_for(path: Path, tmp_path: Path) -> None:
     for wait in (path, Path("/dev/zero")):
         with limited(), pytest.raises(RecipeError, match="cannot be read"):
             load_recipe(wait)
-        with limited(), pytest.raises(RecipeError, match="cannot be read"):
-            read_space(wait, Space.model_construct())
 
 
 def _recipe() -> dict[str, Any]:

@@ -32,7 +32,6 @@ from modekit.routing.refit import refit
 from modekit.routing.text_router import TextRouter
 from modekit.routing.token_text import load_token_text
 from modekit.routing.unseen import made_texts, over_base, room_of, running_scores, with_unknown
-from modekit.search.tune.space import Space
 
 BASE = len(DOMAINS)
 GENERAL = "river house green window morning street paper winter"
@@ -400,27 +399,6 @@ def test_edits_drop_what_has_no_effect_any_more() -> None:
     assert changed_mixture(old, {"unseen": None}) == {"unseen": None, "router": {"fit": "lexical"}}
     assert changed_mixture(old, {"method": "linear"}) == {"method": "linear"}
     assert changed_mixture(old, {"unseen": None, "router": {"false_alarms": 0.2}})["router"]["false_alarms"] == 0.2
-
-
-@pytest.mark.parametrize(
-    ("choice", "kept"),
-    [
-        ({"router": "lexical"}, True),
-        ({"router": "ngram"}, True),
-        ({"router": "logistic"}, False),
-        ({"router": "linear"}, False),
-        ({"router": "lexical", "backbone": "average"}, False),
-        ({"router": "lexical", "backbone": "base"}, True),
-    ],
-    ids=str,
-)
-def test_a_search_tries_without_it_what_cannot_say_it(shop: Workshop, choice: dict[str, str], kept: bool) -> None:
-    said = {"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.1}}
-    recipe = parse_recipe({**shop.recipe, "mixture": said})
-    space = Space(router=["linear", "lexical", "ngram", "logistic"], top_k=[1, 2], backbone=["base", "average"])
-    tried = parse_recipe({**shop.recipe, "mixture": space.mixture({"modules": "auto", "top_k": "2", **choice}, recipe)})
-    assert tried.mixture.unseen == ("base" if kept else None)
-    assert tried.mixture.router.false_alarms == (0.1 if kept else None)
 
 
 def test_a_config_that_names_an_expert_that_is_not_there_is_refused(shop: Workshop) -> None:

@@ -15,7 +15,6 @@ from modekit.evaluation.domains import held_out_domains
 from modekit.experts.labelled import Reading, read_material
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET
-from modekit.search.tune.selection import read_selections
 from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import encode, none_fits
@@ -71,11 +70,6 @@ def test_whatever_compares_says_so(shop: Workshop) -> None:
         held_out_domains(checkpoint, tokens_per_domain=1_000, sequence_length=128)
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*and of 300 together[\s\S]*read more tokens"):
         held_out_domains(checkpoint, tokens_per_domain=300, sequence_length=400)
-    recipe = checkpoint.record.recipe
-    to_choose = recipe.model_copy(update={"experts": [recipe.experts[1].model_copy(update={"text": ["./long.jsonl"]})]})
-    for each, where in ((to_choose, "experts"), (recipe, "eval")):
-        with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*{where}"):
-            read_selections(each, shop.root, [shop.root / "base"], tokens_per_domain=1_000, sequence_length=128)
 
 
 def test_an_eval_that_set_the_router_is_not_called_too_short(shop: Workshop) -> None:

@@ -15,26 +15,16 @@ from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
-from modekit.errors import check_packages
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
 @dataclass(frozen=True)
 class TuneOptions(Writing):
-    """How much is searched, where, and by how many."""
+    """How much text variants are compared on, and where they run."""
 
-    trials: Annotated[int, typer.Option(min=1, help="Number of candidates; all fixed baselines are scored in any case.")] = 48
-    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain, for the choice and for the report.")] = (
-        SAMPLE_TOKENS
-    )
+    tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = SAMPLE_TOKENS
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-    space: Annotated[Path | None, typer.Option(help="YAML file with the axes of the search (docs/tune.md).")] = None
-    native: Annotated[bool, typer.Option("--native", help="Only mixtures that run without modekit (vLLM, llama.cpp).")] = False
-    processes: Annotated[int, typer.Option(min=1, help="Number of parallel processes.")] = 1
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Run the processes on Ray: the cluster of RAY_ADDRESS, or this machine.")
-    ] = False
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the search.")] = 0
+    ray: Annotated[bool, typer.Option("--ray", help="Run variants as Ray tasks: on RAY_ADDRESS, or this machine.")] = False
     as_json: AsJson = False
 
 
@@ -44,24 +34,25 @@ def tune(
     recipe: RecipePath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the best mixture.")],
     options: TuneOptions,
+    axes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE,VALUE]...", help="Values to try, like top_k=1,2 (default: the fixed variants)."),
+    ] = None,
 ) -> None:
-    """Find the best mixture of a recipe's experts on held-out text, and build it."""
-    check_packages(("optuna",), "pip install 'modekit[tune]'")
+    """Find the best variant of a recipe's mixture on held-out text, and build it."""
     from modekit.recipes.read import load_recipe
-    from modekit.search.tune.results import TuneSettings
-    from modekit.search.tune.tune import tune
+    from modekit.search.tune import tune
+    from modekit.search.variants import read_axes
 
-    settings = TuneSettings(
-        options.trials, options.tokens, options.sequence_length, options.seed, options.processes, options.ray
-    )
     with drawn_progress() as progress:
         results = tune(
             load_recipe(recipe),
             resolved(recipe).parent,
             resolved(output),
-            space=options.space,
-            settings=settings,
-            native=options.native,
+            axes=read_axes(axes or []),
+            tokens_per_domain=options.tokens,
+            sequence_length=options.sequence_length,
+            ray=options.ray,
             overwrite=options.overwrite,
             run=options.run(progress),
         )

@@ -196,7 +196,7 @@ def _tell_bug(error: BaseException) -> NoReturn:
 def _versions() -> str:
     """What the command ran with."""
     found = [f"python {platform.python_version()}", platform.platform()]
-    for name in ("modekit", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy", "optuna"):
+    for name in ("modekit", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

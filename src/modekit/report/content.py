@@ -25,12 +25,12 @@ from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
 from modekit.report.result_files import TrainingTables, find_inspection, find_search, find_training
 from modekit.report.routing import routing_of, samples_of
-from modekit.search.tune.results import TuneResults
+from modekit.search.results import TuneResults
 from modekit.sources.family import architecture_of
 
 Points = list[list[float]]
 _Each = TypeVar("_Each")
-_VARIANTS = 12  # of a search that are shown for their loss alone
+_VARIANTS = 32  # of a search that are shown
 _CHARACTERS = 400_000  # of translations that are shown as examples, all together
 _POINTS = 400  # of a curve; more are thinned
 
@@ -248,33 +248,17 @@ def _translation(found: TranslationResults) -> dict[str, object]:
 
 
 def _search(search: TuneResults, points: SearchPoints) -> dict[str, object]:
-    """The first variants of a search, the fixed ones and the front; all that were scored in full as points."""
-    keys = dict.fromkeys(("name", "description", "mean_loss", "active", "native", "best", "pareto"), True)
-    fields: dict[str, bool | set[str]] = {**keys, "report": {"mean_loss", "gap_closed"}}
-    shown = [
-        # What a dropped one came to is of a part of the text, and no figure to stand beside the others'.
-        variant.model_dump(include=fields) | ({} if variant.status == "scored" else {"mean_loss": None})
-        for place, variant in enumerate(search.candidates)
-        if variant.status != "refused"
-        and (variant.name or variant.pareto or variant.best or (variant.status == "scored" and place < _VARIANTS))
-    ]
-    return {
-        "variants": shown,
-        "tried": len(search.candidates),
-        "dropped": sum(variant.status == "dropped" for variant in search.candidates),
-        "seconds": search.seconds,
-        **vars(points),
-    }
+    """The variants of a search, those that were scored as points, too."""
+    keys = {"name", "active", "native", "best", "pareto"}
+    scored = [each for each in search.candidates if each.losses]
+    variants = [{**each.model_dump(include=keys), "mean_loss": each.mean_loss} for each in scored[:_VARIANTS]]
+    return {"variants": variants, "tried": len(scored), "seconds": search.seconds, **vars(points)}
 
 
 def _points(search: TuneResults | None) -> SearchPoints | None:
     if search is None:
         return None
-    scored = [
-        (variant.pareto, [variant.active, variant.mean_loss])
-        for variant in search.candidates
-        if variant.status == "scored" and variant.mean_loss is not None
-    ]
+    scored = [(each.pareto, [each.active, each.mean_loss]) for each in search.candidates if each.mean_loss is not None]
     front = sorted((point for pareto, point in scored if pareto), key=lambda point: point[0])
     return SearchPoints([point for _, point in scored], front)
 

@@ -15,9 +15,9 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.results_folder import of_another, read_or_say, results_path
 from modekit.files.read import LARGE, read_json, read_text
 from modekit.files.typed import Count, Number, as_kind, read_as
-from modekit.search.tune.results import TuneResults
+from modekit.search.results import SEARCH_FILE, TuneResults
 
-TRAIN_FILE, CURVE_FILE, SEARCH_FILE = "train.json", "train.csv", "tune.json"
+TRAIN_FILE, CURVE_FILE = "train.json", "train.csv"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_search(checkpoint: Checkpoint, problems: list[str]) -> TuneResults | No
         return None
     search = read_or_say(SEARCH_FILE, "modekit tune", lambda: read_as(path, TuneResults, LARGE), problems)
     replaced = any(change.what == "replace" for change in checkpoint.record.history)
-    if search is not None and (replaced or search.checkpoint.get("recipe_digest") != checkpoint.record.recipe_digest):
+    if search is not None and (replaced or search.recipe_digest != checkpoint.record.recipe_digest):
         by = checkpoint.record.history[-1].what if checkpoint.record.history else "fit"
         problems.append(f"{SEARCH_FILE} is of another recipe or experts: `modekit {by}` has changed this mixture since")
         return None

@@ -1,1 +1,1 @@
-"""Which mixture: advice before a build, and a search over variants."""
+"""Which variant of a recipe's mixture is best, by held-out text?"""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from modekit.experts.extract_record import Extraction, KindErrors
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.planning.summary import FitWork
-    from modekit.search.tune.results import TuneResults
+    from modekit.search.results import TuneResults
     from modekit.sources.counting import ParameterCount
     from modekit.training.finish import TrainedMixture
 
@@ -73,23 +73,15 @@ def _change(loss: BeforeAfter) -> str:
     return "no text" if loss.before is None or loss.after is None else f"{loss.before:.3f} -> {loss.after:.3f}"
 
 
-_SHOWN_CANDIDATES = 12
-
-
 def print_tune(results: TuneResults) -> None:
-    """Draw the best candidates of a search, and the fixed variants."""
+    """Draw the variants of a search, and why some cannot be built."""
     header, body = results.table()
     table = Table("variant", header[2:])
-    every = enumerate(zip(body, results.candidates, strict=True))
-    shown = [cells for place, (cells, each) in every if place < _SHOWN_CANDIDATES or each.name or cells[0]]
-    for mark, variant, *figures in shown:
-        style = "bold green" if mark == "best" else "dim" if figures[0].startswith("(") else ""
-        table.add(f"{mark}: {variant}" if mark else variant, *figures, style=style)
-    out.print("Mean held-out loss. The select split chooses, the report split is only shown. In brackets: dropped early;")
-    out.print("front: no other variant is better with as few active parameters.")
+    for mark, variant, *figures in body:
+        table.add(f"{mark}: {variant}" if mark else variant, *figures, style="bold green" if mark == "best" else "")
+    out.print("Mean held-out loss (select split); front: none with as few active parameters is better.")
     out.print(table)
-    more = f"; {len(body) - len(shown)} more in tune.md" if len(shown) < len(body) else ""
-    out.print(Text(f"{len(body)} variants; this run searched for {results.seconds:.0f} s{more}", style="dim"))
+    print_notes([f"{each.name} left out: {' '.join(each.why.split())}" for each in results.candidates if each.why])
 
 
 def print_training(folder: Path, training: TrainedMixture) -> None:
