@@ -921,7 +921,6 @@ def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     assert {path.name for path in (out / "results").iterdir()} == {"report.html", "report.json"}
 
 
-def test_what_the_command_refuses(workshop: Workshop, tmp_path: Path) -> None:
-    out = workshop.build("REFUSED")
+def test_what_the_command_refuses(tmp_path: Path) -> None:
     assert "not a modekit checkpoint" in refuse("report", tmp_path)
     assert list(tmp_path.iterdir()) == []
