@@ -28,7 +28,7 @@ from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
-from modekit.experts.extract_record import AdapterTotals, Extraction, RankSettings
+from modekit.experts.extract_record import AdaptedRow, Extraction
 from modekit.files.figures import three_digits, time_of
 from modekit.planning.shape import RouterPosition
 
@@ -151,12 +151,10 @@ def test_forced(shown: Callable[..., str]) -> None:
 
 
 def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
-    ranks = {"modules": 210, "smallest_rank": 4, "largest_rank": 128, "parameters": 1, "bytes": 4, "carried": 0.9}
-    row = AdapterTotals(**ranks, drift=0.000712, weight_error=0.5, error=0.25, energy=0.9)
-    settings = RankSettings(rank=None, energy=0.9, max_rank=None, modules=None)
-    about = {"model": "law", "base_model": "base", "settings": settings, "text": {}, "tensors": {}, "unchanged": []}
-    record = Extraction(**about, kinds={"self_attn.q_proj": row}, totals=row, not_carried={})
-    check_whole(shown, ["self_attn.q_proj", "4-128", "0.000712", "0.500", "0.250"], mixtures.print_extract, record)
+    row = AdaptedRow(modules=210, rank=128, drift=0.000712, error=0.5)
+    about = {"model": "law", "base_model": "base", "tensors": {}, "unchanged": [], "not_carried": {}}
+    record = Extraction(**about, kinds={"self_attn.q_proj": row}, all=row, parameters=1, bytes=4, carried=0.9)
+    check_whole(shown, ["self_attn.q_proj", "128", "0.000712", "0.500"], mixtures.print_extract, record)
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
     check_whole(shown, [*NAMES, "3.1234", "2.9876"], mixtures.print_training, "OUT", done)

@@ -14,8 +14,7 @@ from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.passes import token_losses
 from modekit.evaluation.loss import score_domain
-from modekit.loaded.moments import input_moments
-from modekit.loaded.passes import inputs_of, losses_of, reads_target
+from modekit.loaded.passes import inputs_of, losses_of
 from modekit.loaded.text_training import TextLoss, Training, train_on_text
 from modekit.loaded.threads import Threads
 from modekit.text.sequences import TokenSequence, encode, make_batches
@@ -106,22 +105,3 @@ def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSe
             train_on_text(model, text, Training(steps=1))
         with pytest.raises(TextError, match=what):
             next(iter(inputs_of(model, batch) for batch in make_batches(text)))
-
-
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_moments_are_of_the_side_that_a_layer_reads(family: str, sequences: list[TokenSequence]) -> None:
-    model = pair_model(family)
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, name=name: seen[name].append(args[0][0]))
-        for name in names
-    ]
-    own_losses(model, sequences)
-    for handle in handles:
-        handle.remove()
-    for name, moment in input_moments(model, names, sequences):
-        x_TI = torch.cat(seen[name])
-        assert len(x_TI) == sum(len(each.target if reads_target(name) else each.ids) for each in sequences)
-        np.testing.assert_allclose(moment, (x_TI.T @ x_TI / len(x_TI)).detach().numpy(), atol=1e-4, rtol=1e-3)
-    assert {reads_target(name) for name in names} == {True, False}

@@ -192,16 +192,10 @@ def specialize(
 
 @dataclass(frozen=True)
 class ExtractOptions(Writing):
-    """How large an adapter becomes, and by what its error is measured."""
+    """How large an adapter becomes."""
 
-    rank: Annotated[int | None, typer.Option(help="Rank of every module's adapter.")] = None
-    energy: Annotated[
-        float | None, typer.Option(help="Share of the squared change that the ranks must keep (instead of --rank).")
-    ] = None
-    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every module's adapter.")] = 16
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
-    text: Annotated[list[str] | None, typer.Option(help="Text whose activations weigh the error; repeatable.")] = None
-    tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of that text (default 16,384).")] = None
     as_json: AsJson = False
 
 
@@ -217,20 +211,7 @@ def extract(
     from modekit.experts.extract import ExtractSettings, extract
     from modekit.sources.open import model_folder
 
-    if options.tokens is not None and not options.text:
-        raise ModekitError(
-            "the setting has no effect", where="--tokens", found=options.tokens, remedy="remove it, or add --text"
-        )
-    settings = ExtractSettings(
-        rank=options.rank,
-        energy=options.energy,
-        max_rank=options.max_rank,
-        modules=options.module,
-        texts=options.text or (),
-        root=Path.cwd(),
-        tokens=options.tokens or 16_384,
-        base_name=base,
-    )
+    settings = ExtractSettings(options.rank, options.module, base_name=base)
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = options.run(progress)
@@ -242,6 +223,5 @@ def extract(
         return
     print_extract(record)
     print_notes(record.notes())
-    totals = record.totals
-    said = f"{totals.modules} modules, {bytes_of(totals.bytes)}, {totals.carried:.0%} of the model's squared difference"
+    said = f"{record.all.modules} modules, {bytes_of(record.bytes)}, {record.carried:.0%} of the model's squared difference"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))

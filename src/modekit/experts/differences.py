@@ -123,8 +123,12 @@ def chosen_of(linears: Sequence[TensorDifference], modules: Sequence[str] | None
     """The linears whose names end as asked for. Raises ModekitError for an ending that none has."""
     if modules is None:
         return list(linears)
-    for ending in modules:
-        if not any(_ends(each, ending) for each in linears):
+    found = {
+        ending: [each for each in linears if f".{each.module}".endswith(f".{ending}") or f".{each.kind}".endswith(f".{ending}")]
+        for ending in modules
+    }
+    for ending, matching in found.items():
+        if not matching:
             raise ModekitError(
                 "no linear weight of the decoder layers has this name",
                 where="--module",
@@ -132,25 +136,16 @@ def chosen_of(linears: Sequence[TensorDifference], modules: Sequence[str] | None
                 expected=", ".join(dict.fromkeys(each.kind for each in linears)),
                 remedy="write one of them",
             )
-    return [each for each in linears if any(_ends(each, ending) for ending in modules)]
-
-
-def _ends(each: TensorDifference, ending: str) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for name in (each.module, each.kind))
+    return [each for each in linears if any(each in matching for matching in found.values())]
 
 
 def check_differs(chosen: Sequence[TensorDifference], differences: Sequence[TensorDifference]) -> None:
     """Raise MismatchError when an adapter would be empty."""
-    if chosen:
-        return
-    moved = [each.name for each in differences if each.squared_delta]
-    if not moved:
+    if not chosen:
+        moved = [each.name for each in differences if each.squared_delta]
         raise MismatchError(
-            "the model is its base: no tensor differs", where="MODEL, BASE", remedy="give the fine-tuned model as MODEL"
+            "no linear weight that could be adapted differs" if moved else "the model is its base: no tensor differs",
+            where="MODEL, BASE",
+            found=f"only {some_of(moved)}" if moved else None,
+            remedy="use the full model: an adapter would be empty" if moved else "give the fine-tuned model as MODEL",
         )
-    raise MismatchError(
-        "no linear weight that could be adapted differs",
-        where="MODEL, BASE",
-        found=f"only {some_of(moved)}",
-        remedy="use the full model: an adapter of its linear layers would be empty",
-    )

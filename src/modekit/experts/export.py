@@ -273,7 +273,8 @@ def adapter_config_of(checkpoint: Checkpoint, expert: int, known: Mapping[str, o
     recipe = checkpoint.record.recipe
     folder = locate(recipe.base_model, checkpoint.recipe_root)
     base = recipe.base_model if folder is None else str(folder.resolve())  # PEFT finds it, whatever folder it is called from
-    return lora_config(base, changes, lora_bias=biased, known={**known, "revision": recipe.revision})
+    has_encoder, known = checkpoint.shape.family.reads == "pairs", {**known, "revision": recipe.revision}
+    return lora_config(base, changes, has_encoder=has_encoder, lora_bias=biased, known=known)
 
 
 def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from pydantic import BaseModel
 
 from modekit.errors import some_of
@@ -19,139 +18,103 @@ _LITTLE = 0.5  # share of the squared difference below which an adapter is more 
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """A module's factors, and the plain error || delta - B A || / || delta || whatever they were weighted by."""
+    """A module's difference and its factors."""
 
     difference: TensorDifference
     factors: Factors
-    plain_error: float
+
+    @property
+    def row(self) -> AdaptedRow:
+        """What the record says of it."""
+        return AdaptedRow(rank=self.factors.rank, error=self.factors.error, drift=self.difference.drift)
 
 
-class RankSettings(BaseModel, frozen=True):
-    """What decided the ranks, and the modules that were adapted; see `ExtractSettings`."""
-
-    rank: int | None
-    energy: float | None
-    max_rank: int | None
-    modules: list[str] | None
-
-
-class WeightErrors(BaseModel, frozen=True):
-    """Of one weight.
+class AdaptedRow(BaseModel, frozen=True):
+    """Of one or several weights.
 
     Attributes:
-        error: what was minimised (relative; of the outputs when there was text).
-        energy: 1 - error^2.
-        weight_error: || delta - B A || / || delta ||.
+        modules: how many.
+        rank: the largest.
+        error: || delta - B A || / || delta ||, of several weights together.
         drift: || delta || / || W ||; None where the base is zero.
     """
 
+    modules: int = 1
     rank: int
     error: float
-    energy: float
-    weight_error: float
     drift: float | None
 
-
-class KindErrors(BaseModel, frozen=True):
-    """The same of several weights: ranks from-to, and root mean squares weighted by || delta ||^2."""
-
-    modules: int
-    smallest_rank: int
-    largest_rank: int
-    error: float
-    energy: float
-    weight_error: float
-    drift: float | None
-
-
-class AdapterTotals(KindErrors, frozen=True):
-    """Of the whole adapter; `carried`: share of the squared difference of all tensors that it holds."""
-
-    parameters: int
-    bytes: int
-    carried: float
+    @classmethod
+    def of(cls, adapted: Sequence[AdaptedWeight]) -> AdaptedRow:
+        """Several weights together."""
+        delta = sum(entry.difference.squared_delta for entry in adapted)
+        base = sum(entry.difference.squared_base for entry in adapted)
+        missed = sum(entry.difference.squared_delta * entry.factors.error**2 for entry in adapted)
+        return cls(
+            modules=len(adapted),
+            rank=max(entry.factors.rank for entry in adapted),
+            error=math.sqrt(missed / delta),
+            drift=math.sqrt(delta / base) if base else None,
+        )
 
 
 class Extraction(BaseModel, frozen=True):
     """The content of extract.json.
 
     Attributes:
-        text: documents, tokens and digest of the text that errors were weighted by, if any.
         tensors: by the name of each adapted weight.
         kinds: by kind of module, over all layers.
+        all: of the whole adapter; `parameters` and `bytes` are its size.
+        carried: share of the squared difference of all tensors that the adapter holds.
         unchanged: linear weights that are equal in both models: no factors.
         not_carried: everything else that differs, with its drift (None where the base is zero).
     """
 
     model: str
     base_model: str
-    settings: RankSettings
-    text: dict[str, int | str] | None
-    tensors: dict[str, WeightErrors]
-    kinds: dict[str, KindErrors]
-    totals: AdapterTotals
+    tensors: dict[str, AdaptedRow]
+    kinds: dict[str, AdaptedRow]
+    all: AdaptedRow
+    parameters: int
+    bytes: int
+    carried: float
     unchanged: list[str]
     not_carried: dict[str, float | None]
 
     def notes(self) -> list[str]:
         """Warnings about an adapter that keeps little, with the reason; none when most is kept."""
-        carried, kept = self.totals.carried, 1 - self.totals.weight_error**2
-        if carried >= _LITTLE:
+        kept = 1 - self.all.error**2
+        if self.carried >= _LITTLE:
             return []
-        notes = [f"the adapter keeps {carried:.0%} of the model's squared difference: more is lost than kept"]
+        notes = [f"the adapter keeps {self.carried:.0%} of the model's squared difference: more is lost than kept"]
         if kept < _LITTLE:
-            small = f"rank {self.totals.largest_rank} is too small for its matrices ({kept:.0%} of them kept)"
-            notes.append(f"{small}: raise --rank (with --energy: --max-rank)")
-        outside = list(self.not_carried)
-        if outside and carried < _LITTLE * kept:
-            held = f"much of the difference is in tensors that it does not hold ({some_of(outside)})"
+            notes.append(f"rank {self.all.rank} is too small for its matrices ({kept:.0%} of them kept): raise --rank")
+        if self.not_carried and self.carried < _LITTLE * kept:
+            held = f"much of the difference is in tensors that it does not hold ({some_of(list(self.not_carried))})"
             notes.append(f"{held}: use the full model")
         return notes
 
 
-def weight_errors(entry: AdaptedWeight) -> WeightErrors:
-    """Of one weight."""
-    error = entry.factors.error
-    return WeightErrors(
-        rank=entry.factors.rank,
-        error=error,
-        energy=1 - error**2,
-        weight_error=entry.plain_error,
-        drift=entry.difference.drift,
-    )
-
-
-def errors_by_kind(adapted: Sequence[AdaptedWeight], kinds: Sequence[str]) -> dict[str, KindErrors]:
-    """Of the kinds of module that have adapted weights, in the order of `kinds`."""
-    groups = {kind: [entry for entry in adapted if entry.difference.kind == kind] for kind in dict.fromkeys(kinds)}
-    return {kind: _together(group) for kind, group in groups.items() if group}
-
-
-def totals_of(adapted: Sequence[AdaptedWeight], differences: Sequence[TensorDifference]) -> AdapterTotals:
-    """Of an adapter, and of all tensors that might differ."""
+def extraction_of(
+    model: str, base: str, adapted: Sequence[AdaptedWeight], differences: Sequence[TensorDifference], linears: Sequence[str]
+) -> Extraction:
+    """The record of an adapter of some of the differences; `linears` are the names of those that one may have."""
+    by_kind: dict[str, list[AdaptedWeight]] = {}
+    for entry in adapted:
+        by_kind.setdefault(entry.difference.kind, []).append(entry)
+    together = AdaptedRow.of(adapted)
+    moved = sum(each.squared_delta for each in differences)
+    names = {entry.difference.name for entry in adapted}
     parameters = sum(entry.factors.a.size + entry.factors.b.size for entry in adapted)
-    kept = sum(entry.difference.squared_delta * (1 - entry.plain_error**2) for entry in adapted)
-    return AdapterTotals(
-        **dict(_together(adapted)),
+    return Extraction(
+        model=model,
+        base_model=base,
+        tensors={entry.difference.name: entry.row for entry in adapted},
+        kinds={kind: AdaptedRow.of(entries) for kind, entries in by_kind.items()},
+        all=together,
         parameters=parameters,
         bytes=4 * parameters,
-        carried=kept / sum(each.squared_delta for each in differences),
-    )
-
-
-def _together(adapted: Sequence[AdaptedWeight]) -> KindErrors:
-    ranks = [entry.factors.rank for entry in adapted]
-    squares = np.array([entry.difference.squared_delta for entry in adapted])
-    error = np.array([entry.factors.error for entry in adapted])
-    weight_error = np.array([entry.plain_error for entry in adapted])
-    base = sum(entry.difference.squared_base for entry in adapted)
-    mean_square = float(np.average(error**2, weights=squares))
-    return KindErrors(
-        modules=len(adapted),
-        smallest_rank=min(ranks),
-        largest_rank=max(ranks),
-        error=math.sqrt(mean_square),
-        energy=1 - mean_square,
-        weight_error=math.sqrt(float(np.average(weight_error**2, weights=squares))),
-        drift=math.sqrt(float(squares.sum()) / base) if base else None,
+        carried=(1 - together.error**2) * sum(entry.difference.squared_delta for entry in adapted) / moved,
+        unchanged=[each.name for each in differences if each.name in set(linears) and not each.squared_delta],
+        not_carried={each.name: each.drift for each in differences if each.squared_delta and each.name not in names},
     )

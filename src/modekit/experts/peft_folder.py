@@ -52,6 +52,7 @@ def lora_config(
     changes: Mapping[str, ModuleChange],
     *,
     targets: Sequence[str] | None = None,
+    has_encoder: bool = False,
     lora_bias: bool = False,
     known: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
@@ -59,7 +60,7 @@ def lora_config(
 
     `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `known` are keys of an earlier
     config of the same adapter: what does not say which modules there are and how they are scaled is kept, and so is
-    `use_rslora`.
+    `use_rslora`. `has_encoder`: the base is an encoder-decoder.
     """
     known = known or {}
     use_rslora = bool(known.get("use_rslora"))
@@ -68,7 +69,7 @@ def lora_config(
     largest = max(ranks, key=ranks.__getitem__)
     rank, alpha = ranks[largest], alphas[largest]
     return {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if has_encoder else "CAUSAL_LM",
         "revision": None,
         "inference_mode": True,
         "fan_in_fan_out": False,

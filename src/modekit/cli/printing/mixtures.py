@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modekit.building.verify import Check
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.results import Results
-    from modekit.experts.extract_record import Extraction, KindErrors
+    from modekit.experts.extract_record import Extraction
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.planning.summary import FitWork
     from modekit.search.results import TuneResults
@@ -135,24 +135,10 @@ def print_forced(found: ForcedExperts) -> None:
 
 def print_extract(record: Extraction) -> None:
     """Draw what an extraction kept, by the kind of module."""
-    table = Table("module", ["number", "rank", "drift", "error\nin weight", "error\nin output"])
-    weighted = record.text is not None
-
-    def add(name: str, row: KindErrors, style: str = "") -> None:
-        low, high = row.smallest_rank, row.largest_rank
-        table.add(
-            name,
-            str(row.modules),
-            str(low) if low == high else f"{low}-{high}",
-            _share(row.drift),
-            _share(row.weight_error),
-            _share(row.error) if weighted else "-",
-            style=style,
-        )
-
-    for kind, row in record.kinds.items():
-        add(kind, row)
-    add("all", record.totals, "bold")
+    table = Table("module", ["number", "rank", "drift", "error"])
+    for name, row in {**record.kinds, "all": record.all}.items():
+        cells = [str(row.modules), str(row.rank), _share(row.drift), _share(row.error)]
+        table.add(name, *cells, style="bold" if name == "all" else "")
     out.print("drift: |difference| / |base weight|; error: what the factors leave of the difference, 0 = nothing.")
     out.print(table)
 
