@@ -112,7 +112,6 @@ COMMANDS = {
     "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
     "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
     "report": Command(("report", "OUT"), 15),
-    "card": Command(("card", "OUT"), 10),
 }
 
 

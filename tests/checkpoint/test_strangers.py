@@ -238,8 +238,7 @@ def test_a_model_whose_name_no_path_can_have(copied: Callable[[str], Path]) -> N
     record = json.loads((folder / "modekit.json").read_text())
     record["sources"][1]["spec"] = "\0"
     (folder / "modekit.json").write_text(json.dumps(record))
-    for command in ("card", "verify"):
-        assert "NUL" in refuse(command, folder)
+    assert "NUL" in refuse("verify", folder)
 
 
 # The router
@@ -251,7 +250,7 @@ def test_another_router_is_refused_where_it_would_decide(copied: Callable[[str],
     content = bytearray((folder / ROUTER_FILE).read_bytes())
     content[-1] ^= 1
     (folder / ROUTER_FILE).write_bytes(content)
-    for command in ("eval", "inspect", "report", "card", "train"):
+    for command in ("eval", "inspect", "report", "train"):
         assert "`modekit fit`" in refuse(command, folder)
     code, stdout, _ = ended("verify", folder, "--no-reload")
     assert code == 1 and "is not the one that modekit.json records" in stdout
@@ -303,7 +302,7 @@ def test_a_record_without_a_digest_still_opens(copied: Callable[[str], Path]) ->
 def test_a_record_that_cannot_be_shown(copied: Callable[[str], Path], path: Any, value: Any) -> None:
     folder = copied("native")
     say(folder, "modekit.json", *path, value=value)
-    assert "modekit.json is damaged" in refuse("card", folder)
+    assert "modekit.json is damaged" in refuse("verify", folder)
 
 
 def test_a_large_record_is_not_read(copied: Callable[[str], Path]) -> None:

@@ -86,7 +86,6 @@ COMMANDS = (
     "extract",
     "export",
     "demo",
-    "schema",
     "push",
     "data",
     "data balance",

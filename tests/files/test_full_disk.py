@@ -26,7 +26,6 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "eval": (("eval", "OUT", *FEW), 1_000),
     "inspect": (("inspect", "OUT", *FEW), 1_000),
     "report": (("report", "OUT"), 4_000),
-    "card": (("card", "OUT"), 500),
     "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
     "tune": (("tune", "recipe.yaml", "NEW", "top_k=1", *FEW), 20_000),
     "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),

@@ -62,7 +62,6 @@ TARGETS = [
     "packed",
     "adapters",
     "recipes",
-    "mergekit",
     "tokenizers",
     "vocabularies",
     "texts",
@@ -532,27 +531,6 @@ def fuzz_tables(root: Path, recipe: dict[str, Any]) -> Target:
         return check_texts(parse_recipe({**recipe, "experts": experts}), root, "text")
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".csv", ".tsv"])), door
-
-
-def fuzz_mergekit(root: Path, _: dict[str, Any]) -> Target:
-    """Recipes of mergekit, whose keys alone are modekit's at times."""
-    expert = {"source_model": "./law", "positive_prompts": ["court"], "negative_prompts": ["code"]}
-    moe = {
-        "base_model": "./base",
-        "gate_mode": "hidden",
-        "experts_per_token": 1,
-        "dtype": "bfloat16",
-        "experts": [expert, expert],
-    }
-    models = [{"model": "./base"}, {"model": "./law", "parameters": {"weight": 0.5}}]
-    merge = {"merge_method": "ties", "base_model": "./base", "models": models, "dtype": "float32"}
-    own = {"base_model": "./base", "experts": [{"name": "law", "model": "./law"}], "mixture": RANDOM}
-
-    def door(content: bytes) -> object:
-        (root / "recipe.yaml").write_bytes(content)
-        return load_recipe(root / "recipe.yaml")
-
-    return hostile_bytes(st.one_of(hostile_json(moe), hostile_json(merge), st.just(json.dumps(own)))), door
 
 
 def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:

@@ -1,4 +1,4 @@
-"""`modekit card`: metadata as the hub reads it, a snippet that runs, licences as the sources say them, nobody's file lost."""
+"""The model card: metadata as the hub reads it, a snippet that runs, licences as the sources say them, nobody's file lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 import modekit.members.licences as licences_module
-from command_line import modekit
 from conftest import DOMAINS, Workshop, save, tiny_model
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +22,7 @@ from modekit.members.licences import facts, front_matter, sources_of
 from modekit.report.card import write_card
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
-from refusal import borrow, copy_base, copy_expert, refuse, run_python
+from refusal import borrow, copy_base, copy_expert, run_python
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n   http://www.apache.org/"
 GPL = "                    GNU GENERAL PUBLIC LICENSE\n                       Version 3, 29 June 2007\n\n Copyright (C) 2007"
@@ -312,8 +311,8 @@ def test_a_card_that_modekit_did_not_write_is_kept(mine: Workshop) -> None:
     checkpoint = open_checkpoint(mine.build())
     readme = checkpoint.folder / "README.md"
     readme.write_text("my own words")
-    message = refuse("card", checkpoint.folder)
-    assert "pass --overwrite" in message and str(readme) in message
+    with pytest.raises(OutputError):
+        write_card(checkpoint)
     assert readme.read_text() == "my own words" and not (checkpoint.folder / "LICENSE.md").exists()
     write_card(checkpoint, overwrite=True)
     first = readme.read_bytes()
@@ -357,13 +356,6 @@ def test_an_expert_that_is_the_base_is_one_source(mine: Workshop) -> None:
     experts = [*mine.recipe["experts"], {"name": "general", "model": "base", "text": mine.recipe["experts"][0]["text"]}]
     sources = sources_of(open_checkpoint(mine.build(experts=experts)))
     assert sources[0].used_as == ("base model", "expert general") and len(sources) == 4
-
-
-def test_the_command(mine: Workshop) -> None:
-    out = mine.build()
-    printed = modekit("card", out)
-    assert "no licence was found" in printed and "license other" in printed
-    assert (out / "README.md").exists()
 
 
 def test_a_native_mixture_with_its_card_is_still_loaded(mine: Workshop) -> None:

@@ -19,7 +19,7 @@ from modekit.planning.make import following_chats, plan_of
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder
-from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
@@ -95,7 +95,6 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
     names for one model, a model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
     """
     if models.base.endswith((".yaml", ".yml")):
-        load_recipe(models.root / models.base)  # raises for one of mergekit's, and says what it becomes
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
     root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
     given = _with_given_text(models)

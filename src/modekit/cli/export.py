@@ -118,23 +118,6 @@ def report(checkpoint: OutFolder) -> None:
 
 
 @app.command()
-def card(
-    checkpoint: OutFolder,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that you wrote or changed.")] = False,
-) -> None:
-    """Write the model card (OUT/README.md) with the licences of all sources."""
-    opened = checkpoint_in(checkpoint)
-    with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
-        from modekit.report.card import write_card
-
-        written = write_card(opened, overwrite=overwrite)
-    print_notes(written.notes)
-    paths = ", ".join(str(opened.folder / name) for name in written.contents)
-    out.print(Text.assemble((paths, "bold"), f": license {written.licence}"))
-
-
-@app.command()
 def push(
     checkpoint: OutFolder,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub; created if missing.")],

@@ -167,7 +167,7 @@ def _change(
     out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))
     old = [name for name in ("results", "README.md", "LICENSE.md") if target == opened.folder and (target / name).exists()]
     if old:
-        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval, report and card make them again"])
+        print_notes([f"{', '.join(old)}: of the mixture before; modekit eval and report make them again"])
 
 
 def print_admission(admission: Admission) -> None:

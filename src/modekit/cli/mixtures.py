@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,14 +205,6 @@ def verify(
         print_forced(forced)
     if not is_proven(checks):
         raise typer.Exit(1)
-
-
-@app.command()
-def schema() -> None:
-    """Print the recipe's JSON schema, for editors."""
-    from modekit.recipes.read import schema_text
-
-    sys.stdout.write(schema_text())
 
 
 @dataclass(frozen=True)

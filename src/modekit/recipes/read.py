@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from modekit.errors import RecipeError
 from modekit.files.typed import problem_said
 from modekit.recipes.auto import choices
-from modekit.recipes.mergekit import check_not_mergekit
 from modekit.recipes.mixture import AlwaysOn, BackboneExpert, BackboneMerge, Mixture
 from modekit.recipes.recipe import Expert, Output, Recipe
 from modekit.recipes.router import Router
@@ -42,9 +41,7 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises RecipeError that lists every problem with its key; a misspelt key is answered with the nearest known one.
     """
-    raw = read_recipe(path)
-    check_not_mergekit(raw, parse_recipe, str(path))
-    return parse_recipe(raw, where=str(path))
+    return parse_recipe(read_recipe(path), where=str(path))
 
 
 def read_recipe(path: Path) -> RecipeData:
