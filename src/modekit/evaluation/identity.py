@@ -46,7 +46,7 @@ def mixture_identities(checkpoint: Checkpoint) -> tuple[str, str]:
     Both are of `Checkpoint.identity`, but for what experts are called, which changes no row.
     """
     said, recipe = checkpoint.identity, checkpoint.record.recipe
-    low_rank = [expert.parts or expert.lora_rank for expert in recipe.experts]
+    low_rank = [(expert.bits, expert.lora_rank) for expert in recipe.experts]
     carries = recipe.mixture.model_dump(mode="json", exclude=_DECIDES)
     experts_id = (
         f"{said['sources']} {low_rank} {carries} {recipe.output.dtype} {checkpoint.record.native_type} {said['trained']}"
