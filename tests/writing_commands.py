@@ -92,8 +92,6 @@ COMMANDS = {
             "text/law.jsonl",
             "--teacher",
             "medicine",
-            "--keep-teacher",
-            "KEPT",
             "--adaptive",
             "--steps",
             "3",

@@ -19,9 +19,8 @@ from command_line import modekit
 from conftest import Workshop, character_tokenizer, make_workshop, save, tiny_model
 from modekit.errors import MismatchError, OutputError, TextError, TrainingError, UnsupportedError
 from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.kept_logits import LoadedTeacher
 from modekit.experts.distill.settings import DistillSettings
-from modekit.experts.distill.student import HeldOutText, Lesson, kl_to_teacher
+from modekit.experts.distill.student import Lesson, kl_to_teacher
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training
@@ -67,7 +66,7 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     held_out = encode(
         tokenizer, read_text(["./text/law.jsonl"], root=shop.root, where="t").report(), max_tokens=4_000, sequence_length=32
     )
-    lesson = Lesson(LoadedTeacher(teacher, 96), 96, DistillSettings())
+    lesson = Lesson(teacher, 96, DistillSettings())
     long, distances = TRAINING.with_(steps=80), {}
     for name, settings in {
         "plain": DistillSettings(weights=0.999_999),
@@ -77,7 +76,7 @@ def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Worksh
     }.items():
         record = distill(asked(shop, train="full", settings=settings, training=long), shop.root / name).as_data()
         distances[name] = record["held_out_kl"]["after"]
-    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, HeldOutText(held_out, 0))
+    measured = kl_to_teacher(load_model(shop.root / "forward_kl"), lesson, held_out)
     assert measured == pytest.approx(distances["forward_kl"], rel=1e-3)
     plain = distances.pop("plain")
     assert all(value < 0.9 * plain for value in distances.values()), (plain, distances)
@@ -246,14 +245,11 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
         (("--weights", "0.5"), "--weights"),
         (("--adaptive",), "--adaptive"),
         (("--alternate",), "--alternate"),
-        (("--keep-teacher", "KEPT"), "--keep-teacher"),
-        (("--teacher", "teacher", "--teacher-top-k", "3"), "--teacher-top-k"),
         (("--teacher", "teacher", "--adaptive", "--weights", "0.5"), "weights has no effect with adaptive"),
         (("--teacher", "nowhere"), "model folder does not exist"),
         (("--teacher", "text"), "config.json"),
         (("--teacher", "teacher", "--distill", "kl"), "unknown loss or weight"),
         (("--teacher", "teacher", "--batch-tokens", "8"), "batch_tokens"),
-        (("--teacher", "teacher", "--keep-teacher", "teacher/kept"), "must not touch"),
     ],
 )
 def test_dead_and_wrong_options_are_refused(
@@ -291,13 +287,9 @@ def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop
         "--temperature",
         "1",
         "--adaptive",
-        "--keep-teacher",
-        "KEPT",
-        "--teacher-top-k",
-        "8",
         *TYPED,
     )
-    assert "KL to the teacher" in " ".join(said.split()) and "the teacher's top 8 and the rest" in " ".join(said.split())
+    assert "KL to the teacher" in " ".join(said.split())
     record = json.loads((shop.root / "NEW" / "specialist.json").read_text())
-    assert record["teacher"]["losses"] == {"reverse_kl": 2.0} and record["teacher"]["kept_top_k"] == 8
+    assert record["teacher"]["losses"] == {"reverse_kl": 2.0}
     assert record["teacher"]["weights"] == "adaptive" and record["training"]["steps"] == 4

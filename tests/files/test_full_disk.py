@@ -33,10 +33,6 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
         ("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "2", "--teacher", "MODEL"),
         20_000,
     ),
-    "what a teacher says": (
-        ("specialize", "BASE", "NEW", "--text", "TEXT", "--teacher", "MODEL", "--keep-teacher", "K"),
-        20_000,
-    ),
     "data balance": (("data", "balance", "NEW", "--tokenizer", "BASE", "--text", "a=TEXT", "--text", "b=OTHER"), 500),
     "data tokenizer": (("data", "tokenizer", "NEW", "--vocabulary", "300", "--text", "a=TEXT"), 4_000),
     "extract": (("extract", "MODEL", "NEW", "--base", "BASE", "--rank", "2"), 1_000),

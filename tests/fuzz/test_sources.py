@@ -34,16 +34,14 @@ from adapter_folders import PREFIX, UP, write_adapter
 from chatting import word_tokenizer
 from conftest import SMALL, VOCAB, Workshop, character_tokenizer, save, tiny_model
 from modekit.errors import ModekitError, SourceError
-from modekit.experts.distill.kept_logits import HEADER_FILE, LOGITS_FILE, Header, KeptTeacher, check_kept, keep, read_kept
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.run import QUIET
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
 from modekit.sources.model import ModelSource, open_source, read_header
 from modekit.text.documents import read_documents
 from modekit.text.glance import check_texts
-from modekit.text.sequences import TokenSequence, encode
+from modekit.text.sequences import encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES
 from quantised import FORMS, quantise
@@ -66,7 +64,6 @@ TARGETS = [
     "vocabularies",
     "texts",
     "tables",
-    "taught",
 ]
 
 
@@ -531,39 +528,6 @@ def fuzz_tables(root: Path, recipe: dict[str, Any]) -> Target:
         return check_texts(parse_recipe({**recipe, "experts": experts}), root, "text")
 
     return st.tuples(hostile_bytes(text), st.sampled_from([".csv", ".tsv"])), door
-
-
-def fuzz_taught(root: Path, _: dict[str, Any]) -> Target:
-    """What a teacher said, kept on disk: the header that tells of what it is, and the header of the values."""
-    sequences = [TokenSequence((4, 5, 6), 2), TokenSequence((7, 8), 1)]
-    digests = dict.fromkeys(("teacher_digest", "tokenizer_digest", "text_digest"), "0" * 64)
-    header = Header(teacher="t", **digests, vocabulary=VOCAB, top_k=3, temperatures=(1.0, 2.0), tokens=5)
-    folder = root / "KEPT"
-    keep(folder, header, tiny_model(num_hidden_layers=1), sequences, run=QUIET)
-    content = (folder / LOGITS_FILE).read_bytes()
-    size = 8 + int.from_bytes(content[:8], "little")
-    values = hostile_json(json.loads(content[8:size]))
-    item = {
-        "input_ids": torch.tensor([[4, 5, 6]]),
-        "real": torch.ones(1, 3, dtype=torch.bool),
-        "position": torch.arange(3)[None],
-    }
-
-    def door(drawn: tuple[bytes, bytes | None]) -> object:
-        said, its_values = drawn
-        (folder / HEADER_FILE).write_bytes(said)
-        written = content if its_values is None else len(its_values).to_bytes(8, "little") + its_values + content[size:]
-        (folder / LOGITS_FILE).write_bytes(written)
-        found = read_kept(folder)
-        assert found is not None
-        check_kept(folder, found, header)
-        teacher = KeptTeacher(folder, found, sequences)
-        return teacher.output_of(item, torch.ones(1, 2, dtype=torch.bool)).beside(torch.zeros(2, VOCAB), 2.0)
-
-    plain = json.loads((folder / HEADER_FILE).read_text())
-    damaged = hostile_bytes(hostile_json(plain))
-    whole = st.just(json.dumps(plain).encode())
-    return st.one_of(st.tuples(damaged, st.none()), st.tuples(whole, st.one_of(st.none(), hostile_bytes(values)))), door
 
 
 @pytest.fixture(scope="module", autouse=True)

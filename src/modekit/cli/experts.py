@@ -14,7 +14,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import LIBRARIES, drawn_progress
-from modekit.cli.shell import AsJson, Writing, app, refuse_without_effect, resolved, writable
+from modekit.cli.shell import AsJson, Writing, app, refuse_without_effect, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -56,22 +56,12 @@ class TeacherOptions:
             "turns: one text per step."
         ),
     ] = None
-    keep_teacher: Annotated[
-        Path | None, typer.Option(help="Folder for the teacher's answers; the next command reads them from there.")
-    ] = None
-    teacher_top_k: Annotated[
-        int | None, typer.Option(min=1, help="Most probable tokens to keep per position (--keep-teacher; default 64).")
-    ] = None
 
     def check(self) -> None:
         """Raise ModekitError for an option that changes nothing."""
         named = {f"--{name.replace('_', '-')}": value or None for name, value in vars(self).items() if name != "teacher"}
         if self.teacher is None:
             refuse_without_effect("a teacher (--teacher MODEL)", named)
-        if self.keep_teacher is None:
-            refuse_without_effect(
-                "a folder for the teacher's answers (--keep-teacher)", {"--teacher-top-k": self.teacher_top_k}
-            )
 
     def _settings(self) -> DistillSettings:
         from modekit.experts.distill.settings import distill_settings, losses_of
@@ -88,27 +78,13 @@ class TeacherOptions:
     def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training, run: Run) -> Distillation:
         """What is asked for with a teacher. Raises TrainingError, and SourceError where there is no teacher."""
         from modekit.experts.distill.distill import Distillation
-        from modekit.experts.distill.settings import TOP_K
         from modekit.sources.open import model_folder
 
         assert self.teacher is not None
         root = Path.cwd()
-        settings = self._settings()
-        kept = resolved(self.keep_teacher) if self.keep_teacher is not None else None
+        settings, mix = self._settings(), self._mix(text)
         teacher = model_folder(self.teacher, None, root=root, label="--teacher", run=run)
-        return Distillation(
-            student,
-            teacher,
-            text,
-            root,
-            train,
-            rank,
-            training,
-            settings,
-            kept,
-            self.teacher_top_k or TOP_K,
-            self._mix(text),
-        )
+        return Distillation(student, teacher, text, root, train, rank, training, settings, mix)
 
     def _mix(self, text: list[str]) -> Mix | None:
         if self.mix is not None and self.mix not in ("equal", "turns"):

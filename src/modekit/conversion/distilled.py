@@ -8,7 +8,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.experts.distill.kept_logits import LoadedTeacher
 from modekit.experts.distill.settings import DistillSettings, distill_settings
 from modekit.experts.distill.student import Lesson, Student
 from modekit.loaded.load import load_model
@@ -61,7 +60,7 @@ def teach(
     settings, corpora = course.settings, [text.corpus for text in texts]
     steps = settings.steps or steps_of_one_pass(corpora, settings)
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
-    lesson = Lesson(LoadedTeacher(teacher, checkpoint.vocabulary), checkpoint.vocabulary, course.lesson)
+    lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
     loop = loop_of(settings, steps, student.device, seconds=None if course.minutes is None else 60 * course.minutes)
     module = Student(student, lesson, settings, steps)
     return run_trainer(module, Batches(corpora, parts, pad_id=0), [text.held_out for text in texts], loop, folder, run)

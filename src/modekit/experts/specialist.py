@@ -49,12 +49,6 @@ class BeforeAfter(BaseModel, frozen=True):
     after: float | None
 
 
-class DistanceToTeacher(BeforeAfter):
-    """KL(teacher || student) of held-out text, `over` which classes."""
-
-    over: str
-
-
 class FirstLast(BaseModel, frozen=True):
     """A loss of training in nats per predicted token, of the first step and the last."""
 
@@ -89,7 +83,7 @@ class TextUsed(BaseModel, frozen=True):
 
 class TeacherUsed(BaseModel, frozen=True):
     """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (or "adaptive"),
-    `combined` as a sum or in turn, `kept_top_k` tokens at each place where its answers were kept.
+    `combined` as a sum or in turn.
     """
 
     name: str
@@ -98,7 +92,6 @@ class TeacherUsed(BaseModel, frozen=True):
     temperature: float
     weights: float | str
     combined: str
-    kept_top_k: int | None
 
 
 class SpecialistRecord(BaseModel, frozen=True):
@@ -111,6 +104,7 @@ class SpecialistRecord(BaseModel, frozen=True):
         teacher, distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone.
         training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
         text: what it was trained on.
+        held_out_kl: mean KL(teacher || student) of held-out text.
         labels, generic: tags that were read, and text of no domain.
         training_loss: cross-entropy of the text.
         held_out_loss: mean over the domains; by label where there are several.
@@ -129,7 +123,7 @@ class SpecialistRecord(BaseModel, frozen=True):
     cross_entropy_weight: WeightRange | None = None
     held_out_loss: BeforeAfter
     held_out_loss_by_label: dict[str, BeforeAfter] | None = None
-    held_out_kl: DistanceToTeacher | None = None
+    held_out_kl: BeforeAfter | None = None
 
     def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""

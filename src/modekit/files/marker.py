@@ -27,7 +27,7 @@ INTERNAL = (MARKER, CHANGE_LOCK, CHANGED, JUST_MADE)
 _SMALL = 2**20
 """Bytes of a file that has its digest in the marker: what people edit is smaller."""
 
-Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "teacher", "tokenizer", "partial", "training", "tuning"]
+Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "tokenizer", "partial", "training", "tuning"]
 
 
 class Marker(BaseModel):

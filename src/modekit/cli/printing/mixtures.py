@@ -56,7 +56,7 @@ def print_specialist(output: Path, record: SpecialistRecord) -> None:
     change = "no held-out text" if loss.before is None else f"held-out loss {_change(loss)}"
     line = f": {record.specialist}, {record.training['steps']} steps, {change}"
     if kl is not None and kl.before is not None:
-        line += f", KL to the teacher {_change(kl)} (over {kl.over})"
+        line += f", KL to the teacher {_change(kl)}"
     out.print(Text.assemble((str(output), "bold"), line))
     if record.held_out_loss_by_label:
         each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())

@@ -22,18 +22,18 @@ from transformers import PreTrainedModel
 from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
-from modekit.experts.distill.kept_logits import Header, KeptTeacher, LoadedTeacher, Teacher, check_kept, keep, read_kept
-from modekit.experts.distill.settings import TOP_K, DistillSettings
-from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, HeldOutText, Lesson, Student, kl_to_teacher
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, kl_to_teacher
 from modekit.experts.moving import Save, What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.experts.specialize import RANK
-from modekit.files.output import refuse_entangled, refuse_existing, replaced_by
+from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import digest_of_data
 from modekit.loaded.engine import run_all_steps, seeded
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
+from modekit.text.sequences import TokenSequence
 from modekit.text.splits import text_record
 from modekit.training.batches import Batches, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
@@ -54,9 +54,7 @@ class Distillation:
         train, rank: what of the student moves; see specialize.py.
         training: how long and how fast; muon, by_length, shares and autocast have no effect.
         settings: what is learned from the teacher.
-        keep: a folder for the teacher's output, which is read from there where it is kept already; None: the teacher is run.
-        top_k: tokens that are kept at each place.
-        mix: how several texts share the steps; see texts.py.
+        mix: how several texts share the steps; see inputs.py.
     """
 
     student: Path
@@ -67,8 +65,6 @@ class Distillation:
     rank: int = RANK
     training: Training = field(default_factory=Training)
     settings: DistillSettings = field(default_factory=DistillSettings)
-    keep: Path | None = None
-    top_k: int = TOP_K
     mix: Mix | None = None
 
 
@@ -76,13 +72,11 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     """Train a student and write it to `out`: a plain model folder with its tokenizer and dtypes, or a LoRA adapter.
 
     Goes on after a kill, and ends in the same bytes. Returns what specialist.json in OUT says. Raises SourceError,
-    MismatchError (another tokenizer, other kept logits), TextError, TrainingError, OutputError.
+    MismatchError (another tokenizer), TextError, TrainingError, OutputError.
     """
     folder = SpecialistFolder(out)
     folder.tidy()
     refuse_existing(out, replaced_by(overwrite), sources=(asked.student, asked.teacher))
-    if asked.keep is not None:
-        refuse_entangled(asked.keep, (asked.student, asked.teacher, out))
     run.begin("read the text")
     pair = open_pair(asked.student, asked.teacher, run=run)
     texts = read_texts(asked.texts, asked.root, pair.tokenizer, asked.training, asked.mix)
@@ -127,7 +121,6 @@ def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tupl
         asked.rank,
         dataclasses.asdict(asked.training),
         asked.settings.model_dump(mode="json"),
-        asked.top_k if asked.keep is not None else None,
         asked.mix,
         digest_of_sequences(texts.sequences),
         digest_of_sequences(texts.held_out),
@@ -143,63 +136,38 @@ class _Distilled:
     steps: Sequence[Mapping[str, float]]
     loss: Mapping[str, float | None]
     kl: Mapping[str, float | None]
-    classes: str
     tokens: int
 
 
 def _teach(
     asked: Distillation, pair: StudentAndTeacher, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
 ) -> _Distilled:
-    teacher = _teacher(asked, pair, texts, run)
+    lesson = Lesson(load_model(asked.teacher, run=run), pair.vocabulary, asked.settings)
     student = load_model(asked.student, run=run)
     with seeded(engine.seed, student.device):  # a new adapter's first weights
         save = make_trainable(student, pair.student, asked.train, asked.rank)
-    lesson = Lesson(teacher, pair.vocabulary, asked.settings)
-    held_out = HeldOutText(texts.held_out, texts.corpus.tokens)
-    before = _measured(student, lesson, held_out, "before", run)
+    before = _measured(student, lesson, texts.held_out, "before", run)
     steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
     parts = texts.parts(engine, steps)
     module = Student(student, lesson, engine, steps)
     batches, loop = Batches([texts.corpus], parts, pad_id=0), loop_of(engine, steps, student.device)
     history = run_all_steps(module, batches, loop, folder.path, run)
     student.eval()
-    after = _measured(student, lesson, held_out, "after", run)
+    after = _measured(student, lesson, texts.held_out, "after", run)
     loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
     tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
     steps_taken = [entry for entry in history if CROSS_ENTROPY in entry]
-    return _Distilled(save, steps_taken, loss, kl, teacher.classes, tokens)
+    return _Distilled(save, steps_taken, loss, kl, tokens)
 
 
 def _measured(
-    student: PreTrainedModel, lesson: Lesson, held_out: HeldOutText, when: str, run: Run
+    student: PreTrainedModel, lesson: Lesson, held_out: Sequence[TokenSequence], when: str, run: Run
 ) -> tuple[float | None, float | None]:
     """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
-    domain = Domain("held-out", None, list(held_out.sequences))
+    domain = Domain("held-out", None, list(held_out))
     loss = held_out_losses(student, [domain], when, run).get(domain.name)
     run.begin(f"compare {when}")
     return loss, kl_to_teacher(student, lesson, held_out)
-
-
-def _teacher(asked: Distillation, pair: StudentAndTeacher, texts: Texts, run: Run) -> Teacher:
-    """The teacher beside the student, or its kept output, which is made first where there is none."""
-    if asked.keep is None:
-        return LoadedTeacher(load_model(asked.teacher, run=run), pair.vocabulary)
-    header = Header(
-        teacher=pair.teacher.spec,
-        teacher_digest=pair.teacher_digest,
-        tokenizer_digest=pair.tokenizer_digest,
-        text_digest=digest_of_sequences(texts.all),
-        vocabulary=pair.vocabulary,
-        top_k=min(asked.top_k, pair.vocabulary),
-        temperatures=tuple(sorted({1.0, asked.settings.temperature})),
-        tokens=sum(len(each.ids) for each in texts.all),
-    )
-    found = read_kept(asked.keep)
-    if found is None:
-        keep(asked.keep, header, load_model(asked.teacher, run=run), texts.all, run=run)
-        found = header
-    check_kept(asked.keep, found, header)
-    return KeptTeacher(asked.keep, found, texts.all)
 
 
 def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, distilled: _Distilled) -> SpecialistRecord:
@@ -217,7 +185,6 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, distille
                 "temperature": settings.temperature,
                 "weights": "adaptive" if settings.adaptive else settings.weights,
                 "combined": "in turn" if settings.alternate else "sum",
-                "kept_top_k": asked.top_k if asked.keep is not None else None,
             },
             "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": distilled.tokens},
             "text": text_record(texts.fit, texts.corpus.tokens),
@@ -225,7 +192,7 @@ def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, distille
             "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
             "cross_entropy_weight": {"lowest": min(shares), "highest": max(shares), "mean": sum(shares) / len(steps)},
             "held_out_loss": dict(distilled.loss),
-            "held_out_kl": {**distilled.kl, "over": distilled.classes},
+            "held_out_kl": dict(distilled.kl),
         }
     )
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.experts.labelled import Reading, read_domain
 from modekit.experts.specialist import digest_of_source
-from modekit.files.write import digest_of_data
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
@@ -59,11 +58,6 @@ class StudentAndTeacher:
         """Of the teacher's config and weights as they are now."""
         return digest_of_source(self.teacher)
 
-    @cached_property
-    def tokenizer_digest(self) -> str:
-        """Of what every id stands for."""
-        return digest_of_data(self.tokenizer.get_vocab())
-
 
 def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     """Both by header. Raises SourceError, UnsupportedError (an encoder), MismatchError that says how tokenizers differ."""
@@ -71,9 +65,8 @@ def open_pair(student: Path, teacher: Path, *, run: Run) -> StudentAndTeacher:
     theirs = open_source("--teacher", teacher.name, teacher, run=run)
     where = f"--teacher ({teacher.name})"
     tokenizer = load_tokenizer(student, run=run)
-    its_own = load_tokenizer(teacher, run=run)
     check_same_tokenizer(student, teacher, where=where, readers=_READERS)
-    _check_same(tokenizer, its_own, where)
+    _check_special(tokenizer, load_tokenizer(teacher, run=run), where)
     for source, label in ((ours, f"STUDENT ({student.name})"), (theirs, where)):
         if source.config["model_type"] in {family.model_type for family in PAIRS}:
             remedy = "leave --teacher away, and train it on text alone"
@@ -90,18 +83,8 @@ def digest_of_sequences(sequences: Sequence[TokenSequence]) -> str:
     return digest.hexdigest()
 
 
-def _check_same(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise MismatchError where tokens or special ids differ, whatever files they were read from."""
-    if ours.get_vocab() != theirs.get_vocab():
-        count = len(ours.get_vocab().items() ^ theirs.get_vocab().items())
-        found = f"{len(ours.get_vocab())} tokens (student), {len(theirs.get_vocab())} (teacher), {count} entries that differ"
-        raise MismatchError(
-            "the teacher's tokenizer differs from the student's",
-            where=where,
-            found=found,
-            expected="the same token for the same id",
-            remedy=_READERS.remedy,
-        )
+def _check_special(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise MismatchError where special ids differ."""
     special = {name: (getattr(ours, name), getattr(theirs, name)) for name in _SPECIAL}
     different = [f"{name} {mine} (student), {its} (teacher)" for name, (mine, its) in special.items() if mine != its]
     if different:
@@ -134,11 +117,6 @@ class Texts:
     sequences: list[TokenSequence]
     held_out: list[TokenSequence]
     sizes: tuple[int, ...]
-
-    @property
-    def all(self) -> list[TokenSequence]:
-        """Sequences for which the teacher's output is needed, in the order in which it is kept."""
-        return [*self.sequences, *self.held_out]
 
     @property
     def corpus(self) -> DomainSequences:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,15 +14,12 @@ from modekit.training.settings import losses_said
 Loss = Literal["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
 """See training/losses.py."""
 
-TOP_K = 64
-"""Tokens of a teacher's output that are kept at each place, by default (docs/distill.md has what that costs)."""
-
 
 class DistillSettings(BaseModel):
-    """Settings of a distillation; unknown keys and settings without effect are errors.
+    """Settings of a distillation.
 
     Attributes:
-        losses: name -> weight; their weighted sum is the distillation loss.
+        losses: name -> weight above 0; their weighted sum is the distillation loss.
         temperature: of both models' probabilities in it (2 in arXiv:2407.19610).
         weights: what cross-entropy counts, from 0 to 1; distillation counts the rest. At 1 the teacher is only compared with.
         adaptive: in place of it: whichever of the two losses rises counts less (student.py).
@@ -31,7 +28,7 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    losses: dict[Loss, float] = Field({"forward_kl": 1.0}, min_length=1)
+    losses: dict[Loss, Annotated[float, Field(gt=0)]] = Field({"forward_kl": 1.0}, min_length=1)
     temperature: float = Field(2.0, gt=0, le=1e3)
     weights: float = Field(0.5, ge=0, le=1)
     adaptive: bool = False
@@ -39,8 +36,6 @@ class DistillSettings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillSettings:
-        if any(weight <= 0 for weight in self.losses.values()):
-            raise ValueError("weights of losses must be above 0; leave a loss out to turn it off")
         if self.adaptive and "weights" in self.model_fields_set:
             raise ValueError("weights has no effect with adaptive: leave one of them out")
         return self
@@ -51,12 +46,8 @@ def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSett
     try:
         return as_kind(values, DistillSettings)
     except ValueError as error:
-        raise TrainingError(
-            "the settings of this distillation are wrong",
-            where=where,
-            found=error,
-            remedy="correct them; docs/distill.md has them all",
-        ) from None
+        what, remedy = "the settings of this distillation are wrong", "correct them; docs/distill.md has them all"
+        raise TrainingError(what, where=where, found=error, remedy=remedy) from None
 
 
 def losses_of(said: list[str]) -> dict[str, float]:

@@ -22,12 +22,11 @@ import torch
 from transformers import PreTrainedModel
 
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.experts.distill.kept_logits import Teacher
 from modekit.experts.distill.settings import DistillSettings
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 from modekit.training.batches import predicted_in
 from modekit.training.engine import JudgedModule
-from modekit.training.losses import divergence, forward_kl, language_model
+from modekit.training.losses import divergence, forward_kl, language_model, tempered
 from modekit.training.settings import TrainSettings
 
 CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
@@ -36,11 +35,25 @@ CROSS_ENTROPY, DISTILLATION, SHARE = "loss_lm", "loss_distill", "weight_lm"
 
 @dataclass(frozen=True)
 class Lesson:
-    """Who teaches what: the first `vocabulary` logits of both models are compared."""
+    """Who teaches what: the first `vocabulary` logits of both models are compared. The teacher never learns."""
 
-    teacher: Teacher
+    teacher: PreTrainedModel
     vocabulary: int
     settings: DistillSettings
+
+    def __post_init__(self) -> None:
+        self.teacher.requires_grad_(False).eval()
+
+    def beside(
+        self, student_NV: torch.Tensor, item: Mapping[str, torch.Tensor], temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a student's logits at the predicted tokens of a batch, and of the teacher there."""
+        with torch.no_grad():
+            output = self.teacher(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False)
+            teacher_NV = output.logits[:, :-1][predicted_in(item)]
+        compared = (each[:, : self.vocabulary] for each in (student_NV, teacher_NV))
+        student, teacher = (tempered(each, temperature) for each in compared)
+        return student, teacher
 
 
 class Student(JudgedModule):
@@ -57,18 +70,17 @@ class Student(JudgedModule):
         predicted = predicted_in(item)
         logits_NV = logits[:, :-1][predicted]
         cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
-        return {"lm": cross_entropy, "distill": self._distillation(logits_NV, predicted, item)}
+        return {"lm": cross_entropy, "distill": self._distillation(logits_NV, item)}
 
     def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         """By what the steps before logged."""
         return dict(zip(losses, self._weight.factors(), strict=True))
 
-    def _distillation(self, logits_NV: torch.Tensor, predicted: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _distillation(self, logits_NV: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of the distillation losses, summed over tokens."""
         settings = self._lesson.settings
-        said = self._lesson.teacher.output_of(item, predicted)
-        student, teacher = said.beside(logits_NV[:, : self._lesson.vocabulary], settings.temperature)
-        losses = [weight * divergence(name, student, teacher, settings.temperature) for name, weight in settings.losses.items()]
+        both = self._lesson.beside(logits_NV, item, settings.temperature)
+        losses = [weight * divergence(name, *both, settings.temperature) for name, weight in settings.losses.items()]
         return torch.stack(losses).sum()
 
     def drain(self) -> dict[str, float]:
@@ -84,36 +96,22 @@ class Student(JudgedModule):
                 self._weight.remember(entry[CROSS_ENTROPY], entry[DISTILLATION])
 
 
-@dataclass(frozen=True)
-class HeldOutText:
-    """Sequences, and where their first token stands among those that the teacher has said something of."""
-
-    sequences: Sequence[TokenSequence]
-    first: int
-
-
-def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, text: HeldOutText) -> float | None:
+def kl_to_teacher(student: PreTrainedModel, lesson: Lesson, sequences: Sequence[TokenSequence]) -> float | None:
     """Mean KL(teacher || student) at temperature 1 over the predicted tokens of a text, in nats; None without text."""
-    if not text.sequences:
+    if not sequences:
         return None
-    starts = torch.tensor([text.first, *(len(sequence.ids) for sequence in text.sequences)]).cumsum(0)
-    device = student.device
-    total, count = 0.0, 0
+    device, total, count = student.device, 0.0, 0
     with torch.inference_mode():
-        for batch in make_batches(text.sequences, tokens=min(2_048, tokens_per_pass(student.config))):
-            within = torch.arange(batch.mask.shape[1]).expand(batch.mask.shape)
+        for batch in make_batches(sequences, tokens=min(2_048, tokens_per_pass(student.config))):
             item = {
                 "input_ids": batch.input_ids.to(device),
                 "real": batch.mask.to(device),
-                "position_ids": within.to(device),
-                "position": starts[torch.tensor(batch.rows)][:, None] + within,
+                "position_ids": torch.arange(batch.mask.shape[1], device=device).expand(batch.mask.shape),
                 **({} if batch.silent is None else {"silent": batch.silent.to(device)}),
             }
             predicted = predicted_in(item)
             logits = student(input_ids=item["input_ids"], attention_mask=item["real"].long(), use_cache=False).logits
-            said = lesson.teacher.output_of(item, predicted)
-            ours, theirs = said.beside(logits[:, :-1][predicted][:, : lesson.vocabulary], 1.0)
-            total += float(forward_kl(ours, theirs).double())
+            total += float(forward_kl(*lesson.beside(logits[:, :-1][predicted], item, 1.0)).double())
             count += int(predicted.sum())
     return total / count
 
