@@ -20,7 +20,6 @@ from modekit.building.carry_bases import carry_bases
 from modekit.building.carrying import Carrying, carried_of
 from modekit.building.differences import Differences
 from modekit.building.inspector import Inspector
-from modekit.building.tensors import PieceReader, computed_blocks
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -32,9 +31,9 @@ from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
-from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
+from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
@@ -49,6 +48,7 @@ from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
 from modekit.text.written import files_of
+from modekit.weights.reading import Reading
 from modekit.weights.stored import same_bytes
 from modekit.weights.stream import Stream
 
@@ -167,7 +167,7 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
     measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
     stream = measure(plan, stage.folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
-        carried = carry_bases(Differences(plan, PieceReader(opened)), size, stream, run)
+        carried = carry_bases(Differences(plan, Reading(opened, plan.models)), size, stream, run)
     write_file(stage.folder / CARRIED_FILE, carried.write)
     return carried
 
@@ -263,7 +263,7 @@ def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) 
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
     with OpenFiles() as opened:
-        read = PieceReader(opened)
+        read = Reading(opened, plan.models)
         if carried is not None:
             read.fills = Carrying(plan, read, carried).fill
         for shard in plan.shards:
@@ -276,7 +276,7 @@ def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) 
             def write_next(number: int, stream: io.FileIO, tensors: tuple[PlannedTensor, ...] = shard.tensors) -> None:
                 nonlocal written
                 run.progress("build", min(written, total), total)
-                write_tensor(plan, tensors[number], read, stream)
+                write_tensor(tensors[number], read, stream)
                 written += tensors[number].nbytes
 
             entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
@@ -284,13 +284,13 @@ def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) 
         run.progress("build", total, total)
 
 
-def write_tensor(plan: Plan, tensor: PlannedTensor, read: PieceReader, stream: io.FileIO) -> None:
+def write_tensor(tensor: PlannedTensor, read: Reading, stream: io.FileIO) -> None:
     """Write the bytes of a planned tensor. Raises SourceError."""
-    if tensor.operation == "copy":
-        for ref in (ref for piece in tensor.pieces for ref in piece.refs):
+    if tensor.copied is not None:
+        for ref in tensor.copied:
             _copy(ref, read.opened, stream)
     else:
-        for block in computed_blocks(plan, tensor, read):
+        for block in tensor.blocks(read):
             write_all(stream, block)
 
 

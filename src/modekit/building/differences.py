@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.tensors import PieceReader, check_finite, stored_blocks
-from modekit.planning.pieces import Piece, PlannedTensor, low_rank, piece_of, touched
 from modekit.planning.plan import Plan
+from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import is_tied
 from modekit.sources.model import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
+from modekit.weights.made import Copy, Made
 from modekit.weights.numeric import as_array, to_float32
+from modekit.weights.reading import Reading
 from modekit.weights.stored import FlatArray, read_float32
 
 Singles = npt.NDArray[np.float32]
@@ -47,7 +48,7 @@ class Difference:
 class Differences:
     """Of the experts of a plan."""
 
-    def __init__(self, plan: Plan, read: PieceReader) -> None:
+    def __init__(self, plan: Plan, read: Reading) -> None:
         self._plan, self._read = plan, read
         self._base = plan.sources[0]
         channels = plan.shape.channels
@@ -137,58 +138,47 @@ class Differences:
         return Difference(self.own(name, expert) - self.shared(name))
 
     def _stored(self, ref: TensorRef) -> Singles:
-        check_finite(self._plan, ref, self._read.opened.read(ref))
+        self._read.check_finite(ref, self._read.opened.read(ref))
         return read_float32(self._read.opened, ref)
 
     def own(self, name: str, expert: int) -> Singles:
         """A tensor of the base as an expert has it."""
         ref = self._base.tensor(name)
-        piece = piece_of(self._plan.sources, 1 + expert, ref)
-        return to_float32(self._values(piece)[:]).reshape(ref.shape)
+        return to_float32(self._values(as_in(self._plan.sources[1 + expert], ref))[:]).reshape(ref.shape)
 
-    def _values(self, piece: Piece) -> FlatArray:
-        for ref in piece.refs:
-            if ref not in self._finite:
-                for chunk in self._read.opened.chunks(ref):
-                    check_finite(self._plan, ref, chunk)
-                self._finite.add(ref)
-        return self._read.values(piece)
+    def _values(self, made: Made) -> FlatArray:
+        self._read.check_all_finite([ref for ref in made.refs if ref not in self._finite])
+        self._finite.update(made.refs)
+        return made.numbers(self._read)
 
     def shared(self, name: str) -> Singles:
         """A tensor of the base as the backbone has it."""
         tensor = self._backbone(name)
-        parts = [to_float32(as_array(block, tensor.dtype)) for block in stored_blocks(self._plan, tensor, self._read)]
+        parts = [to_float32(as_array(block, tensor.dtype)) for block in tensor.blocks(self._read)]
         return np.concatenate(parts).reshape(tensor.shape)
 
     def _backbone(self, name: str) -> PlannedTensor:
         """Without channels and the scales that they need."""
         layer, path = split_layer(name)
         made = self._made[in_layer(layer + 1, path) if isinstance(layer, int) else name]
-        inner = made.inner or made
-        if made.pad is None or made.pad.scale == 1.0:
-            return inner
-        code = inner.dtype
-        operation = inner.operation
-        if operation == "scale":
-            operation = "copy" if all(each.ref.dtype == code for each in inner.pieces) else "cast"
-        return replace(inner, factor=inner.factor / made.pad.scale, operation=operation)
+        return replace(made, made=made.inner, shape=self._base.tensor(name).shape)
 
     def _is_plain(self, name: str) -> bool:
         """Whether the backbone has the base's tensor itself."""
-        return self._backbone(name).pieces == (Piece(0, self._base.tensor(name)),)
+        return self._backbone(name).made == Copy(self._base.tensor(name))
 
     def _vectors(self, name: str, expert: int) -> tuple[Singles, Singles]:
         return self.shared(name), self.own(name, expert)
 
     def _own_rows(self, module: str, expert: int, rows: slice) -> Singles:
         ref = self._base.tensor(weight_of(module))
-        return _rows(self._values(piece_of(self._plan.sources, 1 + expert, ref)), ref.shape[1], rows)
+        return _rows(self._values(as_in(self._plan.sources[1 + expert], ref)), ref.shape[1], rows)
 
     def _shared_rows(self, module: str, rows: slice) -> Singles:
         name = weight_of(module)
         if self._is_plain(name):
             ref = self._base.tensor(name)
-            return _rows(self._values(Piece(0, ref)), ref.shape[1], rows)
+            return _rows(self._values(Copy(ref)), ref.shape[1], rows)
         if name not in self._whole:
             self._whole[name] = self.shared(name)
         return self._whole[name][rows]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from modekit.building.tensors import check_finite
 from modekit.errors import SourceError
 from modekit.files.staging import Staging
 from modekit.files.user_cache import keep_digest
@@ -22,6 +21,7 @@ from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
 from modekit.sources.model import TensorRef
 from modekit.weights.numeric import DTYPES
+from modekit.weights.reading import check_finite
 
 _MOST_THREADS = 4
 """A disk that has to be read gives no more to more."""
@@ -95,8 +95,7 @@ class Inspector:
 
     def _used_refs(self) -> dict[Path, list[TensorRef]]:
         files: dict[Path, list[TensorRef]] = {file: [] for file in self._plan.source_states}
-        pieces = (piece for tensor in self._plan.tensors for piece in tensor.pieces)
-        for ref in dict.fromkeys(part for piece in pieces for used in piece.refs for part in used.parts):
+        for ref in dict.fromkeys(part for tensor in self._plan.tensors for used in tensor.made.refs for part in used.parts):
             if ref.file in files:  # and not of a mixture that is changed, which was looked at when it was built
                 files[ref.file].append(ref)
         return files
@@ -110,7 +109,7 @@ class Inspector:
                     return None
                 hasher.update(chunk)
                 if ref is not None and ref.dtype in DTYPES:
-                    check_finite(self._plan, ref, chunk)
+                    check_finite(self._plan.models, ref, chunk)
         return hasher.hexdigest()
 
 

@@ -7,12 +7,11 @@ comparison impossible, which is reported as such and never as a success.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from modekit.building.computed import compute_again
+from modekit.building.again import Check, check_made
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.sources import changed_settings
@@ -21,25 +20,12 @@ from modekit.files.figures import file_count
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan_again
-from modekit.planning.pieces import PlannedTensor
 from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.model import DTYPE_NAMES
 from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
-from modekit.weights.stored import holds_only_finite, same_bytes, span_of
-
-Verdict = Literal["proven", "failed", "not possible"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the proof."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-
+from modekit.weights.stored import holds_only_finite
 
 def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers.
@@ -58,8 +44,7 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
             checks += _check_code(checkpoint, plan)
-            checks.append(_check_copies(checkpoint, plan, opened, run))
-            checks.append(_check_computed(checkpoint, plan, opened, run))
+            checks += check_made(checkpoint, plan, opened, run)
         if checkpoint.record.trained:
             checks.append(_check_trained(checkpoint, opened))
         checks.append(_check_finite(checkpoint, opened, run))
@@ -117,18 +102,6 @@ def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
     if wrong:
         return Check("tensor names and shapes", "failed", f"{len(wrong)} differ from the plan, first {wrong[0]}")
     return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
-
-
-def _check_copies(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:
-    trained = checkpoint.record.trained
-    copied = [tensor for tensor in plan.tensors if tensor.operation == "copy" and tensor.name not in trained]
-    total, done = sum(tensor.nbytes for tensor in copied), 0
-    for tensor in copied:
-        if not _is_copied(checkpoint, tensor, opened):
-            return Check("copied tensors", "failed", f"{tensor.name} differs from its source")
-        done += tensor.nbytes
-        run.progress("compare", done, total)
-    return Check("copied tensors", "proven", f"{len(copied)} tensors, {total:,} bytes, bit for bit")
 
 
 def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
@@ -207,30 +180,6 @@ def _differing(checkpoint: Checkpoint, files: Iterable[Path]) -> str | None:
         if not same:
             return f"{file.name} differs from {file}"
     return None
-
-
-def _check_computed(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> Check:
-    again = compute_again(checkpoint, plan, opened, run)
-    if again.wrong is not None:
-        return Check("computed tensors", "failed", f"{again.wrong} is not what the recipe makes of its sources")
-    detail = f"{again.count} cast, scaled, folded, merged, widened or zero tensors computed again"
-    if again.alike:
-        detail += f"; low-rank parts of {again.alike} modules give the same change in other bits (another processor)"
-    return Check("computed tensors", "proven", detail)
-
-
-def _is_copied(checkpoint: Checkpoint, tensor: PlannedTensor, opened: OpenFiles) -> bool:
-    ours = checkpoint.tensors.get(tensor.name)
-    refs = [ref for piece in tensor.pieces for ref in piece.refs]
-    if ours is None or ours.nbytes != sum(ref.nbytes for ref in refs):
-        return False
-    start = 0
-    for ref in refs:
-        stop = start + ref.nbytes
-        if not same_bytes(opened, span_of(ours, start, stop), ref):
-            return False
-        start = stop
-    return True
 
 
 def _check_finite(checkpoint: Checkpoint, opened: OpenFiles, run: Run) -> Check:

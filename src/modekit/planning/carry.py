@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import BaseModel, Field
 
 from modekit.errors import UnsupportedError
-from modekit.planning.pieces import low_rank, touched
+from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import is_tied

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modekit.planning.carry import STREAM_TOKENS, CarrySize, blocks_of
-from modekit.planning.pieces import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 from modekit.recipes.recipe import Recipe
 from modekit.sources.family import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native_row import Widening
+from modekit.weights.padded import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
 _EPS = 2.0**-12
 """Size of the evidence beside a stream of size 1: its square is what the norms see of it."""

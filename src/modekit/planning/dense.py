@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from modekit.planning.make import BackboneGiver
-from modekit.planning.pieces import PlannedTensor, cut_into_shards
 from modekit.planning.plan import Plan
+from modekit.planning.tensors import PlannedTensor, cut_into_shards
 from modekit.recipes.mixture import Backbone
 from modekit.sources.compatibility import own_names
 from modekit.sources.family import Config

@@ -17,9 +17,9 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.notes import notes_of, twins
-from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, cut_into_shards, joined, piece_of
 from modekit.planning.plan import Plan
 from modekit.planning.prefixes import check_prefixes
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import with_following
 from modekit.recipes.mixture import BackboneExpert
@@ -36,6 +36,7 @@ from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.sources.vocabulary import one_vocabulary
+from modekit.weights.made import Copy, Made, Merge
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Layout = NativeLayout | ModekitLayout
@@ -168,7 +169,7 @@ def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[Planned
     """What lies beside the language model in the base's class, whatever becomes of that. Raises as `check_kept`."""
     check_kept(sources)
     for name, ref in kept_beside(sources[0]).items():
-        yield joined(name, code_of(ref), ref.shape, "backbone", (Piece(0, ref),))
+        yield PlannedTensor(name, code_of(ref), ref.shape, "backbone", Copy(ref))
 
 
 def _native_layout(
@@ -239,17 +240,17 @@ class BackboneGiver:
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...]) -> None:
         self._sources = sources
         self._merged = [number for number, expert in enumerate(recipe.experts, start=1) if not expert.is_base]
-        self._merges = recipe.mixture.merge is not None and bool(self._merged)
+        self._rule = recipe.mixture.merge if self._merged else None
         backbone = recipe.mixture.backbone
         self._one = 1 + recipe.names.index(backbone.expert) if isinstance(backbone, BackboneExpert) else 0
 
     def tensor(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The backbone's tensor for a tensor of the base model. Raises MismatchError."""
-        if self._merges:
-            pieces = (Piece(0, ref), *(piece_of(self._sources, number, ref) for number in self._merged))
-            return PlannedTensor(name, code, ref.shape, "backbone", "merge", pieces)
-        return joined(name, code, ref.shape, "backbone", (piece_of(self._sources, self._one, ref),))
+        made: Made = as_in(self._sources[self._one], ref)
+        if self._rule is not None:
+            made = Merge(self._rule, Copy(ref), tuple(as_in(self._sources[number], ref) for number in self._merged))
+        return PlannedTensor(name, code, ref.shape, "backbone", made)
 
     def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
         """The base model's tensor itself."""
-        return joined(name, code, ref.shape, "backbone", (Piece(0, ref),))
+        return PlannedTensor(name, code, ref.shape, "backbone", Copy(ref))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.parts import PlannedPlace
-from modekit.planning.pieces import CodeOf, Piece, PlannedTensor, Side, joined, piece_of, some_rows
 from modekit.planning.places import Places
 from modekit.planning.prefixes import entry_of, prefix_tensors
 from modekit.planning.routing_config import routing_config, whole_module_unscored
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource, LowRank
@@ -25,7 +25,8 @@ from modekit.sources.kept import kept_settings
 from modekit.sources.model import DTYPE_NAMES, ModelSource
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
-from modekit.weights.factor_size import bytes_of_codes
+from modekit.sources.rows import rows_of
+from modekit.weights.made import Bits, Copy, Difference, Factor, Join, Made
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -113,17 +114,18 @@ class ModekitLayout:
             for number, expert in enumerate(place.own):
                 for ref in place.refs:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
-                    piece = piece_of(self._sources, 1 + expert, self._places.original(ref))
-                    yield joined(name, self._code_of(ref), ref.shape, "expert", (piece,), expert)
+                    made = as_in(self._sources[1 + expert], self._places.original(ref))
+                    yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
             if any(place.ranks):
                 yield from self._low_rank_tensors(place)
             yield from self._few_bits_tensors(place)
             yield from prefix_tensors(place, self._code_of, first=self._is_first(place))
-            biases = [self._places.added_bias(place, expert) for expert in range(self._count)]
-            pieces = [piece for piece in biases if piece is not None]
-            if pieces:
-                shape = (len(pieces), place.weight.shape[0])
-                yield joined(f"{place.module}.lora_bias", self._adapter_code(pieces), shape, "adapter", tuple(pieces))
+            biases = {expert: self._places.added_bias(place, expert) for expert in range(self._count)}
+            added: dict[int, Made] = {expert: bias for expert, bias in biases.items() if bias is not None}
+            if added:
+                shape = (len(added), place.weight.shape[0])
+                code = self._adapter_code([*added.values()])
+                yield PlannedTensor(f"{place.module}.lora_bias", code, shape, "adapter", _of_experts(added, 0))
 
     @cached_property
     def _said(self) -> MixtureConfig:
@@ -186,37 +188,38 @@ class ModekitLayout:
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """A and B of all experts, each in one tensor."""
-        a_pieces, b_pieces = [], []
-        weight = place.weight
+        a, b, weight = dict[int, Made](), dict[int, Made](), place.weight
         for expert, kind in enumerate(place.kinds):
             if isinstance(kind, LowRank):
-                a_pieces.append(Piece(1 + expert, kind.a, expert=expert))
-                b_pieces.append(Piece(1 + expert, some_rows(kind.b, kind.rows), expert=expert))
+                a[expert], b[expert] = Copy(kind.a), Copy(kind.b if kind.rows is None else rows_of(kind.b, *kind.rows))
             elif isinstance(kind, int):
-                a_pieces.append(self._places.difference(place, expert, "A"))
-                b_pieces.append(self._places.difference(place, expert, "B"))
-        ranks = sum(place.ranks)
-        code = self._adapter_code([*a_pieces, *b_pieces])
-        yield joined(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", tuple(a_pieces))
-        shape = (weight.shape[0], ranks)
-        yield PlannedTensor(f"{place.module}.lora_B", code, shape, "adapter", "columns", tuple(b_pieces))
+                pair = self._places.pair(expert, weight)
+                a[expert], b[expert] = Factor(*pair, "A", kind), Factor(*pair, "B", kind)
+        ranks, code = sum(place.ranks), self._adapter_code([*a.values(), *b.values()])
+        yield PlannedTensor(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", _of_experts(a, 0))
+        yield PlannedTensor(f"{place.module}.lora_B", code, (weight.shape[0], ranks), "adapter", _of_experts(b, 1))
 
     def _few_bits_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """Codes and steps, of every expert its own."""
         kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
         for number, (expert, bits) in enumerate(kept):
-            outputs, inputs = place.weight.shape
-            shape = (outputs, bits, bytes_of_codes(1, inputs, 1))
-            tensors: list[tuple[Side, str, tuple[int, ...]]] = [("codes", "U8", shape), ("steps", "F32", (outputs,))]
-            for side, code, sizes in tensors:
-                pieces = (self._places.difference(place, expert, side),)
-                name = f"{place.module}.differences.{number}.{side}"
-                yield PlannedTensor(name, code, sizes, "adapter", "bits", pieces, expert=expert)
+            pair = self._places.pair(expert, place.weight)
+            for made, code in ((Bits(*pair, "codes", bits), "U8"), (Bits(*pair, "steps", bits), "F32")):
+                name = f"{place.module}.differences.{number}.{made.side}"
+                yield PlannedTensor(name, code, made.shape, "adapter", made, expert)
 
-    def _adapter_code(self, pieces: list[Piece]) -> str:
+    def _adapter_code(self, parts: list[Made]) -> str:
         """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
-            return self._code_of(pieces[0].ref)
-        kept = {place for place, said in enumerate(self._recipe.experts) if said.lora_rank is not None}
-        codes = {"F32" if piece.factor is not None and piece.expert in kept else piece.ref.dtype for piece in pieces}
+            return self._code_of(parts[0].refs[0])
+        codes = {"F32" if isinstance(part, Factor) else _dtype(part) for part in parts}
         return codes.pop() if len(codes) == 1 else "F32"
+
+
+def _dtype(part: Made) -> str:
+    """Of what it is made of: of a difference, the base's."""
+    return part.base.dtype if isinstance(part, Difference) else part.ref.dtype if isinstance(part, Copy) else "F32"
+
+
+def _of_experts(parts: dict[int, Made], axis: Literal[0, 1]) -> Join:
+    return Join(tuple(parts.values()), axis, tuple(parts))

@@ -10,20 +10,8 @@ from modekit.planning.carry import biases_of, carried_size
 from modekit.planning.channel_choice import channels_of
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.pieces import (
-    CodeOf,
-    FFNKind,
-    Operation,
-    Pad,
-    Piece,
-    PlannedTensor,
-    Role,
-    joined,
-    piece_of,
-    some_rows,
-    widened,
-)
 from modekit.planning.segments import segments_of
+from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatibility import is_tied
@@ -31,9 +19,12 @@ from modekit.sources.family import whole
 from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native_row import Native
+from modekit.sources.rows import rows_of
+from modekit.weights.made import Copy, Filled, Fold, Join, Made, Merge, padded, scaled
+from modekit.weights.padded import FFNKind, Pad
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
-_Pieces = dict[str, list[Piece | None]]
+_Pieces = dict[str, list[Made | None]]
 """Part of the FFN -> what each expert has of it; None where nobody has anything."""
 
 
@@ -92,9 +83,9 @@ class NativeLayout:
         for place, part in enumerate(self._native.split[path]):
             heads = whole(dense, "num_key_value_heads" if place else "num_attention_heads")
             rows = (start, start + heads * whole(dense, "head_dim"))
-            pieces = tuple(piece.cut(rows) for piece in tensor.pieces)
-            shape = (rows[1] - start, *tensor.shape[1:])
-            found.append(replace(tensor, name=f"{in_layer(layer, part)}.{leaf}", shape=shape, pieces=pieces))
+            made, shape = tensor.made, (rows[1] - start, *tensor.shape[1:])
+            made = made.cut(rows) if isinstance(made, Copy | Fold | Merge) else Filled(shape)
+            found.append(replace(tensor, name=f"{in_layer(layer, part)}.{leaf}", shape=shape, made=made))
             start = rows[1]
         return tuple(found)
 
@@ -132,7 +123,7 @@ class NativeLayout:
         """A tensor of the backbone with the channels of its router."""
         if self._channels is None:
             return tensor
-        return widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._native.parts))
+        return _widened(tensor, self._channels.pad_of(tensor.name, tensor.shape, self._native.parts))
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this architecture."""
@@ -148,7 +139,7 @@ class NativeLayout:
         if self._recipe.mixture.unseen is not None and place is not None and self._recipe.top_k > 1:
             leads = f"where '{self._recipe.names[place]}' leads"
             yield f"{self._native.native_type} weighs the next expert in, too, {leads}: top_k: 1 leaves it out"
-        if any((tensor.inner or tensor).operation == "cast" for tensor in self._experts(1)):
+        if any(isinstance(tensor.inner, Copy) and tensor.inner.ref.dtype != tensor.dtype for tensor in self._experts(1)):
             yield "some experts have another dtype than the result: their tensors are cast"
 
     def tensors(self) -> Iterable[PlannedTensor]:
@@ -163,8 +154,8 @@ class NativeLayout:
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape = tuple(letters[letter] if letter in letters else int(letter) for letter in constant.shape)
-                zeros = _zeros(in_layer(layer, constant.name), self.router_dtype, shape, "constant")
-                yield replace(zeros, filled=constant.value)
+                name = in_layer(layer, constant.name)
+                yield PlannedTensor(name, self.router_dtype, shape, "constant", Filled(shape, constant.value))
 
     def _in_front(self) -> Iterable[PlannedTensor]:
         """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
@@ -177,11 +168,10 @@ class NativeLayout:
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self._ffn and not is_ignored(name):
                 is_norm = name.rpartition(".")[0].removeprefix(within) in norms
-                pieces = (Piece(0, ref),) if is_norm else ()
-                code = self._code_of(ref)
-                plain = joined(name, code, ref.shape, "backbone", pieces) if is_norm else _zeros(name, code, ref.shape)
+                made = Copy(ref) if is_norm else Filled(ref.shape)
+                plain = PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made)
                 yield from map(self.widened, self.apart(plain))
-        nothing: list[Piece | None] = [None] * len(self._recipe.experts)
+        nothing: list[Made | None] = [None] * len(self._recipe.experts)
         yield from self._of_layer(0, dict.fromkeys(self._family.mlp, nothing), dict.fromkeys(self._recipe.names, 1.0))
 
     def _as_in_base(self, layer: int, part: str) -> TensorRef:
@@ -191,7 +181,8 @@ class NativeLayout:
     def _in_base(self, layer: int, part: str) -> TensorRef:
         """A part of the FFN in a layer of the base."""
         ref = self._base.tensor(in_layer(layer, self._family.mlp[part]))
-        return some_rows(ref, self._rows(part, ref))
+        rows = self._rows(part, ref)
+        return ref if rows is None else rows_of(ref, *rows)
 
     def _rows(self, part: str, ref: TensorRef) -> tuple[int, int] | None:
         """Which rows of its tensor a part of the FFN is; None for all."""
@@ -220,10 +211,9 @@ class NativeLayout:
             for expert, piece in enumerate(pieces[part]):
                 factor = factors[self._recipe.names[expert]] if part == "down" else 1.0
                 name, shape = in_layer(layer, path.format(expert=expert)), self._segments.shape(part, *ref.shape)
-                tensor = _of_all(name, self._code_of(ref), shape, [piece], expert)
-                operation: Operation = "scale" if factor != 1.0 and piece is not None else tensor.operation
-                plain = self._segments.scaled(part, replace(tensor, operation=operation, factor=factor))
-                yield widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
+                made = scaled(Filled(shape) if piece is None else piece, factor)
+                plain = PlannedTensor(name, self._code_of(ref), shape, "expert", self._segments.scaled(part, made), expert)
+                yield _widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
 
     def _fused(self, layer: int, pieces: _Pieces) -> Iterable[PlannedTensor]:
         """All experts in two tensors, gate and up side by side in the first: there, matrices are widened one by one."""
@@ -231,19 +221,21 @@ class NativeLayout:
         ref = self._as_in_base(layer, "gate")
         (rows, columns), code, count = self._segments.shape("gate", *ref.shape), self._code_of(ref), len(self._recipe.experts)
         both, down = (in_layer(layer, path) for path in self._native.fused)
-        gate_up = [piece for pair in zip(pieces["gate"], pieces["up"], strict=True) for piece in pair]
-        apart = widened(_of_all(both, code, (2 * count, rows, columns), gate_up), self._pad("gate_up", layer))
+        gate_up = [made for pair in zip(pieces["gate"], pieces["up"], strict=True) for made in pair]
+        apart = _widened(_of_all(both, code, (2 * count, rows, columns), gate_up, 2), self._pad("gate_up", layer))
         yield replace(apart, shape=(count, 2 * apart.shape[1], apart.shape[2]))
-        whole_down = _of_all(down, code, (count, columns, rows), pieces["down"])
-        yield widened(self._segments.scaled("down", whole_down), self._pad("down", layer))
+        whole_down = _of_all(down, code, (count, columns, rows), pieces["down"], 1)
+        scaled_down = replace(whole_down, made=self._segments.scaled("down", whole_down.made))
+        yield _widened(scaled_down, self._pad("down", layer))
 
     def _pad(self, part: FFNKind, layer: int, expert: int | None = None) -> Pad | None:
         return None if self._channels is None else self._channels.expert_pad(part, layer, expert)
 
-    def _part(self, expert: int, part: str, ref: TensorRef) -> Piece:
-        return self._segments.cut(self._piece(1 + expert, ref).cut(self._rows(part, ref)), expert, part)
+    def _part(self, expert: int, part: str, ref: TensorRef) -> Made:
+        made, rows = self._own(1 + expert, ref), self._rows(part, ref)
+        return self._segments.cut(made if rows is None else made.cut(rows), expert, part)
 
-    def _piece(self, number: int, ref: TensorRef) -> Piece:
+    def _own(self, number: int, ref: TensorRef) -> Copy | Fold:
         source = self._sources[number]
         change = source.changes.get(ref.name) if isinstance(source, AdapterSource) else None
         if isinstance(change, LowRank) and change.bias is not None:
@@ -252,7 +244,7 @@ class NativeLayout:
                 where=f"{source.label} ({source.spec}): {ref.name}",
                 remedy="use output: {format: modekit}",
             )
-        return replace(piece_of(self._sources, number, ref), expert=number - 1)
+        return as_in(source, ref)
 
     def _factors(self) -> dict[str, float]:
         """What the last projection of each expert is multiplied with. Raises UnsupportedError for fused experts."""
@@ -275,15 +267,16 @@ def _spare(channels: Channels | None) -> int:
     return 0 if channels is None else channels.spare
 
 
-def _zeros(name: str, code: str, shape: tuple[int, ...], role: Role = "backbone") -> PlannedTensor:
-    return PlannedTensor(name, code, shape, role, "zeros")
+def _widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
+    """The tensor in a larger one; itself without a pad."""
+    if pad is None:
+        return tensor
+    return replace(tensor, shape=pad.widened(tensor.shape), made=padded(tensor.made, pad, tensor.dtype, tensor.shape))
 
 
-def _of_all(
-    name: str, code: str, shape: tuple[int, ...], pieces: Sequence[Piece | None], expert: int | None = None
-) -> PlannedTensor:
-    """A tensor of some experts, or of `expert` alone; zeros without pieces."""
-    found = tuple(piece for piece in pieces if piece is not None)
+def _of_all(name: str, code: str, shape: tuple[int, ...], parts: Sequence[Made | None], each: int) -> PlannedTensor:
+    """A tensor of all experts, `each` matrices of every one below each other; zeros without parts."""
+    found = tuple(made for made in parts if made is not None)
     if not found:
-        return replace(_zeros(name, code, shape, "expert"), expert=expert)
-    return joined(name, code, shape, "expert", found, expert)
+        return PlannedTensor(name, code, shape, "expert", Filled(shape))
+    return PlannedTensor(name, code, shape, "expert", Join(found, experts=tuple(place // each for place in range(len(found)))))

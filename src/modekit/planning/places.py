@@ -15,9 +15,9 @@ from itertools import islice, takewhile
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
 from modekit.planning.parts import FewBits, Kind, MixedParts, PlannedPlace, weight_in
-from modekit.planning.pieces import Factor, Piece, Side, low_rank, piece_of, some_rows, touched
 from modekit.planning.prefixes import place_of_prefixes
 from modekit.planning.routing_config import gate_rows, needs_base
+from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.fits import IDS
 from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
@@ -36,6 +36,8 @@ from modekit.sources.names import (
     split_layer,
     weight_of,
 )
+from modekit.sources.rows import rows_of
+from modekit.weights.made import Copy, Difference
 
 ATTENTION = {
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),
@@ -147,30 +149,23 @@ class Places:
         """Whether the base's module stays beside what the experts have."""
         return needs_base(self._recipe, self._family, place.module, place.own)
 
-    def added_bias(self, place: PlannedPlace, expert: int) -> Piece | None:
+    def added_bias(self, place: PlannedPlace, expert: int) -> Copy | Difference | None:
         """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; of a difference
         in a few bits, by what the expert's differs from the base's.
         """
         change = self._change(place, expert)
         if isinstance(place.kinds[expert], FewBits):
             bias = next((ref for ref in place.refs if ref != place.weight), None)
-            return None if bias is None else self._difference(expert, bias, "whole", 1)
+            return None if bias is None else Difference(*self.pair(expert, bias))
         if change is None or change.bias is None:
             return None
         folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
-        return None if folded else Piece(1 + expert, some_rows(change.bias, change.rows), expert=expert)
+        return None if folded else Copy(change.bias if change.rows is None else rows_of(change.bias, *change.rows))
 
-    def difference(self, place: PlannedPlace, expert: int, side: Side) -> Piece:
-        """A tensor of the part of a full model's weight that is kept."""
-        kind = place.kinds[expert]
-        size = kind.bits if isinstance(kind, FewBits) else kind
-        assert isinstance(size, int), place.module
-        return self._difference(expert, place.weight, side, size)
-
-    def _difference(self, expert: int, ref: TensorRef, side: Side, rank: int) -> Piece:
+    def pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:
+        """A tensor of a full model, and that of the base."""
         ref = self.original(ref)
-        full = piece_of(self._sources, 1 + expert, ref).ref
-        return Piece(1 + expert, ref, factor=Factor(side, rank, full), expert=expert)
+        return self._sources[1 + expert].matching(ref), ref
 
     def scale(self, place: PlannedPlace, expert: int) -> float:
         """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""

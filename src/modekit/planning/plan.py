@@ -13,9 +13,9 @@ from pathlib import Path
 
 from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
-from modekit.planning.pieces import PlannedTensor, Shard
 from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
+from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatibility import copies_of
@@ -23,6 +23,7 @@ from modekit.sources.family import Config, Family, architecture_of, whole
 from modekit.sources.model import ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factor_size import working_bytes
+from modekit.weights.made import Factor, Filled
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
-        """All that pieces are taken from, by `Piece.source`."""
+        """All that tensors are taken from."""
         return self.sources if self.reused is None else (*self.sources, self.reused.model)
 
     @property
@@ -112,7 +113,8 @@ class Plan:
     @property
     def router(self) -> tuple[PlannedTensor, ...]:
         """The gates."""
-        return tuple(PlannedTensor(slot.name, self.router_dtype, slot.shape, "router", "zeros") for slot in self.slots)
+        code = self.router_dtype
+        return tuple(PlannedTensor(slot.name, code, slot.shape, "router", Filled(slot.shape)) for slot in self.slots)
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -129,7 +131,7 @@ class Plan:
         """Weight files of which a build reads something: all, where it compares whole models."""
         if self.shape.channels and self.shape.channels.carry:
             return frozenset(self.source_states)
-        refs = [ref for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs]
+        refs = [ref for tensor in self.tensors for ref in tensor.made.refs]
         for source in (each for each in self.sources if not isinstance(each, AdapterSource)):
             refs += [source.tensor(name) for pair in copies_of(source, self.family).items() for name in pair]
         return frozenset(part.file for ref in refs for part in ref.parts)
@@ -164,7 +166,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of source tensors that the result is made from; a source used twice counts once."""
-        refs = (part for tensor in self.tensors for piece in tensor.pieces for ref in piece.refs for part in ref.parts)
+        refs = (part for tensor in self.tensors for ref in tensor.made.refs for part in ref.parts)
         return sum({(ref.file, ref.start): ref.nbytes for ref in refs}.values())
 
     def parameters(self) -> dict[str, int]:
@@ -205,10 +207,10 @@ class Plan:
             activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
             fit = row.reads.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
-            working_bytes(piece.ref.shape, piece.factor.rank) + 8 * tensor.numel  # one expert's; the factors of all
+            working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors
-            for piece in tensor.pieces
-            if piece.factor is not None
+            for part in tensor.made.parts
+            if isinstance(part, Factor)
         )
         return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": self.bytes_written}
 
@@ -218,19 +220,10 @@ class Plan:
             "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
             "config": dict(self.shape.written),
-            "tensors": [
-                [t.name, t.dtype, list(t.shape), t.operation, t.factor, [piece.identity() for piece in t.pieces], *_padding(t)]
-                for t in self.tensors
-            ],
+            "tensors": list(map(repr, self.tensors)),
             "files": [
                 [str(file), state and [state.inode, state.size, state.modified_ns]]
                 for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()
             ],
         }
         return digest_of_data(identity)
-
-
-def _padding(tensor: PlannedTensor) -> list[object]:
-    if tensor.inner is None or tensor.pad is None:
-        return []
-    return [tensor.inner.operation, tensor.inner.factor, tensor.pad.identity()]

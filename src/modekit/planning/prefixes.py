@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from modekit.errors import UnsupportedError
 from modekit.planning.parts import PlannedPlace
-from modekit.planning.pieces import CodeOf, Piece, PlannedTensor
+from modekit.planning.tensors import CodeOf, PlannedTensor
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
@@ -15,6 +15,7 @@ from modekit.sources.family import Family
 from modekit.sources.model import ModelSource
 from modekit.sources.names import SOFT_PREFIX, split_layer
 from modekit.sources.prefix import SoftPrefix
+from modekit.weights.made import Columns
 
 
 def prefixes_of(sources: Sequence[ModelSource]) -> tuple[SoftPrefix | None, ...]:
@@ -72,6 +73,5 @@ def prefix_tensors(place: PlannedPlace, code_of: CodeOf, *, first: bool) -> Iter
     for expert, kind in enumerate(place.kinds):
         start, stop = columns = _columns(place, expert, first=first)
         if isinstance(kind, SoftPrefix) and stop:
-            piece = Piece(1 + expert, kind.ref, columns=columns, expert=expert)
             name, shape = f"{place.module}.expert_{expert}", (kind.tokens, stop - start)
-            yield PlannedTensor(name, code_of(kind.ref), shape, "adapter", "cast", (piece,), expert=expert)
+            yield PlannedTensor(name, code_of(kind.ref), shape, "adapter", Columns(kind.ref, *columns), expert)

@@ -5,11 +5,11 @@ An FFN is the sum of its parts. Weights of the chosen experts sum to 1: down is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from modekit.errors import RecipeError, UnsupportedError
-from modekit.planning.pieces import Piece, PlannedTensor
 from modekit.recipes.recipe import Recipe
+from modekit.weights.made import Columns, Copy, Fold, Made, scaled
 
 _TRAIN = "use router: {fit: random}, and modekit train"
 
@@ -26,22 +26,21 @@ class Segments:
         """Channels of an expert."""
         return channels // self.count
 
-    def cut(self, piece: Piece, expert: int, part: str) -> Piece:
+    def cut(self, made: Copy | Fold, expert: int, part: str) -> Copy | Fold | Columns:
         """What an expert has of a part of the FFN: rows of gate and up, columns of down."""
         if self.count == 1:
-            return piece
-        width = self.width(piece.ref.shape[part == "down"])
+            return made
+        width = self.width(made.ref.shape[part == "down"])
         start = expert % self.count * width
-        return replace(piece, columns=(start, start + width)) if part == "down" else piece.cut((start, start + width))
+        return Columns(made.ref, start, start + width) if part == "down" else made.cut((start, start + width))
 
     def shape(self, part: str, rows: int, columns: int) -> tuple[int, int]:
         """Of a part of one expert, in place of the base's."""
         return (rows, self.width(columns)) if part == "down" else (self.width(rows), columns)
 
-    def scaled(self, part: str, tensor: PlannedTensor) -> PlannedTensor:
+    def scaled(self, part: str, made: Made) -> Made:
         """Down with its factor."""
-        is_scaled = self.count > 1 and part == "down"
-        return replace(tensor, operation="scale", factor=tensor.factor * self.factor) if is_scaled else tensor
+        return scaled(made, self.factor) if self.count > 1 and part == "down" else made
 
     def beside(self, channels: object) -> Segments:
         """The same. Raises UnsupportedError where a router that reads tokens needs channels."""

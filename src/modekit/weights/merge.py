@@ -7,7 +7,7 @@ model back bit for bit. Memory is a few blocks, whatever the tensor's size and h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,37 +15,34 @@ import numpy.typing as npt
 from modekit.recipes.mixture import BackboneMerge
 from modekit.weights.factorise import factorise
 from modekit.weights.numeric import blocks, moved
-from modekit.weights.stored import FlatArray
+from modekit.weights.stored import ByRows, FlatArray
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
 Block = npt.NDArray[np.float64]
+_Rule = Callable[[Block, list[Block]], Block]
 
 
-def merge_blocks(
-    settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]
-) -> Iterator[Block]:
-    """Blocks of the merged tensor of a shape, in order, in float64.
+def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray], shape: tuple[int, ...]) -> FlatArray:
+    """The merged tensor of a shape as a flat array in float64, computed where it is read.
 
     `base` and `experts` are flat arrays of equal length in any float format.
     """
-    if settings.method == "slerp":
-        yield from _slerp(settings.t, *experts)
-        return
     if settings.method == "svd" and len(shape) == 2:
-        yield _gathered(settings, base, experts, shape)
-        return
-    rule = _elementwise(settings, base, experts)
-    for part in blocks(len(base), _COPIES * (1 + len(experts))):
-        yield rule(_read(base, part), [_read(expert, part) for expert in experts])
+        return _gathered(settings, base, experts, shape)
+    rule = _slerp(settings.t, *experts) if settings.method == "slerp" else _elementwise(settings, base, experts)
+
+    def rows(first: int, last: int) -> Block:
+        part = slice(first, last)
+        return rule(_read(base, part), [_read(expert, part) for expert in experts])
+
+    return ByRows(len(base), 1, rows)
 
 
 def _read(array: FlatArray, part: slice) -> Block:
     return array[part].astype(np.float32).astype(np.float64)
 
 
-def _elementwise(
-    settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]
-) -> Callable[[Block, list[Block]], Block]:
+def _elementwise(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray]) -> _Rule:
     if settings.method == "average":
         return lambda _, values: _sum(values) / len(values)
     if settings.method in ("task_arithmetic", "svd"):  # Eq. 2, arXiv:2212.04089: base + scale * sum of task vectors
@@ -111,7 +108,7 @@ def _magnitude_bits(base: FlatArray, expert: FlatArray, part: slice) -> npt.NDAr
     return np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32)
 
 
-def _slerp(t: float, first: FlatArray, second: FlatArray) -> Iterator[Block]:
+def _slerp(t: float, first: FlatArray, second: FlatArray) -> _Rule:
     """Spherical interpolation of two flattened tensors (Shoemake 1985); nearly parallel ones are interpolated linearly."""
     dot = square_first = square_second = 0.0
     for part in blocks(len(first)):
@@ -122,10 +119,7 @@ def _slerp(t: float, first: FlatArray, second: FlatArray) -> Iterator[Block]:
     norms = np.sqrt(square_first * square_second)
     cosine = float(np.clip(dot / norms, -1.0, 1.0)) if norms > 0 else 1.0
     if 1.0 - abs(cosine) < 1e-6:
-        weights = (1.0 - t, t)
-    else:
-        angle = np.arccos(cosine)
-        weights = (float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle)))
-    for part in blocks(len(first)):
-        a, b = _read(first, part), _read(second, part)
-        yield moved(a, weights[1] * (b - a)) if weights == (1.0 - t, t) else weights[0] * a + weights[1] * b
+        return lambda _, values: moved(values[0], t * (values[1] - values[0]))
+    angle = np.arccos(cosine)
+    weights = float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle))
+    return lambda _, values: weights[0] * values[0] + weights[1] * values[1]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +13,8 @@ from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import TensorRef
 from modekit.sources.rows import RowRange, RowsRef
 from modekit.weights.numeric import DTYPES, as_array, is_finite, to_float32
+
+Array = npt.NDArray[np.generic]
 
 
 class FlatArray(Protocol):
@@ -65,6 +66,43 @@ class Stored:
         return (total / max(1, len(found))).astype(np.float32)
 
 
+class ByRows:
+    """A flat array of rows (count, width) that are computed where they are read: `rows(first, last)` gives some of them."""
+
+    def __init__(self, count: int, width: int, rows: Callable[[int, int], Array]) -> None:
+        self._count, self.width, self._rows = count, width, rows
+
+    def __len__(self) -> int:
+        return self._count * self.width
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(len(self))
+        if stop <= start:
+            return self._rows(0, 0).reshape(-1)
+        first, last = start // self.width, -(-stop // self.width)
+        return self._rows(first, last).reshape(-1)[start - first * self.width : stop - first * self.width]
+
+
+class Below:
+    """Flat arrays one after the other, in float32."""
+
+    def __init__(self, parts: Sequence[FlatArray]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(len(self))
+        found, position = [np.empty(0, np.float32)], 0
+        for each in self._parts:
+            first, last = max(start, position), min(stop, position + len(each))
+            if first < last:
+                found.append(to_float32(each[first - position : last - position]))
+            position += len(each)
+        return found[1] if len(found) == 2 else np.concatenate(found)
+
+
 def read_float32(opened: OpenFiles, ref: TensorRef) -> npt.NDArray[np.float32]:
     """A whole tensor, in its shape. Raises SourceError when it cannot be read."""
     return to_float32(as_array(opened.read(ref), ref.dtype)).reshape(ref.shape)
@@ -91,8 +129,3 @@ def _chunks(opened: OpenFiles, ref: TensorRef) -> Iterator[memoryview]:
     stored, step = Stored(opened, ref), CHUNK // ITEMSIZE[ref.dtype]
     for start in range(0, len(stored), step):
         yield stored[start : start + step].view(np.uint8).data
-
-
-def span_of(ref: TensorRef, start: int, stop: int) -> TensorRef:
-    """Some bytes of a tensor, as if they were a tensor: what `same_bytes` and `chunks` need to know of one."""
-    return dataclasses.replace(ref, dtype="U8", shape=(stop - start,), start=ref.start + start, end=ref.start + stop)

@@ -1,0 +1,213 @@
+"""The tensors of a result, and which file holds each.
+
+What comes and goes together lies together:
+
+    model-backbone-00001.safetensors      what does not know which experts there are
+    model-shared-00001.safetensors        what is of all experts at once: low-rank changes side by side, fused experts, and
+                                          what of the backbone leads a router's evidence to the gates
+    model-expert-00001-00001.safetensors  the first expert's own, and so on
+    model-embedding.safetensors           the embedding where it carries a router's evidence
+    model-router.safetensors              the gates
+
+An expert that comes or goes leaves the backbone's files, and those of the experts before it, byte for byte as they are
+(members/change.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from modekit.errors import SourceError
+from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.header import ITEMSIZE
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.rows import is_joined
+from modekit.weights.made import Copy, Fold, Join, Made, Merge, Padded, Scale
+from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.padded import Pad
+from modekit.weights.reading import Reading
+from modekit.weights.stored import FlatArray
+
+EMBEDDING_FILE = "model-embedding.safetensors"
+"""The embedding where it carries a router's evidence, which a new fit replaces."""
+
+Role = Literal["backbone", "expert", "adapter", "router", "constant"]
+CodeOf = Callable[[TensorRef], str]
+"""The safetensors dtype of what is made from a tensor."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the result, and how it is made. `expert`: whose it is alone; None for what others share."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    made: Made
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def copied(self) -> tuple[TensorRef, ...] | None:
+        """The stored tensors whose bytes one after the other it is; None where numbers are computed."""
+        parts = self.made.of if isinstance(self.made, Join) and self.made.axis == 0 else (self.made,)
+        if all(isinstance(part, Copy) and is_joined(part.ref, self.dtype) for part in parts):
+            return self.made.refs
+        return None
+
+    @property
+    def pad(self) -> Pad | None:
+        """What is new in it, where it is a larger one than the base's."""
+        return self.made.pad if isinstance(self.made, Padded) else None
+
+    @property
+    def inner(self) -> Made:
+        """How it is made but for channels and the scale that they need."""
+        if not isinstance(self.made, Padded):
+            return self.made
+        of = self.made.of
+        return of.of if isinstance(of, Scale) and self.made.pad.scale != 1.0 else of
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is merged from all models."""
+        return isinstance(self.inner, Merge)
+
+    @property
+    def operation(self) -> str:
+        """What makes it, in a word."""
+        if self.copied is not None:
+            return "copy"
+        made = self.made.of[0] if isinstance(self.made, Join) else self.made
+        return "cast" if isinstance(made, Copy) else type(made).__name__.lower()
+
+    def blocks(self, reading: Reading) -> Iterator[memoryview]:
+        """Its bytes in order, each block perhaps in the memory of the one before it.
+
+        Raises SourceError for NaN or Inf in what is computed from, and for numbers that do not fit the dtype.
+        """
+        if self.copied is not None:
+            for ref in self.copied:
+                yield from reading.opened.chunks(ref)
+            return
+        reading.check_all_finite(self.made.computed)
+        values = self.made.numbers(reading)
+        width = getattr(values, "width", 1)
+        step = max(1, BLOCK // self.made.arrays // width) * width
+        for start in range(0, len(values), step):
+            block = values[start : start + step]
+            if self.dtype == "U8":
+                yield memoryview(np.ascontiguousarray(block)).cast("B")
+                continue
+            found = to_bytes(block if block.dtype == DTYPES[self.dtype] else to_float32(block), self.dtype)
+            if not is_finite(found, self.dtype):
+                raise self._misfit(reading)
+            yield found
+
+    def _misfit(self, reading: Reading) -> SourceError:
+        """What to raise for numbers that are not finite: a source's, or too large for the dtype."""
+        reading.check_all_finite(self.made.refs)
+        parts = self.made.of if isinstance(self.made, Join) else (self.made,)
+        culprit = next((part for part in parts if not _fits(part.numbers(reading), self.dtype)), self.made)
+        what, where, remedy = "the weights do not fit", reading.where(culprit.refs), ""
+        if self.is_merged:
+            what, where, remedy = "the merged backbone overflows", f"mixture.backbone: {self.name}", ", or a smaller scale"
+        elif isinstance(culprit, Padded):
+            what, where, remedy = "what the experts differ by does not fit", self.name, ", or output: {carry: ffn}"
+        remedy = f"choose output: {{dtype: bfloat16}} or float32{remedy}"
+        return SourceError(f"{what} {DTYPES[self.dtype]}", where=where, remedy=remedy)
+
+
+def _fits(values: FlatArray, dtype: str) -> bool:
+    return all(is_finite(to_bytes(to_float32(values[part]), dtype), dtype) for part in blocks(len(values)))
+
+
+def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
+    """The tensor `ref` of the base model as a model or adapter has it. Raises MismatchError when it has another shape."""
+    if not isinstance(source, AdapterSource):
+        return Copy(source.matching(ref))
+    given = source.replaced.get(ref.name, ref)
+    change, of_bias = source.changes.get(ref.name), source.bias_changes.get(ref.name)
+    if change is not None or of_bias is not None:
+        return Fold(given, change, False) if change is not None else Fold(given, of_bias, True)
+    return Copy(given)
+
+
+def touched(source: ModelSource, name: str) -> bool:
+    """Whether an adapter does anything to a tensor of the base; a full model always has its own."""
+    if not isinstance(source, AdapterSource):
+        return True
+    return name in source.changes or name in source.replaced or name in source.bias_changes
+
+
+def low_rank(source: ModelSource, weight: str) -> LowRank | None:
+    """The adapter's change of a weight when it can be kept low-rank: plain LoRA on a linear layer, nothing replaced."""
+    bias = weight.removesuffix("weight") + "bias"
+    if not isinstance(source, AdapterSource) or weight in source.replaced or bias in source.replaced:
+        return None
+    change = source.changes.get(weight)
+    return change if isinstance(change, LowRank) and change.magnitude is None and not change.transposed else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result and its tensors in order."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Data bytes, without the header."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def cut_into_shards(tensors: Sequence[PlannedTensor], shard_size: int) -> tuple[Shard, ...]:
+    """Files of at most `shard_size` bytes, but for larger tensors; in the order of the tensors."""
+    groups: dict[str, list[PlannedTensor]] = {"backbone": [], "shared": []}
+    for tensor in tensors:
+        groups.setdefault(_group_of(tensor), []).append(tensor)
+    embedding = groups.pop(EMBEDDING_FILE, [])
+    shards = [
+        Shard(f"model-{name}-{number:05d}.safetensors", part)
+        for name, group in sorted(groups.items())
+        for number, part in enumerate(_parts(group, shard_size), 1)
+    ]
+    return (*shards, *([Shard(EMBEDDING_FILE, tuple(embedding))] if embedding else []))
+
+
+def _group_of(tensor: PlannedTensor) -> str:
+    pad = tensor.pad
+    if pad is not None and pad.free is not None:
+        return EMBEDDING_FILE
+    if tensor.expert is not None:
+        return f"expert-{tensor.expert + 1:05d}"
+    leads = pad is not None and (pad.entries or pad.carried is not None)
+    return "shared" if tensor.role != "backbone" or tensor.is_merged or leads else "backbone"
+
+
+def _parts(tensors: Sequence[PlannedTensor], shard_size: int) -> list[tuple[PlannedTensor, ...]]:
+    parts: list[list[PlannedTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not parts or size + tensor.nbytes > shard_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    return [tuple(part) for part in parts]

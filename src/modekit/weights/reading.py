@@ -1,0 +1,87 @@
+"""What the numbers of a result are computed from: open files, by one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from modekit.errors import SourceError
+from modekit.sources.contents import OpenFiles
+from modekit.sources.model import ModelSource, TensorRef
+from modekit.weights.factorise import Factors, factorise
+from modekit.weights.folding import reader
+from modekit.weights.numeric import blocks, is_finite, to_float32
+from modekit.weights.padded import Fills
+from modekit.weights.stored import Stored
+
+Singles = npt.NDArray[np.float32]
+
+
+class Reading:
+    """The open files that numbers are computed from, by one thread.
+
+    Attributes:
+        models: whose files they are, for messages.
+        fills: the new parts of tensors that carry more than FFNs, where there are any.
+    """
+
+    def __init__(self, opened: OpenFiles, models: Sequence[ModelSource]) -> None:
+        self.opened, self.models = opened, models
+        self.small = reader(opened)
+        self.fills: Fills | None = None
+        # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
+        self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
+
+    def where(self, refs: Sequence[TensorRef]) -> str:
+        """The model that the last tensor is of, and the name of the first, for messages."""
+        return where_of(self.models, refs)
+
+    def check_finite(self, ref: TensorRef, view: memoryview) -> None:
+        """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
+        check_finite(self.models, ref, view)
+
+    def check_all_finite(self, refs: Sequence[TensorRef]) -> None:
+        """Raise SourceError when one of these tensors holds NaN or Inf."""
+        for ref in dict.fromkeys(refs):
+            for chunk in self.opened.chunks(ref):
+                self.check_finite(ref, chunk)
+
+    def factors(self, expert: TensorRef, base: TensorRef, rank: int) -> Factors:
+        """The best ones of a difference. Raises SourceError where it overflows."""
+        if self._factored[0] != base:
+            self._factored = (base, {})
+        known, key = self._factored[1], (expert, rank)
+        if key not in known:
+            try:
+                known[key] = factorise(self.difference(expert, base), rank=rank)
+            except ValueError:
+                raise SourceError(
+                    "the expert's difference to the base model overflows float32",
+                    where=self.where([base, expert]),
+                    remedy="the model is damaged: save or download it again",
+                ) from None
+        return known[key]
+
+    def difference(self, expert: TensorRef, base: TensorRef) -> Singles:
+        """Expert - base, in their shape."""
+        moved, still = Stored(self.opened, expert), Stored(self.opened, base)
+        delta = np.empty(len(still), np.float32)
+        with np.errstate(over="ignore"):
+            for part in blocks(len(still)):
+                np.subtract(to_float32(moved[part]), to_float32(still[part]), out=delta[part])
+        return delta.reshape(base.shape)
+
+
+def where_of(models: Sequence[ModelSource], refs: Sequence[TensorRef]) -> str:
+    """The model that the last tensor is of, and the name of the first, for messages."""
+    source = next((each for each in models if refs[-1].file in each.files), None)
+    return f"{source.where if source is not None else refs[-1].file}: {refs[0].name}"
+
+
+def check_finite(models: Sequence[ModelSource], ref: TensorRef, view: memoryview) -> None:
+    """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
+    if not is_finite(view, ref.dtype):
+        remedy = "the model is damaged: save or download it again"
+        raise SourceError("the weights hold NaN or Inf", where=where_of(models, [ref]), remedy=remedy)
