@@ -51,20 +51,20 @@ WIDENED = """
 import io, sys
 from pathlib import Path
 from modekit.building.build import write_tensor
-from modekit.building.tensors import PieceReader
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.sources.contents import OpenFiles
+from modekit.weights.reading import Reading
 recipe, out = Path(sys.argv[1]), Path(sys.argv[2])
 plan = make_plan(load_recipe(recipe), recipe.parent)
 with OpenFiles() as opened:
-    read = PieceReader(opened)
+    read = Reading(opened, plan.models)
     for shard in plan.shards:
         with io.FileIO(out / shard.file, "w") as stream:
             write_all(stream, memoryview(safetensors_header((t.name, t.dtype, t.shape, t.nbytes) for t in shard.tensors)))
             for tensor in shard.tensors:
-                write_tensor(plan, tensor, read, stream)
+                write_tensor(tensor, read, stream)
 """
 
 
@@ -174,7 +174,7 @@ def main() -> None:
 
         plan = make_plan(load_recipe(recipe), folder)
         pieces = {
-            shard.file: [(str(p.ref.file), p.ref.start, p.ref.end) for tensor in shard.tensors for p in tensor.pieces]
+            shard.file: [(str(ref.file), ref.start, ref.end) for tensor in shard.tensors for ref in tensor.made.refs]
             for shard in plan.shards
         }
         (folder / "pieces.json").write_text(json.dumps(pieces))

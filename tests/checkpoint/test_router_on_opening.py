@@ -20,8 +20,8 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint, open_with_any_router
 from modekit.errors import CheckpointError, ModekitError
 from modekit.files.write import json_bytes
-from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
+from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.routing.text_router import TextRouter
 from modekit.training.settings import train_settings
 from modekit.training.train import train

@@ -17,8 +17,8 @@ import modekit.cli.data as data
 import modekit.cli.evaluation as evaluation
 import modekit.cli.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
+from modekit.building.again import Check
 from modekit.building.preview import Preview
-from modekit.building.verify import Check
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts

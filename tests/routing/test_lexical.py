@@ -20,8 +20,8 @@ from modekit.errors import CheckpointError, RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
+from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.read import load_recipe
 from modekit.recipes.router import Router
 from modekit.routing.kept import save_kept

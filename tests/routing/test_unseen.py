@@ -23,8 +23,8 @@ from modekit.loaded.load import load_model
 from modekit.loaded.modekit import routers_at
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
-from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
+from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import changed_mixture
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, train_table

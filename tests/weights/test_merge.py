@@ -14,8 +14,9 @@ import torch
 from checkpoint_states import DTYPES, RANDOM, State, result_of, states_of, store
 from conftest import Workshop
 from modekit.recipes.mixture import BackboneMerge
-from modekit.weights.merge import merge_blocks
+from modekit.weights.merge import merged as merge_of
 from modekit.weights.numeric import DTYPES as NUMPY_DTYPES
+from modekit.weights.numeric import blocks as blocks_of
 from refusal import borrow, tree
 
 Reference = Callable[[BackboneMerge, torch.Tensor, list[torch.Tensor]], torch.Tensor]
@@ -83,8 +84,9 @@ def test_a_merge_is_its_equation(
     experts[0][0, :5] = base[0, :5]
     merge = BackboneMerge(**settings)
     arrays = [tensor.flatten().numpy() for tensor in (base, *experts)]
-    merged = list(merge_blocks(merge, arrays[0], arrays[1:], (len(arrays[0]),)))
-    assert all(len(part) <= block and part.dtype == np.float64 for part in merged)
+    array = merge_of(merge, arrays[0], arrays[1:], (len(arrays[0]),))
+    merged = [array[part] for part in blocks_of(len(array))]
+    assert all(part.dtype == np.float64 for part in merged)
     wanted = reference(merge, base.double(), [expert.double() for expert in experts])
     torch.testing.assert_close(torch.from_numpy(np.concatenate(merged)).view(12, 17), wanted, rtol=1e-10, atol=1e-12)
 
@@ -147,7 +149,7 @@ def test_merging_a_single_expert_gives_its_backbone(bench: Workshop, backbone: A
 def test_slerp_of_parallel_opposite_and_empty_directions_is_linear(t: float, scale: float) -> None:
     first = np.linspace(-1, 2, 50, dtype=np.float32)
     second = (first * np.float32(scale)).astype(np.float32)
-    (merged,) = merge_blocks(BackboneMerge(method="slerp", t=t), first, [first, second], (len(first),))
+    merged = merge_of(BackboneMerge(method="slerp", t=t), first, [first, second], (len(first),))[:]
     np.testing.assert_allclose(merged, (1 - t) * first + t * second, rtol=1e-6, atol=1e-12)
 
 
@@ -156,7 +158,7 @@ def test_ties_ignores_experts_that_did_not_move() -> None:
     moved = base.copy()
     moved[3], moved[4] = 2.0, -1e-30
     settings = BackboneMerge(method="ties", density=0.1)
-    (merged,) = merge_blocks(settings, base, [base, moved], (len(base),))
+    merged = merge_of(settings, base, [base, moved], (len(base),))[:]
     assert merged[3] == 2.0
     assert np.count_nonzero(merged) == 2
 
@@ -164,7 +166,7 @@ def test_ties_ignores_experts_that_did_not_move() -> None:
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 def test_sources_of_any_dtype_are_read_exactly(dtype: str) -> None:
     base, one, two = (np.linspace(low, 3, 33).astype(NUMPY_DTYPES[dtype]) for low in (-3, -2, 1))
-    (merged,) = merge_blocks(BackboneMerge(method="average"), base, [one, two], (len(base),))
+    merged = merge_of(BackboneMerge(method="average"), base, [one, two], (len(base),))[:]
     np.testing.assert_array_equal(merged, (one.astype(np.float64) + two.astype(np.float64)) / 2)
 
 

@@ -27,6 +27,7 @@ from modekit.sources.model import DTYPE_NAMES
 from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
 from modekit.weights.stored import holds_only_finite
 
+
 def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> list[Check]:
     """Run all checks; nothing is written. `reload` also opens the checkpoint in plain transformers.
 

@@ -15,7 +15,6 @@ from blake3 import blake3
 from modekit.errors import CheckpointError, RecipeError
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
-from modekit.planning.pieces import MeasuredColumn
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import ITEMSIZE
 from modekit.sources.model import TensorRef
@@ -23,14 +22,6 @@ from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes
 
 FIT_ANEW = "put it back, or set the router again with `modekit fit`"
 Writer = Callable[[io.FileIO], None]
-
-
-def row_sizes(measured: MeasuredColumn, rows_VD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """By what a row's new numbers are multiplied, so that they are themselves behind the first norm: (V,)."""
-    if measured.norm_eps is None:
-        return np.ones(len(rows_VD))
-    squares = np.square(rows_VD.astype(np.float64) * measured.scale).mean(axis=1)
-    return np.asarray(np.sqrt(squares + measured.norm_eps) / measured.scale)
 
 
 def evidence_columns(channels: Channels, embedding: TensorRef, table_VN: npt.NDArray[np.float32]) -> memoryview:
@@ -76,11 +67,11 @@ def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float
 def _sized_rows(
     channels: Channels, embedding: TensorRef
 ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float64]]]:
-    """Blocks of rows: the place of the first, the rows in float32, and their `row_sizes`."""
+    """Blocks of rows: the place of the first, the rows in float32, and their sizes."""
     with OpenFiles() as opened:
         for start, rows in rows_of(opened, embedding):
             values = to_float32(as_array(rows, embedding.dtype)).reshape(-1, embedding.shape[1])
-            yield start, values, row_sizes(channels.row_scale, values[:, : channels.hidden])
+            yield start, values, channels.row_scale.sizes(values[:, : channels.hidden])
 
 
 def embedding_writer(channels: Channels, embedding: TensorRef, columns: memoryview) -> Writer:

@@ -24,8 +24,8 @@ from pathlib import Path
 from modekit.checkpoint.record import MixtureRecord
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.planning.modekit_shape import without_names
-from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.planning.plan import ROUTER_FILE
+from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.sources.contents import known_blake3
 from modekit.sources.family import Config
 from modekit.sources.tokenizer import COPIED_FILES

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from modekit.building.tensors import PieceReader, stored_blocks
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.conversion.dense_record import By, Merge
 from modekit.evaluation.domains import Domain
@@ -20,6 +19,7 @@ from modekit.planning.plan import Plan
 from modekit.recipes.mixture import Backbone, BackboneExpert, BackboneMerge
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
+from modekit.weights.reading import Reading
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
 """Of a sum, in parts of the average's, which is 1 / experts."""
@@ -67,10 +67,10 @@ class Chooser:
     def _state(self, merge: Merge) -> _State:
         dense, found = self.planned(merge, "F32"), _State()
         with OpenFiles() as opened:
-            read = PieceReader(opened)
+            read = Reading(opened, dense.plan.models)
             for tensor in self.run.over("merge", dense.tensors, len(dense.tensors)):
                 data = bytearray()
-                for block in stored_blocks(dense.plan, tensor, read):  # each lies where the one before it lay
+                for block in tensor.blocks(read):  # each lies where the one before it lay
                     data += block
                 found[tensor.name] = torch.frombuffer(data, dtype=torch.float32).view(tensor.shape)
         return found

@@ -14,7 +14,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.family import Family
 from modekit.weights.numeric import to_float32
-from modekit.weights.stored import Stored
+from modekit.weights.reading import Reading
 
 
 def with_prefix(model: PreTrainedModel, adapter: AdapterSource, family: Family) -> PreTrainedModel:
@@ -36,8 +36,6 @@ def with_prefix(model: PreTrainedModel, adapter: AdapterSource, family: Family) 
     with OpenFiles() as opened, torch.no_grad():
         for place in found:
             for tensor in prefix_tensors(place, lambda ref: ref.dtype, first=place is found[0]):
-                (piece,) = tensor.pieces
-                rows = to_float32(Stored(opened, piece.ref)[:]).reshape(piece.ref.shape)
-                own = torch.from_numpy(rows[:, slice(*piece.columns or (None,))].copy())
+                own = torch.from_numpy(to_float32(tensor.made.numbers(Reading(opened, ()))[:]).reshape(tensor.shape))
                 made.get_parameter(tensor.name).copy_(own)
     return made.eval()

@@ -170,7 +170,7 @@ def _is_what_is_there(checkpoint: Checkpoint, before: Plan) -> bool:
 def _reads_recorded_model(plan: Plan) -> bool:
     """Whether something is needed of a model that is only known by what the mixture says of it."""
     kept = () if plan.reused is None else plan.reused.model.files
-    refs = (ref for tensor in plan.tensors for piece in tensor.pieces for ref in piece.refs)
+    refs = (ref for tensor in plan.tensors for ref in tensor.made.refs)
     return any(ref.state is None and ref.file not in kept for ref in refs)
 
 

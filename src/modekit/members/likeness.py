@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.tensors import PieceReader
 from modekit.errors import SourceError
-from modekit.planning.pieces import piece_of, touched
+from modekit.planning.tensors import as_in, touched
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.model import ModelSource
 from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.reading import Reading
 from modekit.weights.stored import FlatArray, holds_only_finite
 
 _Double = npt.NDArray[np.float64]
@@ -53,16 +53,16 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], names: Collection
     sources = (base, *experts)
     square, products = 0.0, np.zeros((len(experts), len(experts)))
     with OpenFiles() as opened:
-        read = PieceReader(opened)
+        read = Reading(opened, sources)
         for name in run.over("compare", names, len(names)):
             ref = base.tensor(name)
             changed = [at for at, source in enumerate(sources) if at and source is not base and touched(source, name)]
-            pieces = {at: piece_of(sources, at, ref) for at in (0, *changed)}
-            for at, piece in pieces.items():
-                for part in piece.refs:
+            made = {at: as_in(sources[at], ref) for at in (0, *changed)}
+            for at, each in made.items():
+                for part in each.refs:
                     if not holds_only_finite(opened, part):
                         raise _damaged(sources[at], part.name)
-            added, product = _sums(read.values(pieces[0]), [read.values(pieces[at]) for at in changed])
+            added, product = _sums(made[0].numbers(read), [made[at].numbers(read) for at in changed])
             for at, length in zip(changed, np.diagonal(product), strict=True):
                 if not np.isfinite(length):  # DoRA of a row of zeros
                     raise _damaged(sources[at], name)

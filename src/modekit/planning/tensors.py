@@ -112,7 +112,7 @@ class PlannedTensor:
         for start in range(0, len(values), step):
             block = values[start : start + step]
             if self.dtype == "U8":
-                yield memoryview(np.ascontiguousarray(block)).cast("B")
+                yield np.ascontiguousarray(block).view(np.uint8).data.cast("B")
                 continue
             found = to_bytes(block if block.dtype == DTYPES[self.dtype] else to_float32(block), self.dtype)
             if not is_finite(found, self.dtype):
@@ -142,10 +142,9 @@ def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
     if not isinstance(source, AdapterSource):
         return Copy(source.matching(ref))
     given = source.replaced.get(ref.name, ref)
-    change, of_bias = source.changes.get(ref.name), source.bias_changes.get(ref.name)
-    if change is not None or of_bias is not None:
-        return Fold(given, change, False) if change is not None else Fold(given, of_bias, True)
-    return Copy(given)
+    if ref.name in source.changes:
+        return Fold(given, source.changes[ref.name])
+    return Fold(given, source.bias_changes[ref.name], of_bias=True) if ref.name in source.bias_changes else Copy(given)
 
 
 def touched(source: ModelSource, name: str) -> bool:

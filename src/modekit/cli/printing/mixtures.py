@@ -14,9 +14,9 @@ from modekit.files.figures import bytes_of, count_of, file_count, range_of, thre
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from modekit.building.again import Check
     from modekit.building.mix import MixPlan
     from modekit.building.preview import NeededTime, Preview
-    from modekit.building.verify import Check
     from modekit.evaluation.forced import ForcedExperts
     from modekit.evaluation.results import Results
     from modekit.experts.extract_record import Extraction
