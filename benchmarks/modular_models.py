@@ -32,7 +32,7 @@ from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.moving import What
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import write_file

@@ -14,7 +14,7 @@ import pytest
 from conftest import Workshop
 from kills import befallen, changed_paths
 from modekit.errors import OutputError
-from modekit.files.libraries import check_own, library_writes
+from modekit.files.write import check_own, library_writes
 from refusal import tree
 from writing_commands import COMMANDS, run_in
 

@@ -33,7 +33,7 @@ from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.moving import make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_losses
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import Staging, staging
 from modekit.files.write import digest_of_data, json_bytes, write_file, write_json

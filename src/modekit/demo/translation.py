@@ -21,7 +21,7 @@ from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.staging import staging
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences

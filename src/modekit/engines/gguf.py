@@ -33,7 +33,7 @@ from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.registry import SMALL, GgufSettings, Outtype
 from modekit.engines.sampling import longest_conversation
 from modekit.errors import ModekitError, SourceError, UnsupportedError
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json

@@ -23,7 +23,7 @@ from modekit.errors import InterruptError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.moving import Save, What
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.marker import Kind
 from modekit.files.output import replaced_by, settle, was_made_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes

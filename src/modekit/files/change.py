@@ -68,7 +68,7 @@ def change_together(
             for name, content in files.items():
                 _write(staged, name, content)
             if marker is not None:
-                _write(staged, MARKER, marker.without(gone).with_files(staged, files).as_bytes())
+                _write(staged, MARKER, marker.with_files(staged, files, but=gone).as_bytes())
         _put(folder)
         for name in gone:
             remove(folder / name)

@@ -1,8 +1,8 @@
 """`.modekit`: what in a folder is modekit's own. Nothing else is ever replaced or removed.
 
-An output's marker lists the files that were written into it, small ones with their digest; what is not listed, or was changed
-by hand since, is the user's. A work folder's (OUT.partial, OUT.training, OUT.tuning) names the output that it belongs to: a
-copy that somebody made under another name is no longer ours.
+An output's marker lists the files that were written into it, with the digest of those that people edit; what is not listed, or
+was changed since, is the user's. A work folder's (OUT.partial, OUT.training, OUT.tuning) names the output that it belongs to:
+a copy under another name is no longer ours.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modekit.files.read import UNREADABLE, read_bytes, read_text
+from modekit.files.read import LARGE, UNREADABLE, read_bytes, read_text
 from modekit.files.write import files_below, is_temporary, json_bytes, write_file
 
 MARKER = ".modekit"
 CHANGE_LOCK = ".modekit.lock"
 CHANGED = ".modekit.changed"
-JUST_MADE = ".modekit.made"
-"""Digest of what made an output, until its command has tidied up."""
-INTERNAL = (MARKER, CHANGE_LOCK, CHANGED, JUST_MADE)
+INTERNAL = (MARKER, CHANGE_LOCK, CHANGED)
 """What modekit keeps in an output for itself."""
+_WEIGHTS = (".safetensors", ".gguf")
 _SMALL = 2**20
-"""Bytes of a file that has its digest in the marker: what people edit is smaller."""
+"""Bytes of a weight file that has its digest in the marker; of other files LARGE."""
 
 Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "tokenizer", "partial", "training", "tuning"]
 
@@ -36,7 +35,7 @@ class Marker(BaseModel):
     Attributes:
         kind: what the folder is; partial, training and tuning are work folders.
         of: the name of the output that a work folder belongs to; empty for an output.
-        files: path with slashes -> sha256 of a small file, empty for a large one.
+        files: path with slashes -> sha256; empty for a large file.
         areas: folders in which everything is modekit's.
     """
 
@@ -52,18 +51,15 @@ class Marker(BaseModel):
         """The file."""
         return json_bytes(self.model_dump(mode="json"))
 
-    def with_files(self, folder: Path, names: Iterable[str]) -> Marker:
-        """With files written since, as they lie in a folder. Raises OSError."""
-        digests = {name: _digest_of(folder / name) for name in names}
-        return self.model_copy(update={"files": dict(sorted({**self.files, **digests}.items()))})
-
-    def without(self, names: Collection[str]) -> Marker:
-        """Without files that are about to go."""
-        return self.model_copy(update={"files": {name: digest for name, digest in self.files.items() if name not in names}})
+    def with_files(self, folder: Path, names: Iterable[str], *, but: Collection[str] = ()) -> Marker:
+        """With files as they lie in a folder now, and without those in `but`. Raises OSError."""
+        files = {**self.files, **{name: _digest_of(folder / name) for name in names}}
+        return self.model_copy(update={"files": {name: files[name] for name in sorted(files) if name not in but}})
 
     def owns(self, name: str) -> bool:
-        """Whether a path lies where everything is modekit's."""
-        return name.partition("/")[0] in self.areas and "/" in name
+        """Whether a path lies where everything is modekit's, or is what modekit keeps for itself."""
+        first, *rest = name.split("/")
+        return first in INTERNAL or (first in self.areas and bool(rest)) or any(is_temporary(Path(part)) for part in (first, *rest))
 
 
 def read_marker(folder: Path) -> Marker | None:
@@ -77,12 +73,11 @@ def read_marker(folder: Path) -> Marker | None:
         return None
 
 
-def marker_of(folder: Path, kind: Kind, *, areas: tuple[str, ...] = ()) -> Marker:
-    """The marker of an output all of whose files modekit wrote. Raises OSError."""
+def marker_of(folder: Path, kind: Kind, *, areas: tuple[str, ...] = (), but: Collection[str] = ()) -> Marker:
+    """The marker of an output all of whose files, but for some, modekit wrote. Raises OSError."""
     marker = Marker(kind=kind, areas=areas)
-    paths = {name: folder / name for name in files_below(folder) if not (_is_internal(name) or marker.owns(name))}
-    files = {name: _digest_of(path) for name, path in paths.items() if not path.is_symlink()}
-    return marker.model_copy(update={"files": files})
+    names = [name for name in files_below(folder) if not (marker.owns(name) or (folder / name).is_symlink())]
+    return marker.with_files(folder, names, but=but)
 
 
 def foreign_files(folder: Path) -> list[str] | None:
@@ -90,7 +85,23 @@ def foreign_files(folder: Path) -> list[str] | None:
     marker = read_marker(folder)
     if marker is None:
         return None
-    return [name for name in files_below(folder) if not (_is_internal(name) or _is_ours(folder, name, marker))]
+    changed = changed_files(folder)
+    return [name for name in files_below(folder) if name in changed or not (marker.owns(name) or name in marker.files)]
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Files that modekit wrote into an output and others changed since, as far as the marker has their digests."""
+    marker = read_marker(folder)
+    return [name for name, digest in marker.files.items() if _is_another(folder / name, digest)] if marker is not None else []
+
+
+def _is_another(path: Path, digest: str) -> bool:
+    try:
+        return path.is_symlink() or (digest != "" and digest != _digest_of(path))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
@@ -103,13 +114,8 @@ def claim_work_folder(folder: Path, kind: Kind, of: str) -> bool:
     except FileExistsError:
         if not is_remains(folder):
             return is_work_folder(folder, kind, of)
-    mark_work_folder(folder, kind, of)
-    return True
-
-
-def mark_work_folder(folder: Path, kind: Kind, of: str) -> None:
-    """Say whose a work folder is. Raises OSError."""
     write_file(folder / MARKER, Marker(kind=kind, of=of).as_bytes())
+    return True
 
 
 def is_remains(folder: Path) -> bool:
@@ -125,26 +131,8 @@ def is_work_folder(folder: Path, kind: Kind, of: str) -> bool:
     return marker is not None and marker.kind == kind and marker.of == of
 
 
-def _is_ours(folder: Path, name: str, marker: Marker) -> bool:
-    path = folder / name
-    if path.is_symlink():
-        return False
-    if marker.owns(name):
-        return True
-    said = marker.files.get(name)
-    try:
-        return said is not None and (said == "" or said == _digest_of(path))
-    except OSError:
-        return False
-
-
-def _is_internal(name: str) -> bool:
-    first = name.partition("/")[0]
-    return first in INTERNAL or any(is_temporary(Path(part)) for part in name.split("/"))
-
-
 def _digest_of(path: Path) -> str:
     try:
-        return hashlib.sha256(read_bytes(path, _SMALL)).hexdigest()
+        return hashlib.sha256(read_bytes(path, _SMALL if path.name.endswith(_WEIGHTS) else LARGE)).hexdigest()
     except ValueError:  # larger
         return ""

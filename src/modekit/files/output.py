@@ -1,35 +1,26 @@
-"""May this be written? What lies at an output path, what a kill left of it, what it is made from, and what is surely written.
+"""May OUT be written? What lies there, what a kill left of it, what it is made from, and whether the disk has room.
 
-Where an output is made, `OUT.partial`, is laid out in staging.py. Its journal is lines of JSON, each a key and what is surely
-written under it; the first has the digest and the boot. After a power loss it is believed only as far as the disk had the
-bytes: of shards that were written whole.
+staging.py says how OUT.partial, the folder beside it in which it is made, is laid out.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import JsonValue
-
-from modekit.errors import FinishedError, OutputError
+from modekit.errors import OutputError, some_of
 from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK, JUST_MADE, MARKER, foreign_files, is_remains, is_work_folder, read_marker
-from modekit.files.read import UNREADABLE, read_text
-from modekit.files.tensors import write_all
-from modekit.files.write import empty_folder, files_below, go_on_writing, remove, remove_if_empty, write_file
+from modekit.files.marker import CHANGE_LOCK, MARKER, foreign_files, is_remains, is_work_folder, read_marker
+from modekit.files.write import empty_folder, files_below, remove, remove_if_empty
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
 
 PARTIAL: Literal["partial"] = "partial"
 LOCK, JOURNAL, NEW, OLD = "lock", "journal", "new", "old"
-_SHOWN = 5
 
 
 def replaced_by(overwrite: bool) -> Replace:
@@ -38,7 +29,9 @@ def replaced_by(overwrite: bool) -> Replace:
 
 
 def work_folder(out: Path) -> Path:
-    """Where an output is made."""
+    """Where an output is made. Raises OutputError for a path without a name, such as /."""
+    if not out.name:
+        raise OutputError("the output needs a folder of its own", where=str(out), remedy="name a folder in it")
     return out.with_name(f"{out.name}.{PARTIAL}")
 
 
@@ -59,8 +52,7 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
         mend(out)
     except OSError as error:
         raise not_writable(out, error) from None
-    if replace != "nothing" or not os.path.lexists(out / JUST_MADE):  # else who makes it asks who has
-        refuse_what_is_there(out, replace)
+    refuse_what_is_there(out, replace)
 
 
 def not_writable(out: Path, error: OSError) -> OutputError:
@@ -73,36 +65,16 @@ def not_writable(out: Path, error: OSError) -> OutputError:
     )
 
 
-def was_made_by(out: Path, digest: str) -> bool:
-    """Whether OUT is what a run of the same command made that was killed while it tidied up."""
-    try:
-        return read_marker(out) is not None and read_text(out / JUST_MADE) == digest
-    except UNREADABLE:
-        return False
-
-
-def check_not_made_by(out: Path, made_by: str) -> None:
-    """Raise FinishedError, with all tidied up, where the same command made OUT and was killed while it tidied up."""
-    if was_made_by(out, made_by):
-        mend(out)
-        settle(out)
-        raise FinishedError(out)
-
-
 def is_there(out: Path) -> bool:
-    """Whether there is an output, tidied up after whatever a kill left beside it. Raises OutputError, OSError."""
+    """Whether there is an output, once what a kill left is mended. Raises OutputError, OSError."""
     mend(out)
-    settle(out)
     return out.exists()
-
-
-def settle(out: Path) -> None:
-    """The command that made OUT has tidied up: from now on nobody finds its own work there."""
-    remove(out / JUST_MADE)
 
 
 def mend(out: Path) -> None:
     """Put right what a kill inside a commit left, unless a process is at it. Raises OutputError, OSError."""
+    if not out.name:
+        return
     work = work_folder(out)
     if not (is_work_folder(work, PARTIAL, out.name) or is_remains(work)):
         return
@@ -174,11 +146,10 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
             remedy="choose another folder, or remove it yourself",
         )
     if foreign:
-        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise OutputError(
             "the output folder holds files that modekit did not write, or that were changed since",
             where=str(out),
-            found=", ".join(foreign[:_SHOWN]) + more,
+            found=some_of(foreign, 5),
             remedy="move them away, or choose another folder",
         )
 
@@ -186,16 +157,15 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
 def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
     new = work_folder(out) / NEW
-    needed -= sum(_size_of(new / name) for name in files_below(new))
+    needed -= sum((new / name).lstat().st_size for name in files_below(new))
     disk = disk_of(out)
-    free = disk.free
-    if disk.total and needed > free:  # some file systems do not say how large they are
+    if disk.total and needed > disk.free:  # some file systems do not say how large they are
         raise OutputError(
             "the disk has too little free space",
             where=str(out),
-            found=f"{free:,} bytes free",
+            found=f"{disk.free:,} bytes free",
             expected=f"{needed:,} bytes",
-            remedy=f"free {needed - free:,} bytes, or choose a folder on another disk",
+            remedy=f"free {needed - disk.free:,} bytes, or choose a folder on another disk",
         )
 
 
@@ -204,19 +174,11 @@ def disk_of(out: Path) -> shutil._ntuple_diskusage:
     return shutil.disk_usage(next(parent for parent in out.parents if parent.exists()))
 
 
-def _size_of(path: Path) -> int:
-    """Bytes of a file; 0 where another command has just taken it away."""
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
-
-
 def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
     """Raise OutputError when OUT is, holds, or lies in a folder that the command reads, whatever links lead there."""
-    real = out.resolve()
+    real = Path(os.path.realpath(out))  # Path.resolve raises where links go round
     for source in sources:
-        folder = source.resolve()
+        folder = Path(os.path.realpath(source))
         relation = (
             "is" if real == folder else "holds" if real in folder.parents else "lies in" if folder in real.parents else ""
         )
@@ -227,63 +189,3 @@ def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
                 found=f"it {relation} {source}",
                 remedy="choose a folder beside it",
             )
-
-
-_LARGEST = 2**28
-
-
-class Journal:
-    """A journal that is written anew with what is known, and then line by line, by any thread. Raises OSError."""
-
-    def __init__(self, path: Path, digest: str, known: Mapping[str, JsonValue] = {}) -> None:
-        self._known, self._appending = dict(known), threading.Lock()
-        lines = [_line(digest, _this_boot()), *(_line(key, value) for key, value in known.items())]
-        write_file(path, b"".join(lines), sync=False)
-        self._stream = go_on_writing(path, append=True)
-
-    def recall(self, key: str) -> JsonValue:
-        """What was recorded under a key; None when nothing."""
-        return self._known.get(key)
-
-    def record(self, key: str, value: JsonValue) -> None:
-        """Append a line. Call only when what it claims is already written."""
-        with self._appending:
-            write_all(self._stream, memoryview(_line(key, value)))
-            self._known[key] = value
-
-    def close(self) -> None:
-        """Release the file."""
-        self._stream.close()
-
-
-def read_journal(path: Path, digest: str) -> dict[str, JsonValue]:
-    """What a run of the same digest that was cut short has recorded. Raises OSError or ValueError where there was none."""
-    (known, boot), *rest = _whole_lines(read_text(path, _LARGEST))
-    if known != digest:
-        raise ValueError("it is of another command")
-    done = dict(rest)
-    if boot and boot == _this_boot():
-        return done
-    return {key: value for key, value in done.items() if not key.startswith("shard ") or done.get(f"synced {key[6:]}")}
-
-
-def _this_boot() -> str:
-    """Changes whenever the machine starts; empty where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _line(key: str, value: JsonValue) -> bytes:
-    return (json.dumps([key, value]) + "\n").encode()
-
-
-def _whole_lines(text: str) -> Iterator[tuple[str, JsonValue]]:
-    """The entries, up to the one that a kill cut short."""
-    for each in text.splitlines():
-        try:
-            key, value = json.loads(each)
-        except (ValueError, TypeError, RecursionError):  # it is cut short
-            return
-        yield str(key), value

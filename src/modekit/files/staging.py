@@ -2,15 +2,15 @@
 
     OUT.partial/.modekit    says that the folder is modekit's, and of which output
     OUT.partial/lock        held by the process that writes, until OUT is in its place
-    OUT.partial/journal     what is surely written; the same command goes on from there
+    OUT.partial/journal     digest of the command, and a line for every shard that is whole on the disk
     OUT.partial/new/        the output in the making
     OUT.partial/old/        an old OUT, from the moment that it gives way until the new one is in its place
     OUT                     appears by rename
-    OUT/.modekit.made       which command made it, until that has removed OUT.partial: after a kill it finds its own work
 
-A killed process leaves OUT.partial. Whoever next asks for OUT mends what a kill between the two renames left: the old folder
-comes back, or, when the new one is in its place, goes. A rename never replaces a folder that holds something, so that what
-appears at OUT while modekit works is safe, too.
+A killed process leaves OUT.partial. The same command keeps the shards that its journal names, if they have their size, and
+makes everything else again. Whoever next asks for OUT mends what a kill between the two renames left: the old folder comes
+back, or, when the new one is in its place, goes. A rename never replaces a folder that holds something, so that what appears
+at OUT while modekit works is safe, too.
 """
 
 from __future__ import annotations
@@ -23,55 +23,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import JsonValue
-
-from modekit.errors import FinishedError, InterruptError, OutputError
+from modekit.errors import InterruptError, OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import (
-    CHANGE_LOCK,
-    INTERNAL,
-    JUST_MADE,
-    MARKER,
-    Kind,
-    claim_work_folder,
-    foreign_files,
-    is_remains,
-    is_work_folder,
-    mark_work_folder,
-    marker_of,
-)
+from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, claim_work_folder, foreign_files, is_remains, is_work_folder, marker_of
 from modekit.files.output import (
     JOURNAL,
     LOCK,
     NEW,
     OLD,
     PARTIAL,
-    Journal,
     Replace,
     clear,
+    disk_of,
     mend_commit,
     not_writable,
-    read_journal,
     refuse_entangled,
     refuse_what_is_there,
-    settle,
-    was_made_by,
     work_folder,
 )
+from modekit.files.read import UNREADABLE, read_text
 from modekit.files.tensors import Entry, safetensors_header, write_all
-from modekit.files.write import (
-    FULL,
-    create,
-    go_on_writing,
-    make_folder,
-    remove,
-    remove_if_empty,
-    sweep,
-    sync_file,
-    sync_folder,
-    sync_tree,
-    write_file,
-)
+from modekit.files.write import FULL, create, make_folder, remove, remove_if_empty, sweep, sync_file, sync_folder, sync_tree, write_file
 
 _ATTEMPTS = 20
 
@@ -80,107 +52,81 @@ class Staging:
     """An output folder in the making. Use `staging(...)`."""
 
     def __init__(self, out: Path, digest: str, kind: Kind, *, replace: Replace, sync: bool) -> None:
-        self.out = out
-        self._kind, self._replace, self._sync = kind, replace, sync
-        self.made_by = digest if replace == "nothing" else ""
-        """What OUT says of the command that made it, until that has tidied up."""
-        self.work = work_folder(out)
+        self.out, self.work = out, work_folder(out)
         self.folder = self.work / NEW
         self.areas: tuple[str, ...] = ()
         """Folders of the output in which everything will be modekit's."""
-        self.settles = True
-        """Whether nothing is left to do for the command once OUT is in its place; else it calls `settle` when that is done."""
         self.last: Callable[[], None] = lambda: None
         """Called when nobody else can change the old folder any more, before the new one is whole; what it raises ends it."""
+        self.is_done = False
+        """Whether OUT is what was made here."""
+        self._kind, self._replace, self._sync = kind, replace, sync
         self._new_parents = [parent for parent in out.parents if not parent.exists()]
-        self._journal_path = self.work / JOURNAL
-        self._made: tuple[int, int] | None = None
-        self._synced: dict[Path, Future[None]] = {}
         self._disk = ThreadPoolExecutor(1, "sync")
+        self._taken: dict[Path, Future[None]] = {}
         self._lock = Lock(self.work / LOCK)
         try:
             self._take()
             mend_commit(self.work, out)
-            if replace == "nothing" and was_made_by(out, digest):
-                raise FinishedError(out)
             refuse_what_is_there(out, replace)
             self._replaced = _identity(out)
-            self._journal = self._open(digest)
+            self._journal = self._begin(digest)
         except BaseException:
             self._release()
             raise
 
-    def recall(self, key: str) -> JsonValue:
-        """What an earlier, interrupted run recorded under a key; None when nothing."""
-        return self._journal.recall(key)
-
-    def record(self, key: str, value: JsonValue) -> None:
-        """Append to the journal. Call only when what it claims is already written."""
-        self._journal.record(key, value)
-
     def write_shard(self, file: str, entries: list[Entry], write_tensor: Callable[[int, io.FileIO], None]) -> None:
-        """Write one safetensors file, going on after the last tensor that the journal knows.
+        """Write one safetensors file, unless an earlier run of the same command has.
 
         `write_tensor(number, stream)` must write the bytes of entry `number` to the unbuffered stream. While the next file is
         written, the disk takes this one.
         """
-        header = safetensors_header(entries)
-        ends = [len(header)]
-        for entry in entries:
-            ends.append(ends[-1] + entry[3])
-        path = self.folder / file
-        said = self.recall(f"shard {file}")
-        done = said if isinstance(said, int) else 0
-        if not path.exists() or path.stat().st_size < ends[done]:
-            done = 0
-        if not done:
+        path, header = self.folder / file, safetensors_header(entries)
+        size = len(header) + sum(nbytes for *_, nbytes in entries)
+        if file not in self._journal[1:] or path.is_symlink() or not path.is_file() or path.stat().st_size != size:
             remove(path)
-        with go_on_writing(path) if done else create(path) as stream:
-            if done:
-                stream.truncate(ends[done])
-                stream.seek(ends[done])
-            else:
+            with create(path) as stream:
                 write_all(stream, memoryview(header))
-            for number in range(done, len(entries)):
-                write_tensor(number, stream)
-                position = stream.tell()
-                assert position == ends[number + 1], f"{entries[number][0]}: wrote to {position}, planned {ends[number + 1]}"
-                self.record(f"shard {file}", number + 1)
+                for number in range(len(entries)):
+                    write_tensor(number, stream)
+                assert stream.tell() == size, f"{file}: wrote {stream.tell()} bytes, planned {size}"
         if self._sync:
-            self._synced[path] = self._disk.submit(self._take_to_disk, path)
+            self._taken[path] = self._disk.submit(self._to_disk, path)
 
-    def _take_to_disk(self, path: Path) -> None:
+    def _to_disk(self, path: Path) -> None:
         sync_file(path)
-        self.record(f"synced {path.name}", True)
+        if path.name not in self._journal[1:]:
+            self._journal.append(path.name)
+            self._write_journal()
+
+    def _write_journal(self) -> None:
+        write_file(self.work / JOURNAL, "".join(f"{line}\n" for line in self._journal).encode(), sync=False)
 
     def commit(self) -> None:
         """Make the folder visible under its final name. Raises OutputError when something else has appeared there."""
-        for done in self._synced.values():
+        for done in self._taken.values():
             done.result()
-        self.close()
+        self._disk.shutdown()
         self._check_place()
-        change = Lock(self.out / CHANGE_LOCK) if self._replaced is not None else None
-        if change is not None and not change.take():
+        change = Lock(self.out / CHANGE_LOCK)
+        if self._replaced is not None and not change.take():
             raise OutputError(
                 "another command is changing the output folder", where=str(self.out), remedy="run this one again after it"
             )
         try:
             self._take_the_place()
         finally:
-            if change is not None:
-                change.release()
+            change.release()
         if self._sync:
             sync_folder(self.out.parent)
         self._remove()
-        if self.settles:
-            settle(self.out)
 
     def _take_the_place(self) -> None:
         """While nobody changes a file of the old folder."""
         self.last()
         self._mark()
         if self._sync:
-            sync_tree(self.folder, but=self._synced.keys())
+            sync_tree(self.folder, but=self._taken.keys())
         self._check_place()
         if self._replaced is not None:
             refuse_what_is_there(self.out, self._replace)
@@ -196,23 +142,12 @@ class Staging:
     def _mark(self) -> None:
         """Say what in the folder is modekit's: all of it, but for what was carried over and was not."""
         remove(self.folder / MARKER)
-        marker = marker_of(self.folder, self._kind, areas=self.areas)
-        if self._replace == "in place":
-            foreign = foreign_files(self.out)
-            if foreign is None:
-                return
-            marker = marker.without(foreign)
-        write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
-        if self.made_by:
-            write_file(self.folder / JUST_MADE, self.made_by.encode(), sync=False)
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether OUT is what was made here."""
-        return self._made is not None and self._made == _identity(self.out)
+        foreign = foreign_files(self.out) if self._replace == "in place" else []
+        if foreign is not None:
+            marker = marker_of(self.folder, self._kind, areas=self.areas, but=foreign)
+            write_file(self.folder / MARKER, marker.as_bytes(), sync=False)
 
     def _put(self) -> None:
-        self._made = _identity(self.folder)
         try:
             self.folder.rename(self.out)
         except OSError:
@@ -220,11 +155,10 @@ class Staging:
                 raise AppearedError(self.out) from None
             mend_commit(self.work, self.out)
             raise
+        self.is_done = True
 
     def discard(self) -> None:
         """Remove everything written so far; an old folder that has just given way comes back first, or nothing is removed."""
-        with suppress(OSError):  # a full disk: what the journal still holds cannot be written, and need not be
-            self.close()
         try:
             mend_commit(self.work, self.out)
         except (OutputError, OSError):
@@ -234,11 +168,11 @@ class Staging:
 
     def keep(self) -> None:
         """Leave everything for the next command with the same digest."""
-        with suppress(OSError):
-            self.close()
+        self._disk.shutdown(cancel_futures=True)
         self._lock.release()
 
     def _remove(self) -> None:
+        self._disk.shutdown(cancel_futures=True)
         clear(self.work, self._lock)
         self._remove_parents()
 
@@ -250,18 +184,12 @@ class Staging:
     def _release(self) -> None:
         """Give the folder free: with what an earlier command left in it, or not at all."""
         self._disk.shutdown()
-        work = self.work
-        ours = os.path.lexists(work) and (is_work_folder(work, PARTIAL, self.out.name) or is_remains(work))
-        alone = self._lock.is_held or (ours and not os.path.lexists(work / LOCK))  # a full disk may have no room for a lock
-        if alone and not self._journal_path.exists():
-            clear(work, self._lock)
+        ours = is_remains(self.work) or is_work_folder(self.work, PARTIAL, self.out.name)
+        alone = self._lock.is_held or (ours and not os.path.lexists(self.work / LOCK))  # a full disk has no room for a lock
+        if alone and not (self.work / JOURNAL).exists():
+            clear(self.work, self._lock)
         self._lock.release()
         self._remove_parents()
-
-    def close(self) -> None:
-        """Release the journal; what was written stays for a resume."""
-        self._disk.shutdown(cancel_futures=True)
-        self._journal.close()
 
     def _take(self) -> None:
         """Make the work folder, or find our own, and hold it against other processes; the lock dies with this one.
@@ -273,6 +201,8 @@ class Staging:
             try:
                 ours = claim_work_folder(self.work, PARTIAL, self.out.name)
                 free = ours and self._lock.take()
+                if free:
+                    claim_work_folder(self.work, PARTIAL, self.out.name)  # whoever had it may have cleared it just now
                 break
             except FileNotFoundError:  # another process has just finished, and removed it
                 if attempt == _ATTEMPTS - 1:  # or the system takes no folder here
@@ -289,22 +219,22 @@ class Staging:
                 where=str(self.out),
                 remedy="wait for it, or choose another folder",
             )
-        if not is_work_folder(self.work, PARTIAL, self.out.name):  # whoever had it has just cleared it
-            mark_work_folder(self.work, PARTIAL, self.out.name)
 
-    def _open(self, digest: str) -> Journal:
-        """Go on with what an earlier run of the same digest has left, or begin."""
-        with suppress(OSError, ValueError):
-            done = read_journal(self._journal_path, digest)
-            if self.folder.is_dir() and not self.folder.is_symlink():
+    def _begin(self, digest: str) -> list[str]:
+        """The journal of an earlier run of the same command, whose folder stays; else a new one, and an empty folder."""
+        with suppress(*UNREADABLE):
+            journal = read_text(self.work / JOURNAL).splitlines()
+            if journal[:1] == [digest] and self.folder.is_dir() and not self.folder.is_symlink():
                 sweep(self.folder)
                 for name in INTERNAL:  # of a change that was cut short
                     remove(self.folder / name)
-                return Journal(self._journal_path, digest, done)
+                return journal
         for name in (NEW, JOURNAL):
             remove(self.work / name)
         make_folder(self.folder)
-        return Journal(self._journal_path, digest)
+        self._journal = [digest]
+        self._write_journal()
+        return self._journal
 
 
 class AppearedError(OutputError):
@@ -319,11 +249,10 @@ class AppearedError(OutputError):
 
 
 def _failed(out: Path, error: OSError, left: str) -> OutputError:
-    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
     return OutputError(
         f"writing failed; {left}",
         where=str(out),
-        found=f"{error.strerror or error} ({free:,} bytes free)",
+        found=f"{error.strerror or error} ({disk_of(out).free:,} bytes free)",
         remedy="free space or choose another disk",
     )
 
@@ -355,7 +284,7 @@ def staging(
 
     Only a killed process leaves it behind; the next call with the same digest then continues. `kind` says what the folder
     holds, `sources` are the folders it is made from, `replace` says what may be in its place. With `sync` it outlives a power
-    loss once it is there.
+    loss once it is there; without, a killed process begins again.
 
     Raises OutputError when OUT exists and may not be replaced, when it and a source lie in one another, or when the disk is
     full or not writable.
@@ -363,9 +292,6 @@ def staging(
     try:
         refuse_entangled(out, sources)
         stage = Staging(out, digest, kind, replace=replace, sync=sync)
-    except FinishedError:
-        settle(out)
-        raise
     except OSError as error:
         raise (_failed(out, error, _left_of(out)) if error.errno in FULL else not_writable(out, error)) from None
     try:
@@ -375,14 +301,12 @@ def staging(
         stage.keep()
         raise
     except OSError as error:
-        finished = stage.is_in_place
         stage.discard()
-        raise _failed(out, error, _left_of(out, finished=finished)) from None
+        raise _failed(out, error, _left_of(out, finished=stage.is_done)) from None
     except KeyboardInterrupt:
-        finished = stage.is_in_place
         stage.discard()
-        remedy = "run the command again" + ("" if finished else " to start over")
-        raise InterruptError(f"interrupted; {_left_of(out, finished=finished)}", where=str(out), remedy=remedy) from None
+        left, remedy = _left_of(out, finished=stage.is_done), "run the command again to start over"
+        raise InterruptError(f"interrupted; {left}", where=str(out), remedy=remedy) from None
     except BaseException:
         stage.discard()
         raise

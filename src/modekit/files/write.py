@@ -96,6 +96,9 @@ def _name(error: OSError, temporary: Path, path: Path) -> None:
         error.filename = str(path) + said.removeprefix(str(temporary))
 
 
+_TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Around a library that writes `path` for us: what it makes of a full disk, in classes of its own, is an OSError again.
@@ -106,13 +109,45 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        plain = type(error) is Exception and "os error" in str(error)
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, RuntimeError) and not plain:
-            raise
         number = re.search(r"os error (\d+)", str(error))
+        torch_writes = isinstance(error, RuntimeError) and _TORCH_WRITES.search(str(error))
+        if not (number and type(error).__name__ in ("SafetensorError", "Exception")) and not torch_writes:
+            raise
         code = int(number[1]) if number else errno.EIO
         said = os.strerror(code) if number else "a file could not be written whole: is the disk full?"
         raise OSError(code, said, str(path)) from None
+
+
+@contextmanager
+def library_writes(folder: Path) -> Iterator[Path]:
+    """A new folder that a library writes into; what it wrote moves to `folder` by rename when the block ends well.
+
+    A library follows whatever link lies at a name, so it gets a folder that nobody could foresee. Each file and folder takes
+    the place of what has its name. Raises OSError, also for what the library makes of a full disk.
+    """
+    make_folder(folder)
+    new = temporary_in(folder)
+    try:
+        with disk_errors(folder):
+            new.mkdir()
+            yield new
+        for path in sorted(new.iterdir()):
+            remove(folder / path.name)
+            path.rename(folder / path.name)
+    finally:
+        remove(new)
+
+
+def new_folder(folder: Path) -> None:
+    """Make an empty folder in the place of whatever has its name; of a link, the link goes. Raises OSError."""
+    remove(folder)
+    folder.mkdir()
+
+
+def link_in(folder: Path) -> str | None:
+    """The first link in a folder that a library is about to write into, in words; None where there is none."""
+    links = (folder / name for name in files_below(folder) if (folder / name).is_symlink())
+    return next((f"{path.relative_to(folder)} is a link to {path.readlink()}" for path in links), None)
 
 
 def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
@@ -167,11 +202,6 @@ def link_file(file: Path, target: Path) -> None:
             os.link(file, temporary)
             return
     copy_file(file, target)
-
-
-def link_to(file: Path, name: Path) -> None:
-    """A link under a free name. Raises OSError."""
-    name.symlink_to(file)
 
 
 def files_below(folder: Path) -> list[str]:

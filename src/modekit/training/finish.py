@@ -18,7 +18,7 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.results_folder import write_results
-from modekit.files.libraries import library_writes
+from modekit.files.write import library_writes
 from modekit.files.output import settle
 from modekit.files.read import LARGE, read_bytes
 from modekit.files.write import files_below, json_bytes, remove

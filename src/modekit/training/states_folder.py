@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel
 
 from modekit.errors import TrainingError
-from modekit.files.libraries import not_own
+from modekit.files.write import not_own
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_json
