@@ -10,7 +10,6 @@ ModekitError            exit code 2 at the command line
 ├── TuneError           a search that cannot start or go on: another search in its folder, no candidate with a loss
 ├── EngineError         another engine that cannot be started, or that says something else than transformers
 ├── OutputError         the result folder: exists, disk full, not writable
-│   └── FinishedError   it is there and whole, made by the same command, which was killed while it tidied up: exit code 0
 ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
 └── InterruptError      the user pressed Ctrl-C
 """
@@ -105,17 +104,6 @@ class EngineError(ModekitError):
 
 class OutputError(ModekitError):
     """The result folder cannot be written."""
-
-
-class FinishedError(OutputError):
-    """The result folder is whole already: the same command made it, and was killed while it tidied up."""
-
-    def __init__(self, out: object) -> None:
-        super().__init__(
-            "it is finished already: this command had made it when it was killed",
-            where=str(out),
-            remedy="nothing; to make it again, remove it or choose another folder",
-        )
 
 
 class CheckpointError(ModekitError):

@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, 
 @pytest.mark.parametrize(
     "moment",
     [
-        "modekit.files.staging.Staging.record",
+        "modekit.building.build.write_tensor",
         "modekit.building.build.write_index",
         "modekit.building.build.fit_router",
     ],

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import modekit.building.build as building
 from conftest import Workshop, make_workshop, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
 from modekit.files.marker import CHANGE_LOCK
 from modekit.files.output import JOURNAL
-from modekit.files.staging import Staging, staging
+from modekit.files.staging import staging
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
 from modekit.run import Run
-from refusal import Tree, borrow, refuse, run_python, tree
+from refusal import Tree, borrow, run_python, tree
 
 KILLED = 9
 RANDOM = {"router": {"fit": "random"}}
@@ -52,13 +55,13 @@ def plan_of(workshop: Workshop, **changes: Any) -> Plan:
     return make_plan(load_recipe(workshop.write(**changes)), workshop.root)
 
 
-def build_and_die(plan: Plan, out: Path, arm: Arm, count: int) -> bool:
+def build_and_die(plan: Plan, out: Path, arm: Arm, count: int, *, sync: bool = True) -> bool:
     """Build in a process of its own that dies at the given moment; False when the build ended before it came."""
     process = os.fork()
     if process == 0:
         try:
             arm(count)
-            build(plan, out, overwrite=True)
+            build(plan, out, overwrite=True, run=Run(sync=sync))
             os._exit(0)
         except BaseException:
             os._exit(1)
@@ -67,52 +70,23 @@ def build_and_die(plan: Plan, out: Path, arm: Arm, count: int) -> bool:
     return code == KILLED
 
 
-def at_record(before: Callable[[Staging, str], object] | None, after: Callable[[Staging, str], object] | None) -> Arm:
-    """Die at the n-th journal line, before it is written or after."""
+def in_tensor(_out: Path) -> Arm:
+    """Die within the n-th tensor that is written."""
 
     def arm(count: int) -> None:
-        record = Staging.record
-        seen = 0
+        write_tensor, seen = building.write_tensor, 0
 
-        def counting(stage: Staging, key: str, value: object) -> None:
+        def dying(*args: Any) -> None:
             nonlocal seen
             seen += 1
-            mine = seen == count
-            if mine and before is not None:
-                before(stage, key)
+            if seen == count:
+                args[-1].write(b"torn")
                 os._exit(KILLED)
-            record(stage, key, value)
-            if mine and after is not None:
-                after(stage, key)
-                os._exit(KILLED)
+            write_tensor(*args)
 
-        Staging.record = counting  # type: ignore[method-assign]
+        building.write_tensor = dying
 
     return arm
-
-
-def nothing(_stage: Staging, _key: str) -> None:
-    pass
-
-
-def tear_journal(stage: Staging, _key: str) -> None:
-    path = stage.work / JOURNAL
-    os.truncate(path, path.stat().st_size - 4)
-
-
-def tear_shard(stage: Staging, key: str) -> None:
-    if key.startswith("shard "):
-        path = stage.folder / key.removeprefix("shard ")
-        os.truncate(path, path.stat().st_size - 5)
-
-
-RECORD_MOMENTS = {
-    "after the line": at_record(None, nothing),
-    "within the line": at_record(None, tear_journal),
-    "between data and line": at_record(nothing, None),
-    "within the data": at_record(tear_shard, None),
-    "with the data lost": at_record(None, tear_shard),
-}
 
 
 def at_file_operation(out: Path) -> Arm:
@@ -134,15 +108,6 @@ def at_file_operation(out: Path) -> Arm:
     return arm
 
 
-def every_kill(plan: Plan, out: Path, arm: Arm, least: int) -> Iterator[int]:
-    """Kill a build at its first moment, its second, ... until it lives; `least` guards against a hook that sees nothing."""
-    count = 1
-    while build_and_die(plan, out, arm, count):
-        yield count
-        count += 1
-    assert count > least
-
-
 def assert_only(root: Path, names: set[str]) -> None:
     assert {path.name for path in root.iterdir()} == {"recipe.yaml", *names}
 
@@ -157,72 +122,66 @@ def expected(bench: Workshop) -> Callable[..., Tree]:
     return uninterrupted
 
 
-@pytest.mark.parametrize("moment", RECORD_MOMENTS)
-def test_a_build_killed_at_any_journal_line_ends_in_the_same_bytes(
-    bench: Workshop, expected: Callable[..., Tree], moment: str
-) -> None:
-    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    lines = sum(len(shard.tensors) for shard in plan.shards) + len(set(plan.sources))
-    assert len(plan.shards) > 1
-    for _ in every_kill(plan, out, RECORD_MOMENTS[moment], lines):
-        assert_only(bench.root, {"EXPECTED", "OUT.partial"})
-        with pytest.raises(CheckpointError, match="run the same command again"):
-            open_checkpoint(out)
-        build(plan, out)
-        assert tree(out) == whole
-        assert_only(bench.root, {"EXPECTED", "OUT"})
-        for path in sorted(out.iterdir()):
-            path.unlink()
-        out.rmdir()
-    assert tree(out) == whole
-
-
 @pytest.mark.parametrize(
-    ("mixture", "stride"), [(RANDOM, 4), (RANDOM, 1), (FITTED, 1)], ids=["random here and there", "random", "fitted"]
+    ("kills", "mixture", "stride"),
+    [(at_file_operation, RANDOM, 4), (in_tensor, RANDOM, 3), (at_file_operation, FITTED, 9)],
+    ids=["file operations", "tensors", "fitted"],
 )
-def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(
-    bench: Workshop, expected: Callable[..., Tree], mixture: dict[str, Any], stride: int
+def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(
+    bench: Workshop, expected: Callable[..., Tree], kills: Callable[[Path], Arm], mixture: dict[str, Any], stride: int
 ) -> None:
     whole, plan = expected(mixture=mixture), plan_of(bench, mixture=mixture)
-    finished = 0
+    assert len(plan.shards) > 1
     for count in range(1, 1000, stride):
         out = bench.root / f"OUT{count}"
-        if not build_and_die(plan, out, at_file_operation(out), count):
+        if not build_and_die(plan, out, kills(out), count):
             break
         if out.exists():
-            finished += 1
             open_checkpoint(out)  # clears away what is left of the work
         else:
+            with pytest.raises(CheckpointError, match="run the same command again"):
+                open_checkpoint(out)
             build(plan, out)
         assert tree(out) == whole
         assert not out.with_name(out.name + ".partial").exists()
-    assert count > 20
-    assert 1 <= finished < 10
+    assert count > 12
 
 
-def test_a_build_killed_twice(bench: Workshop, expected: Callable[..., Tree]) -> None:
+def test_whole_shards_are_not_written_again(bench: Workshop, expected: Callable[..., Tree]) -> None:
     whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    for count in (9, 6, 4):
-        assert build_and_die(plan, out, RECORD_MOMENTS["within the line"], count)
+    tensors = [len(shard.tensors) for shard in plan.shards]
+    assert build_and_die(plan, out, in_tensor(out), sum(tensors))
+    journal = (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()
+    assert journal == [plan.digest(), *(shard.file for shard in plan.shards[: len(journal) - 1])] and len(journal) > 2
+    shutil.copytree(out.with_name("OUT.partial"), bench.root / "LEFT")
+    for damage in (None, "cut", "another command"):
+        shutil.rmtree(out, ignore_errors=True)
+        if damage is not None:
+            shutil.copytree(bench.root / "LEFT", out.with_name("OUT.partial"))
+        if damage == "cut":  # whatever the journal says, its size tells
+            os.truncate(out.with_name("OUT.partial") / "new" / journal[1], 100)
+        elif damage == "another command":
+            (out.with_name("OUT.partial") / JOURNAL).write_bytes(b"\xff")
+        done: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(building, "write_tensor", partial(_counted, building.write_tensor, done))
+            build(plan, out)
+        kept = len(journal) - 1 - (damage == "cut") if damage != "another command" else 0
+        assert len(done) == sum(tensors) - sum(tensors[1 : 1 + kept] if damage == "cut" else tensors[:kept])
+        assert tree(out) == whole
+
+
+def _counted(write_tensor: Callable[..., None], done: list[int], *args: Any) -> None:
+    done.append(1)
+    write_tensor(*args)
+
+
+def test_without_waiting_for_the_disk_a_killed_build_begins_again(bench: Workshop, expected: Callable[..., Tree]) -> None:
+    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
+    assert build_and_die(plan, out, in_tensor(out), 15, sync=False)
+    assert (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines() == [plan.digest()]
     build(plan, out)
     assert tree(out) == whole
-
-
-def test_what_the_journal_knows_is_not_written_again(bench: Workshop) -> None:
-    plan, out = plan_of(bench), bench.root / "OUT"
-    assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 12)
-    lines = (out.with_name("OUT.partial") / JOURNAL).read_text().splitlines()[1:]
-    known = sum(not line.startswith('["synced ') for line in lines)
-    done: list[int] = []
-
-    def report(stage: str, done_now: int, total: int) -> None:
-        done.extend([done_now] if stage == "build" else [])
-
-    build(plan, out, run=Run(progress=report))
-    total = sum(len(shard.tensors) for shard in plan.shards)
-    assert len(lines) == 12
-    assert known > 9
-    assert len(done) - 1 <= total + len(set(plan.sources)) - known
 
 
 def test_killing_the_replacement_of_an_old_folder_loses_neither(bench: Workshop, expected: Callable[..., Tree]) -> None:
@@ -258,24 +217,6 @@ def test_killing_the_replacement_of_an_old_folder_loses_neither(bench: Workshop,
     assert tree(out) == new
 
 
-def test_sigkill_and_the_same_command_again(bench: Workshop, expected: Callable[..., Tree]) -> None:
-    whole, recipe, out = expected(), bench.write(), bench.root / "OUT"
-    run = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys.argv[1:]]; main()"
-    kill = (
-        "import os, signal, modekit.files.staging\n"
-        "record = modekit.files.staging.Staging.record\n"
-        "def last(stage, key, value):\n"
-        "    record(stage, key, value)\n"
-        "    'expert-00001' in key and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "modekit.files.staging.Staging.record = last\n"
-    )
-    assert run_python(kill + run, "build", recipe, out).returncode == -9
-    assert_only(bench.root, {"EXPECTED", "OUT.partial"})
-    assert "run the same command again" in refuse("verify", out)
-    assert run_python(run, "build", recipe, out).returncode == 0
-    assert tree(out) == whole
-
-
 # Starting over
 
 
@@ -283,7 +224,7 @@ def test_a_source_that_changed_after_the_kill(bench: Workshop, small: Workshop) 
     law = save(tiny_model(seed=1, num_hidden_layers=1), bench.root / "law")
     bench.recipe["experts"][1]["model"] = "./law"
     out = bench.root / "OUT"
-    assert build_and_die(plan_of(bench), out, RECORD_MOMENTS["after the line"], 15)
+    assert build_and_die(plan_of(bench), out, in_tensor(out), 15)
     save(tiny_model(seed=8, num_hidden_layers=1), law)
     build(plan_of(bench), out)
     assert tree(out) == tree(bench.build("FRESH"))
@@ -300,29 +241,10 @@ def test_a_source_that_changed_after_the_kill(bench: Workshop, small: Workshop) 
 )
 def test_a_recipe_that_changed_after_the_kill(bench: Workshop, changes: dict[str, Any]) -> None:
     out = bench.root / "OUT"
-    assert build_and_die(plan_of(bench), out, RECORD_MOMENTS["after the line"], 15)
+    assert build_and_die(plan_of(bench), out, in_tensor(out), 15)
     build(plan_of(bench, **changes), out)
     assert tree(out) == tree(bench.build("FRESH", **changes))
     assert not (bench.root / "OUT.partial").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"another digest\n", b"{}"])
-def test_a_damaged_journal(bench: Workshop, expected: Callable[..., Tree], content: bytes) -> None:
-    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 15)
-    (bench.root / "OUT.partial" / JOURNAL).write_bytes(content)
-    build(plan, out)
-    assert tree(out) == whole
-
-
-def test_a_journal_with_a_line_of_nonsense(bench: Workshop, expected: Callable[..., Tree]) -> None:
-    whole, plan, out = expected(), plan_of(bench), bench.root / "OUT"
-    for nonsense in ("3", "[]", "null", '["shard model-backbone-00001.safetensors"]', '["shard'):
-        assert build_and_die(plan, out, RECORD_MOMENTS["after the line"], 15)
-        with (bench.root / "OUT.partial" / JOURNAL).open("a") as journal:
-            journal.write(nonsense + "\n")
-        build(plan, out, overwrite=True)
-        assert tree(out) == whole
 
 
 # The same recipe twice

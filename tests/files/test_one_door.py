@@ -1,7 +1,7 @@
 """Whatever is written, renamed or removed goes through the files room: no other file of the source does it itself.
 
 Where another library writes, it gets its place from that room, too: a new folder (`library_writes`, `new_folder`), a new name
-(`appearing`), or a folder in which everything was found to be modekit's own (`check_own`, `not_own`).
+(`appearing`), or a folder without links (`link_in`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ DOORS = {"library_writes", "appearing"}
 ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into the folder that specialize.py and distill.py get from `library_writes`",
     ("loaded/engine.py", "_save_checkpoint"): "into a folder that `new_folder` made",
-    ("loaded/engine.py", "TrainingArguments"): "OUT.training, in which states_folder.py finds nothing that is `not_own`",
+    ("loaded/engine.py", "TrainingArguments"): "OUT.training, in which states_folder.py finds no link (`link_in`)",
     ("training/engine.py", "TensorBoardCallback"): "OUT.training, likewise",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
     ("members/licences.py", "hf_hub_download"): "the hub's cache, which is the user's own",

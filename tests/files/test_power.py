@@ -80,7 +80,6 @@ def lose_power(
             shutil.copytree(shop.root / "OLD", out)
         lives = not dies(lambda: build(plan, out, overwrite=True, run=Run(sync=sync)), shop.root, moment, lose=LOSSES[loss])
         if not lives:
-            monkeypatch.setattr("modekit.files.output._this_boot", lambda moment=moment: f"boot {moment}")
             if out.exists():
                 (out / ".modekit.lock").unlink(missing_ok=True)
                 assert tree(out) in ([old, new] if over_old else [new]), moment

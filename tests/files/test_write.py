@@ -17,7 +17,6 @@ from modekit.files.write import (
     copy_file,
     create,
     files_below,
-    go_on_writing,
     is_temporary,
     link_file,
     remove,
@@ -59,17 +58,6 @@ def test_a_new_file_is_never_an_old_one(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileExistsError):
         create(path)
     assert tree(tmp_path) == before
-
-
-def test_a_file_is_only_gone_on_with_where_it_is_one_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "mine")
-    os.link(tmp_path / "mine", tmp_path / "other name")
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("link", "other name", "pipe"):
-        with pytest.raises(OSError):
-            go_on_writing(tmp_path / name, append=True)
-    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from modekit.building.differences import Differences
 from modekit.building.inspector import Inspector
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
-from modekit.errors import FinishedError, SourceError, UnsupportedError
+from modekit.errors import SourceError, UnsupportedError
 from modekit.files.output import Replace, check_room, replaced_by, work_folder
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
@@ -92,16 +92,13 @@ def build(
     sources = [model.folder for model in plan.models if not in_place or model.folder != out]
     replace: Replace = "in place" if in_place else replaced_by(overwrite)
     check_room(out, plan.disk_needed)
-    try:
-        with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
-            if within:
-                _complete_text(plan, update, run)
-            record = _write(plan, stage, beside or {}, update, run)
-            for file in files_of(plan.recipe, plan.root) if within else ():
-                make_folder(stage.folder / WRITTEN_FOLDER)
-                copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
-    except FinishedError:
-        return open_checkpoint(out)
+    with staging(out, plan.digest(), "checkpoint", sources=sources, replace=replace, sync=run.sync) as stage:
+        if within:
+            _complete_text(plan, update, run)
+        record = _write(plan, stage, beside or {}, update, run)
+        for file in files_of(plan.recipe, plan.root) if within else ():
+            make_folder(stage.folder / WRITTEN_FOLDER)
+            copy_file(file, stage.folder / WRITTEN_FOLDER / file.name)
     return Checkpoint(out, record)
 
 
@@ -125,11 +122,10 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     stage.areas = (STATISTICS_FOLDER,)
     if update is not None:
         update.checkpoint.check_unchanged()
-        stage.made_by = update.made_by or stage.made_by
         update.carry_statistics(stage.folder)
         stage.last = partial(update.carry_over, stage.folder, stage.out)
     carried = _carried(plan, stage, update, run)
-    inspector = Inspector(plan, stage, update.hashes if update is not None else {})
+    inspector = Inspector(plan, update.hashes if update is not None else {})
     try:
         write_shards(plan, stage, carried, run)
     except BaseException:

@@ -15,7 +15,6 @@ from pathlib import Path
 from blake3 import blake3
 
 from modekit.errors import SourceError
-from modekit.files.staging import Staging
 from modekit.files.user_cache import keep_digest
 from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
@@ -36,8 +35,8 @@ class Inspector:
     from which something is taken again, and they must be what they were.
     """
 
-    def __init__(self, plan: Plan, stage: Staging, known: Mapping[Path, str] = {}) -> None:
-        self._plan, self._stage, self._known = plan, stage, known
+    def __init__(self, plan: Plan, known: Mapping[Path, str] = {}) -> None:
+        self._plan, self._known = plan, known
         self._halt = threading.Event()
         unread = {*known, *(file for file, state in plan.source_states.items() if state is None)}
         self._files = deque((file, refs) for file, refs in self._used_refs().items() if refs or file not in unread)
@@ -72,19 +71,15 @@ class Inspector:
                 file, refs = self._files.popleft()
             except IndexError:
                 return
-            recorded = self._stage.recall(f"blake3 {file}")
-            known = recorded if isinstance(recorded, str) else None
+            opened = WeightFile(file, states[file])
+            try:
+                known = self._inspect(opened, refs)
+                opened.check_unchanged()
+            finally:
+                opened.close()
             if known is None:
-                opened = WeightFile(file, states[file])
-                try:
-                    known = self._inspect(opened, refs)
-                    opened.check_unchanged()
-                finally:
-                    opened.close()
-                if known is None:
-                    return
-                self._stage.record(f"blake3 {file}", known)
-                keep_digest(file, opened.state, known)
+                return
+            keep_digest(file, opened.state, known)
             if self._known.get(file, known) != known:
                 raise SourceError(
                     "a model has changed since the mixture was built, and something of it is needed again",

@@ -37,7 +37,6 @@ class CheckpointUpdate:
         statistics: experts whose kept statistics stay.
         change: what the history will say.
         refits: the router is set anew even where it was trained.
-        made_by: what the new mixture says of the command that made it, until that has tidied up; empty: nothing.
     """
 
     checkpoint: Checkpoint
@@ -46,7 +45,6 @@ class CheckpointUpdate:
     statistics: Collection[str]
     change: Change
     refits: bool = False
-    made_by: str = ""
 
     @property
     def keeps_training(self) -> bool:

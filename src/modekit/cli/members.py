@@ -99,8 +99,7 @@ def add(
     """Add an expert; the models and texts of the others are not needed."""
     from modekit.members.edits import add_expert
 
-    asked = f"add {name} {model} {weight}"
-    _change(checkpoint, asked, lambda opened: add_expert(opened, name, model.new(weight)), write, admission)
+    _change(checkpoint, lambda opened: add_expert(opened, name, model.new(weight)), write, admission)
 
 
 @app.command()
@@ -109,7 +108,7 @@ def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, admission: A
     """Replace the model of an expert."""
     from modekit.members.edits import replace_expert
 
-    _change(checkpoint, f"replace {name} {model}", lambda opened: replace_expert(opened, name, model.new()), write, admission)
+    _change(checkpoint, lambda opened: replace_expert(opened, name, model.new()), write, admission)
 
 
 @app.command()
@@ -118,32 +117,28 @@ def remove(checkpoint: OutFolder, name: Name, write: WriteOptions) -> None:
     """Remove an expert; the result is what a build without it gives."""
     from modekit.members.edits import remove_expert
 
-    _change(checkpoint, f"remove {name}", lambda opened: remove_expert(opened, name), write)
+    _change(checkpoint, lambda opened: remove_expert(opened, name), write)
 
 
 def _change(
     folder: Path,
-    asked: str,
     edit: Callable[[Checkpoint], MixtureEdit],
     write: WriteOptions,
     admission: AdmissionOptions | None = None,
 ) -> None:
-    """Plan the change, measure the new expert, write the mixture. `asked`: what of the command makes it another."""
+    """Plan the change, measure the new expert, write the mixture."""
     from modekit.building.build import build
-    from modekit.files.output import check_not_made_by
     from modekit.members.change import before_change
 
     if admission is not None and not admission.measure:
         refuse_without_effect("a measurement (--measure)", {"--tokens": admission.tokens})
     target = resolved(write.output or folder)
-    check_not_made_by(target, asked)
     opened = checkpoint_in(folder)
     if target != opened.folder:
         writable(target, write.overwrite)
     with drawn_progress() as progress:
         run = write.run(progress)
-        planned = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
-        before = dataclasses.replace(planned, made_by=asked)
+        before = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
         found = None
         if admission is not None and admission.measure:
             from modekit.members.admission import measure_admission  # torch, which a change itself may not need

@@ -21,7 +21,7 @@ from typer.exceptions import TyperException
 
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing.console import err
-from modekit.errors import FinishedError, InterruptError, ModekitError
+from modekit.errors import InterruptError, ModekitError
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
@@ -126,9 +126,6 @@ def main() -> None:
         status = app(prog_name="modekit", standalone_mode=False)  # so that wrong usage comes here, too
         if status == _INTERRUPTED:  # Typer's word for Ctrl-C, which says nothing
             raise KeyboardInterrupt
-    except FinishedError as done:
-        err.print(Text(str(done)), soft_wrap=True)
-        status = 0
     except ModekitError as error:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):

@@ -33,10 +33,9 @@ from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.moving import make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_losses
-from modekit.files.write import library_writes
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.staging import Staging, staging
-from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.states import take_state
@@ -98,9 +97,6 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record, text.selected_by] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
     work = _Work(checkpoint, asked, chooser, texts, folder, f"densify {request} {state}", run)
-    made = folder.finished(work.made_by, DenseRecord)
-    if made is not None:
-        return made
     if asked.by != "distil":
         return work.merge()
     with folder.held(request, state), memory_errors():
@@ -196,7 +192,6 @@ class _Work:
         sources = (self.checkpoint.folder, *(source.folder for source in plan.sources))
         trained = sorted({*marks, *(mark for source in sources for mark in digests_in(source / TRAINED_FILE))})
         with staging(folder.out, self.made_by, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:
-            stage.settles = not folder.is_held
             fill(stage)
             tokenizer = {file.name: copied_content(file) for file in plan.copied_files}
             for name, content in {**tokenizer, **plan.written_files}.items():

@@ -21,8 +21,8 @@ from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.files.write import library_writes
 from modekit.files.staging import staging
+from modekit.files.write import library_writes
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.report.page import write_report

@@ -33,13 +33,12 @@ from modekit.engines.proof_result import EXACT, Proof
 from modekit.engines.registry import SMALL, GgufSettings, Outtype
 from modekit.engines.sampling import longest_conversation
 from modekit.errors import ModekitError, SourceError, UnsupportedError
-from modekit.files.write import library_writes
 from modekit.files.marker import foreign_files
 from modekit.files.output import Replace, is_there
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import Staging, staging
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import digest_of_data, remove, write_file, write_json
+from modekit.files.write import digest_of_data, library_writes, remove, write_file, write_json
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.modekit import flow_of
 from modekit.planning.shapes import Shape
@@ -116,11 +115,9 @@ def export_gguf(
     names = [_name(checkpoint, made), *(f"{adapter.name}{ADAPTER}" for adapter in adapters)]
     digest = digest_of_data(made)
     with staging(out, digest, "gguf", sources=[checkpoint.folder], replace=replace, sync=run.sync) as stage:
-        if not stage.recall("converted"):
-            run.begin("convert")
-            with library_writes(stage.folder) as folder:
-                convert(checkpoint.folder, folder / names[0], conversion_of(checkpoint, settings, adapters))
-            stage.record("converted", True)
+        run.begin("convert")
+        with library_writes(stage.folder) as folder:
+            convert(checkpoint.folder, folder / names[0], conversion_of(checkpoint, settings, adapters))
         written = list(_proven(checkpoint, stage.folder, out, names, adapters, settings, run))
         _write_modelfiles(stage, checkpoint, names[0], names[1:], run)
         said = [each.as_data() for each in written]

@@ -24,7 +24,7 @@ from modekit.checkpoint.sources import changed_settings
 from modekit.errors import ModekitError, UnsupportedError
 from modekit.experts.peft_folder import ModuleChange, PeftTensor, lora_config, peft_name, write_lora
 from modekit.files.marker import foreign_files
-from modekit.files.output import mend, replaced_by, settle
+from modekit.files.output import mend, replaced_by
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import staging
 from modekit.files.typed import read_as
@@ -127,7 +127,6 @@ def write_export(
     )
     digest = hashlib.sha256(json.dumps([checkpoint.identity, plan.name, plan.as_it_came]).encode()).hexdigest()
     if not overwrite and _is_written(out, record):
-        settle(out)
         return record
     sources = [checkpoint.folder, *([plan.own.folder] if plan.own is not None else [])]
     with (

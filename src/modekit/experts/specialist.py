@@ -23,13 +23,11 @@ from modekit.errors import InterruptError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.moving import Save, What
-from modekit.files.write import library_writes
 from modekit.files.marker import Kind
-from modekit.files.output import replaced_by, settle, was_made_by
+from modekit.files.output import replaced_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.staging import staging
-from modekit.files.typed import read_as
-from modekit.files.write import digest_of_data, json_bytes, write_file, write_json
+from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
 from modekit.loaded.states import whole_states
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
@@ -160,7 +158,6 @@ class NewSpecialist:
         is_adapter, replace = record.specialist == "lora", replaced_by(self.overwrite)
         kind: Kind = "adapter" if is_adapter else "model"
         with staging(self.folder.out, self.made_by, kind, sources=self.sources, replace=replace, sync=run.sync) as stage:
-            stage.settles = False
             with library_writes(stage.folder) as written:
                 save(written)
                 if not is_adapter:
@@ -181,14 +178,6 @@ class SpecialistFolder(StatesFolder):
     also_kept: ClassVar[tuple[str, ...]] = ("before",)
     record_file: ClassVar[str] = SPECIALIST_FILE
 
-    def finished(self, made_by: str, record: type[RecordT]) -> RecordT | None:
-        """What OUT says of how it was made, where this very command made it and was killed while it tidied up; else None."""
-        if not was_made_by(self.out, made_by):
-            return None
-        self.tidy()
-        settle(self.out)
-        return read_as(self.out / self.record_file, record, SMALL)
-
     def digest_in_out(self) -> str | None:
         """Of what OUT says of how it was made, which nobody else writes."""
         try:
@@ -206,7 +195,6 @@ class SpecialistFolder(StatesFolder):
             self.take(request, state)
             yield
             self.remove()
-            settle(self.out)
         except BaseException as error:
             steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
             if self.is_held and steps is None:

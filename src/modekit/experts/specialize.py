@@ -90,9 +90,6 @@ def specialize(
     of_text = text_record(material.fit, material.tokens)
     request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, *material.as_asked()], list(new)])
     wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
-    made = folder.finished(wanted.made_by, SpecialistRecord)
-    if made is not None:
-        return made
     with folder.held(request, digest_of_source(source)):
         model = load_model(base, run=run)
         with seeded(training.seed, model.device):  # a new adapter's first weights

@@ -59,7 +59,11 @@ class Marker(BaseModel):
     def owns(self, name: str) -> bool:
         """Whether a path lies where everything is modekit's, or is what modekit keeps for itself."""
         first, *rest = name.split("/")
-        return first in INTERNAL or (first in self.areas and bool(rest)) or any(is_temporary(Path(part)) for part in (first, *rest))
+        return (
+            first in INTERNAL
+            or (first in self.areas and bool(rest))
+            or any(is_temporary(Path(part)) for part in (first, *rest))
+        )
 
 
 def read_marker(folder: Path) -> Marker | None:

@@ -25,7 +25,17 @@ from pathlib import Path
 
 from modekit.errors import InterruptError, OutputError
 from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK, INTERNAL, MARKER, Kind, claim_work_folder, foreign_files, is_remains, is_work_folder, marker_of
+from modekit.files.marker import (
+    CHANGE_LOCK,
+    INTERNAL,
+    MARKER,
+    Kind,
+    claim_work_folder,
+    foreign_files,
+    is_remains,
+    is_work_folder,
+    marker_of,
+)
 from modekit.files.output import (
     JOURNAL,
     LOCK,
@@ -43,7 +53,18 @@ from modekit.files.output import (
 )
 from modekit.files.read import UNREADABLE, read_text
 from modekit.files.tensors import Entry, safetensors_header, write_all
-from modekit.files.write import FULL, create, make_folder, remove, remove_if_empty, sweep, sync_file, sync_folder, sync_tree, write_file
+from modekit.files.write import (
+    FULL,
+    create,
+    make_folder,
+    remove,
+    remove_if_empty,
+    sweep,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    write_file,
+)
 
 _ATTEMPTS = 20
 
@@ -184,7 +205,8 @@ class Staging:
     def _release(self) -> None:
         """Give the folder free: with what an earlier command left in it, or not at all."""
         self._disk.shutdown()
-        ours = is_remains(self.work) or is_work_folder(self.work, PARTIAL, self.out.name)
+        work = self.work
+        ours = os.path.lexists(work) and (is_remains(work) or is_work_folder(work, PARTIAL, self.out.name))
         alone = self._lock.is_held or (ours and not os.path.lexists(self.work / LOCK))  # a full disk has no room for a lock
         if alone and not (self.work / JOURNAL).exists():
             clear(self.work, self._lock)

@@ -23,8 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from modekit.errors import TrainingError
-from modekit.files.write import new_folder
-from modekit.files.write import appearing, disk_errors, make_folder, sync_tree, write_file
+from modekit.files.write import appearing, disk_errors, make_folder, new_folder, sync_tree, write_file
 from modekit.loaded.load import verbosity_kept
 from modekit.loaded.states import COMPLETE, STATE_FILE, check_names, state_read, state_to_resume
 from modekit.run import DETAIL, Run

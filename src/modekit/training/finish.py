@@ -18,10 +18,8 @@ from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.results_folder import write_results
-from modekit.files.write import library_writes
-from modekit.files.output import settle
 from modekit.files.read import LARGE, read_bytes
-from modekit.files.write import files_below, json_bytes, remove
+from modekit.files.write import files_below, json_bytes, library_writes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.loaded.states import take_state
 from modekit.processes import processes
@@ -71,7 +69,6 @@ def finish(request: Request, outcome: TrainingOutcome, folder: TrainingFolder, r
     results = _compared(before, after) if before is not None and after is not None else None
     _write_results(written, record, results, folder)
     folder.remove()
-    settle(request.target)
     return TrainedMixture(written, improved, record, results, error)
 
 

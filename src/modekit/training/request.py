@@ -12,7 +12,6 @@ import torch
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.training.batches import DomainSequences
-from modekit.training.folder import digest_of_request
 from modekit.training.losses import GENERIC
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 from modekit.training.texts import TrainingText, silent_domains
@@ -32,11 +31,6 @@ class Request:
     texts: Sequence[TrainingText]
     evaluate_tokens: int | None
     teacher: Path | None = None
-
-    @property
-    def made_by(self) -> str:
-        """What a new output says of the command that made it, until that has tidied up."""
-        return f"train {self.checkpoint.folder.name} {digest_of_request(self.settings, self.texts)}"
 
     @property
     def corpora(self) -> list[DomainSequences]:

@@ -14,12 +14,11 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel
 
 from modekit.errors import TrainingError
-from modekit.files.write import not_own
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.write import empty_folder, remove, remove_if_empty, sweep, write_json
+from modekit.files.write import empty_folder, link_in, remove, remove_if_empty, sweep, write_json
 from modekit.processes import processes
 
 _Kept = TypeVar("_Kept")
@@ -137,7 +136,7 @@ class StatesFolder:
         if not self._lock.take():
             return "a command that is at it"
         sweep(self.path)
-        leads_out = not_own(self.path)
+        leads_out = link_in(self.path)
         if leads_out is not None:
             return leads_out
         kept = self.recall(_SETTINGS, lambda data: as_kind(data, _Claim))

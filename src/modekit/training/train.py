@@ -14,7 +14,7 @@ from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
-from modekit.files.output import check_not_made_by, refuse_existing, refuse_what_is_there, was_made_by
+from modekit.files.output import refuse_existing
 from modekit.processes import processes
 from modekit.run import QUIET, Run
 from modekit.sources.model import open_source
@@ -55,22 +55,12 @@ def train(
     read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
     teacher = _teacher(checkpoint, settings, root or Path.cwd(), run)
     request = Request(checkpoint, target, settings, read, evaluate_tokens, teacher)
-    if target != checkpoint.folder and not folder.is_written:
-        _refuse_made(request, folder)
     request.check()
     try:
         folder.claim(checkpoint, settings, read)
         return finish(request, _go_on(request, folder, run), folder, run)
     finally:
         folder.release()
-
-
-def _refuse_made(request: Request, folder: TrainingFolder) -> None:
-    """Raise OutputError where something is at OUT: FinishedError, once tidied up, where it is what this very command made."""
-    if was_made_by(request.target, request.made_by):
-        folder.tidy()
-    check_not_made_by(request.target, request.made_by)
-    refuse_what_is_there(request.target, "nothing")
 
 
 def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: Run) -> Path | None:

@@ -70,8 +70,6 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         replace="in place" if in_place else "nothing",
     ) as stage:
         stage.areas = (STATISTICS_FOLDER,)
-        if not in_place:
-            stage.made_by, stage.settles = request.made_by, False
         stage.last = checkpoint.check_unchanged
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
         _write_shards(checkpoint, content, stage)

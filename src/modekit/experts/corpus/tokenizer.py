@@ -18,10 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, none_in_split, token_counter
-from modekit.files.write import library_writes
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
-from modekit.files.write import write_json
+from modekit.files.write import library_writes, write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of

@@ -83,9 +83,6 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     engine = _engine_settings(asked.training, asked.mix)
     request, state = _digests(asked, pair, texts)
     wanted = NewSpecialist(folder, "distill", request, (asked.student, asked.teacher), overwrite, pair.tokenizer, texts.fit)
-    made = folder.finished(wanted.made_by, SpecialistRecord)
-    if made is not None:
-        return made
     with folder.held(request, state):
         with memory_errors():
             distilled = _teach(asked, pair, texts, engine, folder, run)
