@@ -105,9 +105,6 @@ def test_a_build_for_which_there_is_no_room_is_not_begun(
     with monkeypatch.context() as patch:
         let_be_free(patch, needed)
         modekit("build", recipe, out)
-    with monkeypatch.context() as patch:  # the files that stay are linked
-        let_be_free(patch, needed - 1)
-        modekit("remove", out, shop.recipe["experts"][-1]["name"])
 
 
 def test_what_an_unfinished_build_has_written_needs_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

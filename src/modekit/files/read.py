@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class FileState:
-    """What a file was when it was looked at: another state is another file, or other bytes."""
+    """What a file was when it was looked at: another state is another file, or other bytes.
+
+    `changed_ns` also changes with a new name or mode of the file, but nobody can put it back: it counts where a later
+    process asks whether these are still the same bytes.
+    """
 
     device: int
     inode: int
     size: int
     modified_ns: int
+    changed_ns: int = field(compare=False)
 
     @classmethod
     def of(cls, stream: io.FileIO) -> FileState:
@@ -42,7 +47,7 @@ class FileState:
     @classmethod
     def of_status(cls, found: os.stat_result) -> FileState:
         """The same of what the system says of a file."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def open_regular(path: Path) -> io.FileIO:

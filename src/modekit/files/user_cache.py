@@ -14,8 +14,8 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -28,12 +28,13 @@ _MOST = 2_000
 """Entries of a folder: of more, those that were written longest ago go."""
 _YOUNG_NS = 2 * 10**9
 """A file that changed so shortly ago may change again without another time: what is found out of it is not kept."""
-_LARGEST = 2**16
+_WRONG = (*UNREADABLE, RuntimeError)
+"""What asking the cache raises; RuntimeError where the user has no home."""
 
 
 class _Known(BaseModel):
     path: str
-    state: list[int]
+    state: tuple[int, ...]
     blake3: Digest
 
 
@@ -48,48 +49,46 @@ def cache_folder() -> Path:
 def known_digest(path: Path) -> str | None:
     """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
     try:
-        known = read_as(_digest_file(path), _Known, _LARGEST)
-        return known.blake3 if known.path == os.path.realpath(path) and known.state == _state(path.stat()) else None
-    except (*UNREADABLE, RuntimeError):
+        known, now = read_as(_digest_file(path), _Known, 2**16), FileState.of_status(path.stat())
+        return known.blake3 if known.path == os.path.realpath(path) and known.state == astuple(now) else None
+    except _WRONG:
         return None
 
 
 def keep_digest(path: Path, state: FileState, blake3: str) -> None:
     """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
-    with suppress(OSError, RuntimeError):
-        now = path.stat()
-        if FileState.of_status(now) == state and max(now.st_mtime_ns, now.st_ctime_ns) < time.time_ns() - _YOUNG_NS:
-            known = _Known(path=os.path.realpath(path), state=_state(now), blake3=blake3)
-            _write(_digest_file(path), json_bytes(known.model_dump(mode="json")))
+    with suppress(*_WRONG):
+        now = FileState.of_status(path.stat())
+        if now == state and max(now.modified_ns, now.changed_ns) < time.time_ns() - _YOUNG_NS:
+            known = _Known(path=os.path.realpath(path), state=astuple(now), blake3=blake3)
+            _keep(_digest_file(path), json_bytes(known.model_dump(mode="json")))
 
 
 def keep_proven(what: str) -> None:
     """Keep that something was proven here."""
-    with suppress(OSError, RuntimeError):
-        _write(_file_of("proven", what.encode()), b"")
+    with suppress(*_WRONG):
+        _keep(_file_of("proven", what.encode()), b"")
 
 
 def is_proven_here(what: str) -> bool:
     """Whether it was."""
     try:
         return _file_of("proven", what.encode()).is_file()
-    except (OSError, RuntimeError):
+    except _WRONG:
         return False
 
 
 def keep_header(what: str, content: bytes) -> None:
     """Keep the header of a file that is elsewhere and never changes."""
-    with suppress(OSError, RuntimeError):
-        file = _file_of("headers", what.encode())
-        if not file.exists():
-            _write(file, content)
+    with suppress(*_WRONG):
+        _keep(_file_of("headers", what.encode()), content)
 
 
 def known_header(what: str) -> bytes | None:
     """The same; None where it is not known."""
     try:
         return read_bytes(_file_of("headers", what.encode()), 2**26)
-    except (*UNREADABLE, RuntimeError):
+    except _WRONG:
         return None
 
 
@@ -98,35 +97,22 @@ def _digest_file(path: Path) -> Path:
 
 
 def _file_of(folder: str, what: bytes, suffix: str = "") -> Path:
-    return _own_folder(folder) / f"{hashlib.sha256(what).hexdigest()}{suffix}"
-
-
-def _own_folder(name: str) -> Path:
-    """A folder of the cache. Raises OSError where it is a link, or another user may write into it."""
-    folder = cache_folder() / name
+    """A file of the cache. Raises OSError where its folder is a link, or another user may write into it."""
+    path = cache_folder() / folder
     with suppress(FileNotFoundError):
-        status = folder.lstat()
+        status = path.lstat()
         others = os.name != "nt" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
         if others or not stat.S_ISDIR(status.st_mode):
-            raise PermissionError(f"{folder} is not this user's alone")
-    return folder
+            raise PermissionError(f"{path} is not this user's alone")
+    return path / f"{hashlib.sha256(what).hexdigest()}{suffix}"
 
 
-def _write(file: Path, content: bytes) -> None:
-    folder = _own_folder(file.parent.name)
-    if not folder.exists():
-        make_folder(folder)
-        folder.chmod(stat.S_IRWXU)  # whatever the umask says
+def _keep(file: Path, content: bytes) -> None:
+    if not file.parent.exists():
+        make_folder(file.parent)
+        file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
     write_file(file, content, sync=False)
-    for old in _oldest(file.parent):
-        remove(old)
-
-
-def _oldest(folder: Path) -> Iterator[Path]:
-    files = list(folder.iterdir())
+    files = list(file.parent.iterdir())
     if len(files) > _MOST:
-        yield from sorted(files, key=lambda file: file.lstat().st_mtime_ns)[: len(files) - _MOST // 2]
-
-
-def _state(status: os.stat_result) -> list[int]:
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        for old in sorted(files, key=lambda file: file.lstat().st_mtime_ns)[: len(files) - _MOST // 2]:
+            remove(old)

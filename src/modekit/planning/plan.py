@@ -222,7 +222,7 @@ class Plan:
             "config": dict(self.shape.written),
             "tensors": list(map(repr, self.tensors)),
             "files": [
-                [str(file), state and [state.inode, state.size, state.modified_ns]]
+                [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]
                 for file, state in {**self.source_states, **({} if self.reused is None else self.reused.model.states)}.items()
             ],
         }
