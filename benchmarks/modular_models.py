@@ -32,10 +32,9 @@ from modekit.experts.distill.distill import Distillation, distill
 from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.moving import What
-from modekit.files.write import library_writes
 from modekit.files.output import is_there
 from modekit.files.staging import staging
-from modekit.files.write import write_file
+from modekit.files.write import library_writes, write_file
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, training_sequences
 from modekit.planning.make import make_plan
