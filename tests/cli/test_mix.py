@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from adapter_folders import lora, write_adapter
-from command_line import ended, modekit
+from command_line import modekit
 from conftest import Workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -19,7 +19,7 @@ from modekit.files.staging import Staging
 from modekit.routing import write_text
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text import written
-from refusal import checked, refuse, tree
+from refusal import refuse, tree
 
 ADAPTERS_ALONE = {"fit": "arrow", "granularity": "context"}
 INTERNAL = (".modekit", "recipe.yaml", "self-text")
@@ -235,11 +235,6 @@ def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch:
     assert f"{shop}/text/none.jsonl" in refuse("mix", "base", "law", *texts(law="none"), "-o", "NEW")
     assert "not a name" in refuse("mix", "base", "our law=law", "code", "-o", "NEW")
     assert "like the one that it was trained on" in refuse("mix", "fever-lora", "law", "-o", "NEW")
-    (shop / "moe.yaml").write_text(
-        yaml.safe_dump({"base_model": "b", "experts": [{"source_model": "o/law", "positive_prompts": ["tort"]}]})
-    )
-    message = checked(*ended("mix", "moe.yaml", "law", "-o", "NEW"))
-    assert "`modekit mix b law=o/law --without-base -o OUT`" in message
     (shop / "recipe.yaml").write_text("base_model: base\nexperts: [law, code]\nmixture: {method: linear}\n")
     assert "modekit build recipe.yaml OUT" in refuse("mix", "recipe.yaml", "law", "-o", "NEW")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -263,16 +261,6 @@ def test_held_out_text_is_scored_up_to_a_bound_and_every_phase_is_named_first(wo
 def test_the_default_amounts_of_held_out_text_are_said_in_one_place() -> None:
     assert Training().held_out_tokens == SAMPLE_TOKENS == TrainSettings().select_tokens
     assert signature(evaluate).parameters["tokens"].default == TABLE_TOKENS
-
-
-def test_the_command_says_what_it_does_before_it_has_loaded_anything_heavy() -> None:
-    """In a process in which torch cannot be imported the first line is there all the same."""
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.argv = ['modekit', 'specialize', '.', 'OUT', '--text', 'x.jsonl']; "
-        "from modekit.cli import main; main()"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
-    assert said.splitlines()[0] == "0:00  load the libraries"
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -16,7 +16,7 @@ from rich.text import Text
 from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Trust, app, checkpoint_in
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -70,7 +70,6 @@ def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     opened = checkpoint_in(checkpoint)
     with ExitStack() as stack:
         with drawn_progress() as progress:
-            progress(LIBRARIES, 0, 1)
             from modekit.engines.chat import ChatSettings, chatting
 
             settings = ChatSettings(

@@ -13,7 +13,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Writing, app, refuse_without_effect, resolved, writable
 from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -88,7 +88,6 @@ def densify(
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
         from modekit.conversion.densify import Densify, densify
         from modekit.conversion.distilled import course_of
 

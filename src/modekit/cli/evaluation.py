@@ -15,7 +15,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -180,7 +180,6 @@ def eval_translation(
 def _scoring(checkpoint: Path, trusted: bool) -> Iterator[tuple[Checkpoint, Run]]:
     """The checkpoint, and how to run; progress is drawn while it is open."""
     with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
         yield checkpoint_in(checkpoint), Run(trusted, progress)
 
 

@@ -13,7 +13,7 @@ from modekit.cli.labels import LabelOptions
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Writing, app, refuse_without_effect, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
@@ -132,7 +132,6 @@ def specialize(
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = options.run(progress)
-        run.begin(LIBRARIES)
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training
 

@@ -14,7 +14,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import GgufSettings, Outtype
 from modekit.errors import ModekitError
@@ -107,8 +107,7 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
 def report(checkpoint: OutFolder) -> None:
     """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
     opened = checkpoint_in(checkpoint)
-    with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
+    with drawn_progress():
         from modekit.report.page import write_report
 
         written = write_report(opened)

@@ -20,7 +20,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
 from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
@@ -70,7 +70,6 @@ def inspect(
     text = shown.read()
     found: Inspection | TextTrace
     with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
         from modekit.evaluation.forced import ForcedExperts
         from modekit.evaluation.inspection.inspect import inspect
         from modekit.evaluation.inspection.result import Inspection

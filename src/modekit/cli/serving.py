@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
 from modekit.run import Run
@@ -156,8 +156,7 @@ def route(
     from modekit.text.plain import decode
 
     opened, read = checkpoint_in(checkpoint), decode(sys.stdin.buffer.read(), where="standard input") if text == "-" else text
-    with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
+    with drawn_progress():
         from modekit.routing.text_router import TextRouter
 
         decision = TextRouter(opened, run=Run(trust_remote_code)).decide(read)

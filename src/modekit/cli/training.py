@@ -11,7 +11,7 @@ import typer
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import print_json
 from modekit.cli.printing.mixtures import print_training
-from modekit.cli.progress import LIBRARIES, drawn_progress
+from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, resolved
 from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -138,7 +138,6 @@ def train(
     wanted = given_settings({**said.said(), **labels.said()}, options.settings, held_out_tokens=options.tokens)
     tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
     with drawn_progress() as progress:
-        progress(LIBRARIES, 0, 1)
         from modekit.training.train import train
 
         done = train(
