@@ -1,7 +1,7 @@
 """Tokens per second of a training against a plain forward pass on the same batch: training.md.
 
     modekit demo --out demo
-    python benchmarks/train_speed.py demo/seed0/logistic demo/seed0/context demo/seed0/ngram
+    python benchmarks/train_speed.py demo/seed0/logistic demo/seed0/context
 
 One process, one thread. The forward pass is the mixture's own under inference mode, logits included, on the same parts; the
 training step is forward, loss, backward, clipping and AdamW. Passes alternate, and the median of each is taken. With frozen

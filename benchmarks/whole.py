@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modekit.building.build import build
-from modekit.demo.kinds import SMALL, Experts
+from modekit.demo.kinds import SMALL, Experts, Kind
 from modekit.demo.models import SEQUENCE_LENGTH, make_base
 from modekit.demo.text import DOMAINS, UNSEEN, unpack_text
 from modekit.evaluation.evaluate import evaluate
@@ -86,7 +86,7 @@ def train(folder: Path, kind: str, seed: int) -> None:
     if not is_there(home / "base"):
         make_base(home / "base", texts, steps=SMALL.base_steps, seed=seed, run=QUIET)
     moved, _, how = kind.partition("-")
-    training = SMALL.lora_training if moved == "adapters" else SMALL.expert_training
+    training = Kind(MOVED[moved]).size.training
     if how:
         training = training.with_(
             steps=PART_STEPS[how], batch_tokens=PART_BATCH, learning_rate=PART_RATE, held_out_tokens=1_024

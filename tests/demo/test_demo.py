@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import pytest
 
 import modekit.demo.demo as run_module
 import modekit.demo.seed as seed_module
-from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.demo.demo import run_demo
-from modekit.demo.kinds import MIXTURES, QUICK, REFITTED, Kind
+from modekit.demo.kinds import MIXTURES, Kind
+from modekit.demo.seed import Workers
 from modekit.demo.text import DOMAINS, GENERAL, LANGUAGES, UNSEEN, unpack_text
-from modekit.errors import OutputError
+from modekit.errors import ModekitError, OutputError, TextError
 from modekit.recipes.auto import choices
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run, silent
@@ -70,20 +70,11 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
 def test_the_row_routing_is_what_a_recipe_gets_that_names_no_router() -> None:
     for what, mixtures in MIXTURES.items():
         if "routing" in mixtures:
-            kind = Kind(what, QUICK)
+            kind = Kind(what, quick=True)
             texts = {name: Path(f"{name}.jsonl") for name in (*kind.domains, *kind.unseen)}
-            said = {name: seed_module._recipe(kind, mixtures[name], texts) for name in ("routing", "linear")}
+            said = {name: seed_module.recipe_of(kind, mixtures[name], texts) for name in ("routing", "linear")}
             assert said["routing"]["mixture"]["router"] == {} and "router" not in said["linear"]["mixture"]
             assert next(router.mixture.router.fit for router, _ in choices(parse_recipe(said["routing"]))) == "lexical"
-
-
-def test_what_is_refitted_differs_in_the_fit_alone() -> None:
-    for mixtures in MIXTURES.values():
-        for name, other in REFITTED.items():
-            if name in mixtures:
-                said, read = ({**mixtures[each]["mixture"]} for each in (name, other))
-                assert said.pop("router") == {"fit": name} and read.pop("router") == {"fit": other} and said == read
-                assert next(iter(mixtures)) not in (name, other)  # which is scored while the others are made
 
 
 @pytest.mark.slow
@@ -91,7 +82,7 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     first = run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent))
     table = first.merged(0)
     names = [row.name for row in table.rows]
-    mixtures = ["linear", "noisy", "ridge", "logistic", "context", "ngram", "routing", "lexical-top-1"]
+    mixtures = ["linear", "noisy", "logistic", "context", "routing", "lexical-top-1"]
     assert names == ["base", *DOMAINS, "weight average", "oracle", *mixtures]
     for name in DOMAINS:
         assert table.row("oracle").scores[name].loss == pytest.approx(table.row(name).scores[name].loss, abs=1e-3)
@@ -100,15 +91,8 @@ def test_a_quick_demo_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Mon
     def no_training(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished model was trained again")
 
-    # The copy says what a build of its own recipe would: the text was read once for both.
-    for name, other in REFITTED.items():
-        folders = [tmp_path / "demo" / "seed0" / each for each in (name, other)]
-        kept = [(folder / STATISTICS_FOLDER / "medicine.safetensors").read_bytes() for folder in folders]
-        assert kept[0] == kept[1]
-        assert open_checkpoint(folders[0]).record.recipe.mixture.router.fit == name
-
     monkeypatch.setattr(seed_module, "_side_by_side", lambda _real: (1, 1))  # in this process, where these are replaced
-    for name in ("make_base", "specialize", "build", "refit"):
+    for name in ("make_base", "specialize", "build"):
         monkeypatch.setattr(seed_module, name, no_training)
     assert run_demo(tmp_path / "demo", quick=True, run=Run(progress=silent)).as_data() == first.as_data()
 
@@ -126,7 +110,6 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
         "linear",
         "logistic",
         "context",
-        "ngram",
         "lexical",
         "routing",
         "bigrams-top-1",
@@ -139,3 +122,32 @@ def test_a_quick_demo_of_adapters_shows_both_outputs(tmp_path: Path) -> None:
     assert (seed / DOMAINS[0] / "adapter_config.json").exists()
     low_rank, folded = (json.loads((seed / name / "config.json").read_text()) for name in ("routing", "routing-folded"))
     assert low_rank["architectures"] != folded["architectures"] == ["MixtralForCausalLM"]
+
+
+def _double(run: Run, value: int) -> tuple[int, int]:
+    run.progress("double", value, value)
+    return 2 * value, os.getpid()
+
+
+def _fail(run: Run) -> None:
+    raise TextError("the text is empty", where="here", remedy="write some")
+
+
+def _end(run: Run) -> None:
+    os._exit(3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_calls_run_beside_each_other_or_here(count: int) -> None:
+    reports: list[tuple[str, int, int]] = []
+    with Workers(count, 1, Run(progress=lambda *report: reports.append(report))) as workers:
+        found = workers.each("double", _double, {str(value): (value,) for value in range(4)})
+    assert {name: doubled for name, (doubled, _) in found.items()} == {str(value): 2 * value for value in range(4)}
+    assert {process == os.getpid() for _, process in found.values()} == {count == 1}
+    assert len(reports) == 4
+
+
+def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
+    for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
+        with pytest.raises(error, match=text), Workers(2, 1, Run(progress=silent)) as workers:
+            workers.each("one", call, {"one": ()})

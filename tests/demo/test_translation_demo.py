@@ -16,7 +16,7 @@ import modekit.demo.seed as seed_module
 import modekit.demo.translation as translation_module
 from command_line import ended
 from modekit.demo.demo import DemoResults, run_demo
-from modekit.demo.kinds import QUICK_PAIRS, Kind
+from modekit.demo.kinds import Kind
 from modekit.demo.text import CATALOGUES, GENERAL, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
 from modekit.demo.translation import make_pair_base
 from modekit.errors import ModekitError
@@ -83,9 +83,9 @@ def test_documents_of_unequal_length_and_lines_without_text_are_no_pairs() -> No
 
 
 def test_there_is_enough_and_what_is_held_out_or_unseen_trains_nothing(texts: dict[str, Path]) -> None:
-    kind = Kind("translation", QUICK_PAIRS)
+    kind = Kind("translation", quick=True)
     folder = texts[GENERAL].parent.parent / "seed0"
-    recipe = parse_recipe(seed_module._recipe(kind, kind.mixtures["lexical"], texts), where="recipe")
+    recipe = parse_recipe(seed_module.recipe_of(kind, kind.mixtures["lexical"], texts), where="recipe")
     held_out = {each.name: each for each in RecipeTexts(recipe, folder).report()}
     trained = {digest_of(pair) for place in range(len(PAIRED)) for pair in RecipeTexts(recipe, folder).fit(place)}
     assert list(held_out) == [*PAIRED, *UNSEEN_PAIRED]
@@ -150,7 +150,7 @@ def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says
 @pytest.mark.slow
 def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_demo(tmp_path / "demo", quick=True, what="translation", run=QUIET)
-    mixtures = ["lexical", "lexical-top-1", "ngram"]
+    mixtures = ["lexical", "lexical-top-1"]
     losses, written = first.merged(0), first.translated[0]
     assert [row.name for row in losses.rows] == ["base", *PAIRED, "weight average", "oracle", *mixtures]
     assert [row.name for row in written.rows] == ["base", *PAIRED, "oracle", *mixtures]

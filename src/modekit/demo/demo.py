@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modekit.demo.kinds import PAIRS, QUICK, QUICK_PAIRS, REAL, SMALL, Kind, Size, What
+from modekit.demo.kinds import Kind, What
 from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import translated_table
@@ -130,26 +130,19 @@ def run_demo(
     started = time.monotonic()
     if what == "translation":
         require_sacrebleu()
-    size = size_of(what, real=real, quick=quick)
-    _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(size)})
+    kind = Kind(what, real, quick)
+    _refuse_other_demo(out, {"experts": what, "real": real, "size": dataclasses.asdict(kind.size)})
     texts = unpack_pairs(out / "text") if what == "translation" else unpack_text(out / "text")
     per_seed: dict[int, dict[str, Results]] = {}
     translated: dict[int, TranslationResults] = {}
     for seed in seeds:
         folder = out / f"seed{seed}"
-        per_seed[seed] = run_seed(folder, texts, seed, Kind(what, size, real), run)
+        per_seed[seed] = run_seed(folder, texts, seed, kind, run)
         if what == "translation":
             translated[seed] = translated_table({name: folder_of_mixture(folder, name) for name in per_seed[seed]})
     results = DemoResults(per_seed, time.monotonic() - started, translated, quick)
     _write(out / "results", results)
     return results
-
-
-def size_of(what: What, *, real: bool, quick: bool) -> Size:
-    """How much work a kind of demo does."""
-    if what == "translation":
-        return QUICK_PAIRS if quick else PAIRS
-    return QUICK if quick else REAL if real else SMALL
 
 
 def _write(folder: Path, results: DemoResults) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from modekit.demo.text import DOMAINS, GENERAL
 from modekit.errors import SourceError
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.files.staging import staging
+from modekit.files.staging import Staging, staging
 from modekit.files.write import library_writes
 from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
@@ -36,16 +37,15 @@ VOCABULARY = 3_072
 SEQUENCE_LENGTH = 512  # a whole document of the demo's text
 BATCH_TOKENS = 3_072
 _DOMAIN_SHARE = 0.33  # of the base's text; the base must know the language of every domain, not the domain
-BASE_TRAINING = Training(
+TRAINING = Training(
     batch_tokens=BATCH_TOKENS,
     sequence_length=SEQUENCE_LENGTH,
-    learning_rate=1e-2,
-    muon_learning_rate=0.02,
+    learning_rate=2e-3,
     weight_decay=0.05,
     by_length=True,
-    shares=2,
     autocast=True,
 )
+_BASE_TRAINING = TRAINING.with_(learning_rate=4e-3)
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -62,23 +62,27 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def make_base(out: Path, texts: dict[str, Path], *, steps: int, seed: int, run: Run) -> None:
+def make_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, run: Run) -> None:
     """Train tokenizer and base on the fit split of general text and a share of every domain, and write the folder."""
     fit = {
-        name: documents_of_split(read_documents([str(path)], root=path.parent, where=name), "fit")
-        for name, path in texts.items()
-        if name in (*DOMAINS, GENERAL)
+        name: documents_of_split(read_documents([str(texts[name])], root=texts[name].parent, where=name), "fit")
+        for name in (*DOMAINS, GENERAL)
     }
     tokenizer = make_tokenizer([text_of(document) for documents in fit.values() for document in documents])
-    sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
+    sequences = {name: training_sequences(tokenizer, documents, _BASE_TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
     model = new_model(ARCHITECTURE, seed)
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
-        train(model, mixed, steps, seed, run)
-        with without_bars(), library_writes(stage.folder) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        train(model, mixed, steps, seed, run.about("base"))
+        save_model(model, tokenizer, stage)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Staging) -> None:
+    """Into a folder that is being made."""
+    with without_bars(), library_writes(stage.folder) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def new_model(architecture: dict[str, Any], seed: int, *, embedding: float | None = None) -> PreTrainedModel:
@@ -100,8 +104,7 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
     """Train everything on some sequences."""
-    training = BASE_TRAINING.with_(steps=steps, seed=seed)
-    train_on_text(model, sequences, training, run=run)
+    train_on_text(model, sequences, _BASE_TRAINING.with_(steps=steps, seed=seed), run=run)
 
 
 def make_real_base(out: Path, run: Run) -> None:
@@ -121,9 +124,7 @@ def make_real_base(out: Path, run: Run) -> None:
         run.progress("unpack SmolLM2-135M", 0, 1)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         tokenizer = _smol_tokenizer(file, model.config.vocab_size)
-        with without_bars(), library_writes(stage.folder) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, stage)
         run.progress("unpack SmolLM2-135M", 1, 1)
 
 

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from functools import partial
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
 from modekit.building.build import build
-from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import STATISTICS_FOLDER
-from modekit.demo.kinds import REFITTED, Experts, Kind, PairSize
+from modekit.checkpoint.checkpoint import open_checkpoint
+from modekit.demo.kinds import Experts, Kind
 from modekit.demo.models import make_base, make_real_base
 from modekit.demo.translation import make_pair_base, translate_once
-from modekit.demo.workers import WorkerPool, WorkerTask
-from modekit.errors import CheckpointError
+from modekit.errors import CheckpointError, ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
-from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.experts.specialize import specialize
-from modekit.files.marker import INTERNAL
 from modekit.files.output import is_there
-from modekit.files.staging import staging
-from modekit.files.write import carry_over, write_file
+from modekit.files.write import write_file
+from modekit.loaded.text_training import Training
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
-from modekit.routing.refit import refit
-from modekit.run import Progress, Run
+from modekit.run import QUIET, Run
+
+T = TypeVar("T")
 
 
 def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run: Run) -> dict[str, Results]:
-    """Make what is not there yet, and return the table of every mixture by its name."""
-    base = folder / "base"
-    if is_there(base):
-        pass
-    elif kind.real:
-        make_real_base(base, run)
-    elif kind.translates:
-        make_pair_base(base, texts, steps=kind.size.base_steps, seed=seed, run=run)
-    else:
-        make_base(base, dict(texts), steps=kind.size.base_steps, seed=seed, run=run)
-    count, torch_threads = _side_by_side(kind.real)
-    with WorkerPool(count, torch_threads, run.progress) as workers:
-        for _ in workers.run(_trainings(folder, texts, seed, kind)):
-            pass
-        recipes = {name: _recipe(kind, says, texts) for name, says in kind.mixtures.items()}
-        return _tables(folder, recipes, kind, workers)
+    """Make what is not there yet, and return the table of every mixture by its name.
+
+    The first mixture is scored before the others, which take its rows of base and experts over.
+    """
+    base, steps = folder / "base", kind.size.base_steps
+    if not is_there(base):
+        if kind.real:
+            make_real_base(base, run)
+        else:
+            (make_pair_base if kind.translates else make_base)(base, texts, steps=steps, seed=seed, run=run)
+    trainings = {name: kind.size.training.with_(seed=1000 * seed + place) for place, name in enumerate(kind.domains)}
+    missing = {name: training for name, training in trainings.items() if not is_there(folder / name)}
+    recipes = {name: recipe_of(kind, says, texts) for name, says in kind.mixtures.items()}
+    first = next(iter(recipes))
+    with Workers(*_side_by_side(kind.real), run) as workers:
+        experts = {name: (folder, name, texts[name], kind.trains, training) for name, training in missing.items()}
+        workers.each("train experts", _train_expert, experts)
+        workers.each("build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()})
+        known = workers.each("score", _score, {first: (folder, first, kind, None)})
+        others = {name: (folder, name, kind, known[first]) for name in recipes if name != first}
+        return {**known, **workers.each("score", _score, others)}
 
 
 def _side_by_side(real: bool) -> tuple[int, int]:
@@ -59,86 +65,89 @@ def _side_by_side(real: bool) -> tuple[int, int]:
     return (1, threads) if real or threads == 1 or torch.cuda.is_available() else (2, threads // 2)
 
 
-def _trainings(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind) -> Iterator[WorkerTask]:
-    """The experts that are not there yet."""
-    for place, name in enumerate(kind.domains):
-        if not is_there(folder / name):
-            training = kind.training.with_(seed=1000 * seed + place)
-            yield WorkerTask(name, partial(_train_expert, folder, name, text=texts[name], what=kind.trains, training=training))
+class Workers:
+    """`count` processes beside each other, each with its part of torch's threads; 1 is the calling process alone.
 
-
-def _train_expert(folder: Path, name: str, *, text: Path, what: Experts, training: Any, progress: Progress) -> None:
-    specialize(
-        folder / "base",
-        folder / name,
-        [str(text)],
-        root=folder,
-        train=what,
-        training=training,
-        run=Run(progress=progress).about(name),
-    )
-
-
-def _tables(folder: Path, recipes: Mapping[str, dict[str, Any]], kind: Kind, workers: WorkerPool) -> dict[str, Results]:
-    """Build and score every mixture, two at a time.
-
-    The first is scored while others read text: all later ones take its rows of base and experts over. Those that read text are
-    scored last, so that a process which is free before the reading ended has others to score.
+    Two models that train or are scored in a process each need less time than one after the other with two threads.
     """
-    first, *others = recipes
-    routers = {name: recipes[name]["mixture"].get("router", {}) for name in others}
-    reading = [name for name in others if name not in REFITTED and "tokens_per_domain" in routers[name]]
-    found: dict[str, Results] = {}
-    ended: set[str] = set()
 
-    def tasks() -> Iterator[WorkerTask | None]:
-        yield _scoring(folder, first, recipes[first], kind, None)
-        for name in reading:
-            yield WorkerTask(name, partial(_build_alone, folder, name, recipes[name]))
-        for name in sorted(others, key=reading.__contains__):
-            needed = {first, REFITTED.get(name, name)}.intersection([first, *reading])
-            while not needed <= ended:
-                yield None
-            rows = [row for table in found.values() for row in table.rows]  # what these hold need not be scored again
-            yield _scoring(folder, name, recipes[name], kind, dataclasses.replace(found[first], rows=rows))
+    def __init__(self, count: int, torch_threads: int, run: Run) -> None:
+        self._run, self._pool = run, None
+        if count > 1:
+            self._pool = ProcessPoolExecutor(count, get_context("spawn"), _start, (torch_threads,))
 
-    for name, table in workers.run(tasks()):
-        ended.add(name)
-        if isinstance(table, Results):
-            found[name] = table
-    return {name: found[name] for name in recipes}
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, stage: str, call: Callable[..., T], tasks: Mapping[str, tuple[Any, ...]]) -> dict[str, T]:
+        """Name -> what the call gives for its arguments. Raises what a call raises, and ModekitError where a process ended."""
+        if self._pool is None:
+            return {name: call(self._run.about(name), *arguments) for name, arguments in tasks.items()}
+        futures = {self._pool.submit(call, QUIET, *arguments): name for name, arguments in tasks.items()}
+        found: dict[str, T] = {}
+        try:
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                self._run.progress(stage, len(found), len(futures))
+        except BrokenProcessPool:
+            remedy = "see its message above; the same command continues from here"
+            raise ModekitError("a process of the demo ended early", where=stage, remedy=remedy) from None
+        return {name: found[name] for name in tasks}
 
 
-def _scoring(folder: Path, name: str, recipe: dict[str, Any], kind: Kind, known: Results | None) -> WorkerTask:
-    return WorkerTask(name, partial(_score, folder, name, recipe, kind=kind, known=known))
+def _start(torch_threads: int) -> None:
+    """A worker begins. It ends with the demo, however that ends."""
+    torch.set_num_threads(torch_threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _score(
-    folder: Path, name: str, recipe: dict[str, Any], *, kind: Kind, known: Results | None, progress: Progress
-) -> Results:
-    checkpoint = _built(folder, name, recipe, progress)
-    run = Run(progress=lambda stage, done, total: progress(f"{name}: {stage.partition(' ')[0].rstrip(':')}", done, total))
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _train_expert(run: Run, folder: Path, name: str, text: Path, what: Experts, training: Training) -> None:
+    specialize(folder / "base", folder / name, [str(text)], root=folder, train=what, training=training, run=run)
+
+
+def _build(run: Run, folder: Path, name: str, recipe: dict[str, Any]) -> None:
+    """The mixture's checkpoint, unless the one of this recipe is there."""
+    out = folder_of_mixture(folder, name)
+    write_file(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
+    plan = make_plan(parse_recipe(recipe, where=name), folder)
+    try:
+        is_built = open_checkpoint(out).record.recipe_digest == plan.recipe.digest()
+    except CheckpointError:
+        is_built = False
+    if not is_built:
+        build(plan, out, overwrite=True, run=run)
+
+
+def _score(run: Run, folder: Path, name: str, kind: Kind, known: Results | None) -> Results:
+    checkpoint = open_checkpoint(folder_of_mixture(folder, name))
+    size = kind.size
     results = evaluate(
-        checkpoint, tokens_per_domain=kind.size.eval_tokens, sequence_length=kind.training.sequence_length, known=known, run=run
+        checkpoint, tokens_per_domain=size.eval_tokens, sequence_length=size.training.sequence_length, known=known, run=run
     )
-    if isinstance(kind.size, PairSize):
-        translate_once(checkpoint, kind.size.translated, run)
+    if kind.translates:
+        translate_once(checkpoint, size.translated, run)
     return results
 
 
-def _build_alone(folder: Path, name: str, recipe: dict[str, Any], *, progress: Progress) -> None:
-    _built(folder, name, recipe, progress)
-
-
-def _recipe(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict[str, Any]:
-    mixture = dict(says["mixture"])
+def recipe_of(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict[str, Any]:
+    """The recipe of a mixture, as it lies in the folder of a seed."""
+    mixture, tokens = dict(says["mixture"]), kind.size.fit_tokens
     if mixture["method"] != "linear":
         router = dict(mixture.get("router", {}))
-        tokens = kind.size.fit_tokens
         if "fit" in router and "tokens_per_domain" in FITS[router["fit"]].settings:
-            router.update(
-                tokens_per_domain=tokens, keep_tokens=min(tokens, 16_384), sequence_length=kind.training.sequence_length
-            )
+            length = kind.size.training.sequence_length
+            router.update(tokens_per_domain=tokens, keep_tokens=min(tokens, 16_384), sequence_length=length)
         mixture["router"] = router
     model = "adapter" if kind.trains == "lora" else "model"
     files = {name: f"../text/{texts[name].name}" for name in (*kind.domains, *kind.unseen)}
@@ -151,34 +160,6 @@ def _recipe(kind: Kind, says: dict[str, Any], texts: Mapping[str, Path]) -> dict
         "output": says.get("output", {}),
         "eval": shown,
     }
-
-
-def _built(folder: Path, name: str, recipe: dict[str, Any], progress: Progress) -> Checkpoint:
-    """The mixture's checkpoint: the one that is there, another one's with its router fitted anew, or a new one."""
-    out = folder_of_mixture(folder, name)
-    write_file(out.with_suffix(".yaml"), yaml.safe_dump(recipe, sort_keys=False).encode())
-    plan = make_plan(parse_recipe(recipe, where=name), folder)
-
-    def report(stage: str, done: int, total: int) -> None:
-        progress(f"{name}: {stage}", done, total)
-
-    try:
-        checkpoint = open_checkpoint(out)
-        if checkpoint.record.recipe_digest == plan.recipe.digest():
-            return checkpoint
-    except CheckpointError:
-        pass
-    if name in REFITTED:
-        return _refitted(folder_of_mixture(folder, REFITTED[name]), out, recipe["mixture"], report)
-    return build(plan, out, overwrite=True, run=Run(progress=report))
-
-
-def _refitted(source: Path, out: Path, mixture: dict[str, Any], progress: Progress) -> Checkpoint:
-    """A copy of a mixture whose router is fitted anew from the statistics that came along."""
-    with staging(out, f"copy of {source.name}", "checkpoint", sources=[source], replace="modekit's own") as stage:
-        stage.areas = (STATISTICS_FOLDER,)
-        carry_over(source, stage.folder, but=(RESULTS_FOLDER, *INTERNAL))
-    return refit(open_checkpoint(out), mixture, run=Run(progress=progress))
 
 
 def folder_of_mixture(folder: Path, name: str) -> Path:

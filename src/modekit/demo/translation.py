@@ -16,14 +16,13 @@ from tokenizers import processors
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from modekit.demo.models import save_model
 from modekit.demo.text import GENERAL, PAIRED
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.evaluation.translation.evaluate import evaluate_translation
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.staging import staging
-from modekit.files.write import library_writes
-from modekit.loaded.load import without_bars
 from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.report.page import write_report
 from modekit.run import Run
@@ -46,11 +45,10 @@ ARCHITECTURE: dict[str, Any] = {
     "dropout": 0.0,
     "forced_eos_token_id": None,
 }
-BASE_TRAINING = Training(
+PAIR_TRAINING = Training(
     batch_tokens=6_000,
     sequence_length=96,
-    learning_rate=5e-3,
-    muon_learning_rate=0.02,
+    learning_rate=3e-3,
     warmup=0.1,
     weight_decay=0.05,
     by_length=True,
@@ -67,7 +65,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
     }
     tokenizer = pair_tokenizer(fit)
     mixed = [*fit[GENERAL], *(pair for name in PAIRED for pair in fit[name][: int(DOMAIN_SHARE * len(fit[name]))])]
-    training = BASE_TRAINING.with_(steps=steps, seed=seed)
+    training = PAIR_TRAINING.with_(steps=steps, seed=seed)
     torch.manual_seed(seed)
     model = BartForConditionalGeneration(
         BartConfig(
@@ -83,9 +81,7 @@ def make_pair_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: in
         sequences = training_sequences(tokenizer, mixed, training)
         train_on_text(model, sequences, training, run=run.about("base"))
         model.config.dropout = ARCHITECTURE["dropout"]
-        with without_bars(), library_writes(stage.folder) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, stage)
 
 
 def pair_tokenizer(documents: Mapping[str, Sequence[Document]]) -> PreTrainedTokenizerFast:
