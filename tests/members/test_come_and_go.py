@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
@@ -30,8 +29,8 @@ from refusal import tree
 SHORT = {"tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 WHOLE = ("medicine", "law", "code")
 LOW_RANK = ("fever", "court", "yield")
-BEFORE = ("dose", "deed", "class")
-"""Two prefixes around a prompt."""
+WIDE = ("cough", "oath", "loop")
+"""Adapters of attention and FFN, as most are: a plain mixture carries the attention's in channels."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Kind:
     names: Sequence[str] = WHOLE
     of_all: tuple[str, ...] = ()
     """Whose models must be there for a change: what they gave lies in one tensor with others, and is made anew."""
+    and_leaving: bool = False
+    """Whether the model of the expert that goes must be there, too: what it took lies in the tensors of all."""
 
 
 def _routed(fit: str, **router: Any) -> dict[str, Any]:
@@ -69,8 +70,8 @@ KINDS = {
     "context": Kind(_routed("ridge", granularity="context", **SHORT), MODEKIT),
     "adapters": Kind(_routed("ridge", **SHORT), MODEKIT, LOW_RANK),
     "adapters without text": Kind(_routed("arrow"), MODEKIT, LOW_RANK),
+    "adapters of attention, plain": Kind(_routed("lexical"), NATIVE, WIDE, WIDE, and_leaving=True),
     "adapters folded": Kind(_routed("random", seed=3), NATIVE, LOW_RANK),
-    "prefixes": Kind(_routed("ridge", **SHORT), MODEKIT, BEFORE),
     "adapters and whole models": Kind(_routed("ngram"), MODEKIT, ("fever", "law", "yield")),
 }
 
@@ -82,10 +83,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         tensors = {key: value * (seed + 1) for key, value in lora("mlp.up_proj", 48, 32, rank, layers=2).items()}
         write_adapter(made.root / name, tensors, target_modules=["up_proj"], r=rank, lora_alpha=8)
         shutil.copyfile(made.root / "text" / f"{WHOLE[seed]}.jsonl", made.root / "text" / f"{name}.jsonl")
-    for seed, (name, kind, width) in enumerate(zip(BEFORE, ("PREFIX", "PROMPT", "PREFIX"), (64, 32, 64), strict=True)):
-        tensors = {"prompt_embeddings": np.random.default_rng(seed).normal(size=(seed + 2, width)).astype(np.float32)}
-        unsaid = dict.fromkeys(("r", "lora_alpha", "target_modules"), ...)
-        write_adapter(made.root / name, tensors, **unsaid, peft_type=f"{kind}_TUNING", num_virtual_tokens=seed + 2)
+    for seed, name in enumerate(WIDE):
+        parts = ["q_proj", "o_proj", "up_proj"]
+        train_adapter(made.root / "base", LoraConfig(target_modules=parts, r=12, lora_alpha=24 + seed), made.root / name)
         shutil.copyfile(made.root / "text" / f"{WHOLE[seed]}.jsonl", made.root / "text" / f"{name}.jsonl")
     shutil.copyfile(made.root / "text" / "law.jsonl", made.root / "text" / "base_too.jsonl")
     return made
@@ -93,9 +93,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def expert(name: str) -> dict[str, Any]:
     """As a recipe says it."""
-    said = (
-        {"adapter": f"./{name}"} if name in (*LOW_RANK, *BEFORE) else {"model": "base" if name == "base_too" else f"./{name}"}
-    )
+    said = {"adapter": f"./{name}"} if name in (*LOW_RANK, *WIDE) else {"model": "base" if name == "base_too" else f"./{name}"}
     return {"name": name, **said, "text": [f"./text/{name}.jsonl"]}
 
 
@@ -156,7 +154,7 @@ def test_added_is_built_with_it_and_removed_is_built_without(shop: Workshop, tmp
     with gone(shop, *others):
         added = write_change(before, add_expert(before, last, new(shop, last)), tmp_path / "added")
     check_same(added.folder, joint.folder)
-    with gone(shop, *others, last):
+    with gone(shop, *others, *(() if kind.and_leaving else (last,))):
         removed = write_change(added, remove_expert(added, last), tmp_path / "removed")
     check_same(removed.folder, before.folder)
     assert is_proven(verify(open_checkpoint(added.folder))) and is_proven(verify(open_checkpoint(removed.folder)))
@@ -166,7 +164,7 @@ def test_added_is_built_with_it_and_removed_is_built_without(shop: Workshop, tmp
 def test_the_first_goes_in_place(shop: Workshop, tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
     out, wanted = built(shop, kind, kind.names, tmp_path / "OUT"), built(shop, kind, kind.names[1:], tmp_path / "wanted")
-    with gone(shop, *(other for other in kind.names if other not in kind.of_all[1:])):
+    with gone(shop, *(other for other in kind.names if other not in kind.of_all[0 if kind.and_leaving else 1 :])):
         write_change(out, remove_expert(out, kind.names[0]), out.folder)
     check_same(out.folder, wanted.folder)
     assert is_proven(verify(open_checkpoint(out.folder), reload=False))
