@@ -1,22 +1,22 @@
 """Recipe and headers -> every tensor of the result and where each comes from.
 
-Reads configs and headers, never a tensor, and does not import torch. Whatever cannot work is refused here, before a
-byte is written. How the experts lie in a native architecture says native.py, in the modekit architecture modekit.py; what
-both share is here.
+Reads configs and headers, and does not import torch. Whatever cannot work is refused here, before a byte is written. First the
+models are made alike (one vocabulary), then the router and its decay are settled by what the models allow, then all tensors are
+planned, once. How the experts lie in a native architecture says native.py, in the modekit architecture modekit.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from modekit.errors import SourceError, UnsupportedError
+from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
-from modekit.planning.notes import notes_of, twins
+from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
 from modekit.planning.prefixes import check_prefixes
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
@@ -35,46 +35,23 @@ from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.sources.vocabulary import one_vocabulary
+from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merge
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Layout = NativeLayout | ModekitLayout
-"""How the experts of one recipe lie in one shape of result."""
 
 
 def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    The plan's recipe says the decay where its default depends on the base (`following_chats`). Of models on the hub those
-    weight files are downloaded that a build reads; with `headers_only` none: such a plan can be shown but not built.
+    The plan's recipe says the router and the decay that a recipe leaves open. Of models on the hub those weight files are
+    downloaded that a build reads; with `headers_only` none: such a plan can be shown but not built.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    plan = following_chats(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
-    return plan if headers_only else _downloaded(plan, run)
-
-
-def make_plan_again(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
-    """The same for the recipe of a mixture that is there: what that does not say is what it was in older versions."""
-    return _downloaded(plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run), run)
-
-
-def following_chats(plan: Plan, run: Run) -> Plan:
-    """The plan with a decay that follows a change of subject, where its router is fitted on chats and its recipe says none.
-
-    What cannot say that older tokens fade keeps its mean.
-    """
-    known, channels = plan.vocabulary, plan.shape.channels
-    if known is None or not known.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
-        return plan
-    recipe = with_following(plan.recipe)
-    return plan if recipe == plan.recipe else plan_of(recipe, plan.root, known.given, run=run)
-
-
-def _downloaded(plan: Plan, run: Run) -> Plan:
-    """The plan over models on the hub whose files that a build reads are on this disk."""
-    on_hub = [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
+    plan = plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run)
+    on_hub = [] if headers_only else [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
     if not on_hub:
         return plan
     from modekit.sources.hub import fetch  # its import takes longer than a whole local plan
@@ -82,52 +59,104 @@ def _downloaded(plan: Plan, run: Run) -> Plan:
     for source in on_hub:
         fetch(source, plan.read_files.intersection(source.files), run=run)
     pinned = plan.recipe.at(*(source.revision for source in plan.sources))
-    return plan_of(plan.recipe, plan.root, open_recipe_sources(pinned, plan.root, run=run, headers_only=True), run=run)
+    return plan_of(plan.recipe, root, open_recipe_sources(pinned, root, run=run, headers_only=True), run=run)
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:
-    """The same over models that are open: the base's, then each expert's. A router left open becomes the best they allow."""
-    if recipe.mixture.is_open:
-        return _plan_of_open(recipe, root, sources, run)
-    base = sources[0]
-    family = family_of(base.config, where=f"base_model ({base.spec})")
+    """The same over models that are open: the base's, then each expert's."""
+    return plan_first([lambda: recipe], root, sources, run=run)
+
+
+def plan_first(
+    ways: Sequence[Callable[[], Recipe]],
+    root: Path,
+    sources: tuple[ModelSource, ...],
+    *,
+    suits: Callable[[Recipe], bool] = lambda recipe: True,
+    run: Run = QUIET,
+) -> Plan:
+    """The plan of the first recipe that the models allow, and that suits. Raises what the last one raises."""
+    for way in ways[:-1]:
+        with suppress(UnsupportedError, RecipeError):
+            settled = _settled(way(), sources)
+            if suits(settled.recipe):
+                return _planned(settled, root, run)
+    return _planned(_settled(ways[-1](), sources), root, run)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A recipe that leaves nothing open, the models with one vocabulary, and how the experts lie.
+
+    Attributes:
+        why: why they lie so.
+        mixed: tensors of the base of which experts have their own, or by which they may differ.
+    """
+
+    recipe: Recipe
+    family: Family
+    vocabulary: Vocabulary
+    layout: Layout
+    why: str
+    mixed: set[str]
+
+
+def _settled(recipe: Recipe, sources: tuple[ModelSource, ...]) -> _Settled:
+    family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
     sources = _with_sizes(sources, family)
     check_mixable(sources, family)
-    check_prefixes(recipe, sources)
     vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
-    _check_text(recipe, vocabulary.tokenizer.source)
+    settled = _router_settled(recipe, family, vocabulary)
+    channels = settled.layout.channels
+    if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):
+        return settled  # what cannot say that older tokens fade keeps its mean
+    following = with_following(settled.recipe)
+    return settled if following == settled.recipe else _laid(following, family, vocabulary)
+
+
+def _router_settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
+    """A router left open becomes the first of the choices that the models allow. Raises what the last one raises."""
+    if not recipe.mixture.is_open:
+        return _laid(recipe, family, vocabulary)
+    for settled, way in (ways := choices(recipe))[:-1]:
+        with suppress(UnsupportedError):
+            found = _laid(settled, family, vocabulary)
+            if way.native in (None, found.layout.is_native):
+                return found
+    return _laid(ways[-1][0], family, vocabulary)
+
+
+def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
     sources = vocabulary.sources
+    check_prefixes(recipe, sources)
     code_of = partial(_code_of, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)
-    mixed, shape = layout.mixed_names(), layout.shape(str(root))
-    tensors = [*_backbone(recipe, sources, family, layout, mixed, code_of), *layout.tensors()]
-    tensors += _kept(sources, code_of) if recipe.output.keep is not None else ()
-    notes = notes_of(recipe, vocabulary, family, layout.mixes_more, mixed | layout.carried_names())
+    mixed = layout.mixed_names() | layout.carried_names()
+    check_adapters(recipe, sources, layout.mixes_more, mixed)
+    return _Settled(recipe, family, vocabulary, layout, why, mixed)
+
+
+def _planned(settled: _Settled, root: Path, run: Run) -> Plan:
+    recipe, vocabulary, layout = settled.recipe, settled.vocabulary, settled.layout
+    sources, code_of, keeps = vocabulary.sources, partial(_code_of, recipe.output.dtype), recipe.output.keep is not None
+    _check_text(recipe, vocabulary.tokenizer.source)
+    tensors = [*_backbone(recipe, sources, settled.family, layout, code_of), *layout.tensors()]
+    tensors += _kept(sources, code_of) if keeps else ()
     return Plan(
-        recipe,
-        root,
-        family,
-        shape,
-        why,
-        sources,
-        cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
-        layout.router_dtype,
-        (*vocabulary.tokenizer.copied_files, *(processor_files(base, run) if recipe.output.keep is not None else ())),
-        (*vocabulary.notes, *notes, *layout.notes(), *twins(recipe, sources)),
-        run.trust_remote_code,
+        recipe=recipe,
+        root=root,
+        family=settled.family,
+        shape=layout.shape(str(root)),
+        why=settled.why,
+        sources=sources,
+        shards=cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
+        router_dtype=layout.router_dtype,
+        copied_files=(*vocabulary.tokenizer.copied_files, *(processor_files(sources[0], run) if keeps else ())),
+        notes=(*vocabulary.notes, *notes_of(recipe, vocabulary, settled.family, layout, settled.mixed)),
         vocabulary=vocabulary,
+        trust_remote_code=run.trust_remote_code,
     )
-
-
-def _plan_of_open(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
-    """Of the first of the choices that the models allow. Raises what the last one raises."""
-    for settled, way in (ways := choices(recipe))[:-1]:
-        with suppress(UnsupportedError):
-            plan = plan_of(settled, root, sources, run=run)
-            if way.native in (None, plan.shape.plain):
-                return plan
-    return plan_of(ways[-1][0], root, sources, run=run)
 
 
 def _with_sizes(sources: tuple[ModelSource, ...], family: Family) -> tuple[ModelSource, ...]:
@@ -148,21 +177,31 @@ def _code_of(dtype: str, ref: TensorRef) -> str:
 
 
 def _backbone(
-    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, layout: Layout, mixed: set[str], code_of: CodeOf
+    recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, layout: Layout, code_of: CodeOf
 ) -> Iterable[PlannedTensor]:
     """What the layout keeps of the base, in its order.
 
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
     """
-    base, giver = sources[0], BackboneGiver(recipe, sources)
+    base, merged, mixed = sources[0], backbone_of(recipe, sources), layout.mixed_names()
     refs = {name: base.tensors[name] for name in own_names(base, family)}
-    for name, original in layout.unties.items():
-        refs[name] = base.tensor(original)
+    refs |= {name: base.tensor(original) for name, original in layout.unties.items()}
     for name, ref in refs.items():
         renamed = layout.backbone_name(name)
         if renamed is not None:
-            make = giver.of_base if name in mixed else giver.tensor
-            yield from map(layout.widened, layout.apart(make(renamed, code_of(ref), ref)))
+            made = Copy(ref) if name in mixed else merged(ref)
+            yield from layout.widened(PlannedTensor(renamed, code_of(ref), ref.shape, "backbone", made))
+
+
+def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[TensorRef], Made]:
+    """A tensor of the base -> how the backbone's is made: copied from one model, or merged. Raises MismatchError."""
+    mixture = recipe.mixture
+    experts = [source for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
+    rule = mixture.merge if experts else None
+    if rule is not None:
+        return lambda ref: Merge(rule, Copy(ref), tuple(as_in(source, ref) for source in experts))
+    one = recipe.names.index(mixture.backbone.expert) + 1 if isinstance(mixture.backbone, BackboneExpert) else 0
+    return lambda ref: as_in(sources[one], ref)
 
 
 def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[PlannedTensor]:
@@ -176,19 +215,12 @@ def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
     """The layout in a native architecture, or None, and why. Raises UnsupportedError when the recipe asks for one in vain."""
-    base, asked = sources[0], "native" if any(expert.segment for expert in recipe.experts) else recipe.output.format
-    beyond = recipe.beyond_native()
-    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
-    if recipe.output.keep is not None:
-        return None, "only the modekit architecture keeps what wraps a language model (output.keep)"
-    if asked == "modekit":
-        return None, "the recipe asks for the modekit architecture"
-    if asked == "auto" and beyond:
-        return None, f"only the modekit architecture has {', '.join(beyond)}"
-    if asked == "auto" and adapters:
-        return None, _stay_low_rank(recipe, adapters)
+    base, is_asked = sources[0], recipe.output.format == "native" or any(expert.segment for expert in recipe.experts)
+    why_not = None if is_asked else _why_modekit(recipe)
+    if why_not is not None:
+        return None, why_not
     native, tried = choose_native(family, base.config, recipe)
-    if native is None and asked == "native":
+    if native is None and is_asked:
         is_routing = choose_native(family, base.config)[0] is not None
         change = "set mixture.top_k: 1" if is_routing else "choose a base model without these features"
         raise UnsupportedError(
@@ -202,23 +234,30 @@ def _native_layout(
     try:
         layout = NativeLayout(recipe, sources, native, code_of)
     except UnsupportedError as error:  # it cannot carry the router
-        if asked == "native" or recipe.output.channels is not None:
+        if is_asked or recipe.output.channels is not None:
             raise
         return None, error.what
+    kind, form = f"'{family.model_type}'", native.native_type
     if layout.carried_names():
-        return (
-            layout,
-            f"a {native.native_type} holds experts of '{family.model_type}' with their attention, in the router's channels",
-        )
-    return layout, (
-        f"whole FFN experts of '{family.model_type}' with a linear router have an exact native form: {native.native_type}"
-    )
+        return layout, f"a {form} holds experts of {kind} with their attention, in the router's channels"
+    return layout, f"whole FFN experts of {kind} with a linear router have an exact native form: {form}"
 
 
-def _stay_low_rank(recipe: Recipe, adapters: Sequence[str]) -> str:
-    carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
-    does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
-    return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} {does}"
+def _why_modekit(recipe: Recipe) -> str | None:
+    """Why a recipe that does not ask for a native architecture gets none; None where it may."""
+    beyond = recipe.beyond_native()
+    adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
+    if recipe.output.keep is not None:
+        return "only the modekit architecture keeps what wraps a language model (output.keep)"
+    if recipe.output.format == "modekit":
+        return "the recipe asks for the modekit architecture"
+    if beyond:
+        return f"only the modekit architecture has {', '.join(beyond)}"
+    if adapters:
+        carried = recipe.mixture.fit is not None and recipe.mixture.fit.carried
+        does = "carries them in a plain checkpoint" if carried else "folds their FFNs into whole experts"
+        return f"adapters stay low-rank ({', '.join(adapters)}); output: {{format: native}} {does}"
+    return None
 
 
 def _check_text(recipe: Recipe, reader: ModelSource) -> None:
@@ -232,25 +271,3 @@ def _check_text(recipe: Recipe, reader: ModelSource) -> None:
             expected="tokenizer.json or another of transformers' tokenizer files",
             remedy="save the tokenizer into the base model's folder, or use router: {fit: random}",
         )
-
-
-class BackboneGiver:
-    """Where the tensors of the backbone come from: copied from one model, or merged."""
-
-    def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...]) -> None:
-        self._sources = sources
-        self._merged = [number for number, expert in enumerate(recipe.experts, start=1) if not expert.is_base]
-        self._rule = recipe.mixture.merge if self._merged else None
-        backbone = recipe.mixture.backbone
-        self._one = 1 + recipe.names.index(backbone.expert) if isinstance(backbone, BackboneExpert) else 0
-
-    def tensor(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
-        """The backbone's tensor for a tensor of the base model. Raises MismatchError."""
-        made: Made = as_in(self._sources[self._one], ref)
-        if self._rule is not None:
-            made = Merge(self._rule, Copy(ref), tuple(as_in(self._sources[number], ref) for number in self._merged))
-        return PlannedTensor(name, code, ref.shape, "backbone", made)
-
-    def of_base(self, name: str, code: str, ref: TensorRef) -> PlannedTensor:
-        """The base model's tensor itself."""
-        return PlannedTensor(name, code, ref.shape, "backbone", Copy(ref))
