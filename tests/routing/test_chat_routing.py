@@ -17,7 +17,7 @@ from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import RecipeError, TextError
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.make import make_plan, make_plan_again
+from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
@@ -91,7 +91,7 @@ def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str,
     if decay == [0.91]:
         (note,) = (note for note in plan.notes if "evidence fades" in note)
         assert "after 7 tokens" in note
-    assert make_plan_again(recipe, shop.root).recipe == recipe  # of a mixture that is there, the recipe is what it is
+    assert make_plan(recipe, shop.root).recipe == recipe  # of a mixture that is there, the recipe is what it is
 
 
 def test_without_a_template_evidence_fades_slowly(workshop: Workshop) -> None:

@@ -7,15 +7,15 @@ recipe goes into OUT, and its paths are relative to that folder, so that a build
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 from modekit.errors import MismatchError, RecipeError, UnsupportedError
 from modekit.files.output import check_room, disk_of, work_folder
-from modekit.planning.make import following_chats, plan_of
+from modekit.planning.make import plan_first
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
 from modekit.recipes.paths import from_folder
@@ -24,7 +24,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
 from modekit.sources.model import ModelSource
@@ -113,7 +113,8 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         raw["experts"], kinds = [raw["experts"][place] for place in joining], tuple(kinds[place] for place in joining)
         sources = (sources[0], *(sources[1 + place] for place in joining))
     text = any("text" in expert for expert in raw["experts"])
-    plan = _first_possible(raw, root, sources, list(ways(kinds, form, text=text)), run)
+    possible = [partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(kinds, form, text=text)]
+    plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads.tokens, run=run)
     if not text:
         notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
     if form == "native" and plan.shape.without_gguf is not None:
@@ -216,7 +217,14 @@ def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) 
 def _are_one(opened: OpenFiles, first: ModelSource, second: ModelSource) -> bool:
     if first.folder.resolve() == second.folder.resolve():
         return True
-    return first.tensors.keys() == second.tensors.keys() and not _differ(opened, first, second, lambda _tensor: True)
+    if _scales(first) != _scales(second) or first.tensors.keys() != second.tensors.keys():
+        return False
+    return not _differ(opened, first, second, lambda _tensor: True)
+
+
+def _scales(source: ModelSource) -> dict[str, float]:
+    changes = source.changes if isinstance(source, AdapterSource) else {}
+    return {name: change.scale for name, change in changes.items() if isinstance(change, LowRank)}
 
 
 def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool]) -> bool:
@@ -227,19 +235,3 @@ def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: C
         if (one.dtype, one.shape) != (other.dtype, other.shape) or not same_bytes(opened, one, other):
             return True
     return False
-
-
-def _first_possible(
-    raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], possible: Sequence[RecipeData], run: Run
-) -> Plan:
-    """The plan of the first way that the models allow, with a router that reads tokens. Raises what the last one raises."""
-    for way in possible[:-1]:
-        with suppress(UnsupportedError, RecipeError):
-            plan = _plan({**raw, **way}, out, sources, run)
-            if plan.recipe.mixture.router.row.reads.tokens:
-                return plan
-    return _plan({**raw, **possible[-1]}, out, sources, run)
-
-
-def _plan(raw: RecipeData, out: Path, sources: tuple[ModelSource, ...], run: Run) -> Plan:
-    return following_chats(plan_of(parse_recipe(raw, where="modekit mix"), out, sources, run=run), run)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord
 from modekit.planning.make import make_plan
-from modekit.planning.notes import BASE_AGAIN, one_model
+from modekit.planning.notes import twins
 from modekit.planning.plan import Plan
 from modekit.planning.summary import PlanSummary, fit_work, summary
 from modekit.recipes.read import load_recipe
@@ -171,13 +171,9 @@ def notes_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def _of_twins(record: MixtureRecord) -> Iterator[str]:
-    same: dict[tuple[str, ...], list[str]] = {_digests(record, 0): []}
-    for name, place, expert in zip(record.recipe.names, record.expert_sources, record.recipe.experts, strict=True):
-        if not expert.is_base:
-            same.setdefault(_digests(record, place), []).append(name)
-    base, *others = same.values()
-    yield from (f"{name}: {BASE_AGAIN}" for name in base)
-    yield from (one_model(names) for names in others if len(names) > 1)
+    own = zip(record.recipe.names, record.expert_sources, record.recipe.experts, strict=True)
+    found = {name: _digests(record, place) for name, place, expert in own if not expert.is_base}
+    return twins([*found], [*found.values()], _digests(record, 0))
 
 
 def _digests(record: MixtureRecord, place: int) -> tuple[str, ...]:

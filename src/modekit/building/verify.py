@@ -19,7 +19,7 @@ from modekit.errors import ModekitError
 from modekit.files.figures import file_count
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
-from modekit.planning.make import make_plan_again
+from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
@@ -35,7 +35,7 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
     """
     checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
     try:
-        plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
+        plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None

@@ -39,7 +39,7 @@ from modekit.files.write import digest_of_data, json_bytes, library_writes, writ
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
 from modekit.loaded.states import take_state
-from modekit.planning.make import make_plan_again
+from modekit.planning.make import make_plan
 from modekit.planning.plan import INDEX_FILE
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import copied_content
@@ -92,7 +92,7 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     refuse_existing(out, replaced_by(asked.overwrite), sources=(checkpoint.folder,))
     _check_sources(checkpoint, run)
     texts = _texts(checkpoint, asked, run)
-    plan = make_plan_again(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
+    plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     chooser = Chooser(checkpoint, plan, [text.held_out for text in texts], run)
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record, text.selected_by] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_adapted, load_model
-from modekit.planning.make import make_plan_again
+from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
 from modekit.sources.adapter_config import read_adapter_config
@@ -56,7 +56,7 @@ def load_recorded(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> Pr
     base, folder = (checkpoint.source_folder(record.sources[each]) for each in (0, place))
     model = load_expert(base, folder, run=run)
     if record.tokens is not None:
-        sources = make_plan_again(record.pinned_recipe, checkpoint.recipe_root, run=run).sources
+        sources = make_plan(record.pinned_recipe, checkpoint.recipe_root, run=run).sources
         give_rows(model, [*dict.fromkeys(sources)][place], sources[0])
     return model
 

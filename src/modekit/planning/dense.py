@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from modekit.planning.make import BackboneGiver
+from modekit.planning.make import backbone_of
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor, cut_into_shards
 from modekit.recipes.mixture import Backbone
@@ -33,9 +33,9 @@ def dense_plan(plan: Plan, backbone: Backbone, dtype: str | None = None) -> Dens
     """
     mixture = plan.recipe.mixture.model_copy(update={"backbone": backbone})
     recipe = plan.recipe.model_copy(update={"mixture": mixture})
-    base, giver = plan.sources[0], BackboneGiver(recipe, plan.sources)
+    base, made = plan.sources[0], backbone_of(recipe, plan.sources)
     refs = [base.tensors[name] for name in sorted(own_names(base, plan.family), key=natural_key)]
-    tensors = [giver.tensor(ref.name, dtype or ref.source_dtype, ref) for ref in refs]
+    tensors = [PlannedTensor(ref.name, dtype or ref.source_dtype, ref.shape, "backbone", made(ref)) for ref in refs]
     config = dict(base.on_disk or base.config)
     if plan.vocabulary is not None and plan.vocabulary.is_grown:
         config |= {"vocab_size": base.config["vocab_size"], **plan.vocabulary.tokenizer.settings}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from modekit.errors import RecipeError, SourceError, UnsupportedError
@@ -35,7 +35,7 @@ from modekit.sources.names import natural_key
 from modekit.sources.native import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.sources.vocabulary import Vocabulary, one_vocabulary
+from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merge
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
@@ -76,12 +76,13 @@ def plan_first(
     run: Run = QUIET,
 ) -> Plan:
     """The plan of the first recipe that the models allow, and that suits. Raises what the last one raises."""
+    models = lru_cache(maxsize=1)(partial(_one_vocabulary, sources))
     for way in ways[:-1]:
         with suppress(UnsupportedError, RecipeError):
-            settled = _settled(way(), sources)
+            settled = _settled(recipe := way(), *models(recipe.mixture.tokens or "mean"))
             if suits(settled.recipe):
                 return _planned(settled, root, run)
-    return _planned(_settled(ways[-1](), sources), root, run)
+    return _planned(_settled(recipe := ways[-1](), *models(recipe.mixture.tokens or "mean")), root, run)
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,14 @@ class _Settled:
     mixed: set[str]
 
 
-def _settled(recipe: Recipe, sources: tuple[ModelSource, ...]) -> _Settled:
+def _one_vocabulary(sources: tuple[ModelSource, ...], rule: Rule) -> tuple[Family, Vocabulary]:
     family = family_of(sources[0].config, where=f"base_model ({sources[0].spec})")
     sources = _with_sizes(sources, family)
     check_mixable(sources, family)
-    vocabulary = one_vocabulary(sources, family, recipe.mixture.tokens or "mean")
+    return family, one_vocabulary(sources, family, rule)
+
+
+def _settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
     settled = _router_settled(recipe, family, vocabulary)
     channels = settled.layout.channels
     if not vocabulary.tokenizer.has_template or (channels is not None and channels.decays == (1.0,)):

@@ -37,6 +37,7 @@ _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 class ModekitLayout:
     """The modekit shape of one recipe, as native.py has the other. Raises UnsupportedError when it cannot be said."""
 
+    is_native, channels = False, None
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
@@ -80,9 +81,9 @@ class ModekitLayout:
         }
         return ModekitShape(config, self._recipe, where, self._said, settings)
 
-    def widened(self, tensor: PlannedTensor) -> PlannedTensor:
+    def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
         """As it is."""
-        return tensor
+        yield tensor
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this shape."""
@@ -103,10 +104,6 @@ class ModekitLayout:
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "
                     "changes of norms and biases are lost"
                 )
-
-    def apart(self, tensor: PlannedTensor) -> tuple[PlannedTensor, ...]:
-        """A tensor of the backbone is one here, too."""
-        return (tensor,)
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """What the experts have at every place."""

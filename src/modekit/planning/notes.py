@@ -1,12 +1,14 @@
 """What a user should know of a plan: what experts lose, who is one model, what the router is fitted on.
 
-A plan reads headers only, so that of full models it says that something may be lost, not how much.
+Of full models it says that something may be lost, not how much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from modekit.errors import RecipeError, UnsupportedError
 from modekit.files.figures import bytes_of
@@ -21,54 +23,67 @@ from modekit.sources.model import SPECIALIST_FILE, ModelSource, TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.targets import forced_by_one_side
 from modekit.sources.vocabulary import Vocabulary
-from modekit.weights.rounding import nearest_difference
+from modekit.weights.drift import drift
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
+_MEASURED = "`modekit verify --deep` measures after a build what that is worth"
 
-_MEASURED = "`modekit verify --deep` measures what that is worth"
+
+class _Layout(Protocol):
+    is_native: bool
+    mixes_more: str
+
+    def notes(self) -> Iterable[str]:
+        """Of this form of result."""
 
 
-def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, way_out: str, mixed: set[str]) -> Iterator[str]:
-    """Those of either shape. `way_out`: how a recipe mixes more; `mixed`: the base's tensors of which experts have their own.
-
-    Raises UnsupportedError when an adapter changes nothing that is mixed, and RecipeError for chats without a template.
-    """
+def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, layout: _Layout, mixed: Collection[str]) -> Iterator[str]:
+    """All of them. `mixed`: tensors of the base by which experts differ. Raises RecipeError for chats without a template."""
     sources = vocabulary.sources
-    yield from _of_packed(sources)
-    yield from _of_routing(recipe, sources, family)
-    yield from _lost_of_adapters(recipe, sources, way_out, mixed)
+    yield from (f"{each.label}: its weights are read from {each.packed}" for each in dict.fromkeys(sources) if each.packed)
+    yield from _of_strangers(recipe, sources)
+    yield from _of_routing(recipe, sources)
+    yield from _lost_of_adapters(recipe, sources, layout.mixes_more, mixed)
     yield from _of_chats(recipe, vocabulary)
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
-    yield from _lost_of_models(recipe, sources, way_out, mixed)
+    yield from _lost_of_models(recipe, sources, layout.mixes_more, mixed)
     yield from _beside(recipe, sources)
+    yield from _without_effect(recipe, vocabulary, layout)
+    yield from layout.notes()
+    yield from _of_one_folder(recipe, sources)
 
 
-def _of_packed(sources: Sequence[ModelSource]) -> Iterator[str]:
-    """A note for each model whose weights are quantised, and how near it is to one beside it whose weights are not."""
-    whole = next((source for source in sources if not source.packed and not isinstance(source, AdapterSource)), None)
-    for source in dict.fromkeys(sources):
-        if source.packed:
-            said = f"{source.label}: its weights are read from {source.packed}; what quantising took from them stays lost"
-            least = None if whole is None else nearest_difference(source, whole)
-            if whole is not None and least is not None:
-                said += f": at most {least:.1%} of a weight, by the tensor nearest that of {whole.label}, fine-tuning included"
-            yield said
+def _of_strangers(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    """Experts that may be made from another base: adapters name another, or weights lie further from it than its own size."""
+    base, names = sources[0], _names(sources[0])
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if isinstance(source, AdapterSource):
+            said = source.config.get("base_model_name_or_path")
+            if isinstance(said, str) and said and Path(said).name.lower() not in names:
+                yield (
+                    f"{expert.name}: its adapter_config.json names the base '{said}', and the recipe's is '{base.spec}'. "
+                    "An adapter of another model gives nonsense (an instruct model is not its base)"
+                )
+        elif source is not base and (far := drift(source, base)) is not None and far > 1:
+            yield f"{expert.name}: its weights differ from the base's by {far:.1f}x their size; was it made from this base?"
 
 
-def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterator[str]:
-    if recipe.mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
+def _names(base: ModelSource) -> set[str]:
+    """What an adapter may call a base: the last part of its path, of its hub id, or of what it was made from."""
+    given = (base.spec, str(base.folder), str(base.config.get("_name_or_path", "")))
+    return {Path(each).name.lower() for each in given}
+
+
+def _of_routing(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    mixture = recipe.mixture
+    if mixture.method == "routing" and recipe.top_k == 1 < len(recipe.experts):
         yield (
             "top_k 1: the chosen expert's weight is always 1, which gives the router no gradient; `modekit train` gives every "
             "token two experts while it trains one"
         )
-    if recipe.mixture.method == "routing" and len(recipe.experts) == recipe.top_k and not recipe.mixture.varies:
+    if mixture.method == "routing" and len(recipe.experts) == recipe.top_k and not mixture.varies:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    if recipe.mixture.fit is not None and recipe.mixture.fit.tells_texts and not family.pair:
-        yield (
-            "the router reads only tokens, so `modekit front` can also use it before experts on separate servers; there one "
-            "expert answers a whole text, which is another model (benchmarks/front.md)"
-        )
     for expert, source in zip(recipe.experts, sources[1:], strict=True):
         if isinstance(source, AdapterSource):
             yield from (f"{expert.name}: {note}" for note in source.notes)
@@ -76,19 +91,18 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
 
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
     """Whether the router is fitted on chats, too. Raises RecipeError when it is to be and the base has no chat template."""
-    tokenizer = vocabulary.tokenizer
-    asked = recipe.mixture.router.chat
-    if not recipe.mixture.needs_text or asked is False:
+    tokenizer, router = vocabulary.tokenizer, recipe.mixture.router
+    if not recipe.mixture.needs_text or router.chat is False:
         return
     if tokenizer.has_template:
         small_talk = "and small talk for the base, " if any(expert.is_base for expert in recipe.experts) else ""
         whose = "the base's" if tokenizer.number == 0 else "its"
         yield f"the router is fitted on chats, too: short questions cut from the text, {small_talk}in {whose} chat template"
-        fit, decays = recipe.mixture.fit, recipe.mixture.router.decay or [1.0]
+        fit, decays = recipe.mixture.fit, router.decay or [1.0]
         if fit is not None and fit.carried and 0 < min(decays) < 1:
             tokens = round(math.log(0.5, min(decays)))
             yield f"in a chat half of the evidence fades after {tokens} tokens (mixture.router.decay: {decays})"
-    elif asked:
+    elif router.chat:
         raise RecipeError(
             "the router is to know chats, and the base model has no chat template",
             where="mixture.router.chat",
@@ -100,13 +114,11 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
 def _of_unseen(recipe: Recipe) -> Iterable[str]:
     """Where text of no domain goes."""
     place, mixture = place_of_base(recipe.experts), recipe.mixture
-    if mixture.unseen is None or place is None:
-        return
-    name = recipe.names[place]
-    yield (
-        f"text of no domain goes to the base model, as expert '{name}': where that leads; of held-out text of every other "
-        f"domain it may lead on {mixture.router.alarms:.1%} of the tokens"
-    )
+    if mixture.unseen is not None and place is not None:
+        yield (
+            f"text of no domain goes to the base model, as expert '{recipe.names[place]}': where that leads; of held-out text "
+            f"of every other domain it may lead on {mixture.router.alarms:.1%} of the tokens"
+        )
 
 
 def _of_targets(recipe: Recipe, sources: Sequence[ModelSource], family: Family) -> Iterable[str]:
@@ -116,7 +128,7 @@ def _of_targets(recipe: Recipe, sources: Sequence[ModelSource], family: Family) 
     return forced_by_one_side(sources[0], own) if family.pair else ()
 
 
-def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
+def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
     """A note that names the full models of a recipe that may lose something; none on another backbone, or when all is mixed."""
     outside = [name for name in sources[0].tensors if name not in mixed and not is_ignored(name)]
     modules = recipe.mixture.modules
@@ -126,8 +138,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
     names = [
         expert.name
         for expert, source in zip(recipe.experts, sources[1:], strict=True)
-        if not (expert.is_base or expert.is_low_rank or isinstance(source, AdapterSource))
-        and not (mixes_every_ffn and changed_ffn_alone(source))
+        if expert.is_whole and not (mixes_every_ffn and changed_ffn_alone(source))
     ]
     if names:
         yield (
@@ -136,24 +147,31 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
         )
 
 
-def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: set[str]) -> Iterator[str]:
-    """A note on the adapters of which something is lost. Raises UnsupportedError when that is all of one."""
-    merged, backbone, lost = recipe.mixture.merge is not None, recipe.mixture.backbone, list[str]()
-    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
-    for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if not isinstance(source, AdapterSource) or source.prefix is not None:
-            continue
-        changed = {*source.changes, *source.bias_changes, *source.replaced}
-        outside = changed - mixed
-        if outside == changed:
+def _changed(source: AdapterSource) -> set[str]:
+    return {*source.changes, *source.bias_changes, *source.replaced}
+
+
+def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> None:
+    """Raise UnsupportedError when an adapter changes nothing that is mixed."""
+    for source in (each for each in sources if isinstance(each, AdapterSource) and each.prefix is None):
+        if _changed(source).isdisjoint(mixed):
             raise UnsupportedError(
                 "the adapter changes nothing that this recipe mixes",
                 where=f"{source.label} ({source.spec})",
-                found=f"it changes {_kinds(changed)}",
+                found=f"it changes {_kinds(_changed(source))}",
                 remedy=f"{way_out}, or remove the expert",
             )
-        if outside and not merged and kept != expert.name:
-            lost.append(f"{len(outside)} of the {len(changed)} tensors that {expert.name} changes ({_kinds(outside)})")
+
+
+def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> Iterator[str]:
+    """A note on the adapters of which something is lost."""
+    backbone, lost = recipe.mixture.backbone, list[str]()
+    kept = backbone.expert if isinstance(backbone, BackboneExpert) else None
+    for expert, source in zip(recipe.experts, sources[1:], strict=True):
+        if isinstance(source, AdapterSource) and recipe.mixture.merge is None and kept != expert.name:
+            changed = _changed(source)
+            if outside := changed.difference(mixed):
+                lost.append(f"{len(outside)} of the {len(changed)} tensors that {expert.name} changes ({_kinds(outside)})")
     if lost:
         yield (
             f"not mixed, and lost on this backbone: {', '.join(lost)}. {_MEASURED}; {way_out}, or merge the "
@@ -178,6 +196,15 @@ def _beside(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
         yield "pictures are left out; output: {keep: wrapper} keeps the base model's vision tower"
 
 
+def _without_effect(recipe: Recipe, vocabulary: Vocabulary, layout: _Layout) -> Iterator[str]:
+    """Settings that the models, or the form of the result that was chosen, give nothing to do."""
+    for key in ("channels", "carry", "rank", "budget") if not layout.is_native else ():
+        if getattr(recipe.output, key) is not None:
+            yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
+    if recipe.mixture.tokens == "first" and not vocabulary.is_grown:
+        yield "mixture.tokens has no effect: no expert adds tokens"
+
+
 def _parts_of(beside: Mapping[str, TensorRef]) -> str:
     """What lies beside a language model, part by part."""
     sizes: dict[str, list[int]] = {}
@@ -188,7 +215,7 @@ def _parts_of(beside: Mapping[str, TensorRef]) -> str:
     return ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
 
 
-def _kinds(names: set[str]) -> str:
+def _kinds(names: Collection[str]) -> str:
     """The distinct last parts of tensor names, for a message."""
     modules = (name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "") for name in names)
     return ", ".join(
@@ -205,17 +232,24 @@ def changed_ffn_alone(source: ModelSource) -> bool:
     return isinstance(record, dict) and record.get("specialist") == "mlp"
 
 
-def one_model(names: Sequence[str]) -> str:
-    """What to say of experts that are one model."""
-    return f"{' and '.join(names)} are one model: no router can choose between them; keep one, or correct the paths"
-
-
-def twins(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    """Experts that were read from one folder, and those read from the base's; `sources` begin with the base."""
-    base = sources[0].folder.resolve()
+def twins(names: Sequence[str], keys: Sequence[object], base: object) -> Iterator[str]:
+    """What to say of experts that are one model, and of those that are the base, by what names each model."""
     same: dict[object, list[str]] = {}
-    for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if not expert.is_base:
-            same.setdefault(source.folder.resolve(), []).append(expert.name)
+    for name, key in zip(names, keys, strict=True):
+        same.setdefault(key, []).append(name)
     yield from (f"{name}: {BASE_AGAIN}" for name in same.pop(base, []))
-    yield from (one_model(names) for names in same.values() if len(names) > 1)
+    for each in (each for each in same.values() if len(each) > 1):
+        yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
+
+
+def _of_one_folder(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
+    """Experts that were read from one folder, or have one text."""
+    own = [(expert, source) for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
+    folders = [source.folder.resolve() for _, source in own]
+    yield from twins([expert.name for expert, _ in own], folders, sources[0].folder.resolve())
+    texts: dict[tuple[str, ...], list[str]] = {}
+    for expert in recipe.experts:
+        if expert.text and not expert.writes_text:
+            texts.setdefault(tuple(sorted(expert.text)), []).append(expert.name)
+    for names in (names for names in texts.values() if len(names) > 1):
+        yield f"{' and '.join(names)} have one text: no router can choose between them by it; correct the paths"

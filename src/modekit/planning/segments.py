@@ -11,8 +11,6 @@ from modekit.errors import RecipeError, UnsupportedError
 from modekit.recipes.recipe import Recipe
 from modekit.weights.made import Columns, Copy, Fold, Made, scaled
 
-_TRAIN = "use router: {fit: random}, and modekit train"
-
 
 @dataclass(frozen=True)
 class Segments:
@@ -22,31 +20,21 @@ class Segments:
     factor: float = 1.0
     top_k: int = 0
 
-    def width(self, channels: int) -> int:
-        """Channels of an expert."""
-        return channels // self.count
-
     def cut(self, made: Copy | Fold, expert: int, part: str) -> Copy | Fold | Columns:
         """What an expert has of a part of the FFN: rows of gate and up, columns of down."""
         if self.count == 1:
             return made
-        width = self.width(made.ref.shape[part == "down"])
+        width = made.ref.shape[part == "down"] // self.count
         start = expert % self.count * width
         return Columns(made.ref, start, start + width) if part == "down" else made.cut((start, start + width))
 
     def shape(self, part: str, rows: int, columns: int) -> tuple[int, int]:
         """Of a part of one expert, in place of the base's."""
-        return (rows, self.width(columns)) if part == "down" else (self.width(rows), columns)
+        return (rows, columns // self.count) if part == "down" else (rows // self.count, columns)
 
     def scaled(self, part: str, made: Made) -> Made:
         """Down with its factor."""
-        return scaled(made, self.factor) if self.count > 1 and part == "down" else made
-
-    def beside(self, channels: object) -> Segments:
-        """The same. Raises UnsupportedError where a router that reads tokens needs channels."""
-        if self.count > 1 and channels is not None:
-            raise UnsupportedError("segments have no room for channels", where="experts[].segment", remedy=_TRAIN)
-        return self
+        return scaled(made, self.factor) if part == "down" else made
 
     def refusals(self, top_k: int) -> list[str]:
         """Why a router cannot choose so many."""
@@ -54,13 +42,14 @@ class Segments:
         return [f"another top_k than {self.top_k}, by which its segments are scaled"] if other else []
 
 
-def segments_of(recipe: Recipe, channels: int = 0) -> Segments:
-    """Raises RecipeError for parts that cannot be in one mixture, or of so many `channels`."""
+def segments_of(recipe: Recipe, channels: int = 0, *, carries: bool = False) -> Segments:
+    """Of a recipe over FFNs with so many channels; `carries`: a router that reads tokens needs more.
+
+    Raises RecipeError for parts that cannot be in one mixture, UnsupportedError for settings that only other mixtures have.
+    """
     said = [expert.segment for expert in recipe.experts]
-    return _parts_of(recipe, said, channels) if any(said) else Segments()
-
-
-def _parts_of(recipe: Recipe, said: list[str | None], channels: int) -> Segments:
+    if not any(said):
+        return Segments()
     count = int((said[0] or "1/1").partition("/")[2])
     in_order = said == [f"{number % count + 1}/{count}" for number in range(len(said))] and len(said) % count == 0
     weighed = recipe.mixture.weights is not None or any(expert.adapter for expert in recipe.experts)
@@ -70,5 +59,14 @@ def _parts_of(recipe: Recipe, said: list[str | None], channels: int) -> Segments
             where="experts[].segment",
             found=f"{', '.join(each or 'none' for each in said[:8])} of {channels or 'its'} channels",
             expected="1/2, 2/2 of one full model, then of the next, without weights; a number that divides the channels",
+        )
+    beyond = [*recipe.beyond_native(), *(["format: modekit"] if recipe.output.format == "modekit" else [])]
+    beyond += [f"a {recipe.mixture.router.fit} router, which needs channels"] if carries else []
+    if beyond:
+        raise UnsupportedError(
+            "segments are whole parts of FFNs in a native architecture",
+            where="experts[].segment",
+            found=", ".join(beyond),
+            remedy="leave that out, use router: {fit: random}, and modekit train",
         )
     return Segments(count, float(min(count, recipe.top_k)), recipe.top_k)

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
-from modekit.planning.make import make_plan_again
+from modekit.planning.make import make_plan
 from modekit.processes import processes
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import as_written, changed_mixture, with_following, with_mixture
@@ -68,7 +68,7 @@ def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Non
     missing = [name for name, known in written.items() if known is None or known.made.seed != seed]
     with suppress(SourceError, MismatchError):
         if missing:
-            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan_again(recipe, root, run=run).sources, run)
+            resolve_name(_WRITE_TEXTS)(recipe, root, make_plan(recipe, root, run=run).sources, run)
 
 
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
