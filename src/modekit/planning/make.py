@@ -79,10 +79,12 @@ def plan_first(
     models = lru_cache(maxsize=1)(partial(_one_vocabulary, sources))
     for way in ways[:-1]:
         with suppress(UnsupportedError, RecipeError):
-            settled = _settled(recipe := way(), *models(recipe.mixture.tokens or "mean"))
+            recipe = way()
+            settled = _settled(recipe, *models(recipe.mixture.tokens or "mean"))
             if suits(settled.recipe):
                 return _planned(settled, root, run)
-    return _planned(_settled(recipe := ways[-1](), *models(recipe.mixture.tokens or "mean")), root, run)
+    recipe = ways[-1]()
+    return _planned(_settled(recipe, *models(recipe.mixture.tokens or "mean")), root, run)
 
 
 @dataclass(frozen=True)
