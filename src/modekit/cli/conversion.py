@@ -56,7 +56,8 @@ class DensifyOptions(Writing):
     """How the models are merged, and by what text."""
 
     scale: Annotated[
-        float | None, typer.Option(min=0, help="Scale of the summed differences (sum, svd, distil; default: by text).")
+        float | None,
+        typer.Option(min=0, max=1_000, help="Scale of the summed differences (not with average; default: by text)."),
     ] = None
     text: Annotated[
         list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")

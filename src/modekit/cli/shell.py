@@ -106,6 +106,11 @@ def checkpoint_in(folder: Path) -> Checkpoint:
     """The checkpoint of a folder. Raises CheckpointError."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
+    if folder.suffix in (".yaml", ".yml") and folder.is_file():
+        raise ModekitError(
+            "this is a recipe, not a mixture", where=str(folder), remedy=f"modekit build {folder} OUT, then give OUT"
+        )
+
     return open_checkpoint(resolved(folder))
 
 

@@ -72,7 +72,7 @@ def _folder(path: Path) -> RecipeError:
     """The error of a folder in a recipe's place."""
     with suppress(OSError):  # not ours to read
         if (path / "modekit.json").is_file():
-            remedy = f"modekit experts {path} and modekit verify {path} look at it"
+            remedy = f"modekit verify {path} and modekit inspect {path} look at it"
             return RecipeError("this is a mixture, not a recipe", where=str(path), remedy=remedy)
         if (path / "config.json").is_file():
             remedy = f"modekit mix {path} EXPERT... -o OUT mixes it"
