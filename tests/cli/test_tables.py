@@ -26,7 +26,7 @@ from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenD
 from modekit.evaluation.results import Results, Row, Score
 from modekit.evaluation.tasks.intervals import Estimate
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
-from modekit.experts.corpus.balanced import Amount, Balanced, BalancedDomain, BalanceSettings, CountingTokenizer, DomainShare
+from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdaptedRow, Extraction
 from modekit.files.figures import three_digits, time_of
@@ -214,18 +214,18 @@ def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
 
 
 def test_data(shown: Callable[..., str]) -> None:
-    amount, kept = Amount(documents=23_456, tokens=876_543), Amount(documents=99_999, tokens=8_999_999)
-    share = DomainShare(found=kept, kept=kept, not_common=amount, over=amount, dropped=0.08875, sha256="")
-    about = {"duplicates": 17, "without_tokens": 3, "train": share, "validation": share}
+    share = Share(found_documents=123_456, found_tokens=9_876_543, documents=99_999, tokens=8_999_999, sha256="")
+    splits = {"train": share, "validation": share}
     found = Balanced(
         settings=BalanceSettings(common=True),
-        tokenizer=CountingTokenizer(name="./TOKENIZER", sha256=""),
+        tokenizer="./TOKENIZER",
+        tokenizer_sha256="",
         diff_percent={"train": 4.9, "validation": 3.9},
-        domains=[BalancedDomain(name=name, text=f"./{name}", **about) for name in NAMES[:4]],
-        sha256="",
+        domains=[
+            BalancedDomain(name=name, text=f"./{name}", duplicates=17, without_tokens=3, splits=splits) for name in NAMES[:4]
+        ],
     )
-    cells = [*NAMES[:4], "99,999", "8,999,999", "8.9%", "23,456"]
-    check_whole(shown, cells, data.print_balanced, found, Path("OUT"))
+    check_whole(shown, [*NAMES[:4], "99,999", "8,999,999", "8.9%"], data.print_balanced, found, Path("OUT"))
     size = {"documents": 1_234, "bytes": 5_678_900, "words": 987, "tokens": 1_234_567, "per_1000_bytes": 217.4}
     other = {"per_word": 1_250.8, "against_tokens": 2_345_678, "against_per_1000_bytes": 413.1, "change": -0.474}
     fertilities = [Fertility(name=name, **size, **other) for name in NAMES[:4]]

@@ -16,11 +16,13 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import AsJson, Writing, app, writable
+from modekit.errors import ModekitError
 from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
+from modekit.files.typed import as_kind
 
 if TYPE_CHECKING:
-    from modekit.experts.corpus.balanced import Balanced, BalanceSettings
+    from modekit.experts.corpus.balance import Balanced, BalanceSettings
     from modekit.experts.corpus.tokenizer import TrainedTokenizer
 
 data = typer.Typer(
@@ -45,10 +47,13 @@ class BalanceOptions:
     seed: Annotated[int, typer.Option(help="Random seed of the order in which documents are chosen and written.")] = 0
 
     def settings(self) -> BalanceSettings:
-        """For the room that does it, which checks them."""
-        from modekit.experts.corpus.balanced import BalanceSettings
+        """Raises ModekitError for a setting that is out of range."""
+        from modekit.experts.corpus.balance import BalanceSettings
 
-        return BalanceSettings(**dataclasses.asdict(self))
+        try:
+            return as_kind(dataclasses.asdict(self), BalanceSettings)
+        except ValueError as error:
+            raise ModekitError("a setting is out of range", where="data balance", found=error, remedy="correct it") from None
 
 
 @dataclass(frozen=True)
@@ -115,15 +120,16 @@ def make_tokenizer(
 
 def print_balanced(balanced: Balanced, folder: Path) -> None:
     """Draw what was kept and dropped."""
-    header, rows = balanced.table()
-    table = Table(" ".join(header[:2]), header[2:])
-    for split, name, *cells in rows:
-        table.add(f"{split} {name}", *cells)
+    table = Table("split domain", ["documents", "tokens", "dropped"])
+    for split in balanced.diff_percent:
+        for domain in balanced.domains:
+            share = domain.splits[split]
+            dropped = 1 - share.tokens / share.found_tokens
+            table.add(f"{split} {domain.name}", f"{share.documents:,}", f"{share.tokens:,}", f"{dropped:.1%}")
     out.print(table)
     print_notes(balanced.notes())
-    said = (
-        f": {len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {balanced.differences()}"
-    )
+    apart = ", ".join(f"{split} {percent:.2f} %" for split, percent in balanced.diff_percent.items())
+    said = f": {len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {apart}"
     out.print(Text.assemble((str(folder), "bold"), said))
 
 

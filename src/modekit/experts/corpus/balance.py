@@ -1,59 +1,124 @@
 """`modekit data balance OUT --text en=... --text fr=...`: domains of equal size in tokens, for training and validation.
 
-    first reading -> tokens per document -> which are kept -> second reading -> a file per split and domain -> OUT
+    tokens per document -> which are kept -> a file per split and domain -> OUT
 
 Kept is so much that (largest total - smallest) / smallest <= max_diff_percent / 100. Documents are whole, and asked in an order
 that a seed gives. Apart, a document that does not fit under the cap is passed over; common, it goes in or out of all domains.
-Documents are read twice and never all in memory. The same texts, tokenizer and seed give the same documents in the same order,
-in whatever files and order they lie.
+The same texts, tokenizer and seed give the same documents in the same order, in whatever files and order they lie.
+
+A *unit* is what goes in or out as one: a document, known by the hash of its text; or, where only common documents count, all
+documents of one id, known by the hash of the id.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field
 
-from modekit.errors import TextError
-from modekit.experts.corpus.balanced import (
-    JSON_FILE,
-    MARKDOWN_FILE,
-    SPLITS,
-    Amount,
-    Balanced,
-    BalancedDomain,
-    BalanceSettings,
-    CountingTokenizer,
-    DomainShare,
-    Split,
-)
-from modekit.experts.corpus.count import (
-    CountedDomain,
-    DomainReader,
+from modekit.errors import ModekitError, TextError
+from modekit.experts.corpus.texts import (
+    WHERE,
+    DomainText,
     Key,
-    check_setting,
     checked_texts,
+    count_tokens,
+    key_of_id,
     none_in_split,
-    token_counter,
+    read_domain,
 )
-from modekit.experts.corpus.write import write_domain
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.recipes.paths import locate, name_of
 from modekit.run import QUIET, Run
+from modekit.text.document import text_of
+from modekit.text.records import data_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+JSON_FILE = "balance.json"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+Units = Mapping[Key, int]
+"""Tokens of a domain's units."""
 KeptUnits = Sequence[Sequence[Key]]
 """Per domain the units that are kept, in order."""
 _ROUNDS = 1_000  # in which a cap is lowered
 _BATCH = 0.005  # of the tuples left is taken out before the totals are looked at again
+
+
+class BalanceSettings(BaseModel, frozen=True, allow_inf_nan=False):
+    """Attributes:
+    max_diff_percent: largest 100 (largest - smallest) / smallest of the domains' totals of tokens, in every split.
+    common: only documents that every domain has, by their id.
+    validation: share of the documents that is held out; 0 for none.
+    max_tokens: limit of tokens per domain, both splits together.
+    seed: random seed of the order in which documents are chosen.
+    """
+
+    max_diff_percent: float = Field(5.0, ge=0, le=1e6)
+    common: bool = False
+    validation: float = Field(0.1, ge=0, le=0.5)
+    max_tokens: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def share(self, split: Split) -> float:
+        """Share of the documents that a split has."""
+        return self.validation if split == "validation" else 1 - self.validation
+
+
+class Share(BaseModel, frozen=True):
+    """A domain's share of a split: documents and tokens that were found (duplicates once) and kept; the sha256 of the file."""
+
+    found_documents: int
+    found_tokens: int
+    documents: int
+    tokens: int
+    sha256: str
+
+
+class BalancedDomain(BaseModel, frozen=True):
+    """A domain: its name, its text as it was named, documents that did not count, and its share of each split."""
+
+    name: str
+    text: str
+    duplicates: int
+    without_tokens: int
+    splits: dict[Split, Share]
+
+
+class Balanced(BaseModel, frozen=True):
+    """A balanced corpus, as balance.json has it.
+
+    Attributes:
+        tokenizer: name of what counted the tokens, and a digest of what it does.
+        diff_percent: per split 100 (largest - smallest) / smallest of the domains' totals of tokens.
+    """
+
+    format: int = 1
+    settings: BalanceSettings
+    tokenizer: str
+    tokenizer_sha256: str
+    diff_percent: dict[Split, float]
+    domains: list[BalancedDomain]
+
+    def notes(self) -> list[str]:
+        """Which documents did not count, and why."""
+        notes = []
+        for domain in self.domains:
+            if domain.duplicates:
+                notes.append(f"{domain.name}: {domain.duplicates:,} documents are copies of others, and count once")
+            if domain.without_tokens:
+                notes.append(f"{domain.name}: the tokenizer makes no token of {domain.without_tokens:,} documents")
+        return notes
 
 
 def diff_percent(totals: Sequence[int]) -> float:
@@ -74,8 +139,8 @@ def is_held_out(unit: Key, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(b"validation" + unit).digest()[:8], "big") < share * 2**64
 
 
-def choose_apart(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> KeptUnits | None:
-    """Of every domain's units (with their tokens) those to keep, at most `most` tokens of each; None where none are found.
+def choose_apart(units: Sequence[Units], percent: float, most: int | None, seed: int) -> KeptUnits | None:
+    """Of every domain's units those to keep, at most `most` tokens of each; None where none are found.
 
     The smallest domain's total is the cap. Where it leaves a domain too far below, it is lowered to what that one reached and
     its percent.
@@ -94,7 +159,7 @@ def choose_apart(units: Sequence[Mapping[Key, int]], percent: float, most: int |
     return None
 
 
-def _filled(order: Sequence[Key], tokens: Mapping[Key, int], cap: int) -> list[Key]:
+def _filled(order: Sequence[Key], tokens: Units, cap: int) -> list[Key]:
     """Units that fit under a cap, one after the other."""
     kept, left = [], cap
     for unit in order:
@@ -104,7 +169,7 @@ def _filled(order: Sequence[Key], tokens: Mapping[Key, int], cap: int) -> list[K
     return kept
 
 
-def choose_common(units: Sequence[Mapping[Key, int]], percent: float, most: int | None, seed: int) -> KeptUnits | None:
+def choose_common(units: Sequence[Units], percent: float, most: int | None, seed: int) -> KeptUnits | None:
     """Units that every domain has, at most `most` tokens of each domain; None where none are left.
 
     Tuples of tokens (of U units in D domains) are taken out until the totals are near enough. A tuple's share in what is wrong
@@ -125,12 +190,6 @@ def choose_common(units: Sequence[Mapping[Key, int]], percent: float, most: int 
     return [[keys[place] for place in places]] * len(units) if len(places) else None
 
 
-PERCENT = "--max-diff-percent"
-_MOST_PERCENT, _MOST_HELD_OUT = 1_000_000.0, 0.5
-Units = Mapping[Key, int]
-"""Tokens of a domain's units."""
-
-
 @dataclass(frozen=True)
 class TextsToBalance:
     """Text by domain (paths relative to `root`, or hub data sets), and what counts its tokens."""
@@ -141,171 +200,136 @@ class TextsToBalance:
     tokenizer_folder: Path
 
 
+@dataclass(frozen=True)
+class _Domain:
+    """A domain's text, the tokens of its units, and the documents of each."""
+
+    text: DomainText
+    tokens: Mapping[Key, int]
+    units: Mapping[Key, Sequence[Key]]
+    without_tokens: int
+
+    def lines(self, units: Sequence[Key]) -> bytes:
+        """The documents of some units as a .jsonl."""
+        records = ((key, self.text.documents[key]) for unit in units for key in self.units[unit])
+        said = ({"id": record.id or key.hex(), **data_of(record.document)} for key, record in records)
+        return "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in said).encode()
+
+    def share(self, found: Units, kept: Sequence[Key]) -> Share:
+        """What was found of a split, and what is kept of it."""
+        return Share(
+            found_documents=sum(len(self.units[unit]) for unit in found),
+            found_tokens=sum(found.values()),
+            documents=sum(len(self.units[unit]) for unit in kept),
+            tokens=sum(found[unit] for unit in kept),
+            sha256=hashlib.sha256(self.lines(kept)).hexdigest(),
+        )
+
+
 def balance(
     given: TextsToBalance, settings: BalanceSettings, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> Balanced:
-    """Write OUT/train/NAME.jsonl and OUT/validation/NAME.jsonl, balance.json and balance.md.
+    """Write OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and balance.json; `replace` says what may be at OUT.
 
-    Raises TextError for text that cannot be read or of which no choice is near enough, ModekitError for settings and names,
-    OutputError. `replace` says what may be at OUT.
+    Raises TextError for text that cannot be read or of which no choice is near enough, ModekitError for names, OutputError.
     """
-    _check_settings(settings)
-    texts = checked_texts(given.texts, given.root, least=2)
+    texts = checked_texts(given.texts, given.root)
+    if len(texts) < 2:
+        remedy = "give every domain a --text NAME=PATH"
+        raise ModekitError("there is nothing to balance", where=WHERE, expected="2 domains or more", remedy=remedy)
     sources = [*(path for spec in texts.values() if (path := locate(spec, given.root))), given.tokenizer_folder]
     refuse_existing(out, replace, sources=sources)
-    reader = DomainReader(given.root, token_counter(given.tokenizer), settings.common, run)
-    counted = [reader.counted(name, spec) for name, spec in texts.items()]
-    kept = _choose(counted, settings)
-    name = name_of(str(given.tokenizer_folder), given.root)
-    tokenizer = CountingTokenizer(name=name, sha256=_digest_of(given.tokenizer))
-    digest = f"balance {settings} {tokenizer.sha256} {_digest_of_texts(counted)}"
-    with staging(out, digest, "texts", sources=sources, replace=replace, sync=run.sync) as stage:
+    domains = [_read(name, spec, given, settings, run) for name, spec in texts.items()]
+    found: dict[Split, list[Units]] = {}
+    for split in SPLITS if settings.validation else SPLITS[:1]:
+        found[split] = [_of_split(domain.tokens, split, settings) for domain in domains]
+    kept = {split: _choose(split, domains, units, settings) for split, units in found.items()}
+    shares: list[dict[Split, Share]] = [
+        {split: domain.share(found[split][place], kept[split][place]) for split in found}
+        for place, domain in enumerate(domains)
+    ]
+    balanced = Balanced(
+        settings=settings,
+        tokenizer=name_of(str(given.tokenizer_folder), given.root),
+        tokenizer_sha256=_digest_of(given.tokenizer),
+        diff_percent={split: round(diff_percent([each[split].tokens for each in shares]), 4) for split in found},
+        domains=[
+            BalancedDomain(
+                name=domain.text.name,
+                text=name_of(domain.text.spec, given.root),
+                duplicates=domain.text.duplicates,
+                without_tokens=domain.without_tokens,
+                splits=each,
+            )
+            for domain, each in zip(domains, shares, strict=True)
+        ],
+    )
+    digest = hashlib.sha256(balanced.model_dump_json().encode()).hexdigest()
+    with staging(out, f"balance {digest}", "texts", sources=sources, replace=replace, sync=run.sync) as stage:
         for split in kept:
             make_folder(stage.folder / split)
-        domains = []
-        for place, each in enumerate(counted):
-            files = {stage.folder / split / f"{each.name}.jsonl": of_split[place] for split, of_split in kept.items()}
-            digests = dict(zip(kept, write_domain(each, reader, files), strict=True))
-            domains.append(_balanced_domain(place, counted, kept, digests, settings, given.root))
-        balanced = _balanced(settings, tokenizer, domains)
+            for domain, units in zip(domains, kept[split], strict=True):
+                write_file(stage.folder / split / f"{domain.text.name}.jsonl", domain.lines(units), sync=False)
         write_json(stage.folder / JSON_FILE, balanced.model_dump(mode="json"), sync=False)
-        write_file(stage.folder / MARKDOWN_FILE, balanced.as_markdown().encode(), sync=False)
     return balanced
 
 
-def _check_settings(settings: BalanceSettings) -> None:
-    """Raise ModekitError for a setting that cannot be."""
-    percent, validation, most = settings.max_diff_percent, settings.validation, settings.max_tokens
-    check_setting(PERCENT, percent, f"0 to {_MOST_PERCENT:,.0f}", right=0 <= percent <= _MOST_PERCENT)
-    held_out = f"a share from 0 to {_MOST_HELD_OUT}"
-    check_setting("--validation", validation, held_out, right=0 <= validation <= _MOST_HELD_OUT)
-    check_setting("--max-tokens", most, "1 or more", right=most is None or most >= 1)
-    check_setting("--seed", settings.seed, "0 or more", right=settings.seed >= 0)
+def _read(name: str, spec: str, given: TextsToBalance, settings: BalanceSettings, run: Run) -> _Domain:
+    text = read_domain(name, spec, given.root, run, by_id=settings.common)
+    run.begin(f"count {name}")
+    counts = count_tokens(given.tokenizer, [text_of(record.document) for record in text.documents.values()])
+    units: dict[Key, list[Key]] = {}
+    tokens: dict[Key, int] = {}
+    for (key, record), count in zip(text.documents.items(), counts, strict=True):
+        if count:
+            unit = key_of_id(record.id or "") if settings.common else key
+            units.setdefault(unit, []).append(key)
+            tokens[unit] = tokens.get(unit, 0) + count
+    if not tokens:
+        remedy = "give a tokenizer that knows its letters"
+        raise TextError("the tokenizer makes no token of the text", where=f"{WHERE} {name}", found=spec, remedy=remedy)
+    return _Domain(text, tokens, units, counts.count(0))
 
 
-def _choose(counted: Sequence[CountedDomain], settings: BalanceSettings) -> dict[Split, KeptUnits]:
-    """What is kept of every split. Raises TextError where that is nothing of some domain."""
-    units = [each.units() for each in counted]
-    if settings.common:
-        _check_common(counted, units)
-    kept: dict[Split, KeptUnits] = {}
-    for split in SPLITS if settings.validation else SPLITS[:1]:
-        own = [_of_split(each, split, settings) for each in units]
-        for domain, each in zip(counted, own, strict=True):
-            if not each:
-                found, expected = f"{len(domain.tokens)} documents in all", f"a share of about {settings.share(split):g}"
-                remedy = "give more documents, or another --validation (0: none)"
-                raise none_in_split(split, domain.name, found, expected, remedy)
-        most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
-        choose = choose_common if settings.common else choose_apart
-        chosen = choose(own, settings.max_diff_percent, most, settings.seed)
-        if chosen is None:
-            raise _nothing_left(split, counted, own, settings)
-        kept[split] = chosen
-    return kept
-
-
-def _of_split(units: Units, split: Split, settings: BalanceSettings) -> dict[Key, int]:
+def _of_split(units: Units, split: Split, settings: BalanceSettings) -> Units:
     held_out = split == "validation"
     return {unit: tokens for unit, tokens in units.items() if is_held_out(unit, settings.validation) == held_out}
 
 
-def _check_common(counted: Sequence[CountedDomain], units: Sequence[Units]) -> None:
-    if not set.intersection(*(set(each) for each in units)):
+def _choose(split: Split, domains: Sequence[_Domain], units: Sequence[Units], settings: BalanceSettings) -> KeptUnits:
+    """What is kept of a split. Raises TextError where that is nothing of some domain."""
+    for domain, each in zip(domains, units, strict=True):
+        if not each:
+            found, expected = f"{len(domain.tokens)} in all", f"a share of about {settings.share(split):g}"
+            remedy = "give more documents, or another --validation (0: none)"
+            raise none_in_split(split, domain.text.name, found, expected, remedy)
+    if settings.common and not set.intersection(*(set(domain.tokens) for domain in domains)):
         raise TextError(
             "no document is in all domains",
             where="--common",
-            found=", ".join(f"{domain.name}: {len(each)} ids" for domain, each in zip(counted, units, strict=True)),
+            found=", ".join(f"{domain.text.name}: {len(domain.tokens)} ids" for domain in domains),
             expected="the same 'id' in the records of every domain, or the same path of files below their folders",
             remedy="correct the ids, or leave out --common",
         )
-
-
-def _nothing_left(
-    split: Split, counted: Sequence[CountedDomain], units: Sequence[Units], settings: BalanceSettings
-) -> TextError:
-    """Why no choice is near enough, by what each domain had to choose from."""
-    shared = set.intersection(*(set(each) for each in units)) if settings.common else None
-    said = []
-    for domain, each in zip(counted, units, strict=True):
-        tokens = [each[unit] for unit in each if shared is None or unit in shared]
-        sizes = f", of {min(tokens):,} to {max(tokens):,}" if len(tokens) > 1 else ""
-        said.append(f"{domain.name}: {len(tokens):,} documents, {sum(tokens):,} tokens{sizes}")
-    raised = [PERCENT, *(["--validation"] if split == "validation" else [])]
-    raised += ["--max-tokens"] if settings.max_tokens is not None else []
-    if settings.common:
-        others = "leave out --common, or take a tokenizer that reads all domains alike (modekit data tokenizer)"
-    else:
-        others = "cut long documents, or give more text"
-    return TextError(
-        f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %",
-        where=f"{PERCENT} ({split})",
-        found="; ".join(said),
-        remedy=f"raise {' or '.join(raised)}, {others}",
-    )
-
-
-def _balanced_domain(
-    place: int,
-    counted: Sequence[CountedDomain],
-    kept: Mapping[Split, KeptUnits],
-    digests: Mapping[Split, str],
-    settings: BalanceSettings,
-    root: Path,
-) -> BalancedDomain:
-    """A domain with what was found and kept; `digests` of its files."""
-    domain = counted[place]
-    units, documents = domain.units(), domain.documents_of_units()
-    shared = set.intersection(*(set(each.units()) for each in counted)) if settings.common else set(units)
-
-    def share(split: Split) -> DomainShare:
-        own = _of_split(units, split, settings)
-        found, mine, alone = (
-            Amount(documents=sum(documents[key] for key in keys), tokens=sum(units[key] for key in keys))
-            for keys in (list(own), kept[split][place], [key for key in own if key not in shared])
+    most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
+    choose = choose_common if settings.common else choose_apart
+    chosen = choose(units, settings.max_diff_percent, most, settings.seed)
+    if chosen is None:
+        said = (
+            f"{domain.text.name}: {len(each):,} of {min(each.values()):,} to {max(each.values()):,} tokens"
+            for domain, each in zip(domains, units, strict=True)
         )
-        return DomainShare(
-            found=found,
-            kept=mine,
-            not_common=alone,
-            over=found - alone - mine,
-            dropped=round(1 - mine.tokens / found.tokens, 6),
-            sha256=digests[split],
+        others = "leave out --common" if settings.common else "cut long documents"
+        raise TextError(
+            f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %",
+            where=f"--max-diff-percent ({split})",
+            found="; ".join(said),
+            remedy=f"raise it, --validation or --max-tokens, {others}, or give more text",
         )
-
-    return BalancedDomain(
-        name=domain.name,
-        text=name_of(domain.spec, root),
-        duplicates=domain.duplicates,
-        without_tokens=domain.silent,
-        train=share("train"),
-        validation=share("validation") if "validation" in kept else None,
-    )
-
-
-def _balanced(settings: BalanceSettings, tokenizer: CountingTokenizer, domains: list[BalancedDomain]) -> Balanced:
-    shares = {split: [share for domain in domains if (share := domain.share(split))] for split in SPLITS}
-    return Balanced(
-        settings=settings,
-        tokenizer=tokenizer,
-        diff_percent={
-            split: round(diff_percent([share.kept.tokens for share in each]), 4) for split, each in shares.items() if each
-        },
-        domains=domains,
-        sha256=hashlib.sha256("".join(share.sha256 for each in shares.values() for share in each).encode()).hexdigest(),
-    )
+    return chosen
 
 
 def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of what a tokenizer does, where it can say it; else of its vocabulary."""
     said = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _digest_of_texts(counted: Sequence[CountedDomain]) -> str:
-    together = hashlib.sha256()
-    for each in counted:
-        together.update(each.name.encode())
-        for key in sorted(each.tokens):
-            together.update(key)
-    return together.hexdigest()

@@ -2,8 +2,7 @@
 
     sizes of the domains -> the fit split of each, as much of each -> byte-level BPE -> fertility on the report split -> OUT
 
-Every domain weighs the same: where one has less text than another it is read several times, and the last time in part. Texts
-are never in memory; what the training holds is how often each word came.
+Every domain weighs the same: where one has less text than another it is read several times, and the last time in part.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modekit.experts.corpus.count import WHERE, CountTokens, check_setting, checked_texts, key_of, none_in_split, token_counter
+from modekit.errors import ModekitError
+from modekit.experts.corpus.texts import checked_texts, count_tokens, none_in_split, read_domain
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
 from modekit.files.write import library_writes, write_json
 from modekit.recipes.paths import locate
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of
-from modekit.text.documents import stream_records
 from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
 
@@ -36,7 +35,6 @@ LARGEST = 2**20
 """Tokens of a vocabulary at most."""
 _MOST_TRAINED = 2 * 10**8  # bytes of a domain: more text changes the words' ranks little, and takes minutes
 _MOST_READ = 2 * 10**7  # bytes of a domain on which fertility is measured
-_TOGETHER = 64
 
 
 class Fertility(BaseModel, frozen=True):
@@ -107,33 +105,6 @@ class Mix:
     against_folder: Path | None = None
 
 
-@dataclass(frozen=True)
-class _DomainText:
-    """One domain's text, read again and again, and the bytes of its splits."""
-
-    name: str
-    spec: str
-    root: Path
-    sizes: Mapping[Split, int]
-
-    def documents(self, split: Split, share: float) -> Iterator[str]:
-        """Those of a split, duplicates once; a share of them is chosen by the hash of each, wherever it stands."""
-        for key, document in self.all_documents():
-            place = int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big")
-            if split_of(document) == split and place < share * 2**64:
-                yield document
-
-    def all_documents(self) -> Iterator[tuple[bytes, str]]:
-        """Every document with its hash, duplicates once. Raises TextError."""
-        seen: set[bytes] = set()
-        for record in stream_records([self.spec], root=self.root, where=f"{WHERE} {self.name}"):
-            document = record.document
-            key = key_of(document)
-            if key not in seen:
-                seen.add(key)
-                yield key, text_of(document)
-
-
 def train_tokenizer(
     mix: Mix, vocabulary: int, out: Path, *, replace: Replace = "nothing", run: Run = QUIET
 ) -> TrainedTokenizer:
@@ -141,18 +112,20 @@ def train_tokenizer(
 
     Raises TextError for a domain without text to train on or to measure by, ModekitError for names and sizes, OutputError.
     """
-    possible = SMALLEST < vocabulary <= LARGEST
-    check_setting("--vocabulary", vocabulary, f"{SMALLEST + 1} to {LARGEST}", right=possible)
+    if not SMALLEST < vocabulary <= LARGEST:
+        expected = f"{SMALLEST + 1} to {LARGEST}"
+        raise ModekitError(
+            "the setting is out of range", where="--vocabulary", found=vocabulary, expected=expected, remedy="correct it"
+        )
     texts = checked_texts(mix.texts, mix.root)
     found = [locate(spec, mix.root) for spec in texts.values()]
     sources = [path for path in (*found, mix.against_folder) if path is not None]
     refuse_existing(out, replace, sources=sources)
-    domains = [_looked_at(name, spec, mix.root, run) for name, spec in texts.items()]
-    each = min(max(domain.sizes["fit"] for domain in domains), _MOST_TRAINED)
-    tokenizer = byte_level_bpe(_mixed(domains, each, run), vocabulary)
-    count = token_counter(tokenizer)
-    other = None if mix.against is None else token_counter(mix.against)
-    fertilities = [_fertility(domain, count, other, run) for domain in domains]
+    domains = {name: _split_text(name, spec, mix.root, run) for name, spec in texts.items()}
+    each = min(max(_size(documents["fit"]) for documents in domains.values()), _MOST_TRAINED)
+    run.begin("train tokenizer")
+    tokenizer = byte_level_bpe(_mixed([documents["fit"] for documents in domains.values()], each), vocabulary)
+    run.begin("measure")
     size = len(tokenizer)
     too_few = f"the text has words for no more than {size:,} tokens of {vocabulary:,}: give more text"
     trained = TrainedTokenizer(
@@ -160,7 +133,7 @@ def train_tokenizer(
         asked=vocabulary,
         against=mix.against_name,
         bytes_per_domain=each,
-        domains=fertilities,
+        domains=[_fertility(name, documents["report"], tokenizer, mix.against) for name, documents in domains.items()],
         notes=[too_few] if size < vocabulary else [],
     )
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
@@ -171,58 +144,55 @@ def train_tokenizer(
     return trained
 
 
-def _looked_at(name: str, spec: str, root: Path, run: Run) -> _DomainText:
-    """How many bytes the splits of a domain have. Raises TextError where one has none."""
-    run.begin(f"look at {name}")
-    sizes: dict[Split, int] = {"fit": 0, "report": 0}
-    domain = _DomainText(name, spec, root, sizes)
-    for _, document in domain.all_documents():
-        split = split_of(document)
-        if split in sizes:
-            sizes[split] += len(document.encode())
-    for split, size in sizes.items():
-        if not size:
-            expected = "one of ten documents to measure by, and more to train on"
-            raise none_in_split(split, name, spec, expected, MORE)
-    return domain
+def _split_text(name: str, spec: str, root: Path, run: Run) -> dict[Split, dict[bytes, str]]:
+    """Documents by their hash, of the splits that are read. Raises TextError where one has none."""
+    found: dict[Split, dict[bytes, str]] = {"fit": {}, "report": {}}
+    for key, record in read_domain(name, spec, root, run).documents.items():
+        split = split_of(record.document)
+        if split in found:
+            found[split][key] = text_of(record.document)
+    for split, documents in found.items():
+        if not documents:
+            raise none_in_split(split, name, spec, "one of ten documents to measure by, and more to train on", MORE)
+    return found
 
 
-def _mixed(domains: Sequence[_DomainText], each: int, run: Run) -> Iterator[str]:
-    """About `each` bytes of every domain, however much it has."""
-    total, done = each * len(domains), 0
-    for domain in domains:
-        left = each / domain.sizes["fit"]
+def _size(documents: Mapping[bytes, str]) -> int:
+    return sum(len(text.encode()) for text in documents.values())
+
+
+def _mixed(domains: Sequence[Mapping[bytes, str]], each: int) -> Iterator[str]:
+    """About `each` bytes of every domain, however much it has; a part of it is chosen by the hash of each document."""
+    for documents in domains:
+        left = each / _size(documents)
         while left > 0:
-            for number, document in enumerate(domain.documents("fit", left)):
-                done += len(document.encode())
-                if number % _TOGETHER == 0:
-                    run.progress("train tokenizer", min(done, total), total)
-                yield document
+            yield from _part(documents, left)
             left -= 1
-    run.progress("train tokenizer", total, total)
 
 
-def _fertility(domain: _DomainText, count: CountTokens, other: CountTokens | None, run: Run) -> Fertility:
+def _part(documents: Mapping[bytes, str], share: float) -> Iterator[str]:
+    for key, text in documents.items():
+        if int.from_bytes(hashlib.sha256(b"tokenizer" + key).digest()[:8], "big") < share * 2**64:
+            yield text
+
+
+def _fertility(
+    name: str, documents: Mapping[bytes, str], tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None
+) -> Fertility:
     """On documents of the report split, which no tokenizer was trained on here."""
-    size = domain.sizes["report"]
-    documents = text_bytes = words = tokens = against = 0
-    for document in domain.documents("report", _MOST_READ / size):
-        documents += 1
-        text_bytes += len(document.encode())
-        words += len(document.split())
-        tokens += sum(count([document]))
-        against += sum(other([document])) if other is not None else 0
-        if documents % _TOGETHER == 1:
-            run.progress(f"measure {domain.name}", min(text_bytes, size), size)
+    texts = list(_part(documents, _MOST_READ / _size(documents)))
+    text_bytes, words = (sum(map(len, each)) for each in (map(str.encode, texts), map(str.split, texts)))
+    tokens = sum(count_tokens(tokenizer, texts))
+    against = None if other is None else sum(count_tokens(other, texts))
     return Fertility(
-        name=domain.name,
-        documents=documents,
+        name=name,
+        documents=len(texts),
         bytes=text_bytes,
         words=words,
         tokens=tokens,
         per_1000_bytes=round(1000 * tokens / max(1, text_bytes), 4),
         per_word=round(tokens / max(1, words), 4),
-        against_tokens=None if other is None else against,
-        against_per_1000_bytes=None if other is None else round(1000 * against / max(1, text_bytes), 4),
+        against_tokens=against,
+        against_per_1000_bytes=None if against is None else round(1000 * against / max(1, text_bytes), 4),
         change=round(tokens / against - 1, 6) if against else None,
     )
