@@ -25,16 +25,16 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources import native
-from modekit.sources.native_row import Widening
+from modekit.sources import natives
+from modekit.sources.native import Widening
 
 FORMS = {"layer in front": True, "one more head": False}
-ROWS = native.NATIVES
+ROWS = natives.NATIVES
 
 
 def built(root: Path, form: str, dtype: str) -> Checkpoint:
     """The mixture in one form and dtype: rows of the table that allow no layer in front give the other."""
-    native.NATIVES = tuple(
+    natives.NATIVES = tuple(
         dataclasses.replace(row, widening=dataclasses.replace(row.widening, in_front=FORMS[form]))
         if isinstance(row.widening, Widening)
         else row

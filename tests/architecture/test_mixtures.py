@@ -41,7 +41,7 @@ from modekit.recipes.router import Router
 from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.statistics import DomainStatistics
-from modekit.sources.families import DECODERS
+from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches
 from refusal import run_python, tree
@@ -71,23 +71,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, **WINDOWS},
     "gemma3_text": {"head_dim": 8, **WINDOWS},
-    "gemma4_text": {
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "hidden_size_per_layer_input": 4,
-        "vocab_size_per_layer_input": VOCAB,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
-    "ministral3": {"head_dim": 8},
     "olmo3": WINDOWS,
     "glm4": {"head_dim": 8},
     "starcoder2": {"use_bias": True},
-    "seed_oss": {"head_dim": 8},
 }
-NO_ALL = {"qwen3_5_text", "gemma4_text"}  # have a convolution, or a number per layer, which modules: all refuses
-TYPES = [family.model_type for family in DECODERS]
-BY_TYPE = {family.model_type: family for family in DECODERS}
+NO_ALL = {"qwen3_5_text"}  # has a convolution, which modules: all refuses
+BY_TYPE = {family.model_type: family for family in FAMILIES if not family.pair}
+TYPES = [*BY_TYPE]
 PROMPTS = ["fever artery lesion", "licence clause party", "def return self", "salt pepper onion"]
 
 BASE, ONE, TWO, ALIKE = {"model": "base"}, {"model": "./one"}, {"model": "./two"}, {"model": "./base"}

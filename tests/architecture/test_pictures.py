@@ -38,8 +38,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.summary import summary
 from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
-from modekit.sources.kept import KEPT
-from modekit.sources.wrappers import WRAPPERS
+from modekit.sources.towers import KEPT, WRAPPERS
 from sources.test_wrappers import RANDOM, adapter, changed, own
 from wrapped_models import WRAPPED, picture, save_wrapped, wrapped_model
 

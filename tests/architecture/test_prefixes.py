@@ -28,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 KINDS: dict[str, Any] = {
     "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),

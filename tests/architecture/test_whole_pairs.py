@@ -39,10 +39,9 @@ from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
-from modekit.sources.compatibility import own_names
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
-from modekit.sources.model import open_source
+from modekit.sources.source import open_source
 from modekit.weights.stored import same_bytes
 from pair_models import inputs, logits_of, make_pair_workshop, pair_model, pair_tokenizer, written
 from refusal import borrow, run_python
@@ -183,7 +182,7 @@ def test_all_that_a_model_holds_goes_by_expert(bench: Bench) -> None:
     with OpenFiles() as opened:
         for place, name in enumerate(NAMES):
             source = open_source("expert", name, bench.root / name)
-            for tensor in own_names(source, family):
+            for tensor in family.own_names(source):
                 module, leaf = ("lm_head", tensor) if tensor == "final_logits_bias" else tensor.rsplit(".", 1)
                 if tensor != unread:
                     assert same_bytes(opened, checkpoint.tensors[f"{module}.experts.{place}.{leaf}"], source.tensors[tensor])

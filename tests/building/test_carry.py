@@ -47,7 +47,6 @@ FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "mixtral", {}),
     ("qwen2", "qwen2_moe", {}),
     ("qwen3", "qwen3_moe", {"head_dim": 32}),
-    ("qwen3", "mellum", {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWED}),
     ("granite", "granitemoe", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.1}),
     ("ernie4_5", "ernie4_5_moe", {}),
     ("hunyuan_v1_dense", "hunyuan_v1_moe", {"head_dim": 32}),

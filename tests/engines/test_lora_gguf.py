@@ -29,7 +29,7 @@ from modekit.engines.registry import GgufSettings
 from modekit.errors import EngineError, OutputError, UnsupportedError
 from modekit.files.marker import foreign_files
 from modekit.planning.shape import LowRankPart
-from modekit.sources.model import TensorRef, read_header
+from modekit.sources.header import TensorRef, read_header
 from refusal import refuse
 from sources.test_wrappers import adapter
 from wrapped_models import wrapped_model

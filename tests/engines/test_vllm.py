@@ -21,9 +21,9 @@ from engines.test_gguf import RUNS as IN_LLAMA
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines.registry import ENGINES
 from modekit.loaded.load import load_model, load_tokenizer
-from modekit.sources.families import DECODERS
+from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
-from modekit.sources.native import NATIVES
+from modekit.sources.natives import NATIVES
 
 pytestmark = pytest.mark.vllm
 
@@ -47,12 +47,8 @@ FLEXIBLE = {
     "gemma2",
     "gemma3_text",
     "glm4",
-    "seed_oss",
     "ministral",
     "exaone",
-    "internlm3",
-    "iquestcoder",
-    "helium",
 }
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
 NOT_RUN |= {row.family.model_type for row in NATIVES if "vLLM" not in row.serves}
@@ -209,7 +205,7 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "family", [family for family in DECODERS if not family.without_vllm], ids=lambda family: family.model_type
+    "family", [family for family in FAMILIES if not family.without_vllm], ids=lambda family: family.model_type
 )
 def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family) -> None:
     dense = family.model_type

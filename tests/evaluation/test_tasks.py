@@ -566,7 +566,7 @@ def test_adapters_are_rows(tmp_path: Path) -> None:
 
     from modekit.loaded.load import load_adapted
     from modekit.sources.adapter import open_adapter
-    from modekit.sources.model import open_source
+    from modekit.sources.source import open_source
 
     workshop = make_workshop(tmp_path)
     torch.manual_seed(3)

@@ -38,7 +38,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import FAMILIES
-from modekit.sources.model import ModelSource, open_source, read_header
+from modekit.sources.header import read_header
+from modekit.sources.source import ModelSource, open_source
 from modekit.text.documents import read_documents
 from modekit.text.glance import check_texts
 from modekit.text.sequences import encode

@@ -24,7 +24,7 @@ from modekit.planning.channels import Channels
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.sources.names import in_layer, split_layer
-from modekit.sources.native import NATIVES
+from modekit.sources.natives import NATIVES
 from sources.test_families import CASES, TWINS
 
 ROWS = {(row.family.model_type, row.native_type): row for row in NATIVES}

@@ -19,7 +19,7 @@ from modekit.loaded.load import load_model
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
 from modekit.sources.adapter import open_adapter
-from modekit.sources.model import open_source
+from modekit.sources.source import open_source
 from refusal import refuse
 from rounding import assert_close, assert_same_checkpoint
 

@@ -134,7 +134,7 @@ def test_truncated_weights(bench: Workshop) -> None:
     content = file.read_bytes()
     for size in (0, 4, 8, 100, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:size])
-        refused(bench, "adapter_model.safetensors", "truncated")
+        refused(bench, "adapter_model.safetensors", "damaged, or none")
 
 
 def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -179,18 +179,6 @@ def test_missing_half(bench: Workshop, key: str) -> None:
     refused(bench, "lacks a part", "layers.1.mlp.up_proj", key.rpartition("up_proj.")[2])
 
 
-@pytest.mark.parametrize("rank", [..., 2, 8, 10**6, 10**30])
-def test_rank_against_the_file(bench: Workshop, rank: Any) -> None:
-    write_adapter(law(bench), r=rank)
-    refused(bench, "rank", "found:    4", f"expected: {8 if rank is ... else rank},")
-
-
-@pytest.mark.parametrize("rank", [0, -1, 1.5, "4", None, True, [4]])
-def test_ranks_that_are_none(bench: Workshop, rank: Any) -> None:
-    write_adapter(law(bench), r=rank)
-    refused(bench, "adapter_config.json", "r has no usable value")
-
-
 @pytest.mark.parametrize("alpha", [10**400, "8", [8]])
 def test_alphas_that_are_none(bench: Workshop, alpha: Any) -> None:
     write_adapter(law(bench), lora_alpha=alpha)
@@ -207,21 +195,6 @@ def test_without_alpha_it_is_the_one_of_peft(bench: Workshop) -> None:
     write_adapter(law(bench), lora_alpha=...)
     plan = planned(bench, "modekit")
     assert plan.config["modekit"]["places"]["model.layers.1.mlp.up_proj"]["scales"] == [1.0, 8 / 4]
-
-
-@pytest.mark.parametrize("names", [["nothing_of_that_name"], ["lm_head"], ["norm"]])
-def test_modules_to_save_that_are_not_in_the_file(bench: Workshop, names: list[str]) -> None:
-    write_adapter(law(bench), modules_to_save=names)
-    if names == ["nothing_of_that_name"]:  # PEFT ignores it, too
-        assert planned(bench, "modekit")
-    else:
-        refused(bench, "lacks tensors of modules_to_save", names[0])
-
-
-@pytest.mark.parametrize("layers", [[7], 7, [-1]])
-def test_layers_out_of_range(bench: Workshop, layers: Any) -> None:
-    write_adapter(law(bench), layers_to_transform=layers)
-    refused(bench, "would be lost", "no target")
 
 
 def test_more_layers_than_the_base(bench: Workshop) -> None:
@@ -344,7 +317,7 @@ def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) 
     write_adapter(law(bench), {**UP, **Q}, target_modules=["up_proj", "q_proj"])
     for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
         (note,) = [note for note in planned(bench, form, mixture=mixture).notes if note.startswith("not mixed, and lost")]
-        assert "3 of the 6 tensors that law changes (q_proj). " in note and "`modekit verify --deep` after it" in note
+        assert "3 of the 6 tensors that law changes (q_proj). " in note and "`modekit verify --deep`" in note
         assert ("mixtral mixes whole FFNs alone; output: {format: modekit}" in note) == (form == "native"), note
         assert "mixture.backbone: average" in note
 

@@ -27,8 +27,8 @@ from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
 from modekit.planning import make as plan
-from modekit.sources.model import open_source
-from modekit.sources.model_config import refuse_adapter
+from modekit.sources.config import refuse_other_kinds
+from modekit.sources.source import open_source
 from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
 
@@ -188,7 +188,7 @@ def test_truncated_weights(bench: Workshop) -> None:
         path.write_bytes(content[:size])
         message = refuse_build(bench)
         assert f"{LAW}: model.safetensors" in message
-        assert "truncated" in message
+        assert "damaged, or none" in message
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_an_adapter(bench: Workshop, with_config: bool) -> None:
     assert "adapter" in message
     assert "name it as adapter:" in message
     with pytest.raises(SourceError, match="like the one that it was trained on"):  # `extract --base`, where there is no recipe
-        refuse_adapter(folder, where="BASE")
+        refuse_other_kinds(folder, where="BASE")
 
 
 def test_no_weights_at_all(bench: Workshop) -> None:

@@ -17,7 +17,7 @@ from damage import other_bytes
 from modekit.errors import SourceError
 from modekit.files.staging import safetensors_header
 from modekit.sources.contents import CHUNK, OpenFiles, blake3_of
-from modekit.sources.model import TensorRef, read_header
+from modekit.sources.header import TensorRef, read_header
 from modekit.weights.stored import Stored, same_bytes, span_of
 
 COUNT = 3 * CHUNK // 4 + 5

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save, tiny_model, write_text
-from families_table import NO_WHOLE, PARTLY, REFUSED
+from families_table import NO_WHOLE, PARTLY, REFUSED, WHOLE_FFNS
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import MismatchError, ModekitError, UnsupportedError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.derived import INEXACT, structure
 from modekit.sources.families import family_of
+from modekit.sources.structure import INEXACT, structure
 from tiny_decoders import TYPES, tiny_config, tiny_decoder
 
 FORCED_WRITERS = ("mamba", "mamba2", "falcon_mamba", "xlm")
@@ -134,7 +134,7 @@ def test_routers_are_fitted_on_a_class_without_a_row(fit: str, tmp_path: Path) -
     assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "glm", "olmoe"])
+@pytest.mark.parametrize("model_type", WHOLE_FFNS)
 def test_whole_ffns_are_experts(model_type: str, tmp_path: Path) -> None:
     save_models(model_type, tmp_path)
     by_hand = opened(tmp_path / "base")

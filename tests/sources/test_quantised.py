@@ -25,7 +25,7 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import open_source
+from modekit.sources.source import open_source
 from modekit.weights.stored import Stored
 from quantised import FORMS, quantise
 from rounding import assert_close

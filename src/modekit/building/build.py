@@ -39,11 +39,11 @@ from modekit.routing.fit import fit_router
 from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import copies_of
 from modekit.sources.contents import OpenFiles
-from modekit.sources.kept import kept_beside, other_tower, own_towers
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content
+from modekit.sources.towers import kept_beside, other_tower, own_towers
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
@@ -189,7 +189,7 @@ def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:
     new = [each for each in dict.fromkeys(plan.sources) if each not in known and not isinstance(each, AdapterSource)]
     with OpenFiles() as opened:
         for source in new:
-            for name, embedding in copies_of(source, plan.family).items():
+            for name, embedding in plan.family.copies_of(source).items():
                 ours, theirs = source.tensor(embedding), source.tensor(name)
                 if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape) or not same_bytes(opened, ours, theirs):
                     raise SourceError(

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor, as_in, low_rank, touched
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import is_tied
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.made import Copy, Made
 from modekit.weights.numeric import as_array, to_float32
@@ -54,7 +53,7 @@ class Differences:
         channels = plan.shape.channels
         assert channels is not None
         self._widening = channels.widening
-        self._head = EMBEDDING if is_tied(self._base, plan.family) else HEAD
+        self._head = EMBEDDING if plan.family.is_tied(self._base) else HEAD
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise

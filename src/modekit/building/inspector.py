@@ -18,7 +18,7 @@ from modekit.errors import SourceError
 from modekit.files.user_cache import keep_digest
 from modekit.planning.plan import Plan
 from modekit.sources.contents import WeightFile
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.weights.numeric import DTYPES
 from modekit.weights.reading import check_finite
 

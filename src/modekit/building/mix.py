@@ -24,12 +24,13 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
-from modekit.sources.model import ModelSource
 from modekit.sources.names import natural_key
 from modekit.sources.open import check_folders, open_recipe_sources
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.glance import check_texts
 from modekit.text.held_out import check_texts_present

@@ -23,7 +23,7 @@ from modekit.planning.plan import Plan
 from modekit.planning.summary import PlanSummary, fit_work, summary
 from modekit.recipes.read import load_recipe
 from modekit.run import QUIET, Run
-from modekit.sources.family import whole
+from modekit.sources.config import whole
 from modekit.text.amounts import FORCED_TOKENS
 from modekit.text.glance import check_texts
 from modekit.text.written import DOCUMENT_TOKENS, documents_of, read_written, written_file

@@ -21,7 +21,8 @@ from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import RECIPE_FILE, as_file
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import COPIED_FILES
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 

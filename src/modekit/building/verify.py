@@ -23,7 +23,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
-from modekit.sources.model import DTYPE_NAMES
+from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
 from modekit.weights.stored import holds_only_finite
 

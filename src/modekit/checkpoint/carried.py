@@ -23,7 +23,7 @@ from modekit.files.read import open_regular
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
 from modekit.sources.contents import CHUNK, OpenFiles
-from modekit.sources.model import read_header
+from modekit.sources.header import read_header
 from modekit.weights.pass_through import PassThrough
 from modekit.weights.stored import read_float32
 

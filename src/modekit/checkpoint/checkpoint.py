@@ -42,12 +42,11 @@ from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
+from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles
-from modekit.sources.family import Config, whole
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.kept import without_wrapper
-from modekit.sources.model import DTYPE_NAMES, TensorRef, read_header
+from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
 from modekit.sources.names import weight_of
+from modekit.sources.towers import without_wrapper
 from modekit.weights.numeric import is_finite
 
 _WRITTEN = "give the folder that `modekit mix` or `modekit build` wrote"

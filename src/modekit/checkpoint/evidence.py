@@ -16,8 +16,7 @@ from modekit.errors import CheckpointError, RecipeError
 from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
 from modekit.sources.contents import OpenFiles
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import TensorRef
+from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.weights.numeric import BLOCK, DTYPES, as_array, is_finite, to_bytes, to_float32
 
 FIT_ANEW = "put it back, or set the router again with `modekit fit`"

@@ -26,8 +26,8 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.planning.modekit_shape import without_names
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.tensors import EMBEDDING_FILE
+from modekit.sources.config import Config
 from modekit.sources.contents import known_blake3
-from modekit.sources.family import Config
 from modekit.sources.tokenizer import COPIED_FILES
 
 

@@ -25,8 +25,8 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
-from modekit.sources.model import ModelSource
-from modekit.sources.model_config import settings_digest
+from modekit.sources.config import settings_digest
+from modekit.sources.source import ModelSource
 
 RECORD_FILE = "modekit.json"
 STATISTICS_FOLDER = "router"

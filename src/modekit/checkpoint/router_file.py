@@ -20,7 +20,7 @@ from modekit.files.write import json_bytes, write_file, write_json
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes
 from modekit.weights.stored import read_float32
 

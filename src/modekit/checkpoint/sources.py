@@ -16,9 +16,9 @@ from modekit.errors import SourceError
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, is_adapter
 from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.config import read_config, settings_digest
 from modekit.sources.contents import known_blake3
-from modekit.sources.model import weight_files
-from modekit.sources.model_config import read_config, settings_digest
+from modekit.sources.source import weight_files
 
 GONE = "it is no longer where the recipe found it"
 PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"

@@ -85,7 +85,7 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen
-    from modekit.sources.family import architecture_of
+    from modekit.sources.config import architecture_of
 
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
     with drawn_progress() as progress:

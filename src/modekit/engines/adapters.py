@@ -16,8 +16,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import UnsupportedError, some_of
 from modekit.planning.shape import LowRankPart
 from modekit.sources.contents import OpenFiles
-from modekit.sources.kept import is_in_tower
 from modekit.sources.names import module_of, split_layer
+from modekit.sources.towers import is_in_tower
 from modekit.weights.stored import read_float32
 
 _NATIVE = (

@@ -10,12 +10,13 @@ import numpy as np
 
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
-from modekit.sources.compatibility import check_dtypes, check_same_architecture, check_sizes, own_names
+from modekit.sources.compatible import check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import own_family
 from modekit.sources.family import Family
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.names import module_of, split_layer, weight_of
+from modekit.sources.source import ModelSource
 from modekit.weights.numeric import blocks, to_float32
 from modekit.weights.stored import Stored, holds_only_finite
 
@@ -61,7 +62,7 @@ def shared_names(tuned: ModelSource, origin: ModelSource) -> list[str]:
         check_dtypes(source)
         check_sizes(source, own_family(source.config, family))
     check_same_architecture(origin, tuned, family)
-    names = own_names(origin, family)
+    names = family.own_names(origin)
     ours, theirs = (source.tensor(weight_of(family.embedding)).shape[0] for source in (origin, tuned))
     if ours != theirs:
         raise MismatchError(

@@ -36,9 +36,9 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.contents import OpenFiles, blake3_of
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import TensorRef, open_source
+from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.names import HEAD
+from modekit.sources.source import open_source
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.numeric import as_array
 

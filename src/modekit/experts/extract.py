@@ -25,7 +25,7 @@ from modekit.files.staging import staging
 from modekit.files.write import copy_file, write_json
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import open_source
+from modekit.sources.source import open_source
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.factorise import factorise
 from modekit.weights.numeric import to_bytes

@@ -21,7 +21,8 @@ from modekit.files.write import remove
 from modekit.loaded.load import without_bars
 from modekit.loaded.passes import has_encoder
 from modekit.sources.families import family_of
-from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.header import DTYPE_NAMES
+from modekit.sources.source import ModelSource
 
 What = Literal["mlp", "lora", "full"]
 """See specialize.py."""

@@ -31,7 +31,7 @@ from modekit.files.write import digest_of_data, json_bytes, library_writes, writ
 from modekit.loaded.states import whole_states
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
-from modekit.sources.model import SPECIALIST_FILE, ModelSource
+from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.text.document import Document
 from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.training.settings import RandomiseTo

@@ -26,7 +26,7 @@ from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
-from modekit.sources.model import open_source
+from modekit.sources.source import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
 from modekit.text.splits import text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of

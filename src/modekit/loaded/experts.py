@@ -17,11 +17,11 @@ from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
 from modekit.sources.adapter_config import read_adapter_config
+from modekit.sources.config import whole
 from modekit.sources.contents import OpenFiles
-from modekit.sources.family import whole
-from modekit.sources.model import ModelSource, open_source
 from modekit.sources.names import HEAD, embedding_in, weight_of
 from modekit.sources.rows import rows_of
+from modekit.sources.source import ModelSource, open_source
 from modekit.weights.folding import reader
 from modekit.weights.numeric import to_float32
 

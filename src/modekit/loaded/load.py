@@ -29,15 +29,16 @@ from modekit.files.typed import shortened
 from modekit.loaded.prefixed import with_prefix
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
+from modekit.sources.config import check_no_code, read_config
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
-from modekit.sources.model import DTYPE_NAMES, ModelSource, is_quantised, open_source
-from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import is_looked_up, module_of
-from modekit.sources.native import leaves_out
+from modekit.sources.natives import leaves_out
 from modekit.sources.pairs import PAIR_CLASS, PAIRS
+from modekit.sources.source import ModelSource, is_quantised, open_source
 from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
-from modekit.sources.wrappers import may_wrap
+from modekit.sources.towers import may_wrap
 from modekit.weights.folding import Folded, folded_bias, reader
 from modekit.weights.numeric import to_float32
 

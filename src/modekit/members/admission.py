@@ -26,10 +26,9 @@ from modekit.members.licences import facts, licence_of, sources_of
 from modekit.members.likeness import compare
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
-from modekit.sources.compatibility import own_names
-from modekit.sources.model import ModelSource
 from modekit.sources.names import split_layer
 from modekit.sources.open import Opener
+from modekit.sources.source import ModelSource
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.held_out import RecipeTexts
 from modekit.text.sequences import encode
@@ -165,7 +164,7 @@ def _likeness(
     base, new = plan.sources[0], plan.sources[1 + place]
     if plan.recipe.experts[place].is_base:
         return 0.0, {}
-    names = own_names(base, plan.family)
+    names = plan.family.own_names(base)
     sizes = plan.family.sizes(base.config)  # layers of each stack
     looked_at = {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
     sample = [name for name in names if split_layer(name)[0] in looked_at]

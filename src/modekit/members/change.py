@@ -31,11 +31,13 @@ from modekit.planning.shape import LowRankPart, MixedTensor
 from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import Change, LowRank
 from modekit.sources.contents import blake3_of
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.names import module_of
 from modekit.sources.open import Opener, label_of
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content, copied_files, gone_pair_files
 
 

@@ -18,7 +18,7 @@ from modekit.errors import SourceError
 from modekit.planning.tensors import as_in, touched
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ModelSource
+from modekit.sources.source import ModelSource
 from modekit.weights.numeric import BLOCK, to_float32
 from modekit.weights.reading import Reading
 from modekit.weights.stored import FlatArray, holds_only_finite

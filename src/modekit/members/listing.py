@@ -16,7 +16,7 @@ from modekit.files.typed import Label, read_as
 from modekit.members.licences import sources_of
 from modekit.recipes.recipe import Expert
 from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import SPECIALIST_FILE
+from modekit.sources.source import SPECIALIST_FILE
 
 
 class ListedExpert(BaseModel, frozen=True):

@@ -19,10 +19,10 @@ from modekit.errors import UnsupportedError
 from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import is_tied
-from modekit.sources.family import Config, Family, whole
-from modekit.sources.model import ModelSource
+from modekit.sources.config import Config, whole
+from modekit.sources.family import Family
 from modekit.sources.names import EMBEDDING, HEAD, in_layer, weight_of
+from modekit.sources.source import ModelSource
 
 BLOCK = 32
 """Channels are as many as the blocks of quantised weights are wide, so that U and V share none with the evidence."""
@@ -80,7 +80,7 @@ def carried_size(
     changing = [source for source in experts if isinstance(source, AdapterSource) and _reaches(source, sources[0], family)]
     if not changing and output.carry is None:
         return None
-    tied = is_tied(sources[0], family)
+    tied = family.is_tied(sources[0])
     own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
     layers = whole(config, "num_hidden_layers")
     biases = {name for layer in range(layers) for name in biases_of(sources[0], family, layer)}

@@ -9,9 +9,10 @@ from modekit.errors import SourceError, UnsupportedError
 from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.channels import Channels
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family, number, whole
-from modekit.sources.native import choose_native
-from modekit.sources.native_row import Native, Widening
+from modekit.sources.config import Config, number, whole
+from modekit.sources.family import Family
+from modekit.sources.native import Native, Widening
+from modekit.sources.natives import choose_native
 
 _OLD_STEP = 64  # of channels without a layer in front
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text

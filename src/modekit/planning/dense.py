@@ -8,8 +8,7 @@ from modekit.planning.make import backbone_of
 from modekit.planning.plan import Plan
 from modekit.planning.tensors import PlannedTensor, cut_into_shards
 from modekit.recipes.mixture import Backbone
-from modekit.sources.compatibility import own_names
-from modekit.sources.family import Config
+from modekit.sources.config import Config
 from modekit.sources.names import natural_key
 
 
@@ -34,7 +33,7 @@ def dense_plan(plan: Plan, backbone: Backbone, dtype: str | None = None) -> Dens
     mixture = plan.recipe.mixture.model_copy(update={"backbone": backbone})
     recipe = plan.recipe.model_copy(update={"mixture": mixture})
     base, made = plan.sources[0], backbone_of(recipe, plan.sources)
-    refs = [base.tensors[name] for name in sorted(own_names(base, plan.family), key=natural_key)]
+    refs = [base.tensors[name] for name in sorted(plan.family.own_names(base), key=natural_key)]
     tensors = [PlannedTensor(ref.name, dtype or ref.source_dtype, ref.shape, "backbone", made(ref)) for ref in refs]
     config = dict(base.on_disk or base.config)
     if plan.vocabulary is not None and plan.vocabulary.is_grown:

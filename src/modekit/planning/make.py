@@ -26,15 +26,16 @@ from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import check_mixable, own_names
+from modekit.sources.compatible import check_mixable
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
-from modekit.sources.kept import check_kept, kept_beside, processor_files
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import natural_key
-from modekit.sources.native import choose_native
+from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
+from modekit.sources.towers import check_kept, kept_beside, processor_files
 from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merge
 
@@ -190,7 +191,7 @@ def _backbone(
     Where experts have their own, the base's module is one of them: the expert 'base', and what adapters change.
     """
     base, merged, mixed = sources[0], backbone_of(recipe, sources), layout.mixed_names()
-    refs = {name: base.tensors[name] for name in own_names(base, family)}
+    refs = {name: base.tensors[name] for name in family.own_names(base)}
     refs |= {name: base.tensor(original) for name, original in layout.unties.items()}
     for name, ref in refs.items():
         renamed = layout.backbone_name(name)

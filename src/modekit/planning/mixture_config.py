@@ -16,11 +16,11 @@ from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.fits import ScoreKind
 from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
-from modekit.sources.derived import Derived, family_from
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, SOFT_PREFIX, module_of, natural_key, split_layer
-from modekit.sources.wrappers import WRAPPERS
+from modekit.sources.structure import Derived, family_from
+from modekit.sources.towers import WRAPPERS
 
 FORMAT = 1
 MOST_AVERAGES = 256

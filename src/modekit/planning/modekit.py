@@ -19,13 +19,15 @@ from modekit.planning.routing_config import routing_config, whole_module_unscore
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
 from modekit.sources.family import Family
-from modekit.sources.kept import kept_settings
-from modekit.sources.model import DTYPE_NAMES, ModelSource
+from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
+from modekit.sources.source import ModelSource
+from modekit.sources.towers import kept_settings
 from modekit.weights.made import Bits, Copy, Difference, Factor, Join, Made
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}

@@ -29,11 +29,11 @@ from modekit.planning.shape import (
     other_record,
 )
 from modekit.recipes.recipe import Recipe
-from modekit.sources.derived import SIZES
-from modekit.sources.family import Config, Family, whole
-from modekit.sources.kept import is_in_tower, with_wrapper, without_wrapper
-from modekit.sources.model_config import check_values
+from modekit.sources.config import Config, check_values, whole
+from modekit.sources.family import Family
 from modekit.sources.names import split_layer
+from modekit.sources.structure import SIZES
+from modekit.sources.towers import is_in_tower, with_wrapper, without_wrapper
 from modekit.weights.factor_size import bytes_of_codes
 
 _FIRST = ".experts.0."

@@ -12,12 +12,13 @@ from modekit.planning.native_shape import NativeShape
 from modekit.planning.segments import segments_of
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe, place_of_base
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.compatibility import is_tied
-from modekit.sources.family import whole
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
+from modekit.sources.config import whole
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
-from modekit.sources.native_row import Native
+from modekit.sources.native import Native
+from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Filled, Fold, Join, Made, Merge, padded, scaled
 from modekit.weights.padded import FFNKind, Pad
 
@@ -55,7 +56,7 @@ class NativeLayout:
         self.router_dtype, (self._width, self._hidden) = code_of(gate), gate.shape
         self._segments = segments_of(recipe, self._width, carries=self.channels is not None)
         self._front = int(self.channels is not None and self.channels.front)
-        carries_head = self._carry is not None and self._carry.head and is_tied(self._base, family)
+        carries_head = self._carry is not None and self._carry.head and family.is_tied(self._base)
         self.unties: Mapping[str, str] = family.ties if carries_head else {}
 
     def backbone_name(self, name: str) -> str | None:
@@ -151,7 +152,7 @@ class NativeLayout:
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
-                yield PlannedTensor(name, self.router_dtype, shape, "constant", Filled(shape, constant.value))
+                yield PlannedTensor(name, self.router_dtype, shape, "constant", Filled(shape))
 
     def _in_front(self) -> Iterable[PlannedTensor]:
         """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing

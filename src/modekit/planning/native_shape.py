@@ -27,11 +27,12 @@ from modekit.planning.shape import (
     other_record,
 )
 from modekit.recipes.recipe import Recipe
+from modekit.sources.config import Config, whole
 from modekit.sources.families import FAMILIES
-from modekit.sources.family import Config, Family, whole
+from modekit.sources.family import Family
 from modekit.sources.names import in_layer
-from modekit.sources.native import native_of
-from modekit.sources.native_row import Native
+from modekit.sources.native import Native
+from modekit.sources.natives import native_of
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import Family, Stack
-from modekit.sources.kept import kept_beside
-from modekit.sources.model import SPECIALIST_FILE, ModelSource, TensorRef
+from modekit.sources.family import Family
+from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored
+from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.sources.targets import forced_by_one_side
+from modekit.sources.towers import kept_beside
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.drift import drift
 
@@ -209,8 +210,7 @@ def _parts_of(beside: Mapping[str, TensorRef]) -> str:
     """What lies beside a language model, part by part."""
     sizes: dict[str, list[int]] = {}
     for name, ref in beside.items():
-        in_layers = name.startswith(Stack().layers)
-        part = "what no layer reads" if in_layers else name.removeprefix("model.").partition(".")[0]
+        part = name.removeprefix("model.").partition(".")[0]
         sizes.setdefault(part, []).append(ref.nbytes)
     return ", ".join(f"{part} ({len(each)} tensors, {bytes_of(sum(each))})" for part, each in sorted(sizes.items()))
 

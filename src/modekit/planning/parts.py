@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from modekit.errors import UnsupportedError
 from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
 from modekit.sources.family import Family
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.names import POSITIONS, module_of, split_layer, weight_of
 from modekit.sources.prefix import SoftPrefix
+from modekit.sources.source import ModelSource
 
 
 @dataclass(frozen=True)

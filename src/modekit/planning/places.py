@@ -21,10 +21,11 @@ from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.fits import IDS
 from modekit.recipes.layers import Layer, named_layers, order_of
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.compatibility import is_tied, own_names
-from modekit.sources.family import Family, whole
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
+from modekit.sources.config import whole
+from modekit.sources.family import Family
+from modekit.sources.header import TensorRef
 from modekit.sources.names import (
     HEAD,
     LOGITS_BIAS,
@@ -37,6 +38,7 @@ from modekit.sources.names import (
     weight_of,
 )
 from modekit.sources.rows import rows_of
+from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Difference
 
 ATTENTION = {
@@ -123,7 +125,7 @@ class Places:
         self._whole = recipe.mixture.is_whole
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
         self.parts = MixedParts(recipe, sources, family)
-        self.unties = family.ties if recipe.mixture.modules == "all" and is_tied(self._base, family) else {}
+        self.unties = family.ties if recipe.mixture.modules == "all" and family.is_tied(self._base) else {}
 
     def __iter__(self) -> Iterator[PlannedPlace]:
         return iter(self._all)
@@ -272,9 +274,9 @@ class Places:
         embedding = self._family.embedding
         modules = {embedding, self._family.place_of(weight_of(self._family.head or embedding))}
         if self._family.derived is not None:
-            modules |= {self._family.place_of(name) for name in (*own_names(self._base, self._family), *self.unties)}
+            modules |= {self._family.place_of(name) for name in (*self._family.own_names(self._base), *self.unties)}
             return sorted(modules, key=lambda module: (module != embedding, module == self._family.head, natural_key(module)))
-        for name in own_names(self._base, self._family):
+        for name in self._family.own_names(self._base):
             ref = self._base.tensors[name]
             if name == LOGITS_BIAS:  # with the head
                 continue

@@ -18,9 +18,9 @@ from modekit.planning.shapes import Shape
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.compatibility import copies_of
-from modekit.sources.family import Config, Family, architecture_of, whole
-from modekit.sources.model import ModelSource
+from modekit.sources.config import Config, architecture_of, whole
+from modekit.sources.family import Family
+from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factor_size import working_bytes
 from modekit.weights.made import Factor, Filled
@@ -133,7 +133,7 @@ class Plan:
             return frozenset(self.source_states)
         refs = [ref for tensor in self.tensors for ref in tensor.made.refs]
         for source in (each for each in self.sources if not isinstance(each, AdapterSource)):
-            refs += [source.tensor(name) for pair in copies_of(source, self.family).items() for name in pair]
+            refs += [source.tensor(name) for pair in self.family.copies_of(source).items() for name in pair]
         return frozenset(part.file for ref in refs for part in ref.parts)
 
     @property

@@ -12,9 +12,9 @@ from modekit.recipes.layers import Layer
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.family import Family
-from modekit.sources.model import ModelSource
 from modekit.sources.names import SOFT_PREFIX, split_layer
 from modekit.sources.prefix import SoftPrefix
+from modekit.sources.source import ModelSource
 from modekit.weights.made import Columns
 
 

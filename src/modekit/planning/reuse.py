@@ -16,8 +16,8 @@ from pathlib import Path
 
 from modekit.planning.plan import Plan, Reused
 from modekit.planning.tensors import PlannedTensor, Shard
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import ITEMSIZE, TensorRef
+from modekit.sources.source import ModelSource
 from modekit.weights.made import Columns, Copy, Join, Made
 
 Origins = Sequence[int | None]

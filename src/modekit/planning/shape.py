@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from modekit.errors import CheckpointError
 from modekit.recipes.layers import Layer, stack_of
-from modekit.sources.family import Config, Family
-from modekit.sources.model import TensorRef
+from modekit.sources.config import Config
+from modekit.sources.family import Family
+from modekit.sources.header import TensorRef
 from modekit.sources.names import layers_of
 
 BUILD_AGAIN = "build the mixture again"

@@ -9,7 +9,7 @@ from modekit.planning.carry import CarrySize
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config
+from modekit.sources.config import Config
 
 Shape = NativeShape | ModekitShape
 

@@ -23,10 +23,11 @@ from typing import Literal
 import numpy as np
 
 from modekit.errors import SourceError
-from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.adapter import AdapterSource
+from modekit.sources.adapter_rules import LowRank
+from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
+from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Fold, Join, Made, Merge, Padded, Scale
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.padded import Pad

@@ -33,9 +33,9 @@ from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
-from modekit.sources.family import architecture_of
-from modekit.sources.kept import PROCESSOR_FILES
+from modekit.sources.config import architecture_of
 from modekit.sources.tokenizer import chat_template
+from modekit.sources.towers import PROCESSOR_FILES
 from modekit.text.documents import is_local
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"

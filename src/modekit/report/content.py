@@ -26,7 +26,7 @@ from modekit.recipes.auto import why_chosen
 from modekit.report.result_files import TrainingTables, find_inspection, find_search, find_training
 from modekit.report.routing import routing_of, samples_of
 from modekit.search.results import TuneResults
-from modekit.sources.family import architecture_of
+from modekit.sources.config import architecture_of
 
 Points = list[list[float]]
 _Each = TypeVar("_Each")

@@ -38,7 +38,7 @@ from modekit.routing.fitting import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.routing.unseen import made_texts
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import DTYPE_NAMES, TensorRef
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import embedding_in, weight_of
 from modekit.text.chat import ChatTemplate
 from modekit.text.sequences import make_batches

@@ -21,7 +21,7 @@ from modekit.planning.channels import Channels
 from modekit.planning.plan import Plan
 from modekit.routing.token_text import load_token_text
 from modekit.run import Run
-from modekit.sources.family import whole
+from modekit.sources.config import whole
 from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches

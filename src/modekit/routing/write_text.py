@@ -25,9 +25,9 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import DETAIL, ProgressCount, Run
 from modekit.sources.adapter import is_adapter
 from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.config import read_config, settings_digest
 from modekit.sources.contents import known_blake3
-from modekit.sources.model import ModelSource
-from modekit.sources.model_config import read_config, settings_digest
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Conversation, Document, message_of

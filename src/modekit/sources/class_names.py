@@ -10,10 +10,11 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from modekit.sources.derived import Structure, is_installed, structure
 from modekit.sources.families import row_of
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.rows import concatenated, rows_of, stacked
+from modekit.sources.source import ModelSource
+from modekit.sources.structure import Structure, is_installed, structure
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from blake3 import blake3
 from modekit.errors import SourceError
 from modekit.files.read import FileState, open_regular
 from modekit.files.user_cache import keep_digest, known_digest
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.sources.quantised import PackedRef
 
 CHUNK = 2**19

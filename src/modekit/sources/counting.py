@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.derived import is_installed, structure
-from modekit.sources.model_config import check_no_code, read_config
+from modekit.sources.config import check_no_code, read_config
 from modekit.sources.names import split_layer
+from modekit.sources.structure import is_installed, structure
 
 if TYPE_CHECKING:
     from torch import nn

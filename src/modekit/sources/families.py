@@ -1,22 +1,35 @@
 """Dense families of one stack, a decoder each: where its parts live and what its config.json leaves unsaid. A row of data each.
 
-A row that has a partner in `native.py` can be mixed in an architecture that other tools know; every row can be mixed in
-the modekit architecture, which replaces the named parts in the installed classes of the family. Families with an encoder are in
-pairs.py.
+A row plans without torch, and can have a partner in natives.py. The rows of gemma and below have none: they stand for families
+that vLLM serves in the modekit architecture. Every other causal language model of transformers is known by its class
+(structure.py); families with an encoder are in pairs.py. tests/sources/test_families.py compares each row with its class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from modekit.errors import UnsupportedError
-from modekit.sources.derived import is_installed, structure
-from modekit.sources.family import LINEAR, Config, Family, Stack, no_usable, whole, words
-from modekit.sources.model_config import SETTINGS
+from modekit.sources.config import Config, whole, words
+from modekit.sources.family import LINEAR, Family, Stack, every
 from modekit.sources.pairs import PAIRS
+from modekit.sources.structure import is_installed, structure
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
-_FUSED = {**_FUSED_GATE_UP, "q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj", "v": "self_attn.qkv_proj"}
+_FUSED = {**_FUSED_GATE_UP, **dict.fromkeys("qkv", "self_attn.qkv_proj")}
+_SHARED_MLP = {**LINEAR, **dict.fromkeys(("gate", "up"), "shared_mlp.input_linear"), "down": "shared_mlp.output_linear"}
+_LFM2 = {
+    **{**LINEAR, "o": "self_attn.out_proj"},
+    **{"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
+}
+_SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
+_LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_WIDE = {**_LLAMA, "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
+_QWEN_WINDOW = {**_QWEN, "use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
+_GEMMA = {"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096}
 
 
 def _windows_after(config: Config) -> list[str]:
@@ -26,21 +39,16 @@ def _windows_after(config: Config) -> list[str]:
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
 
 
-def _alternating(config: Config) -> list[str]:
-    """Gemma 2: the window in every other layer, the first has one."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(whole(config, "num_hidden_layers"))]
+def _windows_in_all(config: Config) -> list[str]:
+    """Ministral: all layers have the window, if there is one."""
+    return ["sliding_attention" if config["sliding_window"] else "full_attention"] * whole(config, "num_hidden_layers")
 
 
-def _every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
-    """One full-attention layer in every `config[key]`, the others `most`."""
-
-    def kinds(config: Config) -> list[str]:
-        period = config.get(key) or default
-        if not isinstance(period, int):
-            raise no_usable(key, period, "a whole number of layers")
-        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
-
-    return kinds
+def _attends_where_said(config: Config) -> list[str]:
+    """LFM2: attention in the layers that are named, a short convolution in the others."""
+    layers = range(whole(config, "num_hidden_layers"))
+    attends = words(config, "full_attn_idxs") if config.get("full_attn_idxs") is not None else layers
+    return ["full_attention" if layer in attends else "conv" for layer in layers]
 
 
 def _rope_by_kind(config: Config) -> Config:
@@ -60,76 +68,38 @@ def _partial_rope(config: Config) -> Config:
     return {**config, "rope_parameters": {"partial_rotary_factor": 0.25, **rope}}
 
 
-def _gemma4_kinds(config: Config) -> list[str]:
-    """Gemma 4: a window in five of six layers, never in the last one."""
-    count = whole(config, "num_hidden_layers")
-    return ["full_attention" if layer % 6 == 5 or layer == count - 1 else "sliding_attention" for layer in range(count)]
-
-
-def _gemma4_unread(config: Config) -> frozenset[str]:
-    """Gemma 4: keys and values of the layers that use those of earlier ones, which published files hold nevertheless."""
-    config = {"num_kv_shared_layers": 0, **config}
-    count, shared = whole(config, "num_hidden_layers"), whole(config, "num_kv_shared_layers")
-    parts = ("k_proj", "v_proj", "k_norm", "v_norm")
-    layers = range(max(count - shared, 0), min(count, 1_000))
-    return frozenset(f"{Stack().layers}{layer}.self_attn.{part}.weight" for layer in layers for part in parts)
-
-
-def _gemma4_layer(config: Config, layer: int) -> Config:
-    """Gemma 4: layers without a window may have wider heads; the last ones may use earlier keys and values, and a wider FFN."""
-    kind = next(iter(words(config, "layer_types")[layer : layer + 1]), None)
-    own: Config = {}
-    if kind == "full_attention":
-        heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
-        own = {"head_dim": config.get("global_head_dim") or 512, **({"num_key_value_heads": heads} if heads else {})}
-    if isinstance(said := config.get("per_layer_config"), Mapping):
-        own = each if isinstance(each := said.get(str(layer)), Mapping) else {}
-    shared = layer >= whole(config, "num_hidden_layers") - whole(config, "num_kv_shared_layers")
-    wide = {"intermediate_size": 2 * whole(config, "intermediate_size")} if shared and config.get("use_double_wide_mlp") else {}
-    return {**config, **own, **wide, "kind": f"{kind} without keys" if shared else kind}
-
-
-_SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
-_LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
-_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-_QWEN = {**_SILU, **_NO_TOKENS, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
-_QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": None}
-_GEMMA = {"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 4096}
-_GELU = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
-
 DECODERS: tuple[Family, ...] = (
-    Family(model_type="llama", defaults={**_LLAMA, "attention_bias": False}),
+    Family("llama", defaults={**_LLAMA, "attention_bias": False}),
+    Family("mistral", defaults=_WIDE),
+    Family("ministral", by_class=True, defaults=_WIDE, layer_types=_windows_in_all),
+    Family("qwen2", defaults=_QWEN_WINDOW, layer_types=_windows_after),
+    Family("qwen3", head_dim=128, defaults={**_QWEN_WINDOW, "attention_bias": False}, layer_types=_windows_after),
+    Family("granite", defaults={**_LLAMA, "attention_bias": False, **dict.fromkeys(_FACTORS, 1.0)}),
     Family(
-        model_type="mistral",
-        defaults={**_LLAMA, "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+        "granitemoehybrid",
+        by_class=True,
+        is_variant=lambda config: config.get("num_local_experts") == 0,
+        stacks=(Stack(parts=_SHARED_MLP, ffn="shared_mlp", ffn_width="shared_intermediate_size"),),
+        defaults={**_LLAMA, "attention_bias": False, "mamba_n_heads": 128, "mamba_d_state": 256, "mamba_chunk_size": 256},
     ),
-    Family(model_type="qwen2", defaults={**_QWEN, **_QWEN_WINDOW}, layer_types=_windows_after),
     Family(
-        model_type="qwen3",
-        head_dim=128,
-        defaults={**_QWEN, **_QWEN_WINDOW, "attention_bias": False},
-        layer_types=_windows_after,
-    ),
-    Family(model_type="granite", defaults={**_LLAMA, "attention_bias": False, **dict.fromkeys(_FACTORS, 1.0)}),
-    Family(
-        model_type="olmo2",
+        "olmo2",
         defaults={
             **{**_SILU, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279},
             **{"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "attention_bias": False},
         },
     ),
     Family(
-        model_type="cohere2",
+        "cohere2",
         defaults={
             **{"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255_001, "tie_word_embeddings": True},
             **{"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu", "attention_bias": False},
             **{"logit_scale": 0.0625, "sliding_window": 4096},
         },
-        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
+        layer_types=every("sliding_window_pattern", 4, "sliding_attention"),
     ),
     Family(
-        model_type="ernie4_5",
+        "ernie4_5",
         head_dim=128,
         rope_theta=500_000.0,
         defaults={
@@ -138,126 +108,100 @@ DECODERS: tuple[Family, ...] = (
         },
     ),
     Family(
-        model_type="hunyuan_v1_dense",
+        "exaone",
+        by_class=True,
+        rope_theta=500_000.0,
+        same_as={"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
+        defaults={
+            **{**_LLAMA, "attention_bias": False, "mlp_bias": False, "pad_token_id": 0, "eos_token_id": 361},
+            **{"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_key_value_heads": 8},
+        },
+    ),
+    Family(
+        "hunyuan_v1_dense",
         heads_first=("self_attn.query_layernorm", "self_attn.key_layernorm"),
         defaults={**_LLAMA, "pad_token_id": 0, "rms_norm_eps": 1e-5, "attention_bias": False},
     ),
     Family(
-        model_type="qwen3_5_text",
+        "lfm2",
+        by_class=True,
+        rope_theta=1_000_000.0,
+        stacks=(Stack(parts=_LFM2, ffn="feed_forward"),),
+        defaults={
+            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True},
+            **{"max_position_embeddings": 128_000, "norm_eps": 1e-5, "num_key_value_heads": 8},
+        },
+        layer_types=_attends_where_said,
+    ),
+    Family(
+        "phi3",
+        stacks=(Stack(parts=_FUSED),),
+        defaults={
+            **{**_SILU, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
+            **{"pad_token_id": 32_000, "bos_token_id": 1, "eos_token_id": 32_000},
+        },
+    ),
+    Family(
+        "qwen3_5_text",
         head_dim=256,
         defaults={
             **{**_QWEN, "attention_bias": False, "num_key_value_heads": 4, "linear_conv_kernel_dim": 4},
             **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
             **{"linear_num_key_heads": 16, "linear_num_value_heads": 32},
         },
-        layer_types=_every("full_attention_interval", 4, "linear_attention"),
+        layer_types=every("full_attention_interval", 4, "linear_attention"),
         meant=_partial_rope,
         without_vllm="its linear attention is no attention to the backend by which vLLM runs transformers' classes",
     ),
-    Family(model_type="gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
-    Family(model_type="gemma2", head_dim=256, defaults=_GEMMA, layer_types=_alternating),
+    Family("gemma", head_dim=256, defaults={"tie_word_embeddings": True, "num_key_value_heads": 16}),
+    Family("gemma2", head_dim=256, defaults=_GEMMA, layer_types=every("", 2, "sliding_attention")),
     Family(
-        model_type="gemma3_text",
+        "gemma3_text",
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
         head_dim=256,
         rope_theta=1_000_000.0,
-        defaults={**_GEMMA, **_GELU, "vocab_size": 262_208, "num_attention_heads": 8, "query_pre_attn_scalar": 256},
-        layer_types=_every("sliding_window_pattern", 6, "sliding_attention"),
+        defaults={
+            **{**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
+            **{"vocab_size": 262_208, "num_attention_heads": 8, "query_pre_attn_scalar": 256},
+        },
+        layer_types=every("sliding_window_pattern", 6, "sliding_attention"),
         meant=_rope_by_kind,
     ),
+    Family("olmo", norms_have_weights=False, defaults={**_SILU, "attention_bias": False}),
     Family(
-        model_type="gemma4_text",
-        is_variant=lambda config: not config.get("enable_moe_block"),
-        head_dim=256,
-        rope_theta=1_000_000.0,
-        defaults={
-            **{**_GEMMA, **_GELU, "sliding_window": 512, "num_kv_shared_layers": 0},
-            **{"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144},
-            **{"attention_k_eq_v": False, "use_double_wide_mlp": False, "use_bidirectional_attention": None},
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-            },
-        },
-        layer_types=_gemma4_kinds,
-        of_layer=_gemma4_layer,
-        unread=_gemma4_unread,
-        must_match=("hidden_size_per_layer_input", "attention_k_eq_v", "use_double_wide_mlp", "use_bidirectional_attention"),
-        without_vllm="its classes were not tested there",
-    ),
-    Family(
-        model_type="ministral3",
-        head_dim=128,
-        rope_theta=1_000_000.0,
-        defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "sliding_window": None},
-        without_vllm="its classes were not tested there",
-    ),
-    Family(
-        model_type="phi3",
-        stacks=(Stack(parts=_FUSED),),
-        defaults={
-            **{"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 4096},
-            **{"pad_token_id": 32_000, "bos_token_id": 1, "eos_token_id": 32_000, "sliding_window": None},
-        },
-    ),
-    Family(
-        model_type="olmo",
-        norms_have_weights=False,
-        defaults={"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False},
-    ),
-    Family(
-        model_type="olmo3",
+        "olmo3",
         rope_theta=500_000.0,
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": 4096},
-        layer_types=_every("sliding_window_pattern", 4, "sliding_attention"),
+        defaults={**_SILU, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        layer_types=every("sliding_window_pattern", 4, "sliding_attention"),
     ),
     Family(
-        model_type="smollm3",
-        rope_theta=2_000_000.0,
-        defaults={
-            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "num_key_value_heads": 4},
-            **{"pad_token_id": 128_004, "bos_token_id": 128_000, "eos_token_id": 128_001, "max_position_embeddings": 32_768},
-            **{"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4},
-            **{"use_sliding_window": False, "sliding_window": None},
-        },
-    ),
-    Family(
-        model_type="exaone4",
+        "exaone4",
         heads_first=("self_attn.q_norm", "self_attn.k_norm"),
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 32},
+        defaults={**_SILU, "rms_norm_eps": 1e-5, "num_key_value_heads": 32},
     ),
     Family(
-        model_type="glm4",
+        "glm4",
         stacks=(Stack(parts=_FUSED_GATE_UP),),
         head_dim=128,
-        defaults={"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "attention_bias": True},
+        defaults={**_SILU, "num_key_value_heads": 2, "attention_bias": True},
     ),
     Family(
-        model_type="starcoder2",
+        "starcoder2",
         stacks=(Stack(parts={**{part: LINEAR[part] for part in "qkvo"}, "up": "mlp.c_fc", "down": "mlp.c_proj"}),),
         defaults={"norm_epsilon": 1e-5, "tie_word_embeddings": True, "num_key_value_heads": 2, "use_bias": True},
     ),
-    Family(
-        model_type="seed_oss",
-        head_dim=128,
-        defaults={
-            **{"hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 8, "attention_bias": True},
-            **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "rms_norm_eps": 1e-6, "attention_dropout": 0.1},
-            **{"max_position_embeddings": 524_288, "attention_out_bias": False},
-        },
-    ),
 )
 
-FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
+FAMILIES: tuple[Family, ...] = (*(row for row in DECODERS if not row.by_class), *PAIRS)
+"""Those that are known by their row alone."""
 
 
 def family_of(config: Config, *, where: str) -> Family:
-    """The row of a dense config. Raises UnsupportedError when there is none."""
-    model_type = str(config.get("model_type"))
+    """The family of a dense config: its row, or what its class is. Raises UnsupportedError when there is neither."""
     row = row_of(config)
     if row is not None:
         return row
-    wraps = "text_config" in config
+    wraps, model_type = "text_config" in config, str(config.get("model_type"))
     if not wraps and is_installed(model_type):
         return structure(config, where=where).family
     raise UnsupportedError(
@@ -282,10 +226,3 @@ def own_family(config: Config, other: Family) -> Family:
     """The row of a dense config, or where there is none another one."""
     of_type = (row for row in FAMILIES if row.model_type == config.get("model_type") and row.is_variant(config))
     return next(of_type, other)
-
-
-_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
-_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_size"}
-"""`Family.dense_config` has what they mean under other keys; how tokens may differ says vocabulary.py."""
-CONFIG_MUST_MATCH = ("model_type", *(key for key in SETTINGS if key not in _MAY_DIFFER | _SAID_OTHERWISE))
-"""Config keys in which an expert must equal the base model; compared after `Family.dense_config`."""

@@ -10,19 +10,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from modekit.errors import SourceError
 from modekit.recipes.layers import Layer, layer_at, stack_of
-from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, SOFT_PREFIX, is_looked_up, module_of, split_layer, weight_of
+from modekit.sources.config import MUST_MATCH, Config, no_usable, whole, words
+from modekit.sources.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    SOFT_PREFIX,
+    is_ignored,
+    is_looked_up,
+    module_of,
+    split_layer,
+    weight_of,
+)
 
 if TYPE_CHECKING:
-    from modekit.sources.derived import Derived
+    from modekit.sources.source import ModelSource
+    from modekit.sources.structure import Derived
 
-Config = Mapping[str, object]
-"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
 Reads = Literal["pairs", "text"]
 """What models read: pairs of source and target, or plain text."""
 
-SAVE_AGAIN = "download or save the model again"
 UNTIE = (
     "give the base a head of its own: m = AutoModelForCausalLM.from_pretrained(BASE); h = m.get_output_embeddings(); "
     "h.weight = torch.nn.Parameter(h.weight.clone()); m.config.tie_word_embeddings = False; m.save_pretrained(NEW)"
@@ -37,48 +45,6 @@ LINEAR = {
     **{part: f"self_attn.{part}_proj" for part in "qkvo"},
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
-
-
-def whole(config: Config, key: str) -> int:
-    """A whole number that a config gives. Raises SourceError where it gives none."""
-    value = config.get(key)
-    if type(value) is not int:
-        raise no_usable(key, value, "a whole number")
-    return value
-
-
-def number(config: Config, key: str, default: float | None = None) -> float:
-    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
-    value = config.get(key)
-    value = default if default is not None and not value else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise no_usable(key, value, "a number")
-    return float(value)
-
-
-def words(config: Config, key: str) -> list[object]:
-    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
-    value = config.get(key) or []
-    if not isinstance(value, list):
-        raise no_usable(key, value, "a list")
-    return value
-
-
-def architecture_of(config: Config) -> str:
-    """The class of transformers that a config names first."""
-    return str(next(iter(words(config, "architectures")), ""))
-
-
-def no_usable(key: str, found: object, expected: str | None, where: str | None = None, remedy: str = SAVE_AGAIN) -> SourceError:
-    """The error of a setting that nothing can be computed from."""
-    return damaged_model(f"config.json gives no usable {key[:64]}", where, found, expected, remedy)
-
-
-def damaged_model(
-    what: str, where: str | None, found: object = None, expected: str | None = None, remedy: str = SAVE_AGAIN
-) -> SourceError:
-    """The error of a model whose files contradict each other, or cannot be read."""
-    return SourceError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -114,6 +80,11 @@ class Stack:
         return {part: f"{self.parts[part]}.weight" for part in ("gate", "up", "down") if part in self.parts}
 
     @property
+    def fused(self) -> set[str]:
+        """The parts that share a module."""
+        return {part for part, path in self.parts.items() if list(self.parts.values()).count(path) > 1}
+
+    @property
     def ffn_modules(self) -> tuple[str, ...]:
         """The modules under the layer that hold the FFN."""
         return tuple(dict.fromkeys((self.ffn, *self.ffn_calls)))
@@ -137,89 +108,159 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """One dense family.
+    """One dense family, known by a row of data; by its class where there is no row (structure.py).
 
     Attributes:
         model_type: `model_type` of its config.
         stacks: its decoder, or its encoder and its decoder.
         variant: of several rows with one `model_type`, which of them; the row for it says `is_variant`.
+        by_class: whether the row is for the native partner alone, and the modekit architecture asks the class.
         heads_first: modules under the layer that see (B, heads, S, width) and not (B, S, ...).
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
         layer_types: the kind of attention per layer that the class takes when config.json is silent.
-        of_layer: the dense config as it holds for one layer; its `kind` is shared by the layers that have the same tensors.
         norms_have_weights: whether its norms do.
         defaults: other defaults to write out.
         without_vllm: why vLLM does not serve mixtures of it in the modekit architecture; empty where it does.
         width: key of config.json for the width of the residual stream.
-        embedding: the module of the tokens' embedding.
+        embedding, head: the modules of the tokens' embedding and of the head.
         copies: tensors that files may hold besides the embedding and that are the same parameter.
         shares: whether they are so whatever config.json says of tying, and the head has weights of its own or is the embedding.
         computed: tensors that files may hold and that every model computes for itself.
-        unread: tensors that files may hold and that the class never reads, by config.
         optional: tensors that an expert may have and its base may lack, where they are zero.
         same_as: key of config.json -> the key whose value it has where it says none; of decoders, an older name.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
-        head: the module of the head.
-        derived: of a family without a row, what was found in its class (derived.py); `known`, what its config.json says of
-            sizes under the names that other families use, `tensors`, name -> shape of all that a model has, and `called`,
-            modules in the order in which they run, where it was looked for now.
+        derived: what was found in the class; None of a row. `tensors`, name -> shape of all that a model has, and `called`,
+            modules in the order in which they run: where it was looked for now.
     """
 
     model_type: str
     stacks: tuple[Stack, ...] = (Stack(),)
     variant: str = ""
     is_variant: Callable[[Config], bool] = lambda config: True
+    by_class: bool = False
     heads_first: tuple[str, ...] = ()
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
     layer_types: Callable[[Config], list[str]] | None = None
-    of_layer: Callable[[Config, int], Config] = lambda config, layer: config
     norms_have_weights: bool = True
     defaults: Config = field(default_factory=dict)
     without_vllm: str = ""
     width: str = "hidden_size"
     embedding: str = EMBEDDING
+    head: str = HEAD
     copies: tuple[str, ...] = ()
     shares: bool = False
     computed: tuple[str, ...] = ()
-    unread: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     optional: tuple[str, ...] = ()
     same_as: Mapping[str, str] = field(default_factory=dict)
     meant: Callable[[Config], Config] = lambda config: config
     must_match: tuple[str, ...] = ()
-    head: str = HEAD
     derived: Derived | None = None
-    known: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     called: tuple[str, ...] = ()
 
+    # --- what a class may say in another way than a row
+
     @property
-    def ties(self) -> dict[str, str]:
+    def ties(self) -> Mapping[str, str]:
         """Tensors of a model that ties its head to the embedding -> what they are a second name of."""
-        return self.derived.tied if self.derived is not None else {weight_of(self.head): weight_of(self.embedding)}
+        return {weight_of(self.head): weight_of(self.embedding)}
+
+    def is_tied(self, source: ModelSource) -> bool:
+        """Whether a model's head is its embedding. A T5 that has a head of its own says so by its weights alone."""
+        if self.shares:
+            return weight_of(self.head) not in source.tensors
+        return bool(source.config.get("tie_word_embeddings", self.defaults.get("tie_word_embeddings")))
+
+    def own_names(self, source: ModelSource) -> list[str]:
+        """Names of a model's tensors that are neither buffers nor copies of the embedding: a tied head, and what encoder and
+        decoder call it, who else have embeddings of their own.
+        """
+        tied = self.is_tied(source)
+        copies = {*(self.copies if tied or self.shares else ()), *([weight_of(self.head)] if tied else ()), *self.computed}
+        return [name for name in source.tensors if not is_ignored(name) and name not in copies]
+
+    def copies_of(self, source: ModelSource) -> dict[str, str]:
+        """Tensors in a model's files that are taken to be its embedding under other names -> the embedding's name."""
+        own = {*self.own_names(source)}
+        copies = {**dict.fromkeys((*self.copies, weight_of(HEAD)), weight_of(self.embedding)), **self.ties}
+        return {name: copies[name] for name in source.tensors if name in copies and name not in own}
+
+    def settings(self, config: Config, *, where: str) -> Config:
+        """The settings in which an expert must equal its base."""
+        said = self.meant(self.dense_config(config))
+        keys = [*MUST_MATCH, *self.must_match]
+        rope = said.get("rope_parameters")
+        if isinstance(rope, Mapping) and rope.get("rope_type") in {"dynamic", "longrope"}:
+            keys.append("max_position_embeddings")  # these depend on it
+        return {key: said.get(key) for key in keys}
 
     def looks_up(self, module: str) -> bool:
         """Whether a module is an embedding, of tokens or positions."""
-        return is_looked_up(module) if self.derived is None else module in self.derived.lookups
+        return is_looked_up(module)
 
     def keeps_columns(self, module: str) -> bool:
         """Whether a linear module keeps its weight as (I, O)."""
-        return self.derived is not None and module in self.derived.columns
+        return False
 
     def may_be_low_rank(self, module: str) -> bool:
-        """Whether a part of a difference can stand at a module with a weight: a linear one; of rows also the embedding."""
-        return self.derived is None or module not in {*self.derived.lookups, *self.derived.columns, *self.derived.blocks}
+        """Whether a part of a difference can stand at a module with a weight: a linear one, or the embedding."""
+        return True
+
+    def place_of(self, tensor: str) -> str:
+        """The module that a tensor belongs to: the smallest that can be another expert's."""
+        return module_of(tensor)
+
+    def with_sizes(self, config: Config) -> Config:
+        """A config with its sizes under the names that other families use."""
+        return config
+
+    def outside(self, source: ModelSource) -> list[str]:
+        """Tensors outside of the layers that must be there."""
+        norm = [weight_of(FINAL_NORM)] if self.norms_have_weights and not self.pair else []
+        head = [] if self.is_tied(source) else [weight_of(self.head)]
+        return [weight_of(self.embedding), *(name for stack in self.stacks for name in stack.outside), *norm, *head]
+
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Name of a tensor -> the shape that follows from config.json: embedding, FFN, keys and values."""
+        hidden, full = self.hidden(config), self.dense_config(config)
+        kinds = [] if self.pair else words(full, "layer_types")
+        found: dict[str, tuple[int, ...]] = {weight_of(self.embedding): (whole(config, "vocab_size"), hidden)}
+        for layer in self.layers(config):
+            stack, number = self.stack_of(layer), stack_of(layer)[1]
+            inner, paths = whole(full, stack.ffn_width), stack.mlp
+            for part, path in paths.items():
+                rows = inner * list(paths.values()).count(path)  # gate and up in one module
+                found[self.in_layer(layer, path)] = (hidden, inner) if part == "down" else (rows, hidden)
+            if not self.pair and "k" not in stack.fused and "linear_attention" not in kinds[number : number + 1]:
+                size = whole(full, "num_key_value_heads") * whole(full, "head_dim")
+                found |= {self.in_layer(layer, f"{stack.parts[part]}.weight"): (size, hidden) for part in "kv"}
+        return found
+
+    def dense_config(self, config: Config) -> dict[str, object]:
+        """The dense config with every default written out and rope in one form."""
+        said = {key: config[other] for key, other in self.same_as.items() if other in config and not self.pair}
+        full: dict[str, object] = {**self.defaults, **said, **config}  # an explicit null is a setting, too
+        if self.pair:
+            return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
+        if full.get("num_key_value_heads") is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full.get("head_dim") is None:
+            full["head_dim"] = self.head_dim or whole(full, "hidden_size") // whole(full, "num_attention_heads")
+        if full.get("use_sliding_window") is False:
+            full["sliding_window"] = None
+        if self.layer_types is not None and full.get("layer_types") is None:
+            full["layer_types"] = self.layer_types(full)
+        full["rope_parameters"] = rope_parameters(config, self.rope_theta)
+        return {key: value for key, value in full.items() if key not in ("rope_theta", "rope_scaling")}
+
+    # --- what follows from the stacks
 
     def width_in(self, module: str, weight: tuple[int, ...]) -> int:
         """Width of what a module with a weight of this shape reads."""
         return weight[0 if self.keeps_columns(module) else -1]
-
-    def place_of(self, tensor: str) -> str:
-        """The module that a tensor belongs to: the smallest that can be another expert's."""
-        blocks = self.derived.blocks if self.derived is not None else ()
-        return next((block for block in blocks if tensor.startswith(f"{block}.")), module_of(tensor))
 
     @property
     def reads(self) -> Reads:
@@ -253,18 +294,6 @@ class Family:
         return self.stacks[-1].mlp
 
     @property
-    def outside(self) -> list[str]:
-        """Tensors outside of the layers that must be there, but for the head."""
-        if self.derived is not None:
-            return [f"{self.embedding}.weight"]
-        own = [name for stack in self.stacks for name in stack.outside]
-        return [
-            f"{self.embedding}.weight",
-            *own,
-            *([f"{FINAL_NORM}.weight"] if self.norms_have_weights and not self.pair else ()),
-        ]
-
-    @property
     def entrances(self) -> tuple[str, ...]:
         """Modules that may be the first to run: an encoder's own embedding where it has one, else the one that all share."""
         return (*(module_of(name) for name in self.copies[:1]), self.embedding)
@@ -295,31 +324,6 @@ class Family:
         layer, path = split_layer(module)
         return layer is not None and path in {self.stack_of(layer).parts.get(part) for part in ("cross_k", "cross_v")}
 
-    def with_sizes(self, config: Config) -> dict[str, object]:
-        """A config with its sizes under the names that other families use."""
-        return {**config, **{key: size for key, size in self.known.items() if type(config.get(key)) is not int}}
-
-    def dense_config(self, config: Config) -> dict[str, object]:
-        """The dense config with every default written out and rope in one form."""
-        said = {key: config[other] for key, other in self.same_as.items() if other in config and not self.pair}
-        full: dict[str, object] = {**self.defaults, **said, **config}  # an explicit null is a setting, too
-        if self.derived is not None:
-            return self.with_sizes(full)
-        if self.pair:
-            return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
-        if full.get("num_key_value_heads") is None:
-            full["num_key_value_heads"] = full["num_attention_heads"]
-        if full.get("head_dim") is None:
-            full["head_dim"] = self.head_dim or whole(full, "hidden_size") // whole(full, "num_attention_heads")
-        if full.get("use_sliding_window") is False:
-            full["sliding_window"] = None
-        if self.layer_types is not None and full.get("layer_types") is None:
-            full["layer_types"] = self.layer_types(full)
-        full["rope_parameters"] = rope_parameters(config, self.rope_theta)
-        full.pop("rope_theta", None)
-        full.pop("rope_scaling", None)
-        return full
-
 
 def rope_parameters(config: Config, default_theta: float | None) -> dict[str, object]:
     """Rotary settings in transformers 5 form, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
@@ -332,3 +336,15 @@ def rope_parameters(config: Config, default_theta: float | None) -> dict[str, ob
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", config.get("rope_theta") or default_theta)
     return rope
+
+
+def every(key: str, default: int, most: str) -> Callable[[Config], list[str]]:
+    """Layer types: one full-attention layer in every `config[key]`, the others `most`."""
+
+    def kinds(config: Config) -> list[str]:
+        period = config.get(key) or default
+        if not isinstance(period, int):
+            raise no_usable(key, period, "a whole number of layers")
+        return ["full_attention" if (layer + 1) % period == 0 else most for layer in range(whole(config, "num_hidden_layers"))]
+
+    return kinds

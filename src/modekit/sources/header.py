@@ -1,110 +1,127 @@
-"""The header of a safetensors file, on this disk or elsewhere: what it claims is checked before anything is made of it.
+"""The header of a safetensors file: which tensors, and where their bytes lie (contents.py reads these).
 
-8 bytes of its length (little endian), JSON with dtype, shape and data_offsets per tensor, then the data.
+8 bytes of its length (little endian), JSON with dtype, shape and data_offsets per tensor, then the data. The safetensors
+library checks files on this disk; of headers on the hub each tensor's bytes are compared with its shape.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from modekit.errors import SourceError
-from modekit.files.read import parse_json
+from modekit.files.read import FileState, open_regular, parse_json
 
 ITEMSIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-_BITS = {
-    **{name: 8 * size for name, size in ITEMSIZE.items()},
-    **{"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-}
-"""Of every dtype that safetensors knows; those that cannot be mixed are refused by the plan, by name of the tensor."""
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
 LARGEST_HEADER = 2**25  # bytes: a quarter of a million tensors
-_KEYS = {"dtype", "shape", "data_offsets"}
-AGAIN = "download or save the file again"
-_DISAGREE = "safetensors header and data disagree"
+_AGAIN = "download or save the file again"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor: safetensors dtype, shape, and its bytes [start, end) in the file."""
+class TensorRef:
+    """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end).
 
+    `state` is the file's when its header was read; None where the header is not of a file on this disk.
+    """
+
+    name: str
+    file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    state: FileState | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors in its model's files that are read for it: itself, but for quantised and joined ones."""
+        return (self,)
+
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that it gets where a recipe says `dtype: source`."""
+        return self.dtype
 
 
-def entries_in(stream: BinaryIO, size: int, *, where: str) -> dict[str, Entry]:
-    """Tensors of a stream that begins as a file of `size` bytes does; of it no more than the header is read.
+def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
+    """Tensors of one safetensors file. Raises SourceError for a file that the safetensors library does not open."""
+    from safetensors import SafetensorError, safe_open
 
-    Raises SourceError for a header that is none or lies about sizes, and OSError of the stream.
-    """
-    header, data_start = _parsed_header(stream, size, where)
+    where = f"{where}: {file.name}"
     try:
-        metadata = header.pop("__metadata__", None)
-        if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("metadata must be text")
-        entries = {name: _entry(name, said, data_start, size, where) for name, said in header.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _damaged("safetensors header is malformed", where) from None
-    _check_gapless(entries, data_start, size, where)
-    return entries
+        with open_regular(file) as raw:
+            state = FileState.of(raw)
+            with safe_open(file, framework="numpy"):
+                return tensors_in(io.BufferedReader(raw), state.size, file, where=where, state=state)
+    except OSError as error:
+        raise SourceError("file cannot be read", where=where, found=error.strerror or error, remedy=_AGAIN) from None
+    except SafetensorError as error:
+        raise SourceError("safetensors file is damaged, or none", where=where, found=error, remedy=_AGAIN) from None
 
 
-def _parsed_header(stream: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
-    """The header as data, and where the tensors' bytes start. Raises SourceError, and OSError of the stream."""
-    raw_length = stream.read(8)
-    if len(raw_length) < 8:
-        raise _damaged("safetensors file is truncated", where, f"{size} bytes")
-    (length,) = struct.unpack("<Q", raw_length)
-    if length > min(size - 8, LARGEST_HEADER):
-        found = f"a header of {length} bytes in a file of {size}"
-        raise _damaged("not a safetensors file, or its header is truncated", where, found)
+def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: FileState | None = None) -> dict[str, TensorRef]:
+    """The same of a stream that begins as a file of `size` bytes does; of it no more than the header is read."""
     try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(size - 8, LARGEST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
         header = parse_json(stream.read(length).decode("utf-8"), once=True)
-    except ValueError:
-        raise _damaged("safetensors header is not JSON", where) from None
-    if not isinstance(header, dict):
-        raise _damaged("safetensors header is malformed", where)
-    return header, 8 + length
+        header.pop("__metadata__", None)
+        found = {name: _tensor(name, said, 8 + length, file, state) for name, said in header.items()}
+        lies = next((ref for ref in found.values() if not _is_possible(ref, 8 + length, size)), None)
+        if lies is not None:
+            raise ValueError(
+                f"{lies.name[:200]}: {lies.dtype} {list(lies.shape)} at bytes {lies.start} to {lies.end} of {size:,}"
+            )
+    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError("safetensors file is damaged, or none", where=where, found=error, remedy=_AGAIN) from None
+    return found
 
 
-def _entry(name: str, said: Mapping[str, Any], data_start: int, size: int, where: str) -> Entry:
-    """A header's entry, checked against where data starts and ends.
-
-    Raises SourceError, and ValueError and its like for what is no entry.
-    """
+def _tensor(name: str, said: Mapping[str, Any], data_start: int, file: Path, state: FileState | None) -> TensorRef:
     begin, end = said["data_offsets"]
-    entry = Entry(said["dtype"], tuple(said["shape"]), data_start + begin, data_start + end)
-    if said.keys() != _KEYS or not all(type(number) is int and number >= 0 for number in (begin, end, *entry.shape)):
-        raise ValueError("sizes must be whole numbers")  # and true is none, which would count as 1
-    bits = _BITS[entry.dtype]
-    if math.prod(max(each, 1) for each in entry.shape) * bits >= 2**63:
-        raise ValueError("more elements than can be counted")
-    if begin > end or entry.end > size or 8 * (end - begin) != math.prod(entry.shape) * bits:
-        found = f"{entry.dtype} {list(entry.shape)} at bytes {begin}..{end}, file has {size - data_start} bytes of data"
-        raise _damaged(f"{_DISAGREE} (truncated or damaged file)", f"{where}: {name}", found)
-    return entry
+    return TensorRef(name, file, said["dtype"], tuple(said["shape"]), data_start + begin, data_start + end, state)
 
 
-def _check_gapless(entries: Mapping[str, Entry], position: int, size: int, where: str) -> None:
-    """Raise SourceError unless the tensors lie one after the other from `position` to the end of the file."""
-    for name, ref in sorted(entries.items(), key=lambda each: (each[1].start, each[1].end)):
-        if ref.start != position:
-            found, expected = f"it starts at byte {ref.start}", f"byte {position}, where the tensor before it ends"
-            raise _damaged(f"{_DISAGREE} (tensors overlap or leave a hole)", f"{where}: {name}", found, expected)
-        position = ref.end
-    if position != size:
-        expected = f"{position}, where the last tensor ends"
-        raise _damaged(f"{_DISAGREE} (bytes after the last tensor)", where, f"{size} bytes", expected)
+def _is_possible(ref: TensorRef, data_start: int, size: int) -> bool:
+    counts = all(type(number) is int and 0 <= number < 2**50 for number in (*ref.shape, ref.start, ref.end))
+    return (
+        counts
+        and data_start <= ref.start <= ref.end <= size
+        and (ref.dtype not in ITEMSIZE or ref.nbytes == ref.numel * ITEMSIZE[ref.dtype])
+    )
 
 
-def _damaged(what: str, where: str, found: str | None = None, expected: str | None = None) -> SourceError:
-    return SourceError(what, where=where, found=found, expected=expected, remedy=AGAIN)
+def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
+    """Raise SourceError for a tensor of no float."""
+    for ref in refs:
+        if ref.dtype not in DTYPE_NAMES:
+            raise SourceError(
+                "tensor dtype cannot be mixed",
+                where=f"{where}: {ref.name}",
+                found=ref.dtype,
+                expected=", ".join(DTYPE_NAMES),
+                remedy="save it in bf16, fp16 or fp32",
+            )

@@ -46,20 +46,12 @@ from modekit.files.write import remove
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
+from modekit.sources.config import FROM_GGUF
 from modekit.sources.contents import WeightFile
-from modekit.sources.header import LARGEST_HEADER
-from modekit.sources.kept import PROCESSOR_FILES
-from modekit.sources.model import (
-    INDEX_FILE,
-    SPECIALIST_FILE,
-    ModelSource,
-    TensorRef,
-    open_source,
-    tensors_in,
-    weight_files,
-)
-from modekit.sources.model_config import FROM_GGUF
+from modekit.sources.header import LARGEST_HEADER, TensorRef, tensors_in
+from modekit.sources.source import INDEX_FILE, SPECIALIST_FILE, ModelSource, open_source, weight_files
 from modekit.sources.tokenizer import COPIED_FILES
+from modekit.sources.towers import PROCESSOR_FILES
 
 _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *PROCESSOR_FILES, "README.md")
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""

@@ -1,193 +1,193 @@
-"""The native MoE architecture that says a family's mixture of whole FFN experts exactly: one row of data each.
-
-A row names where the native architecture keeps experts and router, and how its config follows from the dense one.
-`choose_native` returns the first row of a family whose rules all hold, or every reason why none does. A new pair is a
-new row; the oracle tests in tests/sources/test_families.py run over `NATIVES`.
-
-What makes a row exact is written in its rules and `fixed` settings: the native block must renormalise the weights of
-the chosen experts to one, attention, norms and rotary embedding must be the same code, and every default that differs
-between the two configs must be written out.
-"""
+"""What a row of natives.py says of a native architecture: where experts and router are kept, and how the config follows."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from modekit.recipes.recipe import Recipe
-from modekit.sources.family import Config, Family, words
-from modekit.sources.native_row import (
-    FAMILY,
-    HEADS_ARE_NORMED,
-    NO_ATTENTION,
-    NO_MLP_BIAS,
-    SILU,
-    Constant,
-    Native,
-    Widening,
-    experts_in,
-    heads_fill,
-    mapping,
-)
-from modekit.sources.native_shared import IN_SHARED
+from modekit.sources.config import Config, whole
+from modekit.sources.family import Family
+from modekit.sources.names import in_layer
 
-_WINDOW_IN_SOME = "some layers have a sliding window, which Qwen3-MoE applies to all or none"
+Rule = tuple[Callable[[Config], bool], str]
+"""(holds for this dense config, reason shown when it does not)."""
 
 
-def _partner(model_type: str, native_type: str, native_class: str) -> dict[str, Any]:
-    return {"family": FAMILY[model_type], "native_type": native_type, "native_class": native_class}
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the native architecture wants and the dense family lacks: zeros, so that it adds nothing.
 
-
-def _shared(module: str, hidden: str = "0") -> tuple[Constant, ...]:
-    """An expert that all tokens have, and that adds nothing."""
-    shapes = {"gate": (hidden, "D"), "up": (hidden, "D"), "down": ("D", hidden)}
-    return tuple(Constant(f"mlp.{module}.{part}_proj.weight", shape) for part, shape in shapes.items())
-
-
-_RENORMALISED = {"norm_topk_prob": True, "output_router_logits": False}
-_IN_EVERY_LAYER: Config = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-IN_THEIR_OWN: tuple[Native, ...] = (
-    Native(
-        **_partner("qwen2", "qwen2_moe", "Qwen2MoeForCausalLM"),
-        expert_hidden_key="moe_intermediate_size",
-        fixed={**_RENORMALISED, **_IN_EVERY_LAYER, "qkv_bias": True, "shared_expert_intermediate_size": 0},
-        constants=(*_shared("shared_expert"), Constant("mlp.shared_expert_gate.weight", ("1", "D"))),
-        serves="vLLM; llama.cpp as a Mixtral with biases (modekit export --gguf)",
-        widening=Widening(whole_heads=True),
-        rules=(SILU, heads_fill("Qwen2-MoE")),
-    ),
-    Native(
-        **_partner("qwen3", "qwen3_moe", "Qwen3MoeForCausalLM"),
-        expert_hidden_key="moe_intermediate_size",
-        fixed={**_RENORMALISED, **_IN_EVERY_LAYER, "use_sliding_window": False, "sliding_window": None},
-        dropped=frozenset({"layer_types", "max_window_layers"}),
-        rules=(SILU, (lambda c: "sliding_attention" not in words(c, "layer_types"), _WINDOW_IN_SOME)),
-        serves="vLLM, llama.cpp",
-        serves_with_biases="vLLM",
-        vllm_differs=((lambda c: bool(c.get("attention_bias")), "leaves the bias of attention's output out"),),
-        widening=HEADS_ARE_NORMED,
-    ),
-    Native(
-        **_partner("qwen3", "mellum", "MellumForCausalLM"),
-        expert_hidden_key="moe_intermediate_size",
-        rope_per_layer_type=True,
-        fixed=_RENORMALISED,
-        dropped=frozenset({"max_window_layers", "use_sliding_window"}),
-        serves="vLLM, llama.cpp",
-        widening=HEADS_ARE_NORMED,
-        rules=(SILU, (lambda c: bool(c["sliding_window"]), "it is needed only for layers with a window, and there is none")),
-    ),
-    Native(
-        **_partner("olmo2", "flex_olmo", "FlexOlmoForCausalLM"),
-        without_gguf="its converter does not know FlexOlmo",
-        writes_head_dim=False,
-        fixed=_RENORMALISED,
-        widening=Widening(
-            norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-            before_attention=None,
-            over_heads=("self_attn.q_norm", "self_attn.k_norm"),
-            recency=False,
-            whole_heads=True,
-            in_front=False,
-        ),
-        rules=(SILU, heads_fill("FlexOlmo")),
-    ),
-    Native(
-        **_partner("hunyuan_v1_dense", "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
-        without_gguf="its converter knows only the tokenizer and the shared expert of the published model",
-        router="mlp.gate.wg.weight",
-        top_k_key="moe_topk",
-        widening=HEADS_ARE_NORMED,
-        fixed={"output_router_logits": False},
-        constants=_shared("shared_mlp", "F"),
-        rules=(SILU,),
-    ),
-    Native(
-        **_partner("qwen3_5_text", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
-        without_gguf="its converter wants the layers that predict further tokens, which a mixture has not",
-        expert_hidden_key="moe_intermediate_size",
-        fixed={"shared_expert_intermediate_size": 0, "output_router_logits": False},
-        constants=(*_shared("shared_expert"), Constant("mlp.shared_expert_gate.weight", ("1", "D"))),
-        dropped=frozenset({"full_attention_interval"}),
-        widening="its first layers have linear attention, which cannot average over the text",
-        rules=(SILU,),
-    ),
-    Native(
-        **_partner("lfm2", "lfm2_moe", "Lfm2MoeForCausalLM"),
-        router="feed_forward.gate.weight",
-        experts=experts_in("feed_forward", "w1", "w3", "w2"),
-        router_module="feed_forward.gate",
-        block_module="feed_forward",
-        expert_hidden_key="moe_intermediate_size",
-        by_sigmoids=True,
-        fixed={**_RENORMALISED, "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0},
-        constants=(Constant("feed_forward.expert_bias", ("E",)),),
-        serves="llama.cpp",
-        widening=NO_ATTENTION,
-    ),
-    Native(
-        **_partner("seed_oss", "glm4_moe", "Glm4MoeForCausalLM"),
-        num_experts_key="n_routed_experts",
-        expert_hidden_key="moe_intermediate_size",
-        by_sigmoids=True,
-        fixed={
-            **{**_RENORMALISED, "first_k_dense_replace": 0, "n_shared_experts": 0, "routed_scaling_factor": 1.0},
-            **{"n_group": 1, "topk_group": 1, "use_qk_norm": False},
-        },
-        computed={"rope_parameters": lambda c: {**mapping(c, "rope_parameters"), "partial_rotary_factor": 1.0}},
-        constants=(Constant("mlp.gate.e_score_correction_bias", ("E",)), *_shared("shared_experts")),
-        serves="transformers alone",
-        without_gguf="its converter wants a shared expert, which a mixture has not",
-        widening="it weighs experts by sigmoids, which evidence that is carried can exceed",
-        rules=(
-            SILU,
-            NO_MLP_BIAS,
-            (lambda c: not c.get("attention_out_bias"), "the output of attention has a bias, GLM's has none"),
-        ),
-    ),
-)
-
-NATIVES: tuple[Native, ...] = (*IN_SHARED, *IN_THEIR_OWN)
-_WITHOUT_PARTNER = {
-    "m2m_100": "NLLB-MoE in transformers runs no more than its first two experts",
-    "t5": "Switch Transformers multiply what an expert says by its router's probability, which is never 1",
-    "gemma": "GeGLU experts",
-    "gemma2": "GeGLU experts and sandwich norms",
-    "gemma3_text": "GeGLU experts and sandwich norms",
-    "gemma4_text": "GeGLU experts and sandwich norms",
-    "ministral3": "queries that grow with their position",
-    "olmo3": "a window that differs between layers",
-    "exaone4": "norms after the block",
-    "glm4": "four norms per layer and interleaved partial rotary embedding",
-    "starcoder2": "an FFN without a gate",
-}
-
-
-def choose_native(family: Family, config: Config, recipe: Recipe | None = None) -> tuple[Native | None, list[str]]:
-    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried.
-
-    Without a recipe, of some mixture.
+    `shape` is given in the letters D hidden, F expert hidden, E experts, or digits.
     """
-    tried = []
-    for row in NATIVES:
-        if row.family.model_type == family.model_type and row.family.is_variant(config):
-            refusals = row.refusals(config) or ([] if recipe is None else row.beyond(recipe))
-            if not refusals:
-                return row, []
-            tried.append(f"{row.native_type}: {'; '.join(refusals)}")
-    reason = _WITHOUT_PARTNER.get(family.model_type, "none exists")
-    return None, tried or [f"no native architecture holds a mixture of '{family.model_type}': {reason}"]
+
+    name: str
+    shape: tuple[str, ...]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the result has it: vLLM does not load a tensor without a number, which says nothing anyway."""
+        return "0" not in self.shape
 
 
-def leaves_out(config: Config) -> bool:
-    """Whether a native config is one whose tensors without a number are left out, so that transformers misses them."""
-    return any(
-        row.native_type == config.get("model_type")
-        and row.empty_names(1)
-        and all(config.get(key) == value for key, value in row.fixed.items() if value == 0 and value is not False)
-        for row in NATIVES
-    )
+@dataclass(frozen=True)
+class Widening:
+    """How a decoder of the architecture takes channels besides the base's (planning/channels.py).
+
+    Attributes:
+        norms: RMS norms over the hidden size under a layer, by module.
+        before_attention: the one of them whose output attention reads; None: it reads the stream itself.
+        after_attention: the one of them through which what attention adds reaches the router, on either side of the stream.
+        over_heads: RMS norms of queries and of keys over all heads together.
+        recency: whether constant queries and keys score the distance of two tokens and nothing else.
+        interleaved: whether the two numbers that are rotated together stand side by side in a head, not half a head apart.
+        whole_heads: head_dim is always hidden size / heads, so that the channels are as many as the new heads are wide.
+        in_front: whether a layer of its own can average them, in front of the base's first: not where a norm behind attention
+            makes all that it adds one size.
+    """
+
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    before_attention: str | None = "input_layernorm"
+    after_attention: str = "post_attention_layernorm"
+    over_heads: tuple[str, ...] = ()
+    recency: bool = True
+    interleaved: bool = False
+    whole_heads: bool = False
+    in_front: bool = True
 
 
-def native_of(native_type: str, model_type: str) -> Native:
-    """The row of a finished checkpoint. Raises StopIteration when there is none."""
-    return next(row for row in NATIVES if (row.native_type, row.family.model_type) == (native_type, model_type))
+def experts_in(block: str, *modules: str) -> dict[str, str]:
+    """Native name per projection with `{expert}`, by the modules of gate, up and down."""
+    names = zip(("gate", "up", "down"), modules, strict=True)
+    return {part: f"{block}.experts.{{expert}}.{module}.weight" for part, module in names}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The native partner of one dense family.
+
+    Attributes:
+        family: the dense family.
+        native_type: `model_type` of the result.
+        native_class: `architectures[0]` of the result.
+        experts: native name per projection with `{expert}`; None when the native layout fuses experts in one tensor.
+        fused: native names of the fused (E, 2F, D) and (E, D, F) tensors; None when experts are tensors of their own.
+        router: native name under the layer of the (E, D) gate.
+        router_module: attribute path under the loaded decoder layer of the module that returns (logits, weights, index).
+        block_module: attribute path of the block in a loaded native layer.
+        num_experts_key, top_k_key: config keys of the native architecture.
+        expert_hidden_key: native config key of F when it is not `intermediate_size`.
+        fixed: native settings that make the row exact.
+        computed: native settings that follow from the dense config.
+        dropped: dense keys that mean nothing to the native architecture.
+        constants: see `Constant`.
+        rules: what must hold.
+        serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
+        without_gguf: why llama.cpp does not run it; empty where it does.
+        by_sigmoids: whether its router weighs each expert by a sigmoid, and not all by one softmax: where all experts weigh the
+            same, and where one alone is chosen, it is the same.
+        split: module of the base's layers that the result has in several -> those, each of whole heads of its part.
+        vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
+        widening: how it takes channels of a router's own, or the reason why it cannot.
+    """
+
+    family: Family
+    native_type: str
+    native_class: str
+    router: str = "mlp.gate.weight"
+    experts: Mapping[str, str] | None = field(default_factory=lambda: experts_in("mlp", "gate_proj", "up_proj", "down_proj"))
+    fused: tuple[str, str] | None = None
+    router_module: str = "mlp.gate"
+    block_module: str = "mlp"
+    num_experts_key: str = "num_experts"
+    top_k_key: str = "num_experts_per_tok"
+    expert_hidden_key: str | None = None
+    writes_head_dim: bool = True
+    fixed: Config = field(default_factory=dict)
+    computed: Mapping[str, Callable[[Config], object]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    constants: tuple[Constant, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    serves: str = "vLLM"
+    serves_with_biases: str = ""
+    without_gguf: str = ""
+    by_sigmoids: bool = False
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    vllm_differs: tuple[Rule, ...] = ()
+    widening: Widening | str = Widening()
+
+    @property
+    def label(self) -> str:
+        """Row name for messages and tests."""
+        return f"{self.family.model_type}->{self.native_type}"
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the base has gate and up in one tensor, and so has the result."""
+        return self.family.mlp["gate"] == self.family.mlp["up"]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Linear part of a layer of the result -> its module; the FFN's are the base's."""
+        apart = dict(zip("qkv", next(iter(self.split.values()), ()), strict=False))
+        return {**self.family.parts, **apart}
+
+    @property
+    def written_constants(self) -> tuple[Constant, ...]:
+        """Those that the result has."""
+        return tuple(constant for constant in self.constants if constant.is_written)
+
+    def empty_names(self, layers: int) -> set[str]:
+        """Tensors without a number that the architecture has and the result leaves out; older results have them."""
+        left_out = [constant.name for constant in self.constants if not constant.is_written]
+        return {in_layer(layer, name) for layer in range(layers) for name in left_out}
+
+    def refusals(self, config: Config) -> list[str]:
+        """Why this row does not fit a dense config; empty when it does."""
+        full = self.family.dense_config(config)
+        return [reason for holds, reason in self.rules if not holds(full)]
+
+    def beyond(self, recipe: Recipe) -> list[str]:
+        """What of a recipe's routing its router cannot decide exactly; empty when it can."""
+        exact = not self.by_sigmoids or recipe.top_k == 1 or recipe.mixture.method == "linear"
+        said = f"{recipe.top_k} experts per token, which its router weighs in another way"
+        return [] if exact else [f"{said} (mixture: {{top_k: 1}} or {{method: linear}} is exact)"]
+
+    def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
+        """The native config.json: the dense one, renamed and completed.
+
+        `experts` is E, `expert_hidden` is F, `dtype` one of float32, bfloat16, float16.
+        """
+        dense = self.family.dense_config(config)
+        native = dict(dense)
+        for key in (*self.dropped, *_NOT_ARCHITECTURE):
+            native.pop(key, None)
+        if not self.writes_head_dim:
+            native.pop("head_dim", None)
+        native.update(self.fixed)
+        native.update(
+            {
+                "architectures": [self.native_class],
+                "model_type": self.native_type,
+                "dtype": dtype,
+                self.num_experts_key: experts,
+                self.top_k_key: top_k,
+                self.expert_hidden_key or "intermediate_size": expert_hidden,
+            }
+        )
+        native.update({key: compute(dense) for key, compute in self.computed.items()})
+        return native
+
+
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures", "model_type")
+
+
+def heads_fill(native: str) -> Rule:
+    """Heads are as wide as the stream has room for, which a native architecture assumes."""
+    return _heads_fill, f"head_dim is not hidden_size / num_attention_heads, which {native} assumes"
+
+
+def _heads_fill(config: Config) -> bool:
+    heads = whole(config, "num_attention_heads")
+    head_dim = config.get("head_dim")
+    return whole(config, "hidden_size") % heads == 0 and head_dim in {None, whole(config, "hidden_size") // heads}

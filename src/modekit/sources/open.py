@@ -11,7 +11,7 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
-from modekit.sources.model import NO_FOLDER, ModelSource, no_model_folder, open_source
+from modekit.sources.source import NO_FOLDER, ModelSource, no_model_folder, open_source
 
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from modekit.sources.family import Config, Family, Stack
+from modekit.sources.config import Config
+from modekit.sources.family import Family, Stack
 
 PAIR_CLASS = "ModekitForSeq2SeqLM"
 """What config.json of a mixture of one of them calls its class."""

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import UnsupportedError
 from modekit.sources.adapter_config import PREFIX_KINDS, checked_settings, damaged, other_base
+from modekit.sources.config import Config, whole
 from modekit.sources.families import family_of
-from modekit.sources.family import Config, Family, whole
-from modekit.sources.model import DTYPE_NAMES, ModelSource, TensorRef
+from modekit.sources.family import Family
+from modekit.sources.header import DTYPE_NAMES, TensorRef
+from modekit.sources.source import ModelSource
 
 TENSOR = "prompt_embeddings"
 _TRAINING = (

@@ -19,8 +19,9 @@ from pydantic import BaseModel, Field
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, parse_json
 from modekit.files.typed import as_kind
-from modekit.sources.family import Config, no_usable
-from modekit.sources.model import DTYPE_NAMES, TensorRef, WeightFiles
+from modekit.sources.config import Config, no_usable
+from modekit.sources.header import DTYPE_NAMES, TensorRef
+from modekit.sources.source import WeightFiles
 
 Read = Callable[[TensorRef, int, int], memoryview]
 """Bytes [start, stop) of a tensor in a file."""
@@ -201,7 +202,10 @@ def unpack(settings: object, config: Config, weights: WeightFiles) -> tuple[dict
             remedy=f"give the unquantised model, or unpack it with {package} and save it again",
         )
     try:
-        forms = dict(parts.of_fp8(as_kind(dict(said), _Fp8).weight_block_size) if method == "fp8" else parts.of_bitsandbytes())
+        named: Iterator[tuple[str, Scaled | Coded]] = parts.of_bitsandbytes()
+        if method == "fp8":
+            named = parts.of_fp8(as_kind(dict(said), _Fp8).weight_block_size)
+        forms = dict(named)
     except (ValueError, TypeError) as error:  # of the settings
         raise no_usable(f"settings of {method}", error, None, where, _REMEDY) from None
     if not forms:
@@ -246,7 +250,7 @@ class _Parts:
         what = "a quantised weight is not what config.json and its other parts say"
         return SourceError(what, where=f"{self.weights.where}: {name}", found=found, expected=expected, remedy=_REMEDY)
 
-    def of_bitsandbytes(self) -> Iterator[tuple[str, Coded]]:
+    def of_bitsandbytes(self) -> Iterator[tuple[str, Scaled | Coded]]:
         """An index, absmax and the 16 numbers per weight, and JSON that says how they lie."""
         for state in [ref for name, ref in self.tensors.items() if _STATE in name]:
             name = f"{state.name.partition(_STATE)[0]}.weight"
@@ -272,7 +276,7 @@ class _Parts:
             code = self.part(f"{name}.quant_map", ("F32",), (16,))
             yield name, Coded(weight, absmax, code, said.blocksize, said.shape, nested)
 
-    def of_fp8(self, block: tuple[int, int] | None) -> Iterator[tuple[str, Scaled]]:
+    def of_fp8(self, block: tuple[int, int] | None) -> Iterator[tuple[str, Scaled | Coded]]:
         """A scale per block, row or tensor; `block` is what config.json says."""
         for suffix in (".weight_scale_inv", ".weight_scale"):
             for name in [f"{each.removesuffix(suffix)}.weight" for each in self.tensors if each.endswith(suffix)]:

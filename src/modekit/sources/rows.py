@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import TensorRef
+from modekit.sources.header import ITEMSIZE, TensorRef
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from modekit.errors import MismatchError, some_of
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.family import Config
-from modekit.sources.model import ModelSource
+from modekit.sources.config import Config
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import (
     Readers,
     ReadTokens,

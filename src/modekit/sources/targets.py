@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from modekit.errors import MismatchError
-from modekit.sources.model import ModelSource
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import read_beside
 
 _FORCED = "forced_bos_token_id"

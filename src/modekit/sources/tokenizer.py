@@ -12,7 +12,7 @@ from typing import Any
 
 from modekit.errors import MismatchError, SourceError, some_of
 from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_json, read_text
-from modekit.sources.family import Config, damaged_model
+from modekit.sources.config import Config, damaged_model
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
 """Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""

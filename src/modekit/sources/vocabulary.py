@@ -21,19 +21,20 @@ from functools import cached_property
 from typing import Literal
 
 from modekit.errors import MismatchError, UnsupportedError
-from modekit.sources.adapter import AdapterSource, Change, LowRank
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.adapter_config import MERGE_FIRST
-from modekit.sources.compatibility import is_tied
-from modekit.sources.family import Family, whole
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.adapter_rules import Change, LowRank
+from modekit.sources.config import whole
+from modekit.sources.family import Family
+from modekit.sources.header import TensorRef
 from modekit.sources.names import weight_of
 from modekit.sources.rows import Giver, RowRange, joined_rows, with_rows
 from modekit.sources.shared_tokenizer import SharedTokens, TokenizerChoice, choose_tokenizer, share_tokens
+from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import Tokens, check_ids_fit, check_same_tokenizer, read_tokens
 
 Rule = Literal["mean", "first"]
 """What several experts give to a token that the base lacks."""
-_MOST = 2**20  # rows that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,6 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
         return Vocabulary(sources, sources, TokenizerChoice(base))
     for model in models:
         model.check_rows()
-        if model.rows > _MOST:
-            raise UnsupportedError(
-                "the model has more rows than any tokenizer has tokens",
-                where=model.source.where,
-                found=f"{model.rows:,}",
-                expected=f"{_MOST:,} at most, where models have different numbers of tokens",
-                remedy="download or save the model again",
-            )
     grown = _Grown(models, rows, rule)
     choice = choose_tokenizer(unique, shared)
     made = {model.source: grown.model(model) for model in models}
@@ -119,7 +112,7 @@ class _Model:
 
     def tensor(self, name: str) -> TensorRef | None:
         """One of them; a tied head is the embedding. None where the model has the base's."""
-        if name == weight_of(self.family.head) and name not in self.tensors and is_tied(self.base, self.family):
+        if name == weight_of(self.family.head) and name not in self.tensors and self.family.is_tied(self.base):
             return self.tensors.get(weight_of(self.family.embedding))
         return self.tensors.get(name)
 
@@ -131,7 +124,7 @@ class _Model:
     def check_rows(self) -> None:
         """Raise MismatchError unless embedding and head have as many rows as each other."""
         base = self.base.tensor(weight_of(self.family.embedding)).shape[0]
-        untied = self.family.head and not is_tied(self.base, self.family)
+        untied = self.family.head and not self.family.is_tied(self.base)
         names = [weight_of(self.family.embedding), *([weight_of(self.family.head)] if untied else [])]
         found = {name: self.tensors[name].shape[0] if name in self.tensors else base for name in names}
         if len(set(found.values())) > 1:

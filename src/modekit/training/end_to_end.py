@@ -14,7 +14,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import has_bfloat16_products
 from modekit.processes import processes
 from modekit.run import Run
-from modekit.sources.family import words
+from modekit.sources.config import words
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome

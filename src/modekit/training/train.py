@@ -17,8 +17,8 @@ from modekit.errors import TrainingError
 from modekit.files.output import refuse_existing
 from modekit.processes import processes
 from modekit.run import QUIET, Run
-from modekit.sources.model import open_source
 from modekit.sources.open import model_folder
+from modekit.sources.source import open_source
 from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.end_to_end import train_end_to_end

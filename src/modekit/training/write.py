@@ -28,7 +28,7 @@ from modekit.files.write import carry_over, json_bytes, link_file, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digests_in
 from modekit.training.request import Request
 from modekit.weights.numeric import DTYPES, is_finite, to_bytes

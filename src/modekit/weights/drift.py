@@ -8,7 +8,7 @@ import numpy as np
 
 from modekit.errors import SourceError
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ModelSource
+from modekit.sources.source import ModelSource
 from modekit.weights.stored import Stored
 
 _TENSORS, _NUMBERS = 8, 2**14

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from modekit.sources.adapter import Change, LowRank, Scaling
+from modekit.sources.adapter_rules import Change, LowRank, Scaling
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef
+from modekit.sources.header import TensorRef
 from modekit.weights.numeric import BLOCK, moved, to_float32
 from modekit.weights.stored import FlatArray, Stored
 
@@ -92,7 +92,7 @@ def folded_bias(change: Change, base: Array, read: Read) -> _Single:
     """A module's bias, (O,), with lora_bias added or scaled by IA3 (`AdapterSource.bias_changes`); `base` in any dtype."""
     bias = to_float32(base)
     if isinstance(change, Scaling):
-        return bias * to_float32(_part(read(change.vector), change.rows)) if change.axis == "rows" else bias
+        return bias * to_float32(_part(read(change.vector), change.rows))
     if change.bias is None:
         return bias
     with np.errstate(over="ignore"):

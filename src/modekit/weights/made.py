@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
-from modekit.sources.adapter import Change, Scaling
-from modekit.sources.model import TensorRef
+from modekit.sources.adapter_rules import Change, Scaling
+from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of, stored_refs
 from modekit.weights.factor_size import bytes_of_codes
 from modekit.weights.few_bits import codes_of, steps_of

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from modekit.errors import SourceError
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import ModelSource, TensorRef
+from modekit.sources.header import TensorRef
+from modekit.sources.source import ModelSource
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.folding import reader
 from modekit.weights.numeric import blocks, is_finite, to_float32

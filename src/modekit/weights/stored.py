@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.sources.contents import CHUNK, OpenFiles
-from modekit.sources.header import ITEMSIZE
-from modekit.sources.model import TensorRef
+from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import RowRange, RowsRef
 from modekit.weights.numeric import DTYPES, as_array, is_finite, to_float32
 

@@ -24,8 +24,9 @@ from modekit.evaluation.inspection.result import Similarity
 from modekit.planning.shape import FewBitsPart, MixedTensor, TensorPart
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles
-from modekit.sources.model import TensorRef, open_source
+from modekit.sources.header import TensorRef
 from modekit.sources.names import HEAD, module_of, weight_of
+from modekit.sources.source import open_source
 from modekit.weights.few_bits import decoded
 from modekit.weights.numeric import as_array, to_float32
 from modekit.weights.stored import Stored

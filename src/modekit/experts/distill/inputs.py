@@ -24,8 +24,8 @@ from modekit.experts.specialist import digest_of_source
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.run import Run
-from modekit.sources.model import ModelSource, open_source
 from modekit.sources.pairs import PAIRS
+from modekit.sources.source import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
 from modekit.text.document import Document, check_kind
 from modekit.text.sequences import TokenSequence

@@ -1,7 +1,7 @@
 """config.json of a model, which anyone may have written: read as data, refused where it brings code, values of the right kind.
 
-After `check_values` the settings that modekit and transformers' classes of dense models compute with are what their names say:
-sizes are whole numbers, names are text, and nothing is so large that arithmetic with it fails.
+After `check_values` the settings that modekit computes with are what their names say: sizes are whole numbers, names are text,
+and nothing is so large that arithmetic with it fails.
 """
 
 from __future__ import annotations
@@ -10,35 +10,39 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from modekit.errors import SourceError
 from modekit.files.read import UNREADABLE, read_json
 from modekit.run import Run
-from modekit.sources.family import Config, damaged_model, no_usable
 
-_DEEPEST = 32  # containers within each other
+Config = Mapping[str, object]
+"""config.json of a model, or adapter_config.json, as data: `whole`, `number` and `words` read what has to be of a kind."""
+
+SAVE_AGAIN = "download or save the model again"
 FROM_GGUF = (
     "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), "
     "then save_pretrained, and the tokenizer in the same way"
 )
-_REDIRECTS = frozenset({"configuration_files", "transformers_weights"})
-"""Keys by which transformers reads other files than config.json and the weights that modekit checks."""
-_CODE = frozenset({"auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels", *_REDIRECTS})
+_DEEPEST = 32  # containers within each other
+_CODE = frozenset(
+    {
+        *("auto_map", "fusion_config", "kernel_config", "use_kernel", "use_kernels"),
+        *("configuration_files", "transformers_weights"),  # other files than those that modekit checks
+    }
+)
 """Keys by which a config makes transformers import, download or read something else, wherever in the config they stand."""
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+"""What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
 _NO_SETTINGS = frozenset(
     {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision", "quantization_config"}
 )
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-"""What follows underscores in the names of keys that may name a repository of compiled code; those without a slash do not."""
 
-Size = Annotated[int, Field(ge=1, le=2**40)]
-Count = Annotated[int, Field(ge=0, le=2**40)]
-Number = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
-Word = Annotated[str, Field(max_length=200)]
-Simple = None | bool | Number | Word
+_Size = Annotated[int, Field(ge=1, le=2**40)]
+_Number = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+_Word = Annotated[str, Field(max_length=200)]
 
 
 def _optional(kind: Any, names: str) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def _optional(kind: Any, names: str) -> dict[str, Any]:
 
 
 def _needed(names: str) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), (Size, ...))
+    return dict.fromkeys(names.split(), (_Size, ...))
 
 
 _READ_AS = ConfigDict(strict=True, extra="ignore")
@@ -55,23 +59,25 @@ _Values = create_model(
     "_Values",
     __config__=_READ_AS,
     **_needed("hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"),
-    **_optional(Size, "num_key_value_heads head_dim max_position_embeddings global_head_dim num_global_key_value_heads"),
-    **_optional(Size, "full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim"),
-    **_optional(Size, "linear_num_key_heads linear_num_value_heads"),
-    **_optional(Count, "num_kv_shared_layers sliding_window max_window_layers"),
-    **_optional(Size | Word, "sliding_window_pattern"),
+    **_optional(_Size, "num_key_value_heads head_dim max_position_embeddings"),
+    **_optional(_Size, "full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim"),
+    **_optional(_Size, "linear_num_key_heads linear_num_value_heads"),
+    **_optional(Annotated[int, Field(ge=0, le=2**40)], "sliding_window max_window_layers"),
+    **_optional(_Size | _Word, "sliding_window_pattern"),
     **_optional(bool, "use_sliding_window tie_word_embeddings attention_bias mlp_bias use_bias"),
-    **_optional(Word, "hidden_act hidden_activation"),
-    **_optional(Number, "rms_norm_eps layer_norm_eps norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor"),
-    **_optional(Number, "embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale"),
-    **_optional(Number, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv"),
-    **_optional(list[Word], "layer_types"),
-    **_optional(list[int], "no_rope_layers"),
+    **_optional(_Word, "hidden_act hidden_activation"),
+    **_optional(_Number, "rms_norm_eps layer_norm_eps norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor"),
+    **_optional(_Number, "embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale"),
+    **_optional(_Number, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping clip_qkv"),
+    **_optional(list[_Word], "layer_types"),
     **_optional(dict[str, object], "rope_parameters rope_scaling"),
 )
-"""The settings of dense configs that anything is computed from; what is not named here is carried as it is."""
-SETTINGS = tuple(_Values.model_fields)
-"""What anything is computed from."""
+"""The settings of decoders' configs that anything is computed from; what is not named here is carried as it is."""
+_MAY_DIFFER = {"max_position_embeddings", "max_window_layers", "sliding_window_pattern", "full_attention_interval"}
+_SAID_OTHERWISE = {"use_sliding_window", "rope_theta", "rope_scaling", "vocab_size"}
+"""`Family.dense_config` has what they mean under other keys; how tokens may differ says vocabulary.py."""
+MUST_MATCH = ("model_type", *(key for key in _Values.model_fields if key not in _MAY_DIFFER | _SAID_OTHERWISE))
+"""Keys in which an expert must equal the base model; compared after `Family.dense_config`."""
 
 _SIZES_OF_A_PAIR = (
     "encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
@@ -82,27 +88,57 @@ _PairValues = create_model(
     "_PairValues",
     __config__=_READ_AS,
     **_needed("d_model vocab_size"),
-    **_optional(Size, " ".join(_SIZES_OF_A_PAIR)),
-    **_optional(Size, "decoder_vocab_size num_decoder_layers"),
-    **_optional(Size, "relative_attention_num_buckets relative_attention_max_distance"),
+    **_optional(_Size, " ".join(_SIZES_OF_A_PAIR)),
+    **_optional(_Size, "decoder_vocab_size num_decoder_layers"),
+    **_optional(_Size, "relative_attention_num_buckets relative_attention_max_distance"),
     **_optional(Annotated[int, Field(ge=1, le=2**20)], "max_position_embeddings"),  # some compute as many sines and cosines
-    is_encoder_decoder=(Literal[True], True),
-    **_optional(Word, "feed_forward_proj activation_function"),
-    **_optional(Number, "layer_norm_epsilon"),
+    **_optional(_Word, "feed_forward_proj activation_function"),
+    **_optional(_Number, "layer_norm_epsilon"),
     **_optional(bool, "scale_embedding share_encoder_decoder_embeddings tie_word_embeddings"),
 )
 """The same of families with an encoder."""
 
 
-class _Rope(BaseModel):
-    """Rotary settings, in one piece or per kind of layer."""
+def whole(config: Config, key: str) -> int:
+    """A whole number that a config gives. Raises SourceError where it gives none."""
+    value = config.get(key)
+    if type(value) is not int:
+        raise no_usable(key, value, "a whole number")
+    return value
 
-    model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, Simple | list[Number]]
 
-    rope_type: Word | None = None
-    type: Word | None = None
-    rope_theta: Number | None = None
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A number that a config gives; `default` where it gives none, or 0. Raises SourceError for anything else."""
+    value = config.get(key)
+    value = default if default is not None and not value else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise no_usable(key, value, "a number")
+    return float(value)
+
+
+def words(config: Config, key: str) -> list[object]:
+    """A list that a config gives, empty where it gives none. Raises SourceError for anything else."""
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise no_usable(key, value, "a list")
+    return value
+
+
+def architecture_of(config: Config) -> str:
+    """The class of transformers that a config names first."""
+    return str(next(iter(words(config, "architectures")), ""))
+
+
+def no_usable(key: str, found: object, expected: str | None, where: str | None = None, remedy: str = SAVE_AGAIN) -> SourceError:
+    """The error of a setting that nothing can be computed from."""
+    return damaged_model(f"config.json gives no usable {key[:64]}", where, found, expected, remedy)
+
+
+def damaged_model(
+    what: str, where: str | None, found: object = None, expected: str | None = None, remedy: str = SAVE_AGAIN
+) -> SourceError:
+    """The error of a model whose files contradict each other, or cannot be read."""
+    return SourceError(what, where=where, found=found, expected=expected, remedy=remedy)
 
 
 def settings_digest(config: Config) -> str:
@@ -120,8 +156,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
         if _is_deep(config):
             raise ValueError("nested too deeply")
     except FileNotFoundError:
-        refuse_adapter(folder, where=where)
-        refuse_gguf(folder, where=where)
+        refuse_other_kinds(folder, where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
         raise damaged_model("config.json cannot be read", where, error) from None
@@ -130,16 +165,12 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
     return config
 
 
-def refuse_adapter(folder: Path, *, where: str) -> None:
-    """Raise SourceError where a folder that lacks a model holds an adapter."""
+def refuse_other_kinds(folder: Path, *, where: str) -> None:
+    """Raise SourceError where a folder that lacks a model holds an adapter or GGUF files."""
     if (folder / "adapter_config.json").exists():
         its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
         remedy = "name it as adapter: in place of model: in the recipe" if where.startswith("experts[") else its_base
         raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
-
-
-def refuse_gguf(folder: Path, *, where: str) -> None:
-    """Raise SourceError where a folder that lacks a model holds GGUF files."""
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
@@ -176,31 +207,22 @@ def check_values(config: Config, *, where: str, pair: bool = False) -> None:
     For configs of the families in families.py, or where `pair` of those in pairs.py: others may call something else by these
     names.
     """
-    if pair:
-        _check_pair(config, where=where)
+    where, kind = f"{where}: config.json", _PairValues if pair else _Values
+    try:
+        kind.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise no_usable(name, config.get(name, first["input"]), first["msg"], where) from None
+    for key in ("rope_parameters", "rope_scaling"):
+        if not all(_may_be_rope(name, each) for name, each in entries(config.get(key))):
+            raise no_usable(key, config[key], "a kind, and numbers that can be computed with", where)
+    if not pair:
         return
-    try:
-        _Values.model_validate(dict(config))
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = config.get(key)
-            rope = rope if isinstance(rope, dict) else {}
-            parts = {name: each for name, each in rope.items() if isinstance(each, dict) and name not in _Rope.model_fields}
-            # One for all layers, or one per kind of layer.
-            for part in ({name: each for name, each in rope.items() if name not in parts}, *parts.values()):
-                _Rope.model_validate(part)
-    except ValidationError as error:
-        raise _unusable(config, error, where) from None
-
-
-def _check_pair(config: Config, *, where: str) -> None:
-    try:
-        _PairValues.model_validate(dict(config))
-    except ValidationError as error:
-        raise _unusable(config, error, where) from None
-    kind = min(map(str.split, _SIZES_OF_A_PAIR), key=lambda keys: sum(config.get(key) is None for key in keys))
-    lacking = next((key for key in kind if config.get(key) is None), None)
+    sizes = min(map(str.split, _SIZES_OF_A_PAIR), key=lambda keys: sum(config.get(key) is None for key in keys))
+    lacking = next((key for key in sizes if config.get(key) is None), None)
     if lacking is not None:
-        raise no_usable(lacking, None, None, f"{where}: config.json")
+        raise no_usable(lacking, None, None, where)
     if config.get("share_encoder_decoder_embeddings") is False:
         raise SourceError(
             "encoder and decoder have embeddings of their own, which no mixture of this family has yet",
@@ -210,10 +232,10 @@ def _check_pair(config: Config, *, where: str) -> None:
         )
 
 
-def _unusable(config: Config, error: ValidationError, where: str) -> SourceError:
-    first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    return no_usable(name, config.get(name, first["input"]), first["msg"], f"{where}: config.json")
+def _may_be_rope(key: str, value: object) -> bool:
+    """Whether a kind of rotary embedding is a word, and a number is one that fits a float."""
+    is_kind = key not in ("rope_type", "type") or isinstance(value, str)
+    return is_kind and not (isinstance(value, int) and abs(value) > 2**60)
 
 
 def _is_plain(value: object) -> bool:

@@ -1,32 +1,20 @@
-"""Model folders read by header: which tensors, and where their bytes lie (contents.py reads these).
-
-Nothing here imports torch. A safetensors file is 8 bytes of header length (little endian), a JSON header with dtype,
-shape and data_offsets per tensor, then the data; every claim of the header is checked against the file's size before
-a tensor is used.
-"""
+"""Model folders read by config and header. Nothing here imports torch, but for quantised weights."""
 
 from __future__ import annotations
 
-import io
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from modekit.errors import MismatchError, SourceError
 from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
 from modekit.run import QUIET, Run
-from modekit.sources.families import own_family
-from modekit.sources.family import Config, Family, damaged_model
-from modekit.sources.header import AGAIN, entries_in
-from modekit.sources.model_config import FROM_GGUF, check_no_code, read_config, refuse_adapter, refuse_gguf
-from modekit.sources.wrappers import WRAPPERS, may_wrap, plain_names, text_config
-
-DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors name -> name used in recipes and config.json; the dtypes a mixture can be built from."""
+from modekit.sources.config import FROM_GGUF, Config, check_no_code, damaged_model, read_config, refuse_other_kinds
+from modekit.sources.header import TensorRef, read_header
+from modekit.sources.towers import WRAPPERS, may_wrap, plain_names, text_config
 
 SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
@@ -34,77 +22,6 @@ SPECIALIST_FILE = "specialist.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor in a file: safetensors dtype, shape, and the absolute byte range [start, end).
-
-    `state` is the file's when its header was read; None where the header is not of a file on this disk.
-    """
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    state: FileState | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.end - self.start
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def parts(self) -> tuple[TensorRef, ...]:
-        """The tensors in its model's files that are read for it: itself, but for quantised and joined ones."""
-        return (self,)
-
-    @property
-    def source_dtype(self) -> str:
-        """The dtype that it gets where a recipe says `dtype: source`."""
-        return self.dtype
-
-
-def read_header(file: Path, *, where: str) -> dict[str, TensorRef]:
-    """Tensors of one safetensors file; what is accepted here, the safetensors library accepts.
-
-    Raises SourceError when the file is truncated, garbage, or its header lies about sizes.
-    """
-    where = f"{where}: {file.name}"
-    try:
-        with open_regular(file) as raw:
-            state = FileState.of(raw)
-            return tensors_in(io.BufferedReader(raw), state.size, file, where=where, state=state)
-    except OSError as error:
-        raise SourceError("file cannot be read", where=where, found=error.strerror, remedy=AGAIN) from None
-
-
-def tensors_in(stream: BinaryIO, size: int, file: Path, *, where: str, state: FileState | None = None) -> dict[str, TensorRef]:
-    """The same of a stream that begins as a file of `size` bytes does; of it no more than the header is read."""
-    entries = entries_in(stream, size, where=where)
-    return {
-        name: TensorRef(name, file, each.dtype, each.shape, each.start, each.end, state=state) for name, each in entries.items()
-    }
-
-
-def check_floats(refs: Iterable[TensorRef], *, where: str) -> None:
-    """Raise SourceError for a tensor of no float."""
-    for ref in refs:
-        if ref.dtype not in DTYPE_NAMES:
-            raise SourceError(
-                "tensor dtype cannot be mixed",
-                where=f"{where}: {ref.name}",
-                found=ref.dtype,
-                expected=", ".join(DTYPE_NAMES),
-                remedy="save it in bf16, fp16 or fp32",
-            )
 
 
 @dataclass(frozen=True)
@@ -281,9 +198,7 @@ def source_of(
     names, wraps = plain_names(tensors, where=plain.where), config["model_type"] in WRAPPERS
     own = {name: replace(tensors[named], name=name) for name, named in names.items()}
     text = text_config(config, own, where=plain.where) if wraps else config
-    unread = own_family(text, Family("")).unread(text)
     beside = {name: tensors[name] for name in tensors.keys() - set(names.values())}
-    beside |= {name: own.pop(name) for name in own.keys() & unread}
     if not wraps and own.keys() == tensors.keys():
         return plain
     return replace(plain, config=text, tensors=own, wrapper=config, beside=beside)
@@ -315,8 +230,7 @@ def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[P
         return [folder / name for name in names]
     if elsewhere:
         return [single]
-    refuse_adapter(folder, where=where)
-    refuse_gguf(folder, where=where)
+    refuse_other_kinds(folder, where=where)
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Decoders without a row in families.py: what a mixture must know of them, found in their installed class.
+"""Causal language models without a row in families.py: what a mixture must know of them, found in their installed class.
 
 The class is made on torch's meta device, where nothing is allocated, and looked at by structure: the list of layers with most
 parameters is the stack, its linear modules are the parts, and whatever else holds tensors is part of whole models only. Only
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,17 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modekit.errors import UnsupportedError
 from modekit.recipes.layers import stack_of
-from modekit.sources.family import Config, Family, Stack, damaged_model, no_usable
-from modekit.sources.model_config import entries
-from modekit.sources.names import split_layer
+from modekit.sources.config import Config, damaged_model, entries, no_usable
+from modekit.sources.family import Family, Stack
+from modekit.sources.names import split_layer, weight_of
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from modekit.sources.source import ModelSource
+
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 """Keys of config.json that every family with a row has; a mixture's has them whatever its class calls them."""
-_MOST = 4096
-"""Layers, or experts of one layer, that are made on the meta device."""
+_MOST, _MOST_EXPERTS = 4096, 2**15
+"""Layers, and experts of one layer, that are made on the meta device."""
 _TOKENS = 13
 _READ_FIRST = ("q_proj", "query", "q_lin")
 _COUNTS = ("layer", "expert", "block", "depth", "codebook")
@@ -77,19 +79,83 @@ class Derived(BaseModel):
     blocks: Annotated[list[_Name], Field(max_length=65_536)] = []
 
 
-def family_from(model_type: str, derived: Derived) -> Family:
-    """The row that what was found in a class amounts to."""
+@dataclass(frozen=True)
+class ClassFamily(Family):
+    """A family by what was found in its class. `known`: what its config.json says of sizes, under the names that rows use."""
+
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def found(self) -> Derived:
+        """What was found."""
+        assert self.derived is not None
+        return self.derived
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Tensors that are others under a second name -> those others."""
+        return self.found.tied
+
+    def is_tied(self, source: ModelSource) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.found.tied)
+
+    def own_names(self, source: ModelSource) -> list[str]:
+        """Names of a model's tensors that its class has."""
+        return [name for name in source.tensors if name in self.tensors] if self.tensors else super().own_names(source)
+
+    def settings(self, config: Config, *, where: str) -> Config:
+        """Every setting that the class has."""
+        said = structure(config, where=where).family.defaults
+        return {key: value for key, value in said.items() if key != "vocab_size"}
+
+    def looks_up(self, module: str) -> bool:
+        """Whether a module is an embedding."""
+        return module in self.found.lookups
+
+    def keeps_columns(self, module: str) -> bool:
+        """Whether a linear module keeps its weight as (I, O)."""
+        return module in self.found.columns
+
+    def may_be_low_rank(self, module: str) -> bool:
+        """Whether a part of a difference can stand at a module: a linear one that keeps rows."""
+        return module not in {*self.found.lookups, *self.found.columns, *self.found.blocks}
+
+    def place_of(self, tensor: str) -> str:
+        """The module that a tensor belongs to, or a block that only works as a whole."""
+        blocks = (block for block in self.found.blocks if tensor.startswith(f"{block}."))
+        return next(blocks, super().place_of(tensor))
+
+    def with_sizes(self, config: Config) -> Config:
+        """A config with its sizes under the names that rows use."""
+        return {**config, **{key: size for key, size in self.known.items() if type(config.get(key)) is not int}}
+
+    def outside(self, source: ModelSource) -> list[str]:
+        """The embedding: `shapes` has the rest."""
+        return [weight_of(self.embedding)]
+
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the class."""
+        return dict(structure(config, where="config.json").family.tensors)
+
+    def dense_config(self, config: Config) -> dict[str, object]:
+        """The config with the settings of its class."""
+        return dict(self.with_sizes({**self.defaults, **config}))
+
+
+def family_from(model_type: str, derived: Derived, **known: Any) -> ClassFamily:
+    """The family that what was found in a class amounts to."""
     layer, _ = split_layer(f"{derived.layers}0.x")
     name = "" if layer is None else stack_of(layer)[0]
-    stack = Stack(name=name, layers=derived.layers, parts=_named(derived.parts), ffn=derived.ffn)
-    return Family(
+    return ClassFamily(
         model_type,
-        (stack,),
+        (Stack(name=name, layers=derived.layers, parts=_named(derived.parts), ffn=derived.ffn),),
         embedding=derived.embedding,
         head=derived.head,
         heads_first=tuple(derived.heads_first),
         without_vllm="its family has no row in modekit's table, and it was not tested in vLLM",
         derived=derived,
+        **known,
     )
 
 
@@ -137,8 +203,9 @@ def _on_meta(config: Mapping[str, Any], where: str) -> Any:
 def _check_counts(config: Config, where: str) -> None:
     """Raise SourceError before anything has an entry for each of a billion layers."""
     for key, value in entries(config):
-        if isinstance(value, int) and value > _MOST and any(word in key for word in _COUNTS) and "size" not in key:
-            raise no_usable(key, value, f"at most {_MOST}", where)
+        most = _MOST_EXPERTS if "expert" in key else _MOST
+        if isinstance(value, int) and value > most and any(word in key for word in _COUNTS) and "size" not in key:
+            raise no_usable(key, value, f"at most {most}", where)
 
 
 class Structure:
@@ -187,8 +254,9 @@ class Structure:
         }
         tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
-        family = family_from(config.model_type, derived)
-        return replace(family, known=known, tensors=tensors, defaults=settings, called=tuple(self._called))
+        return family_from(
+            config.model_type, derived, known=known, tensors=tensors, defaults=settings, called=tuple(self._called)
+        )
 
     def refused(self, why: str, remedy: str = "choose a base model of another family (docs/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
