@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.engines.converter import Conversion, convert
-from modekit.engines.gguf import conversion_of
+from modekit.engines.converter import convert
+from modekit.engines.gguf import finer_of
 from modekit.engines.llama import Llama
-from modekit.engines.registry import GgufSettings
 
 WRITTEN, READ = 128, 512
 TEXT = "The heart moves blood through the body, and the court hears the parties. "
@@ -33,23 +32,22 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("mixtures", type=Path, nargs="+")
     parser.add_argument("--outtype", default="q8_0")
-    parser.add_argument("--pre-tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    settings = GgufSettings(arguments.outtype, arguments.pre_tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         files = {"base": Path(folder) / "base.gguf"}
-        convert(arguments.base, files["base"], Conversion(arguments.outtype, arguments.pre_tokenizer, "gpt-2"))
+        convert(arguments.base, files["base"], arguments.outtype)
         for number, mixture in enumerate(arguments.mixtures):
             files[mixture.name] = Path(folder) / f"{number}.gguf"
-            convert(mixture, files[mixture.name], conversion_of(open_checkpoint(mixture.resolve()), settings))
+            finer = finer_of(open_checkpoint(mixture.resolve()), arguments.outtype)
+            convert(mixture, files[mixture.name], arguments.outtype, finer)
         threads = torch.get_num_threads()
         models = {name: opened.enter_context(Llama(file, context=1024, threads=threads)) for name, file in files.items()}
         ids = (models["base"].tokenize(TEXT) * 100)[:READ]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
         for round_ in range(arguments.rounds + 1):
             for name in sorted(models, reverse=bool(round_ % 2)):
-                answer = models[name]._complete(ids[round_:], n_predict=WRITTEN, ignore_eos=True)
+                answer = models[name].complete(ids[round_:], n_predict=WRITTEN, ignore_eos=True)
                 if round_:
                     found[name].append(answer["timings"])
         for key, what in (("predicted_per_second", "written"), ("prompt_per_second", "read")):

@@ -16,8 +16,7 @@ from conftest import save, tiny_model, write_text
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines.adapters import chosen_adapters
-from modekit.errors import RecipeError, UnsupportedError
+from modekit.errors import RecipeError
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
@@ -201,14 +200,7 @@ def test_codes_stay_codes_in_another_dtype_and_are_no_adapter(tmp_path: Path) ->
     assert codes.dtype == torch.uint8
     wanted = logits(load_model(checkpoint.folder), "one")
     assert (logits(rounded, "one").float() - wanted).abs().max() < 0.05 * wanted.abs().max()
-    for ending in (adapters_of, without_vllm):
-        assert "few bits" in ending(checkpoint)
-
-
-def adapters_of(checkpoint: Checkpoint) -> str:
-    with pytest.raises(UnsupportedError) as refused:
-        chosen_adapters(checkpoint, None)
-    return str(refused.value)
+    assert "few bits" in without_vllm(checkpoint)
 
 
 def without_vllm(checkpoint: Checkpoint) -> str:

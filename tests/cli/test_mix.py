@@ -155,6 +155,7 @@ def test_the_gguf_lies_where_serve_looks_for_it(shop: Path, monkeypatch: pytest.
     shutil.rmtree("OUT", ignore_errors=True)
     folders: list[Path] = []
     monkeypatch.setattr("modekit.engines.converter.check_installed", lambda: None)
+    monkeypatch.setattr("modekit.engines.converter.check_tokenizer", lambda _: None)
     monkeypatch.setattr("modekit.cli.mixtures.write_gguf", lambda _made, folder, _options: folders.append(folder))
     printed = modekit("mix", "base", "law", "code", *texts(law="law", code="code"), "-o", "OUT", "--gguf", "q8_0")
     assert folders == [Path("OUT.gguf")] and "modekit serve OUT --outtype q8_0" in printed

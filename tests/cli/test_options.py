@@ -45,9 +45,9 @@ def test_fields_become_options() -> None:
 
 
 def test_a_field_without_a_default_is_an_option_that_must_be_given(tmp_path: Path) -> None:
-    message = " ".join(ended("front", tmp_path)[2].split())
-    assert "Missing option '--worker'" in message and "object at" not in message
-    assert "MISSING" not in modekit("front", "--help") and "[required]" in modekit("front", "--help")
+    message = " ".join(ended("mix", tmp_path, tmp_path)[2].split())
+    assert "Missing option '--out'" in message and "object at" not in message
+    assert "MISSING" not in modekit("mix", "--help") and "[required]" in modekit("mix", "--help")
 
 
 def test_a_misspelt_choice_is_answered_with_the_nearest(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((["serve", "--engine", name], f"--engine {name}", "in Python") for name in ("llama", "vllm", "transformers")),
         (["serve"], "", "in Python"),
         (["export", "--gguf"], "--gguf", "in Python"),
-        (["export", "--gguf", "--expert", "law"], "--gguf", "in Python"),
         (["inspect", "--text", "fever"], "--text", "leave it out"),
         (["eval-tasks", "hellaswag"], "", "modekit eval-translation OUT"),
         (["eval-tasks", "questions"], "", "modekit eval-translation OUT"),

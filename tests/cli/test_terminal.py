@@ -15,15 +15,12 @@ import torch
 
 from byte_level import save_byte_model
 from chatting import TEMPLATE
-from command_line import ended, modekit
+from command_line import ended
 from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.cli.printing.console import console_for
-from modekit.engines.chat import ChatAnswer, ChatSettings, chatting, words_at
-from modekit.engines.gguf import export_gguf
-from modekit.engines.registry import GgufSettings
-from modekit.engines.voices import AnswerToken
+from modekit.cli.printing.console import console_for, visible
+from modekit.engines.chat import AnswerToken, Chat, ChatAnswer, ChatSettings, words_at
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.passes import traced_losses
 from modekit.loaded.load import load_model, load_tokenizer
@@ -59,8 +56,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 
 
 def answered(checkpoint: Checkpoint, *said: str, **settings: Any) -> list[ChatAnswer]:
-    with chatting(checkpoint, ChatSettings(**{"answer_tokens": 8, **settings})) as talk:
-        return [talk.ask(each, lambda _: None) for each in said]
+    talk = Chat(checkpoint, ChatSettings(**{"answer_tokens": 8, **settings}))
+    return [talk.ask(each, lambda _: None) for each in said]
 
 
 @torch.inference_mode()
@@ -105,18 +102,18 @@ def test_what_tokens_add_is_what_the_router_says(mixtures: dict[str, Checkpoint]
 
 
 def test_the_words_that_decided(mixtures: dict[str, Checkpoint]) -> None:
-    with chatting(mixtures["lexical"], ChatSettings(answer_tokens=2)) as talk:
-        assert talk.why() is None
-        talk.ask(f"{_WORDS['law']} artery", lambda _: None)
-        why = talk.why()
-        assert why is not None and max(why.weights, key=why.weights.__getitem__) == "law"
-        law, medicine = (dict(why.words[name]) for name in ("law", "medicine"))
-        assert set(law) & set(_WORDS["law"].split()) and "artery" in medicine and not set(law) & set(medicine)
-        talk.reset()
-        assert talk.why() is None
-    with chatting(mixtures["hidden"], ChatSettings(answer_tokens=2)) as talk:
-        talk.ask("heart", lambda _: None)
-        assert talk.why() is None
+    talk = Chat(mixtures["lexical"], ChatSettings(answer_tokens=2))
+    assert talk.why() is None
+    talk.ask(f"{_WORDS['law']} artery", lambda _: None)
+    why = talk.why()
+    assert why is not None and max(why.weights, key=why.weights.__getitem__) == "law"
+    law, medicine = (dict(why.words[name]) for name in ("law", "medicine"))
+    assert set(law) & set(_WORDS["law"].split()) and "artery" in medicine and not set(law) & set(medicine)
+    talk.reset()
+    assert talk.why() is None
+    talk = Chat(mixtures["hidden"], ChatSettings(answer_tokens=2))
+    talk.ask("heart", lambda _: None)
+    assert talk.why() is None
 
 
 def test_words_are_cut_at_space_and_signs() -> None:
@@ -124,30 +121,12 @@ def test_words_are_cut_at_space_and_signs() -> None:
     assert words_at(said) == {"ab": [0, 1, 5], "c": [2], "?": [3], "d": [7], "<|end|>": [8], "e": [9]}
 
 
-def test_llama_cpp_answers_the_same_and_it_is_known_who_led(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
-    checkpoint = mixtures["lexical"]
-    (written_file,) = export_gguf(checkpoint, tmp_path / "gguf", GgufSettings("f32"))
-    said = (tmp_path / "gguf" / "Modelfile").read_text()
-    assert said.startswith(f"FROM ./{written_file.file.name}\nTEMPLATE") and "PARAMETER num_ctx 256\n" in said
-    (ours,) = answered(checkpoint, QUESTION)
-    (theirs,) = answered(checkpoint, QUESTION, gguf=written_file.file, threads=1)
-    plain = [re.sub(r"[^ -~]", "", answer.text) for answer in (ours, theirs)]
-    assert theirs.prompt == ours.prompt and plain[1] and plain[0].startswith(plain[1][:4])
-    assert next(iter(theirs.led_by())) == next(iter(ours.led_by())) == 1
-    (cut,) = answered(checkpoint, QUESTION, gguf=written_file.file, threads=1, answer_tokens=24)
-    assert len(cut.tokens) < 24 and cut.ended == "length"  # of several tokens that are one character
-    code, stdout, stderr = ended_with("heart\n", "chat", checkpoint.folder, "--gguf", written_file.file, "--max-tokens", "4")
-    assert code == 0 and "in llama.cpp" in stderr and stdout.strip()
-    code, _, stderr = ended_with("/expert law\n", "chat", checkpoint.folder, "--gguf", written_file.file)
-    assert code == 0 and "takes the experts that the routers choose" in stderr
-
-
 def test_a_forced_expert_is_that_expert(mixtures: dict[str, Checkpoint]) -> None:
     for name in ("lexical", "adapters"):
         checkpoint = mixtures[name]
-        with chatting(checkpoint, ChatSettings(answer_tokens=6)) as talk:
-            talk.voice.use_expert(0)
-            forced = talk.ask(QUESTION, lambda _: None)
+        talk = Chat(checkpoint, ChatSettings(answer_tokens=6))
+        talk.expert = 0
+        forced = talk.ask(QUESTION, lambda _: None)
         model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
         with torch.inference_mode(), mixture_of(model, checkpoint).forced(0):
             made = model.generate(
@@ -170,13 +149,13 @@ def test_a_long_conversation_loses_its_beginning(mixtures: dict[str, Checkpoint]
 
 
 def test_what_does_not_fit_is_said_and_the_chat_goes_on(mixtures: dict[str, Checkpoint]) -> None:
-    with chatting(mixtures["ngram"], ChatSettings(context=96, answer_tokens=200)) as talk:
-        with pytest.raises(TextError, match="no room for an answer"):
-            talk.ask("word " * 100, lambda _: None)
-        answer = talk.ask("heart", lambda _: None)
-        assert answer.ended in ("context", "end") and len(answer.prompt) + len(answer.tokens) <= 96
-    with pytest.raises(ModekitError, match="longer than the model's"), chatting(mixtures["ngram"], ChatSettings(context=512)):
-        pass
+    talk = Chat(mixtures["ngram"], ChatSettings(context=96, answer_tokens=200))
+    with pytest.raises(TextError, match="no room for an answer"):
+        talk.ask("word " * 100, lambda _: None)
+    answer = talk.ask("heart", lambda _: None)
+    assert answer.ended in ("context", "end") and len(answer.prompt) + len(answer.tokens) <= 96
+    with pytest.raises(ModekitError, match="longer than the model's"):
+        Chat(mixtures["ngram"], ChatSettings(context=512))
 
 
 def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Checkpoint]) -> None:
@@ -187,11 +166,11 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Chec
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    with chatting(mixtures["ngram"], ChatSettings(answer_tokens=50)) as talk:
-        answer = talk.ask(QUESTION, interrupt)
-        assert (answer.ended, len(answer.tokens)) == ("stopped", 3)
-        later = talk.ask("heart", lambda _: None)
-        assert len(later.prompt) > len(answer.prompt) + 3
+    talk = Chat(mixtures["ngram"], ChatSettings(answer_tokens=50))
+    answer = talk.ask(QUESTION, interrupt)
+    assert (answer.ended, len(answer.tokens)) == ("stopped", 3)
+    later = talk.ask("heart", lambda _: None)
+    assert len(later.prompt) > len(answer.prompt) + 3
 
 
 def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
@@ -207,13 +186,49 @@ def ended_with(said: str | bytes, *args: object) -> tuple[object, str, str]:
 
 
 def test_lines_of_a_pipe_are_questions(mixtures: dict[str, Checkpoint]) -> None:
-    lines = f"{QUESTION}\n\n/why\n/nonsense\n/expert nobody\n/reset\n/why\n/quit\nheart\n"
-    code, stdout, stderr = ended_with(lines, "chat", mixtures["lexical"].folder, "--max-tokens", "4")
-    assert code == 0 and stderr.count("of 4 tokens]") == 1 and "law 100%" in stderr
-    assert "The answer began with law" in stdout and stdout.count("Nothing was answered yet.") == 1
-    assert "/why: words that decided" in stderr and "there is no expert nobody; there are medicine, law" in stderr
+    """All of them: also those that would be commands on a terminal."""
+    code, _, stderr = ended_with(
+        f"{QUESTION}\n\n/quit the job?\nheart\n", "chat", mixtures["lexical"].folder, "--max-tokens", "4"
+    )
+    assert code == 0 and stderr.count("of 4 tokens]") == 3 and "law 100%" in stderr
     code, _, stderr = ended_with("word " * 400, "chat", mixtures["lexical"].folder)
     assert code == 2 and "no room for an answer" in stderr and "--context" in stderr
+
+
+def test_commands(mixtures: dict[str, Checkpoint], capsys: pytest.CaptureFixture[str]) -> None:
+    import modekit.cli.chat as command
+
+    checkpoint = mixtures["lexical"]
+    talk = Chat(checkpoint, ChatSettings(answer_tokens=4))
+    talk.ask(QUESTION, lambda _: None)
+    assert all(command._obey(talk, checkpoint, line) for line in ("/why", "/nonsense", "/expert nobody", "/reset", "/why"))
+    assert not command._obey(talk, checkpoint, "/quit")
+    said = capsys.readouterr()
+    assert "The answer began with law" in said.out and said.out.count("Nothing was answered yet.") == 1
+    assert "/why: words that decided" in said.err and "there is no expert nobody; there are medicine, law" in said.err
+    command._obey(talk, checkpoint, "/expert law")
+    assert talk.expert == 1
+
+
+def test_a_question_that_failed_was_not_asked(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a template that wants the turns to alternate would refuse every later one."""
+    talk = Chat(mixtures["lexical"], ChatSettings(answer_tokens=2))
+    before = talk.ask("heart", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(talk._model, "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError):
+            talk.ask("tort", lambda _: None)
+    after = talk.ask("deed", lambda _: None)
+    assert talk.answer is after and len(after.prompt) > len(before.prompt)
+    assert "tort" not in load_tokenizer(mixtures["lexical"].folder).decode(after.prompt)
+
+
+def test_what_scripts_need_is_shown_as_it_is() -> None:
+    french, japanese = "d\u00e9j\u00e0\u00a0vu\u202f!", "\u6771\u4eac\u3000\u99c5"
+    persian, emoji = "\u0645\u06cc\u200c\u062e", "\U0001f469\u200d\U0001f52c"
+    for text in (french, japanese, persian, emoji):
+        assert visible(text) == text
+    assert visible("\u202eabc\x1b") == "\\u202eabc\\x1b"
 
 
 @pytest.mark.parametrize("command", [["chat"], ["route", "-"], ["inspect", "--text", "-"]])
@@ -297,4 +312,3 @@ def test_on_a_terminal_it_streams_in_colour(mixtures: dict[str, Checkpoint]) -> 
 def test_what_is_no_mixture_is_refused(tmp_path: Path) -> None:
     code, _, stderr = ended("chat", tmp_path)
     assert code == 2 and "modekit.json" in stderr
-    assert "--gguf" in modekit("chat", "--help")

@@ -19,20 +19,17 @@ import pytest
 
 from byte_level import save_byte_model
 from chatting import TEMPLATE
-from domain_mixtures import adapter_experts, built, model_experts
-from modekit.engines.child import Child
-from modekit.engines.converter import Conversion, convert
+from domain_mixtures import built, model_experts
 from modekit.engines.listening import free_port
 from modekit.engines.registry import ENGINES
 from modekit.engines.vllm_process import SERVER
-from waiting import until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text().replace("\\\n", " ")
-SERVES = re.compile(r"(\w+=\w+ )*(modekit (serve|front)|python -m vllm\S+) ")
+SERVES = re.compile(r"(\w+=\w+ )*(modekit serve|python -m vllm\S+) ")
 COMMAND = re.compile(r"^    ((?:modekit|vllm|curl http://127.0.0.1:8000|VLLM_\w+=\w+)\b.*)", re.MULTILINE)
-"""All but llama.cpp's own command and what is asked of it at 8080; the same in its process is in engines/test_lora_gguf.py."""
-HERE = ["One command", "llama.cpp", "Adapters over one base", "One address before many servers"]
-IN_VLLM = ["Adapters that come and go", "vLLM"]
+"""All but commands of other programs: engines/test_litellm.py runs the proxy."""
+HERE = ["One command", "llama.cpp"]
+IN_VLLM = ["vLLM"]
 _STARTS_S = 240
 
 
@@ -51,9 +48,9 @@ def port_of(said: str) -> str:
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each shape of mixture, with OUT in it, and its experts."""
+    """A folder with OUT in it."""
     root = tmp_path_factory.mktemp("serve-page")
-    experts = {"model": model_experts(root, head_dim=32), "adapter": adapter_experts(root)}
+    experts = {"model": model_experts(root, head_dim=32)}
     save_byte_model(root / "BASE", "llama", 9, head_dim=32)
     (root / "BASE" / "chat_template.jinja").write_text(TEMPLATE)
     for kind, listed in experts.items():
@@ -119,49 +116,14 @@ def test_every_command_is_run() -> None:
 
 @pytest.mark.parametrize("heading", HERE)
 def test_the_commands_run(mixtures: Path, shell: Shell, heading: str) -> None:
-    with ExitStack() as stack:
-        if "many servers" in heading:
-            workers(mixtures, stack)
-        for line in sections()[heading]:
-            said = shell.run(line, mixtures / ("adapter" if heading.startswith("Adapters") else "model"))
-            if line.startswith("curl"):
-                assert json.loads(said)["choices"], said
+    for line in sections()[heading]:
+        said = shell.run(line, mixtures / "model")
+        if line.startswith("curl"):
+            assert json.loads(said)["choices"], said
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("heading", IN_VLLM)
 def test_the_commands_of_vllm_run(mixtures: Path, shell: Shell, heading: str) -> None:
     for line in sections()[heading]:
-        shell.run(line, mixtures / ("adapter" if "Adapters" in heading else "model"))
-    if "Adapters" in heading:
-        until(lambda: {"medicine", "law"} <= served(port_of("8000")))
-
-
-def served(port: str) -> set[str]:
-    """The models that can be asked for."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30) as answer:
-        return {each["id"] for each in json.load(answer)["data"]}
-
-
-def workers(root: Path, stack: ExitStack) -> None:
-    """llama.cpp's servers with the experts, where the page has them."""
-    for said, name in (("8001", "medicine"), ("8002", "law")):
-        file = root / f"{name}.gguf"
-        convert(root / name, file, Conversion("f32", guess="gpt-2"))
-        child = stack.enter_context(
-            Child(
-                "modekit.engines.llama_process",
-                {
-                    "model": str(file),
-                    "name": name,
-                    "host": "127.0.0.1",
-                    "port": int(port_of(said)),
-                    "key": None,
-                    "context": 96,
-                    "parallel": 2,
-                    "threads": 1,
-                    "exact": False,
-                },
-            )
-        )
-        assert child.answer() is not None
+        shell.run(line, mixtures / "model")

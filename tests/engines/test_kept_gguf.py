@@ -17,16 +17,16 @@ from byte_level import save_byte_model
 from domain_mixtures import model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import gguf
-from modekit.engines.converter import Conversion, converter_folder, is_installed
+from modekit.engines.converter import converter_folder, is_installed
 from modekit.engines.gguf import EXPORT_FILE, gguf_of, made_of
-from modekit.engines.proof_result import Loss, Proof
-from modekit.engines.registry import GgufSettings
+from modekit.engines.proof import Proof
+from modekit.engines.registry import Outtype
 from modekit.files.marker import marker_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
 from modekit.sources import contents
 
-EXACT = GgufSettings("f32")
+EXACT: Outtype = "f32"
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
     found: list[Path] = []
     convert = gguf.convert
-    monkeypatch.setattr(gguf, "convert", lambda model, file, how: found.append(file) or convert(model, file, how))
+    monkeypatch.setattr(gguf, "convert", lambda model, file, *how: found.append(file) or convert(model, file, *how))
     return found
 
 
@@ -48,11 +48,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def made_of_weights(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The same for who asks only when a file is made anew: it is a digest of the weights, and passes as proven."""
 
-    def convert(model: Path, file: Path, _how: Conversion) -> None:
+    def convert(model: Path, file: Path, *_how: object) -> None:
         made.append(file)
         file.write_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))).digest())
 
-    passed = Proof("f32", 96, 96, "none", 4, 300, 1e-6, 1e-7, 10.0, 10.0, Loss(0.0, 0.0))
+    passed = Proof("f32", 96, 96, "none", 4, 300, 1e-6, 1e-7, 10.0, 0.0, 0.0)
     monkeypatch.setattr(gguf, "convert", convert)
     monkeypatch.setattr(gguf, "compare", lambda *_, **__: passed)
     return made

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
+import openai
 import psutil
 import pytest
 import torch
@@ -25,17 +27,16 @@ from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import converter, threads
 from modekit.engines import registry as module
-from modekit.engines.guard import LARGEST_BODY
-from modekit.engines.listening import KEY, refuse_other_machines
-from modekit.engines.registry import ENGINES, EngineName, GgufSettings, ServeSettings
-from modekit.engines.serve import ServedMixture, choose_engine, serving
-from modekit.errors import EngineError, UnsupportedError
+from modekit.engines.listening import KEY, key_of_clients
+from modekit.engines.registry import ENGINES, EngineName, ServeSettings
+from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, serving
+from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
-from waiting import until
 
 PROMPTS = [f"the heart moves the {thing}" for thing in ("blood", "body", "court", "width", "parties", "thing", "return", "27")]
 COUNT = 12
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ name or 'assistant' }}: "
+TEMPLATE = "{% if messages|length > 9 %}{{ raise_exception('too many turns') }}{% endif %}"
+TEMPLATE += "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ name or 'assistant' }}: "
 CASES = [
     ("native", "llama"),
     ("native", "transformers"),
@@ -71,7 +72,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
 )
 def running(request: pytest.FixtureRequest, mixtures: dict[str, Checkpoint]) -> Iterator[tuple[ServedMixture, Checkpoint]]:
     shape, engine = request.param
-    settings = ServeSettings(engine, port=0, parallel=4, context=64, gguf=GgufSettings("f32"))
+    settings = ServeSettings(engine, port=0, parallel=4, context=64, outtype="f32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY, "secret")
         with serving(mixtures[shape], settings) as served:
@@ -171,37 +172,41 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
         ("/v1/chat/completions", {**chat, "messages": [{"role": "user", "content": "the " * 4000}]}, "secret"),
         ("/v1/chat/completions", {**chat, "messages": 7}, "secret"),
         ("/props", None, "other"),
-        ("/v1/models", None, "other"),
         ("/v1/completions", good, "other"),
-        ("/v1/completions", bytes(10 * LARGEST_BODY), "secret"),
         ("/load_model", {"model": "someone/else"}, "secret"),
     ):
-        try:
-            status, said = asked(served, path, body, key=key)
-        except (ConnectionError, urllib.error.URLError):  # closed while the client was still sending
-            continue
-        assert 400 <= status < 500, (path, status)
+        status, said = asked(served, path, body, key=key)
+        # llama.cpp answers 500 to what is no JSON
+        assert 400 <= status < 500 or served.engine == "llama", (path, status)
         assert str(checkpoint.folder.parent) not in str(said) and "Traceback" not in str(said)
     assert asked(served, "/v1/completions", good)[0] == 200
     assert asked(served, "/health")[0] == 200
 
 
+def test_bad_values_are_named(running: tuple[ServedMixture, Checkpoint]) -> None:
+    """Transformers by itself answers 500, or gives one answer for two."""
+    served, checkpoint = running
+    if served.engine != "transformers":
+        pytest.skip("the engine's own affair")
+    good = {"model": checkpoint.folder.name, "prompt": "the", "max_tokens": 2}
+    message = {"role": "user", "content": "hi"}
+    for key, value in {
+        **{"temperature": "x", "stop": 5, "prompt": "", "n": 2, "max_tokens": -5, "top_p": [1], "seed": "s", "logit_bias": 3},
+        **{"generation_config": '{"max_new_tokens": 9999}', "echo": True, "messages": [message] * 10},
+    }.items():
+        path = "/v1/chat/completions" if key == "messages" else "/v1/completions"
+        status, said = asked(served, path, {**({} if key == "messages" else good), key: value})
+        assert status == 400 and (key in said or "too many turns" in said), (key, said)
+    assert asked(served, "/v1/completions", {**good, "n": 1, "stop": ["a", "b"], "temperature": 0.5})[0] == 200
+
+
 def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:
-    """Whatever a request says of it: transformers by itself would write on."""
+    """Transformers by itself would write on."""
     served, checkpoint = running
     good = {"model": checkpoint.folder.name, "prompt": "the heart moves", "temperature": 0}
-    for more in (
-        {},
-        {"max_tokens": None},
-        {"max_tokens": 10_000},
-        {"max_tokens": 1, "max_completion_tokens": 10_000},
-        {"generation_config": '{"max_new_tokens": 10000}'},
-        {"max_tokens": -5},
-        {"max_tokens": 1e300},
-    ):
+    for more in ({}, {"max_tokens": 10_000}):
         status, answer = asked(served, "/v1/completions", {**good, **more})
-        assert 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64 * 4, more
-        assert served.engine == "llama" or 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64
+        assert 400 <= status < 500 or answer["usage"]["total_tokens"] <= 64 * (4 if served.engine == "llama" else 1)
 
 
 def test_no_answer_tells_where_the_model_lies(running: tuple[ServedMixture, Checkpoint]) -> None:
@@ -210,35 +215,39 @@ def test_no_answer_tells_where_the_model_lies(running: tuple[ServedMixture, Chec
         assert str(checkpoint.folder.parent) not in str(asked(served, path)[1])
 
 
-def test_an_engine_that_dies_is_started_again(running: tuple[ServedMixture, Checkpoint]) -> None:
-    """Whichever it is; tests/engines/test_keeper.py has what becomes of requests."""
-    served, checkpoint = running
-    assert served.supervisor._child is not None
-    before = psutil.Process(served.supervisor._child._process.pid)
-    before.kill()
-    before.wait(60)
-    body = {"model": checkpoint.folder.name, "prompt": PROMPTS[0], "max_tokens": 2, "temperature": 0}
-    until(lambda: asked(served, "/v1/completions", body)[0] == 200)
-    assert served.supervisor._child._process.pid != before.pid and asked(served, "/health")[0] == 200
-
-
 def test_a_model_is_found_by_its_name(running: tuple[ServedMixture, Checkpoint]) -> None:
     served, checkpoint = running
-    name = checkpoint.folder.name
     status, models = asked(served, "/v1/models")
-    assert status == 200 and [each["id"] for each in models["data"]] == [name]
-    assert asked(served, f"/v1/models/{name}")[1]["id"] == name
-    status, said = asked(served, "/v1/completions", {"model": "other", "prompt": "the", "max_tokens": 1})
-    assert status == 404 and name in said
+    assert status == 200 and [each["id"] for each in models["data"]] == [checkpoint.folder.name]
+
+
+def test_openais_client(running: tuple[ServedMixture, Checkpoint]) -> None:
+    served, checkpoint = running
+    name, chat = checkpoint.folder.name, [{"role": "user", "content": "hi"}]
+    with openai.OpenAI(api_key="secret", base_url=f"{served.address}/v1", max_retries=0, timeout=120) as ai:
+        assert ai.chat.completions.create(model=name, messages=chat, max_tokens=4).model
+        streamed = ai.chat.completions.create(model=name, messages=chat, max_tokens=4, stream=True)
+        ends = [each.choices[0].finish_reason for each in streamed if each.choices]
+        assert len(ends) > 1 and ends[-1] is not None and not any(ends[:-1])
+    wrong = openai.OpenAI(api_key="wrong", base_url=f"{served.address}/v1", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.completions.create(model=name, prompt="the")
+
+
+def test_a_context_that_nobody_asked_for_is_no_larger_than_memory() -> None:
+    """Llama-3.1's own, four times, is 69 GB of keys and values."""
+    for said, asked_for, expected in ((131_072, None, LONGEST), (64, None, 64), (131_072, 131_072, 131_072)):
+        checkpoint: Any = SimpleNamespace(config={"max_position_embeddings": said})
+        assert context_of(checkpoint, asked_for) == expected
 
 
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
-    assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits")
+    assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits") == choose_engine(mixtures["native"], "llama")
     name, why = choose_engine(mixtures["adapters"], "auto")
     assert name == "transformers" and why.startswith("not llama: it keeps adapters")
     for engine in ("llama", "vllm"):
-        with pytest.raises(UnsupportedError, match="cannot serve the mixture"):
+        with pytest.raises(UnsupportedError, match="cannot be served"):
             choose_engine(mixtures["adapters"], engine)
     monkeypatch.setattr(converter, "is_installed", lambda: False)
     name, why = choose_engine(mixtures["native"], "auto")
@@ -246,7 +255,7 @@ def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypa
 
 
 def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, Checkpoint]) -> None:
-    settings = ServeSettings("llama", port=0, context=64, gguf=GgufSettings("f32"))
+    settings = ServeSettings("llama", port=0, context=64, outtype="f32")
     file = mixtures["native"].folder.with_name("native.gguf") / "native-f32.gguf"
     with serving(mixtures["native"], settings):
         before = file.stat().st_mtime_ns
@@ -262,10 +271,10 @@ def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], m
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for asked_for, variable, expected in ((3, "1", 3), (None, "2", 2)):
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-        settings = ServeSettings("llama", port=0, context=64, threads=asked_for, gguf=GgufSettings("f32"))
+        settings = ServeSettings("llama", port=0, context=64, threads=asked_for, outtype="f32")
         with serving(mixtures["native"], settings) as served:
-            assert served.threads == expected and served.supervisor._child is not None
-            environment = psutil.Process(served.supervisor._child._process.pid).environ()
+            assert served.threads == expected and served.child.is_running()
+            environment = psutil.Process(served.child._process.pid).environ()
             assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (str(expected), "passive")
             assert asked(served, "/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
@@ -303,7 +312,6 @@ def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert threads._cores() == expected
 
 
-@pytest.mark.parametrize("command", ["serve", "front"])
 @pytest.mark.parametrize(
     ("host", "key", "said"),
     [
@@ -314,24 +322,20 @@ def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_nobody_is_served_without_a_key_by_accident(
-    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, command: str, host: str, key: str | None, said: str
+    mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, host: str, key: str | None, said: str
 ) -> None:
     monkeypatch.delenv(KEY, raising=False)
     if key is not None:
         monkeypatch.setenv(KEY, key)
-    more = ["--worker", "http://127.0.0.1:1"] if command == "front" else []
-    code, _, stderr = ended(command, mixtures["native"].folder, "--port", "0", "--host", host, *more)
+    code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0", "--host", host)
     assert code == 2 and said in " ".join(stderr.split()) and KEY in stderr
 
 
 def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch, mixtures: dict[str, Checkpoint]) -> None:
-    for host in ("127.0.0.1", "localhost", "127.1.2.3"):
-        refuse_other_machines(host)
-    for host in ("0.0.0.0", "::"):
-        with pytest.raises(EngineError, match="without a key"):
-            refuse_other_machines(host)
     monkeypatch.delenv(KEY, raising=False)
-    settings = ServeSettings("llama", "0.0.0.0", 0, 64, no_key=True, gguf=GgufSettings("f32"))
+    for host in ("127.0.0.1", "localhost", "127.1.2.3"):
+        assert key_of_clients(host, no_key=False) is None
+    settings = ServeSettings("llama", "0.0.0.0", 0, 64, no_key=True, outtype="f32")
     with serving(mixtures["native"], settings) as served:
         port = served.address.rpartition(":")[2]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
@@ -341,14 +345,13 @@ def test_a_key_or_no_key_lets_other_machines_in(monkeypatch: pytest.MonkeyPatch,
 def test_an_option_that_the_engine_does_not_read_is_refused(mixtures: dict[str, Checkpoint]) -> None:
     for engine, words in (
         ("transformers", ("--outtype", "f16")),
-        ("transformers", ("--pre-tokenizer", "gpt-2")),
         ("transformers", ("--parallel", "2")),
         ("auto", ("--outtype", "f16")),
     ):
         code, _, stderr = ended("serve", mixtures["adapters"].folder, "--port", "0", "--engine", engine, *words)
         said = " ".join(stderr.split())
         assert code == 2 and "the setting has no effect" in said and words[0] in said and "transformers" in said
-    assert ENGINES["vllm"].options == {"parallel"} and ENGINES["llama"].options >= {"outtype", "pre_tokenizer", "parallel"}
+    assert ENGINES["vllm"].options == {"parallel"} and ENGINES["llama"].options >= {"outtype", "parallel"}
 
 
 def test_every_engine_has_a_name_and_a_process() -> None:
@@ -357,9 +360,9 @@ def test_every_engine_has_a_name_and_a_process() -> None:
 
 
 def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.errors.find_spec", lambda name: None if name == "aiohttp" else True)
+    monkeypatch.setattr("modekit.errors.find_spec", lambda name: None if name == "uvicorn" else True)
     code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0")
-    assert code == 2 and "aiohttp" in stderr and "modekit[serve]" in stderr
+    assert code == 2 and "uvicorn" in stderr and "modekit[serve]" in stderr
 
 
 def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]) -> None:
@@ -371,7 +374,7 @@ def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]
             ("native", ("--host", "no.such.host.invalid"), "cannot be listened on"),
             ("native", ("--context", "100000"), "longer than the model's"),
             ("native", ("--outtype", "q1"), "Invalid value for '--outtype'"),
-            ("adapters", ("--engine", "llama"), "cannot serve the mixture"),
+            ("adapters", ("--engine", "llama"), "cannot be served"),
         ):
             code, _, stderr = ended("serve", mixtures[shape].folder, *words)
             assert code == 2 and said in " ".join(stderr.split()), stderr
@@ -399,6 +402,6 @@ def test_the_engine_ends_with_the_command(mixtures: dict[str, Checkpoint], how: 
     assert engines
     process.send_signal(how)
     code = process.wait(30)
-    assert code == (0 if how == signal.SIGINT else -how)
+    assert code == (-how if how == signal.SIGKILL else 0)
     left = psutil.wait_procs(engines, timeout=20)[1]
     assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == [], "the engine is still there"

@@ -26,8 +26,7 @@ from conftest import Workshop, make_workshop
 from damage import NO_FILES, damaged_file, in_time, no_file
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
-from modekit.engines.sampling import longest_conversation
-from modekit.engines.serve import choose_engine
+from modekit.engines.serve import choose_engine, context_of
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
@@ -197,7 +196,7 @@ def read_everything(folder: Path) -> None:
         pack(checkpoint, ask_hub=False).sizes()
     with told():
         choose_engine(checkpoint, "auto")
-        longest_conversation(checkpoint)
+        context_of(checkpoint, None)
     with told():
         kept = TaskResults({}, {}, [], checkpoint=checkpoint.identity).with_earlier(checkpoint)
         kept.markdown()

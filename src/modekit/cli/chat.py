@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,8 +23,7 @@ from modekit.text.plain import decode
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.engines.chat import Chat, ChatAnswer
-    from modekit.engines.voices import AnswerToken
+    from modekit.engines.chat import AnswerToken, Chat, ChatAnswer
 
 _COMMANDS = "/why: words that decided; /expert NAME: always this expert (/expert: as the routers choose); /reset; /quit"
 _PROMPT = "> "
@@ -37,14 +35,6 @@ _LEAST = 0.005
 class ChatOptions:
     """How a mixture is talked to."""
 
-    gguf: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            help="Run this GGUF of the mixture in llama.cpp (default: the checkpoint, in transformers).",
-        ),
-    ] = None
     system: Annotated[str | None, typer.Option(help="System prompt (default: the chat template's own).")] = None
     temperature: Annotated[
         float | None,
@@ -57,9 +47,6 @@ class ChatOptions:
     context: Annotated[
         int | None, typer.Option(min=16, help="Longest conversation in tokens (default: the model's maximum, at most 8192).")
     ] = None
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1_024, help="CPU threads (--gguf; default: OMP_NUM_THREADS, or the idle cores).")
-    ] = None
     trust_remote_code: Trust = False
 
 
@@ -68,33 +55,24 @@ class ChatOptions:
 def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     """Chat with a mixture; colours show which expert leads. Without a terminal, each line of the input is a question."""
     opened = checkpoint_in(checkpoint)
-    with ExitStack() as stack:
-        with drawn_progress() as progress:
-            from modekit.engines.chat import ChatSettings, chatting
+    with drawn_progress() as progress:
+        from modekit.engines.chat import Chat, ChatSettings
 
-            settings = ChatSettings(
-                options.gguf,
-                options.system,
-                options.temperature,
-                options.seed,
-                options.max_tokens,
-                options.context,
-                options.threads,
-            )
-            talk = stack.enter_context(chatting(opened, settings, run=Run(options.trust_remote_code, progress)))
-        _introduce(talk, opened)
-        with suppress(EOFError):
-            for line in _lines():
-                if line.startswith("/"):
-                    if not _obey(talk, opened, line):
-                        break
-                elif line.strip():
-                    _answer(talk, opened, line)
+        settings = ChatSettings(options.system, options.temperature, options.seed, options.max_tokens, options.context)
+        talk = Chat(opened, settings, run=Run(options.trust_remote_code, progress))
+    _introduce(talk, opened)
+    with suppress(EOFError):
+        for line in _lines():
+            if line.startswith("/") and sys.stdin.isatty():
+                if not _obey(talk, opened, line):
+                    break
+            elif line.strip():
+                _answer(talk, opened, line)
 
 
 def _introduce(talk: Chat, checkpoint: Checkpoint) -> None:
     legend = Text("  ").join(Text(f" {name} ", style=tint(place, 1.0)) for place, name in enumerate(checkpoint.names))
-    err.print(Text.assemble((checkpoint.folder.name, "bold"), f" in {talk.voice.engine}: ", legend))
+    err.print(Text.assemble((checkpoint.folder.name, "bold"), ": ", legend))
     if not talk.has_template:
         err.print(Text("The base model has no chat template: what you write is continued, not answered.", style="yellow"))
     if sys.stdin.isatty():
@@ -139,8 +117,6 @@ def _notes(answer: ChatAnswer, talk: Chat, checkpoint: Checkpoint) -> Iterator[s
     led = ", ".join(f"{checkpoint.names[expert]} {share:.0%}" for expert, share in answer.led_by().items())
     if led:
         yield f"[{led} of {len(answer.tokens)} tokens]"
-    elif answer.tokens:
-        yield "[this router reads the model's states, which llama.cpp does not show: the leading expert is unknown]"
     if answer.left_out:
         yield f"[the first {answer.left_out} messages no longer fit into {talk.context:,} tokens, and were left out]"
     if answer.ended == "length":
@@ -171,10 +147,7 @@ def _use_expert(talk: Chat, checkpoint: Checkpoint, name: str) -> None:
     if name and name not in checkpoint.names:
         err.print(Text(f"there is no expert {name}; there are {', '.join(checkpoint.names)}"))
         return
-    try:
-        talk.voice.use_expert(checkpoint.names.index(name) if name else None)
-    except ModekitError as error:
-        err.print(Text(str(error)))
+    talk.expert = checkpoint.names.index(name) if name else None
 
 
 def _print_why(talk: Chat) -> None:

@@ -16,7 +16,7 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
-from modekit.engines.registry import GgufSettings, Outtype
+from modekit.engines.registry import Outtype
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
@@ -31,14 +31,10 @@ class ExportOptions(Writing):
     """What is written, and how."""
 
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert; repeatable.")] = None
-    gguf: Annotated[bool, typer.Option("--gguf", help="Write GGUF files for llama.cpp and compare them with transformers.")] = (
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file for llama.cpp and compare it with transformers.")] = (
         False
     )
     outtype: Annotated[Outtype | None, typer.Option(help="Type of the weights (--gguf; default: as in the checkpoint).")] = None
-    pre_tokenizer: Annotated[
-        str | None, typer.Option(help="llama.cpp's name for the pre-tokenizer (--gguf; default: detected).")
-    ] = None
-    accept: Annotated[bool, typer.Option("--accept", help="Keep a file that lost more than allowed (--gguf).")] = False
 
 
 @app.command()
@@ -52,8 +48,7 @@ def export(
     if options.gguf:
         write_gguf(checkpoint_in(checkpoint), output, options)
         return
-    only = {"--outtype": options.outtype, "--pre-tokenizer": options.pre_tokenizer, "--accept": options.accept or None}
-    refuse_without_effect("only --gguf reads it", only)
+    refuse_without_effect("only --gguf reads it", {"--outtype": options.outtype})
     _export_adapters(checkpoint_in(checkpoint), output, options)
 
 
@@ -61,16 +56,12 @@ def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> 
     """Write a mixture for llama.cpp, with its progress drawn, and say what that has become."""
     from modekit.engines.gguf import export_gguf
 
-    if checkpoint.shape.plain:
-        refuse_without_effect("with --gguf a native mixture is written as a whole", {"--expert": options.expert})
-    settings = GgufSettings(options.outtype, options.pre_tokenizer, options.accept)
+    refuse_without_effect("with --gguf the mixture is written as a whole", {"--expert": options.expert})
     with drawn_progress() as progress:
-        run = options.run(progress)
         target, replaced = resolved(output), replaced_by(options.overwrite)
-        written = export_gguf(checkpoint, target, settings, experts=options.expert, replace=replaced, run=run)
-    for each in written:
-        said = f"{bytes_of(each.file.stat().st_size)}; in llama.cpp {each.proof}"
-        _print_written(output / each.file.name, said, each.notes)
+        written = export_gguf(checkpoint, target, options.outtype, replace=replaced, run=options.run(progress))
+    said = f"{bytes_of(written.file.stat().st_size)}; in llama.cpp {written.proof}"
+    _print_written(output / written.file.name, said, written.notes)
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:

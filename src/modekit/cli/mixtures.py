@@ -18,7 +18,7 @@ from modekit.cli.printing.mixtures import print_checks, print_count, print_force
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, Writing, app, resolved, writable
-from modekit.engines.registry import GgufSettings, Outtype, ServeSettings
+from modekit.engines.registry import Outtype, ServeSettings
 from modekit.engines.threads import ASKED
 from modekit.files.figures import bytes_of, range_of
 from modekit.recipes.strict import BASE
@@ -242,12 +242,11 @@ def mix(
     from modekit.building.build import build
     from modekit.building.mix import Models, plan_mix
     from modekit.building.preview import needed_time
+    from modekit.engines.converter import check_installed, check_tokenizer, is_installed
     from modekit.recipes.edit import RECIPE_FILE, as_file
 
     target, gguf = writable(options.output, options.overwrite), options.output.with_name(f"{options.output.name}.gguf")
     if options.gguf is not None:
-        from modekit.engines.converter import check_installed
-
         check_installed()
         writable(gguf, options.overwrite)
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
@@ -255,6 +254,9 @@ def mix(
     with drawn_progress() as progress:
         run = options.run(progress)
         planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
+        if options.gguf is not None or (options.serve and is_installed() and planned.plan.shape.without_gguf is None):
+            run.begin("try the tokenizer in llama.cpp")
+            check_tokenizer(planned.plan.sources[0].folder)
     print_mix(planned, needed_time(planned.plan))
     beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
     checkpoint = show_build(
@@ -268,7 +270,7 @@ def mix(
         shared = {key: said[key] for key in ("overwrite", "fsync", "trust_remote_code")}
         write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, **shared))
     if options.serve:
-        settings = ServeSettings(threads=options.threads, gguf=GgufSettings(options.gguf))
+        settings = ServeSettings(threads=options.threads, outtype=options.gguf)
         serve_until_stopped(checkpoint, settings, options.run())
     else:
         how = f" --outtype {options.gguf}" if options.gguf is not None else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,8 +14,8 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, refuse_without_effect, resolved
-from modekit.engines.registry import ENGINES, EngineName, GgufSettings, Outtype, ServeSettings
+from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
+from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
 from modekit.run import Run
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ServeOptions:
     port: _Port = 8000
     no_key: _NoKey = False
     context: Annotated[
-        int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum).")
+        int | None, typer.Option(min=64, help="Longest conversation in tokens (default: the model's maximum, at most 8192).")
     ] = None
     parallel: Annotated[
         int | None,
@@ -57,13 +57,6 @@ class ServeOptions:
     outtype: Annotated[
         Outtype | None, typer.Option(help=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
     ] = None
-    pre_tokenizer: Annotated[
-        str | None,
-        typer.Option(help=f"llama.cpp's name for the pre-tokenizer ({_read_by('pre_tokenizer')}; default: detected)."),
-    ] = None
-    accept: Annotated[
-        bool, typer.Option("--accept", help=f"Serve a file that lost more than allowed ({_read_by('accept')}).")
-    ] = False
     fsync: Fsync = True
     trust_remote_code: Trust = False
 
@@ -89,7 +82,7 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         options.parallel,
         options.threads,
         options.no_key,
-        GgufSettings(options.outtype, options.pre_tokenizer, options.accept),
+        options.outtype,
     )
     serve_until_stopped(opened, settings, Run(options.trust_remote_code, sync=options.fsync))
 
@@ -104,45 +97,9 @@ def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Ru
         threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
         said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the engine ends well, too
             out.print(Text.assemble((f"{served.address}/v1", "bold"), said))
-            served.supervisor.wait()
-
-
-@dataclass(frozen=True)
-class FrontOptions:
-    """Whom the front passes requests to, and where it listens."""
-
-    worker: Annotated[list[str], typer.Option(help="URL of a server with OpenAI's API; repeat it for several.")]
-    name: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERT=MODEL", help="Model name a worker uses for an expert or the base, if different."),
-    ] = None
-    host: _Host = "127.0.0.1"
-    port: _Port = 8000
-    no_key: _NoKey = False
-    timeout: Annotated[float, typer.Option(min=1, help="Longest time for an answer in seconds.")] = 600.0
-    adapters: Annotated[
-        Path | None, typer.Option(help="Folder that export wrote; workers load its adapters and unload removed ones.")
-    ] = None
-    trust_remote_code: Trust = False
-
-
-@app.command()
-@grouped
-def front(checkpoint: OutFolder, options: FrontOptions) -> None:
-    """Run a gateway; requests for "auto" go to the expert that best matches their text."""
-    from modekit.engines.run_front import FrontSettings, run_front
-
-    adapters = None if options.adapters is None else resolved(options.adapters)
-    settings = FrontSettings(
-        workers=options.worker, names=options.name or [], timeout=options.timeout, adapters=adapters, no_key=options.no_key
-    )
-    opened = checkpoint_in(checkpoint)
-
-    def listening(address: str) -> None:
-        out.print(Text.assemble((f"{address}/v1", "bold"), ": model auto, or what the workers serve; Ctrl-C ends it"))
-
-    run_front(opened, settings, options.host, options.port, listening, run=Run(options.trust_remote_code))
+            served.wait()
 
 
 @app.command()

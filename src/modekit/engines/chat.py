@@ -1,48 +1,64 @@
 """A conversation with a mixture: `modekit chat OUT`. What it answers, which experts led to each token, and which words decided.
 
-Shape legend: S tokens of a prompt, E experts.
+Shape legend: B batch (1), S sequence, E experts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
-from modekit.engines.llama import Llama
-from modekit.engines.modelfile import ends_of
-from modekit.engines.sampling import Sampling, context_of
-from modekit.engines.threads import default_threads
-from modekit.engines.voices import AnswerToken, LlamaVoice, OnToken, TransformersVoice, Voice
-from modekit.errors import TextError, check_packages
-from modekit.evaluation.inspection.tokens import token_texts
-from modekit.loaded.load import load_tokenizer
+from modekit.engines.serve import context_of
+from modekit.errors import TextError
+from modekit.evaluation.inspection.passes import router_weights
+from modekit.evaluation.inspection.tokens import RunningText, token_texts
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.mixture import RouterTrace
+from modekit.loaded.shapes import mixture_of
 from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
 
-_LONGEST = 8_192  # tokens of a context, where nobody asks for more: memory grows with it
 _WORDS = 8  # that are named per expert
+_GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How a mixture is talked to: the options of `modekit chat`. None leaves it to the model, or the machine."""
+    """How a mixture is talked to: the options of `modekit chat`. None leaves it to the model."""
 
-    gguf: Path | None = None
     system: str | None = None
     temperature: float | None = None
     seed: int | None = None
     answer_tokens: int = 512
     context: int | None = None
-    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """What a token of an answer says, and by which experts it was chosen: the mean of their weights over the routers, in recipe
+    order, in the pass that chose it; None where there are no routers.
+    """
+
+    text: str
+    weights: tuple[float, ...] | None
+
+    @property
+    def leader(self) -> int | None:
+        """Place of the expert with the largest weight."""
+        return None if self.weights is None else max(range(len(self.weights)), key=self.weights.__getitem__)
+
+
+OnToken = Callable[[AnswerToken], None]
 
 
 @dataclass(frozen=True)
@@ -73,21 +89,28 @@ class DecidingWords:
     words: Mapping[str, Sequence[tuple[str, float]]]
 
 
-@dataclass
 class Chat:
-    """A conversation so far. `answer` is the last one."""
+    """A conversation so far. `answer` is the last one; `expert`: place of the one that always answers, None: as the routers
+    choose.
 
-    checkpoint: Checkpoint
-    tokenizer: PreTrainedTokenizerBase
-    voice: Voice
-    settings: ChatSettings
-    context: int
-    answer: ChatAnswer | None = None
-    _said: list[Message] = field(default_factory=list)
+    Raises UnsupportedError for a mixture with an encoder; EngineError for a context that the model was not trained for;
+    SourceError.
+    """
 
-    def __post_init__(self) -> None:
-        self._template = chat_template_of(self.tokenizer)
-        self._router = last_token_of(self.checkpoint) if reads_tokens(self.checkpoint) else None
+    def __init__(self, checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET) -> None:
+        refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
+        self.checkpoint, self._settings = checkpoint, settings
+        self.context = context_of(checkpoint, settings.context)
+        self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
+        self._template = chat_template_of(self._tokenizer)
+        self._router = last_token_of(checkpoint) if reads_tokens(checkpoint) else None
+        self._model: Any = load_model(checkpoint.folder, dtype="auto", run=run)
+        self._mixture = mixture_of(self._model, checkpoint)
+        self._ends = _ends_of(self._model, self._tokenizer, None if self._template is None else self._template.turn())
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        self.expert: int | None = None
+        self.reset()
 
     @property
     def has_template(self) -> bool:
@@ -96,19 +119,17 @@ class Chat:
 
     def reset(self) -> None:
         """Forget what was said."""
-        self._said, self.answer = [], None
+        self._said: list[Message] = []
+        self.answer: ChatAnswer | None = None
 
     def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
         """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
-        Raises TextError where the question leaves no room for an answer, or the template does not take it.
+        Raises TextError where the question leaves no room for an answer, or the template does not take it; after an error the
+        question was not asked.
         """
-        self._said.append(message_of("user", said.encode("utf-8", "replace").decode()))
-        try:
-            ids, left_out = self._prompt()
-        except TextError:
-            self._said.pop()
-            raise
-        room = min(self.settings.answer_tokens, self.context - len(ids))
+        messages = [*self._said, message_of("user", said.encode("utf-8", "replace").decode())]
+        ids, left_out = self._prompt(messages)
+        room = min(self._settings.answer_tokens, self.context - len(ids))
         tokens: list[AnswerToken] = []
 
         def keep(token: AnswerToken) -> None:
@@ -116,22 +137,20 @@ class Chat:
             on_token(token)
 
         ended: Literal["end", "length", "context", "stopped"] = "stopped"
-        try:
-            at_end = self.voice.speak(ids, room, keep)
-            ended = "end" if at_end else "length" if room == self.settings.answer_tokens else "context"
-        except KeyboardInterrupt:
-            pass
+        with suppress(KeyboardInterrupt):
+            at_end = self._write_on(ids, room, keep)
+            ended = "end" if at_end else "length" if room == self._settings.answer_tokens else "context"
         self.answer = ChatAnswer(tokens, ids, left_out, ended)
-        self._said.append(message_of("assistant", self.answer.text.strip()))
+        self._said = [*messages, message_of("assistant", self.answer.text.strip())]
         return self.answer
 
-    def _prompt(self) -> tuple[list[int], int]:
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Tokens of the conversation, and how many of its first messages were left out. Raises TextError."""
-        above = [] if self.settings.system is None else [message_of("system", self.settings.system)]
-        wanted = self.context - min(self.settings.answer_tokens, self.context // 4)
-        first = 0 if self._template is not None else len(self._said) - 1
-        for start in range(first, len(self._said), 2):
-            ids = self._ids([*above, *self._said[start:]])
+        above = [] if self._settings.system is None else [message_of("system", self._settings.system)]
+        wanted = self.context - min(self._settings.answer_tokens, self.context // 4)
+        first = 0 if self._template is not None else len(messages) - 1
+        for start in range(first, len(messages), 2):
+            ids = self._ids([*above, *messages[start:]])
             if len(ids) <= wanted:
                 return ids, start - first
         if not 0 < len(ids) < self.context:
@@ -141,13 +160,55 @@ class Chat:
                 expected=f"fewer than {self.context:,}",
                 remedy="ask for less at a time, or give a longer --context",
             )
-        return ids, len(self._said) - 1 - first
+        return ids, len(messages) - 1 - first
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self._template is not None:
             return self._template.ids(self._template.text(messages, answer=True))
-        ids: list[int] = self.tokenizer(messages[-1]["content"], verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(messages[-1]["content"], verbose=False)["input_ids"]
         return ids
+
+    def _write_on(self, ids: Sequence[int], most: int, on_token: OnToken) -> bool:
+        """Write at most so many tokens after the given ones; whether the answer came to its own end."""
+        text, read, at_end = RunningText(self._tokenizer), 0, False
+        temperature = self._settings.temperature
+        drawn = {} if temperature is None else {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
+
+        def put(tokens: torch.Tensor) -> None:  # the prompt (B, S), then one token (B,) after another
+            nonlocal read, at_end
+            if not read:
+                read = len(ids)
+                return
+            token = int(tokens.flatten()[-1])
+            at_end = token in self._ends
+            if not at_end:
+                weights, read = self._weights(trace, read), 1
+                on_token(AnswerToken(text.add(token), weights))
+
+        forced = nullcontext() if self.expert is None else self._mixture.forced(self.expert)
+        with torch.inference_mode(), self._mixture.traced() as trace, forced:
+            given = torch.tensor([ids], device=self._model.device)
+            self._model.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=most,
+                pad_token_id=0,
+                eos_token_id=sorted(self._ends) or None,
+                streamer=SimpleNamespace(put=put, end=lambda: None),
+                **drawn,
+            )
+        return at_end
+
+    def _weights(self, trace: RouterTrace, read: int) -> tuple[float, ...] | None:
+        """Of the experts at the last token of a pass that has read so many. With a forced expert it is all of it."""
+        names, positions = self.checkpoint.names, self.checkpoint.shape.positions
+        if self.expert is not None:
+            return tuple(float(place == self.expert) for place in range(len(names)))
+        found = list(router_weights(self.checkpoint, trace, [torch.Size((1, read))] * len(positions)))
+        if not found:
+            return None
+        last = torch.stack([each[0, -1].float().reshape(-1, len(names)).mean(0).cpu() for each in found])
+        return tuple(last.mean(0).tolist())
 
     def why(self) -> DecidingWords | None:
         """The words that decided with whom the last answer began; None where the router reads more than words, or has none."""
@@ -157,13 +218,26 @@ class Chat:
         added_SE, names = self._router.by_token(answer.prompt), self.checkpoint.names
         others_SE = (added_SE.sum(1, keepdims=True) - added_SE) / max(1, len(names) - 1)
         lead_SE = added_SE - others_SE
-        words = words_at(token_texts(self.tokenizer, answer.prompt))
+        words = words_at(token_texts(self._tokenizer, answer.prompt))
         weights = dict(zip(names, answer.tokens[0].weights, strict=True))
         strongest: dict[str, list[tuple[str, float]]] = {}
         for expert, name in enumerate(names):
             sums = [(word, float(lead_SE[places, expert].sum())) for word, places in words.items()]
             strongest[name] = sorted((each for each in sums if each[1] > 0), key=lambda each: -each[1])[:_WORDS]
         return DecidingWords(weights, strongest)
+
+
+def _ends_of(model: Any, tokenizer: PreTrainedTokenizerBase, turn: str | None) -> frozenset[int]:
+    """Tokens with which an answer ends: the model's, the tokenizer's, and special ones that stand before the next turn."""
+    own = model.generation_config.eos_token_id
+    behind = [] if turn is None else tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"][:1]
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    ends = {
+        *(own if isinstance(own, list) else [own]),
+        tokenizer.eos_token_id,
+        *(token for token in behind if token in special),
+    }
+    return frozenset(token for token in ends if token is not None)
 
 
 def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
@@ -178,26 +252,3 @@ def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
         word += text
         places.append(place)
     return found
-
-
-@contextmanager
-def chatting(checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET) -> Iterator[Chat]:
-    """A mixture that is ready to be asked inside the block. Raises UnsupportedError for a mixture with an encoder; EngineError
-    where llama.cpp does not load the file, is not there, or for a context that the model was not trained for; SourceError.
-    """
-    refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
-    possible = context_of(checkpoint, settings.context)
-    tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    context, template = settings.context or min(possible, _LONGEST), chat_template_of(tokenizer)
-    sampling = Sampling.of(checkpoint.folder)
-    ends = ends_of(tokenizer, sampling, None if template is None else template.turn())
-    sampling = replace(sampling, ends=ends, seed=settings.seed).at(settings.temperature)
-    with ExitStack() as stack:
-        if settings.gguf is None:
-            voice: Voice = TransformersVoice(checkpoint, tokenizer, sampling, run=run)
-        else:
-            check_packages(("xllamacpp",), "pip install 'modekit[gguf]', or leave --gguf out")
-            threads = settings.threads or default_threads()
-            llama = stack.enter_context(Llama(settings.gguf.absolute(), context=context, threads=threads, exact=False))
-            voice = LlamaVoice(checkpoint, tokenizer, sampling, llama)
-        yield Chat(checkpoint, tokenizer, voice, settings, context)

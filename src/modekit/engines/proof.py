@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.llama import Llama
-from modekit.engines.proof_result import EXACT, Loss, Proof
+from modekit.engines.texts import TEXTS
 from modekit.engines.threads import default_threads
 from modekit.errors import EngineError, ModekitError, TextError
 from modekit.evaluation.domains import recipe_texts
@@ -31,18 +30,14 @@ from modekit.text.document import Document, message_of
 from modekit.text.sequences import encode
 from modekit.text.shipped import shipped_documents
 
-TEXTS = (
-    "The heart moves blood through the body. It beats about a hundred thousand times a day, and rests only between two beats.",
-    "def area(width, height):\n    # two sides, 3.14 would be for circles\n    return width * height\n\n\nprint(area(12, 7))\n",
-    "Das Gericht hat die Klage abgewiesen; die Kosten tr\u00e4gt der Kl\u00e4ger. L'appel est recevable, s'il est motiv\u00e9.",
-    "Item 27:  4,096 kg at 19.95 \u2013 \u201cas is\u201d, we're told\n\n\tTotal\t81,715.20  (VAT 7%)\n",
-)
-"""Prose, code, other languages, numbers and white space."""
+EXACT = "f32"
+"""The outtype with which all must agree."""
+TOLERANCE = 2e-3  # nats, of log-probabilities with float32 weights
+LARGEST_LOSS = 0.01  # of perplexity, with fewer bits
+LARGEST_TYPICAL = 0.1  # nats, of log-probabilities on average, with fewer bits: another model of the same quality is no proof
+_SURE = 2.0  # standard errors
 GREEDY_TOKENS = 24
-_CHAT = [message_of("user", "Hi"), message_of("assistant", "Hello."), message_of("user", "Why?")]
 _BEGINNING = 8  # tokens after which the model writes on
-
-
 MOST_TOKENS = 4_000
 """Of all texts together."""
 LONGEST = 128
@@ -50,9 +45,67 @@ LONGEST = 128
 FEWEST_TEXTS = 16
 """Of which a standard error says something."""
 _SHIPPED = ("general", "code", "medicine", "german", "french")
+_CHAT = [message_of("user", "Hi"), message_of("assistant", "Hello."), message_of("user", "Why?")]
 
 _Compared = tuple[list[float], list[float]]
 """Log-probabilities of the tokens of one text, by transformers and by llama.cpp."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found.
+
+    Attributes:
+        same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
+        difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
+        loss, margin: how much larger the perplexity is in llama.cpp, as a share, and two standard errors of that.
+        notes: where llama.cpp reads or ends a text otherwise.
+    """
+
+    outtype: str
+    same: int
+    written: int
+    text: str
+    texts: int
+    tokens: int
+    difference: float
+    typical: float
+    perplexity: float
+    loss: float
+    margin: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.same} of {self.written} greedy tokens as in transformers, log-probabilities {self.typical:.1e} apart "
+            f"(at most {self.difference:.1e}), perplexity {self.perplexity:.5g} ({self.loss:+.2%} \u00b1 {self.margin:.2%}) "
+            f"over {self.tokens:,} tokens of {self.texts:,} texts ({self.text})"
+        )
+
+    def as_data(self) -> dict[str, object]:
+        """For a record."""
+        return {name: value for name, value in asdict(self).items() if name != "notes"}
+
+    def check(self, file: Path) -> None:
+        """Raise EngineError, which names the file, where llama.cpp computes another model, or fewer bits lost too much."""
+        if self.outtype == EXACT:
+            if self.same < self.written or not self.difference <= TOLERANCE:
+                raise EngineError(
+                    "llama.cpp computes another model than transformers",
+                    where=str(file),
+                    found=str(self),
+                    expected=f"the same tokens, log-probabilities within {TOLERANCE:g}",
+                    remedy="do not use llama.cpp for it; serve the mixture with vLLM or transformers, and report this",
+                )
+        elif not (self.loss - self.margin <= LARGEST_LOSS and self.typical <= LARGEST_TYPICAL):
+            raise EngineError(
+                "the model in llama.cpp is not as good as in transformers",
+                where=str(file),
+                found=str(self),
+                expected=f"perplexity at most {LARGEST_LOSS:.0%} higher, two standard errors aside, and log-probabilities "
+                f"within {LARGEST_TYPICAL:g} on average",
+                remedy=f"choose a finer --outtype; {EXACT} shows whether it is the bits",
+            )
 
 
 @dataclass(frozen=True)
@@ -82,13 +135,11 @@ def texts_of(checkpoint: Checkpoint) -> ProofTexts:
         domains = {held.name: held.documents for held in recipe_texts(checkpoint).report() if held.documents}
     except ModekitError:  # whatever is wrong with a text, the weights can be compared on another
         domains = {}
-    if not domains:
-        return shipped_texts()
     own = _in_turn(f"held-out text of {', '.join(domains)}", domains.values())
     if len(own.documents) >= FEWEST_TEXTS:
         return own
     more = shipped_texts()
-    return ProofTexts(f"{own.name}; {more.name}", [*own.documents, *more.documents])
+    return ProofTexts(f"{own.name}; {more.name}", [*own.documents, *more.documents]) if domains else more
 
 
 def shipped_texts() -> ProofTexts:
@@ -105,80 +156,12 @@ def _in_turn(name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
 def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
     """Compare a GGUF file, whose weights are stored as `outtype`, with the model folder that it was made of; not judged yet.
 
-    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError as
-    `in_both`.
+    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError where
+    llama.cpp cuts a text into other tokens, or cannot load the file.
     """
-    with in_both(folder, file, run=run) as both:
-        return both.proof(file, outtype, texts=texts, run=run)
-
-
-@dataclass(frozen=True)
-class BothEngines:
-    """A model that transformers has loaded, and llama.cpp, and what both read; cut alike, which has been checked. `notes`:
-    where llama.cpp reads a text otherwise.
-    """
-
-    model: Any
-    llama: Llama
-    tokenizer: Any
-    beginnings: Sequence[list[int]]
-    longest: int
-    notes: tuple[str, ...]
-
-    def proof(self, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
-        """Compare the two as they are now, without a judgement; `file` is what messages name. `texts` as `compare`."""
-        written = [(_greedy(self.model, ids), self.llama.greedy(ids, GREEDY_TOKENS)) for ids in self._begun]
-        if outtype == EXACT:
-            goes_on = [ids + ours for ids, (ours, _) in zip(self._begun, written, strict=True)]
-            name, compared = "short, of several kinds", [self._compared(ids) for ids in (*self.beginnings, *goes_on)]
-        else:
-            texts = texts or shipped_texts()
-            name, compared = texts.name, self._compared_till_known(texts, file, outtype, run)
-        ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
-        apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        return Proof(
-            outtype=outtype,
-            same=sum(_parting(*each) for each in written),
-            written=sum(max(map(len, each)) for each in written),
-            text=name,
-            texts=len(compared),
-            tokens=len(ours),
-            difference=max(apart),
-            typical=sum(apart) / len(apart),
-            perplexity=_perplexity(theirs),
-            in_transformers=_perplexity(ours),
-            loss=_loss(compared),
-            notes=self.notes,
-        )
-
-    @property
-    def _begun(self) -> list[list[int]]:
-        return [ids[:_BEGINNING] for ids in self.beginnings]
-
-    def _compared(self, ids: list[int]) -> _Compared:
-        return _logprobs(self.model, ids), self.llama.logprobs(ids)
-
-    def _compared_till_known(self, texts: ProofTexts, file: Path, outtype: str, run: Run) -> list[_Compared]:
-        """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
-        wanted = list(texts.ids(self.tokenizer, self.longest)) or self.beginnings
-        compared: list[_Compared] = []
-        for ids in run.over(f"compare {file.name} in llama.cpp", wanted, len(wanted)):
-            compared.append(self._compared(ids))
-            if len(compared) >= FEWEST_TEXTS and _loss(compared).is_known(outtype):
-                break
-        run.progress(f"compare {file.name} in llama.cpp", len(wanted), len(wanted))
-        return compared
-
-
-@contextmanager
-def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run = QUIET) -> Iterator[BothEngines]:
-    """A model folder in transformers, and a GGUF file of it with its adapters in llama.cpp, as long as the block lasts. Raises
-    EngineError where they cut a text into other tokens, or llama.cpp cannot load a file.
-    """
-    tokenizer = load_tokenizer(folder, run=run)
-    model = load_model(folder, run=run)
-    most = int(model.config.max_position_embeddings)
-    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"][: most - GREEDY_TOKENS - 1] for text in TEXTS}
+    tokenizer, model = load_tokenizer(folder, run=run), load_model(folder, run=run)
+    longest = int(model.config.max_position_embeddings)
+    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"][: longest - GREEDY_TOKENS - 1] for text in TEXTS}
     known = {text: ids for text, ids in known.items() if len(ids) > 1}  # of a tokenizer without its characters nothing is left
     if not known:
         raise EngineError(
@@ -188,11 +171,85 @@ def in_both(folder: Path, file: Path, *, adapters: Sequence[Path] = (), run: Run
             expected="a tokenizer that reads prose, code or numbers",
             remedy="serve the mixture with vLLM or transformers",
         )
-    texts = list(known.values())
-    context = max(LONGEST, *map(len, texts)) + GREEDY_TOKENS + 1
-    with Llama(file, context=context, threads=default_threads(), adapters=adapters) as llama:
+    context = max(LONGEST, *map(len, known.values())) + GREEDY_TOKENS + 1
+    with Llama(file, context=context, threads=default_threads()) as llama:
         _check_tokens(llama, known, folder)
-        yield BothEngines(model, llama, tokenizer, texts, most - 1, tuple(_other_readings(llama, tokenizer)))
+        both = _Both(model, llama)
+        begun = [ids[:_BEGINNING] for ids in known.values()]
+        written = [both.written(ids) for ids in begun]
+        if outtype == EXACT:
+            goes_on = [ids + ours for ids, (ours, _) in zip(begun, written, strict=True)]
+            name, compared = "short, of several kinds", [both.logprobs(ids) for ids in (*known.values(), *goes_on)]
+        else:
+            texts = texts or shipped_texts()
+            wanted = list(texts.ids(tokenizer, longest - 1)) or list(known.values())
+            name, compared = texts.name, both.logprobs_till_known(wanted, f"compare {file.name} in llama.cpp", run)
+        return _proof(outtype, written, name, compared, tuple(_other_readings(llama, tokenizer)))
+
+
+def _proof(
+    outtype: str, written: Sequence[tuple[list[int], list[int]]], name: str, compared: list[_Compared], notes: tuple[str, ...]
+) -> Proof:
+    ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    loss, margin = _loss(compared)
+    ends = sum(len(one) != len(other) for one, other in written)
+    if ends:
+        notes = (*notes, f"llama.cpp ends {ends} of {len(written)} texts elsewhere: it has other tokens for the end of a text")
+    return Proof(
+        outtype=outtype,
+        same=sum(_parting(*each) for each in written),
+        written=sum(min(map(len, each)) for each in written),
+        text=name,
+        texts=len(compared),
+        tokens=len(ours),
+        difference=max(apart),
+        typical=sum(apart) / len(apart),
+        perplexity=math.exp(-sum(theirs) / len(theirs)),
+        loss=loss,
+        margin=margin,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Both:
+    """A model in transformers, and in llama.cpp."""
+
+    model: Any
+    llama: Llama
+
+    @torch.no_grad()
+    def written(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """What each writes greedily."""
+        begun = torch.tensor([ids], device=self.model.device)
+        made = self.model.generate(
+            begun,
+            attention_mask=torch.ones_like(begun),
+            max_new_tokens=GREEDY_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+        )
+        return [int(token) for token in made[0, len(ids) :]], self.llama.greedy(ids, GREEDY_TOKENS)
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> _Compared:
+        """Of every token but the first."""
+        logits = self.model(torch.tensor([ids], device=self.model.device)).logits
+        logprobs_SV = logits[0, :-1].float().log_softmax(-1)
+        return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])], self.llama.logprobs(ids)
+
+    def logprobs_till_known(self, wanted: Sequence[list[int]], step: str, run: Run) -> list[_Compared]:
+        """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
+        compared: list[_Compared] = []
+        for ids in run.over(step, wanted, len(wanted)):
+            compared.append(self.logprobs(ids))
+            loss, margin = _loss(compared)
+            if len(compared) >= FEWEST_TEXTS and (margin <= LARGEST_LOSS / 3 or loss - 2 * margin > LARGEST_LOSS):
+                break
+        run.progress(step, len(wanted), len(wanted))
+        return compared
 
 
 def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path) -> None:
@@ -205,7 +262,7 @@ def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path
                 where=str(folder),
                 found=f"{found[place : place + 3]} at token {place} of {text!r}",
                 expected=list(ids[place : place + 3]),
-                remedy="name the pre-tokenizer that llama.cpp has for it with --pre-tokenizer",
+                remedy="serve the mixture with vLLM or transformers",
             )
 
 
@@ -234,35 +291,10 @@ def _parting(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
-@torch.no_grad()
-def _greedy(model: Any, ids: list[int]) -> list[int]:
-    """What transformers writes."""
-    begun = torch.tensor([ids], device=model.device)
-    made = model.generate(
-        begun,
-        attention_mask=torch.ones_like(begun),
-        max_new_tokens=GREEDY_TOKENS,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-    )
-    return [int(token) for token in made[0, len(ids) :]]
-
-
-@torch.no_grad()
-def _logprobs(model: Any, ids: list[int]) -> list[float]:
-    logprobs_SV = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
-    return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])]
-
-
-def _loss(compared: Sequence[_Compared]) -> Loss:
-    """Its standard error is that over texts, whose tokens depend on each other."""
+def _loss(compared: Sequence[_Compared]) -> tuple[float, float]:
+    """The share that perplexity grows by, and two standard errors of it, over texts, whose tokens depend on each other."""
     sums = [sum(ours) - sum(theirs) for ours, theirs in compared]
     counts = [len(ours) for ours, _ in compared]
     ratio = math.exp(sum(sums) / sum(counts))
     error = mean_error(sums, counts) if len(compared) > 1 else None
-    return Loss(ratio - 1, math.inf if error is None else ratio * error)
-
-
-def _perplexity(logprobs: Sequence[float]) -> float:
-    return math.exp(-sum(logprobs) / len(logprobs))
+    return ratio - 1, math.inf if error is None else _SURE * ratio * error

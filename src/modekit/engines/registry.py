@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,19 +21,8 @@ if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
 
 EngineName = Literal["auto", "llama", "vllm", "transformers"]
-Outtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-SMALL = frozenset({"q5_1", "q5_0", "q4_1", "q4_0"})
-"""Of so few bits that the dense base loses some quality, too."""
+Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 INSTALL = "pip install 'modekit[serve]'"
-
-
-@dataclass(frozen=True)
-class GgufSettings:
-    """How a GGUF file is made. `accept`: keep a file of fewer bits although it lost more than its proof allows."""
-
-    outtype: Outtype | None = None
-    pre_tokenizer: str | None = None
-    accept: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class ServeSettings:
     parallel: int | None = None
     threads: int | None = None
     no_key: bool = False
-    gguf: GgufSettings = field(default_factory=GgufSettings)
+    outtype: Outtype | None = None
 
 
 class Engine:
@@ -55,15 +44,9 @@ class Engine:
 
     Attributes:
         options: those of `modekit serve` that it reads besides the ones that all read.
-        bounds_template: whether it runs chat templates within their limits itself.
-        metrics: whether it answers at /metrics.
-        full_completions: whether /v1/completions does all that OpenAI's API has there (proxy.py names what others lack).
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
-    bounds_template: ClassVar[bool] = False
-    metrics: ClassVar[bool] = False
-    full_completions: ClassVar[bool] = False
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         """Why it cannot serve a mixture; None when it can."""
@@ -82,7 +65,7 @@ class Engine:
 
 
 class _Llama(Engine):
-    options = frozenset({"outtype", "pre_tokenizer", "parallel", "threads", "accept"})
+    options = frozenset({"outtype", "parallel", "threads"})
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         from modekit.engines.converter import is_installed
@@ -94,13 +77,12 @@ class _Llama(Engine):
         from modekit.engines.gguf import gguf_of
 
         check_installed()
-        file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.gguf, run=run)
+        file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.outtype, run=run)
         return {"model": str(file), "exact": False}
 
 
 class _Vllm(Engine):
     options = frozenset({"parallel"})
-    metrics = full_completions = True
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         """What its plug-in would say once it has been started, and what is missing."""
@@ -130,7 +112,6 @@ class _Vllm(Engine):
 
 class _Transformers(Engine):
     options = frozenset({"threads"})
-    bounds_template = True
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         from transformers.utils.import_utils import is_serve_available

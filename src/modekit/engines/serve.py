@@ -1,30 +1,32 @@
-"""One mixture behind an OpenAI-compatible API, in the engine that fits it: `modekit serve OUT`.
-
-Clients ask this process (proxy.py), which bounds what they may ask.
+"""One mixture behind an OpenAI-compatible API: `modekit serve OUT` starts the server of the engine that fits, waits until it
+answers, starts it again where it dies, and ends it.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.child import Child
-from modekit.engines.listening import KEY, answering, bound_socket, key_in, refuse_other_machines, url_of
+from modekit.engines.listening import free_port, key_of_clients
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
-from modekit.engines.sampling import context_of
-from modekit.engines.supervisor import Supervisor
 from modekit.engines.threads import default_threads, threads_environment
-from modekit.errors import UnsupportedError, check_packages
+from modekit.errors import CheckpointError, EngineError, UnsupportedError, check_packages
 from modekit.run import QUIET, Run
 
-_INNER = "127.0.0.1"  # where engines listen
 _PARALLEL = 4
+LONGEST = 8_192
+"""Tokens of a context that nobody asked for: engines keep memory for all of it."""
+_FAILURES = 3
+_STEADY_S = 60.0
+_LOG = logging.getLogger("modekit.serve")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServedMixture:
     """A mixture that is being served: where, by which engine and why, with how many threads (None: as the engine likes)."""
 
@@ -32,7 +34,29 @@ class ServedMixture:
     engine: str
     why: str
     threads: int | None
-    supervisor: Supervisor
+    start: Callable[[], Child]
+    child: Child
+
+    def wait(self) -> None:
+        """Keep the engine running. Raises EngineError once it has ended three times, each time within a minute of answering."""
+        failures: int = 0
+        answered: float | None = time.monotonic()
+        while True:
+            while self.child.answer() is not None:
+                answered = time.monotonic()
+            steady = answered is not None and time.monotonic() - answered >= _STEADY_S
+            failures = 1 if steady else failures + 1
+            complaint = self.child.complaint()
+            self.child.stop()
+            if failures == _FAILURES:
+                raise EngineError(
+                    f"the engine ended {_FAILURES} times, each time within {_STEADY_S:.0f} seconds",
+                    where=self.engine,
+                    found=complaint,
+                    remedy="read its message, then serve again",
+                )
+            _LOG.warning("%s ended and is started again: %s", self.engine, complaint)
+            self.child, answered = self.start(), None
 
 
 def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
@@ -40,60 +64,77 @@ def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
     for.
     """
     refuse_pairs(checkpoint, "no engine can serve the mixture", option="" if asked == "auto" else f"--engine {asked}")
-    if asked != "auto":
-        reason = ENGINES[asked].refusal(checkpoint)
-        if reason is None:
-            return asked, "asked for"
-        raise UnsupportedError(
-            "the engine cannot serve the mixture",
-            where=f"{checkpoint.folder}: --engine {asked}",
-            found=reason,
-            remedy="leave --engine out, and one that can is taken",
-        )
     refused: list[str] = []
-    for name, engine in ENGINES.items():
-        reason = engine.refusal(checkpoint)
+    for name in ENGINES if asked == "auto" else [asked]:
+        reason = ENGINES[name].refusal(checkpoint)
         if reason is None:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
     raise UnsupportedError(
-        "no engine here can serve the mixture", where=str(checkpoint.folder), found="; ".join(refused), remedy=INSTALL
+        "the mixture cannot be served",
+        where=str(checkpoint.folder),
+        found="; ".join(refused),
+        remedy=INSTALL if asked == "auto" else "leave --engine out, and one that can is taken",
     )
+
+
+def context_of(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens of a conversation: those that were asked for, else what the model was trained to read, at most LONGEST. Raises
+    EngineError for more than it was trained for; CheckpointError where its config does not say.
+    """
+    longest = checkpoint.config.get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        raise CheckpointError(
+            "config.json does not say how long a text may be",
+            where=f"{checkpoint.folder}: max_position_embeddings",
+            found=longest,
+            expected="a whole number of tokens",
+            remedy="add what the base model's config.json says",
+        )
+    if asked is not None and asked > longest:
+        raise EngineError(
+            "the context is longer than the model's",
+            where="--context",
+            found=asked,
+            expected=f"at most {longest}",
+            remedy="ask for less; the model was not trained for more",
+        )
+    return asked or min(longest, LONGEST)
 
 
 @contextmanager
 def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET) -> Iterator[ServedMixture]:
-    """Start an engine with a mixture; it listens inside the block. Raises UnsupportedError and EngineError before it listens,
+    """Start an engine with a mixture; it answers inside the block. Raises UnsupportedError and EngineError before it listens,
     never at the first request.
     """
-    check_packages(("starlette", "uvicorn", "aiohttp"), INSTALL)
-    from modekit.engines.proxy import Proxy
-    from modekit.engines.request_template import RequestTemplate
-    from modekit.loaded.load import load_tokenizer
-
+    check_packages(("starlette", "uvicorn"), INSTALL)
     name, why = choose_engine(checkpoint, settings.engine)
-    engine, key = ENGINES[name], key_in(KEY)
-    if key is None and not settings.no_key:
-        refuse_other_machines(settings.host)
+    engine, key = ENGINES[name], key_of_clients(settings.host, no_key=settings.no_key)
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
-    with bound_socket(settings.host, settings.port) as listener:
-        inner_key = secrets.token_urlsafe()
-        wanted = {
-            **{"host": _INNER, "port": 0, "name": checkpoint.folder.name, "key": inner_key},
-            "context": context_of(checkpoint, settings.context),
-            "parallel": settings.parallel or _PARALLEL,
-            "threads": threads,
-            **engine.prepared(checkpoint, settings, run),
-        }
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            KEY: inner_key,
-            **engine.environment(),
-            **(threads_environment(threads) if threads else {}),
-        }
-        run.begin(f"start {name}")
-        with Supervisor(name, lambda: Child(f"modekit.engines.{name}_process", wanted, environment)) as supervisor:
-            template = None if engine.bounds_template else RequestTemplate(load_tokenizer(checkpoint.folder, run=run))
-            app = Proxy(supervisor, engine, checkpoint.folder.name, inner_key, template).app(key)
-            with answering(app, listener):
-                yield ServedMixture(url_of(*listener.getsockname()[:2]), name, why, threads, supervisor)
+    wanted = {
+        **{"host": settings.host, "port": free_port(settings.host, settings.port), "name": checkpoint.folder.name, "key": key},
+        "context": context_of(checkpoint, settings.context),
+        "parallel": settings.parallel or _PARALLEL,
+        "threads": threads,
+        **engine.prepared(checkpoint, settings, run),
+    }
+    environment = {"HF_HUB_OFFLINE": "1", **engine.environment(), **(threads_environment(threads) if threads else {})}
+
+    def start() -> Child:
+        return Child(f"modekit.engines.{name}_process", wanted, environment)
+
+    run.begin(f"start {name}")
+    served = ServedMixture("", name, why, threads, start, start())
+    try:
+        ready = served.child.answer()
+        if ready is None:
+            raise EngineError(
+                "the engine did not start",
+                where=name,
+                found=served.child.complaint(),
+                remedy="read its message; it needs enough memory for the model",
+            )
+        served.address = ready["address"]
+        yield served
+    finally:
+        served.child.stop()

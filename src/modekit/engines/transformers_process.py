@@ -1,7 +1,7 @@
 """Run as a process of its own: `transformers serve` with one mixture. See serve.py.
 
-What is added to it: mixtures in the modekit architecture, whose class transformers looks up in itself; a key; a limit on what
-a request may bring; and that nothing but the model's own answers can be asked for, where it would load any model of the hub.
+What is added to it: mixtures in the modekit architecture, whose class transformers looks up in itself; the guard; a status for
+requests that its handlers would answer with 500; and no list of what else lies in the user's cache.
 """
 
 from __future__ import annotations
@@ -11,80 +11,81 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from modekit.engines.child import answer_caller, settings_of_caller
 from modekit.engines.guard import Body, Guard, RefusedError
 from modekit.engines.listening import url_of
-from modekit.engines.request_template import RequestTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LIMITS = ("max_tokens", "max_completion_tokens")
 _LOOK_S = 0.05
-_AS_WRITTEN = "{{ messages[0]['content'] }}"
-"""The chat template of the engine, which gets conversations as the mixture's own template wrote them."""
+_GRACE_S = 8.0  # in which answers may end after the command did
+_SHOWN = 300  # characters of a library's error
+_NOT_DONE = ("best_of", "echo", "generation_config", "logprobs", "suffix")
 
 
-class RequestWriter:
-    """Makes of a request one that the engine can answer: its messages written, and an answer that ends where the context does.
+class _Request(BaseModel):
+    """What a request may say, where transformers takes its kind for granted."""
 
-    `context` is the most tokens that there may be, the answer included. The chat template and the tokenizer run here, in other
-    processes and threads, as the engine would run them on its event loop and without limits.
-    """
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    n: Literal[1] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class RequestCheck:
+    """Refuses what the engine cannot answer, and ends an answer where the context of so many tokens does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-        self._tokenizer, self._context, self._template = tokenizer, context, RequestTemplate(tokenizer)
+        self._tokenizer, self._context = tokenizer, context
 
     async def __call__(self, body: Body) -> Body:
         """The request for the engine. Raises RefusedError."""
-        _check_form(body)
-        chat = "messages" in body
-        text = await self._template.written(body, await _messages_of(body)) if chat else body.get("prompt", "")
         try:
-            length = await asyncio.to_thread(self._length, text, not chat)
-        except Exception as error:  # tokenizers raises what it likes
-            raise RefusedError(400, f"the text cannot be read: {type(error).__name__}") from None
-        asked = max((body[name] for name in _LIMITS if body.get(name) is not None), default=self._context - length)
-        if asked < 1 or length + asked > self._context:
-            raise RefusedError(
-                400, f"the context has {self._context} tokens; the request has {length}, and asks for {max(asked, 1)} of answer"
-            )
-        kept = {key: value for key, value in body.items() if key not in {*_LIMITS, "chat_template_kwargs"}}
-        return {**kept, **({"messages": [{"role": "user", "content": text}]} if chat else {}), "max_tokens": asked}
+            asked = _Request.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RefusedError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        for key in _NOT_DONE:
+            if body.get(key):
+                raise RefusedError(400, f"{key}: transformers does not do this; leave it out")
+        try:
+            length = await asyncio.to_thread(self._length, asked)
+        except Exception as error:  # a template's own error, or whatever tokenizers raises
+            raise RefusedError(400, f"the text cannot be read: {str(error)[:_SHOWN]}") from None
+        left = self._context - length
+        if not 0 < length < self._context:
+            raise RefusedError(400, f"the request has {length} tokens; between 1 and {self._context - 1} fit into the context")
+        wanted = min(asked.max_completion_tokens or asked.max_tokens or left, left)
+        return {**{key: value for key, value in body.items() if key != "max_completion_tokens"}, "max_tokens": wanted}
 
-    def _length(self, text: str, begun: bool) -> int:
-        return len(self._tokenizer(text, add_special_tokens=begun, verbose=False)["input_ids"])
-
-
-async def _messages_of(body: Body) -> list[dict[str, object]]:
-    """The messages as `transformers serve` gives them to a template. Raises RefusedError."""
-    from transformers.cli.serving.utils import BaseHandler, Modality
-
-    try:
-        messages: list[dict[str, object]] = await asyncio.to_thread(
-            BaseHandler.get_processor_inputs_from_messages, body["messages"], Modality.LLM
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise RefusedError(400, "messages must be a list of objects with role and content") from None
-    return messages
-
-
-def _check_form(request: Body) -> None:
-    """Raise RefusedError where a request has not the form that the server takes for granted, or would set what is set here."""
-    messages, prompt = request.get("messages", []), request.get("prompt", "")
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages) or not isinstance(prompt, str):
-        raise RefusedError(400, "messages must be a list of objects, a prompt must be one text")
-    if "generation_config" in request:
-        raise RefusedError(400, "generation_config: the server sets it; leave it out")
-    if any(type(request.get(name, 1)) is not int and request.get(name) is not None for name in _LIMITS):
-        raise RefusedError(400, f"{' and '.join(_LIMITS)} must be whole numbers")
+    def _length(self, asked: _Request) -> int:
+        if asked.messages is None:
+            return len(self._tokenizer(asked.prompt or "", verbose=False)["input_ids"])
+        more = {"tools": asked.tools, **(asked.chat_template_kwargs or {})}
+        return len(self._tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, **more)["input_ids"])
 
 
 def main() -> None:
     """Load the mixture, say where it listens, and serve until the parent is gone."""
-    settings = settings_of_caller()
+    serving: list[Any] = []
+    settings = settings_of_caller(at_end=lambda: _end(serving))
     import transformers
     from transformers.cli.serve import Serve
 
@@ -95,16 +96,16 @@ def main() -> None:
     transformers.ModekitForCausalLM = transformers.ModekitForImageTextToText = ModekitForCausalLM
     transformers.AutoProcessor = transformers.AutoTokenizer
     folder = Path(settings["model"])
-    rewrite = RequestWriter(load_tokenizer(folder), settings["context"])
+    check = RequestCheck(load_tokenizer(folder), settings["context"])
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies
+    described = {"id": folder.name, "object": "model", "created": int(time.time()), "owned_by": "modekit"}
 
     class Guarded(Serve):  # type: ignore[misc]
         """With the guard before it."""
 
         def start_server(self) -> None:
-            for loaded in self._model_manager.loaded_models.values():
-                loaded.processor.chat_template = _AS_WRITTEN
-            self.server.config.app = Guard(self.server.config.app, settings["key"], rewrite=rewrite)
+            self._model_manager.list_models = lambda: [described]
+            self.server.config.app = Guard(self.server.config.app, settings["key"], check)
             super().start_server()
 
     served = Guarded(
@@ -114,16 +115,24 @@ def main() -> None:
         device="auto",
         dtype="auto",
         trust_remote_code=settings["trust_remote_code"],
-        log_level="warning",
+        log_level="error",
         non_blocking=True,
     )
+    serving.append(served)
     while not served.server.started:
         if not served._thread.is_alive():
             raise SystemExit("the server ended before it listened")
         time.sleep(_LOOK_S)
-    host, port = served.server.servers[0].sockets[0].getsockname()[:2]
-    answer_caller({"address": url_of(host, port)})
+    answer_caller({"address": url_of(settings["host"], settings["port"])})
     threading.Event().wait()
+
+
+def _end(serving: list[Any]) -> None:
+    """End the process once the answers that are on their way have ended."""
+    for served in serving:
+        served.server.should_exit = True
+        served._thread.join(_GRACE_S)
+    os._exit(0)
 
 
 if __name__ == "__main__":

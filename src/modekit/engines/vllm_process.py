@@ -15,10 +15,14 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modekit.engines.child import ProcessSettings, answer_caller, settings_of_caller
-from modekit.engines.guard import ANSWERS, App, Guard
-from modekit.engines.listening import KEY, free_port, url_of
+from modekit.engines.guard import Guard
+from modekit.engines.listening import KEY, url_of
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
@@ -28,8 +32,8 @@ _ANSWER_S = 5.0
 class VllmGuard(Guard):
     """The guard, as vLLM makes it from its name."""
 
-    def __init__(self, app: App) -> None:
-        super().__init__(app, os.environ.get(KEY), ANSWERS | {"/metrics"}, open_paths=("/health", "/metrics"))
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app, os.environ.get(KEY))
 
 
 def arguments_of(settings: ProcessSettings) -> list[str]:
@@ -53,7 +57,6 @@ def main() -> None:
     """Say where it listens, and serve until the parent is gone."""
     settings = settings_of_caller(at_end=lambda: os.killpg(0, signal.SIGKILL))
     os.chdir(Path(settings["model"]).parent)  # so that no answer tells where the model lies
-    settings["port"] = free_port(settings["host"], settings["port"])  # vLLM does not say which one it took
     address = url_of(settings["host"], settings["port"])
     threading.Thread(target=_answer_when_ready, args=(address,), daemon=True).start()
     sys.argv = [SERVER, *arguments_of(settings)]

@@ -1,7 +1,7 @@
 """Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
 
-Routers that read tokens (n-gram, lexical, classifiers) need nothing else to decide. A front before engines that serve the
-experts asks one which of them takes a request (engines/front.py), and so may anybody.
+Routers that read tokens (n-gram, lexical, classifiers) need nothing else to decide. A proxy before engines that serve the
+experts asks one which of them takes a request (engines/litellm_hook.py), and so may anybody.
 
 Shape legend: S sequence, E experts, V vocabulary, G columns of the gate.
 """

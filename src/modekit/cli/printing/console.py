@@ -10,16 +10,25 @@ import json
 import sys
 from collections.abc import Iterable
 from typing import Any
+from unicodedata import category
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+_PLAIN = "\n\u00ad\u200c\u200d\u2060"
+
 
 def visible(text: str) -> str:
-    """Text without what a terminal would obey: control and format characters are written out, ends of lines stay."""
+    """Text without what a terminal would obey: control and format characters are written out. Ends of lines stay, and what
+    scripts need: spaces of any kind, and what joins signs or keeps them apart.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in _PLAIN or category(c) == "Zs" else _written_out(c) for c in text)
+
+
+def _written_out(sign: str) -> str:
+    return sign.encode("unicode_escape").decode()
 
 
 class VerbatimConsole(Console):

@@ -1,0 +1,119 @@
+"""A mixture's router on its own: whose text a text is, as the mixture itself would decide."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+import modekit as modekit_api
+from byte_level import save_byte_model
+from chatting import TEMPLATE
+from command_line import ended, modekit
+from conftest import _WORDS
+from domain_mixtures import TWO, built, model_experts
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.errors import UnsupportedError
+from modekit.loaded.load import load_model, load_tokenizer
+from modekit.loaded.shapes import mixture_of
+from modekit.routing.text_router import TextRouter
+
+TEXTS = {name: _WORDS[name] for name in TWO}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """The same two domains and the base, by every router that reads tokens."""
+    root = tmp_path_factory.mktemp("front")
+    experts = model_experts(root)
+    save_byte_model(root / "base", "llama", 9)
+    (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    recipes: dict[str, dict[str, Any]] = {
+        "lexical": {"mixture": {"router": {"fit": "lexical"}}},
+        "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
+        "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
+        "ngram": {"mixture": {"router": {"fit": "ngram"}}},
+        "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
+    }
+    return {
+        name: built(root, {"base_model": "./base", "experts": experts, **recipe}, name.upper())
+        for name, recipe in recipes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "ngram"])
+def test_it_decides_as_the_mixture_does(mixtures: dict[str, Checkpoint], name: str) -> None:
+    """Alone it has the logits that the router has inside the mixture; a native gate's depend on the size of the stream."""
+    checkpoint = mixtures[name]
+    router = TextRouter(checkpoint)
+    model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
+    mixture = mixture_of(model, checkpoint)
+    for text in (*TEXTS.values(), "artery of the court"):
+        ids = tokenizer(text, return_tensors="pt")
+        with mixture.traced() as trace:
+            model(**ids)
+        logits_E = list(trace)[-1].reshape(1, -1, 2)[0, -1].double()
+        decision = router.decide(text)
+        medicine, law = decision.probabilities.values()
+        if checkpoint.shape.plain:
+            assert 0.5 < math.log(medicine / law) / float((logits_E[0] - logits_E[1]).detach()) < 2
+        else:
+            assert [medicine, law] == pytest.approx(logits_E.softmax(-1).tolist(), abs=1e-4)
+        assert decision.tokens == ids["input_ids"].shape[1]
+    for domain, text in TEXTS.items():
+        assert router.decide(text).expert == domain
+
+
+def test_conversations_keep_their_expert(mixtures: dict[str, Checkpoint]) -> None:
+    router = TextRouter(mixtures["lexical"])
+    medicine, law = ({"role": "user", "content": text} for text in TEXTS.values())
+    answer = {"role": "assistant", "content": "fever"}
+    for system in ("You are a lawyer: licence clause court tort deed waiver", ""):
+        said = [{"role": "system", "content": system}, medicine]
+        assert router.decide(said).expert == "medicine"
+        assert router.decide([*said, answer, {"role": "user", "content": "Go on."}]).expert == "medicine"
+    longer = {"role": "user", "content": " ".join([law["content"]] * 6)}
+    assert router.decide([medicine, answer, longer]).expert == "law"
+
+
+def test_a_chat_is_read_in_the_template_in_which_the_router_was_fitted(mixtures: dict[str, Checkpoint]) -> None:
+    """It is, unless the recipe says otherwise, and the mixture reads it so, too."""
+    checkpoint, said = mixtures["lexical"], [{"role": "user", "content": TEXTS["law"]}]
+    written = load_tokenizer(checkpoint.folder).apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    decided, expected = (TextRouter(checkpoint).decide(each) for each in (said, written))
+    assert checkpoint.record.router.settings is not None and checkpoint.record.router.settings.chat is None
+    assert (decided.tokens, decided.probabilities) == (expected.tokens, expected.probabilities)
+
+
+def test_nobody_knows_an_empty_text(mixtures: dict[str, Checkpoint]) -> None:
+    for name in ("lexical", "ngram"):
+        found = TextRouter(mixtures[name]).decide("")
+        assert (found.expert, found.tokens) == ("base", 0) and sum(found.probabilities.values()) == pytest.approx(1)
+
+
+def test_a_router_that_reads_the_model_is_refused(mixtures: dict[str, Checkpoint]) -> None:
+    with pytest.raises(UnsupportedError, match="router needs the model"):
+        modekit_api.router(mixtures["hidden"])
+
+
+def test_route_from_the_command_line(mixtures: dict[str, Checkpoint]) -> None:
+    said = modekit("route", mixtures["ngram"].folder, TEXTS["law"])
+    assert said.startswith("law: law ") and "tokens" in said
+    found = json.loads(modekit("route", mixtures["ngram"].folder, TEXTS["law"], "--json"))
+    assert found["expert"] == "law" and set(found["probabilities"]) == {"medicine", "law"}
+    code, _, stderr = ended("route", mixtures["hidden"].folder, "x")
+    assert code == 2 and "router needs the model" in stderr
+    assert mixtures["hidden"].record.native_type is not None
+    assert "build again" in stderr  # gates of a plain checkpoint cannot become a table
+
+
+def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:
+    """What decides is bounded, whatever a request holds."""
+    router = TextRouter(mixtures["ngram"])
+    turns = [{"role": "user", "content": "fever"}] * 100_000
+    found = router.decide(turns)
+    assert found.expert == "medicine" and found.tokens < 10_000
+    assert router.decide("fever artery " * 500_000).tokens < 20_000
+    assert router.decide("\ud800 fever").tokens > 0
