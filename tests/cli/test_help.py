@@ -50,7 +50,7 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
 
 def test_options_of_a_large_command_are_in_groups() -> None:
     shown = modekit("specialize", "--help")
-    for panel in ("How an expert is trained", "Labels and text of no domain", "A teacher", "Common options"):
+    for panel in ("How an expert is trained", "Labels and text of no domain", "A teacher"):
         assert f"─ {panel} ─" in shown
 
 

@@ -22,7 +22,7 @@ from refusal import borrow, refuse, run_python
 
 
 def failing(error: BaseException) -> Callable[..., None]:
-    def fail(**_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     return fail

@@ -16,9 +16,8 @@ from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, Trust, app, checkpoint_in
+from modekit.cli.shell import OutFolder, app, checkpoint_in, common
 from modekit.errors import ModekitError
-from modekit.run import Run
 from modekit.text.plain import decode
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ class ChatOptions:
     context: Annotated[
         int | None, typer.Option(min=16, help="Longest conversation in tokens (default: the model's maximum, at most 8192).")
     ] = None
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -59,7 +57,7 @@ def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
         from modekit.engines.chat import Chat, ChatSettings
 
         settings = ChatSettings(options.system, options.temperature, options.seed, options.max_tokens, options.context)
-        talk = Chat(opened, settings, run=Run(options.trust_remote_code, progress))
+        talk = Chat(opened, settings, run=common().run(progress))
     _introduce(talk, opened)
     with suppress(EOFError):
         for line in _lines():

@@ -14,7 +14,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Writing, app, refuse_without_effect, resolved, writable
+from modekit.cli.shell import OutFolder, Writing, app, common, refuse_without_effect, resolved, writable
 from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -63,7 +63,6 @@ class DensifyOptions(Writing):
         list[str] | None, typer.Option(help="domain=FILE, FOLDER or data set; repeatable. Default: the recipe's text.")
     ] = None
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain for the table.")] = SAMPLE_TOKENS
-    as_json: AsJson = False
 
 
 @app.command()
@@ -96,7 +95,7 @@ def densify(
         texts, scale = texts_by_domain(options.text), options.scale
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
         record = densify(open_checkpoint(resolved(checkpoint)), asked, target, run=options.run(progress))
-    if options.as_json:
+    if common().json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
     else:

@@ -15,7 +15,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Writing, app, writable
+from modekit.cli.shell import Writing, app, common, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
@@ -60,8 +60,6 @@ class BalanceOptions:
 class DataOutput(Writing):
     """What may be at OUT, and what is said."""
 
-    as_json: AsJson = False
-
 
 @data.command()
 @grouped
@@ -83,7 +81,7 @@ def balance(
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, options.settings(), target, replace=replaced_by(said.overwrite), run=run)
-    if said.as_json:
+    if common().json:
         print_json(balanced.model_dump(mode="json"))
     else:
         print_balanced(balanced, output)
@@ -112,7 +110,7 @@ def make_tokenizer(
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)
         trained = train_tokenizer(mix, vocabulary, target, replace=replaced_by(said.overwrite), run=run)
-    if said.as_json:
+    if common().json:
         print_json(trained.model_dump(mode="json"))
     else:
         print_tokenizer(trained, output)

@@ -14,7 +14,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_tune
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, RecipePath, Writing, app, resolved
+from modekit.cli.shell import RecipePath, Writing, app, common, resolved
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
@@ -25,7 +25,6 @@ class TuneOptions(Writing):
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = SAMPLE_TOKENS
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
     ray: Annotated[bool, typer.Option("--ray", help="Run variants as Ray tasks: on RAY_ADDRESS, or this machine.")] = False
-    as_json: AsJson = False
 
 
 @app.command()
@@ -56,7 +55,7 @@ def tune(
             overwrite=options.overwrite,
             run=options.run(progress),
         )
-    if options.as_json:
+    if common().json:
         sys.stdout.write(results.model_dump_json(indent=2) + "\n")
         return
     print_tune(results)

@@ -16,7 +16,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, resolved
+from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
 from modekit.text.amounts import TABLE_TOKENS
@@ -100,12 +100,10 @@ def evaluate(
     checkpoint: OutFolder,
     labels: LabelRowOptions,
     scored: ScoredOptions,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts, weight average, oracle and mixture by their loss on held-out text."""
     given = scored.given()
-    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+    with _scoring(checkpoint) as (opened, run):
         from modekit.evaluation.evaluate import evaluate
 
         opened = opened.scored_on(given, Path.cwd())
@@ -116,7 +114,7 @@ def evaluate(
             labels=labels.asked(),
             run=run,
         )
-    _show(results, checkpoint, None if as_json else print_results)
+    _show(results, checkpoint, None if common().json else print_results)
 
 
 @app.command()
@@ -132,11 +130,9 @@ def eval_tasks(
         ),
     ],
     options: TaskOptions,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
-    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+    with _scoring(checkpoint) as (opened, run):
         from modekit.evaluation.tasks.evaluate import evaluate_tasks
 
         results = evaluate_tasks(
@@ -149,7 +145,7 @@ def eval_tasks(
             seed=options.seed,
             run=run,
         )
-    _show(results, checkpoint, None if as_json else print_tasks)
+    _show(results, checkpoint, None if common().json else print_tasks)
 
 
 @app.command()
@@ -158,11 +154,9 @@ def eval_translation(
     checkpoint: OutFolder,
     options: DecodingOptions,
     labels: LabelRowOptions,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Translate held-out sources with base, experts and mixture, and score them with sacrebleu."""
-    with _scoring(checkpoint, trust_remote_code) as (opened, run):
+    with _scoring(checkpoint) as (opened, run):
         from modekit.evaluation.translation.decoding import Decoding
         from modekit.evaluation.translation.evaluate import evaluate_translation
 
@@ -173,14 +167,14 @@ def eval_translation(
             labels=labels.asked(),
             run=run,
         )
-    _show(results, checkpoint, None if as_json else print_translations)
+    _show(results, checkpoint, None if common().json else print_translations)
 
 
 @contextmanager
-def _scoring(checkpoint: Path, trusted: bool) -> Iterator[tuple[Checkpoint, Run]]:
+def _scoring(checkpoint: Path) -> Iterator[tuple[Checkpoint, Run]]:
     """The checkpoint, and how to run; progress is drawn while it is open."""
     with drawn_progress() as progress:
-        yield checkpoint_in(checkpoint), Run(trusted, progress)
+        yield checkpoint_in(checkpoint), common().run(progress)
 
 
 def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | None) -> None:

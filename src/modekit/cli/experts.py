@@ -14,7 +14,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Writing, app, refuse_without_effect, writable
+from modekit.cli.shell import Writing, app, common, refuse_without_effect, writable
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.run import Run
@@ -171,7 +171,6 @@ class ExtractOptions(Writing):
 
     rank: Annotated[int, typer.Option(min=1, help="Rank of every module's adapter.")] = 16
     module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
-    as_json: AsJson = False
 
 
 @app.command()
@@ -193,7 +192,7 @@ def extract(
         tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
         origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
         record = extract(tuned, origin, target, settings, overwrite=options.overwrite, run=run)
-    if options.as_json:
+    if common().json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})
         return
     print_extract(record)

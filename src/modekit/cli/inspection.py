@@ -21,10 +21,9 @@ from modekit.cli.printing.console import out, print_json, shows_bold, visible
 from modekit.cli.printing.mixtures import print_forced, print_notes
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
+from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.files.figures import or_dash
 from modekit.recipes.layers import order_of
-from modekit.run import Run
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -62,8 +61,6 @@ def inspect(
     shown: TextOptions,
     tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens per domain.")] = SAMPLE_TOKENS,
     sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document or text, in tokens.")] = 512,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Show what the routers do: expert weights per domain, leave-one-out losses, similarity, tokens; or one text by word."""
     opened = checkpoint_in(checkpoint)
@@ -76,12 +73,12 @@ def inspect(
         from modekit.evaluation.inspection.text import inspect_text
         from modekit.evaluation.results_folder import RESULTS_FOLDER
 
-        run = Run(trust_remote_code, progress)
+        run = common().run(progress)
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:
             found = inspect_text(opened, text, sequence_length=sequence_length, run=run)
-    if as_json:
+    if common().json:
         print_json(found.model_dump())
     elif isinstance(found, Inspection):
         print_inspection(checkpoint / RESULTS_FOLDER, found)

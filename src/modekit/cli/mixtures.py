@@ -17,12 +17,12 @@ from modekit.cli.printing.console import err, out, print_json
 from modekit.cli.printing.mixtures import print_checks, print_count, print_forced, print_mix, print_notes, print_plan, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Overwrite, RecipePath, Trust, Writing, app, resolved, writable
+from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
 from modekit.engines.registry import Outtype, ServeSettings
 from modekit.engines.threads import ASKED
 from modekit.files.figures import bytes_of, range_of
 from modekit.recipes.strict import BASE
-from modekit.run import Progress, Run
+from modekit.run import Progress
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -32,20 +32,18 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml; or the config.json of any mixture.")],
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Show what a build would do, from configs and headers alone; or count the parameters of a published mixture."""
     from modekit.building.preview import preview
     from modekit.sources.counting import count_parameters, is_config
 
-    run = Run(trust_remote_code)
+    run = common().run()
     if is_config(recipe):
         counted = count_parameters(recipe, run=run)
-        print_json(counted.model_dump(mode="json")) if as_json else print_count(counted)
+        print_json(counted.model_dump(mode="json")) if common().json else print_count(counted)
         return
     found = preview(recipe, run=run)
-    if as_json:
+    if common().json:
         print_json(found.model_dump(mode="json"))
     else:
         print_plan(found)
@@ -59,8 +57,6 @@ def build(
     prove: Annotated[
         bool, typer.Option("--prove", help="Then compare every expert with its own model, as verify --deep does.")
     ] = False,
-    fsync: Fsync = True,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
@@ -70,13 +66,11 @@ def build(
 
     target = writable(output, overwrite)
     with drawn_progress() as progress:
-        made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=Run(trust_remote_code, progress))
+        made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=common().run(progress))
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
-    checkpoint = show_build(
-        output, lambda progress: build(made, target, overwrite=overwrite, run=Run(progress=progress, sync=fsync))
-    )
+    checkpoint = show_build(output, lambda progress: build(made, target, overwrite=overwrite, run=common().run(progress)))
     if prove:
-        print_forced(_forced(checkpoint, trust_remote_code))
+        print_forced(_forced(checkpoint))
 
 
 def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
@@ -104,7 +98,7 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     return checkpoint
 
 
-def _forced(checkpoint: Checkpoint, trusted: bool) -> ForcedExperts:
+def _forced(checkpoint: Checkpoint) -> ForcedExperts:
     """Every expert beside its own model; how long that takes is said before it starts."""
     from modekit.building.preview import forced_cost
     from modekit.evaluation.forced import force_experts
@@ -113,7 +107,7 @@ def _forced(checkpoint: Checkpoint, trusted: bool) -> ForcedExperts:
     said = f"comparing the experts takes {range_of(*cost.seconds)} on this machine and {bytes_of(cost.memory)} of memory"
     err.print(Text(said), soft_wrap=True)
     with drawn_progress() as progress:
-        return force_experts(checkpoint, run=Run(trusted, progress))
+        return force_experts(checkpoint, run=common().run(progress))
 
 
 @dataclass(frozen=True)
@@ -159,14 +153,14 @@ class FitOptions:
 
 @app.command()
 @grouped
-def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = False) -> None:
+def fit(checkpoint: OutFolder, options: FitOptions) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.checkpoint import open_with_any_router
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
     with drawn_progress() as progress:
-        done = refit(open_with_any_router(resolved(checkpoint)), options.changes(), run=Run(trust_remote_code, progress))
+        done = refit(open_with_any_router(resolved(checkpoint)), options.changes(), run=common().run(progress))
     if not processes().is_main:
         return
     settings = done.record.router.settings
@@ -180,8 +174,6 @@ def fit(checkpoint: OutFolder, options: FitOptions, trust_remote_code: Trust = F
 @app.command()
 def verify(
     checkpoint: OutFolder,
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
     reload: Annotated[bool, typer.Option(help="Also load it in plain transformers.")] = True,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also run every expert beside its own model: what is lost of it, in nats.")
@@ -193,11 +185,11 @@ def verify(
 
     opened = open_with_any_router(resolved(checkpoint))
     with drawn_progress() as progress:
-        checks = verify(opened, run=Run(trust_remote_code, progress), reload=reload)
-    if not as_json:
+        checks = verify(opened, run=common().run(progress), reload=reload)
+    if not common().json:
         print_checks(checks)
-    forced = _forced(opened, trust_remote_code) if deep else None
-    if as_json:
+    forced = _forced(opened) if deep else None
+    if common().json:
         said = [vars(check) for check in checks]
         shown = said if forced is None else {"checks": said, "forced": forced.as_data()}
         print_json(shown)
@@ -261,14 +253,10 @@ def mix(
     beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
     checkpoint = show_build(
         options.output,
-        lambda progress: build(
-            planned.plan, target, overwrite=options.overwrite, beside=beside, run=Run(progress=progress, sync=options.fsync)
-        ),
+        lambda progress: build(planned.plan, target, overwrite=options.overwrite, beside=beside, run=common().run(progress)),
     )
     if options.gguf is not None:
-        said = vars(options)
-        shared = {key: said[key] for key in ("overwrite", "fsync", "trust_remote_code")}
-        write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, **shared))
+        write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, overwrite=options.overwrite))
     if options.serve:
         settings = ServeSettings(threads=options.threads, outtype=options.gguf)
         serve_until_stopped(checkpoint, settings, options.run())

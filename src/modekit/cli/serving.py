@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, refuse_without_effect
+from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
 from modekit.run import Run
 
@@ -57,8 +57,6 @@ class ServeOptions:
     outtype: Annotated[
         Outtype | None, typer.Option(help=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
     ] = None
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -84,7 +82,7 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         options.no_key,
         options.outtype,
     )
-    serve_until_stopped(opened, settings, Run(options.trust_remote_code, sync=options.fsync))
+    serve_until_stopped(opened, settings, common().run())
 
 
 def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> None:
@@ -106,8 +104,6 @@ def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Ru
 def route(
     checkpoint: OutFolder,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; - reads standard input.")],
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Name the expert that best matches a text. Only the mixture's router runs, no model."""
     from modekit.text.plain import decode
@@ -116,8 +112,8 @@ def route(
     with drawn_progress():
         from modekit.routing.text_router import TextRouter
 
-        decision = TextRouter(opened, run=Run(trust_remote_code)).decide(read)
-    if as_json:
+        decision = TextRouter(opened, run=common().run()).decide(read)
+    if common().json:
         print_json(vars(decision))
         return
     shares = ", ".join(

@@ -8,9 +8,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -36,15 +35,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_common = partial(typer.Option, rich_help_panel="Common options")
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")]
-Trust = Annotated[bool, _common("--trust-remote-code", help="Allow models that bring code of their own.")]
-Overwrite = Annotated[bool, _common("--overwrite", help="Replace the folder once the new one is whole.")]
-Fsync = Annotated[
-    bool, _common("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
-]
-AsJson = Annotated[bool, _common("--json", help="Print JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder once the new one is whole.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What is said before the command, of any of them."""
+
+    trust_remote_code: bool = False
+    json: bool = False
+    fsync: bool = True
+
+    def run(self, progress: Progress = silent) -> Run:
+        """For the room that does the work."""
+        return Run(self.trust_remote_code, progress, self.fsync)
+
+
+_asked = Common()
+_COMMON = ("--trust-remote-code", "--json", "--no-fsync")
+_PRINT_JSON = {
+    *("plan", "eval", "eval-tasks", "eval-translation", "inspect", "route", "verify", "train", "extract", "densify", "tune"),
+    "data",
+}
+
+
+def common() -> Common:
+    """What was said before the command that runs."""
+    return _asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +71,10 @@ class Writing:
     """How a command writes a folder."""
 
     overwrite: Overwrite = False
-    fsync: Fsync = True
-    trust_remote_code: Trust = False
 
     def run(self, progress: Progress = silent) -> Run:
         """For the room that does it."""
-        return Run(self.trust_remote_code, progress, self.fsync)
+        return common().run(progress)
 
 
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
@@ -73,21 +90,39 @@ def _say_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _one_process(
+def _before_the_command(
     context: typer.Context,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow models that bring code of their own.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    fsync: Annotated[
+        bool, typer.Option("--fsync/--no-fsync", help="Wait until the disk has everything, so that a power loss costs nothing.")
+    ] = True,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
     from modekit.processes import launched
 
-    if launched() > 1 and context.invoked_subcommand not in {"fit", "train"}:
+    global _asked
+    _asked, command = Common(trust_remote_code, as_json, fsync), str(context.invoked_subcommand)
+    if as_json and command not in _PRINT_JSON:
+        refuse_without_effect(f"a command that prints JSON, which {command} does not", {"--json": True})
+    if launched() > 1 and command not in {"fit", "train"}:
         raise ModekitError(
             "this command runs in one process",
-            where=f"modekit {context.invoked_subcommand}",
+            where=f"modekit {command}",
             found=f"{launched()} processes",
             remedy="start it without a launcher; fit and train know how to share their work",
         )
+
+
+def _common_first(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with what may stand before any command there, wherever it was typed."""
+    end = words.index("--") if "--" in words else len(words)
+    first = [word for word in words[:end] if word in _COMMON]
+    return [*first, *(word for word in words[:end] if word not in _COMMON), *words[end:]]
 
 
 def refuse_without_effect(why: str, options: Mapping[str, object]) -> None:
@@ -128,7 +163,9 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = app(prog_name="modekit", standalone_mode=False)  # so that wrong usage comes here, too
+        status = app(
+            _common_first(sys.argv[1:]), prog_name="modekit", standalone_mode=False
+        )  # so that wrong usage comes here, too
         if status == _INTERRUPTED:  # Typer's word for Ctrl-C, which says nothing
             raise KeyboardInterrupt
     except ModekitError as error:

@@ -12,8 +12,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import print_json
 from modekit.cli.printing.mixtures import print_training
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import AsJson, Fsync, OutFolder, Trust, app, checkpoint_in, resolved
-from modekit.run import Run
+from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
@@ -115,9 +114,6 @@ class TrainOptions:
         int | None,
         typer.Option(min=0, help="Held-out tokens per domain for the tables before and after (default 8192); 0: none."),
     ] = None
-    fsync: Fsync = True
-    as_json: AsJson = False
-    trust_remote_code: Trust = False
 
 
 @app.command()
@@ -147,10 +143,10 @@ def train(
             root=Path.cwd(),
             out=resolved(options.output) if options.output is not None else None,
             evaluate_tokens=tokens or None,
-            run=Run(options.trust_remote_code, progress, options.fsync),
+            run=common().run(progress),
         )
     if processes().is_main:
-        if options.as_json:
+        if common().json:
             record = {"improved": done.improved, **done.record.model_dump(mode="json")}
             print_json(record)
         else:
