@@ -278,9 +278,8 @@ LAYER = "vision_tower.encoder.layers.0."
     [
         ("base", {}, {"vision_config": None}, "no usable vision_config"),
         ("base", {}, {"vision_config": [1]}, "no usable vision_config"),
-        ("base", {}, {"vision_config": {"num_hidden_layers": 9}}, "layer 1 of 9"),
-        ("base", {"vision_tower.": None}, {}, "tensor of the vision tower is missing"),
-        ("base", {"multi_modal_projector.": None}, {}, "tensor of the vision tower is missing"),
+        ("base", {"vision_tower.": None}, {}, "the vision tower is missing"),
+        ("base", {"multi_modal_projector.": None}, {}, "the vision tower is missing"),
         ("full", {f"{LAYER}mlp.fc1.bias": None}, {}, "vision tower or projector is not the base"),
         ("full", {f"{LAYER}mlp.fc1.bias": (7,)}, {}, "vision tower or projector is not the base"),
         ("full", {f"{LAYER}mlp.fc1.bias": 0.5}, {}, "vision tower or projector is not the base"),

@@ -55,7 +55,7 @@ def test_nobody_reads_the_raw_config_of_a_mixture() -> None:
     assert not list(
         lines_with(
             r"""^[^"#`]*(config|dict)\w*(\["modekit"\]|\.get\("modekit")""",
-            {"planning/modekit_shape.py", "sources/kept.py", "architecture/"},
+            {"planning/modekit_shape.py", "sources/towers.py", "architecture/"},
         )
     )
 

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import save, tiny_model, write_text
 from families_table import NO_WHOLE, PARTLY, REFUSED, WHOLE_FFNS
@@ -313,3 +313,32 @@ def test_files_that_transformers_computes_with_are_mixed_once_saved_under_names_
         opened(tmp_path / name).save_pretrained(tmp_path / name, save_original_format=False)
     model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
     torch.testing.assert_close(forced(model, 1), expected, atol=1e-4, rtol=0)
+
+
+def test_ia3_on_a_square_weight_that_is_kept_by_columns(tmp_path: Path) -> None:
+    """GPT-2's attn.c_proj and c_attn: outputs are scaled, whichever way the weight lies."""
+    save_models("gpt2", tmp_path)
+    targets = ["attn.c_proj", "attn.c_attn", "mlp.c_fc"]
+    config = peft.IA3Config(
+        target_modules=targets, feedforward_modules=["mlp.c_fc"], fan_in_fan_out=True, init_ia3_weights=False
+    )
+    adapted = peft.get_peft_model(opened(tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "lora")
+    experts = [{"name": "plain", "model": "base"}, {"name": "low", "adapter": "./lora"}]
+    model = mixture(tmp_path, "OUT", experts, router=ONE_ROUTER)
+    torch.testing.assert_close(forced(model, 1), logits(adapted), atol=1e-4, rtol=0)
+
+
+def test_tensors_of_an_expert_alone_are_not_dropped(tmp_path: Path) -> None:
+    save_models("gpt_neox", tmp_path)
+    file = tmp_path / "other" / "model.safetensors"
+    more = {"gpt_neox.layers.0.attention.query_key_value.lora_A.weight": torch.ones(4, 4)}
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"tensors that the base model lacks[^§]*lora_A"):
+        mixture(tmp_path, "OUT", [{"name": "other", "model": "./other"}], router=ONE_ROUTER)
+
+
+def test_the_default_doge_can_be_mixed() -> None:
+    config = AutoConfig.for_model("doge", hidden_size=64, vocab_size=96, num_hidden_layers=2).to_dict()
+    assert config["num_experts"] > 4096
+    assert family_of(config, where="base_model").layers(config | {"num_hidden_layers": 2}) == [0, 1]

@@ -381,3 +381,46 @@ def test_another_model_in_the_folder_of_one_that_gave_rows(tmp_path: Path) -> No
     changed = write_change(checkpoint, replace_expert(checkpoint, "law", said), tmp_path / "CHANGED")
     assert torch.equal(weights(changed.folder)[EMBEDDING][96:], weights(tmp_path / "law")[EMBEDDING][96:])
     assert is_proven(verify(changed))
+
+
+def change_tokenizer(folder: Path, **parts: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_cuts_text_otherwise_is_refused(tmp_path: Path, parts: dict[str, Any]) -> None:
+    """Though every token has the same id."""
+    shop = shop_of(tmp_path, RANDOM)
+    change_tokenizer(tmp_path / "law", **parts)
+    with pytest.raises(MismatchError, match="cuts text otherwise") as caught:
+        planned(shop)
+    assert "experts[0] 'law'" in str(caught.value)
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_noted(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM)
+    around = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": around, "pair": around, "special_tokens": special}
+    change_tokenizer(tmp_path / "law", post_processor=template)
+    assert any("other special tokens around a text (<s>" in note for note in planned(shop).notes)
+    change_tokenizer(tmp_path / "law", post_processor=None, truncation=None, padding=None)
+    assert not any("special tokens around" in note for note in planned(shop).notes)
+
+
+def test_a_base_without_a_tokenizer_is_noted(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, RANDOM)
+    for name in SEEDS:
+        for file in (tmp_path / name).glob("*token*"):
+            file.unlink()
+    assert any("no tokenizer, which fit, eval, chat and serve need" in note for note in planned(shop).notes)

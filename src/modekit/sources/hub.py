@@ -6,13 +6,11 @@ kinds below are asked for: no code, nothing pickled.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
-    DryRunError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -39,15 +36,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from modekit.errors import SourceError
-from modekit.files.read import LARGE
 from modekit.files.typed import shortened
-from modekit.files.user_cache import is_proven_here, keep_header, keep_proven, known_header
-from modekit.files.write import remove
+from modekit.files.user_cache import keep_header, known_header
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import WEIGHTS_FILE, AdapterSource, open_adapter
 from modekit.sources.adapter_config import CONFIG_FILE
 from modekit.sources.config import FROM_GGUF
-from modekit.sources.contents import WeightFile
 from modekit.sources.header import LARGEST_HEADER, TensorRef, tensors_in
 from modekit.sources.source import INDEX_FILE, SPECIALIST_FILE, ModelSource, open_source, weight_files
 from modekit.sources.tokenizer import COPIED_FILES
@@ -58,7 +52,6 @@ _SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED
 _FIRST = 2**17  # bytes: nearly every header is shorter
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 _SIZE = re.compile(r"[0-9]{1,18}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
@@ -72,11 +65,10 @@ class Snapshot:
 
     @classmethod
     def of(cls, spec: str, revision: str | None, *, where: str, files: Sequence[str] = (), run: Run = QUIET) -> Snapshot:
-        """With these files of it on this disk; without `files` the small ones, unless one of them is large."""
-        with _explained(spec, revision, where):
-            commit = revision if files else _of_small_files(spec, revision, where)
+        """With these files of it on this disk; without `files` the small ones."""
+        with _explained(spec, where):
             names, bar = list(files or _SMALL_FILES), _drawn_by(run)
-            return cls(spec, Path(snapshot_download(spec, revision=commit, allow_patterns=names, tqdm_class=bar)), where)
+            return cls(spec, Path(snapshot_download(spec, revision=revision, allow_patterns=names, tqdm_class=bar)), where)
 
     @property
     def commit(self) -> str:
@@ -88,7 +80,7 @@ class Snapshot:
         what = f"{self.name} {self.commit} {file.name}"
         kept = known_header(what)
         if kept is None:
-            with _explained(self.name, self.commit, self.where):
+            with _explained(self.name, self.where):
                 try:
                     begin, size = self._bytes(file.name, 0, _FIRST)
                     length = 8 + int.from_bytes(begin[:8], "little")
@@ -104,7 +96,7 @@ class Snapshot:
 
     def content(self, ref: TensorRef) -> bytes:
         """The bytes of a small tensor of such a file."""
-        with _explained(self.name, self.commit, self.where):
+        with _explained(self.name, self.where):
             return self._bytes(ref.file.name, ref.start, ref.end)[0]
 
     def _bytes(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
@@ -127,12 +119,10 @@ class Snapshot:
         return bytes(found), int(size)
 
     def fetch(self, names: Iterable[str], *, run: Run = QUIET) -> None:
-        """Bring weight files to this disk and prove them by the sha256 that the hub states."""
+        """Bring weight files to this disk."""
         wanted = sorted(names)
         if not all((self.folder / name).exists() for name in wanted):
             Snapshot.of(self.name, self.commit, where=self.where, files=[*map(escape, wanted)], run=run)
-        for name in wanted:
-            _prove(self.folder / name, f"{self.where}: {name}", run)
 
     def no_weights(self, name: str) -> SourceError:
         """The error of a repository without a file; it says what there is in its place."""
@@ -169,7 +159,7 @@ def open_hub_model(label: str, spec: str, revision: str | None, *, whole: bool, 
         elsewhere = Snapshot.of(spec, revision, where=where, run=run)
         folder, commit = elsewhere.folder, elsewhere.commit
         if not (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
-            with _explained(spec, revision, where):
+            with _explained(spec, where):
                 raise elsewhere.no_weights("model.safetensors")
     return open_source(label, spec, folder, revision=commit, run=run, elsewhere=elsewhere)
 
@@ -190,25 +180,6 @@ def fetch(source: ModelSource, files: Iterable[Path], *, run: Run = QUIET) -> No
     Snapshot(source.spec, source.folder, source.where).fetch([file.name for file in files], run=run)
 
 
-def _of_small_files(spec: str, revision: str | None, where: str) -> str | None:
-    """The commit at a revision. Raises SourceError where one of its small files is large."""
-    try:
-        names = list(_SMALL_FILES)
-        found = snapshot_download(spec, revision=revision, allow_patterns=names, tqdm_class=_drawn_by(QUIET), dry_run=True)
-    except DryRunError:  # the hub is not reached: its cache may have them
-        return revision
-    for file in found:
-        if (file.file_size or 0) > LARGE:
-            raise SourceError(
-                "a file beside the weights is too large to be what it is called",
-                where=f"{where}: {file.filename}",
-                found=f"{file.file_size:,} bytes",
-                expected=f"at most {LARGE:,} bytes",
-                remedy="choose another repository or revision",
-            )
-    return found[0].commit_hash if found else revision
-
-
 def _drawn_by(run: Run) -> type[tqdm]:
     """The library's bars: none is drawn, and the one that counts the bytes on this disk reports them."""
 
@@ -225,106 +196,49 @@ def _drawn_by(run: Run) -> type[tqdm]:
     return Bar
 
 
-def _prove(file: Path, where: str, run: Run) -> None:
-    """Raise SourceError, and remove a file of the cache, where it has another sha256 than the hub states; read once.
-
-    A file of the cache is a link to one that has this name. On systems without links its size was compared, and no more.
-    """
-    stated = file.readlink().name if file.is_symlink() else ""
-    if not _SHA256.fullmatch(stated):
-        return
-    opened, digest, done = WeightFile(file), hashlib.sha256(), 0
-    try:
-        proof = f"sha256 {stated} {opened.state}"
-        if is_proven_here(proof):
-            return
-        for chunk in opened.chunks(0, opened.state.size):
-            digest.update(chunk)
-            done += len(chunk)
-            run.progress("check the download", done, opened.state.size)
-    finally:
-        opened.close()
-    if digest.hexdigest() != stated:
-        remove(file.resolve())
-        remove(file)
-        raise SourceError(
-            "a downloaded file is not what the hub says it is",
-            where=where,
-            found=f"sha256 {digest.hexdigest()}",
-            expected=stated,
-            remedy="run the command again: the file was removed, and is downloaded again",
-        )
-    keep_proven(proof)
+_REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        GatedRepoError,
+        "the repository is gated: its owner lets those read it who accept the terms",
+        f"accept them on its page on the hub, then log in ({_LOG_IN})",
+    ),
+    (
+        RepositoryNotFoundError,
+        "no such folder, and the hub knows no repository of that name, or it is private",
+        f"correct the name; for a private repository log in as somebody who may read it ({_LOG_IN})",
+    ),
+    (RevisionNotFoundError, "the repository has no such revision", "give a branch, tag or commit of it, or remove revision"),
+    (HFValidationError, "neither a folder nor a name on the hub", "correct the path or the hub id (OWNER/NAME)"),
+    (HfHubHTTPError, "the hub does not send the repository", f"read what it says; log in if it asks you to ({_LOG_IN})"),
+    (
+        LocalEntryNotFoundError,
+        "no such folder, and the hub cannot be reached for a model of that name",
+        "correct the path; or connect to the hub and run the command again, which continues; or give the folder of a copy",
+    ),
+    (
+        OSError,
+        "the hub does not send what it has, or its cache cannot be written",
+        "run the command again, which continues; or set HF_HOME to a folder of yours with space",
+    ),
+)
+"""What may go wrong between here and the hub, what it means, and what to do; the library's own sentence is what was found."""
 
 
 @contextmanager
-def _explained(spec: str, revision: str | None, where: str) -> Iterator[None]:
+def _explained(spec: str, where: str) -> Iterator[None]:
     """Turns whatever goes wrong between here and the hub into SourceError."""
     try:
         yield
     except SourceError:
         raise
-    except HFValidationError as error:
-        remedy = "correct the path or the hub id (OWNER/NAME)"
-        raise SourceError("neither a folder nor a name on the hub", where=where, found=error, remedy=remedy) from None
-    except HfHubHTTPError as error:
-        raise _refused(error, spec, revision, where) from None
-    except Exception as error:  # httpx's errors have no base class under one name: the others go on
-        if not isinstance(error, OSError | EntryNotFoundError | ValueError) and not type(error).__module__.startswith("httpx"):
+    except Exception as error:  # httpx's errors have no base class under one name
+        known = isinstance(error, OSError | EntryNotFoundError | ValueError) or type(error).__module__.startswith("httpx")
+        if not known:
             raise
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise _refused(error.__cause__, spec, revision, where) from None
-        raise _unreached(error, spec, where) from None
-
-
-def _refused(error: HfHubHTTPError, spec: str, revision: str | None, where: str) -> SourceError:
-    """The hub answered, but not with the file."""
-    logged_in = get_token() is not None
-    status, found = error.response.status_code, shortened(error.server_message or str(error).strip())
-    if isinstance(error, GatedRepoError):
-        what = "the repository is gated: its owner lets those read it who accept the terms"
-        remedy = f"accept them on its page on the hub{'' if logged_in else f', then log in ({_LOG_IN})'}"
-    elif isinstance(error, RepositoryNotFoundError):
-        what = "no such folder, and the hub knows no repository of that name, or it is private"
-        found = f"logged in as {'somebody who may not read it' if logged_in else 'nobody'}"
-        remedy = f"correct the name{_near(spec)}; for a private repository log in as somebody who may read it ({_LOG_IN})"
-    elif isinstance(error, RevisionNotFoundError):
-        what, found = "the repository has no such revision", str(revision)
-        remedy = "give a branch, tag or commit of it, or remove revision"
-    elif status in (401, 403):
-        what, remedy = "the hub does not accept your token for this repository", f"log in again ({_LOG_IN})"
-    else:
-        what, remedy = f"the hub answers with an error ({status})", "try again later"
-    return SourceError(what, where=where, found=found, remedy=remedy)
-
-
-def _unreached(error: Exception, spec: str, where: str) -> SourceError:
-    """The hub did not answer, or must not be asked."""
-    if is_offline_mode():
-        what, remedy = "no such folder, and not all of that name is in the hub's cache", f"`hf download {spec}`"
-        remedy = f"correct the path; or unset HF_HUB_OFFLINE; or {remedy} where there is a network, and take the cache along"
-        return SourceError(what, where=where, found="HF_HUB_OFFLINE forbids to ask the hub", remedy=remedy)
-    found = shortened(error) or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        remedy = "free space, or set HF_HOME to a folder of yours, and run the command again"
-        return SourceError("the hub's cache cannot be written", where=where, found=found, remedy=remedy)
-    if isinstance(error, OSError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
-        remedy = "run the command again; it continues"
-        return SourceError("the hub does not send what it has", where=where, found=found, remedy=remedy)
-    return SourceError(
-        "no such folder, and the hub cannot be reached for a model of that name",
-        where=where,
-        found=found,
-        remedy="correct the path; or connect to the hub and run the command again, which continues; or "
-        "download the model elsewhere and give its folder",
-    )
-
-
-def _near(spec: str) -> str:
-    """Names on the hub that are close to one, for a message; nothing where it does not say."""
-    with suppress(Exception):  # the message stands without them
-        owner, name = spec.split("/")
-        found = [each.id for search in (name, owner) for each in HfApi().list_models(search=search, limit=20)]
-        close = get_close_matches(spec, dict.fromkeys(found), 3)
-        return f" (there is {' and '.join(close)})" if close else ""
-    return ""
+        first = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        what, remedy = next((says for kind, *says in _REFUSALS if isinstance(first, kind)), _REFUSALS[-1][1:])
+        if is_offline_mode() and not isinstance(first, HFValidationError):
+            what = "no such folder, and not all of that name is in the hub's cache (HF_HUB_OFFLINE)"
+            remedy = f"correct the path; or unset HF_HUB_OFFLINE; or `hf download {spec}` where there is a network"
+        found = shortened(getattr(first, "server_message", None) or str(first).strip() or type(first).__name__)
+        raise SourceError(what, where=where, found=found, remedy=remedy) from None

@@ -16,6 +16,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import (
+    TOKENIZER_FILES,
     Readers,
     ReadTokens,
     Tokens,
@@ -23,6 +24,7 @@ from modekit.sources.tokenizer import (
     check_alike,
     check_same_pieces,
     copied_files,
+    other_cuts,
     read_beside,
     read_tokens,
 )
@@ -38,10 +40,12 @@ class SharedTokens:
     Attributes:
         read: of each; None where neither it nor the base has a tokenizer.
         largest: number of the model whose tokenizer has the tokens of all.
+        notes: what a user should know of tokenizers that differ, or lack.
     """
 
     read: Sequence[ReadTokens | None]
     largest: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def are_same(self) -> bool:
@@ -68,7 +72,9 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
     """
     base = sources[0]
     first = read_tokens(base.folder, where=base.where)
-    found, largest = [first], 0
+    found, largest, notes = [first], 0, list[str]()
+    if first is None and not any((base.folder / name).exists() for name in TOKENIZER_FILES):
+        notes.append(f"{base.label}: its folder has no tokenizer, which fit, eval, chat and serve need: put its files there")
     for number, source in enumerate(sources[1:], 1):
         where = source.where
         check_same_pieces(base.folder, source.folder, where=where)
@@ -77,6 +83,8 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
         if first is None or read is None or read is first:
             continue
         check_alike(first, read, where=where, below=min(first.size, read.size))
+        if first.rest and read.rest and first.rest != read.rest:
+            notes += filter(None, [other_cuts(base.folder, source.folder, where=where)])
         most = found[largest]
         if largest and most is not None:
             between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER, more="")
@@ -84,7 +92,7 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
         if read.size > (most or first).size:
             _check_once(read, first.size, where)
             largest = number
-    return SharedTokens(found, largest)
+    return SharedTokens(found, largest, tuple(notes))
 
 
 def _check_once(read: ReadTokens, size: int, where: str) -> None:

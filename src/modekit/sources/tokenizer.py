@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,11 @@ Tokens = dict[str, int]
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """The tokens of a tokenizer, and the merges of BPE where tokenizer.json has some."""
+    """The tokens of a tokenizer; of a tokenizer.json also the merges of BPE, and what else decides how text is cut (`rest`)."""
 
     tokens: Tokens
     merges: list[tuple[str, ...]] | None = None
+    rest: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def size(self) -> int:
@@ -145,7 +146,9 @@ def read_tokens(folder: Path, *, where: str, beside: Tokens | None = None) -> Re
         tokens = {_text(token): _id(index) for token, index in pairs}
         tokens.update({_text(added["content"]): _id(added["id"]) for added in raw.get("added_tokens") or []})
         merges = raw["model"].get("merges")
-        return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges])
+        settings = {key: each for key, each in raw["model"].items() if key != "merges" and not isinstance(each, dict)}
+        rest = {**{key: raw.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")}, "model": settings}
+        return ReadTokens(tokens, None if merges is None else [_pair(each) for each in merges], rest)
     except (*UNREADABLE, KeyError, TypeError, AttributeError, IndexError) as error:
         found = f"nothing called {error}" if isinstance(error, KeyError) else error
         raise damaged_model("the tokenizer cannot be read", f"{where}: {path.name}", found) from None
@@ -219,6 +222,50 @@ def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Read
         found=some_of(shown, 5),
         expected="the same token for the same id",
         remedy=readers.remedy + readers.more,
+    )
+
+
+_PAGE = (
+    "The court held, on 12 May 1998, that section 3(b) doesn't apply; see Smith v. Jones, 410 U.S. 113 (1973).",
+    "def  area(x_1, y):\n\t    return x_1 ** 2 - 0.5e-10*y  # TODO: camelCaseNames, HTTPServer\r\n\r\n",
+    "  Ünïcödé ﬁne café e\u0301 ½ ² “quotes” … naïve İstanbul STRASSE straße   ",
+    "漢字とひらがな 한국어 عربي हिन्दी ไทย Ελληνικά русский 𐍈 🙂👩‍👩‍👧 \u200b\u00a0x",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa 1234567890 00012 ,,,,----==== <tag attr='1'/> a@b.example/c?d=e&f",
+)
+"""Text of many kinds: two tokenizers that cut it alike are taken to cut all text alike."""
+
+
+def other_cuts(base: Path, expert: Path, *, where: str) -> str | None:
+    """Compare how two tokenizer.json with the same tokens cut a page of text; for those that say other things beside them.
+
+    Gives a note where only the special tokens that they put around a text differ. Raises MismatchError where text is cut
+    otherwise, SourceError for a file that the tokenizers library does not open.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (base, expert))
+        for text in _PAGE:
+            cuts = [each.encode(text, add_special_tokens=False).tokens for each in (ours, theirs)]
+            if cuts[0] != cuts[1]:
+                first = next((place for place, pair in enumerate(zip(*cuts, strict=False)) if pair[0] != pair[1]), 0)
+                raise MismatchError(
+                    "the expert's tokenizer has the same tokens as the base model's and cuts text otherwise",
+                    where=where,
+                    found=f"{text[:40]!r}: ... {' '.join(cuts[1][first : first + 6])}",
+                    expected=f"... {' '.join(cuts[0][first : first + 6])}",
+                    remedy=Readers().remedy + Readers().more,
+                )
+        around = [each.encode(_PAGE[0]).tokens for each in (ours, theirs)]
+    except MismatchError:
+        raise
+    except Exception as error:  # the library raises Exception itself
+        raise damaged_model("the tokenizer cannot be read", f"{where}: tokenizer.json", error) from None
+    if around[0] == around[1]:
+        return None
+    return (
+        f"{where}: its tokenizer puts other special tokens around a text ({' '.join(around[1][:2])} ...) than the base model's "
+        f"({' '.join(around[0][:2])} ...), which the mixture has"
     )
 
 

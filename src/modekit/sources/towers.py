@@ -160,6 +160,9 @@ def kept_settings(source: ModelSource) -> Config:
             expected=", ".join(KEPT),
             remedy="give the whole model, vision tower and all, as base_model, or leave keep out",
         )
+    if not isinstance(said.get("vision_config"), Mapping):
+        expected, where = "the settings of the vision tower that is to be kept", f"{source.where}: config.json"
+        raise no_usable("vision_config", said.get("vision_config"), expected, where, _AGAIN_OR_LEAVE)
     return {key: value for key, value in said.items() if key not in ("text_config", "torch_dtype", "_name_or_path")}
 
 

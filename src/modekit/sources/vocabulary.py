@@ -76,7 +76,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     known = [model.rows or models[0].rows for model in models if model.ids == owner.ids]  # padding of others is no token's row
     check_ids_fit(shared.read[shared.largest], max(known), where=owner.source.where)
     if shared.are_same and all(model.rows in (0, rows) for model in models):
-        return Vocabulary(sources, sources, TokenizerChoice(base))
+        return Vocabulary(sources, sources, TokenizerChoice(base), notes=shared.notes)
     for model in models:
         model.check_rows()
     grown = _Grown(models, rows, rule)
@@ -84,7 +84,7 @@ def one_vocabulary(sources: tuple[ModelSource, ...], family: Family, rule: Rule)
     made = {model.source: grown.model(model) for model in models}
     config = {**base.config, "vocab_size": rows, **choice.settings}
     made[base] = replace(made[base], config=config, on_disk=base.on_disk or base.config)
-    notes = (*_notes(models, shared, rows, rule), *choice.notes)
+    notes = (*shared.notes, *_notes(models, shared, rows, rule), *choice.notes)
     return Vocabulary(tuple(made[source] for source in sources), sources, choice, True, notes)
 
 
