@@ -21,10 +21,8 @@ from transformers import PreTrainedModel
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.conversion.choice import Chooser
-from modekit.conversion.dense_record import Merge
-from modekit.conversion.densify import Densify, densify
-from modekit.conversion.distilled import course_of
+from modekit.conversion.densify import Densify, course_of, densify
+from modekit.conversion.merges import Merge, Merger
 from modekit.demo.text import DOMAINS
 from modekit.evaluation.domains import Domain, held_out_domains
 from modekit.experts.specialist import held_out_losses
@@ -91,7 +89,7 @@ def merges(pool: Pool) -> None:
     """A row per rule."""
     checkpoint = pool.mixture
     plan = make_plan(checkpoint.record.recipe, checkpoint.recipe_root)
-    chooser = Chooser(checkpoint, plan, [], QUIET)
+    chooser = Merger(checkpoint, plan, [], QUIET)
     print(f"| mixture | {pool.gap(load_model(checkpoint.folder)):.3f} |", flush=True)
     for name, merge in MERGES.items():
         print(f"| {name} | {pool.gap(chooser.set(merge)):.3f} |", flush=True)

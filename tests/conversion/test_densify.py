@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_folders import UP, write_adapter
 from conftest import Workshop, make_workshop
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.conversion import densify as densify_module
-from modekit.conversion.dense_record import By, DenseRecord
-from modekit.conversion.densify import Densify, densify
-from modekit.conversion.distilled import course_of
+from modekit.conversion.densify import DenseRecord, Densify, course_of, densify
+from modekit.conversion.merges import By
 from modekit.conversion.upcycle import Upcycling, upcycle
-from modekit.errors import InterruptError, ModekitError, SourceError, TextError, TrainingError
+from modekit.errors import InterruptError, SourceError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.experts.specialist import held_out_losses
 from modekit.run import QUIET, Run
@@ -77,21 +76,6 @@ def test_of_one_expert_svd_of_full_rank_is_that_expert(tmp_path: Path) -> None:
     law = dict(opened(tmp_path / "law").named_parameters())
     for name, parameter in opened(tmp_path / "DENSE").named_parameters():
         assert torch.allclose(parameter, law[name], atol=1e-4), name
-
-
-def test_svd_of_two_experts_keeps_half_of_the_ranks_of_each(tmp_path: Path) -> None:
-    shop = make_workshop(tmp_path)
-    shop.build(experts=shop.recipe["experts"][:2])
-    made(shop, "OUT", "svd", scale=1.0)
-    name = "model.layers.0.mlp.up_proj.weight"
-    base, dense, *experts = (
-        dict(opened(tmp_path / folder).named_parameters())[name].detach() for folder in ("base", "DENSE", "medicine", "law")
-    )
-    wanted = torch.zeros_like(base, dtype=torch.float64)
-    for expert in experts:
-        u, s, v = torch.linalg.svd((expert - base).double(), full_matrices=False)
-        wanted += u[:, :16] * s[:16] @ v[:16]
-    assert torch.allclose((dense - base).double(), wanted, atol=1e-3)
 
 
 def test_the_best_expert_is_that_of_the_lowest_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +188,28 @@ def test_gaps_are_means_over_domains_that_have_one() -> None:
     assert record.kept == pytest.approx(0.5)
 
 
+def test_where_the_mixture_closes_no_gap_nothing_is_kept_of_it() -> None:
+    losses = {
+        "base": {"law": 3.0, "code": 2.0},
+        "experts": {"law": 2.0, "code": 1.9999},
+        "mixture": {"law": 3.01, "code": 1.5},
+        "dense": {"law": 2.9, "code": 1.0},
+    }
+    record = DenseRecord(by="sum", mixture="OUT", merge={"by": "sum", "scale": 0.5}, parameters=1, losses=losses)  # type: ignore[arg-type]
+    assert record.gap_closed("dense") == pytest.approx(0.1)  # an expert that is barely better than the base has no gap
+    assert record.kept is None
+
+
+def test_of_a_mixture_that_says_nan_nothing_is_written(tmp_path: Path) -> None:
+    shop = make_workshop(tmp_path, num_hidden_layers=1)
+    out = shop.build(experts=shop.recipe["experts"][:2])
+    file = next(out.glob("model-expert-00001-*.safetensors"))
+    save_file({name: tensor * math.nan for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="a loss is not finite"):
+        made(shop, "OUT", "average")
+    assert not (tmp_path / "DENSE").exists()
+
+
 def test_without_text_there_is_no_distillation_and_no_figure(tmp_path: Path) -> None:
     shop = make_workshop(tmp_path)
     shop.build(experts=[{key: value for key, value in each.items() if key != "text"} for each in shop.recipe["experts"]])
@@ -218,22 +224,3 @@ def test_an_expert_s_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "law" / "config.json").unlink()
     with pytest.raises(SourceError, match="law"):
         made(shop, "OUT", "average")
-
-
-def test_a_setting_of_a_training_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ModekitError):
-        course_of(steps=0)
-
-
-def test_text_for_the_figures_of_a_given_merge_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    shop = make_workshop(tmp_path)
-    shop.build()
-    (tmp_path / "damaged.jsonl").write_text("{")
-    with pytest.raises(TextError, match=r"damaged\.jsonl"):
-        made(shop, "OUT", "average", texts={"law": ["damaged.jsonl"]}, root=tmp_path)
-    assert not (tmp_path / "DENSE").exists()
-
-
-def test_another_text_for_the_figures_is_another_request() -> None:
-    asked = Densify("average", course_of(), {"law": ["law.jsonl"]})
-    assert densify_module._asked(asked) != densify_module._asked(replace(asked, texts={"law": ["law-2.jsonl"]}))

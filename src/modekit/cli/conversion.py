@@ -19,7 +19,7 @@ from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.conversion.dense_record import DenseRecord
+    from modekit.conversion.densify import DenseRecord
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def densify(
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
-        from modekit.conversion.densify import Densify, densify
-        from modekit.conversion.distilled import course_of
+        from modekit.conversion.densify import Densify, course_of, densify
 
         said = course_of(**{name: value for name, value in vars(course).items() if value is not None})
         texts, scale = texts_by_domain(options.text), options.scale

@@ -8,7 +8,7 @@
 
     DENSE.training/      states of a distillation, so that the same command goes on after a kill or Ctrl-C
     DENSE                a plain model folder with the mixture's tokenizer
-    DENSE/densify.json   what was done, and how much of the mixture's gap is kept (dense_record.py)
+    DENSE/densify.json   what was done, and how much of the mixture's gap is kept
 
 Merges read the experts' own folders, which must be as the mixture was built from them; the teacher is the mixture as it is.
 """
@@ -16,38 +16,122 @@ Merges read the experts' own folders, which must be as the mixture was built fro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from modekit.building.build import write_shards
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
-from modekit.conversion.choice import Chooser
-from modekit.conversion.dense_record import DENSE_FILE, By, DenseRecord, Distilled, Merge
-from modekit.conversion.distilled import Course, teach
+from modekit.conversion.merges import By, Merge, Merger
 from modekit.errors import SourceError, TextError
 from modekit.evaluation.domains import Domain, held_out_domains
-from modekit.experts.moving import make_trainable
+from modekit.experts.distill.settings import DistillSettings, distill_settings
+from modekit.experts.distill.student import Lesson, Student
+from modekit.experts.moving import Save, make_trainable
 from modekit.experts.specialist import SpecialistFolder, held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
-from modekit.files.staging import Staging, staging
+from modekit.files.staging import staging
 from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
+from modekit.loaded.shapes import mixture_of
 from modekit.loaded.states import take_state
 from modekit.planning.make import make_plan
-from modekit.planning.plan import INDEX_FILE
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import copied_content
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.splits import TRAINED_FILE, digests_in
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
+from modekit.training.end_to_end import loop_of
+from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.request import memory_errors
+from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.texts import TrainingText, check_given, read_texts
+
+DENSE_FILE = "densify.json"
+STEPS = 200
+"""Of a distillation, when nothing is said."""
+_SMALLEST_GAIN = 1e-3  # nats per token: an expert that is better than the base by less gives no gap to close
+_SMALLEST_GAP = 0.05  # of what experts gain: of a mixture that closes less, no share can be kept
+
+
+class Distilled(BaseModel, frozen=True):
+    """How it went: `steps` taken, the state of `best_step` was written; `weight` of the text's own loss."""
+
+    settings: dict[str, object]
+    weight: float
+    steps: int
+    best_step: int
+    select_loss: dict[str, tuple[float, float]]
+
+
+class DenseRecord(BaseModel, frozen=True):
+    """The content of densify.json.
+
+    Attributes:
+        mixture: name of its folder.
+        merge: what was written, or what a distillation began from.
+        parameters: of the dense model.
+        losses: row (base, experts, mixture, merge, dense) -> domain -> nats per token of the report split; empty without text.
+            `experts` has each domain's own.
+    """
+
+    by: By
+    mixture: str
+    merge: Merge
+    parameters: int
+    distilled: Distilled | None = None
+    losses: dict[str, dict[str, float]] = {}
+    notes: list[str] = []
+
+    def gap_closed(self, row: str) -> float | None:
+        """(base - row) / (base - own expert), mean over the domains whose own expert is better than the base."""
+        if row not in self.losses:
+            return None
+        base, own, ours = (self.losses[name] for name in ("base", "experts", row))
+        domains = [name for name in ours if base[name] - own[name] > _SMALLEST_GAIN]
+        shares = [(base[name] - ours[name]) / (base[name] - own[name]) for name in domains]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the mixture's gap that the dense model keeps; None where the mixture closes none."""
+        ours, mixture = self.gap_closed("dense"), self.gap_closed("mixture")
+        return ours / mixture if ours is not None and mixture is not None and mixture >= _SMALLEST_GAP else None
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast a dense model learns from its mixture.
+
+    Attributes:
+        settings: of the training loop; everything that moves has the backbone's rate.
+        lesson: what counts how much, and the temperature. Half is the teacher's: benchmarks/densify.md has other shares.
+        minutes: ends after so many, and so does the fall of the rate; None: after the last step.
+    """
+
+    settings: TrainSettings
+    lesson: DistillSettings
+    minutes: float | None = None
+
+
+def course_of(minutes: float | None = None, **said: object) -> Course:
+    """Of settings by name: those of a training loop, `learning_rate`, `weights` and `temperature`.
+
+    Raises TrainingError.
+    """
+    where, names = "modekit densify", {"learning_rate": "backbone_learning_rate"}
+    lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
+    loop = {names.get(name, name): value for name, value in said.items()}
+    settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
+    return Course(settings, distill_settings(lesson, where=where), minutes)
 
 
 class DenseFolder(SpecialistFolder):
@@ -84,23 +168,27 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     """Write the dense model; returns what densify.json says.
 
     A distillation goes on after a kill or Ctrl-C from its last state. Raises SourceError (an expert's folder that is gone or
-    changed), UnsupportedError (a model with an encoder), TextError (distil and best without text), TrainingError, OutputError.
+    changed; a model whose losses are not finite), UnsupportedError (a model with an encoder), TextError (distil and best
+    without text), TrainingError, OutputError.
     """
     refuse_pairs(checkpoint, "a mixture of models with an encoder has no dense form here", option="densify")
     folder = DenseFolder(out)
     folder.tidy()
     refuse_existing(out, replaced_by(asked.overwrite), sources=(checkpoint.folder,))
-    _check_sources(checkpoint, run)
+    for expert, name in enumerate(checkpoint.names):
+        why = why_not(checkpoint, expert, run=run)
+        if why is not None:
+            raise SourceError("an expert's own model cannot be merged", where=f"expert '{name}'", found=why)
     texts = _texts(checkpoint, asked, run)
     plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
-    chooser = Chooser(checkpoint, plan, [text.held_out for text in texts], run)
+    merger = Merger(checkpoint, plan, [text.held_out for text in texts], run)
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record, text.selected_by] for text in texts]])
     state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
-    work = _Work(checkpoint, asked, chooser, texts, folder, f"densify {request} {state}", run)
-    if asked.by != "distil":
-        return work.merge()
-    with folder.held(request, state), memory_errors():
-        return work.distil()
+    with ExitStack() as stack:
+        if asked.by == "distil":
+            stack.enter_context(folder.held(request, state))
+            stack.enter_context(memory_errors())
+        return _Work(checkpoint, asked, merger, texts, folder, f"densify {request} {state}", run).done()
 
 
 def _asked(asked: Densify) -> str:
@@ -108,14 +196,6 @@ def _asked(asked: Densify) -> str:
     course = asked.course
     said = (course.settings, course.lesson) if asked.by == "distil" else (course.settings.sequence_length, asked.texts)
     return repr([asked.by, asked.scale, asked.tokens, said])
-
-
-def _check_sources(checkpoint: Checkpoint, run: Run) -> None:
-    """Raise SourceError where an expert's own model is not what is in the mixture."""
-    for expert, name in enumerate(checkpoint.names):
-        why = why_not(checkpoint, expert, run=run)
-        if why is not None:
-            raise SourceError("an expert's own model cannot be merged", where=f"expert '{name}'", found=why)
 
 
 def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingText]:
@@ -135,64 +215,65 @@ def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingTex
 class _Work:
     checkpoint: Checkpoint
     asked: Densify
-    chooser: Chooser
+    merger: Merger
     texts: list[TrainingText]
     folder: DenseFolder
-    made_by: str
+    digest: str
     run: Run
 
-    def merge(self) -> DenseRecord:
-        """Write a merge as it is."""
-        merge, report = self._best(), self._report()
-        dense = self.chooser.planned(merge)
-        record = self._record(merge, self._losses(self.chooser.set(merge), {}, report) if report else {})
-
-        def fill(stage: Staging) -> None:
-            write_shards(dense.plan, stage, None, self.run)
-            weight_map = {tensor.name: shard.file for shard in dense.plan.shards for tensor in shard.tensors}
-            size = sum(shard.nbytes for shard in dense.plan.shards)
-            write_json(stage.folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-            write_json(stage.folder / "config.json", dict(dense.config))
-
-        self._write(record, (), fill)
-        return record
-
-    def distil(self) -> DenseRecord:
-        """Distil the mixture into the best merge, and write the best state."""
-        merge, report, folder = self._best(), self._report(), self.folder
-        student = self.chooser.set(merge)
-        start = held_out_losses(student, report, "the merge", self.run)
-        save = make_trainable(student, self.chooser.plan.sources[0], "full", 0)
-        outcome = folder.recall("trained", TrainingOutcome.model_validate)
-        if outcome is None:
-            outcome = teach(self.checkpoint, student, self.asked.course, self.texts, folder.path, self.run)
-            folder.keep("trained", outcome.model_dump(mode="json"))
-        if outcome.improved:
-            take_state(student, outcome.best_state(folder.path))
-        else:  # the student has gone on from it
-            self.chooser.set(merge)
+    def done(self) -> DenseRecord:
+        """Write the best merge, or the best state of what was distilled into it."""
+        merge, report = self.merger.best(self.asked.by, self.asked.scale), self._report()
+        student = self.merger.set(merge)
+        before, outcome = dict[str, dict[str, float]](), None
+        save = make_trainable(student, self.merger.plan.sources[0], "full", 0)
+        if self.asked.by == "distil":
+            before = {"merge": held_out_losses(student, report, "the merge", self.run)}
+            outcome = self._taught(student)
+            if outcome.improved:
+                take_state(student, outcome.best_state(self.folder.path))
+            else:  # the student has gone on from it
+                self.merger.set(merge)
         student.eval()
-        losses = self._losses(student, {"merge": start}, report) if report else {}
-        record = self._record(merge, losses, outcome)
-
-        def fill(stage: Staging) -> None:
-            with library_writes(stage.folder) as written:
-                save(written)
-
-        self._write(record, [mark for text in self.texts for mark in text.trained_on], fill)
-        if outcome.error is not None:
+        vocabulary = self.merger.plan.vocabulary
+        if vocabulary is not None and vocabulary.is_grown:
+            student.config.update(dict(vocabulary.tokenizer.settings))
+        losses = self._losses(student, before, report) if report else {}
+        record = self._record(merge, losses, outcome, sum(parameter.numel() for parameter in student.parameters()))
+        self._write(record, save)
+        if outcome is not None and outcome.error is not None:
             raise outcome.error
         return record
 
-    def _write(self, record: DenseRecord, marks: Sequence[str], fill: Callable[[Staging], object]) -> None:
-        """Put it in its place: what `fill` writes, tokenizer, record, and what it and its experts were trained on."""
+    def _taught(self, student: PreTrainedModel) -> TrainingOutcome:
+        """Train the student on the mixture's answers and its text, from the last state on, unless that is done."""
+        kept = self.folder.recall("trained", TrainingOutcome.model_validate)
+        if kept is not None:
+            return kept
+        checkpoint, course, corpora = self.checkpoint, self.asked.course, [text.corpus for text in self.texts]
+        teacher = load_model(checkpoint.folder, run=self.run)
+        mixture_of(teacher, checkpoint).prepare_training()
+        settings, seconds = course.settings, None if course.minutes is None else 60 * course.minutes
+        steps = settings.steps or steps_of_one_pass(corpora, settings)
+        parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
+        lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
+        loop, module = loop_of(settings, steps, student.device, seconds=seconds), Student(student, lesson, settings, steps)
+        held_out = [text.held_out for text in self.texts]
+        outcome = run_trainer(module, Batches(corpora, parts, pad_id=0), held_out, loop, self.folder.path, self.run)
+        self.folder.keep("trained", outcome.model_dump(mode="json"))
+        return outcome
+
+    def _write(self, record: DenseRecord, save: Save) -> None:
+        """Put it in its place: weights, tokenizer, record, and what it and its experts were trained on."""
         self.run.begin("write")
-        data, folder, plan = record.model_dump(mode="json"), self.folder, self.chooser.plan
+        data, folder, plan = record.model_dump(mode="json"), self.folder, self.merger.plan
         replace = replaced_by(self.asked.overwrite)
         sources = (self.checkpoint.folder, *(source.folder for source in plan.sources))
+        marks = [mark for text in self.texts for mark in text.trained_on] if record.distilled is not None else []
         trained = sorted({*marks, *(mark for source in sources for mark in digests_in(source / TRAINED_FILE))})
-        with staging(folder.out, self.made_by, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:
-            fill(stage)
+        with staging(folder.out, self.digest, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:
+            with library_writes(stage.folder) as written:
+                save(written)
             tokenizer = {file.name: copied_content(file) for file in plan.copied_files}
             for name, content in {**tokenizer, **plan.written_files}.items():
                 write_file(stage.folder / name, content)
@@ -201,9 +282,6 @@ class _Work:
             if folder.is_held:
                 folder.announce_digest(hashlib.sha256(json_bytes(data)).hexdigest())
             write_json(stage.folder / DENSE_FILE, data)
-
-    def _best(self) -> Merge:
-        return self.chooser.best(self.asked.by, self.asked.scale)
 
     def _report(self) -> list[Domain]:
         """Held-out text of the domains that have an expert, which neither trains nor chooses; none where there is none.
@@ -226,16 +304,31 @@ class _Work:
     def _losses(
         self, dense: PreTrainedModel, known: dict[str, dict[str, float]], domains: Sequence[Domain]
     ) -> dict[str, dict[str, float]]:
-        """Losses of base, of each domain's own expert, of the mixture and of the dense model; one other model at a time."""
+        """Losses of base, of each domain's own expert, of the mixture and of the dense model; one other model at a time.
+
+        Raises SourceError where one is not finite.
+        """
         ours, experts = held_out_losses(dense, domains, "the dense model", self.run), dict[str, float]()
         for domain in domains:
             expert = load_expert_source(self.checkpoint, domain.expert, run=self.run)
             experts |= held_out_losses(expert, [domain], f"expert {domain.name}", self.run)
         base = held_out_losses(load_expert_source(self.checkpoint, None, run=self.run), domains, "the base", self.run)
         mixture = held_out_losses(load_model(self.checkpoint.folder, run=self.run), domains, "the mixture", self.run)
-        return {"base": base, "experts": experts, "mixture": mixture, **known, "dense": ours}
+        losses = {"base": base, "experts": experts, "mixture": mixture, **known, "dense": ours}
+        for row, of_row in losses.items():
+            for domain_name, loss in of_row.items():
+                if not math.isfinite(loss):
+                    raise SourceError(
+                        "a loss is not finite, so that nothing can be compared",
+                        where=f"{row} on {domain_name}",
+                        found=loss,
+                        remedy="see with `modekit verify` whether weights hold NaN or Inf",
+                    )
+        return losses
 
-    def _record(self, merge: Merge, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None = None) -> DenseRecord:
+    def _record(
+        self, merge: Merge, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None, parameters: int
+    ) -> DenseRecord:
         notes, distilled, course = list[str](), None, self.asked.course
         if self.checkpoint.record.trained:
             notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
@@ -250,12 +343,15 @@ class _Work:
                 best_step=outcome.best_step,
                 select_loss={name: (before, outcome.after[name]) for name, before in outcome.before.items()},
             )
-        return DenseRecord(
+        record = DenseRecord(
             by=self.asked.by,
             mixture=self.checkpoint.folder.name,
             merge=merge,
-            parameters=sum(tensor.numel for tensor in self.chooser.planned(merge).tensors),
+            parameters=parameters,
             distilled=distilled,
             losses=losses,
             notes=notes,
         )
+        if losses and record.kept is None:
+            notes.append("the mixture closes no gap on this text, so that there is none to keep")
+        return record.model_copy(update={"notes": notes})

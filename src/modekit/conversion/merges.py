@@ -1,26 +1,30 @@
-"""Which merge is best on the select split: scales of a sum and of svd, each expert alone; losses are means over domains."""
+"""Merges of a mixture's models into one dense model: which is best on the select split; losses are means over domains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.conversion.dense_record import By, Merge
 from modekit.evaluation.domains import Domain
 from modekit.experts.specialist import held_out_losses
 from modekit.loaded.experts import load_expert_source
-from modekit.planning.dense import DensePlan, dense_plan
+from modekit.planning.make import backbone_of
 from modekit.planning.plan import Plan
+from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.mixture import Backbone, BackboneExpert, BackboneMerge
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
+from modekit.sources.names import natural_key
 from modekit.weights.reading import Reading
 
+By = Literal["distil", "average", "sum", "best", "svd"]
 SCALES = (1.0, 1.5, 2.0, 3.0)
 """Of a sum, in parts of the average's, which is 1 / experts."""
 UNMEASURED = 2.0
@@ -29,8 +33,31 @@ UNMEASURED = 2.0
 _State = dict[str, torch.Tensor]
 
 
+class Merge(BaseModel, frozen=True):
+    """A rule and its setting: the scale of a sum or of svd, or the one expert."""
+
+    by: By
+    scale: float | None = None
+    expert: str | None = None
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        scale = None if self.scale is None else f"scale {self.scale:g}"
+        return " ".join(filter(None, [self.by, scale, self.expert]))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The same as a recipe's rule for a backbone."""
+        if self.expert is not None:
+            return BackboneExpert(expert=self.expert)
+        if self.scale is not None:
+            return BackboneMerge(method="svd" if self.by == "svd" else "task_arithmetic", scale=self.scale)
+        return "average"
+
+
 @dataclass(frozen=True)
-class Chooser:
+class Merger:
     """Merges of a mixture's models, in memory one after another; `domains` is text of the select split."""
 
     checkpoint: Checkpoint
@@ -44,31 +71,33 @@ class Chooser:
         return load_expert_source(self.checkpoint, None, run=self.run)
 
     @cached_property
+    def _base(self) -> _State:
+        """Of what a merge makes, the base's."""
+        return {tensor.name: self._named[tensor.name].detach().clone() for tensor in self._tensors(Merge(by="average"))}
+
+    @cached_property
     def _named(self) -> _State:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-    @cached_property
-    def _base(self) -> _State:
-        return {tensor.name: self._named[tensor.name].detach().clone() for tensor in self.planned(Merge(by="average")).tensors}
-
-    def planned(self, merge: Merge, dtype: str | None = None) -> DensePlan:
-        """The merge as a plan, in the base's dtypes or in one."""
-        backbone: Backbone = "average"
-        if merge.expert is not None:
-            backbone = BackboneExpert(expert=merge.expert)
-        elif merge.scale is not None:
-            backbone = BackboneMerge(method="svd" if merge.by == "svd" else "task_arithmetic", scale=merge.scale)
-        return dense_plan(self.plan, backbone, dtype)
+    def _tensors(self, merge: Merge) -> list[PlannedTensor]:
+        """Of a dense model of the base's size, each as the rule makes it of all models' or takes it of one's."""
+        mixture = self.plan.recipe.mixture.model_copy(update={"backbone": merge.backbone})
+        base, made = (
+            self.plan.sources[0],
+            backbone_of(self.plan.recipe.model_copy(update={"mixture": mixture}), self.plan.sources),
+        )
+        refs = [base.tensors[name] for name in sorted(self.plan.family.own_names(base), key=natural_key)]
+        return [PlannedTensor(ref.name, "F32", ref.shape, "backbone", made(ref)) for ref in refs]
 
     def set(self, merge: Merge) -> PreTrainedModel:
         """The model with the weights of a merge."""
         return self._set_between(self._state(merge), 1.0)
 
     def _state(self, merge: Merge) -> _State:
-        dense, found = self.planned(merge, "F32"), _State()
+        tensors, found = self._tensors(merge), _State()
         with OpenFiles() as opened:
-            read = Reading(opened, dense.plan.models)
-            for tensor in self.run.over("merge", dense.tensors, len(dense.tensors)):
+            read = Reading(opened, self.plan.models)
+            for tensor in self.run.over("merge", tensors, len(tensors)):
                 data = bytearray()
                 for block in tensor.blocks(read):  # each lies where the one before it lay
                     data += block
@@ -79,7 +108,8 @@ class Chooser:
     def _set_between(self, merged: _State, scale: float) -> PreTrainedModel:
         """Base + scale * (merged - base)."""
         for name, origin in self._base.items():
-            self._named[name].copy_(origin + scale * (merged[name].to(origin.device) - origin))
+            moved = merged[name].to(origin.device)
+            self._named[name].copy_(moved if scale == 1 else origin + scale * (moved - origin))
         return self.model
 
     def best(self, by: By, scale: float | None) -> Merge:
