@@ -17,18 +17,19 @@ from conftest import Workshop, save, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
+from modekit.evaluation.inspection.result import Inspection
 from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.files.write import json_bytes
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
-from modekit.report.result_files import find_inspection, find_search
+from modekit.search.results import TuneResults
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
 from refusal import borrow, copy_expert
 from searches import search_of
 
-FINDERS = (Results.find, find_inspection, TaskResults.find, find_search)
+FINDERS = (Results.find, Inspection.find, TaskResults.find, TuneResults.find)
 
 
 def other_weights(folder: Path, factor: float = 1.5) -> None:
@@ -71,7 +72,7 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     before = open_checkpoint(out)
     rows = {row.name: row for row in evaluate(before, tokens_per_domain=100, sequence_length=32).rows}
     inspect(before, tokens_per_domain=100, sequence_length=32)
-    TaskResults({}, {}, ["of before"], checkpoint=before.identity).write(before)
+    TaskResults({}, notes=["of before"], checkpoint=before.identity).write(before)
     (out / "results" / "tune.json").write_text(json.dumps(search_of(before.record.recipe_digest)))
     problems: list[str] = []
     assert all(find(before, problems) for find in FINDERS) and not problems
@@ -82,23 +83,11 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     for find in FINDERS:
         assert find(after, problems) is None
     assert len(problems) == 4
-    assert "another state" in TaskResults({}, {}, [], checkpoint=after.identity).with_earlier(after).notes[0]
+    assert "another state" in TaskResults({}, checkpoint=after.identity).with_earlier(after).notes[0]
     again = {row.name: row for row in evaluate(after, tokens_per_domain=100, sequence_length=32).rows}
     for name, row in again.items():
         losses = [{domain: score.loss for domain, score in each.scores.items()} for each in (row, rows[name])]
         assert (losses[0] == losses[1]) == (name in {"base", "medicine", "code"}), name
-
-
-def test_who_changed_a_mixture_that_was_searched_for_is_named(bench: Workshop) -> None:
-    out = bench.build()
-    before = open_checkpoint(out)
-    (out / "results").mkdir()
-    (out / "results" / "tune.json").write_text(json.dumps(search_of(before.record.recipe_digest)))
-    other_weights(bench.root / "law")
-    replaced(bench, out)
-    problems: list[str] = []
-    assert find_search(open_checkpoint(out), problems) is None
-    assert "`modekit replace` has changed this mixture since" in problems[0]
 
 
 def test_an_adapter_with_another_scale_is_another_mixture(tmp_path: Path) -> None:

@@ -14,17 +14,15 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.data as data
-import modekit.cli.evaluation as evaluation
-import modekit.cli.inspection as inspection
 import modekit.cli.printing.mixtures as mixtures
 from modekit.building.again import Check
 from modekit.building.preview import Preview
 from modekit.cli.printing.console import console_for
 from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
-from modekit.evaluation.inspection.result import Inspection, Similarity, UnseenDetection, Usage
+from modekit.evaluation.inspection.result import Inspection, Similarity, Usage
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.tasks.intervals import Estimate
+from modekit.evaluation.tasks.harness import Estimate
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
@@ -49,7 +47,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (data, inspection, mixtures, evaluation):
+        for module in (data, mixtures):
             monkeypatch.setattr(module, "out", console)
         drawing(*arguments)
         return stream.getvalue()
@@ -83,20 +81,20 @@ def results() -> Results:
     scores = {name: Score(10.1234 + place, 123456.7 + place, 1.0) for place, name in enumerate(NAMES)}
     rows = [Row(name, "expert", 123_456_789_000, 98_765_432_100, scores, "x") for name in ["base", *NAMES, "mixture"]]
     rows.append(Row(TOLD, "label", 123_456_789_000, 98_765_432_100, {name: scores[name] for name in NAMES[:7]}, "x"))
-    return Results(rows, NAMES[:7], NAMES[7:], {}, ["a note " * 20])
+    return Results(rows, NAMES[:7], NAMES[7:], {}, notes=["a note " * 20])
 
 
 def test_eval(shown: Callable[..., str]) -> None:
     cells = [*NAMES, "10.123", "17.123", "123456.7", "123463.7", "13.123", "123.46B", "98.77B", "mixture", TOLD]
-    check_whole(shown, cells, mixtures.print_results, results())
-    assert "10.123 / 123456.7" in shown(None, mixtures.print_results, results())
+    check_whole(shown, cells, mixtures.print_result, results())
+    assert "10.123 / 123456.7" in shown(None, mixtures.print_result, results())
 
 
 def test_a_table_that_fits_is_one_table(shown: Callable[..., str]) -> None:
-    small = Results([Row("base", "base", 10**6, 10**6, {"law": Score(3.0, 20.1, 1.0)}, "x")], ["law"], [], {}, [])
-    text = plain(shown(80, mixtures.print_results, small))
+    small = Results([Row("base", "base", 10**6, 10**6, {"law": Score(3.0, 20.1, 1.0)}, "x")], ["law"], [], {})
+    text = plain(shown(80, mixtures.print_result, small))
     assert [line.split() for line in text.splitlines()[-2:]] == [["base", "3.000", "3.000", "-", "1.00M"], ["20.1", "1.00M"]]
-    assert len(text.splitlines()) == 6  # two of the sentence above, two of titles
+    assert len(text.splitlines()) == 7  # the title, two of the sentence, two of titles
 
 
 def test_plan(shown: Callable[..., str]) -> None:
@@ -140,13 +138,13 @@ def test_forced(shown: Callable[..., str]) -> None:
     figures = (0.000002346, 0.25, 12.3456, 12.3456, 13.4567)
     rows = [ForcedExpert(name, text, 10, 12.3, *figures) for name in NAMES for text in NAMES]
     found = ForcedExperts(
-        rows, {}, dict(zip(NAMES, NAMES, strict=True)), dict.fromkeys(NAMES, "PEFT"), ["a note " * 20], checkpoint={}
+        rows, {}, dict(zip(NAMES, NAMES, strict=True)), dict.fromkeys(NAMES, "PEFT"), notes=["a note " * 20], checkpoint={}
     )
     cells = [*NAMES, "its own", "all others", "2.35e-06", "9.38e-06", "12.3", "12.3456", "13.4567"]
-    check_whole(shown, cells, mixtures.print_forced, found)
+    check_whole(shown, cells, mixtures.print_result, found)
     row = replace(rows[0], expert="medicine", text="medicine")
     small = ForcedExperts([row], {}, {"medicine": "medicine"}, {"medicine": "PEFT"}, checkpoint={})
-    table = plain(shown(80, mixtures.print_forced, small)).splitlines()[-1]
+    table = plain(shown(80, mixtures.print_result, small)).splitlines()[-1]
     assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
@@ -166,14 +164,13 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 
 def test_tasks(shown: Callable[..., str]) -> None:
-    rows = {name: Estimate(0.1234, 0.1, 0.2) for name in ["base", *NAMES, "mixture"]}
-    scores = TaskScores("acc", True, 0.25, 1234, rows, rows)
-    found = TaskResults(dict.fromkeys(NAMES, scores), {"acc": scores}, ["a note"], checkpoint={})
-    check_whole(shown, [*NAMES, "0.123", "1234", "0.250"], evaluation.print_tasks, found)
-    assert "0.123 / [0.100, 0.200]" in shown(None, evaluation.print_tasks, found)
+    rows = {name: Estimate(0.1234, 0.01) for name in ["base", *NAMES, "mixture"]}
+    scores = TaskScores(metric="acc", higher_is_better=True, chance=0.25, items=1234, rows=rows, groups="acc", asked="")
+    found = TaskResults(dict.fromkeys(NAMES, scores), checkpoint={})
+    check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234", "0.250"], mixtures.print_result, found)
 
 
-def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetection | None = None) -> Inspection:
+def inspection_of(experts: list[str], layers: list[int | str]) -> Inspection:
     size, routers = len(experts), len(layers)
     weights = [[0.123] * size] * routers
     usage = {"documents": 1, "tokens": 1, "shares": weights, "chosen": weights, "agreement": [0.5] * routers, "loss": 12.345}
@@ -185,12 +182,12 @@ def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetec
         unseen=[],
         routers=[RouterPosition("gate", layer, "mlp") for layer in layers],
         top_k=1,
-        per_domain={name: Usage.model_validate({**usage, "expert": name}) for name in experts},
+        per_domain={name: Usage(**usage, expert=name) for name in experts},
         utilisation=weights,
-        dead=[],
-        similarity=Similarity(experts=[[0.789] * size] * size, of="weights"),
+        dead={},
+        similarity=Similarity([[0.789] * size] * size, "weights"),
         top_tokens={},
-        told_apart=told,
+        evidence=None,
         texts=[],
         notes=[],
     )
@@ -198,17 +195,12 @@ def inspection_of(experts: list[str], layers: list[int | str], told: UnseenDetec
 
 def test_inspect(shown: Callable[..., str]) -> None:
     found = inspection_of(NAMES, [0, 1, 2])
-    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], inspection.print_inspection, Path("OUT"), found)
-    scores: dict[str, dict[str, list[float | None]]] = {"experts over base": {NAMES[0]: [0.987, 0.5, None, 1.0]}}
-    told = UnseenDetection(at=[32, 64, 128, 256], auroc=scores, to_base=dict.fromkeys(NAMES, 0.0123))
-    cells = [*NAMES, "experts over base", "0.987", "0.500", "1.000", "256", "1.2%"]
-    found = inspection_of(NAMES, [0, 1, 2], told)
-    check_whole(shown, cells, inspection.print_inspection, Path("OUT"), found)
+    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], mixtures.print_result, found)
 
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
     layers: list[int | str] = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
-    said = shown(None, inspection.print_inspection, Path("OUT"), inspection_of(["law"], layers))
+    said = shown(None, mixtures.print_result, inspection_of(["law"], layers))
     places = [said.index(str(layer)) for layer in layers]
     assert places == sorted(places)
 

@@ -95,7 +95,7 @@ def test_a_base_that_changed_is_no_base(bench: Workshop) -> None:
     change(bench.root / "base")
     found = scores(checkpoint)
     assert {row.name for row in found.rows} == {"medicine", "law", "code", "oracle", "mixture"}
-    text = inspect_text(checkpoint, "fever artery lesion dose").model_dump()
+    text = inspect_text(checkpoint, "fever artery lesion dose").as_data()
     assert text["base_loss"] is None and "base_model (model.safetensors) has changed" in text["notes"][-1]
     alike = similarity(checkpoint)
     assert "own tensors" in alike.of and "base_model (model.safetensors) has changed" in alike.notes[0]

@@ -310,5 +310,5 @@ def test_results_know_whose_they_are(workshop: Workshop) -> None:
     assert not results.belongs_to(changed)
     trained = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"trained": {"model.norm.weight": "x"}}))
     assert not results.belongs_to(trained)
-    assert not Results([], [], [], {}, []).belongs_to(checkpoint)
+    assert not Results([], [], [], {}).belongs_to(checkpoint)
     assert not Results.from_data({**data, "text": {}}).belongs_to(checkpoint)

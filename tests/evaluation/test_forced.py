@@ -23,9 +23,9 @@ from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.forced import OTHER_TEXTS, OWN_TEXT, ForcedExpert, ForcedExperts, divergences, force_experts
+from modekit.files.figures import three_digits
 from modekit.report.card import make_card
-from modekit.report.content import make_content
-from modekit.report.page import make_page
+from modekit.report.page import write_report
 from pair_models import make_pair_workshop
 from refusal import borrow
 
@@ -125,7 +125,7 @@ def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path
     medicine, general = found.rows
     assert medicine.kl < 1e-7 and medicine.base_kl > 0.01
     assert general.base_kl == 0 and general.not_carried is None and general.kl < 1e-7
-    assert found.table()[1][1][3] == "-" and found.notes == []
+    assert found.tables()[0].rows[1][3] == "-" and found.notes == []
     checkpoint = open_checkpoint(tmp_path / "OUT")
     moved = checkpoint.record.model_copy(update={"trained": {"a tensor": "0" * 64}})
     assert force_experts(Checkpoint(checkpoint.folder, moved), **FEW).notes[0].startswith("the mixture was trained")
@@ -158,11 +158,11 @@ def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedE
     assert ForcedExperts.find(checkpoint) == ForcedExperts.read(checkpoint)
     assert ForcedExperts.from_data(json.loads(json.dumps(found.as_data()))).as_data() == found.as_data()
     page = (checkpoint.folder / "results" / "forced.md").read_text()
-    assert "| law | code |" in page and "law: its own model is PEFT's of base and adapter" in page
+    assert "| law | code |" in page and "| law | PEFT's of base and adapter |" in page
     card = make_card(checkpoint, ask_hub=False).contents["README.md"].decode()
     assert f"| law | {OWN_TEXT} |" in card and f"| law | {OTHER_TEXTS} |" in card and "not carried" in card
-    html = make_page(make_content(checkpoint))
-    assert "What of each expert is in it" in html and 'data-at="/forced/rows/5/kl"' in html
+    html = write_report(checkpoint).page.read_text()
+    assert "Each expert and its own model" in html and f">{three_digits(found.rows[0].kl)}<" in html
     mistakes: list[dict[str, Any]] = [{"rows": []}, {"rows": [{"kl": float("inf")}]}, {"own_models": {"law": "pickle"}}]
     for wrong in mistakes:
         with pytest.raises(ValueError, match=r"\w"):

@@ -34,8 +34,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import Training
 from modekit.recipes.read import parse_recipe
-from modekit.report.content import make_content
-from modekit.report.page import make_page
+from modekit.report.page import write_report
 from modekit.text.document import Pair
 from modekit.text.sequences import encode
 from modekit.text.tags import labels_of, tagged
@@ -321,11 +320,11 @@ def test_what_is_inspected_of_a_tagged_text_is_what_is_scored(shop: Workshop, tm
     checkpoint = with_own_tags(shop, tmp_path, "INSPECTED")
     model, tokenizer = load_model(checkpoint.folder), load_tokenizer(checkpoint.folder)
     domains = {each.name: each for each in held_out_domains(checkpoint, **SIZES)}
-    found = [each for each in inspect(checkpoint, **SIZES, write=False).model_dump()["texts"] if each["domain"] == "law"]
+    found = [each for each in inspect(checkpoint, **SIZES, write=False).as_data()["texts"] if each["domain"] == "law"]
     text = json.loads((tmp_path / "law.jsonl").read_text().splitlines()[0])["text"]
     ids_of = {tokenizer.decode(each.ids): each.ids for each in domains["law"].sequences} | {text: tokenizer(text)["input_ids"]}
     assert len(found) > 1
-    for shown in (*found, inspect_text(checkpoint, text).model_dump()):
+    for shown in (*found, inspect_text(checkpoint, text).as_data()):
         ids = torch.tensor([ids_of[shown["text"]]])
 
         def losses(ids: torch.Tensor = ids) -> torch.Tensor:
@@ -360,7 +359,7 @@ def test_an_inspected_text_is_cut_as_any_other_and_every_window_has_its_tag(open
 @pytest.mark.parametrize("text", ["the deed of a party, in court; " * 4, "    a deed\n  of a party", "\ta deed of a part"])
 def test_a_long_text_with_a_tag_is_inspected_as_it_is_scored(shop: Workshop, text: str) -> None:
     checkpoint, said = open_checkpoint(shop.build("WINDOWS", output={"format": "native"})), tagged(text, "law")
-    shown = inspect_text(checkpoint, said, sequence_length=17).model_dump()
+    shown = inspect_text(checkpoint, said, sequence_length=17).as_data()
     read = encode(load_tokenizer(checkpoint.folder), [said], max_tokens=9_999, sequence_length=17)
     for name, folder in (("loss", checkpoint.folder), ("base_loss", shop.root / "base")):
         wanted = score_domain(load_model(folder), Domain("law", None, read), lambda _: None).loss
@@ -394,7 +393,7 @@ def test_the_command_line(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> No
     assert "mixture, right label" in shown and "mixture, no label" in shown and "wrong label" not in shown
     table = (Path(folder) / "results" / "eval.md").read_text()
     assert "| mixture, right label |" in table and "gain of a label over none, mean over the domains: right " in table
-    page = make_page(make_content(open_checkpoint(Path(folder))))
+    page = write_report(open_checkpoint(Path(folder))).page.read_text()
     assert 'scope="row">mixture, right label<' in page and "gain of a label over none, mean over the domains: right " in page
     data = json.loads(modekit("eval", folder, *options, "--by", "tag", "--json"))
     assert [row["name"] for row in data["rows"]][-6:] == TAG_ROWS

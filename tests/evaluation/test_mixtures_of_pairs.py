@@ -129,7 +129,7 @@ def test_it_is_fitted_scored_and_inspected(pair_workshop: Workshop, tmp_path: Pa
         losses = token_losses(model, domain.sequences, lambda _: None)
         mean = sum(map(np.sum, losses)) / domain.scored_tokens
         assert rows["mixture"].scores[domain.name].loss == pytest.approx(mean, rel=1e-4)
-    data = inspect(checkpoint, **SMALL).model_dump()
+    data = inspect(checkpoint, **SMALL).as_data()
     positions = checkpoint.shape.positions
     for domain in domains:
         entry = data["per_domain"][domain.name]
@@ -137,7 +137,7 @@ def test_it_is_fitted_scored_and_inspected(pair_workshop: Workshop, tmp_path: Pa
         assert np.shape(entry["shares"]) == (len(positions), len(DOMAINS))
         np.testing.assert_allclose(np.sum(entry["shares"], axis=1), 1, atol=1e-4)
         assert all(0 <= value <= 1 for value in entry["agreement"])
-    assert data["told_apart"] is None and len(data["texts"]) == sum(min(3, len(domain.sequences)) for domain in domains)
+    assert len(data["texts"]) == sum(min(3, len(domain.sequences)) for domain in domains)
     for text in data["texts"]:
         source = [token["loss"] is None for token in text["tokens"]].index(False)
         for position, weights in zip(positions, text["weights"], strict=True):

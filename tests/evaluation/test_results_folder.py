@@ -12,10 +12,10 @@ from conftest import Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.identity import ReadSequences
-from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results import Results, Row, Score
+from modekit.evaluation.tables import Cell, ResultTable, as_markdown, markdown_page
 from modekit.files.read import UNREADABLE
-from modekit.report.card import write_card
+from modekit.report.card import make_card
 
 EMPTY: dict[str, Any] = {"rows": [], "domains": [], "unseen": [], "text": {}, "notes": []}
 WRONG = [json.dumps({**EMPTY, **wrong}) for wrong in ({"domains": 5}, {"text": {"law": 5}}, {"text": []})]
@@ -32,7 +32,7 @@ def checkpoint(shared_workshop: Workshop) -> Checkpoint:
 def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None:
     checkpoint = Checkpoint(tmp_path, checkpoint.record)
     results = Results(
-        [Row("mixture", "mixture", 10, 5, SCORES, "x")], ["law"], [], {"law": ReadSequences(1, 20, "x", 32)}, ["a note"]
+        [Row("mixture", "mixture", 10, 5, SCORES, "x")], ["law"], [], {"law": ReadSequences(1, 20, "x", 32)}, notes=["a note"]
     )
     results.write(checkpoint)
     assert Results.read(checkpoint) == results
@@ -50,7 +50,7 @@ def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) ->
     with pytest.raises(UNREADABLE):
         Results.read(checkpoint)
     assert Results.find(checkpoint, problems) is None and len(problems) == 1
-    assert "modekit eval" in write_card(checkpoint, ask_hub=False).notes[0]
+    assert "modekit eval" in make_card(checkpoint, ask_hub=False).notes[0]
     path.write_text(content)
 
 
@@ -62,7 +62,10 @@ def test_a_damaged_table_is_made_anew(checkpoint: Checkpoint) -> None:
     assert [row.identity for row in Results.read(checkpoint).rows] == [row.identity for row in before.rows]
 
 
-def test_a_bar_in_a_cell_is_no_cell() -> None:
-    table = markdown_table(["model", "a|b"], [["x", "1"], ["y", "2 | 3"]])
-    assert table.split("\n") == ["| model | a\\|b |", "| --- | --- |", "| x | 1 |", "| y | 2 \\| 3 |"]
-    assert markdown_table(["a"], [["b"]], str.upper) == "| A |\n| --- |\n| B |"
+def test_a_table_in_markdown() -> None:
+    """A bar in a cell ends none, two figures stand in one, and a note is one line."""
+    table = ResultTable("Title", ["model", "a|b"], [["x", Cell("1\n2")], ["y", "2 | 3"]], "Said.")
+    body = "| model | a\\|b |\n| --- | --- |\n| x | 1 / 2 |\n| y | 2 \\| 3 |"
+    assert as_markdown(table) == body
+    assert markdown_page([table], ["a\n# note"]) == f"## Title\n\nSaid.\n\n{body}\n\n* a # note\n"
+    assert as_markdown(ResultTable("", ["a"], [["b"]]), str.upper) == "| A |\n| --- |\n| B |"

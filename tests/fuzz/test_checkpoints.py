@@ -31,13 +31,13 @@ from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import Results
-from modekit.evaluation.tasks.intervals import Estimate
+from modekit.evaluation.tasks.harness import Estimate
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.files.read import UNREADABLE
-from modekit.report.card import make_card, write_card
-from modekit.report.content import make_content
+from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
+from modekit.report.sections import make_content
 from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
@@ -51,15 +51,9 @@ from searches import candidate, search_of
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 OLD_COUNTS = Path(__file__).parents[1] / "golden" / "old" / "checkpoints" / "ngram" / "router"
+ROWS = {"base": Estimate(0.3, 0.1), "mixture": Estimate(0.5)}
 TASK = TaskScores(
-    "accuracy",
-    True,
-    0.25,
-    40,
-    {"base": Estimate(0.3, 0.2, 0.4), "mixture": Estimate(0.5)},
-    {"base": Estimate(0.2)},
-    "law",
-    tasks=("a",),
+    metric="accuracy", higher_is_better=True, chance=0.25, items=40, rows=ROWS, groups="questions", asked="", domain="law"
 )
 
 
@@ -112,13 +106,12 @@ def own(workshop: Workshop) -> Stranger:
 def with_results(checkpoint: Checkpoint) -> Stranger:
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
-    TaskResults(
-        {"modekit_law_questions": TASK, "qa": TASK}, {"questions": TASK}, ["a note"], checkpoint=checkpoint.identity
-    ).write(checkpoint)
+    TaskResults({"modekit_law_questions": TASK, "qa": TASK}, notes=["a note"], checkpoint=checkpoint.identity).write(checkpoint)
     candidates = (candidate("own", 3.1, 10_000, best=True, pareto=True), candidate("noisy", 3.4, 10_000))
     search = search_of(checkpoint.record.recipe_digest, *candidates, seconds=1.5)
     (checkpoint.folder / "results" / "tune.json").write_text(json.dumps(search))
-    write_card(checkpoint, ask_hub=False)
+    for name, content in make_card(checkpoint, ask_hub=False).contents.items():
+        (checkpoint.folder / name).write_bytes(content)
     return Stranger(checkpoint.folder)
 
 
@@ -189,7 +182,7 @@ def read_everything(folder: Path) -> None:
     except UNREADABLE as error:
         assert len(str(error)) < 1_000
     with told():
-        check_page(make_page(make_content(checkpoint)))
+        check_page(make_page(checkpoint, make_content(checkpoint)))
     with told():
         check_card(make_card(checkpoint, ask_hub=False).contents["README.md"].decode())
     with told():
@@ -198,7 +191,7 @@ def read_everything(folder: Path) -> None:
         choose_engine(checkpoint, "auto")
         context_of(checkpoint, None)
     with told():
-        kept = TaskResults({}, {}, [], checkpoint=checkpoint.identity).with_earlier(checkpoint)
+        kept = TaskResults({}, checkpoint=checkpoint.identity).with_earlier(checkpoint)
         kept.markdown()
     for file in (folder / "router").iterdir():
         with told():

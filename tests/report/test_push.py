@@ -138,10 +138,8 @@ def test_a_dry_run_says_what_goes_and_writes_nothing(
 def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = made(shared_workshop, tmp_path)
     (out / "README.md").write_text(f"# Mine\n\nfrom {shared_workshop.root}/text")
-    (out / ".cache").mkdir()
-    (out / ".cache" / "x").write_text("x")
     parcel = pack(open_checkpoint(out), ask_hub=False)
-    assert parcel.files["README.md"] == out / "README.md" and ".cache/x" in parcel.left
+    assert parcel.files["README.md"] == out / "README.md"
     assert any("README.md goes as it is, and names" in note for note in parcel.notes)
 
 
@@ -193,3 +191,26 @@ def test_names_without_places(tmp_path: Path, spec: str, name: str) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "law.jsonl").write_text("")
     assert name_of(spec, tmp_path) == name
+
+
+def test_only_what_modekit_wrote_goes(shared_workshop: Workshop, tmp_path: Path) -> None:
+    """Files of the user's own stay, wherever they lie in the folder."""
+    out = made(shared_workshop, tmp_path)
+    write_report(open_checkpoint(out))
+    own = (
+        "id_rsa",
+        "notes.txt",
+        "data.json",
+        ".env",
+        ".cache/x",
+        "model/secret.safetensors",
+        "results/mine.json",
+        "tasks/x.yaml",
+    )
+    for name in own:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    parcel = pack(open_checkpoint(out), ask_hub=False)
+    assert not set(own) & set(parcel.files)
+    assert {"config.json", "modekit.json", "model.safetensors.index.json", "tokenizer.json"} <= set(parcel.files)
+    assert {"id_rsa", "notes.txt", ".cache/", "results/"} <= set(parcel.left)

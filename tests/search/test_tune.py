@@ -57,7 +57,7 @@ def test_the_best_is_built_and_has_the_loss_that_was_found(tuned: tuple[Path, Tu
     model = load_model(out)
     for domain in held_out_domains(checkpoint, split="select", **FEW):
         assert score_domain(model, domain, lambda _: None).loss == pytest.approx(results.best.losses[domain.name], abs=1e-5)
-    assert TuneResults.model_validate_json((out / "results" / "tune.json").read_text()) == results
+    assert TuneResults.from_data(json.loads((out / "results" / "tune.json").read_text())).as_data() == results.as_data()
     assert results.best.name in (out / "results" / "tune.md").read_text()
     assert make_plan(load_recipe(out / "recipe.yaml"), out).recipe.mixture == checkpoint.record.recipe.mixture
     assert not out.with_name("TUNED.tuning").exists()
@@ -66,7 +66,7 @@ def test_the_best_is_built_and_has_the_loss_that_was_found(tuned: tuple[Path, Tu
 def test_fixed_variants_are_tried_and_the_impossible_is_named(tuned: tuple[Path, TuneResults]) -> None:
     found = {each.name: each for each in tuned[1].candidates}
     assert {OWN, "lexical", "logistic", "linear (no gate)", "noisy"} <= {name for name, each in found.items() if each.losses}
-    assert found["arrow"].why and not found["arrow"].losses and "arrow" in tuned[1].markdown().partition("Refused")[2]
+    assert found["arrow"].why and not found["arrow"].losses and "arrow left out" in tuned[1].markdown()
 
 
 @pytest.mark.parametrize("own", [CENTROID, {"method": "linear", "weights": {"medicine": 3.0, "law": 1.0, "code": 1.0}}])

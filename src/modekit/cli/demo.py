@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modekit.cli.evaluation import print_translations
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_results, print_summary
+from modekit.cli.printing.mixtures import print_result, print_summary
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import app, resolved
 from modekit.errors import ModekitError
@@ -75,9 +74,9 @@ def demo(
         results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))
     for seed in results.per_seed:
         out.print(Text(f"seed {seed}", style="bold"))
-        print_results(results.merged(seed))
+        print_result(results.merged(seed))
         if seed in results.translated:
-            print_translations(results.translated[seed])
+            print_result(results.translated[seed])
     if seeds > 1:
         print_summary(results.summary())
     said = f"{results.seconds / 60:.1f} minutes; models, recipes, checkpoints and results are in {output}"

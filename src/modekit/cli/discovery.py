@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,8 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_tune
+from modekit.cli.printing.console import out, print_json
+from modekit.cli.printing.mixtures import print_result
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import RecipePath, Writing, app, common, resolved
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -56,8 +55,8 @@ def tune(
             run=options.run(progress),
         )
     if common().json:
-        sys.stdout.write(results.model_dump_json(indent=2) + "\n")
+        print_json(results.as_data())
         return
-    print_tune(results)
+    print_result(results)
     said = "the best variant; its recipe.yaml, and all variants in results/tune.md"
     out.print(Text.assemble((str(output), "bold"), f": {said}"))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_notes, print_results, table_of_models
-from modekit.cli.printing.table import Table
+from modekit.cli.printing.mixtures import print_result
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.errors import ModekitError
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.evaluation.labels import Labels
     from modekit.evaluation.results_folder import Result
-    from modekit.evaluation.tasks.results import TaskResults
-    from modekit.evaluation.translation.results import TranslationResults
-
-_Result = TypeVar("_Result", bound="Result")
 
 
 @dataclass(frozen=True)
@@ -77,6 +72,9 @@ class TaskOptions:
 
     models: Annotated[str | None, typer.Option(help="Models to score, such as base,medicine,mixture (default: all).")] = None
     include_path: Annotated[list[Path] | None, typer.Option(help="Folder of your own YAML tasks; repeatable.")] = None
+    trust_tasks: Annotated[
+        bool, typer.Option("--trust-tasks", help="Allow task files that may run code (with --include-path).")
+    ] = False
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of items per task.")] = None
     seen: Annotated[
         list[str] | None, typer.Option(help="Text that the base was trained on; its terms are not asked for (with questions).")
@@ -114,7 +112,7 @@ def evaluate(
             labels=labels.asked(),
             run=run,
         )
-    _show(results, checkpoint, None if common().json else print_results)
+    _show(results, checkpoint)
 
 
 @app.command()
@@ -125,27 +123,26 @@ def eval_tasks(
         str,
         typer.Argument(
             metavar="TASKS",
-            help="Tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, continuations, "
-            "generation), separated by commas.",
+            help="Tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
+            "continuations), separated by commas.",
         ),
     ],
     options: TaskOptions,
 ) -> None:
     """Score base, experts and mixture on tasks, or on questions made from the held-out text."""
     with _scoring(checkpoint) as (opened, run):
-        from modekit.evaluation.tasks.evaluate import evaluate_tasks
+        from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
 
-        results = evaluate_tasks(
-            opened,
-            _listed(tasks, "TASKS"),
+        settings = TaskSettings(
             models=() if options.models is None else _listed(options.models, "--models"),
             folders=[resolved(folder) for folder in options.include_path or ()],
+            trusted=options.trust_tasks,
             limit=options.limit,
             seen=[str(resolved(Path(each))) for each in options.seen or ()],
             seed=options.seed,
-            run=run,
         )
-    _show(results, checkpoint, None if common().json else print_tasks)
+        results = evaluate_tasks(opened, _listed(tasks, "TASKS"), settings, run)
+    _show(results, checkpoint)
 
 
 @app.command()
@@ -167,7 +164,7 @@ def eval_translation(
             labels=labels.asked(),
             run=run,
         )
-    _show(results, checkpoint, None if common().json else print_translations)
+    _show(results, checkpoint)
 
 
 @contextmanager
@@ -177,14 +174,14 @@ def _scoring(checkpoint: Path) -> Iterator[tuple[Checkpoint, Run]]:
         yield checkpoint_in(checkpoint), common().run(progress)
 
 
-def _show(results: _Result, checkpoint: Path, draw: Callable[[_Result], None] | None) -> None:
-    """As a table and where its files lie, or, with nothing to draw it, as JSON."""
+def _show(results: Result, checkpoint: Path) -> None:
+    """As tables and where its files lie, or as JSON."""
     from modekit.evaluation.results_folder import RESULTS_FOLDER
 
-    if draw is None:
+    if common().json:
         print_json(results.as_data())
         return
-    draw(results)
+    print_result(results)
     page = Path(results.file).with_suffix(".md").name
     out.print(Text(f"{checkpoint / RESULTS_FOLDER}: {results.file}, {page}", style="dim"))
 
@@ -194,28 +191,3 @@ def _listed(names: str, where: str) -> list[str]:
     if not listed:
         raise ModekitError("no name is given", where=where, found=repr(names), remedy="write names with commas between them")
     return listed
-
-
-def print_tasks(results: TaskResults) -> None:
-    """Draw means, then a table per domain, then tasks by name: a row per model."""
-    out.print(f"Scores of each model, 95 % interval {'after /' if out.soft_wrap else 'below'}.")
-    for title, header, body in results.tables(between="\n"):
-        out.print(Text(title, style="bold"))
-        out.print(table_of_models(header, body))
-    print_notes(results.notes)
-
-
-def print_translations(results: TranslationResults) -> None:
-    """Draw a row per model: BLEU and chrF, speed and parameters; then how often the mixture is better than the base."""
-    table = table_of_models(*results.table(between="\n"))
-    out.print(results.said())
-    out.print(table)
-    if results.differences:
-        out.print("Pairs on which the mixture's sentence chrF is higher than the base's, lower, and the same.")
-        counts = Table("", ["higher", "lower", "same"])
-        for domain, counted in results.differences.items():
-            counts.add(domain, str(counted.better), str(counted.worse), str(counted.same))
-        out.print(counts)
-    for metric, signature in vars(results.signatures).items():
-        out.print(Text(f"{metric}: {signature}", style="dim"))
-    print_notes(results.notes)

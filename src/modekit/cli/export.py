@@ -96,15 +96,14 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
 
 @app.command()
 def report(checkpoint: OutFolder) -> None:
-    """Write a report: one HTML page of results, its numbers as JSON, and charts as SVG."""
+    """Write a report: one HTML page of all results."""
     opened = checkpoint_in(checkpoint)
     with drawn_progress():
         from modekit.report.page import write_report
 
         written = write_report(opened)
     print_notes(written.notes)
-    said = f"{bytes_of(written.page.stat().st_size)}, {len(written.plots)} chart{'' if len(written.plots) == 1 else 's'}"
-    out.print(Text.assemble((str(written.page), "bold"), f": {said}"))
+    out.print(Text.assemble((str(written.page), "bold"), f": {bytes_of(written.page.stat().st_size)}"))
 
 
 @app.command()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import colorsys
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,17 +16,16 @@ from rich.style import Style
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out, print_json, shows_bold, visible
-from modekit.cli.printing.mixtures import print_forced, print_notes
-from modekit.cli.printing.table import OWN, Cell, Table
+from modekit.cli.printing.console import out, print_json, visible
+from modekit.cli.printing.mixtures import print_notes, print_result
+from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.files.figures import or_dash
-from modekit.recipes.layers import order_of
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
-    from modekit.evaluation.inspection.result import Inspection, TextTrace, TokenWeight, TopToken, UnseenDetection
+    from modekit.evaluation.inspection.result import Inspection, TextTrace
     from modekit.evaluation.inspection.text import UserMessage
     from modekit.evaluation.inspection.tokens import Word
 
@@ -79,128 +77,21 @@ def inspect(
         else:
             found = inspect_text(opened, text, sequence_length=sequence_length, run=run)
     if common().json:
-        print_json(found.model_dump())
+        print_json(found.as_data())
     elif isinstance(found, Inspection):
-        print_inspection(checkpoint / RESULTS_FOLDER, found)
+        print_result(found)
+        out.print(Text(f"{checkpoint / RESULTS_FOLDER}: inspect.json, inspect.md", style="dim"))
         forced = ForcedExperts.find(opened)
         if forced is not None:
-            print_forced(forced)
+            print_result(forced)
     else:
         print_trace(found)
 
 
 _MOST_WORDS = 200
-_MOST_LAYERS = 8
-_TOP_TOKENS = 10
 _UNSURE = 0.8  # of the largest entropy
 _SAYS_SCORE = "; then the score of the experts over the base (below zero the base leads)."
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
-
-
-def print_inspection(folder: Path, found: Inspection) -> None:
-    """Draw what inspect.json holds, the mean over the routers where there are several."""
-    usages = found.per_domain.values()
-    titles = [f"{name}\nunseen" if name in found.unseen else name for name in found.per_domain]
-    own = "in bold" if shows_bold(out) else f"marked {OWN}"
-    out.print(f"Mean weight of each expert per domain (its own {own}); in brackets the fraction of tokens that chose it.")
-    table = Table("expert", [*titles, "used"])
-    for place, name in enumerate(found.experts):
-        cells = [
-            Cell(f"{_mean_of(each.shares, place):.2f} ({_mean_of(each.chosen, place):.2f})", own=each.expert == name)
-            for each in usages
-        ]
-        table.add(name, *cells, f"{_mean_of(found.utilisation, place):.2f}")
-    agreement = ["-" if each.agreement is None else f"{fmean(each.agreement):.2f}" for each in usages]
-    table.add("agreement", *agreement, "", style="dim")
-    table.add("entropy", *(f"{fmean(each.entropy):.2f}" for each in usages), "", style="dim")
-    if found.by_id is not None:
-        table.add("by token id", *("" for _ in usages), f"{fmean(found.by_id):.2f}", style="dim")
-    out.print(table)
-    _print_routers(found)
-    if any(each.without for each in usages):
-        _print_without(found, titles)
-    if found.similarity is not None:
-        out.print(Text(f"\nSimilarity (cosine) of {found.similarity.of}."))
-        table = Table("", found.experts)
-        for name, row in zip(found.experts, found.similarity.experts, strict=True):
-            table.add(name, *(f"{value:.2f}" for value in row))
-        out.print(table)
-    _print_dead(found)
-    out.print("\nTokens with the largest mean weight of each expert.")
-    _print_tokens(found.top_tokens)
-    if found.evidence is not None:
-        out.print("\nTokens that speak most for each expert, by the router's own table.")
-        _print_tokens(found.evidence)
-    if found.told_apart is not None:
-        _print_unseen(found.told_apart)
-    print_notes(found.notes)
-    out.print(Text(f"{folder}: inspect.json", style="dim"))
-
-
-def _mean_of(rows: Sequence[Sequence[float]], place: int) -> float:
-    """Of an expert, over the routers."""
-    return fmean(row[place] for row in rows)
-
-
-def _print_routers(found: Inspection) -> None:
-    """Agreement and entropy layer by layer, of a few layers when there are many."""
-    layers = sorted({router.layer for router in found.routers if router.layer is not None}, key=order_of)
-    if len(layers) < 2:
-        return
-    own = [found.per_domain[name] for name in found.domains]
-    shown = layers[:: math.ceil(len(layers) / _MOST_LAYERS)]
-    out.print("\nAgreement with the domain's own expert, entropy in brackets, by layer; means over domains.")
-    table = Table("router", [str(layer) for layer in shown])
-    for module in dict.fromkeys(router.module for router in found.routers if router.layer is not None):
-        places = {router.layer: place for place, router in enumerate(found.routers) if router.module == module}
-        agreement, entropy = [each.agreement or [] for each in own], [each.entropy for each in own]
-        cells = [
-            f"{_mean_of(agreement, places[layer]):.2f} ({_mean_of(entropy, places[layer]):.2f})" if layer in places else "-"
-            for layer in shown
-        ]
-        table.add(module, *cells)
-    out.print(table)
-
-
-def _print_without(found: Inspection, titles: Sequence[str]) -> None:
-    out.print("\nWhat leaving out an expert adds to the loss, nats per token. named: texts that miss their own expert most.")
-    usages = found.per_domain.values()
-    table = Table("left out", titles)
-    for name in found.experts:
-        table.add(name, *(Cell(or_dash(each.without.get(name), "+.3f"), own=each.expert == name) for each in usages))
-    table.add("loss", *(f"{each.loss:.3f}" for each in usages), style="dim")
-    table.add("named", *(or_dash(each.named, ".0%") for each in usages), style="dim")
-    out.print(table)
-
-
-def _print_tokens(of_experts: Mapping[str, Sequence[TopToken] | Sequence[TokenWeight]]) -> None:
-    for name, found in of_experts.items():
-        tokens = "  ".join(printable(each.token) for each in found[:_TOP_TOKENS])
-        out.print(Text(f"{name}: ", style="bold").append(tokens or "-", style="not bold"), highlight=False)
-
-
-def _print_unseen(found: UnseenDetection) -> None:
-    """How well running scores tell each unseen domain from the domains, and where the base leads."""
-    for name in next(iter(found.auroc.values())):
-        out.print(Text(f"\nAUROC: the domains' text against {name}, by the router's running score after so many tokens."))
-        table = Table("score", [str(at) for at in found.at])
-        for score, of_domains in found.auroc.items():
-            table.add(score, *(or_dash(each, ".3f") for each in of_domains[name]))
-        out.print(table)
-    if found.to_base is not None:
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in found.to_base.items())
-        out.print(Text(f"\nTokens on which the base leads: {shares}."))
-
-
-def _print_dead(found: Inspection) -> None:
-    routers: dict[str, list[str]] = {}
-    for dead in found.dead:
-        router = found.routers[dead.router]
-        routers.setdefault(dead.expert, []).append("" if router.layer is None else f"{router.layer} {router.module}")
-    out.print("\nDead experts: " + ("none." if not routers else ""))
-    for name, places in routers.items():
-        where = "in every router" if len(places) == len(found.routers) else f"in layer {', '.join(places)}"
-        out.print(Text.assemble("  ", (name, "yellow"), f" {where}"))
 
 
 def print_trace(trace: TextTrace) -> None:
@@ -242,7 +133,9 @@ def _print_worth(trace: TextTrace) -> None:
     table = Table("expert", ["mean\nweight", "left out\nadds"])
     for place, name in enumerate(trace.experts):
         table.add(
-            name, f"{fmean(_mean_of(router, place) for router in trace.weights):.2f}", or_dash(trace.without.get(name), "+.3f")
+            name,
+            f"{fmean(fmean(row[place] for row in router) for router in trace.weights):.2f}",
+            or_dash(trace.without.get(name), "+.3f"),
         )
     out.print()
     out.print(table)

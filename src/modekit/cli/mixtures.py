@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import err, out, print_json
-from modekit.cli.printing.mixtures import print_checks, print_count, print_forced, print_mix, print_notes, print_plan, time_said
+from modekit.cli.printing.mixtures import print_checks, print_count, print_mix, print_notes, print_plan, print_result, time_said
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
@@ -70,7 +70,7 @@ def build(
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
     checkpoint = show_build(output, lambda progress: build(made, target, overwrite=overwrite, run=common().run(progress)))
     if prove:
-        print_forced(_forced(checkpoint))
+        print_result(_forced(checkpoint))
 
 
 def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
@@ -194,7 +194,7 @@ def verify(
         shown = said if forced is None else {"checks": said, "forced": forced.as_data()}
         print_json(shown)
     elif forced is not None:
-        print_forced(forced)
+        print_result(forced)
     if not is_proven(checks):
         raise typer.Exit(1)
 

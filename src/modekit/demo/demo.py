@@ -26,7 +26,7 @@ from modekit.demo.seed import folder_of_mixture, run_seed
 from modekit.demo.text import unpack_pairs, unpack_text
 from modekit.demo.translation import translated_table
 from modekit.errors import OutputError
-from modekit.evaluation.results import Results, gaps_of, with_gaps
+from modekit.evaluation.results import Results, with_gaps
 from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
@@ -60,10 +60,10 @@ class DemoResults:
             if row.kind == "mixture"
         ]
         table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
-        gaps = gaps_of(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
+        gaps = first.domains  # anew, since mixtures may come of other models than the first one's
         if table is not None and not any((_bleu(row.mean(table.domains)) or 0) >= _LEAST_BLEU for row in table.rows):
-            gaps, notes = {}, [_NO_TRANSLATION, *notes]
-        return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes)
+            gaps, notes = [], [_NO_TRANSLATION, *notes]
+        return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes=notes)
 
     def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""

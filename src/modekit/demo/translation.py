@@ -1,7 +1,7 @@
 """What `modekit demo --translation` adds: a small Bart that reads pairs as the base, and what mixtures of it write.
 
 * DEMO/text/<domain>.jsonl: pairs, English and French (text.py)
-* DEMO/seed0/<mixture>/results: BLEU and chrF in translate.json, and in report.html with examples side by side
+* DEMO/seed0/<mixture>/results: BLEU and chrF in translate.json, and in report.html
 """
 
 from __future__ import annotations
@@ -111,4 +111,4 @@ def translated_table(folders: Mapping[str, Path]) -> TranslationResults:
     first = next(iter(found.values()))
     rows = [row for row in first.rows if row.kind != "mixture"]
     rows += [replace(row, name=name) for name, each in found.items() for row in each.rows if row.kind == "mixture"]
-    return replace(first, rows=rows, differences={}, examples=[])
+    return replace(first, rows=rows)

@@ -1,27 +1,33 @@
 """What a mixture is worth: held-out loss of base, experts, weight average, oracle and mixture on every domain.
 
 Honest by construction: what is scored set, trained and chose nothing (text/held_out.py), and every row reads the same tokens.
-
-    gap closed = (loss of base - loss of row) / (loss of base - loss of the domain's own expert)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
+from modekit.evaluation.finite import not_finite
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
-from modekit.evaluation.labels import Gain, Labels, check_labels, label_notes, longest_with_tag
+from modekit.evaluation.labels import Labels, check_labels, label_notes, longest_with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.evaluation.results import SMALLEST_GAP, Results, Row, Score, gaps_of, rows_scored_here, with_gaps
-from modekit.evaluation.uncertainty import in_blocks, mean_error
+from modekit.evaluation.results import (
+    Results,
+    Row,
+    Score,
+    beaten_notes,
+    gapless_notes,
+    loss_gains,
+    rows_scored_here,
+    with_gaps,
+)
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE, did_you_mean
 from modekit.run import QUIET, Run
@@ -57,22 +63,21 @@ def evaluate(
     jobs, notes = row_jobs(checkpoint, run=run)
     jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
     rows = _run(jobs, checkpoint, domains, [*(known.rows if known else ()), *rows_scored_here(checkpoint)], run)
-    gaps = gaps_of(rows, [domain.name for domain in domains])
-    gapless = [name for name, gap in gaps.items() if gap <= SMALLEST_GAP]
-    if gapless:
-        notes.append(f"no gap to close, so not in its mean: {', '.join(gapless)} (the own expert is not better than the base)")
-    rows = with_gaps(rows, gaps)
-    bases = [name for name, place in zip(checkpoint.names, checkpoint.record.expert_sources, strict=True) if place == 0]
-    notes += notes_of(rows, domains, SMALLEST_GAP, bases)
+    names = [domain.name for domain in domains]
+    notes += gapless_notes(rows, names)
+    rows = with_gaps(rows, names)
+    sources = zip(checkpoint.names, checkpoint.record.expert_sources, strict=True)
+    owners = {name: name if place else BASE for name, place in sources}
+    owned, unseen = known_and_unseen(domains)
+    notes += beaten_notes(rows, {name: owners[name] for name in owned})
     notes += written_notes(checkpoint.record.recipe, checkpoint.recipe_root)
-    unseen = known_and_unseen(domains)[1]
     hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
     notes += [f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()]
     if labels is not None:
         named = {row.name: row for row in rows}
-        notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, domains))
+        notes += label_notes(labels, domains, checkpoint.record.recipe, named, partial(loss_gains, owned))
     records = {domain.name: domain.record for domain in domains}
-    results = Results(rows, *known_and_unseen(domains), records, notes)
+    results = Results(rows, owned, unseen, records, notes=notes)
     if write:
         results.write(checkpoint)
     return results
@@ -99,8 +104,7 @@ def _run(
                     with job.within(model, text):
                         score = score_domain(model, text, partial(run.progress, f"score {job.name}", total=total), done)
                 if not math.isfinite(score.loss):
-                    where, remedy = f"{job.name} on the text '{domain.name}'", "look for what is damaged with `modekit verify`"
-                    raise CheckpointError("the loss is not finite", where=where, remedy=remedy)
+                    raise not_finite("the loss is", f"{job.name} on the text '{domain.name}'")
                 scores[domain.name] = earlier[identity, domain.name] = score
             done += domain.scored_tokens
             run.progress(f"score {job.name}", done, total)
@@ -108,67 +112,3 @@ def _run(
         rows.append(Row(job.name, job.kind, *parameters, scores, identity))
         del model
     return rows
-
-
-def notes_of(rows: Sequence[Row], domains: Sequence[Domain], least: float, bases: Collection[str] = ()) -> list[str]:
-    """Notes on scored rows. Losses less than `least` (nats per token) apart are one; `bases`: experts that are the base."""
-    return [*_without_errors(rows, domains), *_beaten(rows, domains, least, bases)]
-
-
-def loss_gains(domains: Sequence[Domain], with_label: Row, without: Row) -> list[Gain]:
-    """What a label saves of the loss, mean over the domains that have an expert; none where one of them was not scored."""
-    own = [domain for domain in domains if domain.expert is not None]
-    if not all(domain.name in with_label.scores for domain in own):
-        return []
-    scores = [(without.scores[domain.name], with_label.scores[domain.name], domain) for domain in own]
-    gain = sum(one.loss - other.loss for one, other, _ in scores) / len(own)
-    errors = [error for each in scores if (error := _error_of_difference(*each)) is not None]
-    known = len(errors) == len(own)  # of a mean without one of them nothing is known
-    error = math.sqrt(sum(error**2 for error in errors)) / len(own) if known else None
-    return [Gain(gain, "nats per token", 3, error)]
-
-
-def _without_errors(rows: Sequence[Row], domains: Sequence[Domain]) -> Iterator[str]:
-    single = [domain.name for domain in domains if len(domain.sequences) < 2]
-    if single:
-        yield f"no standard errors for {', '.join(single)}: the held-out text is a single sequence; give more, or more --tokens"
-    undecided = [
-        domain.name
-        for domain in domains
-        if domain.name not in single
-        and any(
-            score.gap_closed is not None and score.gap_error is None for row in rows if (score := row.scores.get(domain.name))
-        )
-    ]
-    if undecided:
-        yield (
-            f"no standard error of the gap closed for {', '.join(undecided)}: on a part of so little text there is no gap; "
-            "give more, or more --tokens"
-        )
-
-
-def _beaten(rows: Sequence[Row], domains: Sequence[Domain], least: float, bases: Collection[str]) -> Iterator[str]:
-    """Domains whose own expert, which is the base where the recipe says so, is surely worse than another expert."""
-    named = {row.name: row for row in rows if row.kind in {"base", "expert"}}
-    for domain in domains:
-        own = named.get(BASE if domain.name in bases else domain.name)
-        if domain.expert is None or own is None:
-            continue
-        others = [row for row in named.values() if row.kind == "expert" and row is not own and domain.name in row.scores]
-        best = min(others, key=lambda row: row.scores[domain.name].loss, default=None)
-        if best is None:
-            continue
-        mine, other = own.scores[domain.name], best.scores[domain.name]
-        if mine.loss - other.loss > max(least, 2 * (_error_of_difference(mine, other, domain) or 0.0)):
-            who = "the base model, which is its expert," if own.kind == "base" else "its own expert"
-            yield f"{domain.name}: {who} has {mine.loss:.3f} on its text, worse than {best.name} with {other.loss:.3f}"
-
-
-def _error_of_difference(one: Score, other: Score, domain: Domain) -> float | None:
-    """Standard error of the difference of two mean losses on the same text; None when it is not known."""
-    if one.blocks is None or other.blocks is None or len(one.blocks) != len(other.blocks):
-        return None
-    counts = in_blocks([sequence.scored for sequence in domain.sequences])
-    if len(counts) != len(one.blocks):
-        return None
-    return mean_error([a - b for a, b in zip(one.blocks, other.blocks, strict=True)], counts)

@@ -10,7 +10,7 @@ Shape legend: N predicted tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
-from modekit.errors import CheckpointError, SourceError, TextError, UnsupportedError
+from modekit.errors import SourceError, TextError, UnsupportedError
 from modekit.evaluation.domains import Domain, domain_of, held_out_domains
+from modekit.evaluation.finite import not_finite
 from modekit.evaluation.identity import ReadSequences
 from modekit.evaluation.loss import tokens_per_pass
-from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
+from modekit.evaluation.tables import Cell, ResultTable
 from modekit.files.figures import three_digits
 from modekit.files.typed import Count, Label, Number
 from modekit.loaded.experts import OwnModel, load_expert_source, load_own_model
@@ -78,18 +79,9 @@ class ForcedExperts(CheckpointResult):
     text: Mapping[Label, ReadSequences]
     own_text: Mapping[Label, Label]
     own_models: Mapping[Label, OwnModel]
-    notes: Sequence[str] = field(default_factory=list)
 
     file = "forced.json"
     command = "modekit verify --deep"
-    said = (
-        "Every expert, gates forced on it, beside its own model on held-out text: KL in nats per token; not carried: KL over "
-        "the base's KL (0 = the whole expert, 1 = nothing of it); largest difference of log-probabilities; losses."
-    )
-
-    def cells(self) -> int:
-        """Of a row per expert and text."""
-        return len(self.rows) * len(_TITLES)
 
     def by_expert(self) -> Iterator[ForcedExpert]:
         """Every expert on its own text, and on all others as one."""
@@ -101,15 +93,18 @@ class ForcedExperts(CheckpointResult):
             if others:
                 yield _pooled(others, OTHER_TEXTS if len(others) > 1 else others[0].text)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and cells, a row for each of `by_expert`."""
-        return _TITLES, [_cells(row) for row in self.by_expert()]
-
-    def markdown(self) -> str:
-        """For forced.md: every expert on every text, and how its own model was made."""
-        made = [f"{expert}: its own model is {_MADE[how]}" for expert, how in self.own_models.items()]
-        lines = [*(f"* {note}" for note in (*made, *self.notes)), ""]
-        return "\n".join([self.said, "", markdown_table(_TITLES, [_cells(row) for row in self.rows]), "", *lines])
+    def tables(self) -> list[ResultTable]:
+        """Every expert on its own text and on all others; in detail on every text, and how its own model was made."""
+        said = (
+            "Every expert, gates forced on it, beside its own model on held-out text: KL in nats per token; not carried: KL "
+            "over the base's KL (0 = the whole expert, 1 = nothing of it); largest difference of log-probabilities; losses."
+        )
+        made = [[expert, _MADE[how]] for expert, how in self.own_models.items()]
+        return [
+            ResultTable("Experts forced", _TITLES, [_cells(row) for row in self.by_expert()], said),
+            ResultTable("Experts forced, every text", _TITLES, [_cells(row) for row in self.rows], detail=True),
+            ResultTable("Own models", ["expert", "its own model"], made, detail=True, prose=True),
+        ]
 
 
 _TITLES = ["expert", "text", "KL", "not carried", "largest difference", "own loss", "forced loss", "base loss"]
@@ -121,7 +116,7 @@ _MADE: Mapping[OwnModel, str] = {
 }
 
 
-def _cells(row: ForcedExpert) -> list[str]:
+def _cells(row: ForcedExpert) -> list[str | Cell]:
     figures = ["-" if figure is None else three_digits(figure) for figure in (row.kl, row.not_carried, row.largest)]
     return [row.expert, row.text, *figures, *(f"{loss:.4f}" for loss in (row.own_loss, row.forced_loss, row.base_loss))]
 
@@ -175,7 +170,7 @@ def force_experts(
         {domain.name: domain.record for domain in domains},
         {checkpoint.names[domain.expert]: domain.name for domain in domains if domain.expert is not None},
         own_models,
-        notes,
+        notes=notes,
         checkpoint=checkpoint.identity,
     )
     found.write(checkpoint)
@@ -237,11 +232,7 @@ def _compared(
 
 def _row(name: str, text: str, batches: Sequence[Batch], largest: float, sums: torch.Tensor) -> ForcedExpert:
     if not torch.isfinite(sums).all():
-        raise CheckpointError(
-            "an expert and its own model cannot be compared: one of them gives NaN or Inf",
-            where=f"expert '{name}' on the text '{text}'",
-            remedy="look for what is damaged with `modekit verify`",
-        )
+        raise not_finite("the output of an expert or of its own model is", f"expert '{name}' on the text '{text}'")
     tokens = sum(batch.scored for batch in batches)
     return ForcedExpert(name, text, tokens, largest, *(sums / tokens).clamp(min=0.0).tolist())
 

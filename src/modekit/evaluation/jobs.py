@@ -58,7 +58,7 @@ def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[st
     notes += [f"row left out: {state.to_download}" for state in states if state.on_hub]
     if checkpoint.record.recipe.mixture.weights is not None:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
-    return [*_source_jobs(checkpoint, states, run), *_mixture_jobs(checkpoint, run)], notes
+    return [*_source_jobs(checkpoint, states, run), *mixture_jobs(checkpoint, run)], notes
 
 
 def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[RowJob]:
@@ -85,11 +85,19 @@ def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run
         yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)
 
 
-def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[RowJob]:
-    """The mixture with each domain's own expert forced, and as it is."""
+def mixture_jobs(checkpoint: Checkpoint, run: Run, *, experts: bool = False) -> Iterator[RowJob]:
+    """The mixture, where asked forced on each of its experts; with each domain's own expert forced, and as it is."""
     experts_id, router_id = mixture_identities(checkpoint)
     load = partial(load_model, checkpoint.folder, run=run)
     if checkpoint.record.recipe.mixture.weights is None:
+        for place, name in enumerate(checkpoint.names) if experts else ():
+            yield RowJob(
+                name,
+                "expert",
+                f"forced {name} {experts_id}",
+                load,
+                within=partial(_forced, checkpoint, place),
+            )
         yield RowJob(
             "oracle",
             "oracle",
@@ -107,6 +115,10 @@ def _mixture_jobs(checkpoint: Checkpoint, run: Run) -> Iterator[RowJob]:
             load,
             within=lambda model, _domain: mixture_of(model, checkpoint).without_common(),
         )
+
+
+def _forced(checkpoint: Checkpoint, place: int, model: PreTrainedModel, _domain: Domain) -> AbstractContextManager[None]:
+    return mixture_of(model, checkpoint).forced(place)
 
 
 def label_jobs(

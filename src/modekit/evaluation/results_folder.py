@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -12,15 +12,13 @@ from typing import ClassVar, Literal, TypeVar
 from pydantic import JsonValue, TypeAdapter
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.tables import ResultTable, markdown_page
 from modekit.files.change import change_together
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
 from modekit.files.write import json_bytes
 
 RESULTS_FOLDER = "results"
-MOST_CELLS = 2**18
-"""Of a table that is read from a file: more than anybody measures."""
-
 _Read = TypeVar("_Read")
 _Kind = TypeVar("_Kind", bound="Result")
 
@@ -37,35 +35,44 @@ class Result(ABC):
     expected: ClassVar[bool] = False
     """Whether everybody runs the command, so that a report says when nobody did."""
 
+    notes: Sequence[str] = field(default=(), kw_only=True)
+    """What a reader has to know."""
+
     @abstractmethod
+    def tables(self) -> list[ResultTable]:
+        """Everything that it shows, the main table first."""
+
     def markdown(self) -> str:
         """For people to read in a file."""
+        return markdown_page(self.tables(), self.notes)
 
     @abstractmethod
     def belongs_to(self, checkpoint: Checkpoint) -> bool:
         """Whether it was found out about this checkpoint as it is now."""
-
-    @abstractmethod
-    def cells(self) -> int:
-        """Of the table that shows it."""
 
     def as_data(self) -> dict[str, JsonValue]:
         """Plain data for JSON."""
         data: dict[str, JsonValue] = TypeAdapter(type(self)).dump_python(self, mode="json", by_alias=True)
         return data
 
+    def as_json(self) -> bytes:
+        """As it is written."""
+        return json_bytes(self.as_data())
+
     @classmethod
     def from_data(cls: type[_Kind], data: object) -> _Kind:
-        """Back from `as_data`. Raises ValueError for anything else."""
+        """Back from `as_data`. Raises ValueError for anything else, and for parts that do not fit together."""
         found = as_kind(data, cls)
-        if found.cells() > MOST_CELLS:
-            raise ValueError(f"a table of more than {MOST_CELLS:,} cells")
+        try:
+            found.tables()
+        except LookupError as error:
+            raise ValueError(f"its parts do not fit together: {shortened(error)}") from None
         return found
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write both files, together. Raises OSError and OutputError."""
         page = Path(self.file).with_suffix(".md").name
-        write_results(checkpoint, {self.file: json_bytes(self.as_data()), page: self.markdown().encode()})
+        write_results(checkpoint, {self.file: self.as_json(), page: self.markdown().encode()})
 
     @classmethod
     def read(cls: type[_Kind], checkpoint: Checkpoint) -> _Kind:
@@ -80,7 +87,8 @@ class Result(ABC):
             return None
         found = read_or_say(cls.file, cls.command, lambda: cls.read(checkpoint), said)
         if found is not None and not found.belongs_to(checkpoint):
-            said.append(of_another(cls.file, cls.command))
+            changed = "models, router, recipe, tokenizer or training changed since"
+            said.append(f"{cls.file} is of another state of this mixture ({changed}): run `{cls.command}` again")
             return None
         return found
 
@@ -119,9 +127,3 @@ def read_or_say(file: str, command: str, read: Callable[[], _Read], problems: li
     except UNREADABLE as error:
         problems.append(f"{file} is damaged or of another version ({shortened(error)}): run `{command}`")
     return None
-
-
-def of_another(file: str, command: str) -> str:
-    """What is said of a file that was made before the checkpoint changed."""
-    changed = "models, router, recipe, tokenizer or training changed since"
-    return f"{file} is of another state of this mixture ({changed}): run `{command}` again"

@@ -1,4 +1,4 @@
-"""The model card of a mixture: OUT/README.md as the hub reads it.
+"""The model card of a mixture, as the hub reads it: `modekit push` makes it.
 
 Metadata in front, then what it is, how it was made, how to use it, what it is worth, its sources and their licences, its
 limits. Where the sources' licences do not say one and the same, LICENSE.md lists them and the metadata says `other`.
@@ -6,9 +6,7 @@ limits. Where the sources' licences do not say one and the same, LICENSE.md list
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +18,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
-from modekit.errors import OutputError
 from modekit.evaluation.forced import ForcedExperts
-from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Results
-from modekit.evaluation.translation.results import TranslationResults, score_table
-from modekit.files.change import change_together
+from modekit.evaluation.tables import as_markdown, markdown_table, plain
+from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
-from modekit.files.read import UNREADABLE, read_text
 from modekit.members.licences import Source, facts, sources_of
 from modekit.members.listing import teachers_of
 from modekit.planning.summary import backbone_label
@@ -39,7 +34,6 @@ from modekit.sources.towers import PROCESSOR_FILES
 from modekit.text.documents import is_local
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
-_MARK = re.compile(r"\n<!-- modekit card ([0-9a-f]{64}) -->\n\Z")
 
 
 @dataclass(frozen=True)
@@ -49,24 +43,6 @@ class Card:
     contents: Mapping[str, bytes]
     licence: str
     notes: Sequence[str]
-
-
-def write_card(checkpoint: Checkpoint, *, overwrite: bool = False, ask_hub: bool = True) -> Card:
-    """Write OUT/README.md, and OUT/LICENSE.md where one licence does not say it all.
-
-    Licences of hub models whose README is not at hand are asked for with `ask_hub`. Raises OutputError when there is a file
-    that modekit did not write, or that was changed since, unless `overwrite`.
-    """
-    made = make_card(checkpoint, ask_hub=ask_hub)
-    for path in (checkpoint.folder / name for name in made.contents):
-        if not overwrite and not is_ours(path):
-            raise OutputError(
-                "a file that modekit did not write, or that was changed since, would be lost",
-                where=str(path),
-                remedy="move it away, or pass --overwrite",
-            )
-    change_together(checkpoint.folder, made.contents)
-    return made
 
 
 def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRecord | None = None) -> Card:
@@ -88,20 +64,7 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
     contents = {CARD_FILE: f"{card.content}\n"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(table, known)
-    marks = {name: f"\n<!-- modekit card {hashlib.sha256(text.encode()).hexdigest()} -->\n" for name, text in contents.items()}
-    return Card({name: (text + marks[name]).encode() for name, text in contents.items()}, str(data.license), notes)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether nothing is there, or what modekit wrote and nobody changed."""
-    if not os.path.lexists(path):
-        return True
-    try:
-        text = read_text(path).replace("\r\n", "\n")
-    except UNREADABLE:
-        return False
-    mark = _MARK.search(text)
-    return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+    return Card({name: text.encode() for name, text in contents.items()}, str(data.license), notes)
 
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
@@ -163,6 +126,21 @@ def _task_of(checkpoint: Checkpoint) -> str:
     return "translation" if checkpoint.shape.family.pair else "text-generation"
 
 
+def facts_of(checkpoint: Checkpoint) -> dict[str, object]:
+    """What it is, in a few words, as page and card say it."""
+    record = checkpoint.record
+    return {
+        "title": checkpoint.folder.name,
+        "architecture": architecture_of(checkpoint.config),
+        "dtype": str(checkpoint.config["dtype"]),
+        "native": checkpoint.shape.plain,
+        "backbone": _backbone(backbone_label(record.recipe)),
+        "decides": _decides(checkpoint),
+        "status": record.router.status,
+        "version": record.modekit_version,
+    }
+
+
 def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     """What the template says of the mixture and of how it was made."""
     record = checkpoint.record
@@ -173,29 +151,20 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         for domain, used in router.text.items()
     ]
     taught = zip(checkpoint.names, teachers_of(checkpoint), strict=True)
-    of_others = {
-        "title": checkpoint.folder.name,
-        "architecture": architecture_of(checkpoint.config),
-        "dtype": str(checkpoint.config["dtype"]),
-        "backbone": _backbone(backbone_label(recipe)),
-        "version": record.modekit_version,
-        "choice": router.choice.said if router.choice is not None else "",
-        "why": why_chosen(recipe, native=checkpoint.shape.plain),
-    }
+    of_others = {key: plain(value) if isinstance(value, str) else value for key, value in facts_of(checkpoint).items()}
     return {
-        **{key: plain(value) for key, value in of_others.items()},
+        **of_others,
+        "choice": plain(router.choice.said) if router.choice is not None else "",
+        "why": plain(why_chosen(recipe, native=checkpoint.shape.plain)),
         "experts": [plain(name) for name in checkpoint.names],
-        "decides": _decides(checkpoint),
-        "native": checkpoint.shape.plain,
         "total": count_of(checkpoint.parameters.total),
         "active": count_of(checkpoint.parameters.active),
         "folder": json.dumps(checkpoint.folder.name).replace("`", "\\u0060"),
         "pair": checkpoint.shape.family.pair,
-        "sees": checkpoint.record.recipe.output.keep is not None,
+        "sees": recipe.output.keep is not None,
         "has_processor": any((checkpoint.folder / name).exists() for name in PROCESSOR_FILES),
         "chats": chat_template(checkpoint.folder) is not None,
         "recipe_digest": record.recipe_digest[:16],
-        "status": router.status,
         "fixed_weights": recipe.mixture.method == "linear",
         "recipe": dumped,
         "fence": "`" * max(3, *(len(run) + 1 for run in re.findall("`+", dumped) or [""])),  # longer than any inside
@@ -219,25 +188,14 @@ def _training(training: TrainingRecord) -> dict[str, object]:
 
 
 def _measured(checkpoint: Checkpoint, problems: list[str]) -> dict[str, object]:
-    """Tables of what was measured of this mixture; why some of it cannot be shown goes to `problems`."""
-    results, found = Results.find(checkpoint, problems), TranslationResults.find(checkpoint, problems)
-    forced = ForcedExperts.find(checkpoint, problems)
-    values: dict[str, object] = {"problems": [plain(each) for each in problems]}
-    if results is not None:
-        values |= {"loss_table": markdown_table(*results.table(), plain), "loss_notes": [plain(note) for note in results.notes]}
-    if forced is not None:
-        notes = [plain(note) for note in forced.notes]
-        values |= {"forced_table": markdown_table(*forced.table(), plain), "forced_said": forced.said, "forced_notes": notes}
-    if found is not None:
-        table = score_table(found.rows, found.domains, found.unseen)
-        values |= {
-            "translation_table": markdown_table(table[0], table[1], plain),
-            "translation_notes": [plain(note) for note in found.notes],
-            "beams": found.settings.beams,
-            "bleu": plain(found.signatures.bleu),
-            "chrf": plain(found.signatures.chrf),
-        }
-    return values
+    """What was measured of this mixture, in Markdown; why some of it cannot be shown goes to `problems`."""
+    parts = []
+    for kind in (Results, ForcedExperts, TranslationResults):
+        found = kind.find(checkpoint, problems)
+        for table in [] if found is None else found.tables()[:1]:
+            parts += [plain(table.caption), as_markdown(table, plain)]
+            parts += ["\n".join(f"* {plain(note)}" for note in found.notes)] if found is not None and found.notes else []
+    return {"problems": [plain(each) for each in problems], "measured": "\n\n".join(parts)}
 
 
 def _licence_page(source_table: str, known: Sequence[str]) -> str:

@@ -28,13 +28,6 @@
   const largest = (row) => row.indexOf(Math.max(...row));
   const isRead = (row) => row.some((weight) => weight > 0);
   const mark = (expert) => "e" + (expert % 8);
-  const figure = (value, content, place) => {
-    const node = make("data", "", content);
-    node.value = String(value);
-    node.dataset.at = "/samples/texts/" + text + "/" + place;
-    return node;
-  };
-
   function paint() {
     shown.textContent = data.routers[Number(layer.value)];
     layer.setAttribute("aria-valuetext", shown.textContent);
@@ -50,7 +43,7 @@
     const head = make("p", "", "Token " + (active + 1) + " of " + sample().tokens.length + ": ");
     head.append(make("code", "", JSON.stringify(token.text)), document.createTextNode(", "));
     if (token.loss === null) head.append((active < sample().source ? "source, " : active ? "" : "the first, ") + "not predicted");
-    else head.append("loss ", figure(token.loss, token.loss.toFixed(2), "tokens/" + active + "/loss"), " nats");
+    else head.append("loss " + token.loss.toFixed(2) + " nats");
     head.append("; " + data.routers[Number(layer.value)] + (isRead(row) ? "" : ", which does not read it"));
     const bars = make("ul");
     (isRead(row) ? row : []).map((weight, expert) => [weight, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).forEach(([weight, expert]) => {
@@ -65,7 +58,7 @@
       bar.append(filled);
       const name = make("span", "chip " + mark(expert), data.experts[expert]);
       name.title = data.experts[expert];
-      line.append(name, bar, figure(weight, (weight / 1000).toFixed(2), "weights/" + Number(layer.value) + "/" + active + "/" + expert));
+      line.append(name, bar, make("data", "", (weight / 1000).toFixed(2)));
       bars.append(line);
     });
     detail.replaceChildren(head, bars);
@@ -103,14 +96,9 @@
       });
       list.append(node);
     });
-    about.replaceChildren("Mean loss ", figure(sample().loss, sample().loss.toFixed(3), "loss"), " nats per token.");
-    const left = Object.entries(sample().without).filter((entry) => entry[1] !== null);
-    if (left.length) about.append(" With one expert left out: ");
-    left.forEach(([expert, change], place) => {
-      about.append((place ? ", " : "") + expert + " ", figure(change, signed(change), "without/" + expert.replaceAll("~", "~0").replaceAll("/", "~1")));
-    });
-    if (left.length) about.append(".");
-    if (sample().cut) about.append(" The page holds the beginning of this text.");
+    about.replaceChildren("Mean loss " + sample().loss.toFixed(3) + " nats per token.");
+    const left = Object.entries(sample().without).map(([expert, change]) => expert + " " + signed(change));
+    if (left.length) about.append(" With one expert left out: " + left.join(", ") + ".");
     active = Math.min(1, sample().tokens.length - 1);
     paint();
     select(active, false);

@@ -1,7 +1,7 @@
-"""A mixture for the hub: what goes there, without the router's statistics and without where things lie on this machine.
+"""A mixture for the hub: what modekit wrote, without the router's statistics and without where things lie on this machine.
 
-modekit.json and recipe.yaml name models and texts by their hub ids or last names; the card is made anew unless somebody wrote
-it; results go along unless they name a path of this machine.
+modekit.json and recipe.yaml name models and texts by their hub ids or last names; the card is made unless somebody wrote
+one; results go along unless they name a path of this machine. Other files in the folder stay.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 
+from modekit.architecture import CODE_FILES
+from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord
+from modekit.checkpoint.record import RECORD_FILE, MixtureRecord
 from modekit.errors import OutputError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
@@ -24,12 +27,20 @@ from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.write import json_bytes
 from modekit.recipes.edit import RECIPE_FILE
 from modekit.recipes.paths import name_of, with_names
-from modekit.recipes.recipe import WRITTEN_FOLDER, Recipe
-from modekit.report.card import CARD_FILE, LICENCE_FILE, is_ours, make_card
+from modekit.recipes.recipe import Recipe
+from modekit.report.card import CARD_FILE, LICENCE_FILE, make_card
+from modekit.sources.tokenizer import COPIED_FILES
+from modekit.sources.towers import PROCESSOR_FILES
+from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
-_AT_HOME = (f"{STATISTICS_FOLDER}/", f"{WRITTEN_FOLDER}/", f"{RESULTS_FOLDER}/tensorboard/")
-"""What shows text; and logs of tensorboard, which are named after the machine."""
-_TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt", ".svg"}
+_WRITTEN = (
+    *(RECORD_FILE, RECIPE_FILE, CARD_FILE, LICENCE_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *PROCESSOR_FILES, *(file.name for file in CODE_FILES)),
+    *(f"{RESULTS_FOLDER}/{name}.*" for name in ("eval", "inspect", "forced", "tasks", "translate", "train", "tune", "report")),
+    f"{RESULTS_FOLDER}/tasks/*",
+)
+"""What modekit writes and others may have: not statistics and written text, which show text, nor logs of tensorboard."""
+_TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -55,49 +66,47 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
         said = shown.model_dump(mode="json")["recipe"]
         made[RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
     notes: list[str] = []
-    if is_ours(checkpoint.folder / CARD_FILE) and is_ours(checkpoint.folder / LICENCE_FILE):
+    if not any((checkpoint.folder / name).exists() for name in (CARD_FILE, LICENCE_FILE)):
         card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
         made |= card.contents
         notes += card.notes
     private = _private(checkpoint)
-    _check_links(checkpoint.folder)
     files: dict[str, Path | bytes] = {}
     left: dict[str, int] = {}
     for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
         name = path.relative_to(checkpoint.folder).as_posix()
-        if name.partition("/")[0] in INTERNAL:
+        if name in made or name.partition("/")[0] in INTERNAL:
             continue
-        folder = next((each for each in _AT_HOME if name.startswith(each)), None)
-        if folder is not None or any(part.startswith(".") for part in Path(name).parts):
-            left[folder or name] = left.get(folder or name, 0) + path.stat().st_size
-        elif name not in made:
-            content, found = _content(path, private, checkpoint.record.recipe_digest, shown.recipe_digest)
-            if found is not None and name.startswith(f"{RESULTS_FOLDER}/"):
-                left[name] = path.stat().st_size
-                notes.append(f"{name} stays here, since it names {found}")
-                continue
-            if found is not None:
-                notes.append(f"{name} goes as it is, and names {found}")
-            files[name] = content
+        if not any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _WRITTEN):
+            folder = f"{name.partition('/')[0]}/" if "/" in name else name
+            left[folder] = left.get(folder, 0) + path.stat().st_size
+            continue
+        _check_link(path, checkpoint.folder)
+        content, found = _content(path, private, checkpoint.record.recipe_digest, shown.recipe_digest)
+        if found is not None and name.startswith(f"{RESULTS_FOLDER}/"):
+            left[name] = path.stat().st_size
+            notes.append(f"{name} stays here, since it names {found}")
+            continue
+        if found is not None:
+            notes.append(f"{name} goes as it is, and names {found}")
+        files[name] = content
     return Parcel(dict(sorted({**files, **made}.items())), left, notes)
 
 
-def _check_links(folder: Path) -> None:
+def _check_link(path: Path, folder: Path) -> None:
     """Raise OutputError where a link leads out of the folder: what it names is not the mixture's.
 
     But for a snapshot of the hub's cache, whose files are links to blobs beside it.
     """
-    real = Path(os.path.realpath(folder))
+    real, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     inside = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
-    for path in sorted(folder.rglob("*")):
-        target = Path(os.path.realpath(path))
-        if path.is_symlink() and not any(target.is_relative_to(each) for each in inside):
-            raise OutputError(
-                "a link leads out of the folder, and what it names would go to the hub",
-                where=str(path),
-                found=str(path.readlink()),
-                remedy="put the file itself there, or remove the link",
-            )
+    if not any(target.is_relative_to(each) for each in inside):
+        raise OutputError(
+            "a link leads out of the folder, and what it names would go to the hub",
+            where=str(path),
+            found=str(target),
+            remedy="put the file itself there, or remove the link",
+        )
 
 
 def check_repo(repo: str) -> None:

@@ -6,15 +6,16 @@ OUT/results/tune.json holds the same; the report reads it back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import BaseModel, JsonValue
 
-from modekit.evaluation.markdown import markdown_table
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.results_folder import Result
+from modekit.evaluation.tables import Cell, ResultTable
 from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Number
-
-SEARCH_FILE = "tune.json"
 
 
 class Candidate(BaseModel, frozen=True):
@@ -45,39 +46,44 @@ class Candidate(BaseModel, frozen=True):
         return sum(self.losses.values()) / len(self.losses) if self.losses else None
 
 
-class TuneResults(BaseModel, frozen=True):
-    """Of a search. `candidates`: by loss, refused ones last; `recipe_digest`: of the best one's recipe."""
+@dataclass(frozen=True, kw_only=True)
+class TuneResults(Result):
+    """tune.json. `candidates`: by loss, refused ones last; `recipe_digest`: of the best one's recipe."""
 
     format: Literal[2] = 2
     recipe_digest: str
-    candidates: Annotated[list[Candidate], Field(max_length=2**14)]
+    candidates: Sequence[Candidate]
     tokens_per_domain: Count
     sequence_length: Count
     seconds: Number
+
+    file = "tune.json"
+    command = "modekit tune"
+
+    def belongs_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether the best is still that recipe, of the same experts."""
+        record = checkpoint.record
+        replaced = any(change.what == "replace" for change in record.history)
+        return self.recipe_digest == record.recipe_digest and not replaced
 
     @property
     def best(self) -> Candidate:
         """What is built."""
         return next(each for each in self.candidates if each.best)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and cells, best first."""
-        return ["", "variant", "select loss", "active", "runs as"], [
+    def tables(self) -> list[ResultTable]:
+        """All variants, best first."""
+        body: list[list[str | Cell]] = [
             [
-                "best" if each.best else "front" if each.pareto else "",
-                each.name,
+                f"{'best: ' if each.best else 'front: ' if each.pareto else ''}{each.name}",
                 or_dash(each.mean_loss, ".4f"),
                 count_of(each.active) if each.active else "-",
                 "-" if each.why else "native" if each.native else "modekit",
             ]
             for each in self.candidates
         ]
-
-    def markdown(self) -> str:
-        """All variants, and why some were refused."""
-        about = "Mean loss over the domains in nats per token (select split). `modekit eval` reads text that chose nothing."
-        refused = [f"* {each.name}: {' '.join(each.why.split())}" for each in self.candidates if each.why]
-        return "\n".join([about, "", markdown_table(*self.table()), *(["", "Refused:", *refused] if refused else []), ""])
+        said = "Mean held-out loss, nats per token (select split); front: none with as few active parameters is better."
+        return [ResultTable("Variants", ["variant", "select loss", "active", "runs as"], body, said)]
 
 
 def ranked(found: Sequence[Candidate]) -> list[Candidate]:

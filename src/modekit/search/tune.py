@@ -39,7 +39,7 @@ from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder
 from modekit.files.output import LOCK, clear, refuse_existing, replaced_by
 from modekit.files.typed import shortened
-from modekit.files.write import empty_folder, json_bytes, remove
+from modekit.files.write import empty_folder, remove
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
@@ -48,7 +48,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import RecipePart
 from modekit.routing.refit import refit_as
 from modekit.run import QUIET, Run
-from modekit.search.results import SEARCH_FILE, Candidate, TuneResults, ranked
+from modekit.search.results import Candidate, TuneResults, ranked
 from modekit.search.variants import Axes, recipe_of, variants_of
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.held_out import RecipeTexts
@@ -155,6 +155,7 @@ def tune(
             tokens_per_domain=tokens_per_domain,
             sequence_length=sequence_length,
             seconds=time.perf_counter() - started,
+            notes=[f"{each.name} left out: {' '.join(each.why.split())}" for each in found if each.why],
         )
         build(plan, out, overwrite=overwrite, beside=_beside(plan, out, results, chosen_by), run=run)
         return results
@@ -173,7 +174,7 @@ def _beside(plan: Plan, out: Path, results: TuneResults, chosen_by: Sequence[str
     return {
         SELECTED_FILE: "".join(f"{mark}\n" for mark in chosen_by).encode(),
         RECIPE_FILE: as_file(plan.recipe, plan.root, out),
-        f"{RESULTS_FOLDER}/{SEARCH_FILE}": json_bytes(results.model_dump(mode="json")),
+        f"{RESULTS_FOLDER}/{results.file}": results.as_json(),
         f"{RESULTS_FOLDER}/tune.md": results.markdown().encode(),
     }
 

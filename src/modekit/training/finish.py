@@ -154,7 +154,7 @@ def _compared(before: Results, after: Results) -> Results:
     for row in after.rows:
         if moves(row) or (row.kind == "oracle" and row.identity != oracle):
             rows.append(row if moves(row) else row.renamed("oracle after"))
-    return Results(rows, after.domains, after.unseen, after.text, after.notes)
+    return Results(rows, after.domains, after.unseen, after.text, notes=after.notes)
 
 
 def _write_results(checkpoint: Checkpoint, record: TrainingRecord, results: Results | None, folder: TrainingFolder) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from modekit.cli.printing.console import err, out
-from modekit.cli.printing.table import Cell, Table
+from modekit.cli.printing.console import err, out, shows_bold
+from modekit.cli.printing.table import OWN, Cell, Table
+from modekit.evaluation.tables import MIXTURE, ResultTable, cells_of
 from modekit.files.figures import bytes_of, count_of, file_count, range_of, three_digits, time_of
 
 if TYPE_CHECKING:
@@ -17,31 +18,36 @@ if TYPE_CHECKING:
     from modekit.building.again import Check
     from modekit.building.mix import MixPlan
     from modekit.building.preview import NeededTime, Preview
-    from modekit.evaluation.forced import ForcedExperts
-    from modekit.evaluation.results import Results
+    from modekit.evaluation.results_folder import Result
     from modekit.experts.extract_record import Extraction
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
     from modekit.planning.summary import FitWork
-    from modekit.search.results import TuneResults
     from modekit.sources.counting import ParameterCount
     from modekit.training.finish import TrainedMixture
 
 
-def print_results(results: Results) -> None:
-    """Draw the table of an evaluation."""
-    table = table_of_models(*results.table(between="\n"))
-    place = "after /" if out.soft_wrap else "below"
-    out.print(f"Held-out loss in nats per token, perplexity {place}; gap closed: 1 = as good as each domain's own expert.")
+def print_result(result: Result) -> None:
+    """Draw the tables of a result, but for its details, and what has to be said of them."""
+    for shown in result.tables():
+        if not shown.detail:
+            print_table(shown)
+    print_notes(result.notes)
+
+
+def print_table(shown: ResultTable) -> None:
+    """Draw a table and what its figures are; the mixture's row stands out."""
+    first, *titles = (title.replace(" ", "\n") for title in shown.header)
+    table, own = Table(first, titles, prose=shown.prose), False
+    for row in shown.rows:
+        name, *cells = cells_of(row)
+        own = own or any(cell.own for cell in cells)
+        style = "bold green" if name.text == MIXTURE else ""
+        table.add(name.text, *(Cell(cell.text, own=cell.own) for cell in cells), style=style)
+    how = "in bold" if shows_bold(out) else f"marked {OWN}"
+    out.print(Text(shown.title, style="bold"))
+    if shown.caption:
+        out.print(Text(shown.caption + (f" Each domain's own is {how}." if own else "")))
     out.print(table)
-    print_notes(results.notes)
-
-
-def table_of_models(header: Sequence[str], body: Iterable[Sequence[str]]) -> Table:
-    """A row per model, the mixture's stands out."""
-    table = Table(header[0], [title.replace(" ", "\n") for title in header[1:]])
-    for name, *cells in body:
-        table.add(name, *cells, style="bold green" if name == "mixture" else "")
-    return table
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -73,22 +79,11 @@ def _change(loss: BeforeAfter) -> str:
     return "no text" if loss.before is None or loss.after is None else f"{loss.before:.3f} -> {loss.after:.3f}"
 
 
-def print_tune(results: TuneResults) -> None:
-    """Draw the variants of a search, and why some cannot be built."""
-    header, body = results.table()
-    table = Table("variant", header[2:])
-    for mark, variant, *figures in body:
-        table.add(f"{mark}: {variant}" if mark else variant, *figures, style="bold green" if mark == "best" else "")
-    out.print("Mean held-out loss (select split); front: none with as few active parameters is better.")
-    out.print(table)
-    print_notes([f"{each.name} left out: {' '.join(each.why.split())}" for each in results.candidates if each.why])
-
-
 def print_training(folder: Path, training: TrainedMixture) -> None:
     """Draw what a training came to."""
     record = training.record
     if training.results is not None:
-        print_results(training.results)
+        print_result(training.results)
     table = Table("domain", ["before", "after"])
     for name, loss in record.select_loss.items():
         table.add(name, f"{loss['before']:.4f}", f"{loss['after']:.4f}")
@@ -124,13 +119,6 @@ def print_checks(checks: Sequence[Check]) -> None:
     for check in checks:
         table.add(check.name, Cell(check.verdict, colours[check.verdict]), check.detail)
     out.print(table)
-
-
-def print_forced(found: ForcedExperts) -> None:
-    """Draw what of every expert a mixture carries."""
-    out.print(found.said)
-    out.print(table_of_models(*found.table()))
-    print_notes(found.notes)
 
 
 def print_extract(record: Extraction) -> None:

@@ -8,7 +8,7 @@ Shape legend: S sequence (of a router in a decoder the target), E experts, R rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,16 +20,16 @@ from modekit.evaluation.inspection.passes import (
     Advance,
     Array64,
     Decided,
+    Traced,
     changes_without,
     loss_per_token,
     sums_of,
+    trace,
     traced_losses,
 )
-from modekit.evaluation.inspection.result import INSPECT_FILE, Dead, DomainTrace, Inspection, TokenLoss, Usage, only_figures
+from modekit.evaluation.inspection.result import DomainTrace, Inspection, TokenLoss, Usage
 from modekit.evaluation.inspection.similarity import similarity
-from modekit.evaluation.inspection.tokens import LeadersById, TopTokens, evidence_of, strongest, token_texts
-from modekit.evaluation.inspection.unseen import detect_unseen
-from modekit.evaluation.results_folder import write_results
+from modekit.evaluation.inspection.tokens import TopTokens, evidence_of, strongest, token_texts
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -50,17 +50,16 @@ def inspect(
     run: Run = QUIET,
     write: bool = True,
 ) -> Inspection:
-    """What docs/inspect.md describes; with `write` in OUT/results/inspect.json, too.
+    """What docs/inspect.md describes; with `write` in OUT/results/inspect.json and inspect.md, too.
 
     Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text,
     CheckpointError for a mixture whose losses or weights are not finite.
     """
     run.begin("read the text")
     domains = held_out_domains(checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, run=run)
-    with only_figures(checkpoint):
-        found = _inspected(checkpoint, domains, run)
+    found = _inspected(checkpoint, domains, run)
     if write:
-        write_results(checkpoint, {INSPECT_FILE: found.as_json()})
+        found.write(checkpoint)
     return found
 
 
@@ -72,13 +71,17 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
     advance = counted(run, checkpoint, [*(s for d in domains for s in d.sequences), *(s for _, s in samples)])
     vocabulary = max(model.config.vocab_size, getattr(model.config, "decoder_vocab_size", None) or 0)  # of targets, too
     top = TopTokens(vocabulary, len(checkpoint.names))
-    leaders = LeadersById(len(checkpoint.shape.positions))
-    per_domain = {domain.name: _of_domain(model, checkpoint, domain, (top, leaders), advance) for domain in domains}
+    per_domain = {domain.name: _of_domain(model, checkpoint, domain, top, advance) for domain in domains}
     shown = _of_samples(model, checkpoint, tokenizer, samples, advance)
     alike = similarity(checkpoint, run)
     table_VE = evidence_of(checkpoint)
     own = [domain.name for domain in domains if domain.expert is not None]
     most_RE = np.max([usage.shares for usage in per_domain.values()], axis=0)
+    dead = {
+        name: places
+        for place, name in enumerate(checkpoint.names)
+        if (places := np.flatnonzero(most_RE[:, place] < _DEAD).tolist())
+    }
     return Inspection(
         checkpoint=checkpoint.identity,
         experts=checkpoint.names,
@@ -88,14 +91,12 @@ def _inspected(checkpoint: Checkpoint, domains: Sequence[Domain], run: Run) -> I
         top_k=top_k_of(checkpoint),
         per_domain=per_domain,
         utilisation=np.mean([per_domain[name].shares for name in own], axis=0).tolist(),
-        by_id=leaders.agreement(len(checkpoint.names)),
-        dead=[Dead(router=int(router), expert=checkpoint.names[expert]) for router, expert in np.argwhere(most_RE < _DEAD)],
+        dead=dead,
         similarity=alike,
         top_tokens=top.by_expert(tokenizer, checkpoint.names),
         evidence=None if table_VE is None else strongest(table_VE, top.often_V, tokenizer, checkpoint.names),
-        told_apart=detect_unseen(checkpoint, domains),
         texts=shown,
-        notes=[*_notes(checkpoint), *_notes_on_pairs(domains, samples), *alike.notes],
+        notes=[*_notes(checkpoint), *_notes_on_pairs(domains, samples), *_notes_on_dead(checkpoint, dead), *alike.notes],
     )
 
 
@@ -118,11 +119,8 @@ def named_changes(checkpoint: Checkpoint, changes_E: Array64) -> dict[str, float
     return dict(zip(checkpoint.names[: len(changes_E)], changes_E.tolist(), strict=True))
 
 
-def _of_domain(
-    model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, by_token: tuple[TopTokens, LeadersById], advance: Advance
-) -> Usage:
+def _of_domain(model: PreTrainedModel, checkpoint: Checkpoint, domain: Domain, top: TopTokens, advance: Advance) -> Usage:
     sequences, names = domain.sequences, checkpoint.names
-    top, leaders = by_token
     shape = (len(sequences), len(checkpoint.shape.positions))
     shares_NRE, chosen_NRE = np.zeros((*shape, len(names))), np.zeros((*shape, len(names)))
     entropy_NR, agreement_NR = np.zeros(shape), np.zeros(shape)
@@ -139,7 +137,6 @@ def _of_domain(
             agreement_NR[row, at] = (leads_RSE[..., domain.expert] / leads_RSE.sum(-1)).sum(1)
         ids = sequence.target if decided.of_target else sequence.ids
         top.add(ids, decided.weights_RSE.mean(0))
-        leaders.add(ids, decided.routers, decided.weights_RSE)
 
     whole_N = sums_of(traced_losses(model, checkpoint, sequences, consume, advance))
     changes_EN = changes_without(model, checkpoint, sequences, whole_N, advance)
@@ -193,31 +190,27 @@ def _of_samples(
     advance: Advance,
 ) -> list[DomainTrace]:
     """Of texts of domains, by name."""
-    sequences = [sequence for _, sequence in samples]
-    shape = len(checkpoint.shape.positions), len(checkpoint.names)
-    weights = [np.zeros((shape[0], sequence.size, shape[1]), np.float32) for sequence in sequences]
-
-    def consume(row: int, decided: Decided) -> None:
-        start = len(sequences[row].ids) if decided.of_target else 0
-        weights[row][decided.routers, start : start + decided.weights_RSE.shape[1]] = decided.weights_RSE
-
-    losses = traced_losses(model, checkpoint, sequences, consume, advance)
-    changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
     found = []
-    for row, (domain, sequence) in enumerate(samples):
+    traced = trace(model, checkpoint, [sequence for _, sequence in samples], advance)
+    for (domain, sequence), each in zip(samples, traced, strict=True):
         texts = [*token_texts(tokenizer, sequence.ids), *token_texts(tokenizer, sequence.target)]
-        per_token = loss_per_token(sequence, losses[row])
         found.append(
             DomainTrace(
                 domain=domain,
                 text="".join(texts),
-                loss=float(losses[row].sum(dtype=np.float64)) / sequence.scored,
-                tokens=[TokenLoss(text=text, loss=loss) for text, loss in zip(texts, per_token, strict=True)],
-                weights=weights[row].tolist(),
-                without=named_changes(checkpoint, changes_EN[:, row] / sequence.scored),
+                loss=float(each.losses_P.sum(dtype=np.float64)) / sequence.scored,
+                tokens=tokens_of(sequence, texts, each),
+                weights=each.weights_RSE.tolist(),
+                without=named_changes(checkpoint, each.changes_E / sequence.scored),
             )
         )
     return found
+
+
+def tokens_of(sequence: TokenSequence, texts: Sequence[str], traced: Traced) -> list[TokenLoss]:
+    """The tokens of a sequence as text, with their losses."""
+    losses = loss_per_token(sequence, traced.losses_P)
+    return [TokenLoss(text, loss) for text, loss in zip(texts, losses, strict=True)]
 
 
 def _base_is_outside(checkpoint: Checkpoint) -> bool:
@@ -240,6 +233,14 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     if any(slot.features for slot in checkpoint.slots):
         notes.append("routers decide per output feature: weights are means over the features")
     return notes
+
+
+def _notes_on_dead(checkpoint: Checkpoint, dead: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    routers = checkpoint.shape.positions
+    for name, places in dead.items():
+        said = ", ".join(f"{routers[at].layer} {routers[at].module}" for at in places if routers[at].layer is not None)
+        where = "in every router" if len(places) == len(routers) else f"in layer {said}"
+        yield f"{name} is dead {where}: its mean weight is below {_DEAD} in every domain"
 
 
 def _notes_on_pairs(domains: Sequence[Domain], samples: Sequence[object]) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.evaluation.finite import not_finite
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
@@ -84,12 +85,14 @@ def traced_losses(
 def _losses(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], tokens: int, advance: Advance, passed: Callable[[Batch], None]
 ) -> list[Array32]:
-    """`passed` gets every batch, as soon as the model has read it."""
+    """`passed` gets every batch, as soon as the model has read it. Raises CheckpointError for a loss that is not finite."""
     losses: list[Array32] = [np.zeros(0, np.float32)] * len(sequences)
     for batch in make_batches(sequences, tokens=tokens):
         losses_BP = losses_of(model, batch).cpu()
         for place, row in enumerate(batch.rows):
             losses[row] = losses_BP[place, : sequences[row].places].numpy()
+        if not torch.isfinite(losses_BP).all():
+            raise not_finite("losses are", str(model.config.name_or_path))
         passed(batch)
         advance(batch.tokens)
     return losses
@@ -120,6 +123,40 @@ def changes_without(
         with mixture_of(model, checkpoint).left_out(expert):
             rows.append(sums_of(token_losses(model, sequences, advance)) - whole_N)
     return np.array(rows).reshape(len(rows), len(sequences))
+
+
+@dataclass
+class Traced:
+    """What is known of one sequence: weights of the routers, or their mean as one; mean entropy of its tokens; losses of its
+    predicted tokens; what leaving out each expert adds to their sum. Where a router does not read, weights are 0.
+    """
+
+    weights_RSE: Array32
+    entropy_S: Array64
+    losses_P: Array32
+    changes_E: Array64
+
+
+def trace(
+    model: PreTrainedModel, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], advance: Advance, *, every: bool = True
+) -> list[Traced]:
+    """Each sequence with the weights of `every` router, or with their mean."""
+    routers, experts = len(checkpoint.shape.positions) if every else 1, len(checkpoint.names)
+    weights = [np.zeros((routers, sequence.size, experts), np.float32) for sequence in sequences]
+    entropies = [np.zeros(sequence.size) for sequence in sequences]
+
+    def consume(row: int, decided: Decided) -> None:
+        start = len(sequences[row].ids) if decided.of_target else 0
+        at = slice(start, start + decided.weights_RSE.shape[1])
+        if every:
+            weights[row][decided.routers, at] = decided.weights_RSE
+        else:
+            weights[row][0, at] = decided.weights_RSE.mean(0)
+        entropies[row][at] = decided.entropy_RS.mean(0)
+
+    losses = traced_losses(model, checkpoint, sequences, consume, advance)
+    changes_EN = changes_without(model, checkpoint, sequences, sums_of(losses), advance)
+    return [Traced(*each) for each in zip(weights, entropies, losses, changes_EN.T, strict=True)]
 
 
 _TINY = 1e-30

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
+from modekit.evaluation.finite import not_finite
 from modekit.evaluation.inspection.result import Similarity
 from modekit.planning.shape import FewBitsPart, MixedTensor, TensorPart
 from modekit.run import QUIET, Run
@@ -41,6 +42,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
 
     Two experts that changed nothing are alike (1); one that changed something and one that did not have 0. Where the base
     model's folder is gone and the checkpoint does not hold the base's tensors, the experts' tensors are compared as they are.
+    Raises CheckpointError for weights that are not finite.
     """
     kept = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
     base, without_base = _base_tensors(checkpoint, kept, run)
@@ -50,6 +52,8 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
     with OpenFiles() as opened:
         for tensor in run.over("compare experts", mixed, len(mixed)):
             gram += _products(tensor, count, opened)
+            if not np.isfinite(gram).all():
+                raise not_finite("weights of an expert are", f"{checkpoint.folder}: {tensor.name}")
     whole = sum(bool(each.own) and each.base is None and not each.holds_changes for each in mixed)
     notes = []
     of = f"what the experts changed of the base model in {len(mixed)} tensors"
@@ -64,7 +68,7 @@ def similarity(checkpoint: Checkpoint, run: Run = QUIET) -> Similarity:
         notes.append(
             f"{same} changed none of the tensors whose similarity is shown; changes of others (attention) are not compared"
         )
-    return Similarity(experts=_cosines(gram).tolist(), of=of, notes=notes)
+    return Similarity(_cosines(gram).tolist(), of, notes)
 
 
 def _cosines(gram: Array64) -> Array64:

@@ -5,23 +5,28 @@ Shape legend: S tokens of a window, T tokens of the text, E experts, R routers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
-from modekit.evaluation.inspection.inspect import counted, named_changes, top_k_of
-from modekit.evaluation.inspection.passes import Decided, changes_without, loss_per_token, sums_of, token_losses, traced_losses
-from modekit.evaluation.inspection.result import TextTrace, TokenLoss, only_figures
+from modekit.evaluation.inspection.inspect import counted, named_changes, tokens_of, top_k_of
+from modekit.evaluation.inspection.passes import sums_of, token_losses, trace
+from modekit.evaluation.inspection.result import TextTrace
 from modekit.evaluation.inspection.tokens import split_text, token_texts
-from modekit.evaluation.inspection.unseen import scores_of
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.shape import RouterPosition
+from modekit.recipes.recipe import place_of_base
+from modekit.routing.text_router import RunningLogits, reads_tokens
+from modekit.routing.unseen import over_base
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
 from modekit.text.document import message_of
@@ -58,50 +63,48 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
     length = min(sequence_length, int(getattr(model.config, "max_position_embeddings", sequence_length)))
     windows, texts, length = _windows(tokenizer, text, length)
     detailed = len(texts) <= _MOST_DETAIL
-    read = _Read(len(routers) if detailed else 1, len(texts), len(checkpoint.names), length)
-    advance = counted(run, checkpoint, windows)
-    losses = traced_losses(model, checkpoint, windows, read.consume, advance)
-    changes_EN = changes_without(model, checkpoint, windows, sums_of(losses), advance)
+    traced = trace(model, checkpoint, windows, counted(run, checkpoint, windows), every=detailed)
     del model  # before the base model comes
     without_base = why_not(checkpoint, None, run=run)
-    base_losses = None
+    scored = sum(window.scored for window in windows)
+    base_loss = None
     if without_base is None:  # of the base model on the same tokens
-        base_losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
-    per_token = [loss for window, each in zip(windows, losses, strict=True) for loss in loss_per_token(window, each)]
-    scored, scores = sum(window.scored for window in windows), scores_of(checkpoint, windows)
-    with only_figures(checkpoint):
-        return TextTrace(
-            experts=checkpoint.names,
-            routers=routers if detailed else [RouterPosition("mean", None, "")],
-            top_k=top_k_of(checkpoint),
-            text="".join(texts),
-            loss=float(sums_of(losses).sum()) / scored,
-            base_loss=None if base_losses is None else float(sums_of(base_losses).sum()) / scored,
-            entropy=float(read.entropy_T.mean()),
-            windows=len(windows),
-            tokens=[TokenLoss(text=token, loss=loss) for token, loss in zip(texts, per_token, strict=True)],
-            weights=read.weights_RTE.tolist(),
-            scores={name: np.concatenate([each[name] for each in scores]).tolist() for name in scores[0]} if scores else None,
-            prompt_end=read.weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
-            without=named_changes(checkpoint, changes_EN.sum(1) / scored),
-            notes=_notes(len(windows), length, detailed, without_base),
-        )
+        of_base = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
+        base_loss = float(sums_of(of_base).sum()) / scored
+    starts = accumulate((window.size for window in windows), initial=0)
+    weights_RTE = np.concatenate([each.weights_RSE for each in traced], axis=1)
+    return TextTrace(
+        experts=checkpoint.names,
+        routers=routers if detailed else [RouterPosition("mean", None, "")],
+        top_k=top_k_of(checkpoint),
+        text="".join(texts),
+        loss=float(sums_of([each.losses_P for each in traced]).sum()) / scored,
+        base_loss=base_loss,
+        entropy=float(np.concatenate([each.entropy_S for each in traced]).mean()),
+        windows=len(windows),
+        tokens=[
+            token
+            for window, start, each in zip(windows, starts, traced, strict=False)
+            for token in tokens_of(window, texts[start : start + window.size], each)
+        ],
+        weights=weights_RTE.tolist(),
+        over_base=_over_base(checkpoint, windows),
+        prompt_end=weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
+        without=named_changes(checkpoint, np.sum([each.changes_E for each in traced], axis=0) / scored),
+        notes=_notes(len(windows), length, detailed, without_base),
+    )
 
 
-class _Read:
-    """Weights and entropies of a text that is read in windows of `length` tokens: of each router, or their mean."""
-
-    def __init__(self, rows: int, tokens: int, experts: int, length: int) -> None:
-        self.weights_RTE = np.zeros((rows, tokens, experts), np.float32)
-        self.entropy_T = np.zeros(tokens)
-        self._length = length
-
-    def consume(self, row: int, decided: Decided) -> None:
-        """Take a window."""
-        window = slice(row * self._length, row * self._length + decided.weights_RSE.shape[1])
-        weights = decided.weights_RSE
-        self.weights_RTE[:, window] = weights if len(weights) == len(self.weights_RTE) else weights.mean(0)
-        self.entropy_T[window] = decided.entropy_RS.mean(0)
+def _over_base(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> list[float] | None:
+    """By how much the experts stand above the base after each token; None where the router reads more than tokens, or the base
+    is no expert.
+    """
+    base = place_of_base(checkpoint.record.recipe.experts)
+    if base is None or not reads_tokens(checkpoint):
+        return None
+    logits = RunningLogits(checkpoint)
+    found: list[float] = torch.cat([over_base(logits(window.ids), base) for window in windows]).tolist()
+    return found
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.evaluation.inspection.result import TextTrace, TokenWeight, TopToken
-from modekit.routing.unseen import DECIDES
 
 _INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character
 _LONGEST_WAIT = 8  # tokens for a character to become whole; a real U+FFFD never does
@@ -104,40 +103,6 @@ class TopTokens:
         return found
 
 
-class LeadersById:
-    """Which expert led on each token, router by router."""
-
-    def __init__(self, routers: int) -> None:
-        self._found: list[list[tuple[Sequence[int], npt.NDArray[np.int64]]]] = [[] for _ in range(routers)]
-
-    def add(self, ids: Sequence[int], routers: Sequence[int], weights_RSE: npt.NDArray[np.float32]) -> None:
-        """Take the tokens of a sequence, and what these routers decided on them."""
-        for router, leaders_S in zip(routers, weights_RSE.argmax(-1), strict=True):
-            self._found[router].append((ids, leaders_S))
-
-    def agreement(self, experts: int) -> list[float] | None:
-        """Per router the fraction of tokens led by the expert that leads most often where the same token stands elsewhere, a
-        draw counts half (context-independent specialisation, arXiv:2402.01739, Section 4.1). Of tokens seen five times or more;
-        None without such.
-        """
-        shares = [_by_id(found, experts) for found in self._found]
-        return None if None in shares else [share for share in shares if share is not None]
-
-
-def _by_id(found: Sequence[tuple[Sequence[int], npt.NDArray[np.int64]]], experts: int) -> float | None:
-    if not found:
-        return None
-    ids_T, leaders_T = (np.concatenate([np.asarray(each[of]) for each in found]) for of in range(2))
-    seen, rows_T = np.unique(ids_T, return_inverse=True)
-    counts_VE = np.bincount(rows_T * experts + leaders_T, minlength=len(seen) * experts).reshape(-1, experts)
-    counts_VE = counts_VE[counts_VE.sum(1) >= _FEWEST]
-    if not len(counts_VE):
-        return None
-    others_VE = np.stack([np.delete(counts_VE, place, axis=1).max(1, initial=0) for place in range(experts)], axis=1)
-    lead_VE = counts_VE - 1 - others_VE
-    return float((counts_VE * ((lead_VE > 0) + 0.5 * (lead_VE == 0))).sum() / counts_VE.sum())
-
-
 _LONGEST_WORD = 24  # characters; scripts without spaces are cut
 
 
@@ -181,8 +146,8 @@ def words_of(trace: TextTrace, most: int) -> tuple[list[Word], bool]:
 def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
     losses = [token.loss for token in trace.tokens[start:stop] if token.loss is not None]
     weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace.weights], axis=0)
-    over_base = (trace.scores or {}).get(DECIDES)
-    return Word(text.strip(), sum(losses) if losses else None, weights, None if over_base is None else over_base[stop - 1])
+    over_base = None if trace.over_base is None else trace.over_base[stop - 1]
+    return Word(text.strip(), sum(losses) if losses else None, weights, over_base)
 
 
 def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:

@@ -1,6 +1,6 @@
 """`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
 
-OUT/results/tasks.json, tasks.md    scores with 95 % intervals, and the mixture's differences, paired over items
+OUT/results/tasks.json, tasks.md    scores with standard errors over items
 OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
 """
 
@@ -18,20 +18,20 @@ from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError, SourceError, check_packages
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
-from modekit.evaluation.tasks.files import GROUPS, task_config, task_files, tasks_of
+from modekit.evaluation.tables import MIXTURE
 from modekit.evaluation.tasks.harness import (
+    Estimate,
     Metric,
-    Scored,
-    build_requests,
+    asked_of,
+    folders_state,
     harness_task,
-    metrics_of,
+    metric_of,
     named_tasks,
     quiet,
     run_tasks,
 )
-from modekit.evaluation.tasks.intervals import Bootstrap, ItemSums, average, bleu_sample, differences, draw, mean_sample, rows
-from modekit.evaluation.tasks.questions import make_questions
-from modekit.evaluation.tasks.results import MIXTURE, TaskResults, TaskScores
+from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
+from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
@@ -45,37 +45,71 @@ _FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "que
 
 
 @dataclass(frozen=True)
-class TaskRun:
-    """A task to run. `group`: what it is averaged with; `domain`: whose questions it asks, None for a task by name."""
+class TaskSettings:
+    """Which models answer what.
 
-    name: str
+    Attributes:
+        models: names of rows; all without any.
+        folders: of task files of the user's own, which may run code: only with `trusted`.
+        limit: items of a task at most.
+        seen: text that the base model was trained on, whose terms are no questions.
+        seed: of the questions.
+    """
+
+    models: Sequence[str] = ()
+    folders: Sequence[Path] = ()
+    trusted: bool = False
+    limit: int | None = None
+    seen: Sequence[str] = ()
+    seed: int = 0
+
+    def check(self, others: Sequence[str], forms: Sequence[str]) -> None:
+        """Raise ModekitError for folders that are not there or not trusted, or a setting that changes nothing: `others` are
+        tasks by name, `forms` those of questions.
+        """
+        given = (("--include-path", self.folders, others), ("--seen", self.seen, forms), ("--seed", self.seed, forms))
+        for where, said, needed in given:
+            if said and not needed:
+                raise ModekitError(
+                    "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
+                )
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise ModekitError(
+                    "the folder of tasks does not exist", where="--include-path", found=str(folder), remedy="correct the path"
+                )
+        if self.folders and not self.trusted:
+            raise ModekitError(
+                "task files can run code, and read any file",
+                where="--include-path",
+                found=", ".join(map(str, self.folders)),
+                remedy="read them, and give --trust-tasks if all of it may run",
+            )
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task to run. `asked`: a digest of it; `groups`: what it is averaged with, separated by commas; `questions`: what it
+    asks, None for a task by name.
+    """
+
     harness: Task
-    metrics: Sequence[Metric]
-    group: str | None
-    domain: str | None
-    unseen: bool
+    metric: Metric
+    asked: str
+    groups: str
+    questions: Questions | None = None
 
 
 def evaluate_tasks(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    *,
-    models: Sequence[str] = (),
-    folders: Sequence[Path] = (),
-    limit: int | None = None,
-    seen: Sequence[str] = (),
-    seed: int = 0,
-    run: Run = QUIET,
+    checkpoint: Checkpoint, names: Sequence[str], settings: TaskSettings | None = None, run: Run = QUIET
 ) -> TaskResults:
     """Run tasks and write OUT/results/tasks.json and tasks.md.
 
-    Args:
-        names: tasks of lm-evaluation-harness, its own or from `folders`, or questions (see `files.GROUPS`).
-        seen: text that the base model was trained on, whose terms are no questions.
-        seed: of the questions.
-
-    Raises ModekitError when the extra is missing, a name unknown, or a task cannot be run; TextError without text.
+    `names`: tasks of lm-evaluation-harness, its own or the user's, or questions (`GROUPS`). Raises ModekitError when
+    the extra is missing, a name unknown, or a task cannot be run; TextError without text; CheckpointError where the output of
+    a model is not finite.
     """
+    settings = settings or TaskSettings()
     refuse_pairs(
         checkpoint,
         "tasks ask models that write a text on",
@@ -84,23 +118,20 @@ def evaluate_tasks(
     )
     others = [name for name in names if name not in GROUPS]
     forms = list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
-    for where, said, needed in (("--include-path", folders, others), ("--seen", seen, forms), ("--seed", seed, forms)):
-        if said and not needed:
-            raise ModekitError(
-                "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
-            )
+    settings.check(others, forms)
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
-    check_packages(("lm_eval.models.huggingface", "rouge_score.rouge_scorer", "sacrebleu"), "pip install 'modekit[eval]'")
-    chosen = _chosen(checkpoint, models)
+    check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
+    chosen = _chosen(checkpoint, settings.models)
     notes: list[str] = []
-    with quiet(run.trust_remote_code):
-        found = named_tasks(others, folders, trusted=run.trust_remote_code, others=list(GROUPS)) if others else {}
-        tasks = _question_tasks(checkpoint, forms, seen, seed, limit, notes)
+    with quiet():
+        found = named_tasks(others, settings.folders, list(GROUPS)) if others else {}
+        tasks = _question_tasks(checkpoint, forms, settings, notes) if forms else {}
         for name, made in found.items():
-            build_requests(name, made, limit)
-            tasks.append(TaskRun(name, made, metrics_of(made, limit, every=False), None, None, False))
-        scored = _run(checkpoint, tasks, chosen, limit, notes, run)
-    results = _results(tasks, scored, notes, checkpoint).with_earlier(checkpoint)
+            asked, metric = asked_of(name, made, settings.limit), metric_of(made, settings.limit)
+            tasks[name] = TaskRun(made, metric, asked, metric.metric)
+        scored = _run(checkpoint, tasks, chosen, settings, notes, run)
+    results = TaskResults(_scores(tasks, scored, settings.folders), notes=notes, checkpoint=checkpoint.identity)
+    results = results.with_earlier(checkpoint)
     results.write(checkpoint)
     return results
 
@@ -126,55 +157,49 @@ def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
 
 
 def _question_tasks(
-    checkpoint: Checkpoint, forms: Sequence[str], seen: Sequence[str], seed: int, limit: int | None, notes: list[str]
-) -> list[TaskRun]:
-    if not forms:
-        return []
-    from modekit.evaluation.tasks.scores import process_results
-
-    made, said = make_questions(checkpoint, seen=seen, seed=seed)
+    checkpoint: Checkpoint, forms: Sequence[str], settings: TaskSettings, notes: list[str]
+) -> dict[str, TaskRun]:
+    made, said = make_questions(checkpoint, seen=settings.seen, seed=settings.seed)
     notes += said
     folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
-    write_results(checkpoint, {f"{FOLDER}/{name}": content for name, content in task_files(made).items()}, all_of=FOLDER)
-    tasks = []
-    for name, (form, questions) in tasks_of(forms, made).items():
-        own = {"process_results": process_results} if form == "generation" else {}
-        task = harness_task({**task_config(form, questions, folder.resolve()), **own})
-        build_requests(name, task, limit)
-        tasks.append(TaskRun(name, task, metrics_of(task, None, every=True), form, questions.domain, questions.unseen))
+    files = {f"{FOLDER}/{name}": content for each in made for name, content in each.files().items()}
+    write_results(checkpoint, files, all_of=FOLDER)
+    tasks = {}
+    for questions in made:
+        if questions.form in forms:
+            task = harness_task(questions.config(folder.resolve()))
+            asked = asked_of(questions.name, task, settings.limit)
+            # All are one mean, too: accuracies of the same number of choices.
+            tasks[questions.name] = TaskRun(task, metric_of(task, None), asked, f"{questions.form},questions", questions)
     for form in forms:
-        if form not in {task.group for task in tasks}:
-            notes.append(f"no domain's text gives {form.replace('_plain', '')}")
+        if not any(questions.form == form for questions in made):
+            notes.append(f"no domain's text gives {form}")
     return tasks
 
 
 def _run(
     checkpoint: Checkpoint,
-    tasks: Sequence[TaskRun],
+    tasks: Mapping[str, TaskRun],
     models: Sequence[str],
-    limit: int | None,
+    settings: TaskSettings,
     notes: list[str],
     run: Run,
-) -> dict[str, dict[str, Scored]]:
-    """Model -> task -> its items. One model is in memory at a time."""
+) -> dict[str, dict[str, Estimate]]:
+    """Model -> task -> score. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    work = ProgressCount(run, sum(len(task.harness.instances) for task in tasks) * len(models))
-    scored: dict[str, dict[str, Scored]] = {}
-    for model in models:
+    asked = {name: (task.harness, task.metric.metric) for name, task in tasks.items()}
+    each = sum(len(task.instances) for task, _ in asked.values())
+    work = ProgressCount(run, each * len(models))
+    scored: dict[str, dict[str, Estimate]] = {}
+    for place, model in enumerate(models):
         advance = partial(work.advance, f"score {model}")
         advance(0)  # what is left is said while the model loads
         loaded = _load(checkpoint, model, run)
         if isinstance(loaded, str):
             notes.append(f"{model} left out: {loaded}")
             continue
-        scored[model] = run_tasks(
-            loaded,
-            tokenizer,
-            {task.name: task.harness for task in tasks},
-            limit=limit,
-            trusted=run.trust_remote_code,
-            advance=advance,
-        )
+        scored[model] = run_tasks(loaded, tokenizer, asked, limit=settings.limit, trusted=settings.trusted, advance=advance)
+        advance((place + 1) * each - work.done)  # what was asked twice is read once
         del loaded
     if not scored:
         raise SourceError(
@@ -186,58 +211,22 @@ def _run(
     return scored
 
 
-def _results(
-    tasks: Sequence[TaskRun], scored: Mapping[str, Mapping[str, Scored]], notes: Sequence[str], checkpoint: Checkpoint
-) -> TaskResults:
-    entries: dict[str, TaskScores] = {}
-    members: dict[str, dict[str, Bootstrap]] = {}
-    for task in tasks:
-        of_task = {model: found[task.name] for model, found in scored.items()}
-        items = len(next(iter(of_task.values())).items)
-        for place, metric in enumerate(task.metrics):
-            name = task.name if place == 0 else f"{task.name}:{metric.name}"
-            drawn = _drawn(task, metric.name, of_task)
-            table = rows(drawn), differences(drawn, MIXTURE)
-            entries[name] = TaskScores(
-                metric.name, metric.higher_is_better, metric.chance, items, *table, task.domain, task.unseen
-            )
-            group = metric.name if task.group is None else task.group if place == 0 else f"{task.group}:{metric.name}"
-            # The questions are one mean, too: accuracies of the same number of choices, whatever their form.
-            for each in [group, *(["questions"] if task.group in GROUPS["questions"] else [])] if not task.unseen else []:
-                members.setdefault(each, {})[name] = drawn
-    macro = {group: _mean(entries, drawn) for group, drawn in members.items() if len(drawn) > 1}
-    return TaskResults(entries, macro, list(notes), checkpoint=checkpoint.identity)
-
-
-def _mean(entries: Mapping[str, TaskScores], drawn: Mapping[str, Bootstrap]) -> TaskScores:
-    """Over the tasks that were drawn."""
-    tasks, mean = [entries[name] for name in drawn], average(list(drawn.values()))
-    metrics = {task.metric for task in tasks}
-    chances = [task.chance for task in tasks if task.chance is not None]
-    return TaskScores(
-        metrics.pop() if len(metrics) == 1 else "accuracy",
-        tasks[0].higher_is_better,
-        sum(chances) / len(chances) if len(chances) == len(tasks) else None,
-        sum(task.items for task in tasks),
-        rows(mean),
-        differences(mean, MIXTURE),
-        tasks=list(drawn),
-    )
-
-
-def _drawn(task: TaskRun, metric: str, of_task: Mapping[str, Scored]) -> Bootstrap:
-    """Of a metric that is no mean of its items, and not corpus BLEU, the harness's value without draws."""
-    samples: dict[str, ItemSums] = {}
-    for model, scored in of_task.items():
-        values = [item[metric] for item in scored.items if metric in item]
-        sample: ItemSums | None = None
-        if metric == "bleu" and values and isinstance(values[0], tuple):
-            sample = bleu_sample(values)
-        elif len(values) == len(scored.items) and all(isinstance(value, (int, float)) for value in values):
-            sample = mean_sample([float(value) for value in values])
-        if sample is None or abs(sample.value - scored.totals[metric]) > 1e-6 * max(1.0, abs(sample.value)):
-            return Bootstrap({name: each.totals[metric] for name, each in of_task.items()}, dict.fromkeys(of_task))
-        samples[model] = sample
-    items = next(iter(of_task.values())).items
-    clusters = [item["doc"].get("document") if task.group else item["doc_id"] for item in items]
-    return draw(samples, clusters, task.name)
+def _scores(
+    tasks: Mapping[str, TaskRun], scored: Mapping[str, Mapping[str, Estimate]], folders: Sequence[Path]
+) -> dict[str, TaskScores]:
+    entries = {}
+    paths = [str(folder.resolve()) for folder in folders]
+    for name, task in tasks.items():
+        own = paths if task.questions is None else []
+        entries[name] = TaskScores(
+            **vars(task.metric),
+            items=len({instance.doc_id for instance in task.harness.instances}),
+            rows={model: found[name] for model, found in scored.items()},
+            groups=task.groups,
+            asked=task.asked,
+            domain=None if task.questions is None else task.questions.domain,
+            unseen=task.questions is not None and task.questions.unseen,
+            folders=own,
+            state=folders_state(own),
+        )
+    return entries

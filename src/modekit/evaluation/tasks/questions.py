@@ -1,20 +1,28 @@
-"""Questions made from held-out text: four answers each, one of them right; and beginnings to go on from.
+"""Questions made from held-out text: four answers each, one of them right.
 
-    glosses        a gloss, and which of four heads of the domain it belongs to
-    continuations  a passage's beginning, and which of four continuations of the domain's documents is its own
-    generation     a head to explain, or a beginning to continue, and what the text says
+    glosses        a gloss, and which of four heads of the domain makes it likeliest: the noisy channel of arXiv:2108.04106
+    continuations  a passage's beginning, and which of four continuations of the domain's documents gains most by it
 
 Dictionary entries give glosses. Their split is by term: an entry of which any synonym is a head word in text that a model or
-a router was made from is no question. All is chosen at random by seed, domain and kind, and by nothing else.
+a router was made from is no question. All is chosen at random by seed, domain and form, and by nothing else.
+
+They are tasks of lm-evaluation-harness, a YAML and a JSONL each, in a folder that `lm_eval` itself can run:
+
+    cd OUT/results/tasks
+    lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks modekit_glosses
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
+
+import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
@@ -23,21 +31,42 @@ from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 from modekit.text.splits import digest_of
 
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "glosses": ("glosses",),
+    "continuations": ("continuations",),
+    "questions": ("glosses", "continuations"),
+}
+"""Names that TASKS takes for the questions -> forms."""
+_SAYS: Mapping[str, Mapping[str, str]] = {
+    "glosses": {
+        "doc_to_text": "answer",
+        "doc_to_choice": "heads",
+        "doc_to_target": "gloss",
+        "target_delimiter": " ",
+        "metric": "acc",
+    },
+    "continuations": {
+        "doc_to_text": "beginning",
+        "doc_to_choice": "continuations",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric": "acc_mutual_info",
+    },
+}
+"""Form -> what its task file says besides names and data."""
 CHOICES = 4
 BEGINNING, CONTINUATION = 16, 16  # words of a passage
-QUESTIONS, GENERATIONS = 200, 50  # of a domain and kind at most
-_FEWEST = 8  # of a domain and kind: fewer say nothing
+QUESTIONS = 200  # of a domain and form at most
+_FEWEST = 8  # of a domain and form: fewer say nothing
 _WORD = re.compile(r"\S+")
 
 
 class GlossItem(TypedDict):
-    """A gloss, four heads of which that of `answer` is its own, and the same question with bare terms."""
+    """A gloss, and four heads of which that of `answer` is its own."""
 
     document: str
     gloss: str
     heads: list[str]
-    asked: str
-    terms: list[str]
     answer: int
 
 
@@ -50,30 +79,53 @@ class ContinuationItem(TypedDict):
     answer: int
 
 
-class GenerationItem(TypedDict):
-    """What to go on from, and what the text says; of the answer so many `words` are compared, all where that is 0."""
-
-    document: str
-    prompt: str
-    reference: str
-    words: int
-
-
-Items = Sequence[GlossItem] | Sequence[ContinuationItem] | Sequence[GenerationItem]
+Items = Sequence[GlossItem] | Sequence[ContinuationItem]
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The items of one kind from one domain's held-out text; `unseen` domains have no expert of their own."""
+    """The items of one form from one domain's held-out text; `unseen` domains have no expert of their own."""
 
-    kind: str
+    form: str
     domain: str
     unseen: bool
     items: Items
 
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return f"modekit_{self.domain}_{self.form}"
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content, for `lm_eval`."""
+        lines = [json.dumps(item, ensure_ascii=False, sort_keys=True) for item in self.items]
+        said = yaml.safe_dump(self.config(Path()), sort_keys=False, allow_unicode=True)
+        return {self._data: ("\n".join(lines) + "\n").encode(), f"{self.name}.yaml": said.encode()}
+
+    def config(self, folder: Path) -> dict[str, object]:
+        """What the task file says, with its data in a folder."""
+        says = dict(_SAYS[self.form])
+        metric = {"metric": says.pop("metric"), "aggregation": "mean", "higher_is_better": True}
+        return {
+            "task": self.name,
+            "tag": f"modekit_{self.form}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / self._data)}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            **says,
+            "metric_list": [metric],
+            "num_fewshot": 0,
+            "metadata": {"version": 1.0},
+        }
+
+    @property
+    def _data(self) -> str:
+        return f"{self.domain}_{self.form}.jsonl"
+
 
 def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: int = 0) -> tuple[list[Questions], list[str]]:
-    """All kinds for all domains, and notes about what a domain's text was too little for.
+    """All forms for all domains, and notes about what a domain's text was too little for.
 
     `seen` is further text (files, folders) that the base model was trained on, relative to the working folder of the recipe.
     Raises TextError when no domain's held-out text gives questions.
@@ -83,18 +135,15 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
     notes = []
     for held in held_out_texts(checkpoint):
         texts = list(map(text_of, held.documents))
-        glosses = gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses"))
-        continuations = continuation_items(texts, random.Random(f"{seed} {held.name} continuations"))
-        kinds: dict[str, Items] = {
-            "glosses": glosses,
-            "continuations": continuations,
-            "generation": generation_items(glosses, continuations),
+        forms: dict[str, Items] = {
+            "glosses": gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses")),
+            "continuations": continuation_items(texts, random.Random(f"{seed} {held.name} continuations")),
         }
-        for kind, items in kinds.items():
+        for form, items in forms.items():
             if len(items) >= _FEWEST:
-                made.append(Questions(kind, held.name, held.expert is None, items))
-            elif kind == "continuations" or any(map(entries_of, texts)):
-                notes.append(f"{held.name}: no {kind}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
+                made.append(Questions(form, held.name, held.expert is None, items))
+            elif form == "continuations" or any(map(entries_of, texts)):
+                notes.append(f"{held.name}: no {form}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
     if not made:
         raise TextError(
             "no domain has enough held-out text for questions",
@@ -114,7 +163,7 @@ def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
 
 
 def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[GlossItem]:
-    """One item per entry that is not `known`: its gloss, four heads, and the same question with bare terms."""
+    """One item per entry that is not `known`: its gloss, and four heads."""
     entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
     entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
     chance.shuffle(entries)
@@ -130,8 +179,6 @@ def gloss_items(documents: Sequence[str], known: Collection[str], chance: random
                     "document": digest[:16],
                     "gloss": entry.gloss + ".",
                     "heads": [f"{choice.head}:" for choice in choices],
-                    "asked": f"{entry.gloss[:1].upper()}{entry.gloss[1:]}:",
-                    "terms": [choice.terms[0] for choice in choices],
                     "answer": choices.index(entry),
                 }
             )
@@ -180,24 +227,6 @@ def _passages(document: str) -> Iterator[tuple[str, str]]:
     for start in range(0, len(words) - BEGINNING - CONTINUATION + 1, BEGINNING + CONTINUATION):
         cut, end = words[start + BEGINNING - 1].end(), words[start + BEGINNING + CONTINUATION - 1].end()
         yield document[words[start].start() : cut], document[cut:end]
-
-
-def generation_items(glosses: Sequence[GlossItem], continuations: Sequence[ContinuationItem]) -> list[GenerationItem]:
-    """What a model should write: glosses where there are entries, else continuations (`words`: as many are compared)."""
-    if len(glosses) >= _FEWEST:
-        return [
-            {"document": item["document"], "prompt": item["heads"][item["answer"]], "reference": item["gloss"], "words": 0}
-            for item in glosses[:GENERATIONS]
-        ]
-    return [
-        {
-            "document": item["document"],
-            "prompt": item["beginning"],
-            "reference": item["continuations"][item["answer"]].strip(),
-            "words": CONTINUATION,
-        }
-        for item in continuations[:GENERATIONS]
-    ]
 
 
 _INITIAL = r"(?<=\b\w)\.|(?<=\b[A-Z]\w)\."  # T.B., L. H. Down, St. Lawrence: these stops end no gloss

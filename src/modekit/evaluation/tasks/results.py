@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import JsonValue
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.markdown import markdown_table
 from modekit.evaluation.results_folder import CheckpointResult
-from modekit.evaluation.tasks.intervals import Estimate
+from modekit.evaluation.tables import MIXTURE, Cell, ResultTable
+from modekit.evaluation.tasks.harness import Estimate, Metric, folders_state
 from modekit.files.figures import or_dash
 from modekit.files.read import UNREADABLE
-from modekit.files.typed import Count, Figure, Label
+from modekit.files.typed import Count, Label
 from modekit.recipes.strict import BASE
 
-PERCENTAGES = ("chrf", "bleu", "rougeL")  # metrics from 0 to 100
-MIXTURE = "mixture"
 
+@dataclass(frozen=True, kw_only=True)
+class TaskScores(Metric):
+    """Of every model on a task.
 
-@dataclass(frozen=True)
-class TaskScores:
-    """Of every model on one task, or on the mean of `tasks`.
-
-    `differences` are the mixture's score minus each other model's. `domain` is whose questions they are, None for a task by
-    name; `unseen` when no expert was made for it. `chance` is what guessing scores, None where that has no meaning.
+    Attributes:
+        groups: what it is averaged with, if its domain has an expert, separated by commas.
+        domain: whose questions they are; None for a task by name.
+        asked: digest of all that was asked: scores of other models stay beside these only where it is the same.
+        folders: where task files of the user's own lay, and `state`, a digest of their names, sizes and times.
     """
 
-    metric: Label
-    higher_is_better: bool
-    chance: Figure | None
     items: Count
     rows: Mapping[Label, Estimate]
-    differences: Mapping[Label, Estimate]
+    groups: Label
+    asked: str
     domain: Label | None = None
     unseen: bool = False
-    tasks: Sequence[Label] = ()
+    folders: Sequence[str] = ()
+    state: str = ""
 
 
 @dataclass(frozen=True)
 class TaskResults(CheckpointResult):
-    """tasks.json: tasks by name, and means by group: of one form of questions over the domains with experts, of one metric."""
+    """tasks.json: tasks by name."""
 
     tasks: Mapping[Label, TaskScores]
-    macro: Mapping[Label, TaskScores]
-    notes: Sequence[str]
 
     file = "tasks.json"
     command = "modekit eval-tasks"
@@ -54,12 +55,22 @@ class TaskResults(CheckpointResult):
         names = dict.fromkeys(name for scores in self.tasks.values() for name in scores.rows)
         return sorted(names, key=lambda name: (name == MIXTURE) - (name == BASE))
 
-    def cells(self) -> int:
-        """Of a row per model and a column per task."""
-        return len(self.models) * len(self.tasks)
+    def means(self) -> dict[str, TaskScores]:
+        """Groups of several tasks -> their mean, of the models that have all of them."""
+        groups: dict[str, list[TaskScores]] = {}
+        for scores in self.tasks.values():
+            for group in [] if scores.unseen else scores.groups.split(","):
+                groups.setdefault(group, []).append(scores)
+        return {group: _mean(found) for group, found in groups.items() if len(found) > 1}
+
+    def as_data(self) -> dict[str, JsonValue]:
+        """Plain data for JSON, with the means that the table shows."""
+        data: dict[str, Any] = super().as_data()
+        data["means"] = {group: {name: vars(each) for name, each in mean.rows.items()} for group, mean in self.means().items()}
+        return data
 
     def with_earlier(self, checkpoint: Checkpoint) -> TaskResults:
-        """The same with those of earlier runs on the same checkpoint beside them."""
+        """The same with those of earlier runs on the same checkpoint beside them, as far as the same was asked."""
         try:
             earlier = TaskResults.read(checkpoint)
         except FileNotFoundError:
@@ -69,56 +80,68 @@ class TaskResults(CheckpointResult):
         if earlier.checkpoint != self.checkpoint:
             dropped = f"earlier results in {self.file} were of another state of the checkpoint and are dropped"
             return replace(self, notes=[*self.notes, dropped])
-        return replace(self, tasks={**earlier.tasks, **self.tasks}, macro={**earlier.macro, **self.macro})
+        kept = {
+            name: scores
+            for name, scores in earlier.tasks.items()
+            if (self.tasks[name].asked == scores.asked if name in self.tasks else folders_state(scores.folders) == scores.state)
+        }
+        gone = [name for name in earlier.tasks if name not in kept]
+        notes = [f"earlier scores are dropped, since what is asked has changed: {', '.join(gone)}"] if gone else []
+        both = {
+            name: replace(scores, rows={**kept[name].rows, **scores.rows}) if name in kept else scores
+            for name, scores in self.tasks.items()
+        }
+        return replace(self, tasks={**kept, **both}, notes=[*self.notes, *notes])
 
-    def tables(self, between: str = " ") -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, header and cells: means, and what the mixture is better by; a table per domain; tasks by name."""
-        if self.macro:
-            yield ("Means", *self._table(self.macro, between))
-            yield ("Mixture minus each other model, paired over items", *self._table(self.macro, between, differences=True))
+    def tables(self) -> list[ResultTable]:
+        """Means; a table per domain; tasks by name: a row per model, and one of chance."""
+        found = [ResultTable("Means", *self._table(means), _SAID)] if (means := self.means()) else []
         for domain in dict.fromkeys(scores.domain for scores in self.tasks.values() if scores.domain is not None):
             own = {name: scores for name, scores in self.tasks.items() if scores.domain == domain}
             unseen = " (unseen)" if any(scores.unseen for scores in own.values()) else ""
             short = {name.removeprefix(f"modekit_{domain}_"): scores for name, scores in own.items()}
-            yield (f"{domain}{unseen}", *self._table(short, between))
+            found.append(ResultTable(f"Questions: {domain}{unseen}", *self._table(short)))
         named = {name: scores for name, scores in self.tasks.items() if scores.domain is None}
-        if named:
-            yield ("Tasks", *self._table(named, between))
+        return [*found, *([ResultTable("Tasks", *self._table(named), _SAID)] if named else [])]
 
-    def markdown(self) -> str:
-        """For tasks.md."""
-        parts = ["Scores of each model, 95 % intervals in brackets (bootstrap over documents, or items).", ""]
-        for title, header, body in self.tables():
-            parts += [f"## {title}", "", markdown_table(header, body), ""]
-        return "\n".join([*parts, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
-
-    def _table(
-        self, columns: Mapping[str, TaskScores], between: str, *, differences: bool = False
-    ) -> tuple[list[str], list[list[str]]]:
-        """A row per model, and one of chance."""
-        header = ["model"]
+    def _table(self, columns: Mapping[str, TaskScores]) -> tuple[list[str], list[list[str | Cell]]]:
+        header, body = ["model"], list[list[str | Cell]]()
         for name, scores in columns.items():
             less = "" if scores.higher_is_better else ", less is better"
-            header.append(f"{name} ({scores.metric}{less}, {scores.items})")
-        picked = {name: scores.differences if differences else scores.rows for name, scores in columns.items()}
-        body = []
+            header.append(f"{name}\n({scores.metric}{less}, {scores.items})")
         for model in self.models:
-            cells = [cell_of(rows.get(model), columns[name].metric, between, differences) for name, rows in picked.items()]
-            if any(cell != "-" for cell in cells):
-                body.append([model, *cells])
+            if any(model in scores.rows for scores in columns.values()):
+                body.append([model, *(_cell(scores.rows.get(model)) for scores in columns.values())])
         chances = [scores.chance for scores in columns.values()]
-        if not differences and any(chance is not None for chance in chances):
+        if any(chance is not None for chance in chances):
             body.insert(0, ["chance", *(or_dash(chance, ".3f") for chance in chances)])
         return header, body
 
 
-def cell_of(estimate: Estimate | None, metric: str, between: str, signed: bool) -> str:
-    """A score and its interval; accuracies with three digits behind the point, percentages with two."""
+_SAID = "Score of each model with its standard error over the items; in brackets metric and number of items."
+
+
+def _mean(several: Sequence[TaskScores]) -> TaskScores:
+    """Over tasks; each weighs the same."""
+    metrics, chances = {each.metric for each in several}, [each.chance for each in several if each.chance is not None]
+    rows = {}
+    for model in several[0].rows:
+        if all(model in each.rows for each in several):
+            found = [each.rows[model] for each in several]
+            errors = [each.error for each in found if each.error is not None]
+            error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+            rows[model] = Estimate(sum(each.value for each in found) / len(found), error)
+    return replace(
+        several[0],
+        metric=metrics.pop() if len(metrics) == 1 else "accuracy",
+        chance=sum(chances) / len(chances) if len(chances) == len(several) else None,
+        items=sum(each.items for each in several),
+        rows=rows,
+    )
+
+
+def _cell(estimate: Estimate | None) -> str:
+    """A score and its error."""
     if estimate is None:
         return "-"
-    digits = 2 if metric in PERCENTAGES else 3
-    form = f"{'+' if signed else ''}.{digits}f"
-    value = format(estimate.value, form)
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value}{between}[{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{estimate.value:.3f}" + ("" if estimate.error is None else f" ± {estimate.error:.3f}")

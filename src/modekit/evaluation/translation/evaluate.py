@@ -1,12 +1,11 @@
 """`modekit eval-translation OUT`: what base, experts, oracle and mixture write of held-out sources, scored by sacrebleu.
 
-Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it; the oracle has,
-in each domain, what the domain's own expert wrote, and the mixture with a label by its gate what the label's wrote.
+Every row translates the same sources in the same way. An expert's row is the mixture with all weight on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,43 +17,28 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
+from modekit.evaluation.finite import only_finite
 from modekit.evaluation.identity import ReadText
-from modekit.evaluation.labels import (
-    Gain,
-    Labels,
-    check_labels,
-    have_tags,
-    label_notes,
-    label_places,
-    label_tags,
-    longest_with_tag,
-    with_tag,
-)
-from modekit.evaluation.results import Kind
-from modekit.evaluation.translation.decoding import Decoding, Translations, first_token, set_decoding, together, translated
+from modekit.evaluation.jobs import RowJob, label_jobs, mixture_jobs
+from modekit.evaluation.labels import Gain, Labels, check_labels, label_notes, longest_with_tag
+from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, together, translated
 from modekit.evaluation.translation.results import (
-    Compared,
     Scorer,
-    TranslationExample,
     TranslationResults,
     TranslationRow,
     TranslationScore,
     TranslationSettings,
-    compared,
     require_sacrebleu,
 )
-from modekit.loaded.experts import load_expert_source
-from modekit.loaded.load import load_model, load_tokenizer
-from modekit.loaded.shapes import mixture_of
+from modekit.loaded.experts import load_recorded
+from modekit.loaded.load import load_tokenizer
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, ProgressCount, Run
 from modekit.text.document import Pair
 from modekit.text.held_out import HeldOutText
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
-from modekit.text.tags import labels_of
 
-ORACLE, MIXTURE = "oracle", "mixture"
 _LONGEST = 512  # tokens of a side, as `modekit eval` reads them
 
 
@@ -63,16 +47,6 @@ class PairDomain(Domain):
     """A domain with the pairs that its sequences are of."""
 
     pairs: Sequence[Pair] = ()
-
-
-@dataclass(frozen=True)
-class WrittenRow:
-    """A row before it is scored; `model`: what it is of, by name, where it got labels."""
-
-    name: str
-    kind: Kind
-    written: Mapping[str, Translations]
-    model: str = ""
 
 
 def evaluate_translation(
@@ -87,7 +61,8 @@ def evaluate_translation(
     """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
 
     Raises MismatchError for a mixture without an encoder, or labels that cannot act on it, ModekitError without sacrebleu,
-    TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded.
+    TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded,
+    CheckpointError where the output of a model is not finite.
     """
     family = checkpoint.shape.family
     if not family.pair:
@@ -102,25 +77,43 @@ def evaluate_translation(
     notes: list[str] = []
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
     positions: Any = checkpoint.config.get("max_position_embeddings")
-    longest = min(_LONGEST, positions or _LONGEST)
+    longest, decoding = min(_LONGEST, positions or _LONGEST), decoding or Decoding()
+    if positions is not None and decoding.max_new_tokens > positions:
+        decoding = replace(decoding, max_new_tokens=positions)
     if labels is not None:
         check_labels(checkpoint, labels, tokenizer)
         longest = longest_with_tag(longest, checkpoint) if labels.by == "tag" else longest
     domains = [_domain(held, tokenizer, pairs, longest, notes) for held in held_out_texts(checkpoint)]
-    decoding = decoding or Decoding()
-    if positions is not None and decoding.max_new_tokens > positions:
-        decoding = replace(decoding, max_new_tokens=positions)
-    rows = _Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(labels)
+    jobs = list(_jobs(checkpoint, notes, run))
+    jobs += [] if labels is None else label_jobs(checkpoint, labels, domains, tokenizer, jobs)
+    scorer = Scorer()
+    rows = list(_Translator(checkpoint, tokenizer, domains, decoding, run, notes).rows(jobs, scorer))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"processor, {torch.get_num_threads()} threads"
     settings = TranslationSettings(**vars(decoding), pairs=pairs, machine=machine)
-    results = _results(checkpoint, domains, rows, settings, notes)
+    notes += _notes(domains, rows, settings)
+    known, unseen = known_and_unseen(domains)
     if labels is not None:
-        means = {row.name: mean for row in results.rows if (mean := row.mean(results.domains)) is not None}
-        said = label_notes(labels, domains, checkpoint.record.recipe, means, _score_gains)
-        results = replace(results, notes=[*results.notes, *said])
+        means = {row.name: mean for row in rows if (mean := row.mean(known)) is not None}
+        notes += label_notes(labels, domains, checkpoint.record.recipe, means, _score_gains)
+    records = {each.name: ReadText(**text_record(each.pairs, sum(s.size for s in each.sequences))) for each in domains}
+    results = TranslationResults(
+        rows, known, unseen, settings, scorer.signatures, records, notes=notes, checkpoint=checkpoint.identity
+    )
     if write:
         results.write(checkpoint)
     return results
+
+
+def _jobs(checkpoint: Checkpoint, notes: list[str], run: Run) -> Iterator[RowJob]:
+    """The base, while it is there, and the mixture: forced on every expert, on each domain's own, and as it is."""
+    reason = why_not(checkpoint, None, run=run)
+    if reason is None:
+        yield RowJob(BASE, "base", "", partial(load_recorded, checkpoint, 0, run=run), dense=True)
+    else:
+        notes.append(f"base left out: {reason}")
+    if checkpoint.record.recipe.mixture.weights is not None:
+        notes.append("experts and oracle left out: given weights are folded into the experts: none is whole")
+    yield from mixture_jobs(checkpoint, run, experts=True)
 
 
 def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, notes: list[str]) -> PairDomain:
@@ -163,68 +156,30 @@ class _Translator:
 
     def __post_init__(self) -> None:
         self._begins = first_token(self._tokenizer, (pair for domain in self._domains for pair in domain.sequences))
-        self._folds_weights = self._checkpoint.record.recipe.mixture.weights is not None
-        self._own = {domain.name: domain.expert for domain in self._domains}
-        self._have_tags = have_tags(domain.sequences for domain in self._domains)
 
-    def rows(self, labels: Labels | None) -> list[WrittenRow]:
-        """In the order of the table."""
-        passes = 2 + (0 if self._folds_weights else len(self._checkpoint.names))
-        if labels is not None and labels.by == "tag":  # by gate nothing is written anew
-            passes += sum(kind != "none" or self._have_tags for _, kind in labels.rows())
-        self._work = ProgressCount(self._run, passes * sum(len(domain.pairs) for domain in self._domains))
-        asked = labels or Labels(kinds=())
-        base = list(self._base(asked))
-        return [*base[:1], *self._mixtures(asked), *base[1:]]
-
-    def _base(self, labels: Labels) -> Iterator[WrittenRow]:
-        reason = why_not(self._checkpoint, None, run=self._run)
-        if reason is None:
-            model = self._ready(load_expert_source(self._checkpoint, None, run=self._run))
-            plain = self._row(model, BASE, "base")
-            yield from (plain, *self._labelled_by_tag(model, plain, labels))
-        else:
-            self._notes.append(f"base left out, and so the comparison with it: {reason}")
-
-    def _mixtures(self, labels: Labels) -> Iterator[WrittenRow]:
-        checkpoint = self._checkpoint
-        model = self._ready(load_model(checkpoint.folder, run=self._run))
-        experts: list[WrittenRow] = []
-        if self._folds_weights:
-            self._notes.append("experts and oracle left out: given weights are folded into the experts: none is whole")
-        else:
-            for place, name in enumerate(checkpoint.names):
-                with mixture_of(model, checkpoint).forced(place):
-                    experts.append(self._row(model, name, "expert"))
-                yield experts[-1]
-            own = {each.name: experts[each.expert].written[each.name] for each in self._domains if each.expert is not None}
-            yield WrittenRow(ORACLE, "oracle", own)
-        mixture = self._row(model, MIXTURE, "mixture")
-        yield from (mixture, *self._labelled_by_gate(experts, mixture, labels), *self._labelled_by_tag(model, mixture, labels))
-
-    def _labelled_by_gate(self, experts: Sequence[WrittenRow], mixture: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
-        """All weight on the expert whose label a domain gets: what that has written already."""
-        for kind in labels.kinds if labels.by == "gate" else ():
-            places = label_places(kind, self._own, self._checkpoint.record.recipe)
-            written = {name: (mixture if at is None else experts[at]).written[name] for name, at in places.items()}
-            if written:
-                yield WrittenRow(labels.row(MIXTURE, kind), "label", written, MIXTURE)
-
-    def _labelled_by_tag(self, model: PreTrainedModel, plain: WrittenRow, labels: Labels) -> Iterator[WrittenRow]:
-        """The tag of a label before every source; without one what the model wrote of it as it is, unless that has a tag."""
-        recipe, known = self._checkpoint.record.recipe, labels_of(self._tokenizer)
-        for kind in labels.kinds if labels.by == "tag" else ():
-            places = label_places(kind, self._own, recipe)
-            if not places:
-                continue
-            name, tags = labels.row(plain.name, kind), label_tags(places, recipe, known)
-            sources = {
-                each.name: with_tag(self._tokenizer, each.sequences, tags[each.name])
+    def rows(self, jobs: Sequence[RowJob], scorer: Scorer) -> Iterator[TranslationRow]:
+        """In the order of the jobs. Several of one model load it once."""
+        texts = [{each.name: text for each in self._domains if (text := job.text(each)) is not None} for job in jobs]
+        work = ProgressCount(self._run, sum(len(text.sequences) for read in texts for text in read.values()))
+        sizes, loaded, model = self._checkpoint.parameters, None, None
+        for job, read in zip(jobs, texts, strict=True):
+            advance = partial(work.advance, f"translate: {job.name}")
+            advance(0)
+            if model is None or job.load is not loaded:
+                model = None
+                model, loaded = self._ready(job.load()), job.load
+            written = {}
+            for name, text in read.items():
+                with job.within(model, text), only_finite(model, job.name):
+                    written[name] = translated(model, self._tokenizer, text.sequences, self._decoding.batch, advance)
+            scores = {
+                each.name: scorer.corpus(written[each.name].texts, [pair.target for pair in each.pairs])
                 for each in self._domains
-                if each.name in tags
+                if each.name in written
             }
-            row = plain if kind == "none" and not self._have_tags else self._row(model, name, "label", sources)
-            yield replace(row, name=name, kind="label", model=plain.name)
+            every = together(written.values())
+            total, active = (sizes.dense, sizes.dense) if job.dense or job.kind == "expert" else (sizes.total, sizes.active)
+            yield TranslationRow(job.name, job.kind, total, active, scores, every.tokens, every.seconds, every.cut)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that writes as is asked, and has written something: what is slow the first time is not measured."""
@@ -236,76 +191,11 @@ class _Translator:
             self._notes.append(f"{begun}, as the tokenizer begins targets: the model's generation_config.json forces none")
         return model
 
-    def _row(
-        self, model: PreTrainedModel, name: str, kind: Kind, sources: Mapping[str, Sequence[TokenSequence]] | None = None
-    ) -> WrittenRow:
-        """A row of what a model writes of `sources` by domain, of every domain's as they are where none are given."""
-        read = {domain.name: domain.sequences for domain in self._domains} if sources is None else sources
-        advance, batch = partial(self._work.advance, f"translate: {name}"), self._decoding.batch
-        advance(0)
-        return WrittenRow(
-            name, kind, {domain: translated(model, self._tokenizer, each, batch, advance) for domain, each in read.items()}
-        )
-
-
-def _results(
-    checkpoint: Checkpoint,
-    domains: Sequence[PairDomain],
-    rows: Sequence[WrittenRow],
-    settings: TranslationSettings,
-    notes: Sequence[str],
-) -> TranslationResults:
-    scorer = Scorer()
-    scored = [_scored(checkpoint, row, domains, scorer) for row in rows]
-    differences, examples = _against_base(scorer, domains, rows)
-    records = {each.name: ReadText(**text_record(each.pairs, sum(s.size for s in each.sequences))) for each in domains}
-    return TranslationResults(
-        scored,
-        *known_and_unseen(domains),
-        settings,
-        scorer.signatures,
-        records,
-        differences,
-        examples,
-        [*notes, *_notes(domains, scored, settings)],
-        checkpoint=checkpoint.identity,
-    )
-
-
-def _scored(checkpoint: Checkpoint, row: WrittenRow, domains: Sequence[PairDomain], scorer: Scorer) -> TranslationRow:
-    scores = {
-        domain.name: scorer.corpus(row.written[domain.name].texts, [pair.target for pair in domain.pairs])
-        for domain in domains
-        if domain.name in row.written
-    }
-    sizes, every = checkpoint.parameters, together(row.written.values())
-    dense = row.kind in ("base", "expert") or row.model == BASE
-    total, active = (sizes.dense, sizes.dense) if dense else (sizes.total, sizes.active)
-    return TranslationRow(row.name, row.kind, total, active, scores, every.tokens, every.seconds, every.cut)
-
-
-def _against_base(
-    scorer: Scorer, domains: Sequence[PairDomain], rows: Sequence[WrittenRow]
-) -> tuple[dict[str, Compared], list[TranslationExample]]:
-    """Per domain how often the mixture is better and worse than the base, and examples of both."""
-    by_kind: dict[str, WrittenRow] = {row.kind: row for row in rows if row.kind != "expert"}
-    if "base" not in by_kind:
-        return {}, []
-    counted: dict[str, Compared] = {}
-    examples: list[TranslationExample] = []
-    for domain in domains:
-        texts = {each: by_kind[each].written[domain.name].texts for each in ("base", "mixture")}
-        if "oracle" in by_kind and domain.name in by_kind["oracle"].written:
-            texts["own"] = by_kind["oracle"].written[domain.name].texts
-        counted[domain.name], found = compared(scorer, domain.name, domain.pairs, texts)
-        examples += found
-    return counted, examples
-
 
 def _notes(domains: Sequence[PairDomain], rows: Sequence[TranslationRow], settings: TranslationSettings) -> Iterator[str]:
     """What has to be said of every such table."""
     yield f"pairs: {', '.join(f'{domain.name} {len(domain.pairs)}' for domain in domains)}"
-    yield "scores are of a domain's whole corpus, by sacrebleu; mean: the arithmetic mean of the domains that have an expert"
+    yield "mean: the arithmetic mean of the domains that have an expert"
     if any(row.kind == "expert" for row in rows):
         yield "an expert's row is the mixture with all weight on it; oracle: each domain by its own expert"
     yield f"tokens per second were measured on this machine ({settings.machine}), {settings.batch} sources at a time"

@@ -1,4 +1,4 @@
-"""The table of `modekit eval-translation`: scores, speed, examples side by side, and how they are shown."""
+"""The table of `modekit eval-translation`: scores by sacrebleu, speed, and how they are shown."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pydantic import Field, JsonValue
 
 from modekit.errors import check_packages
 from modekit.evaluation.identity import ReadText
-from modekit.evaluation.markdown import markdown_table, plain
 from modekit.evaluation.results import Kind
 from modekit.evaluation.results_folder import CheckpointResult
+from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.translation.decoding import Decoding
 from modekit.files.figures import count_of, or_dash
 from modekit.files.typed import Count, Label, Number
-from modekit.text.document import Pair
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,22 @@ class TranslationSettings(Decoding):
 
     pairs: Count = field(kw_only=True)
     machine: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class TranslationScore:
+    """Of a model on a domain, both between 0 and 100: of the whole corpus, not means over its sentences."""
+
+    bleu: Number
+    chrf: Number
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """What sacrebleu computed, as papers quote it."""
+
+    bleu: Label
+    chrf: Label
 
 
 @dataclass(frozen=True)
@@ -49,28 +64,20 @@ class TranslationRow:
         """The arithmetic mean of the domains' corpus scores; None unless all were scored, and there are some."""
         if not domains or any(domain not in self.scores for domain in domains):
             return None
-        scores = [self.scores[domain] for domain in domains]
-        return TranslationScore(
-            sum(score.bleu for score in scores) / len(scores), sum(score.chrf for score in scores) / len(scores)
-        )
+        bleu, chrf = (sum(getattr(self.scores[domain], of) for domain in domains) / len(domains) for of in ("bleu", "chrf"))
+        return TranslationScore(bleu, chrf)
 
 
 @dataclass(frozen=True)
 class TranslationResults(CheckpointResult):
-    """translate.json. `domains` have an expert and enter the means; `unseen` have none.
+    """translate.json. `domains` have an expert and enter the means; `unseen` have none."""
 
-    `differences` (by domain) and `examples` compare the mixture with the base, and are empty without a base.
-    """
-
-    rows: Annotated[Sequence[TranslationRow], Field(max_length=2**10)]
+    rows: Sequence[TranslationRow]
     domains: Sequence[Label]
     unseen: Sequence[Label]
     settings: TranslationSettings
     signatures: Signatures
     text: Mapping[str, ReadText]
-    differences: Mapping[Label, Compared]
-    examples: Annotated[Sequence[TranslationExample], Field(max_length=2**10)]
-    notes: Sequence[str] = field(default_factory=list)
 
     file = "translate.json"
     command = "modekit eval-translation"
@@ -78,10 +85,6 @@ class TranslationResults(CheckpointResult):
     def row(self, name: str) -> TranslationRow:
         """A row by its name."""
         return next(row for row in self.rows if row.name == name)
-
-    def cells(self) -> int:
-        """Of a row per model and a column per domain."""
-        return len(self.rows) * (1 + len(self.domains) + len(self.unseen))
 
     def as_data(self) -> dict[str, JsonValue]:
         """Plain data for JSON, with the speed and the means that the table shows."""
@@ -91,73 +94,22 @@ class TranslationResults(CheckpointResult):
             said |= {"tokens_per_second": row.tokens_per_second, "mean": None if mean is None else asdict(mean)}
         return data
 
-    def said(self) -> str:
-        """How all models wrote, in a line."""
-        beams = self.settings.beams
-        way = "greedily" if beams == 1 else f"with {beams} beams"
-        return f"BLEU / chrF of held-out sources, translated {way}, at most {self.settings.max_new_tokens} tokens each."
-
-    def table(self, between: str = " / ") -> tuple[list[str], list[list[str]]]:
-        """Header and cells: those of `score_table`, tokens per second, and parameters; `between` separates two figures."""
-        header, body = score_table(self.rows, self.domains, self.unseen, between)
-        for row, cells in zip(self.rows, body, strict=True):
-            cells.append(or_dash(row.tokens_per_second, ",.0f"))
-            cells.append(f"{count_of(row.total_parameters)}{between}{count_of(row.active_parameters)}")
-        return [*header, "tokens per second", f"total{between}active"], body
-
-    def markdown(self) -> str:
-        """For translate.md: the table, what has to be said of it, and the examples, as text without markup."""
-        parts = [self.said(), "", markdown_table(*self.table()), "", *(f"* {note}" for note in self.notes)]
-        for domain, counted in self.differences.items():
-            parts += ["", f"## {plain(domain)}", "", said_of(counted)]
-            examples = [each for each in self.examples if each.domain == domain]
-            if examples:
-                parts += ["", markdown_table(["", *(f"chrF {each.gain:+.1f}" for each in examples)], _lines(examples), plain)]
-        return "\n".join(parts) + "\n"
-
-
-def score_table(
-    rows: Sequence[TranslationRow], domains: Sequence[str], unseen: Sequence[str], between: str = " / "
-) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: BLEU and chrF per domain, their mean, unseen domains; `between` separates the two figures."""
-    header = ["model", *domains, "mean", *(f"{name}{between}unseen" for name in unseen)]
-    body = []
-    for row in rows:
-        scores = [*map(row.scores.get, domains), row.mean(domains), *map(row.scores.get, unseen)]
-        body.append([row.name, *("-" if each is None else f"{each.bleu:.1f}{between}{each.chrf:.1f}" for each in scores)])
-    return header, body
-
-
-def said_of(counted: Compared) -> str:
-    """How often either is better, in a line."""
-    return (
-        f"Pairs by sentence chrF of the mixture against the base's: higher {counted.better}, lower {counted.worse}, "
-        f"the same {counted.same}."
-    )
-
-
-def _lines(examples: Sequence[TranslationExample]) -> list[list[str]]:
-    """A line per kind of text, a column per example."""
-    kinds = {"source": "source", "reference": "reference", "base": "base", "own expert": "own", "mixture": "mixture"}
-    if all(each.own is None for each in examples):
-        del kinds["own expert"]
-    return [[title, *(getattr(each, kind) or "" for each in examples)] for title, kind in kinds.items()]
-
-
-@dataclass(frozen=True)
-class TranslationScore:
-    """Of a model on a domain, both between 0 and 100: of the whole corpus, not means over its sentences."""
-
-    bleu: Number
-    chrf: Number
-
-
-@dataclass(frozen=True)
-class Signatures:
-    """What sacrebleu computed, as papers quote it."""
-
-    bleu: Label
-    chrf: Label
+    def tables(self) -> list[ResultTable]:
+        """BLEU and chrF per domain, their mean, unseen domains, tokens per second, and parameters."""
+        unseen = [f"{name}\nunseen" for name in self.unseen]
+        header = ["model", *self.domains, "mean", *unseen, "tokens per second", "total\nactive"]
+        body: list[list[str | Cell]] = []
+        for row in self.rows:
+            scores = [*map(row.scores.get, self.domains), row.mean(self.domains), *map(row.scores.get, self.unseen)]
+            cells = ["-" if each is None else f"{each.bleu:.1f}\n{each.chrf:.1f}" for each in scores]
+            size = f"{count_of(row.total_parameters)}\n{count_of(row.active_parameters)}"
+            body.append([row.name, *cells, or_dash(row.tokens_per_second, ",.0f"), size])
+        way = "greedily" if self.settings.beams == 1 else f"with {self.settings.beams} beams"
+        said = (
+            f"BLEU and chrF of held-out sources, translated {way}, at most {self.settings.max_new_tokens} tokens each: of a "
+            f"domain's whole corpus, by sacrebleu ({self.signatures.bleu}; {self.signatures.chrf})."
+        )
+        return [ResultTable("Translations", header, body, said)]
 
 
 def require_sacrebleu() -> None:
@@ -183,78 +135,3 @@ class Scorer:
         """Of translations against one reference each."""
         found = [metric.corpus_score(list(texts), [list(references)]) for metric in (self._bleu, self._chrf)]
         return TranslationScore(*(float(each.score) for each in found))
-
-    def sentence_chrf(self, text: str, reference: str) -> float:
-        """Of one translation, between 0 and 100."""
-        return float(self._chrf.sentence_score(text, [reference]).score)
-
-
-SHOWN = 3
-"""Examples of a domain."""
-_LONGEST = 800  # characters of a text that are shown
-ShownText = Annotated[str, Field(max_length=2_000)]
-"""As much of a text as a page has room for."""
-
-
-@dataclass(frozen=True)
-class TranslationExample:
-    """A pair and what was written of its source; `own` is the own expert's, None where there is none. Long texts are cut."""
-
-    domain: Label
-    source: ShownText
-    reference: ShownText
-    base: ShownText
-    own: ShownText | None
-    mixture: ShownText
-    base_chrf: Number
-    mixture_chrf: Number
-    gain: Number
-
-
-@dataclass(frozen=True)
-class Compared:
-    """On how many pairs of a domain the mixture's chrF is higher than the base's, lower, and the same."""
-
-    better: Count
-    worse: Count
-    same: Count
-
-
-def compared(
-    scorer: Scorer, domain: str, pairs: Sequence[Pair], texts: Mapping[str, Sequence[str]]
-) -> tuple[Compared, list[TranslationExample]]:
-    """Sentence by sentence: `texts` are those of `base`, `mixture` and, where there is one, `own`, as the pairs are ordered."""
-    base, mixture = (
-        [scorer.sentence_chrf(text, pair.target) for text, pair in zip(texts[name], pairs, strict=True)]
-        for name in ("base", "mixture")
-    )
-    gains = [of_mixture - of_base for of_base, of_mixture in zip(base, mixture, strict=True)]
-    counted = Compared(sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains), sum(gain == 0 for gain in gains))
-    own = texts.get("own")
-    return counted, [
-        TranslationExample(
-            domain,
-            _cut(pairs[row].source),
-            _cut(pairs[row].target),
-            _cut(texts["base"][row]),
-            None if own is None else _cut(own[row]),
-            _cut(texts["mixture"][row]),
-            base[row],
-            mixture[row],
-            gains[row],
-        )
-        for row in _most_different(gains)
-    ]
-
-
-def _most_different(gains: Sequence[float]) -> list[int]:
-    """Places of the best gain, the worst loss and what else differs most, from the best gain to the worst loss."""
-    rows = sorted((row for row in range(len(gains)) if gains[row] != 0), key=lambda row: (-gains[row], row))
-    ends = [*(row for row in rows[:1] if gains[row] > 0), *(row for row in rows[-1:] if gains[row] < 0)]
-    by_size = sorted(rows, key=lambda row: (-abs(gains[row]), row))
-    shown = list(dict.fromkeys([*ends, *by_size]))[:SHOWN]
-    return [row for row in rows if row in shown]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -1,0 +1,255 @@
+"""What a report shows, in its order: sections of tables, charts, text and notes, made from the results and the record."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import yaml
+from markupsafe import Markup
+
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.evaluation.forced import ForcedExperts
+from modekit.evaluation.inspection.result import DomainTrace, Inspection
+from modekit.evaluation.results import Results
+from modekit.evaluation.results_folder import Result, read_or_say, results_path
+from modekit.evaluation.tables import ResultTable
+from modekit.evaluation.tasks.results import TaskResults
+from modekit.evaluation.translation.results import TranslationResults
+from modekit.files.figures import bytes_of, count_of, or_dash
+from modekit.files.read import LARGE, read_json, read_text
+from modekit.files.typed import as_kind
+from modekit.members.licences import facts, sources_of
+from modekit.recipes.layers import order_of
+from modekit.report.drawing import Line, gap_chart, line_chart
+from modekit.search.results import TuneResults
+
+Block = ResultTable | Markup | str
+"""A table, a chart, or a paragraph."""
+SAMPLE_BYTES = 900_000
+"""Room for the sample texts' weights in a page of 2 MB."""
+_POINTS = 400  # of a curve; more are thinned
+_GAPS = (
+    "How much of the way from the base model (0, solid line) to each domain's own expert (1, dashed line) is closed on "
+    "held-out text. The oracle gives every text to its domain's own expert; a mixture can pass it."
+)
+_RECIPE = Markup(
+    "<details><summary>Recipe (sha256 {})</summary>"
+    '<div class="box" tabindex="0" role="region" aria-label="Recipe"><pre>{}</pre></div></details>'
+)
+_OTHERS: tuple[tuple[str, type[Result]], ...] = (
+    ("Each expert and its own model", ForcedExperts),
+    ("Tasks", TaskResults),
+    ("Translations", TranslationResults),
+    ("Search", TuneResults),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading; `notes` stand at its end."""
+
+    title: str
+    blocks: Sequence[Block]
+    notes: Sequence[str] = ()
+
+    @property
+    def anchor(self) -> str:
+        """What a link to it says."""
+        return self.title.lower().replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report shows. `samples`: the texts shown word by word, for the page's script; `missing`: what there is no result
+    of, and which command makes it.
+    """
+
+    results: Results | None
+    sections: Sequence[Section]
+    samples: Mapping[str, object]
+    missing: list[str] = field(default_factory=list)
+
+
+def make_content(checkpoint: Checkpoint) -> Content:
+    """Read what is there about a checkpoint; what is missing, or of another state of it, is left out."""
+    missing: list[str] = []
+    results, inspection = Results.find(checkpoint, missing), Inspection.find(checkpoint, missing)
+    sections = []
+    if results is not None:
+        sections.append(Section("Losses", [*_gaps(results), *results.tables()], results.notes))
+    if inspection is not None:
+        sections.append(Section("Routing", inspection.tables(), inspection.notes))
+    sections += _training(checkpoint, missing)
+    for title, kind in _OTHERS:
+        if (found := kind.find(checkpoint, missing)) is not None:
+            sections.append(Section(title, found.tables(), found.notes))
+    sections += [_size(checkpoint), _sources(checkpoint, results)]
+    samples = read_or_say(Inspection.file, Inspection.command, lambda: samples_of(inspection), missing)
+    return Content(results, sections, samples or {}, missing)
+
+
+def _gaps(results: Results) -> list[Block]:
+    chart = gap_chart(results)
+    return [_GAPS, chart] if chart else []
+
+
+def _training(checkpoint: Checkpoint, missing: list[str]) -> list[Section]:
+    """What each training changed; of the last one the curve, and losses before and after it."""
+    records, blocks, notes = checkpoint.record.training, list[Block](), list[str]()
+    if records and os.path.lexists(results_path(checkpoint, "train.json")):
+        data = read_or_say(
+            "train.json",
+            "modekit train",
+            lambda: as_kind(read_json(results_path(checkpoint, "train.json"), LARGE), dict[str, object]),
+            missing,
+        )
+        if data is not None and data.get("training") == records[-1].model_dump(mode="json"):
+            blocks += _curves(checkpoint)
+            if data.get("results"):
+                blocks += (
+                    read_or_say("train.json", "modekit train", lambda: Results.from_data(data["results"]).tables(), missing)
+                    or []
+                )
+        elif data is not None:
+            missing.append("train.json is of another training, so its curve is left out")
+    for place, record in enumerate(records, 1):
+        rows = [
+            [name, *(or_dash(loss.get(when), ".4f") for when in ("before", "after"))]
+            for name, loss in record.select_loss.items()
+        ]
+        what, towards = (", ".join(record.settings.get(key) or []) for key in ("what", "losses"))
+        said = (
+            f"{what}; loss: {towards}; {count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} "
+            "tokens; "
+            "held-out loss by which states were compared (select split)."
+        )
+        blocks.append(ResultTable(f"Training {place}", ["domain", "before", "after"], rows, said))
+        notes += record.notes
+    return [Section("Training", blocks, notes)] if blocks else []
+
+
+def _curves(checkpoint: Checkpoint) -> list[Block]:
+    """train.csv as a chart: the loss of the training text, and held-out losses."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(results_path(checkpoint, "train.csv"), LARGE))))
+        columns = {name: _column(rows, name) for name in rows[0]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
+        return []
+    lines = [Line("training text", "raw", columns.get("loss", [])), Line("held-out mean", "mean", columns.get("eval_loss", []))]
+    for place, name in enumerate(checkpoint.names):
+        points = columns.get(f"eval_{name}_loss", columns.get(f"eval_{name}", []))
+        lines.append(Line(f"held-out {name}", f"e{place % 8}", points))
+    chart = line_chart([line for line in lines if line.points], "Loss by step", "step", "loss, nats per token")
+    return [chart] if chart else []
+
+
+def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[tuple[float, float]]:
+    """(step, figure) of a column, thinned; the last one stays."""
+    found = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+    found = [point for point in found if all(map(math.isfinite, point))]
+    return [*found[: -1 : math.ceil(len(found) / _POINTS) or 1], *found[-1:]]
+
+
+def _size(checkpoint: Checkpoint) -> Section:
+    size = checkpoint.parameters
+    weights = sum(file.stat().st_size for file in {ref.file for ref in checkpoint.tensors.values()})
+    kept = [path for path in (checkpoint.folder / STATISTICS_FOLDER).glob("*.safetensors") if path.is_file()]
+    gates = sum(checkpoint.tensors[slot.name].numel for slot in checkpoint.slots)
+    rows = [
+        ["parameters", count_of(size.total), f"{size.total / size.dense:.2f}"],
+        ["active per token", count_of(size.active), f"{size.active / size.dense:.2f}"],
+        [f"gates of {len(checkpoint.slots)} routers", count_of(gates), ""],
+        ["weights on disk", bytes_of(weights), ""],
+        ["statistics on disk", bytes_of(sum(path.stat().st_size for path in kept)), ""],
+    ]
+    said = "Statistics are kept for later fits and may be deleted."
+    return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)])
+
+
+def _sources(checkpoint: Checkpoint, results: Results | None) -> Section:
+    record, sources = checkpoint.record, sources_of(checkpoint)
+    licences = [[", ".join(s.used_as), s.spec, s.revision or "-", s.said, s.said_by] for s in sources]
+    files = [
+        [s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3]
+        for s in record.sources
+        for name, file in s.files.items()
+    ]
+    read = [[name, str(used.get("documents", "-")), str(used.get("tokens", "-"))] for name, used in record.router.text.items()]
+    scored = [] if results is None else [[name, str(used.documents), str(used.tokens)] for name, used in results.text.items()]
+    text = ["domain", "documents", "tokens"]
+    blocks: list[Block] = [
+        ResultTable(
+            "Licences",
+            ["used as", "model", "revision", "licence", "found in"],
+            licences,
+            "As each source states it.",
+            prose=True,
+        ),
+        ResultTable("Files read", ["source", "file", "size", "blake3"], files, detail=True, prose=True),
+        *(
+            [ResultTable("Text that set the router", text, read, "Documents, and tokens read of them.", detail=True)]
+            if read
+            else []
+        ),
+        *(
+            [ResultTable("Text that was scored", text, scored, "Documents, and tokens read of them.", detail=True)]
+            if scored
+            else []
+        ),
+    ]
+    recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    blocks.append(_RECIPE.format(record.recipe_digest, recipe))
+    changes = [f"{each.on}: {each.said}" for each in record.history]
+    return Section("Sources and licences", blocks, [*facts(sources), *changes])
+
+
+def samples_of(inspection: Inspection | None) -> dict[str, object]:
+    """Sample texts with their weights in thousandths, means over the routers of a layer: one of each domain first, as many as
+    there is room for. Of a pair `source` says how many tokens stand before the target; of a text it is 0. Raises ValueError for
+    weights that are not of every token.
+    """
+    if inspection is None or not inspection.routers:
+        return {}
+    layers: dict[str, list[int]] = {}
+    known = {router.layer for router in inspection.routers if router.layer is not None}
+    for layer in sorted(known, key=order_of):
+        layers[f"layer {layer}"] = [place for place, router in enumerate(inspection.routers) if router.layer == layer]
+    layers = layers or {"all layers": list(range(len(inspection.routers)))}
+    by_domain: dict[str, list[DomainTrace]] = {}
+    for sample in inspection.texts:
+        by_domain.setdefault(sample.domain, []).append(sample)
+    kept, room = list[dict[str, object]](), SAMPLE_BYTES
+    for sample in (each for turn in zip_longest(*by_domain.values()) for each in turn if each is not None):
+        data = _sample(sample, list(layers.values()))
+        room -= len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode())
+        if room < 0:
+            break
+        kept.append(data)
+    return {"experts": inspection.experts, "routers": list(layers), "texts": kept} if kept else {}
+
+
+def _sample(sample: DomainTrace, layers: Sequence[Sequence[int]]) -> dict[str, object]:
+    weights = []
+    for places in layers:
+        by_token = zip(*(sample.weights[place] for place in places), strict=True)
+        mean = [[round(1000 * sum(each) / len(places)) for each in zip(*rows, strict=True)] for rows in by_token]
+        if len(mean) != len(sample.tokens):
+            raise ValueError("texts[].weights is not of every token")
+        weights.append(mean)
+    target = next((place for place, token in enumerate(sample.tokens) if token.loss is not None), 0)
+    return {
+        "domain": sample.domain,
+        "loss": sample.loss,
+        "tokens": [vars(token) for token in sample.tokens],
+        "weights": weights,
+        "without": dict(sample.without),
+        "source": target if target > 1 else 0,
+    }
