@@ -69,8 +69,6 @@ class Flow:
             `target_weights` (B, 1, E) stand in the decoder for all that was decided, with `forced`, whatever read the source.
             `padding` holds which tokens of the target are pads, where generate says so besides its arguments.
         mixed: place -> its module.
-        prefixed: whether experts have prefixes. `prefixed_by` says of which tensors their keys were made, and `probe` holds, in
-            the pass that makes them, what layers have of one (modekit_prefix.py).
     """
 
     def __init__(self, *, pair: bool = False) -> None:
@@ -82,9 +80,6 @@ class Flow:
         self.target_weights: torch.Tensor | None = None
         self.padding: dict[str, Any] = {}
         self.mixed: dict[str, Any] = {}
-        self.prefixed = False
-        self.prefixed_by: list[Any] = []
-        self.probe: dict[str, Any] | None = None
         self.averages = False
         self.ids_BS: torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
@@ -110,7 +105,7 @@ class Flow:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key != "_lock"}
-        return kept | {"_depth": 0, "_owner": None, "prefixed_by": []} | dict.fromkeys(_OF_A_PASS)
+        return kept | {"_depth": 0, "_owner": None} | dict.fromkeys(_OF_A_PASS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .modekit_mixed import Mixed
-from .modekit_prefix import MixedPrefix
 
 
 class MixedPositions(Mixed):
@@ -100,7 +99,6 @@ class BiasedHead(nn.Module):
 KINDS: dict[str, type[Mixed]] = {
     "embed_positions": MixedPositions,
     "relative_attention_bias": MixedBuckets,
-    "prefix": MixedPrefix,
 }
 """Last part of a place's name -> its class, where it is no plain one."""
 

@@ -27,7 +27,6 @@ from .modekit_cache import CarriesRouterStates, remembering
 from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow, Recomputing
 from .modekit_mixed import Mixed
-from .modekit_prefix import prepare, prepare_ahead
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
@@ -45,7 +44,6 @@ class InBoth:
     def use_expert(self, expert: str | int | Sequence[str | int] | torch.Tensor | None) -> None:
         """Give all weight to one expert, by name, label or place, or to one per sequence (B,); None gives the routers back."""
         self.base_model.flow.forced = places_of(expert, self.config.modekit)
-        prepare_ahead(self.base_model)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -189,7 +187,6 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
-            prepare(self)
             given = {**dict(zip(arguments, args, strict=False)), **flow.told_padding, **kwargs}
             start_pass(flow, given)
             kwargs.pop(PADDING, None)

@@ -21,7 +21,7 @@ from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.recipes.strict import BASE
 from modekit.run import Run
-from modekit.sources.adapter import holds_prefix, is_adapter
+from modekit.sources.adapter import is_adapter
 from modekit.text.tags import labels_of
 
 ALONE = "without the base beside it"
@@ -78,8 +78,7 @@ def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run
             identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
             yield RowJob(name, "expert", identity, partial(load, place), dense=True)
     if every:
-        weights = [0 if holds_prefix(folders[place]) else place for place in record.expert_sources]  # whose are the base's
-        members = list(dict.fromkeys(weights))
+        members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, place) for place in members]
         yield RowJob("weight average", "average", identity, partial(average_of, loads), dense=True)

@@ -169,7 +169,7 @@ def _plan_export(checkpoint: Checkpoint, expert: int, name: str) -> ExportPlan:
             reason = f"its head has rows for the tokens of other models, and {own.problem}"
             return ExportPlan(expert, name, own, reason)
         if not places or any(not place.ranks[expert] for place in places.values()):
-            reason = f"parts of it are no low-rank changes (DoRA, IA3, biases, prefixes), and {own.problem}"
+            reason = f"parts of it are no low-rank changes (DoRA, IA3, biases), and {own.problem}"
             return ExportPlan(expert, name, own, reason)
     return ExportPlan(expert, name, own, notes=notes)
 

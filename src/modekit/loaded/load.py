@@ -26,12 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from modekit.errors import SourceError
 from modekit.files.typed import shortened
-from modekit.loaded.prefixed import with_prefix
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import check_no_code, read_config
 from modekit.sources.contents import OpenFiles
-from modekit.sources.families import family_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.names import is_looked_up, module_of
 from modekit.sources.natives import leaves_out
@@ -207,8 +205,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> PreTrainedModel:
     """The base model with an adapter folded into its weights, in float32, for evaluation."""
     model = load_model(base, run=run)
-    if adapter.prefix is not None:
-        return with_prefix(model, adapter, family_of(model.config.to_dict(), where=str(base)))
     rows = next((ref.shape[0] for name, ref in adapter.replaced.items() if is_looked_up(module_of(name))), None)
     if rows not in (None, model.get_input_embeddings().weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)

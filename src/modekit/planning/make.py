@@ -18,7 +18,6 @@ from modekit.planning.modekit import ModekitLayout
 from modekit.planning.native import NativeLayout
 from modekit.planning.notes import check_adapters, notes_of
 from modekit.planning.plan import Plan
-from modekit.planning.prefixes import check_prefixes
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in, cut_into_shards
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import with_following
@@ -31,12 +30,13 @@ from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import natural_key
+from modekit.sources.native import Rule
 from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.sources.towers import check_kept, kept_beside, processor_files
-from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
+from modekit.sources.vocabulary import Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merge
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
@@ -135,7 +135,6 @@ def _router_settled(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _
 
 def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
     sources = vocabulary.sources
-    check_prefixes(recipe, sources)
     code_of = partial(_code_of, recipe.output.dtype)
     native, why = _native_layout(recipe, sources, family, code_of)
     layout: Layout = native or ModekitLayout(recipe, sources, family, code_of)

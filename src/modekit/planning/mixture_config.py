@@ -18,7 +18,7 @@ from modekit.recipes.layers import Layer
 from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
-from modekit.sources.names import LOGITS_BIAS, SOFT_PREFIX, module_of, natural_key, split_layer
+from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
 from modekit.sources.structure import Derived, family_from
 from modekit.sources.towers import WRAPPERS
 
@@ -149,9 +149,6 @@ class Place(_Said):
     rows: Annotated[list[_Rank], _PerExpert] | None = None
     calls: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
     of_source: bool = False
-    prefixes: Annotated[list[_Rank], _PerExpert] = []
-    widths: Annotated[list[_Rank], _PerExpert] = []
-    prompted: Annotated[list[int], _PerExpert] = []
 
     def tensor(self, module: str, leaf: str) -> str:
         """What a tensor of the place is called in the base: fc1, fc2.weight -> the layer's fc2.weight with `calls`."""
@@ -161,11 +158,7 @@ class Place(_Said):
 
     def has(self, expert: int) -> bool:
         """Whether an expert differs from the base here, an added bias aside."""
-        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits or self.prefix(expert) > 0
-
-    def prefix(self, expert: int) -> int:
-        """Tokens that an expert puts before the text here."""
-        return self.prefixes[expert] if self.prefixes else 0
+        return bool(self.ranks[expert]) or expert in self.own or expert in self.few_bits
 
     @property
     def few_bits(self) -> list[int]:
@@ -219,13 +212,9 @@ class MixtureConfig(_Said):
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")
             if place.bits and len(place.bits) != count:
                 raise ValueError(f"places.{module}: bits must have {count} entries")
-            if {len(place.prefixes), len(place.widths)} != {count if module.endswith(f".{SOFT_PREFIX}") else 0}:
-                raise ValueError(f"places.{module}: prefixes stand before the attention of a layer, with {count} entries")
-            for named in (place.own, place.biased, place.prompted):
+            for named in (place.own, place.biased):
                 if sorted(set(named)) != named or not all(0 <= expert < count for expert in named):
-                    raise ValueError(
-                        f"places.{module}: own, biased, prompted name some of {count} experts, each once, in order"
-                    )
+                    raise ValueError(f"places.{module}: own and biased name some of {count} experts, each once, in order")
             if leader is None or leader.width is None or leader.rows is None or len(leader.rows) != count:
                 raise ValueError(f"places.{module}: there is no router '{place.router}'")
 
@@ -245,8 +234,6 @@ class MixtureConfig(_Said):
             return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
         if any(place.bits for place in self.places.values()):
             return "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read"
-        if any(place.prefixes for place in self.places.values()):
-            return "its experts have prefixes, whose keys modekit's plug-in does not put before a text's"
         if self.routing.runs_common:
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.score == "tfidf":

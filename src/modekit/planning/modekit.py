@@ -12,17 +12,14 @@ from typing import Any, Literal
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.parts import PlannedPlace
-from modekit.planning.places import Places
-from modekit.planning.prefixes import entry_of, prefix_tensors
+from modekit.planning.places import FewBits, Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource
 from modekit.sources.adapter_rules import LowRank
 from modekit.sources.family import Family
-from modekit.sources.header import DTYPE_NAMES
+from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
@@ -37,7 +34,7 @@ _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
 class ModekitLayout:
-    """The modekit shape of one recipe, as native.py has the other. Raises UnsupportedError when it cannot be said."""
+    """Every tensor of one recipe's result in the modekit architecture. Raises UnsupportedError when it cannot be said."""
 
     is_native, channels = False, None
     mixes_more = "mix these parts and layers, too (mixture.modules, mixture.layers)"
@@ -45,11 +42,12 @@ class ModekitLayout:
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf) -> None:
         self._recipe, self._sources, self._family, self._code_of = recipe, sources, family, code_of
         self._base = sources[0]
-        self._count = len(recipe.experts)
         self._places = Places(recipe, sources, family)
         self.unties = self._places.unties
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
-        self._check_router()
+        fit = recipe.mixture.fit
+        if fit is not None and fit.reads is CHANGES:
+            self._check_scored()
 
     def backbone_name(self, name: str) -> str | None:
         """What a tensor of the base is called in the backbone; None when no expert needs the base's module."""
@@ -65,6 +63,10 @@ class ModekitLayout:
     def carried_names(self) -> set[str]:
         """None: what experts differ by is theirs here."""
         return set()
+
+    def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
+        """A tensor of the backbone, as it is."""
+        yield tensor
 
     def shape(self, where: str) -> ModekitShape:
         """The base's config.json with what is mixed where under `modekit`."""
@@ -83,20 +85,15 @@ class ModekitLayout:
         }
         return ModekitShape(config, self._recipe, where, self._said, settings)
 
-    def widened(self, tensor: PlannedTensor) -> Iterator[PlannedTensor]:
-        """As it is."""
-        yield tensor
-
     def notes(self) -> Iterable[str]:
-        """What a user should know of this shape."""
-        for expert, name in enumerate(self._recipe.names):
-            if isinstance(self._sources[1 + expert], AdapterSource) and any(expert in place.own for place in self._places):
+        """What a user should know of this form."""
+        for expert, said in enumerate(self._recipe.experts):
+            if said.adapter is not None and any(expert in place.own for place in self._places):
                 yield (
-                    f"{name}: parts of its adapter are no plain low-rank change (DoRA, IA3, biases) "
+                    f"{said.name}: parts of its adapter are no plain low-rank change (DoRA, IA3, biases) "
                     "and are kept as whole modules"
                 )
-        parts = self._places.parts
-        if parts.splits_ffn and parts.mixes_whole_ffn and any(place.own for place in self._places):
+        if self._places.splits_ffn and self._places.mixes_whole_ffn and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
             if said.bits is not None:
@@ -115,71 +112,57 @@ class ModekitLayout:
                     name = f"{place.module}.experts.{number}.{place.within(ref.name)}"
                     made = as_in(self._sources[1 + expert], self._places.original(ref))
                     yield PlannedTensor(name, self._code_of(ref), ref.shape, "expert", made, expert)
-            if any(place.ranks):
-                yield from self._low_rank_tensors(place)
+            yield from self._low_rank_tensors(place)
             yield from self._few_bits_tensors(place)
-            yield from prefix_tensors(place, self._code_of, first=self._is_first(place))
-            biases = {expert: self._places.added_bias(place, expert) for expert in range(self._count)}
-            added: dict[int, Made] = {expert: bias for expert, bias in biases.items() if bias is not None}
+            added = self._added_biases(place)
             if added:
-                shape = (len(added), place.weight.shape[0])
-                code = self._adapter_code([*added.values()])
-                yield PlannedTensor(f"{place.module}.lora_bias", code, shape, "adapter", _of_experts(added, 0))
+                yield self._of_experts(f"{place.module}.lora_bias", added, (len(added), place.matrix.shape[0]))
 
     @cached_property
     def _said(self) -> MixtureConfig:
-        labels = self._recipe.other_labels
-        optional: dict[str, Any] = {"variant": self._family.variant} if self._family.variant else {}
-        optional |= {"wrapper": (self._base.wrapper or {}).get("model_type")} if self._recipe.output.keep else {}
-        optional |= {"labels": labels} if labels else {}
-        optional |= {"derived": self._family.derived} if self._family.derived is not None else {}
+        optional: dict[str, Any] = {
+            "variant": self._family.variant,
+            "wrapper": (self._base.wrapper or {}).get("model_type") if self._recipe.output.keep else None,
+            "labels": self._recipe.other_labels,
+            "derived": self._family.derived,
+        }
         return MixtureConfig(
             format=FORMAT,
             dense_type=self._family.model_type,
             experts=self._recipe.names,
             routing=routing_config(self._recipe),
             places={place.module: self._entry(place) for place in self._places},
-            **optional,
+            **{key: value for key, value in optional.items() if value},
         )
 
     def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
+        changes = [self._places.change(place, expert) for expert in range(len(place.kinds))]
+        biased, mixture = [*self._added_biases(place)], self._recipe.mixture
+        scaled = changes if biased else place.kinds  # also where it is folded into a module, and only its bias is scaled
+        layer, path = split_layer(place.module)
         entry: dict[str, object] = {
             "ranks": place.ranks,
-            "scales": place.scales,
+            "scales": [each.scale if isinstance(each, LowRank) else 1.0 for each in scaled],
             "own": place.own,
             "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
         }
-        entry |= entry_of(place, first=self._is_first(place))
-        if any(place.bits):
-            entry["bits"] = place.bits
-        biased = [expert for expert in range(self._count) if self._places.added_bias(place, expert) is not None]
-        if biased:
-            entry["biased"] = biased
-            entry["scales"] = [self._places.scale(place, expert) for expert in range(self._count)]
-        if self._recipe.mixture.router.scope == "feature" and self._recipe.mixture.method != "linear":
-            entry["features"] = place.weight.shape[0]
-        if place.calls:
-            entry["calls"] = list(place.calls)
-        if self._family.of_source(place.module):
-            entry["of_source"] = True
-        layer, path = split_layer(place.module)
-        if layer is not None and path in self._family.heads_first:
-            entry["sequence_axis"] = 2
+        optional = {
+            "bits": place.bits if any(place.bits) else None,
+            "biased": biased,
+            "features": place.matrix.shape[0] if mixture.router.scope == "feature" and mixture.method != "linear" else None,
+            "calls": list(place.calls),
+            "of_source": self._family.of_source(place.module),
+            "sequence_axis": 2 if layer is not None and path in self._family.heads_first else None,
+        }
+        entry |= {key: value for key, value in optional.items() if value}
         if entry["router"] == place.module:
-            entry["width"] = self._places.width(place)
-            entry["rows"] = self._places.rows(place)
+            entry |= {"width": self._places.width(place), "rows": self._places.rows(place)}
         return Place.model_validate(entry)
 
-    def _is_first(self, place: PlannedPlace) -> bool:
-        return place is next(iter(self._places))
-
-    def _check_router(self) -> None:
-        """Raise UnsupportedError when the fit scores low-rank changes and a router stands before a whole module."""
-        mixture = self._recipe.mixture
-        if mixture.fit is None or mixture.fit.reads is not CHANGES:
-            return
+    def _check_scored(self) -> None:
+        """Raise UnsupportedError where a router that scores low-rank changes stands before a whole module."""
         for leader in self._places:
             for place in self._places.read_by(leader) if self._places.leaders[leader.module] == leader.module else ():
                 if place.own:
@@ -187,38 +170,72 @@ class ModekitLayout:
 
     def _low_rank_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """A and B of all experts, each in one tensor."""
-        a, b, weight = dict[int, Made](), dict[int, Made](), place.weight
+        a, b = dict[int, Made](), dict[int, Made]()
         for expert, kind in enumerate(place.kinds):
             if isinstance(kind, LowRank):
-                a[expert], b[expert] = Copy(kind.a), Copy(kind.b if kind.rows is None else rows_of(kind.b, *kind.rows))
+                a[expert], b[expert] = Copy(kind.a), Copy(_rows(kind.b, kind.rows))
             elif isinstance(kind, int):
-                pair = self._places.pair(expert, weight)
+                pair = self._pair(expert, place.matrix)
                 a[expert], b[expert] = Factor(*pair, "A", kind), Factor(*pair, "B", kind)
-        ranks, code = sum(place.ranks), self._adapter_code([*a.values(), *b.values()])
-        yield PlannedTensor(f"{place.module}.lora_A", code, (ranks, weight.shape[1]), "adapter", _of_experts(a, 0))
-        yield PlannedTensor(f"{place.module}.lora_B", code, (weight.shape[0], ranks), "adapter", _of_experts(b, 1))
+        if a:
+            (outputs, inputs), ranks, code = (
+                place.matrix.shape,
+                sum(place.ranks),
+                self._adapter_code([*a.values(), *b.values()]),
+            )
+            yield self._of_experts(f"{place.module}.lora_A", a, (ranks, inputs), 0, code)
+            yield self._of_experts(f"{place.module}.lora_B", b, (outputs, ranks), 1, code)
 
     def _few_bits_tensors(self, place: PlannedPlace) -> Iterator[PlannedTensor]:
         """Codes and steps, of every expert its own."""
         kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
         for number, (expert, bits) in enumerate(kept):
-            pair = self._places.pair(expert, place.weight)
+            pair = self._pair(expert, place.matrix)
             for made, code in ((Bits(*pair, "codes", bits), "U8"), (Bits(*pair, "steps", bits), "F32")):
                 name = f"{place.module}.differences.{number}.{made.side}"
                 yield PlannedTensor(name, code, made.shape, "adapter", made, expert)
+
+    def _added_biases(self, place: PlannedPlace) -> dict[int, Made]:
+        """Expert -> the bias that its LoRA adds by itself, where the base has no bias that could take it in; of a difference
+        in a few bits, by what the expert's differs from the base's.
+        """
+        found = dict[int, Made]()
+        bias = next((ref for ref in place.refs if ref != place.weight), None)
+        has_bias = any(ref.name == f"{place.module}.bias" for ref in place.refs)
+        for expert, kind in enumerate(place.kinds):
+            change = self._places.change(place, expert)
+            if isinstance(kind, FewBits) and bias is not None:
+                found[expert] = Difference(*self._pair(expert, bias))
+            elif change is not None and change.bias is not None and not (kind == "own" and has_bias):
+                found[expert] = Copy(_rows(change.bias, change.rows))
+        return found
+
+    def _pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:
+        """A tensor of a full model, and that of the base."""
+        ref = self._places.original(ref)
+        return self._sources[1 + expert].matching(ref), ref
+
+    def _of_experts(
+        self, name: str, parts: dict[int, Made], shape: tuple[int, ...], axis: Literal[0, 1] = 0, code: str | None = None
+    ) -> PlannedTensor:
+        """Parts of several experts in one tensor."""
+        made = Join(tuple(parts.values()), axis, tuple(parts))
+        return PlannedTensor(name, code or self._adapter_code([*parts.values()]), shape, "adapter", made)
 
     def _adapter_code(self, parts: list[Made]) -> str:
         """Their own dtype, so that adapters stay bit for bit; float32 when they differ."""
         if self._recipe.output.dtype != "source":
             return self._code_of(parts[0].refs[0])
-        codes = {"F32" if isinstance(part, Factor) else _dtype(part) for part in parts}
+        codes = {_dtype(part) for part in parts}
         return codes.pop() if len(codes) == 1 else "F32"
 
 
 def _dtype(part: Made) -> str:
-    """Of what it is made of: of a difference, the base's."""
-    return part.base.dtype if isinstance(part, Difference) else part.ref.dtype if isinstance(part, Copy) else "F32"
+    """Of what it is made of: of a difference the base's, of its best low-rank part float32."""
+    if isinstance(part, Copy):
+        return part.ref.dtype
+    return part.base.dtype if isinstance(part, Difference) and not isinstance(part, Factor) else "F32"
 
 
-def _of_experts(parts: dict[int, Made], axis: Literal[0, 1]) -> Join:
-    return Join(tuple(parts.values()), axis, tuple(parts))
+def _rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:
+    return ref if rows is None else rows_of(ref, *rows)

@@ -12,8 +12,7 @@ from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
 from modekit.files.typed import as_kind
 from modekit.planning.mixture_config import MixtureConfig, Place, Routing, readers
-from modekit.planning.places import leaders_of
-from modekit.planning.routing_config import gate_rows, needs_base, routing_config, runs_base
+from modekit.planning.routing_config import gate_rows, leaders_of, needs_base, routing_config, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
     FewBitsPart,
@@ -37,8 +36,6 @@ from modekit.sources.towers import is_in_tower, with_wrapper, without_wrapper
 from modekit.weights.factor_size import bytes_of_codes
 
 _FIRST = ".experts.0."
-PROMPT, KEYS = "prompt", "keys_and_values"
-"""Last parts of what experts put before the text are called by."""
 _GATE_KEYS = {"router", "width", "rows", "features"}
 
 
@@ -189,7 +186,6 @@ class ModekitShape:
         """Every tensor of every place: the experts' own modules, their low-rank changes, and the biases these add."""
         of_module = _leaves(tensors)
         for module, place in self.mixture.places.items():
-            yield from _prefixes(tensors, module, place)
             leaves = of_module.get(module, [])
             if (place.few_bits or any(place.ranks)) and "weight" not in leaves:
                 leaves = [*leaves, "weight"]
@@ -262,10 +258,6 @@ def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) 
             name = f"{module}.differences.{number}.{leaf}"
             if name not in tensors or tensors[name].shape != sizes or (leaf == "codes") != (tensors[name].dtype == "U8"):
                 yield name
-    for expert, width in enumerate(place.widths):
-        name = f"{module}.expert_{expert}"
-        if width and (name not in tensors or tensors[name].shape != (place.prefixes[expert], width)):
-            yield name
     bias = tensors.get(f"{module}.lora_bias")
     if place.biased and (bias is None or len(bias.shape) != 2 or bias.shape[0] != len(place.biased)):
         yield f"{module}.lora_bias"
@@ -288,14 +280,6 @@ def _few_bits(tensors: Tensors, module: str, place: Place) -> dict[int, FewBitsP
         expert: FewBitsPart(*(tensors[f"{module}.differences.{number}.{leaf}"] for leaf in ("codes", "steps")))
         for number, expert in enumerate(place.few_bits)
     }
-
-
-def _prefixes(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:
-    """What experts put before the text, of each its own."""
-    for expert in (each for each, width in enumerate(place.widths) if width):
-        ref = tensors[f"{module}.expert_{expert}"]
-        kind = PROMPT if expert in place.prompted else KEYS
-        yield MixedTensor(f"{module}.{kind}", ref.shape, own={expert: TensorPart(ref)}, holds_changes=True)
 
 
 def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:

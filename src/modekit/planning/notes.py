@@ -154,7 +154,7 @@ def _changed(source: AdapterSource) -> set[str]:
 
 def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> None:
     """Raise UnsupportedError when an adapter changes nothing that is mixed."""
-    for source in (each for each in sources if isinstance(each, AdapterSource) and each.prefix is None):
+    for source in (each for each in sources if isinstance(each, AdapterSource)):
         if _changed(source).isdisjoint(mixed):
             raise UnsupportedError(
                 "the adapter changes nothing that this recipe mixes",

@@ -1,35 +1,33 @@
 """The places of a mixture in the modekit architecture: which modules of the base they are, and what each expert has there.
 
-A *place* is a module of the base of which experts have their own, kept whole or low-rank. Which router decides at it follows
-from the recipe's `per`: the first place that a router serves is its leader.
+A *place* is a module of the base of which experts have their own, kept whole, low-rank or in few bits. Which router decides
+there follows from the recipe's `per`: the first place that a router serves is its leader.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
-from modekit.planning.parts import FewBits, Kind, MixedParts, PlannedPlace, weight_in
-from modekit.planning.prefixes import place_of_prefixes
-from modekit.planning.routing_config import gate_rows, needs_base
+from modekit.planning.routing_config import first_to_run, gate_rows, leaders_of, needs_base
 from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.fits import IDS
-from modekit.recipes.layers import Layer, named_layers, order_of
+from modekit.recipes.layers import Layer, named_layers
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.adapter_rules import LowRank
 from modekit.sources.config import whole
-from modekit.sources.family import Family
+from modekit.sources.family import Family, Stack
 from modekit.sources.header import TensorRef
 from modekit.sources.names import (
     HEAD,
     LOGITS_BIAS,
-    SOFT_PREFIX,
+    POSITIONS,
     in_decoder,
     is_ignored,
     module_of,
@@ -37,79 +35,104 @@ from modekit.sources.names import (
     split_layer,
     weight_of,
 )
-from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Difference
-
-ATTENTION = {
-    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
-    **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
-    **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
-}
-"""Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 
 
-def first_to_run(modules: Collection[str], family: Family) -> str:
-    """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
-    paths = ("input_layernorm", "operator_norm", family.parts.get("q", ""))
-    return next((each for each in (*family.entrances, *(family.in_layer(0, path) for path in paths)) if each in modules), "")
+@dataclass(frozen=True)
+class FewBits:
+    """A difference kept in so many bits per number."""
+
+    bits: int
 
 
-def leaders_of(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
-    """Place -> place of its router: the first of those that share it, in the order in which they run."""
-    if whole:
-        return dict.fromkeys(places, first_to_run([*places], family))
-    ways = {place: _way(place, family) for place in places}
-    leaders: dict[object, str] = {}
-    for place in sorted(ways, key=lambda place: ways[place]):
-        leaders.setdefault(_sharers(place, family, scope), place)
-    return {place: leaders[_sharers(place, family, scope)] for place in ways}
+Kind = LowRank | FewBits | str | int | None
+"""What an expert has at a place: its low-rank change, its difference in a few bits, "own" a module of its own, a rank to
+factorise to, or the base's."""
 
 
-def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
-    """(layer, number of its first part in the order in which parts run) of a place."""
-    layer, path = split_layer(place)
-    assert layer is not None, place
-    return order_of(layer), family.stack_of(layer).rank(path)
+@dataclass(frozen=True)
+class PlannedPlace:
+    """A module of the base, the tensors in it, and what each expert has there.
 
+    `calls`: where the layer calls several modules itself that are one place here, their names; `module` is the first of them.
+    """
 
-def _sharers(place: str, family: Family, scope: str) -> object:
-    """What places that share a router have in common."""
-    layer, path = split_layer(place)
-    if scope != "layer" or layer is None:
-        return scope if scope == "model" else place
-    if family.derived is not None:  # what the layer calls: its attention, its FFN
-        return layer, path.rpartition(".")[0].partition(".")[0]
-    parts = {**family.stack_of(layer).parts, **({"q": path} if path == SOFT_PREFIX else {})}
-    return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)
+    module: str
+    refs: tuple[TensorRef, ...]
+    kinds: tuple[Kind, ...]
+    calls: tuple[str, ...] = ()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether any expert differs from the base here."""
+        return any(kind is not None for kind in self.kinds)
+
+    @property
+    def own(self) -> list[int]:
+        """Experts with a module of their own."""
+        return [expert for expert, kind in enumerate(self.kinds) if kind == "own"]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Per expert the rank of its change; 0 without one."""
+        return [kind.rank if isinstance(kind, LowRank) else kind if isinstance(kind, int) else 0 for kind in self.kinds]
+
+    @property
+    def bits(self) -> list[int]:
+        """Per expert those of each number of its difference; 0 without one."""
+        return [kind.bits if isinstance(kind, FewBits) else 0 for kind in self.kinds]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{module_of(self.module) if self.calls else self.module}."
+
+    def within(self, tensor: str) -> str:
+        """A tensor's name inside the place; of the bias of logits, which stands with the head, the last part."""
+        return tensor.removeprefix(self.prefix) if tensor.startswith(self.prefix) else tensor.rpartition(".")[2]
+
+    @property
+    def weight(self) -> TensorRef | None:
+        """Of the base's module; None where it has several."""
+        return next((ref for ref in self.refs if ref.name == weight_of(self.module)), None)
+
+    @property
+    def matrix(self) -> TensorRef:
+        """The weight of a linear map, or of an embedding."""
+        assert self.weight is not None, self.module
+        return self.weight
 
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
     """Raise UnsupportedError for what no mixture with an encoder, or of a class without a row, can be yet."""
     mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
     decides_once = mixture.method == "linear" or (fit is not None and fit.decides.for_model)
-    by_source = router.granularity == "sequence"
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
-    refused = {
+    of_pairs = (
         (
+            router.granularity == "segment" or (fit is not None and fit.reads is IDS),
             "an encoder reads a source at once, which has no segments, and no token that decides for all",
             *("router", "choose another fit, or granularity: sequence"),
-        ): router.granularity == "segment" or (fit is not None and fit.reads is IDS),
+        ),
         (
+            mixture.modules == "decoder",
             "modules: decoder is for models that are a decoder alone, and this one has an encoder",
             *("modules", "write modules: all (whole models), or layers: [decoder] with modules: auto"),
-        ): mixture.modules == "decoder",
+        ),
         (
+            not decides_once and (router.granularity == "sequence") != (router.scope == "model"),
             f"with an encoder one router serves all layers where it decides once per source, and only there; {said}",
             *("router", "write granularity: sequence and per: model together, or neither"),
-        ): not decides_once and by_source != (router.scope == "model"),
-        ("a common expert that runs apart is for models without an encoder", "always_on", "leave 'apart' out"): (
-            mixture.always_on is not None and bool(mixture.always_on.apart)
         ),
-    }
+        (
+            mixture.always_on is not None and bool(mixture.always_on.apart),
+            "a common expert that runs apart is for models without an encoder",
+            *("always_on", "leave 'apart' out"),
+        ),
+    )
     known = "weights of experts are averaged in families that modekit has a row for (docs/families.md)"
-    row = {(known, "combine", "leave it out"): mixture.combine is not None and family.derived is not None}
-    for (what, where, remedy), holds in (row | refused if family.pair else row).items():
+    of_rows = (mixture.combine is not None and family.derived is not None, known, "combine", "leave it out")
+    for holds, what, where, remedy in (of_rows, *(of_pairs if family.pair else ())):
         if holds:
             raise UnsupportedError(what, where=f"mixture.{where}", remedy=remedy)
 
@@ -119,12 +142,10 @@ class Places:
 
     def __init__(self, recipe: Recipe, sources: tuple[ModelSource, ...], family: Family) -> None:
         self._recipe, self._sources, self._family = recipe, sources, family
-        self._base = sources[0]
+        self._base, self._whole = sources[0], recipe.mixture.is_whole
         _check_kind(recipe, family)
-        self._count = len(recipe.experts)
-        self._whole = recipe.mixture.is_whole
+        self._check_modules()
         self._shared = {family.embedding, family.head} if recipe.mixture.modules == "decoder" else set()
-        self.parts = MixedParts(recipe, sources, family)
         self.unties = family.ties if recipe.mixture.modules == "all" and family.is_tied(self._base) else {}
 
     def __iter__(self) -> Iterator[PlannedPlace]:
@@ -151,37 +172,19 @@ class Places:
         """Whether the base's module stays beside what the experts have."""
         return needs_base(self._recipe, self._family, place.module, place.own)
 
-    def added_bias(self, place: PlannedPlace, expert: int) -> Copy | Difference | None:
-        """The bias that an expert's LoRA adds by itself, where the base has no bias that could take it in; of a difference
-        in a few bits, by what the expert's differs from the base's.
-        """
-        change = self._change(place, expert)
-        if isinstance(place.kinds[expert], FewBits):
-            bias = next((ref for ref in place.refs if ref != place.weight), None)
-            return None if bias is None else Difference(*self.pair(expert, bias))
-        if change is None or change.bias is None:
-            return None
-        folded = place.kinds[expert] == "own" and any(ref.name == f"{place.module}.bias" for ref in place.refs)
-        return None if folded else Copy(change.bias if change.rows is None else rows_of(change.bias, *change.rows))
-
-    def pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:
-        """A tensor of a full model, and that of the base."""
-        ref = self.original(ref)
-        return self._sources[1 + expert].matching(ref), ref
-
-    def scale(self, place: PlannedPlace, expert: int) -> float:
-        """Of an expert's LoRA at a place, also where it is folded into a module of its own and only its bias is scaled."""
-        change = self._change(place, expert)
-        return change.scale if change is not None else place.scales[expert]
+    def change(self, place: PlannedPlace, expert: int) -> LowRank | None:
+        """What an expert's adapter does to the weight of a place, if that is a low-rank change."""
+        source = self._sources[1 + expert]
+        change = source.changes.get(weight_of(place.module)) if isinstance(source, AdapterSource) else None
+        return change if isinstance(change, LowRank) else None
 
     def width(self, place: PlannedPlace) -> int:
         """Width of the gate of a router at this place: of what it reads, unless its fit says another."""
         said = self._recipe.mixture.router.gate_width(whole(self._base.config, "vocab_size"))
         if said is not None:
             return said
-        if not any(ref.name == weight_of(place.module) for ref in place.refs):
-            return self._family.hidden(self._base.config)  # a whole FFN
-        return self._family.width_in(place.module, place.weight.shape)
+        weight = place.weight  # None: a whole FFN
+        return self._family.hidden(self._base.config) if weight is None else self._family.width_in(place.module, weight.shape)
 
     def rows(self, leader: PlannedPlace) -> list[int]:
         """Rows of a leader's gate per expert, by the ranks over all places that read the same input."""
@@ -190,16 +193,84 @@ class Places:
 
     def read_by(self, leader: PlannedPlace) -> list[PlannedPlace]:
         """The places whose changes a router at `leader` could score."""
-        return [self._by_name[name] for name in readers(leader.module, self._family, self.leaders)]
+        by_name = {place.module: place for place in self}
+        return [by_name[name] for name in readers(leader.module, self._family, self.leaders)]
+
+    @property
+    def splits_ffn(self) -> bool:
+        """Whether the FFN is mixed projection by projection: for low-rank experts, and routers finer than a module."""
+        low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
+        return low or self._recipe.mixture.router.scope in {"projection", "feature"}
+
+    @property
+    def mixes_whole_ffn(self) -> bool:
+        """Whether the FFN as a whole was meant, however finely it is mixed in the end."""
+        return "mlp" in self._wanted
 
     @cached_property
-    def _by_name(self) -> dict[str, PlannedPlace]:
-        return {place.module: place for place in self}
+    def _wanted(self) -> set[str]:
+        """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what
+        they change, for parts of models every linear part.
+        """
+        modules, wanted = self._recipe.mixture.modules, set[str]()
+        if isinstance(modules, list):
+            return set(modules)
+        for expert, source in zip(self._recipe.experts, self._sources[1:], strict=True):
+            if isinstance(source, AdapterSource):
+                changed = {(layer, module_of(path)) for layer, path in map(split_layer, source.changes) if layer is not None}
+                paths = {(self._family.stack_of(layer).name, path) for layer, path in changed}
+                for stack in self._family.stacks:
+                    wanted |= {part for part, path in stack.parts.items() if (stack.name, path) in paths}
+            elif not expert.is_base:
+                wanted |= set(self._family.all_parts) if expert.is_low_rank else {"mlp"}
+        if "mlp" in wanted:
+            wanted -= {part for stack in self._family.stacks for part in stack.ffn_parts}
+        return wanted or {"mlp"}
+
+    def _in_order(self, stack: Stack) -> list[tuple[str, str]]:
+        """Part and its module under a layer, in the order in which they run; fused ones once."""
+        wanted = self._wanted
+        if "mlp" in wanted and self.splits_ffn:
+            wanted = (wanted - {"mlp"}) | stack.ffn_parts
+        chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
+        for part in stack.parts:
+            if part in wanted and stack.parts[part] not in chosen.values():
+                chosen[part] = stack.parts[part]
+        return sorted(chosen.items(), key=lambda entry: stack.rank(entry[1]))
+
+    def _check_modules(self) -> None:
+        modules, family = self._recipe.mixture.modules, self._family
+        if not isinstance(modules, list):
+            return
+        unknown = [part for part in modules if part != "mlp" and part not in family.all_parts]
+        if unknown:
+            raise UnsupportedError(
+                f"'{family.model_type}' has no such part",
+                where="mixture.modules",
+                found=", ".join(unknown),
+                expected=", ".join(["mlp", *family.all_parts]),
+                remedy="correct the list",
+            )
+        for part in modules:
+            path = family.parts.get(part)
+            partners = [other for other, its in family.parts.items() if its == path and other not in modules]
+            if path is not None and partners:
+                raise UnsupportedError(
+                    f"'{family.model_type}' keeps these parts in one module ({path})",
+                    where="mixture.modules",
+                    found=part,
+                    expected=f"{', '.join([part, *partners])} together",
+                    remedy="name them all, or none",
+                )
 
     @cached_property
     def _all(self) -> list[PlannedPlace]:
         places = list(self._of_everything() if self._whole else self._of_layers())
-        self._check_experts(places)
+        for expert, said in enumerate(self._recipe.experts):
+            if all(place.kinds[expert] is None for place in places):
+                self._check_has_nothing(
+                    f"experts[{expert}] '{said.name}'", layers=said.layers is not None, low=said.is_low_rank
+                )
         if not any(place.is_mixed for place in places):
             raise UnsupportedError(
                 "no expert differs from the base in the mixed modules",
@@ -209,24 +280,18 @@ class Places:
         self._check_reader(places[0].module)
         return places
 
-    def _check_experts(self, places: list[PlannedPlace]) -> None:
-        """Raise UnsupportedError where an expert would be the base: its layers, or low-rank parts, have no mixed place."""
-        none = (each for each in range(self._count) if all(place.kinds[each] is None for place in places))
-        for expert, said in ((each, self._recipe.experts[each]) for each in none):
-            if said.layers is not None:
-                raise UnsupportedError(
-                    "the expert has nothing of its own in its layers that is mixed",
-                    where=f"experts[{expert}].layers",
-                    found=said.layers,
-                    remedy="name other layers, or leave 'layers' out",
-                )
-            if said.is_low_rank:
-                raise UnsupportedError(
-                    "nothing of the expert can be kept as a low-rank part",
-                    where=f"experts[{expert}] '{said.name}': as",
-                    found=f"no module that is mixed has a weight (outputs, inputs) in a '{self._family.model_type}' model",
-                    remedy="leave 'as: lora' out: what is mixed of the expert is kept whole",
-                )
+    def _check_has_nothing(self, where: str, *, layers: bool, low: bool) -> None:
+        """Raise UnsupportedError for an expert that would be the base: its layers, or low-rank parts, have no mixed place."""
+        if layers:
+            what, remedy = "the expert has nothing of its own in its layers that is mixed", "name other layers, or none"
+            raise UnsupportedError(what, where=f"{where}: layers", remedy=remedy)
+        if low:
+            raise UnsupportedError(
+                "nothing of the expert can be kept as a low-rank part",
+                where=f"{where}: as",
+                found=f"no module that is mixed has a weight (outputs, inputs) in a '{self._family.model_type}' model",
+                remedy="leave 'as: lora' out: what is mixed of the expert is kept whole",
+            )
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
@@ -242,59 +307,48 @@ class Places:
 
     def _of_everything(self) -> Iterable[PlannedPlace]:
         """What runs first has the router, whether experts have a module of their own there or not."""
-        places = map(self._place, self._all_modules())
-        return (place for place in places if place.module == self._first or place.is_mixed)
-
-    @cached_property
-    def _first(self) -> str:
-        modules = [module for module in self._all_modules() if module not in self._shared]
-        first = first_to_run(modules, self._family)
-        if first != next((each for each in self._family.called if each in modules), first or None):
+        modules = self._all_modules()
+        own = [module for module in modules if module not in self._shared]
+        first = first_to_run(own, self._family)
+        if first != next((each for each in self._family.called if each in own), first or None):
             what = "modules: decoder has its router at the norm or the attention with which the first layer begins"
             found = f"a pass of a '{self._family.model_type}' model begins with another module"
             raise UnsupportedError(what, where="mixture.modules", found=found, remedy="write modules: all (whole models)")
-        return first
+        return (place for place in map(self._place, modules) if place.module == first or place.is_mixed)
 
     def _of_layers(self) -> Iterator[PlannedPlace]:
         for layer in named_layers(self._recipe.mixture.layers, self._family.sizes(self._base.config)):
-            prefixes = place_of_prefixes(self._sources, self._family, layer)
-            if prefixes is not None:
-                yield prefixes
-            for part, path in self.parts.in_order(layer):
+            stack = self._family.stack_of(layer)
+            for part, path in self._in_order(stack):
                 module = self._family.in_layer(layer, path)
-                calls = self._family.stack_of(layer).ffn_calls if part == "mlp" else ()
                 if self._within(module):
-                    place = self._place(module, calls)
+                    place = self._place(module, stack.ffn_calls if part == "mlp" else ())
                     if place.is_mixed:
                         yield place
 
     def _all_modules(self) -> list[str]:
         """Every module of the base that holds tensors, embedding first, head last."""
         self._check_bias()
-        embedding = self._family.embedding
-        modules = {embedding, self._family.place_of(weight_of(self._family.head or embedding))}
-        if self._family.derived is not None:
-            modules |= {self._family.place_of(name) for name in (*self._family.own_names(self._base), *self.unties)}
-            return sorted(modules, key=lambda module: (module != embedding, module == self._family.head, natural_key(module)))
-        for name in self._family.own_names(self._base):
-            ref = self._base.tensors[name]
+        family, embedding = self._family, self._family.embedding
+        modules = {embedding, family.place_of(weight_of(family.head or embedding))}
+        if family.derived is not None:
+            modules |= {family.place_of(name) for name in (*family.own_names(self._base), *self.unties)}
+            return sorted(modules, key=lambda module: (module != embedding, module == family.head, natural_key(module)))
+        for name in family.own_names(self._base):
             if name == LOGITS_BIAS:  # with the head
                 continue
-            if name.rpartition(".")[2] not in {"weight", "bias"} or len(ref.shape) > 2:
+            if name.rpartition(".")[2] not in {"weight", "bias"} or len(self._base.tensors[name].shape) > 2:
+                inside = {part for stack in family.stacks for part in stack.ffn_parts}
+                parts = ["mlp", *(part for part in family.all_parts if part not in inside)]
                 raise UnsupportedError(
                     f"modules: {self._recipe.mixture.modules} cannot mix this kind of tensor",
                     where=f"base_model ({self._base.spec}): {name}",
-                    remedy=f"write the parts to mix: modules: [{', '.join(self._parts_by_name())}]",
+                    remedy=f"write the parts to mix: modules: [{', '.join(parts)}]",
                 )
             modules.add(module_of(name))
-        if any(module in modules for module in self._family.entrances if module != embedding):  # which runs in its place
+        if any(module in modules for module in family.entrances if module != embedding):  # which runs in its place
             modules.remove(embedding)
         return sorted(modules, key=lambda module: (module != embedding, module == HEAD, natural_key(module)))
-
-    def _parts_by_name(self) -> list[str]:
-        """The FFN and every part outside of it."""
-        inside = {part for stack in self._family.stacks for part in stack.ffn_parts}
-        return ["mlp", *(part for part in self._family.all_parts if part not in inside)]
 
     def _check_bias(self) -> None:
         """Raise MismatchError where an expert adds a bias to its logits and the base has none that it could stand beside."""
@@ -313,8 +367,8 @@ class Places:
         refs += tuple(replace(self._base.tensor(original), name=name) for name, original in ties)
         if module == HEAD and LOGITS_BIAS in self._base.tensors:
             refs = (*refs, self._base.tensor(LOGITS_BIAS))
-        kinds = tuple(self._kind(expert, module, refs) for expert in range(self._count))
-        return PlannedPlace(module, refs, kinds, calls)
+        bare = PlannedPlace(module, refs, (), calls)
+        return replace(bare, kinds=tuple(self._kind(expert, bare) for expert in range(len(self._recipe.experts))))
 
     def _is_own(self, name: str) -> bool:
         known = self._family.tensors
@@ -332,35 +386,27 @@ class Places:
         """Names of the base's tensors, sorted, and the place of each in its order."""
         return sorted((name, place) for place, name in enumerate(self._base.tensors))
 
-    def _kind(self, expert: int, module: str, refs: tuple[TensorRef, ...]) -> Kind:
-        source, said = self._sources[1 + expert], self._recipe.experts[expert]
+    def _kind(self, expert: int, place: PlannedPlace) -> Kind:
+        source, said, module = self._sources[1 + expert], self._recipe.experts[expert], place.module
         layers = self._layers[expert]
         if said.is_base or module in self._shared or (layers is not None and split_layer(module)[0] not in layers):
             return None
-        weight = weight_in(module, refs)
+        matrix = place.weight if place.weight is not None and len(place.weight.shape) == 2 else None
         if isinstance(source, AdapterSource):
-            if not any(touched(source, self.original(ref).name) for ref in refs):
+            if not any(touched(source, self.original(ref).name) for ref in place.refs):
                 return None
-            change = low_rank(source, weight.name) if weight is not None and len(weight.shape) == 2 else None
-            return change or "own"
+            return (None if matrix is None else low_rank(source, matrix.name)) or "own"
         if not said.is_low_rank:
             return "own"
+        may_be_low_rank = matrix is not None and self._family.may_be_low_rank(module)
         if said.bits is not None:
-            low = PlannedPlace(module, refs, ()).may_be_low_rank and self._family.may_be_low_rank(module)
-            return FewBits(said.bits) if low else "own"
-        is_end = module == self._family.head or self._family.looks_up(module)
-        if weight is None or len(weight.shape) != 2 or is_end or not self._family.may_be_low_rank(module):
+            return FewBits(said.bits) if may_be_low_rank and module.rpartition(".")[2] not in POSITIONS else "own"
+        if matrix is None or not may_be_low_rank or module == self._family.head or self._family.looks_up(module):
             return None
-        return min(said.rank or 16, *weight.shape)
+        return min(said.rank or 16, *matrix.shape)
 
     @cached_property
     def _layers(self) -> list[list[Layer] | None]:
         """Per expert those where it may have parts of its own, None: all; elsewhere it is the base."""
         said, sizes = [expert.layers for expert in self._recipe.experts], self._family.sizes(self._base.config)
         return [each and named_layers(each, sizes, f"experts[{place}].layers") for place, each in enumerate(said)]
-
-    def _change(self, place: PlannedPlace, expert: int) -> LowRank | None:
-        """What an expert's adapter does to the weight of a place, if that is a low-rank change."""
-        source = self._sources[1 + expert]
-        change = source.changes.get(weight_of(place.module)) if isinstance(source, AdapterSource) else None
-        return change if isinstance(change, LowRank) else None

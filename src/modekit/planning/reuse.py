@@ -22,7 +22,7 @@ from modekit.weights.made import Columns, Copy, Join, Made
 
 Origins = Sequence[int | None]
 """Per expert of the new mixture its number in the old one; None for one that is new."""
-_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.|\.expert_\d+$")
+_NUMBER = re.compile(r"\.(experts|differences)\.\d+\.")
 
 
 def reusing(folder: Path, tensors: Mapping[str, TensorRef], before: Plan, after: Plan, origins: Origins) -> Plan:

@@ -1,16 +1,25 @@
-"""How the routers of a recipe decide, as `config["modekit"]["routing"]` says it, and the rows that their gates have."""
+"""How routers decide, as `config["modekit"]["routing"]` says it, where they stand, and the rows of their gates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import AlwaysOnConfig, Average, Ngram, Routing
+from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
 from modekit.sources.family import Family
+from modekit.sources.names import split_layer
+
+ATTENTION = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    **dict.fromkeys(("cross_q", "cross_o"), "cross-attention"),
+    **dict.fromkeys(("cross_k", "cross_v"), "cross-attention to the source"),
+}
+"""Parts that mix tokens -> those that run on the same ones: cross_k and cross_v on the source's. Others are the FFN's."""
 
 
 def routing_config(recipe: Recipe) -> Routing:
@@ -84,3 +93,38 @@ def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
         where=f"expert '{expert.name}': {module}",
         remedy=remedy,
     )
+
+
+def first_to_run(modules: Collection[str], family: Family) -> str:
+    """Of the modules of whole models or whole decoders, the one that a pass reaches first; empty where it is not known."""
+    paths = ("input_layernorm", "operator_norm", family.parts.get("q", ""))
+    return next((each for each in (*family.entrances, *(family.in_layer(0, path) for path in paths)) if each in modules), "")
+
+
+def leaders_of(places: Iterable[str], scope: str, family: Family, *, whole: bool) -> dict[str, str]:
+    """Place -> place of its router: the first of those that share it, in the order in which they run."""
+    if whole:
+        return dict.fromkeys(places, first_to_run([*places], family))
+    ways = {place: _way(place, family) for place in places}
+    leaders: dict[object, str] = {}
+    for place in sorted(ways, key=lambda place: ways[place]):
+        leaders.setdefault(_sharers(place, family, scope), place)
+    return {place: leaders[_sharers(place, family, scope)] for place in ways}
+
+
+def _way(place: str, family: Family) -> tuple[tuple[int, int], int]:
+    """(layer, number of its first part in the order in which parts run) of a place."""
+    layer, path = split_layer(place)
+    assert layer is not None, place
+    return order_of(layer), family.stack_of(layer).rank(path)
+
+
+def _sharers(place: str, family: Family, scope: str) -> object:
+    """What places that share a router have in common."""
+    layer, path = split_layer(place)
+    if scope != "layer" or layer is None:
+        return scope if scope == "model" else place
+    if family.derived is not None:  # what the layer calls: its attention, its FFN
+        return layer, path.rpartition(".")[0].partition(".")[0]
+    parts = family.stack_of(layer).parts
+    return layer, next((kind for part, kind in ATTENTION.items() if parts.get(part) == path), None)

@@ -14,7 +14,6 @@ from modekit.errors import SourceError
 from modekit.sources.adapter_config import CONFIG_FILE, damaged, parse_settings, read_adapter_config
 from modekit.sources.adapter_rules import Change, Rules, peft_plain
 from modekit.sources.header import TensorRef
-from modekit.sources.prefix import SoftPrefix, is_prefix, read_prefix
 from modekit.sources.source import Elsewhere, ModelSource, WeightFiles
 from modekit.sources.towers import naming_of
 
@@ -31,7 +30,6 @@ class AdapterSource(ModelSource):
         changes: name of a 2-D weight of the base -> change.
         bias_changes: name of a bias of the base -> the change that holds lora_bias or IA3's scaling of it.
         replaced: name of a tensor of the base -> the whole tensor that takes its place.
-        prefix: what stands before the text; then nothing of the base changes.
         notes: what a user may want to know.
     """
 
@@ -39,17 +37,11 @@ class AdapterSource(ModelSource):
     bias_changes: Mapping[str, Change] = field(default_factory=dict, compare=False)
     replaced: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
-    prefix: SoftPrefix | None = field(default=None, compare=False)
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
     return (folder / CONFIG_FILE).exists()
-
-
-def holds_prefix(folder: Path) -> bool:
-    """Whether a folder holds an adapter that changes no weights, but stands before the text."""
-    return is_adapter(folder) and is_prefix(read_adapter_config(folder, where=str(folder)))
 
 
 def open_adapter(
@@ -68,13 +60,9 @@ def open_adapter(
     """
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
-    if not is_prefix(config):
-        parse_settings(config, where=where)
+    parse_settings(config, where=where)
     file = folder / WEIGHTS_FILE if elsewhere is not None else _weights_file(folder, where=where)
     tensors = WeightFiles([file], where, elsewhere).tensors()
-    if is_prefix(config):
-        prefix = read_prefix(config, tensors, base, where=where)
-        return AdapterSource(label, spec, folder, revision, config, tensors, prefix=prefix)
     naming = naming_of((peft_plain(name) for name in tensors), where=where)
     rules = Rules(where, parse_settings(config, where=where, naming=naming), base, tensors, naming)
     changes, replaced, notes = rules.changes(), rules.replaced(), tuple(rules.notes())

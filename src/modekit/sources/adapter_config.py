@@ -22,8 +22,6 @@ from modekit.sources.towers import PLAIN, Naming
 
 CONFIG_FILE = "adapter_config.json"
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
-PREFIX_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-"""Adapters that stand before the text (prefix.py)."""
 _GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
 _LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -163,7 +161,7 @@ def parse_settings(config: Config, *, where: str, naming: Naming = PLAIN) -> Ada
             "an adapter of this kind cannot be read",
             where=f"{where}: {CONFIG_FILE}",
             found=f"peft_type {shortened(config['peft_type'])}",
-            expected=f"{' or '.join(map(str, kinds))}; {', '.join(PREFIX_KINDS)}",
+            expected=f"{' or '.join(map(str, kinds))}",
             remedy=MERGE_FIRST,
         )
     settings = checked_settings(kind, config, "the weights", where=where, remedy=MERGE_FIRST)

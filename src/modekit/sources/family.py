@@ -16,7 +16,6 @@ from modekit.sources.names import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    SOFT_PREFIX,
     is_ignored,
     is_looked_up,
     module_of,
@@ -90,8 +89,8 @@ class Stack:
         return tuple(dict.fromkeys((self.ffn, *self.ffn_calls)))
 
     def rank(self, path: str) -> int:
-        """Where a part, or the whole FFN, runs among the others; before them all, what stands before the attention."""
-        paths = [SOFT_PREFIX, *(self.parts[part] for part in self.parts)]
+        """Where a part, or the whole FFN, runs among the others."""
+        paths = list(self.parts.values())
         return next((place for place, each in enumerate(paths) if each == path or each.startswith(f"{path}.")), len(paths))
 
     @property

@@ -16,8 +16,6 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 FINAL_NORM = "model.norm"
 LOGITS_BIAS = "final_logits_bias"
 """A tensor, and no module, that some models with an encoder add to what the head says."""
-SOFT_PREFIX = "self_attn.prefix"
-"""Where experts' prefixes stand under a layer."""
 POSITIONS = ("embed_positions", "relative_attention_bias")
 """Last parts of modules that hold learned positions: embeddings, and no linear maps."""
 

@@ -24,7 +24,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.loaded.mixture import LoadedMixture
 from modekit.loaded.shapes import mixture_of
-from modekit.planning.places import ATTENTION
+from modekit.planning.routing_config import ATTENTION
 from modekit.sources.family import Stack
 from modekit.training.settings import Group
 
