@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.experts.export import ExportRecord, plan_exports, write_export
+from modekit.experts.export import ExportRecord, exportable, write_export
 
 PREFIX = "base_model.model.model.layers."
 Tensors = dict[str, np.ndarray]
@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
 
 def export_adapter(checkpoint: Checkpoint, name: str, out: Path, *, overwrite: bool = False) -> ExportRecord:
     """Write one expert as a PEFT folder, as `modekit export` does."""
-    return write_export(checkpoint, plan_exports(checkpoint, [name])[0], out, overwrite=overwrite)
+    return write_export(checkpoint, exportable(checkpoint, [name])[0], out, overwrite=overwrite)
 
 
 def train_adapter(base: Path, config: peft.PeftConfig, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Adapters of a mixture back as PEFT folders: as they came, or cut out of the mixture; the same numbers, the same model."""
+"""Adapters of a mixture back as PEFT folders, cut out of the mixture: the same numbers, the same model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import Workshop, logits_of, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.shell import main
 from modekit.errors import OutputError, UnsupportedError
-from modekit.experts.export import plan_exports
+from modekit.experts.export import exportable
 from refusal import refuse
 
 peft = pytest.importorskip("peft")
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def exported(checkpoint: Checkpoint) -> list[str]:
     """Experts that can be exported."""
-    return [plan.name for plan in plan_exports(checkpoint) if plan.reason is None]
+    return [checkpoint.names[expert] for expert in exportable(checkpoint)]
 
 
 @pytest.fixture
@@ -65,7 +65,6 @@ WHOLE: dict[str, peft.PeftConfig] = {
     "head": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj"], modules_to_save=["lm_head"]),
 }
 """Adapters that are no plain low-rank change everywhere, so that a mixture keeps whole modules of them."""
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -85,107 +84,37 @@ def with_peft(base: Path, folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return logits_of(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder), ids)
 
 
-def rescaled(folder: Path) -> None:
-    """Change what an adapter does without touching its weights."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
-
-
-def test_what_goes_in_comes_out_file_by_file(bench: Workshop, ids: torch.Tensor) -> None:
+def test_low_rank_parts_are_cut_out_bit_for_bit(bench: Workshop, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(bench.build())
     names = [name.replace(" ", "-") for name in SETTINGS]
     assert exported(checkpoint) == names
+    for text in ("trained-on.txt", "README.md"):
+        (bench.root / "plain" / text).write_text("of this adapter\n")
     for name in names:
+        before = load_file(bench.root / name / "adapter_model.safetensors")
         out = bench.root / "exported" / name
-        assert export_adapter(checkpoint, name, out).as_it_came
-        for file in FILES:
-            assert (out / file).read_bytes() == (bench.root / name / file).read_bytes()
+        export_adapter(checkpoint, name, out)
+        after = load_file(out / "adapter_model.safetensors")
+        assert set(before) == set(after)
+        for key, tensor in before.items():
+            assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
         expected, found = (with_peft(bench.root / "base", folder, ids) for folder in (bench.root / name, out))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
-def test_adapters_that_are_kept_as_whole_modules_go_out_as_they_came(whole_bench: Workshop, ids: torch.Tensor) -> None:
-    root = whole_bench.root
-    for text in ("trained-on.txt", "README.md"):
-        (root / "dora" / text).write_text("of this adapter\n")
-    checkpoint = open_checkpoint(whole_bench.build())
-    assert exported(checkpoint) == ["rslora", *WHOLE]
-    for name in WHOLE:
-        out = root / "exported" / name
-        record = export_adapter(checkpoint, name, out)
-        assert record.as_it_came and record.kind == {"dora": "DoRA", "ia3": "IA3"}.get(name, "LoRA")
-        for file in FILES:
-            assert (out / file).read_bytes() == (root / name / file).read_bytes()
-        expected, found = (with_peft(root / "base", folder, ids) for folder in (root / name, out))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert {path.name for path in (root / "exported" / "dora").iterdir()} == {
-        *FILES,
+    assert {path.name for path in (bench.root / "exported" / "plain").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "export.json",
         "trained-on.txt",
         ".modekit",
         "README.md",
     }
+    shutil.rmtree(bench.root / "rslora")
+    export_adapter(checkpoint, "rslora", bench.root / "exported" / "rslora", overwrite=True)
 
 
-def test_without_its_folder_the_low_rank_parts_are_cut_out_of_the_mixture(bench: Workshop, ids: torch.Tensor) -> None:
-    checkpoint = open_checkpoint(bench.build())
-    for name in (name.replace(" ", "-") for name in SETTINGS):
-        before = load_file(bench.root / name / "adapter_model.safetensors")
-        expected = with_peft(bench.root / "base", bench.root / name, ids)
-        shutil.move(bench.root / name, bench.root / f"{name}-moved")
-        out = bench.root / "exported" / name
-        record = export_adapter(checkpoint, name, out)
-        assert not record.as_it_came and "is missing" in record.notes[0]
-        after = load_file(out / "adapter_model.safetensors")
-        assert set(before) == set(after)
-        for key, tensor in before.items():
-            assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
-        torch.testing.assert_close(with_peft(bench.root / "base", out, ids), expected, rtol=0, atol=1e-6)
-
-
-def test_what_was_folded_cannot_be_given_back_without_its_folder(whole_bench: Workshop) -> None:
-    root = whole_bench.root
-    out = whole_bench.build()
-    shutil.rmtree(root / "dora")
-    (root / "ia3" / "adapter_model.safetensors").write_bytes(b"other")
-    rescaled(root / "biases")
-    rescaled(root / "head")
-    checkpoint = open_checkpoint(out)
-    assert exported(checkpoint) == ["rslora"]
-    for name, reason in (
-        ("dora", "its own folder is missing"),
-        ("ia3", "adapter_model.safetensors in its own folder has changed"),
-        ("biases", "adapter_config.json in its own folder has changed"),
-        ("head", "adapter_config.json"),
-    ):
-        message = refuse("export", out, root / "exported", "--expert", "rslora", "--expert", name)
-        assert f"expert '{name}'" in message and reason in message
-    assert not (root / "exported").exists()
-
-
-def test_a_changed_config_shows_in_what_was_folded(whole_bench: Workshop) -> None:
-    """lora_alpha alone tells the difference: the weights' file, and every shape, are as recorded."""
-    out = whole_bench.build(output={"dtype": "bfloat16"})
-    assert "dora" in exported(open_checkpoint(out))
-    rescaled(whole_bench.root / "dora")
-    assert "dora" not in exported(open_checkpoint(out))
-
-
-def test_where_the_config_was_not_recorded_the_parts_are_cut_out(bench: Workshop) -> None:
-    """As older versions wrote modekit.json: nothing tells whether adapter_config.json is what it was."""
-    out = bench.build()
-    record = json.loads((out / "modekit.json").read_text())
-    for source in record["sources"]:
-        source["config"] = ""
-    (out / "modekit.json").write_text(json.dumps(record))
-    written = export_adapter(open_checkpoint(out), "plain", bench.root / "exported")
-    assert not written.as_it_came and "did not record" in written.notes[0]
-
-
-def test_exporting_all_says_what_it_skips_and_why(whole_bench: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     whole_bench.recipe["experts"] += [{"name": "general", "model": "base"}, {"name": "law", "model": "./law"}]
     out = whole_bench.build(mixture={"method": "linear", "modules": ["mlp", "q", "k", "v", "o"]})
-    shutil.rmtree(whole_bench.root / "dora")
     with (
         patch.object(sys, "argv", ["modekit", "export", str(out), str(whole_bench.root / "exported")]),
         pytest.raises(SystemExit) as ended,
@@ -194,28 +123,15 @@ def test_exporting_all_says_what_it_skips_and_why(whole_bench: Workshop, capsys:
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     for line in (
-        "dora: not exported: parts of it",
+        "dora: not exported: parts of it are no low-rank changes (DoRA, IA3, biases): ./dora has them",
         "general: not exported: it is the base",
         "law: not exported: it is a full model",
+        "head: LoRA, rank 2, 3 modules only what the mixture mixes is here",
     ):
         assert line in said
-    assert "head: LoRA, rank 2, 3 modules, cut out of the mixture only a part of it is mixed" in said
-    assert {path.name for path in (whole_bench.root / "exported").iterdir()} == {"rslora", "ia3", "biases", "head"}
-
-
-def test_a_part_of_an_adapter_keeps_the_keys_of_its_config(bench: Workshop, ids: torch.Tensor) -> None:
-    config_file = bench.root / "rslora" / "adapter_config.json"
-    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "lora_dropout": 0.25}))
-    checkpoint = open_checkpoint(bench.build(mixture={"layers": ["0-1"], "router": {"fit": "random"}}))
-    out = bench.root / "exported"
-    record = export_adapter(checkpoint, "rslora", out)
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert not record.as_it_came and record.kind == "rsLoRA"
-    assert (config["use_rslora"], config["r"], config["lora_alpha"], config["lora_dropout"]) == (True, 3, 5, 0.25)
-    part = bench.build("PART", experts=[{"name": "part", "adapter": "./exported"}, {"name": "general", "model": "base"}])
-    model = AutoModelForCausalLM.from_pretrained(part)
-    model.use_expert("part")
-    torch.testing.assert_close(with_peft(bench.root / "base", out, ids), logits_of(model, ids), rtol=1e-5, atol=1e-5)
+    assert {path.name for path in (whole_bench.root / "exported").iterdir()} == {"rslora", "head"}
+    message = refuse("export", out, whole_bench.root / "again", "--expert", "rslora", "--expert", "ia3")
+    assert "expert 'ia3'" in message and not (whole_bench.root / "again").exists()
 
 
 def test_a_mixture_of_what_was_exported_is_the_same_mixture(bench: Workshop) -> None:

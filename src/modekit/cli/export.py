@@ -17,7 +17,6 @@ from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
 from modekit.engines.registry import Outtype
-from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
 
@@ -65,26 +64,16 @@ def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> 
 
 
 def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> None:
-    from modekit.experts.export import plan_exports, write_export
+    from modekit.experts.export import exportable, why_not, write_export
 
-    plans = plan_exports(checkpoint, options.expert)
-    if all(plan.reason is not None for plan in plans):
-        raise ModekitError(
-            "no expert of this mixture is an adapter that could be written",
-            where=str(checkpoint.folder),
-            found="; ".join(f"{plan.name}: {plan.reason}" for plan in plans),
-            remedy="see `modekit extract` for full models",
-        )
-    for plan in plans:
-        if plan.reason is not None:
-            out.print(Text(f"{plan.name}: not exported: {plan.reason}", style="dim"))
-            continue
-        run = options.run()
-        record = write_export(checkpoint, plan, resolved(output) / plan.name, overwrite=options.overwrite, run=run)
-        rank = f", rank {record.rank}" if record.rank is not None else ""
-        origin = "its own files" if record.as_it_came else "cut out of the mixture"
-        said = f"{record.kind}{rank}, {record.modules} modules, {origin}"
-        _print_written(output / plan.name, said, record.notes)
+    experts = exportable(checkpoint, options.expert)
+    for expert, name in enumerate(checkpoint.names):
+        if expert in experts:
+            written = resolved(output) / name
+            record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=options.run())
+            _print_written(output / name, f"LoRA, rank {record.rank}, {record.modules} modules", record.notes)
+        elif not options.expert:
+            out.print(Text(f"{name}: not exported: {why_not(checkpoint, expert)}", style="dim"))
 
 
 def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:

@@ -35,10 +35,11 @@ class ModuleChange:
     rank: int
     scale: float
 
-    def alpha(self, *, use_rslora: bool) -> float:
+    @property
+    def alpha(self) -> float:
         """What lora_alpha has to be; a whole number where it can."""
-        alpha = self.scale * (math.sqrt(self.rank) if use_rslora else self.rank)
-        near = round(alpha)  # sqrt(r) * (alpha / sqrt(r)) misses a whole number by a last bit
+        alpha = self.scale * self.rank
+        near = round(alpha)
         return near if math.isclose(alpha, near, rel_tol=1e-12) else alpha
 
 
@@ -54,18 +55,14 @@ def lora_config(
     targets: Sequence[str] | None = None,
     has_encoder: bool = False,
     lora_bias: bool = False,
-    known: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """adapter_config.json of these modules, which are its targets unless `targets` says it shorter.
 
-    `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `known` are keys of an earlier
-    config of the same adapter: what does not say which modules there are and how they are scaled is kept, and so is
-    `use_rslora`. `has_encoder`: the base is an encoder-decoder.
+    `r` is the largest rank, for engines that reserve room by it and do not know the patterns. `has_encoder`: the base is an
+    encoder-decoder.
     """
-    known = known or {}
-    use_rslora = bool(known.get("use_rslora"))
     ranks = {module: change.rank for module, change in sorted(changes.items())}
-    alphas = {module: changes[module].alpha(use_rslora=use_rslora) for module in ranks}
+    alphas = {module: changes[module].alpha for module in ranks}
     largest = max(ranks, key=ranks.__getitem__)
     rank, alpha = ranks[largest], alphas[largest]
     return {
@@ -74,10 +71,9 @@ def lora_config(
         "inference_mode": True,
         "fan_in_fan_out": False,
         "lora_dropout": 0.0,
-        **{key: value for key, value in known.items() if key not in _OF_THE_MODULES},
         "peft_type": "LORA",
         "base_model_name_or_path": base_name,
-        "use_rslora": use_rslora,
+        "use_rslora": False,
         "use_dora": False,
         "bias": "none",
         "lora_bias": lora_bias,
@@ -87,13 +83,6 @@ def lora_config(
         "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
         "target_modules": list(targets) if targets is not None else list(ranks),
     }
-
-
-_OF_THE_MODULES = {
-    *("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication"),
-    *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
-}
-"""Keys of PEFT's that choose modules, or keep whole ones; a list of targets says it all."""
 
 
 def write_lora(stage: Staging, config: Mapping[str, object], tensors: Sequence[PeftTensor]) -> None:
