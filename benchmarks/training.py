@@ -41,7 +41,7 @@ FIT = {"tokens_per_domain": 131_072, "keep_tokens": 16_384}
 TOP2 = {"method": "routing", "top_k": 2}
 TOKEN = {**TOP2, "router": FIT}
 CONTEXT = {**TOP2, "router": {**FIT, "granularity": "context"}}
-NGRAM = {**TOP2, "router": {"fit": "ngram"}}
+LEXICAL = {**TOP2, "router": {"fit": "lexical", "orders": [1, 2]}}
 
 FULL = {"steps": 150, "batch_tokens": 3072, "learning_rate": 6e-3, "patience": 8}
 ATTENTION = {
@@ -79,12 +79,12 @@ TARGETS: dict[str, Variant] = {
     "token, routers and attention": (TOKEN, ATTENTION),
     "context": (CONTEXT, None),
     "context, routers": (CONTEXT, FULL),
-    "n-gram": (NGRAM, None),
-    "n-gram, routers": (NGRAM, {**FULL, "learning_rate": 1e-3}),
-    "n-gram, routers and attention": (NGRAM, ATTENTION),
+    "lexical": (LEXICAL, None),
+    "lexical, routers": (LEXICAL, {**FULL, "learning_rate": 1e-3}),
+    "lexical, routers and attention": (LEXICAL, ATTENTION),
     "token, routers and attention, domain randomisation": (TOKEN, ROBUST),
 }
-AVERAGE = {**NGRAM, "backbone": "average"}
+AVERAGE = {**LEXICAL, "backbone": "average"}
 MOST = {**AVERAGE, "modules": ["q", "k", "v", "o", "mlp"]}
 FIVE: dict[str, Variant] = {
     "FFN experts, average": (AVERAGE, None),
@@ -99,7 +99,7 @@ FIVE: dict[str, Variant] = {
         MOST,
         {**FIVE_PERCENT, "what": ["embeddings", "head", "norms"], "learning_rate": None},
     ),
-    "whole models": ({**NGRAM, "modules": "all"}, None),
+    "whole models": ({**LEXICAL, "modules": "all"}, None),
 }
 
 
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def ablation() -> dict[str, Variant]:
-    """Linear, noisy, centroid, ridge, trained routers, trained routers and attention x backbone x top_k."""
+    """Linear, noisy, centroid, trained routers, trained routers and attention x backbone x top_k."""
     short = {"steps": 30, "batch_tokens": 3072, "learning_rate": 6e-3, "evaluate_every": 10, "select_tokens": 4096}
     more = {**short, "what": ["routers", "attention"], "backbone_learning_rate": 2e-3, "weight_decay": 0.01}
     few = {"tokens_per_domain": 16_384}
@@ -132,10 +132,10 @@ def ablation() -> dict[str, Variant]:
         variants[f"linear | {named} | 4"] = ({"method": "linear", "backbone": backbone}, None)
         for top_k in (1, 2, 4):
             mixture = {"method": "routing", "top_k": top_k, "backbone": backbone}
-            for fit in ("random", "centroid", "ridge"):
+            for fit in ("random", "centroid"):
                 router = {"fit": fit, **(few if FITS[fit].reads.text else {})}
                 variants[f"{FITS[fit].label} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
-            trained = {**mixture, "router": {"fit": "ridge", **few}}
+            trained = {**mixture, "router": {"fit": "logistic", **few}}
             variants[f"trained routers | {named} | {top_k}"] = (trained, short)
             variants[f"trained routers and attention | {named} | {top_k}"] = (trained, more)
     return variants

@@ -37,7 +37,6 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "lexical of tokens and pairs, top-1": {"top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}},
     "lexical of tokens and pairs, top-2": {"top_k": 2, "router": {"fit": "lexical", "orders": [1, 2]}},
     "lexical, unseen: base": {**LEXICAL, "unseen": "base"},
-    "n-gram, top-1": {"top_k": 1, "router": {"fit": "ngram"}},
 }
 
 

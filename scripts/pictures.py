@@ -139,7 +139,7 @@ def gaps() -> str:
         drawing.text(x, bottom + 18, {0: "0: base", 1: "1: own expert"}.get(tick, f"{tick:g}"), SOFT, look='font-size="12"')
     for place, row in enumerate(shown):
         y = 54 + _STEP * place
-        fitted = row.name.startswith(("ridge", "logistic", "n-gram", "lexical"))
+        fitted = row.name.startswith(("logistic", "lexical"))
         name, length = row.name.replace(" (own expert forced)", ": right expert known"), _WIDTH * row.gap
         drawing.text(_LEFT - 12, y + 16, name, anchor="end", look='font-size="13"')
         drawing.box(_LEFT, y, length, 22, BLUE if fitted else GREY)

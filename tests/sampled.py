@@ -13,7 +13,7 @@ import pytest
 nothing = r"^$"
 _PAIRS = r"^(marian|t5)\b(?! gated)"
 _ONE_OF_LLAMA = r"^(?!llama-mixtral-[1-5]|mistral-mixtral-8)"
-_DROPPED = r"^((ridge|phatgoose)-layer|ngram-projection|spectr-feature)$"
+_DROPPED = r"^(logistic-layer|lexical-projection|arrow-feature)$"
 _FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2|granitemoehybrid|lfm2)"
 _INSPECTED = r"^(0-)?(native|best|gating|context|everything|model|feature)$"
 
@@ -36,7 +36,7 @@ SAMPLED = {
     "architecture/test_pictures.py::test_routers_read_pictures_and_text": r"^(qwen3_5|gemma3)$",
     "architecture/test_pictures.py::test_text_alone_is_the_text_mixture": r"^qwen3_5$",
     "architecture/test_survey_gates.py::test_experts_come_and_go": r"^attention$",
-    "architecture/test_whole_pairs.py::test_a_fitted_router_sends_each_source_to_one_model": r"^t5-(ngram|lexical)$",
+    "architecture/test_whole_pairs.py::test_a_fitted_router_sends_each_source_to_one_model": r"^t5-(bigrams|lexical)$",
     "architecture/test_whole_pairs.py::test_an_expert_alone_is_its_own_model_bit_for_bit": r"^(marian|t5)-router0$",
     "architecture/test_whole_pairs.py::test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all": r"^t5$",
     "architecture/test_whole_pairs.py::test_experts_come_and_go": r"^bart$",
@@ -84,7 +84,7 @@ SAMPLED = {
     "evaluation/test_labels.py::test_by_gate_a_label_is_a_forced_pass": r"^(native|adapters)$",
     "evaluation/test_labels_translated.py::test_by_gate_the_experts_of_the_labels_write": r"^2$",
     "evaluation/test_labels_translated.py::test_by_tag_the_source_begins_with_the_label": r"^1$",
-    "evaluation/test_mixtures_of_pairs.py::test_it_is_fitted_scored_and_inspected": r"^t5-(ngram|per model)$",
+    "evaluation/test_mixtures_of_pairs.py::test_it_is_fitted_scored_and_inspected": r"^t5-(bigrams|per model)$",
     "evaluation/test_mixtures_of_pairs.py::test_what_is_captured_times_a_gate_is_what_the_router_says": r"^t5-",
     "evaluation/test_tasks.py::test_the_harness_itself_runs_what_was_written": r"^continuations$",
     "evaluation/test_translation.py::test_neither_batch_nor_padding_changes_a_translation": r"^3-",
@@ -99,9 +99,9 @@ SAMPLED = {
     "files/test_power.py::test_a_fit": r"^cut off$",
     "files/test_power.py::test_who_does_not_wait_for_the_disk_may_lose_what_is_there": nothing,
     "files/test_two_at_once.py::test_a_race_of_two_commands": nothing,
-    "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": r"lexical$|by n-grams$",
+    "members/test_come_and_go.py::test_added_is_built_with_it_and_removed_is_built_without": r"lexical$|by pairs$",
     "members/test_come_and_go.py::test_another_model_in_the_place_of_one": r"^(native lexical|adapters)$",
-    "members/test_come_and_go.py::test_another_name": r"^(adapters|whole models by n-grams)$",
+    "members/test_come_and_go.py::test_another_name": r"^(adapters|whole models by pairs)$",
     "members/test_come_and_go.py::test_the_first_goes_in_place": r"^(native random|everything)$",
     "planning/test_chosen_router.py::test_the_recipe_of_a_build_builds_the_same_bytes": r"^(models|adapters.*)$",
     "report/test_card.py::test_the_snippet_asks_a_model_that_knows_conversations": nothing,
@@ -112,12 +112,12 @@ SAMPLED = {
     "routing/test_chat_routing.py::test_a_lexical_router_knows_chats": r"^modekit$",
     "routing/test_chat_routing.py::test_a_mixture_keeps_its_decay": nothing,
     "routing/test_chat_routing.py::test_a_mixture_of_an_older_version_keeps_its_slow_decay": r"^modekit$",
-    "routing/test_chat_routing.py::test_other_fits_read_chats_too": r"^ngram$",
-    "routing/test_chat_routing.py::test_what_was_kept_before_there_were_chats_does_without_them": r"^ngram$",
+    "routing/test_chat_routing.py::test_other_fits_read_chats_too": r"^bigrams$",
+    "routing/test_chat_routing.py::test_what_was_kept_before_there_were_chats_does_without_them": r"^bigrams$",
     "routing/test_fit_to_fit.py::test_what_only_the_old_router_needed_is_dropped": _DROPPED,
     "routing/test_lexical.py::test_kept_tokens_stand_in_for_text_that_is_gone": r"^modekit$",
     "routing/test_refit.py::test_a_changed_router_is_what_its_recipe_builds": r"^built(0|4|5|8|10)-",
-    "routing/test_unseen.py::test_another_fit_keeps_it_where_that_reads_tokens": r"^ngram",
+    "routing/test_unseen.py::test_another_fit_keeps_it_where_that_reads_tokens": r"^lexical",
     "routing/test_unseen.py::test_text_of_no_domain_goes_to_the_base_and_text_of_a_domain_to_its_expert": r"gram|lexical",
     "routing/test_unseen.py::test_whatever_else_the_mixture_does": r"gating|'all'",
     "routing/test_write_text.py::test_a_build_writes_fits_and_evaluates": nothing,
@@ -149,7 +149,6 @@ SAMPLED = {
     "training/test_train.py::test_checkpointing_changes_memory_and_no_result": r"^None$",
     "training/test_train.py::test_each_loss_falls_when_it_is_trained_on": r"^(balance|z|distill)$",
     "training/test_train.py::test_only_what_was_named_has_other_bytes": r"-native$|^routers-context$",
-    "training/test_train.py::test_routers_that_score_by_a_norm_can_be_trained_beside_the_base": r"^spectr$",
     "training/test_train.py::test_what_is_written_is_worth_what_the_record_says_for_tied_embeddings_too": r"^all$",
     "training/test_train_pairs.py::test_a_training_lowers_the_held_out_loss_and_is_written": r"^(bart-once|t5-token)$",
     "training/test_train_pairs.py::test_specialists_of_pairs": r"^t5-",
@@ -166,7 +165,6 @@ FURTHER = {
     "architecture/test_whole_pairs.py": _PAIR_FAMILIES,
     "engines/test_serve.py": r"^adapters-transformers$",
     "planning/test_channels.py": r"^(?!llama-mixtral-0$|qwen2-qwen2_moe-9$)\w+-\w+-\d+$",
-    "routing/test_unseen.py": r"^ngram$",
 }
 """File -> a pattern for the cases that `make test` leaves out of every test that has no line above."""
 

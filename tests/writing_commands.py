@@ -23,7 +23,7 @@ from modekit.files.write import is_temporary
 from modekit.text import written
 from refusal import Tree
 
-FIT = {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
+FIT = {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}
 FEW = ("--tokens", "200")
 MIXED = ("--text", "fever=text/code.jsonl", "--text", "law=text/law.jsonl")
 TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
@@ -56,7 +56,7 @@ COMMANDS = {
     "mix": Command(("mix", "base", "fever", "law", "--without-base", "-o", "NEW", *MIXED), 30, 23),
     "mix without text": Command(("mix", "base", "fever", "-o", "NEW"), 60, 61, 7),
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
-    "fit": Command(("fit", "OUT", "--fit", "ridge"), 15),
+    "fit": Command(("fit", "OUT", "--fit", "logistic"), 15),
     "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
     "add": Command(("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", *FEW, "--force"), 30),
     "add elsewhere": Command(

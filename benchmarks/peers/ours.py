@@ -61,10 +61,10 @@ def _trained(pool: Pool, out: Path) -> Made:
 
 
 def _fit(fit: str, top_k: int, pool: Pool, out: Path, **router: Any) -> Made:
-    """A router that scores adapters, in the modekit architecture; PHATGOOSE alone reads text."""
+    """A router that scores adapters, in the modekit architecture."""
     mixture = {"method": "routing", "top_k": top_k, "router": {"fit": fit, **router}}
     said = {"mixture": mixture, "output": {"format": "modekit"}}
-    return built(pool, out, said, "real" if fit == "phatgoose" else "")
+    return built(pool, out, said, "")
 
 
 OURS: list[Peer] = [
@@ -77,9 +77,6 @@ OURS: list[Peer] = [
 OURS_TRAINED: list[Peer] = [Formula("modekit, plain, trained", _trained, "modekit mix, modekit train")]
 FITS: list[Peer] = [
     Formula("arrow, top-4", partial(_fit, "arrow", 4), "2405.11157, modekit's fit", ADAPTERS),
-    Formula("spectr, top-4", partial(_fit, "spectr", 4), "2504.03454, modekit's fit", ADAPTERS),
-    Formula("seqr, top-1", partial(_fit, "seqr", 1), "2509.18093, modekit's fit", ADAPTERS),
-    Formula("phatgoose, top-2", partial(_fit, "phatgoose", 2), "2402.05859, modekit's fit", ADAPTERS),
     Formula(
         "modekit, no text (arrow, context 0.9, top-2)",
         partial(_fit, "arrow", 2, granularity="context"),

@@ -1,7 +1,7 @@
 """The public face: what `import modekit` offers. Each verb of the command line is a function here, over the same code.
 
     checkpoint = modekit.build(modekit.plan("recipe.yaml"), "OUT")
-    modekit.fit("OUT", fit="ridge")
+    modekit.fit("OUT", fit="lexical")
     print(modekit.evaluate("OUT").markdown())
     model, tokenizer = modekit.load("OUT")
 
@@ -79,7 +79,7 @@ def build(
 def fit(checkpoint: Folder, *, run: Run = QUIET, **changes: object) -> Checkpoint:
     """Set the router anew; the experts are not touched.
 
-    `changes` are keys of the recipe's `mixture.router` (`fit="ridge"`, `temperature=0.5`) or of `mixture` itself
+    `changes` are keys of the recipe's `mixture.router` (`fit="lexical"`, `temperature=0.5`) or of `mixture` itself
     (`method`, `top_k`, `top_p`). Raises RecipeError for what would need another build.
     """
     from modekit.recipes.router import Router

@@ -418,16 +418,8 @@ def mean_with(output: Any, common: torch.Tensor, share: float) -> Any:
 
 
 def score(x: torch.Tensor, gate: torch.Tensor, rows: list[int], fit: str) -> torch.Tensor:
-    """Of every expert (B, S, E): w x; its length, for rows of low-rank changes; or the cosine-like one of PHATGOOSE."""
-    if fit == "phatgoose":
-        x, gate = (
-            ((each - each.mean(-1, keepdim=True)) / (each.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
-            for each in (x, gate)
-        )
-        return x @ gate.T / x.shape[-1] ** 0.5
-    if fit in {"arrow", "spectr", "seqr"}:
-        return torch.stack([(x @ part.T).norm(dim=-1) for part in gate.split(rows)], dim=-1)
-    return x @ gate.T
+    """Of every expert (B, S, E): w x, or its size."""
+    return (x @ gate.T).abs() if fit == "arrow" else x @ gate.T
 
 
 def read_gates(checkpoint: Checkpoint) -> dict[str, tuple[torch.Tensor, list[int]]]:
@@ -558,7 +550,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
             mixture["weights"] = {name: draw(st.sampled_from([0.5, 1.0, 3.0])) for name in names}
         return mixture
     if whole:
-        fits = tuple(fit for fit in fits if fit not in {"arrow", "spectr", "seqr"})  # they read no embedding
+        fits = tuple(fit for fit in fits if fit != "arrow")  # they read no embedding
     router: dict[str, Any] = {"fit": draw(st.sampled_from(fits))}
     drawn = {
         "temperature": draw(st.sampled_from([1.0, 0.1, 0.01])),
@@ -573,7 +565,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
     if router["granularity"] == "sequence" and draw(st.booleans()):
         router["prefix"] = draw(st.sampled_from([1, 4]))
     pers = ["layer", "layer", "model", "projection", "feature"]
-    pers = pers[:-1] if router["fit"] in {"arrow", "spectr", "seqr", "phatgoose"} else pers
+    pers = pers[:-1] if router["fit"] == "arrow" else pers
     router["per"] = "model" if whole else draw(st.sampled_from(pers))
     mixture["router"] = router
     if mixture["method"] == "routing":
@@ -595,7 +587,7 @@ MANY = settings(max_examples=100, deadline=None, derandomize=True, suppress_heal
 
 
 @FEW
-@given(drawn=recipes(LOW_RANK, ("arrow", "spectr", "seqr", "phatgoose")), seed=st.integers(0, 99))
+@given(drawn=recipes(LOW_RANK, ("arrow",)), seed=st.integers(0, 99))
 def test_a_mixture_of_adapters_is_routed_by_what_its_gates_say(drawn: dict[str, Any], seed: int) -> None:
     check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
 
@@ -608,7 +600,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(drawn: dict[str, Any], see
 
 @pytest.mark.slow
 @MANY
-@given(drawn=recipes(LOW_RANK, ("arrow", "spectr", "seqr", "phatgoose")), seed=st.integers(0, 99))
+@given(drawn=recipes(LOW_RANK, ("arrow",)), seed=st.integers(0, 99))
 def test_many_mixtures_of_adapters_are_routed_by_what_their_gates_say(drawn: dict[str, Any], seed: int) -> None:
     check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
 
@@ -686,8 +678,8 @@ def test_each_sequence_may_be_fixed_on_an_expert_of_its_own() -> None:
 
 # --- promise 1: copies of one expert are that expert, whatever the router says
 
-TEXT_FITS = ("centroid", "lda", "logistic", "ridge")
-ADAPTER_FITS = ("arrow", "spectr", "seqr", "phatgoose")
+TEXT_FITS = ("centroid", "logistic")
+ADAPTER_FITS = ("arrow",)
 
 
 @st.composite
@@ -860,7 +852,7 @@ TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
         [BASE, ONE, PLAIN, UNEVEN, DORA, PART],
         {
             "modules": ["q", "k", "v", "mlp"],
-            "router": {"fit": "ridge", "granularity": "context", "tokens_per_domain": 64},
+            "router": {"fit": "logistic", "granularity": "context", "tokens_per_domain": 64},
         },
         "modekit",
     ),
@@ -869,19 +861,11 @@ TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
         [ONE, PLAIN, TWO],
         {
             "modules": "all",
-            "router": {"fit": "lda", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
+            "router": {"fit": "logistic", "granularity": "sequence", "per": "model", "tokens_per_domain": 64},
         },
         "auto",
     ),
     "arrow": ("glm4", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
-    "phatgoose": (
-        "starcoder2",
-        [BASE, PLAIN, UNEVEN],
-        {
-            "router": {"fit": "phatgoose", "steps": 2, "tokens_per_domain": 64},
-        },
-        "auto",
-    ),
     "deep": ("olmo2", [BASE, TWO, PLAIN], {"top_p": 0.7, "router": {"fit": "centroid", "per": "feature"}}, "auto"),
 }
 
@@ -977,9 +961,8 @@ def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkey
             for ours, theirs in zip(captured(checkpoint, sequences), expected, strict=True):
                 for one, other in zip(ours.slots, theirs.slots, strict=True):
                     torch.testing.assert_close(one.sum_D, other.sum_D, rtol=1e-5, atol=1e-4)
-                    torch.testing.assert_close(one.outer_DD, other.outer_DD, rtol=1e-4, atol=1e-3)
                     torch.testing.assert_close(one.sample_ND, other.sample_ND, rtol=2e-3, atol=2e-3)
-            for fit in ("centroid", "ridge"):
+            for fit in ("centroid", "logistic"):
                 gates = [fit_gates(Router(fit=fit), each) for each in (captured(checkpoint, sequences), expected)]
                 for one, other in zip(*gates, strict=True):
                     torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3 * float(other.abs().max()))

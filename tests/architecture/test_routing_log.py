@@ -80,7 +80,11 @@ def test_an_expert_that_is_forced_was_decided_by_no_router(bench: Workshop, ids:
         assert len(model(input_ids=ids, output_router_logits=True).router_logits) == 3
 
 
-@pytest.mark.parametrize("router", [FULL, ROUTERS["context"][0], {"fit": "ngram"}], ids=["token", "context", "ngram"])
+@pytest.mark.parametrize(
+    "router",
+    [FULL, ROUTERS["context"][0], {"fit": "lexical", "orders": [1, 2], "buckets": 512}],
+    ids=["token", "context", "bigrams"],
+)
 def test_generate_takes_it_and_a_pass_over_its_text_logs_the_whole(
     bench: Workshop, ids: torch.Tensor, router: dict[str, Any]
 ) -> None:

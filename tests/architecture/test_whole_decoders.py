@@ -18,7 +18,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe, read_recipe
 
-NGRAM = {"fit": "ngram", "buckets": 512}
+NGRAM = {"fit": "lexical", "orders": [1, 2], "buckets": 512}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 
 
@@ -82,7 +82,7 @@ def test_a_cache_is_not_read_with_another_number_of_streams(workshop: Workshop) 
         ({"modules": "all", **COMMON}, "modules: decoder"),
         ({"modules": "decoder", "backbone": "average", **COMMON}, "needs backbone: base"),
         ({"modules": "decoder", "layers": [1]}, "'layers' has no effect"),
-        ({"modules": "decoder", "router": {"fit": "ridge"}}, "before the first layer"),
+        ({"modules": "decoder", "router": {"fit": "logistic"}}, "before the first layer"),
     ],
 )
 def test_what_whole_decoders_cannot_be_is_said(workshop: Workshop, said: dict[str, Any], wanted: str) -> None:

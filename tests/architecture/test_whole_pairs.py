@@ -390,10 +390,9 @@ def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 64}
 FITS: dict[str, dict[str, Any]] = {
-    "ngram": {"fit": "ngram", "buckets": 512},
+    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 512},
     "lexical": {"fit": "lexical"},
     "classifier": {"fit": "classifier", "prefix": 16},
-    "classifier of hidden states": {"fit": "classifier", "features": "hidden", "prefix": 16, **SMALL},
     "logistic": {"fit": "logistic", "granularity": "sequence", "per": "model", **SMALL},
 }
 
@@ -424,7 +423,7 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
 
 
 def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
-    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]}
+    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]}
     whole = borrow(pair_workshop, tmp_path)
     every = whole.build("ALL", mixture=mixture)
     two = whole.build("TWO", mixture=mixture, experts=whole.recipe["experts"][:2])
@@ -446,7 +445,7 @@ def test_mixtures_that_lack_the_sentencepiece_files(pair_workshop: Workshop, tmp
     shutil.copytree(pair_workshop.root / "base", base)
     (base / "spiece.model").write_bytes(b"pieces")
     shop.recipe["base_model"] = str(base)
-    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]})
+    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]})
     (out / "spiece.model").unlink()
     checkpoint = open_checkpoint(out)
     checks = verify(checkpoint, reload=False)
@@ -462,7 +461,7 @@ def test_mixtures_that_lack_the_sentencepiece_files(pair_workshop: Workshop, tmp
 def test_a_change_of_a_mixture_that_routes_as_an_older_version_wrote_it(pair_workshop: Workshop, tmp_path: Path) -> None:
     """No model changed, and `fit` mends it."""
     shop = borrow(pair_workshop, tmp_path)
-    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]})
+    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]})
     config = json.loads((out / "config.json").read_text())
     config["modekit"]["routing"]["averages"][0]["decay"] = 0.5
     (out / "config.json").write_text(json.dumps(config))
@@ -483,7 +482,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_its_router_is_fitted_anew(pair_workshop: Workshop, tmp_path: Path) -> None:
-    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["ngram"]}
+    mixture = {"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]}
     out = borrow(pair_workshop, tmp_path).build(mixture=mixture)
     refit(open_checkpoint(out), {"router": {"fit": "lexical"}})
     assert is_proven(verify(open_checkpoint(out)))

@@ -133,7 +133,7 @@ def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:
 
 
 def test_code_that_is_not_this_versions_is_found(workshop: Workshop) -> None:
-    out = workshop.build(mixture={**workshop.recipe["mixture"], "router": {"fit": "ngram"}})
+    out = workshop.build(mixture={**workshop.recipe["mixture"], "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}})
     assert checks_of(out)["code that opens it"].verdict == "proven"
     code = out / "modekit_router.py"
     code.write_text(code.read_text() + "# of another version\n")

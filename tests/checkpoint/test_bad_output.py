@@ -77,7 +77,7 @@ def test_the_old_folder_stays_when_the_new_build_fails(bench: Workshop) -> None:
     spoil(copy_expert(bench))
     message = refuse_build(bench, "--overwrite")
     assert f"experts[1] 'law' (./law): {FFN}" in message
-    message = refuse_build(bench, "--overwrite", mixture={"router": {"fit": "lda", "tokens_per_domain": 64}})
+    message = refuse_build(bench, "--overwrite", mixture={"router": {"fit": "logistic", "tokens_per_domain": 64}})
     assert f"experts[1] 'law' (./law): {FFN}" in message
 
 
@@ -149,11 +149,9 @@ def test_a_full_disk(bench: Workshop, limit: int, exists: bool) -> None:
     assert tree(bench.root) == before
 
 
-@pytest.mark.parametrize(
-    ("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "ngram", "buckets": 64, "keep_tokens": 20_000}, 40_000)]
-)
+@pytest.mark.parametrize(("router", "limit"), [({"fit": "centroid"}, 60_000), ({"fit": "lexical"}, 40_000)])
 def test_a_disk_that_fills_up_during_the_fit(bench: Workshop, router: dict[str, Any], limit: int) -> None:
-    texts = write_text(bench.root / "long", documents=400)  # of which an n-gram fit keeps more than the limit
+    texts = write_text(bench.root / "long", documents=400)  # of which a lexical fit keeps more than the limit
     experts = [{**expert, "text": str(texts[expert["name"]])} for expert in bench.recipe["experts"]]
     recipe = bench.write(output={"shard_size": "20KB"}, mixture={"router": router}, experts=experts)
     before = tree(bench.root)

@@ -29,7 +29,7 @@ from refusal import refuse
 
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
-    "ngram": {"fit": "ngram", "buckets": 256},
+    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 256},
     "classifier": {"fit": "classifier"},
 }
 TEXT = "fever artery lesion dose nerve"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from command_line import modekit as here
 from conftest import Workshop
 
-ROUTER = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}
+ROUTER = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}
 
 
 def modekit(workshop: Workshop, *arguments: str) -> str:

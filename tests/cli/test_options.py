@@ -84,7 +84,7 @@ def test_the_version_is_said_without_torch() -> None:
 
 def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
-    router = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32}
+    router = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32}
     recipe = workshop.write(mixture={"method": "routing", "top_k": 2, "router": router})
     done = subprocess.run(
         [sys.executable, "-m", "modekit", "build", str(recipe), str(tmp_path / "OUT")],
@@ -104,8 +104,8 @@ def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: P
 
 def test_fit_options_are_changes_of_the_mixture() -> None:
     assert mixtures.FitOptions().changes() == {"router": {}}
-    options = mixtures.FitOptions(method="routing", router="ridge", top_k=1, l2=0.5)
-    assert options.changes() == {"method": "routing", "top_k": 1, "router": {"fit": "ridge", "l2": 0.5}}
+    options = mixtures.FitOptions(method="routing", router="logistic", top_k=1, l2=0.5)
+    assert options.changes() == {"method": "routing", "top_k": 1, "router": {"fit": "logistic", "l2": 0.5}}
 
 
 def test_train_options_are_settings() -> None:

@@ -33,9 +33,9 @@ from modekit.text.sequences import TokenSequence
 ROUTERS = {
     "lexical": {"mixture": {"router": {"fit": "lexical"}}},
     "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
-    "ngram": {"mixture": {"router": {"fit": "ngram"}}},
+    "bigrams": {"mixture": {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}},
     "classifier": {"mixture": {"router": {"fit": "classifier"}}},
-    "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
+    "hidden": {"mixture": {"router": {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
     "adapters": {"mixture": {"router": {"fit": "random"}}},
     "fixed": {"mixture": {"method": "linear"}},
 }
@@ -90,7 +90,7 @@ def test_it_answers_as_transformers_does_and_says_who_led(mixtures: dict[str, Ch
     assert sum(answer.led_by().values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ["lexical", "ngram", "classifier"])
+@pytest.mark.parametrize("name", ["lexical", "bigrams", "classifier"])
 def test_what_tokens_add_is_what_the_router_says(mixtures: dict[str, Checkpoint], name: str) -> None:
     router = last_token_of(mixtures[name])
     ids = load_tokenizer(mixtures[name].folder)(QUESTION)["input_ids"]
@@ -141,21 +141,21 @@ def test_a_forced_expert_is_that_expert(mixtures: dict[str, Checkpoint]) -> None
 
 
 def test_a_long_conversation_loses_its_beginning(mixtures: dict[str, Checkpoint]) -> None:
-    answers = answered(mixtures["ngram"], *[QUESTION] * 4, context=224)
+    answers = answered(mixtures["bigrams"], *[QUESTION] * 4, context=224)
     assert [answer.left_out > 0 for answer in answers] == [False, False, False, True] or answers[-1].left_out > 0
     assert all(len(answer.prompt) + len(answer.tokens) <= 224 and answer.left_out % 2 == 0 for answer in answers)
-    alone = answered(mixtures["ngram"], QUESTION, context=224)[0]
+    alone = answered(mixtures["bigrams"], QUESTION, context=224)[0]
     assert answers[-1].prompt[-len(alone.prompt) :] == alone.prompt
 
 
 def test_what_does_not_fit_is_said_and_the_chat_goes_on(mixtures: dict[str, Checkpoint]) -> None:
-    talk = Chat(mixtures["ngram"], ChatSettings(context=96, answer_tokens=200))
+    talk = Chat(mixtures["bigrams"], ChatSettings(context=96, answer_tokens=200))
     with pytest.raises(TextError, match="no room for an answer"):
         talk.ask("word " * 100, lambda _: None)
     answer = talk.ask("heart", lambda _: None)
     assert answer.ended in ("context", "end") and len(answer.prompt) + len(answer.tokens) <= 96
     with pytest.raises(ModekitError, match="longer than the model's"):
-        Chat(mixtures["ngram"], ChatSettings(context=512))
+        Chat(mixtures["bigrams"], ChatSettings(context=512))
 
 
 def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Checkpoint]) -> None:
@@ -166,7 +166,7 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Chec
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    talk = Chat(mixtures["ngram"], ChatSettings(answer_tokens=50))
+    talk = Chat(mixtures["bigrams"], ChatSettings(answer_tokens=50))
     answer = talk.ask(QUESTION, interrupt)
     assert (answer.ended, len(answer.tokens)) == ("stopped", 3)
     later = talk.ask("heart", lambda _: None)
@@ -174,7 +174,7 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Chec
 
 
 def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
-    said = [answered(mixtures["ngram"], QUESTION, temperature=1.5, seed=seed)[0].text for seed in (1, 1, 2)]
+    said = [answered(mixtures["bigrams"], QUESTION, temperature=1.5, seed=seed)[0].text for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 

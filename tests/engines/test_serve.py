@@ -57,7 +57,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     whole = model_experts(root, head_dim=32)  # as vLLM wants it
     (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
     found = {}
-    for shape, experts, fit in (("native", whole, "lexical"), ("adapters", adapter_experts(root), "ngram")):
+    for shape, experts, fit in (("native", whole, "lexical"), ("adapters", adapter_experts(root), "lexical")):
         recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": fit}}}
         found[shape] = built(root, recipe, shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):

@@ -55,11 +55,11 @@ NOT_RUN |= {row.family.model_type for row in NATIVES if "vLLM" not in row.serves
 ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA if dense not in NOT_RUN]
 ROWS += [row for row in NOT_IN_LLAMA if row[0] not in NOT_RUN] + [("cohere2", {"tie_word_embeddings": False})]
 DIFFERS = [row for row in ROWS if row[1].get("attention_bias") or (row[0] == "cohere2" and "sliding_window" in row[1])]
-LINEAR = {"fit": "ridge"}
+LINEAR = {"fit": "logistic"}
 MEMORY = {
     "context": {**LINEAR, "granularity": "context"},
     "sequence": {**LINEAR, "granularity": "sequence"},
-    "ngram": {"fit": "ngram"},
+    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 512},
     "lexical": {"fit": "lexical"},
     "orders": {"fit": "lexical", "orders": [1, 2]},
     "fading": {"fit": "lexical", "decay": [0.9, 0.5]},
@@ -193,7 +193,7 @@ def test_whole_adapters_in_a_plain_checkpoint(tmp_path: Path, family: str) -> No
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["adapter", "model"])
-@pytest.mark.parametrize("router", [LINEAR, MEMORY["context"], MEMORY["ngram"]], ids=["token", "context", "ngram"])
+@pytest.mark.parametrize("router", [LINEAR, MEMORY["context"], MEMORY["bigrams"]], ids=["token", "context", "bigrams"])
 def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, Any], compiled: bool) -> None:
     checkpoint = mixture(tmp_path, "llama", HEAD, {"router": router}, kind, format="modekit")
     prompts = prompts_of(checkpoint, PROMPTS)
@@ -210,7 +210,9 @@ def test_the_modekit_architecture(tmp_path: Path, kind: str, router: dict[str, A
 def test_every_family_in_the_modekit_architecture(tmp_path: Path, family: Family) -> None:
     dense = family.model_type
     overrides = wide(dense, OVERRIDES.get(dense, {}))
-    checkpoint = mixture(tmp_path, dense, overrides, {"router": {"fit": "ngram"}}, format="modekit")
+    checkpoint = mixture(
+        tmp_path, dense, overrides, {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, format="modekit"
+    )
     prompts = prompts_of(checkpoint, PROMPTS)
     check_same(in_vllm(checkpoint, prompts), in_transformers(checkpoint, prompts))
 
@@ -265,9 +267,9 @@ def test_what_routers_remember_goes_where_keys_and_values_go(
 @pytest.mark.parametrize(
     ("dense", "mixed", "words"),
     [
-        ("llama", {"modules": "all", "router": {"fit": "ngram"}}, "heads of their own"),
+        ("llama", {"modules": "all", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "heads of their own"),
         ("llama", {"router": {**MEMORY["context"], "per": "feature"}, "modules": ["up"]}, "decide per feature"),
-        ("qwen3_5_text", {"router": {"fit": "ngram"}}, "linear attention"),
+        ("qwen3_5_text", {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "linear attention"),
     ],
     ids=["head", "feature", "linear"],
 )

@@ -31,7 +31,7 @@ from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import digest_of, split_of
 
-RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+LOGISTIC = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
 
 
 def ffn_specialists(workshop: Workshop) -> None:
@@ -47,7 +47,7 @@ def ffn_specialists(workshop: Workshop) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(shared_workshop: Workshop) -> tuple[Checkpoint, Results]:
-    checkpoint = open_checkpoint(shared_workshop.build("EVAL", mixture=RIDGE))
+    checkpoint = open_checkpoint(shared_workshop.build("EVAL", mixture=LOGISTIC))
     return checkpoint, evaluate(checkpoint, tokens_per_domain=500, sequence_length=32)
 
 
@@ -100,7 +100,7 @@ def test_no_scored_document_set_the_router(evaluated: tuple[Checkpoint, Results]
 def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Workshop) -> None:
     (workshop.root / "text" / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
     checkpoint = open_checkpoint(
-        workshop.build(mixture=RIDGE, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"})
+        workshop.build(mixture=LOGISTIC, eval={"law": "./text/law.jsonl", "poetry": "./text/poetry.jsonl"})
     )
     domains = {domain.name: domain for domain in held_out_domains(checkpoint, tokens_per_domain=10**6, sequence_length=64)}
     seen = {digest_of(document) for document in fit_documents(checkpoint.record.recipe.experts[1], workshop.root, 1)}
@@ -110,7 +110,7 @@ def test_text_given_for_evaluation_loses_what_the_fit_has_seen(workshop: Worksho
 
 def test_text_on_the_command_line_takes_the_place_of_the_recipe_s(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "poetry.jsonl").write_text(json.dumps({"text": "a rose is a rose"}))
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     scored = checkpoint.scored_on({"law": ["poetry.jsonl"], "music": ["poetry.jsonl"]}, tmp_path)
     domains = {domain.name: domain for domain in held_out_domains(scored, tokens_per_domain=100, sequence_length=64)}
     assert list(domains) == [*DOMAINS, "music"] and domains["law"].record.documents == domains["music"].record.documents == 1
@@ -147,7 +147,7 @@ def test_domains_without_a_gap_are_named(evaluated: tuple[Checkpoint, Results]) 
 
 def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> None:
     ffn_specialists(workshop)
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     results = evaluate(checkpoint, tokens_per_domain=400, sequence_length=32)
     for name in DOMAINS:
         oracle, own = results.row("oracle").scores[name], results.row(name).scores[name]
@@ -159,7 +159,7 @@ def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> N
 def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None:
     experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
     results = evaluate(
-        open_checkpoint(workshop.build(experts=experts, mixture=RIDGE)), tokens_per_domain=300, sequence_length=32
+        open_checkpoint(workshop.build(experts=experts, mixture=LOGISTIC)), tokens_per_domain=300, sequence_length=32
     )
     assert [row.name for row in results.rows] == ["base", "weight average", "oracle", "mixture"]
     for row in results.rows:
@@ -169,7 +169,7 @@ def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None
 
 
 def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     first = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
     checkpoint = refit(checkpoint, {"router": {"temperature": 0.01}})
     loaded: list[Path] = []
@@ -203,7 +203,7 @@ def test_parameters_are_counted(evaluated: tuple[Checkpoint, Results]) -> None:
 
 
 def test_rows_whose_models_are_gone_are_left_out_and_named(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     (workshop.root / "law").rename(workshop.root / "elsewhere")
     results = evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     assert [row.name for row in results.rows] == ["base", "medicine", "code", "oracle", "mixture"]
@@ -286,7 +286,7 @@ def test_a_table_carries_its_errors(evaluated: tuple[Checkpoint, Results]) -> No
 
 
 def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
     path = checkpoint.folder / "results" / "eval.json"
     data = json.loads(path.read_text())
@@ -301,7 +301,7 @@ def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Wor
 
 
 def test_results_know_whose_they_are(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
     results = Results.from_data(data)

@@ -57,8 +57,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "top_p": {"mixture": {"method": "routing", "top_p": 0.6, "router": RANDOM}, **MODEKIT},
     "context": {"mixture": {"method": "routing", "top_k": 2, "router": CONTEXT}, **MODEKIT},
     "sequence": {"mixture": {"method": "routing", "router": {**RANDOM, "granularity": "sequence", "prefix": 4}}, **MODEKIT},
-    "ngram": {"mixture": {"method": "routing", "router": {"fit": "ngram", "buckets": 512}}, **MODEKIT},
-    "everything": {"mixture": {"method": "routing", "modules": "all", "router": {"fit": "ngram", "buckets": 512}}, **MODEKIT},
+    "bigrams": {"mixture": {"method": "routing", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, **MODEKIT},
+    "everything": {
+        "mixture": {"method": "routing", "modules": "all", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}},
+        **MODEKIT,
+    },
     "model": {"mixture": {"method": "routing", "router": {**RANDOM, "per": "model"}}, **MODEKIT},
     "projection": {"mixture": {"method": "routing", "modules": ["q", "mlp"], "router": {**RANDOM, "per": "projection"}}},
     "feature": {"mixture": {"method": "routing", "modules": ["q", "down"], "router": {**RANDOM, "per": "feature"}}},
@@ -139,7 +142,7 @@ def without(shared: Workshop, root: Path, name: str, place: int, model: PreTrain
 
 def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_path: Path) -> None:
     """Of the modekit architecture, whose modules keep what they used; every way to decide."""
-    for name in ("token", "gating", "top_p", "context", "ngram", "always on", "always base", "feature", "linear"):
+    for name in ("token", "gating", "top_p", "context", "bigrams", "always on", "always base", "feature", "linear"):
         checkpoint = built(shared_workshop, tmp_path, name)
         data = inspect_text(checkpoint, "fever dose breach").as_data()
         model = load_model(checkpoint.folder)
@@ -246,7 +249,7 @@ def test_where_routers_stand(shared_workshop: Workshop, tmp_path: Path) -> None:
         return [(router.layer, router.module) for router in built(shared_workshop, tmp_path, name).shape.positions]
 
     assert places("native") == places("token") == places("linear") == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
-    assert places("model") == places("ngram") == places("everything") == [(None, "")]
+    assert places("model") == places("bigrams") == places("everything") == [(None, "")]
     mixed = ["self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert sorted(places("projection")) == sorted((layer, module) for layer in range(3) for module in mixed)
     workshop = borrow(shared_workshop, tmp_path)
@@ -263,8 +266,8 @@ def test_losses_are_those_of_eval(shared_workshop: Workshop, tmp_path: Path) -> 
 
 
 def test_a_router_that_always_takes_one_expert(shared_workshop: Workshop, tmp_path: Path) -> None:
-    """An n-gram table whose rows for law are high: everything else is dead, worth nothing and never agrees."""
-    checkpoint = built(shared_workshop, tmp_path, "ngram")
+    """A table whose rows for law are high: everything else is dead, worth nothing and never agrees."""
+    checkpoint = built(shared_workshop, tmp_path, "bigrams")
     plant(checkpoint, [[0.0] * 512, [500.0] * 512, [0.0] * 512])
     checkpoint = open_with_any_router(checkpoint.folder)
     data = inspect(checkpoint, **SMALL).as_data()
@@ -450,7 +453,7 @@ def test_an_expert_that_changed_nothing_that_is_compared_is_named(shared_worksho
 def test_padding_and_the_order_of_batches_change_nothing(
     shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("native", "context", "ngram", "feature"):
+    for name in ("native", "context", "bigrams", "feature"):
         checkpoint = built(shared_workshop, tmp_path, name)
         together = inspect(checkpoint, **SMALL).as_data()
 

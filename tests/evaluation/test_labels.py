@@ -46,7 +46,7 @@ RIGHT = {"medicine": 0, "law": 1, "code": 2, LABEL: 1}
 WRONG = {"medicine": 1, "law": 2, "code": 0, LABEL: 2, STRANGER: 0}
 KINDS: dict[str, dict[str, Any]] = {
     "native": {"output": {"format": "native"}},
-    "whole models": {"mixture": {"modules": "all", "top_k": 1, "router": {"fit": "ngram", "buckets": 64}}},
+    "whole models": {"mixture": {"modules": "all", "top_k": 1, "router": {"fit": "lexical", "orders": [1, 2], "buckets": 64}}},
     "adapters": {"output": {"format": "modekit"}},
 }
 

@@ -110,14 +110,14 @@ def test_statistics_count_the_side_that_a_router_reads(
 @pytest.mark.parametrize(
     "mixture",
     [
-        {"method": "routing", "router": {"fit": "ridge"}},
+        {"method": "routing", "router": {"fit": "logistic"}},
         {"method": "gating", "router": {"fit": "logistic", "granularity": "sequence", "per": "model"}},
-        {"method": "routing", "router": {"fit": "ngram", "buckets": 512}},
+        {"method": "routing", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}},
         {"method": "gating", "router": {"fit": "lexical"}},
         {"method": "linear"},
         {"method": "routing", "modules": PARTS, "router": {"fit": "centroid", "per": "projection"}},
     ],
-    ids=["ridge", "per model", "ngram", "lexical", "linear", "projection"],
+    ids=["logistic", "per model", "bigrams", "lexical", "linear", "projection"],
 )
 def test_it_is_fitted_scored_and_inspected(pair_workshop: Workshop, tmp_path: Path, mixture: dict[str, Any]) -> None:
     checkpoint = built(pair_workshop, tmp_path, mixture)
@@ -173,7 +173,7 @@ def test_plain_text_is_refused(pair_workshop: Workshop, tmp_path: Path) -> None:
         (workshop.root / f"{name}.txt").write_text("\n\n".join(f"{name} {number} " * 300 for number in range(60)))
         next(expert for expert in workshop.recipe["experts"] if expert["name"] == name)["text"] = f"./{name}.txt"
     with pytest.raises(TextError, match="needs pairs"):
-        workshop.build(mixture={"method": "routing", "router": {"fit": "ridge"}})
+        workshop.build(mixture={"method": "routing", "router": {"fit": "logistic"}})
     checkpoint = open_checkpoint(workshop.build(mixture=MIXTURES["token"]))
     with pytest.raises(TextError, match="needs pairs"):
         evaluate(checkpoint, **SMALL)

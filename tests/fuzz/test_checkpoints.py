@@ -293,12 +293,6 @@ def test_a_fit_from_damaged_statistics(own: Stranger, tmp_path: Path) -> None:
 
 
 @many(40)
-def test_damaged_counts(counts: Path, data: st.DataObject) -> None:
-    with damaged(Stranger(counts), "law.safetensors", data), in_time(), told():
-        load_ngram_statistics(counts / "law.safetensors")
-
-
-@many(40)
 def test_damaged_tokens_to_choose_by(tokens: Path, data: st.DataObject) -> None:
     with damaged(Stranger(tokens), "law.safetensors", data), in_time(), told():
         load_token_text(tokens / "law.safetensors", 96)
@@ -311,11 +305,6 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = {"text": {}, "how": {}}
     TokenText(ids, ones, ones * 0, said, ids.clone(), ones.clone(), torch.ones(96)).save(folder / "law.safetensors")
     return folder
-
-
-@pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copytree(OLD_COUNTS, tmp_path_factory.mktemp("counts") / "router")
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,6 @@ def _routed(fit: str, **router: Any) -> dict[str, Any]:
 NATIVE, MODEKIT = {"format": "native"}, {"format": "modekit"}
 KINDS = {
     "native random": Kind(_routed("random", seed=3), NATIVE),
-    "native ridge": Kind(_routed("ridge", **SHORT), NATIVE),
     "native logistic": Kind(_routed("logistic", **SHORT), NATIVE),
     "native lexical": Kind(_routed("lexical"), NATIVE),
     "native lexical with the base": Kind(_routed("lexical"), NATIVE, ("base_too", *WHOLE)),
@@ -61,18 +60,16 @@ KINDS = {
     "native in small files": Kind(_routed("random", seed=3), {**NATIVE, "shard_size": "20KB"}),
     "native average": Kind({**_routed("random", seed=3), "backbone": "average"}, NATIVE, WHOLE, WHOLE),
     "native uniform": Kind({"method": "linear"}, NATIVE),
-    "whole models by n-grams": Kind(_routed("ngram"), MODEKIT),
+    "whole models by pairs": Kind(_routed("lexical", orders=[1, 2], buckets=512), MODEKIT),
     "whole models per projection": Kind(_routed("centroid", per="projection", **SHORT), MODEKIT),
     "whole models by a classifier": Kind({**_routed("classifier", prefix=16), "modules": "all"}, MODEKIT),
-    "classifier of n-grams": Kind(_routed("classifier", features="ngrams", classifier="sgd", buckets=1024), MODEKIT),
-    "classifier of hidden states": Kind(_routed("classifier", features="hidden", **SHORT), MODEKIT),
     "everything": Kind({**_routed("lexical"), "modules": "all"}, MODEKIT),
-    "context": Kind(_routed("ridge", granularity="context", **SHORT), MODEKIT),
-    "adapters": Kind(_routed("ridge", **SHORT), MODEKIT, LOW_RANK),
+    "context": Kind(_routed("logistic", granularity="context", **SHORT), MODEKIT),
+    "adapters": Kind(_routed("logistic", **SHORT), MODEKIT, LOW_RANK),
     "adapters without text": Kind(_routed("arrow"), MODEKIT, LOW_RANK),
     "adapters of attention, plain": Kind(_routed("lexical"), NATIVE, WIDE, WIDE, and_leaving=True),
     "adapters folded": Kind(_routed("random", seed=3), NATIVE, LOW_RANK),
-    "adapters and whole models": Kind(_routed("ngram"), MODEKIT, ("fever", "law", "yield")),
+    "adapters and whole models": Kind(_routed("lexical", orders=[1, 2], buckets=512), MODEKIT, ("fever", "law", "yield")),
 }
 
 
@@ -171,7 +168,7 @@ def test_the_first_goes_in_place(shop: Workshop, tmp_path: Path, name: str) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "wanted"]
 
 
-@pytest.mark.parametrize("name", ["native ridge", "native lexical", "adapters", "everything"])
+@pytest.mark.parametrize("name", ["native logistic", "native lexical", "adapters", "everything"])
 def test_another_model_in_the_place_of_one(shop: Workshop, tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
     first, second, third = kind.names
@@ -273,7 +270,7 @@ def test_no_hub_is_asked_for_an_expert_that_stays(shop: Workshop, tmp_path: Path
 
 def test_another_model_in_the_place_of_the_backbones_expert(shop: Workshop, tmp_path: Path) -> None:
     """What the others' router read through the old backbone is not of the new one."""
-    kind = Kind({**_routed("ridge", **SHORT), "backbone": {"expert": "law"}}, NATIVE)
+    kind = Kind({**_routed("logistic", **SHORT), "backbone": {"expert": "law"}}, NATIVE)
     out = built(shop, kind, WHOLE[:2], tmp_path / "OUT")
     code = NewExpert({"model": "./code", "text": ["./text/law.jsonl"]}, shop.root)
     replaced = write_change(out, replace_expert(out, "law", code), tmp_path / "replaced")
@@ -295,7 +292,7 @@ def test_prompts_of_another_model_are_read(shop: Workshop, tmp_path: Path) -> No
 
 def test_what_is_kept_of_a_text_counts_and_not_what_it_says_now(shop: Workshop, tmp_path: Path) -> None:
     shutil.copytree(shop.root / "text", tmp_path / "text")
-    said = recipe(KINDS["native ridge"], WHOLE)
+    said = recipe(KINDS["native logistic"], WHOLE)
     for each in said["experts"]:
         each["text"] = [str(tmp_path / "text" / f"{each['name']}.jsonl")]
     out = build(make_plan(parse_recipe(said), shop.root), tmp_path / "OUT")
@@ -351,7 +348,7 @@ def test_vocabulary_of_the_texts(shop: Workshop) -> None:
 
 
 def test_recipes_are_kept_as_they_were_written(shop: Workshop, tmp_path: Path) -> None:
-    kind = KINDS["native ridge"]
+    kind = KINDS["native logistic"]
     before = built(shop, kind, WHOLE[:2], tmp_path / "somewhere" / "else" / "OUT")
     added = write_change(before, add_expert(before, "code", new(shop, "code")), tmp_path / "added")
     said = added.record.recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)

@@ -143,7 +143,7 @@ def test_more_experts_per_token_than_are_left(shared_workshop: Workshop, tmp_pat
 
 
 def test_no_text_for_a_router_that_reads_it(bench: Workshop, shared_workshop: Workshop) -> None:
-    out = bench.build(mixture={"router": {"fit": "ridge", **SHORT}})
+    out = bench.build(mixture={"router": {"fit": "logistic", **SHORT}})
     message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"))
     assert "needs text of every domain" in message and "tax" in message
 
@@ -153,7 +153,7 @@ def test_statistics_and_text_are_gone(shared_workshop: Workshop, tmp_path: Path)
     shutil.copytree(shared_workshop.root / "text", tmp_path / "text")
     for expert in bench.recipe["experts"]:
         expert["text"] = f"./text/{expert['name']}.jsonl"
-    out = bench.build(mixture={"router": {"fit": "ridge", **SHORT}})
+    out = bench.build(mixture={"router": {"fit": "logistic", **SHORT}})
     (tmp_path / "text" / "medicine.jsonl").unlink()
     shutil.rmtree(out / "router")
     message = refuse_change(bench, "remove", out, "law")

@@ -44,7 +44,7 @@ def code(bench: Workshop) -> NewExpert:
 
 @pytest.mark.parametrize("output", ["native", "modekit"])
 def test_rows_that_were_trained_stay_and_the_new_one_is_fitted(bench: Workshop, output: str) -> None:
-    before = trained(bench, {"fit": "ridge", **SHORT}, 2, output, what=["routers"], learning_rate=0.2)
+    before = trained(bench, {"fit": "logistic", **SHORT}, 2, output, what=["routers"], learning_rate=0.2)
     assert before.record.router.status == "trained"
     added = write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
     assert added.record.router.status == "trained" and added.record.training == before.record.training
@@ -74,14 +74,18 @@ def test_trained_experts_stay_as_they_are(bench: Workshop, output: str) -> None:
 
 
 def test_a_router_that_is_set_as_a_whole_is_not_patched(bench: Workshop) -> None:
-    before = trained(bench, {"fit": "ngram"}, 2, "modekit", what=["routers"], learning_rate=0.05)
+    before = trained(
+        bench, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, 2, "modekit", what=["routers"], learning_rate=0.05
+    )
     with pytest.raises(RecipeError, match="--refit"):
         write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
     wanted = add_expert(before, "code", code(bench))
     refitted = MixtureEdit(wanted.recipe, wanted.origins, wanted.change, wanted.keeps_text, refits=True)
     added = write_change(before, refitted, bench.root / "added")
     assert added.record.router.status == "fitted" and added.names == ["medicine", "law", "code"]
-    three = trained(bench, {"fit": "ngram"}, 3, "modekit", what=["routers"], learning_rate=0.05)
+    three = trained(
+        bench, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, 3, "modekit", what=["routers"], learning_rate=0.05
+    )
     removed = write_change(three, remove_expert(three, "law"), bench.root / "removed")
     (ours,), (theirs,) = three.gates(), removed.gates()
     assert np.array_equal(theirs, ours[[0, 2]])

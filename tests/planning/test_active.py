@@ -95,7 +95,7 @@ def test_what_a_token_runs_through(shared_workshop: Workshop, tmp_path: Path, mi
 
 
 def test_the_work_of_a_fit_does_not_count_the_base_twice(shared_workshop: Workshop, tmp_path: Path) -> None:
-    router = {"fit": "ridge", "tokens_per_domain": 1000}
+    router = {"fit": "logistic", "tokens_per_domain": 1000}
     work = []
     for count in (0, 1):
         workshop = borrow(shared_workshop, tmp_path)

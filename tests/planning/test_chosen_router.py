@@ -99,7 +99,7 @@ def test_a_refit_takes_the_best_that_the_tensors_allow(shop: Workshop, tmp_path:
     def settled(checkpoint: Checkpoint, **changes: Any) -> dict[str, Any]:
         return refit(checkpoint, changes).record.recipe.mixture.router.model_dump(exclude_unset=True)
 
-    fewer = {"fit": "ridge", "tokens_per_domain": 200, "sequence_length": 32}
+    fewer = {"fit": "logistic", "tokens_per_domain": 200, "sequence_length": 32}
     for output, router in ((MODEKIT, PAIRS), (NATIVE, LOGISTIC)):
         out = build(planned(shop.root, "model", True, {"router": fewer}, output), tmp_path / output["format"])
         assert settled(out, router={"fit": "auto"}) == router

@@ -41,7 +41,7 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
 
 
 def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
-    router = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 100}
+    router = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 100}
     summary = summarise(plan_of(workshop, mixture={"router": router}))
     out = workshop.build(mixture={"router": router})
     files = list((out / "router").glob("*.safetensors"))

@@ -29,7 +29,7 @@ def plan_of(workshop: Workshop, router: dict[str, object] | None = None, **mixtu
 
 def test_the_work_is_counted_from_the_plan(shared_workshop: Workshop, tmp_path: Path) -> None:
     """Per token and layer: attention and FFN of one expert, and the outer product of what the gate reads."""
-    plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "ridge", "tokens_per_domain": 1000})
+    plan = plan_of(borrow(shared_workshop, tmp_path), {"fit": "logistic", "tokens_per_domain": 1000})
     work = fit_work(plan)
     hidden, inner = SMALL["hidden_size"], SMALL["intermediate_size"]
     layer = hidden * hidden * 2 + hidden * hidden // 2 * 2 + 3 * hidden * inner + 2 * hidden  # k and v have half the heads
@@ -40,7 +40,7 @@ def test_the_work_is_counted_from_the_plan(shared_workshop: Workshop, tmp_path: 
 def test_a_router_without_text_or_without_a_model_has_no_time(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
     assert fit_work(plan_of(workshop, {"fit": "random"})) is None
-    counted = plan_of(workshop, {"fit": "ngram"})
+    counted = plan_of(workshop, {"fit": "lexical", "orders": [1, 2], "buckets": 512})
     work = fit_work(counted)
     assert work is not None and not work.reads
     assert "no model is run" in fit_said(work) and "without text" in fit_said(None)
@@ -59,7 +59,7 @@ def test_what_a_plain_checkpoint_reads_is_counted(shared_workshop: Workshop, tmp
 
 
 def test_the_command_says_about_how_long(shared_workshop: Workshop, tmp_path: Path) -> None:
-    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
+    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "logistic"}})
     said = modekit("plan", recipe)
     assert "at most 49,152 tokens" in said and re.search(r"time +about \S+ to \S+ \S+ on this machine", said)
     data = json.loads(modekit("plan", recipe, "--json"))
@@ -69,7 +69,7 @@ def test_the_command_says_about_how_long(shared_workshop: Workshop, tmp_path: Pa
 
 
 def test_a_plan_says_how_long_a_build_takes_without_torch(shared_workshop: Workshop, tmp_path: Path) -> None:
-    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "ridge"}})
+    recipe = borrow(shared_workshop, tmp_path).write(mixture={"method": "routing", "router": {"fit": "logistic"}})
     code = (
         "import sys; from pathlib import Path; from modekit.building.preview import preview; "
         f"assert preview(Path({str(recipe)!r})).time.fit > 0; assert 'torch' not in sys.modules"
@@ -87,9 +87,9 @@ def test_the_time_of_a_fit_grows_with_its_tokens_and_with_how_busy_the_machine_i
     shared_workshop: Workshop, tmp_path: Path
 ) -> None:
     workshop = borrow(shared_workshop, tmp_path)
-    few, many = (plan_of(workshop, {"fit": "ridge", "tokens_per_domain": tokens}) for tokens in (10**6, 2 * 10**6))
+    few, many = (plan_of(workshop, {"fit": "logistic", "tokens_per_domain": tokens}) for tokens in (10**6, 2 * 10**6))
     idle, busy = needed(many, seconds=0.2, worked=0.2), needed(many, seconds=2.0, worked=0.2)
-    constant = needed(plan_of(workshop, {"fit": "ngram"}), seconds=0.2, worked=0.2).fit
+    constant = needed(plan_of(workshop, {"fit": "lexical", "orders": [1, 2], "buckets": 512}), seconds=0.2, worked=0.2).fit
     assert idle.fit - constant == pytest.approx(2 * (needed(few, seconds=0.2, worked=0.2).fit - constant))
     assert busy.fit == pytest.approx(10 * idle.fit) and busy.write == pytest.approx(10 * idle.write)
     assert idle.range[0] < idle.write + idle.fit < idle.range[1]
@@ -102,9 +102,11 @@ def test_a_router_without_text_takes_the_time_of_the_copy(shared_workshop: Works
 
 def test_a_logistic_fit_counts_what_solving_it_costs(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
-    ridge, logistic = (fit_work(plan_of(workshop, {"fit": fit, "tokens_per_domain": 1000})) for fit in ("ridge", "logistic"))
-    assert ridge is not None and logistic is not None
-    assert ridge.solving == 0 < logistic.solving and ridge.flops == logistic.flops
+    centroid, logistic = (
+        fit_work(plan_of(workshop, {"fit": fit, "tokens_per_domain": 1000})) for fit in ("centroid", "logistic")
+    )
+    assert centroid is not None and logistic is not None
+    assert centroid.solving == 0 < logistic.solving and centroid.flops == logistic.flops
 
 
 def test_a_build_says_its_time_before_it_begins(shared_workshop: Workshop, tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "fit without text",
-        with_mixture(router={"fit": "lda"}),
+        with_mixture(router={"fit": "logistic"}),
         [
-            "router fit 'lda' needs text",
+            "router fit 'logistic' needs text",
             "law, code",
             "add experts[].text",
             "experts[].prompts",
@@ -220,7 +220,7 @@ def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Pat
     recipe = {
         **GOOD,
         "experts": [expert],
-        "mixture": {"top_k": 3, "backbone": {"expert": "poetry"}, "router": {"fit": "ridge"}},
+        "mixture": {"top_k": 3, "backbone": {"expert": "poetry"}, "router": {"fit": "logistic"}},
     }
     problems = refuse_recipe(tmp_path, recipe)
     assert len(problems) == 4

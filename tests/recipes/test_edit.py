@@ -22,7 +22,7 @@ def test_a_recipe_as_written_says_what_was_set_and_no_more() -> None:
     assert as_written(parse_recipe(RECIPE)) == RECIPE
 
 
-@pytest.mark.parametrize("mixture", [{"method": "linear"}, {}, {"router": {"fit": "ridge"}}, {"router": {"fit": "random"}}])
+@pytest.mark.parametrize("mixture", [{"method": "linear"}, {}, {"router": {"fit": "logistic"}}, {"router": {"fit": "random"}}])
 def test_negative_prompts_stay_only_with_a_fit_that_reads_them(mixture: dict[str, Any]) -> None:
     assert with_mixture(RECIPE, CENTROID) == RECIPE
     changed = with_mixture(RECIPE, mixture)
@@ -36,18 +36,21 @@ def test_data_that_is_no_recipe_is_left_for_the_check(experts: object) -> None:
     assert with_mixture({"experts": experts}, {"method": "linear"})["experts"] == experts
 
 
-ROUTER = {"fit": "ridge", "granularity": "context", "decay": [0.5], "l2": 0.1, "seed": 3, "per": "feature", "noise": 0.1}
+ROUTER = {"fit": "logistic", "granularity": "context", "decay": [0.5], "l2": 0.1, "seed": 3, "per": "feature", "noise": 0.1}
 
 
 @pytest.mark.parametrize(
     ("asked", "left"),
     [
-        ({"fit": "ridge"}, {"granularity", "decay", "l2", "per", "noise"}),
+        ({"fit": "logistic"}, {"granularity", "decay", "l2", "per", "noise"}),
         ({"fit": "random"}, {"granularity", "decay", "seed", "per", "noise"}),
         ({"fit": "arrow"}, {"granularity", "decay", "noise"}),
-        ({"fit": "ngram"}, {"noise"}),
+        ({"fit": "lexical", "orders": [1, 2], "buckets": 512}, {"noise"}),
         ({"granularity": "token"}, {"granularity", "l2", "per", "noise"}),
-        ({"fit": "ngram", "per": "feature", "l2": 1.0, "decay": [0.9]}, {"per", "l2", "decay", "noise"}),
+        (
+            {"fit": "lexical", "orders": [1, 2], "buckets": 512, "per": "feature", "l2": 1.0, "decay": [0.9]},
+            {"per", "l2", "decay", "noise"},
+        ),
     ],
 )
 def test_a_router_keeps_what_its_fit_reads_and_what_is_asked_for(asked: dict[str, Any], left: set[str]) -> None:
@@ -57,8 +60,11 @@ def test_a_router_keeps_what_its_fit_reads_and_what_is_asked_for(asked: dict[str
 
 
 def test_a_decay_of_evidence_is_none_of_averages() -> None:
-    back = changed_mixture({"router": {"fit": "ngram", "decay": [0.5]}}, {"router": {"fit": "lda", "granularity": "context"}})
-    assert back == {"router": {"fit": "lda", "granularity": "context"}}
+    back = changed_mixture(
+        {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512, "decay": [0.5]}},
+        {"router": {"fit": "logistic", "granularity": "context"}},
+    )
+    assert back == {"router": {"fit": "logistic", "granularity": "context"}}
 
 
 @pytest.mark.parametrize(
@@ -70,16 +76,16 @@ def test_a_decay_of_evidence_is_none_of_averages() -> None:
         ({"weights": {"law": 1.0}, "method": "linear"}, {"method": "routing"}, {"method": "routing"}),
         ({"always_on": {"expert": "law"}}, {"method": "gating"}, {"method": "gating"}),
         ({"always_on": {"expert": "law", "weight": 0.5}}, {"method": "linear"}, {"method": "linear"}),
-        ({"router": {"fit": "ridge"}}, {"method": "linear"}, {"method": "linear"}),
+        ({"router": {"fit": "logistic"}}, {"method": "linear"}, {"method": "linear"}),
         (
-            {"router": {"fit": "ridge"}},
+            {"router": {"fit": "logistic"}},
             {"method": "linear", "router": {"l2": 1.0}},
             {"method": "linear", "router": {"l2": 1.0}},
         ),
         (
-            {"modules": "all", "router": {"fit": "ngram"}},
-            {"router": {"fit": "lda"}},
-            {"modules": "all", "router": {"fit": "lda", "granularity": "sequence", "per": "model"}},
+            {"modules": "all", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}},
+            {"router": {"fit": "logistic"}},
+            {"modules": "all", "router": {"fit": "logistic", "granularity": "sequence", "per": "model"}},
         ),
     ],
 )

@@ -26,7 +26,11 @@ def test_the_shipped_schema_is_in_step() -> None:
 
 def test_the_schema_accepts_what_the_recipe_accepts_and_refuses_a_misspelt_key() -> None:
     schema = json.loads(schema_text())
-    full = {**RECIPE, "mixture": {"backbone": {"expert": "law"}, "router": {"fit": "ridge"}}, "output": {"shard_size": "2GB"}}
+    full = {
+        **RECIPE,
+        "mixture": {"backbone": {"expert": "law"}, "router": {"fit": "logistic"}},
+        "output": {"shard_size": "2GB"},
+    }
     parse_recipe(full)
     jsonschema.validate(full, schema)
     with pytest.raises(jsonschema.ValidationError):

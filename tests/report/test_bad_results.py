@@ -29,7 +29,7 @@ from modekit.routing.statistics import load_statistics
 from refusal import borrow, refuse
 
 HOSTILE = "a\n---\n# <script>x()</script> | `b` ``` [c](javascript:d) ![](http://e) <!-- \x1b[2J\u202e"
-FITTED = {"router": {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32}}
+FITTED = {"router": {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32}}
 
 
 @pytest.fixture
@@ -223,7 +223,6 @@ def test_statistics_that_would_fill_the_memory(tmp_path: Path) -> None:
     width = 200_000
     tensors = {
         "0.sum": torch.zeros(width),
-        "0.outer_upper": torch.zeros(1),
         "0.negative": torch.zeros(width),
         "0.sample": torch.zeros(1, width),
     }
@@ -236,7 +235,7 @@ def test_statistics_that_would_fill_the_memory(tmp_path: Path) -> None:
 def test_statistics_of_another_kind_are_damaged_or_none(checkpoint: Checkpoint) -> None:
     for name in DOMAINS:
         file = checkpoint.folder / "router" / f"{name}.safetensors"
-        assert load_statistics(file) is not None and load_ngram_statistics(file) is None
+        assert load_statistics(file) is not None
         no_file(file, "pipe")
         with in_time(), pytest.raises(CheckpointError, match="not a regular file"):
             load_statistics(file)

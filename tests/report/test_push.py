@@ -28,7 +28,7 @@ from modekit.report.page import write_report
 from modekit.report.push import pack, push
 from refusal import borrow, refuse
 
-FITTED = {"method": "routing", "top_k": 2, "router": {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32}}
+FITTED = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def told(workshop: Workshop) -> Checkpoint:
         "---\nlicense: other\nlicense_name: <script>window.hacked=1</script>\nlicense_link: javascript:window.hacked=1\n---\n"
     )
     workshop.recipe["eval"] = {"music": str(write_music(workshop.root))}
-    checkpoint = open_checkpoint(workshop.build("TOLD", mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build("TOLD", mixture=LOGISTIC))
     settings = train_settings(
         {
             "steps": 4,

@@ -79,7 +79,6 @@ def test_without_chats_the_system_prompt_decides(shop: Workshop) -> None:
         ({"fit": "lexical", "orders": [1, 2]}, [0.91]),
         ({"fit": "lexical", "decay": [0.98]}, [0.98]),
         ({"fit": "lexical", "chat": False}, None),
-        ({"fit": "ngram"}, None),
     ],
 )
 def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str, Any], decay: list[float] | None) -> None:
@@ -136,17 +135,10 @@ def decays_of(checkpoint: Checkpoint) -> list[float | None]:
     return [average.decay for average in open_checkpoint(checkpoint.folder).shape.routing.averages]
 
 
-def test_a_refit_that_makes_a_router_lexical_follows_chats_and_one_that_adds_up_does_not(shop: Workshop) -> None:
-    checkpoint = build(shop, "OTHER-FIT", "modekit", fit="ngram")
-    assert decays_of(checkpoint) == [0.98]
-    assert decays_of(refit(checkpoint, {"router": {"fit": "lexical"}})) == [0.91]
-    assert decays_of(refit(open_checkpoint(checkpoint.folder), {"router": {"fit": "ngram"}})) == [0.98]
-
-
 @pytest.mark.parametrize(
     "router",
-    [{"fit": "ngram", "order": 1}, {"fit": "logistic"}, {"fit": "logistic", "granularity": "context"}],
-    ids=["ngram", "logistic", "context"],
+    [{"fit": "lexical", "orders": [1, 2], "buckets": 512}, {"fit": "logistic"}, {"fit": "logistic", "granularity": "context"}],
+    ids=["bigrams", "logistic", "context"],
 )
 def test_other_fits_read_chats_too(shop: Workshop, router: dict[str, Any]) -> None:
     """Experts of random weights do not tell what a real model's routers read: that they are fitted on other text does."""
@@ -157,8 +149,6 @@ def test_other_fits_read_chats_too(shop: Workshop, router: dict[str, Any]) -> No
     )
     tokens = [[text["tokens"] for text in each.record.router.text.values()] for each in (checkpoint, alone)]
     assert tokens[0] != tokens[1]
-    if router["fit"] == "ngram":
-        assert leaders(checkpoint, QUESTIONS) == list(DOMAINS)
 
 
 def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop) -> None:
@@ -189,7 +179,11 @@ def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None
             word_tokenizer().save_pretrained(shop.root / name)
 
 
-@pytest.mark.parametrize("router", [{"fit": "lexical"}, {"fit": "ngram"}, {"fit": "ridge"}], ids=["lexical", "ngram", "ridge"])
+@pytest.mark.parametrize(
+    "router",
+    [{"fit": "lexical"}, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, {"fit": "logistic"}],
+    ids=["lexical", "bigrams", "logistic"],
+)
 def test_what_was_kept_before_there_were_chats_does_without_them(shop: Workshop, router: dict[str, Any]) -> None:
     """The text is gone: what is kept of it has none in the template, and half of it would be worse than none."""
     checkpoint = build(shop, f"OLD-{router['fit']}", **router, chat=False)

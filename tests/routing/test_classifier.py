@@ -25,7 +25,7 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.read import load_recipe
-from modekit.routing.classifier import Terms
+from modekit.routing.classifier import _pieces
 from modekit.routing.kept import save_kept
 from modekit.routing.refit import refit
 from modekit.routing.text_router import RunningLogits, TextRouter
@@ -64,11 +64,6 @@ def tfidf(shop: Workshop) -> Checkpoint:
     return build(shop, "TFIDF")
 
 
-@pytest.fixture(scope="module", params=["tfidf", "ngrams"])
-def of_features(request: pytest.FixtureRequest, shop: Workshop) -> Checkpoint:
-    return build(shop, f"OF-{request.param}", features=request.param, **({"buckets": 512} if request.param == "ngrams" else {}))
-
-
 def ids_of(checkpoint: Checkpoint, text: str) -> list[int]:
     ids: list[int] = AutoTokenizer.from_pretrained(checkpoint.folder)(text)["input_ids"]
     return ids
@@ -96,13 +91,13 @@ def test_it_says_what_scikit_learn_says_after_every_token(shop: Workshop, name: 
 
 
 def learned_from(checkpoint: Checkpoint) -> tuple[list[np.ndarray], list[int]]:
-    settings = checkpoint.record.recipe.mixture.router
-    terms = Terms(settings, int(checkpoint.config["vocab_size"]))
     pieces, labels = [], []
     for label, name in enumerate(DOMAINS):
-        kept = load_token_text(checkpoint.folder / STATISTICS_FOLDER / f"{name}.safetensors", terms.count)
+        kept = load_token_text(
+            checkpoint.folder / STATISTICS_FOLDER / f"{name}.safetensors", int(checkpoint.config["vocab_size"])
+        )
         assert kept is not None
-        found = terms.pieces(kept.sequences())
+        found = _pieces(kept.sequences(), PREFIX)
         assert max(map(len, found)) == PREFIX
         pieces += found
         labels += [label] * len(found)
@@ -122,30 +117,30 @@ def test_the_centroid_is_the_cosine_to_the_mean_of_a_domain(shop: Workshop) -> N
     np.testing.assert_allclose(found, wanted[0], atol=1e-5)
 
 
-def test_it_is_proven_and_the_same_bytes_again(shop: Workshop, of_features: Checkpoint) -> None:
-    checks = verify(of_features)
+def test_it_is_proven_and_the_same_bytes_again(shop: Workshop, tfidf: Checkpoint) -> None:
+    checks = verify(tfidf)
     assert is_proven(checks), checks
-    router = of_features.record.recipe.mixture.router.model_dump(exclude_unset=True)
+    router = tfidf.record.recipe.mixture.router.model_dump(exclude_unset=True)
     again = build(shop, "AGAIN", **router)
     for name in (ROUTER_FILE, "modekit.json"):
-        assert (again.folder / name).read_bytes() == (of_features.folder / name).read_bytes(), name
+        assert (again.folder / name).read_bytes() == (tfidf.folder / name).read_bytes(), name
 
 
-def test_held_out_text_goes_to_its_own_expert_and_the_record_says_who_was_best(of_features: Checkpoint) -> None:
-    report = of_features.record.router.report
+def test_held_out_text_goes_to_its_own_expert_and_the_record_says_who_was_best(tfidf: Checkpoint) -> None:
+    report = tfidf.record.router.report
     assert set(report["macro_f1"]) == {"logistic", "sgd", "naive_bayes", "centroid"}
     assert report["macro_f1"][report["classifier"]] == max(report["macro_f1"].values()) and min(report["chosen_on"]) > 0
-    decide = TextRouter(of_features).decide
+    decide = TextRouter(tfidf).decide
     for domain in DOMAINS:
         decision = decide(text_of(domain, 555))
         assert decision.expert == domain and decision.probabilities[domain] > 0.8
 
 
-def test_whole_models_answer_as_the_experts_own_do_bit_for_bit(shop: Workshop, of_features: Checkpoint) -> None:
-    mixture = load_model(of_features.folder)
+def test_whole_models_answer_as_the_experts_own_do_bit_for_bit(shop: Workshop, tfidf: Checkpoint) -> None:
+    mixture = load_model(tfidf.folder)
     for domain in DOMAINS:
         own = load_model(shop.root / domain)
-        ids = torch.tensor([ids_of(of_features, text_of(domain, 77))])
+        ids = torch.tensor([ids_of(tfidf, text_of(domain, 77))])
         assert torch.equal(logits_of(mixture, ids), logits_of(own, ids))
         for split in range(1, ids.shape[1]):
             parts = []
@@ -157,27 +152,27 @@ def test_whole_models_answer_as_the_experts_own_do_bit_for_bit(shop: Workshop, o
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_text_of_a_batch_has_its_own_expert(shop: Workshop, of_features: Checkpoint, side: str) -> None:
-    mixture, tokenizer = load_model(of_features.folder), AutoTokenizer.from_pretrained(of_features.folder, padding_side=side)
+def test_every_text_of_a_batch_has_its_own_expert(shop: Workshop, tfidf: Checkpoint, side: str) -> None:
+    mixture, tokenizer = load_model(tfidf.folder), AutoTokenizer.from_pretrained(tfidf.folder, padding_side=side)
     texts = [text_of(domain, 88, 10 + 9 * place) for place, domain in enumerate(DOMAINS)]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.inference_mode():
         together = mixture(**batch).logits
         for row, domain in enumerate(DOMAINS):
-            own = load_model(shop.root / domain)(input_ids=torch.tensor([ids_of(of_features, texts[row])])).logits[0]
+            own = load_model(shop.root / domain)(input_ids=torch.tensor([ids_of(tfidf, texts[row])])).logits[0]
             torch.testing.assert_close(together[row][batch.attention_mask[row].bool()], own, atol=1e-6, rtol=1e-5)
 
 
-def test_generation_padding_and_beams_equal_the_full_pass(of_features: Checkpoint) -> None:
-    check_generation(of_features.folder)
+def test_generation_padding_and_beams_equal_the_full_pass(tfidf: Checkpoint) -> None:
+    check_generation(tfidf.folder)
 
 
-def test_the_decision_stays_after_the_prefix_and_is_causal(of_features: Checkpoint) -> None:
-    said = RunningLogits(of_features)
+def test_the_decision_stays_after_the_prefix_and_is_causal(tfidf: Checkpoint) -> None:
+    said = RunningLogits(tfidf)
     first, then = text_of("law", 1, PREFIX), text_of("code", 2, 40)
-    mixed = said(ids_of(of_features, first + then))
+    mixed = said(ids_of(tfidf, first + then))
     assert torch.equal(mixed[PREFIX - 1 :], mixed[PREFIX - 1].expand(len(mixed) - PREFIX + 1, -1))
-    alone = said(ids_of(of_features, first))
+    alone = said(ids_of(tfidf, first))
     assert torch.equal(mixed[:PREFIX], alone)
 
 
@@ -213,16 +208,6 @@ def test_without_held_out_text_the_first_classifier_is_taken(tmp_path: Path) -> 
     assert report["classifier"] == "logistic" and report["macro_f1"] == {} and report["chosen_on"] == [0, 0, 0]
 
 
-def test_hidden_features_are_a_linear_gate_of_the_mean(shop: Workshop) -> None:
-    checkpoint = build(shop, "HIDDEN", features="hidden")
-    assert is_proven(verify(checkpoint)) and set(checkpoint.record.router.report["macro_f1"]) == {"logistic", "sgd", "centroid"}
-    assert checkpoint.record.router.report["macro_f1"]["logistic"] > 0.95
-    model, own = load_model(checkpoint.folder), load_model(shop.root / "law")
-    ids = torch.tensor([ids_of(checkpoint, text_of("law", 77))])
-    assert torch.equal(logits_of(model, ids), logits_of(own, ids))
-    check_generation(checkpoint.folder)
-
-
 def test_experts_of_another_kind_and_several_at_once_follow_it(shop: Workshop) -> None:
     checkpoint = build(shop, "FFN", mixture={"modules": "auto", "top_k": 2})
     assert is_proven(verify(checkpoint)) and not checkpoint.shape.plain
@@ -232,14 +217,11 @@ def test_experts_of_another_kind_and_several_at_once_follow_it(shop: Workshop) -
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ({"features": "tfidf", "order": 3}, "'order' has no effect with fit: classifier"),
-        ({"features": "hidden", "classifier": "naive_bayes"}, "naive Bayes counts tokens"),
         ({"granularity": "sequence"}, "'granularity' has no effect"),
         ({"prefix": 5000}, "1,024 at most"),
         ({"decay": [0.9]}, "'decay' has no effect"),
         ({"per": "projection"}, "one decision for the whole model"),
         ({"classifier": "forest"}, "logistic"),
-        ({"features": "words"}, "tfidf"),
     ],
 )
 def test_what_it_does_not_read_is_refused(shop: Workshop, router: dict[str, Any], message: str) -> None:
@@ -252,7 +234,6 @@ def test_what_it_does_not_read_is_refused(shop: Workshop, router: dict[str, Any]
     "changes",
     [
         {"router": {"fit": "logistic", "classifier": "sgd"}},
-        {"router": {"fit": "lexical", "features": "tfidf"}},
         {"unseen": "base", "router": {"fit": "classifier"}},
     ],
 )

@@ -10,12 +10,10 @@ import torch
 
 from chatting import documents_of, word_tokenizer
 from conftest import _WORDS
-from modekit.architecture.modekit_router import ngram_rows
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, framed_chats, read_chats, read_examples
-from modekit.routing.ngram import count_domain
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation, Pair
 from modekit.text.question_frames import QUESTION_FRAMES, framed_question, language_of
@@ -128,10 +126,6 @@ def test_of_pairs_the_sources_are_read_and_no_chats_are_cut() -> None:
         found = read_examples(TOKENIZER, pairs, expert, LEXICAL, most=100_000)
         assert len(found) == len(pairs) and all(each.target and not each.start for each in found)
         assert sum(each.size for each in read_examples(TOKENIZER, pairs, expert, LEXICAL, most=200)) <= 200
-    settings = Router(fit="ngram", buckets=64)
-    counted = count_domain(TOKENIZER, pairs, LAW, settings, {}, where="text")
-    plain = count_domain(TOKENIZER, DOCUMENTS, LAW, Router(fit="ngram", buckets=64, chat=False), {}, where="text")
-    assert torch.equal(counted.counts_H, plain.counts_H)
 
 
 def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
@@ -176,13 +170,3 @@ def test_a_template_that_hides_what_is_said_is_none() -> None:
     assert read_chats(shouting, DOCUMENTS, LAW, LEXICAL, 5, most=100_000) == [] and chats_of(shouting, LAW, LEXICAL) == {}
     with pytest.raises(TextError, match="no chat template that shows what is said"):
         read_chats(shouting, DOCUMENTS, LAW, Router(fit="lexical", chat=True), 5, most=100_000)
-
-
-def test_ngrams_of_template_and_system_prompt_are_not_counted() -> None:
-    settings = Router(fit="ngram", order=1, buckets=4_096)
-    counted = count_domain(TOKENIZER, DOCUMENTS, LAW, settings, {}, where="law")
-    before = torch.tensor(TEMPLATE.ids((TEMPLATE.around(None) or ("", ""))[0]))[None]
-    rows, _ = ngram_rows(before, torch.ones_like(before), None, 1, 4_096)
-    system = rows[0][1]  # a word that no document has
-    alone = count_domain(TOKENIZER, DOCUMENTS, LAW, Router(**{**settings.model_dump(), "chat": False}), {}, where="law")
-    assert counted.tokens > alone.tokens and int(counted.counts_H[system]) == int(alone.counts_H[system]) == 0

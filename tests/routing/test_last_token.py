@@ -13,16 +13,13 @@ from modekit.architecture.modekit_router import Router
 from modekit.routing.last_token import LastToken
 
 EXPERTS, VOCAB, BUCKETS = 3, 40, 64
-NGRAM = {"score": "ngram", "ngram": {"order": 2, "buckets": BUCKETS}}
+NGRAM = {"score": "lexical", "ngram": {"order": 3, "buckets": BUCKETS}}
 ROUTINGS: dict[str, dict[str, Any]] = {
     "the token itself": {"score": "lexical", "averages": [{"decay": None}]},
     "mean": {"score": "lexical", "averages": [{"decay": 1.0}]},
     "fading": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": 0.5}]},
-    "adds up": {"score": "lexical", "averages": [{"decay": 1.0, "sum": True}, {"decay": 0.98, "sum": True}]},
     "prefix": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": None}], "prefix": 5},
-    "n-grams": {**NGRAM, "averages": [{"decay": 0.98, "sum": True}]},
-    "long n-grams": {"score": "ngram", "ngram": {"order": 4, "buckets": BUCKETS}, "averages": [{"decay": 1.0}]},
-    "orders": {**NGRAM, "score": "lexical", "averages": [{"decay": 1.0}, {"decay": 0.9}], "orders": [1, 3]},
+    "orders": {**NGRAM, "averages": [{"decay": 1.0}, {"decay": 0.9}], "orders": [1, 3]},
 }
 
 

@@ -17,7 +17,7 @@ from refusal import refuse
 from rounding import assert_same_checkpoint
 
 TEXT = {"tokens_per_domain": 400, "sequence_length": 32}
-CONTEXT = {"fit": "ridge", "granularity": "context", **TEXT}
+CONTEXT = {"fit": "logistic", "granularity": "context", **TEXT}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ CONTEXT = {"fit": "ridge", "granularity": "context", **TEXT}
         ({"router": {**CONTEXT, "per": "model"}, "modules": ["v", "mlp", "q"]}, {"method": "linear"}),
         ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
         ({"router": {**CONTEXT, "per": "layer"}, "modules": ["k", "down"]}, {"router": {"per": "feature"}}),
-        ({"router": {"fit": "ngram", "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
+        ({"router": {"fit": "lexical", "orders": [1, 2], "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
         ({"router": {"fit": "random"}, "always_on": {"expert": "law"}, "modules": ["mlp", "q"]}, {"method": "gating"}),
     ],
 )
@@ -58,8 +58,12 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
         ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
         ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
         ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
-        ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "ngram"}}, "per"),
-        ({"modules": "all", "router": {"fit": "ngram"}}, {"router": {"fit": "logistic"}}, "router.fit"),
+        ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "per"),
+        (
+            {"modules": "all", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}},
+            {"router": {"fit": "logistic"}},
+            "router.fit",
+        ),
         ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
         ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
         ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot have granularity: context"),
@@ -94,7 +98,7 @@ def test_other_settings_without_effect_or_meaning(workshop: Workshop) -> None:
     with pytest.raises(RecipeError, match="'layers' must be numbers or ranges"):
         parse_recipe({**workshop.recipe, "mixture": {"router": {"fit": "random"}, "layers": ["1-"]}})
     workshop.recipe["experts"][0]["text"] = "./text/nothing.jsonl"
-    workshop.write(mixture={"router": {"fit": "ridge"}})
+    workshop.write(mixture={"router": {"fit": "logistic"}})
     assert "the text does not exist" in refuse("plan", workshop.root / "recipe.yaml")
 
 

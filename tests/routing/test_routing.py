@@ -31,7 +31,7 @@ from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from rounding import assert_same_checkpoint, record_of
 
-FIT: dict[str, Any] = {"fit": "ridge", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
+FIT: dict[str, Any] = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 
 
 def fitted(workshop: Workshop, name: str = "OUT", **router: Any) -> Checkpoint:
@@ -83,11 +83,10 @@ def test_statistics_are_sums_over_what_the_router_reads(checkpoint: Checkpoint) 
     kept = torch.linspace(0, statistics.tokens - 1, 64, dtype=torch.float64).round().long()
     for slot, x_TD in zip(statistics.slots, x_layers, strict=True):
         torch.testing.assert_close(slot.sum_D, x_TD.double().sum(0), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(slot.outer_DD, x_TD.double().T @ x_TD.double(), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(slot.sample_ND.float(), x_TD[kept], rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("fit", ["centroid", "lda", "ridge", "logistic"])
+@pytest.mark.parametrize("fit", ["centroid", "logistic"])
 def test_padding_and_batch_order_never_change_a_fit(checkpoint: Checkpoint, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Router(fit=fit)
     reference = [capture(checkpoint, place, sequences_of(checkpoint, place)) for place in range(3)]
@@ -108,27 +107,16 @@ def made_up_domains(hidden: int = 12, tokens: int = 400) -> list[DomainStatistic
     for count in (tokens, tokens // 2, tokens):
         centre = torch.randn(hidden, generator=generator, dtype=torch.float64)
         x_LTD = torch.randn((2, count, hidden), generator=generator, dtype=torch.float64) + centre
-        slots = tuple(SlotStatistics(x_TD.sum(0), x_TD.T @ x_TD, torch.zeros(hidden).double(), x_TD.half()) for x_TD in x_LTD)
+        slots = tuple(SlotStatistics(x_TD.sum(0), torch.zeros(hidden).double(), x_TD.half()) for x_TD in x_LTD)
         domains.append(DomainStatistics(count, slots, {}))
     return domains
-
-
-def test_ridge_is_the_weighted_least_squares_solution() -> None:
-    """Against lstsq on the tokens themselves, each domain weighing the same, stacked with the penalty's rows."""
-    domains = made_up_domains()
-    gates = fit_gates(Router(fit="ridge", l2=0.01), domains)
-    x_TD = torch.cat([domain.slots[0].sample_ND.double() / domain.tokens**0.5 for domain in domains])
-    y_TE = torch.cat([torch.eye(3).double()[place].expand(d.tokens, 3) / d.tokens**0.5 for place, d in enumerate(domains)])
-    penalty = (0.01 * (x_TD.square().sum() / 12)) ** 0.5 * torch.eye(12).double()
-    solution = torch.linalg.lstsq(torch.cat([x_TD, penalty]), torch.cat([y_TE, torch.zeros(12, 3).double()])).solution.T
-    assert_same_up_to_a_temperature(gates[0].double(), solution)
 
 
 def assert_same_up_to_a_temperature(gates_ED: torch.Tensor, expected_ED: torch.Tensor) -> None:
     torch.testing.assert_close(gates_ED / gates_ED.norm(), expected_ED / expected_ED.norm(), rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("fit", ["centroid", "lda", "ridge"])
+@pytest.mark.parametrize("fit", ["centroid"])
 def test_the_temperature_is_the_likeliest_one(fit: Any) -> None:
     domains = made_up_domains()
     gates = fit_gates(Router(fit=fit), domains)
@@ -143,15 +131,6 @@ def test_the_temperature_is_the_likeliest_one(fit: Any) -> None:
     assert loss(1.0) <= min(loss(1.25), loss(0.8))
 
 
-def test_lda_is_the_inverse_within_covariance_times_the_means() -> None:
-    domains = made_up_domains()
-    gates = fit_gates(Router(fit="lda", l2=0.0), domains)
-    means = [domain.slots[1].sample_ND.double().mean(0) for domain in domains]
-    within = sum(torch.cov(d.slots[1].sample_ND.double().T, correction=0) for d in domains) / 3
-    differences = torch.stack(means) - torch.stack(means).mean(0)
-    assert_same_up_to_a_temperature(gates[1].double(), torch.linalg.solve(within, differences.T).T)
-
-
 def test_centroid_is_the_mean_less_the_negatives_at_length_one() -> None:
     domains = made_up_domains()
     negative = torch.ones(12).double()
@@ -162,7 +141,7 @@ def test_centroid_is_the_mean_less_the_negatives_at_length_one() -> None:
     assert_same_up_to_a_temperature(gates[0].double(), expected / expected.norm(dim=1, keepdim=True))
 
 
-@pytest.mark.parametrize("fit", ["centroid", "lda", "ridge", "logistic"])
+@pytest.mark.parametrize("fit", ["centroid", "logistic"])
 def test_every_fit_tells_separable_domains_apart(fit: Any) -> None:
     domains = made_up_domains()
     gates = fit_gates(Router(fit=fit), domains)
@@ -191,7 +170,7 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
     loaded = load_statistics(tmp_path / "a.safetensors")
     assert loaded is not None and loaded.tokens == domain.tokens
     for ours, theirs in zip(loaded.slots, domain.slots, strict=True):
-        torch.testing.assert_close(ours.outer_DD, theirs.outer_DD, rtol=1e-6, atol=1e-5)
+        assert torch.equal(ours.sum_D, theirs.sum_D)
         assert torch.equal(ours.sample_ND, theirs.sample_ND)
 
 
@@ -273,7 +252,7 @@ def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.Monk
 def test_a_refit_needs_no_text_when_its_statistics_are_kept(workshop: Workshop) -> None:
     checkpoint = fitted(workshop)
     (workshop.root / "text").rename(workshop.root / "gone")
-    assert refit(checkpoint, {"router": {"fit": "lda"}}).record.router.status == "fitted"
+    assert refit(checkpoint, {"router": {"fit": "logistic"}}).record.router.status == "fitted"
     with pytest.raises(TextError, match="does not exist"):
         refit(checkpoint, {"router": {"tokens_per_domain": 300}})
 

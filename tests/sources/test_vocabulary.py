@@ -34,7 +34,11 @@ from mutations import limited
 
 CHAT = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-WHOLE: dict[str, Any] = {"modules": "all", "top_k": 1, "router": {"fit": "ngram", "chat": False}}
+WHOLE: dict[str, Any] = {
+    "modules": "all",
+    "top_k": 1,
+    "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512, "chat": False},
+}
 RANDOM: dict[str, Any] = {"top_k": 1, "router": {"fit": "random"}}
 SEEDS = {"base": 0, "law": 1, "code": 2}
 
@@ -354,7 +358,7 @@ def test_it_is_evaluated_with_the_rows_that_models_lack(tmp_path: Path) -> None:
     assert {row.name for row in left.rows}.isdisjoint({"law", "weight average"})
 
 
-@pytest.mark.parametrize("mixture", [WHOLE, RANDOM, {"router": {"fit": "ridge", "tokens_per_domain": 500}}])
+@pytest.mark.parametrize("mixture", [WHOLE, RANDOM, {"router": {"fit": "logistic", "tokens_per_domain": 500}}])
 def test_experts_with_more_tokens_come_and_go(tmp_path: Path, mixture: dict[str, Any]) -> None:
     """Added and removed again, it is built with and built without, byte for byte."""
     shop = shop_of(tmp_path, mixture, law={"tokens": CHAT})

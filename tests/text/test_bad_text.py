@@ -232,7 +232,7 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
         ]
     )
     before = tree(fitted)
-    message = refuse("fit", fitted, "--fit", "ridge")
+    message = refuse("fit", fitted, "--fit", "logistic")
     assert str(path) in message
     assert "delete the file" in message
     assert tree(fitted) == before
@@ -253,7 +253,7 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
     save_file(tensors, path, metadata={"about": json.dumps(about)})
     (fitted.parent / "text" / "law.jsonl").unlink()
     before = tree(fitted)
-    message = refuse("fit", fitted, "--fit", "ridge")
+    message = refuse("fit", fitted, "--fit", "logistic")
     assert "gates are not finite" in message if damage == "huge" else str(path) in message
     assert tree(fitted) == before
 
@@ -266,7 +266,7 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
         (("--method", "sum"), "mixture.method"),
         (("--temperature", "0"), "mixture.router.temperature"),
         (("--tokens-per-domain", "1"), "mixture.router.tokens_per_domain"),
-        (("--method", "linear", "--fit", "ridge"), "'router' has no effect"),
+        (("--method", "linear", "--fit", "logistic"), "'router' has no effect"),
         (("--method", "gating", "--top-k", "2"), "'top_k' has no effect"),
     ],
 )

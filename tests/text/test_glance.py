@@ -15,7 +15,7 @@ from command_line import ended
 from conftest import Workshop
 from refusal import borrow, refuse, run_python
 
-MIXTURE = {"router": {"fit": "ngram", "buckets": 64}}
+MIXTURE = {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 64}}
 BAD: dict[str, tuple[str, bytes]] = {
     "a table without text": ("law.csv", b"a,b\n1,2\n"),
     "packed": ("law.jsonl.gz", b"\x1f\x8b"),

@@ -26,7 +26,7 @@ PLAIN = [{"text": f"plain {number} text"} for number in range(60)]
 PAIRS = [data_of(pair) for pair in pairs(60)]
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
-    "ngram": {"fit": "ngram", "buckets": 64},
+    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 64},
     "classifier": {"fit": "classifier"},
     "logistic": {"fit": "logistic"},
 }
@@ -64,7 +64,7 @@ def test_a_build_refuses_the_other_kind_whatever_its_router_reads(
 @pytest.mark.parametrize("made", [of_pairs, of_text])
 def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path, made: Made) -> None:
     shop, wrong, says = made(tmp_path)
-    mixture = {"top_k": 2, "router": FITS["ngram"]}
+    mixture = {"top_k": 2, "router": FITS["bigrams"]}
     write(tmp_path / "wrong.jsonl", wrong)
     out = shop.build(mixture=mixture, eval={"music": "./wrong.jsonl"})
     message = refuse("eval", out)

@@ -26,7 +26,7 @@ from refusal import refuse, refuse_build
 TOO_LONG = "no pair is short enough to be read"
 ROUTERS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
-    "ngram": {"fit": "ngram", "buckets": 64},
+    "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 64},
     "logistic": {"fit": "logistic"},
 }
 
@@ -58,14 +58,14 @@ def test_whatever_trains_says_so(shop: Workshop) -> None:
     with pytest.raises(TextError, match=TOO_LONG) as caught:
         read_material(["./long.jsonl"], None, Reading(pair_tokenizer(), shop.root, training))
     assert "60 documents in 1 file" in str(caught.value.found) and "128" in str(caught.value.expected)
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}))
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}))
     settings = train_settings({"what": ["mlp"], "sequence_length": 128}, where="test")
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*--text law"):
         read_texts(checkpoint, settings, {"law": ["./long.jsonl"]}, shop.root, run=QUIET)
 
 
 def test_whatever_compares_says_so(shop: Workshop) -> None:
-    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}, eval={"law": "./long.jsonl"}))
+    checkpoint = open_checkpoint(shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}, eval={"law": "./long.jsonl"}))
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*eval\.law"):
         held_out_domains(checkpoint, tokens_per_domain=1_000, sequence_length=128)
     with pytest.raises(TextError, match=rf"{TOO_LONG}[\s\S]*and of 300 together[\s\S]*read more tokens"):
@@ -78,7 +78,7 @@ def test_an_eval_that_set_the_router_is_not_called_too_short(shop: Workshop) -> 
     (shop.root / "one.jsonl").write_text(json.dumps(pair))
     law = shop.root / "law.jsonl"
     law.write_text(f"{law.read_text().strip()}\n{json.dumps(pair)}")
-    out = shop.build(mixture={"top_k": 1, "router": ROUTERS["ngram"]}, eval={"law": "./one.jsonl"})
+    out = shop.build(mixture={"top_k": 1, "router": ROUTERS["bigrams"]}, eval={"law": "./one.jsonl"})
     message = refuse("eval", out)
     assert "no held-out document is left to evaluate on: all of them set the router" in message
     assert "eval.law" in message and "give other text under eval" in message and "more documents" not in message

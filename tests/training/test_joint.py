@@ -25,7 +25,7 @@ from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 
-NGRAM = {"fit": "ngram", "buckets": 512}
+NGRAM = {"fit": "lexical", "orders": [1, 2], "buckets": 512}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 
 

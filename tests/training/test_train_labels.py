@@ -37,7 +37,7 @@ from refusal import refuse
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = tuple(range(96, 99))
 ROUTED = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
-DECODERS = {"modules": "decoder", "top_k": 1, "router": {"fit": "ngram", "buckets": 512}}
+DECODERS = {"modules": "decoder", "top_k": 1, "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 
 

@@ -59,7 +59,6 @@ class Flow:
         chooser: called with a router's place, its logits and the weights that they give, while it trains: the weights to take.
         log: router place -> its logits in this pass, when the pass was asked for them (output_router_logits).
         keeper: who remembers in place of `states`, where an engine runs the model.
-        solo: with `forced`: the expert's weight is the sigmoid of its own logit, as PHATGOOSE trains its gates.
         common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
         beside: with `forced`: whether the common expert takes part all the same.
         sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
@@ -92,7 +91,6 @@ class Flow:
         self.forced: int | torch.Tensor | None = None
         self.left_out: int | None = None
         self.keeper: Keeper | None = None
-        self.solo = False
         self.common = 0.0
         self.beside = False
         self.sequences: int | None = None
@@ -158,7 +156,7 @@ class Flow:
     @property
     def alone(self) -> int | None:
         """Place of the expert that has all weight in every token of this pass; None where routers or sequences differ."""
-        return self.forced if isinstance(self.forced, int) and not self.solo and self.sequences is None else None
+        return self.forced if isinstance(self.forced, int) and self.sequences is None else None
 
     def held(self) -> dict[str, Any]:
         """What a layer that is run again, for its gradient, must find as it was."""
@@ -180,7 +178,7 @@ class Flow:
 
     def forcing(self, expert: int | torch.Tensor) -> AbstractContextManager[None]:
         """While open, all weight is an expert's; see the attributes."""
-        return self.changed(forced=expert, solo=False, beside=False)
+        return self.changed(forced=expert, beside=False)
 
 
 class Recomputing:

@@ -107,7 +107,7 @@ def _check_one_each(flow: Flow, given: dict[str, Any]) -> None:
 def _target_weights(flow: Flow, given: dict[str, Any]) -> torch.Tensor | None:
     """(B, 1, E) of the experts that were named; None where the routers decide. Raises ValueError as `one_hot` does."""
     tokens = _tokens(given)
-    if flow.forced is None or flow.solo or tokens is None:
+    if flow.forced is None or tokens is None:
         return None
     experts = len(next(iter(flow.mixed.values())).ranks)
     return one_hot(flow.forced, (tokens.shape[0], 1, experts), tokens.device)

@@ -21,7 +21,7 @@ from .modekit_streams import common_weight, no_weight_for_common
 from .modekit_terms import classify
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
-_READ_IDS = ("ngram", "lexical", "tfidf")  # scores that read token ids and not x
+_READ_IDS = ("lexical", "tfidf")  # scores that read token ids and not x
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 
 
@@ -33,14 +33,11 @@ class Router(nn.Module):
             probabilities reach it, or `groups` or `threshold`: modekit_scores.py).
         combine: parameters, where one expert of averaged weights runs (modekit_merged.py).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
-            d < 1 an exponential average; with "sum" what was seen adds up instead, with "segment" it is the mean of the
-            segment before.
+            d < 1 an exponential average; with "segment" it is the mean of the segment before.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
-        score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|G_e x|: Arrow with one
-            row per expert, SpectR with all of B A), standardised (PHATGOOSE: x and gate rows standardised), ngram (the gate is
-            a table over hashed n-grams of token ids, whose `order` and `buckets` stand under "ngram"; x is not read), lexical
-            (the same over the token ids themselves, or, with `orders`, part by part over n-grams of that order), tfidf (a
-            classifier: modekit_terms.py).
+        score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|w x|: Arrow), lexical (the
+            gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
+            rows as "ngram" says; x is not read), tfidf (a classifier: modekit_terms.py).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.
@@ -82,7 +79,7 @@ class Router(nn.Module):
         of_source = self._flow[0].pair and self.routing.get("score") in _READ_IDS  # nothing is kept from pass to pass
         self._flow[0].averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
         if rows is not None:
-            self.rows = list(rows)  # of the gate, per expert; more than one only for score "norm"
+            self.rows = list(rows)  # of the gate, per expert
         if gate is not None:
             self.gate = gate
 
@@ -95,7 +92,7 @@ class Router(nn.Module):
         flow = self._flow[0]
         length = 1 if self.decides_by_ids else x_BSD.shape[1]
         shape = (len(x_BSD), length, *([self.features] if self.features else []), self.experts)
-        if flow.forced is not None and not flow.solo:
+        if flow.forced is not None:
             return one_hot(flow.forced, shape, x_BSD.device)
         if self.routing["method"] == "linear":
             weights_E = torch.tensor(self.routing["weights"], dtype=torch.float32, device=x_BSD.device)
@@ -109,8 +106,6 @@ class Router(nn.Module):
             flow.listener(self.place, logits)
         if flow.log is not None:
             flow.log[self.place] = logits
-        if flow.forced is not None:
-            return one_hot(flow.forced, shape, x_BSD.device) * logits.sigmoid()
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
         weights = select(logits, self.routing, flow.left_out)
@@ -153,19 +148,8 @@ class Router(nn.Module):
         return total if finished is None else finished(total, self.gate.float(), self.experts)
 
     def _scores(self, x_BSD: torch.Tensor, gate_GD: torch.Tensor) -> torch.Tensor:
-        score = self.routing.get("score", "linear")
-        if score == "linear" or score in FINISHED or self._flow[0].solo:
-            return torch.nn.functional.linear(x_BSD, gate_GD)
-        if score == "standardised":  # Section 3, arXiv:2402.05859: z = LN(x), n_e = LN(v_e), z n_e / sqrt(D)
-            width = (x_BSD.shape[-1],)
-            gate_GD = torch.nn.functional.layer_norm(gate_GD, width)
-            x_BSD = torch.nn.functional.layer_norm(x_BSD, width)
-            scores: torch.Tensor = torch.nn.functional.linear(x_BSD, gate_GD) / width[0] ** 0.5
-            return scores
         products = torch.nn.functional.linear(x_BSD, gate_GD)
-        return torch.stack(
-            [part.square().sum(-1).clamp_min(_TINY).sqrt() for part in torch.split(products, self.rows, dim=-1)], dim=-1
-        )
+        return products.abs() if self.routing.get("score") == "norm" else products
 
     def _rows_of_tokens(self, device: torch.device) -> list[torch.Tensor]:
         """Per part of the gate its columns that the text's tokens choose, (B, S): of the n-gram that ends in each, or of the
@@ -186,7 +170,7 @@ class Router(nn.Module):
         ngram = self.routing.get("ngram")
         if ngram is None:
             return [ids_BS] * parts
-        orders = self.routing.get("orders") or [ngram["order"]] * parts
+        orders = self.routing["orders"]
         found = {order: self._ngram_rows(ids_BS, order, ngram["buckets"], len(set(orders))) for order in dict.fromkeys(orders)}
         return [found[order] for order in orders]
 
@@ -211,17 +195,16 @@ class Router(nn.Module):
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"
-        prefix, add_up = self.routing.get("prefix"), average.get("sum", False)
+        prefix = self.routing.get("prefix")
         if flow.keeper is not None:
-            states_BSW = flow.keeper.sums(key, scores_BSG, average["decay"], prefix)
-            return states_BSW[..., :-2] if add_up else means_of(states_BSW)
+            return means_of(flow.keeper.sums(key, scores_BSG, average["decay"], prefix))
         mask_BS = flow.source_mask_BS if by_source else flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         before = None if by_source else flow.states.get(key)
         if average.get("segment"):
             averaged, state = segment_means(scores_BSG, mask_BS, before, average["segment"])
         else:
-            averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix, add_up=add_up)
+            averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix)
         if not by_source:
             flow.fresh[key] = state
         return averaged
@@ -243,14 +226,12 @@ def causal_average(
     state: torch.Tensor | None,
     *,
     prefix: int | None = None,
-    add_up: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average of the values of all real tokens up to each one, the newest with weight 1, those before with decay, decay^2...
-    With `add_up` their weighted sum. The rest is as in `causal_sums`. Returns the averages (B, S, G) and the state after the
-    last token (B, G + 2).
+    The rest is as in `causal_sums`. Returns the averages (B, S, G) and the state after the last token (B, G + 2).
     """
     states_BSW = causal_sums(values_BSG, mask_BS, decay, state, prefix=prefix)
-    return states_BSW[..., :-2] if add_up else means_of(states_BSW), states_BSW[:, -1]
+    return means_of(states_BSW), states_BSW[:, -1]
 
 
 def means_of(states_BSW: torch.Tensor) -> torch.Tensor:

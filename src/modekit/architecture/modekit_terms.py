@@ -1,4 +1,4 @@
-"""Classifiers of a text by the counts of its first terms: tokens, or n-grams of tokens.
+"""Classifiers of a text by the counts of its first terms: its tokens.
 
 Every text has its own decision, which is causal and exact under padding and token-by-token generation: what is kept beside the
 key-value cache are its first terms, and all that is said of them is computed from these alone.

@@ -289,7 +289,7 @@ def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:
     filled = isinstance(cache, Cache) and not torch.compiler.is_compiling() and _holds_text(cache)
     if filled and getattr(cache, "streams", 1) != flow.streams:
         raise ValueError("the cache was filled with the common expert and is read without it, or the reverse")
-    if not _averages(flow) or flow.keeper is not None or (flow.forced is not None and not flow.solo):
+    if not _averages(flow) or flow.keeper is not None or flow.forced is not None:
         return
     if given is not None and mask is None and PADDING not in kwargs and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("context and sequence routers must know which tokens are pads: give the 2-D attention_mask (B, S)")

@@ -49,7 +49,7 @@ class CheckpointUpdate:
 
     @property
     def keeps_training(self) -> bool:
-        """Whether the router is what a training made, and stays that. (PHATGOOSE is trained by its fit, and fitted again.)"""
+        """Whether the router is what a training made, and stays that."""
         record = self.checkpoint.record
         return record.router.status == "trained" and bool(record.training) and not self.refits
 

@@ -116,7 +116,6 @@ class FitOptions:
 
     method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
     router: Annotated[str | None, typer.Option("--fit", help="Router fit, as mixture.router.fit in a recipe.")] = None
-    features: Annotated[str | None, typer.Option(help="Features of a classifier: tfidf, ngrams or hidden.")] = None
     classifier: Annotated[
         str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
     ] = None
@@ -128,9 +127,9 @@ class FitOptions:
     temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
     l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
     tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed (random, hash, lexical, classifier, phatgoose), also of written text.")
-    ] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed (random, hash, lexical, classifier), also of written text.")] = (
+        None
+    )
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")
     ] = None

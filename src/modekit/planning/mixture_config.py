@@ -46,7 +46,6 @@ class Average(_Said):
     """
 
     decay: Annotated[float, Field(ge=0, le=1)] | None
-    sum: bool = False
     segment: _Size | None = None
 
 

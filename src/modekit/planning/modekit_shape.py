@@ -305,9 +305,8 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
         if scope == "feature" and recipe.mixture.fit is not None and weight is not None:
             said["features"] = weight[0]
         if leaders[module] == module:
-            read = [mixture.places[name].ranks for name in readers(module, family, leaders)]
             said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else family.width_in(module, weight))
-            said["rows"] = gate_rows(router, [sum(ranks) for ranks in zip(*read, strict=True)])
+            said["rows"] = [router.row.score.rows] * len(place.ranks)
         changed[module] = Place.model_validate(said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
 

@@ -187,9 +187,8 @@ class Places:
         return self._family.hidden(self._base.config) if weight is None else self._family.width_in(place.module, weight.shape)
 
     def rows(self, leader: PlannedPlace) -> list[int]:
-        """Rows of a leader's gate per expert, by the ranks over all places that read the same input."""
-        read = [place.ranks for place in self.read_by(leader)]
-        return gate_rows(self._recipe.mixture.router, [sum(ranks) for ranks in zip(*read, strict=True)])
+        """Rows of a leader's gate per expert."""
+        return [self._recipe.mixture.router.row.score.rows] * len(leader.ranks)
 
     def read_by(self, leader: PlannedPlace) -> list[PlannedPlace]:
         """The places whose changes a router at `leader` could score."""

@@ -9,7 +9,6 @@ from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import AlwaysOnConfig, Average, Ngram, Routing
 from modekit.recipes.layers import order_of
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
-from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE
 from modekit.sources.family import Family
 from modekit.sources.names import split_layer
@@ -40,8 +39,6 @@ def routing_config(recipe: Recipe) -> Routing:
         read = {"score": router.row.score.kind, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
         if mixture.unseen is not None:
             read["unseen"] = place_of_base(recipe.experts)
-        if "order" in router.row.settings:
-            read["ngram"] = Ngram(order=router.order, buckets=router.buckets)
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
             read["orders"] = [order for order in router.orders for _ in router.decays]
@@ -60,11 +57,6 @@ def routing_config(recipe: Recipe) -> Routing:
         **read,
         averages=[Average.model_validate(average) for average in router.averages],
     )
-
-
-def gate_rows(router: Router, ranks: list[int]) -> list[int]:
-    """Rows of a gate per expert, for adapters of these ranks."""
-    return [router.row.score.rows(rank) for rank in ranks]
 
 
 def needs_base(recipe: Recipe, family: Family, module: str, own: Sequence[int]) -> bool:

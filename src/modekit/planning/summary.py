@@ -10,23 +10,20 @@ from modekit.planning.carry import STREAM_TOKENS
 from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.plan import Plan
 from modekit.recipes.auto import why_chosen
-from modekit.recipes.fits import TRAINING
 from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.names import split_layer
 
-_TRAINED = 3  # a pass forward and back costs about three forward
 _EVALUATIONS = 500  # passes over the kept tokens that a logistic fit makes of a router, forward and back, at most
 _FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the tokens is what takes time
-_TRAINED_TOKENS = 100 * 4_096  # PHATGOOSE: steps per expert and tokens per step when the recipe says none
 
 
 class FitWork(BaseModel, frozen=True):
     """What a fit does at most; texts may be shorter.
 
     Attributes:
-        reads: whether a model reads the text; an n-gram router is counted, which takes seconds.
+        reads: whether a model reads the text; a table is made from token ids, which takes seconds.
         tokens: read by the model, of all domains together.
         flops: floating-point operations of that and of the statistics that it keeps.
         passes: how many passes forward a token costs.
@@ -133,15 +130,11 @@ def fit_work(plan: Plan) -> FitWork | None:
     if router.row.reads.tokens:
         tokens = _measured_tokens(plan)
         return FitWork(reads=tokens > 0, tokens=tokens, flops=2 * tokens * _weights(plan))
-    trained = router.row.reads is TRAINING
-    per_domain = (router.steps or 100) * _TRAINED_TOKENS // 100 if trained else router.tokens_per_domain
-    passes, tokens = _TRAINED if trained else 1, per_domain * plan.experts
-    solved = router.row.reads.sample and not router.row.decides.for_model  # by a search, where others have a closed form
-    statistics = 0 if trained else sum(2 * slot.shape[1] ** 2 for slot in plan.slots)
-    kept = min(router.keep_tokens, per_domain) * plan.experts if solved else 0
+    tokens = router.tokens_per_domain * plan.experts
+    solved = router.row.reads.sample  # by a search, where others have a closed form
+    kept = min(router.keep_tokens, router.tokens_per_domain) * plan.experts if solved else 0
     solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
-    flops = tokens * (2 * passes * _weights(plan) + statistics)
-    return FitWork(reads=True, tokens=tokens, flops=flops, passes=passes, solving=solving)
+    return FitWork(reads=True, tokens=tokens, flops=2 * tokens * _weights(plan), solving=solving)
 
 
 def _measured_tokens(plan: Plan) -> int:

@@ -96,7 +96,7 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**({} if asked.get("fit") == AUTO else router), **asked}
-    if len({(row.decides.fading, row.score.adds_up) for row in map(_row, (router, changed))}) > 1:  # other averages, or sums
+    if len({row.decides.fading for row in map(_row, (router, changed))}) > 1:  # other averages
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 
@@ -117,8 +117,8 @@ def _fit_of(mixture: RecipePart) -> Fit:
 
 def _row(router: RecipePart) -> Fit:
     """The row of a router's fit; an open one when it names none, or none that there is, which the check will say."""
-    fit, features = router.get("fit", AUTO), router.get("features")
-    return row_of(fit if isinstance(fit, str) else AUTO, features if isinstance(features, str) else None)
+    fit = router.get("fit", AUTO)
+    return row_of(fit if isinstance(fit, str) else AUTO)
 
 
 def _omit(mapping: RecipePart, *keys: str) -> RecipeData:

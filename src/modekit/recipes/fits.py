@@ -6,8 +6,8 @@ stands below torch and knows no function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ from modekit.recipes.strict import RecipeData
 
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
-ScoreKind = Literal["linear", "norm", "standardised", "cosine", "attention", "ngram", "lexical", "tfidf"]
+ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical", "tfidf"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
@@ -42,15 +42,10 @@ class KeptStatistics:
     per_router: bool = True
 
 
-_SUMS = KeptStatistics(  # sum, mean of negatives, X'X (on disk its triangle in float32) and kept inputs in float16
+_SUMS = KeptStatistics(  # sum, mean of negatives, and kept inputs in float16
     shared=True,
-    nbytes=lambda width, tokens, in_memory: width * ((8 * width if in_memory else 2 * (width + 1)) + 16 + 2 * tokens),
+    nbytes=lambda width, tokens, _in_memory: width * (16 + 2 * tokens),
     memory=lambda statistics, model: model + statistics,
-)
-_COUNTS = KeptStatistics(
-    shared=False,
-    nbytes=lambda width, tokens, _in_memory: 4 * (width + 2 * tokens),
-    memory=lambda statistics, _model: 4 * statistics,
 )
 _TOKEN_IDS = KeptStatistics(
     shared=False,
@@ -66,13 +61,12 @@ class FitInput:
 
     Attributes:
         kind: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
-            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert;
-            training: the gate is trained on text.
+            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert.
         keeps: the statistics that it keeps of every domain, or None.
         sample: whether the kept sample of router inputs is all that it is made from.
     """
 
-    kind: Literal["recipe", "ids", "changes", "tokens", "router inputs", "training"]
+    kind: Literal["recipe", "ids", "changes", "tokens", "router inputs"]
     keeps: KeptStatistics | None = None
     sample: bool = False
 
@@ -88,24 +82,21 @@ class FitInput:
 
     @property
     def hidden(self) -> bool:
-        """Whether text runs through the models, and sums of what routers read there are kept."""
+        """Whether text runs through the models, and a sum and a sample of what routers read there are kept."""
         return self.kind == "router inputs"
 
     @property
     def low_rank(self) -> bool:
-        """Whether experts must be low-rank changes of the base, which are scored, or whose gates are trained."""
-        return self.kind in {"changes", "training"}
+        """Whether experts must be low-rank changes of the base, which are scored."""
+        return self.kind == "changes"
 
 
 RECIPE = FitInput("recipe")
 IDS = FitInput("ids")
 CHANGES = FitInput("changes")
-TRAINING = FitInput("training")
 ROUTER_INPUTS = FitInput("router inputs", _SUMS)
-"""Sums of x and of x x^T, and a sample (routing/statistics.py)."""
+"""The sum of x, and a sample (routing/statistics.py)."""
 SAMPLE = FitInput("router inputs", _SUMS, sample=True)
-NGRAMS = FitInput("tokens", _COUNTS)
-"""Counts of n-grams, and documents on which the temperature is chosen (routing/ngram.py)."""
 TOKENS = FitInput("tokens", _TOKEN_IDS)
 """Token ids of the text, at most MOST_TOKENS of a domain (routing/token_text.py)."""
 
@@ -116,8 +107,7 @@ class FitScore:
 
     Attributes:
         kind: as the architecture's config says it.
-        rows: rank of an expert's changes to what a router reads -> rows of the gate for that expert.
-        adds_up: that evidence of a text is a sum; else an average, of which several may stand side by side.
+        rows: of the gate for an expert.
         by_token: that its table has a row for every token, unless a setting makes n-grams of them.
         besides: columns of the gate besides those that tokens choose, and rows besides the experts'.
         native: how native architectures say it: as their router's gate, or as that of a router that reads channels which
@@ -125,8 +115,7 @@ class FitScore:
     """
 
     kind: ScoreKind
-    rows: Callable[[int], int] = lambda _rank: 1
-    adds_up: bool = False
+    rows: int = 1
     by_token: bool = False
     besides: int = 0
     native: Literal["gate", "channels"] | None = None
@@ -134,14 +123,10 @@ class FitScore:
 
 LINEAR = FitScore("linear", native="gate")
 NORM = FitScore("norm")
-NORM_OF_ALL = FitScore("norm", rows=lambda rank: max(1, rank))
-"""All of B A; one row of zeros for an expert that changes nothing."""
-STANDARDISED = FitScore("standardised")
 COSINE = FitScore("cosine")
-ATTENTION = FitScore("attention", rows=lambda _rank: 3)
+ATTENTION = FitScore("attention", rows=3)
 """Query, key and value."""
 BY_TOKEN = FitScore("lexical", by_token=True)
-EVIDENCE_SUM = FitScore("ngram", adds_up=True)
 EVIDENCE_AVERAGE = FitScore("lexical", by_token=True, native="channels")
 TFIDF = FitScore("tfidf", by_token=True, besides=1)
 
@@ -185,8 +170,6 @@ class Fit:
         about: one sentence for the recipe's schema.
         reads, score, decides: its three parts.
         settings: of a router or an expert, those that this fit takes and some other does not.
-        kinds: value of the setting `features` -> the row that holds under it; without one, this row.
-        kind: of such a row, that value.
         library: which it is fitted by, besides what modekit always has; not needed afterwards.
         title: what tables call it, when that is another word.
     """
@@ -197,8 +180,6 @@ class Fit:
     score: FitScore = LINEAR
     decides: FitTiming = BY_GRANULARITY
     settings: tuple[str, ...] = ()
-    kinds: Mapping[str, Fit] = field(default_factory=dict)
-    kind: str = ""
     library: str = ""
     title: str = ""
 
@@ -215,7 +196,7 @@ class Fit:
     @property
     def by_token(self) -> bool:
         """Whether a row of its table says what one token is worth."""
-        return self.score.by_token and "order" not in self.settings
+        return self.score.by_token
 
     @property
     def carried(self) -> bool:
@@ -238,11 +219,6 @@ class Fit:
         return self.reads.tokens and self.reads.text
 
     @property
-    def said(self) -> str:
-        """As a recipe says it."""
-        return f"{self.name}, features: {self.kind}" if self.kind else self.name
-
-    @property
     def label(self) -> str:
         """What a table calls it."""
         return self.title or self.name
@@ -263,28 +239,12 @@ _REGULAR = (*_OF_SUMS, "l2")
 _OF_ATTENTION = (*_OF_SUMS[1:], "l2")
 """Without a temperature, which a product of query and key would take twice."""
 _SCORED = ("temperature", "jitter")
-_EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms")
-_OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "features", "classifier", "chat")
-_FIRST_TOKENS = "one decision for a text, by a scikit-learn classifier of its first tokens"
-_TRAINED = ("tokens_per_domain", "sequence_length", "seed", "steps", "jitter", "chat")
-"""Without a temperature: gates of PHATGOOSE are standardised."""
-
-
-def _classifier(kind: str, reads: FitInput, score: FitScore, settings: tuple[str, ...]) -> Fit:
-    return Fit("classifier", _FIRST_TOKENS, reads, score, ONCE, settings, kind=kind, library="sklearn")
-
-
-_KINDS = {
-    "ngrams": _classifier("ngrams", TOKENS, TFIDF, (*_OF_CLASSIFIERS, "order", "buckets")),
-    "hidden": _classifier("hidden", SAMPLE, LINEAR, (*_OF_SUMS, "seed", "features", "classifier")),
-}
+_EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms", "seed", "orders")
 _ROWS = (
     Fit("random", "the paper's noisy router", RECIPE, settings=(*_SCORED, "seed"), title="noisy"),
     Fit("hash", "every token has its expert, by a hash of its id, without text", IDS, BY_TOKEN, BY_TOKENS, ("seed",)),
     Fit("centroid", "the mean of what a router reads in a domain", ROUTER_INPUTS, settings=(*_OF_SUMS, "negative_prompts")),
-    Fit("lda", "linear discriminants of the domains", ROUTER_INPUTS, settings=_REGULAR),
     Fit("logistic", "logistic regression on kept tokens", SAMPLE, settings=_REGULAR),
-    Fit("ridge", "least squares on the domains", ROUTER_INPUTS, settings=_REGULAR),
     Fit(
         "cosine",
         "the cosine of a low-dimensional projection with a vector per expert",
@@ -294,26 +254,23 @@ _ROWS = (
     ),
     Fit("attention", "attention between the experts", SAMPLE, ATTENTION, settings=_OF_ATTENTION),
     Fit(
-        "ngram",
-        "naive Bayes on the tokens so far",
-        NGRAMS,
-        EVIDENCE_SUM,
-        RUNNING,
-        (*_EVIDENCE, "keep_tokens", "order", "smoothing"),
-    ),
-    Fit(
         "lexical",
         "a table of how much every token favours each domain, averaged over the text so far",
         TOKENS,
         EVIDENCE_AVERAGE,
         RUNNING,
-        (*_EVIDENCE, "seed", "orders"),
+        _EVIDENCE,
     ),
-    replace(_classifier("", TOKENS, TFIDF, _OF_CLASSIFIERS), kinds=_KINDS),
+    Fit(
+        "classifier",
+        "one decision for a text, by a scikit-learn classifier of its first tokens",
+        TOKENS,
+        TFIDF,
+        ONCE,
+        ("temperature", "sequence_length", "seed", "classifier", "chat"),
+        library="sklearn",
+    ),
     Fit("arrow", "the direction that an adapter amplifies most, without text", CHANGES, NORM, settings=_SCORED),
-    Fit("spectr", "the length of what an adapter makes of x, without text", CHANGES, NORM_OF_ALL, settings=_SCORED),
-    Fit("seqr", "that length for adapters of equal size, without text", CHANGES, NORM_OF_ALL, settings=_SCORED),
-    Fit("phatgoose", "a gate trained for each adapter alone, on its own text", TRAINING, STANDARDISED, settings=_TRAINED),
 )
 FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
@@ -324,14 +281,12 @@ _OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's te
 
 def fits_with(setting: str) -> list[str]:
     """Names of the fits that take a setting of a router or an expert; none when all do."""
-    every = (each for row in FITS.values() for each in (row, *row.kinds.values()))
-    return [row.said for row in every if setting in row.settings]
+    return [row.name for row in FITS.values() if setting in row.settings]
 
 
-def row_of(fit: str, features: str | None = None) -> Fit:
-    """The row that holds for a fit under a value of `features`; for `auto`, that of what fixed weights once said."""
-    row = FITS.get(fit, _OPEN)
-    return row.kinds.get(features or "", row)
+def row_of(fit: str) -> Fit:
+    """The row of a fit; for `auto`, that of what fixed weights once said."""
+    return FITS.get(fit, _OPEN)
 
 
 def known_fit(value: object, *besides: str) -> object:

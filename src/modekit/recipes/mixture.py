@@ -113,7 +113,7 @@ class Mixture(Strict):
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
     unseen: Literal["base"] | None = Field(
-        None, description="base: text of no domain goes to the base model, one of the experts (fit: lexical or ngram)."
+        None, description="base: text of no domain goes to the base model, one of the experts (fit: lexical)."
     )
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
@@ -195,10 +195,8 @@ class Mixture(Strict):
         elif not self.is_open and not self.router.row.tells_unseen:
             yield (
                 f"'unseen' is decided again after every token, which fit '{self.router.fit}' does not do; "
-                "set router: {fit: lexical} or {fit: ngram}, or remove it"
+                "set router: {fit: lexical}, or remove it"
             )
-        elif self.router.row.score.adds_up and self.router.keep_tokens == 0:
-            yield "'unseen' is set on kept tokens: keep_tokens must be at least 1"
         if self.backbone != BASE:
             yield "'unseen' sends text to the base model, which needs backbone: base; remove one of them"
 
@@ -218,7 +216,7 @@ class Mixture(Strict):
         if fit is not None and not before_first_layer and not fit.decides.for_model:
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
-                "router: {fit: ngram}, or router: {granularity: sequence, per: model}"
+                "router: {fit: lexical}, or router: {granularity: sequence, per: model}"
             )
         if fit is not None and fit.reads is CHANGES:
             yield (

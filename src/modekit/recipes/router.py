@@ -19,18 +19,16 @@ PREFIX = 64
 """Tokens after which a decision stays, unless a recipe says another number; a classifier's compares each with all of them."""
 MOST_PREFIX = 1_024
 """Of a classifier that counts: its state is so long, and what is compared is its square."""
-COUNTS_ALONE = "naive_bayes"
-"""The classifier that takes counts of tokens and nothing else."""
 SEGMENT = 64
 """Tokens of a segment, unless a recipe says another number."""
 READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
-"""Settings of a router -> the granularity that reads them; evidence that adds up fades, and has a decay, too."""
+"""Settings of a router -> the granularity that reads them; evidence fades, and has a decay, too."""
 
 
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "features", "classifier", "segment", "dimensions")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "classifier", "segment", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -60,11 +58,6 @@ class Router(Strict):
     dimensions: int | None = Field(
         None, ge=2, description="Cosine: dimensions that what the router reads is projected to (default: one per expert)."
     )
-    features: Literal["tfidf", "ngrams", "hidden"] | None = Field(
-        None,
-        description="Classifier: what it knows of a text: its tokens or n-grams, each by how rare it is (tfidf, the default; "
-        "ngrams), or the mean of what the router reads (hidden).",
-    )
     classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] | None = Field(
         None, description="Classifier: which of scikit-learn's; auto, the default, fits all, and held-out text picks the best."
     )
@@ -73,18 +66,13 @@ class Router(Strict):
     )
     jitter: float = Field(0.0, ge=0, lt=1, description="Random scaling of what the gate reads, in training only.")
     noise: float = Field(0.0, ge=0, description="Random addition to the logits, in training only.")
-    steps: int | None = Field(None, ge=1, description="PHATGOOSE: training steps per expert (default 100).")
-    order: int = Field(2, ge=1, le=4, description="N-gram, classifier: how many tokens in a row are counted together.")
-    buckets: int = Field(
-        2**18, ge=2, le=2**24, description="N-gram, lexical, classifier: rows of a table that n-grams are hashed into."
-    )
+    buckets: int = Field(2**18, ge=2, le=2**24, description="Lexical: rows of a table that n-grams are hashed into.")
     orders: list[Annotated[int, Field(ge=1, le=4)]] | None = Field(
         None,
         min_length=1,
         max_length=4,
         description="Lexical: n-grams that have a table each; [1], the tokens alone, is what native architectures carry.",
     )
-    smoothing: float = Field(0.5, gt=0, description="N-gram: added to every count.")
     chat: bool | None = Field(
         None,
         description="Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
@@ -105,37 +93,28 @@ class Router(Strict):
             yield "'decay' must lie between 0 and 1"
         if self.orders is not None and len(set(self.orders)) < len(self.orders):
             yield "'orders' names an order twice"
-        if self.classifier == COUNTS_ALONE and self.row.kind == "hidden":
-            yield "naive Bayes counts tokens, which features: hidden has none of; choose logistic, sgd or centroid"
         if self.row.score is TFIDF and (self.prefix or 0) > MOST_PREFIX:
-            yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.row.said}, whose tokens are compared pairwise"
+            yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.fit}, whose tokens are compared pairwise"
 
     @property
     def row(self) -> Fit:
         """All that is known of the fit."""
-        return row_of(self.fit, self.features)
+        return row_of(self.fit)
 
     def classifiers(self, known: Iterable[str]) -> list[str]:
-        """The one of the known classifiers that is asked for, or all that can take the features."""
-        if self.classifier not in (None, "auto"):
-            return [str(self.classifier)]
-        return [name for name in known if name != COUNTS_ALONE or self.row.kind != "hidden"]
+        """The one of the known classifiers that is asked for, or all."""
+        return [*known] if self.classifier in (None, "auto") else [str(self.classifier)]
 
     @property
     def said(self) -> str:
-        """The fit, and of a classifier what it reads and which it is."""
-        return (
-            f"{self.fit} ({self.features or 'tfidf'}, {self.classifier or 'auto'})"
-            if "classifier" in self.row.settings
-            else self.fit
-        )
+        """The fit, and of a classifier which it is."""
+        return f"{self.fit} ({self.classifier or 'auto'})" if "classifier" in self.row.settings else self.fit
 
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
         if not self.row.reads.tokens:
             return None
-        hashed = self.hashes or "order" in self.row.settings
-        return (self.buckets if hashed else vocabulary) + self.row.score.besides
+        return (self.buckets if self.hashes else vocabulary) + self.row.score.besides
 
     @property
     def hashes(self) -> bool:
@@ -166,9 +145,8 @@ class Router(Strict):
     def averages(self) -> list[dict[str, float | None]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
         if self.row.decides.fading is not None:
-            adds_up: dict[str, float | None] = {"sum": True} if self.row.score.adds_up else {}
-            return [{"decay": decay, **adds_up} for _ in self.orders or [1] for decay in self.decays]
-        if self.granularity == "sequence" or (self.row.decides.once and not self.row.reads.tokens):
+            return [{"decay": decay} for _ in self.orders or [1] for decay in self.decays]
+        if self.granularity == "sequence":
             return [{"decay": 1.0}]
         if self.granularity == "token":
             return [{"decay": None}]
@@ -190,14 +168,12 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
         read_anyway = {"prefix": row.decides.once, "decay": row.decides.fading is not None}
         if key in router and granularity != reads_it and not read_anyway.get(key):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
-    if "decay" in router and row.score.adds_up and len(router["decay"] or []) != 1:
-        yield "decay", f"fit '{row.name}' has one decay"
     if row.score is not LINEAR and not row.decides.for_model and router.get("per") == "feature":
         yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"
     if row.decides.for_model and router.get("per", "model") != "model":
         yield "per", f"fit '{row.name}' makes one decision for the whole model; remove 'per', or write per: model"
     if row.reads.sample and router.get("keep_tokens") == 0:
-        yield "keep_tokens", f"the {row.name} fit is solved on kept tokens: keep_tokens must be at least 1, or choose ridge"
+        yield "keep_tokens", f"the {row.name} fit is solved on kept tokens: keep_tokens must be at least 1, or choose centroid"
     for key, fits in ((key, fits_with(key)) for key in router):
         if fits and key not in row.settings:
-            yield key, f"'{key}' has no effect with fit: {row.said} (only with {', '.join(fits)}); remove it"
+            yield key, f"'{key}' has no effect with fit: {row.name} (only with {', '.join(fits)}); remove it"

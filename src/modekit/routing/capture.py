@@ -46,13 +46,11 @@ class _Sums:
     def __init__(self, width: int, kept_places: torch.Tensor) -> None:
         self._places = kept_places
         self.sum_D = torch.zeros(width, dtype=torch.float64)
-        self.outer_DD = torch.zeros((width, width), dtype=torch.float64)
         self.sample_ND = torch.zeros((len(kept_places), width), dtype=torch.float16)
 
     def add(self, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         """Take the tokens of a batch."""
         self.sum_D += x_TD.sum(0, dtype=torch.float64).cpu()
-        self.outer_DD += (x_TD.T @ x_TD).cpu()  # float32 within a batch, float64 across batches
         if not len(self._places):
             return
         slots = torch.searchsorted(self._places, places_T)
@@ -62,7 +60,6 @@ class _Sums:
     def add_up(self, shared: Processes) -> None:
         """Take what the other processes found."""
         self.sum_D = shared.add_up(self.sum_D)
-        self.outer_DD = shared.add_up(self.outer_DD)
         if shared.count > 1:  # each kept token was seen by one process, and is zero in the others
             self.sample_ND = shared.add_up(self.sample_ND.float()).half()
 
@@ -119,10 +116,7 @@ def capture_domain(
     return [
         DomainStatistics(
             sum(totals),
-            tuple(
-                SlotStatistics(found[slot].sum_D, found[slot].outer_DD, negative[number][slot], found[slot].sample_ND)
-                for slot in sorted(found)
-            ),
+            tuple(SlotStatistics(found[slot].sum_D, negative[number][slot], found[slot].sample_ND) for slot in sorted(found)),
             dict(read.source),
             tuple(totals[sides[slot]] for slot in sorted(found)) if totals[True] else (),
         )

@@ -1,5 +1,5 @@
-"""Gates from the statistics of the domains: centroid, LDA, ridge (closed form) and logistic (a convex problem), cosine and
-attention (from a start in closed form).
+"""Gates from the statistics of the domains: centroid (closed form), logistic (a convex problem), cosine and attention (from a
+start in closed form).
 
 Every fit ends in one bias-free gate per router, because that is what native architectures hold; the temperature
 is folded into it. Domains count equally, however much text each had.
@@ -47,25 +47,6 @@ def centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -
     return _calibrated(_unit_rows(means_ED), slot, domains)
 
 
-def lda(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """w_e = S^-1 mu_e with the shared within-domain covariance S, shrunk towards its mean variance."""
-    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
-    covariance_DD = _second_moment(slot, domains) - means_ED.T @ means_ED / len(domains)
-    weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(covariance_DD, settings.l2), (means_ED - means_ED.mean(0)).T)
-    return _calibrated(weights_DE.T, slot, domains)
-
-
-def ridge(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
-    """W = (X'X + lambda I)^-1 X'Y with one-hot domains Y (arXiv:2603.29765, without intercept), at the best temperature.
-
-    The columns keep their lengths: at length 1 they lose 0.02 of the gap (benchmarks/router_fits.md).
-    """
-    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
-    moment_DD = _second_moment(slot, domains)
-    weights_DE: torch.Tensor = torch.linalg.solve(_shrunk(moment_DD, settings.l2), means_ED.T / len(domains))
-    return _calibrated(weights_DE.T, slot, domains)
-
-
 def _calibrated(weights_ED: torch.Tensor, slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
     """The gate divided by the temperature that gives the kept tokens' domains the largest likelihood."""
     if any(domain.slots[slot].sample_ND.shape[0] == 0 for domain in domains):
@@ -82,8 +63,10 @@ def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
 
 
 def _second_moment(slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
-    """Mean over domains of the mean of x x^T, (D, D) float64."""
-    return torch.stack([domain.slots[slot].outer_DD / domain.count(slot) for domain in domains]).mean(0)
+    """Mean of x x^T over the kept tokens, domains counting equally, (D, D) float64."""
+    tokens = _kept_tokens(slot, domains)
+    x_ND = tokens.x_ND.double()
+    return x_ND.T @ (x_ND * tokens.shares_N[:, None])
 
 
 def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:
@@ -115,7 +98,7 @@ def _kept_tokens(slot: int, domains: Sequence[DomainStatistics]) -> _KeptTokens:
             "this fit needs kept tokens and there are none",
             where="mixture.router.keep_tokens",
             expected="at least 1",
-            remedy="fit again with keep_tokens > 0, or choose ridge",
+            remedy="fit again with keep_tokens > 0, or choose centroid",
         )
     return _KeptTokens(
         torch.cat([domain.slots[slot].sample_ND.float() for domain in domains]),
@@ -204,9 +187,7 @@ def _minimise(loss: Callable[[], torch.Tensor], weights: torch.Tensor) -> None:
 
 RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Tensor]] = {
     "centroid": centroid,
-    "lda": lda,
     "logistic": logistic,
-    "ridge": ridge,
     "cosine": cosine,
     "attention": attention,
 }
@@ -219,12 +200,6 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
     if not processes().is_main:
         return fitting.unfitted()
     text, report = [domain.source["text"] for domain in domains], {"tokens": [domain.tokens for domain in domains]}
-    if settings.row.library:
-        from modekit.routing.classifier import hidden_gate
-
-        fitting.run.begin("fit classifiers")
-        gate_ED, choice = hidden_gate([domain.slots[0].sample_ND.double().numpy() for domain in domains], settings)
-        return fitting.fitted([gate_ED], text, {**report, **choice})
     solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
     # A gate with one decision per output feature starts as one decision for all of them.
     return fitting.fitted([gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved], text, report)

@@ -43,10 +43,9 @@ Examples = Sequence[TokenRows]
 
 @dataclass(frozen=True)
 class Averaging:
-    """How evidence of a text comes together: causal averages with these decays, or with `adds_up` sums."""
+    """How evidence of a text comes together: causal averages with these decays."""
 
     decays: tuple[float, ...]
-    adds_up: bool = False
 
     def matrices(self, length: int) -> torch.Tensor:
         """(J, S, S): row t has the weights of tokens 1 to t."""
@@ -57,7 +56,7 @@ class Averaging:
         age = (torch.arange(length)[:, None] - torch.arange(length)[None, :]).clamp_min(0)
         decays = torch.tensor(self.decays, dtype=torch.float64)[:, None, None]
         weights = torch.pow(decays, age).tril()
-        return (weights if self.adds_up else weights / weights.sum(-1, keepdim=True)).float()
+        return (weights / weights.sum(-1, keepdim=True)).float()
 
 
 @dataclass(frozen=True)

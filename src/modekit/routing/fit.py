@@ -70,12 +70,6 @@ def _solved(fitting: Fitting) -> FittedRouter:
     return solve_gates(fitting)
 
 
-def _counted(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.ngram import count_gate
-
-    return count_gate(fitting)
-
-
 def _lexical(fitting: Fitting) -> FittedRouter:
     from modekit.routing.lexical import lexical_gates
 
@@ -84,8 +78,6 @@ def _lexical(fitting: Fitting) -> FittedRouter:
 
 def _classified(fitting: Fitting) -> FittedRouter:
     fitting.settings.row.check_library()
-    if fitting.settings.row.reads.hidden:
-        return _solved(fitting)
     from modekit.routing.classifier import classifier_gates
 
     return classifier_gates(fitting)
@@ -97,20 +89,12 @@ def _from_changes(fitting: Fitting) -> FittedRouter:
     return low_rank_gates(fitting)
 
 
-def _trained(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.phatgoose import learned_gates
-
-    return learned_gates(fitting)
-
-
 SETTERS: dict[str, Callable[[Fitting], FittedRouter]] = {
     "random": _random,
     "hash": _hash,
-    **dict.fromkeys(("centroid", "lda", "logistic", "ridge", "cosine", "attention"), _solved),
-    "ngram": _counted,
+    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), _solved),
     "lexical": _lexical,
     "classifier": _classified,
-    **dict.fromkeys(("arrow", "spectr", "seqr"), _from_changes),
-    "phatgoose": _trained,
+    "arrow": _from_changes,
 }
 """By the name of the fit (recipes/fits.py)."""

@@ -27,13 +27,11 @@ class _Evidence:
         rows_VE: what each row says for every expert, float32; one row after another in memory.
         order: tokens of an n-gram that chooses a row; None: a token chooses its own.
         decay: of what was seen before; None: the last token alone counts.
-        adds_up: what was seen adds up, where else it is averaged.
     """
 
     rows_VE: np.ndarray
     order: int | None
     decay: float | None
-    adds_up: bool
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
@@ -45,17 +43,15 @@ class _Evidence:
         rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.rows_VE))
         rows_S = rows_S if self.decay is None else rows_S[:prefix]
         weights_S = np.power(self.decay or 0.0, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
-        weights_S = weights_S if self.adds_up else weights_S / weights_S.sum()
-        added_SE: np.ndarray = weights_S[:, None] * self.rows_VE[rows_S]
+        added_SE: np.ndarray = (weights_S / weights_S.sum())[:, None] * self.rows_VE[rows_S]
         return added_SE
 
 
 @dataclass(frozen=True)
 class _Classifier:
-    """A classifier of the first terms (architecture/modekit_terms.py): its table, and tokens of the n-grams it counts."""
+    """A classifier of the first terms (architecture/modekit_terms.py): its table."""
 
     gate_VG: np.ndarray
-    order: int | None
 
     def logits(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """(E,), float32."""
@@ -64,10 +60,9 @@ class _Classifier:
 
     def by_token(self, ids_S: np.ndarray, prefix: int | None) -> np.ndarray:
         """What each token that counts adds to the logits, (N, E), float32; what all texts have in common is not in it."""
-        rows_S = ids_S if self.order is None else rows_of_ngrams(ids_S, self.order, len(self.gate_VG) - 1)
-        terms_T, counts_T = np.unique(rows_S[:prefix], return_counts=True)
+        terms_T, counts_T = np.unique(ids_S[:prefix], return_counts=True)
         length = float(np.linalg.norm(counts_T * self.gate_VG[terms_T, -1]))
-        added_SE: np.ndarray = self.gate_VG[rows_S[:prefix], :-1] / np.float32(length or 1.0)
+        added_SE: np.ndarray = self.gate_VG[ids_S[:prefix], :-1] / np.float32(length or 1.0)
         return added_SE
 
 
@@ -76,17 +71,15 @@ class LastToken:
 
     def __init__(self, routing: RoutingData, gate_EG: np.ndarray) -> None:
         """`routing` is the config's `modekit.routing` (see `Router`) of a router that reads tokens."""
-        averages, ngram = routing["averages"], routing.get("ngram")
-        orders: Sequence[int | None] = [None if ngram is None else ngram["order"]] * len(averages)
-        if ngram is not None and routing.get("orders"):
-            orders = routing["orders"]
+        averages = routing["averages"]
+        orders: Sequence[int | None] = routing.get("orders") or [None] * len(averages)
         self._prefix = routing.get("prefix")
         self._tables: list[_Evidence] | list[_Classifier]
         if routing.get("score") == "tfidf":
-            self._tables = [_Classifier(np.ascontiguousarray(gate_EG.T, dtype=np.float32), orders[0])]
+            self._tables = [_Classifier(np.ascontiguousarray(gate_EG.T, dtype=np.float32))]
             return
         self._tables = [
-            _Evidence(np.ascontiguousarray(part_EV.T, dtype=np.float32), order, average["decay"], average.get("sum", False))
+            _Evidence(np.ascontiguousarray(part_EV.T, dtype=np.float32), order, average["decay"])
             for part_EV, order, average in zip(np.split(gate_EG, len(averages), axis=1), orders, averages, strict=True)
         ]
 

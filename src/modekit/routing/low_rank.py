@@ -1,19 +1,14 @@
-"""Gates from the adapters themselves, without text: Arrow, SpectR and SEQR.
+"""Gates from the adapters themselves, without text: Arrow (arXiv:2405.11157).
 
-All three score an expert by the length of what its adapter makes of x, |G_e x|; they differ in G_e. A router that
+An expert scores |w_e x|, w_e the one direction that its change amplifies most: the first right singular vector. A router that
 decides for several modules with the same input (q, k and v; gate and up) takes their changes as one, stacked.
-
-    spectr   G_e with |G_e x| = |s B A x|: R of B's QR decomposition times A (SpectR and SEQR's exact form)
-    seqr     the same, of length 1: an adapter does not win by being large. SEQR standardises by activations on a text;
-             without one, the Frobenius norm stands for them
-    arrow    the one direction that the change amplifies most: its first right singular vector (arXiv:2405.11157)
 
 Shape legend: D width of what is read, R rank, O output, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from safetensors import safe_open
@@ -30,39 +25,18 @@ def low_rank_gates(fitting: Fitting) -> FittedRouter:
 
     Raises UnsupportedError when an expert's part is no low-rank change.
     """
-    rule = _RULES[fitting.settings.fit]
-    return fitting.fitted([_gate(fitting, slot, rule).numpy() for slot in fitting.checkpoint.slots], [], {})
+    return fitting.fitted([_gate(fitting, slot).numpy() for slot in fitting.checkpoint.slots], [], {})
 
 
-def _whole(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
-    rows_RD[: len(change_RD)] = change_RD
-
-
-def _whole_of_length_one(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
-    _whole(change_RD, rows_RD)
-    rows_RD /= torch.linalg.matrix_norm(rows_RD).clamp_min(1e-30)
-
-
-def _first_direction(change_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
-    if len(change_RD):
-        _, _, directions = torch.linalg.svd(change_RD, full_matrices=False)
-        rows_RD[0] = directions[0]
-
-
-_Rule = Callable[[torch.Tensor, torch.Tensor], None]
-"""(the change (R, D), R = 0 for the base; the expert's rows of the gate, zero): fills the rows. Both float64."""
-_RULES: Mapping[str, _Rule] = {"spectr": _whole, "seqr": _whole_of_length_one, "arrow": _first_direction}
-
-
-def _gate(fitting: Fitting, slot: RouterSlot, rule: _Rule) -> torch.Tensor:
-    gates = []
-    for expert, count in enumerate(slot.rows):
-        rows_RD = torch.zeros((count, slot.width), dtype=torch.float64)
-        rule(_stacked(fitting.checkpoint, slot, expert), rows_RD)
-        gates.append(rows_RD)
+def _gate(fitting: Fitting, slot: RouterSlot) -> torch.Tensor:
+    gate_ED = torch.zeros((len(slot.rows), slot.width), dtype=torch.float64)
+    for expert, w_D in enumerate(gate_ED):
+        change_RD = _stacked(fitting.checkpoint, slot, expert)
+        if len(change_RD):
+            w_D[:] = torch.linalg.svd(change_RD, full_matrices=False)[2][0]
     # A router that reads several averages scores their mean: the same rows for each part.
-    gate = torch.cat(gates) / fitting.settings.temperature / slot.parts
-    return gate.repeat(1, slot.parts).float()
+    gate_ED = gate_ED / fitting.settings.temperature / slot.parts
+    return gate_ED.repeat(1, slot.parts).float()
 
 
 def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Tensor:

@@ -113,7 +113,6 @@ class StatisticsReader:
         if domain.known:
             return domain.kept
         self.read_together([(self, domain)])
-        # What is on disk (float32 sums) is what every later fit will read, so the first fit reads it too.
         return load_statistics(domain.path) if processes().is_main else None
 
     def read_together(self, others: Sequence[tuple[StatisticsReader, DomainToRead]]) -> None:

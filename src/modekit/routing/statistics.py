@@ -1,4 +1,4 @@
-"""What a fit keeps of a domain: sums that add up, and a sample of the router's inputs.
+"""What a fit keeps of a domain: a sum of the router's inputs, and a sample of them.
 
 One file per domain, so that a domain can be added or removed later without the others' text, and so that an
 interrupted fit goes on with the next domain.
@@ -26,13 +26,11 @@ class SlotStatistics:
 
     Attributes:
         sum_D: sum of x, float64.
-        outer_DD: sum of x x^T (this is X'X), float64.
         negative_D: mean x of the negative prompts, float64; zero when there are none.
         sample_ND: evenly spaced x, float16.
     """
 
     sum_D: torch.Tensor
-    outer_DD: torch.Tensor
     negative_D: torch.Tensor
     sample_ND: torch.Tensor
 
@@ -58,7 +56,7 @@ class DomainStatistics:
         return [len(slot.sum_D) for slot in self.slots] == list(widths)
 
     def mean_D(self, slot: int) -> torch.Tensor:
-        """Mean of x, float64. This is X'Y of the domain's column, per token."""
+        """Mean of x, float64."""
         return self.slots[slot].sum_D / self.count(slot)
 
     def count(self, slot: int) -> int:
@@ -66,12 +64,10 @@ class DomainStatistics:
         return self.counts[slot] if self.counts else self.tokens
 
     def save(self, path: Path) -> None:
-        """Write atomically. X'X is symmetric: only its upper triangle is kept, in float32."""
+        """Write atomically."""
         tensors = {}
         for number, slot in enumerate(self.slots):
-            rows, columns = torch.triu_indices(*slot.outer_DD.shape)
             tensors[f"{number}.sum"] = slot.sum_D
-            tensors[f"{number}.outer_upper"] = slot.outer_DD[rows, columns].float()
             tensors[f"{number}.negative"] = slot.negative_D
             tensors[f"{number}.sample"] = slot.sample_ND
         counts = {"counts": self.counts} if self.counts else {}
@@ -79,12 +75,12 @@ class DomainStatistics:
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:
-    """Read a domain's statistics; None when there are none, or only an n-gram router's. Raises CheckpointError when damaged."""
+    """Read a domain's statistics; None when there are none, or only tokens. Raises CheckpointError when damaged."""
     return load_kept(path, _statistics)
 
 
 def _statistics(get: Get, about: Header) -> DomainStatistics | None:
-    if "slots" not in about:  # of an n-gram router
+    if "slots" not in about:  # of a router that reads tokens
         return None
     said = as_kind(about, _SumsHeader)
     if said.counts and len(said.counts) != said.slots:
@@ -93,13 +89,8 @@ def _statistics(get: Get, about: Header) -> DomainStatistics | None:
     for number in range(said.slots):
         sum_D = checked(get(f"{number}.sum"), (None,))
         width = len(sum_D)
-        upper = checked(get(f"{number}.outer_upper"), (width * (width + 1) // 2,)).double()  # before D x D are made
-        rows, columns = torch.triu_indices(width, width)
-        outer_DD = torch.zeros((width, width), dtype=torch.float64)
-        outer_DD[rows, columns] = upper
-        outer_DD[columns, rows] = upper
         negative_D = checked(get(f"{number}.negative"), (width,))
-        slots.append(SlotStatistics(sum_D, outer_DD, negative_D, checked(get(f"{number}.sample"), (None, width))))
+        slots.append(SlotStatistics(sum_D, negative_D, checked(get(f"{number}.sample"), (None, width))))
     return DomainStatistics(said.tokens, tuple(slots), said.source, said.counts)
 
 

@@ -1,6 +1,6 @@
 """Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
 
-Routers that read tokens (n-gram, lexical, classifiers) need nothing else to decide. A proxy before engines that serve the
+Routers that read tokens (lexical, classifiers) need nothing else to decide. A proxy before engines that serve the
 experts asks one which of them takes a request (engines/litellm_hook.py), and so may anybody.
 
 Shape legend: S sequence, E experts, V vocabulary, G columns of the gate.
@@ -70,7 +70,7 @@ class TextRouter:
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="`modekit fit OUT --fit lexical`, or ngram or classifier; gates of a plain checkpoint have no room "
+                remedy="`modekit fit OUT --fit lexical`, or classifier; gates of a plain checkpoint have no room "
                 "for a table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names

@@ -45,11 +45,6 @@ def made_texts(texts: Sequence[TokenText], base: int, special: Sequence[int], vo
     return found
 
 
-def with_unknown(logs: torch.Tensor, buckets: int) -> torch.Tensor:
-    """Log-probabilities of the base's n-grams when half of its text is n-grams of any of so many buckets, all as likely."""
-    return torch.logaddexp(logs, torch.full_like(logs, -math.log(buckets))) - math.log(2)
-
-
 def over_base(logits: torch.Tensor, base: int) -> torch.Tensor:
     """By how much the likeliest expert stands above the base: (..., E) -> (...)."""
     others = [place for place in range(logits.shape[-1]) if place != base]

@@ -124,7 +124,7 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     running = any("linear" in str(kind) or "conv" in str(kind) for kind in words(checkpoint.config, "layer_types"))
     pair = checkpoint.shape.family.pair
     if settings.pack and (averaging or running or pair):
-        what = "context, sequence and n-gram routers" if averaging else "layers with linear attention"
+        what = "context, sequence and lexical routers" if averaging else "layers with linear attention"
         what = "models with an encoder" if pair else what
         raise TrainingError(
             f"{what} read a row from its beginning, so that it can hold one document only",
