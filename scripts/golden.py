@@ -99,6 +99,9 @@ def _content(path: Path) -> bytes:
         return _canonical(_record(json.loads(path.read_text(encoding="utf-8"))))
     if path.suffix == ".safetensors":
         header, tensors = _header(path), load_file(path)
+        if path.parent.name == "router":  # a digest of numbers that are this machine's
+            about = json.loads(header["metadata"]["about"])
+            header["metadata"] = {key: value for key, value in about.items() if key != "sha256"}
         if path.parent.name != "router" and all(_is_exact(path, name) for name in tensors):
             return path.read_bytes()
         digests = {

@@ -60,7 +60,7 @@ def test_a_router_is_left_open_by_default_and_without_effect_on_fixed_weights() 
 @pytest.mark.parametrize(
     ("mixture", "said"),
     [
-        ({"router": {"dimensions": 5}}, "only with cosine"),
+        ({"router": {"classifier": "sgd"}}, "only with classifier"),
         ({"router": {"l2": 0.1, "orders": [1, 2]}}, "'l2' has no effect"),
         ({"modules": "all", "router": {"granularity": "context"}}, "granularity"),
     ],
@@ -84,7 +84,7 @@ def test_text_of_some_experts_alone_is_refused() -> None:
         ({"router": {**LOGISTIC, "granularity": "context"}}, False, True, "logistic"),
         ({"router": PAIRS}, False, True, "the modekit architecture"),
         ({"router": LOGISTIC}, True, True, "logistic"),
-        ({"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, False, True, ""),
+        ({"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, False, True, "the modekit architecture"),
         ({"method": "linear"}, True, False, "none (fixed weights)"),
         ({"method": "linear"}, True, True, ""),
         ({"router": {"fit": "random"}}, True, False, "random"),

@@ -238,7 +238,7 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
     assert tree(fitted) == before
 
 
-@pytest.mark.parametrize("damage", ["nan", "inf", "shape", "tokens", "huge"])
+@pytest.mark.parametrize("damage", ["nan", "zeros", "negated", "shape", "tokens"])
 def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None:
     """A stranger's whole file of numbers that no text gives; a fit from kept statistics does without the text."""
     path = fitted / "router" / "law.safetensors"
@@ -248,13 +248,13 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
     if damage == "tokens":
         about["tokens"] = -3
     else:
-        values = {"nan": float("nan"), "inf": float("inf"), "huge": 1e308}
-        tensors[name] = tensors[name][:-1].clone() if damage == "shape" else torch.full_like(tensors[name], values[damage])
+        own = tensors[name]
+        tensors[name] = {"nan": own * float("nan"), "zeros": own * 0, "negated": -own, "shape": own[:-1].clone()}[damage]
     save_file(tensors, path, metadata={"about": json.dumps(about)})
     (fitted.parent / "text" / "law.jsonl").unlink()
     before = tree(fitted)
     message = refuse("fit", fitted, "--fit", "logistic")
-    assert "gates are not finite" in message if damage == "huge" else str(path) in message
+    assert str(path) in message
     assert tree(fitted) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,14 +64,22 @@ def _without_text(error: TextError, kept: object, how: Mapping[str, object]) -> 
 def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
     """Write atomically. Raises OSError, also where safetensors says it in its own way (a full disk)."""
     make_folder(path.parent)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One metadata key: safetensors writes several in an order that differs from run to run.
-    metadata = {"about": json.dumps(about, sort_keys=True)}
+    metadata = {"about": json.dumps({**about, "sha256": _digest(tensors)}, sort_keys=True)}
     try:
         with appearing(path) as temporary, disk_errors(path):
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=metadata)
     except OSError:
         remove_if_empty(path.parent)
         raise
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + str(tensor.dtype).encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
@@ -92,7 +101,10 @@ def load_kept(path: Path, make: Callable[[Get, Header], _Statistics | None]) -> 
             about = parse_json(file.metadata()["about"])
             if not isinstance(about, dict):
                 raise ValueError("they do not name their router")
-            return make(file.get_tensor, about)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about.get("sha256") != _digest(tensors):
+                raise ValueError("other numbers than those that a fit wrote")
+            return make(tensors.__getitem__, about)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes
