@@ -56,7 +56,7 @@ def test_routers_are_given_back(shared_workshop: Workshop, tmp_path: Path, ids: 
     for overruled in (mixture.forced(1), mixture.left_out(1), mixture.traced(), flow.changed(forced=1, solo=True)):
         with pytest.raises(KeyError), overruled:
             raise KeyError
-        assert (flow.forced, flow.solo, flow.left_out, flow.listener) == (None, False, None, None)
+        assert (flow.forced, flow.left_out, flow.listener) == (None, None, None)
     with flow.forcing(0), flow.forcing(1):
         assert flow.forced == 1
     assert torch.equal(logits_of(model, ids), free)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
