@@ -53,7 +53,7 @@ def test_routers_are_given_back(shared_workshop: Workshop, tmp_path: Path, ids: 
     model = load.load_model(checkpoint.folder)
     mixture, flow = mixture_of(model, checkpoint), flow_of(model)
     free = logits_of(model, ids)
-    for overruled in (mixture.forced(1), mixture.left_out(1), mixture.traced(), flow.changed(forced=1, solo=True)):
+    for overruled in (mixture.forced(1), mixture.left_out(1), mixture.traced(), flow.changed(forced=1, beside=True)):
         with pytest.raises(KeyError), overruled:
             raise KeyError
         assert (flow.forced, flow.left_out, flow.listener) == (None, None, None)

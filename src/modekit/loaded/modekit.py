@@ -68,7 +68,7 @@ class ModekitMixture(LoadedMixture):
 
     def on_own_text(self, expert: int) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
-        return flow_of(self.model).changed(forced=expert, solo=False, beside=True)
+        return flow_of(self.model).changed(forced=expert, beside=True)
 
     def without_common(self) -> AbstractContextManager[None]:
         """By the flow that all routers share."""
