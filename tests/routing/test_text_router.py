@@ -34,8 +34,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         "lexical": {"mixture": {"router": {"fit": "lexical"}}},
         "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
         "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
-        "ngram": {"mixture": {"router": {"fit": "ngram"}}},
-        "hidden": {"mixture": {"router": {"fit": "ridge", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
+        "bigrams": {"mixture": {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}},
+        "hidden": {"mixture": {"router": {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
     }
     return {
         name: built(root, {"base_model": "./base", "experts": experts, **recipe}, name.upper())
@@ -43,7 +43,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     }
 
 
-@pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "ngram"])
+@pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "bigrams"])
 def test_it_decides_as_the_mixture_does(mixtures: dict[str, Checkpoint], name: str) -> None:
     """Alone it has the logits that the router has inside the mixture; a native gate's depend on the size of the stream."""
     checkpoint = mixtures[name]
@@ -88,7 +88,7 @@ def test_a_chat_is_read_in_the_template_in_which_the_router_was_fitted(mixtures:
 
 
 def test_nobody_knows_an_empty_text(mixtures: dict[str, Checkpoint]) -> None:
-    for name in ("lexical", "ngram"):
+    for name in ("lexical", "bigrams"):
         found = TextRouter(mixtures[name]).decide("")
         assert (found.expert, found.tokens) == ("base", 0) and sum(found.probabilities.values()) == pytest.approx(1)
 
@@ -99,9 +99,9 @@ def test_a_router_that_reads_the_model_is_refused(mixtures: dict[str, Checkpoint
 
 
 def test_route_from_the_command_line(mixtures: dict[str, Checkpoint]) -> None:
-    said = modekit("route", mixtures["ngram"].folder, TEXTS["law"])
+    said = modekit("route", mixtures["bigrams"].folder, TEXTS["law"])
     assert said.startswith("law: law ") and "tokens" in said
-    found = json.loads(modekit("route", mixtures["ngram"].folder, TEXTS["law"], "--json"))
+    found = json.loads(modekit("route", mixtures["bigrams"].folder, TEXTS["law"], "--json"))
     assert found["expert"] == "law" and set(found["probabilities"]) == {"medicine", "law"}
     code, _, stderr = ended("route", mixtures["hidden"].folder, "x")
     assert code == 2 and "router needs the model" in stderr
@@ -111,7 +111,7 @@ def test_route_from_the_command_line(mixtures: dict[str, Checkpoint]) -> None:
 
 def test_many_turns_take_no_longer(mixtures: dict[str, Checkpoint]) -> None:
     """What decides is bounded, whatever a request holds."""
-    router = TextRouter(mixtures["ngram"])
+    router = TextRouter(mixtures["bigrams"])
     turns = [{"role": "user", "content": "fever"}] * 100_000
     found = router.decide(turns)
     assert found.expert == "medicine" and found.tokens < 10_000
