@@ -38,7 +38,6 @@ from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
 from modekit.report.sections import make_content
-from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.refit import refit
 from modekit.routing.statistics import load_statistics
 from modekit.routing.text_router import TextRouter
@@ -49,8 +48,7 @@ from modekit.training.train import train
 from searches import candidate, search_of
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-ROUTER = {"fit": "ridge", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
-OLD_COUNTS = Path(__file__).parents[1] / "golden" / "old" / "checkpoints" / "ngram" / "router"
+ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 ROWS = {"base": Estimate(0.3, 0.1), "mixture": Estimate(0.5)}
 TASK = TaskScores(
     metric="accuracy", higher_is_better=True, chance=0.25, items=40, rows=ROWS, groups="questions", asked="", domain="law"

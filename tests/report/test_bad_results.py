@@ -24,7 +24,6 @@ from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
 from modekit.report.sections import make_content
-from modekit.routing.ngram import load_ngram_statistics
 from modekit.routing.statistics import load_statistics
 from refusal import borrow, refuse
 

@@ -37,7 +37,7 @@ from refusal import refuse
 from searches import candidate, search_of
 
 LIMIT = 2_000_000
-RIDGE = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
+LOGISTIC = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
 HOSTILE = (
     "<script>window.hacked = 1</script>",
     "</script><script>window.hacked = 1</script>",
@@ -537,7 +537,7 @@ def test_names_at_their_limits(workshop: Workshop, opened: Opened, tmp_path: Pat
 
 
 def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, opened: Opened) -> None:
-    checkpoint = open_checkpoint(workshop.build("OLD", mixture=RIDGE))
+    checkpoint = open_checkpoint(workshop.build("OLD", mixture=LOGISTIC))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     put(checkpoint, "inspect.json", inspection_of(checkpoint))
     assert write_report(checkpoint).notes == []

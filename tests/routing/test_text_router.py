@@ -35,7 +35,9 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         "fading": {"mixture": {"router": {"fit": "lexical", "decay": [0.9]}}},
         "modekit": {"mixture": {"router": {"fit": "lexical"}}, "output": {"format": "modekit"}},
         "bigrams": {"mixture": {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}},
-        "hidden": {"mixture": {"router": {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}},
+        "hidden": {
+            "mixture": {"router": {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence_length": 32}}
+        },
     }
     return {
         name: built(root, {"base_model": "./base", "experts": experts, **recipe}, name.upper())

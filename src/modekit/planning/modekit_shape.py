@@ -11,8 +11,8 @@ from typing import ClassVar
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
 from modekit.files.typed import as_kind
-from modekit.planning.mixture_config import MixtureConfig, Place, Routing, readers
-from modekit.planning.routing_config import gate_rows, leaders_of, needs_base, routing_config, runs_base
+from modekit.planning.mixture_config import MixtureConfig, Place, Routing
+from modekit.planning.routing_config import leaders_of, needs_base, routing_config, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
     FewBitsPart,

@@ -14,7 +14,7 @@ from itertools import islice, takewhile
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
-from modekit.planning.routing_config import first_to_run, gate_rows, leaders_of, needs_base
+from modekit.planning.routing_config import first_to_run, leaders_of, needs_base
 from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.fits import IDS
 from modekit.recipes.layers import Layer, named_layers
