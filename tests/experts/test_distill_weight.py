@@ -57,7 +57,7 @@ def test_a_long_training_remembers_a_hundredth_of_its_steps() -> None:
 
 
 def test_noisy_losses_that_fall_keep_the_share_near_one_half() -> None:
-    """What the rule does in practice (docs/distill.md): it hardly ever moves."""
+    """What the rule does in practice (docs/training.md): it hardly ever moves."""
     noise = random.Random(0)
     weight, shares = CrossEntropyWeight(DistillSettings(adaptive=True), steps=1_000), []
     for step in range(1_000):

@@ -33,7 +33,7 @@ class TeacherOptions:
 
     teacher: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/distill.md)."),
+        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/training.md)."),
     ] = None
     distill: Annotated[
         list[str] | None,

@@ -1,1 +1,1 @@
-"""Experts made from a teacher: `modekit specialize STUDENT OUT --teacher MODEL` (docs/distill.md)."""
+"""Experts made from a teacher: `modekit specialize STUDENT OUT --teacher MODEL` (docs/training.md)."""

@@ -46,7 +46,7 @@ def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSett
     try:
         return as_kind(values, DistillSettings)
     except ValueError as error:
-        what, remedy = "the settings of this distillation are wrong", "correct them; docs/distill.md has them all"
+        what, remedy = "the settings of this distillation are wrong", "correct them; docs/training.md has them all"
         raise TrainingError(what, where=where, found=error, remedy=remedy) from None
 
 
