@@ -1,4 +1,4 @@
-"""docs/families.md: which of transformers' causal models can be mixed, and how.
+"""benchmarks/families.md: which of transformers' causal models can be mixed, and how.
 
     python scripts/families_table.py            write the page
 
@@ -16,7 +16,7 @@ from modekit.sources.natives import NATIVES
 from modekit.sources.structure import INEXACT
 from modekit.sources.towers import WRAPPERS
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[1] / "benchmarks" / "families.md"
 _WRAPS = "wraps a decoder"
 _COMPUTED = "its files store computed tensors; if saved with `save_original_format=False`, yes"
 _UNTRIED = "not tried: no small model of it could be made"
@@ -62,9 +62,9 @@ Which causal models of transformers you can mix, and how. `modekit plan` shows t
 * **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
 * **whole models**: `modules: all`.
 * **FFN experts**: whole FFNs, with a router in every layer; "native": only in the native form; empty: no.
-* `keep: wrapper`: with its vision tower ([recipe.md](recipe.md#which-families)).
+* `keep: wrapper`: with its vision tower ([recipe.md](../docs/recipe.md#which-families)).
 * **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers. lfm2_moe
-  needs `top_k: 1` or `method: linear`. [Why others have none](../benchmarks/partners.md).
+  needs `top_k: 1` or `method: linear`. [Why others have none](partners.md).
 
 | type | adapters | whole models | FFN experts | native |
 |---|---|---|---|---|

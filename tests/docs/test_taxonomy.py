@@ -1,4 +1,4 @@
-"""docs/taxonomy.md is what it says: every leaf has a part or a reason, parts are there, tests and measurements, too."""
+"""benchmarks/survey.md is what it says: every leaf has a part or a reason, parts are there, tests and measurements, too."""
 
 from __future__ import annotations
 
