@@ -258,7 +258,7 @@ class Structure:
             config.model_type, derived, known=known, tensors=tensors, defaults=settings, called=tuple(self._called)
         )
 
-    def refused(self, why: str, remedy: str = "choose a base model of another family (benchmarks/families.md)") -> UnsupportedError:
+    def refused(self, why: str, remedy: str = "choose a base of another family (benchmarks/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
         return UnsupportedError(
             f"models of the family '{self.model.config.model_type}' cannot be mixed: {why}",
