@@ -39,22 +39,22 @@ from translation_text import GENERIC, Corpus
 P, SHARE = 0.3, 0.3
 """Probability that a label is drawn anew, and share of generic text."""
 BEAMS = 4
-_MUON = Training(learning_rate=3e-3, muon_learning_rate=0.02, warmup=0.1, by_length=True)
+_TRAINING = Training(learning_rate=3e-3, warmup=0.1, by_length=True)
 SIZES = {
     "synthetic": Size(
         256,
         48,
         0.0,
-        _MUON.with_(steps=400, batch_tokens=1_600, sequence_length=40),
-        _MUON.with_(steps=60, batch_tokens=1_600, sequence_length=40, muon_learning_rate=0.01),
+        _TRAINING.with_(steps=400, batch_tokens=1_600, sequence_length=40),
+        _TRAINING.with_(steps=60, batch_tokens=1_600, sequence_length=40),
         Training(steps=60, batch_tokens=1_600, sequence_length=40, learning_rate=1e-2, by_length=True),
     ),
     "real": Size(
         256,
         128,
         0.0,
-        _MUON.with_(steps=1_000, batch_tokens=3_000, sequence_length=96),
-        _MUON.with_(steps=200, batch_tokens=3_000, sequence_length=96),
+        _TRAINING.with_(steps=1_000, batch_tokens=3_000, sequence_length=96),
+        _TRAINING.with_(steps=200, batch_tokens=3_000, sequence_length=96),
         Training(steps=200, batch_tokens=3_000, sequence_length=96, learning_rate=1e-2, by_length=True),
     ),
 }

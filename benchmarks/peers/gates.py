@@ -142,11 +142,6 @@ SET: list[Gate] = [
     Gate("hash, top-1", "2106.04426", _routed("hash", top_k=1)),
     Gate("cosine, top-2", "2204.09179", _routed("cosine")),
     Gate("attention, top-2", "2405.17976", _routed("attention")),
-    Gate(
-        "logistic, experts merged by segment",
-        "2306.03745, 2405.03133",
-        {"method": "gating", "combine": "parameters", "router": {"fit": "logistic", "granularity": "segment", "segment": 64}},
-    ),
 ]
 LEARNT: list[Gate] = [
     _trained("lm alone", "1701.06538"),

@@ -1,4 +1,4 @@
-"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds, segments and merged experts."""
+"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds, segments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from conftest import VOCAB, Workshop, make_workshop
-from modekit.architecture.modekit_mixed import Mixed
 from modekit.architecture.modekit_router import select
 from modekit.architecture.modekit_scores import FINISHED, attention, cosine, segment_means
 from modekit.building.verify import is_proven, verify
@@ -41,7 +40,6 @@ GATES: dict[str, dict[str, Any]] = {
     "groups": {"method": "routing", "groups": 2, "router": {"fit": "logistic", **LITTLE}},
     "threshold": {"method": "routing", "threshold": 0.3, "router": {"fit": "logistic", **LITTLE}},
     "segment": {"method": "gating", "router": SEGMENT},
-    "merged": {"method": "gating", "combine": "parameters", "router": SEGMENT},
     "segment of whole models": {"method": "gating", "modules": "all", "router": {**SEGMENT, "per": "model"}},
 }
 FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"head_dim": 8, "sliding_window": 16}}
@@ -233,7 +231,7 @@ def test_whoever_reaches_its_threshold_is_chosen_or_the_best_where_none_does() -
     close(found[0], torch.tensor([0.5, 0.3, 0.2]))
 
 
-# --- segments and merged experts
+# --- segments
 
 
 @pytest.mark.parametrize("sizes", [[23], [1] * 23, [4, 9, 2, 8]])
@@ -253,55 +251,6 @@ def test_means_of_segments_summed_one_by_one(sizes: list[int]) -> None:
         means, state = segment_means(piece, seen, state, segment)
         found.append(means)
     close(torch.cat(found, 1) * mask[..., None], expected, atol=1e-6)
-
-
-def test_merged_experts_are_those_merged_by_hand(opened: Opened, ids: torch.Tensor) -> None:
-    model, seen = opened("merged"), []
-    for module in model.modules():
-        if isinstance(module, Mixed) and any(True for _ in module.experts[0].children()):
-            module.register_forward_hook(lambda mixed, args, y: seen.append((mixed, args[0], y, mixed.leader.weights)))
-    logits(model, ids)
-    assert len(seen) == 2
-    for mixed, x, y, weights_BSE in seen:
-        assert (weights_BSE[:, :5] - 1 / 3).abs().max() < 1e-6  # nothing is known in the first segment
-        for row in range(2):
-            for place in range(ids.shape[1]):
-                start = place // 5 * 5
-                assert torch.equal(weights_BSE[row, place], weights_BSE[row, start])
-                merged = copy.deepcopy(mixed.experts[0])
-                every = [dict(each.named_parameters()) for each in mixed.experts]
-                with torch.no_grad():
-                    for name, parameter in merged.named_parameters():
-                        parts = zip(weights_BSE[row, place], every, strict=True)
-                        parameter.copy_(torch.stack([weight * each[name] for weight, each in parts]).sum(0))
-                    close(merged(x[row, place]), y[row, place])
-
-
-def test_all_weight_on_one_is_that_expert(opened: Opened, ids: torch.Tensor) -> None:
-    merged, summed = opened("merged"), opened("segment")
-    for place in range(3):
-        for model in (merged, summed):
-            model.use_expert(place)
-        close(logits(merged, ids), logits(summed, ids), atol=1e-6)
-    for model in (merged, summed):
-        model.use_expert(None)
-
-
-def test_merged_experts_are_no_sum_of_outputs(opened: Opened, ids: torch.Tensor) -> None:
-    merged, summed = opened("merged"), opened("segment")
-    assert (logits(merged, ids) - logits(summed, ids)).abs().max() > 1e-2
-
-
-def test_gradients_of_merged_experts_are_those_of_each_sequence(opened: Opened, ids: torch.Tensor) -> None:
-    found = []
-    for batches in ([ids], [ids[:1], ids[1:]]):
-        model = copy.deepcopy(opened("merged")).train()
-        for batch in batches:
-            (model(input_ids=batch, labels=batch).loss * len(batch)).backward()
-        found.append({name: each.grad for name, each in model.named_parameters() if "mlp" in name})
-    assert any("router.gate" in name for name in found[0])
-    for name, grad in found[0].items():
-        close(grad, found[1][name], atol=1e-5)
 
 
 # --- recipes and refusals
@@ -333,9 +282,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"router": {"fit": "cosine", "dimensions": 4}}, "no use for more"),
     ({"router": {"fit": "logistic", "dimensions": 2}}, "only with cosine"),
     ({"router": {"fit": "attention", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
-    ({"combine": "parameters", "router": LOGISTIC}, "decides for every token"),
-    ({"combine": "parameters", "method": "gating", "modules": "all", "router": {**SEGMENTS, "per": "model"}}, "one by one"),
-    ({"combine": "parameters", "method": "gating", "modules": ["q", "v"], "router": SEGMENTS}, "one by one"),
 ]
 
 
@@ -351,14 +297,15 @@ def test_no_native_architecture_says_it(shops: dict[str, Workshop], gate: str) -
 
 def test_vllm_is_told_which_it_cannot_serve(shops: dict[str, Workshop]) -> None:
     why = {
-        gate: open_checkpoint(built(shops["llama"], gate)).shape.without_vllm for gate in ("hash", "cosine", "groups", "merged")
+        gate: open_checkpoint(built(shops["llama"], gate)).shape.without_vllm
+        for gate in ("hash", "cosine", "groups", "segment")
     }
-    assert {gate for gate, said in why.items() if said} == {"merged"}
+    assert {gate for gate, said in why.items() if said} == {"segment"}
 
 
 def test_a_recipe_of_before_says_no_new_key(shops: dict[str, Workshop]) -> None:
     recipe = parse_recipe(shops["llama"].recipe)
-    new = {"groups", "threshold", "combine", "segment", "dimensions"}
+    new = {"groups", "threshold", "segment", "dimensions"}
     said = recipe.model_dump(mode="json")["mixture"]
     assert not new & (said.keys() | said["router"].keys())
 
@@ -369,8 +316,8 @@ def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torc
     for changes in (
         {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
         {"top_k": 1, "router": {"fit": "hash"}},
-        {"method": "gating", "combine": "parameters", "router": {**SEGMENT, "fit": "attention"}},
-        {"combine": None, "method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
+        {"method": "gating", "router": {**SEGMENT, "fit": "attention"}},
+        {"method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
     ):
         checkpoint = refit(open_checkpoint(shop.root / "walk"), changes)
         assert is_proven(verify(checkpoint, reload=False))
@@ -393,7 +340,7 @@ def test_experts_come_and_go(shops: dict[str, Workshop], gate: str, ids: torch.T
     assert all(each.shape[-1] == 2 for each in found.values())
 
 
-@pytest.mark.parametrize("gate", ["cosine", "attention", "merged", "threshold"])
+@pytest.mark.parametrize("gate", ["cosine", "attention", "segment", "threshold"])
 def test_training_lowers_the_loss(opened: Opened, gate: str, ids: torch.Tensor) -> None:
     model = copy.deepcopy(opened(gate)).train()
     moving = [each for name, each in model.named_parameters() if name.endswith("router.gate")]

@@ -167,10 +167,10 @@ def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
-@pytest.mark.parametrize("changes", [{"train": "mlp"}, {"train": "lora"}, {"train": "full", "muon": True}])
+@pytest.mark.parametrize("changes", [{"train": "mlp"}, {"train": "lora"}, {"train": "full"}])
 def test_a_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(workshop: Workshop, changes: dict[str, Any]) -> None:
     changes = dict(changes)
-    training = TRAINING.with_(muon_learning_rate=1e-3, shares=2) if changes.pop("muon", False) else TRAINING
+    training = TRAINING
 
     def make(name: str, run: Run = QUIET) -> SpecialistRecord:
         torch.manual_seed(0)  # as in a new process: an adapter's first weights

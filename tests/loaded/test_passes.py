@@ -15,8 +15,7 @@ from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.passes import token_losses
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.passes import inputs_of, losses_of
-from modekit.loaded.text_training import TextLoss, Training, train_on_text
-from modekit.loaded.threads import Threads
+from modekit.loaded.text_training import Training, train_on_text
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer, pairs
 
@@ -71,26 +70,13 @@ def test_the_decoder_reads_what_stands_before_each_label(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
-def test_training_learns_pairs_and_shares_have_the_gradients_of_the_whole(family: str, sequences: list[TokenSequence]) -> None:
+def test_training_learns_pairs(family: str, sequences: list[TokenSequence]) -> None:
     model = pair_model(family).train()
-    (batch,) = make_batches(sequences, tokens=10_000)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses, gradients = [], []
-    for count in (1, 3):
-        for parameter in parameters:
-            parameter.grad = None
-        with Threads(count) as threads:
-            loss = TextLoss(model, Training(by_length=True), threads)(batch)["loss"]
-            loss.backward()
-        losses.append(float(loss.detach()))
-        gradients.append([torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+    before = np.mean(own_losses(model, sequences))
     training = Training(steps=40, batch_tokens=200, sequence_length=64, learning_rate=3e-3, by_length=True)
     found = train_on_text(model, sequences, training)
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
-    assert np.mean(own_losses(model, sequences)) < 0.8 * losses[0]
+    assert np.mean(own_losses(model, sequences)) < 0.8 * before
 
 
 def test_text_of_another_kind_is_refused_before_any_pass(sequences: list[TokenSequence]) -> None:

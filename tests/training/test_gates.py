@@ -498,13 +498,6 @@ def test_a_gate_gives_one_expert_where_the_mixture_does(workshop: Workshop, gate
     assert not any("experts per token" in note for note in run(single, what=[what], gate=gate).record.notes)
 
 
-def test_tokens_that_capacity_drops_get_nothing_of_averaged_experts(workshop: Workshop) -> None:
-    router = {"fit": "random", "granularity": "segment", "segment": 8}
-    mixture = {"method": "gating", "combine": "parameters", "router": router}
-    done = run(open_checkpoint(workshop.build(mixture=mixture)), what=["experts"], gate="domain-random", capacity=0.3)
-    assert done.failed is None and any("capacity 0.3 dropped" in note for note in done.record.notes)
-
-
 def test_a_group_is_the_experts_of_the_same_text(workshop: Workshop) -> None:
     experts = [*workshop.recipe["experts"], {"name": "law2", "model": "./code", "text": "./text/law.jsonl"}]
     checkpoint = open_checkpoint(workshop.build(experts=experts))

@@ -24,7 +24,6 @@ from torch import nn
 
 from .modekit_few_bits import FewBits
 from .modekit_flow import Flow
-from .modekit_merged import merged_sum
 from .modekit_router import Router
 
 
@@ -58,7 +57,6 @@ class Mixed(nn.Module):
         self.base = dense if place["base"] else None
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in self.own)
         self._reads_ids = isinstance(dense, nn.Embedding)
-        self._of_several = isinstance(dense, nn.Module) and any(True for _ in dense.children())  # a prefix has none
         bits: list[int] = list(place.get("bits", []))
         self.few_bits = [expert for expert, each in enumerate(bits) if each]
         if self.few_bits or any(self.ranks):
@@ -158,9 +156,6 @@ class Mixed(nn.Module):
             y: torch.Tensor = self.base(x)
             return y
         parts = self._parts(weights)
-        leader = self._leader[0].router
-        if self._of_several and leader is not None and leader.routing.get("combine"):
-            return merged_sum(x, parts)
         if self.per_feature or self.sequence_axis != 1 or torch.compiler.is_compiling():
             return _dense_sum(x, parts, one_each=self.per_feature)
         return _sparse_sum(x, parts)

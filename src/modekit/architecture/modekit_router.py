@@ -31,7 +31,6 @@ class Router(nn.Module):
     `routing` is the config's `modekit.routing`:
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
             probabilities reach it, or `groups` or `threshold`: modekit_scores.py).
-        combine: parameters, where one expert of averaged weights runs (modekit_merged.py).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
             d < 1 an exponential average; with "segment" it is the mean of the segment before.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.

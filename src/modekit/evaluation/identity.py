@@ -10,7 +10,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.files.typed import Count, Label
 from modekit.recipes.mixture import CHOICES
 
-_DECIDES = {"method", *CHOICES, "combine", "always_on", "weights", "router"}
+_DECIDES = {"method", *CHOICES, "always_on", "weights", "router"}
 """Keys of a mixture that say how its router decides; the others say what its experts are."""
 
 

@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps, seeded
-from modekit.loaded.muon import Muon
 from modekit.loaded.passes import check_text, head_of, inputs_of
-from modekit.loaded.threads import Threads
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.document import Document
@@ -42,12 +40,9 @@ class Training:
         batch_tokens: tokens per step, pads included.
         sequence_length: longest piece of a document, or side of a pair, in tokens.
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
-        muon_learning_rate: peak of Muon, used for the matrices of the decoder layers when above 0.
         weight_decay, warmup, clip: as usual.
         by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
             a text they reach no real token of a causal model. A model with an encoder is always told.
-        shares: threads that each take a share of a step's sequences, on a processor; of their number, not of that of the
-            cores, the result depends.
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
         max_tokens: text read at most.
         held_out_tokens: tokens on which the loss before and after is measured.
@@ -58,12 +53,10 @@ class Training:
     batch_tokens: int = 4_096
     sequence_length: int = 512
     learning_rate: float = 2e-5
-    muon_learning_rate: float = 0.0
     weight_decay: float = 0.0
     warmup: float = 0.06
     clip: float = 1.0
     by_length: bool = False
-    shares: int = 1
     autocast: bool = False
     max_tokens: int = 50_000_000
     held_out_tokens: int = SAMPLE_TOKENS
@@ -110,8 +103,8 @@ def train_on_text(
     check_text(model, sequences)
     batches = TextBatches(sequences, training, read)
     loop = LoopSettings(len(batches), 1, training.warmup, training.clip, seed=None, least=_LEAST_RATE)
-    with seeded(training.seed, model.device), Threads(training.shares if model.device.type == "cpu" else 1) as threads:
-        history = run_all_steps(TextLoss(model, training, threads), batches, loop, folder, run)
+    with seeded(training.seed, model.device):
+        history = run_all_steps(TextLoss(model, training), batches, loop, folder, run)
     model.eval()
     return [entry[LOSS] for entry in history if LOSS in entry]
 
@@ -123,52 +116,32 @@ class TextLoss(TrainedModule):
     tokens are pads; encoders, which read to the right, too, always are.
     """
 
-    def __init__(self, model: PreTrainedModel, training: Training, threads: Threads) -> None:
+    def __init__(self, model: PreTrainedModel, training: Training) -> None:
         super().__init__(model)
-        self._training, self._threads = training, threads
+        self._training = training
         self._bfloat16 = training.autocast and has_bfloat16_products(model.device)
         self._last = 0.0
 
     def forward(self, batch: Batch, factor: float = 1.0) -> dict[str, torch.Tensor]:
         """The mean over all predicted tokens, times `factor`."""
-        threads = self._threads
-        if threads.count == 1:
-            loss = self._loss(batch, "mean")
-        else:
-            tokens, count = batch.scored, min(threads.count, len(batch.rows))
-            # Neighbouring rows are of similar length: every share takes one of them.
-            shares = [batch.share(place, threads.count) for place in range(count)]
-            moving = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            loss = threads.summed(lambda place: self._loss(shares[place], "sum") / tokens, count, moving)
-        self._last = float(loss.detach())
-        return {"loss": loss * factor}
-
-    def _loss(self, batch: Batch, reduction: Literal["mean", "sum"]) -> torch.Tensor:
         inputs = inputs_of(self.model, batch)
         labels = batch.labels.to(self.model.device)
         keep = labels != NO_LABEL
-        # No cache of converted weights: it is one for all threads, and no weight is used twice.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
             if batch.target is not None:  # some families scale or shift between decoder and logits
                 logits = self.model(**inputs, use_cache=False).logits[keep]
             else:
                 mask = None if self._training.by_length else inputs["attention_mask"]
                 hidden = self.model.model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
                 logits = head_of(self.model)(hidden[:, :-1][keep])  # (real tokens, V)
-        return torch.nn.functional.cross_entropy(logits.float(), labels[keep], reduction=reduction)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[keep])
+        self._last = float(loss.detach())
+        return {"loss": loss * factor}
 
     def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """AdamW; Muon for matrices of decoder layers, where it has a rate."""
-        training, moving = self._training, [(name, each) for name, each in named if each.requires_grad]
-        in_muon = [training.muon_learning_rate > 0 and ".layers." in name and each.ndim == 2 for name, each in moving]
-        groups = [[each for (_, each), its in zip(moving, in_muon, strict=True) if its == which] for which in (True, False)]
-        decay = training.weight_decay
-        adam = torch.optim.AdamW(groups[1], training.learning_rate, betas=BETAS, weight_decay=decay) if groups[1] else None
-        if not groups[0] and adam is not None:
-            return adam
-        products = torch.bfloat16 if has_bfloat16_products(self.model.device) else torch.float32
-        rate = training.muon_learning_rate
-        return Muon(groups[0], adam, lr=rate, weight_decay=decay, products=products, threads=self._threads)
+        """AdamW."""
+        moving, training = [parameter for _, parameter in named if parameter.requires_grad], self._training
+        return torch.optim.AdamW(moving, training.learning_rate, betas=BETAS, weight_decay=training.weight_decay)
 
     def drain(self) -> dict[str, float]:
         """The loss of the last step."""

@@ -85,7 +85,6 @@ class Routing(_Said):
     groups: _Size | None = None
     threshold: Annotated[list[float], _PerExpert] | None = None
     dimensions: _Size | None = None
-    combine: Literal["parameters"] | None = None
 
     def check(self, count: int) -> None:
         """Raise ValueError where it is not of so many experts, or of no router that there is."""
@@ -237,8 +236,8 @@ class MixtureConfig(_Said):
             return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
         if self.routing.score == "tfidf":
             return "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there"
-        if self.routing.combine is not None or self.routing.averages[0].segment is not None:
-            return "it decides per segment, or averages its experts' weights, which modekit's plug-in does not"
+        if self.routing.averages[0].segment is not None:
+            return "it decides per segment, which modekit's plug-in does not"
         if self.routing.remembers and any(place.features for place in self.places.values()):
             return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
         return self.family.without_vllm or None

@@ -130,9 +130,7 @@ def _check_kind(recipe: Recipe, family: Family) -> None:
             *("always_on", "leave 'apart' out"),
         ),
     )
-    known = "weights of experts are averaged in families that modekit has a row for (benchmarks/families.md)"
-    of_rows = (mixture.combine is not None and family.derived is not None, known, "combine", "leave it out")
-    for holds, what, where, remedy in (of_rows, *(of_pairs if family.pair else ())):
+    for holds, what, where, remedy in of_pairs if family.pair else ():
         if holds:
             raise UnsupportedError(what, where=f"mixture.{where}", remedy=remedy)
 

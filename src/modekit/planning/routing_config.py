@@ -44,7 +44,7 @@ def routing_config(recipe: Recipe) -> Routing:
             read["orders"] = [order for order in router.orders for _ in router.decays]
         if "dimensions" in router.row.settings:
             read["dimensions"] = router.dimensions or len(recipe.experts)
-    read |= {key: said for key in ("groups", "combine") if (said := getattr(mixture, key)) is not None}
+    read |= {} if mixture.groups is None else {"groups": mixture.groups}
     if mixture.threshold is not None:
         by_name = mixture.threshold
         read["threshold"] = [by_name[name] if isinstance(by_name, dict) else by_name for name in recipe.names]

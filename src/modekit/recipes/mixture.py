@@ -81,7 +81,7 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens", "groups", "threshold", "combine")
+    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens", "groups", "threshold")
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
@@ -95,10 +95,6 @@ class Mixture(Strict):
         None,
         description="In place of top_k: every expert whose probability reaches it, or the best where none does; one for all, "
         "or by name (routing only).",
-    )
-    combine: Literal["parameters"] | None = Field(
-        None,
-        description="parameters: the experts' weights are averaged, and one expert of the average runs; default: outputs are.",
     )
     modules: Annotated[Annotated[Literal["auto", "decoder", "all"], _ONE] | Annotated[list[Part], _MANY], _ONE_OR_MANY] = Field(
         "auto",
@@ -125,7 +121,6 @@ class Mixture(Strict):
     def _no_dead_setting(self) -> Mixture:
         problems = [
             *self._problems_of_the_method(),
-            *self._problems_of_combining(),
             *self._problems_of_always_on(),
             *self._problems_of_unseen(),
             *self._problems_of_modules(),
@@ -149,21 +144,6 @@ class Mixture(Strict):
 
         if self.fit is not None and self.fit.reads is IDS and self.method == "gating":
             yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
-
-    def _problems_of_combining(self) -> Iterator[str]:
-        if self.combine is None:
-            return
-        fit = self.fit
-        if fit is not None and self.router.granularity not in {"segment", "sequence"} and not fit.decides.once:
-            yield (
-                "'combine' averages weights anew for every decision, and this router decides for every token; set router: "
-                "{granularity: segment}, or sequence, or remove it"
-            )
-        if self.is_whole or (isinstance(self.modules, list) and "mlp" not in self.modules):
-            yield (
-                f"'combine' has no effect with modules: {self.modules}, whose modules are mixed one by one: their outputs add "
-                "up as their weights do; remove it"
-            )
 
     def _problems_of_always_on(self) -> Iterator[str]:
         if self.always_on is None:
@@ -274,7 +254,7 @@ class Mixture(Strict):
             reasons.append("modules other than the whole FFN")
         if self.layers is not None:
             reasons.append("only some layers")
-        reasons += [key for key in ("top_p", "groups", "threshold", "combine", "always_on") if getattr(self, key) is not None]
+        reasons += [key for key in ("top_p", "groups", "threshold", "always_on") if getattr(self, key) is not None]
         if self.fit is not None:
             reasons += [f"granularity: {router.granularity}"] if router.granularity != "token" else []
             reasons += [f"a router per {router.scope}"] if router.scope != "layer" and not self.fit.carried else []

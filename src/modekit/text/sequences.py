@@ -105,12 +105,6 @@ class Batch:
         """How many tokens are predicted."""
         return int((self.labels != NO_LABEL).sum())
 
-    def share(self, place: int, count: int) -> Batch:
-        """Every `count`-th row from `place` on."""
-        target = None if self.target is None else self.target[place::count]
-        silent = None if self.silent is None else self.silent[place::count]
-        return Batch(self.input_ids[place::count], self.mask[place::count], self.rows[place::count], target, silent)
-
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         target = None if self.target is None else self.target.to(device)

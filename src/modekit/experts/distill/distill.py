@@ -52,7 +52,7 @@ class Distillation:
         student, teacher: model folders, of any size and family, with one tokenizer.
         texts: files, folders or data sets, relative to `root`; only documents of the fit split are learned from.
         train, rank: what of the student moves; see specialize.py.
-        training: how long and how fast; muon, by_length, shares and autocast have no effect.
+        training: how long and how fast; by_length and autocast have no effect.
         settings: what is learned from the teacher.
         mix: how several texts share the steps; see inputs.py.
     """
