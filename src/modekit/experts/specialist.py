@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,29 +37,12 @@ from modekit.text.splits import TRAINED_FILE, digests_in, mark_of
 from modekit.training.settings import RandomiseTo
 from modekit.training.states_folder import StatesFolder
 
-RecordT = TypeVar("RecordT", bound=BaseModel)
-
 
 class BeforeAfter(BaseModel, frozen=True):
-    """Nats per token of held-out text before the first step and after the last; None without such text."""
+    """A loss in nats per predicted token before the first step and after the last, or of these two steps; None without text."""
 
     before: float | None
     after: float | None
-
-
-class FirstLast(BaseModel, frozen=True):
-    """A loss of training in nats per predicted token, of the first step and the last."""
-
-    first: float
-    last: float
-
-
-class WeightRange(BaseModel, frozen=True):
-    """What cross-entropy counted in the steps, from 0 to 1."""
-
-    lowest: float
-    highest: float
-    mean: float
 
 
 class TagsUsed(BaseModel, frozen=True):
@@ -79,19 +62,6 @@ class TextUsed(BaseModel, frozen=True):
     share: float | None = None
 
 
-class TeacherUsed(BaseModel, frozen=True):
-    """A teacher and what was learned from it: `losses` with their weights, `weights` of the text against it (or "adaptive"),
-    `combined` as a sum or in turn.
-    """
-
-    name: str
-    digest: str
-    losses: dict[str, float]
-    temperature: float
-    weights: float | str
-    combined: str
-
-
 class SpecialistRecord(BaseModel, frozen=True):
     """specialist.json: how an expert was made. What does not apply is not in the file.
 
@@ -99,7 +69,8 @@ class SpecialistRecord(BaseModel, frozen=True):
         specialist: what moved.
         base_model: name of the folder that it was made from.
         rank: of an adapter.
-        teacher, distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone.
+        teacher: its name and digest, `losses` with their weights, `weights` of the text against it (or "adaptive").
+        distillation_loss, cross_entropy_weight, held_out_kl: with a teacher alone; the weight is the mean over the steps.
         training: the settings (loaded/text_training.py), with the steps taken, and with a teacher the tokens read.
         text: what it was trained on.
         held_out_kl: mean KL(teacher || student) of held-out text.
@@ -111,14 +82,14 @@ class SpecialistRecord(BaseModel, frozen=True):
     specialist: What
     base_model: str
     rank: int | None = None
-    teacher: TeacherUsed | None = None
+    teacher: dict[str, object] | None = None
     training: dict[str, int | float | bool | None]
     text: TextUsed
     labels: TagsUsed | None = None
     generic: TextUsed | None = None
-    training_loss: FirstLast
-    distillation_loss: FirstLast | None = None
-    cross_entropy_weight: WeightRange | None = None
+    training_loss: BeforeAfter
+    distillation_loss: BeforeAfter | None = None
+    cross_entropy_weight: float | None = None
     held_out_loss: BeforeAfter
     held_out_loss_by_label: dict[str, BeforeAfter] | None = None
     held_out_kl: BeforeAfter | None = None

@@ -105,7 +105,7 @@ def specialize(
                 "training": {**dataclasses.asdict(training), "steps": len(losses)},
                 "text": of_text,
                 **material.as_data(),
-                "training_loss": {"first": losses[0], "last": losses[-1]},
+                "training_loss": {"before": losses[0], "after": losses[-1]},
                 **_held_out(before, after),
             }
         )

@@ -67,12 +67,9 @@ def print_specialist(output: Path, record: SpecialistRecord) -> None:
     if record.held_out_loss_by_label:
         each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())
         out.print(Text(f"with their tags: {', '.join(each)}"))
-    teacher, distilled, weight = record.teacher, record.distillation_loss, record.cross_entropy_weight
-    if teacher is not None and distilled is not None and weight is not None:
-        out.print(
-            f"teacher {teacher.name}: distillation loss {distilled.first:.3f} -> {distilled.last:.3f}; weight of the text "
-            f"{weight.mean:.2f}, from {weight.lowest:.2f} to {weight.highest:.2f}"
-        )
+    if record.teacher is not None and record.distillation_loss is not None:
+        said = f"{_change(record.distillation_loss)}; mean weight of the text {record.cross_entropy_weight:.2f}"
+        out.print(f"teacher {record.teacher['name']}: distillation loss {said}")
 
 
 def _change(loss: BeforeAfter) -> str:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from modekit.errors import TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.experts.distill.inputs import Mix, StudentAndTeacher, Texts, digest_of_sequences, open_pair, read_texts
 from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student, kl_to_teacher
-from modekit.experts.moving import Save, What, make_trainable
+from modekit.experts.moving import What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_existing, replaced_by
@@ -39,7 +38,6 @@ from modekit.training.batches import Batches, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
-from modekit.training.states_folder import StatesFolder
 
 _MOST_ROWS = 1_000
 
@@ -85,30 +83,37 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
     wanted = NewSpecialist(folder, "distill", request, (asked.student, asked.teacher), overwrite, pair.tokenizer, texts.fit)
     with folder.held(request, state):
         with memory_errors():
-            distilled = _teach(asked, pair, texts, engine, folder, run)
-        record = _record(asked, pair, texts, distilled)
-        wanted.write(record, distilled.save, run, distill=_table(distilled.steps))
+            lesson = Lesson(load_model(asked.teacher, run=run), pair.vocabulary, asked.settings)
+            student = load_model(asked.student, run=run)
+            with seeded(engine.seed, student.device):  # a new adapter's first weights
+                save = make_trainable(student, pair.student, asked.train, asked.rank)
+            before = _measured(student, lesson, texts.held_out, "before", run)
+            steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
+            parts = texts.parts(engine, steps)
+            batches, loop = Batches([texts.corpus], parts, pad_id=0), loop_of(engine, steps, student.device)
+            history = run_all_steps(Student(student, lesson, engine, steps), batches, loop, folder.path, run)
+            student.eval()
+            after = _measured(student, lesson, texts.held_out, "after", run)
+        taken = [entry for entry in history if CROSS_ENTROPY in entry]
+        tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+        measured = {name: {"before": value, "after": after[name]} for name, value in before.items()}
+        record = SpecialistRecord.model_validate(
+            {**_settings(asked, pair, texts, len(taken), tokens), **_losses(taken), **measured}
+        )
+        wanted.write(record, save, run, distill=_table(taken))
     return record
 
 
 def _engine_settings(training: Training, mix: Mix | None) -> TrainSettings:
     """The same settings as those of a mixture's training: everything that moves has the backbone's rate."""
+    same = ("steps", "batch_tokens", "seed", "sequence_length", "weight_decay", "warmup", "clip")
     values = {
         "what": ["all"],
-        "steps": training.steps,
-        "batch_tokens": training.batch_tokens,
-        "seed": training.seed,
-        "sequence_length": training.sequence_length,
         "backbone_learning_rate": training.learning_rate,
-        "weight_decay": training.weight_decay,
-        "warmup": training.warmup,
-        "clip": training.clip,
+        **{name: getattr(training, name) for name in same},
         **({"regime": "joint"} if mix == "turns" else {}),
     }
-    try:
-        return train_settings(values, where="modekit specialize --teacher")
-    except TrainingError as error:
-        raise TrainingError(error.what, where=error.where, found=error.found, remedy="correct them") from None
+    return train_settings(values, where="modekit specialize --teacher")
 
 
 def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tuple[str, str]:
@@ -125,73 +130,41 @@ def _digests(asked: Distillation, pair: StudentAndTeacher, texts: Texts) -> tupl
     return digest_of_data(what), digest_of_data([digest_of_source(pair.student), pair.teacher_digest])
 
 
-@dataclass(frozen=True)
-class _Distilled:
-    """A student that has learned, how to save it, and what is known of how it went."""
-
-    save: Save
-    steps: Sequence[Mapping[str, float]]
-    loss: Mapping[str, float | None]
-    kl: Mapping[str, float | None]
-    tokens: int
-
-
-def _teach(
-    asked: Distillation, pair: StudentAndTeacher, texts: Texts, engine: TrainSettings, folder: StatesFolder, run: Run
-) -> _Distilled:
-    lesson = Lesson(load_model(asked.teacher, run=run), pair.vocabulary, asked.settings)
-    student = load_model(asked.student, run=run)
-    with seeded(engine.seed, student.device):  # a new adapter's first weights
-        save = make_trainable(student, pair.student, asked.train, asked.rank)
-    before = _measured(student, lesson, texts.held_out, "before", run)
-    steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
-    parts = texts.parts(engine, steps)
-    module = Student(student, lesson, engine, steps)
-    batches, loop = Batches([texts.corpus], parts, pad_id=0), loop_of(engine, steps, student.device)
-    history = run_all_steps(module, batches, loop, folder.path, run)
-    student.eval()
-    after = _measured(student, lesson, texts.held_out, "after", run)
-    loss, kl = ({"before": one, "after": other} for one, other in zip(before, after, strict=True))
-    tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
-    steps_taken = [entry for entry in history if CROSS_ENTROPY in entry]
-    return _Distilled(save, steps_taken, loss, kl, tokens)
-
-
 def _measured(
     student: PreTrainedModel, lesson: Lesson, held_out: Sequence[TokenSequence], when: str, run: Run
-) -> tuple[float | None, float | None]:
+) -> dict[str, float | None]:
     """Loss of held-out text, and how far the student is from its teacher there; None of each without such text."""
     domain = Domain("held-out", None, list(held_out))
     loss = held_out_losses(student, [domain], when, run).get(domain.name)
     run.begin(f"compare {when}")
-    return loss, kl_to_teacher(student, lesson, held_out)
+    return {"held_out_loss": loss, "held_out_kl": kl_to_teacher(student, lesson, held_out)}
 
 
-def _record(asked: Distillation, pair: StudentAndTeacher, texts: Texts, distilled: _Distilled) -> SpecialistRecord:
-    steps, settings = distilled.steps, asked.settings
-    shares = [each[SHARE] for each in steps]
-    return SpecialistRecord.model_validate(
-        {
-            "specialist": asked.train,
-            "base_model": asked.student.name,
-            **({"rank": asked.rank} if asked.train == "lora" else {}),
-            "teacher": {
-                "name": pair.teacher.spec,
-                "digest": pair.teacher_digest,
-                "losses": settings.losses,
-                "temperature": settings.temperature,
-                "weights": "adaptive" if settings.adaptive else settings.weights,
-                "combined": "in turn" if settings.alternate else "sum",
-            },
-            "training": {**dataclasses.asdict(asked.training), "steps": len(steps), "tokens_read": distilled.tokens},
-            "text": text_record(texts.fit, texts.corpus.tokens),
-            "training_loss": {"first": steps[0][CROSS_ENTROPY], "last": steps[-1][CROSS_ENTROPY]},
-            "distillation_loss": {"first": steps[0][DISTILLATION], "last": steps[-1][DISTILLATION]},
-            "cross_entropy_weight": {"lowest": min(shares), "highest": max(shares), "mean": sum(shares) / len(steps)},
-            "held_out_loss": dict(distilled.loss),
-            "held_out_kl": dict(distilled.kl),
-        }
-    )
+def _settings(asked: Distillation, pair: StudentAndTeacher, texts: Texts, steps: int, tokens: int) -> dict[str, object]:
+    """What the record says of what was asked for."""
+    settings = asked.settings
+    return {
+        "specialist": asked.train,
+        "base_model": asked.student.name,
+        **({"rank": asked.rank} if asked.train == "lora" else {}),
+        "teacher": {
+            "name": pair.teacher.spec,
+            "digest": pair.teacher_digest,
+            "losses": settings.losses,
+            "temperature": settings.temperature,
+            "weights": "adaptive" if settings.adaptive else settings.weights,
+            "combined": "in turn" if settings.alternate else "sum",
+        },
+        "training": {**dataclasses.asdict(asked.training), "steps": steps, "tokens_read": tokens},
+        "text": text_record(texts.fit, texts.corpus.tokens),
+    }
+
+
+def _losses(steps: Sequence[Mapping[str, float]]) -> dict[str, object]:
+    """What the record says of the steps."""
+    named = {"training_loss": CROSS_ENTROPY, "distillation_loss": DISTILLATION}
+    losses = {name: {"before": steps[0][key], "after": steps[-1][key]} for name, key in named.items()}
+    return {**losses, "cross_entropy_weight": sum(each[SHARE] for each in steps) / len(steps)}
 
 
 def _table(steps: Sequence[Mapping[str, float]]) -> bytes:
