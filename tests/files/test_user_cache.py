@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modekit.files import user_cache
+from modekit.files import read, user_cache
 from modekit.files.read import FileState, open_regular
 from modekit.files.user_cache import is_proven_here, keep_digest, keep_proven, known_digest
 from modekit.sources import contents
@@ -22,7 +22,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="permissions are othe
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(user_cache, "_YOUNG_NS", -(10**18))  # no file of a test is old
+    monkeypatch.setattr(read, "YOUNG_NS", -(10**18))  # no file of a test is old
     return tmp_path / "cache"
 
 
@@ -55,7 +55,7 @@ def test_any_change_is_noticed(cache: Path, file: Path) -> None:
 
 def test_of_a_file_that_changed_just_now_nothing_is_kept(cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one tick of the clock it may change again, under the same time."""
-    monkeypatch.setattr(user_cache, "_YOUNG_NS", 2 * 10**9)
+    monkeypatch.setattr(read, "YOUNG_NS", 2 * 10**9)
     blake3_of(file)
     assert known_digest(file) is None
     past = time.time() - 10

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +32,7 @@ from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.typed import Count, as_kind, shortened
+from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import Content, json_bytes
 from modekit.planning.channels import Channels
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
@@ -124,44 +125,50 @@ class Checkpoint:
 
     def check_router(self) -> None:
         """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
-        modekit.json, and finite; SourceError where they cannot be read.
-
-        What a checkpoint without gates, or of a record without their digest, has is not compared.
+        modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
         """
-        path = self.folder / ROUTER_FILE
-        inside = {name: ref for name, ref in self.tensors.items() if ref.file == path}
+        inside = {name: ref for name, ref in self.tensors.items() if ref.file == self.folder / ROUTER_FILE}
         if {slot.name: slot.shape for slot in self.slots} != {name: ref.shape for name, ref in inside.items()}:
             raise self._other_router("gates of other names or shapes", "those of config.json")
         strange = next((ref.dtype for ref in inside.values() if ref.dtype not in DTYPE_NAMES), None)
         if strange is not None:
             raise self._other_router(f"gates of dtype {strange}", ", ".join(DTYPE_NAMES))
-        expected = self.record.router.sha256
-        found, broken = looked_through(inside.values()) if inside else (expected, None)
-        if expected and found != expected:
-            raise self._other_router(f"sha256 {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
-        if broken is not None:
-            raise self._other_router(f"NaN or Inf in {broken}", "finite gates")
+        if inside:
+            found, broken = looked_through(inside.values())
+            self._compare(found, self.record.router.sha256)
+            if broken is not None:
+                raise self._other_router(f"NaN or Inf in {broken}", "finite gates")
         if self.shape.channels is not None:
             self._check_evidence()
 
     def _check_evidence(self) -> None:
-        """The same of a lexical router's table in the embedding; where a training moved that, it is known by its own digest."""
+        """The same of a lexical router's table in the embedding; where a training moved that, it is known by its own digest.
+
+        An embedding that this user's modekit has looked through is not read again while its file is what it was.
+        """
         channels, embedding = self.carrier
         if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
             found = f"{embedding.dtype} {list(embedding.shape)}"
             raise self._other_router(found, f"{channels.hidden + channels.spare} columns", embedding.file)
+        trained, state = self.record.trained.get(embedding.name), embedding.state
+        expected = self.record.router.evidence if trained is None else trained
+        claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
+        if is_proven_here(claim):
+            return
         columns = read_evidence(channels, embedding)
-        trained, expected = self.record.trained.get(embedding.name), self.record.router.evidence
-        if trained is not None:
-            with OpenFiles() as opened:
-                found, expected = opened.blake3(embedding), trained
+        if trained is None:
+            self._compare(sha256_of(columns), expected, embedding.file)
         else:
-            found = sha256_of(columns) if expected else ""
-        if found != expected:
-            wanted = f"{expected[:16]}, as {RECORD_FILE} has it"
-            raise self._other_router(f"a table with the digest {found[:16]}", wanted, embedding.file)
+            with OpenFiles() as opened:
+                self._compare(opened.blake3(embedding), expected, embedding.file)
         if not is_finite(columns, embedding.dtype):
             raise self._other_router("NaN or Inf in the table", "finite numbers", embedding.file)
+        if state is not None and state.is_settled:
+            keep_proven(claim)
+
+    def _compare(self, found: str, expected: str, file: Path | None = None) -> None:
+        if found != expected:
+            raise self._other_router(f"digest {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it", file)
 
     def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
         which = "the router file" if file is None else "the router's table in the embedding"
@@ -211,8 +218,8 @@ class Checkpoint:
         return Path(os.path.realpath(self.folder / folder))  # Path.resolve raises where links go round
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
-        found = "there is none" if isinstance(error, FileNotFoundError) else shortened(error)
-        return CheckpointError(f"{file} is missing or damaged", where=str(self.folder), found=found, remedy=BUILD_AGAIN)
+        where, found = str(self.folder), shortened(error)
+        return CheckpointError(f"{file} is missing or damaged", where=where, found=found, remedy=BUILD_AGAIN)
 
     def with_recipe(self, recipe: Recipe) -> Checkpoint:
         """The same experts under another recipe's routing: config and slots as they would be, nothing is written."""
@@ -305,7 +312,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def open_with_any_router(folder: Path) -> Checkpoint:
     """The same for those who replace the router, or say themselves what is wrong with it."""
-    path = folder / RECORD_FILE
     if is_in_the_making(folder):
         raise CheckpointError(
             "an unfinished build is no checkpoint", where=str(folder), remedy="run the same command again to finish it"
@@ -313,7 +319,7 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     try:
         mend(folder)
         finish_change(folder)
-        record = as_kind(read_json(path), MixtureRecord)
+        record = as_kind(read_json(folder / RECORD_FILE), MixtureRecord)
     except FileNotFoundError:
         partial = f"{folder.name}.partial"
         cut_short = f"the build of it was cut short ({partial} is there): run the same command again to finish it"
@@ -323,19 +329,9 @@ def open_with_any_router(folder: Path) -> Checkpoint:
             found=None if os.path.lexists(folder) else "there is no such folder",
             remedy=cut_short if folder.name and (folder.parent / partial).exists() else _WRITTEN,
         ) from None
-    except OSError as error:
+    except UNREADABLE as error:
         raise CheckpointError(
-            "modekit.json cannot be read",
-            where=str(folder),
-            found=shortened(error),
-            remedy=_WRITTEN,
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(
-            "modekit.json is damaged or of another version",
-            where=str(folder),
-            found=shortened(error),
-            remedy="build the mixture again with this version of modekit",
+            "modekit.json is damaged or of another version", where=str(folder), found=shortened(error), remedy=BUILD_AGAIN
         ) from None
     checkpoint = Checkpoint(folder, record)
     _ = checkpoint.tensors  # read now, so that damage shows before any work

@@ -46,7 +46,7 @@ class FileRecord(_Record):
 class SourceRecord(_Record):
     """A model that the mixture was made from; `folder` is relative to the checkpoint.
 
-    `config` is the digest of its settings; records of older versions have none. `packed` is `ModelSource.packed`.
+    `config` is the digest of its settings. `packed` is `ModelSource.packed`.
     """
 
     label: str
@@ -109,7 +109,7 @@ class RouterRecord(_Record):
 
     @property
     def evidence(self) -> str:
-        """sha256 of the columns of the embedding that carry it; empty where none do, or an older version did not say."""
+        """sha256 of the columns of the embedding that carry it; empty where none do."""
         return str(self.report.get("evidence_sha256", ""))
 
     def with_evidence(self, sha256: str) -> RouterRecord:
@@ -246,15 +246,6 @@ class MixtureRecord(_Record):
     def pinned_recipe(self) -> Recipe:
         """The recipe at the commits that its models on the hub had."""
         return self.recipe.at(*(self.sources[place].revision for place in (0, *self.expert_sources)))
-
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _router_is_said(cls, recipe: Any) -> Any:
-        """Until there was `fit: auto`, a recipe that named no fit meant logistic."""
-        mixture: Any = recipe.get("mixture", {}) if isinstance(recipe, dict) else None
-        router = mixture.get("router", {}) if isinstance(mixture, dict) and mixture.get("method") != "linear" else None
-        said = isinstance(router, dict) and {**mixture, "router": {"fit": "logistic", **router}}
-        return {**recipe, "mixture": said} if said else recipe
 
     @model_validator(mode="after")
     def _experts_have_sources(self) -> MixtureRecord:

@@ -87,7 +87,7 @@ def changed_settings(record: SourceRecord, folder: Path) -> list[str]:
         now = settings_digest(read(folder, where=record.label))
     except SourceError:
         return [file]
-    return [file] if record.config not in ("", now) else []
+    return [file] if record.config != now else []
 
 
 def changed_weights(record: SourceRecord, folder: Path, run: Run) -> str | None:

@@ -20,7 +20,8 @@ from typer.exceptions import TyperException
 
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing.console import err
-from modekit.errors import InterruptError, ModekitError
+from modekit.errors import InterruptError, ModekitError, some_of
+from modekit.files.marker import changed_files
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import FULL
 from modekit.run import Progress, Run, silent
@@ -138,15 +139,18 @@ def resolved(path: Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Checkpoint:
-    """The checkpoint of a folder. Raises CheckpointError."""
+    """The checkpoint of a folder, with a note where its files were changed by hand. Raises CheckpointError."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
     if folder.suffix in (".yaml", ".yml") and folder.is_file():
         raise ModekitError(
             "this is a recipe, not a mixture", where=str(folder), remedy=f"modekit build {folder} OUT, then give OUT"
         )
-
-    return open_checkpoint(resolved(folder))
+    opened = open_checkpoint(resolved(folder))
+    if changed := changed_files(opened.folder):
+        said = f"note: changed since modekit wrote them: {some_of(changed)}; `modekit verify {folder}` compares them"
+        err.print(Text(said), soft_wrap=True)
+    return opened
 
 
 def writable(path: Path, overwrite: bool) -> Path:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ LARGE = 2**28
 """Bytes: tokenizers, results."""
 UNREADABLE = (OSError, ValueError)
 """What reading raises: OSError where there is no regular file that can be read, ValueError for what it holds."""
+YOUNG_NS = 2 * 10**9
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -38,6 +40,11 @@ class FileState:
     size: int
     modified_ns: int
     changed_ns: int = field(compare=False)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it changed long enough ago that another change would show: within a tick of the clock it would not."""
+        return max(self.modified_ns, self.changed_ns) < time.time_ns() - YOUNG_NS
 
     @classmethod
     def of(cls, stream: io.FileIO) -> FileState:

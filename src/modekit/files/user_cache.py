@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import time
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -26,8 +25,6 @@ from modekit.files.write import json_bytes, make_folder, remove, write_file
 
 _MOST = 2_000
 """Entries of a folder: of more, those that were written longest ago go."""
-_YOUNG_NS = 2 * 10**9
-"""A file that changed so shortly ago may change again without another time: what is found out of it is not kept."""
 _WRONG = (*UNREADABLE, RuntimeError)
 """What asking the cache raises; RuntimeError where the user has no home."""
 
@@ -59,7 +56,7 @@ def keep_digest(path: Path, state: FileState, blake3: str) -> None:
     """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
     with suppress(*_WRONG):
         now = FileState.of_status(path.stat())
-        if now == state and max(now.modified_ns, now.changed_ns) < time.time_ns() - _YOUNG_NS:
+        if now == state and now.is_settled:
             known = _Known(path=os.path.realpath(path), state=astuple(now), blake3=blake3)
             _keep(_digest_file(path), json_bytes(known.model_dump(mode="json")))
 
