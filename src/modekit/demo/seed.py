@@ -102,10 +102,10 @@ class Workers:
 def _start(torch_threads: int) -> None:
     """A worker begins. It ends with the demo, however that ends."""
     torch.set_num_threads(torch_threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_the_command() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
