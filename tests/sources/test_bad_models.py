@@ -444,29 +444,3 @@ def test_a_tokenizer_that_names_code_of_the_hub_does_not_hand_it_on(workshop: Wo
         f'{{"image_processor": [{{"{named}": {code}, "size": 2}}]}}'
     )
     assert json.loads(copied_content(processor)) == {"image_processor": [{"size": 2}]}
-
-
-@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 30_000), Path.unlink], ids=["cut", "removed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_source_that_vanishes_after_the_plan(
-    bench: Workshop, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], dtype: str
-) -> None:
-    file = copy_expert(bench) / "model.safetensors"
-    make_plan = plan.make_plan
-
-    def plan_and_change(*args: Any, **kwargs: Any) -> plan.Plan:
-        made = make_plan(*args, **kwargs)
-        change(file)
-        return made
-
-    monkeypatch.setattr(plan, "make_plan", plan_and_change)
-    message = refuse("build", bench.write(output={"dtype": dtype}), bench.root / "OUT")
-    assert str(file) in message
-    assert {path.split("/")[0] for path in tree(bench.root)} == {"law", "recipe.yaml"}
-
-
-def test_all_missing_folders_are_named_at_once(bench: Workshop) -> None:
-    experts = [{**bench.recipe["experts"][0], "model": "./gone"}, {**bench.recipe["experts"][1], "model": "./lost/too"}]
-    message = refuse_build(bench, base_model="./nowhere", experts=[*experts, bench.recipe["experts"][2]])
-    assert "3 model folders do not exist" in message
-    assert all(f"({spec})" in message for spec in ("./nowhere", "./gone", "./lost/too"))

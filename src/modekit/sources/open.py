@@ -11,7 +11,7 @@ from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import open_adapter
 from modekit.sources.class_names import named_by_class
-from modekit.sources.source import NO_FOLDER, ModelSource, no_model_folder, open_source
+from modekit.sources.source import ModelSource, no_model_folder, open_source
 
 
 def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
@@ -50,8 +50,8 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run
 def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
-    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; folders
-    that do not exist are named all at once, before anything is opened.
+    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; for
+    folders that do not exist before anything is opened.
     """
     check_folders(recipe, root)
     opener = Opener(root, run, headers_only)
@@ -101,21 +101,7 @@ def label_of(place: int, expert: Expert) -> str:
 
 
 def check_folders(recipe: Recipe, root: Path) -> None:
-    """Raise SourceError, one for all, for the models that are paths to nothing."""
-    missing: list[SourceError] = []
+    """Raise SourceError for the first model that is a path to nothing."""
     experts = [(label_of(place, each), each.source) for place, each in enumerate(recipe.experts) if not each.is_base]
     for label, spec in [("base_model", recipe.base_model), *experts]:
-        try:
-            local_folder(spec, root=root, label=label)
-        except SourceError as error:
-            missing.append(error)
-    if len(missing) == 1:
-        raise missing[0]
-    if missing:
-        same = {error.what for error in missing} == {NO_FOLDER}
-        raise SourceError(
-            f"{len(missing)} model folders do not exist" if same else f"{len(missing)} models cannot be opened",
-            where="; ".join(str(error.where) for error in missing),
-            found="; ".join(str(error.found) if same else f"{error.what} ({error.found})" for error in missing),
-            remedy="; ".join(dict.fromkeys(str(error.remedy) for error in missing)),
-        )
+        local_folder(spec, root=root, label=label)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from modekit.errors import MismatchError, some_of
+from modekit.errors import some_of
 from modekit.files.write import json_bytes
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config
@@ -87,26 +87,11 @@ def share_tokens(sources: Sequence[ModelSource]) -> SharedTokens:
             notes += filter(None, [other_cuts(base.folder, source.folder, where=where)])
         most = found[largest]
         if largest and most is not None:
-            between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER, more="")
+            between = Readers(ours=sources[largest].label, remedy=_ONE_TOKENIZER)
             check_alike(most, read, where=where, readers=between, below=min(most.size, read.size))
         if read.size > (most or first).size:
-            _check_once(read, first.size, where)
             largest = number
     return SharedTokens(found, largest, tuple(notes))
-
-
-def _check_once(read: ReadTokens, size: int, where: str) -> None:
-    """Raise MismatchError where a tokenizer gives an id that the base does not have to two tokens."""
-    named: dict[int, str] = {}
-    for token, number in read.tokens.items():
-        if number >= size and named.setdefault(number, token) != token:
-            raise MismatchError(
-                "the expert's tokenizer has two tokens with one id",
-                where=where,
-                found=f"{named[number][:60]!r} and {token[:60]!r}: {number}",
-                expected="one token for one id",
-                remedy="save the tokenizer again, or remove one of the tokens from tokenizer.json",
-            )
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,6 @@ class ModelSource:
         return other
 
 
-NO_FOLDER = "model folder does not exist"
-
-
 def no_model_folder(path: Path, where: str) -> SourceError:
     """The error for a path that is no folder: nothing, or a file."""
     try:
@@ -114,7 +111,7 @@ def no_model_folder(path: Path, where: str) -> SourceError:
     if is_file:
         remedy = FROM_GGUF if path.suffix == ".gguf" else "name the folder of the model or adapter that the file is part of"
         return SourceError("a file is named in place of a folder", where=where, found=str(path), remedy=remedy)
-    return SourceError(NO_FOLDER, where=where, found=str(path), remedy="correct the path")
+    return SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")
 
 
 class Elsewhere(Protocol):

@@ -180,13 +180,10 @@ class Readers:
 
     ours: str = "base model"
     theirs: str = "expert"
-    remedy: str = "use experts fine-tuned without changing the tokenizer"
-    more: str = ", or put the base's tokenizer files into the expert's folder if only the files differ"
-
-    @property
-    def other(self) -> str:
-        """Our tokenizer: the base model's, that of experts[0] 'law'."""
-        return f"that of {self.ours}" if self.ours.endswith("'") else f"the {self.ours}'s"
+    remedy: str = (
+        "use experts fine-tuned without changing the tokenizer, or put the base's tokenizer files into the expert's folder if "
+        "only the files differ"
+    )
 
 
 def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Readers = Readers()) -> None:
@@ -202,27 +199,21 @@ def check_same_tokenizer(base: Path, expert: Path, *, where: str, readers: Reade
 
 def check_alike(one: ReadTokens, other: ReadTokens, *, where: str, readers: Readers = Readers(), below: int = 2**62) -> None:
     """Raise MismatchError that names the tokens with ids `below` in which two tokenizers differ, or for other merges."""
-    ours, theirs = one.tokens, other.tokens
+    ours, theirs, called = one.tokens, other.tokens, readers.ours.removesuffix(" model")
+    whose = f"that of {readers.ours}" if readers.ours.endswith("'") else f"the {readers.ours}'s"
     found = {token for token, number in ours.items() ^ theirs.items() if number < below} if ours != theirs else set()
-    if not found:
-        if one.merges is not None and other.merges is not None and one.merges != other.merges:
-            raise MismatchError(
-                f"the {readers.theirs}'s tokenizer has the same tokens as {readers.other} but joins them by other merges",
-                where=where,
-                remedy=readers.remedy,
-            )
+    if found:
+        differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
+        pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
+        shown = [f"{token[:60]!r} ({called} {mine}, {readers.theirs} {their})" for token, mine, their in pairs]
+        what, expected = f"differs from {whose} in {len(differing)} tokens", "the same token for the same id"
+    elif one.merges is not None and other.merges is not None and one.merges != other.merges:
+        shown, expected = [], None
+        what = f"has the same tokens as {whose} but joins them by other merges"
+    else:
         return
-    differing = sorted(found, key=lambda token: (ours.get(token, theirs.get(token, 0)), token))
-    name = readers.ours.removesuffix(" model")
-    pairs = ((token, ours.get(token, "-"), theirs.get(token, "-")) for token in differing)
-    shown = [f"{token[:60]!r} ({name} {our_id}, {readers.theirs} {their_id})" for token, our_id, their_id in pairs]
-    raise MismatchError(
-        f"the {readers.theirs}'s tokenizer differs from {readers.other} in {len(differing)} tokens",
-        where=where,
-        found=some_of(shown, 5),
-        expected="the same token for the same id",
-        remedy=readers.remedy + readers.more,
-    )
+    what = f"the {readers.theirs}'s tokenizer {what}"
+    raise MismatchError(what, where=where, found=some_of(shown, 5) if shown else None, expected=expected, remedy=readers.remedy)
 
 
 _PAGE = (
@@ -254,7 +245,7 @@ def other_cuts(base: Path, expert: Path, *, where: str) -> str | None:
                     where=where,
                     found=f"{text[:40]!r}: ... {' '.join(cuts[1][first : first + 6])}",
                     expected=f"... {' '.join(cuts[0][first : first + 6])}",
-                    remedy=Readers().remedy + Readers().more,
+                    remedy=Readers().remedy,
                 )
         around = [each.encode(_PAGE[0]).tokens for each in (ours, theirs)]
     except MismatchError:
@@ -274,22 +265,17 @@ def check_same_pieces(base: Path, expert: Path, *, where: str, readers: Readers 
 
     Where both have a tokenizer.json, that is what counts.
     """
-    for name in () if (base / "tokenizer.json").exists() and (expert / "tokenizer.json").exists() else PAIR_FILES:
-        if not ((base / name).exists() and (expert / name).exists()):
-            continue
+    both_json = all((folder / "tokenizer.json").exists() for folder in (base, expert))
+    for name in () if both_json else (name for name in PAIR_FILES if (base / name).exists() and (expert / name).exists()):
         read: Callable[[Path, int], Any] = read_json if name.endswith(".json") else read_bytes
         try:
             same = read(base / name, LARGE) == read(expert / name, LARGE)
         except UNREADABLE as error:
             raise damaged_model("the tokenizer cannot be read", f"{where}: {name}", error) from None
         if not same:
-            raise MismatchError(
-                f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s",
-                where=where,
-                found="other content; saving again with another version can change a sentencepiece file, too",
-                expected=f"the {readers.ours}'s {name}",
-                remedy=readers.remedy + readers.more,
-            )
+            what = f"the {readers.theirs}'s tokenizer has another {name} than the {readers.ours}'s"
+            found = "other content; saving again with another version can change a sentencepiece file, too"
+            raise MismatchError(what, where=where, found=found, remedy=readers.remedy)
 
 
 def check_ids_fit(read: ReadTokens | None, vocab_size: int, *, where: str) -> None:

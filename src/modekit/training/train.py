@@ -69,7 +69,7 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: R
         return None
     folder = model_folder(settings.teacher, None, root=root, label="teacher", run=run)
     where = f"teacher ({settings.teacher})"
-    readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer", "")
+    readers = Readers("mixture", "teacher", "use a teacher that has the mixture's tokenizer")
     check_same_tokenizer(checkpoint.folder, folder, where=where, readers=readers)
     found = open_source("teacher", settings.teacher, folder, run=run).config.get("vocab_size")
     if found != checkpoint.config["vocab_size"]:

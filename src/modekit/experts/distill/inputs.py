@@ -33,7 +33,7 @@ from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_part
 from modekit.training.settings import TrainSettings
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")  # a pad never counts, whatever it is called
-_READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer", "")
+_READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
 
 
 @dataclass(frozen=True)
