@@ -130,8 +130,6 @@ SAMPLED = {
     "sources/test_decoders.py::test_an_expert_has_a_head_of_its_own_and_its_base_none": r"^gpt2$",
     "sources/test_families.py::test_an_expert_left_out_is_a_mixture_without_it": _FEW_ROWS,
     "sources/test_families.py::test_weights_are_those_that_the_layers_use": _ONE_OF_LLAMA,
-    "sources/test_patterns.py::test_a_pattern_that_would_hang_is_stopped": r"a.a",
-    "sources/test_patterns.py::test_no_pattern_hangs_a_plan": r"^(target_modules|layers_to_transform.*)$",
     "sources/test_vocabulary.py::test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has": r"-True$",
     "sources/test_vocabulary.py::test_experts_with_more_tokens_come_and_go": r"0$",
     "sources/test_wrappers.py::test_one_recipe_of_every_form": r"^(qwen3_5|gemma3|gemma4 shared)-base$",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -26,11 +25,10 @@ from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
-from modekit.planning import make as plan
 from modekit.sources.config import refuse_other_kinds
 from modekit.sources.source import open_source
 from modekit.sources.tokenizer import copied_content
-from refusal import borrow, copy_base, copy_expert, refuse, refuse_build, tree
+from refusal import borrow, copy_base, copy_expert, refuse_build
 
 LAW = "experts[1] 'law' (./law)"
 FFN = "model.layers.1.mlp.up_proj.weight"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
 from adapter_folders import write_adapter
 from conftest import Workshop
@@ -23,7 +22,6 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run
 from modekit.sources.contents import WeightFile
-from modekit.sources.header import read_header
 from modekit.sources.names import natural_key, split_layer
 from modekit.sources.source import open_source
 from mutations import limited
@@ -166,47 +164,6 @@ def change_header(
     result = change(header)
     text = encode(result if isinstance(result, str) else json.dumps(header))
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-
-def _text(header: dict[str, Any], old: str, new: str) -> str:
-    text = json.dumps(header)
-    assert old in text
-    return text.replace(old, new, 1)
-
-
-HEADERS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
-    ("a size of thousands of digits", lambda header: _text(header, '"shape": [48, 32]', f'"shape": [{"9" * 5000}, 32]')),
-    ("true as a size", lambda header: header[NAME].update(shape=[48, 32, True])),
-    ("minus zero", lambda header: _text(header, '"data_offsets": [0,', '"data_offsets": [-0,')),
-    ("a key given twice", lambda header: _text(header, '"dtype": "F32"', '"dtype": "F16", "dtype": "F32"')),
-    ("a tensor given twice", lambda header: _text(header, "{", f'{{"{NAME}": {json.dumps(header[NAME])}, ')),
-    ("metadata that is no text", lambda header: header.update(__metadata__={"format": 1})),
-    ("an unknown dtype", lambda header: header[NAME].update(dtype="F33")),
-    ("more elements than can be counted", lambda header: header[NAME].update(shape=[2**62, 2**62, 0], data_offsets=[0, 0])),
-    ("half a character", lambda header: _text(header, "up_proj", "\\ud800")),
-    ("deep nesting", lambda header: _text(header, "{", '{"x": ' + "[" * 900 + "]" * 900 + ", ")),
-]
-
-
-@pytest.mark.parametrize("change", [change for _, change in HEADERS], ids=[name for name, _ in HEADERS])
-def test_headers_that_safetensors_would_not_take(bench: Workshop, change: Callable[[dict[str, Any]], object]) -> None:
-    change_header(copy_expert(bench), change)
-    refused(bench, "experts[1] 'law' (./law): model.safetensors")
-
-
-def test_bytes_after_the_data_and_other_encodings(bench: Workshop) -> None:
-    path = copy_expert(bench) / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content + b"\0")
-    refused(bench, "not fully covered")
-    path.write_bytes(content)
-    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
-        change_header(path.parent, lambda header: None, lambda text, encoding=encoding: text.encode(encoding))
-        refused(bench, "damaged, or none")
-        with pytest.raises(Exception, match="deserializing header"), safe_open(path, "np"):
-            pass
-        path.write_bytes(content)
-    assert read_header(path, where="law")
 
 
 @pytest.mark.parametrize(

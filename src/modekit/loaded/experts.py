@@ -97,9 +97,8 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
         return load_recorded(checkpoint, place, run=run), "full model" if place else "base"
     if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
         return load_recorded(checkpoint, place, run=run), "folded"
-    source = open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base, run=run))
-    plain = source.prefix is None and _names_are_plain(folder)  # of a prefix PEFT wraps the pass, and the model is the base
-    adapted = _in_peft(load_model(base, run=run), folder) if plain else None
+    open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base, run=run))
+    adapted = _in_peft(load_model(base, run=run), folder) if _names_are_plain(folder) else None
     return (load_expert(base, folder, run=run), "folded") if adapted is None else (adapted, "PEFT")
 
 

@@ -107,7 +107,7 @@ def _planned(
     checkpoint: Checkpoint, edit: MixtureEdit, before: Plan, new: Mapping[int, ModelSource], run: Run
 ) -> CheckpointUpdate:
     """The change over the models of the mixture that is there, and the new ones."""
-    base, *old = before.sources
+    base, *old = before.vocabulary.given if before.vocabulary is not None else before.sources
     sources = [base]
     for place, (expert, origin) in enumerate(zip(edit.recipe.experts, edit.origins, strict=True)):
         stays = base if origin is None or expert.is_base else replace(old[origin], label=label_of(place, expert))

@@ -30,13 +30,12 @@ from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import natural_key
-from modekit.sources.native import Rule
 from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.sources.towers import check_kept, kept_beside, processor_files
-from modekit.sources.vocabulary import Vocabulary, one_vocabulary
+from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merge
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
