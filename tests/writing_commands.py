@@ -27,7 +27,7 @@ FIT = {"fit": "logistic", "tokens_per_domain": 200, "keep_tokens": 32, "sequence
 FEW = ("--tokens", "200")
 MIXED = ("--text", "fever=text/code.jsonl", "--text", "law=text/law.jsonl")
 TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
-SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
+SHORT = ("steps=3", "batch_tokens=256", "sequence_length=64", "select_tokens=200")
 _VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
 """What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
 
@@ -56,20 +56,18 @@ COMMANDS = {
     "mix": Command(("mix", "base", "fever", "law", "--without-base", "-o", "NEW", *MIXED), 30, 23),
     "mix without text": Command(("mix", "base", "fever", "-o", "NEW"), 60, 61, 7),
     "build over": Command(("build", "other.yaml", "OUT", "--overwrite"), 40, 17),
-    "fit": Command(("fit", "OUT", "--fit", "logistic"), 15),
-    "fit modekit": Command(("fit", "ADAPTERS", "--fit", "random"), 15),
+    "fit": Command(("fit", "OUT", "fit=logistic"), 15),
+    "fit modekit": Command(("fit", "ADAPTERS", "fit=random"), 15),
     "add": Command(("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", *FEW, "--force"), 30),
     "add elsewhere": Command(
         ("add", "OUT", "--name", "code", "--model", "code", "--text", "text/code.jsonl", "--no-measure", "--out", "NEW"), 30
     ),
     "remove": Command(("remove", "THREE", "law"), 30),
     "replace": Command(("replace", "OUT", "law", "--model", "code", *FEW, "--force"), 30),
-    "train gates": Command(("train", "OUT", "--learning-rate", "0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
-    "train": Command(
-        ("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"
-    ),
+    "train gates": Command(("train", "OUT", "learning_rate=0.2", *SHORT, *FEW), 40, 37, 3, "OUT.training"),
+    "train": Command(("train", "OUT", "what=experts", "backbone_learning_rate=0.01", *SHORT, *FEW), 40, 41, 3, "OUT.training"),
     "train elsewhere": Command(
-        ("train", "OUT", "--what", "experts", "--out", "NEW", "--backbone-learning-rate", "0.01", *SHORT, *FEW),
+        ("train", "OUT", "what=experts", "--out", "NEW", "backbone_learning_rate=0.01", *SHORT, *FEW),
         40,
         53,
         3,
@@ -82,7 +80,7 @@ COMMANDS = {
     "export": Command(("export", "ADAPTERS", "EXPORTED"), 40, 11),
     "export gguf": Command(("export", "BYTES", "NEW", "--gguf", "--outtype", "f32"), 15, 37, 3),
     "extract": Command(("extract", "medicine", "NEW", "--base", "base", "--rank", "2"), 20),
-    "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "--steps", "2"), 20),
+    "specialize": Command(("specialize", "base", "NEW", "--text", "text/law.jsonl", "steps=2"), 20),
     "specialize with a teacher": Command(
         (
             "specialize",
@@ -92,13 +90,10 @@ COMMANDS = {
             "text/law.jsonl",
             "--teacher",
             "medicine",
-            "--adaptive",
-            "--steps",
-            "3",
-            "--batch-tokens",
-            "256",
-            "--sequence-length",
-            "64",
+            "adaptive=true",
+            "steps=3",
+            "batch_tokens=256",
+            "sequence_length=64",
         ),
         40,
         23,
@@ -107,7 +102,7 @@ COMMANDS = {
     "upcycle": Command(("upcycle", "base", "NEW", "--experts", "2", "--segments", "2", "--top-k", "1"), 20, 11),
     "densify": Command(("densify", "OUT", "NEW", "--by", "sum", *FEW), 15),
     "densify by distillation": Command(("densify", "OUT", "NEW", *SHORT, *FEW), 40, 47, 3, "NEW.training"),
-    "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "--max-diff-percent", "20", *TWO), 20),
+    "data balance": Command(("data", "balance", "NEW", "--tokenizer", "base", "max_diff_percent=20", *TWO), 20),
     "data tokenizer": Command(("data", "tokenizer", "NEW", "--vocabulary", "300", *TWO), 15),
     "report": Command(("report", "OUT"), 15),
 }

@@ -254,7 +254,7 @@ def test_another_router_is_refused_where_it_would_decide(copied: Callable[[str],
         assert "`modekit fit`" in refuse(command, folder)
     code, stdout, _ = ended("verify", folder, "--no-reload")
     assert code == 1 and "is not the one that modekit.json records" in stdout
-    modekit("fit", folder, "--fit", "random", "--seed", "1")
+    modekit("fit", folder, "fit=random", "seed=1")
     assert open_checkpoint(folder).gates()
 
 

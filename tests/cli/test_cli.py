@@ -33,7 +33,7 @@ def test_a_walk_from_recipe_to_results(workshop: Workshop, monkeypatch: pytest.M
     assert "oracle" in table and "mixture" in table
     monkeypatch.chdir(workshop.root)
     assert "proven" in here("verify", "OUT")
-    assert "logistic, fitted" in here("fit", "OUT", "--fit", "logistic", "--temperature", "2")
+    assert "logistic, fitted" in here("fit", "OUT", "fit=logistic", "temperature=2")
     data = json.loads(here("eval", "OUT", "--tokens", "300", "--sequence-length", "32", "--json"))
     assert [row["name"] for row in data["rows"]][-1] == "mixture"
     assert all(check["verdict"] == "proven" for check in json.loads(here("verify", "OUT", "--json")))
@@ -41,17 +41,15 @@ def test_a_walk_from_recipe_to_results(workshop: Workshop, monkeypatch: pytest.M
 
 def test_specialize(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workshop.root)
-    done = here("specialize", "base", "mine", "--text", "text/law.jsonl", "--steps", "2", "--sequence-length", "32")
+    done = here("specialize", "base", "mine", "--text", "text/law.jsonl", "steps=2", "sequence_length=32")
     assert "held-out loss" in done
     assert (workshop.root / "mine" / "model.safetensors").exists()
 
 
 def test_a_walk_with_adapters(workshop: Workshop) -> None:
     """A fine-tune made here, one extracted from a full model and a full model as it is; out again as PEFT folders."""
-    steps = ("--steps", "2", "--sequence-length", "32")
-    done = modekit(
-        workshop, "specialize", "base", "law-lora", "--text", "text/law.jsonl", "--train", "lora", "--rank", "3", *steps
-    )
+    steps = ("steps=2", "sequence_length=32")
+    done = modekit(workshop, "specialize", "base", "law-lora", "--text", "text/law.jsonl", "--train", "lora", "rank=3", *steps)
     assert "lora, 2 steps" in done
     done = modekit(workshop, "extract", "code", "code-lora", "--base", "base", "--rank", "8")
     assert "q_proj" in done and "squared difference" in done
@@ -67,7 +65,7 @@ def test_a_walk_with_adapters(workshop: Workshop) -> None:
     plan = modekit(workshop, "plan", "recipe.yaml")
     assert "modekit" in plan and "granularity: context" in plan
     assert "router fitted" in modekit(workshop, "build", "recipe.yaml", "OUT")
-    modekit(workshop, "fit", "OUT", "--granularity", "sequence", "--top-k", "1")
+    modekit(workshop, "fit", "OUT", "granularity=sequence", "top_k=1")
     assert "oracle" in modekit(workshop, "eval", "OUT", "--tokens", "300", "--sequence-length", "32")
     assert all(check["verdict"] == "proven" for check in json.loads(modekit(workshop, "verify", "OUT", "--json")))
     assert "rank 3" in modekit(workshop, "export", "OUT", "exported", "--expert", "law")

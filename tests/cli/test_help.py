@@ -49,8 +49,8 @@ def test_help_begins_with_an_example_and_cuts_no_name(words: tuple[str, ...]) ->
 
 
 def test_options_of_a_large_command_are_in_groups() -> None:
-    shown = modekit("specialize", "--help")
-    for panel in ("How an expert is trained", "Labels and text of no domain", "A teacher"):
+    shown = modekit("add", "--help")
+    for panel in ("The model or adapter that comes", "Where the new mixture goes"):
         assert f"─ {panel} ─" in shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from command_line import ended, modekit
 from conftest import Workshop
 from modekit.cli.options import grouped
 from modekit.cli.shell import app
+from modekit.errors import ModekitError
 from refusal import borrow
 
 
@@ -102,27 +104,32 @@ def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: P
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] >= 65  # each is said before its text is read
 
 
-def test_fit_options_are_changes_of_the_mixture() -> None:
-    assert mixtures.FitOptions().changes() == {"router": {}}
-    options = mixtures.FitOptions(method="routing", router="logistic", top_k=1, l2=0.5)
-    assert options.changes() == {"method": "routing", "top_k": 1, "router": {"fit": "logistic", "l2": 0.5}}
+def test_words_of_fit_are_changes_of_the_mixture() -> None:
+    assert mixtures.fit_words(None) == {"router": {}}
+    words = ["method=routing", "fit=logistic", "top_k=1", "l2=0.5", "decay=[0.9]", "chat=false"]
+    router = {"fit": "logistic", "l2": 0.5, "decay": [0.9], "chat": False}
+    assert mixtures.fit_words(words) == {"method": "routing", "top_k": 1, "router": router}
 
 
-def test_train_options_are_settings() -> None:
-    assert training.SettingOptions().said() == {}
-    said = training.SettingOptions(loss=["lm=2", "z"], select_tokens=128, sequence_length=64).said()
-    assert said == {"losses": {"lm": 2.0, "z": 0.001}, "select_tokens": 128, "sequence_length": 64}
+def test_words_of_train_are_settings() -> None:
+    said = training.train_words(["losses=lm=2,z", "what=routers", "select_tokens=128"])
+    assert said == {"losses": {"lm": 2.0, "z": 0.001}, "what": ["routers"], "select_tokens": 128}
+    for word, hint in (
+        ("step=3", "did you mean 'steps'?"),
+        ("--steps", "did you mean 'steps'?"),
+        ("batch-tokens=1", "batch_tokens"),
+    ):
+        with pytest.raises(ModekitError, match=re.escape(hint)):
+            training.train_words([word])
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("average", "--select-tokens", "9"), "--by distil or best, or sum or svd without --scale"),
-        (("sum", "--scale", "0.5", "--select-tokens", "9"), "--by distil or best, or sum or svd without --scale"),
-        (("sum", "--steps", "9"), "--by distil"),
+        (("sum", "steps=9"), "--by distil"),
         (("best", "--scale", "0.5"), "--by sum, svd or distil"),
     ],
 )
 def test_densify_says_which_merge_reads_an_option(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
     message = refuse_usage("densify", tmp_path, tmp_path / "DENSE", "--by", *options)
-    assert f"where:    {options[-2]}\n" in message and f"expected: {said}\n" in message
+    assert f"where:    {options[1].partition('=')[0]}\n" in message and f"expected: {said}\n" in message

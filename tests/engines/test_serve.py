@@ -261,7 +261,7 @@ def test_the_file_is_made_once_and_anew_when_the_router_is(mixtures: dict[str, C
         before = file.stat().st_mtime_ns
     with serving(mixtures["native"], settings):
         assert file.stat().st_mtime_ns == before
-    ended("fit", mixtures["native"].folder, "--temperature", "3")
+    ended("fit", mixtures["native"].folder, "temperature=3")
     with serving(open_checkpoint(mixtures["native"].folder), settings):
         assert file.stat().st_mtime_ns != before
 

@@ -31,7 +31,7 @@ from pair_models import make_pair_workshop
 from refusal import refuse, tree
 
 TRAINING = Training(steps=12, batch_tokens=256, sequence_length=32, learning_rate=5e-3)
-TYPED = ("--steps", "4", "--batch-tokens", "256", "--sequence-length", "32", "--learning-rate", "0.005")
+TYPED = ("steps=4", "batch_tokens=256", "sequence_length=32", "learning_rate=0.005")
 
 
 @pytest.fixture
@@ -240,16 +240,16 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--temperature", "3"), "--temperature"),
-        (("--distill", "forward_kl"), "--distill"),
-        (("--weights", "0.5"), "--weights"),
-        (("--adaptive",), "--adaptive"),
-        (("--alternate",), "--alternate"),
-        (("--teacher", "teacher", "--adaptive", "--weights", "0.5"), "weights has no effect with adaptive"),
+        (("temperature=3",), "temperature"),
+        (("losses=forward_kl",), "losses"),
+        (("weights=0.5",), "weights"),
+        (("adaptive=true",), "adaptive"),
+        (("alternate=true",), "alternate"),
+        (("--teacher", "teacher", "adaptive=true", "weights=0.5"), "weights has no effect with adaptive"),
         (("--teacher", "nowhere"), "model folder does not exist"),
         (("--teacher", "text"), "config.json"),
-        (("--teacher", "teacher", "--distill", "kl"), "unknown loss or weight"),
-        (("--teacher", "teacher", "--batch-tokens", "8"), "batch_tokens"),
+        (("--teacher", "teacher", "losses=kl"), "unknown loss or weight"),
+        (("--teacher", "teacher", "batch_tokens=8"), "batch_tokens"),
     ],
 )
 def test_dead_and_wrong_options_are_refused(
@@ -282,11 +282,9 @@ def test_the_command_says_how_far_the_student_is_from_the_teacher(shop: Workshop
         "text/law.jsonl",
         "--teacher",
         "teacher",
-        "--distill",
-        "reverse_kl=2",
-        "--temperature",
-        "1",
-        "--adaptive",
+        "losses=reverse_kl=2",
+        "temperature=1",
+        "adaptive=true",
         *TYPED,
     )
     assert "KL to the teacher" in " ".join(said.split())

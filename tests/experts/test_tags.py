@@ -592,12 +592,12 @@ LAW = ("--text", "law=text/law.jsonl", "--tags")
         (("--text", "text/law.jsonl", "--tags"), "a text without its domain"),
         ((*LAW, "--text", "law=text/code.jsonl"), "a label is given twice"),
         (("--text", "a label=text/law.jsonl", "--tags"), "a label that no expert could have"),
-        ((*LAW, "--randomise", "1"), "a probability: at least 0"),
-        ((*LAW, "--randomise", "-0.1"), "a probability: at least 0"),
-        ((*LAW, "--randomise-to", "others"), "no effect"),
-        ((*LAW, "--generic-share", "0.2"), "no effect"),
-        ((*LAW, "--generic", "text/code.jsonl", "--generic-share", "1"), "a share: above 0"),
-        (("--text", "text/law.jsonl", "--randomise", "0.1"), "no effect"),
+        ((*LAW, "randomise=1"), "randomise: must be"),
+        ((*LAW, "randomise=-0.1"), "randomise: must be"),
+        ((*LAW, "randomise_to=others"), "no effect"),
+        ((*LAW, "generic_share=0.2"), "no effect"),
+        ((*LAW, "--generic", "text/code.jsonl", "generic_share=1"), "generic_share: must be"),
+        (("--text", "text/law.jsonl", "randomise=0.1"), "no effect"),
         ((*LAW, "--teacher", "untied"), "no effect"),
     ],
 )
@@ -613,7 +613,7 @@ def test_the_command_line_trains_with_tags_and_a_name_with_a_sign_is_a_file_with
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shop)
-    few = ("--steps", "1", "--sequence-length", "32")
+    few = ("steps=1", "sequence_length=32")
     modekit(
         "specialize",
         "tied",
@@ -623,14 +623,11 @@ def test_the_command_line_trains_with_tags_and_a_name_with_a_sign_is_a_file_with
         "--text",
         "code=text/code.jsonl",
         "--tags",
-        "--randomise",
-        "0.2",
-        "--randomise-to",
-        "others",
+        "randomise=0.2",
+        "randomise_to=others",
         "--generic",
         "text/medicine.jsonl",
-        "--generic-share",
-        "0.25",
+        "generic_share=0.25",
         *few,
     )
     record = json.loads((tmp_path / "OUT" / "specialist.json").read_text())

@@ -20,17 +20,17 @@ from modekit.recipes.read import load_recipe
 from refusal import borrow, refuse, tree
 
 FEW = ("--tokens", "200")
-SHORT = ("--steps", "3", "--batch-tokens", "256", "--sequence-length", "64", "--select-tokens", "200")
+SHORT = ("steps=3", "batch_tokens=256", "sequence_length=64", "select_tokens=200")
 COMMANDS: dict[str, tuple[Sequence[str], int]] = {
-    "fit": (("fit", "OUT", "--fit", "centroid"), 3_000),
+    "fit": (("fit", "OUT", "fit=centroid"), 3_000),
     "eval": (("eval", "OUT", *FEW), 1_000),
     "inspect": (("inspect", "OUT", *FEW), 1_000),
     "report": (("report", "OUT"), 4_000),
-    "train": (("train", "OUT", "--what", "experts", "--backbone-learning-rate", "0.01", *SHORT, *FEW), 60_000),
+    "train": (("train", "OUT", "what=experts", "backbone_learning_rate=0.01", *SHORT, *FEW), 60_000),
     "tune": (("tune", "recipe.yaml", "NEW", "top_k=1", *FEW), 20_000),
-    "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "1"), 20_000),
+    "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "steps=1"), 20_000),
     "specialize with a teacher": (
-        ("specialize", "BASE", "NEW", "--text", "TEXT", "--steps", "2", "--teacher", "MODEL"),
+        ("specialize", "BASE", "NEW", "--text", "TEXT", "steps=2", "--teacher", "MODEL"),
         20_000,
     ),
     "data balance": (("data", "balance", "NEW", "--tokenizer", "BASE", "--text", "a=TEXT", "--text", "b=OTHER"), 500),

@@ -150,18 +150,12 @@ def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> N
     modekit(
         "train",
         out,
-        "--what",
-        "experts",
-        "--backbone-learning-rate",
-        "0.01",
-        "--steps",
-        "2",
-        "--batch-tokens",
-        "128",
-        "--sequence-length",
-        "32",
-        "--select-tokens",
-        "100",
+        "what=experts",
+        "backbone_learning_rate=0.01",
+        "steps=2",
+        "batch_tokens=128",
+        "sequence_length=32",
+        "select_tokens=100",
         "--tokens",
         "0",
     )
@@ -199,9 +193,9 @@ def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: s
 
 def test_a_specialist_does_not_replace_its_own_base(bench: Workshop) -> None:
     text = bench.recipe["experts"][0]["text"]
-    modekit("specialize", bench.recipe["base_model"], bench.root / "S", "--text", text, "--steps", "1")
+    modekit("specialize", bench.recipe["base_model"], bench.root / "S", "--text", text, "steps=1")
     before = tree(bench.root)
-    message = refuse("specialize", bench.root / "S", bench.root / "S", "--text", text, "--steps", "1", "--overwrite")
+    message = refuse("specialize", bench.root / "S", bench.root / "S", "--text", text, "steps=1", "--overwrite")
     assert "must not touch what it is made from" in message
     assert tree(bench.root) == before
 

@@ -164,7 +164,7 @@ def test_negative_prompts_go_with_the_fit_that_reads_them(shop: Workshop) -> Non
 
 def test_the_command_needs_no_more_than_the_name_of_the_fit(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     out = built(shop, "COMMAND", {"router": DECORATED}, adapters=True).folder
-    monkeypatch.setattr(sys, "argv", ["modekit", "fit", str(out), "--fit", "lexical"])
+    monkeypatch.setattr(sys, "argv", ["modekit", "fit", str(out), "fit=lexical"])
     with suppress(SystemExit):
         main()
     settings = open_checkpoint(out).record.recipe.mixture.router

@@ -216,7 +216,7 @@ def test_eval_without_any_text(bench: Workshop) -> None:
 def test_fit_with_text_that_is_gone(fitted: Path) -> None:
     (fitted.parent / "text" / "code.jsonl").unlink()
     before = tree(fitted)
-    message = refuse("fit", fitted, "--tokens-per-domain", "50")  # kept statistics do not say this
+    message = refuse("fit", fitted, "tokens_per_domain=50")  # kept statistics do not say this
     assert "experts[2] 'code'" in message
     assert tree(fitted) == before
 
@@ -231,7 +231,7 @@ def test_fit_with_damaged_statistics(fitted: Path, damage: str) -> None:
         ]
     )
     before = tree(fitted)
-    message = refuse("fit", fitted, "--fit", "logistic")
+    message = refuse("fit", fitted, "fit=logistic")
     assert str(path) in message
     assert "delete the file" in message
     assert tree(fitted) == before
@@ -252,7 +252,7 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
     save_file(tensors, path, metadata={"about": json.dumps(about)})
     (fitted.parent / "text" / "law.jsonl").unlink()
     before = tree(fitted)
-    message = refuse("fit", fitted, "--fit", "logistic")
+    message = refuse("fit", fitted, "fit=logistic")
     assert str(path) in message
     assert tree(fitted) == before
 
@@ -260,13 +260,13 @@ def test_fit_with_statistics_that_say_nothing(fitted: Path, damage: str) -> None
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (("--fit", "magic"), "mixture.router.fit"),
-        (("--top-k", "9"), "mixture.top_k is 9"),
-        (("--method", "sum"), "mixture.method"),
-        (("--temperature", "0"), "mixture.router.temperature"),
-        (("--tokens-per-domain", "1"), "mixture.router.tokens_per_domain"),
-        (("--method", "linear", "--fit", "logistic"), "'router' has no effect"),
-        (("--method", "gating", "--top-k", "2"), "'top_k' has no effect"),
+        (("fit=magic",), "mixture.router.fit"),
+        (("top_k=9",), "mixture.top_k is 9"),
+        (("method=sum",), "mixture.method"),
+        (("temperature=0",), "mixture.router.temperature"),
+        (("tokens_per_domain=1",), "mixture.router.tokens_per_domain"),
+        (("method=linear", "fit=logistic"), "'router' has no effect"),
+        (("method=gating", "top_k=2"), "'top_k' has no effect"),
     ],
 )
 def test_fit_with_a_wrong_setting(checkpoint: Path, flags: tuple[str, ...], part: str) -> None:

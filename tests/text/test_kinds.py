@@ -74,7 +74,7 @@ def test_a_fit_an_evaluation_and_a_training_say_which_text_it_is(tmp_path: Path,
         train(open_checkpoint(out), settings)
     for expert in shop.recipe["experts"]:
         write(tmp_path / expert["text"], wrong)
-    message = refuse("fit", out, "--fit", "logistic")
+    message = refuse("fit", out, "fit=logistic")
     assert says in message and "experts[0] 'medicine': text" in message
 
 

@@ -74,7 +74,7 @@ def test_a_fit_adds_up_over_processes(workshop: Workshop) -> None:
     one, two = workshop.build("ONE", mixture=mixture), workshop.build("TWO", mixture=mixture)
     for path in (two / "router").iterdir():
         path.unlink()
-    launch(2, "-m", "modekit", "fit", str(two), "--l2", "0.001")
+    launch(2, "-m", "modekit", "fit", str(two), "l2=0.001")
     for name, gate in gates(one).items():
         assert torch.allclose(gate, gates(two)[name], atol=1e-4 * float(gate.abs().max())), name
     statistics = tensors(two / "router", "law.safetensors")

@@ -16,7 +16,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_t
 from labelled import TAGGED, make_labelled, with_tags
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.training import LabelSettings
+from modekit.cli.training import train_words
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
@@ -102,7 +102,7 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
 ) -> None:
     """The share from the command line, the mix from a file; so many tokens are read, short sets again and again."""
     (tmp_path / "train.yaml").write_text(json.dumps({**changes, "batch_tokens": 1000}))
-    said = given_settings(LabelSettings(generic=["x"], generic_share=0.3).said(), tmp_path / "train.yaml")
+    said = given_settings(train_words(["generic=x", "generic_share=0.3"]), tmp_path / "train.yaml")
     made = [
         DomainSequences(name, place, [TokenSequence(tuple(range(3, 13)), 10)] * count)
         for name, place, count in (("law", 0, 80), ("code", 1, 20), ("(generic)", GENERIC, 7))
@@ -115,9 +115,9 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
 
 
 def test_options_are_settings() -> None:
-    said = LabelSettings(tags=True, randomise=0.2, randomise_to="others", generic=["a"], generic_share=0.4).said()
+    said = train_words(["tags=true", "randomise=0.2", "randomise_to=others", "generic=[a]", "generic_share=0.4"])
     assert said == {"tags": True, "randomise": 0.2, "randomise_to": "others", "generic": ["a"], "generic_share": 0.4}
-    assert LabelSettings().said() == {}
+    assert train_words(None) == {}
 
 
 @pytest.mark.parametrize(
@@ -417,12 +417,12 @@ def test_a_joint_training_with_drawn_labels_makes_the_mixture_better(tagged_work
 
 def test_the_command_line_trains_with_tags(tagged_workshop: Workshop) -> None:
     out = tagged_workshop.build("shown", mixture=ROUTED)
-    few = ("--steps", "2", "--sequence-length", "48", "--select-tokens", "200", "--tokens", "0", "--batch-tokens", "400")
-    generic = ("--generic", tagged_workshop.root / "text" / "code.jsonl", "--generic-share", "0.2")
-    modekit("train", out, "--tags", "--randomise", "0.2", "--randomise-to", "others", *generic, *few, "--json")
+    few = ("steps=2", "sequence_length=48", "select_tokens=200", "--tokens", "0", "batch_tokens=400")
+    generic = (f"generic={tagged_workshop.root / 'text' / 'code.jsonl'}", "generic_share=0.2")
+    modekit("train", out, "tags=true", "randomise=0.2", "randomise_to=others", *generic, *few, "--json")
     recorded = open_checkpoint(out).record.training
     assert not recorded or recorded[-1].settings["tags"] is True
-    assert "without effect here: randomise_to" in refuse("train", out, "--randomise-to", "all", *few)
+    assert "without effect here: randomise_to" in refuse("train", out, "randomise_to=all", *few)
 
 
 def test_tags_of_a_tokenizer_are_those_of_the_labels() -> None:

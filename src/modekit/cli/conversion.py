@@ -15,6 +15,7 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, common, refuse_without_effect, resolved, writable
+from modekit.cli.words import Words, said_in
 from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -22,33 +23,8 @@ if TYPE_CHECKING:
     from modekit.conversion.densify import DenseRecord
 
 
-@dataclass(frozen=True)
-class CourseOptions:
-    """How the mixture is distilled (--by distil)."""
-
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps (default 200).")] = None
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so many minutes; 0 writes the best state that an earlier run left.")
-    ] = None
-    learning_rate: Annotated[float | None, typer.Option(min=0, max=10, help="Peak learning rate (default 1e-4).")] = None
-    batch_tokens: Annotated[int | None, typer.Option(min=16, help="Tokens per step (default 4096).")] = None
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="Longest piece of a document (default 512).")] = None
-    select_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens per domain to compare states by.")] = None
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between two states.")] = None
-    seed: Annotated[int | None, typer.Option(help="Random seed of the text order.")] = None
-    weights: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Weight of the text loss; the teacher gets the rest (default 0.5).")
-    ] = None
-    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 1).")] = None
-
-    def check(self, by: str, scale: float | None) -> None:
-        """Raise ModekitError for an option that changes nothing."""
-        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if name != "sequence_length"}
-        select = {"--select-tokens": given.pop("--select-tokens")}
-        if by == "average" or (by in ("sum", "svd") and scale is not None):
-            refuse_without_effect("--by distil or best, or sum or svd without --scale", select)
-        if by != "distil":
-            refuse_without_effect("--by distil", given)
+_OF_DISTILLATION = ("steps", "minutes", "learning_rate", "batch_tokens", "evaluate_every", "seed", "weights", "temperature")
+_COURSE = (*_OF_DISTILLATION, "sequence_length", "select_tokens")
 
 
 @dataclass(frozen=True)
@@ -71,7 +47,7 @@ def densify(
     checkpoint: OutFolder,
     output: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write.")],
     options: DensifyOptions,
-    course: CourseOptions,
+    words: Words = None,
     by: Annotated[
         Literal["distil", "average", "sum", "best", "svd"],
         typer.Option(
@@ -83,14 +59,16 @@ def densify(
     """Turn a mixture into one dense model of the base's size, and show what it keeps."""
     from modekit.checkpoint.checkpoint import open_checkpoint
 
-    course.check(by, options.scale)
+    course = said_in(words, _COURSE, "densify")
+    if by != "distil":
+        refuse_without_effect("--by distil", {key: value for key, value in course.items() if key in _OF_DISTILLATION})
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         from modekit.conversion.densify import Densify, course_of, densify
 
-        said = course_of(**{name: value for name, value in vars(course).items() if value is not None})
+        said = course_of(**course)
         texts, scale = texts_by_domain(options.text), options.scale
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
         record = densify(open_checkpoint(resolved(checkpoint)), asked, target, run=options.run(progress))

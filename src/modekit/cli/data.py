@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +14,12 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Writing, app, common, writable
-from modekit.errors import ModekitError
+from modekit.cli.words import Words, settings_in
 from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
-from modekit.files.typed import as_kind
 
 if TYPE_CHECKING:
-    from modekit.experts.corpus.balance import Balanced, BalanceSettings
+    from modekit.experts.corpus.balance import Balanced
     from modekit.experts.corpus.tokenizer import TrainedTokenizer
 
 data = typer.Typer(
@@ -34,53 +31,27 @@ Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write
 DomainTexts = Annotated[list[str], typer.Option(help="NAME=FILE, FOLDER or hub data set; once per domain.")]
 
 
-@dataclass(frozen=True)
-class BalanceOptions:
-    """How much of each domain is kept."""
-
-    max_diff_percent: Annotated[
-        float, typer.Option(help="Largest difference of the domains' token totals in percent, in every split.")
-    ] = 5.0
-    common: Annotated[bool, typer.Option("--common", help="Keep only documents whose id every domain has.")] = False
-    validation: Annotated[float, typer.Option(help="Share of documents to hold out (0: none).")] = 0.1
-    max_tokens: Annotated[int | None, typer.Option(help="Limit of tokens per domain, both splits together.")] = None
-    seed: Annotated[int, typer.Option(help="Random seed of the order in which documents are chosen and written.")] = 0
-
-    def settings(self) -> BalanceSettings:
-        """Raises ModekitError for a setting that is out of range."""
-        from modekit.experts.corpus.balance import BalanceSettings
-
-        try:
-            return as_kind(dataclasses.asdict(self), BalanceSettings)
-        except ValueError as error:
-            raise ModekitError("a setting is out of range", where="data balance", found=error, remedy="correct it") from None
-
-
-@dataclass(frozen=True)
-class DataOutput(Writing):
-    """What may be at OUT, and what is said."""
-
-
 @data.command()
 @grouped
 def balance(
     output: Output,
     text: DomainTexts,
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub id of the model whose tokens are counted.")],
-    options: BalanceOptions,
-    said: DataOutput,
+    said: Writing,
+    words: Words = None,
 ) -> None:
     """Choose whole documents so that every domain has as many tokens, in train and in validation."""
     texts, target = texts_by_domain(text), writable(output, said.overwrite)
-    from modekit.experts.corpus.balance import TextsToBalance, balance
+    from modekit.experts.corpus.balance import BalanceSettings, TextsToBalance, balance
     from modekit.loaded.load import load_tokenizer
     from modekit.sources.open import model_folder
 
+    settings = settings_in(words, BalanceSettings, "data balance")
     with drawn_progress() as progress:
         run = said.run(progress)
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
-        balanced = balance(given, options.settings(), target, replace=replaced_by(said.overwrite), run=run)
+        balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
     if common().json:
         print_json(balanced.model_dump(mode="json"))
     else:
@@ -92,7 +63,7 @@ def balance(
 def make_tokenizer(
     output: Output,
     text: DomainTexts,
-    said: DataOutput,
+    said: Writing,
     vocabulary: Annotated[int, typer.Option(help="Largest size of the vocabulary.")] = 8_000,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Folder or hub id of a model whose tokenizer to compare with.")

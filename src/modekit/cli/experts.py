@@ -2,116 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import BaseModel, BeforeValidator, Field
 from rich.text import Text
 
-from modekit.cli.labels import LabelOptions
-from modekit.cli.options import grouped
+from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import Writing, app, common, refuse_without_effect, writable
+from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of
-from modekit.run import Run
 
 if TYPE_CHECKING:
-    from modekit.experts.distill.distill import Distillation
-    from modekit.experts.distill.inputs import Mix
     from modekit.experts.distill.settings import DistillSettings
-    from modekit.experts.moving import What
-    from modekit.loaded.text_training import Training
+    from modekit.experts.labelled import Generic, Labelled
 
 
-@dataclass(frozen=True)
-class TeacherOptions:
-    """A teacher: what the expert learns from it besides the text."""
+def _listed(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
 
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/training.md)."),
-    ] = None
-    distill: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME or NAME=WEIGHT; repeatable: forward_kl (default), reverse_kl, teacher_ce, total_variation."),
-    ] = None
-    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of teacher and student (default 2).")] = None
-    weights: Annotated[
-        float | None, typer.Option(help="Weight of the text loss (0 to 1); the teacher loss gets the rest (default 0.5).")
-    ] = None
-    adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Adapt the weights: a loss that rises counts less (instead of --weights).")
-    ] = False
-    alternate: Annotated[
-        bool, typer.Option("--alternate", help="Alternate steps on text and teacher, instead of their sum.")
-    ] = False
-    mix: Annotated[
-        str | None,
-        typer.Option(
-            help="How several --text share the steps (default: shuffled together). equal: as much of each in every step; "
-            "turns: one text per step."
-        ),
-    ] = None
 
-    def check(self) -> None:
-        """Raise ModekitError for an option that changes nothing."""
-        named = {f"--{name.replace('_', '-')}": value or None for name, value in vars(self).items() if name != "teacher"}
-        if self.teacher is None:
-            refuse_without_effect("a teacher (--teacher MODEL)", named)
+class SpecialistSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Settings of `modekit specialize`; those of a kind of training that is not asked for have no effect and are refused."""
 
-    def _settings(self) -> DistillSettings:
+    rank: int | None = Field(None, ge=1, description="Rank of the adapter (--train lora; default 16).")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps; default: once over the text.")
+    learning_rate: float | None = Field(None, ge=0, le=10, description="Peak learning rate (default 1e-4; lora 1e-3).")
+    batch_tokens: int = Field(4_096, ge=2, description="Tokens per step.")
+    sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
+    seed: int = Field(0, ge=0, description="Random seed of the text order.")
+    losses: Annotated[list[str] | dict[str, float] | None, BeforeValidator(_listed)] = Field(
+        None,
+        description="--teacher: names, or names with weights: forward_kl (default), reverse_kl, teacher_ce, total_variation.",
+    )
+    temperature: float | None = Field(None, description="--teacher: softmax temperature of teacher and student (default 2).")
+    weights: float | None = Field(None, description="--teacher: weight of the text loss, the teacher's is the rest (0.5).")
+    adaptive: bool | None = Field(None, description="--teacher: a loss that rises counts less, in place of weights.")
+    alternate: bool | None = Field(None, description="--teacher: steps on text and teacher in turn, not their sum.")
+    mix: Literal["equal", "turns"] | None = Field(
+        None, description="--teacher: equal: as much of each --text in every step; turns: one per step; default: shuffled."
+    )
+    randomise: float | None = Field(None, ge=0, lt=1, description="--tags: probability of a random label.")
+    randomise_to: Literal["all", "others", "generic", "half"] | None = Field(
+        None, description="--tags: labels to draw from: all (default; its own, too), others, generic (none), half."
+    )
+    generic_share: float | None = Field(None, gt=0, lt=1, description="--generic: its share of the tokens (default 0.3).")
+
+    def check(self, **there: object) -> None:
+        """Raise ModekitError for a setting that changes nothing; `there`: what its other options are."""
+        for key, field in type(self).model_fields.items():
+            option, colon, _ = (field.description or "").partition(":")
+            if colon and option.startswith("--") and not there[option[2:]]:
+                refuse_without_effect(option, {key: getattr(self, key)})
+        if not self.randomise:
+            refuse_without_effect("a probability above 0 (randomise)", {"randomise_to": self.randomise_to})
+
+    def distillation(self) -> DistillSettings:
+        """What the expert learns from a teacher. Raises TrainingError."""
         from modekit.experts.distill.settings import distill_settings, losses_of
 
-        said = {
-            "losses": losses_of(self.distill) if self.distill else None,
-            "temperature": self.temperature,
-            "weights": self.weights,
-            "adaptive": self.adaptive or None,
-            "alternate": self.alternate or None,
-        }
-        return distill_settings({name: value for name, value in said.items() if value is not None}, where="--teacher")
-
-    def asked(self, student: Path, text: list[str], train: What, rank: int, training: Training, run: Run) -> Distillation:
-        """What is asked for with a teacher. Raises TrainingError, and SourceError where there is no teacher."""
-        from modekit.experts.distill.distill import Distillation
-        from modekit.sources.open import model_folder
-
-        assert self.teacher is not None
-        root = Path.cwd()
-        settings, mix = self._settings(), self._mix(text)
-        teacher = model_folder(self.teacher, None, root=root, label="--teacher", run=run)
-        return Distillation(student, teacher, text, root, train, rank, training, settings, mix)
-
-    def _mix(self, text: list[str]) -> Mix | None:
-        if self.mix is not None and self.mix not in ("equal", "turns"):
-            raise ModekitError(
-                "unknown choice", where="--mix", found=self.mix, expected="equal or turns", remedy="write one of them"
-            )
-        if self.mix is not None and len(text) < 2:
-            refuse_without_effect("several texts (--text A --text B)", {"--mix": self.mix})
-        return cast("Mix | None", self.mix)
+        losses = losses_of(self.losses) if isinstance(self.losses, list) else self.losses
+        said = {"losses": losses, **{key: getattr(self, key) for key in ("temperature", "weights", "adaptive", "alternate")}}
+        return distill_settings({key: value for key, value in said.items() if value is not None}, where="--teacher")
 
 
 @dataclass(frozen=True)
 class SpecializeOptions(Writing):
-    """How an expert is trained."""
+    """What an expert is trained on, and what of it moves."""
 
     train: Annotated[
         str,
         typer.Option(help="mlp: train the FFN alone; lora: train an adapter (OUT is a PEFT folder); full: train everything."),
     ] = "mlp"
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter (--train lora; default 16).")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: once over the text.")] = None
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0, max=10, help="Peak learning rate (default 1e-4; lora 1e-3).")
+    tags: Annotated[
+        bool,
+        typer.Option("--tags", help="Read each --text label=FILE with a reserved token for its label; BASE gets missing ones."),
+    ] = False
+    generic: Annotated[list[str] | None, typer.Option(help="Text of no domain, read without a tag; repeatable.")] = None
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a model to learn from; any size, BASE's tokenizer (docs/training.md)."),
     ] = None
-    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 4_096
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest piece of a document, in tokens.")] = 512
-    seed: Annotated[int, typer.Option(help="Random seed of the text order.")] = 0
+
+    def texts(self, text: list[str], settings: SpecialistSettings) -> Sequence[str] | Labelled:
+        """What --text says, by label where it has labels. Raises ModekitError for a label that is none, or twice."""
+        if not self.tags:
+            return text
+        from modekit.experts.labelled import Labelled
+
+        return Labelled(_by_label(text), settings.randomise or 0.0, settings.randomise_to or "all")
+
+    def of_no_domain(self, settings: SpecialistSettings) -> Generic | None:
+        """What --generic says."""
+        if not self.generic:
+            return None
+        from modekit.experts.labelled import SHARE, Generic
+
+        return Generic(self.generic, SHARE if settings.generic_share is None else settings.generic_share)
 
 
 @app.command()
@@ -121,48 +115,73 @@ def specialize(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Annotated[list[str], typer.Option(help="Text of the domain, or with --tags label=FILE of several; repeatable.")],
     options: SpecializeOptions,
-    labelled: LabelOptions,
-    taught: TeacherOptions,
+    words: Words = None,
 ) -> None:
     """Fine-tune a base model on one domain so that it mixes well; --tags: on several; --teacher: from another model."""
     from modekit.sources.open import model_folder
 
-    taught.check()
-    labelled.check(taught.teacher)
+    settings = settings_in(words, SpecialistSettings, "specialize")
+    settings.check(teacher=options.teacher, tags=options.tags, generic=options.generic)
+    if options.teacher is not None:
+        refuse_without_effect(
+            "a training without --teacher", {"--tags": options.tags or None, "--generic": options.generic or None}
+        )
+        if len(text) < 2:
+            refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
     target = writable(output, options.overwrite)
     with drawn_progress() as progress:
         run = options.run(progress)
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training
 
-        train, rank, rate = checked_choice(options.train, options.rank, options.learning_rate)
-        training = Training(
-            steps=options.steps,
-            learning_rate=rate,
-            batch_tokens=options.batch_tokens,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
-        )
+        train, rank, rate = checked_choice(options.train, settings.rank, settings.learning_rate)
+        shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
+        training = Training(learning_rate=rate, **shared)
         folder = model_folder(base, None, root=Path.cwd(), label="BASE", run=run)
-        if taught.teacher is not None:
-            from modekit.experts.distill.distill import distill
+        if options.teacher is not None:
+            from modekit.experts.distill.distill import Distillation, distill
 
-            asked = taught.asked(folder, text, train, rank, training, run)
-            record = distill(asked, target, overwrite=options.overwrite, run=run)
+            teacher = model_folder(options.teacher, None, root=Path.cwd(), label="--teacher", run=run)
+            distillation = settings.distillation()
+            wanted = Distillation(folder, teacher, text, Path.cwd(), train, rank, training, distillation, settings.mix)
+            record = distill(wanted, target, overwrite=options.overwrite, run=run)
         else:
             record = specialize(
                 folder,
                 target,
-                labelled.texts(text),
+                options.texts(text, settings),
                 root=Path.cwd(),
                 train=train,
                 rank=rank,
                 training=training,
-                generic=labelled.of_no_domain(),
+                generic=options.of_no_domain(settings),
                 overwrite=options.overwrite,
                 run=run,
             )
     print_specialist(output, record)
+
+
+def _by_label(text: list[str]) -> dict[str, list[str]]:
+    from modekit.recipes.strict import NAME_RULE, is_name
+
+    found = texts_by_domain(text)
+    for label, specs in found.items():
+        if not is_name(label):
+            raise ModekitError(
+                "a label that no expert could have as its name",
+                where="--text",
+                found=label[:80],
+                expected=NAME_RULE,
+                remedy="write --text law=FILE",
+            )
+        if len(specs) > 1:
+            raise ModekitError(
+                "a label is given twice",
+                where=f"--text {label}=...",
+                found=", ".join(specs),
+                remedy="put its texts into one folder, or leave one out",
+            )
+    return found
 
 
 @dataclass(frozen=True)

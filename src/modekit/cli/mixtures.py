@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -18,6 +18,7 @@ from modekit.cli.printing.mixtures import print_checks, print_count, print_mix, 
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
+from modekit.cli.words import Words, said_in
 from modekit.engines.registry import Outtype, ServeSettings
 from modekit.engines.threads import ASKED
 from modekit.files.figures import bytes_of, range_of
@@ -110,56 +111,15 @@ def _forced(checkpoint: Checkpoint) -> ForcedExperts:
         return force_experts(checkpoint, run=common().run(progress))
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """What becomes of the router; None leaves a setting as it is."""
-
-    method: Annotated[str | None, typer.Option(help="linear, gating or routing.")] = None
-    router: Annotated[str | None, typer.Option("--fit", help="Router fit, as mixture.router.fit in a recipe.")] = None
-    classifier: Annotated[
-        str | None, typer.Option(help="Classifier: logistic, sgd, naive_bayes, centroid, or auto (the best on held-out text).")
-    ] = None
-    granularity: Annotated[
-        str | None,
-        typer.Option(help="token, context, sequence or segment (reads the text again; not for a native checkpoint)."),
-    ] = None
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Experts per token.")] = None
-    temperature: Annotated[float | None, typer.Option(help="Divisor of the router's logits.")] = None
-    l2: Annotated[float | None, typer.Option(help="Regularisation.")] = None
-    tokens_per_domain: Annotated[int | None, typer.Option(help="Tokens read per domain (reads the text again).")] = None
-    seed: Annotated[int | None, typer.Option(help="Random seed (random, hash, lexical, classifier), also of written text.")] = (
-        None
-    )
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Fit inside the chat template, too (reads the text again).")
-    ] = None
-    unseen: Annotated[
-        bool | None, typer.Option("--unseen/--no-unseen", help="Send text of no domain to the base, which must be an expert.")
-    ] = None
-    false_alarms: Annotated[
-        float | None, typer.Option(help="Share of a domain's tokens that may go to the base (with unseen).")
-    ] = None
-
-    def changes(self) -> dict[str, object]:
-        """As a recipe's `mixture` would say them."""
-        router = {"fit": self.router, **vars(self)}
-        mixture = {key: router.pop(key) for key in ("method", "top_k", "router")}
-        unseen = router.pop("unseen")
-        mixture["router"] = {key: value for key, value in router.items() if value is not None}
-        changes = {key: value for key, value in mixture.items() if value is not None}
-        return changes if unseen is None else {**changes, "unseen": "base" if unseen else None}
-
-
 @app.command()
-@grouped
-def fit(checkpoint: OutFolder, options: FitOptions) -> None:
+def fit(checkpoint: OutFolder, words: Words = None) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.checkpoint import open_with_any_router
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
     with drawn_progress() as progress:
-        done = refit(open_with_any_router(resolved(checkpoint)), options.changes(), run=common().run(progress))
+        done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=common().run(progress))
     if not processes().is_main:
         return
     settings = done.record.router.settings
@@ -168,6 +128,16 @@ def fit(checkpoint: OutFolder, options: FitOptions) -> None:
     out.print(Text.assemble((str(checkpoint), "bold"), f": router {name}, {done.record.router.status}, {said}"))
     if done.record.router.choice is not None:
         out.print(Text(f"classifier: {done.record.router.choice.said}"))
+
+
+def fit_words(words: list[str] | None) -> dict[str, Any]:
+    """What becomes of the mixture, as its recipe would say it. Raises ModekitError."""
+    from modekit.recipes.mixture import Mixture
+    from modekit.recipes.router import Router
+
+    said = said_in(words, {*Router.model_fields, *Mixture.model_fields} - {"router"}, "fit")
+    router = {key: value for key, value in said.items() if key in Router.model_fields}
+    return {**{key: value for key, value in said.items() if key not in router}, "router": router}
 
 
 @app.command()

@@ -20,6 +20,7 @@ from typer.exceptions import TyperException
 
 from modekit.cli.arrangement import example_of
 from modekit.cli.printing.console import err
+from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError, some_of
 from modekit.files.marker import changed_files
 from modekit.files.output import refuse_existing, replaced_by
@@ -108,6 +109,8 @@ def _before_the_command(
 
     global _asked
     _asked, command = Common(trust_remote_code, as_json, fsync), str(context.invoked_subcommand)
+    if "--help" in sys.argv:
+        list_settings(context.command)
     if as_json and command not in _PRINT_JSON:
         refuse_without_effect(f"a command that prints JSON, which {command} does not", {"--json": True})
     if launched() > 1 and command not in {"fit", "train"}:

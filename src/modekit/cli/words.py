@@ -7,23 +7,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pkgutil import resolve_name
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 import yaml
 
 from modekit.errors import ModekitError
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_Kind = TypeVar("_Kind", bound="BaseModel")
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, listed below; values as in YAML.")]
 SETTINGS = {
     "train": ["modekit.training.settings:TrainSettings"],
     "fit": ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"],
-    "specialize": ["modekit.loaded.text_training:Training", "modekit.experts.distill.settings:DistillSettings"],
-    "balance": ["modekit.experts.corpus.balanced:BalanceSettings"],
-    "add": ["modekit.recipes.recipe:Expert"],
-    "replace": ["modekit.recipes.recipe:Expert"],
+    "tune": ["modekit.recipes.mixture:Mixture", "modekit.recipes.router:Router"],
+    "specialize": ["modekit.cli.experts:SpecialistSettings"],
+    "balance": ["modekit.experts.corpus.balance:BalanceSettings"],
 }
 """Command -> classes whose fields its words may name. They need no torch."""
 
@@ -50,6 +54,26 @@ def said_in(words: Sequence[str] | None, known: Iterable[str], command: str) -> 
     return said
 
 
+def settings_in(words: Sequence[str] | None, kind: type[_Kind], command: str) -> _Kind:
+    """The words of a command as the class that reads them. Raises ModekitError with everything that is wrong."""
+    from modekit.files.typed import as_kind
+
+    said = said_in(words, kind.model_fields, command)
+    try:
+        return as_kind(said, kind)
+    except ValueError as error:
+        remedy = f"modekit {command} --help lists the settings"
+        raise ModekitError("a setting is wrong", where=f"modekit {command}", found=error, remedy=remedy) from None
+
+
+def list_settings(group: Any) -> None:
+    """Put the settings of the commands of a group behind their help, where it is asked for one of them."""
+    for name, command in getattr(group, "commands", {}).items():
+        if name in sys.argv:
+            command.epilog = described(name)
+            list_settings(command)
+
+
 def described(command: str) -> str:
     """The settings that a command takes, for its help: a paragraph for each."""
     kinds = [resolve_name(name) for name in SETTINGS.get(command, ())]
@@ -58,13 +82,11 @@ def described(command: str) -> str:
 
 def _lines_of(kind: Any) -> Iterable[str]:
     for key, field in kind.model_fields.items():
-        meaning = field.description or _choices(field.annotation)
-        default = "" if field.is_required() else f" [{_shown(field.get_default(call_default_factory=True))}]"
-        yield f"{field.alias or key}{default}{': ' if meaning else ''}{meaning}"
-
-
-def _shown(value: object) -> str:
-    return "none" if value is None else str(value).replace("'", "")
+        meaning = (field.description or _choices(field.annotation)).replace("[", "\\[")
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        said = f" (default {default})" if isinstance(default, (str, int, float)) else ""
+        if key != "router":
+            yield f"{field.alias or key}{said}{': ' if meaning else ''}{meaning}"
 
 
 def _choices(annotation: Any) -> str:

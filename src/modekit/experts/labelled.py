@@ -173,7 +173,7 @@ class RelabelledPasses:
         if asked.randomise_to in ("all", "others") and len(self._tags) == 1:
             raise TextError(
                 "there is no other label",
-                where="--randomise-to",
+                where="randomise_to",
                 found=f"{asked.randomise_to}, and one label",
                 remedy="write generic",
             )

@@ -57,7 +57,7 @@ def _without_text(error: TextError, kept: object, how: Mapping[str, object]) -> 
         f"{error.what}, and what is kept of it knows no chats",
         where=error.where,
         found=error.found,
-        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT --no-chat`",
+        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT chat=false`",
     )
 
 

@@ -70,7 +70,7 @@ class TextRouter:
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="`modekit fit OUT --fit lexical`, or classifier; gates of a plain checkpoint have no room "
+                remedy="`modekit fit OUT fit=lexical`, or classifier; gates of a plain checkpoint have no room "
                 "for a table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names

@@ -48,7 +48,7 @@ class Moving:
                 f"this mixture has no {', no '.join(empty)} to train",
                 where="what",
                 expected=", ".join(group for group in _PARTS if self.groups[group]),
-                remedy="leave it out" if empty != ["routers"] else "set a router first: modekit fit OUT --method routing",
+                remedy="leave it out" if empty != ["routers"] else "set a router first: modekit fit OUT method=routing",
             )
         return list(dict.fromkeys(name for group in wanted for name in self.groups[group]))
 

@@ -57,7 +57,7 @@ class Request:
                 "this mixture has no router to train",
                 where=str(checkpoint.folder),
                 found=f"method {checkpoint.record.recipe.mixture.method}",
-                remedy="set one first: modekit fit OUT --method routing --top-k 2",
+                remedy="set one first: modekit fit OUT method=routing top_k=2",
             )
         if checkpoint.record.carry is not None:
             self._check_carrying(routers_only or bool(of_routers))
@@ -94,7 +94,7 @@ class Request:
         refused = {"its router": of_routers, "lora": settings.lora is not None, "weight_decay": settings.weight_decay > 0}
         found = next((key for key, asked in refused.items() if asked), None)
         if found is not None:
-            beside = "train what is beside them: --what attention --what experts --what head; `modekit fit OUT` fits the router"
+            beside = "train what is beside them: what=[attention,experts,head]; `modekit fit OUT` fits the router"
             raise TrainingError(
                 "this mixture carries whole experts through channels that must stay as they are",
                 where=str(self.checkpoint.folder),

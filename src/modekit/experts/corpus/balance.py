@@ -301,15 +301,15 @@ def _choose(split: Split, domains: Sequence[_Domain], units: Sequence[Units], se
     for domain, each in zip(domains, units, strict=True):
         if not each:
             found, expected = f"{len(domain.tokens)} in all", f"a share of about {settings.share(split):g}"
-            remedy = "give more documents, or another --validation (0: none)"
+            remedy = "give more documents, or another validation (0: none)"
             raise none_in_split(split, domain.text.name, found, expected, remedy)
     if settings.common and not set.intersection(*(set(domain.tokens) for domain in domains)):
         raise TextError(
             "no document is in all domains",
-            where="--common",
+            where="common=true",
             found=", ".join(f"{domain.text.name}: {len(domain.tokens)} ids" for domain in domains),
             expected="the same 'id' in the records of every domain, or the same path of files below their folders",
-            remedy="correct the ids, or leave out --common",
+            remedy="correct the ids, or leave out common=true",
         )
     most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
     choose = choose_common if settings.common else choose_apart
@@ -319,12 +319,12 @@ def _choose(split: Split, domains: Sequence[_Domain], units: Sequence[Units], se
             f"{domain.text.name}: {len(each):,} of {min(each.values()):,} to {max(each.values()):,} tokens"
             for domain, each in zip(domains, units, strict=True)
         )
-        others = "leave out --common" if settings.common else "cut long documents"
+        others = "leave out common=true" if settings.common else "cut long documents"
         raise TextError(
             f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %",
-            where=f"--max-diff-percent ({split})",
+            where=f"max_diff_percent ({split})",
             found="; ".join(said),
-            remedy=f"raise it, --validation or --max-tokens, {others}, or give more text",
+            remedy=f"raise it, validation or max_tokens, {others}, or give more text",
         )
     return chosen
 

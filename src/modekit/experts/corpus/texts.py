@@ -61,7 +61,7 @@ def read_domain(name: str, spec: str, root: Path, run: Run, *, by_id: bool = Fal
                 where=f"{WHERE} {name}",
                 found=f"document {number}: {shortened(text_of(record.document))[:60]}",
                 expected="a string in 'id' of every record",
-                remedy="give the records ids, or leave out --common",
+                remedy="give the records ids, or leave out common=true",
             )
         key = bytes.fromhex(digest_of(record.document)[: 2 * _KEY])
         known = documents.get(key)

@@ -52,4 +52,4 @@ def distill_settings(values: Mapping[str, object], *, where: str) -> DistillSett
 
 def losses_of(said: list[str]) -> dict[str, float]:
     """NAME or NAME=WEIGHT, each once -> weight, 1 where none is said. Raises TrainingError."""
-    return losses_said(said, dict.fromkeys(get_args(Loss), 1.0), where="--distill")
+    return losses_said(said, dict.fromkeys(get_args(Loss), 1.0), where="losses")
