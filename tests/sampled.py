@@ -69,7 +69,6 @@ SAMPLED = {
     "engines/test_gguf.py::test_fewer_bits_lose_little": nothing,
     "engines/test_gguf.py::test_llama_cpp_computes_the_same": r"^llama-0$",
     "engines/test_gguf.py::test_another_end_of_a_text_is_no_other_model": nothing,
-    "engines/test_gguf.py::test_texts_without_tokens_are_left_out": nothing,
     "engines/test_gguf.py::test_the_lexical_router_runs_there": r"^fading$",
     "engines/test_gguf.py::test_whole_adapters_run_there": nothing,
     "engines/test_kept_gguf.py::test_a_strangers_file_is_not_believed": r"^junk$",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +90,7 @@ def export_gguf(
         proof.check(file)
         written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
         write_file(stage.folder / MODELFILE, f"FROM ./{name}\n".encode())
-        said = {"file": name, "notes": written.notes, "proof": proof.as_data()}
+        said = {"file": name, "notes": written.notes, "proof": asdict(proof)}
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
     keep_proven(_claim(made, written.file, run))
     return written

@@ -10,6 +10,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,6 +45,8 @@ class Guard:
         elif scope["type"] == "http":
             try:
                 scope, receive = await self._let_through(scope, receive)
+            except ClientDisconnect:
+                return
             except RefusedError as error:
                 said = {"message": error.why, "type": "invalid_request_error", "code": error.status}
                 await JSONResponse({"error": said}, error.status, {"connection": "close"})(scope, receive, send)
@@ -59,7 +62,7 @@ class Guard:
             raise RefusedError(401, "the key is missing or wrong")
         if scope["method"] != "POST":
             return scope, receive
-        content = await _read(receive)
+        content = await _read(Request(scope, receive))
         if self._rewrite is not None:
             content = json.dumps(await self._rewrite(_object_in(content))).encode()
         headers.pop(b"transfer-encoding", None)
@@ -67,18 +70,14 @@ class Guard:
         return {**scope, "headers": list(headers.items())}, _again(content, receive)
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(request: Request) -> bytes:
     """A request's body. Raises RefusedError."""
     content = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RefusedError(400, "the request broke off")
-        content += message.get("body", b"")
+    async for piece in request.stream():
+        content += piece
         if len(content) > LARGEST_BODY:
             raise RefusedError(413, f"a request may have at most {LARGEST_BODY:,} bytes")
-        if not message.get("more_body"):
-            return bytes(content)
+    return bytes(content)
 
 
 def _object_in(content: bytes) -> Body:

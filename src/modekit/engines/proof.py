@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.llama import Llama
-from modekit.engines.texts import TEXTS
+from modekit.engines.pre_tokenizer import TEXTS
 from modekit.engines.threads import default_threads
 from modekit.errors import EngineError, ModekitError, TextError
 from modekit.evaluation.domains import recipe_texts
@@ -82,10 +82,6 @@ class Proof:
             f"over {self.tokens:,} tokens of {self.texts:,} texts ({self.text})"
         )
 
-    def as_data(self) -> dict[str, object]:
-        """For a record."""
-        return {name: value for name, value in asdict(self).items() if name != "notes"}
-
     def check(self, file: Path) -> None:
         """Raise EngineError, which names the file, where llama.cpp computes another model, or fewer bits lost too much."""
         if self.outtype == EXACT:
@@ -115,6 +111,12 @@ class ProofTexts:
     name: str
     documents: Sequence[Document]
 
+    @classmethod
+    def of(cls, name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
+        """One document of each kind, then the next of each."""
+        rounds = zip_longest(*(documents[:MOST_TOKENS] for documents in kinds))
+        return cls(name, [document for document in chain.from_iterable(rounds) if document is not None])
+
     def ids(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
         """Their beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out.
         Raises TextError for a conversation that the tokenizer has no template for.
@@ -135,7 +137,7 @@ def texts_of(checkpoint: Checkpoint) -> ProofTexts:
         domains = {held.name: held.documents for held in recipe_texts(checkpoint).report() if held.documents}
     except ModekitError:  # whatever is wrong with a text, the weights can be compared on another
         domains = {}
-    own = _in_turn(f"held-out text of {', '.join(domains)}", domains.values())
+    own = ProofTexts.of(f"held-out text of {', '.join(domains)}", domains.values())
     if len(own.documents) >= FEWEST_TEXTS:
         return own
     more = shipped_texts()
@@ -144,13 +146,7 @@ def texts_of(checkpoint: Checkpoint) -> ProofTexts:
 
 def shipped_texts() -> ProofTexts:
     """Prose, code, and other languages."""
-    return _in_turn("text that comes with modekit", map(shipped_documents, _SHIPPED))
-
-
-def _in_turn(name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
-    """One of each kind, then the next of each."""
-    rounds = zip_longest(*(documents[:MOST_TOKENS] for documents in kinds))
-    return ProofTexts(name, [document for document in chain.from_iterable(rounds) if document is not None])
+    return ProofTexts.of("text that comes with modekit", map(shipped_documents, _SHIPPED))
 
 
 def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
@@ -162,15 +158,6 @@ def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None 
     tokenizer, model = load_tokenizer(folder, run=run), load_model(folder, run=run)
     longest = int(model.config.max_position_embeddings)
     known = {text: tokenizer(text, add_special_tokens=False)["input_ids"][: longest - GREEDY_TOKENS - 1] for text in TEXTS}
-    known = {text: ids for text, ids in known.items() if len(ids) > 1}  # of a tokenizer without its characters nothing is left
-    if not known:
-        raise EngineError(
-            "the tokenizer makes no tokens of the texts that a proof begins with",
-            where=str(folder),
-            found="no text of two tokens or more",
-            expected="a tokenizer that reads prose, code or numbers",
-            remedy="serve the mixture with vLLM or transformers",
-        )
     context = max(LONGEST, *map(len, known.values())) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads()) as llama:
         _check_tokens(llama, known, folder)
@@ -182,7 +169,7 @@ def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None 
             name, compared = "short, of several kinds", [both.logprobs(ids) for ids in (*known.values(), *goes_on)]
         else:
             texts = texts or shipped_texts()
-            wanted = list(texts.ids(tokenizer, longest - 1)) or list(known.values())
+            wanted = list(texts.ids(tokenizer, longest - 1))
             name, compared = texts.name, both.logprobs_till_known(wanted, f"compare {file.name} in llama.cpp", run)
         return _proof(outtype, written, name, compared, tuple(_other_readings(llama, tokenizer)))
 
