@@ -139,7 +139,7 @@ def _notes(shape: Shape) -> Iterator[str]:
     """What to know of the file."""
     window = shape.config.get("sliding_window")
     windowed = shape.config.get("use_sliding_window", True)
-    if window and windowed and shape.native_type not in _KEEPS_WINDOW:
+    if window and windowed and shape.native_type != "cohere2_moe":
         yield f"llama.cpp attends to all of the text where the model attends to {window:,} tokens: the same up to there"
-    if window and shape.native_type in _KEEPS_WINDOW:
+    if window and shape.native_type == "cohere2_moe":
         yield "start llama.cpp with --swa-full: without it, a prompt that continues a cached one came out otherwise"
