@@ -164,18 +164,6 @@ def test_no_term_that_was_seen_is_asked_for(asked: Workshop, checkpoint: Checkpo
         assert not any(head_word.search(document) for document in fit), term
 
 
-def test_what_the_base_saw_is_not_asked_for(asked: Workshop, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    entries = [entry for document in held_out(asked, "law") for entry in entries_of(document)]
-    write(tmp_path / "seen.jsonl", [" ".join(f"{e.terms[1].upper()}: something." for e in entries[:6])])
-
-    def heads(seen: list[str]) -> set[str]:
-        made, _ = make_questions(checkpoint, seen=seen)
-        return {head for q in made if (q.form, q.domain) == ("glosses", "law") for item in q.items for head in item["heads"]}
-
-    asked_for = [e.head + ":" for e in entries[:6] if e.head + ":" in heads([])]
-    assert asked_for and not heads([str(tmp_path / "seen.jsonl")]) & set(asked_for)
-
-
 def test_continuations_are_cut_at_words_and_stay_as_they_are(asked: Workshop) -> None:
     documents = held_out(asked, "code")
     items = continuation_items(documents, random.Random(0))
@@ -479,12 +467,9 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     assert "expected: base, medicine, law, code, mixture" in refuse("eval-tasks", out, "glosses", "--models", "all")
     assert "the folder of tasks does not exist" in refuse("eval-tasks", out, "x", "--include-path", tmp_path / "none")
     assert "no name is given" in refuse("eval-tasks", out, " , ")
-    assert "no tasks by name are asked for" in refuse("eval-tasks", out, "glosses", "--include-path", tmp_path)
     tasks = own_task(tmp_path / "own")
     message = refuse("eval-tasks", out, "spell", "--include-path", tasks)
     assert "task files can run code" in message and "--trust-tasks" in message
-    message = refuse("eval-tasks", out, "spell", "--include-path", tasks, "--seen", tasks / "spell.jsonl")
-    assert "where:    --seen" in message and "no questions are asked for" in message
     wrong = own_task(tmp_path / "a", **{"word": "nothing"})
     message = refuse("eval-tasks", out, "spell", "--include-path", wrong, "--trust-tasks")
     assert "task spell" in message and "'nothing' is undefined" in message

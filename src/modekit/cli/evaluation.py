@@ -76,10 +76,6 @@ class TaskOptions:
         bool, typer.Option("--trust-tasks", help="Allow task files that may run code (with --include-path).")
     ] = False
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of items per task.")] = None
-    seen: Annotated[
-        list[str] | None, typer.Option(help="Text that the base was trained on; its terms are not asked for (with questions).")
-    ] = None
-    seed: Annotated[int, typer.Option(help="Random seed of the questions.")] = 0
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,6 @@ def eval_tasks(
             folders=[resolved(folder) for folder in options.include_path or ()],
             trusted=options.trust_tasks,
             limit=options.limit,
-            seen=[str(resolved(Path(each))) for each in options.seen or ()],
-            seed=options.seed,
         )
         results = evaluate_tasks(opened, _listed(tasks, "TASKS"), settings, run)
     _show(results, checkpoint)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 FOLDER = "tasks"
-_FOR = {"--include-path": "tasks by name", "--seen": "questions", "--seed": "questions"}
 
 
 @dataclass(frozen=True)
@@ -52,32 +51,20 @@ class TaskSettings:
         models: names of rows; all without any.
         folders: of task files of the user's own, which may run code: only with `trusted`.
         limit: items of a task at most.
-        seen: text that the base model was trained on, whose terms are no questions.
-        seed: of the questions.
     """
 
     models: Sequence[str] = ()
     folders: Sequence[Path] = ()
     trusted: bool = False
     limit: int | None = None
-    seen: Sequence[str] = ()
-    seed: int = 0
 
-    def check(self, others: Sequence[str], forms: Sequence[str]) -> None:
-        """Raise ModekitError for folders that are not there or not trusted, or a setting that changes nothing: `others` are
-        tasks by name, `forms` those of questions.
-        """
-        given = (("--include-path", self.folders, others), ("--seen", self.seen, forms), ("--seed", self.seed, forms))
-        for where, said, needed in given:
-            if said and not needed:
-                raise ModekitError(
-                    "the setting has no effect", where=where, found=said, remedy=f"remove it: no {_FOR[where]} are asked for"
-                )
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise ModekitError(
-                    "the folder of tasks does not exist", where="--include-path", found=str(folder), remedy="correct the path"
-                )
+    def check(self) -> None:
+        """Raise ModekitError for folders that are not there, or not trusted."""
+        gone = [str(folder) for folder in self.folders if not folder.is_dir()]
+        if gone:
+            raise ModekitError(
+                "the folder of tasks does not exist", where="--include-path", found=gone[0], remedy="correct the path"
+            )
         if self.folders and not self.trusted:
             raise ModekitError(
                 "task files can run code, and read any file",
@@ -118,7 +105,7 @@ def evaluate_tasks(
     )
     others = [name for name in names if name not in GROUPS]
     forms = list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
-    settings.check(others, forms)
+    settings.check()
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
     chosen = _chosen(checkpoint, settings.models)
@@ -159,7 +146,7 @@ def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
 def _question_tasks(
     checkpoint: Checkpoint, forms: Sequence[str], settings: TaskSettings, notes: list[str]
 ) -> dict[str, TaskRun]:
-    made, said = make_questions(checkpoint, seen=settings.seen, seed=settings.seed)
+    made, said = make_questions(checkpoint)
     notes += said
     folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
     files = {f"{FOLDER}/{name}": content for each in made for name, content in each.files().items()}

@@ -20,7 +20,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import yaml
 
@@ -28,7 +27,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts, recipe_texts
 from modekit.text.document import text_of
-from modekit.text.documents import read_documents
 from modekit.text.splits import digest_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -61,25 +59,8 @@ _FEWEST = 8  # of a domain and form: fewer say nothing
 _WORD = re.compile(r"\S+")
 
 
-class GlossItem(TypedDict):
-    """A gloss, and four heads of which that of `answer` is its own."""
-
-    document: str
-    gloss: str
-    heads: list[str]
-    answer: int
-
-
-class ContinuationItem(TypedDict):
-    """A passage's beginning, and four continuations of which that of `answer` is its own."""
-
-    document: str
-    beginning: str
-    continuations: list[str]
-    answer: int
-
-
-Items = Sequence[GlossItem] | Sequence[ContinuationItem]
+Item = Mapping[str, str | int | Sequence[str]]
+"""`document`; `gloss` and four `heads`, or `beginning` and four `continuations`; place of the `answer` among these."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +70,7 @@ class Questions:
     form: str
     domain: str
     unseen: bool
-    items: Items
+    items: Sequence[Item]
 
     @property
     def name(self) -> str:
@@ -124,18 +105,17 @@ class Questions:
         return f"{self.domain}_{self.form}.jsonl"
 
 
-def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: int = 0) -> tuple[list[Questions], list[str]]:
-    """All forms for all domains, and notes about what a domain's text was too little for.
-
-    `seen` is further text (files, folders) that the base model was trained on, relative to the working folder of the recipe.
-    Raises TextError when no domain's held-out text gives questions.
+def make_questions(checkpoint: Checkpoint, seed: int = 0) -> tuple[list[Questions], list[str]]:
+    """All forms for all domains, and notes about what a domain's text was too little for. Raises TextError when no domain's
+    held-out text gives questions.
     """
-    known = seen_terms(checkpoint, seen)
+    fit = recipe_texts(checkpoint).fit
+    known = set[str]().union(*(head_words(map(text_of, fit(place))) for place in range(len(checkpoint.names))))
     made: list[Questions] = []
     notes = []
     for held in held_out_texts(checkpoint):
         texts = list(map(text_of, held.documents))
-        forms: dict[str, Items] = {
+        forms = {
             "glosses": gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses")),
             "continuations": continuation_items(texts, random.Random(f"{seed} {held.name} continuations")),
         }
@@ -155,19 +135,12 @@ def make_questions(checkpoint: Checkpoint, *, seen: Sequence[str] = (), seed: in
     return made, notes
 
 
-def seen_terms(checkpoint: Checkpoint, seen: Sequence[str] = ()) -> set[str]:
-    """Head words of every expert's documents for a fit, which experts, base and router saw, and of `seen` whole."""
-    texts = recipe_texts(checkpoint)
-    terms = head_words(map(text_of, read_documents(seen, root=checkpoint.recipe_root, where="--seen"))) if seen else set()
-    return terms.union(*(head_words(map(text_of, texts.fit(place))) for place in range(len(checkpoint.names))))
-
-
-def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[GlossItem]:
+def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:
     """One item per entry that is not `known`: its gloss, and four heads."""
     entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
     entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
     chance.shuffle(entries)
-    items: list[GlossItem] = []
+    items: list[Item] = []
     for digest, entry in entries[:QUESTIONS]:
         others = [other for _, other in entries if other is not entry]
         others = chance.sample(others, min(CHOICES - 1, len(others)))
@@ -197,10 +170,10 @@ def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entr
     return kept
 
 
-def continuation_items(documents: Sequence[str], chance: random.Random) -> list[ContinuationItem]:
+def continuation_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
     """Passages of the documents from their beginnings on, none overlapping, each with continuations of three others."""
     passages = [(digest_of(document), *passage) for document in documents for passage in _passages(document)]
-    items: list[ContinuationItem] = []
+    items: list[Item] = []
     for digest, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
         continuations = [own]
         for other, _, continuation in chance.sample(passages, len(passages)):
