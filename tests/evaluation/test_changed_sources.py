@@ -98,7 +98,7 @@ def test_a_base_that_changed_is_no_base(bench: Workshop) -> None:
     text = inspect_text(checkpoint, "fever artery lesion dose").as_data()
     assert text["base_loss"] is None and "base_model (model.safetensors) has changed" in text["notes"][-1]
     alike = similarity(checkpoint)
-    assert "own tensors" in alike.of and "base_model (model.safetensors) has changed" in alike.notes[0]
+    assert alike.experts == [] and "base_model (model.safetensors) has changed" in alike.notes[0]
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

@@ -20,7 +20,6 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
-from modekit.evaluation.results import Results
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.recipes.paths import name_of
@@ -105,7 +104,7 @@ def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_
         content = (there / name).read_bytes()
         assert not [word for word in words if word.encode() in content], name
     assert (there / "README.md").read_text().count("./law") >= 1
-    assert "results/report.html" in parcel.left and any("results/report.html" in note for note in parcel.notes)
+    assert "results/" in parcel.left
 
     opened = open_checkpoint(there)
     assert opened.names == checkpoint.names and opened.record.router == checkpoint.record.router
@@ -113,9 +112,6 @@ def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_
     ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits_of(there, ids), logits_of(out, ids))
     assert AutoModelForCausalLM.from_pretrained(there) is not None
-    results = Results.from_data(json.loads((there / "results" / Results.file).read_text()))
-    assert results.belongs_to(opened)
-    assert json.loads((there / "results" / "inspect.json").read_text())["checkpoint"] == opened.identity
     verdicts = {check.name: check.verdict for check in verify(opened)}
     assert verdicts["recipe digest"] == "proven" and "failed" not in verdicts.values()
 
@@ -140,7 +136,6 @@ def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp
     (out / "README.md").write_text(f"# Mine\n\nfrom {shared_workshop.root}/text")
     parcel = pack(open_checkpoint(out), ask_hub=False)
     assert parcel.files["README.md"] == out / "README.md"
-    assert any("README.md goes as it is, and names" in note for note in parcel.notes)
 
 
 def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from modekit.checkpoint.record import SourceRecord
 from modekit.checkpoint.sources import changed_settings, changed_weights
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.domains import Domain
+from modekit.evaluation.inspection.likeness import compare
 from modekit.members.licences import facts, licence_of, sources_of
-from modekit.members.likeness import compare
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
 from modekit.sources.names import split_layer

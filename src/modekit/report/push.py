@@ -1,12 +1,11 @@
-"""A mixture for the hub: what modekit wrote, without the router's statistics and without where things lie on this machine.
+"""A mixture for the hub: what modekit wrote of it, without where things lie on this machine.
 
-modekit.json and recipe.yaml name models and texts by their hub ids or last names; the card is made unless somebody wrote
-one; results go along unless they name a path of this machine. Other files in the folder stay.
+modekit.json and recipe.yaml name models and texts by their hub ids or last names; the card, which has the tables of results, is
+made unless somebody wrote one. Statistics and written text, which show text, results and all other files stay here.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,7 @@ from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord
 from modekit.errors import OutputError
-from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
-from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.write import json_bytes
 from modekit.recipes.edit import RECIPE_FILE
 from modekit.recipes.paths import name_of, with_names
@@ -36,11 +33,8 @@ from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 _WRITTEN = (
     *(RECORD_FILE, RECIPE_FILE, CARD_FILE, LICENCE_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json"),
     *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *PROCESSOR_FILES, *(file.name for file in CODE_FILES)),
-    *(f"{RESULTS_FOLDER}/{name}.*" for name in ("eval", "inspect", "forced", "tasks", "translate", "train", "tune", "report")),
-    f"{RESULTS_FOLDER}/tasks/*",
 )
-"""What modekit writes and others may have: not statistics and written text, which show text, nor logs of tensorboard."""
-_TEXT = {".json", ".md", ".html", ".csv", ".yaml", ".txt"}
+"""What modekit writes, and others need."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +64,18 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
         card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
         made |= card.contents
         notes += card.notes
-    private = _private(checkpoint)
     files: dict[str, Path | bytes] = {}
     left: dict[str, int] = {}
     for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
         name = path.relative_to(checkpoint.folder).as_posix()
         if name in made or name.partition("/")[0] in INTERNAL:
             continue
-        if not any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _WRITTEN):
-            folder = f"{name.partition('/')[0]}/" if "/" in name else name
-            left[folder] = left.get(folder, 0) + path.stat().st_size
-            continue
-        _check_link(path, checkpoint.folder)
-        content, found = _content(path, private, checkpoint.record.recipe_digest, shown.recipe_digest)
-        if found is not None and name.startswith(f"{RESULTS_FOLDER}/"):
-            left[name] = path.stat().st_size
-            notes.append(f"{name} stays here, since it names {found}")
-            continue
-        if found is not None:
-            notes.append(f"{name} goes as it is, and names {found}")
-        files[name] = content
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in _WRITTEN):
+            _check_link(path, checkpoint.folder)
+            files[name] = path
+        else:
+            place = f"{name.partition('/')[0]}/" if "/" in name else name
+            left[place] = left.get(place, 0) + path.stat().st_size
     return Parcel(dict(sorted({**files, **made}.items())), left, notes)
 
 
@@ -186,29 +172,3 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
             "dense_config": {key: value for key, value in record.dense_config.items() if key != "_name_or_path"},
         }
     )
-
-
-def _private(checkpoint: Checkpoint) -> list[str]:
-    """Words that tell where things lie on this machine."""
-    record, root = checkpoint.record, checkpoint.recipe_root
-    recipe = record.recipe
-    texts = [spec for each in (*(expert.texts for expert in recipe.experts), *recipe.eval.values()) for spec in each]
-    generic = [spec for training in record.training for spec in training.settings.get("generic") or []]
-    history = [spec for each in record.history for spec in each.specs.values() if spec]
-    specs = [*(source.spec for source in record.sources), *texts, *generic, *history]
-    said = [spec for spec in specs if name_of(spec, root) not in {spec, f"./{spec}"}]
-    folders = [Path(os.path.realpath(checkpoint.folder)), *map(checkpoint.source_folder, record.sources)]
-    places = [folder.parent for folder in folders]
-    return [*dict.fromkeys([*said, *(f"{place}/" for place in (*places, root, Path.home()) if place != Path(place.anchor))])]
-
-
-def _content(path: Path, private: Sequence[str], digest: str, shown_digest: str) -> tuple[Path | bytes, str | None]:
-    """What goes in place of a file, with the digest of the recipe as it is shown; and what it says of this machine."""
-    if path.suffix not in _TEXT or path.name in {"tokenizer.json", "vocab.json", "merges.txt"}:
-        return path, None
-    try:
-        text = read_bytes(path, LARGE).decode("utf-8")
-    except UNREADABLE:
-        return path, None
-    found = next((word for word in private if word in text or json.dumps(word)[1:-1] in text), None)
-    return (text.replace(digest, shown_digest).encode() if digest in text else path), found

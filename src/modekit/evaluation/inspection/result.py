@@ -173,13 +173,11 @@ class Inspection(CheckpointResult):
         found = [self._used(usages), *self._by_layer()]
         if any(usage.without for usage in usages):
             found.append(self._without(usages))
-        alike: _Body = [
-            [name, *(Cell(f"{value:.2f}", share=max(value, 0.0)) for value in row)]
-            for name, row in zip(self.experts, self.similarity.experts, strict=True)
-        ]
-        found.append(
-            ResultTable("Similarity of the experts", ["expert", *self.experts], alike, f"Cosine of {self.similarity.of}.")
-        )
+        if self.similarity.experts:
+            rows = zip(self.experts, self.similarity.experts, strict=True)
+            alike: _Body = [[name, *(Cell(f"{value:.2f}", share=max(value, 0.0)) for value in row)] for name, row in rows]
+            said = f"Cosine of {self.similarity.of}."
+            found.append(ResultTable("Similarity of the experts", ["expert", *self.experts], alike, said))
         said = "Tokens with the largest mean weight of each expert."
         found.append(_tokens("Tokens that go to each expert", said, self.top_tokens))
         if self.evidence is not None:
