@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.edited import edited_notes
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
-from modekit.evaluation.finite import not_finite
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
 from modekit.evaluation.labels import Labels, check_labels, label_notes, longest_with_tag
-from modekit.evaluation.loss import score_domain
+from modekit.evaluation.loss import not_finite, score_domain
 from modekit.evaluation.results import (
     Results,
     Row,

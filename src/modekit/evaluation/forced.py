@@ -21,9 +21,8 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError, TextError, UnsupportedError
 from modekit.evaluation.domains import Domain, domain_of, held_out_domains
-from modekit.evaluation.finite import not_finite
 from modekit.evaluation.identity import ReadSequences
-from modekit.evaluation.loss import tokens_per_pass
+from modekit.evaluation.loss import not_finite, tokens_per_pass
 from modekit.evaluation.results_folder import CheckpointResult
 from modekit.evaluation.tables import Cell, ResultTable
 from modekit.files.figures import three_digits

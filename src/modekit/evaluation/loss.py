@@ -1,4 +1,5 @@
-"""Loss of a model on held-out text: of every next token, or of pairs of every token of the targets.
+"""Loss of a model on held-out text: of every next token, or of pairs of every token of the targets. No figure comes from a
+model whose output is not finite.
 
 Shape legend: B batch, S sequence, V vocabulary.
 """
@@ -6,11 +7,14 @@ Shape legend: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modekit.errors import CheckpointError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.results import Score
 from modekit.evaluation.uncertainty import in_blocks, mean_error
@@ -46,3 +50,28 @@ def score_domain(model: PreTrainedModel, domain: Domain, progress: Callable[[int
     blocks = in_blocks(sums.tolist())
     error = mean_error(blocks, in_blocks([sequence.scored for sequence in domain.sequences]))
     return Score(loss, perplexity, bits, loss_error=error, blocks=blocks)
+
+
+def not_finite(what: str, where: str) -> CheckpointError:
+    """The error of a model that gives NaN or Inf."""
+    return CheckpointError(f"{what} not finite", where=where, remedy="look for what is damaged with `modekit verify`")
+
+
+@contextmanager
+def only_finite(model: PreTrainedModel, name: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[None]:
+    """While open, a pass whose logits are not finite raises CheckpointError. `advance` gets the number of texts of each pass
+    that does not go on from a cache.
+    """
+
+    def check(_: object, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if not torch.isfinite(output.logits).all():
+            raise not_finite("what the model says is", name)
+        ids_BS = arguments[0] if arguments else keywords.get("input_ids")
+        if ids_BS is not None and ids_BS.shape[1] > 1:
+            advance(len(ids_BS))
+
+    hook = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

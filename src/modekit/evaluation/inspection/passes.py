@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.evaluation.finite import not_finite
-from modekit.evaluation.loss import tokens_per_pass
+from modekit.evaluation.loss import not_finite, tokens_per_pass
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import mixture_of

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, TextError
-from modekit.evaluation.finite import only_finite
+from modekit.evaluation.loss import only_finite
 from modekit.files.typed import Figure, Label
 
 if TYPE_CHECKING:

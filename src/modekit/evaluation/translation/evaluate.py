@@ -17,10 +17,10 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import MismatchError
 from modekit.evaluation.domains import Domain, held_out_texts, known_and_unseen
-from modekit.evaluation.finite import only_finite
 from modekit.evaluation.identity import ReadText
 from modekit.evaluation.jobs import RowJob, label_jobs, mixture_jobs
 from modekit.evaluation.labels import Gain, Labels, check_labels, label_notes, longest_with_tag
+from modekit.evaluation.loss import only_finite
 from modekit.evaluation.translation.decoding import Decoding, first_token, set_decoding, together, translated
 from modekit.evaluation.translation.results import (
     Scorer,
