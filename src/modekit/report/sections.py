@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -24,8 +23,7 @@ from modekit.evaluation.tables import ResultTable
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import bytes_of, count_of, or_dash
-from modekit.files.read import LARGE, read_json, read_text
-from modekit.files.typed import as_kind
+from modekit.files.read import LARGE, read_text
 from modekit.members.licences import facts, sources_of
 from modekit.recipes.layers import order_of
 from modekit.report.drawing import Line, gap_chart, line_chart
@@ -84,55 +82,51 @@ def make_content(checkpoint: Checkpoint) -> Content:
     results, inspection = Results.find(checkpoint, missing), Inspection.find(checkpoint, missing)
     sections = []
     if results is not None:
-        sections.append(Section("Losses", [*_gaps(results), *results.tables()], results.notes))
+        chart = gap_chart(results)
+        sections.append(Section("Losses", [*([_GAPS, chart] if chart else []), *results.tables()], results.notes))
     if inspection is not None:
         sections.append(Section("Routing", inspection.tables(), inspection.notes))
     sections += _training(checkpoint, missing)
     for title, kind in _OTHERS:
         if (found := kind.find(checkpoint, missing)) is not None:
             sections.append(Section(title, found.tables(), found.notes))
-    sections += [_size(checkpoint), _sources(checkpoint, results)]
+    sections += [_size(checkpoint), _sources(checkpoint)]
     samples = read_or_say(Inspection.file, Inspection.command, lambda: samples_of(inspection), missing)
     return Content(results, sections, samples or {}, missing)
 
 
-def _gaps(results: Results) -> list[Block]:
-    chart = gap_chart(results)
-    return [_GAPS, chart] if chart else []
+@dataclass(frozen=True, kw_only=True)
+class LastTraining(Result):
+    """train.json: the record of a training, and losses before and after it, where there was text."""
+
+    training: Mapping[str, object]
+    results: Results | None
+
+    file = "train.json"
+    command = "modekit train"
+
+    def belongs_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether it is the mixture's last one."""
+        records = checkpoint.record.training
+        return bool(records) and self.training == records[-1].model_dump(mode="json")
+
+    def tables(self) -> list[ResultTable]:
+        """Losses before and after."""
+        return [] if self.results is None else self.results.tables()
 
 
 def _training(checkpoint: Checkpoint, missing: list[str]) -> list[Section]:
     """What each training changed; of the last one the curve, and losses before and after it."""
-    records, blocks, notes = checkpoint.record.training, list[Block](), list[str]()
-    if records and os.path.lexists(results_path(checkpoint, "train.json")):
-        data = read_or_say(
-            "train.json",
-            "modekit train",
-            lambda: as_kind(read_json(results_path(checkpoint, "train.json"), LARGE), dict[str, object]),
-            missing,
-        )
-        if data is not None and data.get("training") == records[-1].model_dump(mode="json"):
-            blocks += _curves(checkpoint)
-            if data.get("results"):
-                blocks += (
-                    read_or_say("train.json", "modekit train", lambda: Results.from_data(data["results"]).tables(), missing)
-                    or []
-                )
-        elif data is not None:
-            missing.append("train.json is of another training, so its curve is left out")
-    for place, record in enumerate(records, 1):
-        rows = [
-            [name, *(or_dash(loss.get(when), ".4f") for when in ("before", "after"))]
-            for name, loss in record.select_loss.items()
-        ]
+    last = LastTraining.find(checkpoint, missing)
+    blocks: list[Block] = [] if last is None else [*_curves(checkpoint), *last.tables()]
+    for place, record in enumerate(checkpoint.record.training, 1):
+        losses = record.select_loss.items()
+        rows = [[name, *(or_dash(loss.get(when), ".4f") for when in ("before", "after"))] for name, loss in losses]
         what, towards = (", ".join(record.settings.get(key) or []) for key in ("what", "losses"))
-        said = (
-            f"{what}; loss: {towards}; {count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} "
-            "tokens; "
-            "held-out loss by which states were compared (select split)."
-        )
+        much = f"{count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} tokens"
+        said = f"{what}; loss: {towards}; {much}. Held-out loss by which states were compared (select split)."
         blocks.append(ResultTable(f"Training {place}", ["domain", "before", "after"], rows, said))
-        notes += record.notes
+    notes = [note for record in checkpoint.record.training for note in record.notes]
     return [Section("Training", blocks, notes)] if blocks else []
 
 
@@ -174,41 +168,19 @@ def _size(checkpoint: Checkpoint) -> Section:
     return Section("Size", [ResultTable("Size", ["what", "how much", "of the base model"], rows, said)])
 
 
-def _sources(checkpoint: Checkpoint, results: Results | None) -> Section:
+def _sources(checkpoint: Checkpoint) -> Section:
     record, sources = checkpoint.record, sources_of(checkpoint)
     licences = [[", ".join(s.used_as), s.spec, s.revision or "-", s.said, s.said_by] for s in sources]
-    files = [
-        [s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3]
-        for s in record.sources
-        for name, file in s.files.items()
-    ]
-    read = [[name, str(used.get("documents", "-")), str(used.get("tokens", "-"))] for name, used in record.router.text.items()]
-    scored = [] if results is None else [[name, str(used.documents), str(used.tokens)] for name, used in results.text.items()]
-    text = ["domain", "documents", "tokens"]
-    blocks: list[Block] = [
-        ResultTable(
-            "Licences",
-            ["used as", "model", "revision", "licence", "found in"],
-            licences,
-            "As each source states it.",
-            prose=True,
-        ),
-        ResultTable("Files read", ["source", "file", "size", "blake3"], files, detail=True, prose=True),
-        *(
-            [ResultTable("Text that set the router", text, read, "Documents, and tokens read of them.", detail=True)]
-            if read
-            else []
-        ),
-        *(
-            [ResultTable("Text that was scored", text, scored, "Documents, and tokens read of them.", detail=True)]
-            if scored
-            else []
-        ),
-    ]
+    read = [(s, name, file) for s in record.sources for name, file in s.files.items()]
+    files = [[s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3] for s, name, file in read]
+    titles, said = ["used as", "model", "revision", "licence", "found in"], "As each source states it."
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    blocks.append(_RECIPE.format(record.recipe_digest, recipe))
-    changes = [f"{each.on}: {each.said}" for each in record.history]
-    return Section("Sources and licences", blocks, [*facts(sources), *changes])
+    blocks = [
+        ResultTable("Licences", titles, licences, said, prose=True),
+        ResultTable("Files read", ["source", "file", "size", "blake3"], files, detail=True, prose=True),
+        _RECIPE.format(record.recipe_digest, recipe),
+    ]
+    return Section("Sources and licences", blocks, [*facts(sources), *(f"{each.on}: {each.said}" for each in record.history)])
 
 
 def samples_of(inspection: Inspection | None) -> dict[str, object]:
