@@ -173,7 +173,8 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
         "texts",
         "notes",
     }
-    assert (data["evidence"] is None) == (checkpoint.record.recipe.mixture.router.fit != "lexical")
+    router = checkpoint.record.recipe.mixture.router
+    assert (data["evidence"] is None) == (router.fit != "lexical" or router.hashes)
     count, routers = len(data["experts"]), len(data["routers"])
     assert data["experts"] == checkpoint.names and routers == len(checkpoint.shape.positions)
     assert data["checkpoint"] == checkpoint.identity
