@@ -133,7 +133,7 @@ def ablation() -> dict[str, Variant]:
         for top_k in (1, 2, 4):
             mixture = {"method": "routing", "top_k": top_k, "backbone": backbone}
             for fit in ("random", "centroid"):
-                router = {"fit": fit, **(few if FITS[fit].reads.text else {})}
+                router = {"fit": fit, **(few if FITS[fit].reads_text else {})}
                 variants[f"{FITS[fit].label} | {named} | {top_k}"] = ({**mixture, "router": router}, None)
             trained = {**mixture, "router": {"fit": "logistic", **few}}
             variants[f"trained routers | {named} | {top_k}"] = (trained, short)

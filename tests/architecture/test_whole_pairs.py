@@ -410,7 +410,7 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
     with torch.inference_mode():
         logits = model(**said, decoder_input_ids=said["input_ids"], output_router_logits=True).router_logits[0]
     chosen = [names[place] for place in logits[:, 0].argmax(-1).tolist()]
-    by_tokens = checkpoint.record.recipe.mixture.router.row.reads.tokens
+    by_tokens = checkpoint.record.recipe.mixture.router.row.reads_ids
     assert chosen == names or not by_tokens
     found = written(model, said, num_beams=3)
     for row, name in enumerate(chosen):

@@ -174,6 +174,19 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
             *NAMED,
         ],
     ),
+    (
+        "text without a path",
+        {**GOOD, "experts": [{**EXPERTS[0], "text": ""}, EXPERTS[1]]},
+        ["experts[0].text[0]", "at least 1"],
+    ),
+    (
+        "empty prompt",
+        {**GOOD, "experts": [{**EXPERTS[0], "prompts": [""]}, EXPERTS[1]]},
+        ["experts[0].prompts[0]", "at least 1"],
+    ),
+    ("a word for a number", {**GOOD, "output": {"budget": True}}, ["output.budget", "number"]),
+    ("experts as a mapping", {**GOOD, "experts": {"law": "./law"}}, ["experts: not a list; write for example experts: [./law"]),
+    ("base for base_model", {**GOOD, "base": "./base"}, ["base: unknown key; did you mean 'base_model'?"]),
     ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "write for example", "{law: 1"]),
     ("router by one word", with_mixture(router="lexical"), ["mixture.router", "write for example", "{fit: lexical}"]),
     ("expert without a path", {**GOOD, "experts": ["", EXPERTS[1]]}, ["experts[0]", "write ./law, or {name: law"]),
@@ -236,8 +249,10 @@ def test_settings_that_contradict_each_other_are_reported_together(tmp_path: Pat
         ("base_model: [\n", "in recipe.yaml, line 2"),
         ("base_model: a\nbase_model: b\n", "'base_model' is given twice"),
         ("base_model: \x00\n", "not YAML"),
+        ("base_model: a\nexperts:\n\t- law\n", "indent with spaces: YAML takes no tabs"),
+        ("base_model: a\nexperts: ['law:./law-lora']\n", "write law=./law-lora"),
     ],
-    ids=["empty", "list", "open bracket", "key given twice", "binary"],
+    ids=["empty", "list", "open bracket", "key given twice", "binary", "tab", "colon"],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "recipe.yaml"

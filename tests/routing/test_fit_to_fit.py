@@ -118,7 +118,7 @@ def test_what_only_the_old_router_needed_is_dropped(shop: Workshop, name: str, p
 
 @WALKS
 def test_full_models_go_from_every_router_that_reads_no_adapter_to_every_other(shop: Workshop, walk: Walk) -> None:
-    names = [name for name, row in FITS.items() if not row.reads.low_rank]
+    names = [name for name, row in FITS.items() if not row.reads_changes]
     out = built(shop, "FULL", {"router": {"fit": "random"}}, adapters=False, form="modekit").folder
     for name in walk([*names, LINEAR]):
         assert says(refit(open_checkpoint(out), asked(name)), name)

@@ -19,7 +19,7 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.recipes.fits import FITS, RECIPE, Fit
+from modekit.recipes.fits import FITS, Fit
 from modekit.recipes.read import load_recipe, parse_recipe, schema_text
 from modekit.routing.closed_form import RULES
 from modekit.routing.fit import SETTERS
@@ -35,7 +35,7 @@ def favour(fitting: Fitting) -> FittedRouter:
     return fitting.fitted(gates, [], {})
 
 
-FAVOUR = Fit("favour", "one row of ones", RECIPE, settings=("temperature",))
+FAVOUR = Fit("favour", "one row of ones", "recipe", settings=("temperature",), native_as="gate")
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_the_recipe_and_its_schema_know_it(workshop: Workshop) -> None:
 
 def test_every_fit_has_a_function() -> None:
     assert list(SETTERS) == list(FITS)
-    assert {row.name for row in FITS.values() if row.reads.hidden} == set(RULES)
+    assert {row.name for row in FITS.values() if row.runs_models} == set(RULES)
 
 
 def test_nobody_asks_which_fit_it_is() -> None:

@@ -115,7 +115,7 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         sources = (sources[0], *(sources[1 + place] for place in joining))
     text = any("text" in expert for expert in raw["experts"])
     possible = [partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(kinds, form, text=text)]
-    plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads.tokens, run=run)
+    plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
     if not text:
         notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
     if form == "native" and plan.shape.without_gguf is not None:

@@ -238,7 +238,7 @@ def _statistics(edit: MixtureEdit, plan: Plan, names: Mapping[str, str]) -> froz
     """
     fit = edit.recipe.mixture.fit
     backbone = {tensor.name for tensor in plan.tensors if tensor.role == "backbone"}
-    if fit is not None and not fit.reads.tokens and not backbone <= names.keys():
+    if fit is not None and not fit.reads_ids and not backbone <= names.keys():
         return frozenset()
     pairs = zip(edit.recipe.names, edit.origins, strict=True)
     return frozenset(edit.keeps_text).union(name for name, origin in pairs if origin is not None)

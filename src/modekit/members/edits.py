@@ -140,7 +140,7 @@ def replace_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> Mixture
     labels = dict.fromkeys([*(old.get("labels") or ()), *(given if isinstance(given, list | tuple) else ())])
     data["experts"][number] = {**kept, **entry, **({"labels": list(labels)} if labels else {})}
     fit = checkpoint.record.recipe.mixture.fit
-    keeps = fit is not None and fit.reads.tokens and not {"text", "prompts"} & entry.keys()
+    keeps = fit is not None and fit.reads_ids and not {"text", "prompts"} & entry.keys()
     origins = [None if other == number else other for other in range(len(checkpoint.names))]
     change = _change("replace", name, was=_source(old), source=_source(entry))
     return MixtureEdit(_parsed(data, checkpoint), origins, change, [name] if keeps else [])

@@ -15,7 +15,6 @@ from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.places import FewBits, Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
-from modekit.recipes.fits import CHANGES
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter_rules import LowRank
 from modekit.sources.family import Family
@@ -46,7 +45,7 @@ class ModekitLayout:
         self.unties = self._places.unties
         self.router_dtype = code_of(self._base.tensor(weight_of(family.embedding)))
         fit = recipe.mixture.fit
-        if fit is not None and fit.reads is CHANGES:
+        if fit is not None and fit.reads_changes:
             self._check_scored()
 
     def backbone_name(self, name: str) -> str | None:

@@ -306,7 +306,7 @@ def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Te
             said["features"] = weight[0]
         if leaders[module] == module:
             said["width"] = router.gate_width(vocabulary) or (hidden if weight is None else family.width_in(module, weight))
-            said["rows"] = [router.row.score.rows] * len(place.ranks)
+            said["rows"] = [router.row.rows] * len(place.ranks)
         changed[module] = Place.model_validate(said)
     return mixture.model_copy(update={"routing": routing_config(recipe), "places": changed})
 

@@ -291,7 +291,7 @@ def _carried(recipe: Recipe) -> object:
     fit = recipe.mixture.fit
     if fit is None or not fit.carried:
         return None
-    return recipe.mixture.router.decay or fit.decides.fading
+    return recipe.mixture.router.decay or fit.fading
 
 
 def _channels_said_by(

@@ -16,7 +16,6 @@ from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
 from modekit.planning.routing_config import first_to_run, leaders_of, needs_base
 from modekit.planning.tensors import low_rank, touched
-from modekit.recipes.fits import IDS
 from modekit.recipes.layers import Layer, named_layers
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
@@ -106,11 +105,11 @@ class PlannedPlace:
 def _check_kind(recipe: Recipe, family: Family) -> None:
     """Raise UnsupportedError for what no mixture with an encoder, or of a class without a row, can be yet."""
     mixture, router, fit = recipe.mixture, recipe.mixture.router, recipe.mixture.fit
-    decides_once = mixture.method == "linear" or (fit is not None and fit.decides.for_model)
+    decides_once = mixture.method == "linear" or (fit is not None and fit.for_model)
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
     of_pairs = (
         (
-            router.granularity == "segment" or (fit is not None and fit.reads is IDS),
+            router.granularity == "segment" or (fit is not None and fit.reads == "ids"),
             "an encoder reads a source at once, which has no segments, and no token that decides for all",
             *("router", "choose another fit, or granularity: sequence"),
         ),
@@ -186,7 +185,7 @@ class Places:
 
     def rows(self, leader: PlannedPlace) -> list[int]:
         """Rows of a leader's gate per expert."""
-        return [self._recipe.mixture.router.row.score.rows] * len(leader.ranks)
+        return [self._recipe.mixture.router.row.rows] * len(leader.ranks)
 
     def read_by(self, leader: PlannedPlace) -> list[PlannedPlace]:
         """The places whose changes a router at `leader` could score."""
@@ -293,7 +292,7 @@ class Places:
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
         mixture = self._recipe.mixture
-        once = mixture.fit is not None and mixture.router.scope == "model" and not mixture.router.row.reads.tokens
+        once = mixture.fit is not None and mixture.router.scope == "model" and not mixture.router.row.reads_ids
         if self._family.pair and once and in_decoder(first):
             raise UnsupportedError(
                 "one router for all layers decides by the source, and must be in the encoder",

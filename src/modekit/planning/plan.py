@@ -187,10 +187,10 @@ class Plan:
     def statistics_bytes(self, *, in_memory: bool) -> int:
         """Bytes of the statistics that a fit keeps of all domains, on disk or while it solves."""
         mixture = self.recipe.mixture
-        if mixture.fit is None or mixture.fit.reads.keeps is None:
+        if mixture.fit is None or mixture.fit.keeps is None:
             return 0
-        of_domain = mixture.fit.reads.keeps.nbytes
-        routers = self.slots if mixture.fit.reads.keeps.per_router else self.slots[:1]
+        of_domain = mixture.fit.keeps.nbytes
+        routers = self.slots if mixture.fit.keeps.per_router else self.slots[:1]
         return sum(self.experts * of_domain(slot.shape[1], mixture.router.keep_tokens, in_memory) for slot in routers)
 
     def memory(self) -> dict[str, int]:
@@ -201,11 +201,11 @@ class Plan:
         parameters = self.parameters()
         router, row = self.recipe.mixture.router, self.recipe.mixture.fit
         fit = 0
-        if row is not None and row.reads.keeps is not None:
+        if row is not None and row.keeps is not None:
             itemsize = 4 if router.compute_dtype == "float32" else 2
             one = parameters["backbone"] + parameters["per_expert"] if self.shape.plain else parameters["total"]
             activations = 16 * router.sequence_length * (12 * self.hidden + whole(self.config, "vocab_size")) * 4
-            fit = row.reads.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
+            fit = row.keeps.memory(self.statistics_bytes(in_memory=True), one * itemsize + activations)
         factored = (
             working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors

@@ -36,7 +36,7 @@ def routing_config(recipe: Recipe) -> Routing:
         weights = [given[name] / total for name in recipe.names]
     read: dict[str, Any] = {}
     if mixture.method != "linear":
-        read = {"score": router.row.score.kind, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
+        read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
         if mixture.unseen is not None:
             read["unseen"] = place_of_base(recipe.experts)
         if router.hashes and router.orders is not None:
@@ -68,7 +68,7 @@ def runs_base(recipe: Recipe, family: Family, module: str) -> bool:
     """Whether the base's module at a place runs for every token, whichever experts are chosen."""
     mixture = recipe.mixture
     # The router reads the base's embedding, unless it reads the tokens themselves.
-    reads_it = module in family.entrances and mixture.fit is not None and not mixture.fit.reads.tokens
+    reads_it = module in family.entrances and mixture.fit is not None and not mixture.fit.reads_ids
     outside = mixture.always_on is not None and mixture.always_on.expert == BASE
     return outside or reads_it
 

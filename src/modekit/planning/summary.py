@@ -127,11 +127,11 @@ def fit_work(plan: Plan) -> FitWork | None:
     mixture, router = plan.recipe.mixture, plan.recipe.mixture.router
     if not mixture.needs_text:
         return None
-    if router.row.reads.tokens:
+    if router.row.reads_ids:
         tokens = _measured_tokens(plan)
         return FitWork(reads=tokens > 0, tokens=tokens, flops=2 * tokens * _weights(plan))
     tokens = router.tokens_per_domain * plan.experts
-    solved = router.row.reads.sample  # by a search, where others have a closed form
+    solved = router.row.sample  # by a search, where others have a closed form
     kept = min(router.keep_tokens, router.tokens_per_domain) * plan.experts if solved else 0
     solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
     return FitWork(reads=True, tokens=tokens, flops=2 * tokens * _weights(plan), solving=solving)

@@ -61,7 +61,7 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
     router = _changed_router(mixture.get("router", {}), asked)
     if method == "linear":
         router = dict(asked)
-    elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).decides.for_model:
+    elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).for_model:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
     return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
 
@@ -96,7 +96,7 @@ def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> Rec
 
 def _changed_router(router: RecipePart, asked: RecipePart) -> RecipeData:
     changed = {**({} if asked.get("fit") == AUTO else router), **asked}
-    if len({row.decides.fading for row in map(_row, (router, changed))}) > 1:  # other averages
+    if len({row.fading for row in map(_row, (router, changed))}) > 1:  # other averages
         changed = {key: value for key, value in changed.items() if key != "decay" or key in asked}
     return settings_with_effect(changed, asked)
 

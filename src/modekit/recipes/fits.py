@@ -1,7 +1,7 @@
-"""How a router can be set: `FITS` describes every fit by what it reads, how its routers score and when they decide.
+"""How a router can be set: `FITS` has a row for every fit, of what it reads, how its routers score and when they decide.
 
-Code asks these three parts and never the name, so that a new fit is a row here and a function in routing/fit.py. This room
-stands below torch and knows no function.
+Code asks the row and never the name, so that a new fit is a row here and a function in routing/fit.py. This room stands
+below torch and knows no function.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical", "tfidf"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
+AUTO = "auto"
+"""In place of a name: recipes/auto.py chooses."""
 
 
 @dataclass(frozen=True)
@@ -56,119 +58,24 @@ _TOKEN_IDS = KeptStatistics(
 
 
 @dataclass(frozen=True)
-class FitInput:
-    """What a fit is made from.
-
-    Attributes:
-        kind: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
-            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert.
-        keeps: the statistics that it keeps of every domain, or None.
-        sample: whether the kept sample of router inputs is all that it is made from.
-    """
-
-    kind: Literal["recipe", "ids", "changes", "tokens", "router inputs"]
-    keeps: KeptStatistics | None = None
-    sample: bool = False
-
-    @property
-    def text(self) -> bool:
-        """Whether every domain must have text."""
-        return self.kind not in {"recipe", "ids", "changes"}
-
-    @property
-    def tokens(self) -> bool:
-        """Whether token ids are all that it reads, if anything, and its routers."""
-        return self.kind in {"tokens", "ids"}
-
-    @property
-    def hidden(self) -> bool:
-        """Whether text runs through the models, and a sum and a sample of what routers read there are kept."""
-        return self.kind == "router inputs"
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether experts must be low-rank changes of the base, which are scored."""
-        return self.kind == "changes"
-
-
-RECIPE = FitInput("recipe")
-IDS = FitInput("ids")
-CHANGES = FitInput("changes")
-ROUTER_INPUTS = FitInput("router inputs", _SUMS)
-"""The sum of x, and a sample (routing/statistics.py)."""
-SAMPLE = FitInput("router inputs", _SUMS, sample=True)
-TOKENS = FitInput("tokens", _TOKEN_IDS)
-"""Token ids of the text, at most MOST_TOKENS of a domain (routing/token_text.py)."""
-
-
-@dataclass(frozen=True)
-class FitScore:
-    """How a router scores experts.
-
-    Attributes:
-        kind: as the architecture's config says it.
-        rows: of the gate for an expert.
-        by_token: that its table has a row for every token, unless a setting makes n-grams of them.
-        besides: columns of the gate besides those that tokens choose, and rows besides the experts'.
-        native: how native architectures say it: as their router's gate, or as that of a router that reads channels which
-            the checkpoint has besides the base's (planning/channels.py); None: not at all.
-    """
-
-    kind: ScoreKind
-    rows: int = 1
-    by_token: bool = False
-    besides: int = 0
-    native: Literal["gate", "channels"] | None = None
-
-
-LINEAR = FitScore("linear", native="gate")
-NORM = FitScore("norm")
-COSINE = FitScore("cosine")
-ATTENTION = FitScore("attention", rows=3)
-"""Query, key and value."""
-BY_TOKEN = FitScore("lexical", by_token=True)
-EVIDENCE_AVERAGE = FitScore("lexical", by_token=True, native="channels")
-TFIDF = FitScore("tfidf", by_token=True, besides=1)
-
-
-@dataclass(frozen=True)
-class FitTiming:
-    """When a router decides.
-
-    Attributes:
-        by: granularity: every router for itself, as `granularity` and `per` say; text: one router for the model, before its
-            first layer, anew with every token; prefix: the same, but the decision on the first `prefix` tokens stays.
-        fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
-    """
-
-    by: Literal["granularity", "text", "prefix"]
-    fading: float | None = None
-
-    @property
-    def for_model(self) -> bool:
-        """Whether one router decides for the whole model, before its first layer runs."""
-        return self.by != "granularity"
-
-    @property
-    def once(self) -> bool:
-        """Whether the decision is of the first `prefix` tokens and stays, whatever `granularity` says."""
-        return self.by == "prefix"
-
-
-BY_GRANULARITY = FitTiming("granularity")
-RUNNING = FitTiming("text", fading=0.98)
-BY_TOKENS = FitTiming("text")
-ONCE = FitTiming("prefix")
-
-
-@dataclass(frozen=True)
 class Fit:
     """All of a fit.
 
     Attributes:
         name: as `mixture.router.fit` says it.
         about: one sentence for the recipe's schema.
-        reads, score, decides: its three parts.
+        reads: recipe: nothing else; ids: nothing else, and routers read token ids; changes: the experts' low-rank changes;
+            tokens: ids of text, no model is run; router inputs: what routers read while a text runs through its own expert.
+        keeps: the statistics that it keeps of every domain, or None.
+        sample: whether the kept sample of router inputs is all that it is made from.
+        score: how routers score experts, as the architecture's config says it.
+        rows: of the gate for an expert.
+        besides: columns of the gate besides those that tokens choose, and rows besides the experts'.
+        native_as: how native architectures say it: as their router's gate, or as that of a router that reads channels which
+            the checkpoint has besides the base's (planning/channels.py); None: not at all.
+        when: granularity: every router for itself, as `granularity` and `per` say; text: one router for the model, before its
+            first layer, anew with every token; prefix: the same, but the decision on the first `prefix` tokens stays.
+        fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
         settings: of a router or an expert, those that this fit takes and some other does not.
         library: which it is fitted by, besides what modekit always has; not needed afterwards.
         title: what tables call it, when that is another word.
@@ -176,10 +83,16 @@ class Fit:
 
     name: str
     about: str
-    reads: FitInput
-    score: FitScore = LINEAR
-    decides: FitTiming = BY_GRANULARITY
+    reads: Literal["recipe", "ids", "changes", "tokens", "router inputs"]
     settings: tuple[str, ...] = ()
+    keeps: KeptStatistics | None = None
+    sample: bool = False
+    score: ScoreKind = "linear"
+    rows: int = 1
+    besides: int = 0
+    native_as: Literal["gate", "channels"] | None = None
+    when: Literal["granularity", "text", "prefix"] = "granularity"
+    fading: float | None = None
     library: str = ""
     title: str = ""
 
@@ -189,34 +102,64 @@ class Fit:
         return self.name == AUTO
 
     @property
-    def chooses(self) -> bool:
-        """Whether the select split of every domain's text is kept, too, and chooses between variants of the router."""
-        return self.reads.tokens and "classifier" in self.settings
+    def reads_text(self) -> bool:
+        """Whether every domain must have text."""
+        return self.reads in {"tokens", "router inputs"}
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether token ids are all that it reads, if anything, and its routers."""
+        return self.reads in {"tokens", "ids"}
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether text runs through the models, and a sum and a sample of what routers read there are kept."""
+        return self.reads == "router inputs"
+
+    @property
+    def reads_changes(self) -> bool:
+        """Whether experts must be low-rank changes of the base, which are scored."""
+        return self.reads == "changes"
 
     @property
     def by_token(self) -> bool:
-        """Whether a row of its table says what one token is worth."""
-        return self.score.by_token
+        """Whether a row of its table says what one token is worth, unless a setting makes n-grams of them."""
+        return self.score in {"lexical", "tfidf"}
+
+    @property
+    def for_model(self) -> bool:
+        """Whether one router decides for the whole model, before its first layer runs."""
+        return self.when != "granularity"
+
+    @property
+    def once(self) -> bool:
+        """Whether the decision is of the first `prefix` tokens and stays, whatever `granularity` says."""
+        return self.when == "prefix"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the select split of every domain's text is kept, too, and chooses between variants of the router."""
+        return self.reads_ids and "classifier" in self.settings
 
     @property
     def carried(self) -> bool:
         """Whether what a native router reads is carried to it in channels."""
-        return self.score.native == "channels"
+        return self.native_as == "channels"
 
     @property
     def native(self) -> bool:
         """Whether native architectures can say it."""
-        return self.carried or (self.score.native == "gate" and not self.decides.for_model)
+        return self.carried or (self.native_as == "gate" and not self.for_model)
 
     @property
     def tells_unseen(self) -> bool:
         """Whether it can tell text of no domain on the tokens so far."""
-        return self.reads.tokens and self.decides.fading is not None
+        return self.reads_ids and self.fading is not None
 
     @property
     def tells_texts(self) -> bool:
         """Whether it says of a text as a whole, on token ids alone, whose it is."""
-        return self.reads.tokens and self.reads.text
+        return self.reads == "tokens"
 
     @property
     def label(self) -> str:
@@ -240,42 +183,59 @@ _OF_ATTENTION = (*_OF_SUMS[1:], "l2")
 """Without a temperature, which a product of query and key would take twice."""
 _SCORED = ("temperature", "jitter")
 _EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms", "seed", "orders")
+_OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "classifier", "chat")
+
+
+def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKind = "linear") -> Fit:
+    return Fit(
+        name, about, "router inputs", settings, _SUMS, sample=True, score=score, native_as="gate" if score == "linear" else None
+    )
+
+
 _ROWS = (
-    Fit("random", "the paper's noisy router", RECIPE, settings=(*_SCORED, "seed"), title="noisy"),
-    Fit("hash", "every token has its expert, by a hash of its id, without text", IDS, BY_TOKEN, BY_TOKENS, ("seed",)),
-    Fit("centroid", "the mean of what a router reads in a domain", ROUTER_INPUTS, settings=(*_OF_SUMS, "negative_prompts")),
-    Fit("logistic", "logistic regression on kept tokens", SAMPLE, settings=_REGULAR),
+    Fit("random", "the paper's noisy router", "recipe", (*_SCORED, "seed"), native_as="gate", title="noisy"),
     Fit(
-        "cosine",
-        "the cosine of a low-dimensional projection with a vector per expert",
-        SAMPLE,
-        COSINE,
-        settings=(*_REGULAR, "dimensions"),
+        "hash",
+        "every token has its expert, by a hash of its id, without text",
+        "ids",
+        ("seed",),
+        score="lexical",
+        when="text",
     ),
-    Fit("attention", "attention between the experts", SAMPLE, ATTENTION, settings=_OF_ATTENTION),
+    replace(
+        _of_inputs("centroid", "the mean of what a router reads in a domain", (*_OF_SUMS, "negative_prompts")), sample=False
+    ),
+    _of_inputs("logistic", "logistic regression on kept tokens", _REGULAR),
+    _of_inputs(
+        "cosine", "the cosine of a low-dimensional projection with a vector per expert", (*_REGULAR, "dimensions"), "cosine"
+    ),
+    replace(_of_inputs("attention", "attention between the experts", _OF_ATTENTION, "attention"), rows=3),  # query, key, value
     Fit(
         "lexical",
         "a table of how much every token favours each domain, averaged over the text so far",
-        TOKENS,
-        EVIDENCE_AVERAGE,
-        RUNNING,
+        "tokens",
         _EVIDENCE,
+        _TOKEN_IDS,
+        score="lexical",
+        native_as="channels",
+        when="text",
+        fading=0.98,
     ),
     Fit(
         "classifier",
         "one decision for a text, by a scikit-learn classifier of its first tokens",
-        TOKENS,
-        TFIDF,
-        ONCE,
-        ("temperature", "sequence_length", "seed", "classifier", "chat"),
+        "tokens",
+        _OF_CLASSIFIERS,
+        _TOKEN_IDS,
+        score="tfidf",
+        besides=1,
+        when="prefix",
         library="sklearn",
     ),
-    Fit("arrow", "the direction that an adapter amplifies most, without text", CHANGES, NORM, settings=_SCORED),
+    Fit("arrow", "the direction that an adapter amplifies most, without text", "changes", _SCORED, score="norm"),
 )
 FITS: dict[str, Fit] = {row.name: row for row in _ROWS}
 """Name -> row."""
-AUTO = "auto"
-"""In place of a name: recipes/auto.py chooses."""
 _OPEN = replace(FITS["logistic"], name=AUTO, about="the best for the recipe's text and format")
 
 
@@ -289,11 +249,11 @@ def row_of(fit: str) -> Fit:
     return FITS.get(fit, _OPEN)
 
 
-def known_fit(value: object, *besides: str) -> object:
-    """The value, when it names a fit, or is one of the words besides. Raises what pydantic reports as a wrong word."""
-    if isinstance(value, str) and value in (*besides, *FITS):
+def known_fit(value: object) -> object:
+    """The value, when it names a fit or is `auto`. Raises what pydantic reports as a wrong word."""
+    if isinstance(value, str) and value in (AUTO, *FITS):
         return value
-    *names, last = (f"'{name}'" for name in (*besides, *FITS))
+    *names, last = (f"'{name}'" for name in (AUTO, *FITS))
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"})
 
 
@@ -304,4 +264,4 @@ def say_fits(schema: RecipeData) -> None:
     schema["description"] = "How the gate is set. " + "; ".join(f"{row.name}: {row.about}" for row in rows) + "."
 
 
-FitName = Annotated[str, BeforeValidator(lambda value: known_fit(value, AUTO))]
+FitName = Annotated[str, BeforeValidator(known_fit)]

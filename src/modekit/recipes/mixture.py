@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from modekit.recipes.fits import CHANGES, IDS, Fit
+from modekit.recipes.fits import Fit
 from modekit.recipes.layers import Layers, layer_problems
 from modekit.recipes.router import Router
 from modekit.recipes.strict import BASE, Name, Strict, checked
@@ -142,7 +142,7 @@ class Mixture(Strict):
         if self.method == "routing" and self.router.granularity == "segment":
             yield "granularity: segment has nothing to choose by in a text's first segment; write method: gating"
 
-        if self.fit is not None and self.fit.reads is IDS and self.method == "gating":
+        if self.fit is not None and self.fit.reads == "ids" and self.method == "gating":
             yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
 
     def _problems_of_always_on(self) -> Iterator[str]:
@@ -193,12 +193,12 @@ class Mixture(Strict):
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
         before_first_layer = self.router.granularity in {"sequence", "segment"} and self.router.per == "model"
-        if fit is not None and not before_first_layer and not fit.decides.for_model:
+        if fit is not None and not before_first_layer and not fit.for_model:
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "
                 "router: {fit: lexical}, or router: {granularity: sequence, per: model}"
             )
-        if fit is not None and fit.reads is CHANGES:
+        if fit is not None and fit.reads_changes:
             yield (
                 f"with modules: {self.modules} the router reads the embedding, where fit '{fit.name}' has no change to score: "
                 "name the parts under modules, or choose another fit"
@@ -239,12 +239,12 @@ class Mixture(Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the router is set from text."""
-        return self.fit is not None and self.fit.reads.text
+        return self.fit is not None and self.fit.reads_text
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether the router is fitted on statistics of text, which are kept."""
-        return self.fit is not None and self.fit.reads.keeps is not None
+        return self.fit is not None and self.fit.keeps is not None
 
     def beyond_native(self) -> list[str]:
         """What of this mixture only the modekit architecture can say."""

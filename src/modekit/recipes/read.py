@@ -28,6 +28,7 @@ _EXAMPLES: dict[object, str] = {
     "weights": "weights: {law: 1, code: 3}",
     "eval": "eval: {law: held-out.jsonl}",
     "router": "router: {fit: lexical}",
+    "experts": "experts: [./law-lora, tax=./tax, {name: code, model: ./code, text: ./code.jsonl}]",
     "mixture": "mixture: {method: routing, top_k: 1}",
     "always_on": "always_on: {expert: law, weight: 0.2}",
     "output": "output: {format: native}",
@@ -57,7 +58,8 @@ def read_recipe(path: Path) -> RecipeData:
             "the recipe cannot be read", where=str(path), found=error, remedy="give a text file in UTF-8"
         ) from None
     except ValueError as error:
-        raise RecipeError("the recipe is not YAML", where=str(path), found=error, remedy="correct it at that place") from None
+        remedy = "indent with spaces: YAML takes no tabs" if "'\\t'" in str(error) else "correct it at that place"
+        raise RecipeError("the recipe is not YAML", where=str(path), found=error, remedy=remedy) from None
     if not isinstance(raw, dict):
         raise RecipeError(
             "the recipe is not a mapping of keys",
@@ -126,8 +128,9 @@ def _message(problem: RecipeData) -> str:
     context, found = problem.get("ctx") or {}, problem.get("input")
     if breaks_name_rule(problem["type"], context):
         return f"not a name; write {NAME_RULE}"
-    if problem["type"] in {"dict_type", "model_type"} and problem["loc"] and problem["loc"][-1] in _EXAMPLES:
-        return f"not a mapping of keys; write for example {_EXAMPLES[problem['loc'][-1]]}"
+    if problem["type"] in {"dict_type", "model_type", "list_type"} and problem["loc"] and problem["loc"][-1] in _EXAMPLES:
+        kind = "list" if problem["type"] == "list_type" else "mapping of keys"
+        return f"not a {kind}; write for example {_EXAMPLES[problem['loc'][-1]]}"
     if problem["type"] == "model_type" and context.get("class_name") == Expert.__name__:
         return "neither a path nor a mapping of keys; write ./law, or {name: law, model: ./law, text: ./law.jsonl}"
     message = problem_said(str(problem["msg"]))

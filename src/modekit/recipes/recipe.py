@@ -33,7 +33,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
+_Said = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[_Said], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
 """Text of a domain: one path, folder or hub data set, or a list of them."""
 
 
@@ -61,10 +62,10 @@ class Expert(Strict):
         None,
         description="Text of the domain: .txt, .jsonl, .parquet, a folder, or a hub data set; self: the expert writes some.",
     )
-    prompts: list[str] | None = Field(
+    prompts: list[_Said] | None = Field(
         None, min_length=1, description="Short texts of the domain, used like `text` for the fit."
     )
-    negative_prompts: list[str] | None = Field(
+    negative_prompts: list[_Said] | None = Field(
         None, min_length=1, description="Texts this expert should not take; centroid fit only."
     )
     labels: list[Name] | None = Field(
@@ -286,7 +287,7 @@ class Recipe(Strict):
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole, fit = [each.name for each in self.experts if each.is_whole or each.bits is not None], self.mixture.fit
-        if whole and fit is not None and fit.reads.low_rank:
+        if whole and fit is not None and fit.reads_changes:
             yield (
                 f"router fit '{fit.name}' scores low-rank changes, and these experts are full models: "
                 f"{', '.join(whole)} (add as: lora with a rank, or choose another fit)"

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modekit.recipes.fits import AUTO, LINEAR, TFIDF, Fit, FitName, Scope, fits_with, row_of, say_fits
+from modekit.recipes.fits import AUTO, Fit, FitName, Scope, fits_with, row_of, say_fits
 from modekit.recipes.strict import RecipePart, Strict, checked
 
 CONTEXT_DECAYS = (0.9,)
@@ -93,7 +93,7 @@ class Router(Strict):
             yield "'decay' must lie between 0 and 1"
         if self.orders is not None and len(set(self.orders)) < len(self.orders):
             yield "'orders' names an order twice"
-        if self.row.score is TFIDF and (self.prefix or 0) > MOST_PREFIX:
+        if self.row.score == "tfidf" and (self.prefix or 0) > MOST_PREFIX:
             yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.fit}, whose tokens are compared pairwise"
 
     @property
@@ -112,9 +112,9 @@ class Router(Strict):
 
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
-        if not self.row.reads.tokens:
+        if not self.row.reads_ids:
             return None
-        return (self.buckets if self.hashes else vocabulary) + self.row.score.besides
+        return (self.buckets if self.hashes else vocabulary) + self.row.besides
 
     @property
     def hashes(self) -> bool:
@@ -124,7 +124,7 @@ class Router(Strict):
     @property
     def prefix_tokens(self) -> int | None:
         """Tokens after which the decision stays; None when it never does."""
-        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.decides.once else None
+        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.once else None
 
     @property
     def alarms(self) -> float:
@@ -134,17 +134,17 @@ class Router(Strict):
     @property
     def scope(self) -> Scope:
         """What shares a router: as `per` says, the model where one decision is all there can be."""
-        return "model" if self.row.decides.for_model else self.per
+        return "model" if self.row.for_model else self.per
 
     @property
     def decays(self) -> list[float]:
         """Of evidence that fades; none for a fit without any."""
-        return [] if self.row.decides.fading is None else self.decay or [self.row.decides.fading]
+        return [] if self.row.fading is None else self.decay or [self.row.fading]
 
     @property
     def averages(self) -> list[dict[str, float | None]]:
         """What the gate's parts read, as the architecture's config says it; see architecture/modekit_router.py."""
-        if self.row.decides.fading is not None:
+        if self.row.fading is not None:
             return [{"decay": decay} for _ in self.orders or [1] for decay in self.decays]
         if self.granularity == "sequence":
             return [{"decay": 1.0}]
@@ -159,20 +159,20 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     """Of the settings that a router has, those without an effect under its fit, or against it; and what is wrong with each."""
     if row.is_open:
         return
-    by_itself, granularity = row.decides.once or row.reads.tokens, router.get("granularity", "token")
+    by_itself, granularity = row.once or row.reads_ids, router.get("granularity", "token")
     if by_itself and "granularity" in router:
-        does = "decides for the text" if row.decides.once else "reads the tokens so far" if row.tells_unseen else "reads ids"
+        does = "decides for the text" if row.once else "reads the tokens so far" if row.tells_unseen else "reads ids"
         yield "granularity", f"fit '{row.name}' {does} by itself: 'granularity' has no effect; remove it"
         granularity = "token"
     for key, reads_it in READ_AT.items():
-        read_anyway = {"prefix": row.decides.once, "decay": row.decides.fading is not None}
+        read_anyway = {"prefix": row.once, "decay": row.fading is not None}
         if key in router and granularity != reads_it and not read_anyway.get(key):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
-    if row.score is not LINEAR and not row.decides.for_model and router.get("per") == "feature":
+    if row.score != "linear" and not row.for_model and router.get("per") == "feature":
         yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"
-    if row.decides.for_model and router.get("per", "model") != "model":
+    if row.for_model and router.get("per", "model") != "model":
         yield "per", f"fit '{row.name}' makes one decision for the whole model; remove 'per', or write per: model"
-    if row.reads.sample and router.get("keep_tokens") == 0:
+    if row.sample and router.get("keep_tokens") == 0:
         yield "keep_tokens", f"the {row.name} fit is solved on kept tokens: keep_tokens must be at least 1, or choose centroid"
     for key, fits in ((key, fits_with(key)) for key in router):
         if fits and key not in row.settings:

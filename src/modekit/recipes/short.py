@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
+from modekit.errors import RecipeError
 from modekit.recipes.paths import locate, may_be_hub_id
 from modekit.recipes.strict import BASE, LONGEST_NAME, TAKEN, RecipeData, is_name
 
@@ -65,6 +66,9 @@ def _halves(short: str, root: Path) -> tuple[str | None, str]:
 def _in_full(name: str | None, spec: object, names: ExpertNames, root: Path) -> object:
     if not isinstance(spec, str) or not spec:
         return spec
+    wanted, colon, path = spec.partition(":")
+    if colon and path.startswith((".", "/", "~")) and locate(spec, root) is None:
+        raise RecipeError("a name with a colon", where=f"experts: {spec}", remedy=f"write {wanted}={path.strip()}")
     if spec == BASE:
         return {"name": name or names.of(OF_THE_BASE), "model": BASE}
     return {"name": name or names.of(spec), _kind(spec, root): spec}

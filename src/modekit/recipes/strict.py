@@ -42,7 +42,8 @@ def breaks_name_rule(problem: str, context: Mapping[str, object]) -> bool:
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:
     """A hint at the nearest of the words that are known; nothing where none is near."""
-    near = difflib.get_close_matches(str(found), list(known), n=1)
+    words = list(known)
+    near = difflib.get_close_matches(str(found), words, n=1) or [word for word in words if word.startswith(f"{found}_")]
     return f"did you mean '{near[0]}'?" if near else ""
 
 

@@ -154,7 +154,7 @@ def attention(slot: int, domains: Sequence[DomainStatistics], settings: Router) 
 
 def _descended(gate_GD: torch.Tensor, slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """The gate that lowers the loss of the kept tokens, by L-BFGS from this one, to which l2 holds it."""
-    tokens, finished = _kept_tokens(slot, domains), FINISHED[settings.row.score.kind]
+    tokens, finished = _kept_tokens(slot, domains), FINISHED[settings.row.score]
     start_GD = gate_GD.float()
     sizes_G1 = torch.linalg.vector_norm(start_GD, dim=1, keepdim=True).clamp_min(1e-30)
     moved_GD = torch.zeros_like(start_GD, requires_grad=True)

@@ -26,7 +26,7 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     TextError.
     """
     fit = fitting.recipe.mixture.fit
-    keeps = None if fit is None else fit.reads.keeps
+    keeps = None if fit is None else fit.keeps
     if not processes().is_main and (keeps is None or not keeps.shared):
         return fitting.unfitted()
     fitted = _zero(fitting) if fit is None else SETTERS[fit.name](fitting)

@@ -53,7 +53,7 @@ def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
     alone = fitting.checkpoint.shape.channels is None and [slot.name for slot in fitting.checkpoint.slots] == names
     alone = alone and not any(slot.features or slot.shared for slot in before.slots)
     one_row = all(set(slot.rows) == {1} for slot in fitting.checkpoint.slots)
-    if alone and (None not in origins or (fit is not None and fit.reads.hidden and one_row)):
+    if alone and (None not in origins or (fit is not None and fit.runs_models and one_row)):
         return
     found = f"fit: {fit.name}" if alone and fit is not None else "a router that is set as a whole"
     raise RecipeError(

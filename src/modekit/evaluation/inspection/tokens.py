@@ -159,7 +159,7 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
     if mixture.fit is None or not mixture.fit.by_token or mixture.router.hashes:
         return None
     (gate_GN,) = checkpoint.gates()
-    gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.score.besides]
+    gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.besides]
     return np.asarray(gate_EN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
 
 
