@@ -176,6 +176,14 @@ def test_the_decision_stays_after_the_prefix_and_is_causal(tfidf: Checkpoint) ->
     assert torch.equal(mixed[:PREFIX], alone)
 
 
+def test_alone_it_decides_on_the_first_tokens_too(tfidf: Checkpoint) -> None:
+    """Of a text that is longer than what is read of any: the mixture decides on its first tokens, and so does the router."""
+    text = text_of("law", 1, PREFIX) + text_of("code", 2, 40_000)
+    router = TextRouter(tfidf)
+    assert len(text) > 2 * 16_384 and router.decide(text).expert == "law"
+    assert router.decide([{"role": "user", "content": text}, {"role": "user", "content": text_of("code", 3)}]).expert == "law"
+
+
 def test_special_tokens_weigh_nothing(tfidf: Checkpoint) -> None:
     text = ids_of(tfidf, text_of("code", 3, 6))
     said = RunningLogits(tfidf)

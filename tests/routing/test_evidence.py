@@ -23,12 +23,13 @@ def texts(seed: int, favourites: list[int], count: int = 60, length: int = 10) -
 DOMAINS = [texts(1, [2, 3]), texts(2, [4, 5]), texts(3, [3, 6])]
 
 
-@pytest.mark.parametrize("decays", [(1.0,), (0.9, 1.0)])
+@pytest.mark.parametrize("decays", [(1.0,), (0.9, 1.0, 0.0)])
 def test_weights_are_those_of_the_architecture(decays: tuple[float, ...]) -> None:
-    values = torch.randn((2, 7, 3), generator=torch.Generator().manual_seed(0))
-    for matrix, decay in zip(Averaging(decays).matrices(7), decays, strict=True):
-        expected, _ = causal_average(values, torch.ones((2, 7)), decay, None)
-        torch.testing.assert_close(torch.einsum("ts,bse->bte", matrix, values), expected)
+    """Of a text of several blocks, too."""
+    values = torch.randn((2, 1_100, len(decays), 3), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones((2, 1_100))
+    expected = sum(causal_average(values[:, :, place], ones, decay, None)[0] for place, decay in enumerate(decays))
+    torch.testing.assert_close(Averaging(decays).of(values), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_without_steps_it_is_naive_bayes_at_the_best_scale() -> None:
@@ -49,13 +50,12 @@ def test_training_descends_below_naive_bayes_towards_the_optimum() -> None:
     trained = train_table(
         DOMAINS, HEIGHT, averaging, schedule=TableSchedule(aside=1, steps=400, patience=50, learning_rate=0.05)
     )
-    matrix = averaging.matrices(10)[0]
     rows = torch.stack([torch.stack([each.rows for each in domain]) for domain in DOMAINS]).long()
     labels = torch.arange(3)[:, None, None].expand(3, 60, 10)
 
     def loss_of(table: torch.Tensor) -> torch.Tensor:
-        logits = torch.einsum("ts,dbse->dbte", matrix, table.t()[rows])
-        return cross_entropy(logits.flatten(0, 2), labels.flatten())
+        logits = averaging.of(table.t()[rows].flatten(0, 1)[:, :, None])
+        return cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     best = torch.zeros((3, HEIGHT), requires_grad=True)
     optimizer = torch.optim.LBFGS([best], max_iter=300, line_search_fn="strong_wolfe")

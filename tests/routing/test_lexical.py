@@ -278,3 +278,9 @@ def test_what_experts_expect_is_of_rows_of_single_tokens(orders: list[int] | Non
     assert found is not None and found.shape == (2, table.height)
     one = row if row is not None else int(table.rows(torch.tensor([7, 5]))[1, 1])
     assert found[:, one].tolist() == [3.0, 6.0] and float(found.sum()) == 9.0
+
+
+def test_opening_reads_the_columns_of_the_evidence_alone(native: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an embedding of gigabytes, too."""
+    monkeypatch.setattr("modekit.checkpoint.evidence.rows_of", None)
+    assert open_checkpoint(native.folder).record == native.record

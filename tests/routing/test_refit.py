@@ -57,6 +57,7 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
         ({}, {"backbone": "average"}, "backbone"),
         ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
         ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
+        ({}, {"tokens": "first"}, "tokens"),
         ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
         ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "per"),
         (

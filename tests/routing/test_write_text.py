@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from chatting import word_tokenizer
 from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, tiny_model
@@ -318,4 +321,12 @@ def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None
 
 
 def test_a_text_begins_with_what_the_tokenizer_puts_there() -> None:
-    assert write_text._beginning(character_tokenizer()) == END
+    assert write_text._beginning(character_tokenizer()) == character_tokenizer().bos_token_id
+
+
+@pytest.mark.parametrize(("begin", "wanted"), [(None, "<end>"), ("<end>", "<end>"), ("<begin>", "<begin>")])
+def test_a_text_begins_with_a_beginning_that_is_no_end(begin: str | None, wanted: str) -> None:
+    """A model that reads an end first has nothing to say."""
+    words = Tokenizer(WordLevel({"<end>": 0, "<begin>": 1, "a": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", bos_token=begin)
+    assert write_text._beginning(tokenizer) == tokenizer.convert_tokens_to_ids(wanted)

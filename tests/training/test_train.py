@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import OutputError, TextError, TrainingError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
+from modekit.loaded.engine import NotFiniteError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
@@ -35,6 +38,7 @@ from modekit.text.sequences import TokenSequence
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
 from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
+from modekit.training.engine import JudgedModule
 from modekit.training.finish import TrainedMixture
 from modekit.training.losses import (
     GENERIC,
@@ -1023,3 +1027,28 @@ def test_the_seed_decides_the_first_weights_of_low_rank_changes(workshop: Worksh
         assert trained.improved
         found.append(read(tmp_path / f"new{number}"))
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+# Several processes.
+
+
+def test_an_error_of_a_loss_goes_from_process_to_process() -> None:
+    error = NotFiniteError.at("step 3: 2 of law", "loss nan")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_the_log_has_the_losses_of_all_processes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = built(workshop)
+    objective = Objective(load_model(checkpoint.folder), checkpoint, settings_of(), teachers=[], train_top_k=None, packed=False)
+    monkeypatch.setattr("modekit.training.engine.processes", lambda: SimpleNamespace(add_up=lambda figures: 2 * figures))
+    objective._sums = {"lm": 1.5}
+    assert JudgedModule.drain(objective) == {"loss_lm": 3.0} and objective._sums == {}
+
+
+def test_heads_of_experts_are_no_head(workshop: Workshop) -> None:
+    router = {"fit": "lexical", "orders": [1, 2], "buckets": 64}
+    checkpoint = built(workshop, mixture={"modules": "all", "router": router})
+    groups = moving_of(load_model(checkpoint.folder), checkpoint).groups
+    assert groups["head"] == [] and any("lm_head" in name for name in groups["experts"])
+    with pytest.raises(TrainingError, match="no head"):
+        run(checkpoint, what=["head"])

@@ -46,9 +46,14 @@ def evidence_values(columns: memoryview, embedding: TensorRef) -> npt.NDArray[np
 
 def read_evidence(channels: Channels, embedding: TensorRef) -> memoryview:
     """The columns that an embedding has."""
-    cut = slice(*(at * ITEMSIZE[embedding.dtype] for at in (channels.evidence.start, channels.evidence.stop)))
+    itemsize, (height, width) = ITEMSIZE[embedding.dtype], embedding.shape
+    first, size = channels.evidence.start * itemsize, (channels.evidence.stop - channels.evidence.start) * itemsize
+    columns = memoryview(bytearray(height * size))
     with OpenFiles() as opened:
-        return memoryview(b"".join(_as_bytes(rows, embedding)[:, cut].tobytes() for _, rows in rows_of(opened, embedding)))
+        file = opened.file(embedding)
+        for row in range(height):  # of a row these few bytes alone are read
+            file.fill(columns[row * size : (row + 1) * size], embedding.start + row * width * itemsize + first)
+    return columns
 
 
 def read_table(channels: Channels, embedding: TensorRef) -> npt.NDArray[np.float32]:

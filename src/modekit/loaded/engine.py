@@ -105,9 +105,11 @@ class LoopSettings:
 class NotFiniteError(TrainingError):
     """Where a loss was not finite, and what it was."""
 
-    def __init__(self, where: str, found: str) -> None:
+    @classmethod
+    def at(cls, where: str, found: str) -> NotFiniteError:
+        """Of a loss. Without a constructor of its own it can be pickled, as results of processes are."""
         what, remedy = "the loss is not finite: training stopped", "lower the learning rate, or leave this text out"
-        super().__init__(what, where=where, found=found, remedy=remedy)
+        return cls(what, where=where, found=found, remedy=remedy)
 
 
 def run_all_steps(
@@ -255,7 +257,7 @@ class ModuleTrainer(Trainer):  # type: ignore[misc]
             part = self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
             parts = range(part, min(len(self._batches), part + int(factor)))
             where = f"step {self.state.global_step + 1}: {'; '.join(self._batches.describe(number) for number in parts)}"
-            raise NotFiniteError(where, f"loss {float(loss.detach())}")
+            raise NotFiniteError.at(where, f"loss {float(loss.detach())}")
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

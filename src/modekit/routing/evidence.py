@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import torch
@@ -47,16 +46,22 @@ class Averaging:
 
     decays: tuple[float, ...]
 
-    def matrices(self, length: int) -> torch.Tensor:
-        """(J, S, S): row t has the weights of tokens 1 to t."""
-        return self._matrices(1 << (length - 1).bit_length())[:, :length, :length]
-
-    @lru_cache(maxsize=2)  # noqa: B019
-    def _matrices(self, length: int) -> torch.Tensor:
-        age = (torch.arange(length)[:, None] - torch.arange(length)[None, :]).clamp_min(0)
-        decays = torch.tensor(self.decays, dtype=torch.float64)[:, None, None]
-        weights = torch.pow(decays, age).tril()
-        return (weights / weights.sum(-1, keepdim=True)).float()
+    def of(self, values_BSJE: torch.Tensor) -> torch.Tensor:
+        """The averages up to each token, added up, (B, S, E): block by block, as a text may be long."""
+        decays_J = torch.tensor(self.decays, dtype=torch.float64)
+        length = values_BSJE.shape[1]
+        powers_SJ = decays_J ** torch.arange(min(length, _BLOCK) + 1)[:, None]
+        age = (torch.arange(min(length, _BLOCK))[:, None] - torch.arange(min(length, _BLOCK))[None, :]).clamp_min(0)
+        weights_JTS = (decays_J[:, None, None] ** age).tril().float()
+        sums_BSJE, before_BJE = [], torch.zeros(())
+        for block_BSJE in values_BSJE.split(_BLOCK, dim=1):
+            size = block_BSJE.shape[1]
+            sums_BSJE.append(torch.einsum("jts,bsje->btje", weights_JTS[:, :size, :size], block_BSJE))
+            if len(sums_BSJE) > 1:
+                sums_BSJE[-1] = sums_BSJE[-1] + powers_SJ[1 : size + 1, :, None].float() * before_BJE[:, None]
+            before_BJE = sums_BSJE[-1][:, -1]
+        totals_SJ = (decays_J ** torch.arange(length)[:, None]).cumsum(0)
+        return (torch.cat(sums_BSJE, dim=1) / totals_SJ[..., None].float()).sum(-2)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ def train_table(
     return TrainedTable(table, before, best, taken, 0.0 if room is None else _room(held, state, averaging, len(domains), room))
 
 
+_BLOCK = 512  # tokens whose average is taken in one matrix product
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
 
@@ -233,7 +239,7 @@ def _logits(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts:
     """(B, S, E) of a table (H, J E)."""
     values = embedding(batch.rows_BSK, weights).sum(-2)
     parts = values.reshape(*values.shape[:2], len(averaging.decays), experts)
-    return torch.einsum("jts,bsje->bte", averaging.matrices(values.shape[1]), parts)
+    return averaging.of(parts)
 
 
 def _mean_loss(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts: int, place: int) -> torch.Tensor:

@@ -83,6 +83,11 @@ class LastToken:
             for part_EV, order, average in zip(np.split(gate_EG, len(averages), axis=1), orders, averages, strict=True)
         ]
 
+    @property
+    def reads_first(self) -> bool:
+        """Whether the first tokens of a text decide, and no others."""
+        return self._prefix is not None
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """After the last of some tokens (E,), float32."""
         ids_S = np.asarray(ids, dtype=np.int64)

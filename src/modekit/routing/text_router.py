@@ -89,12 +89,16 @@ class TextRouter:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
 
         It goes to another only where that one is clearly likelier. The newest 16,384 characters decide, of a conversation its
-        last turns, so that no text takes long. Raises TextError when the chat template does not take it; CheckpointError where
-        the answer would be no number.
+        last turns, so that no text takes long; the oldest where the router reads the first tokens, which decide once. Raises
+        TextError when the chat template does not take it; CheckpointError where the answer would be no number.
         """
         if isinstance(said, str):
-            return self._decide(self._tokenizer(_clean(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
-        turns = _newest([message for message in said if message["role"] != "system"])
+            read = said[:_CHARACTERS] if self._router.reads_first else said[-_CHARACTERS:]
+            return self._decide(self._tokenizer(_clean(read), verbose=False)["input_ids"], None)
+        turns = [message for message in said if message["role"] != "system"]
+        if self._router.reads_first:
+            return self._decide(self._ids(_oldest(turns)) if turns else [], None)
+        turns = _newest(turns)
         asked = [end for end, message in enumerate(turns, 1) if message["role"] == "user"]
         found = self._decide([], None)
         for end in asked[-_TURNS:]:
@@ -146,6 +150,18 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
         kept.append({**message, "content": _clean(message["content"][-left:])})
         left -= len(message["content"])
     return kept[::-1]
+
+
+def _oldest(turns: Sequence[Message]) -> list[Message]:
+    """The first turns that decide; of a long one its beginning."""
+    kept: list[Message] = []
+    left = _CHARACTERS
+    for message in turns[:_MESSAGES]:
+        if left <= 0:
+            break
+        kept.append({**message, "content": _clean(message["content"][:left])})
+        left -= len(message["content"])
+    return kept
 
 
 def last_token_of(checkpoint: Checkpoint) -> LastToken:

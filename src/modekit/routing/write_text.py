@@ -243,9 +243,10 @@ def _files(models: Mapping[str, ModelSource], run: Run) -> Iterator[tuple[str, s
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before the first of a text: what the tokenizer puts there, else what separates texts, else an end."""
+    """The token before the first of a text: the tokenizer's, else what separates texts, else a beginning that is no end."""
     begun: list[int] = tokenizer("", verbose=False)["input_ids"]
     if begun and begun[0] != tokenizer.eos_token_id:
         return begun[0]
-    known = tokenizer.get_vocab().get(_SEPARATOR)
-    return next(int(each) for each in (known, tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if each is not None)
+    known, end, begin = tokenizer.get_vocab().get(_SEPARATOR), tokenizer.eos_token_id, tokenizer.bos_token_id
+    asked = (None if known == end else known, None if begin == end else begin, end, 0)
+    return next(int(each) for each in asked if each is not None)

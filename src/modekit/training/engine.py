@@ -35,6 +35,7 @@ from modekit.loaded.engine import (
 from modekit.loaded.load import verbosity_kept
 from modekit.loaded.passes import losses_of
 from modekit.loaded.states import state_to_resume
+from modekit.processes import processes
 from modekit.run import Run
 from modekit.text.sequences import Batch, make_batches
 from modekit.training.batches import Batches
@@ -93,8 +94,9 @@ class JudgedModule(TrainedModule):
         return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
 
     def drain(self) -> dict[str, float]:
-        """Every loss of the last step: of this process's parts, per predicted token of the step."""
-        drained, self._sums = {f"loss_{name}": value for name, value in self._sums.items()}, {}
+        """Every loss of the last step, of all processes' parts, per predicted token of the step."""
+        summed = processes().add_up(torch.tensor([*self._sums.values()])).tolist()
+        drained, self._sums = {f"loss_{name}": value for name, value in zip(self._sums, summed, strict=True)}, {}
         return drained
 
 
@@ -162,7 +164,7 @@ class _JudgingTrainer(ModuleTrainer):
             **{f"eval_{name}_loss": loss for name, loss in losses.items()},
         }
         if not math.isfinite(metrics["eval_loss"]):
-            raise NotFiniteError(f"held-out text after step {self.state.global_step}", f"loss {metrics['eval_loss']}")
+            raise NotFiniteError.at(f"held-out text after step {self.state.global_step}", f"loss {metrics['eval_loss']}")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

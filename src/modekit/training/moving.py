@@ -98,8 +98,9 @@ def moving_of(model: PreTrainedModel, checkpoint: Checkpoint) -> Moving:
     for key, name in names.items():
         if key not in untouchable:
             groups[taken[key]].append(name)
-    if not groups["head"]:  # tied: the head is the embeddings
-        groups["head"] = [names[id(parameter)] for parameter in head.parameters() if id(parameter) in names]
+    if not groups["head"]:  # tied: the head is the embeddings; heads of experts are theirs
+        tied = (parameter for parameter in head.parameters() if taken[id(parameter)] == "embeddings")
+        groups["head"] = [names[id(parameter)] for parameter in tied if id(parameter) in names]
     return Moving(groups)
 
 
