@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
+from modekit.errors import ModekitError, SourceError, UnsupportedError
 from modekit.experts.labelled import Generic, Labelled, Material, Reading, RelabelledPasses, read_material
 from modekit.experts.moving import What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
@@ -125,7 +125,7 @@ def _before(model: PreTrainedModel, material: Material, folder: SpecialistFolder
 def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Give the tokenizer the tags that are asked for; ids of those that it did not have, and of any that the model has no row
     for. Raises MismatchError where other tokens have none, SourceError for an adapter, in which tags could not be kept,
-    UnsupportedError for a model that has two embeddings, TrainingError where rows could not stay.
+    UnsupportedError for a model that has two embeddings.
     """
     rows = int(config["vocab_size"])
     if not isinstance(texts, Labelled):
@@ -142,14 +142,6 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
             where="BASE, --tags",
             found="share_encoder_decoder_embeddings: false",
             remedy="choose a base model that shares its embedding",
-        )
-    if new and train == "mlp" and reading.training.weight_decay:
-        raise TrainingError(
-            "weights that decay would move rows of the embedding that are to stay",
-            where="weight_decay, new tags, --train mlp",
-            found=reading.training.weight_decay,
-            expected="0",
-            remedy="leave it out, or use --train full",
         )
     if new and train == "lora":
         raise SourceError(

@@ -9,7 +9,6 @@ of the mixture (selected-by.txt beside it).
     router fit, to choose        experts[].text                                      select       set, trained
     specialize (with a teacher)  --text                                              fit          -
     specialize, loss shown       --text                                              report       -
-    extract                      --text                                              fit          -
     train, to move by            --text of the domain, else experts[].text; generic  fit          -
     train, to compare states     the same                                            select       set, trained
     densify                      as train

@@ -278,24 +278,25 @@ def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad
             ids, target = longer
             rows.append(row)
         start += len(rows)
-        yield _padded(sequences, rows, (ids, target), pad_id)
+        yield _padded([sequences[row] for row in rows], tuple(rows), pad_id)
 
 
-def _padded(sequences: Sequence[TokenSequence], rows: Sequence[int], lengths: tuple[int, int], pad_id: int) -> Batch:
-    """A batch of some sequences, of which no ids and no targets are longer than `lengths`."""
+def _padded(sequences: Sequence[TokenSequence], rows: tuple[int, ...], pad_id: int) -> Batch:
+    """A batch of the sequences of these rows."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    input_ids = torch.full((len(rows), lengths[0]), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), lengths[0]), dtype=torch.bool)
-    labels = torch.full((len(rows), lengths[1]), NO_LABEL, dtype=torch.int64)
-    silent = torch.zeros_like(mask) if any(sequences[row].silent is not None for row in rows) else None
-    for place, row in enumerate(rows):
-        ids, target = sequences[row].ids, sequences[row].target
-        input_ids[place, : len(ids)] = torch.tensor(ids)
-        mask[place, : len(ids)] = True
-        labels[place, : len(target)] = torch.tensor(target, dtype=torch.int64)
-        if silent is not None and sequences[row].silent is not None:
-            silent[place, sequences[row].silent] = True
-    if any(bool(sequences[row].target) != bool(lengths[1]) for row in rows):
+    def padded(values: Iterable[Sequence[int]], filler: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(each, dtype=torch.int64) for each in values], batch_first=True, padding_value=filler)
+
+    if len({bool(each.target) for each in sequences}) > 1:
         raise both_kinds()
-    return Batch(input_ids, mask, tuple(rows), labels if lengths[1] else None, silent)
+    mask = padded(([1] * len(each.ids) for each in sequences), 0).bool()
+    silent = None
+    if any(each.silent is not None for each in sequences):
+        silent = torch.zeros_like(mask)
+        for place, each in enumerate(sequences):
+            if each.silent is not None:
+                silent[place, each.silent] = True
+    target = padded((each.target for each in sequences), NO_LABEL) if sequences[0].target else None
+    return Batch(padded((each.ids for each in sequences), pad_id), mask, rows, target, silent)

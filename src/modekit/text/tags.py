@@ -44,15 +44,11 @@ def tagged(document: Document, label: str | None) -> Document:
 
     Conversations stay as they are: their template decides what stands first.
     """
-    if label is None:
+    if label is None or isinstance(document, Conversation):
         return document
-    match document:
-        case str():
-            return f"{tag_of(label)} {document}"
-        case Pair(source, target):
-            return Pair(f"{tag_of(label)} {source}", target)
-        case Conversation():
-            return document
+    if isinstance(document, Pair):
+        return Pair(f"{tag_of(label)} {document.source}", document.target)
+    return f"{tag_of(label)} {document}"
 
 
 def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
@@ -94,13 +90,7 @@ def _check_untagged(
 
 def _source_of(document: Document) -> str | None:
     """What a tag stands before; None of a conversation, which has no place for one."""
-    match document:
-        case str():
-            return document
-        case Pair(source):
-            return source
-        case Conversation():
-            return None
+    return document.source if isinstance(document, Pair) else document if isinstance(document, str) else None
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:
@@ -139,32 +129,31 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where
     space, what follows is cut as it would be without them, where the tokenizer can do that; what modekit reads never depends
     on it (sequences.py). Raises SourceError where the tokenizer cannot keep a tag whole.
     """
-    from transformers import AddedToken
-
     known = set(labels_of(tokenizer))
     new = [tag_of(label) for label in dict.fromkeys(labels) if label not in known]
     if new:
-        strips = _strips(tokenizer)
-        tokenizer.add_tokens(
-            [AddedToken(tag, special=True, normalized=False, rstrip=strips) for tag in new], special_tokens=True
-        )
+        _add(tokenizer, new, strips=_strips(tokenizer))
     for tag in new:
         _check_whole(tokenizer, tag, where)
     return tuple(tokenizer.get_added_vocab()[tag] for tag in new)
 
 
-def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether tags are to take the space behind them along: where a text is cut so as it is without one, and only so."""
+def _add(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], *, strips: bool) -> None:
     from transformers import AddedToken
 
+    added = [AddedToken(tag, special=True, normalized=False, rstrip=strips) for tag in tags]
+    tokenizer.add_tokens(added, special_tokens=True)
+
+
+def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tags are to take the space behind them along: where a text is cut so as it is without one, and only so."""
     alone: list[int] = tokenizer(_SAMPLE)["input_ids"]
+    tag = tag_of("any")
     for strips in (False, True):
         other = copy.deepcopy(tokenizer)
-        tag = tag_of("any")
-        other.add_tokens([AddedToken(tag, special=True, normalized=False, rstrip=strips)], special_tokens=True)
-        found = other.get_added_vocab().get(tag)
+        _add(other, [tag], strips=strips)
         ids: list[int] = other(f"{tag} {_SAMPLE}")["input_ids"]
-        if [each for each in ids if each != found] == alone:
+        if [each for each in ids if each != other.get_added_vocab().get(tag)] == alone:
             return strips
     return False
 
