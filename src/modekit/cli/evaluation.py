@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_result
+from modekit.cli.printing.mixtures import print_next, print_result
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.errors import ModekitError
@@ -109,6 +109,8 @@ def evaluate(
             run=run,
         )
     _show(results, checkpoint)
+    if not common().json:
+        print_next(f"modekit inspect {checkpoint}", f"modekit report {checkpoint}")
 
 
 @app.command()

@@ -14,7 +14,16 @@ from rich.text import Text
 from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import err, out, print_json
-from modekit.cli.printing.mixtures import print_checks, print_count, print_mix, print_notes, print_plan, print_result, time_said
+from modekit.cli.printing.mixtures import (
+    print_checks,
+    print_count,
+    print_mix,
+    print_next,
+    print_notes,
+    print_plan,
+    print_result,
+    time_said,
+)
 from modekit.cli.progress import drawn_progress
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
@@ -28,6 +37,9 @@ from modekit.run import Progress
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.evaluation.forced import ForcedExperts
+
+
+_QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by default may take an hour
 
 
 @app.command()
@@ -72,6 +84,7 @@ def build(
     checkpoint = show_build(output, lambda progress: build(made, target, overwrite=overwrite, run=common().run(progress)))
     if prove:
         print_result(_forced(checkpoint))
+    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
 
 
 def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
@@ -231,4 +244,8 @@ def mix(
         serve_until_stopped(checkpoint, settings, options.run())
     else:
         how = f" --outtype {options.gguf}" if options.gguf is not None else ""
-        out.print(f"next: modekit chat {options.output}, modekit eval {options.output}, modekit serve {options.output}{how}")
+        print_next(
+            f"modekit chat {options.output}",
+            f"modekit eval {options.output} --tokens {_QUICK_TOKENS}",
+            f"modekit serve {options.output}{how}",
+        )

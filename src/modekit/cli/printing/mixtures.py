@@ -50,6 +50,11 @@ def print_table(shown: ResultTable) -> None:
     out.print(table)
 
 
+def print_next(*commands: str) -> None:
+    """Say which commands go on from here."""
+    out.print(f"next: {', '.join(commands)}")
+
+
 def print_notes(notes: Iterable[str]) -> None:
     """Draw what has to be said of a table."""
     for note in notes:
