@@ -17,11 +17,11 @@ from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.recipe import Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
+from modekit.sources.compatible import forced_by_one_side
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.sources.targets import forced_by_one_side
 from modekit.sources.towers import kept_beside
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.drift import drift

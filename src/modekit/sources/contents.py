@@ -22,7 +22,6 @@ from modekit.sources.quantised import PackedRef
 CHUNK = 2**19
 """Bytes read at a time where a whole file or tensor goes by: they stay in the processor's cache while they are looked at."""
 
-_HELD = 8  # of one packed tensor there are five at most
 _ALONE = "leave the models alone while they are read, and run the command again"
 
 
@@ -146,7 +145,7 @@ class OpenFiles:
         if (start, stop) != (0, ref.nbytes):
             return self.read(ref, start, stop)
         if ref not in self._parts:
-            if len(self._parts) >= _HELD:
+            if len(self._parts) >= 8:  # of one quantised tensor there are five at most
                 self._parts.clear()
             self._parts[ref] = self.read(ref)
         return self._parts[ref]

@@ -175,7 +175,7 @@ class _Fp8(BaseModel):
     weight_block_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
 
 
-class _State(BaseModel):
+class _Bits4(BaseModel):
     """What bitsandbytes says of one weight."""
 
     quant_type: Literal["nf4", "fp4"]
@@ -257,7 +257,7 @@ class _Parts:
             try:
                 if state.nbytes > _LARGEST_STATE:
                     raise ValueError(f"{state.nbytes:,} bytes")
-                said = as_kind(parse_json(self.weights.content(state).decode("utf-8")), _State)
+                said = as_kind(parse_json(self.weights.content(state).decode("utf-8")), _Bits4)
             except UNREADABLE as error:
                 what, where = "bitsandbytes' description of a weight cannot be read", f"{self.weights.where}: {state.name}"
                 raise SourceError(what, where=where, found=error, remedy=_REMEDY) from None

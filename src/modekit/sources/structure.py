@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,7 +143,7 @@ class ClassFamily(Family):
         return dict(self.with_sizes({**self.defaults, **config}))
 
 
-def family_from(model_type: str, derived: Derived, **known: Any) -> ClassFamily:
+def family_from(model_type: str, derived: Derived) -> ClassFamily:
     """The family that what was found in a class amounts to."""
     layer, _ = split_layer(f"{derived.layers}0.x")
     name = "" if layer is None else stack_of(layer)[0]
@@ -155,7 +155,6 @@ def family_from(model_type: str, derived: Derived, **known: Any) -> ClassFamily:
         heads_first=tuple(derived.heads_first),
         without_vllm="its family has no row in modekit's table, and it was not tested in vLLM",
         derived=derived,
-        **known,
     )
 
 
@@ -254,9 +253,8 @@ class Structure:
         }
         tensors = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in self._tied}
         settings = {key: value for key, value in config.to_dict().items() if not any(word in key for word in _NO_MEANING)}
-        return family_from(
-            config.model_type, derived, known=known, tensors=tensors, defaults=settings, called=tuple(self._called)
-        )
+        family = family_from(config.model_type, derived)
+        return replace(family, known=known, tensors=tensors, defaults=settings, called=tuple(self._called))
 
     def refused(self, why: str, remedy: str = "choose a base of another family (benchmarks/families.md)") -> UnsupportedError:
         """The error for a model that cannot be mixed."""
