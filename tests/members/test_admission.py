@@ -15,13 +15,11 @@ from command_line import ended, modekit
 from conftest import Workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import SourceError
-from modekit.evaluation.evaluate import evaluate
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.admission import Admission, measure_admission
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
-from modekit.members.listing import members_of
 from pair_models import make_pair_workshop
 from refusal import borrow
 
@@ -178,15 +176,3 @@ def test_the_door_refuses_and_can_be_forced(at: Path, shop: Workshop, shared_wor
     assert open_checkpoint(at).names == ["medicine", "law"] and not at.with_name("COPY.partial").exists()
     modekit(*args, "--force")
     assert open_checkpoint(at).names == ["medicine", "law", "code"]
-
-
-def test_who_is_in_and_worth_what(at: Path, shop: Workshop) -> None:
-    before = members_of(open_checkpoint(at))
-    assert [(member.name, member.kind, member.since, member.gain) for member in before] == [
-        ("medicine", "full model", None, None),
-        ("law", "full model", None, None),
-    ]
-    assert before[0].nbytes == sum(ref.nbytes for name, ref in open_checkpoint(at).tensors.items() if ".experts.0." in name)
-    evaluate(open_checkpoint(at), tokens_per_domain=300)
-    after = members_of(open_checkpoint(at))
-    assert all(member.gain is not None for member in after)

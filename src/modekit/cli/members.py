@@ -192,7 +192,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
         found = f": {finding.found}" if finding.found else ""
         colour = _COLOURS[finding.level]
-        text = Text.assemble((finding.level, colour), "  ", (finding.about, "bold"), f"  {finding.what}{found}")
+        text = Text.assemble((finding.level, colour), f"  {finding.what}{found}")
         out.print(text, soft_wrap=True)
         if finding.to_do:
             out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)

@@ -19,10 +19,11 @@ from typing import Literal
 from modekit.building.build import write_texts
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.record import SourceRecord
-from modekit.checkpoint.sources import changed_settings, changed_weights
+from modekit.checkpoint.sources import changed_weights
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.inspection.likeness import compare
+from modekit.members.change import opened_expert
 from modekit.members.licences import facts, licence_of, sources_of
 from modekit.recipes.layers import layer_at
 from modekit.run import QUIET, Run
@@ -41,10 +42,9 @@ _SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True)
 class Finding:
-    """What the user should know before the change, and what to do. `about` names the expert; an error refuses it."""
+    """What the user should know of an expert before it comes, and what to do; an error refuses it."""
 
     level: Literal["error", "warning", "note"]
-    about: str
     what: str
     found: str = ""
     to_do: str = ""
@@ -100,7 +100,7 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
     losses, read = _losses(before, place, tokens, run)
     low_rank = before.plan.recipe.experts[place].lora_rank
     missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
-    findings = [*_of_losses(name, losses, low_rank), *_of_likeness(name, drift, likeness, missed), *_of_licences(before, place)]
+    findings = [*_of_losses(losses, low_rank), *_of_likeness(drift, likeness, missed), *_of_licences(before, place)]
     return Admission(name, losses, read, drift, likeness, findings)
 
 
@@ -142,16 +142,13 @@ def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tupl
 
 def _models_that_are_there(before: CheckpointUpdate, place: int, run: Run) -> dict[str, ModelSource]:
     """The other experts' models, as far as they can be opened and are what they were."""
-    plan, opener = before.plan, Opener(before.plan.root, run)
-    base, known = plan.sources[0], before.sources
+    checkpoint, plan, opener = before.checkpoint, before.plan, Opener(before.plan.root, run)
     found: dict[str, ModelSource] = {}
-    for number, (expert, source) in enumerate(zip(plan.recipe.experts, plan.sources[1:], strict=True)):
-        if number == place or expert.is_base:
-            continue
-        if source.folder.is_dir():
+    for number, (expert, origin) in enumerate(zip(plan.recipe.experts, before.origins, strict=True)):
+        opened = None if expert.is_base or origin is None else opened_expert(checkpoint, opener, origin, plan.sources[0])
+        if opened is not None and number != place:
             with suppress(ModekitError, OSError):
-                opened, was = opener.expert(number, expert, base), known[source]
-                if not changed_settings(was, opened.folder) and not changed_weights(was, opened.folder, run):
+                if not changed_weights(before.sources[plan.sources[1 + number]], opened.folder, run):
                     found[expert.name] = opened
     return found
 
@@ -176,65 +173,35 @@ def _likeness(
     return found.drift, {name: pair for name, pair in pairs.items() if pair is not None}
 
 
-def _of_losses(name: str, losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
+def _of_losses(losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
     if not losses:
-        yield Finding(
-            "note",
-            name,
-            "what it brings was not measured",
-            "no held-out text of its own",
-            "give --text, a few hundred documents",
-        )
+        to_do = "give --text, a few hundred documents"
+        yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
     if low_rank is not None:
-        yield Finding(
-            "note",
-            name,
-            f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model",
-            to_do="`modekit extract` shows what a rank loses",
-        )
+        what = f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model"
+        yield Finding("note", what, to_do="`modekit extract` shows what a rank loses")
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
     if not base - expert > _SMALLEST_GAIN:  # nor where it is no number
-        yield Finding(
-            "error",
-            name,
-            "it is not better than the base model on its own text",
-            found,
-            "check that model and text belong together",
-        )
+        what, to_do = "it is not better than the base model on its own text", "check that model and text belong together"
+        yield Finding("error", what, found, to_do)
     elif base - mixture >= _SERVED * (base - expert):
-        share = (base - mixture) / (base - expert)
-        yield Finding(
-            "warning",
-            name,
-            f"the mixture has {share:.0%} of its gain without it",
-            found,
-            "an expert for another domain would bring more",
-        )
+        what = f"the mixture has {(base - mixture) / (base - expert):.0%} of its gain without it"
+        yield Finding("warning", what, found, "an expert for another domain would bring more")
 
 
-def _of_likeness(
-    name: str, drift: float, likeness: Mapping[str, tuple[float, float]], missed: Sequence[str]
-) -> Iterator[Finding]:
+def _of_likeness(drift: float, likeness: Mapping[str, tuple[float, float]], missed: Sequence[str]) -> Iterator[Finding]:
     if missed:
-        yield Finding(
-            "note",
-            name,
-            f"it was not compared with {', '.join(missed)}",
-            "their models are not where they were, or not what they were",
-        )
+        found = "their models are not where they were, or not what they were"
+        yield Finding("note", f"it was not compared with {', '.join(missed)}", found)
     for other, (cosine, distance) in likeness.items():
         if cosine >= _NEAR_COSINE:
-            yield Finding(
-                "error",
-                name,
-                f"it is nearly the same model as {other}",
-                f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base",
-                f"put it in that one's place: modekit replace OUT {other} --model ...",
-            )
+            found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"
+            to_do = f"put it in that one's place: modekit replace OUT {other} --model ..."
+            yield Finding("error", f"it is nearly the same model as {other}", found, to_do)
     if not drift:
-        yield Finding("note", name, "it equals the base model", to_do="give --model base, which needs no tensors of its own")
+        yield Finding("note", "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 
 
 def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
@@ -250,4 +217,4 @@ def _of_licences(before: CheckpointUpdate, place: int) -> Iterator[Finding]:
     known = {each.said for each in there}
     for fact in facts([*there, new]) if new.said not in known else ():
         if fact not in facts(there):
-            yield Finding("warning", name, fact, to_do="see whether what you do with the mixture agrees with all of them")
+            yield Finding("warning", fact, to_do="see whether what you do with the mixture agrees with all of them")

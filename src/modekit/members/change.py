@@ -65,7 +65,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
     _check_is_another(checkpoint, edit, new)
     experts = list(enumerate(record.recipe.experts))
     recorded = [recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts]
-    opened = [_opened(checkpoint, opener, number, base) for number, _ in experts]
+    opened = [opened_expert(checkpoint, opener, number, base) for number, _ in experts]
     known = [own or said for own, said in zip(opened, recorded, strict=True)]
     for old in (known, recorded):  # where a model is another under the same settings, the mixture may say enough of it
         before = _plan_of_what_is_there(checkpoint, (base, *old), run)
@@ -77,7 +77,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
     raise _lacking(checkpoint, [number for number, own in enumerate(opened) if own is None])
 
 
-def _opened(checkpoint: Checkpoint, opener: Opener, number: int, base: ModelSource) -> ModelSource | None:
+def opened_expert(checkpoint: Checkpoint, opener: Opener, number: int, base: ModelSource) -> ModelSource | None:
     """The model of an expert, if it is where it was with the settings that it had; its weights are looked at where they are
     read (building/inspector.py).
     """

@@ -1,4 +1,4 @@
-"""What a mixture's sources say of their licences: read from their own folders, nothing judged.
+"""What a mixture's sources say of their licences and teachers: read from their own folders, nothing judged.
 
 A model's README.md with front matter counts first, then a licence file whose title is known. Hub models that were downloaded
 without a README are asked for it, when asked to.
@@ -13,12 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
 from modekit.files.read import UNREADABLE, parse_json, read_text
+from modekit.files.typed import Label, read_as
 from modekit.recipes.paths import locate
 from modekit.recipes.strict_yaml import StrictLoader
+from modekit.sources.source import SPECIALIST_FILE
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one
@@ -196,3 +199,26 @@ def _hub_readme(hub_id: str, revision: str | None) -> Path | None:
         return Path(hf_hub_download(hub_id, "README.md", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+class _Teacher(BaseModel):
+    name: Label
+
+
+class _Specialist(BaseModel):
+    teacher: _Teacher | None = None
+
+
+def teachers_of(checkpoint: Checkpoint) -> list[str | None]:
+    """Per expert in recipe order the name of its teacher (`modekit specialize --teacher`), as its own folder says."""
+    record = checkpoint.record
+    return [teacher_of(checkpoint.source_folder(record.sources[place])) for place in record.expert_sources]
+
+
+def teacher_of(folder: Path) -> str | None:
+    """Name of the teacher of the model in a folder; None without one, or where nothing can be read."""
+    try:
+        specialist = read_as(folder / SPECIALIST_FILE, _Specialist)
+    except UNREADABLE:
+        return None
+    return None if specialist.teacher is None else specialist.teacher.name

@@ -23,8 +23,7 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.tables import as_markdown, markdown_table, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
-from modekit.members.licences import Source, facts, sources_of
-from modekit.members.listing import teachers_of
+from modekit.members.licences import Source, facts, sources_of, teachers_of
 from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
