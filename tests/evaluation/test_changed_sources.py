@@ -32,7 +32,7 @@ from modekit.training.settings import train_settings
 from modekit.training.train import train
 from refusal import borrow, copy_base, copy_expert
 
-CHANGED = "changed since the build"
+CHANGED = "has changed since the mixture was built"
 
 
 @pytest.fixture(autouse=True)

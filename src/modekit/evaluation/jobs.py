@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +10,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.sources import PUT_BACK, SourceState, source_state
+from modekit.checkpoint.sources import why_not
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.identity import mixture_identities
@@ -46,38 +46,31 @@ class RowJob:
 
 
 def row_jobs(checkpoint: Checkpoint, *, run: Run) -> tuple[list[RowJob], list[str]]:
-    """Jobs in the order of the table, and what has to be said about rows that are left out."""
-    states = [source_state(checkpoint, place, run=run) for place in range(len(checkpoint.record.sources))]
-    missing = [state.record.label for state in states if not state.is_there]
-    changed = [state.said for state in states if state.changed]
-    notes = []
-    if missing:
-        notes.append(f"rows left out because their models are no longer where the recipe found them: {', '.join(missing)}")
-    if changed:
-        notes.append(f"rows left out because their models have changed since the build: {', '.join(changed)}; {PUT_BACK}")
-    notes += [f"row left out: {state.to_download}" for state in states if state.on_hub]
+    """Jobs in the order of the table, and why rows are left out: models that are gone, or other ones now."""
+    experts = [(place, name) for place, name in enumerate(checkpoint.names) if checkpoint.record.expert_sources[place] != 0]
+    reasons = {BASE: why_not(checkpoint, None, run=run), **{name: why_not(checkpoint, at, run=run) for at, name in experts}}
+    notes = [f"{name} left out: {reason}" for name, reason in reasons.items() if reason]
     if checkpoint.record.recipe.mixture.weights is not None:
         notes.append("oracle left out: given weights are folded into the experts, so none of them is whole in the mixture")
-    return [*_source_jobs(checkpoint, states, run), *mixture_jobs(checkpoint, run)], notes
+    there = {name for name, reason in reasons.items() if not reason}
+    return [*_source_jobs(checkpoint, there, run), *mixture_jobs(checkpoint, run)], notes
 
 
-def _source_jobs(checkpoint: Checkpoint, states: Sequence[SourceState], run: Run) -> Iterator[RowJob]:
-    """Base, experts, and their average, as far as their models are still there, and what they were."""
+def _source_jobs(checkpoint: Checkpoint, there: Collection[str], run: Run) -> Iterator[RowJob]:
+    """Base, experts, and their average, as far as their models are `there`."""
     record = checkpoint.record
-    hashes = [" ".join(state.record.digests) for state in states]
-    folders = [state.folder for state in states]
+    hashes = [" ".join(source.digests) for source in record.sources]
     load = partial(load_recorded, checkpoint, run=run)
-    every = all(state.is_as_recorded for state in states)
-    if states[0].is_as_recorded and (every or record.tokens is None):  # who lacks tokens gets rows of those that have them
+    if BASE in there:
         yield RowJob(BASE, "base", hashes[0], partial(load, 0), dense=True)
-    for name, place in zip(checkpoint.names, record.expert_sources, strict=True):
-        needed = states[place].is_as_recorded and (states[0].is_as_recorded or not is_adapter(folders[place]))
-        needed = every if record.tokens is not None else needed
-        if place != 0 and needed:
+    experts = [(name, place) for name, place in zip(checkpoint.names, record.expert_sources, strict=True) if place != 0]
+    for name, place in experts:
+        if name in there:
             # An adapter is nothing without its base; a full model is itself, wherever it comes from.
-            identity = f"{hashes[0]} {hashes[place]}" if is_adapter(folders[place]) else hashes[place]
+            of_base = is_adapter(checkpoint.source_folder(record.sources[place]))
+            identity = f"{hashes[0]} {hashes[place]}" if of_base else hashes[place]
             yield RowJob(name, "expert", identity, partial(load, place), dense=True)
-    if every:
+    if {BASE, *(name for name, _ in experts)} <= set(there):
         members = list(dict.fromkeys(record.expert_sources))
         identity = "average " + " ".join(hashes[place] for place in members)
         loads = [partial(load, place) for place in members]

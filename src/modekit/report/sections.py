@@ -175,7 +175,7 @@ def _sources(checkpoint: Checkpoint) -> Section:
     files = [[s.label, f"{s.spec}/{name}", bytes_of(file.size), file.blake3] for s, name, file in read]
     titles, said = ["used as", "model", "revision", "licence", "found in"], "As each source states it."
     recipe = yaml.safe_dump(record.model_dump(mode="json")["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    blocks = [
+    blocks: list[Block] = [
         ResultTable("Licences", titles, licences, said, prose=True),
         ResultTable("Files read", ["source", "file", "size", "blake3"], files, detail=True, prose=True),
         _RECIPE.format(record.recipe_digest, recipe),
