@@ -312,24 +312,11 @@ def test_an_expert_with_more_tokens_than_the_base(tmp_path: Path) -> None:
     assert is_proven(checks := verify(checkpoint)), checks
 
 
-def test_the_budget_decides_how_much(shop: Workshop) -> None:
-    sizes = []
-    for budget in ("8x", "9.5x"):
-        plan = make_plan(load_recipe(shop.write(output={"format": "native", "budget": budget})), shop.root)
-        sizes.append(plan.shape.channels.carry.channels)
-    assert sizes == sorted(sizes)
-    with pytest.raises(UnsupportedError, match="budget leaves no room") as caught:
-        make_plan(load_recipe(shop.write(output={"format": "native", "budget": "1.1x"})), shop.root)
-    assert "at least" in str(caught.value.expected)
-
-
 @pytest.mark.parametrize(
     ("output", "message"),
     [
         ({"format": "modekit", "carry": "all"}, "output.carry has no effect"),
-        ({"format": "native", "rank": 8, "budget": "2x"}, "say the same in two ways"),
         ({"format": "native", "carry": "ffn", "rank": 8}, "output.rank has no effect"),
-        ({"format": "native", "budget": "much"}, "is not a multiple of the base"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(shop: Workshop, output: dict[str, Any], message: str) -> None:

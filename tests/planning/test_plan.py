@@ -103,9 +103,9 @@ def test_a_plan_of_four_8b_models_needs_no_torch(tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     script = (
-        "import sys; from modekit.cli import app\n"
+        "import sys; from modekit.cli.shell import main\n"
         f"sys.argv = ['modekit', 'plan', {str(tmp_path / 'recipe.yaml')!r}, '--json']\n"
-        "try: app()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -20,7 +19,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.shapes import Shape, open_shape
+from modekit.planning.shapes import open_shape
 from modekit.recipes.read import load_recipe
 from refusal import borrow
 
@@ -85,17 +84,6 @@ def test_a_plan_says_what_its_checkpoint_says(shared_workshop: Workshop, tmp_pat
     loaded = mixture_of(load_model(checkpoint.folder), checkpoint)
     assert type(loaded) is {"native": NativeMixture, "modekit": ModekitMixture}[kind]
     assert [tuple(gate.shape) for gate in loaded.gates()] == [slot.shape for slot in ours.slots]
-
-
-def test_every_shape_has_both_halves_and_the_same_members() -> None:
-    from modekit.loaded import shapes
-
-    assert set(shapes._LOADED) == set(get_args(Shape))
-    asked = [
-        {name for name in (*vars(kind), *kind.__dataclass_fields__) if not name.startswith("_")} - {"opened"}
-        for kind in get_args(Shape)
-    ]
-    assert asked[0] - {"native"} == asked[1]
 
 
 def test_another_routing_is_another_checkpoint(shared_workshop: Workshop, tmp_path: Path) -> None:

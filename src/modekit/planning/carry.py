@@ -11,11 +11,10 @@ Shape legend: D hidden size, F hidden units of an expert, E experts, K units per
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel, Field
 
-from modekit.errors import UnsupportedError
 from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
@@ -62,17 +61,8 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
         return self.terms * self.channels
 
 
-SpareOf = Callable[[CarrySize], int]
-"""How many channels a checkpoint has besides the base's, with the router's."""
-
-
-def carried_size(
-    recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config, spare_of: SpareOf
-) -> CarrySize | None:
-    """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more.
-
-    `spare_of` says what channels that takes. Raises UnsupportedError when the budget leaves no room.
-    """
+def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family, config: Config) -> CarrySize | None:
+    """What a native checkpoint of a recipe carries; None where nothing but the FFN changes, or the recipe wants no more."""
     output = recipe.output
     if output.carry == "ffn":
         return None
@@ -87,21 +77,8 @@ def carried_size(
     biased = any(touched(source, name) for source in experts for name in biases)
     size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1], biases=biased)
     needed = _needed(experts, sources[0], family, layers, size)
-    if output.budget is None:
-        most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
-        return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
-    fitting = [size for size in _growing(size, needed) if _active(recipe, config, size, spare_of(size)) <= output.budget]
-    if fitting:
-        return fitting[-1]
-    smallest = _of_rank(size, needed, BLOCK, otherwise=BLOCK)
-    least = _active(recipe, config, smallest, spare_of(smallest))
-    raise UnsupportedError(
-        "the budget leaves no room for more of the experts than their FFNs",
-        where="output.budget",
-        found=f"{output.budget:g}x",
-        expected=f"at least {math.ceil(least * 100) / 100:g}x",
-        remedy="raise it, or write output: {carry: ffn}",
-    )
+    most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
+    return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
 
 
 def _needed(
@@ -118,26 +95,6 @@ def _of_rank(size: CarrySize, needed: tuple[float, float], most: int, *, otherwi
     outputs, inputs = (int(each) if each <= most else otherwise for each in needed)
     terms = EXACT_TERMS if max(needed) <= most else TERMS
     return size.model_copy(update={"outputs": blocks_of(outputs), "inputs": blocks_of(inputs), "terms": terms})
-
-
-def _growing(size: CarrySize, needed: tuple[float, float]) -> Iterator[CarrySize]:
-    """Of rising rank, up to what is needed."""
-    rank, last = BLOCK, None
-    while (found := _of_rank(size, needed, rank, otherwise=rank)) != last and rank <= 2**12:
-        yield found
-        rank, last = rank + BLOCK, found
-
-
-def _active(recipe: Recipe, config: Config, size: CarrySize, spare: int) -> float:
-    """Parameters that a token is multiplied with, over those of the base."""
-    hidden, units, layers = (whole(config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    heads = whole(config, "num_attention_heads") + whole(config, "num_key_value_heads")
-    attention, vocabulary = 2 * heads * whole(config, "head_dim"), whole(config, "vocab_size")
-    wide = hidden + spare
-    experts = recipe.top_k * 3 * (units + size.units)
-    return (wide * ((layers + 1) * (attention + experts) + vocabulary)) / (
-        hidden * (layers * (attention + 3 * units) + vocabulary)
-    )
 
 
 def blocks_of(channels: int) -> int:

@@ -10,74 +10,57 @@ from modekit.planning.carry import CarrySize, blocks_of
 from modekit.planning.channels import Channels
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, number, whole
-from modekit.sources.family import Family
 from modekit.sources.native import Native, Widening
-from modekit.sources.natives import choose_native
 
-_OLD_STEP = 64  # of channels without a layer in front
+_STEP = 64  # of channels without a layer in front
 _LEAST_DECAY = 0.9  # of recency: a head whose scores fall faster is no good average of a text
 
 
-def channels_of(
-    recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None, *, front: bool = True
-) -> Channels | None:
+def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize | None = None) -> Channels | None:
     """The channels of a recipe over a dense config with every default written out; None when its router needs none.
-
-    Checkpoints of older versions have no layer in front.
 
     Raises UnsupportedError where the architecture, the number of experts or `output.channels` do not allow them.
     """
-    fit = recipe.mixture.fit
+    fit, widening = recipe.mixture.fit, native.widening
     if fit is None or not fit.carried:
         return None
-    if isinstance(native.widening, str):
+    if isinstance(widening, str):
         raise UnsupportedError(
-            f"{native.native_type} cannot carry a {fit.label} router: {native.widening}",
+            f"{native.native_type} cannot carry a {fit.label} router: {widening}",
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )
-    front = front and native.widening.in_front
-    if carry is not None and (native.split or not front):
+    if carry is not None and (native.split or not widening.in_front):
         why = "its base has queries, keys and values in one tensor" if native.split else "it has norms behind attention"
         raise UnsupportedError(
             f"{native.native_type} cannot carry more of an expert than its FFN: {why}",
             where="output.carry",
             remedy="write output: {carry: ffn}, or output: {format: modekit}",
         )
-    return _channels(recipe, native, native.widening, dense, carry, front)
-
-
-def _channels(
-    recipe: Recipe, native: Native, widening: Widening, dense: Config, carry: CarrySize | None, front: bool
-) -> Channels:
-    size, heads = whole(dense, "head_dim"), whole(dense, "num_attention_heads")
-    group, experts = heads // whole(dense, "num_key_value_heads"), len(recipe.experts)
-    decays, turns = _decays(recipe, native, dense)
+    size, heads, kv_heads = (whole(dense, key) for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+    group, experts, (decays, turns) = heads // kv_heads, len(recipe.experts), _decays(recipe, native, dense)
     _check_room(experts, decays, group, size)
+    evident = 2 * len(decays) * experts + 1
+    needed = evident if carry is None else blocks_of(evident + 1) + carry.channels  # what is carried begins with a block
     return Channels(
-        whole(dense, "hidden_size"),
-        heads,
-        whole(dense, "num_key_value_heads"),
-        size,
-        whole(dense, "num_hidden_layers"),
-        whole(dense, "intermediate_size"),
-        _spare(recipe, widening, _needed(2 * len(decays) * experts + 1, carry), group * size, front),
-        experts,
-        decays,
-        widening,
-        number(dense, "rms_norm_eps"),
-        number(dense, "attention_multiplier", size**-0.5),
-        number(dense, "embedding_multiplier", 1.0),
-        number(dense, "residual_multiplier", 1.0),
-        turns,
-        front,
-        carry,
+        hidden=whole(dense, "hidden_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=size,
+        layers=whole(dense, "num_hidden_layers"),
+        expert_hidden=whole(dense, "intermediate_size"),
+        spare=_spare(recipe, widening, needed, group * size),
+        experts=experts,
+        decays=decays,
+        widening=widening,
+        norm_eps=number(dense, "rms_norm_eps"),
+        score_scale=number(dense, "attention_multiplier", size**-0.5),
+        embedding_scale=number(dense, "embedding_multiplier", 1.0),
+        residual_scale=number(dense, "residual_multiplier", 1.0),
+        turns=turns,
+        front=widening.in_front,
+        carry=carry,
     )
-
-
-def _needed(evident: int, carry: CarrySize | None) -> int:
-    """Channels of the router, and of what is carried, which begins with a block of its own."""
-    return evident if carry is None else blocks_of(evident + 1) + carry.channels
 
 
 def _check_room(experts: int, decays: Sequence[float], group: int, size: int) -> None:
@@ -98,19 +81,6 @@ def _check_room(experts: int, decays: Sequence[float], group: int, size: int) ->
             expected=f"experts times decays up to {size}, the size of a head",
             remedy="leave experts out, or output: {format: modekit}",
         )
-
-
-def is_carried(family: Family, config: Config, experts: int) -> bool:
-    """Whether a native architecture of this base carries a lexical router of its own choosing over so many experts."""
-    row, _ = choose_native(family, config)
-    if not row:
-        return False
-    names = [{"name": f"e{number}", "model": "./e", "text": "./t"} for number in range(experts)]
-    recipe = Recipe.model_validate({"base_model": "b", "experts": names, "mixture": {"router": {"fit": "lexical"}}})
-    try:
-        return bool(channels_of(recipe, row, family.dense_config(config)))
-    except UnsupportedError:
-        return False
 
 
 def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -140,9 +110,9 @@ def _decays(recipe: Recipe, native: Native, dense: Config) -> tuple[tuple[float,
     return decays, tuple(turns or ())
 
 
-def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int, front: bool) -> int:
+def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int) -> int:
     """P."""
-    asked = recipe.output.channels
+    asked, front = recipe.output.channels, widening.in_front
     if widening.whole_heads:
         fewest = -(-needed // of_heads) * of_heads if front else of_heads
         if needed > fewest or asked not in (None, fewest):
@@ -162,7 +132,7 @@ def _spare(recipe: Recipe, widening: Widening, needed: int, of_heads: int, front
             expected=f"at least {needed}",
             remedy="leave it out, or raise it",
         )
-    return asked or blocks_of(needed) if front else asked or -(-needed // _OLD_STEP) * _OLD_STEP
+    return asked or blocks_of(needed) if front else asked or -(-needed // _STEP) * _STEP
 
 
 _LARGEST_HEAD = 2**16

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
-from typing import ClassVar
 
 from modekit.architecture import CODE_FILES
 from modekit.errors import CheckpointError, SourceError
@@ -15,6 +13,7 @@ from modekit.planning.mixture_config import MixtureConfig, Place, Routing
 from modekit.planning.routing_config import leaders_of, needs_base, routing_config, runs_base
 from modekit.planning.shape import (
     BUILD_AGAIN,
+    AnyShape,
     FewBitsPart,
     LowRankPart,
     MixedTensor,
@@ -40,22 +39,15 @@ _GATE_KEYS = {"router", "width", "rows", "features"}
 
 
 @dataclass(frozen=True)
-class ModekitShape:
-    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, the rest as in native_shape.py.
-
-    `wrapper`: settings of what wraps the language model, where that is kept.
+class ModekitShape(AnyShape):
+    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, `wrapper` the settings of what wraps the
+    language model, where that is kept.
     """
 
-    config: Config
-    recipe: Recipe
-    where: str
     mixture: MixtureConfig
     wrapper: Config | None = None
 
-    plain = False
-    by_sigmoids = False
-    through_transformers = False
-    code_files: ClassVar[tuple[Path, ...]] = CODE_FILES
+    code_files = CODE_FILES
     native_type = None
     channels = None
 
@@ -124,16 +116,6 @@ class ModekitShape:
         return sorted({split_layer(module)[1] for module in self.mixture.places})
 
     @property
-    def left_out(self) -> set[str]:
-        """Nothing."""
-        return set()
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return len(self.recipe.experts)
-
-    @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers."""
         return () if self.routing.method == "linear" else self.mixture.slots()
@@ -158,14 +140,6 @@ class ModekitShape:
         family = self.family
         places = self.mixture.places.items()
         return [module for module, place in places if place.base != needs_base(recipe, family, module, place.own)]
-
-    def refusals(self, recipe: Recipe) -> list[str]:
-        """Nothing: this shape says all mixtures."""
-        return []
-
-    def carries(self, recipe: Recipe) -> bool:
-        """Always: its routers read the tokens themselves."""
-        return True
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """With its format written out, as under another routing a native architecture might be chosen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 
 from modekit.errors import UnsupportedError
 from modekit.planning.carry import biases_of, carried_size
@@ -47,11 +46,10 @@ class NativeLayout:
         self.mixes_more = (
             f"{native.native_type} mixes whole FFNs alone; output: {{format: modekit}} mixes any part (mixture.modules)"
         )
-        size_of = partial(channels_of, recipe, native, dense)
-        self._carry, self.channels = None, size_of()
+        self._carry, self.channels = None, channels_of(recipe, native, dense)
         if self.channels is not None:
-            self._carry = carried_size(recipe, sources, family, dense, lambda size: getattr(size_of(size), "spare", 0))
-            self.channels = size_of(self._carry)
+            self._carry = carried_size(recipe, sources, family, dense)
+            self.channels = channels_of(recipe, native, dense, self._carry)
         gate = self._as_in_base(0, "gate")
         self.router_dtype, (self._width, self._hidden) = code_of(gate), gate.shape
         self._segments = segments_of(recipe, self._width, carries=self.channels is not None)

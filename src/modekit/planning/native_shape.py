@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
@@ -16,6 +15,7 @@ from modekit.planning.mixture_config import Average, MixtureConfig, Routing
 from modekit.planning.segments import segments_of
 from modekit.planning.shape import (
     BUILD_AGAIN,
+    AnyShape,
     MixedTensor,
     Parameters,
     RouterPosition,
@@ -36,27 +36,15 @@ from modekit.sources.natives import native_of
 
 
 @dataclass(frozen=True)
-class NativeShape:
-    """A mixture in the architecture of one row of sources/native.py.
-
-    Attributes:
-        config: its config.json.
-        recipe: that it came from.
-        where: what messages call it.
-        channels: what carries a router's evidence to the gates besides the base's channels, where anything has to.
-        plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
-            own, and holds the weight that is given to it.
-        code_files: what is copied into the checkpoint so that it opens.
+class NativeShape(AnyShape):
+    """A mixture in the architecture of one row of sources/natives.py; `channels` are what carries a router's evidence to the
+    gates besides the base's channels, where anything has to.
     """
 
-    config: Config
-    recipe: Recipe
-    where: str
     native: Native
     channels: Channels | None = None
 
     plain = True
-    code_files: ClassVar[tuple[Path, ...]] = ()
     wrapper: ClassVar[Config | None] = None
 
     @classmethod
@@ -82,11 +70,6 @@ class NativeShape:
             if type(count) is not int or not 1 <= count <= most:
                 raise other_record(f"{where}: {key}", shortened(repr(count)), f"1 to {most}, the number of experts")
         return cls(config, recipe, where, native, _channels_said_by(config, recipe, where, native, dense, carry))
-
-    @property
-    def written(self) -> Config:
-        """config.json."""
-        return self.config
 
     @property
     def family(self) -> Family:
@@ -147,11 +130,6 @@ class NativeShape:
         return ["mlp"]
 
     @property
-    def experts(self) -> int:
-        """E."""
-        return len(self.recipe.experts)
-
-    @property
     def slots(self) -> tuple[RouterSlot, ...]:
         """The routers in the order of the layers: one each."""
         rows, hidden = (1,) * self.experts, whole(self.config, "hidden_size")
@@ -182,10 +160,6 @@ class NativeShape:
         """The same experts under another recipe's routing."""
         return replace(self, config={**self.config, self.native.top_k_key: recipe.top_k})
 
-    def other_bases(self, recipe: Recipe) -> list[str]:
-        """Places where a recipe needs the base's module and there is none, or the reverse: an expert's FFN stands alone."""
-        return []
-
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
         return [*recipe.beyond_native(), *self.native.beyond(recipe), *segments_of(self.recipe).refusals(recipe.top_k)]
@@ -193,10 +167,6 @@ class NativeShape:
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
         return _carried(recipe) == _carried(self.recipe)
-
-    def pinned(self, recipe: Recipe) -> Recipe:
-        """The recipe of which a build gives this shape, whatever its routing has become: nothing of that leads to another."""
-        return recipe
 
     def check(self, tensors: Tensors) -> None:
         """Raise CheckpointError unless every tensor of what is mixed is there, in the shape that the others have."""
@@ -298,8 +268,7 @@ def _channels_said_by(
     config: Config, recipe: Recipe, where: str, native: Native, dense: Config, carry: CarrySize | None
 ) -> Channels | None:
     try:
-        in_front = config.get("num_hidden_layers") != dense.get("num_hidden_layers")  # older checkpoints have no such layer
-        channels = channels_of(recipe, native, dense, carry, front=in_front)
+        channels = channels_of(recipe, native, dense, carry)
         wide = {} if channels is None else channels.widened(config)
     except (UnsupportedError, SourceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(

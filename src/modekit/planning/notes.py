@@ -199,7 +199,7 @@ def _beside(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
 
 def _without_effect(recipe: Recipe, vocabulary: Vocabulary, layout: _Layout) -> Iterator[str]:
     """Settings that the models, or the form of the result that was chosen, give nothing to do."""
-    for key in ("channels", "carry", "rank", "budget") if not layout.is_native else ():
+    for key in ("channels", "carry", "rank") if not layout.is_native else ():
         if getattr(recipe.output, key) is not None:
             yield f"output.{key} has no effect: the modekit architecture carries all of an expert; format: native needs it"
     if recipe.mixture.tokens == "first" and not vocabulary.is_grown:

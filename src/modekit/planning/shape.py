@@ -1,6 +1,6 @@
-"""What the headers of a result say in either shape: its routers, what experts have of a tensor, how many parameters there are.
+"""What the headers of a result say in either form: its routers, what experts have of a tensor, how many parameters there are.
 
-The two shapes are native_shape.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
+The two forms are native_shape.py and modekit_shape.py. What is asked of a mixture that is loaded stands in loaded/mixture.py.
 Nothing here imports torch.
 
 Shape legend: D width of what a router reads, E experts, J parts of a gate, O and I rows and columns of a tensor, R rank.
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from modekit.errors import CheckpointError
 from modekit.recipes.layers import Layer, stack_of
+from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
@@ -154,3 +157,67 @@ class MixedTensor:
     low_rank: dict[int, LowRankPart] = field(default_factory=dict)
     few_bits: dict[int, FewBitsPart] = field(default_factory=dict)
     holds_changes: bool = False
+
+
+@dataclass(frozen=True)
+class AnyShape:
+    """What both forms have; a plan and a checkpoint ask without knowing which they have.
+
+    Attributes:
+        config: its config.json; of a language model alone, where it keeps what wraps it (`wrapper`).
+        recipe: that it came from.
+        where: what messages call it.
+        plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
+            own, and holds the weight that is given to it.
+        code_files: what is copied into the checkpoint so that it opens.
+        by_sigmoids: whether routers weigh each expert by a sigmoid of its own.
+        through_transformers: whether vLLM must run transformers' class, since its own computes something else.
+    """
+
+    config: Config
+    recipe: Recipe
+    where: str
+
+    plain: ClassVar[bool] = False
+    code_files: ClassVar[tuple[Path, ...]] = ()
+
+    @property
+    def by_sigmoids(self) -> bool:
+        """See above."""
+        return False
+
+    @property
+    def through_transformers(self) -> bool:
+        """See above."""
+        return False
+
+    @property
+    def written(self) -> Config:
+        """config.json as a file."""
+        return self.config
+
+    @property
+    def left_out(self) -> set[str]:
+        """Tensors that transformers' class has and the result need not, as they have no number."""
+        return set()
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.recipe.experts)
+
+    def other_bases(self, recipe: Recipe) -> list[str]:
+        """Places where a recipe needs the base's module and there is none, or the reverse."""
+        return []
+
+    def refusals(self, recipe: Recipe) -> list[str]:
+        """Settings of a recipe's mixture that this form cannot say."""
+        return []
+
+    def carries(self, recipe: Recipe) -> bool:
+        """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""
+        return True
+
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """The recipe of which a build gives this form, whatever its routing has become."""
+        return recipe

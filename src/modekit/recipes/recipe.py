@@ -136,13 +136,10 @@ def place_of_base(experts: Sequence[Expert]) -> int | None:
     return next((place for place, expert in enumerate(experts) if expert.is_base), None)
 
 
-Times = Annotated[float, BeforeValidator(lambda value: _parse_times(value), json_schema_input_type=float | str)]
-
-
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "budget", "keep")
+    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "keep")
 
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
@@ -170,9 +167,6 @@ class Output(Strict):
         le=2**12,
         description="Channels for attention's output, and for its input, head and embedding; default: as many as exact needs "
         "where those are few, else 64.",
-    )
-    budget: Times | None = Field(
-        None, gt=1, le=10, description="In place of rank: the most active parameters, as a multiple of the base's, like '1.1x'."
     )
     keep: Literal["wrapper"] | None = Field(
         None, description="wrapper: keep the vision tower that the base wraps its language model with; images work."
@@ -269,14 +263,11 @@ class Recipe(Strict):
 
     def _problems_of_channels(self) -> Iterator[str]:
         fit = self.mixture.fit
-        asked = [key for key in ("channels", "carry", "rank", "budget") if getattr(self.output, key) is not None]
+        asked = [key for key in ("channels", "carry", "rank") if getattr(self.output, key) is not None]
         if asked and (fit is None or not fit.carried or self.output.format == "modekit"):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
-        sizes = [key for key in asked if key in ("rank", "budget")]
-        if len(sizes) > 1:
-            yield "output.rank and output.budget say the same in two ways; remove one of them"
-        if self.output.carry == "ffn" and sizes:
-            yield f"output.{sizes[0]} has no effect with carry: ffn; remove it"
+        if self.output.carry == "ffn" and self.output.rank is not None:
+            yield "output.rank has no effect with carry: ffn; remove it"
 
     def _problems_of_keeping(self) -> Iterator[str]:
         always_on = self.mixture.always_on
@@ -354,14 +345,6 @@ class Recipe(Strict):
             said["mixture"]["router"]["fit"] = "logistic"
         canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _parse_times(value: object) -> object:
-    """1.1x -> 1.1."""
-    try:
-        return float(value.strip().lower().removesuffix("x")) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"'{value}' is not a multiple of the base model; write one like 1.1x") from None
 
 
 def _parse_size(value: object) -> object:
