@@ -184,7 +184,6 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
         {**GOOD, "experts": [{**EXPERTS[0], "prompts": [""]}, EXPERTS[1]]},
         ["experts[0].prompts[0]", "at least 1"],
     ),
-    ("a word for a number", {**GOOD, "output": {"budget": True}}, ["output.budget", "number"]),
     ("experts as a mapping", {**GOOD, "experts": {"law": "./law"}}, ["experts: not a list; write for example experts: [./law"]),
     ("base for base_model", {**GOOD, "base": "./base"}, ["base: unknown key; did you mean 'base_model'?"]),
     ("list of weights", with_mixture(method="linear", weights=[1, 3]), ["mixture.weights", "write for example", "{law: 1"]),
