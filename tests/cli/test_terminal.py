@@ -176,6 +176,11 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(mixtures: dict[str, Chec
 def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
     said = [answered(mixtures["bigrams"], QUESTION, temperature=1.5, seed=seed)[0].text for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
+    drawn = set()
+    for _ in range(2):  # two processes begin with the same state of torch's
+        torch.manual_seed(0)
+        drawn.add(answered(mixtures["lexical"], QUESTION, temperature=1.5)[0].text)
+    assert len(drawn) == 2
 
 
 def ended_with(said: str | bytes, *args: object) -> tuple[object, str, str]:

@@ -347,12 +347,6 @@ def test_every_engine_has_a_name_and_a_process() -> None:
     assert all(find_spec(f"modekit.engines.{name}_process") for name in ENGINES)
 
 
-def test_a_missing_package_is_said_with_its_extra(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modekit.errors.find_spec", lambda name: None if name == "uvicorn" else True)
-    code, _, stderr = ended("serve", mixtures["native"].folder, "--port", "0")
-    assert code == 2 and "uvicorn" in stderr and "modekit[serve]" in stderr
-
-
 def test_what_cannot_be_served_ends_at_the_start(mixtures: dict[str, Checkpoint]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -107,8 +107,7 @@ class Chat:
         self._model: Any = load_model(checkpoint.folder, dtype="auto", run=run)
         self._mixture = mixture_of(self._model, checkpoint)
         self._ends = _ends_of(self._model, self._tokenizer, None if self._template is None else self._template.turn())
-        if settings.seed is not None:
-            torch.manual_seed(settings.seed)
+        torch.seed() if settings.seed is None else torch.manual_seed(settings.seed)
         self.expert: int | None = None
         self.reset()
 

@@ -89,7 +89,7 @@ class Child:
         """Whether it has not ended."""
         return self._process.poll() is None
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """End it with what it started: by the end of its standard input, and where it does not heed that, at once."""
         with suppress(OSError):
             _pipe(self._process.stdin).close()
@@ -99,10 +99,6 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._watcher.join(_PATIENCE_S)
-
-    def stop(self) -> None:
-        """End it, and read nothing more of it."""
-        self.end()
         with suppress(OSError):
             _pipe(self._process.stdout).close()
         self._listener.join(_PATIENCE_S)

@@ -15,7 +15,7 @@ from modekit.engines.child import Child
 from modekit.engines.listening import free_port, key_of_clients
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.engines.threads import default_threads, threads_environment
-from modekit.errors import CheckpointError, EngineError, UnsupportedError, check_packages
+from modekit.errors import CheckpointError, EngineError, UnsupportedError
 from modekit.run import QUIET, Run
 
 _PARALLEL = 4
@@ -107,7 +107,6 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     """Start an engine with a mixture; it answers inside the block. Raises UnsupportedError and EngineError before it listens,
     never at the first request.
     """
-    check_packages(("starlette", "uvicorn"), INSTALL)
     name, why = choose_engine(checkpoint, settings.engine)
     engine, key = ENGINES[name], key_of_clients(settings.host, no_key=settings.no_key)
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
