@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modekit.recipes.router import Router
-from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
+from modekit.routing.inputs import GateInput, capture_domain
 from modekit.text.sequences import TokenSequence, make_batches
 
 TOKEN = Router().averages
@@ -57,7 +57,7 @@ def main() -> None:
                 run(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
 
     def capture() -> Any:
-        return capture_domain(view, sequences, [], reads=[GateInput(TOKEN, None, {})], keep_tokens=4096, advance=lambda _: None)
+        return capture_domain(view, sequences, [], read=GateInput(TOKEN), keep_tokens=4096)
 
     jobs: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(model),
@@ -77,7 +77,7 @@ def main() -> None:
     for name in ("forward", "decoder only"):
         ratios = [ours / plain for ours, plain in zip(seconds["capture"], seconds[name], strict=True)]
         print(f"capture / {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    domains = [capture()[0] for _ in range(4)]
+    domains = [capture() for _ in range(4)]
     for fit in ("centroid", "logistic"):
         started = time.perf_counter()
         fit_gates(Router(fit=fit), domains)

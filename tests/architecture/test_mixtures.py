@@ -38,9 +38,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.router import Router
-from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
-from modekit.routing.statistics import DomainStatistics
+from modekit.routing.inputs import DomainStatistics, GateInput, capture_domain
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches
@@ -938,8 +937,8 @@ def captured(checkpoint: Checkpoint, sequences: list[list[TokenSequence]]) -> li
     view, router, found = expert_view(checkpoint), checkpoint.record.recipe.mixture.router, []
     for place, own in enumerate(sequences):
         view.use_expert(place)
-        read = GateInput(router.averages, router.prefix_tokens, {})
-        found += capture_domain(view, own, [], reads=[read], keep_tokens=64, advance=lambda _: None)
+        read = GateInput(router.averages, router.prefix_tokens)
+        found.append(capture_domain(view, own, [], read=read, keep_tokens=64))
     return found
 
 
@@ -957,7 +956,7 @@ def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkey
     with built(bench, recipe) as (checkpoint, _):
         expected = captured(checkpoint, sequences)
         for batches in BATCHES.values():
-            monkeypatch.setattr("modekit.routing.capture.make_batches", batches)
+            monkeypatch.setattr("modekit.routing.inputs.make_batches", batches)
             for ours, theirs in zip(captured(checkpoint, sequences), expected, strict=True):
                 for one, other in zip(ours.slots, theirs.slots, strict=True):
                     torch.testing.assert_close(one.sum_D, other.sum_D, rtol=1e-5, atol=1e-4)

@@ -25,8 +25,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.router import Router
 from modekit.routing.closed_form import fit_gates
+from modekit.routing.inputs import DomainStatistics, SlotStatistics
 from modekit.routing.refit import refit
-from modekit.routing.statistics import DomainStatistics, SlotStatistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LITTLE: dict[str, Any] = {"tokens_per_domain": 512, "sequence_length": 96, "keep_tokens": 256}

@@ -20,8 +20,7 @@ from modekit.evaluation.inspection.text import inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import expert_view, mixture_of
-from modekit.routing.capture import GateInput, capture_domain, run_with_inputs
-from modekit.routing.statistics import load_statistics
+from modekit.routing.inputs import GateInput, capture_domain, load_statistics, run_with_inputs
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from pair_models import make_pair_workshop, pair_tokenizer, pairs
 from refusal import borrow
@@ -68,10 +67,10 @@ def test_what_is_captured_times_a_gate_is_what_the_router_says(
     assert {True, False} == set(sides) or name == "source"
     taken: dict[int, dict[int, torch.Tensor]] = {}
 
-    def consume(_way: int, slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
+    def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
         taken.setdefault(slot, {}).update(zip(places_T.tolist(), x_TD @ gates[slot].T, strict=True))
 
-    run_with_inputs(view, sequences, [GateInput(router.averages, router.prefix_tokens, {})], consume, lambda _: None)
+    run_with_inputs(view, sequences, GateInput(router.averages, router.prefix_tokens), consume)
     starts = [0, 0]
     for sequence in sequences:
         with torch.inference_mode(), mixture.traced() as trace:
@@ -92,8 +91,8 @@ def test_statistics_count_the_side_that_a_router_reads(
     checkpoint = built(pair_workshop, tmp_path, MIXTURES["token"])
     view = expert_view(checkpoint)
     view.use_expert(1)
-    reads = [GateInput([{"decay": None}], None, {})]
-    (found,) = capture_domain(view, sequences, [], reads=reads, keep_tokens=50, advance=lambda _: None)
+    read = GateInput([{"decay": None}])
+    found = capture_domain(view, sequences, [], read=read, keep_tokens=50)
     counts = sum(len(each.ids) for each in sequences), sum(len(each.target) for each in sequences)
     assert found.counts == tuple(counts[side] for side in view.in_decoder()) and found.tokens == sum(counts)
     found.save(tmp_path / "kept.safetensors")
@@ -104,7 +103,7 @@ def test_statistics_count_the_side_that_a_router_reads(
         assert each.sample_ND.float().abs().sum(1).min() > 0  # every kept token came by
     plain = encode(pair_tokenizer(), ["fever"], max_tokens=100, sequence_length=64)
     with pytest.raises(TextError, match="needs pairs"):
-        capture_domain(view, sequences, plain, reads=reads, keep_tokens=50, advance=lambda _: None)
+        capture_domain(view, sequences, plain, read=read, keep_tokens=50)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
 from modekit.members.change import write_change
 from modekit.members.edits import MixtureEdit, NewExpert, add_expert, remove_expert
-from modekit.routing.statistics import load_statistics
+from modekit.routing.inputs import load_statistics
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from refusal import borrow

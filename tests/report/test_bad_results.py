@@ -24,7 +24,7 @@ from modekit.report.card import make_card
 from modekit.report.page import make_page
 from modekit.report.push import pack
 from modekit.report.sections import make_content
-from modekit.routing.statistics import load_statistics
+from modekit.routing.inputs import load_statistics
 from refusal import borrow, refuse
 
 HOSTILE = "a\n---\n# <script>x()</script> | `b` ``` [c](javascript:d) ![](http://e) <!-- \x1b[2J\u202e"

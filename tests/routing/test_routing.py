@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modekit.routing.capture as capture_module
-import modekit.routing.read as read_module
+import modekit.routing.inputs as inputs_module
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
@@ -21,12 +20,11 @@ from modekit.errors import RecipeError, TextError
 from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.router import Router
-from modekit.routing.capture import GateInput, capture_domain
 from modekit.routing.closed_form import fit_gates
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
+from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain, load_statistics
 from modekit.routing.refit import refit
-from modekit.routing.statistics import DomainStatistics, SlotStatistics, load_statistics
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from rounding import assert_same_checkpoint, record_of
@@ -49,8 +47,7 @@ def sequences_of(checkpoint: Checkpoint, place: int) -> list[TokenSequence]:
 def capture(checkpoint: Checkpoint, place: int, sequences: list[TokenSequence], keep: int = 64) -> DomainStatistics:
     view = DenseView(checkpoint)
     view.use_expert(place)
-    read = GateInput(Router().averages, None, {})
-    return capture_domain(view, sequences, [], reads=[read], keep_tokens=keep, advance=lambda _: None)[0]
+    return capture_domain(view, sequences, [], read=GateInput(Router().averages), keep_tokens=keep)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +91,7 @@ def test_padding_and_batch_order_never_change_a_fit(checkpoint: Checkpoint, fit:
     def other_batches(sequences: Any, **_: Any) -> Any:
         yield from list(make_batches(sequences, tokens=70))[::-1]
 
-    monkeypatch.setattr(capture_module, "make_batches", other_batches)
+    monkeypatch.setattr(inputs_module, "make_batches", other_batches)
     changed = [capture(checkpoint, place, sequences_of(checkpoint, place)) for place in range(3)]
     expected = torch.stack(fit_gates(settings, reference))
     gates = torch.stack(fit_gates(settings, changed))
@@ -203,7 +200,7 @@ def test_refit_touches_the_router_alone_and_reads_no_text_again(
     def no_forward(*_: Any, **__: Any) -> Any:
         raise AssertionError("a re-fit from kept statistics must not run the model")
 
-    monkeypatch.setattr(read_module, "expert_view", no_forward)
+    monkeypatch.setattr(inputs_module, "expert_view", no_forward)
     refit(checkpoint, changes)
     after = digests(checkpoint.folder)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -231,8 +228,8 @@ def test_interrupted_fit_goes_on_with_the_next_domain(workshop: Workshop, monkey
     expected = shutil.copytree(checkpoint.folder, workshop.root / "EXPECTED")
     (checkpoint.folder / STATISTICS_FOLDER / "law.safetensors").unlink()
     read: list[int] = []
-    real = capture_module.capture_domain
-    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    real = inputs_module.capture_domain
+    monkeypatch.setattr(inputs_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
     assert_same_checkpoint(checkpoint.folder, expected)
@@ -243,8 +240,8 @@ def test_changed_text_is_read_again(workshop: Workshop, monkeypatch: pytest.Monk
     text = workshop.root / "text" / "law.jsonl"
     text.write_text(text.read_text().replace("clause", "schedule"))
     read: list[int] = []
-    real = capture_module.capture_domain
-    monkeypatch.setattr(read_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
+    real = inputs_module.capture_domain
+    monkeypatch.setattr(inputs_module, "capture_domain", lambda *a, **k: (read.append(1), real(*a, **k))[1])
     refit(checkpoint, {})
     assert len(read) == 1
 

@@ -19,8 +19,7 @@ from modekit.errors import RecipeError
 from modekit.processes import processes
 from modekit.recipes.router import Router
 from modekit.routing.fitting import FittedRouter, Fitting
-from modekit.routing.read import StatisticsReader
-from modekit.routing.statistics import DomainStatistics
+from modekit.routing.inputs import DomainStatistics, read_domains
 from modekit.run import QUIET, Run
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-40, 41)]
@@ -203,16 +202,3 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
     solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
     # A gate with one decision per output feature starts as one decision for all of them.
     return fitting.fitted([gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved], text, report)
-
-
-def read_domains(fitting: Fitting) -> list[DomainStatistics]:
-    """Statistics of every expert's domain, kept or read now; of all of them in the main process only. Raises TextError."""
-    reader = StatisticsReader(fitting)
-    # All text is looked at before any is read through the model: what is wrong with the last shows at once.
-    looked_at = []
-    for place, expert in enumerate(fitting.recipe.experts):
-        fitting.run.begin(f"tokenise {expert.name}")
-        looked_at.append(reader.look_at(place, expert))
-    reader.expect(looked_at)
-    domains = [reader.read(domain) for domain in looked_at]
-    return [domain for domain in domains if domain is not None]

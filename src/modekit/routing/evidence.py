@@ -54,7 +54,7 @@ class Averaging:
         age = (torch.arange(min(length, _BLOCK))[:, None] - torch.arange(min(length, _BLOCK))[None, :]).clamp_min(0)
         weights_JTS = (decays_J[:, None, None] ** age).tril().float()
         sums_BSJE, before_BJE = [], torch.zeros(())
-        for block_BSJE in values_BSJE.split(_BLOCK, dim=1):
+        for block_BSJE in torch.split(values_BSJE, _BLOCK, dim=1):
             size = block_BSJE.shape[1]
             sums_BSJE.append(torch.einsum("jts,bsje->btje", weights_JTS[:, :size, :size], block_BSJE))
             if len(sums_BSJE) > 1:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import numpy as np
 
 from modekit.planning.segments import segments_of
 from modekit.processes import processes
+from modekit.recipes.fits import Fit
 from modekit.routing.fitting import FittedRouter, Fitting
 
 _HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
@@ -29,11 +31,19 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     keeps = None if fit is None else fit.keeps
     if not processes().is_main and (keeps is None or not keeps.shared):
         return fitting.unfitted()
-    fitted = _zero(fitting) if fit is None else SETTERS[fit.name](fitting)
+    fitted = _zero(fitting) if fit is None else _setter(fit)(fitting)
     if not fitting.checkpoint.shape.by_sigmoids:
         return fitted
     # The best of logits around 0 is at least 0: no expert is chosen whose sigmoid is next to nothing.
     return replace(fitted, gates=[gate - gate.mean(0, keepdims=True) for gate in fitted.gates])
+
+
+def _setter(fit: Fit) -> Callable[[Fitting], FittedRouter]:
+    """The function of a fit. Raises RecipeError where a library that it needs is not installed."""
+    fit.check_library()
+    found = SETTERS[fit.name]
+    setter: Callable[[Fitting], FittedRouter] = resolve_name(found) if isinstance(found, str) else found
+    return setter
 
 
 def _zero(fitting: Fitting) -> FittedRouter:
@@ -64,37 +74,12 @@ def _hash(fitting: Fitting) -> FittedRouter:
     return fitting.unfitted([np.float32(_HASHED) * np.exp2(-ranks_EV)])
 
 
-def _solved(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.closed_form import solve_gates
-
-    return solve_gates(fitting)
-
-
-def _lexical(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.lexical import lexical_gates
-
-    return lexical_gates(fitting)
-
-
-def _classified(fitting: Fitting) -> FittedRouter:
-    fitting.settings.row.check_library()
-    from modekit.routing.classifier import classifier_gates
-
-    return classifier_gates(fitting)
-
-
-def _from_changes(fitting: Fitting) -> FittedRouter:
-    from modekit.routing.low_rank import low_rank_gates
-
-    return low_rank_gates(fitting)
-
-
-SETTERS: dict[str, Callable[[Fitting], FittedRouter]] = {
+SETTERS: dict[str, Callable[[Fitting], FittedRouter] | str] = {
     "random": _random,
     "hash": _hash,
-    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), _solved),
-    "lexical": _lexical,
-    "classifier": _classified,
-    "arrow": _from_changes,
+    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), "modekit.routing.closed_form:solve_gates"),
+    "lexical": "modekit.routing.lexical:lexical_gates",
+    "classifier": "modekit.routing.classifier:classifier_gates",
+    "arrow": "modekit.routing.low_rank:low_rank_gates",
 }
-"""By the name of the fit (recipes/fits.py)."""
+"""By the name of the fit (recipes/fits.py): a function, or where it needs torch its place."""

@@ -20,8 +20,9 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.planning.shape import RouterSlot
-from modekit.routing.closed_form import logistic_beside, read_domains
+from modekit.routing.closed_form import logistic_beside
 from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.inputs import read_domains
 
 _Gate = npt.NDArray[np.float32]
 

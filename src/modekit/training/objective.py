@@ -29,7 +29,7 @@ from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.passes import Head, head_of, inputs_of, reads_target, tokens_per_batch
 from modekit.loaded.shapes import mixture_of
 from modekit.processes import processes
-from modekit.routing.capture import to_float16
+from modekit.routing.inputs import to_float16
 from modekit.run import Run
 from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.training.batches import DomainSequences, predicted_in
