@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -122,7 +123,10 @@ def make_real_base(out: Path, run: Run) -> None:
     (file,) = sorted(Path((package.submodule_search_locations or [""])[0]).glob("*.gguf"))
     with staging(out, "demo real base", "model") as stage:
         run.progress("unpack SmolLM2-135M", 0, 1)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=unpacked, dtype=torch.bfloat16
+        )
         tokenizer = _smol_tokenizer(file, model.config.vocab_size)
         save_model(model, tokenizer, stage)
         run.progress("unpack SmolLM2-135M", 1, 1)

@@ -23,8 +23,8 @@ Config = Mapping[str, object]
 
 SAVE_AGAIN = "download or save the model again"
 FROM_GGUF = (
-    "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), "
-    "then save_pretrained, and the tokenizer in the same way"
+    "give the model in safetensors; transformers unpacks a GGUF: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
+    "quantization_config=GgufConfig(dequantize=True)), then save_pretrained, and the tokenizer by gguf_file, too"
 )
 _DEEPEST = 32  # containers within each other
 _CODE = frozenset(

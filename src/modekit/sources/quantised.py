@@ -46,7 +46,7 @@ _UNPACKED_BY = {
     "gptq": "gptqmodel",
     "awq": "autoawq",
     "compressed-tensors": "compressed-tensors",
-    "gguf": "transformers (gguf_file=)",
+    "gguf": "transformers (GgufConfig(dequantize=True))",
 }
 """Forms that are not read -> the package that unpacks them."""
 
