@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from adapter_folders import lora, write_adapter
 from command_line import modekit
 from conftest import Workshop
+from modekit.building.mix import Models, plan_mix
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.files.marker import foreign_files
@@ -226,6 +228,16 @@ def test_it_refuses_before_a_byte_is_written(shop: Path, monkeypatch: pytest.Mon
 def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
     assert "--text code=FILE --text general=FILE" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
+
+
+def test_an_adapter_and_its_copy_with_another_alpha_are_two_experts(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shop)
+    shutil.copytree("fever-lora", "strong")
+    config = json.loads(Path("strong/adapter_config.json").read_text())
+    Path("strong/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3 * config["lora_alpha"]}))
+    plan_mix(Models("base", ["fever-lora", "strong"], {}, shop), shop / "NEW")
+    shutil.copytree("fever-lora", "copy")
+    assert "two experts are one model" in refuse("mix", "base", "fever-lora", "copy", "-o", "NEW")
 
 
 def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,8 @@ def test_chats_are_kept_and_another_setting_reads_the_text_again(shop: Workshop)
     alone = load_token_text(path, 10_000)
     assert alone is not None and not alone.starts.any() and len(alone.starts) < len(kept.starts)
     assert without.record.router.sha256 != checkpoint.record.router.sha256
+    decays = [each.record.recipe.mixture.router.decay for each in (checkpoint, again, without)]
+    assert decays == [[0.91], [0.91], None]  # which follows chats goes with them
 
 
 def test_a_router_that_is_to_know_chats_needs_a_template(shop: Workshop) -> None:

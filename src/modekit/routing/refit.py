@@ -20,6 +20,7 @@ from modekit.recipes.edit import as_written, changed_mixture, with_following, wi
 from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
+from modekit.recipes.router import CHAT_DECAY
 from modekit.recipes.strict import RecipePart
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
@@ -74,7 +75,12 @@ def _write_missing_text(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Non
 def _changed_recipe(checkpoint: Checkpoint, changes: RecipePart) -> Recipe:
     """The checkpoint's recipe with changes; of a router left open the best that its tensors allow. Raises RecipeError."""
     old = as_written(checkpoint.record.recipe)
-    changed = with_mixture(old, changed_mixture(old.get("mixture", {}), changes))
+    mixture, asked_router = dict(old.get("mixture", {})), changes.get("router", {})
+    if asked_router.get("chat") is False and checkpoint.shape.channels is None:  # in which the decay is built
+        router = dict(mixture.get("router", {}))
+        if router.get("decay") == [CHAT_DECAY]:  # which follows a change of subject in chats
+            mixture["router"] = {key: value for key, value in router.items() if key != "decay"}
+    changed = with_mixture(old, changed_mixture(mixture, changes))
     # What a format cannot say is first said of the folder, whose user may build another one, and then of the recipe.
     asked = parse_recipe({**changed, "output": {}}, where=str(checkpoint.folder))
     if asked.mixture.is_open:

@@ -1,0 +1,103 @@
+"""What a plan says of models and settings that would otherwise be wrong in silence, and that it is made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import modekit
+from adapter_folders import lora, write_adapter
+from conftest import Workshop, make_workshop, save, tiny_model
+from modekit.errors import UnsupportedError
+from modekit.planning.make import make_plan
+from modekit.planning.modekit import ModekitLayout
+from modekit.planning.native import NativeLayout
+from modekit.planning.plan import Plan
+from modekit.recipes.read import load_recipe
+
+
+def planned(shop: Workshop, **changes: Any) -> Plan:
+    return make_plan(load_recipe(shop.write(**changes)), shop.root)
+
+
+def said(shop: Workshop, part: str, **changes: Any) -> list[str]:
+    return [note for note in planned(shop, **changes).notes if part in note]
+
+
+RANDOM = {"router": {"fit": "random"}}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    return make_workshop(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["native", "modekit"])
+def test_a_build_plans_its_tensors_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    calls: list[str] = []
+    for kind in (NativeLayout, ModekitLayout):
+        tensors = kind.tensors
+        monkeypatch.setattr(kind, "tensors", lambda layout, made=tensors: calls.append(type(layout).__name__) or made(layout))
+    open_router = {"top_k": 1}
+    modekit.build(shop.write(mixture=open_router, output={"format": form}), shop.root / "OUT")
+    assert len(calls) == 1
+
+
+def test_an_adapter_of_another_base_is_named(shop: Workshop) -> None:
+    folder = shop.root / "law-lora"
+    write_adapter(folder, lora("mlp.up_proj", 48, 32, layers=1, seed=1))
+    expert = {"name": "law", "adapter": "./law-lora"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name, count in (("org/Other-Instruct", 1), ("somewhere/base", 0), ("", 0)):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        found = said(shop, "names the base", experts=[expert, {"name": "plain", "model": "base"}], mixture=RANDOM)
+        assert len(found) == count and all("Other-Instruct" in note for note in found)
+
+
+def test_a_model_that_descends_from_another_base_is_named(shop: Workshop) -> None:
+    """Further from the base than the base's own size; a fine-tune is not."""
+    save(tiny_model(seed=77), shop.root / "stranger")
+    near = AutoModelForCausalLM.from_pretrained(shop.root / "base")
+    for parameter in near.parameters():
+        parameter.data.mul_(1.1)
+    near.save_pretrained(shop.root / "near")
+    experts = [{"name": name, "model": f"./{name}"} for name in ("stranger", "near")]
+    (note,) = said(shop, "was it made from this base?", experts=experts, mixture=RANDOM)
+    assert note.startswith("stranger: ")
+
+
+def test_one_text_of_two_experts_is_named(shop: Workshop) -> None:
+    experts = [{**each, "text": "./text/law.jsonl"} for each in shop.recipe["experts"][:2]]
+    (note,) = said(shop, "have one text", experts=experts, mixture=RANDOM)
+    assert all(each["name"] in note for each in experts)
+    assert not said(shop, "have one text", mixture=RANDOM)
+
+
+def test_settings_without_effect_in_the_chosen_form_are_named(shop: Workshop) -> None:
+    for name in ("law", "code"):
+        write_adapter(shop.root / f"{name}-lora", lora("mlp.up_proj", 48, 32, layers=1, seed=1))
+    experts = [{"name": name, "adapter": f"./{name}-lora", "text": f"./text/{name}.jsonl"} for name in ("law", "code")]
+    mixture = {"router": {"fit": "lexical"}, "tokens": "first"}
+    notes = said(shop, "has no effect", experts=experts, mixture=mixture, output={"rank": 32})
+    assert [note.partition(" ")[0] for note in notes] == ["output.rank", "mixture.tokens"]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "output", "found"),
+    [
+        ({"top_p": 0.5}, {}, "top_p"),
+        ({"layers": [0]}, {}, "only some layers"),
+        ({"modules": ["q"]}, {}, "modules other than the whole FFN"),
+        ({}, {"format": "modekit"}, "format: modekit"),
+    ],
+)
+def test_segments_say_what_they_cannot_have(shop: Workshop, mixture: Any, output: Any, found: str) -> None:
+    model = shop.recipe["experts"][0]["model"]
+    experts = [{"name": f"part{number}", "model": model, "segment": f"{number}/2"} for number in (1, 2)]
+    with pytest.raises(UnsupportedError, match=found):
+        planned(shop, experts=experts, mixture={**RANDOM, **mixture}, output=output)
+    assert planned(shop, experts=experts, mixture=RANDOM).shape.plain
