@@ -232,7 +232,7 @@ def test_without_bold_a_sign_marks_and_figures_stay_aligned() -> None:
     table.add("a", Cell("1.000", own=True), "2.000")
     table.add("b", "3.000", Cell("4.000", own=True))
     Console(file=stream, width=80).print(table)
-    assert stream.getvalue().splitlines() == ["      law    code", "a  1.000*  2.000 ", "b  3.000   4.000*"]
+    assert stream.getvalue().splitlines() == ["      law    code", "a  1.000*  2.000", "b  3.000   4.000*"]
 
 
 def test_names_are_shown_and_not_obeyed() -> None:

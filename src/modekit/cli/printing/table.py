@@ -6,19 +6,21 @@ than the room for them are folded. In a file or a pipe a table is as wide as it 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
+from rich.table import Table as Drawn
+from rich.text import Text
 
 from modekit.cli.printing.console import shows_bold, visible
 
 _GAP = 2  # spaces between columns
-_NARROW = 12  # a title is not folded to less than this
-_PROSE = 24  # nor sentences in the last column
+_NARROW = 12  # names and titles are not folded to less than this
+_SPACE = "\ue000"  # which is not cut off at the end of a cell; no text of others has it (`visible`)
 OWN = "*"
 """The sign of a cell that is bold where bold can be seen."""
 
@@ -66,140 +68,79 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw it, as wide as the console or, where lines are not wrapped, as it needs."""
-        signs, lines = not shows_bold(console), not console.soft_wrap
-        columns = [
-            _Column(title, [row.cells[place] for row in self.rows], signs=signs, flush_right=not self.prose, lines=lines)
-            for place, title in enumerate(self.titles)
-        ]
-        named = [Cell(row.name, self.name_style) for row in self.rows]
-        names = _Column(self.first, named, signs=False, flush_right=False, lines=lines)
-        if lines:
-            self._fit(names, columns, options.max_width)
-        for number, block in enumerate(_blocks(names, columns, options.max_width if lines else None)):
+        lines = not console.soft_wrap
+        names = [_said(row.name, lines) for row in self.rows]
+        columns = [self._column(place, lines, signs=not shows_bold(console)) for place in range(len(self.titles))]
+        titles = [_said(title, lines) for title in self.titles]
+        cells = [[text.plain for text in column] for column in columns]
+        whole = [_width([*column, title]) for column, title in zip(cells, titles, strict=True)]
+        folded = [_width([*column, *_words(title)]) for column, title in zip(cells, titles, strict=True)]
+        own = _width([*names, _said(self.first, lines)])
+        room = options.max_width if lines else own + sum(width + _GAP for width in whole)
+        if own + sum(width + _GAP for width in folded) > room:
+            own = min(own, max(_NARROW, room // 3))
+        for number, block in enumerate([range(len(columns))] if self.prose else _blocks(folded, room - own)):
             if number:
                 yield Segment.line()
-            yield from self._draw(console, [names, *block])
+            fits = own + sum(whole[place] + _GAP for place in block) <= room
+            drawn = Drawn(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=any(titles))
+            drawn.add_column(Text(_said(self.first, lines)), overflow="fold", width=own)
+            for place in block:
+                width = min(whole[place] if fits else folded[place], room - own - _GAP)
+                justify: Literal["left", "right"] = "left" if self.prose else "right"
+                sentences = self.prose and place == len(columns) - 1
+                drawn.add_column(Text(titles[place]), justify=justify, overflow="fold", width=None if sentences else width)
+            for at, row in enumerate(self.rows):
+                drawn.add_row(Text(names[at], self.name_style), *(columns[place][at] for place in block), style=row.style)
+            yield from _without_ends(console.render_lines(drawn, options.update(width=room, no_wrap=False), pad=False))
 
-    def _fit(self, names: _Column, columns: Sequence[_Column], width: int) -> None:
-        """Fold what is too long for a terminal of that width."""
-        if not columns or names.width + sum(column.width + _GAP for column in columns) <= width:
-            return
-        if self.prose:
-            *before, last = columns
-            names.fold(max(width // 2, width - _GAP - _PROSE - sum(column.width + _GAP for column in before)))
-            taken = names.width + sum(column.width + _GAP for column in before)
-            last.fold(max(_PROSE, width - taken - _GAP))
-        for column in columns:
-            column.fold_title(max(_NARROW, column.width_of_cells))
-        # Long names are folded, so that several columns stand side by side.
-        names.fold(max(_NARROW, width // 3))
-        for column in columns:
-            column.fold(max(1, width - names.width - _GAP))
-
-    def _draw(self, console: Console, columns: Sequence[_Column]) -> Iterator[Segment]:
-        if any(any(column.title) for column in columns):
-            yield from _lines(console, [(column, column.title, "") for column in columns], "bold")
-        for place, row in enumerate(self.rows):
-            yield from _lines(console, [(column, *column.cell(place)) for column in columns], row.style)
-
-
-class _Column:
-    """The lines of a title and of the cells under it, and the room they take; without `lines` each is a single one."""
-
-    def __init__(self, title: str, cells: Sequence[Cell], *, signs: bool, flush_right: bool, lines: bool) -> None:
-        self.title = _lines_of(title) if lines else [" ".join(_lines_of(title))]
-        self.flush_right = flush_right
-        self._styles = [f"bold {cell.style}".strip() if cell.own else cell.style for cell in cells]
+    def _column(self, place: int, lines: bool, *, signs: bool) -> list[Text]:
+        """The cells of a column; a space where others have the sign, so that figures stay one under the other."""
+        cells = [row.cells[place] for row in self.rows]
         marked = signs and any(cell.own for cell in cells)
-        # A space where others have the sign, so that figures stay one under the other.
-        ends = [(OWN if cell.own else " ") if marked else "" for cell in cells]
-        self._cells = [_marked(_lines_of(cell.text), end, lines) for cell, end in zip(cells, ends, strict=True)]
-
-    @property
-    def width_of_cells(self) -> int:
-        """Of the widest line under the title."""
-        return max((cell_len(line) for lines in self._cells for line in lines), default=0)
-
-    @property
-    def width(self) -> int:
-        """Of the widest line."""
-        return max(self.width_of_cells, *map(cell_len, self.title))
-
-    def cell(self, row: int) -> tuple[list[str], str]:
-        """The lines of a cell and its style."""
-        return self._cells[row], self._styles[row]
-
-    def fold_title(self, width: int) -> None:
-        """Fold the title into lines of at most `width`."""
-        self.title = _folded(self.title, width)
-
-    def fold(self, width: int) -> None:
-        """Fold title and cells into lines of at most `width`."""
-        self.fold_title(width)
-        self._cells = [_folded(lines, width) for lines in self._cells]
+        found = []
+        for cell in cells:
+            first, *rest = _said(cell.text, lines).split("\n")
+            end = (OWN if cell.own else _SPACE) if marked else ""
+            text = "\n".join([first + end, *(line + _SPACE * len(end) for line in rest)])
+            found.append(Text(text, f"bold {cell.style}".strip() if cell.own else cell.style))
+        return found
 
 
-def _blocks(names: _Column, columns: Sequence[_Column], width: int | None) -> Iterator[Sequence[_Column]]:
-    """Runs of columns that fit beside the names; all of them where there is no width to keep."""
+def _said(text: str, lines: bool) -> str:
+    """A text without what a terminal would obey, in one line where lines are not to be broken."""
+    return visible(text) if lines else visible(text).replace("\n", " / ")
+
+
+def _words(title: str) -> list[str]:
+    """A title as far as it cannot be folded."""
+    return [word[:_NARROW] for word in title.split()]
+
+
+def _width(texts: Sequence[str]) -> int:
+    """Of the widest line."""
+    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
+
+
+def _blocks(widths: Sequence[int], room: int) -> Iterator[range]:
+    """Runs of columns that fit beside the names."""
     start = 0
-    while start < len(columns):
-        stop, taken = start + 1, names.width + columns[start].width + _GAP
-        while stop < len(columns) and (width is None or taken + columns[stop].width + _GAP <= width):
-            taken += columns[stop].width + _GAP
+    while start < len(widths):
+        stop, taken = start + 1, widths[start] + _GAP
+        while stop < len(widths) and taken + widths[stop] + _GAP <= room:
+            taken += widths[stop] + _GAP
             stop += 1
-        yield columns[start:stop]
+        yield range(start, stop)
         start = stop
 
 
-def _lines(console: Console, cells: Iterable[tuple[_Column, Sequence[str], str]], style: str) -> Iterator[Segment]:
-    """One row, as high as its highest cell; nothing stands behind the last cell of a line."""
-    row = list(cells)
-    of_row = console.get_style(style or "none")
-    for number in range(max(len(lines) for _, lines, _ in row)):
-        blank = 0
-        for column, lines, own in row:
-            text = lines[number] if number < len(lines) else ""
-            spare = column.width - cell_len(text)
-            before = spare if column.flush_right else 0
-            if text:
-                yield Segment(" " * (blank + before))
-                yield Segment(text, of_row + console.get_style(own or "none"))
-                blank = spare - before + _GAP
-            else:
-                blank += spare + _GAP
+def _without_ends(lines: Sequence[Sequence[Segment]]) -> Iterator[Segment]:
+    """Lines without the spaces at their ends."""
+    for line in lines:
+        kept = [Segment(part.text.replace(_SPACE, " "), part.style) for part in line]
+        while kept and not kept[-1].text.strip():
+            kept.pop()
+        yield from kept[:-1]
+        if kept:
+            yield Segment(kept[-1].text.rstrip(), kept[-1].style)
         yield Segment.line()
-
-
-def _folded(lines: Sequence[str], width: int) -> list[str]:
-    return [part for line in lines for part in _fold(line, width)]
-
-
-def _fold(line: str, width: int) -> list[str]:
-    """A line in parts of at most `width`, cut behind spaces; a longer word behind signs, else anywhere."""
-    if cell_len(line) <= width:
-        return [line]
-    parts, current = [], ""
-    for piece in _pieces(line, width, [r"\S*\s*", r"[^\s\-_/.,:;+]*[\s\-_/.,:;+]*", r"(?s)."]):
-        if cell_len((current + piece).rstrip()) > width and current:
-            parts.append(current.rstrip())
-            current = ""
-        current += piece
-    return [*parts, *([current.rstrip()] if current.strip() else [])]
-
-
-def _pieces(text: str, width: int, cuts: Sequence[str]) -> Iterator[str]:
-    """Text cut by the first pattern; pieces that do not fit by the next one."""
-    for piece in re.findall(cuts[0], text):
-        fits = cell_len(piece.rstrip()) <= width or len(cuts) == 1
-        yield from [piece] if fits else _pieces(piece, width, cuts[1:])
-
-
-def _lines_of(text: str) -> list[str]:
-    """Lines without what a terminal would obey."""
-    return visible(text).split("\n")
-
-
-def _marked(cell: list[str], end: str, lines: bool) -> list[str]:
-    """The lines of a cell, or a single one, with its sign behind the first."""
-    first, *rest = cell if lines else [" / ".join(cell)]
-    return [first + end, *(line + " " * len(end) for line in rest)]
