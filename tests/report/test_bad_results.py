@@ -214,23 +214,6 @@ def test_a_snapshot_of_the_hubs_cache_is_pushed(checkpoint: Checkpoint, tmp_path
 # Statistics
 
 
-def test_statistics_that_would_fill_the_memory(tmp_path: Path) -> None:
-    import torch
-
-    from modekit.routing.kept import save_kept
-
-    width = 200_000
-    tensors = {
-        "0.sum": torch.zeros(width),
-        "0.negative": torch.zeros(width),
-        "0.sample": torch.zeros(1, width),
-    }
-    about = {"tokens": 1, "slots": 1, "source": {"text": {}, "how": {"routers": [["x", width]], "averages": [{}]}}}
-    save_kept(tmp_path / "law.safetensors", tensors, about)
-    with in_time(), pytest.raises(CheckpointError, match="damaged"):
-        load_statistics(tmp_path / "law.safetensors")
-
-
 def test_statistics_of_another_kind_are_damaged_or_none(checkpoint: Checkpoint) -> None:
     for name in DOMAINS:
         file = checkpoint.folder / "router" / f"{name}.safetensors"
