@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
-import shutil
 import textwrap
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +27,7 @@ from modekit.architecture.modekit_mixed import Mixed
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError, MismatchError, UnsupportedError
+from modekit.errors import MismatchError, UnsupportedError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.experts import average_of
@@ -436,41 +434,6 @@ def test_experts_come_and_go(pair_workshop: Workshop, tmp_path: Path) -> None:
     write_change(checkpoint, remove_expert(checkpoint, last["name"]), tmp_path / "AGAIN")
     assert contents(tmp_path / "AGAIN") == contents(two)
     assert is_proven(verify(open_checkpoint(tmp_path / "AGAIN")))
-
-
-def test_mixtures_that_lack_the_sentencepiece_files(pair_workshop: Workshop, tmp_path: Path) -> None:
-    """Older versions did not copy them along: such a mixture is proven, says so, and gets them with its next change."""
-    shop = borrow(pair_workshop, tmp_path)
-    base = tmp_path / "own base"
-    shutil.copytree(pair_workshop.root / "base", base)
-    (base / "spiece.model").write_bytes(b"pieces")
-    shop.recipe["base_model"] = str(base)
-    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]})
-    (out / "spiece.model").unlink()
-    checkpoint = open_checkpoint(out)
-    checks = verify(checkpoint, reload=False)
-    assert is_proven(checks)
-    (said,) = [check.detail for check in checks if check.name == "tokenizer files"]
-    assert "without spiece.model" in said
-    write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
-    assert (tmp_path / "CHANGED" / "spiece.model").read_bytes() == b"pieces"
-    (tmp_path / "CHANGED" / "spiece.model").write_bytes(b"others")
-    assert not is_proven(verify(open_checkpoint(tmp_path / "CHANGED"), reload=False))
-
-
-def test_a_change_of_a_mixture_that_routes_as_an_older_version_wrote_it(pair_workshop: Workshop, tmp_path: Path) -> None:
-    """No model changed, and `fit` mends it."""
-    shop = borrow(pair_workshop, tmp_path)
-    out = shop.build(mixture={"method": "routing", "top_k": 1, "modules": "all", "router": FITS["bigrams"]})
-    config = json.loads((out / "config.json").read_text())
-    config["modekit"]["routing"]["averages"][0]["decay"] = 0.5
-    (out / "config.json").write_text(json.dumps(config))
-    checkpoint = open_checkpoint(out)
-    with pytest.raises(CheckpointError, match=r"routes in another way than the recipe[\s\S]*modekit fit OUT"):
-        write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
-    refit(checkpoint, {})
-    checkpoint = open_checkpoint(out)
-    write_change(checkpoint, remove_expert(checkpoint, checkpoint.names[0]), tmp_path / "CHANGED")
 
 
 def contents(out: Path) -> dict[str, bytes]:

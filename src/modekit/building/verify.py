@@ -24,7 +24,7 @@ from modekit.planning.plan import Plan
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.header import DTYPE_NAMES
-from modekit.sources.tokenizer import PAIR_FILES, copied_content, gone_pair_files
+from modekit.sources.tokenizer import copied_content, gone_pair_files
 from modekit.weights.stored import holds_only_finite
 
 
@@ -135,18 +135,15 @@ def _differences(planned: Mapping[str, object], found: Mapping[str, object], wit
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     name = "tokenizer files"
-    lacking = [file for file in plan.copied_files if file.name in PAIR_FILES and not (checkpoint.folder / file.name).exists()]
-    wrong = _differing(checkpoint, [file for file in plan.copied_files if file not in lacking])
+    wrong = _differing(checkpoint, plan.copied_files)
     for file, content in plan.written_files.items():
         wrong = wrong or _unlike(checkpoint, file, content)
     gone = gone_pair_files(checkpoint.folder, plan.copied_files)
     if wrong is not None or gone:
         return Check(name, "failed", wrong or f"{gone[0]} is no longer beside the base model")
-    names = ", ".join(file.name for file in lacking)
-    without = f"; without {names}, which older versions did not copy along: copy it from the base model" if lacking else ""
-    count = len(plan.copied_files) + len(plan.written_files) - len(lacking)
+    count = len(plan.copied_files) + len(plan.written_files)
     owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return Check(name, "proven", f"{file_count(count)} as {owner}{without}")
+    return Check(name, "proven", f"{file_count(count)} as {owner}")
 
 
 def _unlike(checkpoint: Checkpoint, name: str, content: bytes) -> str | None:

@@ -15,7 +15,7 @@ from modekit.files.read import LARGE, UNREADABLE, parse_json, read_bytes, read_j
 from modekit.sources.config import Config, damaged_model
 
 PAIR_FILES = ("source.spm", "target.spm", "target_vocab.json", "sentencepiece.bpe.model", "spiece.model")
-"""Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5. Mixtures of older versions lack them."""
+"""Tokenizer files of Marian, of mBART and M2M100 (NLLB), and of T5."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
