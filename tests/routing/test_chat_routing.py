@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_a_plan_says_the_decay_that_chats_give(shop: Workshop, router: dict[str,
     if decay == [0.91]:
         (note,) = (note for note in plan.notes if "evidence fades" in note)
         assert "after 7 tokens" in note
-    assert make_plan(recipe, shop.root).recipe == recipe  # of a mixture that is there, the recipe is what it is
+    assert make_plan(plan.recipe, shop.root).recipe == plan.recipe
 
 
 def test_without_a_template_evidence_fades_slowly(workshop: Workshop) -> None:
@@ -110,22 +109,6 @@ def test_a_mixture_keeps_its_decay(shop: Workshop, form: str) -> None:
     text = str(shop.root / "text" / "law.jsonl")
     more = modekit.add(built.folder, {"name": "law", "model": str(shop.root / "law"), "text": text})
     assert decays_of(more) == [0.91] and is_proven(verify(more))
-
-
-@pytest.mark.parametrize("form", ["native", "modekit"])
-def test_a_mixture_of_an_older_version_keeps_its_slow_decay(shop: Workshop, form: str) -> None:
-    """Its record says none."""
-    built = build(shop, f"OLDER-{form}", form, fit="lexical", decay=[0.98])
-    said = json.loads((built.folder / "modekit.json").read_text())
-    del said["recipe"]["mixture"]["router"]["decay"], said["router"]["settings"]["decay"]
-    said["recipe_digest"] = parse_recipe(said["recipe"], where="recipe").digest()
-    (built.folder / "modekit.json").write_text(json.dumps(said))
-    older = open_checkpoint(built.folder)
-    assert older.record.recipe.mixture.router.decay is None and decays_of(older) == [0.98]
-    assert is_proven(verify(older))
-    assert decays_of(refit(older, {"router": {"temperature": 2.0}})) == [0.98]
-    fewer = modekit.remove(older.folder, "law")
-    assert decays_of(fewer) == [0.98] and is_proven(verify(fewer))
 
 
 def decays_of(checkpoint: Checkpoint) -> list[float | None]:
@@ -195,7 +178,7 @@ def test_what_was_kept_before_there_were_chats_does_without_them(shop: Workshop,
     try:
         with pytest.raises(TextError) as error:
             refit(checkpoint, {"router": {**router, "chat": True}})
-        assert "knows no chats" in str(error.value) and "--no-chat" in str(error.value)
+        assert "knows no chats" in str(error.value) and "chat=false" in str(error.value)
         again = refit(checkpoint, {"router": {**router, "chat": False}})
     finally:
         text.write_bytes(kept)
