@@ -14,7 +14,7 @@ from modekit.checkpoint.record import Change
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import as_written
-from modekit.recipes.paths import locate
+from modekit.recipes.paths import locate, sides_of
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
@@ -40,13 +40,19 @@ class NewExpert:
     def in_folder(self, folder: Path) -> dict[str, object]:
         """The entry in a recipe in `folder`."""
         entry = dict(self.entry)
-        for key in ("model", "adapter", "text"):
-            value = entry.get(key)
-            if isinstance(value, str) and value:
+        for key in ("model", "adapter"):
+            if isinstance(value := entry.get(key), str) and value:
                 entry[key] = self._moved(value, folder)
-            elif isinstance(value, list | tuple) and key == "text":
-                entry[key] = [self._moved(str(spec), folder) for spec in value]
+        text = entry.get("text")
+        if isinstance(text, str) and text:
+            entry["text"] = self._moved_text(text, folder)
+        elif isinstance(text, list | tuple):
+            entry["text"] = [self._moved_text(str(spec), folder) for spec in text]
         return entry
+
+    def _moved_text(self, spec: str, folder: Path) -> str:
+        """A text from elsewhere, or the two files of a parallel one."""
+        return "+".join(self._moved(side, folder) for side in sides_of(spec, self.root) or (spec,))
 
     def _moved(self, spec: str, folder: Path) -> str:
         """A path from elsewhere; a hub id, which is none here, as it is."""
