@@ -16,7 +16,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import Workshop, write_text
+from modekit.building.build import build
+from modekit.errors import OutputError
 from modekit.files.marker import claim_work_folder
+from modekit.planning.make import make_plan
+from modekit.recipes.read import load_recipe
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
 
 FFN = "model.layers.2.mlp.down_proj.weight"
@@ -121,6 +125,18 @@ def test_parents_made_for_a_failed_build_go_too(bench: Workshop) -> None:
     before = tree(bench.root)
     refuse("build", recipe, bench.root / "new" / "deeper" / "OUT")
     assert tree(bench.root) == before
+
+
+@pytest.mark.parametrize("name", ["/", "", "loop"])
+def test_a_path_that_no_folder_can_have(bench: Workshop, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The root, an empty path, a link to itself."""
+    recipe = bench.write()
+    (bench.root / "loop").symlink_to("loop")
+    monkeypatch.chdir(bench.root)
+    for words in (("build", recipe, name, "--overwrite"), ("build", recipe, name), ("mix", "a", "b", "-o", name)):
+        assert f"where:    {os.path.realpath(name)}" in refuse(*words)
+    with pytest.raises(OutputError):
+        build(make_plan(load_recipe(recipe), bench.root), Path(name))
 
 
 # A full disk, Ctrl-C

@@ -52,7 +52,7 @@ def change_together(
     if not lock.take(patience=_PATIENCE):
         raise OutputError("another command is changing this folder", where=str(folder), remedy="run this one again after it")
     try:
-        _finish(folder)
+        _put(folder)
         if check is not None:
             check()
         for left in folder.iterdir():
@@ -64,7 +64,6 @@ def change_together(
         listed = marker.files if marker is not None and remove_in else ()
         gone = [name for name in listed if name.startswith(f"{remove_in}/") and name not in files]
         with appearing(folder / CHANGED) as staged:
-            staged.mkdir()
             for name, content in files.items():
                 _write(staged, name, content)
             if marker is not None:
@@ -78,22 +77,12 @@ def change_together(
 
 def finish_change(folder: Path) -> None:
     """Put into place what a killed process left of a change that was whole, unless a process is at it. Raises OSError."""
-    if not (folder / CHANGED).is_dir():
-        return
     lock = Lock(folder / CHANGE_LOCK)
-    if lock.take():
+    if (folder / CHANGED).is_dir() and lock.take():
         try:
-            _finish(folder)
+            _put(folder)
         finally:
             lock.release()
-
-
-def _finish(folder: Path) -> None:
-    changed = folder / CHANGED
-    if changed.is_symlink():
-        changed.unlink()
-    elif changed.is_dir():
-        _put(folder)
 
 
 def _refuse_in_the_way(folder: Path, name: str) -> None:
@@ -120,14 +109,17 @@ def _write(staged: Path, name: str, content: Content) -> None:
 
 
 def _put(folder: Path) -> None:
-    """Move what is ready to its place, records last; links in it are not."""
+    """Move what is ready, if anything is, to its place, records last; links in it are not."""
     changed = folder / CHANGED
-    names = [name for name in files_below(changed) if not (changed / name).is_symlink()]
-    for name in sorted(names, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name)):
-        parent = folder
-        for part in PurePosixPath(name).parts[:-1]:
-            parent = parent / part
-            make_folder(parent)
-        (changed / name).replace(folder / name)
-    sync_folder(folder)
-    remove(changed)
+    if changed.is_symlink():
+        changed.unlink()
+    elif changed.is_dir():
+        names = [name for name in files_below(changed) if not (changed / name).is_symlink()]
+        for name in sorted(names, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name)):
+            parent = folder
+            for part in PurePosixPath(name).parts[:-1]:
+                parent = parent / part
+                make_folder(parent)
+            (changed / name).replace(folder / name)
+        sync_folder(folder)
+        remove(changed)

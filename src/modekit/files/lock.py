@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -42,10 +41,3 @@ class Lock:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
             self._lock.release()
-
-
-@contextmanager
-def waiting(path: Path) -> Iterator[None]:
-    """Hold a lock, after whoever has it. The file stays: others may be waiting at it. Raises OSError."""
-    with FileLock(path):
-        yield

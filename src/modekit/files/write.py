@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,17 +47,6 @@ def create(path: Path) -> io.FileIO:
     """A new file, open for writing, unbuffered. Raises OSError where anything has that name, a link included."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return io.FileIO(os.open(path, flags, 0o666), "wb")
-
-
-def go_on_writing(path: Path, *, append: bool = False) -> io.FileIO:
-    """A file that is there, open for writing, unbuffered. Raises OSError for a link, or what has another name elsewhere."""
-    flags = os.O_RDWR | (os.O_APPEND if append else 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(descriptor)
-        raise OSError(errno.ELOOP, "not a file of its own", str(path))
-    return io.FileIO(descriptor, "ab" if append else "rb+")
 
 
 def make_folder(path: Path) -> None:
