@@ -58,7 +58,7 @@ def name_of(tokenizer: Any, folder: Path) -> str:
         found: str = by_hash(None, tokenizer)
         return found
     expected = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in CUT_TEXTS}
-    known = dict.fromkeys((*_FIRST, *re.findall(r'res = "([^"]+)"', inspect.getsource(by_hash))))
+    known: dict[str, None] = dict.fromkeys((*_FIRST, *re.findall(r'res = "([^"]+)"', inspect.getsource(by_hash))))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tokenizer.gguf"
         _write(file, tokenizer, folder)

@@ -161,16 +161,18 @@ def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None 
     context = max(LONGEST, *map(len, known.values())) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads()) as llama:
         _check_tokens(llama, known, folder)
-        both = _Both(model, llama)
         begun = [ids[:_BEGINNING] for ids in known.values()]
-        written = [both.written(ids) for ids in begun]
+        written = [(_greedy(model, ids), llama.greedy(ids, GREEDY_TOKENS)) for ids in begun]
         if outtype == EXACT:
             goes_on = [ids + ours for ids, (ours, _) in zip(begun, written, strict=True)]
-            name, compared = "short, of several kinds", [both.logprobs(ids) for ids in (*known.values(), *goes_on)]
+            name, wanted = "short, of several kinds", [*known.values(), *goes_on]
         else:
             texts = texts or shipped_texts()
-            wanted = list(texts.ids(tokenizer, longest - 1))
-            name, compared = texts.name, both.logprobs_till_known(wanted, f"compare {file.name} in llama.cpp", run)
+            name, wanted = texts.name, list(texts.ids(tokenizer, longest - 1))
+        step, count = f"compare {file.name} in llama.cpp", len(wanted)
+        both = ((_logprobs(model, ids), llama.logprobs(ids)) for ids in run.over(step, wanted, count))
+        compared = list(both if outtype == EXACT else _till_known(both))
+        run.progress(step, count, count)
         return _proof(outtype, written, name, compared, tuple(_other_readings(llama, tokenizer)))
 
 
@@ -199,44 +201,30 @@ def _proof(
     )
 
 
-@dataclass(frozen=True)
-class _Both:
-    """A model in transformers, and in llama.cpp."""
+@torch.no_grad()
+def _greedy(model: Any, ids: list[int]) -> list[int]:
+    """What transformers writes."""
+    begun = torch.tensor([ids], device=model.device)
+    settings = {"max_new_tokens": GREEDY_TOKENS, "do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}
+    made = model.generate(begun, attention_mask=torch.ones_like(begun), **settings)
+    return [int(token) for token in made[0, len(ids) :]]
 
-    model: Any
-    llama: Llama
 
-    @torch.no_grad()
-    def written(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """What each writes greedily."""
-        begun = torch.tensor([ids], device=self.model.device)
-        made = self.model.generate(
-            begun,
-            attention_mask=torch.ones_like(begun),
-            max_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=0,
-        )
-        return [int(token) for token in made[0, len(ids) :]], self.llama.greedy(ids, GREEDY_TOKENS)
+@torch.no_grad()
+def _logprobs(model: Any, ids: list[int]) -> list[float]:
+    logprobs_SV = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
+    return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])]
 
-    @torch.no_grad()
-    def logprobs(self, ids: list[int]) -> _Compared:
-        """Of every token but the first."""
-        logits = self.model(torch.tensor([ids], device=self.model.device)).logits
-        logprobs_SV = logits[0, :-1].float().log_softmax(-1)
-        return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])], self.llama.logprobs(ids)
 
-    def logprobs_till_known(self, wanted: Sequence[list[int]], step: str, run: Run) -> list[_Compared]:
-        """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
-        compared: list[_Compared] = []
-        for ids in run.over(step, wanted, len(wanted)):
-            compared.append(self.logprobs(ids))
-            loss, margin = _loss(compared)
-            if len(compared) >= FEWEST_TEXTS and (margin <= LARGEST_LOSS / 3 or loss - 2 * margin > LARGEST_LOSS):
-                break
-        run.progress(step, len(wanted), len(wanted))
-        return compared
+def _till_known(compared: Iterable[_Compared]) -> Iterator[_Compared]:
+    """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
+    so_far: list[_Compared] = []
+    for each in compared:
+        so_far.append(each)
+        yield each
+        loss, margin = _loss(so_far)
+        if len(so_far) >= FEWEST_TEXTS and (margin <= LARGEST_LOSS / 3 or loss - 2 * margin > LARGEST_LOSS):
+            return
 
 
 def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path) -> None:
