@@ -35,7 +35,7 @@ def checked(code: object, stdout: str, stderr: str, *, expected: int = 2) -> str
     assert stdout == ""
     assert "error: " in stderr
     stages, stderr = stderr[: stderr.index("error: ")], stderr[stderr.index("error: ") :]
-    assert all(re.match(r"\d+:\d\d  \S", line) for line in stages.splitlines()), f"not only stages: {stages}"
+    assert all(re.match(r"\d+:\d\d  \S|note: ", line) for line in stages.splitlines()), f"not only stages: {stages}"
     assert [line.startswith("error: ") for line in stderr.splitlines()].count(True) == 1, stderr
     assert "Traceback" not in stderr
     assert "\n  where: " in stderr, f"no place: {stderr}"

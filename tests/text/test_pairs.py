@@ -162,8 +162,6 @@ def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"pairs and plain text[\s\S]*here"):
         read_documents(["a.jsonl"], root=tmp_path, where="here")
     with pytest.raises(TextError, match="pairs and plain text"):
-        encode(pair_tokenizer(), [*PAIRS, "plain"], max_tokens=100, sequence_length=64)
-    with pytest.raises(TextError, match="pairs and plain text"):
         list(make_batches([TokenSequence((1, 2), 0), TokenSequence((1, 2), 0, target=(3,))]))
     write_lines(tmp_path / "b.jsonl", [{"source": f"{number}", "target": "b"} for number in range(20)])
     with pytest.raises(TextError, match=r"prompts are plain text[\s\S]*experts\[0\] 'one': prompts[\s\S]*'a question'"):

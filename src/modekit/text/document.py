@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -85,16 +85,6 @@ def whole_pair(source: str, target: str, *, where: str) -> Pair:
             remedy="fill in what is missing, or remove the pair",
         )
     return Pair(**sides)
-
-
-def of_one_kind(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents as they come. Raises TextError where pairs and other text come together: no model reads both."""
-    first: Reads | None = None
-    for document in documents:
-        first = first or reads_of(document)
-        if reads_of(document) != first:
-            raise both_kinds(found=f"{text_of(document)[:60]!r} among the others")
-        yield document
 
 
 def both_kinds(*, where: str | None = None, found: str | None = None) -> TextError:

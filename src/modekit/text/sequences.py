@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
-from modekit.text.document import Conversation, Document, Pair, both_kinds, of_one_kind, reads_of
+from modekit.text.document import Conversation, Document, Pair, both_kinds, reads_of
 from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def encode(
     template; TextError when there is none, or it does not take the messages. A prompt with its answer is plain text then.
 
     A pair is never cut: one with a side of more than `sequence_length` tokens is left out, and reading ends with the first that
-    no longer fits into `max_tokens`. TextError where pairs and other text come together.
+    no longer fits into `max_tokens`.
 
     Where a document begins with a tag that the tokenizer knows (text/tags.py), every piece of it does: the text behind it is
     written as it would be without it, and the tag put before.
@@ -135,7 +135,7 @@ def encode(
     sequences: list[TokenSequence] = []
     writer = _Writer(tokenizer)
     total = 0
-    for document in of_one_kind(documents):
+    for document in documents:
         if isinstance(document, Pair):
             pair = writer.pair(document, sequence_length)
             total += 0 if pair is None else pair.size
