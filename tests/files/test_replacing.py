@@ -128,7 +128,7 @@ def test_a_small_file_that_the_user_changed_is_the_users(bench: Workshop) -> Non
 
 def test_what_commands_added_is_modekits_own(bench: Workshop) -> None:
     out = bench.build(mixture={"router": {"fit": "centroid", "tokens_per_domain": 64}})
-    for words in (("eval", "--tokens", "100"), ("inspect", "--tokens", "100"), ("report",), ("fit", "--fit", "logistic")):
+    for words in (("eval", "--tokens", "100"), ("inspect", "--tokens", "100"), ("report",), ("fit", "fit=logistic")):
         modekit(words[0], out, *words[1:])
         assert foreign_files(out) == [], words
     bench.build(mixture={"router": {"fit": "centroid", "tokens_per_domain": 64}})
