@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modekit.recipes.router import Router
-from modekit.routing.closed_form import fit_gates
 from modekit.routing.inputs import GateInput, capture_domain
+from modekit.routing.linear import fit_gates
 from modekit.text.sequences import TokenSequence, make_batches
 
 TOKEN = Router().averages

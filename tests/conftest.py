@@ -186,6 +186,14 @@ def ids() -> torch.Tensor:
 Logits = Callable[[Path | PreTrainedModel], torch.Tensor]
 
 
+def router_logits(model: Any, **given: Any) -> list[torch.Tensor]:
+    """What every router of a mixture in the modekit architecture says in a pass, in the order in which they run."""
+    found: list[torch.Tensor] = []
+    with model.base_model.flow.changed(listener=lambda _place, logits: found.append(logits)):
+        model(**given)
+    return found
+
+
 def logits_of(model: Path | PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits in a dtype, from a folder or a model."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval() if isinstance(model, Path) else model

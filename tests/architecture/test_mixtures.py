@@ -38,8 +38,8 @@ from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.router import Router
-from modekit.routing.closed_form import fit_gates
 from modekit.routing.inputs import DomainStatistics, GateInput, capture_domain
+from modekit.routing.linear import fit_gates
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from conftest import logits_of, save, write_text
+from conftest import logits_of, router_logits, save, write_text
 from generated import check_generation
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -118,7 +118,7 @@ def test_routers_read_pictures_and_text(shop: Path) -> None:
     assert torch.equal(made, model.generate(**given, **WRITE, use_cache=False))
     alone = {name: value[1:] if len(value) == 2 else value[len(value) // 2 :] for name, value in given.items()}
     assert torch.equal(made[1:], model.generate(**alone, **WRITE))
-    log = model(**given, output_router_logits=True).router_logits
+    log = router_logits(model, **given)
     assert log and not torch.equal(log[-1][0], log[-1][1])
 
 

@@ -24,8 +24,8 @@ from modekit.members.edits import remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.recipes.router import Router
-from modekit.routing.closed_form import fit_gates
 from modekit.routing.inputs import DomainStatistics, SlotStatistics
+from modekit.routing.linear import fit_gates
 from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from conftest import VOCAB, Workshop
+from conftest import VOCAB, Workshop, router_logits
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
@@ -157,7 +157,7 @@ def test_every_source_goes_to_the_expert_that_its_router_names_beams_and_all(ben
     for seed in range(3, 20):  # gates are drawn, and on some processors the first send all sources to one expert
         model = load_model(bench.build({"router": {**ONCE, "seed": seed}}))
         with torch.inference_mode():
-            places = model(**said, output_router_logits=True).router_logits[0][:, 0].argmax(-1).tolist()
+            places = router_logits(model, **said)[0][:, 0].argmax(-1).tolist()
         if len(set(places)) > 1:
             break
     assert len(set(places)) > 1, "all sources go to one expert: this test would see nothing"
@@ -406,7 +406,7 @@ def test_a_fitted_router_sends_each_source_to_one_model(pair_workshop: Workshop,
     said = dict(pair_tokenizer()([f"{name} 3 fever artery" for name in names], return_tensors="pt", padding=True))
     said = {name: said[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        logits = model(**said, decoder_input_ids=said["input_ids"], output_router_logits=True).router_logits[0]
+        logits = router_logits(model, **said, decoder_input_ids=said["input_ids"])[0]
     chosen = [names[place] for place in logits[:, 0].argmax(-1).tolist()]
     by_tokens = checkpoint.record.recipe.mixture.router.row.reads_ids
     assert chosen == names or not by_tokens

@@ -20,10 +20,10 @@ from modekit.errors import RecipeError, TextError
 from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.router import Router
-from modekit.routing.closed_form import fit_gates
 from modekit.routing.fit import fit_router
 from modekit.routing.fitting import Fitting
 from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain, load_statistics
+from modekit.routing.linear import fit_gates
 from modekit.routing.refit import refit
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches

@@ -25,7 +25,7 @@ from .configuration_modekit import family_config
 from .modekit_flow import Flow
 from .modekit_router import one_hot
 from .modekit_whole import connect, own_head
-from .modeling_modekit import PADDING, InBoth, ModekitModel, asks_for_log, finish_pass, install, logged, members_of, start_pass
+from .modeling_modekit import PADDING, InBoth, ModekitModel, finish_pass, install, members_of, start_pass
 
 _IDS, _WEIGHTS = "source_ids", "source_weights"
 """Entries of an encoder's output."""
@@ -160,7 +160,7 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
 
     @functools.wraps(dense.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        flow, asked = self.base_model.flow, asks_for_log(self.config, kwargs)
+        flow = self.base_model.flow
         with flow.one_pass():
             given = {**dict(zip(arguments, args, strict=False)), **kwargs}
             encoded: Any = given.get("encoder_outputs")
@@ -168,9 +168,8 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             flow.source_ids_BS, flow.source_weights = carried.get(_IDS, given.get("input_ids")), carried.get(_WEIGHTS)
             flow.source_mask_BS = given.get("attention_mask")
             flow.padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
-            run = functools.partial(dense.forward, self, *args, **kwargs)
             try:
-                return logged(flow, run) if asked else run()
+                return dense.forward(self, *args, **kwargs)
             finally:
                 flow.padding = {}
 

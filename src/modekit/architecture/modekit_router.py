@@ -63,24 +63,17 @@ class Router(nn.Module):
         self.experts = experts
         self.features = features  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
-        self.set(routing, rows)
+        self.set(routing)
         parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or int(routing.get("score") == "tfidf")
         if self.routing["method"] != "linear":
-            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(self.rows) + shared, parts * width))
+            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(rows) + shared, parts * width))
 
-    def set(self, routing: Mapping[str, Any], rows: Sequence[int] | None = None, gate: nn.Parameter | None = None) -> None:
-        """Decide by this routing from now on, with other rows per expert and another gate where they are given.
-
-        All routers of a model decide by one routing.
-        """
+    def set(self, routing: Mapping[str, Any]) -> None:
+        """Decide by this routing from now on. All routers of a model decide by one routing."""
         self.routing = dict(routing)
         self._flow[0].common = common_weight(self.routing)
         of_source = self._flow[0].pair and self.routing.get("score") in _READ_IDS  # nothing is kept from pass to pass
         self._flow[0].averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
-        if rows is not None:
-            self.rows = list(rows)  # of the gate, per expert
-        if gate is not None:
-            self.gate = gate
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
@@ -103,8 +96,6 @@ class Router(nn.Module):
         logits = logits.reshape(*logits.shape[:2], *shape[2:])
         if flow.listener is not None:
             flow.listener(self.place, logits)
-        if flow.log is not None:
-            flow.log[self.place] = logits
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
         weights = select(logits, self.routing, flow.left_out)

@@ -183,7 +183,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
 
     @functools.wraps(dense_model.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        flow, asked = self.flow, asks_for_log(self.config, kwargs)
+        flow = self.flow
         kwargs.pop("logits_to_keep", None)  # by which Gemma 4 leaves tokens out of its last layers: routers read them all
 
         def run() -> Any:
@@ -207,7 +207,7 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
                 flow.sequences = None
 
         with flow.one_pass():
-            return logged(flow, run) if asked and flow.log is None else run()
+            return run()
 
     return forward
 
@@ -218,13 +218,12 @@ def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
 
     @functools.wraps(dense_causal.forward)
     def causal_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        flow, asked = self.base_model.flow, asks_for_log(self.config, kwargs)
+        flow = self.base_model.flow
         with flow.one_pass():
             kept = {**dict(zip(arguments, args, strict=False)), **kwargs}.get("logits_to_keep")
             flow.kept = kept if isinstance(kept, torch.Tensor) else None
             flow.told_padding = {PADDING: kwargs.pop(PADDING)} if PADDING in kwargs else {}
-            run = functools.partial(dense_causal.forward, self, *args, **kwargs)
-            return logged(flow, run) if asked else run()
+            return dense_causal.forward(self, *args, **kwargs)
 
     return causal_forward
 
@@ -240,32 +239,6 @@ def __getattr__(name: str) -> Any:
 
 PADDING = "routers_attention_mask"
 """Argument of a pass that generate makes: the 2-D mask of the tokens (None: no pads), whatever attention is given."""
-
-
-_LOG = "output_router_logits"
-"""Argument of a pass, or key of the config, as transformers' mixtures have it."""
-
-
-def asks_for_log(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a pass is asked for the routers' logits; takes the argument, which the family does not know, out of `kwargs`."""
-    asked = kwargs.pop(_LOG, None)
-    return bool(getattr(config, _LOG, False) if asked is None else asked)
-
-
-def logged(flow: Flow, run: Callable[[], Any]) -> Any:
-    """A pass's output with `router_logits`: per router that decided, in the order in which they ran, its logits (B, S, E), or
-    (B, S, O, E) with one decision per output feature, float32. Routers overruled by `use_expert`, and fixed weights, have none.
-    """
-    flow.log = {}
-    try:
-        output = run()
-        logits = tuple(flow.log.values())
-    finally:
-        flow.log = None
-    if isinstance(output, tuple):
-        return (*output, logits)
-    output["router_logits"] = logits
-    return output
 
 
 def start_pass(flow: Flow, kwargs: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ from modekit.weights.stream import Stream
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
 
-_TRAINED_GATES = "modekit.routing.kept_rows:trained_gates"
+_TRAINED_GATES = "modekit.routing.linear:trained_gates"
 """By its path, as it needs torch and a build without text does not."""
 _MEASURE_STREAM = "modekit.routing.stream:measure_stream"
 _WRITE_TEXTS = "modekit.routing.write_text:write_texts"

@@ -18,7 +18,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
 from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
 from modekit.loaded.passes import reads_target
-from modekit.planning.mixture_config import MixtureConfig, leader_of
+from modekit.planning.mixture_config import leader_of
 from modekit.planning.shape import RouterSlot
 from modekit.recipes.mixture import CHOICES
 from modekit.run import QUIET, Run
@@ -113,22 +113,6 @@ class ModekitView:
     def in_decoder(self) -> list[bool]:
         """By the names of the places."""
         return [reads_target(leader_of(slot)) for slot in self._slots]
-
-
-def place_routers(model: PreTrainedModel, mixture: MixtureConfig) -> list[nn.Parameter]:
-    """Put new routers, of zero gates, where a mixture says they stand; returns the gates in the order of its slots."""
-    flow, routing = flow_of(model), mixture.routing.as_written()
-    flow.averages = mixture.routing.reads_averages
-    for name, place in mixture.places.items():
-        mixed = flow.mixed[name]
-        mixed.follow(flow.mixed[place.router])
-        mixed.router, mixed.per_feature = None, bool(place.features)
-        if place.router == name:
-            assert place.width is not None and place.rows is not None, name  # a config is checked when it is made
-            experts, source = len(mixture.experts), place.of_source
-            router = Router(name, flow, place.width, experts, routing, place.rows, place.features, of_source=source)
-            mixed.router = router.to(model.device)
-    return [model.get_parameter(slot.name) for slot in mixture.slots()]
 
 
 def flow_of(model: PreTrainedModel) -> Flow:

@@ -77,9 +77,9 @@ def _hash(fitting: Fitting) -> FittedRouter:
 SETTERS: dict[str, Callable[[Fitting], FittedRouter] | str] = {
     "random": _random,
     "hash": _hash,
-    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), "modekit.routing.closed_form:solve_gates"),
+    **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), "modekit.routing.linear:solve_gates"),
     "lexical": "modekit.routing.lexical:lexical_gates",
     "classifier": "modekit.routing.classifier:classifier_gates",
-    "arrow": "modekit.routing.low_rank:low_rank_gates",
+    "arrow": "modekit.routing.linear:low_rank_gates",
 }
 """By the name of the fit (recipes/fits.py): a function, or where it needs torch its place."""

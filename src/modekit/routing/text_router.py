@@ -31,7 +31,6 @@ from modekit.text.document import Message
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
 _CHARACTERS, _TURNS, _MESSAGES = 16_384, 8, 64
-_QUICK = 4_096
 _KEPT = 0.5
 """An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
 
@@ -79,11 +78,6 @@ class TextRouter:
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer) if settings.chat is not False else None
         self._router = last_token_of(checkpoint)
-
-    @staticmethod
-    def is_quick(said: str | Sequence[Message]) -> bool:
-        """Whether to decide takes no longer than to have another thread do it: a millisecond for these many characters."""
-        return isinstance(said, str) and len(said) <= _QUICK
 
     def decide(self, said: str | Sequence[Message]) -> Decision:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.

@@ -11,7 +11,7 @@ Shape legend: S sequence, E experts, H rows of a table, V vocabulary, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +23,6 @@ _SHARE = 3
 """One made text for so many of the base's own."""
 _POWERS = (0.5, 0.0)
 """Tokens are drawn by their frequency in the domains' text to these powers, in equal parts of the texts."""
-DECIDES = "experts over base"
-"""The score below which a text is the base's, where that is an expert."""
-SCORES = ("largest probability", "entropy", "energy", DECIDES)
-"""Running scores of a text, all of them larger the more it is like that of a domain."""
 
 
 def made_texts(texts: Sequence[TokenText], base: int, special: Sequence[int], vocabulary: int, seed: int) -> list[torch.Tensor]:
@@ -65,14 +61,3 @@ def room_of(leads: Sequence[torch.Tensor], alarms: float) -> float:
             lowest = lead_N.double().kthvalue(lost + 1).values
             rooms.append(math.nextafter(float(lowest), -math.inf))
     return min(rooms, default=0.0)
-
-
-def running_scores(logits_SE: torch.Tensor, base: int | None) -> Mapping[str, torch.Tensor]:
-    """The scores of a text (S,) after each of its tokens, by name; the last one only where the base is an expert."""
-    probabilities = logits_SE.softmax(-1)
-    found = {
-        "largest probability": probabilities.max(-1).values,
-        "entropy": -torch.special.entr(probabilities).sum(-1),
-        "energy": logits_SE.logsumexp(-1),
-    }
-    return found if base is None else {**found, DECIDES: over_base(logits_SE, base)}

@@ -1,10 +1,11 @@
-"""Gates from the statistics of the domains: centroid (closed form), logistic (a convex problem), cosine and attention (from a
-start in closed form).
+"""Linear gates: from what routers read of the domains, centroid (closed form), logistic (a convex problem), cosine and
+attention (from a start in closed form); from the adapters themselves, without text, Arrow (arXiv:2405.11157); and a trained
+router over experts that come and go: rows that stay are what the training made them, a new one is fitted beside them.
 
-Every fit ends in one bias-free gate per router, because that is what native architectures hold; the temperature
-is folded into it. Domains count equally, however much text each had.
+Every fit ends in one bias-free gate per router, because that is what native architectures hold; the temperature is folded into
+it. Domains count equally, however much text each had.
 
-Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains, R dimensions.
+Shape legend: D width of what a gate takes, E experts, N kept tokens of all domains, R dimensions, or rank, O output.
 """
 
 from __future__ import annotations
@@ -12,10 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors import safe_open
 
 from modekit.architecture.modekit_scores import FINISHED
+from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
+from modekit.planning.mixture_config import leader_of
+from modekit.planning.reuse import Origins
+from modekit.planning.routing_config import whole_module_unscored
+from modekit.planning.shape import RouterSlot
 from modekit.processes import processes
 from modekit.recipes.router import Router
 from modekit.routing.fitting import FittedRouter, Fitting
@@ -202,3 +212,107 @@ def solve_gates(fitting: Fitting) -> FittedRouter:
     solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
     # A gate with one decision per output feature starts as one decision for all of them.
     return fitting.fitted([gate.repeat(max(1, slot.features), 1).numpy() for gate, slot in solved], text, report)
+
+
+# Of adapters, without text. An expert scores |w_e x|, w_e the one direction that its change amplifies most: the first right
+# singular vector. A router that decides for several modules with the same input (q, k and v; gate and up) takes their changes
+# as one, stacked.
+
+
+def low_rank_gates(fitting: Fitting) -> FittedRouter:
+    """One gate per router slot, float32. The base scores 0 everywhere.
+
+    Raises UnsupportedError when an expert's part is no low-rank change.
+    """
+    return fitting.fitted([_gate(fitting, slot).numpy() for slot in fitting.checkpoint.slots], [], {})
+
+
+def _gate(fitting: Fitting, slot: RouterSlot) -> torch.Tensor:
+    gate_ED = torch.zeros((len(slot.rows), slot.width), dtype=torch.float64)
+    for expert, w_D in enumerate(gate_ED):
+        change_RD = _stacked(fitting.checkpoint, slot, expert)
+        if len(change_RD):
+            w_D[:] = torch.linalg.svd(change_RD, full_matrices=False)[2][0]
+    # A router that reads several averages scores their mean: the same rows for each part.
+    gate_ED = gate_ED / fitting.settings.temperature / slot.parts
+    return gate_ED.repeat(1, slot.parts).float()
+
+
+def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Tensor:
+    """(R, D) float64 with |stacked x| = |all changes of the expert that read x|; empty for the base."""
+    mixture = checkpoint.shape.mixture
+    parts = []
+    for module in mixture.readers(leader_of(slot)):
+        place = mixture.places[module]
+        if expert in place.own:
+            raise whole_module_unscored(checkpoint.record.recipe.experts[expert], module)
+        if place.ranks[expert]:
+            a_RD, b_OR = low_rank_tensors(checkpoint, module, place.ranks, expert)
+            parts.append(place.scales[expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())
+    return torch.cat(parts) if parts else torch.zeros((0, slot.width), dtype=torch.float64)
+
+
+def low_rank_tensors(
+    checkpoint: Checkpoint, module: str, ranks: Sequence[int], expert: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, D) and B (O, R) of one expert at a place, as the checkpoint holds them."""
+    own, found = slice(sum(ranks[:expert]), sum(ranks[: expert + 1])), []
+    for name, rows in ((f"{module}.lora_A", own), (f"{module}.lora_B", (slice(None), own))):
+        with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+            found.append(file.get_slice(name)[rows])
+    return found[0], found[1]
+
+
+# Of a trained router over other experts.
+
+_Gate = npt.NDArray[np.float32]
+
+
+def trained_gates(fitting: Fitting, before: Checkpoint, origins: Origins) -> FittedRouter:
+    """Gates for the experts of a checkpoint, of which `origins` says who they were in `before`, whose router was trained.
+
+    Raises RecipeError where the rows of a gate do not stand by themselves, or a new one cannot be fitted.
+    """
+    slots, record = fitting.checkpoint.slots, before.record.router
+    _check(fitting, before, origins)
+    old = dict(zip((slot.name for slot in before.slots), zip(before.slots, before.gates(), strict=True), strict=True))
+    gates = [_rows_that_stay(slot, *old[slot.name], origins) for slot in slots]
+    new = [place for place, origin in enumerate(origins) if origin is None]
+    was = {before.names[origin]: name for name, origin in zip(fitting.recipe.names, origins, strict=True) if origin is not None}
+    text = {was[name]: said for name, said in record.text.items() if name in was}
+    if new:
+        domains = read_domains(fitting)
+        for number, gate in enumerate(gates):
+            gate[new] = logistic_beside(number, domains, fitting.settings, torch.from_numpy(gate), new).numpy()
+        text = {expert.name: each.source["text"] for expert, each in zip(fitting.recipe.experts, domains, strict=True)}
+    said = RouterRecord(status="trained", settings=record.settings, sha256="", text=text, report=record.report)
+    return FittedRouter(gates, said)
+
+
+def _check(fitting: Fitting, before: Checkpoint, origins: Origins) -> None:
+    fit = fitting.recipe.mixture.fit
+    names = [slot.name for slot in before.slots]
+    alone = fitting.checkpoint.shape.channels is None and [slot.name for slot in fitting.checkpoint.slots] == names
+    alone = alone and not any(slot.features or slot.shared for slot in before.slots)
+    one_row = all(set(slot.rows) == {1} for slot in fitting.checkpoint.slots)
+    if alone and (None not in origins or (fit is not None and fit.runs_models and one_row)):
+        return
+    found = f"fit: {fit.name}" if alone and fit is not None else "a router that is set as a whole"
+    raise RecipeError(
+        "the router was trained, and who is in the mixture cannot change beside what the training made",
+        where=str(before.folder),
+        found=found,
+        remedy="pass --refit, which sets it again from the text and the kept statistics, and train it again afterwards",
+    )
+
+
+def _rows_that_stay(slot: RouterSlot, was: RouterSlot, gate: _Gate, origins: Origins) -> _Gate:
+    """A gate with the rows of experts that were there, and zeros for the others."""
+    if was.shape[1] != slot.shape[1]:
+        raise RecipeError("the router reads something else than before", where=slot.name, remedy="pass --refit")
+    starts = np.cumsum([0, *was.rows])
+    blocks: Sequence[_Gate] = [
+        np.zeros((rows, slot.shape[1]), np.float32) if origin is None else gate[starts[origin] : starts[origin + 1]]
+        for rows, origin in zip(slot.rows, origins, strict=True)
+    ]
+    return np.concatenate(blocks)
