@@ -1,6 +1,6 @@
 """One process of several that a launcher (torchrun, accelerate launch) started, or the only one.
 
-Sums over processes are how closed-form fits share their text: X'X and X'Y add up.
+Sums over processes are how fits share their text: what each found adds up.
 """
 
 from __future__ import annotations

@@ -695,7 +695,6 @@ def test_an_edited_trained_tensor_is_found(workshop: Workshop) -> None:
         ({"randomise": 0.2}, "without effect here: randomise"),
         ({"mix_temperature": 3.0}, "without effect here: mix_temperature"),
         ({"backbone_learning_rate": 0.1}, "without effect here: backbone_learning_rate"),
-        ({"speed": "cheap"}, "--fit logistic"),
         ({"lora": 4}, "lora needs matrices"),
         ({"share": 0}, "share"),
         ({"what": ["head"], "learning_rate": 0.1}, "without effect here: learning_rate"),

@@ -28,7 +28,7 @@ from modekit.files.write import remove
 
 COMPLETE = "complete"
 STATE_FILE = "model.safetensors"  # the name that Trainer looks for
-_OTHERS = f"{STATE_FILE} holds other parameters than those that move, as states of an older version do"
+_OTHERS = f"{STATE_FILE} holds other parameters than those that move"
 
 
 class _Callback(BaseModel):

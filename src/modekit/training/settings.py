@@ -133,8 +133,6 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     @model_validator(mode="before")
     @classmethod
     def _read_given(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "speed" in values:
-            raise ValueError("speed was removed: modekit fit OUT fit=logistic sets gates on kept activations, as cheap did")
         return {"what": ["all"], **values} if isinstance(values, dict) and values.get("regime") == "joint" else values
 
     @model_validator(mode="after")
