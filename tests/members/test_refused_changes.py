@@ -265,7 +265,7 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
 
 def test_a_weight_without_effect(bench: Workshop, shared_workshop: Workshop) -> None:
     out = bench.build()
-    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "--weight", "2")
+    message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "weight=2")
     assert "no given weights" in message
 
 

@@ -17,6 +17,7 @@ from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
+from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -41,25 +42,21 @@ class ModelOptions:
         list[str] | None,
         typer.Option(help="Text of its domain; repeatable. self: the expert writes some (default if other experts did)."),
     ] = None
-    as_: Annotated[str | None, typer.Option("--as", help="lora: keep only a low-rank part of a full model.")] = None
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of that part (default 16).")] = None
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Keep a full model's difference in bits per number.")] = None
-    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None
-    label: Annotated[
-        list[str] | None,
-        typer.Option(help="Another name under which texts of its domain are known; repeatable."),
-    ] = None
 
-    def new(self, weight: float | None = None) -> NewExpert:
-        """As the change takes it. Raises ModekitError."""
+    def new(self, words: list[str] | None, command: str) -> NewExpert:
+        """As the change takes it, with what the words say of the expert. Raises ModekitError."""
         from modekit.members.edits import NewExpert
+        from modekit.recipes.recipe import Expert
 
         if (self.model is None) == (self.adapter is None):
             raise ModekitError(
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
-        said = {"as" if name == "as_" else "labels" if name == "label" else name: value for name, value in vars(self).items()}
-        return NewExpert({key: value for key, value in said.items() if value is not None}, Path.cwd(), weight)
+        keys = {field.alias or key for key, field in Expert.model_fields.items()} - {"name", *vars(self)}
+        said = said_in(words, {*keys, *(["weight"] if command == "add" else [])}, command)
+        weight = said.pop("weight", None)
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        return NewExpert({**given, **said}, Path.cwd(), weight)
 
 
 @dataclass(frozen=True)
@@ -94,21 +91,28 @@ def add(
     model: ModelOptions,
     admission: AdmissionOptions,
     write: WriteOptions,
-    weight: Annotated[float | None, typer.Option(help="Weight of the expert, if the recipe has mixture.weights.")] = None,
+    words: Words = None,
 ) -> None:
-    """Add an expert; the models and texts of the others are not needed."""
+    """Add an expert; the models and texts of the others are not needed. weight=N where the recipe has mixture.weights."""
     from modekit.members.edits import add_expert
 
-    _change(checkpoint, lambda opened: add_expert(opened, name, model.new(weight)), write, admission)
+    _change(checkpoint, lambda opened: add_expert(opened, name, model.new(words, "add")), write, admission)
 
 
 @app.command()
 @grouped
-def replace(checkpoint: OutFolder, name: Name, model: ModelOptions, admission: AdmissionOptions, write: WriteOptions) -> None:
+def replace(
+    checkpoint: OutFolder,
+    name: Name,
+    model: ModelOptions,
+    admission: AdmissionOptions,
+    write: WriteOptions,
+    words: Words = None,
+) -> None:
     """Replace the model of an expert."""
     from modekit.members.edits import replace_expert
 
-    _change(checkpoint, lambda opened: replace_expert(opened, name, model.new()), write, admission)
+    _change(checkpoint, lambda opened: replace_expert(opened, name, model.new(words, "replace")), write, admission)
 
 
 @app.command()

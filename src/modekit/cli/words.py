@@ -26,6 +26,8 @@ SETTINGS = {
     "train": ["modekit.training.settings:TrainSettings"],
     "fit": ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"],
     "tune": ["modekit.recipes.mixture:Mixture", "modekit.recipes.router:Router"],
+    "add": ["modekit.recipes.recipe:Expert"],
+    "replace": ["modekit.recipes.recipe:Expert"],
     "specialize": ["modekit.cli.experts:SpecialistSettings"],
     "balance": ["modekit.experts.corpus.balance:BalanceSettings"],
 }

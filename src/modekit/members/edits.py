@@ -105,7 +105,7 @@ def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit
                 "the mixture's weights are given, and the new expert has none",
                 where="mixture.weights",
                 found=", ".join(f"{key} {value:g}" for key, value in weights.items()),
-                remedy="give it a weight (--weight)",
+                remedy="give it a weight (weight=1)",
             )
         data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
     origins = [*range(len(checkpoint.names)), None]
