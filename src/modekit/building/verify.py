@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from modekit.building.again import Check, check_made
@@ -134,49 +133,34 @@ def _differences(planned: Mapping[str, object], found: Mapping[str, object], wit
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
-    name = "tokenizer files"
-    wrong = _differing(checkpoint, plan.copied_files)
-    for file, content in plan.written_files.items():
-        wrong = wrong or _unlike(checkpoint, file, content)
+    expected = {file.name: partial(copied_content, file) for file in plan.copied_files}
+    wrong = _differing(checkpoint, expected | {name: partial(bytes, content) for name, content in plan.written_files.items()})
     gone = gone_pair_files(checkpoint.folder, plan.copied_files)
     if wrong is not None or gone:
-        return Check(name, "failed", wrong or f"{gone[0]} is no longer beside the base model")
-    count = len(plan.copied_files) + len(plan.written_files)
+        return Check("tokenizer files", "failed", wrong or f"{gone[0]} is no longer beside the base model")
     owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return Check(name, "proven", f"{file_count(count)} as {owner}")
-
-
-def _unlike(checkpoint: Checkpoint, name: str, content: bytes) -> str | None:
-    """What is wrong with a file that is made of several models'."""
-    try:
-        same = read_bytes(checkpoint.folder / name, LARGE) == content
-    except UNREADABLE as error:
-        return f"{name} cannot be read ({error})"
-    return None if same else f"{name} is not what the models' files give"
+    return Check("tokenizer files", "proven", f"{file_count(len(plan.copied_files) + len(plan.written_files))} as {owner}")
 
 
 def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
-    """The code of the modekit architecture: an older version's cannot be told from code that somebody changed."""
+    """The code of the modekit architecture: another version's cannot be told from code that somebody changed."""
     files = plan.shape.code_files
-    if not files:
-        return
-    wrong = _differing(checkpoint, files)
-    if wrong is None:
-        yield Check("code that opens it", "proven", f"{file_count(len(files))} as this version's")
-    else:
+    if files:
+        wrong = _differing(checkpoint, {file.name: partial(copied_content, file) for file in files})
         why = "another version of modekit wrote it, or somebody changed it: build again"
-        yield Check("code that opens it", "failed", f"{wrong}; {why}")
+        said = f"{file_count(len(files))} as this version's" if wrong is None else f"{wrong}; {why}"
+        yield Check("code that opens it", "proven" if wrong is None else "failed", said)
 
 
-def _differing(checkpoint: Checkpoint, files: Iterable[Path]) -> str | None:
-    """What is wrong with the first of the checkpoint's files that is not, byte for byte, the one that it was copied from."""
-    for file in files:
+def _differing(checkpoint: Checkpoint, expected: Mapping[str, Callable[[], bytes]]) -> str | None:
+    """What is wrong with the first of the checkpoint's files that is not, byte for byte, what is expected."""
+    for name, content in expected.items():
         try:
-            same = read_bytes(checkpoint.folder / file.name, LARGE) == copied_content(file)
+            same = read_bytes(checkpoint.folder / name, LARGE) == content()
         except UNREADABLE as error:
-            return f"{file.name} cannot be compared with {file} ({error})"
+            return f"{name} cannot be compared with what it was made from ({error})"
         if not same:
-            return f"{file.name} differs from {file}"
+            return f"{name} differs from what it was made from"
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from os.path import commonpath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -226,21 +227,27 @@ class MixtureConfig(_Said):
     @property
     def without_vllm(self) -> str | None:
         """Why vLLM does not serve the mixture; None where it does."""
-        if self.wrapper is not None:
-            return "it keeps a vision tower (output.keep), which modekit's plug-in does not read"
-        if self.family.head in self.places:
-            return "its experts have heads of their own (modules: all), and vLLM computes logits outside the model"
-        if any(place.bits for place in self.places.values()):
-            return "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read"
-        if self.routing.runs_common:
-            return "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text"
-        if self.routing.score == "tfidf":
-            return "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there"
-        if self.routing.averages[0].segment is not None:
-            return "it decides per segment, which modekit's plug-in does not"
-        if self.routing.remembers and any(place.features for place in self.places.values()):
-            return "its routers decide per feature over averages, and would keep kilobytes for every token and place"
-        return self.family.without_vllm or None
+        routing, places = self.routing, self.places.values()
+        reasons = {
+            "it keeps a vision tower (output.keep), which modekit's plug-in does not read": self.wrapper is not None,
+            "its experts have heads of their own (modules: all), and vLLM computes logits outside the model": (
+                self.family.head in self.places
+            ),
+            "it keeps differences in a few bits (experts[].bits), which modekit's plug-in does not read": any(
+                place.bits for place in places
+            ),
+            "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text": (
+                routing.runs_common
+            ),
+            "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there": (
+                routing.score == "tfidf"
+            ),
+            "it decides per segment, which modekit's plug-in does not": routing.averages[0].segment is not None,
+            "its routers decide per feature over averages, and would keep kilobytes for every token and place": (
+                routing.remembers and any(place.features for place in places)
+            ),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), self.family.without_vllm or None)
 
     @cached_property
     def leaders(self) -> dict[str, str]:
@@ -270,12 +277,9 @@ class MixtureConfig(_Said):
             served.setdefault(leader, []).append(split_layer(module))
         found = []
         for slot in self.slots():
-            places = served[leader_of(slot)]
-            layers = {layer for layer, _ in places}
-            one = len(layers) == 1
-            found.append(
-                RouterPosition(slot.name, next(iter(layers)) if one else None, _shared([p for _, p in places]) if one else "")
-            )
+            layers, paths = zip(*served[leader_of(slot)], strict=True)
+            shared = commonpath([path.replace(".", "/") for path in paths]) if len({*layers}) == 1 else ""
+            found.append(RouterPosition(slot.name, layers[0] if len({*layers}) == 1 else None, shared.replace("/", ".")))
         return tuple(found)
 
 
@@ -297,13 +301,3 @@ def readers(leader: str, family: Family, leaders: Mapping[str, str]) -> list[str
             names = dict.fromkeys(family.in_layer(layer, each) for each in paths)
             return [name for name in names if leaders.get(name) == leader]
     return [leader] if leader in leaders else []
-
-
-def _shared(paths: list[str]) -> str:
-    """What dotted paths have in common at their beginning."""
-    shared = []
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)

@@ -92,7 +92,7 @@ class ModekitLayout:
                     f"{said.name}: parts of its adapter are no plain low-rank change (DoRA, IA3, biases) "
                     "and are kept as whole modules"
                 )
-        if self._places.splits_ffn and self._places.mixes_whole_ffn and any(place.own for place in self._places):
+        if self._places.splits_ffn and "mlp" in self._places.wanted and any(place.own for place in self._places):
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
             if said.bits is not None:

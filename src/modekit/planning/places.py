@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, takewhile
+from typing import cast
 
 from modekit.errors import MismatchError, UnsupportedError
 from modekit.planning.mixture_config import readers
@@ -98,8 +99,7 @@ class PlannedPlace:
     @property
     def matrix(self) -> TensorRef:
         """The weight of a linear map, or of an embedding."""
-        assert self.weight is not None, self.module
-        return self.weight
+        return cast(TensorRef, self.weight)
 
 
 def _check_kind(recipe: Recipe, family: Family) -> None:
@@ -198,13 +198,8 @@ class Places:
         low = any(expert.adapter is not None or expert.is_low_rank for expert in self._recipe.experts)
         return low or self._recipe.mixture.router.scope in {"projection", "feature"}
 
-    @property
-    def mixes_whole_ffn(self) -> bool:
-        """Whether the FFN as a whole was meant, however finely it is mixed in the end."""
-        return "mlp" in self._wanted
-
     @cached_property
-    def _wanted(self) -> set[str]:
+    def wanted(self) -> set[str]:
         """Parts of a layer; `mlp` is the whole FFN. Unless the recipe says them: the FFN for full models, for adapters what
         they change, for parts of models every linear part.
         """
@@ -225,7 +220,7 @@ class Places:
 
     def _in_order(self, stack: Stack) -> list[tuple[str, str]]:
         """Part and its module under a layer, in the order in which they run; fused ones once."""
-        wanted = self._wanted
+        wanted = self.wanted
         if "mlp" in wanted and self.splits_ffn:
             wanted = (wanted - {"mlp"}) | stack.ffn_parts
         chosen = {"mlp": stack.ffn} if "mlp" in wanted and stack.ffn else {}
@@ -238,8 +233,7 @@ class Places:
         modules, family = self._recipe.mixture.modules, self._family
         if not isinstance(modules, list):
             return
-        unknown = [part for part in modules if part != "mlp" and part not in family.all_parts]
-        if unknown:
+        if unknown := [part for part in modules if part != "mlp" and part not in family.all_parts]:
             raise UnsupportedError(
                 f"'{family.model_type}' has no such part",
                 where="mixture.modules",
@@ -278,16 +272,13 @@ class Places:
 
     def _check_has_nothing(self, where: str, *, layers: bool, low: bool) -> None:
         """Raise UnsupportedError for an expert that would be the base: its layers, or low-rank parts, have no mixed place."""
-        if layers:
-            what, remedy = "the expert has nothing of its own in its layers that is mixed", "name other layers, or none"
-            raise UnsupportedError(what, where=f"{where}: layers", remedy=remedy)
-        if low:
-            raise UnsupportedError(
-                "nothing of the expert can be kept as a low-rank part",
-                where=f"{where}: as",
-                found=f"no module that is mixed has a weight (outputs, inputs) in a '{self._family.model_type}' model",
-                remedy="leave 'as: lora' out: what is mixed of the expert is kept whole",
-            )
+        said = {
+            "layers": (layers, "the expert has nothing of its own in its layers that is mixed", "name other layers, or none"),
+            "as": (low, "nothing of the expert can be kept as a low-rank part", "leave 'as: lora' out: it is kept whole"),
+        }
+        for key, (holds, what, remedy) in said.items():
+            if holds:
+                raise UnsupportedError(what, where=f"{where}: {key}", remedy=remedy)
 
     def _check_reader(self, first: str) -> None:
         """Raise UnsupportedError where one router, at the first place, is to decide by a source that it does not read."""
