@@ -165,7 +165,7 @@ def photograph(checkpoint: Path) -> None:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": 760, "height": 800}, color_scheme="light")
         tab.goto(page.as_uri())
-        end = tab.locator(".gaps").bounding_box()
+        end = tab.locator("svg.chart").first.bounding_box()
         height = 1200 if end is None else end["y"] + end["height"] + 16
         seen = tab.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": 760, "height": height})
         browser.close()
