@@ -55,11 +55,11 @@ from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.sources.contents import OpenFiles
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 recipe, out = Path(sys.argv[1]), Path(sys.argv[2])
 plan = make_plan(load_recipe(recipe), recipe.parent)
 with OpenFiles() as opened:
-    read = Reading(opened, plan.models)
+    read = WeightReader(opened, plan.models)
     for shard in plan.shards:
         with io.FileIO(out / shard.file, "w") as stream:
             write_all(stream, memoryview(safetensors_header((t.name, t.dtype, t.shape, t.nbytes) for t in shard.tensors)))

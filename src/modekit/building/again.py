@@ -26,7 +26,7 @@ from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.weights.made import Factor, Join
 from modekit.weights.numeric import as_array, to_float32
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import read_float32
 
 _ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
@@ -47,7 +47,7 @@ class Check:
 
 def check_made(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> list[Check]:
     """Compare every tensor, gates and trained ones aside, with what the recipe makes of its sources."""
-    read = Reading(opened, plan.models)
+    read = WeightReader(opened, plan.models)
     tensors = [each for each in plan.tensors if each.role != "router" and each.name not in checkpoint.record.trained]
     copied, computed = [[each for each in tensors if (each.copied is None) is made] for made in (False, True)]
     done, total = 0, sum(each.nbytes for each in tensors)
@@ -83,7 +83,7 @@ def _of_computed(wrong: str, count: int, alike: int) -> Check:
     return Check("computed tensors", "proven", detail)
 
 
-def _wrong_bases(checkpoint: Checkpoint, plan: Plan, read: Reading) -> str:
+def _wrong_bases(checkpoint: Checkpoint, plan: Plan, read: WeightReader) -> str:
     """What is wrong with the bases by which more than FFNs is carried; else they are read."""
     record, planned = checkpoint.record.carry, plan.shape.channels and plan.shape.channels.carry
     if record is None:
@@ -99,7 +99,7 @@ def _wrong_bases(checkpoint: Checkpoint, plan: Plan, read: Reading) -> str:
     return CARRIED_FILE
 
 
-def _is_same(checkpoint: Checkpoint, tensor: PlannedTensor, read: Reading) -> bool:
+def _is_same(checkpoint: Checkpoint, tensor: PlannedTensor, read: WeightReader) -> bool:
     ref, pad = checkpoint.tensors.get(tensor.name), tensor.pad
     if ref is None or ref.nbytes != tensor.nbytes:
         return False
@@ -130,7 +130,7 @@ def _alike(tensor: PlannedTensor, ours: Array, theirs: Array) -> bool:
     )
 
 
-def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: Reading) -> bool:
+def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: WeightReader) -> bool:
     """Whether B A of every expert is what its source gives."""
     a, b = (next(t for t in plan.tensors if t.name == f"{module}.lora_{side}") for side in "AB")
     here = [checkpoint.tensors.get(tensor.name) for tensor in (a, b)]

@@ -48,7 +48,7 @@ from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
 from modekit.text.written import files_of
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import same_bytes
 from modekit.weights.stream import Stream
 
@@ -163,7 +163,7 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
     measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
     stream = measure(plan, stage.folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
-        carried = carry_bases(Differences(plan, Reading(opened, plan.models)), size, stream, run)
+        carried = carry_bases(Differences(plan, WeightReader(opened, plan.models)), size, stream, run)
     write_file(stage.folder / CARRIED_FILE, carried.write)
     return carried
 
@@ -259,7 +259,7 @@ def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) 
     total = sum(shard.nbytes for shard in plan.shards)
     written = 0
     with OpenFiles() as opened:
-        read = Reading(opened, plan.models)
+        read = WeightReader(opened, plan.models)
         if carried is not None:
             read.fills = Carrying(plan, read, carried).fill
         for shard in plan.shards:
@@ -280,7 +280,7 @@ def write_shards(plan: Plan, stage: Staging, carried: Carried | None, run: Run) 
         run.progress("build", total, total)
 
 
-def write_tensor(tensor: PlannedTensor, read: Reading, stream: io.FileIO) -> None:
+def write_tensor(tensor: PlannedTensor, read: WeightReader, stream: io.FileIO) -> None:
     """Write the bytes of a planned tensor. Raises SourceError."""
     if tensor.copied is not None:
         for ref in tensor.copied:

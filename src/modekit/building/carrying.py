@@ -32,7 +32,7 @@ from modekit.planning.channels import CONSTANT, Channels
 from modekit.planning.plan import Plan
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
 from modekit.weights.padded import CarriedPart, FFNKind, Fill
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 
 Singles = npt.NDArray[np.float32]
 
@@ -67,7 +67,7 @@ def carried_of(plan: Plan, folder: Path) -> Carried:
 class Carrying:
     """Of one plan, with the bases that its checkpoint keeps."""
 
-    def __init__(self, plan: Plan, read: Reading, carried: Carried) -> None:
+    def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
         channels = plan.shape.channels
         assert channels is not None and channels.carry is not None
         self._channels: Channels = channels

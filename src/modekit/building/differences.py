@@ -17,7 +17,7 @@ from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
 from modekit.weights.made import Copy, Made
 from modekit.weights.numeric import as_array, to_float32
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import FlatArray, read_float32
 
 Singles = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class Difference:
 class Differences:
     """Of the experts of a plan."""
 
-    def __init__(self, plan: Plan, read: Reading) -> None:
+    def __init__(self, plan: Plan, read: WeightReader) -> None:
         self._plan, self._read = plan, read
         self._base = plan.sources[0]
         channels = plan.shape.channels

@@ -1,6 +1,6 @@
 """Reads every source file once, beside the copying and after it: its blake3 hash, and NaN or Inf in the tensors that are used.
 
-Reading, hash and check all run outside the interpreter lock, on the cores that the copying leaves.
+WeightReader, hash and check all run outside the interpreter lock, on the cores that the copying leaves.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from modekit.recipes.mixture import Backbone, BackboneExpert, BackboneMerge
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import natural_key
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 
 By = Literal["distil", "average", "sum", "best", "svd"]
 SCALES = (1.0, 1.5, 2.0, 3.0)
@@ -96,7 +96,7 @@ class Merger:
     def _state(self, merge: Merge) -> _State:
         tensors, found = self._tensors(merge), _State()
         with OpenFiles() as opened:
-            read = Reading(opened, self.plan.models)
+            read = WeightReader(opened, self.plan.models)
             for tensor in self.run.over("merge", tensors, len(tensors)):
                 data = bytearray()
                 for block in tensor.blocks(read):  # each lies where the one before it lay

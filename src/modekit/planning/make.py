@@ -36,7 +36,7 @@ from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.sources.towers import check_kept, kept_beside, processor_files
 from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
-from modekit.weights.made import Copy, Made, Merge
+from modekit.weights.made import Copy, Made, Merged
 
 _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Layout = NativeLayout | ModekitLayout
@@ -204,7 +204,7 @@ def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[T
     experts = [source for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
     rule = mixture.merge if experts else None
     if rule is not None:
-        return lambda ref: Merge(rule, Copy(ref), tuple(as_in(source, ref) for source in experts))
+        return lambda ref: Merged(rule, Copy(ref), tuple(as_in(source, ref) for source in experts))
     one = recipe.names.index(mixture.backbone.expert) + 1 if isinstance(mixture.backbone, BackboneExpert) else 0
     return lambda ref: as_in(sources[one], ref)
 

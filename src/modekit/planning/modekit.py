@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from modekit.planning.mixture_config import FORMAT, MixtureConfig, Place
 from modekit.planning.modekit_shape import ModekitShape
-from modekit.planning.places import FewBits, Places, PlannedPlace
+from modekit.planning.places import InBits, Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
@@ -24,7 +24,7 @@ from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
 from modekit.sources.towers import kept_settings
-from modekit.weights.made import Bits, Copy, Difference, Factor, Join, Made
+from modekit.weights.made import Bits, Copy, Delta, Factor, Join, Made
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -203,8 +203,8 @@ class ModekitLayout:
         has_bias = any(ref.name == f"{place.module}.bias" for ref in place.refs)
         for expert, kind in enumerate(place.kinds):
             change = self._places.change(place, expert)
-            if isinstance(kind, FewBits) and bias is not None:
-                found[expert] = Difference(*self._pair(expert, bias))
+            if isinstance(kind, InBits) and bias is not None:
+                found[expert] = Delta(*self._pair(expert, bias))
             elif change is not None and change.bias is not None and not (kind == "own" and has_bias):
                 found[expert] = Copy(_rows(change.bias, change.rows))
         return found
@@ -233,7 +233,7 @@ def _dtype(part: Made) -> str:
     """Of what it is made of: of a difference the base's, of its best low-rank part float32."""
     if isinstance(part, Copy):
         return part.ref.dtype
-    return part.base.dtype if isinstance(part, Difference) and not isinstance(part, Factor) else "F32"
+    return part.base.dtype if isinstance(part, Delta) and not isinstance(part, Factor) else "F32"
 
 
 def _rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:

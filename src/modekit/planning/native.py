@@ -18,7 +18,7 @@ from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Filled, Fold, Join, Made, Merge, padded, scaled
+from modekit.weights.made import Copy, Filled, Fold, Join, Made, Merged, padded, scaled
 from modekit.weights.padded import FFNKind, Pad
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
@@ -88,7 +88,7 @@ class NativeLayout:
         for place, part in enumerate(self._native.split[path]):
             rows = whole(dense, "num_key_value_heads" if place else "num_attention_heads") * whole(dense, "head_dim")
             made, shape = tensor.made, (rows, *tensor.shape[1:])
-            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merge) else Filled(shape)
+            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Filled(shape)
             yield PlannedTensor(f"{in_layer(layer, part)}.{leaf}", tensor.dtype, shape, "backbone", made)
             start += rows
 

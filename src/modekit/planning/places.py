@@ -39,13 +39,13 @@ from modekit.sources.source import ModelSource
 
 
 @dataclass(frozen=True)
-class FewBits:
+class InBits:
     """A difference kept in so many bits per number."""
 
     bits: int
 
 
-Kind = LowRank | FewBits | str | int | None
+Kind = LowRank | InBits | str | int | None
 """What an expert has at a place: its low-rank change, its difference in a few bits, "own" a module of its own, a rank to
 factorise to, or the base's."""
 
@@ -80,7 +80,7 @@ class PlannedPlace:
     @property
     def bits(self) -> list[int]:
         """Per expert those of each number of its difference; 0 without one."""
-        return [kind.bits if isinstance(kind, FewBits) else 0 for kind in self.kinds]
+        return [kind.bits if isinstance(kind, InBits) else 0 for kind in self.kinds]
 
     @property
     def prefix(self) -> str:
@@ -387,7 +387,7 @@ class Places:
             return "own"
         may_be_low_rank = matrix is not None and self._family.may_be_low_rank(module)
         if said.bits is not None:
-            return FewBits(said.bits) if may_be_low_rank and module.rpartition(".")[2] not in POSITIONS else "own"
+            return InBits(said.bits) if may_be_low_rank and module.rpartition(".")[2] not in POSITIONS else "own"
         if matrix is None or not may_be_low_rank or module == self._family.head or self._family.looks_up(module):
             return None
         return min(said.rank or 16, *matrix.shape)

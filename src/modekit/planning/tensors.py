@@ -28,10 +28,10 @@ from modekit.sources.adapter_rules import LowRank
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Fold, Join, Made, Merge, Padded, Scale
+from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded, Scale
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.padded import Pad
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import FlatArray
 
 EMBEDDING_FILE = "model-embedding.safetensors"
@@ -87,7 +87,7 @@ class PlannedTensor:
     @property
     def is_merged(self) -> bool:
         """Whether it is merged from all models."""
-        return isinstance(self.inner, Merge)
+        return isinstance(self.inner, Merged)
 
     @property
     def operation(self) -> str:
@@ -97,7 +97,7 @@ class PlannedTensor:
         made = self.made.of[0] if isinstance(self.made, Join) else self.made
         return "cast" if isinstance(made, Copy) else type(made).__name__.lower()
 
-    def blocks(self, reading: Reading) -> Iterator[memoryview]:
+    def blocks(self, reading: WeightReader) -> Iterator[memoryview]:
         """Its bytes in order, each block perhaps in the memory of the one before it.
 
         Raises SourceError for NaN or Inf in what is computed from, and for numbers that do not fit the dtype.
@@ -120,7 +120,7 @@ class PlannedTensor:
                 raise self._misfit(reading)
             yield found
 
-    def _misfit(self, reading: Reading) -> SourceError:
+    def _misfit(self, reading: WeightReader) -> SourceError:
         """What to raise for numbers that are not finite: a source's, or too large for the dtype."""
         reading.check_all_finite(self.made.refs)
         parts = self.made.of if isinstance(self.made, Join) else (self.made,)

@@ -1,10 +1,10 @@
 """How a tensor of the result is made: what it reads, and its numbers. A build writes them, verify computes them again.
 
     Copy        a stored tensor                     Fold        with an adapter's change
-    Difference  of an expert from the base          Factor      a side of its best low-rank part
+    Delta       of an expert from the base          Factor      a side of its best low-rank part
     Bits        its codes or steps                  Columns     some columns of a stored tensor
     Join        parts below or beside each other    Scale       times a number
-    Merge       a rule over base and experts        Filled      one number everywhere
+    Merged      a rule over base and experts        Filled      one number everywhere
     Padded      in a larger tensor (padded.py)
 
 Shape legend: O, I rows and columns of a weight, R rank.
@@ -29,7 +29,7 @@ from modekit.weights.folding import Folded, folded_bias
 from modekit.weights.merge import merged
 from modekit.weights.numeric import to_float32
 from modekit.weights.padded import Pad, PaddedRows
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import Below, ByRows, FlatArray, Stored
 
 Array = npt.NDArray[np.generic]
@@ -96,7 +96,7 @@ class Copy(_Stored):
         """Some of its rows."""
         return Copy(rows_of(self.ref, *rows))
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In order, as a flat array of its own dtype."""
         return Stored(reading.opened, self.ref)
 
@@ -112,7 +112,7 @@ class Columns(_Stored):
     def shape(self) -> tuple[int, ...]:
         return (self.ref.shape[0], self.last - self.first)
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In the tensor's own dtype."""
         whole = Stored(reading.opened, self.ref)[:].reshape(self.ref.shape)
         return whole[:, self.first : self.last].ravel()
@@ -141,7 +141,7 @@ class Fold(_Making):
         change = self.change if scales_columns else replace(self.change, rows=rows)
         return replace(self, ref=rows_of(self.ref, *rows), change=change)
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
         if self.of_bias:
             return folded_bias(self.change, reading.small(self.ref), reading.small)
@@ -150,7 +150,7 @@ class Fold(_Making):
 
 
 @dataclass(frozen=True)
-class Difference(_Making):
+class Delta(_Making):
     """Expert - base; `refs` are the base's, then the expert's."""
 
     expert: TensorRef
@@ -165,13 +165,13 @@ class Difference(_Making):
     def refs(self) -> tuple[TensorRef, ...]:
         return tuple(each for ref in (self.base, self.expert) for each in stored_refs(ref))
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
         return reading.difference(self.expert, self.base).ravel()
 
 
 @dataclass(frozen=True)
-class Factor(Difference):
+class Factor(Delta):
     """A (R, I) or B (O, R) of the best rank-R part of a difference."""
 
     side: Literal["A", "B"]
@@ -182,14 +182,14 @@ class Factor(Difference):
         rows, columns = self.base.shape
         return (self.rank, columns) if self.side == "A" else (rows, self.rank)
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32. Raises SourceError."""
         factors = reading.factors(self.expert, self.base, self.rank)
         return (factors.a if self.side == "A" else factors.b).ravel()
 
 
 @dataclass(frozen=True)
-class Bits(Difference):
+class Bits(Delta):
     """Codes (O, bits, bytes) or steps (O,) of a difference in a few bits (few_bits.py)."""
 
     side: Literal["codes", "steps"]
@@ -204,7 +204,7 @@ class Bits(Difference):
     def arrays(self) -> int:
         return 16 if self.side == "codes" else self.base.shape[1]  # a row of either is made of a whole row
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """Bytes, or steps in float32."""
 
         def rows(first: int, last: int) -> Array:
@@ -232,7 +232,7 @@ class Join(_Making):
         first, both = self.of[0].shape, sum(part.shape[self.axis] for part in self.of)
         return (*first[: self.axis], both, *first[self.axis + 1 :])
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
         found = [part.numbers(reading) for part in self.of]
         if self.axis == 0:
@@ -259,14 +259,14 @@ class Scale(_Making):
     def parts(self) -> tuple[Made, ...]:
         return (self.of,)
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
         given, factor = self.of.numbers(reading), np.float32(self.factor)
         return ByRows(len(given), 1, lambda first, last: to_float32(given[first:last]) * factor)
 
 
 @dataclass(frozen=True)
-class Merge(_Making):
+class Merged(_Making):
     """A backbone rule over the base's tensor and every expert's."""
 
     rule: BackboneMerge
@@ -282,11 +282,11 @@ class Merge(_Making):
     def arrays(self) -> int:
         return 2 * len(self.parts)  # every model's block, in float64
 
-    def cut(self, rows: Rows) -> Merge:
+    def cut(self, rows: Rows) -> Merged:
         """Some rows, of each."""
         return replace(self, base=self.base.cut(rows), experts=tuple(each.cut(rows) for each in self.experts))
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float64."""
         return merged(self.rule, self.base.numbers(reading), [each.numbers(reading) for each in self.experts], self.shape)
 
@@ -302,7 +302,7 @@ class Filled(_Making):
     def shape(self) -> tuple[int, ...]:
         return self.size
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
         return ByRows(math.prod(self.size), 1, lambda first, last: np.full(last - first, self.value, np.float32))
 
@@ -328,12 +328,12 @@ class Padded(_Making):
     def arrays(self) -> int:
         return 4  # rows that stay in the processor's cache
 
-    def numbers(self, reading: Reading) -> FlatArray:
+    def numbers(self, reading: WeightReader) -> FlatArray:
         """In its dtype."""
         return PaddedRows(self.pad, self.dtype, self.size, self.of.numbers(reading), reading.fills).flat
 
 
-Made = Copy | Columns | Fold | Difference | Factor | Bits | Join | Scale | Merge | Filled | Padded
+Made = Copy | Columns | Fold | Delta | Factor | Bits | Join | Scale | Merged | Filled | Padded
 
 
 def scaled(made: Made, factor: float) -> Made:

@@ -20,7 +20,7 @@ from modekit.weights.stored import Stored
 Singles = npt.NDArray[np.float32]
 
 
-class Reading:
+class WeightReader:
     """The open files that numbers are computed from, by one thread.
 
     Attributes:

@@ -20,7 +20,7 @@ from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import ModelSource
 from modekit.weights.numeric import BLOCK, to_float32
-from modekit.weights.reading import Reading
+from modekit.weights.reading import WeightReader
 from modekit.weights.stored import FlatArray, holds_only_finite
 
 _Double = npt.NDArray[np.float64]
@@ -53,7 +53,7 @@ def compare(base: ModelSource, experts: Sequence[ModelSource], names: Collection
     sources = (base, *experts)
     square, products = 0.0, np.zeros((len(experts), len(experts)))
     with OpenFiles() as opened:
-        read = Reading(opened, sources)
+        read = WeightReader(opened, sources)
         for name in run.over("compare", names, len(names)):
             ref = base.tensor(name)
             changed = [at for at, source in enumerate(sources) if at and source is not base and touched(source, name)]
