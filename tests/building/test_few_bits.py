@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import save, tiny_model, write_text
+from conftest import save, tiny_model
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
-from modekit.evaluation.inspection.inspect import inspect
 from modekit.loaded.load import load_model
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
@@ -175,21 +174,6 @@ def test_who_comes_and_goes_leaves_the_others(tmp_path: Path) -> None:
     for file in sorted(without.folder.glob("*.safetensors")):
         assert (removed.folder / file.name).read_bytes() == file.read_bytes(), file.name
     assert is_proven(verify(removed))
-
-
-def test_likeness_is_of_what_is_kept(tmp_path: Path) -> None:
-    made = models(tmp_path)
-    texts = write_text(tmp_path / "text")
-    said = [{**each, "text": str(texts[domain])} for each, domain in zip(experts(), ("law", "code"), strict=True)]
-    checkpoint = mixed(tmp_path, said, mixture={"modules": "all", "router": {"fit": "lexical"}})
-    found = inspect(checkpoint, tokens_per_domain=300, write=False)
-    changes = []
-    for name in ("one", "two"):
-        kept = kept_of(made["base"], made[name], 2).named_parameters()
-        changes.append(torch.cat([(own.detach() - made["base"].get_parameter(key).detach()).flatten() for key, own in kept]))
-    wanted = float(torch.nn.functional.cosine_similarity(*changes, dim=0))
-    assert found.similarity is not None
-    assert found.similarity.experts[0][1] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_codes_stay_codes_in_another_dtype_and_are_no_adapter(tmp_path: Path) -> None:
