@@ -20,7 +20,6 @@ from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.inspection.result import Inspection
 from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
-from modekit.files.write import json_bytes
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
 from modekit.search.results import TuneResults
@@ -193,21 +192,6 @@ def test_a_training_of_other_weights_is_not_gone_on_with(bench: Workshop) -> Non
     built_again(bench, out)
     with pytest.raises(modekit.ModekitError, match="no longer what it started from"):
         folder.claim(open_checkpoint(out), settings, [])
-
-
-def test_records_of_before_open(bench: Workshop) -> None:
-    """Without the digests of settings that older versions did not keep."""
-    out = bench.build()
-    evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
-    record = json.loads((out / "modekit.json").read_text())
-    assert all(source.pop("config") for source in record["sources"])
-    (out / "modekit.json").write_bytes(json_bytes(record))
-    old = open_checkpoint(out)
-    assert old.identity != open_checkpoint(bench.build("OTHER")).identity
-    problems: list[str] = []
-    assert Results.find(old, problems) is None and "modekit eval" in problems[0]
-    assert {"base", "law", "mixture"} <= {row.name for row in evaluate(old, tokens_per_domain=100, sequence_length=32).rows}
-    assert Results.find(old, []) is not None
 
 
 def test_a_copy_is_the_same_mixture(bench: Workshop) -> None:
