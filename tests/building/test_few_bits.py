@@ -111,9 +111,10 @@ def test_two_bits_take_a_sixteenth_of_a_model(tmp_path: Path) -> None:
     models(tmp_path, hidden_size=128, intermediate_size=256)
     checkpoint = mixed(tmp_path, experts())
     base = sum(ref.nbytes for name, ref in checkpoint.tensors.items() if ".base." in name)
-    kept = [each for mixed in checkpoint.shape.mixed_tensors(checkpoint.tensors) for each in mixed.few_bits.items()]
-    for expert in range(2):
-        assert sum(few.codes.nbytes + few.steps.nbytes for number, few in kept if number == expert) < 0.09 * base
+    kept = [
+        sum(ref.nbytes for name, ref in checkpoint.tensors.items() if f".differences.{number}." in name) for number in (0, 1)
+    ]
+    assert all(0 < each < 0.09 * base for each in kept)
 
 
 def test_a_changed_code_is_found(tmp_path: Path) -> None:

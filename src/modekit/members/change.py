@@ -272,7 +272,7 @@ def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Ch
 
 def _low_rank(name: str, part: LowRankPart, added: MixedTensor | None, file: Path) -> LowRank:
     rank = part.ranks.stop - part.ranks.start
-    bias = None if added is None else _ref(f"{name} bias", file, next(iter(added.own.values())).ref.dtype, added.shape)
+    bias = None if added is None else _ref(f"{name} bias", file, next(iter(added.own.values())).dtype, added.shape)
     return LowRank(
         _ref(f"{name} A", file, part.a.dtype, (rank, part.a.shape[1])),
         _ref(f"{name} B", file, part.b.dtype, (part.b.shape[0], rank)),

@@ -14,13 +14,11 @@ from modekit.planning.routing_config import leaders_of, needs_base, routing_conf
 from modekit.planning.shape import (
     BUILD_AGAIN,
     AnyShape,
-    FewBitsPart,
     LowRankPart,
     MixedTensor,
     Parameters,
     RouterPosition,
     RouterSlot,
-    TensorPart,
     Tensors,
     check_sizes,
     disagreement,
@@ -167,14 +165,8 @@ class ModekitShape(AnyShape):
                 own = {expert: tensors[f"{module}.experts.{n}.{leaf}"] for n, expert in enumerate(place.own)}
                 kept = tensors.get(f"{module}.base.{leaf}")
                 shape = next(iter(own.values())).shape if kept is None else kept.shape
-                yield MixedTensor(
-                    place.tensor(module, leaf),
-                    shape,
-                    TensorPart(kept) if kept is not None else None,
-                    {expert: TensorPart(ref) for expert, ref in own.items()},
-                    _low_rank(tensors, module, place) if leaf == "weight" else {},
-                    _few_bits(tensors, module, place) if leaf == "weight" else {},
-                )
+                low_rank = _low_rank(tensors, module, place) if leaf == "weight" else {}
+                yield MixedTensor(place.tensor(module, leaf), shape, own, low_rank)
             yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
@@ -249,21 +241,12 @@ def _low_rank(tensors: Tensors, module: str, place: Place) -> dict[int, LowRankP
     }
 
 
-def _few_bits(tensors: Tensors, module: str, place: Place) -> dict[int, FewBitsPart]:
-    return {
-        expert: FewBitsPart(*(tensors[f"{module}.differences.{number}.{leaf}"] for leaf in ("codes", "steps")))
-        for number, expert in enumerate(place.few_bits)
-    }
-
-
 def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:
     """What adapters add where the base has no bias: a row each of one tensor."""
     biased = [expert for expert in place.biased if place.scales[expert]]
     if biased:
         ref = tensors[f"{module}.lora_bias"]
-        width, rows = ref.shape[1], {expert: row for row, expert in enumerate(place.biased)}
-        added = {expert: TensorPart(ref, rows[expert] * width, 1.0 / place.scales[expert]) for expert in biased}
-        yield MixedTensor(f"{module}.bias", (width,), own=added, holds_changes=True)
+        yield MixedTensor(f"{module}.bias", (ref.shape[1],), dict.fromkeys(biased, ref), holds_changes=True)
 
 
 def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Tensors) -> MixtureConfig:

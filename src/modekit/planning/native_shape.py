@@ -20,7 +20,6 @@ from modekit.planning.shape import (
     Parameters,
     RouterPosition,
     RouterSlot,
-    TensorPart,
     Tensors,
     check_sizes,
     disagreement,
@@ -194,23 +193,34 @@ class NativeShape(AnyShape):
             raise disagreement(f"{self.where}: {name}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """What each expert has of gate, up and down of every layer of the base, without channels and units besides its own."""
-        for layer in range(self._in_front, self._layers):
-            paths = self.native.family.mlp
-            for part, path in paths.items() if not self.native.is_fused else (("gate", paths["gate"]), ("down", paths["down"])):
-                shape, parts = self._fused(tensors, layer, part) if self.native.fused else self._apart(tensors, layer, part)
-                # Of an expert with weight 0 the last projection is zero: nothing is left of it to compare.
-                own = {expert: each for expert, each in parts.items() if each.factor > 0}
-                yield self._narrowed(MixedTensor(in_layer(layer - self._in_front, path), shape, own=own), part)
+        """What each expert has of gate, up and down of every layer of the base, in the base's shape: without the channels and
+        units besides its own. Of an expert with weight 0 the last projection is zero, and not here.
+        """
+        native, weights = self.native, self.recipe.mixture.weights
+        front, spare, units = (0, 0, 0) if self.channels is None else self._more(self.channels)
+        for layer in range(front, self._layers):
+            for part, path in native.family.mlp.items():
+                if native.is_fused and part == "up":
+                    continue
+                if native.fused is None:
+                    names = [
+                        in_layer(layer, (native.experts or {})[part].format(expert=expert)) for expert in range(self.experts)
+                    ]
+                    own = {expert: tensors[name] for expert, name in enumerate(names)}
+                    rows, columns = own[0].shape
+                else:
+                    ref = tensors[in_layer(layer, native.fused[part == "down"])]
+                    own = dict.fromkeys(range(self.experts), ref)
+                    rows, columns = ref.shape[1] // (1 if part == "down" or native.is_fused else 2), ref.shape[2]
+                if weights is not None and part == "down":
+                    own = {expert: ref for expert, ref in own.items() if weights[self.recipe.names[expert]] > 0}
+                shape = (rows - spare, columns - units) if part == "down" else (rows - units, columns - spare)
+                yield MixedTensor(in_layer(layer - front, path), shape, own)
 
-    def _narrowed(self, tensor: MixedTensor, part: str) -> MixedTensor:
-        """In the base's shape: channels are the last rows of down, units its last columns; of gate and up the other way."""
-        if self.channels is None:
-            return tensor
-        (rows, columns), spare, units = tensor.shape, self.channels.spare, self.channels.more_units
-        own = {expert: replace(each, width=columns) for expert, each in tensor.own.items()}
-        shape = (rows - spare, columns - units) if part == "down" else (rows - units, columns - spare)
-        return replace(tensor, shape=shape, own=own)
+    @staticmethod
+    def _more(channels: Channels) -> tuple[int, int, int]:
+        """Layers in front of the base's, channels and hidden units besides its own."""
+        return int(channels.front), channels.spare, channels.more_units
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """How many a checkpoint with tensors of these sizes has; `dense`, the base's by its files, counts with channels."""
@@ -226,34 +236,8 @@ class NativeShape(AnyShape):
         return Parameters(total, per_expert, total - per_expert * (self.experts - self.recipe.top_k), dense)
 
     @property
-    def _in_front(self) -> int:
-        """Layers before the base's first."""
-        return int(self.channels is not None and self.channels.front)
-
-    @property
     def _layers(self) -> int:
         return whole(self.config, "num_hidden_layers")
-
-    def _apart(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
-        """A projection of every expert, where each is a tensor; given weights are folded into the last one."""
-        assert self.native.experts is not None
-        names = [in_layer(layer, self.native.experts[part].format(expert=expert)) for expert in range(self.experts)]
-        weights = self.recipe.mixture.weights
-        shares = [1.0] * self.experts
-        if weights is not None and part == "down":
-            total = sum(weights.values())
-            shares = [self.experts * weights[name] / total for name in self.recipe.names]
-        parts = [TensorPart(tensors[name], factor=share) for name, share in zip(names, shares, strict=True)]
-        return parts[0].ref.shape, dict(enumerate(parts))
-
-    def _fused(self, tensors: Tensors, layer: int, part: str) -> tuple[tuple[int, ...], dict[int, TensorPart]]:
-        """A projection of every expert, where all are one tensor, gate and up side by side."""
-        assert self.native.fused is not None
-        ref = tensors[in_layer(layer, self.native.fused[part == "down"])]
-        size = ref.numel // self.experts
-        start = size // 2 if part == "up" else 0
-        shape = (ref.shape[1] // (1 if part == "down" or self.native.is_fused else 2), ref.shape[2])
-        return shape, {expert: TensorPart(ref, expert * size + start) for expert in range(self.experts)}
 
 
 def _carried(recipe: Recipe) -> object:

@@ -105,20 +105,6 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class TensorPart:
-    """Elements of a tensor from `start` on, divided by a factor that the checkpoint has folded in.
-
-    Attributes:
-        width: elements of a stored row, where it has more than a row of the mixed tensor; None: as many.
-    """
-
-    ref: TensorRef
-    start: int = 0
-    factor: float = 1.0
-    width: int | None = None
-
-
-@dataclass(frozen=True)
 class LowRankPart:
     """A change scale * B A: some rows of A (R, I), the same columns of B (O, R)."""
 
@@ -129,33 +115,21 @@ class LowRankPart:
 
 
 @dataclass(frozen=True)
-class FewBitsPart:
-    """A change in a few bits per number (weights/few_bits.py): codes (O, P, C) and steps (O,)."""
-
-    codes: TensorRef
-    steps: TensorRef
-
-
-@dataclass(frozen=True)
 class MixedTensor:
     """One tensor of the base of which experts have their own.
 
     Attributes:
         name: of the base's tensor.
         shape: of it.
-        base: where the checkpoint holds the base's; None when it does not.
-        own: expert -> its whole tensor, or, with `holds_changes`, its change.
+        own: expert -> the tensor that holds its own, or, with `holds_changes`, its change.
         low_rank: expert -> its low-rank change.
-        few_bits: expert -> its change in a few bits.
-        holds_changes: there is no tensor of the base to take from `own`.
+        holds_changes: the base has no such tensor.
     """
 
     name: str
     shape: tuple[int, ...]
-    base: TensorPart | None = None
-    own: dict[int, TensorPart] = field(default_factory=dict)
+    own: dict[int, TensorRef] = field(default_factory=dict)
     low_rank: dict[int, LowRankPart] = field(default_factory=dict)
-    few_bits: dict[int, FewBitsPart] = field(default_factory=dict)
     holds_changes: bool = False
 
 
