@@ -151,3 +151,4 @@ def test_a_recipe_or_a_number_without_end_where_a_mixture_or_a_scale_belongs(tmp
     assert (
         "must be less than or equal to 1000" in ended("densify", tmp_path, tmp_path / "D", "--by", "sum", "--scale", "inf")[2]
     )
+    assert "an expert without a path" in ended("mix", "base", "", "-o", tmp_path / "NEW")[2]

@@ -30,6 +30,7 @@ from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, co
 from modekit.cli.words import Words, said_in
 from modekit.engines.registry import Outtype, ServeSettings
 from modekit.engines.threads import ASKED
+from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, range_of
 from modekit.recipes.strict import BASE
 from modekit.run import Progress
@@ -211,6 +212,8 @@ def mix(
     options: MixOptions,
 ) -> None:
     """Mix models into one: choose the form and the router, and write the mixture and its recipe."""
+    if not all(experts):
+        raise ModekitError("an expert without a path", where="EXPERT", found="''", remedy="name a folder or hub id")
     if options.threads is not None:  # torch and llama.cpp, neither of which is running yet, read it
         os.environ[ASKED] = str(options.threads)
     from modekit.building.build import build
