@@ -565,7 +565,7 @@ def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, cont
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_state_with_the_names_of_an_older_version_is_refused(
+def test_a_state_of_other_parameters_is_refused(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
     """Also where all steps are done: nothing of it would reach the mixture."""
@@ -580,7 +580,7 @@ def test_a_state_with_the_names_of_an_older_version_is_refused(
         train(checkpoint, settings_of(**changes), evaluate_tokens=None, run=Run() if ended else Run(progress=killed_at(5)))
     for state in (workshop.root / "OUT.training").glob("checkpoint-*/model.safetensors"):
         save_file({name.replace("model.", "mixture.", 1): each for name, each in load_file(state).items()}, state)
-    with pytest.raises(TrainingError, match=r"as states of an older version do\n.*OUT\.training to begin again"):
+    with pytest.raises(TrainingError, match=r"than those that move\n.*OUT\.training to begin again"):
         run(checkpoint, **changes)
 
 
