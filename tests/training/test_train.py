@@ -565,9 +565,7 @@ def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, cont
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_state_of_other_parameters_is_refused(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, ended: bool
-) -> None:
+def test_a_state_of_other_parameters_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
     """Also where all steps are done: nothing of it would reach the mixture."""
 
     def killed(*_: Any, **__: Any) -> Any:
