@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 _SHOWN: tuple[Kind, ...] = ("average", "oracle", "mixture")
 """Rows of the table whose gaps are drawn; 0 is the base and 1 the own expert."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 240, 52, 8, 8, 40
-_LINE, _NAMES, _FIGURES = 17, 104, 66  # of bars: height of a line, room for names and for figures
+_LINE, _NAMES, _FIGURES = 17, 104, 84  # of bars: height of a line, room for names and for figures
 _NOTHING = 0.02  # of the largest difference: less has no colour
 _LONGEST = 17  # characters of a name that a picture has room for
 
