@@ -14,7 +14,7 @@ from transformers.utils import logging
 from conftest import Workshop, logits_of
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.loaded import load
-from modekit.loaded.modekit import flow_of, routers_at
+from modekit.loaded.modekit import flow_of
 from modekit.loaded.shapes import mixture_of
 from refusal import borrow
 
@@ -60,18 +60,3 @@ def test_routers_are_given_back(shared_workshop: Workshop, tmp_path: Path, ids: 
     with flow.forcing(0), flow.forcing(1):
         assert flow.forced == 1
     assert torch.equal(logits_of(model, ids), free)
-
-
-def test_a_router_is_set_as_if_it_had_been_made_so(shared_workshop: Workshop, tmp_path: Path, ids: torch.Tensor) -> None:
-    """Routing and gates of one mixture, put into another one that is loaded."""
-    workshop = borrow(shared_workshop, tmp_path)
-    context = {"router": {"fit": "random", "granularity": "context", "seed": 4}}
-    token = open_checkpoint(workshop.build("TOKEN", output={"format": "modekit"}))
-    other = open_checkpoint(workshop.build("CONTEXT", mixture=context, output={"format": "modekit"}))
-    model, wanted = load.load_model(token.folder), load.load_model(other.folder)
-    assert not flow_of(model).averages
-    gates = mixture_of(wanted, other).gates()
-    for router, slot, gate in zip(routers_at(model, token.slots), other.slots, gates, strict=True):
-        router.set(other.shape.routing.as_written(), slot.rows, gate)
-    assert flow_of(model).averages
-    assert torch.equal(logits_of(model, ids), logits_of(wanted, ids))
