@@ -56,12 +56,11 @@ class ByText(CustomLogger):  # type: ignore[misc]
 
     def _expert_of(self, data: Mapping[str, Any]) -> str:
         said = data.get("prompt")
-        if "messages" in data:  # of a turn that only calls tools there is no text
-            turns = [each for each in data["messages"] if not isinstance(each, dict) or each.get("content") is not None]
-            conversation = conversation_of(turns)
-            said = None if conversation is None else [dict(message) for message in conversation.messages]
-        if not isinstance(said, str | list) or (said and not isinstance(said[0], str | dict)):
-            raise HTTPException(400, "to choose an expert, send messages of role and text, or one text as prompt")
+        if not isinstance(said, str):
+            conversation = conversation_of(data.get("messages"))
+            if conversation is None:
+                raise HTTPException(400, "to choose an expert, send messages of role and text, or one text as prompt")
+            said = conversation.messages
         try:
             return self._router.decide(said).expert
         except ModekitError as error:
