@@ -57,8 +57,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Che
     whole = model_experts(root, head_dim=32)  # as vLLM wants it
     (root / "medicine" / "chat_template.jinja").write_text(TEMPLATE)
     found = {}
-    for shape, experts, fit in (("native", whole, "lexical"), ("adapters", adapter_experts(root), "lexical")):
-        recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": fit}}}
+    for shape, experts in (("native", whole), ("adapters", adapter_experts(root))):
+        recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": "lexical"}}}
         found[shape] = built(root, recipe, shape)
     for library in ("multiprocessing", "torch", "json", "uvloop", "vllm"):
         (root / f"{library}.py").write_text(f"open({str(root / 'imported')!r}, 'a').write({library!r})")
@@ -181,15 +181,45 @@ def test_bad_values_are_named(running: tuple[ServedMixture, Checkpoint]) -> None
     if served.engine != "transformers":
         pytest.skip("the engine's own affair")
     good = {"model": checkpoint.folder.name, "prompt": "the", "max_tokens": 2}
-    message = {"role": "user", "content": "hi"}
-    for key, value in {
-        **{"temperature": "x", "stop": 5, "prompt": "", "n": 2, "max_tokens": -5, "top_p": [1], "seed": "s", "logit_bias": 3},
-        **{"generation_config": '{"max_new_tokens": 9999}', "echo": True, "messages": [message] * 10},
-    }.items():
+    said = {"role": "user", "content": "hi"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    for key, value in (
+        *{"temperature": "x", "stop": 5, "prompt": "", "n": 2, "max_tokens": -5, "top_p": [1], "seed": "s"}.items(),
+        *{"logit_bias": {"1": 1}, "generation_config": '{"max_new_tokens": 9999}', "echo": True, "presence_penalty": 1}.items(),
+        *{"response_format": {"type": "json_object"}}.items(),
+        *(
+            ("messages", value)
+            for value in ([said] * 10, [{}], [{**said, "content": 5}], [{**said, "content": ["hi"]}], [call])
+        ),
+        ("messages", [{**said, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        ("stop", []),
+    ):
         path = "/v1/chat/completions" if key == "messages" else "/v1/completions"
-        status, said = asked(served, path, {**({} if key == "messages" else good), key: value})
-        assert status == 400 and (key in said or "too many turns" in said), (key, said)
-    assert asked(served, "/v1/completions", {**good, "n": 1, "stop": ["a", "b"], "temperature": 0.5})[0] == 200
+        status, answer = asked(served, path, {**({} if key == "messages" else good), key: value})
+        assert status == 400 and (key in answer or "too many turns" in answer), (key, answer)
+    for path, more in (
+        ("/v1/completions", {**good, "n": 1, "stop": ["a", "b"], "temperature": 0.5, "presence_penalty": 0}),
+        ("/v1/chat/completions", {"messages": [said], "chat_template_kwargs": None, "tools": None, "max_tokens": 2}),
+    ):
+        assert asked(served, path, more)[0] == 200
+
+
+def test_a_text_in_parts_is_the_text(running: tuple[ServedMixture, Checkpoint]) -> None:
+    served, checkpoint = running
+    answers = []
+    for content in ("the heart", [{"type": "text", "text": "the"}, {"type": "text", "text": "heart"}]):
+        body = {"model": checkpoint.folder.name, "messages": [{"role": "user", "content": content}], "max_tokens": COUNT}
+        status, answer = asked(served, "/v1/chat/completions", {**body, "temperature": 0})
+        assert status == 200, answer
+        answers.append(answer["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1] or served.engine != "transformers"  # others put lines between parts
+
+
+def test_a_temperature_draws(running: tuple[ServedMixture, Checkpoint]) -> None:
+    served, checkpoint = running
+    good = {"model": checkpoint.folder.name, "prompt": "the heart", "max_tokens": COUNT, "temperature": 1.5}
+    drawn = [asked(served, "/v1/completions", {**good, "seed": seed})[1]["choices"][0]["text"] for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
 
 
 def test_an_answer_ends_where_the_context_does(running: tuple[ServedMixture, Checkpoint]) -> None:

@@ -1,7 +1,8 @@
 """Run as a process of its own: `transformers serve` with one mixture. See serve.py.
 
 What is added to it: mixtures in the modekit architecture, whose class transformers looks up in itself; the guard; a status for
-requests that its handlers would answer with 500; and no list of what else lies in the user's cache.
+requests that its handlers would answer with 500; draws where a temperature is asked for; and no list of what else lies in the
+user's cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError
 
 from modekit.engines.child import answer_caller, settings_of_caller
 from modekit.engines.guard import Body, Guard, RefusedError
@@ -25,7 +26,36 @@ if TYPE_CHECKING:
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did
 _SHOWN = 300  # characters of a library's error
-_NOT_DONE = ("best_of", "echo", "generation_config", "logprobs", "suffix")
+_NOT_DONE = ("best_of", "echo", "generation_config", "logit_bias", "logprobs", "presence_penalty", "suffix")
+
+
+class _Text(BaseModel):
+    type: Literal["text"]
+
+
+class _Part(_Text):
+    text: str
+
+
+class _Function(BaseModel, extra="allow"):
+    name: str
+    arguments: Json[dict[str, Any]] | dict[str, Any]
+
+
+class _Call(BaseModel, extra="allow"):
+    function: _Function
+
+
+class _Message(BaseModel, extra="allow"):
+    role: str
+    content: str | list[_Part] | None = None
+    tool_calls: list[_Call] | None = None
+
+    def as_read(self) -> dict[str, Any]:
+        """As transformers gives it to the template: with one text."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = " ".join(part.text for part in parts) or self.content or ""
+        return {**self.model_dump(exclude_unset=True), "content": "" if self.tool_calls else text}
 
 
 class _Request(BaseModel):
@@ -33,7 +63,7 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Annotated[list[_Message], Field(min_length=1)] | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
@@ -42,8 +72,8 @@ class _Request(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: str | Annotated[list[str], Field(min_length=1)] | None = None
+    response_format: _Text | None = None
     stream: bool | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -73,13 +103,32 @@ class RequestCheck:
         if not 0 < length < self._context:
             raise RefusedError(400, f"the request has {length} tokens; between 1 and {self._context - 1} fit into the context")
         wanted = min(asked.max_completion_tokens or asked.max_tokens or left, left)
-        return {**{key: value for key, value in body.items() if key != "max_completion_tokens"}, "max_tokens": wanted}
+        said = {key: value for key, value in body.items() if value is not None and key != "max_completion_tokens"}
+        return {**said, "max_tokens": wanted}
 
     def _length(self, asked: _Request) -> int:
         if asked.messages is None:
             return len(self._tokenizer(asked.prompt or "", verbose=False)["input_ids"])
         more = {"tools": asked.tools, **(asked.chat_template_kwargs or {})}
-        return len(self._tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, **more)["input_ids"])
+        return len(
+            self._tokenizer.apply_chat_template(
+                [each.as_read() for each in asked.messages], add_generation_prompt=True, **more
+            )["input_ids"]
+        )
+
+
+def _draw_where_asked() -> None:
+    """By itself a temperature does nothing where the model's own generation config does not draw."""
+    from transformers.cli.serving.utils import BaseHandler
+
+    known = BaseHandler._build_generation_config
+
+    def built(handler: Any, body: Body, *settings: Any, **more: Any) -> Any:
+        config = known(handler, body, *settings, **more)
+        config.do_sample = bool(body["temperature"]) if "temperature" in body else config.do_sample
+        return config
+
+    BaseHandler._build_generation_config = built
 
 
 def main() -> None:
@@ -95,6 +144,7 @@ def main() -> None:
     # Text alone is served, of a mixture that keeps a vision tower, too.
     transformers.ModekitForCausalLM = transformers.ModekitForImageTextToText = ModekitForCausalLM
     transformers.AutoProcessor = transformers.AutoTokenizer
+    _draw_where_asked()
     folder = Path(settings["model"])
     check = RequestCheck(load_tokenizer(folder), settings["context"])
     os.chdir(folder.parent)  # so that the model is known by its name, and no answer tells where it lies
