@@ -20,6 +20,7 @@ from command_line import ended, modekit
 from conftest import Workshop
 from modekit.cli.options import grouped
 from modekit.cli.shell import app
+from modekit.cli.words import SETTINGS, described, said_in
 from modekit.errors import ModekitError
 from refusal import borrow
 
@@ -122,6 +123,25 @@ def test_words_of_train_are_settings() -> None:
     ):
         with pytest.raises(ModekitError, match=re.escape(hint)):
             training.train_words([word])
+
+
+@pytest.mark.parametrize("value", ["2001-99-99", "9" * 5_000, "[" * 3_000, "[1"], ids=["date", "digits", "depth", "open"])
+def test_a_value_that_is_none_is_said(value: str) -> None:
+    with pytest.raises(ModekitError, match="the value cannot be read"):
+        training.train_words([f"steps={value}"])
+
+
+def test_a_setting_is_given_once() -> None:
+    with pytest.raises(ModekitError, match="a setting is given twice"):
+        training.train_words(["steps=1", "steps=2"])
+
+
+@pytest.mark.parametrize("command", [*SETTINGS])
+def test_help_lists_the_settings_that_a_command_takes(command: str) -> None:
+    keys = [line.partition(":")[0].partition(" (")[0] for line in described(command).split("\n\n")[1:]]
+    assert keys and "model" not in keys and "text" not in keys
+    for key in keys:
+        assert said_in([f"{key}=1"], command) == {key: 1}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from command_line import ended
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import ModekitError, OutputError, RecipeError, TextError, TuneError
+from modekit.cli.words import said_in
+from modekit.errors import ModekitError, OutputError, TextError, TuneError
 from modekit.evaluation.domains import held_out_domains, held_out_texts
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
@@ -24,7 +25,7 @@ from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.search.results import Candidate, TuneResults, ranked
 from modekit.search.tune import tune
-from modekit.search.variants import OWN, read_axes, variants_of
+from modekit.search.variants import OWN, variants_of
 from modekit.text.splits import digests_in, mark_of
 
 FIT = {"tokens_per_domain": 400, "keep_tokens": 64, "sequence_length": 32}
@@ -91,13 +92,12 @@ def test_what_chose_is_never_reported(shop: Workshop, tmp_path: Path) -> None:
 
 
 def test_axes_as_they_are_typed(shop: Workshop) -> None:
-    axes = read_axes(["top_k=1,2", "backbone=base,{method: ties, scale: 0.5}"])
+    axes = said_in(["top_k=1,2", "backbone=base,{method: ties, scale: 0.5}"], "tune", lists=True)
     assert axes == {"top_k": [1, 2], "backbone": ["base", {"method": "ties", "scale": 0.5}]}
     found = variants_of(recipe_of(shop), axes)
     assert len(found) == 5 and found["top_k 1, backbone base"]["top_k"] == 1
-    for word, said in (("topk=1", "did you mean 'top_k'"), ("top_k", "no axis"), ("top_k=[1", "cannot be read")):
-        with pytest.raises(RecipeError, match=said):
-            read_axes([word])
+    with pytest.raises(TuneError, match="no value to try"):
+        variants_of(recipe_of(shop), {"top_k": []})
 
 
 def test_the_front_of_loss_against_size() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import BaseModel, Field
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
@@ -14,8 +15,8 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, Writing, app, common, refuse_without_effect, resolved, writable
-from modekit.cli.words import Words, said_in
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, writable
+from modekit.cli.words import Words, settings_in
 from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -23,8 +24,22 @@ if TYPE_CHECKING:
     from modekit.conversion.densify import DenseRecord
 
 
-_OF_DISTILLATION = ("steps", "minutes", "learning_rate", "batch_tokens", "evaluate_every", "seed", "weights", "temperature")
-_COURSE = (*_OF_DISTILLATION, "sequence_length", "select_tokens")
+class DensifySettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Settings of `modekit densify`; but for the last two of distillation alone."""
+
+    steps: int | None = Field(None, description="Optimiser steps (default 200).")
+    minutes: float | None = Field(None, description="Ends after so many.")
+    learning_rate: float | None = Field(None, description="Peak learning rate (default 1e-4).")
+    batch_tokens: int | None = Field(None, description="Tokens per step (default 4096).")
+    evaluate_every: int | None = Field(None, description="Steps between states that are compared.")
+    seed: int | None = Field(None, description="Random seed of the text order.")
+    weights: float | None = Field(None, description="Weight of the text loss, the mixture's is the rest (default 0.5).")
+    temperature: float | None = Field(None, description="Softmax temperature of mixture and model (default 1).")
+    sequence_length: int | None = Field(None, description="Longest piece of a document, in tokens (default 512).")
+    select_tokens: int | None = Field(None, description="Held-out tokens per domain that states are compared on.")
+
+
+_OF_ANY = ("sequence_length", "select_tokens")
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,9 @@ def densify(
     ] = "distil",
 ) -> None:
     """Turn a mixture into one dense model of the base's size, and show what it keeps."""
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
-    course = said_in(words, _COURSE, "densify")
+    course = settings_in(words, DensifySettings, "densify").model_dump(exclude_none=True)
     if by != "distil":
-        refuse_without_effect("--by distil", {key: value for key, value in course.items() if key in _OF_DISTILLATION})
+        refuse_without_effect("--by distil", {key: course[key] for key in [*course] if key not in _OF_ANY})
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)
@@ -71,7 +84,7 @@ def densify(
         said = course_of(**course)
         texts, scale = texts_by_domain(options.text), options.scale
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
-        record = densify(open_checkpoint(resolved(checkpoint)), asked, target, run=options.run(progress))
+        record = densify(checkpoint_in(checkpoint), asked, target, run=options.run(progress))
     if common().json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})

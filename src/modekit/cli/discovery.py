@@ -14,6 +14,7 @@ from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_result
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import RecipePath, Writing, app, common, resolved
+from modekit.cli.words import said_in
 from modekit.text.amounts import SAMPLE_TOKENS
 
 
@@ -40,14 +41,13 @@ def tune(
     """Find the best variant of a recipe's mixture on held-out text, and build it."""
     from modekit.recipes.read import load_recipe
     from modekit.search.tune import tune
-    from modekit.search.variants import read_axes
 
     with drawn_progress() as progress:
         results = tune(
             load_recipe(recipe),
             resolved(recipe).parent,
             resolved(output),
-            axes=read_axes(axes or []),
+            axes=said_in(axes, "tune", lists=True),
             tokens_per_domain=options.tokens,
             sequence_length=options.sequence_length,
             ray=options.ray,

@@ -46,14 +46,12 @@ class ModelOptions:
     def new(self, words: list[str] | None, command: str) -> NewExpert:
         """As the change takes it, with what the words say of the expert. Raises ModekitError."""
         from modekit.members.edits import NewExpert
-        from modekit.recipes.recipe import Expert
 
         if (self.model is None) == (self.adapter is None):
             raise ModekitError(
                 "give either --model or --adapter", where="--model, --adapter", remedy="name the new expert's folder or hub id"
             )
-        keys = {field.alias or key for key, field in Expert.model_fields.items()} - {"name", *vars(self)}
-        said = said_in(words, {*keys, *(["weight"] if command == "add" else [])}, command)
+        said = said_in(words, command, besides=["weight"] if command == "add" else [])
         weight = said.pop("weight", None)
         given = {key: value for key, value in vars(self).items() if value is not None}
         return NewExpert({**given, **said}, Path.cwd(), weight)

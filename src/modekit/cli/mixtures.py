@@ -146,10 +146,9 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
 
 def fit_words(words: list[str] | None) -> dict[str, Any]:
     """What becomes of the mixture, as its recipe would say it. Raises ModekitError."""
-    from modekit.recipes.mixture import Mixture
     from modekit.recipes.router import Router
 
-    said = said_in(words, {*Router.model_fields, *Mixture.model_fields} - {"router"}, "fit")
+    said = said_in(words, "fit")
     router = {key: value for key, value in said.items() if key in Router.model_fields}
     return {**{key: value for key, value in said.items() if key not in router}, "router": router}
 

@@ -62,9 +62,9 @@ def train_words(words: list[str] | None) -> dict[str, Any]:
     """The settings of a training; losses may be said by their names alone, and a list of one by its word. Raises
     ModekitError, TrainingError.
     """
-    from modekit.training.settings import WEIGHTS, TrainSettings, losses_said
+    from modekit.training.settings import WEIGHTS, losses_said
 
-    said = said_in(words, TrainSettings.model_fields, "train")
+    said = said_in(words, "train")
     for key in ("what", "generic", "losses"):
         if isinstance(said.get(key), str):
             said[key] = said[key].split(",")

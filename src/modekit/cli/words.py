@@ -13,7 +13,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
-import yaml
 
 from modekit.errors import ModekitError
 
@@ -22,47 +21,56 @@ if TYPE_CHECKING:
 
 _Kind = TypeVar("_Kind", bound="BaseModel")
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, listed below; values as in YAML.")]
+_MIXTURE = ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"]
 SETTINGS = {
     "train": ["modekit.training.settings:TrainSettings"],
-    "fit": ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"],
-    "tune": ["modekit.recipes.mixture:Mixture", "modekit.recipes.router:Router"],
+    "fit": _MIXTURE,
+    "tune": _MIXTURE,
+    "densify": ["modekit.cli.conversion:DensifySettings"],
     "add": ["modekit.recipes.recipe:Expert"],
     "replace": ["modekit.recipes.recipe:Expert"],
     "specialize": ["modekit.cli.experts:SpecialistSettings"],
     "balance": ["modekit.experts.corpus.balance:BalanceSettings"],
 }
 """Command -> classes whose fields its words may name. They need no torch."""
+_NO_WORDS = {"router", "name", "model", "adapter", "text"}
+"""Fields that hold others, or are options."""
 
 
-def said_in(words: Sequence[str] | None, known: Iterable[str], command: str) -> dict[str, Any]:
-    """Key -> value, as in YAML, of the words of a command. Raises ModekitError, with the nearest of the known keys."""
+def said_in(words: Sequence[str] | None, command: str, *, lists: bool = False, besides: Iterable[str] = ()) -> dict[str, Any]:
+    """Key -> value, as in YAML, of the words of a command; with `lists` every value is several with commas between them.
+
+    `besides`: keys that none of its classes has. Raises ModekitError, with the nearest of the known keys.
+    """
     from modekit.recipes.strict import did_you_mean
+    from modekit.recipes.strict_yaml import parse_yaml
 
-    keys, said = sorted(known), dict[str, Any]()
+    keys, said = sorted([*_fields(command), *besides]), dict[str, Any]()
     for word in words or ():
         key, sign, value = word.partition("=")
+        if key in said:
+            raise ModekitError("a setting is given twice", where=word, remedy="leave one of them out")
         if not sign or key not in keys:
             hint = did_you_mean(key.lstrip("-").replace("-", "_"), keys)
             raise ModekitError(
                 "this is no setting",
                 where=word,
-                expected="KEY=VALUE",
+                expected="KEY=VALUE,VALUE" if lists else "KEY=VALUE",
                 remedy=f"{hint + ' ' if hint else ''}modekit {command} --help lists the settings",
             )
         try:
-            said[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ModekitError("the value cannot be read", where=word, expected="a value as in YAML") from None
+            said[key] = parse_yaml(f"[{value}]" if lists else value, key)
+        except ValueError as error:
+            raise ModekitError("the value cannot be read", where=word, found=error, expected="a value as in YAML") from None
     return said
 
 
 def settings_in(words: Sequence[str] | None, kind: type[_Kind], command: str) -> _Kind:
-    """The words of a command as the class that reads them. Raises ModekitError with everything that is wrong."""
+    """The words of a command as the class that reads them. Raises ModekitError with the first thing that is wrong."""
     from modekit.files.typed import as_kind
 
-    said = said_in(words, kind.model_fields, command)
     try:
-        return as_kind(said, kind)
+        return as_kind(said_in(words, command), kind)
     except ValueError as error:
         remedy = f"modekit {command} --help lists the settings"
         raise ModekitError("a setting is wrong", where=f"modekit {command}", found=error, remedy=remedy) from None
@@ -78,17 +86,21 @@ def list_settings(group: Any) -> None:
 
 def described(command: str) -> str:
     """The settings that a command takes, for its help: a paragraph for each."""
-    kinds = [resolve_name(name) for name in SETTINGS.get(command, ())]
-    return "\n\n".join(["Settings:", *(line for kind in kinds for line in _lines_of(kind))]) if kinds else ""
+    lines = [_line_of(key, field) for key, field in _fields(command).items()]
+    return "\n\n".join(["Settings:", *lines]) if lines else ""
 
 
-def _lines_of(kind: Any) -> Iterable[str]:
-    for key, field in kind.model_fields.items():
-        meaning = (field.description or _choices(field.annotation)).replace("[", "\\[")
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        said = f" (default {default})" if isinstance(default, (str, int, float)) else ""
-        if key != "router":
-            yield f"{field.alias or key}{said}{': ' if meaning else ''}{meaning}"
+def _fields(command: str) -> dict[str, Any]:
+    kinds = [resolve_name(name) for name in SETTINGS.get(command.rpartition(" ")[2], ())]
+    found = {field.alias or key: field for kind in kinds for key, field in kind.model_fields.items()}
+    return {key: field for key, field in found.items() if key not in _NO_WORDS}
+
+
+def _line_of(key: str, field: Any) -> str:
+    meaning = (field.description or _choices(field.annotation)).replace("[", "\\[")
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    said = f" (default {default})" if isinstance(default, (str, int, float)) else ""
+    return f"{key}{said}{': ' if meaning else ''}{meaning}"
 
 
 def _choices(annotation: Any) -> str:

@@ -61,13 +61,17 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> object:
+def read_yaml(path: Path) -> object:
     """What a YAML file holds, unchecked. Raises OSError, and ValueError that says what is wrong where."""
-    text = read_text(path, LARGEST)
+    return parse_yaml(read_text(path, LARGEST), path.name)
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """What YAML of that name says, unchecked. Raises ValueError that says what is wrong where."""
     try:
-        return yaml.load(text, loader)
+        return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', path.name)) from None
+        raise ValueError(" ".join(str(error).split()).replace('"<unicode string>"', name)) from None
 
 
 def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import yaml
-
-from modekit.errors import RecipeError
+from modekit.errors import TuneError
 from modekit.recipes.edit import as_written, changed_mixture, with_mixture
-from modekit.recipes.mixture import Mixture
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
-from modekit.recipes.strict import RecipePart, did_you_mean
+from modekit.recipes.strict import RecipePart
 
 OWN = "the recipe's own"
 _FIXED: dict[str, dict[str, Any]] = {
@@ -28,34 +25,19 @@ _FIXED: dict[str, dict[str, Any]] = {
 }
 """Name -> changes of the recipe's mixture."""
 _FROM_ROUTER = {*Router.model_fields}
-_KEYS = [*_FROM_ROUTER, *(key for key in Mixture.model_fields if key != "router")]
 
 Axes = Mapping[str, Sequence[object]]
 """Key of `mixture` or of `mixture.router` -> the values to try."""
 
 
-def read_axes(words: Sequence[str]) -> dict[str, list[object]]:
-    """Axes as they are typed: `top_k=1,2`, `backbone=base,{method: ties, scale: 0.5}`. Raises RecipeError."""
-    axes = {}
-    for word in words:
-        key, sign, values = word.partition("=")
-        if key not in _KEYS or not sign:
-            raise RecipeError(
-                "this is no axis of a search",
-                where=word,
-                expected="KEY=VALUE,VALUE with a key of mixture or mixture.router",
-                remedy=did_you_mean(key, _KEYS) or "type for example top_k=1,2",
-            )
-        try:
-            axes[key] = list(yaml.safe_load(f"[{values}]"))
-        except yaml.YAMLError:
-            raise RecipeError("these values cannot be read", where=word, expected="values as in a recipe: 1,2") from None
-    return axes
-
-
 def variants_of(recipe: Recipe, axes: Axes) -> dict[str, RecipePart]:
-    """Name -> mixture: the recipe's own first, then the fixed ones, or with axes every combination of their values."""
+    """Name -> mixture: the recipe's own first, then the fixed ones, or with axes every combination of their values.
+
+    Raises TuneError for an axis without values.
+    """
     own = as_written(recipe).get("mixture", {})
+    if bare := [key for key, values in axes.items() if not values]:
+        raise TuneError("there is no value to try", where=f"{bare[0]}=", remedy="type for example top_k=1,2")
     if axes:
         found = {}
         for values in product(*axes.values()):
