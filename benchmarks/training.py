@@ -2,7 +2,7 @@
 
     modekit demo --out demo --seeds 3
     python benchmarks/training.py targets demo --seeds 3         FFN specialists
-    modekit demo --full --out demo-full
+    modekit demo full --out demo-full
     python benchmarks/training.py full demo-full                 ordinary fine-tunes, 5 % of their text
     python benchmarks/training.py ablation demo-full             method x backbone x top_k, by domain
 

@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
 
-from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_result, print_summary
 from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import app, resolved
-from modekit.errors import ModekitError
+from modekit.cli.shell import app, refuse_without_effect, resolved
 from modekit.run import Run
-
-if TYPE_CHECKING:
-    from modekit.demo.kinds import What
-
-
-@dataclass(frozen=True)
-class DemoKind:
-    """What the demo's experts are, and how much work it does."""
-
-    full: Annotated[bool, typer.Option("--full", help="Ordinary full fine-tunes as experts, several backbones.")] = False
-    adapters: Annotated[
-        bool, typer.Option("--adapters", help="LoRA adapters as experts, kept low-rank and folded into a native checkpoint.")
-    ] = False
-    translation: Annotated[
-        bool,
-        typer.Option("--translation", help="Models that translate messages of programs, mixed; scored by loss, BLEU and chrF."),
-    ] = False
-    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run in minutes: figures mean nothing.")] = False
-
-    def what(self) -> What:
-        """The kind. Raises ModekitError for two at once, and for another base where the demo trains its own."""
-        kinds: dict[str, What] = {"full": "full", "adapters": "lora", "translation": "translation"}
-        asked = [name for name in kinds if getattr(self, name)]
-        if len(asked) > 1:
-            raise ModekitError(
-                "the experts are of one kind",
-                where=", ".join(f"--{name}" for name in asked),
-                remedy="give one of these options",
-            )
-        if self.real and self.translation:
-            raise ModekitError(
-                "the base that translates is trained by the demo itself",
-                where="--translation, --real",
-                remedy="give one of the two",
-            )
-        return kinds[asked[0]] if asked else "mlp"
 
 
 @app.command()
-@grouped
 def demo(
-    kind: DemoKind,
+    what: Annotated[
+        Literal["mlp", "full", "lora", "translation"],
+        typer.Argument(
+            metavar="EXPERTS",
+            help="mlp: FFNs trained alone; full: full fine-tunes, several backbones; lora: adapters, kept low-rank and folded "
+            "into a native checkpoint; translation: models that translate, scored by loss, BLEU and chrF.",
+        ),
+    ] = "mlp",
+    real: Annotated[bool, typer.Option("--real", help="Start from SmolLM2-135M (within an hour).")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run in minutes: figures mean nothing.")] = False,
     output: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the demo; what is there is kept and used. Default: demo, demo-full, ..."),
@@ -68,7 +36,8 @@ def demo(
     """Train a base and four experts on real text, mix them in several ways and show what each is worth."""
     from modekit.demo.demo import folder_of, run_demo
 
-    what, real, quick = kind.what(), kind.real, kind.quick
+    if what == "translation":
+        refuse_without_effect("another demo: this one trains its base itself", {"--real": real or None})
     output = output or folder_of(what, real=real, quick=quick)
     with drawn_progress() as progress:
         results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))

@@ -119,8 +119,9 @@ def _bleu(score: TranslationScore | None) -> float | None:
 
 def folder_of(what: What, *, real: bool, quick: bool) -> Path:
     """Where a kind of demo lies when nothing else is said: demo, demo-full, ..."""
-    kinds = [] if what == "mlp" else ["adapters" if what == "lora" else what]
-    return Path("-".join(["demo", *kinds, *(["real"] if real else []), *(["quick"] if quick else [])]))
+    return Path(
+        "-".join(["demo", *([what] if what != "mlp" else []), *(["real"] if real else []), *(["quick"] if quick else [])])
+    )
 
 
 def run_demo(

@@ -1,4 +1,4 @@
-"""What `modekit demo --translation` adds: a small Bart that reads pairs as the base, and what mixtures of it write.
+"""What `modekit demo translation` adds: a small Bart that reads pairs as the base, and what mixtures of it write.
 
 * DEMO/text/<domain>.jsonl: pairs, English and French (text.py)
 * DEMO/seed0/<mixture>/results: BLEU and chrF in translate.json, and in report.html
