@@ -48,19 +48,18 @@ def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml; or the config.json of any mixture.")],
 ) -> None:
     """Show what a build would do, from configs and headers alone; or count the parameters of a published mixture."""
-    from modekit.building.preview import preview
+    from modekit.building.preview import Preview, preview
     from modekit.sources.counting import count_parameters, is_config
 
-    run = common().run()
-    if is_config(recipe):
-        counted = count_parameters(recipe, run=run)
-        print_json(counted.model_dump(mode="json")) if common().json else print_count(counted)
-        return
-    found = preview(recipe, run=run)
+    with drawn_progress() as progress:
+        run = common().run(progress)
+        found = count_parameters(recipe, run=run) if is_config(recipe) else preview(recipe, run=run)
     if common().json:
         print_json(found.model_dump(mode="json"))
-    else:
+    elif isinstance(found, Preview):
         print_plan(found)
+    else:
+        print_count(found)
 
 
 @app.command()
@@ -78,9 +77,9 @@ def build(
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
 
-    target = writable(output, overwrite)
+    wanted, target = load_recipe(recipe), writable(output, overwrite)
     with drawn_progress() as progress:
-        made = make_plan(load_recipe(recipe), resolved(recipe).parent, run=common().run(progress))
+        made = make_plan(wanted, resolved(recipe).parent, run=common().run(progress))
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
     checkpoint = show_build(output, lambda progress: build(made, target, overwrite=overwrite, run=common().run(progress)))
     if prove:

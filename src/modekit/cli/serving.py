@@ -13,7 +13,6 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.progress import drawn_progress
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
@@ -107,7 +106,6 @@ def route(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; - reads standard input.")],
 ) -> None:
     """Name the expert that best matches a text. Only the mixture's router runs, no model."""
-    from modekit.checkpoint.edited import edited_notes
     from modekit.text.plain import decode
 
     opened, read = checkpoint_in(checkpoint), decode(sys.stdin.buffer.read(), where="standard input") if text == "-" else text
@@ -122,4 +120,3 @@ def route(
         f"{name} {share:.0%}" for name, share in sorted(decision.probabilities.items(), key=lambda each: -each[1])
     )
     out.print(Text.assemble((decision.expert, "bold"), f": {shares} ({decision.tokens} tokens)"))
-    print_notes(edited_notes(opened))

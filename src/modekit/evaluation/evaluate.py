@@ -12,7 +12,6 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.edited import edited_notes
 from modekit.evaluation.domains import Domain, held_out_domains, known_and_unseen
 from modekit.evaluation.identity import row_identity
 from modekit.evaluation.jobs import RowJob, label_jobs, row_jobs
@@ -71,7 +70,6 @@ def evaluate(
     owned, unseen = known_and_unseen(domains)
     notes += beaten_notes(rows, {name: owners[name] for name in owned})
     notes += written_notes(checkpoint.record.recipe, checkpoint.recipe_root)
-    notes += edited_notes(checkpoint)
     hints = {name: hint for name in unseen if (hint := did_you_mean(name, checkpoint.names))}
     notes += [f"no expert is called {name}, so it is an unseen domain; {hint}" for name, hint in hints.items()]
     if labels is not None:
