@@ -322,6 +322,13 @@ def own_task(folder: Path, **changes: str) -> Path:
     return folder
 
 
+def unmeasured(folder: Path) -> Path:
+    """A task that names no metric."""
+    file = own_task(folder) / "spell.yaml"
+    file.write_text(file.read_text().partition("metric_list:")[0] + "metric_list: []\n")
+    return folder
+
+
 def own(folder: Path, *models: str) -> TaskSettings:
     """Tasks of a folder that the user has read."""
     return TaskSettings(models=models, folders=[folder], trusted=True)
@@ -473,6 +480,7 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     wrong = own_task(tmp_path / "a", **{"word": "nothing"})
     message = refuse("eval-tasks", out, "spell", "--include-path", wrong, "--trust-tasks")
     assert "task spell" in message and "'nothing' is undefined" in message
+    assert "task spell" in refuse("eval-tasks", out, "spell", "--include-path", unmeasured(tmp_path / "b"), "--trust-tasks")
 
 
 @pytest.mark.slow

@@ -76,6 +76,18 @@ def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub:
     assert str(tmp_path) not in json.dumps(pushed) and str(shared_workshop.root) not in json.dumps(pushed)
 
 
+def test_a_training_names_no_path(shared_workshop: Workshop, tmp_path: Path) -> None:
+    out = made(shared_workshop, tmp_path)
+    record = json.loads((out / "modekit.json").read_text())
+    settings = {"what": ["routers"], "losses": {"distill": 1.0}, "teacher": f"{tmp_path}/big", "generic": [f"{tmp_path}/a.txt"]}
+    trained = {"settings": settings, "text": {}, "parameters": 1, "steps": 1, "tokens": 1, "select_loss": {}, "notes": []}
+    (out / "modekit.json").write_text(json.dumps({**record, "training": [trained]}))
+    content = pack(open_checkpoint(out), ask_hub=False).files["modekit.json"]
+    assert isinstance(content, bytes) and str(tmp_path) not in content.decode()
+    said = json.loads(content)["training"][0]["settings"]
+    assert (said["teacher"], said["generic"]) == ("./big", ["./a.txt"])
+
+
 def test_a_push_changes_no_file_so_that_a_kill_leaves_the_mixture_as_it_was(
     shared_workshop: Workshop, tmp_path: Path, hub: Path
 ) -> None:
@@ -136,6 +148,9 @@ def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp
     (out / "README.md").write_text(f"# Mine\n\nfrom {shared_workshop.root}/text")
     parcel = pack(open_checkpoint(out), ask_hub=False)
     assert parcel.files["README.md"] == out / "README.md"
+    (out / "README.md").rename(out / "LICENSE.md")  # terms alone: the card is made beside them
+    parcel = pack(open_checkpoint(out), ask_hub=False)
+    assert parcel.files["LICENSE.md"] == out / "LICENSE.md" and isinstance(parcel.files["README.md"], bytes)
 
 
 def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

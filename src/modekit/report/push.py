@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -59,11 +60,11 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
     if (checkpoint.folder / RECIPE_FILE).exists():
         said = shown.model_dump(mode="json")["recipe"]
         made[RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
-    notes: list[str] = []
-    if not any((checkpoint.folder / name).exists() for name in (CARD_FILE, LICENCE_FILE)):
+    notes: Sequence[str] = ()
+    if not (checkpoint.folder / CARD_FILE).exists():
         card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
-        made |= card.contents
-        notes += card.notes
+        made |= {name: content for name, content in card.contents.items() if not (checkpoint.folder / name).exists()}
+        notes = card.notes
     files: dict[str, Path | bytes] = {}
     left: dict[str, int] = {}
     for path in sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()):
@@ -151,12 +152,7 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
     for source in record.sources:
         spec = name_of(source.spec, root)
         sources.append(source.model_copy(update={"spec": spec, "folder": spec.removeprefix("./")}))
-    training = [
-        each.model_copy(update={"settings": {**each.settings, "generic": [name_of(g, root) for g in each.settings["generic"]]}})
-        if each.settings.get("generic")
-        else each
-        for each in record.training
-    ]
+    training = [each.model_copy(update={"settings": _named(each.settings, root)}) for each in record.training]
     history = [
         each.model_copy(update={key: spec and name_of(spec, root) for key, spec in each.specs.items()})
         for each in record.history
@@ -172,3 +168,13 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
             "dense_config": {key: value for key, value in record.dense_config.items() if key != "_name_or_path"},
         }
     )
+
+
+def _named(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Settings of a training with names where they have paths."""
+    teacher, generic = settings.get("teacher"), settings.get("generic")
+    return {
+        **settings,
+        **({"teacher": name_of(teacher, root)} if teacher else {}),
+        **({"generic": [name_of(text, root) for text in generic]} if generic else {}),
+    }

@@ -25,7 +25,6 @@ from modekit.evaluation.tasks.harness import (
     asked_of,
     folders_state,
     harness_task,
-    metric_of,
     named_tasks,
     quiet,
     run_tasks,
@@ -114,7 +113,7 @@ def evaluate_tasks(
         found = named_tasks(others, settings.folders, list(GROUPS)) if others else {}
         tasks = _question_tasks(checkpoint, forms, settings, notes) if forms else {}
         for name, made in found.items():
-            asked, metric = asked_of(name, made, settings.limit), metric_of(made, settings.limit)
+            asked, metric = asked_of(name, made, settings.limit)
             tasks[name] = TaskRun(made, metric, asked, metric.metric)
         scored = _run(checkpoint, tasks, chosen, settings, notes, run)
     results = TaskResults(_scores(tasks, scored, settings.folders), notes=notes, checkpoint=checkpoint.identity)
@@ -155,9 +154,9 @@ def _question_tasks(
     for questions in made:
         if questions.form in forms:
             task = harness_task(questions.config(folder.resolve()))
-            asked = asked_of(questions.name, task, settings.limit)
+            asked, metric = asked_of(questions.name, task, settings.limit)
             # All are one mean, too: accuracies of the same number of choices.
-            tasks[questions.name] = TaskRun(task, metric_of(task, None), asked, f"{questions.form},questions", questions)
+            tasks[questions.name] = TaskRun(task, metric, asked, f"{questions.form},questions", questions)
     for form in forms:
         if not any(questions.form == form for questions in made):
             notes.append(f"no domain's text gives {form}")

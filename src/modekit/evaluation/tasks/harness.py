@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 _SEED = 1234  # of few-shot examples, as in the harness's own command
-_GENERATED = 16  # texts that are read side by side
+_BATCH = 16  # texts that are read side by side
 _PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
 
 
@@ -130,15 +130,15 @@ def folders_state(folders: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest() if folders else ""
 
 
-def asked_of(name: str, task: Task, limit: int | None) -> str:
-    """Make what a task asks; a digest of it. Raises TextError where that does not work."""
-    with _explained(f"task {name}", "the task cannot be asked", "check its text, answers and few-shot examples"):
+def asked_of(name: str, task: Task, limit: int | None) -> tuple[str, Metric]:
+    """Make what a task asks: a digest of it, and what is shown of its answers. Raises TextError where that does not work."""
+    with _explained(f"task {name}", "the task cannot be asked", "check its text, answers, metrics and few-shot examples"):
         task.set_fewshot_seed(_SEED)
         task.build_all_requests(limit=limit)
         said = hashlib.sha256(repr(task.config.to_dict().get("metric_list")).encode())
         for instance in task.instances:
             said.update(repr((instance.args, instance.doc)).encode("utf-8", "backslashreplace"))
-        return said.hexdigest()
+        return said.hexdigest(), _metric_of(task, limit)
 
 
 def run_tasks(
@@ -158,7 +158,7 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    batch = 1 if hasattr(model.config, "modekit") else _GENERATED
+    batch = 1 if hasattr(model.config, "modekit") else _BATCH
     for task, _ in tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples for every model
     remedy = "run the tasks one at a time to see which, and check its text and lengths"
@@ -187,8 +187,7 @@ def _estimate(metric: str, samples: Sequence[Mapping[str, Any]], results: Mappin
     return Estimate(value, stdev(figures) / math.sqrt(len(figures)))
 
 
-def metric_of(task: Task, limit: int | None) -> Metric:
-    """The one that is shown of a task."""
+def _metric_of(task: Task, limit: int | None) -> Metric:
     better = dict(task.higher_is_better())
     name = next((name for name in _PREFERRED if name in better), next(iter(better)))
     return Metric(name, bool(better[name]), _chance_of(task, limit) if name.startswith("acc") else None)
