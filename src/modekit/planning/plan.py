@@ -21,6 +21,7 @@ from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, architecture_of, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
+from modekit.sources.towers import kept_beside, own_towers
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factor_size import working_bytes
 from modekit.weights.made import Factor, Filled
@@ -134,6 +135,8 @@ class Plan:
         refs = [ref for tensor in self.tensors for ref in tensor.made.refs]
         for source in (each for each in self.sources if not isinstance(each, AdapterSource)):
             refs += [source.tensor(name) for pair in self.family.copies_of(source).items() for name in pair]
+        if self.recipe.output.keep is not None:
+            refs += [ref for source in own_towers(self.sources) for ref in kept_beside(source).values()]
         return frozenset(part.file for ref in refs for part in ref.parts)
 
     @property
