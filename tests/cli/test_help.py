@@ -58,6 +58,7 @@ def test_wrong_usage_is_answered_with_the_example() -> None:
     code, _, said = ended("mix")
     assert code == 2 and "Missing argument 'BASE'" in said
     assert f"type for example `{example_of('mix')}`; modekit mix --help shows all options" in said
+    assert "modekit data balance --help shows all options" in ended("data", "balance", "OUT")[2]
 
 
 def test_completion_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

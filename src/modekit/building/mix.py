@@ -26,10 +26,11 @@ from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.adapter_rules import LowRank
+from modekit.sources.compatible import check_same_architecture
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
 from modekit.sources.names import natural_key
-from modekit.sources.open import check_folders, open_recipe_sources
+from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
 from modekit.text.glance import check_texts
@@ -100,13 +101,13 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
     root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
     given = _with_given_text(models)
     typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
-    check_folders(typed, models.root)  # here, as messages then name the paths that were typed
     check_texts_present(typed, models.root)
+    run.begin("compare the models")
+    as_typed = open_recipe_sources(typed, models.root, run=run)  # so that messages name the paths that were typed
+    kinds, notes = _kinds(typed, as_typed), list[str]()
     raw = from_folder(given, models.root, out)
     bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
-    run.begin("compare the models")
     sources = open_recipe_sources(bare, root, run=run)
-    kinds, notes = _kinds(bare, sources), list[str]()
     if _can_write(sources[0]):
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     elif models.texts:
@@ -199,9 +200,11 @@ def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) 
     """Of an expert. Raises MismatchError where it is the base."""
     if isinstance(source, AdapterSource):
         return "adapter"
-    ffn = f".{family_of(base.config, where=f'base_model ({base.spec})').mlp_module}."
+    family = family_of(base.config, where=base.where)
+    ffn = f".{family.mlp_module}."
     if source.config.get("model_type") != base.config.get("model_type"):
-        return "full"  # the plan says why it cannot be mixed, if it cannot
+        check_same_architecture(base, source, family)
+        return "full"
     if source.folder.resolve() != base.folder.resolve():
         if not changed_ffn_alone(source) and _differ(opened, base, source, lambda tensor: ffn not in tensor):
             return "full"

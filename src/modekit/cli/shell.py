@@ -198,7 +198,8 @@ def main() -> None:
 
 def _command() -> str:
     """The command that was asked for."""
-    return next((each for each in sys.argv[1:] if not each.startswith("-")), "")
+    words = [each for each in sys.argv[1:] if not each.startswith("-")]
+    return " ".join(words[: 2 if words[:1] == ["data"] else 1])
 
 
 def _fail(error: ModekitError) -> NoReturn:
@@ -213,7 +214,7 @@ def _wrong_usage(said: str) -> ModekitError:
     said = said.replace(": Value error, ", ": ").replace("Input should be", "must be")
     choice = _CHOICE.search(said)
     hint = did_you_mean(choice[1], re.findall("'([^']*)'", choice[2])) if choice else ""
-    example = example_of(_command())
+    example = example_of(_command().rpartition(" ")[2])
     usage = f"type for example `{example}`; modekit {_command()} --help shows all options" if example else "modekit --help"
     return ModekitError(said, remedy=" ".join(filter(None, [hint, usage])))
 

@@ -119,6 +119,13 @@ def check_same_architecture(base: ModelSource, source: ModelSource, family: Fami
     where = f"{source.where}: config.json"
     theirs_type = source.config.get("model_type")
     if theirs_type != family.model_type:
+        if (base.folder / "modekit.json").is_file():
+            raise MismatchError(
+                "the base model is a mixture",
+                where=base.where,
+                found=family.model_type,
+                remedy="give the model that its experts were fine-tuned from; `modekit add` adds an expert to a mixture",
+            )
         raise MismatchError(
             "the expert is of another family than the base model",
             where=where,

@@ -184,6 +184,9 @@ def check_no_code(config: Config, *, where: str, run: Run) -> None:
     if run.trust_remote_code:
         return
     for key, value in entries(config):
+        if key == "auto_map" and value and config.get("model_type") == "modekit":
+            remedy = "give the model that its experts were fine-tuned from; `modekit add` adds an expert to a mixture"
+            raise SourceError("this is a mixture, not a dense model", where=where, remedy=remedy)
         if key == "auto_map" and value:
             raise SourceError(
                 "the model brings code of its own (auto_map in config.json)",
