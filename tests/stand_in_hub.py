@@ -36,11 +36,6 @@ class StandIn:
     """Of a repository: status and headers in place of everything."""
     cut: dict[str, int] = field(default_factory=dict)
     """Of a file: after so many bytes the connection ends, once."""
-    other: dict[str, bytes] = field(default_factory=dict)
-    """Of a file: bytes that are sent in place of its own."""
-    sends_parts: bool = True
-    raw: bytes = b""
-    """Of every file: what goes through the socket in place of an answer."""
     log: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, file, and what range of it."""
 
@@ -95,8 +90,6 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/models":
             wanted = parse_qs(urlsplit(self.path).query)["search"][0].lower()
             self._json([{"id": name, "modelId": name} for name in self.hub.repos if wanted in name.lower()])
-        elif file and self.hub.raw:
-            self._raw()
         elif file:
             self._repo(file[1], file[2], file[3])
         elif repo:
@@ -122,10 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, path: Path, commit: str) -> None:
         key, span = f"{name}/{path.name}", self.headers.get("Range", "").removeprefix("bytes=")
         self.hub.log.append((self.command, key, span))
-        content = self.hub.other.get(key, path.read_bytes())
+        content = path.read_bytes()
         size, start = len(content), 0
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if span and self.hub.sends_parts:
+        if span:
             first, _, last = span.partition("-")
             start, stop = int(first), min(int(last) + 1 if last else size, size)
             content, headers["Content-Range"] = content[start:stop], f"bytes {start}-{stop - 1}/{size}"
@@ -136,10 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, data: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(data).encode())
-
-    def _raw(self) -> None:
-        self.wfile.write(self.hub.raw)
-        self.close_connection = True
 
     def _send(self, status: int, headers: dict[str, str], content: bytes = b"", cut: int | None = None) -> None:
         self.send_response(status)

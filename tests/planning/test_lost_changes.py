@@ -16,14 +16,14 @@ ROUTER = {"fit": "random"}
 
 def notes_of(workshop: Workshop, **changes: Any) -> list[str]:
     """The plan's notes on full models, without a build."""
-    plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root, headers_only=True)
+    plan = make_plan(load_recipe(workshop.write(**changes)), workshop.root)
     return [note for note in plan.notes if "loses what a full model changed" in note]
 
 
 def test_what_is_said_of_one_expert_per_token_is_what_a_training_does(workshop: Workshop) -> None:
     def said(mixture: dict[str, Any], **changes: Any) -> list[str]:
         recipe = load_recipe(workshop.write(mixture={"router": ROUTER, **mixture}, **changes))
-        return [note for note in make_plan(recipe, workshop.root, headers_only=True).notes if "top_k 1" in note]
+        return [note for note in make_plan(recipe, workshop.root).notes if "top_k 1" in note]
 
     (note,) = said({"top_k": 1})
     assert "`modekit train` gives every token two experts while it trains one" in note

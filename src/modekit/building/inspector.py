@@ -29,8 +29,6 @@ _MOST_THREADS = 4
 class Inspector:
     """Threads that start at once; `finish` helps them and gives what was found, `stop` ends them early.
 
-    A file that stayed on the hub, as nothing of it is needed, has no hash.
-
     `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
     from which something is taken again, and they must be what they were.
     """

@@ -79,7 +79,7 @@ def preview(recipe: Path, *, run: Run = QUIET) -> Preview:
     Raises what a build would raise for models, and TextError for a text as far as it is read here.
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
-    plan = make_plan(parsed, root, run=run, headers_only=True)
+    plan = make_plan(parsed, root, run=run)
     notes = check_texts(plan.recipe, root, plan.family.reads)
     found = summary(plan)
     return Preview(**{**dict(found), "notes": [*found.notes, *notes]}, time=needed_time(plan))

@@ -37,7 +37,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A source file as it was when it was read; one that stayed on the hub, as nothing of it was needed, has no hash."""
+    """A source file as it was when it was read."""
 
     size: Count
     blake3: Digest
@@ -311,8 +311,7 @@ def _source_record(source: ModelSource, out: Path, hashes: Mapping[str, str], kn
     if known is not None:
         files, config = known.files, known.config
     else:
-        sizes = {file: source.absent[file] if file in source.absent else file.stat().st_size for file in source.files}
-        files = {file.name: FileRecord(size=size, blake3=hashes[str(file)]) for file, size in sizes.items()}
+        files = {file.name: FileRecord(size=file.stat().st_size, blake3=hashes[str(file)]) for file in source.files}
         config = settings_digest(source.written_config)
     return SourceRecord(
         label=source.label,

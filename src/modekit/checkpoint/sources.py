@@ -33,25 +33,17 @@ class SourceState:
         folder: where it lay.
         is_there: whether there is still such a folder.
         changed: what is no longer as it was recorded: a file, or a few words; empty: nothing.
-        on_hub: weight files that the build did not need, and that are not on this disk.
     """
 
     record: SourceRecord
     folder: Path
     is_there: bool
     changed: str = ""
-    on_hub: tuple[str, ...] = ()
 
     @property
     def is_as_recorded(self) -> bool:
         """Whether it may stand for what is in the mixture."""
-        return self.is_there and not self.changed and not self.on_hub
-
-    @property
-    def to_download(self) -> str:
-        """How to get what stayed on the hub."""
-        get = f"hf download {self.record.spec} --revision {self.record.revision}"
-        return f"{self.record.label}: {', '.join(self.on_hub)} stayed on the hub: the build did not need it; `{get}` brings all"
+        return self.is_there and not self.changed
 
     @property
     def said(self) -> str:
@@ -65,9 +57,6 @@ def source_state(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> Sou
     folder = checkpoint.source_folder(record)
     if not folder.is_dir():
         return SourceState(record, folder, is_there=False)
-    on_hub = tuple(name for name, file in record.files.items() if not (file.blake3 or (folder / name).exists()))
-    if on_hub:
-        return SourceState(record, folder, is_there=True, on_hub=on_hub)
     try:
         changed = next(iter(changed_settings(record, folder)), None) or changed_weights(record, folder, run) or ""
     except SourceError as error:
@@ -98,8 +87,7 @@ def changed_weights(record: SourceRecord, folder: Path, run: Run) -> str | None:
         return min(others)
     progress = partial(run.progress, f"look at {record.label}")
     for name, expected in record.files.items():
-        is_other = bool(expected.blake3) and known_blake3(folder / name, progress) != expected.blake3
-        if is_other or (folder / name).stat().st_size != expected.size:
+        if (folder / name).stat().st_size != expected.size or known_blake3(folder / name, progress) != expected.blake3:
             return name
     return None
 
@@ -120,6 +108,4 @@ def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> 
             break
     if not state.is_there:
         return GONE
-    if state.on_hub:
-        return state.to_download
     return f"{state.said} has changed since the mixture was built: {PUT_BACK}" if state.changed else None

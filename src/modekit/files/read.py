@@ -88,32 +88,18 @@ def read_json(path: Path, limit: int = SMALL) -> Any:
     return parse_json(read_text(path, limit))
 
 
-def parse_json(text: str, *, once: bool = False) -> Any:
+def parse_json(text: str) -> Any:
     """JSON as plain data. Raises ValueError: also where it nests too deeply, or holds what no JSON and no file can.
 
-    That is NaN and Infinity, numbers of thousands of digits, and halves of surrogate pairs, which no encoding writes. With
-    `once` every key may be given once, and a number without a fraction is never negative (-0 counts as one that is).
+    That is NaN and Infinity, numbers of thousands of digits, and halves of surrogate pairs, which no encoding writes.
     """
-    strict: dict[str, Any] = {"object_pairs_hook": _given_once, "parse_int": _natural} if once else {}
     try:
-        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, **strict)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if _SURROGATE.search(text):
             json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return data
-
-
-def _given_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
-
-
-def _natural(digits: str) -> int:
-    if digits.startswith("-"):
-        raise ValueError(f"{digits[:20]} is negative")
-    return int(digits)
 
 
 def _finite(digits: str) -> float:

@@ -2,7 +2,6 @@
 
     CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
     CACHE/proven/<sha256>                what was proven here; the name says it all
-    CACHE/headers/<sha256>               a weight file's header on the hub, at one commit; the name says which
 
 CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
 file is read again, and a proof is made again.
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from modekit.files.read import UNREADABLE, FileState, read_bytes
+from modekit.files.read import UNREADABLE, FileState
 from modekit.files.typed import Digest, read_as
 from modekit.files.write import json_bytes, make_folder, remove, write_file
 
@@ -73,20 +72,6 @@ def is_proven_here(what: str) -> bool:
         return _file_of("proven", what.encode()).is_file()
     except _WRONG:
         return False
-
-
-def keep_header(what: str, content: bytes) -> None:
-    """Keep the header of a file that is elsewhere and never changes."""
-    with suppress(*_WRONG):
-        _keep(_file_of("headers", what.encode()), content)
-
-
-def known_header(what: str) -> bytes | None:
-    """The same; None where it is not known."""
-    try:
-        return read_bytes(_file_of("headers", what.encode()), 2**26)
-    except _WRONG:
-        return None
 
 
 def _digest_file(path: Path) -> Path:

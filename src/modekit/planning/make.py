@@ -42,24 +42,14 @@ _TO_SAFETENSORS = {name: code for code, name in DTYPE_NAMES.items()}
 Layout = NativeLayout | ModekitLayout
 
 
-def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> Plan:
+def make_plan(recipe: Recipe, root: Path, *, run: Run = QUIET) -> Plan:
     """Resolve a recipe into a plan. `root` is the folder that the recipe's paths are relative to.
 
-    The plan's recipe says the router and the decay that a recipe leaves open. Of models on the hub those weight files are
-    downloaded that a build reads; with `headers_only` none: such a plan can be shown but not built.
+    The plan's recipe says the router and the decay that a recipe leaves open. Models on the hub are downloaded.
 
     Raises SourceError, MismatchError or UnsupportedError before anything is written.
     """
-    plan = plan_of(recipe, root, open_recipe_sources(recipe, root, run=run, headers_only=True), run=run)
-    on_hub = [] if headers_only else [source for source in dict.fromkeys(plan.sources) if source.revision is not None]
-    if not on_hub:
-        return plan
-    from modekit.sources.hub import fetch  # its import takes longer than a whole local plan
-
-    for source in on_hub:
-        fetch(source, plan.read_files.intersection(source.files), run=run)
-    pinned = plan.recipe.at(*(source.revision for source in plan.sources))
-    return plan_of(plan.recipe, root, open_recipe_sources(pinned, root, run=run, headers_only=True), run=run)
+    return plan_of(recipe, root, open_recipe_sources(recipe, root, run=run), run=run)
 
 
 def plan_of(recipe: Recipe, root: Path, sources: tuple[ModelSource, ...], *, run: Run = QUIET) -> Plan:

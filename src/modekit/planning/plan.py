@@ -17,11 +17,9 @@ from modekit.planning.shape import RouterSlot
 from modekit.planning.shapes import Shape
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource
 from modekit.sources.config import Config, architecture_of, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
-from modekit.sources.towers import kept_beside, own_towers
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factor_size import working_bytes
 from modekit.weights.made import Factor, Filled
@@ -126,24 +124,6 @@ class Plan:
     def source_states(self) -> dict[Path, FileState | None]:
         """Every weight file of the sources, and its state when its header was read."""
         return {file: source.states[file] for source in self.sources for file in source.files}
-
-    @cached_property
-    def read_files(self) -> frozenset[Path]:
-        """Weight files of which a build reads something: all, where it compares whole models."""
-        if self.shape.channels and self.shape.channels.carry:
-            return frozenset(self.source_states)
-        refs = [ref for tensor in self.tensors for ref in tensor.made.refs]
-        for source in (each for each in self.sources if not isinstance(each, AdapterSource)):
-            refs += [source.tensor(name) for pair in self.family.copies_of(source).items() for name in pair]
-        if self.recipe.output.keep is not None:
-            refs += [ref for source in own_towers(self.sources) for ref in kept_beside(source).values()]
-        return frozenset(part.file for ref in refs for part in ref.parts)
-
-    @property
-    def bytes_downloaded(self) -> int:
-        """Of the files on the hub that it reads, those that are not on this disk yet."""
-        absent = {file: size for source in self.sources for file, size in source.absent.items()}
-        return sum(size for file, size in absent.items() if file in self.read_files)
 
     @property
     def bytes_written(self) -> int:

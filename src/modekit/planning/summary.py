@@ -53,7 +53,7 @@ class PlanSummary(BaseModel, frozen=True):
     Attributes:
         router_why: which it is, and why `fit: auto` takes it; empty where it does not.
         tensors: their number in all, and by the operation that makes them.
-        bytes: read, written, of statistics, and to download first.
+        bytes: read, written, and of statistics.
         parameters, memory: as `Plan` has them.
         disk: needed and free.
         fit: None where the router is set without text.
@@ -112,8 +112,7 @@ def summary(plan: Plan) -> PlanSummary:
         dtype=str(plan.config["dtype"]),
         tensors={"total": len(plan.tensors), **operations},
         shards=len(plan.shards) + 1,
-        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics}
-        | ({"download": plan.bytes_downloaded} if plan.bytes_downloaded else {}),
+        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
         parameters=plan.parameters(),
         disk={"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
         memory=plan.memory(),

@@ -140,7 +140,7 @@ def tune(
     started = time.perf_counter()
     refuse_existing(out, replaced_by(overwrite))
     run.begin("read the models")
-    chosen_by = _select_marks(make_plan(recipe, root, headers_only=True, run=run))
+    chosen_by = _select_marks(make_plan(recipe, root, run=run))
     variants = variants_of(recipe, axes or {})
     with _work_folder(out) as work:
         trial = Trial(recipe, root, work, tokens_per_domain, sequence_length)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modekit.errors import SourceError
 from modekit.sources.adapter_config import CONFIG_FILE, damaged, parse_settings, read_adapter_config
 from modekit.sources.adapter_rules import Change, Rules, peft_plain
-from modekit.sources.header import TensorRef
-from modekit.sources.source import Elsewhere, ModelSource, WeightFiles
+from modekit.sources.header import TensorRef, read_header
+from modekit.sources.source import ModelSource, no_weights
 from modekit.sources.towers import naming_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,16 +43,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists()
 
 
-def open_adapter(
-    label: str,
-    spec: str,
-    folder: Path,
-    base: ModelSource,
-    *,
-    revision: str | None = None,
-    elsewhere: Elsewhere | None = None,
-) -> AdapterSource:
-    """Read an adapter folder as changes of a base model. Only headers are read; where it lacks the weights, that `elsewhere`.
+def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revision: str | None = None) -> AdapterSource:
+    """Read an adapter folder as changes of a base model. Only headers are read.
 
     Raises SourceError when the adapter is damaged or contradicts itself, MismatchError when it is not for this base, and
     UnsupportedError when it does what no plain weight of the base can say.
@@ -61,8 +52,9 @@ def open_adapter(
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
     parse_settings(config, where=where)
-    file = folder / WEIGHTS_FILE if elsewhere is not None else _weights_file(folder, where=where)
-    tensors = WeightFiles([file], where, elsewhere).tensors()
+    if not (folder / WEIGHTS_FILE).exists():
+        raise no_weights([path.name for path in folder.iterdir()], where=where)
+    tensors = read_header(folder / WEIGHTS_FILE, where=where)
     naming = naming_of((peft_plain(name) for name in tensors), where=where)
     rules = Rules(where, parse_settings(config, where=where, naming=naming), base, tensors, naming)
     changes, replaced, notes = rules.changes(), rules.replaced(), tuple(rules.notes())
@@ -70,17 +62,3 @@ def open_adapter(
         raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
     bias_changes, beside = rules.bias_changes(changes), rules.beside
     return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
-
-
-def _weights_file(folder: Path, *, where: str) -> Path:
-    if (folder / WEIGHTS_FILE).exists():
-        return folder / WEIGHTS_FILE
-    if (folder / "adapter_model.bin").exists():
-        raise SourceError(
-            "the adapter is pickled, which can run code when opened; modekit reads safetensors only",
-            where=where,
-            found="adapter_model.bin",
-            expected=WEIGHTS_FILE,
-            remedy="convert it once where you trust the file: load it with PEFT and save_pretrained to a new folder",
-        )
-    raise damaged("the adapter has no weights", where, expected=WEIGHTS_FILE)

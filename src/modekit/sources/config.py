@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +156,7 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
         if _is_deep(config):
             raise ValueError("nested too deeply")
     except FileNotFoundError:
-        refuse_other_kinds(folder, where=where)
+        refuse_other_kinds([path.name for path in folder.glob("*")], where=where)
         raise SourceError("config.json is missing", where=where, remedy="give a transformers model folder") from None
     except UNREADABLE as error:
         raise damaged_model("config.json cannot be read", where, error) from None
@@ -165,13 +165,13 @@ def read_config(folder: Path, *, where: str) -> dict[str, object]:
     return config
 
 
-def refuse_other_kinds(folder: Path, *, where: str) -> None:
-    """Raise SourceError where a folder that lacks a model holds an adapter or GGUF files."""
-    if (folder / "adapter_config.json").exists():
+def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
+    """Raise SourceError where the files of a folder that lacks a model, by name, are those of an adapter, or GGUF files."""
+    if "adapter_config.json" in names:
         its_base = "give a full model, like the one that it was trained on (base_model_name_or_path in its adapter_config.json)"
         remedy = "name it as adapter: in place of model: in the recipe" if where.startswith("experts[") else its_base
         raise SourceError("this is an adapter, not a full model", where=where, remedy=remedy) from None
-    files = sorted(path.name for path in folder.glob("*.gguf"))
+    files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
         raise SourceError("GGUF files are not read", where=where, found=", ".join(files[:3]), remedy=FROM_GGUF) from None
 

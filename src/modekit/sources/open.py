@@ -30,13 +30,15 @@ def local_folder(spec: str, *, root: Path, label: str) -> Path | None:
     return None
 
 
-def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET) -> Path:
+def model_folder(
+    spec: str, revision: str | None, *, root: Path, label: str, run: Run = QUIET, as_adapter: bool = False
+) -> Path:
     """The folder of a model named by path or hub id, downloaded when needed. Raises SourceError."""
     folder = local_folder(spec, root=root, label=label)
     if folder is None:
-        from modekit.sources.hub import download
+        from modekit.sources.hub import download  # its import takes longer than a whole local plan
 
-        return download(spec, revision, where=f"{label} ({spec})", run=run)[0]
+        return download(spec, revision, where=f"{label} ({spec})", run=run, as_adapter=as_adapter)
     if revision is not None:
         raise SourceError(
             "a revision has no effect with a folder",
@@ -47,14 +49,13 @@ def model_folder(spec: str, revision: str | None, *, root: Path, label: str, run
     return folder
 
 
-def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET, headers_only: bool = False) -> tuple[ModelSource, ...]:
+def open_recipe_sources(recipe: Recipe, root: Path, *, run: Run = QUIET) -> tuple[ModelSource, ...]:
     """The base model, then each expert's model in recipe order; 'base' experts share the base's source.
 
-    Models on the hub are downloaded, or with `headers_only` just their configs and tensor headers. Raises SourceError; for
-    folders that do not exist before anything is opened.
+    Models on the hub are downloaded. Raises SourceError; for folders that do not exist before anything is opened.
     """
     check_folders(recipe, root)
-    opener = Opener(root, run, headers_only)
+    opener = Opener(root, run)
     base = opener.base(recipe)
     return (base, *(opener.expert(place, expert, base) for place, expert in enumerate(recipe.experts)))
 
@@ -65,7 +66,6 @@ class Opener:
 
     root: Path
     run: Run = QUIET
-    headers_only: bool = False
 
     def base(self, recipe: Recipe) -> ModelSource:
         """The base model."""
@@ -78,21 +78,17 @@ class Opener:
             return base
         if expert.adapter is None:
             return self._model(label, expert.source, expert.revision)
-        if local_folder(expert.adapter, root=self.root, label=label) is None:
-            from modekit.sources.hub import open_hub_adapter  # its import takes longer than a whole local plan
-
-            whole = not self.headers_only
-            return open_hub_adapter(label, expert.adapter, base, expert.revision, whole=whole, run=self.run)
-        folder = model_folder(expert.adapter, expert.revision, root=self.root, label=label)
-        return open_adapter(label, expert.adapter, folder, base)
+        folder, commit = self._folder(label, expert.adapter, expert.revision, as_adapter=True)
+        return open_adapter(label, expert.adapter, folder, base, revision=commit)
 
     def _model(self, label: str, spec: str, revision: str | None) -> ModelSource:
-        if local_folder(spec, root=self.root, label=label) is None:
-            from modekit.sources.hub import open_hub_model
+        folder, commit = self._folder(label, spec, revision)
+        return named_by_class(open_source(label, spec, folder, revision=commit, run=self.run))
 
-            return named_by_class(open_hub_model(label, spec, revision, whole=not self.headers_only, run=self.run))
-        folder = model_folder(spec, revision, root=self.root, label=label)
-        return named_by_class(open_source(label, spec, folder, run=self.run))
+    def _folder(self, label: str, spec: str, revision: str | None, *, as_adapter: bool = False) -> tuple[Path, str | None]:
+        """Where a model lies, and its commit on the hub."""
+        folder = model_folder(spec, revision, root=self.root, label=label, run=self.run, as_adapter=as_adapter)
+        return folder, folder.name if local_folder(spec, root=self.root, label=label) is None else None
 
 
 def label_of(place: int, expert: Expert) -> str:

@@ -17,11 +17,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from modekit.errors import SourceError
-from modekit.files.read import UNREADABLE, parse_json
+from modekit.files.read import UNREADABLE, open_regular, parse_json
 from modekit.files.typed import as_kind
 from modekit.sources.config import Config, no_usable
 from modekit.sources.header import DTYPE_NAMES, TensorRef
-from modekit.sources.source import WeightFiles
 
 Read = Callable[[TensorRef, int, int], memoryview]
 """Bytes [start, stop) of a tensor in a file."""
@@ -81,6 +80,12 @@ class PackedRef(TensorRef):
             np.ascontiguousarray(values, np.float32).view(np.uint8).data[start - first * size : stop - first * size]
         )
         return found
+
+
+def _content(ref: TensorRef) -> bytes:
+    with open_regular(ref.file) as stream:
+        stream.seek(ref.start)
+        return stream.read(ref.nbytes)
 
 
 def _numbers(read: Read, ref: TensorRef, first: int = 0, last: int | None = None) -> Array32:
@@ -185,18 +190,20 @@ class _Bits4(BaseModel):
     nested_offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
-def unpack(settings: object, config: Config, weights: WeightFiles) -> tuple[dict[str, TensorRef], str]:
+def unpack(
+    settings: object, config: Config, tensors: Mapping[str, TensorRef], *, where: str
+) -> tuple[dict[str, TensorRef], str]:
     """A quantised model's tensors, as any model has them, and what they are in, for a sentence: 4 bits (bitsandbytes).
 
     `settings` is config.json's quantization_config. Raises SourceError: a form that is not read, or parts that do not fit.
     """
-    where, said = f"{weights.where}: config.json", settings if isinstance(settings, Mapping) else {}
-    method, parts = str(said.get("quant_method")), _Parts(weights, weights.tensors())
+    said = settings if isinstance(settings, Mapping) else {}
+    method, parts = str(said.get("quant_method")), _Parts(tensors, where)
     if not (method == "fp8" or (method == "bitsandbytes" and not said.get("load_in_8bit"))):
         package = _UNPACKED_BY.get(method, "its own library")
         raise SourceError(
             "the model is quantised in a form that modekit does not read",
-            where=where,
+            where=f"{where}: config.json",
             found=f"quant_method {method}",
             expected="fp8, or bitsandbytes with 4 bits",
             remedy=f"give the unquantised model, or unpack it with {package} and save it again",
@@ -207,20 +214,18 @@ def unpack(settings: object, config: Config, weights: WeightFiles) -> tuple[dict
             named = parts.of_fp8(as_kind(dict(said), _Fp8).weight_block_size)
         forms = dict(named)
     except (ValueError, TypeError) as error:  # of the settings
-        raise no_usable(f"settings of {method}", error, None, where, _REMEDY) from None
+        raise no_usable(f"settings of {method}", error, None, f"{where}: config.json", _REMEDY) from None
     if not forms:
         raise SourceError(
             f"config.json says that the weights are quantised ({method}), and none is",
-            where=weights.where,
+            where=where,
             remedy="remove quantization_config from config.json if they are plain; else give the unquantised model",
         )
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     written = next((code for code, name in DTYPE_NAMES.items() if name == dtype), "BF16")
     read = {ref.name for form in forms.values() for ref in form.parts}
     found = {
-        name: ref
-        for name, ref in parts.tensors.items()
-        if name not in read and not name.endswith(_UNUSED) and _STATE not in name
+        name: ref for name, ref in tensors.items() if name not in read and not name.endswith(_UNUSED) and _STATE not in name
     }
     for name, form in forms.items():
         first, size = form.parts[0], 4 * math.prod(form.shape)
@@ -232,14 +237,14 @@ def unpack(settings: object, config: Config, weights: WeightFiles) -> tuple[dict
 class _Parts:
     """The packed tensors of a model, taken by name and checked. Everything here raises SourceError."""
 
-    weights: WeightFiles
     tensors: Mapping[str, TensorRef]
+    where: str
 
     def part(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...] | None = None) -> TensorRef:
         """A tensor that must have one of these dtypes, and this shape."""
         ref = self.tensors.get(name)
         if ref is None:
-            what, where = "a part of a quantised weight is missing", f"{self.weights.where}: {name}"
+            what, where = "a part of a quantised weight is missing", f"{self.where}: {name}"
             raise SourceError(what, where=where, remedy=_REMEDY)
         if ref.dtype not in dtypes or shape not in (None, ref.shape):
             raise self.other(name, f"{ref.dtype} {list(ref.shape)}", f"{' or '.join(dtypes)} {list(shape or ())}")
@@ -248,7 +253,7 @@ class _Parts:
     def other(self, name: str, found: object, expected: object) -> SourceError:
         """The error of a tensor that contradicts the others or config.json."""
         what = "a quantised weight is not what config.json and its other parts say"
-        return SourceError(what, where=f"{self.weights.where}: {name}", found=found, expected=expected, remedy=_REMEDY)
+        return SourceError(what, where=f"{self.where}: {name}", found=found, expected=expected, remedy=_REMEDY)
 
     def of_bitsandbytes(self) -> Iterator[tuple[str, Scaled | Coded]]:
         """An index, absmax and the 16 numbers per weight, and JSON that says how they lie."""
@@ -257,9 +262,9 @@ class _Parts:
             try:
                 if state.nbytes > _LARGEST_STATE:
                     raise ValueError(f"{state.nbytes:,} bytes")
-                said = as_kind(parse_json(self.weights.content(state).decode("utf-8")), _Bits4)
+                said = as_kind(parse_json(_content(state).decode("utf-8")), _Bits4)
             except UNREADABLE as error:
-                what, where = "bitsandbytes' description of a weight cannot be read", f"{self.weights.where}: {state.name}"
+                what, where = "bitsandbytes' description of a weight cannot be read", f"{self.where}: {state.name}"
                 raise SourceError(what, where=where, found=error, remedy=_REMEDY) from None
             count = math.prod(said.shape)
             blocks = -(-count // said.blocksize)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from modekit.errors import MismatchError, SourceError
-from modekit.files.read import LARGE, UNREADABLE, FileState, open_regular, read_json
+from modekit.files.read import LARGE, UNREADABLE, FileState, read_json
 from modekit.run import QUIET, Run
 from modekit.sources.config import FROM_GGUF, Config, check_no_code, damaged_model, read_config, refuse_other_kinds
 from modekit.sources.header import TensorRef, read_header
@@ -19,7 +18,10 @@ from modekit.sources.towers import WRAPPERS, may_wrap, plain_names, text_config
 SPECIALIST_FILE = "specialist.json"
 """Beside a model that `modekit specialize` made: what it trained."""
 
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+_PICKLES = {
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth"),
+    "adapter_model.bin",
+}
 _SHARD = re.compile(r"[^/\\\x00]{1,200}\.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -70,12 +72,6 @@ class ModelSource:
         """Every weight file, and its state when its header was read."""
         return {part.file: part.state for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts}
 
-    @cached_property
-    def absent(self) -> dict[Path, int]:
-        """Weight files that are not on this disk, and their bytes: up to the end of their last tensor."""
-        parts = [part for ref in (*self.tensors.values(), *self.beside.values()) for part in ref.parts if part.state is None]
-        return {file: max(part.end for part in parts if part.file == file) for file in {part.file: None for part in parts}}
-
     def tensor(self, name: str) -> TensorRef:
         """A tensor by name. Raises SourceError when it is missing."""
         try:
@@ -114,51 +110,8 @@ def no_model_folder(path: Path, where: str) -> SourceError:
     return SourceError("model folder does not exist", where=where, found=str(path), remedy="correct the path")
 
 
-class Elsewhere(Protocol):
-    """Where the weight files of a model are that its folder lacks. Everything here raises SourceError."""
-
-    def header(self, file: Path, *, where: str) -> dict[str, TensorRef]:
-        """Tensors of such a file."""
-
-    def content(self, ref: TensorRef) -> bytes:
-        """The bytes of a small tensor of such a file."""
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """The weight files of a model, in its folder or elsewhere; `where` is what messages call it."""
-
-    files: Sequence[Path]
-    where: str
-    elsewhere: Elsewhere | None = None
-
-    def tensors(self) -> dict[str, TensorRef]:
-        """All tensors. Raises SourceError."""
-        found: dict[str, TensorRef] = {}
-        for file in self.files:
-            absent = None if file.exists() else self.elsewhere
-            found |= read_header(file, where=self.where) if absent is None else absent.header(file, where=self.where)
-        return found
-
-    def content(self, ref: TensorRef) -> bytes:
-        """The bytes of a small tensor. Raises OSError and SourceError."""
-        if ref.state is None and self.elsewhere is not None:
-            return self.elsewhere.content(ref)
-        with open_regular(ref.file) as stream:
-            stream.seek(ref.start)
-            return stream.read(ref.nbytes)
-
-
-def open_source(
-    label: str,
-    spec: str,
-    folder: Path,
-    *,
-    revision: str | None = None,
-    run: Run = QUIET,
-    elsewhere: Elsewhere | None = None,
-) -> ModelSource:
-    """Read config and headers of a model folder; those of weight files that it lacks `elsewhere`.
+def open_source(label: str, spec: str, folder: Path, *, revision: str | None = None, run: Run = QUIET) -> ModelSource:
+    """Read config and headers of a model folder.
 
     Raises SourceError: missing folder or weights, pickle checkpoints, an adapter, custom code without the flag, damage.
     """
@@ -167,14 +120,14 @@ def open_source(
         raise no_model_folder(folder, where)
     config = read_config(folder, where=where)
     check_no_code(config, where=where, run=run)
-    weights = WeightFiles(weight_files(folder, where=where, elsewhere=elsewhere is not None), where, elsewhere)
+    tensors: dict[str, TensorRef] = {}
+    for file in weight_files(folder, where=where):
+        tensors |= read_header(file, where=where)
     packing, packed = config.pop("quantization_config", None), ""
     if packing:
         from modekit.sources.quantised import unpack  # few models need it
 
-        tensors, packed = unpack(packing, config, weights)
-    else:
-        tensors = weights.tensors()
+        tensors, packed = unpack(packing, config, tensors, where=where)
     if (folder / "adapter_config.json").exists():  # transformers would take it into the model, modekit would not
         raise SourceError(
             "the folder holds both a model and an adapter",
@@ -206,39 +159,39 @@ def is_quantised(folder: Path) -> bool:
     return bool(read_config(folder, where=str(folder)).get("quantization_config"))
 
 
-def weight_files(folder: Path, *, where: str, elsewhere: bool = False) -> list[Path]:
-    """The files that hold a model's weights, by its index or name. Raises SourceError where there are none that can be read.
-
-    With `elsewhere` those that the folder lacks are named, too.
-    """
+def named_weights(folder: Path, *, where: str) -> list[Path]:
+    """The files that hold a model's weights, by its index or name, whether they are there or not. Raises SourceError."""
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
-    if single.exists():  # first, as in transformers: the index may be of a model that was saved there before
+    if single.exists() or not index.exists():  # first, as in transformers: the index may be of a model that was saved before
         return [single]
-    if index.exists():
-        names = _shard_names(index, where=f"{where}: {index.name}")
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing and not elsewhere:
-            raise SourceError(
-                "shards named by the index are missing",
-                where=where,
-                found=", ".join(missing),
-                remedy="download the model again",
-            )
-        return [folder / name for name in names]
-    if elsewhere:
-        return [single]
-    refuse_other_kinds(folder, where=where)
-    pickles = [name for name in _PICKLES if (folder / name).exists()]
-    if pickles:
-        raise SourceError(
-            "the weights are pickled, which can run code when opened; modekit reads safetensors only",
-            where=where,
-            found=", ".join(pickles),
-            remedy="convert once where you trust the file: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
-        )
-    raise SourceError(
-        "no safetensors weights", where=where, remedy="the folder needs model.safetensors or shards with an index"
+    return [folder / name for name in _shard_names(index, where=f"{where}: {index.name}")]
+
+
+def weight_files(folder: Path, *, where: str) -> list[Path]:
+    """The files that hold a model's weights. Raises SourceError where there are none that can be read."""
+    files = named_weights(folder, where=where)
+    missing = [file.name for file in files if not file.exists()]
+    if missing and (folder / INDEX_FILE).exists():
+        what, found = "shards named by the index are missing", ", ".join(missing)
+        raise SourceError(what, where=where, found=found, remedy="download the model again")
+    if missing:
+        names = [path.name for path in folder.iterdir()]
+        refuse_other_kinds(names, where=where)
+        raise no_weights(names, where=where)
+    return files
+
+
+def no_weights(names: Collection[str], *, where: str) -> SourceError:
+    """The error of a model or adapter among whose files, by name, are no weights that can be read."""
+    pickles = sorted(name for name in names if name in _PICKLES)
+    if not pickles:
+        remedy = "the folder needs model.safetensors or shards with an index, that of an adapter adapter_model.safetensors"
+        return SourceError("no safetensors weights", where=where, remedy=remedy)
+    return SourceError(
+        "the weights are pickled, which can run code when opened; modekit reads safetensors only",
+        where=where,
+        found=", ".join(pickles),
+        remedy="convert once where you trust the file: load it with transformers or PEFT and save_pretrained to a new folder",
     )
 
 

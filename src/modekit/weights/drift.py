@@ -17,7 +17,7 @@ _TENSORS, _NUMBERS = 8, 2**14
 def drift(model: ModelSource, base: ModelSource) -> float | None:
     """|model - base| / |base| of the first 16,384 numbers of up to eight matrices that both have: 1.4 of strangers.
 
-    None where there are none, or a file cannot be read: one that is still on the hub, or that a build will say more of.
+    None where there are none, or a file cannot be read, which a build will say more of.
     """
     both = [(ref, base.tensors[name]) for name, ref in model.tensors.items() if len(ref.shape) == 2 and name in base.tensors]
     moved = size = 0.0

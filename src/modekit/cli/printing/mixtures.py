@@ -154,7 +154,6 @@ def print_plan(plan: Preview) -> None:
             "bytes",
             f"{bytes_of(sizes['read'])} read, {bytes_of(sizes['written'])} written, {bytes_of(sizes['statistics'])} statistics",
         ),
-        *([("download", f"{bytes_of(sizes['download'])} from the hub")] if "download" in sizes else []),
         ("disk", f"{bytes_of(disk['needed'])} needed, {bytes_of(disk['free'])} free"),
         (
             "memory",
