@@ -252,21 +252,6 @@ def test_a_plan_says_what_is_kept(gemma: Path, tmp_path: Path) -> None:
     assert any(note.startswith("experts[0] 'both'") and "vision_tower" in note for note in both.notes)
 
 
-def test_a_tower_that_a_build_compares_is_a_file_that_it_reads(gemma: Path, tmp_path: Path) -> None:
-    """On the hub, what is not read is not downloaded."""
-    damaged(gemma, tmp_path, "full", {}, {})
-    held = load_file(tmp_path / "full" / "model.safetensors")
-    files = {name: f"{'tower' if name.startswith(('vision', 'multi')) else 'rest'}.safetensors" for name in held}
-    for file in {*files.values()}:
-        part = {name: tensor for name, tensor in held.items() if files[name] == file}
-        save_file(part, tmp_path / "full" / file, metadata={"format": "pt"})
-    (tmp_path / "full" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    (tmp_path / "full" / "model.safetensors").unlink()
-    tower = (tmp_path / "full" / "tower.safetensors").resolve()
-    assert tower in {file.resolve() for file in make_plan(recipe(), tmp_path).read_files}
-    assert tower not in {file.resolve() for file in make_plan(parse_recipe(_plain()), tmp_path).read_files}
-
-
 def _plain() -> dict[str, Any]:
     return {"base_model": "./base", "experts": EXPERTS, "mixture": RANDOM}
 

@@ -18,9 +18,8 @@ from modekit.building.build import build
 from modekit.building.inspector import Inspector
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import ModekitError, OutputError, SourceError
+from modekit.errors import ModekitError, SourceError
 from modekit.files.read import open_regular
-from modekit.files.staging import Staging
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.read import load_recipe
@@ -158,21 +157,6 @@ def test_a_tokenizer_file_that_cannot_be_read_is_no_error_of_the_output(bench: W
     plan = plan_of(bench, base_model="./base")
     (bench.root / "base" / "tokenizer.json").unlink()
     assert str(refused(plan, SourceError, "cannot be read").where).endswith("tokenizer.json")
-
-
-def test_a_full_disk_under_the_journal_of_hashes_is_an_error_of_the_output(
-    bench: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was reported as a source that cannot be read."""
-    record = Staging.record
-
-    def full(stage: Staging, key: str, value: object) -> None:
-        if key.startswith("blake3"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        record(stage, key, value)
-
-    monkeypatch.setattr(Staging, "record", full)
-    refused(plan_of(bench), OutputError, "writing failed")
 
 
 def test_another_file_under_the_same_name_size_and_time_is_another_build(bench: Workshop) -> None:
