@@ -2,7 +2,6 @@
 
     python scripts/golden.py build FOLDER        tiny sources and a checkpoint of every kind, with the command line only
     python scripts/golden.py record FOLDER TO    what they hold, as tests/golden/ has it
-    python scripts/golden.py compare A B         two folders of checkpoints, file by file; exit code 1 when they differ
 
 Only `modekit build` is used, so that any commit can be asked: PYTHONPATH=OTHER_TREE/src python scripts/golden.py ...
 What tests/golden/ holds was made at commit ae8101a9.
@@ -142,45 +141,10 @@ def record(checkpoints: Path, to: Path) -> None:
     save_file(numbers, to / "numbers.safetensors")
 
 
-def compare(first: Path, second: Path) -> list[str]:
-    """What differs between two folders that hold checkpoints: a line per file, with the distance where both hold tensors.
-
-    Here, on one machine, every file counts bit by bit, but for code and the program's version.
-    """
-    found = [
-        {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"}
-        for folder in (first, second)
-    ]
-    lines = [f"only in {first}: {name}" for name in found[0] if name not in found[1]]
-    lines += [f"only in {second}: {name}" for name in found[1] if name not in found[0]]
-    for name in found[0].keys() & found[1].keys():
-        ours, theirs = found[0][name], found[1][name]
-        if ours.read_bytes() != theirs.read_bytes() and not _same_but_for_version(ours, theirs):
-            lines.append(f"{name}: {_distance(ours, theirs)}")
-    return sorted(lines)
-
-
-def _same_but_for_version(ours: Path, theirs: Path) -> bool:
-    if ours.name != "modekit.json":
-        return False
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs)]
-    return {**records[0], "modekit_version": ""} == {**records[1], "modekit_version": ""}
-
-
-def _distance(ours: Path, theirs: Path) -> str:
-    if ours.suffix != ".safetensors":
-        return "differs"
-    if _header(ours) != _header(theirs):
-        return "names, shapes or metadata differ"
-    one, other = load_file(ours), load_file(theirs)
-    largest = max(float(np.abs(one[name].astype(np.float64) - other[name].astype(np.float64)).max()) for name in one)
-    return f"numbers differ by at most {largest:.2e}" if largest else "the same numbers, written in another order"
-
-
 def main() -> None:
     """Run a command of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build", "record", "compare"))
+    parser.add_argument("command", choices=("build", "record"))
     parser.add_argument("first", type=Path, metavar="FOLDER")
     parser.add_argument("second", type=Path, nargs="?", metavar="TO")
     args = parser.parse_args()
@@ -188,13 +152,8 @@ def main() -> None:
         build_all(args.first)
         return
     if args.second is None:
-        parser.error(f"{args.command} takes two folders")
-    if args.command == "record":
-        record(args.first / "checkpoints", args.second)
-        return
-    lines = compare(args.first, args.second)
-    print("\n".join(lines) if lines else f"{args.first} and {args.second} hold the same")
-    sys.exit(1 if lines else 0)
+        parser.error("record takes two folders")
+    record(args.first / "checkpoints", args.second)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make the pictures of README and docs, in docs/images.
 
-    python scripts/pictures.py                 mixture.svg, and gaps.svg from the table in benchmarks/demo.md
+    python scripts/pictures.py                 gaps.svg from the table in benchmarks/demo.md
     python scripts/pictures.py --report OUT    report.png: the top of OUT's report page, in Chromium (needs playwright, pillow)
 
 `modekit demo --quick`, then `modekit inspect OUT` and `modekit report OUT` for its lexical mixture, make such an OUT.
@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 TABLE = ROOT / "benchmarks" / "demo.md"
 INK, SOFT, LINE, BLUE, GREY = "#1b2128", "#55606b", "#c4ccd4", "#0a6aa8", "#b5bdc4"
-COLOURS = {"base": "#7d8892", "medicine": "#0072b2", "law": "#c95700", "code": "#007a5a"}
 _ROW = re.compile(r"^\| \**([^|*]+?)\** \| [^|]+ \| \**([-\d.]+)(?: ± [\d.]+)?\** \|", re.MULTILINE)
 _LEFT, _WIDTH, _STEP = 250, 440, 30  # of the bars: where they begin, how long 1 is, height of a row
 
@@ -62,55 +61,6 @@ class Drawing:
         return "\n".join([head, marker, card, *self.parts, "</svg>", ""])
 
 
-def mixture() -> str:
-    """What a mixture is: four models on the left, one layer of the mixture on the right, and one token's way through it."""
-    drawing = Drawing(820, 400, "Four models become one mixture; a router sends each token to the experts that fit.")
-    drawing.text(105, 32, "Your models", look='font-weight="600"')
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        y = 56 + 76 * place
-        drawing.box(30, y, 150, 60, "#f5f7f9", LINE)
-        drawing.box(42, y + 30, 126, 20, colour)
-        drawing.text(105, y + 21, name if name == "base" else f"{name} model")
-        drawing.text(105, y + 44, "FFN", "#fff", look='font-size="11"')
-    drawing.text(105, 370, "a base, and models", SOFT, look='font-size="12"')
-    drawing.text(105, 387, "fine-tuned from it", SOFT, look='font-size="12"')
-    drawing.line("M196 205H268", width=2.5)
-    drawing.text(231, 192, "modekit", look='font-weight="600"')
-    _layer(drawing)
-    return drawing.svg()
-
-
-def _layer(drawing: Drawing) -> None:
-    """One layer of the mixture: the token comes in at the bottom and leaves at the top."""
-    drawing.text(550, 32, "One mixture (this is one of its layers)", look='font-weight="600"')
-    drawing.box(284, 46, 516, 292, "#f5f7f9", LINE)
-    shares = {"base": "0.1", "medicine": "", "law": "0.9", "code": ""}
-    drawing.text(550, 75, "weighted sum, to the next layer", SOFT, look='font-size="12"')
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        x = 306 + 120 * place
-        drawing.box(x, 118, 112, 52, colour, opacity=1 if shares[name] else 0.3)
-        drawing.text(x + 56, 149, f"{name} FFN", "#fff" if shares[name] else INK, look='font-weight="600" font-size="13"')
-        if shares[name]:
-            thick = 1 + 3 * float(shares[name])
-            drawing.line(f"M550 232C550 200 {x + 56} 216 {x + 56} 173", colour, thick, "")
-            drawing.line(f"M{x + 56} 116C{x + 56} 98 550 110 550 84", colour, thick, "")
-            drawing.text(x + (78 if x > 500 else 34), 191, shares[name], colour, look='font-weight="600"')
-    drawing.text(316, 109, "experts", SOFT, "start", 'font-size="12"')
-    drawing.box(480, 232, 140, 34, "#fff", INK)
-    drawing.text(550, 254, "router", look='font-weight="600"')
-    drawing.text(634, 254, "picks the best experts", SOFT, "start", 'font-size="12"')
-    drawing.box(480, 286, 140, 34, "#fff", LINE)
-    drawing.text(550, 308, "attention")
-    drawing.text(634, 308, "from the base", SOFT, "start", 'font-size="12"')
-    drawing.line("M550 286V269")
-    drawing.line("M550 352V323")
-    words = (
-        '<tspan>The </tspan><tspan fill="#c95700" font-weight="700">court</tspan><tspan> held that the licence is void</tspan>'
-    )
-    drawing.text(556, 370, words)
-    drawing.text(550, 389, "one token of the text", SOFT, look='font-size="12"')
-
-
 @dataclass(frozen=True)
 class Row:
     """Gap closed of a model, as number and as the table shows it."""
@@ -151,7 +101,7 @@ def gaps() -> str:
     return drawing.svg()
 
 
-PICTURES = {"mixture.svg": mixture, "gaps.svg": gaps}
+PICTURES = {"gaps.svg": gaps}
 """File name -> what draws it; a test compares both with what is committed."""
 
 

@@ -126,6 +126,3 @@ def _leaves() -> list[Leaf]:
 
 
 LEAVES = _leaves()
-
-PENDING: frozenset[str] = frozenset()
-"""Leaves whose part, test or measurement is not there yet: a leaf that is whole must not stand here (tests/docs)."""
