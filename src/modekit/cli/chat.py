@@ -15,8 +15,8 @@ from rich.text import Text
 from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import err, out
-from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, app, checkpoint_in, common
+from modekit.cli.progress import running
+from modekit.cli.shell import OutFolder, app, checkpoint_in
 from modekit.errors import ModekitError
 from modekit.text.plain import decode
 
@@ -53,11 +53,11 @@ class ChatOptions:
 def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     """Chat with a mixture; colours show which expert leads. Without a terminal, each line of the input is a question."""
     opened = checkpoint_in(checkpoint)
-    with drawn_progress() as progress:
+    with running() as run:
         from modekit.engines.chat import Chat, ChatSettings
 
         settings = ChatSettings(options.system, options.temperature, options.seed, options.max_tokens, options.context)
-        talk = Chat(opened, settings, run=common().run(progress))
+        talk = Chat(opened, settings, run=run)
     _introduce(talk, opened)
     with suppress(EOFError):
         for line in _lines():

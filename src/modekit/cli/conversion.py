@@ -14,7 +14,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.files.figures import count_of, or_dash
@@ -78,13 +78,13 @@ def densify(
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
     target = writable(output, options.overwrite)
-    with drawn_progress() as progress:
+    with running() as run:
         from modekit.conversion.densify import Densify, course_of, densify
 
         said = course_of(**course)
         texts, scale = texts_by_domain(options.text), options.scale
         asked = Densify(by, said, texts, Path.cwd(), scale, options.tokens, options.overwrite)
-        record = densify(checkpoint_in(checkpoint), asked, target, run=options.run(progress))
+        record = densify(checkpoint_in(checkpoint), asked, target, run=run)
     if common().json:
         gaps = {row: record.gap_closed(row) for row in record.losses}
         print_json({**record.model_dump(mode="json"), "gap_closed": gaps, "kept": record.kept})
@@ -130,9 +130,9 @@ def upcycle(
     from modekit.conversion.upcycle import Upcycling, upcycle
 
     target = writable(output, options.overwrite)
-    with drawn_progress() as progress:
+    with running() as run:
         asked = Upcycling(options.experts, options.segments, options.top_k, options.seed, options.overwrite)
-        made = upcycle(base, asked, target, root=Path.cwd(), run=options.run(progress))
+        made = upcycle(base, asked, target, root=Path.cwd(), run=run)
     size = made.parameters
     said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
     out.print(Text.assemble((str(output), "bold"), said))

@@ -12,7 +12,7 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import Writing, app, common, writable
 from modekit.cli.words import Words, settings_in
 from modekit.files.figures import or_dash
@@ -47,8 +47,7 @@ def balance(
     from modekit.sources.open import model_folder
 
     settings = settings_in(words, BalanceSettings, "data balance")
-    with drawn_progress() as progress:
-        run = said.run(progress)
+    with running() as run:
         folder = model_folder(tokenizer, None, root=Path.cwd(), label="--tokenizer", run=run)
         given = TextsToBalance(texts, Path.cwd(), load_tokenizer(folder, run=run), folder)
         balanced = balance(given, settings, target, replace=replaced_by(said.overwrite), run=run)
@@ -75,8 +74,7 @@ def make_tokenizer(
     from modekit.loaded.load import load_tokenizer
     from modekit.sources.open import model_folder
 
-    with drawn_progress() as progress:
-        run = said.run(progress)
+    with running() as run:
         folder = None if against is None else model_folder(against, None, root=Path.cwd(), label="--against", run=run)
         other = None if folder is None else load_tokenizer(folder, run=run)
         mix = Mix(texts, Path.cwd(), other, against, folder)

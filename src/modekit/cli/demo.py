@@ -10,9 +10,8 @@ from rich.text import Text
 
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_result, print_summary
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import app, refuse_without_effect, resolved
-from modekit.run import Run
 
 
 @app.command()
@@ -39,8 +38,8 @@ def demo(
     if what == "translation":
         refuse_without_effect("another demo: this one trains its base itself", {"--real": real or None})
     output = output or folder_of(what, real=real, quick=quick)
-    with drawn_progress() as progress:
-        results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=Run(progress=progress))
+    with running() as run:
+        results = run_demo(resolved(output), seeds=range(seeds), what=what, real=real, quick=quick, run=run)
     for seed in results.per_seed:
         out.print(Text(f"seed {seed}", style="bold"))
         print_result(results.merged(seed))

@@ -12,7 +12,7 @@ from rich.text import Text
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_result
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import RecipePath, Writing, app, common, resolved
 from modekit.cli.words import said_in
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -42,7 +42,7 @@ def tune(
     from modekit.recipes.read import load_recipe
     from modekit.search.tune import tune
 
-    with drawn_progress() as progress:
+    with running() as run:
         results = tune(
             load_recipe(recipe),
             resolved(recipe).parent,
@@ -52,7 +52,7 @@ def tune(
             sequence_length=options.sequence_length,
             ray=options.ray,
             overwrite=options.overwrite,
-            run=options.run(progress),
+            run=run,
         )
     if common().json:
         print_json(results.as_data())

@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_next, print_result
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.errors import ModekitError
 from modekit.run import Run
@@ -166,8 +166,8 @@ def eval_translation(
 @contextmanager
 def _scoring(checkpoint: Path) -> Iterator[tuple[Checkpoint, Run]]:
     """The checkpoint, and how to run; progress is drawn while it is open."""
-    with drawn_progress() as progress:
-        yield checkpoint_in(checkpoint), common().run(progress)
+    with running() as run:
+        yield checkpoint_in(checkpoint), run
 
 
 def _show(results: Result, checkpoint: Path) -> None:

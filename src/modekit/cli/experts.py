@@ -14,7 +14,7 @@ from rich.text import Text
 from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import Writing, app, common, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
@@ -129,8 +129,7 @@ def specialize(
         if len(text) < 2:
             refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
     target = writable(output, options.overwrite)
-    with drawn_progress() as progress:
-        run = options.run(progress)
+    with running() as run:
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training
 
@@ -206,8 +205,7 @@ def extract(
 
     settings = ExtractSettings(options.rank, options.module, base_name=base)
     target = writable(output, options.overwrite)
-    with drawn_progress() as progress:
-        run = options.run(progress)
+    with running() as run:
         tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
         origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
         record = extract(tuned, origin, target, settings, overwrite=options.overwrite, run=run)

@@ -14,8 +14,8 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
-from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved
+from modekit.cli.progress import running
+from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, resolved
 from modekit.engines.registry import Outtype
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
@@ -56,9 +56,9 @@ def write_gguf(checkpoint: Checkpoint, output: Path, options: ExportOptions) -> 
     from modekit.engines.gguf import export_gguf
 
     refuse_without_effect("with --gguf the mixture is written as a whole", {"--expert": options.expert})
-    with drawn_progress() as progress:
+    with running() as run:
         target, replaced = resolved(output), replaced_by(options.overwrite)
-        written = export_gguf(checkpoint, target, options.outtype, replace=replaced, run=options.run(progress))
+        written = export_gguf(checkpoint, target, options.outtype, replace=replaced, run=run)
     said = f"{bytes_of(written.file.stat().st_size)}; in llama.cpp {written.proof}"
     _print_written(output / written.file.name, said, written.notes)
 
@@ -70,7 +70,7 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
     for expert, name in enumerate(checkpoint.names):
         if expert in experts:
             written = resolved(output) / name
-            record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=options.run())
+            record = write_export(checkpoint, expert, written, overwrite=options.overwrite, run=common().run())
             _print_written(output / name, f"LoRA, rank {record.rank}, {record.modules} modules", record.notes)
         elif not options.expert:
             out.print(Text(f"{name}: not exported: {why_not(checkpoint, expert)}", style="dim"))
@@ -87,7 +87,7 @@ def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
 def report(checkpoint: OutFolder) -> None:
     """Write a report: one HTML page of all results."""
     opened = checkpoint_in(checkpoint)
-    with drawn_progress():
+    with running():
         from modekit.report.page import write_report
 
         written = write_report(opened)

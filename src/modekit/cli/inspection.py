@@ -19,7 +19,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json, visible
 from modekit.cli.printing.mixtures import print_notes, print_result
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.files.figures import or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -64,14 +64,13 @@ def inspect(
     opened = checkpoint_in(checkpoint)
     text = shown.read()
     found: Inspection | TextTrace
-    with drawn_progress() as progress:
+    with running() as run:
         from modekit.evaluation.forced import ForcedExperts
         from modekit.evaluation.inspection.inspect import inspect
         from modekit.evaluation.inspection.result import Inspection
         from modekit.evaluation.inspection.text import inspect_text
         from modekit.evaluation.results_folder import RESULTS_FOLDER
 
-        run = common().run(progress)
         if text is None:
             found = inspect(opened, tokens_per_domain=tokens, sequence_length=sequence_length, run=run)
         else:

@@ -15,7 +15,7 @@ from modekit.cli.options import grouped
 from modekit.cli.printing.console import out
 from modekit.cli.printing.mixtures import print_notes
 from modekit.cli.printing.table import Table
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
@@ -138,8 +138,7 @@ def _change(
     opened = checkpoint_in(folder)
     if target != opened.folder:
         writable(target, write.overwrite)
-    with drawn_progress() as progress:
-        run = write.run(progress)
+    with running() as run:
         before = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
         found = None
         if admission is not None and admission.measure:
@@ -156,8 +155,7 @@ def _change(
                 found="; ".join(each.what for each in found.refused),
                 remedy="do what the message above suggests, or pass --force",
             )
-    with drawn_progress() as progress:
-        run = write.run(progress)
+    with running() as run:
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"

@@ -24,7 +24,7 @@ from modekit.cli.printing.mixtures import (
     print_result,
     time_said,
 )
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
 from modekit.cli.words import Words, said_in
@@ -33,7 +33,7 @@ from modekit.engines.threads import ASKED
 from modekit.errors import ModekitError
 from modekit.files.figures import bytes_of, range_of
 from modekit.recipes.strict import BASE
-from modekit.run import Progress
+from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -51,8 +51,7 @@ def plan(
     from modekit.building.preview import Preview, preview
     from modekit.sources.counting import count_parameters, is_config
 
-    with drawn_progress() as progress:
-        run = common().run(progress)
+    with running() as run:
         found = count_parameters(recipe, run=run) if is_config(recipe) else preview(recipe, run=run)
     if common().json:
         print_json(found.model_dump(mode="json"))
@@ -78,16 +77,16 @@ def build(
     from modekit.recipes.read import load_recipe
 
     wanted, target = load_recipe(recipe), writable(output, overwrite)
-    with drawn_progress() as progress:
-        made = make_plan(wanted, resolved(recipe).parent, run=common().run(progress))
+    with running() as run:
+        made = make_plan(wanted, resolved(recipe).parent, run=run)
     err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
-    checkpoint = show_build(output, lambda progress: build(made, target, overwrite=overwrite, run=common().run(progress)))
+    checkpoint = show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
     if prove:
         print_result(_forced(checkpoint))
     print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
 
 
-def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpoint:
+def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> Checkpoint:
     """Write a mixture, with its progress drawn, and say what it has become."""
     from modekit.building.preview import notes_of
     from modekit.checkpoint.checkpoint import size_of
@@ -96,8 +95,8 @@ def show_build(output: Path, write: Callable[[Progress], Checkpoint]) -> Checkpo
     from modekit.sources.config import architecture_of
 
     new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
-    with drawn_progress() as progress:
-        checkpoint = write(progress)
+    with running() as run:
+        checkpoint = write(run)
     size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
     out.print(Text.assemble((str(output), "bold"), f": {said}, router {record.router.status}, {bytes_of(size)}"))
@@ -120,8 +119,8 @@ def _forced(checkpoint: Checkpoint) -> ForcedExperts:
     cost = forced_cost(checkpoint)
     said = f"comparing the experts takes {range_of(*cost.seconds)} on this machine and {bytes_of(cost.memory)} of memory"
     err.print(Text(said), soft_wrap=True)
-    with drawn_progress() as progress:
-        return force_experts(checkpoint, run=common().run(progress))
+    with running() as run:
+        return force_experts(checkpoint, run=run)
 
 
 @app.command()
@@ -131,8 +130,8 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
     from modekit.processes import processes
     from modekit.routing.refit import refit
 
-    with drawn_progress() as progress:
-        done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=common().run(progress))
+    with running() as run:
+        done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=run)
     if not processes().is_main:
         return
     settings = done.record.router.settings
@@ -165,8 +164,8 @@ def verify(
     from modekit.checkpoint.checkpoint import open_with_any_router
 
     opened = open_with_any_router(resolved(checkpoint))
-    with drawn_progress() as progress:
-        checks = verify(opened, run=common().run(progress), reload=reload)
+    with running() as run:
+        checks = verify(opened, run=run, reload=reload)
     if not common().json:
         print_checks(checks)
     forced = _forced(opened) if deep else None
@@ -226,8 +225,7 @@ def mix(
         writable(gguf, options.overwrite)
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
-    with drawn_progress() as progress:
-        run = options.run(progress)
+    with running() as run:
         planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
         if options.gguf is not None or (options.serve and is_installed() and planned.plan.shape.without_gguf is None):
             run.begin("try the tokenizer in llama.cpp")
@@ -236,13 +234,13 @@ def mix(
     beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
     checkpoint = show_build(
         options.output,
-        lambda progress: build(planned.plan, target, overwrite=options.overwrite, beside=beside, run=common().run(progress)),
+        lambda run: build(planned.plan, target, overwrite=options.overwrite, beside=beside, run=run),
     )
     if options.gguf is not None:
         write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, overwrite=options.overwrite))
     if options.serve:
         settings = ServeSettings(threads=options.threads, outtype=options.gguf)
-        serve_until_stopped(checkpoint, settings, options.run())
+        serve_until_stopped(checkpoint, settings)
     else:
         how = f" --outtype {options.gguf}" if options.gguf is not None else ""
         print_next(

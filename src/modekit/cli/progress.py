@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modekit.cli.printing.console import err
+from modekit.cli.shell import common
 from modekit.files.figures import clock_of, time_of
-from modekit.run import DETAIL, Progress
+from modekit.run import DETAIL, Progress, Run
 
 LIBRARIES = "load the libraries"
 """First phase of any command: on a busy machine that alone takes long."""
@@ -110,6 +111,13 @@ def drawn_progress() -> Iterator[Progress]:
         return
     with _bar() if err.is_terminal else _lines() as draw:
         yield draw
+
+
+@contextmanager
+def running() -> Iterator[Run]:
+    """For the room that does the work of a command; its progress is drawn while this is open."""
+    with drawn_progress() as progress:
+        yield common().run(progress)
 
 
 @contextmanager

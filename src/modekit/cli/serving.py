@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,10 +13,9 @@ from rich.text import Text
 
 from modekit.cli.options import grouped
 from modekit.cli.printing.console import out, print_json
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
-from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -82,16 +81,16 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
         options.no_key,
         options.outtype,
     )
-    serve_until_stopped(opened, settings, common().run())
+    serve_until_stopped(opened, settings)
 
 
-def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> None:
+def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings) -> None:
     """Start the engine, with its progress drawn, say where it listens, and serve until Ctrl-C."""
     from modekit.engines.serve import serving
 
     with ExitStack() as stack:
-        with drawn_progress() as progress:
-            served = stack.enter_context(serving(checkpoint, settings, run=replace(run, progress=progress)))
+        with running() as run:
+            served = stack.enter_context(serving(checkpoint, settings, run=run))
         threads = "" if served.threads is None else f", {served.threads} thread{'s' if served.threads > 1 else ''}"
         said = f": {served.engine} ({served.why}){threads}, model {checkpoint.folder.name}; Ctrl-C ends it"
         with suppress(KeyboardInterrupt):
@@ -109,10 +108,10 @@ def route(
     from modekit.text.plain import decode
 
     opened, read = checkpoint_in(checkpoint), decode(sys.stdin.buffer.read(), where="standard input") if text == "-" else text
-    with drawn_progress():
+    with running() as run:
         from modekit.routing.text_router import TextRouter
 
-        decision = TextRouter(opened, run=common().run()).decide(read)
+        decision = TextRouter(opened, run=run).decide(read)
     if common().json:
         print_json(vars(decision))
         return

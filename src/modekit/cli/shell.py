@@ -74,10 +74,6 @@ class Writing:
 
     overwrite: Overwrite = False
 
-    def run(self, progress: Progress = silent) -> Run:
-        """For the room that does it."""
-        return common().run(progress)
-
 
 _LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")

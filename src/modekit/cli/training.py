@@ -10,7 +10,7 @@ import typer
 from modekit.cli.options import texts_by_domain
 from modekit.cli.printing.console import print_json
 from modekit.cli.printing.mixtures import print_training
-from modekit.cli.progress import drawn_progress
+from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.cli.words import Words, said_in
 from modekit.text.amounts import SAMPLE_TOKENS
@@ -37,7 +37,7 @@ def train(
     from modekit.training.settings import given_settings
 
     wanted = given_settings(train_words(words), settings, held_out_tokens=tokens)
-    with drawn_progress() as progress:
+    with running() as run:
         from modekit.training.train import train
 
         done = train(
@@ -47,7 +47,7 @@ def train(
             root=Path.cwd(),
             out=resolved(output) if output is not None else None,
             evaluate_tokens=(SAMPLE_TOKENS if tokens is None else tokens) or None,
-            run=common().run(progress),
+            run=run,
         )
     if processes().is_main:
         if common().json:

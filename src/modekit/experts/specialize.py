@@ -45,7 +45,7 @@ def checked_choice(train: str, rank: int | None, learning_rate: float | None) ->
             "unknown choice", where="--train", found=train, expected="mlp, lora or full", remedy="write one of them"
         )
     if rank is not None and train != "lora":
-        raise ModekitError("the setting has no effect", where="--rank", found=rank, remedy="remove it, or add --train lora")
+        raise ModekitError("the setting has no effect", where="rank", found=rank, remedy="remove it, or add --train lora")
     rate = learning_rate if learning_rate is not None else 1e-3 if train == "lora" else 1e-4
     return cast(What, train), rank or RANK, rate
 

@@ -26,7 +26,7 @@ def channels_of(recipe: Recipe, native: Native, dense: Config, carry: CarrySize 
         return None
     if isinstance(widening, str):
         raise UnsupportedError(
-            f"{native.native_type} cannot carry a {fit.label} router: {widening}",
+            f"{native.native_type} cannot carry a {fit.name} router: {widening}",
             where="mixture.router.fit",
             remedy="choose another fit, or output: {format: modekit}",
         )

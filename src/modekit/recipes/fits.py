@@ -78,7 +78,6 @@ class Fit:
         fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
         settings: of a router or an expert, those that this fit takes and some other does not.
         library: which it is fitted by, besides what modekit always has; not needed afterwards.
-        title: what tables call it, when that is another word.
     """
 
     name: str
@@ -94,7 +93,6 @@ class Fit:
     when: Literal["granularity", "text", "prefix"] = "granularity"
     fading: float | None = None
     library: str = ""
-    title: str = ""
 
     @property
     def is_open(self) -> bool:
@@ -161,11 +159,6 @@ class Fit:
         """Whether it says of a text as a whole, on token ids alone, whose it is."""
         return self.reads == "tokens"
 
-    @property
-    def label(self) -> str:
-        """What a table calls it."""
-        return self.title or self.name
-
     def check_library(self) -> None:
         """Raise RecipeError where the library that it needs is not installed. Imports nothing."""
         if self.library and find_spec(self.library) is None:
@@ -193,7 +186,7 @@ def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKin
 
 
 _ROWS = (
-    Fit("random", "the paper's noisy router", "recipe", (*_SCORED, "seed"), native_as="gate", title="noisy"),
+    Fit("random", "the paper's noisy router", "recipe", (*_SCORED, "seed"), native_as="gate"),
     Fit(
         "hash",
         "every token has its expert, by a hash of its id, without text",

@@ -16,7 +16,7 @@ of the mixture (selected-by.txt beside it).
     tune, to choose              experts[].text, else the recipe's eval              select       set, trained
     eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
       report of tune               report split                                      report
-    tasks: which terms are known experts[].prompts, experts[].text; --seen           all, fit     -
+    tasks: which terms are known experts[].prompts, experts[].text                   all, fit     -
     data balance                 --text                                              all          -
     data tokenizer               --text                                              fit          -
     data tokenizer, fertility    --text                                              report       -
