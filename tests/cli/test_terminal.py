@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from chatting import TEMPLATE
 from command_line import ended
 from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
-from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.printing.console import console_for, visible
 from modekit.engines.chat import AnswerToken, Chat, ChatAnswer, ChatSettings, words_at
 from modekit.errors import ModekitError, TextError
@@ -181,6 +183,16 @@ def test_a_seed_draws_the_same_twice(mixtures: dict[str, Checkpoint]) -> None:
         torch.manual_seed(0)
         drawn.add(answered(mixtures["lexical"], QUESTION, temperature=1.5)[0].text)
     assert len(drawn) == 2
+
+
+def test_what_cannot_be_streamed_or_drawn_is_the_likeliest(mixtures: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """Beams of the base's generation_config.json, and a temperature by which nothing can be divided."""
+    expected = answered(mixtures["lexical"], QUESTION)[0].text
+    assert answered(mixtures["lexical"], QUESTION, temperature=1e-300)[0].text == expected
+    folder = shutil.copytree(mixtures["lexical"].folder, tmp_path / "OUT")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "num_beams": 3, "num_return_sequences": 2}))
+    assert answered(open_checkpoint(folder), QUESTION)[0].text == expected
 
 
 def ended_with(said: str | bytes, *args: object) -> tuple[object, str, str]:

@@ -242,6 +242,10 @@ def test_another_end_of_a_text_is_no_other_model(mixtral: Checkpoint, tmp_path: 
     found = compare(folder, tmp_path / "GGUF" / "OUT-f32.gguf", EXACT)
     found.check(tmp_path)
     assert found.written < proof.written and "other tokens for the end of a text" in found.notes[-1]
+    drawn = {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 2}  # how else it is used is no part of the model
+    (folder / "generation_config.json").write_text(json.dumps({**config, **drawn}))
+    found = compare(folder, tmp_path / "GGUF" / "OUT-f32.gguf", EXACT)
+    assert (found.same, found.written) == (proof.same, proof.written)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
 
 _WORDS = 8  # that are named per expert
+_COLDEST = 1e-4  # a temperature below it takes the likeliest token: logits divided by it have no probabilities
 _GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
 
 
@@ -171,7 +172,9 @@ class Chat:
         """Write at most so many tokens after the given ones; whether the answer came to its own end."""
         text, read, at_end = RunningText(self._tokenizer), 0, False
         temperature = self._settings.temperature
-        drawn = {} if temperature is None else {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
+        drawn: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}  # whatever generation_config.json says
+        if temperature is not None:
+            drawn |= _GREEDY if temperature < _COLDEST else {"do_sample": True, "temperature": temperature}
 
         def put(tokens: torch.Tensor) -> None:  # the prompt (B, S), then one token (B,) after another
             nonlocal read, at_end

@@ -40,7 +40,6 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 """What carries a lexical router's evidence to its average: numbers of some 2^-12, too small for the 16-bit scale of a block of
 8-bit ones. Log-probabilities came out 0.14 nats apart where other mixtures have 0.01 (benchmarks/llama.md).
 """
-_KEEPS_WINDOW = {"cohere2_moe"}
 
 
 class Made(TypedDict):

@@ -203,11 +203,11 @@ def _proof(
 
 @torch.no_grad()
 def _greedy(model: Any, ids: list[int]) -> list[int]:
-    """What transformers writes."""
-    begun = torch.tensor([ids], device=model.device)
-    settings = {"max_new_tokens": GREEDY_TOKENS, "do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}
-    made = model.generate(begun, attention_mask=torch.ones_like(begun), **settings)
-    return [int(token) for token in made[0, len(ids) :]]
+    """What transformers writes, always the likeliest token: of generation_config.json, only the ends of a text are read."""
+    ends, made = model.generation_config.eos_token_id, list[int]()
+    while len(made) < GREEDY_TOKENS and not (made and made[-1] in (ends if isinstance(ends, list) else [ends])):
+        made.append(int(model(torch.tensor([ids + made], device=model.device)).logits[0, -1].argmax()))
+    return made
 
 
 @torch.no_grad()

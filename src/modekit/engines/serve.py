@@ -38,7 +38,7 @@ class ServedMixture:
     child: Child
 
     def wait(self) -> None:
-        """Keep the engine running. Raises EngineError once it has ended three times, each time within a minute of answering."""
+        """Keep the engine running. Raises EngineError once it has ended three times, never having answered for a minute."""
         failures: int = 0
         answered: float | None = time.monotonic()
         while True:
@@ -50,7 +50,7 @@ class ServedMixture:
             self.child.stop()
             if failures == _FAILURES:
                 raise EngineError(
-                    f"the engine ended {_FAILURES} times, each time within {_STEADY_S:.0f} seconds",
+                    f"the engine ended {_FAILURES} times, each time before it had answered for {_STEADY_S:.0f} seconds",
                     where=self.engine,
                     found=complaint,
                     remedy="read its message, then serve again",

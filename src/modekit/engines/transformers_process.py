@@ -118,7 +118,7 @@ class RequestCheck:
 
 
 def _draw_where_asked() -> None:
-    """By itself a temperature does nothing where the model's own generation config does not draw."""
+    """By itself a temperature does nothing where the model's own generation config does not draw; beams cannot be streamed."""
     from transformers.cli.serving.utils import BaseHandler
 
     known = BaseHandler._build_generation_config
@@ -126,6 +126,7 @@ def _draw_where_asked() -> None:
     def built(handler: Any, body: Body, *settings: Any, **more: Any) -> Any:
         config = known(handler, body, *settings, **more)
         config.do_sample = bool(body["temperature"]) if "temperature" in body else config.do_sample
+        config.num_beams = config.num_return_sequences = 1
         return config
 
     BaseHandler._build_generation_config = built
