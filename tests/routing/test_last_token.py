@@ -10,15 +10,14 @@ import torch
 
 from modekit.architecture.modekit_flow import Flow
 from modekit.architecture.modekit_router import Router
-from modekit.routing.last_token import LastToken
+from modekit.routing.text_router import LastToken
 
 EXPERTS, VOCAB, BUCKETS = 3, 40, 64
 NGRAM = {"score": "lexical", "ngram": {"order": 3, "buckets": BUCKETS}}
 ROUTINGS: dict[str, dict[str, Any]] = {
-    "the token itself": {"score": "lexical", "averages": [{"decay": None}]},
+    "the token itself": {"score": "lexical", "averages": [{"decay": 0.0}]},
     "mean": {"score": "lexical", "averages": [{"decay": 1.0}]},
     "fading": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": 0.5}]},
-    "prefix": {"score": "lexical", "averages": [{"decay": 0.9}, {"decay": None}], "prefix": 5},
     "orders": {**NGRAM, "averages": [{"decay": 1.0}, {"decay": 0.9}], "orders": [1, 3]},
 }
 

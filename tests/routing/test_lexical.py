@@ -272,6 +272,9 @@ def test_what_experts_expect_is_of_rows_of_single_tokens(orders: list[int] | Non
     counts[5] = 3.0
     found = table.expected([counts, counts * 2])
     assert table.expected([counts, None]) is None
+    if orders is not None:
+        silent, alone = int(table.of_tokens(torch.tensor([5]))[0]), table.rows(torch.tensor([3, 5]))[1]
+        assert (silent in alone) == (1 in orders)  # in whatever order they stand
     if orders == [2]:
         assert found is None
         return

@@ -21,8 +21,7 @@ from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS, Fit
 from modekit.recipes.read import load_recipe, parse_recipe, schema_text
-from modekit.routing.fit import SETTERS
-from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.fit import SETTERS, FittedRouter, Fitting
 from modekit.routing.linear import RULES
 from modekit.routing.refit import refit
 

@@ -20,8 +20,7 @@ from modekit.errors import RecipeError, TextError
 from modekit.loaded.native import DenseView
 from modekit.planning.plan import ROUTER_FILE
 from modekit.recipes.router import Router
-from modekit.routing.fit import fit_router
-from modekit.routing.fitting import Fitting
+from modekit.routing.fit import Fitting, fit_router
 from modekit.routing.inputs import DomainStatistics, GateInput, SlotStatistics, capture_domain, load_statistics
 from modekit.routing.linear import fit_gates
 from modekit.routing.refit import refit

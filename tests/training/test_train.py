@@ -533,29 +533,19 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
     ("file", "content"),
     [
         ("trainer_state.json", b'{"epoch": 0.5, "global_st'),
-        ("trainer_state.json", b"[]"),
-        ("trainer_state.json", b"[" * 100_000),
-        ("trainer_state.json", {"global_step": "two"}),
-        ("trainer_state.json", {"global_step": -2}),
-        ("trainer_state.json", {"log_history": [{"loss": 1.0}]}),
-        ("trainer_state.json", {"log_history": [{"step": 1, "eval_loss": "low"}]}),
-        ("trainer_state.json", {"stateful_callbacks": {"EarlyStoppingCallback": [7]}}),
-        ("trainer_state.json", {"what nobody knows": 1}),
         ("model.safetensors", b"cut short"),
         ("optimizer.pt", b"cut short"),
         ("scheduler.pt", b""),
         ("rng_state.pth", b"PK\x03\x04"),
     ],
 )
-def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, content: Any) -> None:
+def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, content: bytes) -> None:
     """Whole when it was written, and changed since: the error is modekit's own, and what it says to do helps."""
     checkpoint = built(workshop)
     changes = {"what": ["attention"], "steps": 6, "evaluate_every": 2}
     with pytest.raises(_KilledError):
         train(checkpoint, settings_of(**changes), evaluate_tokens=None, run=Run(progress=killed_at(5)))
     state = workshop.root / "OUT.training" / "checkpoint-4"
-    if isinstance(content, dict):
-        content = json.dumps({**json.loads((state / file).read_text()), **content}).encode()
     (state / file).write_bytes(content)
     with pytest.raises(TrainingError, match="what an unfinished training left is damaged") as error:
         run(checkpoint, **changes)

@@ -35,8 +35,7 @@ from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.reuse import Origins
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.recipe import WRITTEN_FOLDER
-from modekit.routing.fit import fit_router
-from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.fit import FittedRouter, Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from modekit.loaded.load import load_adapted, load_model
 from modekit.planning.make import make_plan
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
-from modekit.sources.adapter_config import read_adapter_config
 from modekit.sources.config import whole
 from modekit.sources.contents import OpenFiles
 from modekit.sources.names import HEAD, embedding_in, weight_of
@@ -26,12 +24,7 @@ from modekit.weights.folding import reader
 from modekit.weights.numeric import to_float32
 
 OwnModel = Literal["base", "full model", "PEFT", "folded"]
-"""How an expert's own model was made: PEFT's of base and adapter, or, where PEFT is not asked, the adapter folded in."""
-_NAMES = (
-    *("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern"),
-)
-_PLAIN_NAME = re.compile(r"[\w.^$-]*")
+"""How an expert's own model was made: PEFT's of base and adapter, or, where that lacks a tensor, the adapter folded in."""
 
 
 def load_expert(base: Path, folder: Path, *, run: Run = QUIET) -> PreTrainedModel:
@@ -87,8 +80,8 @@ def give_rows(model: PreTrainedModel, source: ModelSource, base: ModelSource) ->
 def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> tuple[PreTrainedModel, OwnModel]:
     """The expert's model as others run it, and how it was made: of an adapter PEFT's, in which modekit computes nothing.
 
-    As `load_expert_source` else. The adapter is checked before PEFT reads it. PEFT is not asked where a name is a pattern that
-    may take it for ever (it has no time limit), nor believed where it does not take every tensor.
+    As `load_expert_source` else. The adapter is checked before PEFT reads it, and PEFT not believed where it does not take
+    every tensor.
     """
     record = checkpoint.record
     place = record.expert_sources[expert]
@@ -98,16 +91,8 @@ def load_own_model(checkpoint: Checkpoint, expert: int, *, run: Run = QUIET) -> 
     if record.tokens is not None:  # PEFT's model may lack tokens of the mixture
         return load_recorded(checkpoint, place, run=run), "folded"
     open_adapter("expert", str(folder), folder, open_source("base_model", str(base), base, run=run))
-    adapted = _in_peft(load_model(base, run=run), folder) if _names_are_plain(folder) else None
+    adapted = _in_peft(load_model(base, run=run), folder)
     return (load_expert(base, folder, run=run), "folded") if adapted is None else (adapted, "PEFT")
-
-
-def _names_are_plain(folder: Path) -> bool:
-    """Whether no name of a module in an adapter's config, which is checked, is more of a pattern than a dot or an end."""
-    config = read_adapter_config(folder, where=str(folder))
-    values = [config.get(key) for key in _NAMES]
-    names = [[value] if isinstance(value, str) else value for value in values if isinstance(value, (str, list, dict))]
-    return all(_PLAIN_NAME.fullmatch(name) for each in names for name in each)
 
 
 def _in_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, NonNegativeInt
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -23,32 +22,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modekit.errors import ModekitError, TrainingError
 from modekit.files.read import LARGE, open_regular, read_text
-from modekit.files.typed import as_kind, shortened
+from modekit.files.typed import shortened
 from modekit.files.write import remove
 
 COMPLETE = "complete"
 STATE_FILE = "model.safetensors"  # the name that Trainer looks for
 _OTHERS = f"{STATE_FILE} holds other parameters than those that move"
-
-
-class _Callback(BaseModel):
-    """What one remembers."""
-
-    args: dict[str, object] = {}
-    attributes: dict[str, object] = {}
-
-
-class _State(BaseModel, extra="allow"):
-    """What of trainer_state.json is computed with; figures may be infinite, as a gradient's norm was."""
-
-    epoch: float
-    global_step: NonNegativeInt
-    max_steps: NonNegativeInt
-    log_history: list[dict[str, float]]
-    best_metric: float | None
-    best_global_step: NonNegativeInt | None
-    best_model_checkpoint: str | None
-    stateful_callbacks: dict[str, _Callback | list[_Callback]]
 
 
 def numbered_states(folder: Path) -> list[Path]:
@@ -72,10 +51,7 @@ def state_to_resume(folder: Path) -> Path | None:
         return None
     path = whole[0] / TRAINER_STATE_NAME
     with state_read(whole[0], path):
-        as_kind(json.loads(read_text(path, LARGE)), _State)
-        read = TrainerState.load_from_json(str(path))
-        if not all("step" in entry for entry in read.log_history):
-            raise ValueError("log_history: an entry without its step")
+        TrainerState(**json.loads(read_text(path, LARGE)))
     return whole[0]
 
 

@@ -29,7 +29,7 @@ from sklearn.preprocessing import normalize
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.router import Router
 from modekit.routing.examples import Tokens
-from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
 
 _TEMPERATURES = [2.0 ** (step / 4) for step in range(-24, 25)]

@@ -30,7 +30,7 @@ from modekit.loaded.shapes import expert_view
 from modekit.processes import ALONE, Processes, processes
 from modekit.recipes.recipe import Expert
 from modekit.routing.examples import chats_of, examples_of
-from modekit.routing.fitting import Fitting
+from modekit.routing.fit import Fitting
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from modekit.text.splits import digest_of, text_record

@@ -16,7 +16,7 @@ from modekit.errors import CheckpointError, TextError
 from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import shortened
 from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
-from modekit.routing.fitting import Fitting
+from modekit.routing.fit import Fitting
 from modekit.text.document import Document
 from modekit.text.held_out import fit_documents
 

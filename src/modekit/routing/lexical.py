@@ -32,11 +32,10 @@ from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS, Channels
 from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, made_texts, train_table
 from modekit.routing.examples import changes_of_domain, template_for
-from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
-from modekit.routing.unseen import made_texts
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import embedding_in, weight_of
@@ -118,7 +117,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
         averaging,
         seed=settings.seed,
         room=room,
-        silent=[int(table.rows(torch.tensor([token]))[0, 0]) for token in special],
+        silent=table.of_tokens(torch.tensor(special, dtype=torch.long)).tolist(),
         expected=table.expected([text.expected_V for text in texts]),
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )
@@ -156,11 +155,18 @@ class LexicalTable:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """What the tokens (S,) of a sequence choose, (S, K) int32."""
+        return self._rows(ids[None])[0]
+
+    def of_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of tokens (N,) by themselves, (N,) int32; without such a table, of n-grams that begin a text."""
+        return self._rows(ids[:, None])[:, 0, self.orders.index(1) if 1 in self.orders else 0]
+
+    def _rows(self, ids_BS: torch.Tensor) -> torch.Tensor:
         if not self._hashed:
-            return ids.int()[:, None]
-        one = ids.long()[None]
-        found = [ngram_rows(one, torch.ones_like(one), None, order, self._buckets)[0][0] for order in self.orders]
-        return torch.stack([rows + number * self._buckets for number, rows in enumerate(found)], dim=1).int()
+            return ids_BS.int()[..., None]
+        ids_BS = ids_BS.long()
+        found = [ngram_rows(ids_BS, torch.ones_like(ids_BS), None, order, self._buckets)[0] for order in self.orders]
+        return torch.stack([rows + number * self._buckets for number, rows in enumerate(found)], dim=-1).int()
 
     def expected(self, counts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """How often experts expect each row, (E, H), of counts of single tokens (V,); None where not all are known."""
@@ -169,7 +175,7 @@ class LexicalTable:
             return None
         found_EH = torch.zeros(len(known), self.height)
         for found_H, counts_V in zip(found_EH, known, strict=True):
-            found_H.index_add_(0, self.rows(torch.arange(len(counts_V)))[:, self.orders.index(1)].long(), counts_V)
+            found_H.index_add_(0, self.of_tokens(torch.arange(len(counts_V))), counts_V)
         return found_EH
 
     def parts(self, table_EJH: torch.Tensor) -> torch.Tensor:

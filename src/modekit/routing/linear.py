@@ -28,7 +28,7 @@ from modekit.planning.routing_config import whole_module_unscored
 from modekit.planning.shape import RouterSlot
 from modekit.processes import processes
 from modekit.recipes.router import Router
-from modekit.routing.fitting import FittedRouter, Fitting
+from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.inputs import DomainStatistics, read_domains
 from modekit.run import QUIET, Run
 

@@ -22,8 +22,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY
 from modekit.recipes.strict import RecipePart
-from modekit.routing.fit import fit_router
-from modekit.routing.fitting import Fitting
+from modekit.routing.fit import Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.tokenizer import chat_template
 from modekit.text.written import read_written, written_file

@@ -3,7 +3,10 @@
 Routers that read tokens (lexical, classifiers) need nothing else to decide. A proxy before engines that serve the
 experts asks one which of them takes a request (engines/litellm_hook.py), and so may anybody.
 
-Shape legend: S sequence, E experts, V vocabulary, G columns of the gate.
+Inside a mixture a router answers at every token (architecture/modekit_router.py). Here only the last answer is wanted, which is
+one weighted sum over rows of a table. numpy takes a tenth of the time that torch's operations need to be called.
+
+Shape legend: S tokens of the text, E experts, V rows of a table, J averages, G columns of the gate.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +27,19 @@ from modekit.errors import CheckpointError, UnsupportedError
 from modekit.loaded.load import load_tokenizer
 from modekit.recipes.recipe import place_of_base
 from modekit.recipes.strict import BASE
-from modekit.routing.last_token import LastToken, RoutingData
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message
 
+RoutingData = Mapping[str, Any]
+"""The config's `modekit.routing` (planning/mixture_config.py) as plain data."""
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
 _CHARACTERS, _TURNS, _MESSAGES = 16_384, 8, 64
 _KEPT = 0.5
 """An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
+
+_PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,62 @@ def _oldest(turns: Sequence[Message]) -> list[Message]:
         kept.append({**message, "content": _clean(message["content"][:left])})
         left -= len(message["content"])
     return kept
+
+
+class LastToken:
+    """A router that reads tokens, with its gate: what it says after the last token of a text."""
+
+    def __init__(self, routing: RoutingData, gate_EG: np.ndarray) -> None:
+        """`routing` is the config's `modekit.routing` (see `Router`)."""
+        averages = routing["averages"]
+        self._decays: list[float] = [average["decay"] for average in averages]
+        self._orders: Sequence[int | None] = routing.get("orders") or [None] * len(averages)
+        self._prefix: int | None = routing.get("prefix") if routing.get("score") == "tfidf" else None
+        parts = [np.ascontiguousarray(part_EV.T, dtype=np.float32) for part_EV in np.split(gate_EG, len(averages), axis=1)]
+        self._parts_VE = parts
+        # Of a classifier's table (architecture/modekit_terms.py) the last column.
+        self._same_E: np.ndarray = parts[0][-1, :-1] if self.reads_first else np.zeros(1, np.float32)
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether the first tokens of a text decide, and no others."""
+        return self._prefix is not None
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """After the last of some tokens (E,), float32."""
+        said_E: np.ndarray = self.by_token(ids).sum(0) + self._same_E
+        return said_E
+
+    def by_token(self, ids: Sequence[int]) -> np.ndarray:
+        """What each of some tokens adds to the logits after the last one, (S, E), float32; a token that is not read adds 0, and
+        what all texts have in common is not in it.
+        """
+        ids_S = np.asarray(ids, dtype=np.int64)
+        if self.reads_first:
+            (gate_VG,), read_S = self._parts_VE, ids_S[: self._prefix]
+            terms_V, counts_V = np.unique(read_S, return_counts=True)
+            length = np.float32(np.linalg.norm(counts_V * gate_VG[terms_V, -1]) or 1.0)
+            return np.pad(gate_VG[read_S, :-1] / length, ((0, len(ids_S) - len(read_S)), (0, 0)))
+        found = []
+        for rows_VE, order, decay in zip(self._parts_VE, self._orders, self._decays, strict=True):
+            rows_S = ids_S if order is None else rows_of_ngrams(ids_S, order, len(rows_VE))
+            weights_S = np.power(decay, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
+            found.append((weights_S / weights_S.sum())[:, None] * rows_VE[rows_S])
+        added_SE: np.ndarray = np.sum(found, axis=0, dtype=np.float32)
+        return added_SE
+
+
+def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
+    """Row of a table for the n-gram that ends in each token (S,), int64: what `ngram_rows` says of a text without pads.
+
+    That is one of the files which are copied into checkpoints as they are, and works on batches; this is the same in numpy.
+    """
+    tokens = np.concatenate([np.zeros(order - 1, dtype=np.int64), ids_S + 1])
+    hashed_S = np.zeros_like(ids_S)
+    for start in range(order - 1, -1, -1):  # the newest token first
+        hashed_S = (hashed_S * 1_000_003 + tokens[start : start + len(ids_S)] * 7_919 + 13) % _PRIME
+    rows_S: np.ndarray = hashed_S % buckets
+    return rows_S
 
 
 def last_token_of(checkpoint: Checkpoint) -> LastToken:

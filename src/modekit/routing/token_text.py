@@ -22,7 +22,7 @@ from modekit.files.typed import as_kind
 from modekit.recipes.fits import MOST_TOKENS
 from modekit.recipes.recipe import Expert
 from modekit.routing.examples import Tokens, chats_of, read_examples
-from modekit.routing.fitting import Fitting, TextProvenance
+from modekit.routing.fit import Fitting
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
 from modekit.text.document import Document
 from modekit.text.held_out import RecipeTexts
@@ -71,11 +71,6 @@ class TokenText:
         if self.held_N is None or self.held_lengths is None:
             return []
         return [(ids, 0) for ids in torch.split(self.held_N, self.held_lengths.tolist())]
-
-    @property
-    def chooses(self) -> bool:
-        """Whether documents that may choose were looked for."""
-        return self.held_N is not None
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -153,54 +148,36 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
 
     Raises TextError.
     """
-    experts = fitting.recipe.experts
-    texts, choosing = [], SelectTexts(fitting, tokenizer)
+    checkpoint, experts, texts, select = fitting.checkpoint, fitting.recipe.experts, list[TokenText](), None
+    if fitting.settings.row.chooses:
+        models = [checkpoint.folder / source.folder for source in checkpoint.record.sources]
+        select = RecipeTexts(fitting.recipe, fitting.root, models=models, mixture=checkpoint.folder)
     fitting.run.begin("read tokens", len(experts))
     for place in range(len(experts)):
-        texts.append(_read(fitting, tokenizer, place, choosing))
+        texts.append(_read(fitting, tokenizer, place, select))
         fitting.run.progress("read tokens", place + 1, len(experts))
     return texts
 
 
-class SelectTexts:
-    """Where a fit chooses between variants: the tokens of the documents that it may choose by."""
-
-    def __init__(self, fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> None:
-        checkpoint = fitting.checkpoint
-        models = [checkpoint.folder / source.folder for source in checkpoint.record.sources]
-        self.needed = fitting.settings.row.chooses
-        self._texts = RecipeTexts(fitting.recipe, fitting.root, models=models, mixture=checkpoint.folder)
-        self._tokenizer, self._length = tokenizer, fitting.settings.sequence_length
-
-    def serves(self, kept: TokenText, place: int) -> bool:
-        """Whether a domain's kept tokens have those documents, too, if they are needed."""
-        return not self.needed or (kept.chooses and kept.source.get("held_out") == self._said(place)[1])
-
-    def of(self, place: int) -> tuple[list[TokenSequence], TextProvenance]:
-        """Sequences of a domain's documents, none where it has none, and what the kept tokens say of their source."""
-        documents, said = self._said(place)
-        return encode(self._tokenizer, documents, max_tokens=MOST_TOKENS // 8, sequence_length=self._length), said
-
-    def _said(self, place: int) -> tuple[list[Document], TextProvenance]:
-        own = self._texts.own(place)
-        documents: list[Document] = [] if own is None else self._texts.select_of(own)
-        return documents, text_record(documents, 0)
-
-
-def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choosing: SelectTexts) -> TokenText:
+def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, select: RecipeTexts | None) -> TokenText:
+    """`select`: where the fit chooses between variants, whose documents it may choose by."""
     expert, settings = fitting.recipe.experts[place], fitting.settings
     path = fitting.statistics_file(expert.name)
     kept = load_token_text(path, fitting.checkpoint.vocabulary)
     how = {"sequence_length": settings.sequence_length, **chats_of(tokenizer, expert, settings)}
-    if kept is not None and choosing.needed and not kept.chooses:
+    if kept is not None and select is not None and kept.held_N is None:
         kept = None
     documents = documents_to_read(fitting, place, None if kept is None else kept.source, how)
     if documents is None:
         assert kept is not None
         return kept
-    record = text_record(documents, 0)
+    record, chosen = text_record(documents, 0), list[Document]()
     said = {"sha256": record["sha256"], "how": how}
-    if kept is not None and {key: kept.source.get(key) for key in said} == said and choosing.serves(kept, place):
+    if select is not None:
+        own = select.own(place)
+        chosen = [] if own is None else select.select_of(own)
+        said["held_out"] = text_record(chosen, 0)
+    if kept is not None and {key: kept.source.get(key) for key in said} == said:
         return kept
     sequences = read_examples(tokenizer, documents, expert, settings, most=MOST_TOKENS)
     if not sequences:
@@ -208,9 +185,8 @@ def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, choo
     ids_N, lengths = _joined(sequences)
     starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int32)
     source, held = {"text": {**record, "tokens": len(ids_N)}, **said}, _NONE_HELD
-    if choosing.needed:
-        chosen, source["held_out"] = choosing.of(place)
-        held = _joined(chosen)
+    if select is not None:
+        held = _joined(encode(tokenizer, chosen, max_tokens=MOST_TOKENS // 8, sequence_length=settings.sequence_length))
     made = TokenText(ids_N, lengths, starts, source, *held, _expected(fitting, expert))
     made.save(path)
     return made

@@ -25,8 +25,8 @@ from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.shape import RouterPosition
 from modekit.recipes.recipe import place_of_base
+from modekit.routing.evidence import over_base
 from modekit.routing.text_router import RunningLogits, reads_tokens
-from modekit.routing.unseen import over_base
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
 from modekit.text.document import message_of
