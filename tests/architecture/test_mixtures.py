@@ -661,20 +661,6 @@ def test_every_family_mixes_every_kind_of_expert(model_type: str, name: str) -> 
     check_mixture(bench_of(model_type), recipe)
 
 
-def test_each_sequence_may_be_fixed_on_an_expert_of_its_own() -> None:
-    bench, (ids, mask) = bench_of("olmo2"), a_batch()
-    mixture = {"modules": ["mlp", "q"], "router": {"fit": "random"}}
-    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN]), "mixture": mixture}
-    with built(bench, recipe) as (_, model):
-        model.use_expert(torch.tensor([2, 0, 1]))
-        together = logits_of(model, ids, mask)
-        for row, name in enumerate(("e2", "e0", "e1")):
-            model.use_expert(name)
-            close(together[row : row + 1], logits_of(model, ids, mask)[row : row + 1], mask[row : row + 1], 1e-5)
-        with pytest.raises(ValueError, match="no expert 'e9'; there are e0, e1, e2"):
-            model.use_expert("e9")
-
-
 # --- promise 1: copies of one expert are that expert, whatever the router says
 
 TEXT_FITS = ("centroid", "logistic")

@@ -22,7 +22,7 @@ from modekit.loaded.load import load_model
 from modekit.members.change import write_change
 from modekit.members.edits import remove_expert
 from modekit.planning.make import make_plan
-from modekit.recipes.read import load_recipe, parse_recipe
+from modekit.recipes.read import load_recipe
 from modekit.recipes.router import Router
 from modekit.routing.inputs import DomainStatistics, SlotStatistics
 from modekit.routing.linear import fit_gates
@@ -301,13 +301,6 @@ def test_vllm_is_told_which_it_cannot_serve(shops: dict[str, Workshop]) -> None:
         for gate in ("hash", "cosine", "groups", "segment")
     }
     assert {gate for gate, said in why.items() if said} == {"segment"}
-
-
-def test_a_recipe_of_before_says_no_new_key(shops: dict[str, Workshop]) -> None:
-    recipe = parse_recipe(shops["llama"].recipe)
-    new = {"groups", "threshold", "segment", "dimensions"}
-    said = recipe.model_dump(mode="json")["mixture"]
-    assert not new & (said.keys() | said["router"].keys())
 
 
 def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torch.Tensor) -> None:
