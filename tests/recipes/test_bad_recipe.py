@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from modekit.errors import RecipeError
+from modekit.recipes.read import parse_recipe
 from refusal import refuse, tree
 
 EXPERTS = [{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}]
@@ -273,3 +275,14 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 def test_a_colon_in_place_of_an_equals_sign(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("base_model: a\nexperts: ['law:./law-lora']\n")
     assert "write law=./law-lora" in refuse("plan", tmp_path / "recipe.yaml")
+
+
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs() -> None:
+    experts = [{"name": "law", "model": "./law"}]
+    for wrong, home in (
+        ({"mixture": {"fit": "random"}}, "mixture.router"),
+        ({"top_k": 1}, "mixture"),
+        ({"dtype": "source"}, "output"),
+    ):
+        with pytest.raises(RecipeError, match=f"unknown key; it belongs in {home}"):
+            parse_recipe({"base_model": "./base", "experts": experts, **wrong})

@@ -37,6 +37,9 @@ _EXAMPLES: dict[object, str] = {
 _LONGEST_KEY, _LONGEST_LINE = 64, 400  # characters of a key in a problem, and of all of it
 
 
+_HOMES: dict[str, type[BaseModel]] = {"mixture": Mixture, "mixture.router": Router, "output": Output}
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML file.
 
@@ -114,7 +117,8 @@ def _explain(problem: RecipeData) -> list[str]:
             place += "." * bool(place) + str(part)[:_LONGEST_KEY]
     if problem["type"] == "extra_forbidden":
         hint = did_you_mean(problem["loc"][-1], _known_keys(problem["loc"][:-1]))
-        return [f"{place}: unknown key; {hint or 'remove it'}"]
+        home = next((name for name, kind in _HOMES.items() if problem["loc"][-1] in kind.model_fields), None)
+        return [f"{place}: unknown key; {hint or (f'it belongs in {home}' if home else 'remove it')}"]
     if problem["type"] == "missing":
         return [f"{place}: missing"]
     message = _message(problem)
