@@ -408,4 +408,3 @@ def test_from_the_command_line(mixtral: Checkpoint, tmp_path: Path) -> None:
     ):
         code, _, stderr = ended("export", mixtral.folder, tmp_path / "X", *words)
         assert code == 2 and said in stderr
-    assert issubclass(EngineError, ModekitError)
