@@ -35,13 +35,14 @@ import numpy as np
 import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.models import make_tokenizer
 from modekit.demo.text import DOMAINS, unpack_text
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Score
+from modekit.experts.corpus.tokenizer import byte_level_bpe
 from modekit.files.tensors import safetensors_header
 from modekit.members.change import write_change
 from modekit.members.edits import remove_expert
+from modekit.text.document import text_of
 from modekit.text.documents import read_documents
 
 VOCABULARY = 3_072
@@ -104,7 +105,8 @@ def make_texts(folder: Path, names: list[str]) -> None:
     """The demo's documents, dealt out: every expert gets a share of one of its domains."""
     paths = unpack_text(folder / "demo")
     documents = {name: read_documents([str(paths[name])], root=folder, where=name) for name in DOMAINS}
-    make_tokenizer([each for found in documents.values() for each in found[:2000]]).save_pretrained(folder / "base")
+    some = (text_of(each) for found in documents.values() for each in found[:2000])
+    byte_level_bpe(some, VOCABULARY).save_pretrained(folder / "base")
     shares = -(-len(names) // len(DOMAINS))
     for number, name in enumerate(names):
         share = documents[DOMAINS[number % len(DOMAINS)]][number // len(DOMAINS) :: shares]

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.models import ARCHITECTURE, new_model, train
+from modekit.demo.models import ARCHITECTURE, BASE_TRAINING, new_model
 from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
@@ -36,7 +37,7 @@ from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import library_writes, write_file
 from modekit.loaded.load import without_bars
-from modekit.loaded.text_training import Training, training_sequences
+from modekit.loaded.text_training import Training, train_on_text, training_sequences
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.run import Run
@@ -99,14 +100,17 @@ class Languages:
             fewest = min(len(sequences) for sequences in of_each)
             sequences = [sequence for each in of_each for sequence in each[:fewest]]
             with staging(teacher, f"demo teacher {self.seed}", "model") as stage:
-                train(model, sequences, self.budget.teacher_steps, self.seed, self.run.about("teacher"))
+                training = BASE_TRAINING.with_(steps=self.budget.teacher_steps, seed=self.seed)
+                train_on_text(model, sequences, training, run=self.run.about("teacher"))
                 with without_bars(), library_writes(stage.folder) as folder:
                     model.save_pretrained(folder)
                     tokenizer.save_pretrained(folder)
         if not is_there(student):
             made = staging(student, f"demo student {self.seed}", "model")
             with made as stage, without_bars(), library_writes(stage.folder) as folder:
-                new_model(STUDENT, self.seed, embedding=_EMBEDDING).save_pretrained(folder)
+                model = new_model(STUDENT, self.seed)
+                torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING)
+                model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
 
     def student(

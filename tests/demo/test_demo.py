@@ -65,6 +65,9 @@ def test_a_folder_of_another_kind_of_demo_is_refused(tmp_path: Path, monkeypatch
     for other in ({"quick": True}, {"real": True}, {"what": "full"}, {"what": "translation"}):
         with pytest.raises(OutputError, match="another kind"):
             run_demo(tmp_path / "demo", run=Run(progress=silent), **other)  # type: ignore[arg-type]
+    (tmp_path / "demo" / "demo.json").write_text("what somebody else put here")
+    with pytest.raises(OutputError, match="another kind"):
+        run_demo(tmp_path / "demo", run=Run(progress=silent))
 
 
 def test_the_row_routing_is_what_a_recipe_gets_that_names_no_router() -> None:

@@ -250,6 +250,7 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
         (("--teacher", "text"), "config.json"),
         (("--teacher", "teacher", "losses=kl"), "unknown loss or weight"),
         (("--teacher", "teacher", "batch_tokens=8"), "batch_tokens"),
+        (("--teacher", "teacher", "learning_rate=0"), "found:    learning_rate: must be"),
     ],
 )
 def test_dead_and_wrong_options_are_refused(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import modekit.loaded.engine as engine_module
 import modekit.loaded.text_training as training_module
 from conftest import Workshop, save, tiny_model
-from modekit.errors import InterruptError, TrainingError
+from modekit.errors import InterruptError, SourceError, TrainingError
 from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -284,3 +284,10 @@ def test_what_the_base_was_trained_on_goes_along(workshop: Workshop) -> None:
     specialize(workshop.root / "new", workshop.root / "newer", ["./text/code.jsonl"], root=workshop.root, training=TRAINING)
     first, both = (digests_in(workshop.root / name / TRAINED_FILE) for name in ("new", "newer"))
     assert first and first < both
+
+
+def test_a_base_that_says_no_size_of_its_vocabulary_is_one_clear_error(workshop: Workshop) -> None:
+    config = workshop.root / "base" / "config.json"
+    config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "vocab_size"}))
+    with pytest.raises(SourceError, match="no usable vocab_size"):
+        run(workshop, "new")

@@ -71,6 +71,7 @@ def test_turns_of_from_and_value_are_a_conversation(tmp_path: Path) -> None:
 def test_text_messages_and_pairs_come_first(tmp_path: Path) -> None:
     asked = EXCHANGES[0]
     assert read(tmp_path / "law.jsonl", {**asked, "text": "plain"}) == ["plain"]
+    assert read(tmp_path / "law.jsonl", {**asked, "text": " "}) == read(tmp_path / "law.jsonl", asked) != []
     (document,) = read(tmp_path / "law.jsonl", {**asked, "messages": [{"role": "user", "content": "hello"}]})
     assert text_of(document) == "hello"
     (document,) = read(tmp_path / "law.jsonl", {**asked, "source": "a", "target": "b"})
@@ -139,6 +140,7 @@ def test_tabs_part_values_as_they_stand(tmp_path: Path) -> None:
 SKIPPED: list[dict[str, Any]] = [
     {"text": None},
     {"text": ""},
+    {"text": " \n"},
     {"messages": None},
     {"messages": []},
     {"prompt": None, "completion": None},

@@ -34,7 +34,7 @@ class SpecialistSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=F
 
     rank: int | None = Field(None, ge=1, description="Rank of the adapter (--train lora; default 16).")
     steps: int | None = Field(None, ge=1, description="Optimiser steps; default: once over the text.")
-    learning_rate: float | None = Field(None, ge=0, le=10, description="Peak learning rate (default 1e-4; lora 1e-3).")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="Peak learning rate (default 1e-4; lora 1e-3).")
     batch_tokens: int = Field(4_096, ge=2, description="Tokens per step.")
     sequence_length: int = Field(512, ge=8, description="Longest piece of a document, in tokens.")
     seed: int = Field(0, ge=0, description="Random seed of the text order.")

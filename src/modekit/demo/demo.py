@@ -28,6 +28,7 @@ from modekit.demo.translation import translated_table
 from modekit.errors import OutputError
 from modekit.evaluation.results import Results, with_gaps
 from modekit.evaluation.translation.results import TranslationResults, TranslationScore, require_sacrebleu
+from modekit.files.read import UNREADABLE, read_json
 from modekit.files.write import make_folder, write_file, write_json
 from modekit.run import Run
 
@@ -160,10 +161,15 @@ def _write(folder: Path, results: DemoResults) -> None:
 def _refuse_other_demo(out: Path, settings: dict[str, Any]) -> None:
     """Models of one kind of demo must not be taken for another's: a folder remembers what it was made for."""
     stamp = out / "demo.json"
-    if not stamp.exists():
+    try:
+        known = read_json(stamp)
+    except FileNotFoundError:
         make_folder(out)
         write_json(stamp, settings)
-    elif json.loads(stamp.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
+        return
+    except UNREADABLE:
+        known = None
+    if known != json.loads(json.dumps(settings)):
         raise OutputError(
             "the folder holds another kind of demo", where=str(out), remedy="choose another --out, or remove the folder"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from modekit.loaded.text_training import Training, train_on_text, training_seque
 from modekit.run import Run
 from modekit.text.document import text_of
 from modekit.text.documents import read_documents
-from modekit.text.sequences import TokenSequence
 from modekit.text.splits import documents_of_split
 
 VOCABULARY = 3_072
@@ -46,7 +45,7 @@ TRAINING = Training(
     by_length=True,
     autocast=True,
 )
-_BASE_TRAINING = TRAINING.with_(learning_rate=4e-3)
+BASE_TRAINING = TRAINING.with_(learning_rate=4e-3)
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -69,13 +68,13 @@ def make_base(out: Path, texts: Mapping[str, Path], *, steps: int, seed: int, ru
         name: documents_of_split(read_documents([str(texts[name])], root=texts[name].parent, where=name), "fit")
         for name in (*DOMAINS, GENERAL)
     }
-    tokenizer = make_tokenizer([text_of(document) for documents in fit.values() for document in documents])
-    sequences = {name: training_sequences(tokenizer, documents, _BASE_TRAINING) for name, documents in fit.items()}
+    tokenizer = byte_level_bpe((text_of(document) for documents in fit.values() for document in documents), VOCABULARY)
+    sequences = {name: training_sequences(tokenizer, documents, BASE_TRAINING) for name, documents in fit.items()}
     per_domain = int(len(sequences[GENERAL]) * _DOMAIN_SHARE / (1 - _DOMAIN_SHARE) / len(DOMAINS))
     mixed = [*sequences[GENERAL], *(sequence for name in DOMAINS for sequence in sequences[name][:per_domain])]
     model = new_model(ARCHITECTURE, seed)
     with staging(out, f"demo base {seed} {steps}", "model") as stage:
-        train(model, mixed, steps, seed, run.about("base"))
+        train_on_text(model, mixed, BASE_TRAINING.with_(steps=steps, seed=seed), run=run.about("base"))
         save_model(model, tokenizer, stage)
 
 
@@ -86,26 +85,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage
         tokenizer.save_pretrained(folder)
 
 
-def new_model(architecture: dict[str, Any], seed: int, *, embedding: float | None = None) -> PreTrainedModel:
-    """A Llama of random weights whose blocks start as the identity; `embedding` is the deviation of its tokens' vectors."""
+def new_model(architecture: dict[str, Any], seed: int) -> PreTrainedModel:
+    """A Llama of random weights whose blocks start as the identity."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**architecture))
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(parameter)
-        elif embedding is not None and name.endswith("embed_tokens.weight"):
-            torch.nn.init.normal_(parameter, std=embedding)
     return model
-
-
-def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that puts <s> before every text."""
-    return byte_level_bpe(documents, VOCABULARY)
-
-
-def train(model: PreTrainedModel, sequences: list[TokenSequence], steps: int, seed: int, run: Run) -> None:
-    """Train everything on some sequences."""
-    train_on_text(model, sequences, _BASE_TRAINING.with_(steps=steps, seed=seed), run=run)
 
 
 def make_real_base(out: Path, run: Run) -> None:

@@ -26,6 +26,7 @@ from modekit.loaded.engine import seeded
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import ReadInPass, Training, train_on_text
 from modekit.run import QUIET, Run
+from modekit.sources.config import whole
 from modekit.sources.source import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
 from modekit.text.splits import text_record
@@ -127,7 +128,7 @@ def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, co
     for. Raises MismatchError where other tokens have none, SourceError for an adapter, in which tags could not be kept,
     UnsupportedError for a model that has two embeddings.
     """
-    rows = int(config["vocab_size"])
+    rows = whole(config, "vocab_size")
     if not isinstance(texts, Labelled):
         _check_rows(reading.tokenizer, rows)
         return ()

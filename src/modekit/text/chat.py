@@ -27,14 +27,10 @@ class ChatTemplate:
         """The template itself."""
         return str(self._tokenizer.get_chat_template())
 
-    def text(self, messages: Sequence[Message], *, answer: bool = False, **variables: object) -> str:
-        """The messages as the model reads them, and with `answer` the beginning of the answer; `variables` are what it
-        sees besides, as `apply_chat_template` takes them. Raises TextError.
-        """
+    def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        """The messages as the model reads them, and with `answer` the beginning of the answer. Raises TextError."""
         try:
-            written = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, **variables
-            )
+            written = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
         except Exception as error:  # a template raises what it likes
             raise TextError(
                 "the tokenizer's chat template does not take these messages",

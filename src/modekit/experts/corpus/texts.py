@@ -9,12 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter, ValidationError
-
 from modekit.errors import ModekitError, TextError
 from modekit.files.typed import shortened
 from modekit.recipes.paths import locate
-from modekit.recipes.strict import Name
+from modekit.recipes.strict import NAME_RULE, is_name
 from modekit.run import Run
 from modekit.text.document import text_of
 from modekit.text.documents import check_present, stream_records
@@ -99,13 +97,8 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path) -> dict[str, s
     """
     whose: dict[str, str] = {}
     for name, specs in texts.items():
-        try:
-            TypeAdapter(Name).validate_python(name)
-        except ValidationError:
-            expected = "letters, digits, '.', '_' and '-', 64 at most"
-            raise ModekitError(
-                "not a name of a domain", where=WHERE, found=name, expected=expected, remedy="rename it"
-            ) from None
+        if not is_name(name):
+            raise ModekitError("not a name of a domain", where=WHERE, found=name, expected=NAME_RULE, remedy="rename it")
         if len(specs) > 1 or name.lower() in map(str.lower, list(texts)[: len(whose)]):
             remedy = "give it one text, a folder where there are several files, or rename one"
             raise ModekitError("a domain is named twice", where=f"{WHERE} {name}", found=", ".join(specs), remedy=remedy)

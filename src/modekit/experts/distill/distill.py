@@ -34,7 +34,7 @@ from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import text_record
-from modekit.training.batches import Batches, steps_of_one_pass
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
@@ -88,14 +88,15 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
             with seeded(engine.seed, student.device):  # a new adapter's first weights
                 save = make_trainable(student, pair.student, asked.train, asked.rank)
             before = _measured(student, lesson, texts.held_out, "before", run)
-            steps = engine.steps or steps_of_one_pass([texts.corpus], engine)
-            parts = texts.parts(engine, steps)
-            batches, loop = Batches([texts.corpus], parts, pad_id=0), loop_of(engine, steps, student.device)
+            steps, corpora = engine.steps or steps_of_one_pass(texts.corpora, engine), texts.corpora
+            parts = plan_parts(corpora, engine, steps=steps, experts=len(corpora), parts=1, pack=False)
+            batches, loop = Batches(corpora, parts, pad_id=0), loop_of(engine, steps, student.device)
             history = run_all_steps(Student(student, lesson, engine, steps), batches, loop, folder.path, run)
             student.eval()
             after = _measured(student, lesson, texts.held_out, "after", run)
         taken = [entry for entry in history if CROSS_ENTROPY in entry]
-        tokens = sum(len(texts.sequences[draw.sequence].ids) for part in parts for row in part.rows for draw in row)
+        draws = [draw for part in parts for row in part.rows for draw in row]
+        tokens = sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for draw in draws)
         measured = {name: {"before": value, "after": after[name]} for name, value in before.items()}
         record = SpecialistRecord.model_validate(
             {**_settings(asked, pair, texts, len(taken), tokens), **_losses(taken), **measured}
@@ -156,7 +157,7 @@ def _settings(asked: Distillation, pair: StudentAndTeacher, texts: Texts, steps:
             "combined": "in turn" if settings.alternate else "sum",
         },
         "training": {**dataclasses.asdict(asked.training), "steps": steps, "tokens_read": tokens},
-        "text": text_record(texts.fit, texts.corpus.tokens),
+        "text": text_record(texts.fit, sum(corpus.tokens for corpus in texts.corpora)),
     }
 
 

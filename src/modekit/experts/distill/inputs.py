@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +28,7 @@ from modekit.sources.source import ModelSource, open_source
 from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
 from modekit.text.document import Document, check_kind
 from modekit.text.sequences import TokenSequence
-from modekit.training.batches import BatchPart, DomainSequences, Draw, plan_parts
-from modekit.training.settings import TrainSettings
+from modekit.training.batches import DomainSequences
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")  # a pad never counts, whatever it is called
 _READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
@@ -109,51 +107,31 @@ Mix = Literal["equal", "turns"]
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents that are learned from, the same in sequences, and sequences that are held out; `sizes`: how many sequences
-    each text has that steps are shared out to.
+    """Documents that are learned from, the same in sequences by the texts that steps are shared out to, and sequences that are
+    held out.
     """
 
     fit: list[Document]
-    sequences: list[TokenSequence]
+    corpora: list[DomainSequences]
     held_out: list[TokenSequence]
-    sizes: tuple[int, ...]
 
     @property
-    def corpus(self) -> DomainSequences:
-        """What is learned from."""
-        return DomainSequences("the text", 0, self.sequences)
-
-    def parts(self, settings: TrainSettings, steps: int) -> list[BatchPart]:
-        """What every step reads, in terms of `corpus`."""
-        starts = list(accumulate(self.sizes, initial=0))
-        apart = [
-            DomainSequences(f"text {number + 1}", number, self.sequences[start : start + size])
-            for number, (start, size) in enumerate(zip(starts, self.sizes, strict=False))
-        ]
-        planned = plan_parts(apart, settings, steps=steps, experts=len(apart), parts=1, pack=False)
-        return [
-            BatchPart(
-                [[Draw(0, starts[draw.corpus] + draw.sequence, 0) for draw in row] for row in part.rows], part.step_targets, 0
-            )
-            for part in planned
-        ]
+    def sequences(self) -> list[TokenSequence]:
+        """All that is learned from."""
+        return [sequence for corpus in self.corpora for sequence in corpus.sequences]
 
 
 def read_texts(
     texts: Sequence[str], root: Path, tokenizer: PreTrainedTokenizerBase, training: Training, mix: Mix | None
 ) -> Texts:
     """All texts as one, or one by one where steps are shared out between them. Raises TextError where one has nothing left."""
-    fit: list[Document] = []
-    sequences: list[TokenSequence] = []
-    held_out: list[TokenSequence] = []
-    sizes: list[int] = []
+    found = Texts([], [], [])
     reading = Reading(tokenizer, root, training)
     for together in [list(texts)] if mix is None else [[text] for text in texts]:
         where = "--text" if mix is None else f"--text {together[0]}"
         documents, of_these, of_others = read_domain(None, together, reading, where=where)
         check_kind(documents, "text", where=where)
-        fit += documents
-        sequences += of_these
-        held_out += of_others.sequences
-        sizes.append(len(of_these))
-    return Texts(fit, sequences, held_out, tuple(sizes))
+        found.fit.extend(documents)
+        found.corpora.append(DomainSequences(where, len(found.corpora), of_these))
+        found.held_out.extend(of_others.sequences)
+    return found
