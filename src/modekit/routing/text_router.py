@@ -204,7 +204,7 @@ class LastToken:
             rows_S = ids_S if order is None else rows_of_ngrams(ids_S, order, len(rows_VE))
             weights_S = np.power(decay, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
             found.append((weights_S / weights_S.sum())[:, None] * rows_VE[rows_S])
-        added_SE: np.ndarray = np.sum(found, axis=0, dtype=np.float32)
+        added_SE: np.ndarray = np.stack(found).sum(axis=0, dtype=np.float32)
         return added_SE
 
 
