@@ -60,7 +60,7 @@ ALONE = Processes(0, 1)
 
 def launched() -> int:
     """How many processes a launcher started, from its environment; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Workshop, write_text
 from modekit.building.build import build
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
-from modekit.files.marker import claim_work_folder
+from modekit.files.lock import Lock
+from modekit.files.marker import CHANGED, claim_work_folder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
@@ -302,8 +305,6 @@ def test_a_record_that_was_edited(checkpoint: Path, tmp_path: Path, command: str
 
 
 def test_a_linear_checkpoint_opens_again(bench: Workshop) -> None:
-    from modekit.checkpoint.checkpoint import open_checkpoint
-
     for mixture in (
         {"method": "linear"},
         {"method": "linear", "weights": {"medicine": 1, "law": 2, "code": 3}},
@@ -313,3 +314,18 @@ def test_a_linear_checkpoint_opens_again(bench: Workshop) -> None:
         checkpoint = open_checkpoint(bench.build(mixture=mixture))
         assert checkpoint.record.recipe.digest() == checkpoint.record.recipe_digest
         assert checkpoint.config["num_experts_per_tok"] == checkpoint.record.recipe.top_k
+
+
+def test_where_nothing_can_be_written_what_is_there_is_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a mixture on a disk that is read alone, beside which a killed command has left its work."""
+    folder, work = shutil.copytree(checkpoint, tmp_path / "OUT"), tmp_path / "OUT.partial"
+    claim_work_folder(work, "partial", "OUT")
+    (folder / CHANGED).mkdir()
+
+    def refused(_: Lock, **_given: float) -> bool:
+        raise PermissionError(errno.EROFS, "Read-only file system", str(work))
+
+    monkeypatch.setattr(Lock, "take", refused)
+    assert open_checkpoint(folder).record == open_checkpoint(checkpoint).record

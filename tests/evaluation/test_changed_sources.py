@@ -18,7 +18,7 @@ from command_line import ended
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.building.verify import is_proven
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.sources import source_state, why_not
+from modekit.checkpoint.sources import why_not
 from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.similarity import similarity
@@ -107,16 +107,16 @@ def test_settings_are_looked_at_where_they_count(bench: Workshop, file: str) -> 
     path = bench.root / "law" / file
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "rms_norm_eps": 0.5, "transformers_version": "0"}))
-    assert source_state(checkpoint, 2).changed == ("config.json" if file == "config.json" else "")
+    assert ("law' (config.json) has changed" in str(why_not(checkpoint, 1))) == (file == "config.json")
     path.write_text(json.dumps({**said, "transformers_version": "0"}))
-    assert source_state(checkpoint, 2).is_as_recorded
+    assert why_not(checkpoint, 1) is None
 
 
 def test_other_shards_than_those_that_were_read_are_a_change(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     (bench.root / "law" / "model.safetensors").unlink()
     save(tiny_model(seed=9, num_hidden_layers=1), bench.root / "law", max_shard_size="20KB")
-    assert source_state(checkpoint, 2).changed.startswith("model")
+    assert "law' (model" in str(why_not(checkpoint, 1))
 
 
 @pytest.fixture
@@ -153,17 +153,17 @@ def test_what_did_not_change_is_read_once(bench: Workshop, own_cache: Path, monk
         os.utime(bench.root / name / "model.safetensors", (past, past))
     time.sleep(2.1)  # a file that changed just now may do so again
     checkpoint = open_checkpoint(out)
-    places = range(len(checkpoint.record.sources))
-    assert all(source_state(checkpoint, place).is_as_recorded for place in places)
+    experts = (None, *range(len(checkpoint.names)))
+    assert all(why_not(checkpoint, expert) is None for expert in experts)
     read: list[Path] = []
     whole = contents.blake3_of
     monkeypatch.setattr(contents, "blake3_of", lambda path, *rest: read.append(path) or whole(path, *rest))
-    assert all(source_state(checkpoint, place).is_as_recorded for place in places) and not read
+    assert all(why_not(checkpoint, expert) is None for expert in experts) and not read
     change(bench.root / "law")
-    assert source_state(checkpoint, 2).changed == "model.safetensors" and read
+    assert "(model.safetensors)" in str(why_not(checkpoint, 1)) and read
     shutil.rmtree(own_cache)
     own_cache.write_text("no folder")
-    assert source_state(checkpoint, 0).is_as_recorded
+    assert why_not(checkpoint, None) is None
 
 
 def test_it_does_not_teach(bench: Workshop) -> None:

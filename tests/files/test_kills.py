@@ -13,6 +13,7 @@ import pytest
 
 from conftest import Workshop
 from kills import KILLED, Ended, Fate, befallen
+from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.files.staging import Staging
 from refusal import Tree, tree
 from writing_commands import COMMANDS, Command, check_whole, run_in, stable
@@ -22,6 +23,7 @@ RARER: dict[Fate, int] = {"kill": 1, "interrupt": 5, "full": 5, "stuck": 11}
 """Fate -> one in this many of the moments of a command's stride is tried."""
 _TAKES_LONG = {"tune", "export gguf"}
 _WORK_FOLDERS = ("OUT.partial", "NEW.partial", "THREE.partial", "OUT.training", "NEW.training")
+_FINISHED = "was finished by then"
 _TO_GO_ON_FROM = {"OUT.training", "NEW.training", "NEW.tuning", "KEPT.partial"}
 
 
@@ -51,7 +53,7 @@ def try_moments(shop: Workshop, tmp_path: Path, command: Command, stride: int, f
         left = {name: content for name, content in stable(tree(root)).items() if not name.startswith(_WORK_FOLDERS)}
         done = left == wanted
         code, said = run_in(root, command.words)
-        assert code == 0 or (done and fate == "kill"), f"{moment}: {said}"
+        assert code == 0 or (done and (fate == "kill" or _FINISHED in ended.said)), f"{moment}: {said}"
         found = stable(tree(root))
         assert found.keys() == wanted.keys(), f"{moment}: {sorted(found.keys() ^ wanted.keys())}"
         different = [name for name in wanted if found[name] != wanted[name] and not (done and command.work)]
@@ -65,7 +67,7 @@ def check_end(ended: Ended, fate: Fate, root: Path, before: Tree) -> None:
     assert "Traceback" not in said and "this is a bug" not in said, said
     assert ended.code == CODES[fate], said
     if fate == "interrupt":
-        assert "interrupted" in said
+        assert "interrupted" in said and not (_FINISHED in said and "to do:" in said), said
     where = re.search(rf"\n  where:    .*{re.escape(root.name)}/(\S+)", said)
     if fate in ("full", "stuck"):
         assert where is not None, said
@@ -109,3 +111,18 @@ def test_ctrl_c_between_the_two_renames_gives_the_old_folder_back(
         assert code == 130
         assert "interrupted; nothing was left behind" in said
         assert tree(root) == before
+
+
+def test_ctrl_c_once_all_is_in_its_place_asks_for_no_other_run(
+    writing_shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(writing_shop.root, tmp_path / "root")
+
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modekit.files.staging.sync_folder", interrupted)
+    code, said = run_in(root, COMMANDS["remove"].words)
+    assert code == 130
+    assert f"interrupted; THREE {_FINISHED}" in said and "to do:" not in said
+    assert open_checkpoint(root / "THREE").names == ["medicine", "code"]

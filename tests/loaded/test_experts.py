@@ -13,7 +13,7 @@ from adapter_folders import write_adapter
 from conftest import Workshop, make_workshop
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.sources import GONE, why_not
+from modekit.checkpoint.sources import why_not
 from modekit.errors import SourceError
 from modekit.evaluation.evaluate import evaluate
 from modekit.loaded.experts import average_of, load_expert, load_expert_source
@@ -57,7 +57,7 @@ def test_a_table_has_the_row_of_such_an_adapter(mixture: Checkpoint) -> None:
 
 
 def test_what_is_gone_is_said_to_be(mixture: Checkpoint, tmp_path: Path) -> None:
-    assert why_not(Checkpoint(tmp_path / "OUT", mixture.record), 0) == GONE
+    assert why_not(Checkpoint(tmp_path / "OUT", mixture.record), 0) == "it is no longer where the recipe found it"
 
 
 def test_the_average_is_that_of_all(mixture: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""What cannot come, go or be renamed: one clear error each, and nothing has changed."""
+"""What cannot come, or go: one clear error each, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+import modekit
 import modekit.building.build as building
 from conftest import Workshop, character_tokenizer, save, tiny_model
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import CheckpointError, ModekitError, OutputError
+from modekit.errors import CheckpointError, ModekitError, OutputError, RecipeError
 from modekit.files.staging import staging
 from modekit.members.change import before_change, write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
@@ -194,6 +195,12 @@ def test_neither_model_nor_adapter(bench: Workshop) -> None:
     assert "modekit.json is missing" in message and tree(bench.root) == before
     out = bench.build()
     assert "either --model or --adapter" in refuse_change(bench, "add", out, "--name", "tax")
+
+
+def test_a_text_that_is_none(bench: Workshop) -> None:
+    out = bench.build()
+    with pytest.raises(RecipeError, match="text"):
+        modekit.add(out, {"name": "tax", "model": bench.recipe["base_model"], "text": [7]})
 
 
 def test_what_would_undo_a_training(shared_workshop: Workshop, tmp_path: Path) -> None:

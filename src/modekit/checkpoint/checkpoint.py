@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -316,17 +317,18 @@ def open_with_any_router(folder: Path) -> Checkpoint:
         raise CheckpointError(
             "an unfinished build is no checkpoint", where=str(folder), remedy="run the same command again to finish it"
         )
-    try:
+    with suppress(OSError):  # where nothing can be written, what is there is read as it is
         mend(folder)
         finish_change(folder)
+    try:
         record = as_kind(read_json(folder / RECORD_FILE), MixtureRecord)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         partial = f"{folder.name}.partial"
         cut_short = f"the build of it was cut short ({partial} is there): run the same command again to finish it"
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",
             where=str(folder),
-            found=None if os.path.lexists(folder) else "there is no such folder",
+            found=None if folder.is_dir() else "a file" if os.path.lexists(folder) else "there is no such folder",
             remedy=cut_short if folder.name and (folder.parent / partial).exists() else _WRITTEN,
         ) from None
     except UNREADABLE as error:

@@ -17,12 +17,12 @@ A weight file is read for its digest once: what was found is kept while its size
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from modekit.checkpoint.record import MixtureRecord
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
+from modekit.files.write import digest_of_data
 from modekit.planning.modekit_shape import without_names
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.tensors import EMBEDDING_FILE
@@ -37,14 +37,14 @@ def identity_of(record: MixtureRecord, config: Config, folder: Path, weights: It
     made_from = [[source.digests for source in record.sources], record.expert_sources]
     return {
         "recipe_digest": record.recipe_digest,
-        "sources": _digest_of(made_from),
-        "trained": _digest_of(sorted(record.trained.items())) if record.trained else "",
+        "sources": digest_of_data(made_from),
+        "trained": digest_of_data(sorted(record.trained.items())) if record.trained else "",
         "router_sha256": record.router.sha256,
         "evidence_sha256": record.router.evidence,
         "embedding": digests.pop(EMBEDDING_FILE, ""),
-        "weights": _digest_of(digests),
-        "tokenizer": _digest_of([_content_digest(folder / name) for name in sorted(COPIED_FILES)]),
-        "config": _digest_of(without_names(config)),
+        "weights": digest_of_data(digests),
+        "tokenizer": digest_of_data([_content_digest(folder / name) for name in sorted(COPIED_FILES)]),
+        "config": digest_of_data(without_names(config)),
     }
 
 
@@ -53,7 +53,3 @@ def _content_digest(path: Path) -> str:
         return hashlib.sha256(read_bytes(path, LARGE)).hexdigest()
     except UNREADABLE:
         return ""
-
-
-def _digest_of(data: object) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

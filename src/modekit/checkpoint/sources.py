@@ -6,7 +6,6 @@ A weight file is read again only where its size, times or inode are not those th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,50 +19,35 @@ from modekit.sources.config import read_config, settings_digest
 from modekit.sources.contents import known_blake3
 from modekit.sources.source import weight_files
 
-GONE = "it is no longer where the recipe found it"
-PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"
+_PUT_BACK = "put back what it was, take the new one in with `modekit replace`, or build the mixture again"
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """A recorded model now.
+def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> str | None:
+    """Why the model of an expert, or the base (None), cannot stand for what is in the mixture; None where it can.
 
-    Attributes:
-        record: what was recorded.
-        folder: where it lay.
-        is_there: whether there is still such a folder.
-        changed: what is no longer as it was recorded: a file, or a few words; empty: nothing.
+    An adapter is nothing without its base, and with several vocabularies a model lacks rows of tokens that the others have.
+    What is said names no path, since others read it.
     """
-
-    record: SourceRecord
-    folder: Path
-    is_there: bool
-    changed: str = ""
-
-    @property
-    def is_as_recorded(self) -> bool:
-        """Whether it may stand for what is in the mixture."""
-        return self.is_there and not self.changed
-
-    @property
-    def said(self) -> str:
-        """Who it is, and what has changed of it; no path, since it is said where others read it."""
-        return f"{self.record.label} ({self.changed})"
+    record = checkpoint.record
+    place = 0 if expert is None else record.expert_sources[expert]
+    needed = [place, *([0] if is_adapter(checkpoint.source_folder(record.sources[place])) else [])]
+    needed += range(len(record.sources)) if record.tokens is not None else ()
+    return next((why for each in dict.fromkeys(needed) if (why := _why_not(checkpoint, each, run)) is not None), None)
 
 
-def source_state(checkpoint: Checkpoint, place: int, *, run: Run = QUIET) -> SourceState:
-    """How the model at a place of the record's sources is now."""
+def _why_not(checkpoint: Checkpoint, place: int, run: Run) -> str | None:
+    """The same of the model at a place of the record's sources alone."""
     record = checkpoint.record.sources[place]
     folder = checkpoint.source_folder(record)
     if not folder.is_dir():
-        return SourceState(record, folder, is_there=False)
+        return "it is no longer where the recipe found it"
     try:
-        changed = next(iter(changed_settings(record, folder)), None) or changed_weights(record, folder, run) or ""
+        changed = next(iter(changed_settings(record, folder)), None) or changed_weights(record, folder, run)
     except SourceError as error:
         changed = error.what
     except OSError as error:
         changed = str(error.strerror)
-    return SourceState(record, folder, is_there=True, changed=changed)
+    return f"{record.label} ({changed}) has changed since the mixture was built: {_PUT_BACK}" if changed else None
 
 
 def changed_settings(record: SourceRecord, folder: Path) -> list[str]:
@@ -90,22 +74,3 @@ def changed_weights(record: SourceRecord, folder: Path, run: Run) -> str | None:
         if (folder / name).stat().st_size != expected.size or known_blake3(folder / name, progress) != expected.blake3:
             return name
     return None
-
-
-def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> str | None:
-    """Why the model of an expert, or the base (None), cannot stand for what is in the mixture; None where it can.
-
-    An adapter is nothing without its base.
-    """
-    place = 0 if expert is None else checkpoint.record.expert_sources[expert]
-    state = source_state(checkpoint, place, run=run)
-    if state.is_as_recorded and place != 0 and is_adapter(state.folder):
-        state = source_state(checkpoint, 0, run=run)
-    others = range(len(checkpoint.record.sources)) if checkpoint.record.tokens is not None else ()
-    for each in others if state.is_as_recorded else ():  # their rows are those of tokens that it lacks
-        state = source_state(checkpoint, each, run=run)
-        if not state.is_as_recorded:
-            break
-    if not state.is_there:
-        return GONE
-    return f"{state.said} has changed since the mixture was built: {PUT_BACK}" if state.changed else None

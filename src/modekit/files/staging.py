@@ -270,16 +270,16 @@ class AppearedError(OutputError):
         )
 
 
-def _failed(out: Path, error: OSError, left: str) -> OutputError:
+def _failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
     return OutputError(
-        f"writing failed; {left}",
+        f"writing failed; {_left_of(out, finished=finished)}",
         where=str(out),
         found=f"{error.strerror or error} ({disk_of(out).free:,} bytes free)",
-        remedy="free space or choose another disk",
+        remedy=None if finished else "free space or choose another disk",
     )
 
 
-def _left_of(out: Path, *, finished: bool = False) -> str:
+def _left_of(out: Path, *, finished: bool) -> str:
     """What a command that gave up has left: nothing, unless it was finished or the disk would not let it be removed."""
     work = work_folder(out)
     if finished:
@@ -315,7 +315,7 @@ def staging(
         refuse_entangled(out, sources)
         stage = Staging(out, digest, kind, replace=replace, sync=sync)
     except OSError as error:
-        raise (_failed(out, error, _left_of(out)) if error.errno in FULL else not_writable(out, error)) from None
+        raise (_failed(out, error) if error.errno in FULL else not_writable(out, error)) from None
     try:
         yield stage
         stage.commit()
@@ -324,10 +324,10 @@ def staging(
         raise
     except OSError as error:
         stage.discard()
-        raise _failed(out, error, _left_of(out, finished=stage.is_done)) from None
+        raise _failed(out, error, finished=stage.is_done) from None
     except KeyboardInterrupt:
         stage.discard()
-        left, remedy = _left_of(out, finished=stage.is_done), "run the command again to start over"
+        left, remedy = _left_of(out, finished=stage.is_done), None if stage.is_done else "run the command again to start over"
         raise InterruptError(f"interrupted; {left}", where=str(out), remedy=remedy) from None
     except BaseException:
         stage.discard()

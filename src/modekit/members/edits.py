@@ -47,7 +47,7 @@ class NewExpert:
         if isinstance(text, str) and text:
             entry["text"] = self._moved_text(text, folder)
         elif isinstance(text, list | tuple):
-            entry["text"] = [self._moved_text(str(spec), folder) for spec in text]
+            entry["text"] = [self._moved_text(spec, folder) if isinstance(spec, str) else spec for spec in text]
         return entry
 
     def _moved_text(self, spec: str, folder: Path) -> str:
