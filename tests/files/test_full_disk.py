@@ -22,6 +22,8 @@ from refusal import borrow, refuse, tree
 FEW = ("--tokens", "200")
 SHORT = ("steps=3", "batch_tokens=256", "sequence_length=64", "select_tokens=200")
 COMMANDS: dict[str, tuple[Sequence[str], int]] = {
+    "build": (("build", "recipe.yaml", "NEW"), 5_000),
+    "build over": (("build", "recipe.yaml", "OUT", "--overwrite"), 20_000),
     "fit": (("fit", "OUT", "fit=centroid"), 3_000),
     "eval": (("eval", "OUT", *FEW), 1_000),
     "inspect": (("inspect", "OUT", *FEW), 1_000),

@@ -76,9 +76,8 @@ def build(
     into `out`, with the text that its experts write.
 
     Raises OutputError, SourceError (NaN weights, a file that changed or ended early) or TextError, also for a text that is not
-    there and that only an evaluation will read; nothing is left
-    behind then, and of a mixture that was to be changed nothing has. After a kill, the same call goes on where the journal
-    ends, and ends in the same bytes.
+    there and that only an evaluation will read; nothing is left behind then, and a mixture that was to be changed is as it was.
+    After a kill, the same call keeps the shards that were whole, and ends in the same bytes.
     """
     if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)

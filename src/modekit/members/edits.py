@@ -14,7 +14,7 @@ from modekit.checkpoint.record import Change
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import as_written
-from modekit.recipes.paths import locate, sides_of
+from modekit.recipes.paths import locate, may_be_hub_id, sides_of
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
@@ -56,8 +56,8 @@ class NewExpert:
 
     def _moved(self, spec: str, folder: Path) -> str:
         """A path from elsewhere; a hub id, which is none here, as it is."""
-        is_path = spec.startswith((".", "~")) or spec.count("/") != 1
-        if spec in (BASE, SELF) or Path(spec).is_absolute() or not (is_path or locate(spec, self.root)):
+        elsewhere = may_be_hub_id(spec) and locate(spec, self.root) is None
+        if elsewhere or spec in (BASE, SELF) or Path(spec).is_absolute():
             return spec
         relative = os.path.relpath(self.root / Path(spec).expanduser(), folder)
         return relative if relative.startswith("..") else f"./{relative}"
