@@ -230,16 +230,3 @@ def test_verify_looks_at_settings_too(adapters: Checkpoint) -> None:
     checks = {check.name: check for check in modekit.verify(adapters)}
     assert "adapter_config.json" in checks["source experts[1] 'law'"].detail
     assert checks["source experts[1] 'law'"].verdict == "failed" and checks["source base_model"].verdict == "proven"
-
-
-@pytest.mark.parametrize("file", ["config.json", "chat_template.jinja", "tokenizer.json"])
-def test_a_file_of_the_mixture_changed_by_hand_is_named(bench: Workshop, file: str) -> None:
-    (bench.root / "base" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    out = bench.build()
-    assert not any("by hand" in note for note in scores(open_checkpoint(out)).notes)
-    path = out / file
-    text = path.read_text()
-    path.write_text(text.replace("10000", "20000") if file == "config.json" else text + "\n")
-    assert path.read_text() != text
-    (note,) = (note for note in scores(open_checkpoint(out)).notes if "by hand" in note)
-    assert file in note and "modekit verify" in note
