@@ -27,6 +27,7 @@ from transformers import (
 from conftest import logits_of, router_logits, save, write_text
 from generated import check_generation
 from modekit.building.build import build
+from modekit.building.preview import preview_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import ModekitError
@@ -35,7 +36,6 @@ from modekit.loaded.shapes import mixture_of
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
-from modekit.planning.summary import summary
 from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
 from modekit.sources.towers import KEPT, WRAPPERS
@@ -237,7 +237,7 @@ def test_a_processor_brings_no_code(gemma: Path, tmp_path: Path, content: str | 
 
 def test_a_plan_says_what_is_kept(gemma: Path, tmp_path: Path) -> None:
     plan = make_plan(recipe(), gemma)
-    said = summary(plan)
+    said = preview_of(plan)
     assert said.architecture == "ModekitForImageTextToText" and "output.keep" in said.why
     assert any(note.startswith("kept of the base model") and "vision_tower (32 tensors" in note for note in said.notes)
     assert not any("stay behind" in note for note in said.notes)

@@ -118,7 +118,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "disk": {"needed": 1, "free": 2},
         "memory": {"build": 1, "fit": 2, "load": 3},
         "notes": ["note " * 40],
-        "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15, "seconds": None},
+        "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15},
         "time": {"write": 40.0, "write_text": 0.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }
     preview = Preview.model_validate(figures)

@@ -10,10 +10,10 @@ import torch
 
 from conftest import SMALL, Workshop
 from modekit.architecture.modekit_mixed import Mixed
+from modekit.building.preview import fit_work
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
-from modekit.planning.summary import fit_work
 from modekit.recipes.read import load_recipe
 from refusal import borrow
 

@@ -10,11 +10,11 @@ import pytest
 from adapter_folders import lora, write_adapter
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.building.build import build
+from modekit.building.preview import preview_of
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
-from modekit.planning.summary import summary
 from modekit.recipes.edit import as_written
 from modekit.recipes.read import parse_recipe
 from modekit.routing.refit import refit
@@ -65,7 +65,7 @@ def test_a_plan_names_the_router_and_says_why(shop: Workshop, case: Case) -> Non
     mixture = plan.recipe.mixture
     chosen = mixture.router.model_dump(exclude_unset=True)
     assert ({} if mixture.method == "linear" else {key: chosen[key] for key in router}) == router
-    assert plan.shape.plain == plain and not mixture.is_open and summary(plan).router_why
+    assert plan.shape.plain == plain and not mixture.is_open and preview_of(plan).router_why
     assert planned(shop.root, *said).digest() == plan.digest()
 
 

@@ -14,9 +14,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from conftest import Workshop
+from modekit.building.preview import preview_of
 from modekit.files.tensors import safetensors_header
 from modekit.planning.make import make_plan
-from modekit.planning.summary import summary as summarise
 from modekit.recipes.read import load_recipe
 
 
@@ -26,7 +26,7 @@ def plan_of(workshop: Workshop, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("mixture", [{"method": "linear"}, {"top_k": 1, "router": {"fit": "random"}}])
 def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[str, Any]) -> None:
-    summary = summarise(plan_of(workshop, mixture=mixture))
+    summary = preview_of(plan_of(workshop, mixture=mixture))
     out = workshop.build(mixture=mixture)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert summary.parameters["total"] == sum(p.numel() for p in model.parameters())
@@ -42,7 +42,7 @@ def test_the_figures_are_those_of_the_build(workshop: Workshop, mixture: dict[st
 
 def test_statistics_are_planned_to_the_byte(workshop: Workshop) -> None:
     router = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 100}
-    summary = summarise(plan_of(workshop, mixture={"router": router}))
+    summary = preview_of(plan_of(workshop, mixture={"router": router}))
     out = workshop.build(mixture={"router": router})
     files = list((out / "router").glob("*.safetensors"))
     data = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)

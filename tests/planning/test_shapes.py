@@ -19,7 +19,7 @@ from modekit.planning.make import make_plan
 from modekit.planning.mixture_config import MixtureConfig
 from modekit.planning.modekit_shape import ModekitShape
 from modekit.planning.native_shape import NativeShape
-from modekit.planning.shapes import open_shape
+from modekit.planning.plan import open_shape
 from modekit.recipes.read import load_recipe
 from refusal import borrow
 
@@ -39,9 +39,7 @@ def test_nobody_asks_which_shape_it_is() -> None:
     """But the planner, which chooses, and the shapes themselves."""
     shapes = {f"{room}/{name}.py" for room, names in _SHAPES.items() for name in names}
     assert not list(
-        lines_with(
-            r"native(_type)? is (not )?None|isinstance\([^)]*Shape\b", {"planning/make.py", "planning/shapes.py", *shapes}
-        )
+        lines_with(r"native(_type)? is (not )?None|isinstance\([^)]*Shape\b", {"planning/make.py", "planning/plan.py", *shapes})
     )
     assert not list(lines_with(r"(checkpoint|plan)\.native\b", set()))
 

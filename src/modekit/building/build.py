@@ -47,9 +47,9 @@ from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
 from modekit.text.written import files_of
+from modekit.weights.bases import Stream
 from modekit.weights.reading import WeightReader
 from modekit.weights.stored import same_bytes
-from modekit.weights.stream import Stream
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}

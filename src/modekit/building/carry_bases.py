@@ -15,9 +15,8 @@ from modekit.building.differences import Difference, Differences
 from modekit.checkpoint.carried import Carried
 from modekit.planning.carry import EXACT_TERMS, CarrySize
 from modekit.run import Run
-from modekit.weights.bases import input_duals, output_basis, row_basis
+from modekit.weights.bases import LayerStream, Stream, input_duals, output_basis, row_basis
 from modekit.weights.pass_through import PassThrough, fit_pass_through
-from modekit.weights.stream import LayerStream, Stream
 
 Singles = npt.NDArray[np.float32]
 

@@ -137,7 +137,7 @@ class Differences:
         return Difference(self.own(name, expert) - self.shared(name))
 
     def _stored(self, ref: TensorRef) -> Singles:
-        self._read.check_finite(ref, self._read.opened.read(ref))
+        self._read.check_all_finite([ref])
         return read_float32(self._read.opened, ref)
 
     def own(self, name: str, expert: int) -> Singles:

@@ -7,23 +7,30 @@ was predicted and what it took).
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord
+from modekit.planning.carry import STREAM_TOKENS
+from modekit.planning.channels import MEASURED_TOKENS
 from modekit.planning.make import make_plan
 from modekit.planning.notes import twins
 from modekit.planning.plan import Plan
-from modekit.planning.summary import PlanSummary, fit_work, summary
+from modekit.recipes.auto import why_chosen
+from modekit.recipes.mixture import BackboneExpert
 from modekit.recipes.read import load_recipe
+from modekit.recipes.recipe import Recipe
+from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.config import whole
+from modekit.sources.names import split_layer
 from modekit.text.amounts import FORCED_TOKENS
 from modekit.text.glance import check_texts
 from modekit.text.written import DOCUMENT_TOKENS, documents_of, read_written, written_file
@@ -42,12 +49,14 @@ _LEAST, _MOST = 1 / 1.6, 2.9
 """Of what is computed: builds of five strangers' models took up to 1.8 times 1.6 as long."""
 _MEASURED_SECONDS = 0.05
 _ROWS, _WIDTH = 256, 1_024  # of the products that are measured
+_EVALUATIONS = 500  # passes over the kept tokens that a logistic fit makes of a router, forward and back, at most
+_FEWEST_EXPERTS = 8  # a product with fewer columns takes no less: reading the tokens is what takes time
 _ACCELERATOR = Path("/dev/nvidia0")
 
 Clock = Callable[[], float]
 
 
-class NeededTime(BaseModel):
+class NeededTime(BaseModel, frozen=True):
     """Seconds that a build needs on the processor.
 
     Attributes:
@@ -58,8 +67,6 @@ class NeededTime(BaseModel):
         range: the least and the most that it takes, as far as one can tell.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     write: float
     write_text: float
     fit: float
@@ -67,9 +74,62 @@ class NeededTime(BaseModel):
     range: tuple[float, float]
 
 
-class Preview(PlanSummary):
-    """A plan, and how long a build of it takes."""
+class FitWork(BaseModel, frozen=True):
+    """What a fit does at most; texts may be shorter.
 
+    Attributes:
+        reads: whether a model reads the text; a table is made from token ids, which takes seconds.
+        tokens: read by the model, of all domains together.
+        flops: floating-point operations of that and of the statistics that it keeps.
+        solving: floating-point operations of making gates from what was kept, as if all of them were those of a model.
+    """
+
+    reads: bool
+    tokens: int
+    flops: int
+    solving: int = 0
+
+
+class ExpertSummary(BaseModel, frozen=True):
+    """An expert, the model or adapter that it is, and whether it has text."""
+
+    name: str
+    model: str
+    text: bool
+
+
+class Preview(BaseModel, frozen=True):
+    """A plan, and how long a build of it takes; `disk` is that of the recipe's folder, sizes are in bytes.
+
+    Attributes:
+        router_why: which it is, and why `fit: auto` takes it; empty where it does not.
+        tensors: their number in all, and by the operation that makes them.
+        bytes: read, written, and of statistics.
+        parameters, memory: as `Plan` has them.
+        disk: needed and free.
+        fit: None where the router is set without text.
+    """
+
+    architecture: str
+    why: str
+    also_runs_in: str
+    method: str
+    top_k: int
+    router: str
+    router_why: str
+    backbone: str
+    experts: list[ExpertSummary]
+    mixed: list[str]
+    layers: int
+    dtype: str
+    tensors: dict[str, int]
+    shards: int
+    bytes: dict[str, int]
+    parameters: dict[str, int]
+    disk: dict[str, int]
+    memory: dict[str, int]
+    fit: FitWork | None
+    notes: list[str]
     time: NeededTime
 
 
@@ -80,9 +140,85 @@ def preview(recipe: Path, *, run: Run = QUIET) -> Preview:
     """
     root, parsed = recipe.resolve().parent, load_recipe(recipe)
     plan = make_plan(parsed, root, run=run)
-    notes = check_texts(plan.recipe, root, plan.family.reads)
-    found = summary(plan)
-    return Preview(**{**dict(found), "notes": [*found.notes, *notes]}, time=needed_time(plan))
+    return preview_of(plan, check_texts(plan.recipe, root, plan.family.reads))
+
+
+def backbone_label(recipe: Recipe) -> str:
+    """What the backbone is, in a word or two."""
+    merge = recipe.mixture.merge
+    if merge is not None:
+        return merge.method
+    if isinstance(recipe.mixture.backbone, BackboneExpert):
+        return f"expert {recipe.mixture.backbone.expert}"
+    return BASE
+
+
+def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
+    """What `modekit plan` shows of a plan, with further notes."""
+    recipe, operations = plan.recipe, dict[str, int]()
+    for tensor in plan.tensors:
+        label = "router" if tensor.role == "router" else tensor.operation
+        operations[label] = operations.get(label, 0) + 1
+    return Preview(
+        architecture=plan.architecture,
+        why=plan.why,
+        also_runs_in=plan.shape.also_runs_in,
+        method=recipe.mixture.method,
+        top_k=recipe.top_k,
+        router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
+        router_why=why_chosen(recipe, native=plan.shape.plain),
+        backbone=backbone_label(recipe),
+        experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],
+        mixed=plan.shape.mixed,
+        layers=plan.layers,
+        dtype=str(plan.config["dtype"]),
+        tensors={"total": len(plan.tensors), **operations},
+        shards=len(plan.shards) + 1,
+        bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
+        parameters=plan.parameters(),
+        disk={"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
+        memory=plan.memory(),
+        fit=fit_work(plan),
+        notes=[*plan.notes, *notes],
+        time=needed_time(plan),
+    )
+
+
+def fit_work(plan: Plan) -> FitWork | None:
+    """The work of setting the plan's router from text; None when it is set without."""
+    mixture, router = plan.recipe.mixture, plan.recipe.mixture.router
+    if not mixture.needs_text:
+        return None
+    if router.row.reads_ids:
+        tokens = _measured_tokens(plan)
+        return FitWork(reads=tokens > 0, tokens=tokens, flops=2 * tokens * _weights(plan))
+    tokens = router.tokens_per_domain * plan.experts
+    solved = router.row.sample  # by a search, where others have a closed form
+    kept = min(router.keep_tokens, router.tokens_per_domain) * plan.experts if solved else 0
+    solving = 2 * _EVALUATIONS * kept * max(_FEWEST_EXPERTS, plan.experts) * sum(slot.shape[1] for slot in plan.slots)
+    return FitWork(reads=True, tokens=tokens, flops=2 * tokens * _weights(plan), solving=solving)
+
+
+def _measured_tokens(plan: Plan) -> int:
+    """That a model reads so that a plain checkpoint carries a router, and whole experts: their stream's size is measured."""
+    channels = plan.shape.channels
+    if channels is None:
+        return 0
+    return MEASURED_TOKENS + (0 if channels.carry is None else STREAM_TOKENS)
+
+
+def _weights(plan: Plan) -> int:
+    """Weights of the layers that a token passes with one expert active, which stands for the base where that is one."""
+    parameters = plan.parameters()
+    own = {tensor.name.partition(".experts.")[0] for tensor in plan.tensors if tensor.role == "expert"}
+    backbone = sum(
+        tensor.numel
+        for tensor in plan.tensors
+        if tensor.role == "backbone"
+        and split_layer(tensor.name)[0] is not None
+        and tensor.name.partition(".base.")[0] not in own
+    )
+    return backbone + parameters["per_expert"] + parameters["adapters"] // plan.experts
 
 
 def needed_time(plan: Plan, *, clock: Clock = time.perf_counter, used: Clock = time.process_time) -> NeededTime:

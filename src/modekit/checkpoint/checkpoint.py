@@ -36,9 +36,8 @@ from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import Content, json_bytes
 from modekit.planning.channels import Channels
-from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
+from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
-from modekit.planning.shapes import Shape, open_shape
 from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import as_written
 from modekit.recipes.paths import from_folder

@@ -28,7 +28,7 @@ from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
 from modekit.files.write import digest_of_data, library_writes, write_file, write_json
-from modekit.planning.shapes import Shape
+from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
 from modekit.sources.contents import known_blake3
 

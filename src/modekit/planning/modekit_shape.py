@@ -30,7 +30,7 @@ from modekit.sources.family import Family
 from modekit.sources.names import split_layer
 from modekit.sources.structure import SIZES
 from modekit.sources.towers import is_in_tower, with_wrapper, without_wrapper
-from modekit.weights.factor_size import bytes_of_codes
+from modekit.weights.few_bits import bytes_of_codes
 
 _FIRST = ".experts.0."
 _GATE_KEYS = {"router", "width", "rows", "features"}
@@ -219,7 +219,7 @@ def _missing_of(module: str, place: Place, tensors: Tensors, leaves: list[str]) 
                 yield name
     for number, expert in enumerate(place.few_bits):
         outputs, inputs = weight.shape if weight is not None and len(weight.shape) == 2 else (0, 0)
-        wanted = {"codes": (outputs, place.bits[expert], bytes_of_codes(1, inputs, 1)), "steps": (outputs,)}
+        wanted = {"codes": (outputs, place.bits[expert], bytes_of_codes(inputs)), "steps": (outputs,)}
         for leaf, sizes in wanted.items():
             name = f"{module}.differences.{number}.{leaf}"
             if name not in tensors or tensors[name].shape != sizes or (leaf == "codes") != (tensors[name].dtype == "U8"):

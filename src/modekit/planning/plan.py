@@ -13,21 +13,37 @@ from pathlib import Path
 
 from modekit.files.read import FileState
 from modekit.files.write import digest_of_data
+from modekit.planning.carry import CarrySize
+from modekit.planning.modekit_shape import ModekitShape
+from modekit.planning.native_shape import NativeShape
 from modekit.planning.shape import RouterSlot
-from modekit.planning.shapes import Shape
 from modekit.planning.tensors import PlannedTensor, Shard
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, architecture_of, whole
 from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
-from modekit.weights.factor_size import working_bytes
+from modekit.weights.factorise import working_bytes
 from modekit.weights.made import Factor, Filled
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+Shape = NativeShape | ModekitShape
+"""Of a result: their members are one, and a plan and a checkpoint ask without knowing which they have."""
 _BUILD_FLOOR = 200 * 2**20  # interpreter, numpy and blocks of what is computed, as measured (benchmarks/speed.md)
+
+
+def open_shape(
+    config: Config, recipe: Recipe, where: str, native_type: str | None, dense: Config, carry: CarrySize | None
+) -> Shape:
+    """The shape of a checkpoint by its config.json and by what its record says.
+
+    `native_type` and `carry` are the record's, `dense` the base's config as it keeps it. Raises CheckpointError.
+    """
+    if native_type is None:
+        return ModekitShape.opened(config, recipe, where)
+    return NativeShape.opened(config, recipe, where, native_type, dense, carry)
 
 
 @dataclass(frozen=True)

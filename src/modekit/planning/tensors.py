@@ -31,7 +31,7 @@ from modekit.sources.source import ModelSource
 from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded, Scale
 from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.padded import Pad
-from modekit.weights.reading import WeightReader
+from modekit.weights.reading import WeightReader, where_of
 from modekit.weights.stored import FlatArray
 
 EMBEDDING_FILE = "model-embedding.safetensors"
@@ -125,7 +125,7 @@ class PlannedTensor:
         reading.check_all_finite(self.made.refs)
         parts = self.made.of if isinstance(self.made, Join) else (self.made,)
         culprit = next((part for part in parts if not _fits(part.numbers(reading), self.dtype)), self.made)
-        what, where, remedy = "the weights do not fit", reading.where(culprit.refs), ""
+        what, where, remedy = "the weights do not fit", where_of(reading.models, culprit.refs), ""
         if self.is_merged:
             what, where, remedy = "the merged backbone overflows", f"mixture.backbone: {self.name}", ", or a smaller scale"
         elif isinstance(culprit, Padded):

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from modekit.building.preview import backbone_label
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import MixtureRecord, TrainingRecord
 from modekit.evaluation.forced import ForcedExperts
@@ -24,7 +25,6 @@ from modekit.evaluation.tables import as_markdown, markdown_table, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
 from modekit.members.licences import Source, facts, sources_of, teachers_of
-from modekit.planning.summary import backbone_label
 from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.config import architecture_of

@@ -1,4 +1,4 @@
-"""A text's stream through the base model: sizes before every norm and a sample of what is read there (weights/stream.py).
+"""A text's stream through the base model: sizes before every norm and a sample of what is read there (weights/bases.py).
 
 Shape legend: B batch, S sequence, N tokens, T sampled tokens, D hidden size, V vocabulary.
 """
@@ -25,7 +25,7 @@ from modekit.sources.config import whole
 from modekit.sources.names import in_layer
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import TokenSequence, encode, make_batches
-from modekit.weights.stream import LayerStream, Stream
+from modekit.weights.bases import LayerStream, Stream
 
 _SAMPLE, _BYTES = 1_024, 2**28
 """The most tokens, and bytes, of the sample."""

@@ -1,15 +1,17 @@
-"""Joint bases of what experts differ by, weighted by what a text's stream looks like where they read it.
+"""Joint bases of what experts differ by, weighted by what a text's stream looks like where they read it, and that stream.
 
 A difference M_e is applied to inputs x. What the outputs M_e x of all experts have in common is their principal subspace over a
 sample X of inputs: the best R directions in the sense of squared error (reduced-rank regression). Where the differences have no
 more than R directions together, the basis spans them all and nothing is lost.
 
-Shape legend: N outputs, I inputs, T sampled tokens, R directions, E experts.
+Shape legend: N outputs (of a stream: tokens), I inputs, T sampled tokens, R directions, E experts, D hidden size, A width of
+what attention's output projection reads, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,37 @@ _Doubles = npt.NDArray[np.float64]
 
 _LEAST = 1e-14
 """Of the largest eigenvalue: directions below are rounding."""
+
+
+@dataclass(frozen=True)
+class LayerStream:
+    """Of one layer of the base.
+
+    Attributes:
+        before_attention, before_ffn: sizes of the stream before the two norms, sqrt(mean(x^2) + eps), (N,).
+        read: what attention reads, divided by its size, without the norm's weight, (T, D).
+        attended: what attention's output projection reads, (T, A).
+    """
+
+    before_attention: Singles
+    before_ffn: Singles
+    read: Singles
+    attended: Singles
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Of a model.
+
+    Attributes:
+        layers: of every layer.
+        last: what the head reads, divided by its size, without the norm's weight, (T, D).
+        counts: how often each token of the vocabulary is there, (V,).
+    """
+
+    layers: tuple[LayerStream, ...]
+    last: Singles
+    counts: npt.NDArray[np.int64]
 
 
 def output_basis(products: Sequence[Singles], rank: int) -> Singles:

@@ -9,17 +9,19 @@ Shape legend: O outputs, I inputs, R rank of the factors, P columns of a trial s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.factor_size import SMALL, is_exact
 from modekit.weights.numeric import BLOCK
 
 Array32 = npt.NDArray[np.float32]
 Array64 = npt.NDArray[np.float64]
 
+_SMALL = 512
+"""Up to this many rows or columns an exact decomposition takes less than a second."""
 _OVERSAMPLING = 16  # columns beyond the rank; the more, the fewer iterations
 _MOST_ITERATIONS = 24
 _TOLERANCE = 2e-4  # of the squared error: an iteration that gains less is the last
@@ -60,11 +62,21 @@ def factorise(delta_OI: Array32, *, rank: int, seed: int = 0) -> Factors:
     if scale == 0:
         return Factors(np.zeros((rank, delta_OI.shape[1]), np.float32), np.zeros((delta_OI.shape[0], rank), np.float32), 0.0)
     delta_OI = delta_OI / np.float32(scale)  # exact; squares neither overflow nor vanish
-    exact = is_exact(min(delta_OI.shape), rank)
+    exact = _is_exact(min(delta_OI.shape), rank)
     basis_OX = _exact(delta_OI) if exact else _subspace(delta_OI, rank, seed)
     a_RI, b_OR = _balanced(basis_OX[:, :rank], delta_OI)
     root = np.sqrt(scale)
     return Factors((a_RI * root).astype(np.float32), (b_OR * root).astype(np.float32), _error(delta_OI, a_RI, b_OR))
+
+
+def _is_exact(smaller: int, width: int) -> bool:
+    """Whether a difference with so many rows or columns, whichever are fewer, is decomposed whole for factors of a width."""
+    return smaller <= _SMALL or width >= smaller // 4
+
+
+def working_bytes(shape: tuple[int, ...], rank: int) -> int:
+    """What `factorise` holds at its peak for a difference of a shape: copies of it in float32 and float64, as measured."""
+    return (52 if _is_exact(min(shape), rank) else 16) * math.prod(shape)
 
 
 def _error(delta_OI: Array32, a_RI: Array32, b_OR: Array32) -> float:
@@ -136,7 +148,7 @@ def _balanced(basis_OR: Array64, delta_OI: Array32) -> tuple[Array32, Array32]:
 
     The largest entry of every row of A is positive: an SVD leaves the signs open.
     """
-    projected_RI = basis_OR.T.astype(np.float32) @ delta_OI if min(delta_OI.shape) > SMALL else basis_OR.T @ delta_OI
+    projected_RI = basis_OR.T.astype(np.float32) @ delta_OI if min(delta_OI.shape) > _SMALL else basis_OR.T @ delta_OI
     projected_RI = projected_RI.astype(np.float64)
     _, turn_RR = _eigen(projected_RI @ projected_RI.T)
     rows_RI = turn_RR.T @ projected_RI  # singular values times right singular vectors

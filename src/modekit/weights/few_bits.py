@@ -33,6 +33,11 @@ def steps_of(delta_XI: Array32, bits: int) -> Array32:
     return np.asarray(step_X1[:, 0], np.float32)
 
 
+def bytes_of_codes(inputs: int) -> int:
+    """C: a plane's row begins at a byte."""
+    return -(-inputs // 8)
+
+
 def codes_of(delta_XI: Array32, step_X: Array32, bits: int) -> Codes:
     """The codes (X, P, C) of rows by their steps."""
     codes_XI = _codes(delta_XI, step_X[:, None], bits)

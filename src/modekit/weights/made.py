@@ -23,8 +23,7 @@ from modekit.recipes.mixture import BackboneMerge
 from modekit.sources.adapter_rules import Change, Scaling
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of, stored_refs
-from modekit.weights.factor_size import bytes_of_codes
-from modekit.weights.few_bits import codes_of, steps_of
+from modekit.weights.few_bits import bytes_of_codes, codes_of, steps_of
 from modekit.weights.folding import Folded, folded_bias
 from modekit.weights.merge import merged
 from modekit.weights.numeric import to_float32
@@ -198,7 +197,7 @@ class Bits(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.base.shape
-        return (rows, self.bits, bytes_of_codes(1, columns, 1)) if self.side == "codes" else (rows,)
+        return (rows, self.bits, bytes_of_codes(columns)) if self.side == "codes" else (rows,)
 
     @property
     def arrays(self) -> int:

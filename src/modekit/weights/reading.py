@@ -35,19 +35,11 @@ class WeightReader:
         # Of one weight of the base and every expert: what is computed for A serves for B, which comes next.
         self._factored: tuple[TensorRef | None, dict[tuple[TensorRef, int], Factors]] = (None, {})
 
-    def where(self, refs: Sequence[TensorRef]) -> str:
-        """The model that the last tensor is of, and the name of the first, for messages."""
-        return where_of(self.models, refs)
-
-    def check_finite(self, ref: TensorRef, view: memoryview) -> None:
-        """Raise SourceError that names model and tensor when a block of its bytes holds NaN or Inf."""
-        check_finite(self.models, ref, view)
-
     def check_all_finite(self, refs: Sequence[TensorRef]) -> None:
         """Raise SourceError when one of these tensors holds NaN or Inf."""
         for ref in dict.fromkeys(refs):
             for chunk in self.opened.chunks(ref):
-                self.check_finite(ref, chunk)
+                check_finite(self.models, ref, chunk)
 
     def factors(self, expert: TensorRef, base: TensorRef, rank: int) -> Factors:
         """The best ones of a difference. Raises SourceError where it overflows."""
@@ -60,7 +52,7 @@ class WeightReader:
             except ValueError:
                 raise SourceError(
                     "the expert's difference to the base model overflows float32",
-                    where=self.where([base, expert]),
+                    where=where_of(self.models, [base, expert]),
                     remedy="the model is damaged: save or download it again",
                 ) from None
         return known[key]

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
     from modekit.building.again import Check
     from modekit.building.mix import MixPlan
-    from modekit.building.preview import NeededTime, Preview
+    from modekit.building.preview import FitWork, NeededTime, Preview
     from modekit.evaluation.results_folder import Result
     from modekit.experts.extract_record import Extraction
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
-    from modekit.planning.summary import FitWork
     from modekit.sources.counting import ParameterCount
     from modekit.training.finish import TrainedMixture
 
@@ -216,10 +215,9 @@ def time_said(needed: NeededTime) -> str:
 
 
 def fit_said(work: FitWork | None) -> str:
-    """How much the fit of the router has to do, and how long that takes."""
+    """How much the fit of the router has to do."""
     if work is None:
         return "nothing to read: the router is set without text"
     if not work.reads:
         return "reads tokens alone: no model is run, seconds"
-    much = f"at most {work.tokens:,} tokens, {work.flops:.1e} floating-point operations"
-    return much if work.seconds is None else f"{much}; {time_of(work.seconds)} on this machine"
+    return f"at most {work.tokens:,} tokens, {work.flops:.1e} floating-point operations"
