@@ -308,9 +308,9 @@ def notes_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def _of_twins(record: MixtureRecord) -> Iterator[str]:
-    own = zip(record.recipe.names, record.expert_sources, record.recipe.experts, strict=True)
-    found = {name: _digests(record, place) for name, place, expert in own if not expert.is_base}
-    return twins([*found], [*found.values()], _digests(record, 0))
+    places = zip(record.recipe.experts, record.expert_sources, strict=True)
+    own = [(expert, _digests(record, place)) for expert, place in places if not expert.is_base]
+    return twins([expert for expert, _ in own], [digests for _, digests in own], _digests(record, 0))
 
 
 def _digests(record: MixtureRecord, place: int) -> tuple[str, ...]:

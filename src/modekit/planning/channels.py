@@ -3,7 +3,7 @@
 Of P channels behind the base's D, J E carry what a token says of its domain (its row of the table, written into the
 embedding), one a constant, and J E what attention makes of the former: their average over the text so far. The gates of all
 layers read the latter. That attention is a head of a layer of its own, in front of the base's first, or, where a norm behind
-attention forbids that and in older checkpoints, one more head in the first layer. benchmarks/lexical.md has the mathematics,
+attention forbids that, one more head in the first layer. benchmarks/lexical.md has the mathematics,
 and why the rest of the model computes what it did. What experts differ by outside of their FFNs has channels, too (carry.py).
 
     embedding    [e, eps r W_x, 0, eps r c]     r = sqrt(mean(e^2) + norm eps), by which the first norm divides

@@ -16,12 +16,10 @@ from pydantic import BaseModel, Field, model_validator
 from modekit.planning.shape import RouterPosition, RouterSlot
 from modekit.recipes.fits import ScoreKind
 from modekit.recipes.layers import Layer
-from modekit.recipes.router import MOST_PREFIX
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
 from modekit.sources.structure import Derived, family_from
-from modekit.sources.towers import WRAPPERS
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -42,8 +40,8 @@ class _Said(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=F
 
 
 class Average(_Said):
-    """What a part of the gate reads: the token itself (None), or a causal average; with `sum` what was seen adds up, with
-    `segment` it is the mean of the segment of so many tokens before the token's.
+    """What a part of the gate reads: the token itself (None), or a causal average; with `segment` it is the mean of the
+    segment of so many tokens before the token's.
     """
 
     decay: Annotated[float, Field(ge=0, le=1)] | None
@@ -95,13 +93,6 @@ class Routing(_Said):
         for key in ("weights", "threshold"):
             if getattr(self, key) is not None and len(getattr(self, key)) != count:
                 raise ValueError(f"routing.{key} must have {count} entries")
-        if self.orders is not None and (self.ngram is None or len(self.orders) != len(self.averages)):
-            raise ValueError("routing.orders must have an entry for every average, and routing.ngram say the buckets")
-        one = self.prefix is not None and self.prefix <= MOST_PREFIX and len(self.averages) == 1
-        if self.score == "tfidf" and not one:
-            raise ValueError(f"routing.prefix: a classifier's is at most {MOST_PREFIX}, with one average")
-        if (self.score == "cosine") != (self.dimensions is not None):
-            raise ValueError("routing.dimensions are those of a cosine router")
         if self.always_on is not None and not 0 <= (self.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
         if self.unseen is not None and self.unseen >= count:
@@ -169,7 +160,7 @@ class MixtureConfig(_Said):
     """`config["modekit"]`: the experts, how they are routed, and module -> what they have there.
 
     `labels`: other names under which a text's expert is known -> its place. `wrapper`: `model_type` of what wraps the language
-    model, where that is kept (sources/kept.py).
+    model, where that is kept (sources/towers.py).
     """
 
     format: int
@@ -190,22 +181,12 @@ class MixtureConfig(_Said):
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
         if any(place >= count or label in self.experts for label, place in self.labels.items()):
             raise ValueError(f"labels are other names of {count} experts")
-        if self.wrapper is not None and self.dense_type not in WRAPPERS.get(self.wrapper, ()):
-            raise ValueError(f"wrapper: no '{self.wrapper}' model of this version of modekit wraps a '{self.dense_type}'")
         self.routing.check(count)
-        if self.routing.runs_common and (
-            self.family.head in self.places or not all(place.base for place in self.places.values())
-        ):
-            raise ValueError("routing.always_on: what runs apart is the base, at every place, before a head that all share")
         self._check_places(count)
         return self
 
     def _check_places(self, count: int) -> None:
         for module, place in self.places.items():
-            layer, path = split_layer(module)
-            stack = None if layer is None else self.family.stack_of(layer)
-            if place.calls and (stack is None or (path, tuple(place.calls)) != (stack.ffn, stack.ffn_calls)):
-                raise ValueError(f"places.{module}: its layer does not call {', '.join(place.calls)} one after the other")
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")

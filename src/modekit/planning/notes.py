@@ -17,7 +17,7 @@ from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
 from modekit.recipes.mixture import BackboneExpert
-from modekit.recipes.recipe import Recipe, place_of_base
+from modekit.recipes.recipe import Expert, Recipe, place_of_base
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatible import forced_by_one_side
@@ -255,12 +255,15 @@ def changed_ffn_alone(source: ModelSource) -> bool:
     return isinstance(record, dict) and record.get("specialist") == "mlp"
 
 
-def twins(names: Sequence[str], keys: Sequence[object], base: object) -> Iterator[str]:
-    """What to say of experts that are one model, and of those that are the base, by what names each model."""
+def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> Iterator[str]:
+    """What to say of experts that are one model, taken in one way, and of those that are the base, by what names each model."""
     same: dict[object, list[str]] = {}
-    for name, key in zip(names, keys, strict=True):
-        same.setdefault(key, []).append(name)
-    yield from (f"{name}: {BASE_AGAIN}" for name in same.pop(base, []))
+    for expert, model in zip(experts, models, strict=True):
+        if model == base and not expert.segment:
+            yield f"{expert.name}: {BASE_AGAIN}"
+        else:
+            part = expert.segment, expert.lora_rank, expert.bits, tuple(expert.layers or ())
+            same.setdefault((model, part), []).append(expert.name)
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
 
@@ -268,8 +271,7 @@ def twins(names: Sequence[str], keys: Sequence[object], base: object) -> Iterato
 def _of_one_folder(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
     """Experts that were read from one folder, or have one text."""
     own = [(expert, source) for expert, source in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
-    folders = [source.folder.resolve() for _, source in own]
-    yield from twins([expert.name for expert, _ in own], folders, sources[0].folder.resolve())
+    yield from twins([expert for expert, _ in own], [each.folder.resolve() for _, each in own], sources[0].folder.resolve())
     texts: dict[tuple[str, ...], list[str]] = {}
     for expert in recipe.experts:
         if expert.text and not expert.writes_text:
