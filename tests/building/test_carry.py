@@ -21,7 +21,7 @@ from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, save, ti
 from generated import check_generation
 from kills import KILLED
 from modekit.building.build import build, write_tensor
-from modekit.building.carry_bases import _head
+from modekit.building.differences import _head
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -16,9 +16,8 @@ from pkgutil import resolve_name
 
 import numpy as np
 
-from modekit.building.carry_bases import carry_bases
 from modekit.building.carrying import Carrying, carried_of
-from modekit.building.differences import Differences
+from modekit.building.differences import Differences, carry_bases
 from modekit.building.inspector import Inspector
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest

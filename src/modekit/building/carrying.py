@@ -24,11 +24,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.building.carry_bases import attention_inputs, in_rows
-from modekit.building.differences import Difference, Differences
+from modekit.building.differences import Difference, Differences, in_rows
 from modekit.checkpoint.carried import Carried, read_carried
-from modekit.planning.carry import CarrySize
-from modekit.planning.channels import CONSTANT, Channels
+from modekit.planning.channels import CONSTANT
 from modekit.planning.plan import Plan
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
 from modekit.weights.padded import CarriedPart, FFNKind, Fill
@@ -70,8 +68,7 @@ class Carrying:
     def __init__(self, plan: Plan, read: WeightReader, carried: Carried) -> None:
         channels = plan.shape.channels
         assert channels is not None and channels.carry is not None
-        self._channels: Channels = channels
-        self._size: CarrySize = channels.carry
+        self._channels, self._size = channels, channels.carry
         self._plan, self._carried = plan, carried
         self._differences = Differences(plan, read)
         self._expert = lru_cache(maxsize=2)(self._read_expert)
@@ -94,7 +91,7 @@ class Carrying:
         def beside(rows: slice) -> Singles:
             found = np.zeros((rows.stop - rows.start, self._channels.spare), np.float32)
             for channels, numbers in parts:
-                found[:, channels.start - self._channels.hidden : channels.stop - self._channels.hidden] = numbers[rows]
+                found[:, self._below(channels)] = numbers[rows]
             return found
 
         return beside
@@ -210,14 +207,19 @@ class Carrying:
 
     def _constant(self, layer: int, expert: int) -> Singles:
         """What V gets for the biases of the base's first layer, in units of 1."""
-        parts = self._differences.constants(0, expert) if layer == 0 and self._carried.ones else ()
-        if all(part is None for part in parts):
+        if layer > 0 or not self._carried.ones:
             return np.zeros(self._size.inputs, np.float32)
-        return self._of_attention(0, parts)[:, 0]
+        return self._of_attention(0, self._differences.constants(0, expert), 1)[:, 0]
 
-    def _of_attention(self, layer: int, parts: Sequence[Difference | None]) -> Singles:
-        rows = self._differences.attention_rows(layer)
-        return attention_inputs(self._carried.inputs[layer], self._carried.input_shares[layer], parts, rows)
+    def _of_attention(self, layer: int, parts: Sequence[Difference | None], width: int) -> Singles:
+        """C (R_V, width): what an expert writes into V for a stream h of size 1, so that q, k and v become M h ~ Q C h."""
+        start, total, inputs_NR = 0, np.zeros((self._size.inputs, width), np.float32), self._carried.inputs[layer]
+        counts = self._differences.attention_rows(layer)
+        for part, count, share in zip(parts, counts, self._carried.input_shares[layer], strict=True):
+            if part is not None:
+                total += part.under(inputs_NR[start : start + count].T / np.square(share))
+            start += count
+        return total
 
     def _written(self, layer: int, expert: int) -> Singles:
         """O (D, R_U) of a layer of the result; in front, of embeddings."""
@@ -238,18 +240,13 @@ class Carrying:
 
     def _read_next(self, layer: int, expert: int) -> Singles:
         """C (R_V, D) of what reads V behind a layer of the result: the next layer's attention, or the head."""
-        nothing = np.zeros((self._size.inputs, self._channels.hidden), np.float32)
-        if not self._size.inputs:
-            return nothing
-        if layer < self._differences.layers:
+        total = np.zeros((self._size.inputs, self._channels.hidden))
+        if self._size.inputs and layer < self._differences.layers:
             ones = self._carried.ones[layer] if self._carried.ones else None
-            parts = self._differences.attention(layer, expert, ones)
-            return nothing if all(part is None for part in parts) else self._of_attention(layer, parts)
-        if self._carried.head is None:
-            return nothing
-        total = np.zeros(nothing.shape)
-        for part in in_rows(len(self._carried.head)):
-            total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
+            return self._of_attention(layer, self._differences.attention(layer, expert, ones), self._channels.hidden)
+        if self._size.inputs and self._carried.head is not None:
+            for part in in_rows(len(self._carried.head)):
+                total += self._carried.head[part].T @ self._differences.head_rows(expert, part)
         return total.astype(np.float32)
 
 
