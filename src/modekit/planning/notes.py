@@ -256,13 +256,13 @@ def changed_ffn_alone(source: ModelSource) -> bool:
 
 
 def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> Iterator[str]:
-    """What to say of experts that are one model, taken in one way, and of those that are the base, by what names each model."""
+    """What to say of experts that are one model, or one part of it, and of those that are the base, by what names each model."""
     same: dict[object, list[str]] = {}
     for expert, model in zip(experts, models, strict=True):
         if model == base and not expert.segment:
             yield f"{expert.name}: {BASE_AGAIN}"
         else:
-            part = expert.segment, expert.lora_rank, expert.bits, tuple(expert.layers or ())
+            part = expert.segment, tuple(expert.layers or ())
             same.setdefault((model, part), []).append(expert.name)
     for each in (each for each in same.values() if len(each) > 1):
         yield f"{' and '.join(each)} are one model: no router can choose between them; keep one, or correct the paths"
