@@ -96,7 +96,8 @@ class ModekitLayout:
             yield "whole and low-rank experts meet in the FFN: gate, up and down are mixed each, not the FFN's outputs"
         for said in self._recipe.experts:
             if said.bits is not None:
-                yield f"{said.name}: differences of its weights are rounded to {said.bits} bit{'s' if said.bits > 1 else ''} per number"
+                bits = f"{said.bits} bit{'s' if said.bits > 1 else ''}"
+                yield f"{said.name}: differences of its weights are rounded to {bits} per number"
             if said.lora_rank is not None:
                 yield (
                     f"{said.name}: only a part of rank {said.lora_rank} of its difference from the base is kept; "

@@ -256,7 +256,7 @@ def changed_ffn_alone(source: ModelSource) -> bool:
 
 
 def twins(experts: Sequence[Expert], models: Sequence[object], base: object) -> Iterator[str]:
-    """What to say of experts that are one model, or one part of it, and of those that are the base, by what names each model."""
+    """Of experts that are one model, or one part of it, and of those that are the base, by what names each model."""
     same: dict[object, list[str]] = {}
     for expert, model in zip(experts, models, strict=True):
         if model == base and not expert.segment:
