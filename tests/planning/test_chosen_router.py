@@ -105,13 +105,3 @@ def test_a_refit_takes_the_best_that_the_tensors_allow(shop: Workshop, tmp_path:
         assert settled(out, router={"fit": "auto"}) == router
     fixed = build(planned(shop.root, "model", True, {"method": "linear"}, MODEKIT), tmp_path / "linear")
     assert settled(fixed, method="routing") == PAIRS
-
-
-def test_a_record_of_before_that_names_no_fit_meant_logistic(shop: Workshop, tmp_path: Path) -> None:
-    fewer = {"tokens_per_domain": 200, "sequence_length": 32}
-    out = build(planned(shop.root, "model", True, {"router": fewer}, {}), tmp_path / "OUT")
-    record = out.folder / "modekit.json"
-    before = record.read_text()
-    assert before.count('"fit": "logistic"') == 2
-    record.write_text(before.replace('"fit": "logistic",', "", 1))
-    assert open_checkpoint(out.folder).record == out.record
