@@ -85,6 +85,7 @@ SAMPLED = {
     "evaluation/test_labels_translated.py::test_by_tag_the_source_begins_with_the_label": r"^1$",
     "evaluation/test_mixtures_of_pairs.py::test_it_is_fitted_scored_and_inspected": r"^t5-(bigrams|per model)$",
     "evaluation/test_mixtures_of_pairs.py::test_what_is_captured_times_a_gate_is_what_the_router_says": r"^t5-",
+    "evaluation/test_tasks.py::test_the_harness_itself_runs_what_was_written": r"^continuations$",
     "evaluation/test_translation.py::test_neither_batch_nor_padding_changes_a_translation": r"^3-",
     "experts/test_distill.py::test_a_training_goes_on_and_ends_in_the_same_bytes": r"^lora$",
     "experts/test_distill.py::test_the_same_command_gives_the_same_bytes": r"0$",

@@ -140,12 +140,12 @@ def test_forced(shown: Callable[..., str]) -> None:
     found = ForcedExperts(
         rows, {}, dict(zip(NAMES, NAMES, strict=True)), dict.fromkeys(NAMES, "PEFT"), notes=["a note " * 20], checkpoint={}
     )
-    cells = [*NAMES, "2.35e-06", "9.38e-06", "12.3", "12.3456", "13.4567"]
+    cells = [*NAMES, "its own", "all others", "2.35e-06", "9.38e-06", "12.3", "12.3456", "13.4567"]
     check_whole(shown, cells, mixtures.print_result, found)
     row = replace(rows[0], expert="medicine", text="medicine")
     small = ForcedExperts([row], {}, {"medicine": "medicine"}, {"medicine": "PEFT"}, checkpoint={})
     table = plain(shown(80, mixtures.print_result, small)).splitlines()[-1]
-    assert table.split() == ["medicine", "medicine", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
+    assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
 def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
@@ -165,7 +165,7 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 def test_tasks(shown: Callable[..., str]) -> None:
     rows = {name: Estimate(0.1234, 0.01) for name in ["base", *NAMES, "mixture"]}
-    scores = TaskScores(metric="acc", higher_is_better=True, chance=0.25, items=1234, rows=rows, group="acc", asked="")
+    scores = TaskScores(metric="acc", higher_is_better=True, chance=0.25, items=1234, rows=rows, groups="acc", asked="")
     found = TaskResults(dict.fromkeys(NAMES, scores), checkpoint={})
     check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234", "0.250"], mixtures.print_result, found)
 

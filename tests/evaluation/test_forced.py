@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
-from modekit.evaluation.forced import ForcedExperts, divergences, force_experts
+from modekit.evaluation.forced import OTHER_TEXTS, OWN_TEXT, ForcedExpert, ForcedExperts, divergences, force_experts
 from modekit.files.figures import three_digits
 from modekit.report.card import make_card
 from modekit.report.page import write_report
@@ -159,13 +160,25 @@ def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedE
     page = (checkpoint.folder / "results" / "forced.md").read_text()
     assert "| law | code |" in page and "| law | PEFT's of base and adapter |" in page
     card = make_card(checkpoint, ask_hub=False).contents["README.md"].decode()
-    assert "| law | law |" in card and "| law | code |" not in card and "not carried" in card
+    assert f"| law | {OWN_TEXT} |" in card and f"| law | {OTHER_TEXTS} |" in card and "not carried" in card
     html = write_report(checkpoint).page.read_text()
     assert "Each expert and its own model" in html and f">{three_digits(found.rows[0].kl)}<" in html
     mistakes: list[dict[str, Any]] = [{"rows": []}, {"rows": [{"kl": float("inf")}]}, {"own_models": {"law": "pickle"}}]
     for wrong in mistakes:
         with pytest.raises(ValueError, match=r"\w"):
             ForcedExperts.from_data({**found.as_data(), **wrong})
+
+
+def test_texts_are_pooled_by_their_tokens(whole: tuple[Checkpoint, ForcedExperts]) -> None:
+    _, found = whole
+    some = ForcedExpert("law", "law", 10, 0.5, 0.1, 1.0, 3.0, 3.1, 3.5)
+    others = [
+        ForcedExpert("law", text, tokens, 1.5, kl, 2.0, 2.0, 2.0, 2.0) for text, tokens, kl in (("a", 10, 0.4), ("b", 30, 0.8))
+    ]
+    own, rest = replace(found, rows=[some, *others], own_models={"law": "PEFT"}).by_expert()
+    assert own == replace(some, text=OWN_TEXT)
+    assert (rest.text, rest.tokens, rest.largest) == (OTHER_TEXTS, 40, 1.5)
+    assert rest.kl == pytest.approx(0.7) and rest.not_carried == pytest.approx(0.35)
 
 
 def test_without_text_english_that_comes_along_is_read(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -232,11 +245,10 @@ def test_the_commands(adapters: Workshop) -> None:
     adapters.write()
     out = adapters.root / "TYPED"
     said = modekit("build", adapters.root / "recipe.yaml", out, "--prove")
-    assert "Every expert, gates forced on it" in said
+    assert "Every expert, gates forced on it" in said and "all others" in said
     (out / "results" / "forced.json").unlink()
     code, said, err = ended("verify", out, "--deep", "--no-reload")
-    assert code == 0 and "copied tensors" in said and "Every expert, gates forced on it" in said
-    assert "comparing the experts takes" in err
+    assert code == 0 and "copied tensors" in said and "its own" in said and "comparing the experts takes" in err
     both = json.loads(modekit("verify", out, "--deep", "--no-reload", "--json"))
     assert {check["verdict"] for check in both["checks"]} == {"proven"} and len(both["forced"]["rows"]) == 9
     assert "gates forced on it" in modekit("inspect", out, "--tokens", "200")

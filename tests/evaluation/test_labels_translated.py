@@ -54,8 +54,8 @@ def checkpoint(shop: Workshop) -> Checkpoint:
     return open_checkpoint(shop.build("OUT"))
 
 
-def run(checkpoint: Checkpoint, beams: int, labels: Labels | None) -> TranslationResults:
-    return evaluate_translation(checkpoint, pairs=PAIRS, decoding=Decoding(beams, 2, TOKENS), labels=labels)
+def run(checkpoint: Checkpoint, beams: int, labels: Labels | None, *, write: bool = False) -> TranslationResults:
+    return evaluate_translation(checkpoint, pairs=PAIRS, decoding=Decoding(beams, 2, TOKENS), labels=labels, write=write)
 
 
 @contextmanager
@@ -149,6 +149,7 @@ def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Works
         pairs=PAIRS,
         decoding=Decoding(1, 2, TOKENS),
         labels=Labels("tag"),
+        write=False,
         run=Run(progress=lambda stage, done, total: seen.append((done, total)) if stage.startswith("translate") else None),
     )
     assert seen[-1] == (
@@ -167,7 +168,7 @@ def test_sources_with_tags_of_their_own_have_none_where_none_is_told(shop: Works
         line = f"{name}, gain of a tag over none, mean over the domains: right {said[0]}; wrong {said[1]}"
         assert line in results.notes
     assert differs > 0
-    told = evaluate_translation(checkpoint, pairs=1, decoding=Decoding(1, 2, 1), labels=Labels("tag", ("right",)))
+    told = evaluate_translation(checkpoint, pairs=1, decoding=Decoding(1, 2, 1), labels=Labels("tag", ("right",)), write=False)
     assert not [note for note in told.notes if "over none" in note]  # no row is of none
 
 
@@ -195,7 +196,7 @@ def test_losses_of_pairs_are_told_labels_too(checkpoint: Checkpoint) -> None:
 
 def test_a_page_and_older_files_are_read(checkpoint: Checkpoint) -> None:
     file = checkpoint.folder / "results" / "translate.json"
-    run(checkpoint, 1, Labels())
+    run(checkpoint, 1, Labels(), write=True)
     page = write_report(checkpoint).page.read_text()
     assert 'scope="row">mixture, right label<' in page and "gain of a label over none, mean over the domains" in page
     assert "| mixture, wrong label |" in (file.with_suffix(".md")).read_text()

@@ -24,16 +24,39 @@ from modekit.cli.shell import main
 from modekit.errors import CheckpointError, SourceError
 from modekit.evaluation.tasks import evaluate as run
 from modekit.evaluation.tasks.evaluate import TaskSettings, evaluate_tasks
-from modekit.evaluation.tasks.questions import CHOICES, question_items
+from modekit.evaluation.tasks.questions import (
+    CHOICES,
+    Entry,
+    continuation_items,
+    entries_of,
+    gloss_items,
+    head_words,
+    key_of,
+    make_questions,
+)
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.text.documents import read_documents
 from modekit.text.splits import documents_of_split
 from refusal import refuse
 
+TREE = "any of several trees [bold]not bold[/] {{ 7 * 7 }} of the genus"
+
 
 def invented(chance: random.Random) -> str:
     return "".join(chance.choice("bdfgklmnprst") + chance.choice("aeiou") for _ in range(3))
+
+
+def dictionary(name: str, documents: int, entries: int = 5, again: str = "") -> list[str]:
+    """Documents of entries with invented terms, two synonyms each; `again` is a head word that some documents repeat."""
+    chance = random.Random(name)
+    texts = []
+    for number in range(documents):
+        heads = [f"{invented(chance).capitalize()}, {invented(chance)}" for _ in range(entries)]
+        if again and number % 2:
+            heads[-1] = f"{invented(chance).capitalize()}, {again}"
+        texts.append(" ".join(f"{head}: {TREE} {invented(chance)} {invented(chance)}." for head in heads))
+    return texts
 
 
 def prose(name: str, documents: int, words: int = 70) -> list[str]:
@@ -47,10 +70,11 @@ def write(path: Path, documents: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """A workshop with enough text for questions."""
+    """A workshop whose medicine and law are dictionaries, in part of the same terms, and whose code is none."""
     workshop = make_workshop(tmp_path_factory.mktemp("asked"), max_position_embeddings=1024)
-    for domain in ("medicine", "law", "code"):
-        write(workshop.root / "text" / f"{domain}.jsonl", prose(domain, 130))
+    write(workshop.root / "text" / "medicine.jsonl", dictionary("medicine", 130, again="dosis"))
+    write(workshop.root / "text" / "law.jsonl", dictionary("law", 130, again="Dosis"))
+    write(workshop.root / "text" / "code.jsonl", prose("code", 60))
     workshop.build()
     return workshop
 
@@ -65,12 +89,84 @@ def held_out(workshop: Workshop, domain: str, split: str = "report") -> list[str
     return documents_of_split(documents, split)  # type: ignore[arg-type]
 
 
+# ---------------------------------------------------------------------------------------------------------------- entries
+
+
+def test_entries_are_read_as_they_stand() -> None:
+    text = (
+        'Croup, spasmodic laryngitis: a disease: of "children"; harsh coughing. Tuberculosis, TB, T.B.: infection by bacilli. '
+        "Down, John L. H. Down: English physician who described vitamin A. 4-wheeler: [red]a car[/]"
+    )
+    assert entries_of(text) == [
+        Entry("Croup, spasmodic laryngitis", ("Croup", "spasmodic laryngitis"), 'a disease: of "children"; harsh coughing'),
+        Entry("Tuberculosis, TB, T.B.", ("Tuberculosis", "TB", "T.B."), "infection by bacilli"),
+        Entry("Down, John L. H. Down", ("Down", "John L. H. Down"), "English physician who described vitamin A"),
+        Entry("4-wheeler", ("4-wheeler",), "[red]a car[/]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class FTPHandler(BaseHandler):\n    def ftp_open(self, req):\n        if not host:\n            raise URLError",
+        "7.4. Creative Commons Corporation is not a party to this Licence: it says so. Term: it says that too.",
+        "Croup: a disease. Angina: another.",
+        "a text: that begins small. Croup: a disease. Angina: another. Quinsy: a third.",
+    ],
+)
+def test_other_text_has_no_entries(text: str) -> None:
+    assert entries_of(text) == []
+
+
 # -------------------------------------------------------------------------------------------------------------- questions
+
+
+def test_the_right_answer_is_in_the_text_and_the_wrong_ones_are_not(asked: Workshop) -> None:
+    documents = held_out(asked, "law")
+    items = gloss_items(documents, set(), random.Random(0))
+    assert len(items) > 30
+    for item in items:
+        right, wrong = item["heads"][item["answer"]], [h for i, h in enumerate(item["heads"]) if i != item["answer"]]
+        assert len(set(map(key_of, item["heads"]))) == CHOICES
+        assert any(f"{right} {item['gloss']}" in document for document in documents)
+        assert not any(f"{head} {item['gloss']}" in document for document in documents for head in wrong)
+        assert item["gloss"].startswith(TREE)  # markup and templates in text are text
+    answers = [item["answer"] for item in items]
+    assert {answers.count(place) > 0 for place in range(CHOICES)} == {True}
+
+
+def test_no_question_has_two_right_answers() -> None:
+    documents = [
+        "Ague, fever: a shaking chill. Febris, Fever: another gloss. Chill, ague: a third gloss. Shiver: a shaking chill.",
+        "Alpha: first. Beta: second. Gamma: third. Delta: fourth.",
+    ]
+    for seed in range(20):
+        for item in gloss_items(documents, set(), random.Random(seed)):
+            firsts = [head for head in item["heads"] if head.startswith(("Ague", "Febris", "Chill", "Shiver"))]
+            assert firsts in ([], ["Ague, fever:"])
+
+
+def test_questions_depend_on_seed_and_text_alone(checkpoint: Checkpoint) -> None:
+    first, second, other = (make_questions(checkpoint, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == second
+    assert [q.domain for q in first] == [q.domain for q in other] and first != other
+
+
+def test_no_term_that_was_seen_is_asked_for(asked: Workshop, checkpoint: Checkpoint) -> None:
+    """Looked for in the text itself, not by the parser: also in another domain, another case, and as a second synonym."""
+    made, _ = make_questions(checkpoint)
+    fit = [text.casefold() for domain in ("medicine", "law", "code") for text in held_out(asked, domain, "fit")]
+    assert "dosis" in head_words(held_out(asked, "law"))  # or the test would prove nothing
+    heads = [head for q in made if q.form == "glosses" for item in q.items for head in item["heads"]]
+    assert heads
+    for term in {term for head in heads for term in head.removesuffix(":").casefold().split(", ")}:
+        head_word = re.compile(rf"(^|\. |, ){re.escape(term)}(, [^:.]*)?: ")
+        assert not any(head_word.search(document) for document in fit), term
 
 
 def test_continuations_are_cut_at_words_and_stay_as_they_are(asked: Workshop) -> None:
     documents = held_out(asked, "code")
-    items = question_items(documents, random.Random(0))
+    items = continuation_items(documents, random.Random(0))
     assert len(items) > 8
     for item in items:
         whole = item["beginning"] + item["continuations"][item["answer"]]
@@ -118,6 +214,8 @@ class Oracle(LM):  # type: ignore[misc]
 
     def _is_right(self, request: Any) -> bool:
         doc, (context, text) = request.doc, request.args
+        if "gloss" in doc:
+            return bool(doc["heads"].index(context) == doc["answer"])
         return context != "" and doc["continuations"].index(text) == doc["answer"]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
@@ -147,46 +245,47 @@ def test_who_knows_gets_everything_and_who_guesses_a_quarter(
     monkeypatch.setattr(huggingface, "HFLM", Oracle)
     found = evaluate_tasks(checkpoint, ["questions"], TaskSettings(models=["mixture"]))
     assert loads == ["OUT"]
-    (mean,) = found.means().values()
-    assert (mean.rows["mixture"].value, mean.rows["mixture"].error, mean.metric) == (1.0, 0.0, "acc_mutual_info")
-    assert mean.items > 16
+    values = {group: scores.rows["mixture"].value for group, scores in found.means().items()}
+    assert values == dict.fromkeys(["questions", "glosses", "continuations"], 1.0)
+    assert found.means()["glosses"].rows["mixture"].error == 0.0
+    assert found.means()["questions"].metric == "accuracy" and found.means()["questions"].items > 16
     monkeypatch.setattr(Oracle, "knows", False)
     guessed = evaluate_tasks(checkpoint, ["questions"], TaskSettings(models=["mixture"]))
-    assert guessed.means()["questions"].chance == 0.25
-    assert guessed.means()["questions"].rows["mixture"].value == pytest.approx(0.25, abs=0.13)
+    for form in ("glosses", "continuations"):
+        assert guessed.means()[form].chance == 0.25
+        assert guessed.means()[form].rows["mixture"].value == pytest.approx(0.25, abs=0.13)
 
 
 def test_every_model_is_loaded_once_and_its_answers_are_its_own(checkpoint: Checkpoint, loads: list[str]) -> None:
-    found = evaluate_tasks(checkpoint, ["questions"], TaskSettings(limit=12))
+    found = evaluate_tasks(checkpoint, ["glosses"], TaskSettings(limit=12))
     assert loads == ["base", "medicine", "law", "code", "OUT"]
     assert found.models == ["base", "medicine", "law", "code", "mixture"]
-    scores = found.tasks["modekit_law_questions"]
-    assert (scores.metric, scores.higher_is_better, scores.chance, scores.items) == ("acc_mutual_info", True, 0.25, 12)
-    lines = (checkpoint.folder / "results" / "tasks" / "law.jsonl").read_text().splitlines()
+    name = "modekit_law_glosses"
+    scores = found.tasks[name]
+    assert (scores.metric, scores.higher_is_better, scores.chance, scores.items) == ("acc", True, 0.25, 12)
+    lines = (checkpoint.folder / "results" / "tasks" / "law_glosses.jsonl").read_text().splitlines()
     tokenizer = load_tokenizer(checkpoint.folder)
     for row, folder in (("base", checkpoint.folder.parent / "base"), ("mixture", checkpoint.folder)):
         model, right = load_model(folder), 0
         for item in map(json.loads, lines[:12]):
-            gains = [
-                direct(model, tokenizer, item["beginning"], each) - direct(model, tokenizer, "", each)
-                for each in item["continuations"]
-            ]
-            right += gains.index(max(gains)) == item["answer"]
+            likely = [direct(model, tokenizer, head, " " + item["gloss"]) for head in item["heads"]]
+            right += likely.index(max(likely)) == item["answer"]
         share = right / 12
         assert scores.rows[row].value == pytest.approx(share)
         assert scores.rows[row].error == pytest.approx((share * (1 - share) / 11) ** 0.5)
 
 
-def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["glosses", "continuations"])
+def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """From the folder, with stock HFLM: the same score."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    ours = evaluate_tasks(checkpoint, ["questions"], TaskSettings(models=["mixture"], limit=8))
+    ours = evaluate_tasks(checkpoint, [form], TaskSettings(models=["mixture"], limit=8))
     monkeypatch.chdir(checkpoint.folder / "results" / "tasks")
     lm = HFLM(pretrained=str(checkpoint.folder), device="cpu", dtype="float32", batch_size=1)
     manager = TaskManager(include_path=".", include_defaults=False)
-    theirs = simple_evaluate(lm, tasks=["modekit_questions"], task_manager=manager, limit=8, bootstrap_iters=0)
+    theirs = simple_evaluate(lm, tasks=[f"modekit_{form}"], task_manager=manager, limit=8, bootstrap_iters=0)
     assert theirs is not None
     compared = 0
     for name, scores in ours.tasks.items():
@@ -278,20 +377,20 @@ def test_adapters_are_rows(tmp_path: Path) -> None:
 def test_results_stay_beside_each_other_as_long_as_the_same_is_asked(asked: Workshop, tmp_path: Path) -> None:
     folder = asked.build("again")
     checkpoint = open_checkpoint(folder)
-    evaluate_tasks(checkpoint, ["questions"], TaskSettings(models=["base", "mixture"], limit=8))
+    evaluate_tasks(checkpoint, ["continuations"], TaskSettings(models=["base", "mixture"], limit=8))
     tasks = own_task(tmp_path / "tasks")
     evaluate_tasks(checkpoint, ["spell"], own(tasks, "mixture"))
     found = evaluate_tasks(checkpoint, ["spell"], own(tasks, "base"))
     data = json.loads((folder / "results" / "tasks.json").read_text())
     assert data["format"] == 1 and data["checkpoint"] == checkpoint.identity
-    assert {"spell", "modekit_code_questions"} <= set(data["tasks"]) and "questions" in data["means"]
+    assert {"spell", "modekit_code_continuations"} <= set(data["tasks"]) and "continuations" in data["means"]
     assert set(found.tasks["spell"].rows) == {"base", "mixture"}  # the other rows stay
     assert TaskResults.from_data(data).as_data() == found.as_data()
     # A file that changed asks something else: neither its column nor its rows stay.
     (tasks / "spell.jsonl").write_text("\n".join(json.dumps({"word": f"other {n}", "answer": n % 3}) for n in range(9)))
-    changed = evaluate_tasks(checkpoint, ["questions"], TaskSettings(models=["mixture"], limit=8))
+    changed = evaluate_tasks(checkpoint, ["continuations"], TaskSettings(models=["mixture"], limit=8))
     assert "spell" not in changed.tasks and any("dropped" in note and "spell" in note for note in changed.notes)
-    assert set(changed.tasks["modekit_code_questions"].rows) == {"base", "mixture"}
+    assert set(changed.tasks["modekit_code_continuations"].rows) == {"base", "mixture"}
     evaluate_tasks(checkpoint, ["spell"], own(tasks, "mixture"))
     (tasks / "spell.jsonl").write_text("\n".join(json.dumps({"word": f"third {n}", "answer": n % 3}) for n in range(9)))
     assert set(evaluate_tasks(checkpoint, ["spell"], own(tasks, "base")).tasks["spell"].rows) == {"base"}
@@ -312,7 +411,7 @@ def test_a_model_of_nan_has_no_score(
         return model
 
     monkeypatch.setattr(run, "load_model", damaged)
-    for names, settings in ((["spell"], own(own_task(tmp_path / "tasks"), "mixture")), (["questions"], TaskSettings(limit=2))):
+    for names, settings in ((["spell"], own(own_task(tmp_path / "tasks"), "mixture")), (["glosses"], TaskSettings(limit=2))):
         with pytest.raises(CheckpointError, match="not finite"):
             evaluate_tasks(checkpoint, names, settings)
 
@@ -333,9 +432,9 @@ def test_no_router_reads_pads(workshop: Workshop, tmp_path: Path, granularity: s
 
 def test_tasks_are_written_to_be_read_by_domain(asked: Workshop) -> None:
     folder = asked.build("beside")
-    found = evaluate_tasks(open_checkpoint(folder), ["questions"], TaskSettings(models=["mixture"], limit=8))
+    found = evaluate_tasks(open_checkpoint(folder), ["continuations"], TaskSettings(models=["mixture"], limit=8))
     text = (folder / "results" / "tasks.md").read_text()
-    assert "## Questions" in text and " | law / (acc_mutual_info, 8) | " in text
+    assert "| model | continuations / (acc_mutual_info, 8) |" in text and "## Questions: law" in text
     assert text == found.markdown()
 
 
@@ -372,7 +471,7 @@ def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> No
 
 def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     out = asked.root / "OUT"
-    assert "expected: base, medicine, law, code, mixture" in refuse("eval-tasks", out, "questions", "--models", "all")
+    assert "expected: base, medicine, law, code, mixture" in refuse("eval-tasks", out, "glosses", "--models", "all")
     assert "the folder of tasks does not exist" in refuse("eval-tasks", out, "x", "--include-path", tmp_path / "none")
     assert "no name is given" in refuse("eval-tasks", out, " , ")
     tasks = own_task(tmp_path / "own")
@@ -394,7 +493,7 @@ def test_tasks_of_the_harness(asked: Workshop) -> None:
 
 def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    assert "pip install 'modekit[eval]'" in refuse("eval-tasks", asked.root / "OUT", "questions")
+    assert "pip install 'modekit[eval]'" in refuse("eval-tasks", asked.root / "OUT", "glosses")
 
 
 def only_stages(stderr: str) -> bool:
@@ -409,10 +508,10 @@ def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, c
         [sys.executable, "-m", "modekit", "eval-tasks", str(folder), *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and only_stages(done.stderr), done.stderr
-    assert "acc_mutual_info" in done.stdout and "chance" in done.stdout and "tasks.json, tasks.md" in done.stdout
-    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), "questions", *options[1:], "--json"])
+    assert "acc_mutual_info, 6" in done.stdout and "chance" in done.stdout and "tasks.json, tasks.md" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), "continuations", *options[1:], "--json"])
     with pytest.raises(SystemExit) as end:
         main()
     printed = capsys.readouterr()
     assert end.value.code == 0 and only_stages(printed.err), printed.err
-    assert json.loads(printed.out)["tasks"]["modekit_code_questions"]["items"] == 6
+    assert json.loads(printed.out)["tasks"]["modekit_code_continuations"]["items"] == 6

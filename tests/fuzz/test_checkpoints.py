@@ -51,7 +51,7 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediat
 ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 ROWS = {"base": Estimate(0.3, 0.1), "mixture": Estimate(0.5)}
 TASK = TaskScores(
-    metric="accuracy", higher_is_better=True, chance=0.25, items=40, rows=ROWS, group="questions", asked="", domain="law"
+    metric="accuracy", higher_is_better=True, chance=0.25, items=40, rows=ROWS, groups="questions", asked="", domain="law"
 )
 
 

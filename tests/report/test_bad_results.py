@@ -176,7 +176,7 @@ def test_tasks_of_a_stranger_keep_their_place_in_a_table(checkpoint: Checkpoint)
         "chance": 0.5,
         "items": 3,
         "rows": {"base": {"value": 0.5}},
-        "group": "x",
+        "groups": "x",
         "asked": "",
     }
     for name in ("a\n# b", "<b>|c"):

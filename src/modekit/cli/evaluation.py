@@ -121,7 +121,8 @@ def eval_tasks(
         str,
         typer.Argument(
             metavar="TASKS",
-            help="Tasks of lm-evaluation-harness, or `questions` from the held-out text, separated by commas.",
+            help="Tasks of lm-evaluation-harness, or questions from the held-out text (questions, glosses, "
+            "continuations), separated by commas.",
         ),
     ],
     options: TaskOptions,

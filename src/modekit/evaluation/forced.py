@@ -9,8 +9,8 @@ Shape legend: N predicted tokens of a batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -38,6 +38,7 @@ from modekit.text.sequences import NO_LABEL, Batch, make_batches
 from modekit.text.shipped import shipped_documents
 
 SHIPPED = "general"
+OWN_TEXT, OTHER_TEXTS = "its own", "all others"
 _SAME = 1e-9  # nats per token: models that are no further apart are one, and a share of that means nothing
 _AT_ONCE = 2**22  # numbers in float64
 
@@ -81,16 +82,25 @@ class ForcedExperts(CheckpointResult):
     file = "forced.json"
     command = "modekit verify --deep"
 
+    def by_expert(self) -> Iterator[ForcedExpert]:
+        """Every expert on its own text, and on all others as one."""
+        for expert in self.own_models:
+            rows = [row for row in self.rows if row.expert == expert]
+            own = [row for row in rows if row.text == self.own_text.get(expert)]
+            yield from (replace(row, text=OWN_TEXT) for row in own)
+            others = [row for row in rows if row not in own]
+            if others:
+                yield _pooled(others, OTHER_TEXTS if len(others) > 1 else others[0].text)
+
     def tables(self) -> list[ResultTable]:
-        """Every expert on its own text, without one on all; in detail on every text, and how its own model was made."""
+        """Every expert on its own text and on all others; in detail on every text, and how its own model was made."""
         said = (
             "Every expert, gates forced on it, beside its own model on held-out text: KL in nats per token; not carried: KL "
             "over the base's KL (0 = the whole expert, 1 = nothing of it); largest difference of log-probabilities; losses."
         )
-        own = [row for row in self.rows if self.own_text.get(row.expert, row.text) == row.text]
         made = [[expert, _MADE[how]] for expert, how in self.own_models.items()]
         return [
-            ResultTable("Experts forced", _TITLES, [_cells(row) for row in own], said),
+            ResultTable("Experts forced", _TITLES, [_cells(row) for row in self.by_expert()], said),
             ResultTable("Experts forced, every text", _TITLES, [_cells(row) for row in self.rows], detail=True),
             ResultTable("Own models", ["expert", "its own model"], made, detail=True, prose=True),
         ]
@@ -108,6 +118,15 @@ _MADE: Mapping[OwnModel, str] = {
 def _cells(row: ForcedExpert) -> list[str | Cell]:
     figures = ["-" if figure is None else three_digits(figure) for figure in (row.kl, row.not_carried, row.largest)]
     return [row.expert, row.text, *figures, *(f"{loss:.4f}" for loss in (row.own_loss, row.forced_loss, row.base_loss))]
+
+
+def _pooled(rows: Sequence[ForcedExpert], text: str) -> ForcedExpert:
+    """Several texts of an expert as one."""
+    tokens = sum(row.tokens for row in rows)
+    means = ((row.kl, row.base_kl, row.own_loss, row.forced_loss, row.base_loss) for row in rows)
+    weighted = ([mean * row.tokens for mean in own] for row, own in zip(rows, means, strict=True))
+    pooled = (sum(sums) / tokens for sums in zip(*weighted, strict=True))
+    return ForcedExpert(rows[0].expert, text, tokens, max(row.largest for row in rows), *pooled)
 
 
 def force_experts(

@@ -48,8 +48,9 @@ def inspect(
     tokens_per_domain: int = SAMPLE_TOKENS,
     sequence_length: int = 512,
     run: Run = QUIET,
+    write: bool = True,
 ) -> Inspection:
-    """What docs/inspect.md describes, also written to OUT/results/inspect.json and inspect.md.
+    """What docs/inspect.md describes; with `write` in OUT/results/inspect.json and inspect.md, too.
 
     Each sequence is read once as it is and once per expert that is left out. Raises TextError without held-out text,
     CheckpointError for a mixture whose losses or weights are not finite.
@@ -57,7 +58,8 @@ def inspect(
     run.begin("read the text")
     domains = held_out_domains(checkpoint, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length, run=run)
     found = _inspected(checkpoint, domains, run)
-    found.write(checkpoint)
+    if write:
+        found.write(checkpoint)
     return found
 
 

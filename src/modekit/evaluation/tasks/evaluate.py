@@ -29,7 +29,7 @@ from modekit.evaluation.tasks.harness import (
     quiet,
     run_tasks,
 )
-from modekit.evaluation.tasks.questions import QUESTIONS, Questions, make_questions
+from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
 from modekit.evaluation.tasks.results import TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
@@ -75,14 +75,14 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A task to run. `asked`: a digest of it; `group`: what it is averaged with; `questions`: what it asks, None for a task by
-    name.
+    """A task to run. `asked`: a digest of it; `groups`: what it is averaged with, separated by commas; `questions`: what it
+    asks, None for a task by name.
     """
 
     harness: Task
     metric: Metric
     asked: str
-    group: str
+    groups: str
     questions: Questions | None = None
 
 
@@ -91,7 +91,7 @@ def evaluate_tasks(
 ) -> TaskResults:
     """Run tasks and write OUT/results/tasks.json and tasks.md.
 
-    `names`: tasks of lm-evaluation-harness, its own or the user's, or `questions`. Raises ModekitError when
+    `names`: tasks of lm-evaluation-harness, its own or the user's, or questions (`GROUPS`). Raises ModekitError when
     the extra is missing, a name unknown, or a task cannot be run; TextError without text; CheckpointError where the output of
     a model is not finite.
     """
@@ -102,15 +102,16 @@ def evaluate_tasks(
         option="",
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
-    others = [name for name in names if name != QUESTIONS]
+    others = [name for name in names if name not in GROUPS]
+    forms = list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
     settings.check()
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
     chosen = _chosen(checkpoint, settings.models)
     notes: list[str] = []
     with quiet():
-        found = named_tasks(others, settings.folders, [QUESTIONS]) if others else {}
-        tasks = _question_tasks(checkpoint, settings, notes) if QUESTIONS in names else {}
+        found = named_tasks(others, settings.folders, list(GROUPS)) if others else {}
+        tasks = _question_tasks(checkpoint, forms, settings, notes) if forms else {}
         for name, made in found.items():
             asked, metric = asked_of(name, made, settings.limit)
             tasks[name] = TaskRun(made, metric, asked, metric.metric)
@@ -141,7 +142,9 @@ def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
     return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
 
 
-def _question_tasks(checkpoint: Checkpoint, settings: TaskSettings, notes: list[str]) -> dict[str, TaskRun]:
+def _question_tasks(
+    checkpoint: Checkpoint, forms: Sequence[str], settings: TaskSettings, notes: list[str]
+) -> dict[str, TaskRun]:
     made, said = make_questions(checkpoint)
     notes += said
     folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
@@ -149,9 +152,14 @@ def _question_tasks(checkpoint: Checkpoint, settings: TaskSettings, notes: list[
     write_results(checkpoint, files, all_of=FOLDER)
     tasks = {}
     for questions in made:
-        task = harness_task(questions.config(folder.resolve()))
-        asked, metric = asked_of(questions.name, task, settings.limit)
-        tasks[questions.name] = TaskRun(task, metric, asked, QUESTIONS, questions)
+        if questions.form in forms:
+            task = harness_task(questions.config(folder.resolve()))
+            asked, metric = asked_of(questions.name, task, settings.limit)
+            # All are one mean, too: accuracies of the same number of choices.
+            tasks[questions.name] = TaskRun(task, metric, asked, f"{questions.form},questions", questions)
+    for form in forms:
+        if not any(questions.form == form for questions in made):
+            notes.append(f"no domain's text gives {form}")
     return tasks
 
 
@@ -200,7 +208,7 @@ def _scores(
             **vars(task.metric),
             items=len({instance.doc_id for instance in task.harness.instances}),
             rows={model: found[name] for model, found in scored.items()},
-            group=task.group,
+            groups=task.groups,
             asked=task.asked,
             domain=None if task.questions is None else task.questions.domain,
             unseen=task.questions is not None and task.questions.unseen,

@@ -1,12 +1,15 @@
 """Questions made from held-out text: four answers each, one of them right.
 
-A question is a passage's beginning, and which of four continuations of the domain's documents gains most by it. All is chosen
-at random by domain, and by nothing else.
+    glosses        a gloss, and which of four heads of the domain makes it likeliest: the noisy channel of arXiv:2108.04106
+    continuations  a passage's beginning, and which of four continuations of the domain's documents gains most by it
+
+Dictionary entries give glosses. Their split is by term: an entry of which any synonym is a head word in text that a model or
+a router was made from is no question. All is chosen at random by seed, domain and form, and by nothing else.
 
 They are tasks of lm-evaluation-harness, a YAML and a JSONL each, in a folder that `lm_eval` itself can run:
 
     cd OUT/results/tasks
-    lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks modekit_questions
+    lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks modekit_glosses
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +25,49 @@ import yaml
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
-from modekit.evaluation.domains import held_out_texts
+from modekit.evaluation.domains import held_out_texts, recipe_texts
 from modekit.text.document import text_of
 from modekit.text.splits import digest_of
 
-QUESTIONS = "questions"
-"""Name that TASKS takes for them, and their mean has."""
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "glosses": ("glosses",),
+    "continuations": ("continuations",),
+    "questions": ("glosses", "continuations"),
+}
+"""Names that TASKS takes for the questions -> forms."""
+_SAYS: Mapping[str, Mapping[str, str]] = {
+    "glosses": {
+        "doc_to_text": "answer",
+        "doc_to_choice": "heads",
+        "doc_to_target": "gloss",
+        "target_delimiter": " ",
+        "metric": "acc",
+    },
+    "continuations": {
+        "doc_to_text": "beginning",
+        "doc_to_choice": "continuations",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric": "acc_mutual_info",
+    },
+}
+"""Form -> what its task file says besides names and data."""
 CHOICES = 4
-_BEGINNING, _CONTINUATION = 16, 16  # words of a passage
-_MOST, _FEWEST = 200, 8  # of a domain; fewer say nothing
+BEGINNING, CONTINUATION = 16, 16  # words of a passage
+QUESTIONS = 200  # of a domain and form at most
+_FEWEST = 8  # of a domain and form: fewer say nothing
 _WORD = re.compile(r"\S+")
 
+
 Item = Mapping[str, str | int | Sequence[str]]
-"""`document`; `beginning` and four `continuations`; place of the `answer` among these."""
+"""`document`; `gloss` and four `heads`, or `beginning` and four `continuations`; place of the `answer` among these."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The items from one domain's held-out text; `unseen` domains have no expert of their own."""
+    """The items of one form from one domain's held-out text; `unseen` domains have no expert of their own."""
 
+    form: str
     domain: str
     unseen: bool
     items: Sequence[Item]
@@ -48,7 +75,7 @@ class Questions:
     @property
     def name(self) -> str:
         """Of the task."""
-        return f"modekit_{self.domain}_{QUESTIONS}"
+        return f"modekit_{self.domain}_{self.form}"
 
     def files(self) -> dict[str, bytes]:
         """File name -> content, for `lm_eval`."""
@@ -58,55 +85,96 @@ class Questions:
 
     def config(self, folder: Path) -> dict[str, object]:
         """What the task file says, with its data in a folder."""
+        says = dict(_SAYS[self.form])
+        metric = {"metric": says.pop("metric"), "aggregation": "mean", "higher_is_better": True}
         return {
             "task": self.name,
-            "tag": f"modekit_{QUESTIONS}",
+            "tag": f"modekit_{self.form}",
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(folder / self._data)}},
             "test_split": "test",
             "output_type": "multiple_choice",
-            "doc_to_text": "beginning",
-            "doc_to_choice": "continuations",
-            "doc_to_target": "answer",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True}],
+            **says,
+            "metric_list": [metric],
             "num_fewshot": 0,
             "metadata": {"version": 1.0},
         }
 
     @property
     def _data(self) -> str:
-        return f"{self.domain}.jsonl"
+        return f"{self.domain}_{self.form}.jsonl"
 
 
-def make_questions(checkpoint: Checkpoint) -> tuple[list[Questions], list[str]]:
-    """Questions of all domains, and notes about a domain whose text is too little for them. Raises TextError when no domain's
+def make_questions(checkpoint: Checkpoint, seed: int = 0) -> tuple[list[Questions], list[str]]:
+    """All forms for all domains, and notes about what a domain's text was too little for. Raises TextError when no domain's
     held-out text gives questions.
     """
+    fit = recipe_texts(checkpoint).fit
+    known = set[str]().union(*(head_words(map(text_of, fit(place))) for place in range(len(checkpoint.names))))
     made: list[Questions] = []
     notes = []
     for held in held_out_texts(checkpoint):
-        items = question_items(list(map(text_of, held.documents)), random.Random(f"0 {held.name} continuations"))
-        if len(items) >= _FEWEST:
-            made.append(Questions(held.name, held.expert is None, items))
-        else:
-            notes.append(f"{held.name}: no questions, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
+        texts = list(map(text_of, held.documents))
+        forms = {
+            "glosses": gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses")),
+            "continuations": continuation_items(texts, random.Random(f"{seed} {held.name} continuations")),
+        }
+        for form, items in forms.items():
+            if len(items) >= _FEWEST:
+                made.append(Questions(form, held.name, held.expert is None, items))
+            elif form == "continuations" or any(map(entries_of, texts)):
+                notes.append(f"{held.name}: no {form}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
     if not made:
         raise TextError(
             "no domain has enough held-out text for questions",
             where="experts[].text, eval",
             found="; ".join(notes),
-            expected=f"passages of {_BEGINNING + _CONTINUATION} words from {CHOICES} documents",
+            expected=f"passages of {BEGINNING + CONTINUATION} words from {CHOICES} documents, or dictionary entries",
             remedy="give more or longer documents (one in ten is held out), or other text under eval",
         )
     return made, notes
 
 
-def question_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
+def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:
+    """One item per entry that is not `known`: its gloss, and four heads."""
+    entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
+    entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
+    chance.shuffle(entries)
+    items: list[Item] = []
+    for digest, entry in entries[:QUESTIONS]:
+        others = [other for _, other in entries if other is not entry]
+        others = chance.sample(others, min(CHOICES - 1, len(others)))
+        if len(others) == CHOICES - 1:
+            choices = [entry, *others]
+            chance.shuffle(choices)
+            items.append(
+                {
+                    "document": digest[:16],
+                    "gloss": entry.gloss + ".",
+                    "heads": [f"{choice.head}:" for choice in choices],
+                    "answer": choices.index(entry),
+                }
+            )
+    return items
+
+
+def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entry]]:
+    """Entries none of which shares a term or a gloss with one before it: no question has two right answers."""
+    taken: set[str] = set()
+    kept = []
+    for digest, entry in entries:
+        marks = {*entry.keys, f": {entry.gloss}"}
+        if entry.gloss and not marks & taken:
+            taken |= marks
+            kept.append((digest, entry))
+    return kept
+
+
+def continuation_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
     """Passages of the documents from their beginnings on, none overlapping, each with continuations of three others."""
     passages = [(digest_of(document), *passage) for document in documents for passage in _passages(document)]
     items: list[Item] = []
-    for digest, beginning, own in chance.sample(passages, min(_MOST, len(passages))):
+    for digest, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
         continuations = [own]
         for other, _, continuation in chance.sample(passages, len(passages)):
             if len(continuations) == CHOICES:
@@ -129,6 +197,51 @@ def question_items(documents: Sequence[str], chance: random.Random) -> list[Item
 def _passages(document: str) -> Iterator[tuple[str, str]]:
     """Beginning and continuation, cut behind whole words; white space is kept as it is and begins the continuation."""
     words = list(_WORD.finditer(document))
-    for start in range(0, len(words) - _BEGINNING - _CONTINUATION + 1, _BEGINNING + _CONTINUATION):
-        cut, end = words[start + _BEGINNING - 1].end(), words[start + _BEGINNING + _CONTINUATION - 1].end()
+    for start in range(0, len(words) - BEGINNING - CONTINUATION + 1, BEGINNING + CONTINUATION):
+        cut, end = words[start + BEGINNING - 1].end(), words[start + BEGINNING + CONTINUATION - 1].end()
         yield document[words[start].start() : cut], document[cut:end]
+
+
+_INITIAL = r"(?<=\b\w)\.|(?<=\b[A-Z]\w)\."  # T.B., L. H. Down, St. Lawrence: these stops end no gloss
+_HEAD = re.compile(rf"(?:\A|(?<=\. ))([^\W_](?:[^:;.\"()\n]|{_INITIAL}){{0,119}}): (?=\S)")
+_FEWEST_ENTRIES = 3  # entries of a document that reads like a dictionary
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry. `head` is what stands before the colon, `terms` its synonyms as written, `gloss` without its full stop."""
+
+    head: str
+    terms: tuple[str, ...]
+    gloss: str
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The terms as they are compared: case-folded."""
+        return frozenset(map(key_of, self.terms))
+
+
+def key_of(term: str) -> str:
+    """A term as it is compared."""
+    return " ".join(term.casefold().split())
+
+
+def entries_of(document: str) -> list[Entry]:
+    """The entries of a document that consists of them; none of any other.
+
+    Such a document begins with a head, has three at least, and a capital or digit begins each.
+    """
+    heads = [match for match in _HEAD.finditer(document) if not match[1][0].islower()]
+    if len(heads) < _FEWEST_ENTRIES or heads[0].start() != 0:
+        return []
+    ends = [*(match.start() for match in heads[1:]), len(document)]
+    entries = []
+    for match, end in zip(heads, ends, strict=True):
+        terms = tuple(term.strip() for term in match[1].split(", ") if term.strip())
+        entries.append(Entry(match[1], terms, document[match.end() : end].strip().removesuffix(".")))
+    return entries
+
+
+def head_words(documents: Iterable[str]) -> set[str]:
+    """Every term, as it is compared, that is a head word in any of the documents."""
+    return {key for document in documents for entry in entries_of(document) for key in entry.keys}

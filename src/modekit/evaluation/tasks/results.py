@@ -24,7 +24,7 @@ class TaskScores(Metric):
     """Of every model on a task.
 
     Attributes:
-        group: what it is averaged with, if its domain has an expert.
+        groups: what it is averaged with, if its domain has an expert, separated by commas.
         domain: whose questions they are; None for a task by name.
         asked: digest of all that was asked: scores of other models stay beside these only where it is the same.
         folders: where task files of the user's own lay, and `state`, a digest of their names, sizes and times.
@@ -32,7 +32,7 @@ class TaskScores(Metric):
 
     items: Count
     rows: Mapping[Label, Estimate]
-    group: Label
+    groups: Label
     asked: str
     domain: Label | None = None
     unseen: bool = False
@@ -59,8 +59,8 @@ class TaskResults(CheckpointResult):
         """Groups of several tasks -> their mean, of the models that have all of them."""
         groups: dict[str, list[TaskScores]] = {}
         for scores in self.tasks.values():
-            if not scores.unseen:
-                groups.setdefault(scores.group, []).append(scores)
+            for group in [] if scores.unseen else scores.groups.split(","):
+                groups.setdefault(group, []).append(scores)
         return {group: _mean(found) for group, found in groups.items() if len(found) > 1}
 
     def as_data(self) -> dict[str, JsonValue]:
@@ -94,12 +94,15 @@ class TaskResults(CheckpointResult):
         return replace(self, tasks={**kept, **both}, notes=[*self.notes, *notes])
 
     def tables(self) -> list[ResultTable]:
-        """Means; questions by domain; tasks by name: a row per model, and one of chance."""
-        found = [("Means", self.means())]
-        questions = {scores.domain: scores for scores in self.tasks.values() if scores.domain is not None}
-        found.append(("Questions", {f"{name} (unseen)" if each.unseen else name: each for name, each in questions.items()}))
-        found.append(("Tasks", {name: scores for name, scores in self.tasks.items() if scores.domain is None}))
-        return [ResultTable(title, *self._table(columns), _SAID) for title, columns in found if columns]
+        """Means; a table per domain; tasks by name: a row per model, and one of chance."""
+        found = [ResultTable("Means", *self._table(means), _SAID)] if (means := self.means()) else []
+        for domain in dict.fromkeys(scores.domain for scores in self.tasks.values() if scores.domain is not None):
+            own = {name: scores for name, scores in self.tasks.items() if scores.domain == domain}
+            unseen = " (unseen)" if any(scores.unseen for scores in own.values()) else ""
+            short = {name.removeprefix(f"modekit_{domain}_"): scores for name, scores in own.items()}
+            found.append(ResultTable(f"Questions: {domain}{unseen}", *self._table(short)))
+        named = {name: scores for name, scores in self.tasks.items() if scores.domain is None}
+        return [*found, *([ResultTable("Tasks", *self._table(named), _SAID)] if named else [])]
 
     def _table(self, columns: Mapping[str, TaskScores]) -> tuple[list[str], list[list[str | Cell]]]:
         header, body = ["model"], list[list[str | Cell]]()
@@ -120,7 +123,7 @@ _SAID = "Score of each model with its standard error over the items; in brackets
 
 def _mean(several: Sequence[TaskScores]) -> TaskScores:
     """Over tasks; each weighs the same."""
-    chances = [each.chance for each in several if each.chance is not None]
+    metrics, chances = {each.metric for each in several}, [each.chance for each in several if each.chance is not None]
     rows = {}
     for model in several[0].rows:
         if all(model in each.rows for each in several):
@@ -130,6 +133,7 @@ def _mean(several: Sequence[TaskScores]) -> TaskScores:
             rows[model] = Estimate(sum(each.value for each in found) / len(found), error)
     return replace(
         several[0],
+        metric=metrics.pop() if len(metrics) == 1 else "accuracy",
         chance=sum(chances) / len(chances) if len(chances) == len(several) else None,
         items=sum(each.items for each in several),
         rows=rows,

@@ -56,8 +56,9 @@ def evaluate_translation(
     decoding: Decoding | None = None,
     labels: Labels | None = None,
     run: Run = QUIET,
+    write: bool = True,
 ) -> TranslationResults:
-    """Translate so many pairs per domain and write OUT/results/translate.json and translate.md.
+    """Translate so many pairs per domain and, with `write`, write OUT/results/translate.json and translate.md.
 
     Raises MismatchError for a mixture without an encoder, or labels that cannot act on it, ModekitError without sacrebleu,
     TextError when a domain has no held-out pairs or none that fits into the model, SourceError when a model cannot be loaded,
@@ -98,7 +99,8 @@ def evaluate_translation(
     results = TranslationResults(
         rows, known, unseen, settings, scorer.signatures, records, notes=notes, checkpoint=checkpoint.identity
     )
-    results.write(checkpoint)
+    if write:
+        results.write(checkpoint)
     return results
 
 
