@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -38,6 +38,7 @@ from modekit.run import Run
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.evaluation.forced import ForcedExperts
+    from modekit.recipes.strict import RecipeData
 
 
 _QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by default may take an hour
@@ -142,7 +143,7 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
         out.print(Text(f"classifier: {done.record.router.choice.said}"))
 
 
-def fit_words(words: list[str] | None) -> dict[str, Any]:
+def fit_words(words: list[str] | None) -> RecipeData:
     """What becomes of the mixture, as its recipe would say it. Raises ModekitError."""
     from modekit.recipes.router import Router
 

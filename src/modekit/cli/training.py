@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.cli.words import Words, said_in
 from modekit.text.amounts import SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from modekit.recipes.strict import RecipeData
 
 
 @app.command()
@@ -58,7 +61,7 @@ def train(
         raise done.failed
 
 
-def train_words(words: list[str] | None) -> dict[str, Any]:
+def train_words(words: list[str] | None) -> RecipeData:
     """The settings of a training; losses may be said by their names alone, and a list of one by its word. Raises
     ModekitError, TrainingError.
     """

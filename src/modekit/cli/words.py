@@ -19,6 +19,8 @@ from modekit.errors import ModekitError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from modekit.recipes.strict import RecipeData
+
 _Kind = TypeVar("_Kind", bound="BaseModel")
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, listed below; values as in YAML.")]
 _MIXTURE = ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"]
@@ -37,7 +39,7 @@ _NO_WORDS = {"router", "name", "model", "adapter", "text"}
 """Fields that hold others, or are options."""
 
 
-def said_in(words: Sequence[str] | None, command: str, *, lists: bool = False, besides: Iterable[str] = ()) -> dict[str, Any]:
+def said_in(words: Sequence[str] | None, command: str, *, lists: bool = False, besides: Iterable[str] = ()) -> RecipeData:
     """Key -> value, as in YAML, of the words of a command; with `lists` every value is several with commas between them.
 
     `besides`: keys that none of its classes has. Raises ModekitError, with the nearest of the known keys.

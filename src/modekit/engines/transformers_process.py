@@ -159,23 +159,20 @@ def main() -> None:
             self.server.config.app = Guard(self.server.config.app, settings["key"], check)
             super().start_server()
 
-    served = Guarded(
-        force_model=folder.name,
-        host=settings["host"],
-        port=settings["port"],
-        device="auto",
-        dtype="auto",
-        trust_remote_code=settings["trust_remote_code"],
-        log_level="error",
-        non_blocking=True,
-    )
-    serving.append(served)
+    fixed = {"device": "auto", "dtype": "auto", "log_level": "error", "non_blocking": True}
+    asked = {key: settings[key] for key in ("host", "port", "trust_remote_code")}
+    serving.append(Guarded(force_model=folder.name, **asked, **fixed))
+    _wait_for(serving[0])
+    answer_caller({"address": url_of(settings["host"], settings["port"])})
+    threading.Event().wait()
+
+
+def _wait_for(served: Any) -> None:
+    """Until it listens."""
     while not served.server.started:
         if not served._thread.is_alive():
             raise SystemExit("the server ended before it listened")
         time.sleep(_LOOK_S)
-    answer_caller({"address": url_of(settings["host"], settings["port"])})
-    threading.Event().wait()
 
 
 def _end(serving: list[Any]) -> None:

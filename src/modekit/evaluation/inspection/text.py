@@ -67,10 +67,6 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
     del model  # before the base model comes
     without_base = why_not(checkpoint, None, run=run)
     scored = sum(window.scored for window in windows)
-    base_loss = None
-    if without_base is None:  # of the base model on the same tokens
-        of_base = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
-        base_loss = float(sums_of(of_base).sum()) / scored
     starts = accumulate((window.size for window in windows), initial=0)
     weights_RTE = np.concatenate([each.weights_RSE for each in traced], axis=1)
     return TextTrace(
@@ -79,7 +75,7 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
         top_k=top_k_of(checkpoint),
         text="".join(texts),
         loss=float(sums_of([each.losses_P for each in traced]).sum()) / scored,
-        base_loss=base_loss,
+        base_loss=_loss_of_base(checkpoint, windows, run) if without_base is None else None,
         entropy=float(np.concatenate([each.entropy_S for each in traced]).mean()),
         windows=len(windows),
         tokens=[
@@ -93,6 +89,12 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
         without=named_changes(checkpoint, np.sum([each.changes_E for each in traced], axis=0) / scored),
         notes=_notes(len(windows), length, detailed, without_base),
     )
+
+
+def _loss_of_base(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run: Run) -> float:
+    """Mean loss of the base model on the same tokens, in nats."""
+    losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
+    return float(sums_of(losses).sum()) / sum(window.scored for window in windows)
 
 
 def _over_base(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> list[float] | None:
