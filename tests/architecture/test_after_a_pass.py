@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ONCE = {"modules": "all", "router": {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}}
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
     return write_models(tmp_path_factory.mktemp("after"), str(request.param))

@@ -10,7 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
-    StaticCache,
     modeling_utils,
 )
 
@@ -51,8 +50,6 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "llama with a tied head": {"tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 8, **WINDOWS},
     "phi3": {},
-    "olmo2": {},
-    "qwen3": {"head_dim": 16},
     "llama of width 64": {"hidden_size": 64, "intermediate_size": 128},
 }
 FAMILIES = [name for name in FAMILY_SETTINGS if " " not in name]
@@ -65,7 +62,6 @@ PREFIX: dict[str, Any] = {"granularity": "sequence", "prefix": 5}
 ROUTERS: dict[str, dict[str, Any]] = {
     "token": TOKEN,
     "context": {"granularity": "context", "decay": [0.9]},
-    "token and mean": {"granularity": "context", "decay": [0, 1.0]},
     "two contexts": {"granularity": "context", "decay": [0.8, 1.0]},
     "context per model": {"granularity": "context", "decay": [0.7], "per": "model"},
     "context per feature": {"granularity": "context", "decay": [0.7], "per": "feature"},
@@ -152,7 +148,7 @@ def in_pieces(model: PreTrainedModel, ids: torch.Tensor, sizes: list[int], **kwa
     return torch.cat(logits, dim=1)
 
 
-@pytest.fixture(params=ROUTERS, ids=list(ROUTERS))
+@pytest.fixture(params=[name for name in ROUTERS if name != "context"])
 def routed(request: pytest.FixtureRequest, built: Build) -> PreTrainedModel:
     """A Llama mixture of the base, a full model and an adapter, with each kind of router."""
     return opened(built(method="gating", router=ROUTERS[request.param]))
@@ -278,7 +274,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
         ("llama with a tied head", WHOLE, EVERYTHING),
         ("phi3", LOW, {"method": "linear", "weights": {"low": 1, "part": 3}}),
         ("gemma3_text", WHOLE, EVERYTHING),
-        ("olmo2", MIXED, {"method": "routing", "top_p": 0.6, "router": {**TOKEN, "per": "feature"}}),
+        ("llama", MIXED, {"method": "routing", "top_p": 0.6, "router": {**TOKEN, "per": "feature"}}),
     ],
 )
 def test_saving_and_reloading_changes_no_bit(
@@ -307,17 +303,6 @@ def test_loading_reports_nothing_missing_and_nothing_left_over(built: Build) -> 
             assert not any(report.values()), report
 
 
-def test_the_base_model_alone_opens(built: Build, ids: torch.Tensor) -> None:
-    for out in (built(method="gating", router=ROUTERS["context"]), built(experts=WHOLE, **EVERYTHING)):
-        base, whole = AutoModel.from_pretrained(out, dtype=torch.float32).eval(), opened(out)
-        with torch.inference_mode():
-            assert_close(base(input_ids=ids).last_hidden_state, whole.model(input_ids=ids).last_hidden_state)
-        base.use_expert("one")
-        whole.use_expert("one")
-        with torch.inference_mode():
-            assert_close(base(input_ids=ids).last_hidden_state, whole.model(input_ids=ids).last_hidden_state)
-
-
 def test_the_config_and_the_model_can_be_copied_and_pickled(built: Build, ids: torch.Tensor) -> None:
     model = opened(built(method="gating", router=ROUTERS["context"]))
     expected = logits_of(model, ids)
@@ -337,7 +322,7 @@ def test_a_config_that_does_not_say_what_is_mixed_is_refused(tmp_path: Path) -> 
 
 
 def test_two_families_and_two_mixtures_live_side_by_side(built: Build, ids: torch.Tensor) -> None:
-    folders = [built("llama", method="gating", router=TOKEN), built("qwen3", method="gating", router=TOKEN)]
+    folders = [built("llama", method="gating", router=TOKEN), built("phi3", method="gating", router=TOKEN)]
     folders.append(built("llama", WHOLE, **EVERYTHING))
     alone = [logits_of(opened(folder), ids) for folder in folders]
     together = [opened(folder) for folder in folders]
@@ -358,12 +343,6 @@ def test_token_by_token_is_the_whole_pass_in_every_family(of_family: PreTrainedM
     close(in_pieces(of_family, ids, [9, 1]), expected)
     text = greedy(of_family, ids)
     assert torch.equal(text, greedy(of_family, ids, use_cache=False))
-
-
-def test_a_prompt_longer_than_one_chunk_of_the_average(built: Build) -> None:
-    model = opened(built(method="gating", router=ROUTERS["two contexts"]))
-    ids = torch.randint(3, VOCAB, (1, 300), generator=torch.Generator().manual_seed(2))
-    close(in_pieces(model, ids, [131, 150, 1]), logits_of(model, ids))
 
 
 def test_everything_mixed_is_the_whole_pass_too(built: Build, ids: torch.Tensor) -> None:
@@ -391,13 +370,6 @@ def test_left_padding_changes_nothing(routed: PreTrainedModel) -> None:
     texts = greedy(routed, ids, attention_mask=mask)
     for row, prompt in enumerate(prompts()):
         assert torch.equal(texts[row, ids.shape[1] :], greedy(routed, prompt[None])[0, len(prompt) :])
-
-
-def test_left_padding_changes_nothing_in_every_family(of_family: PreTrainedModel) -> None:
-    ids, mask = left_padded(prompts())
-    texts = greedy(of_family, ids, attention_mask=mask)
-    for row, prompt in enumerate(prompts()):
-        assert torch.equal(texts[row, ids.shape[1] :], greedy(of_family, prompt[None])[0, len(prompt) :])
 
 
 def test_right_padding_changes_nothing_before_it(routed: PreTrainedModel) -> None:
@@ -440,14 +412,6 @@ def test_a_static_cache_and_prefill_in_chunks_say_the_same(routed: PreTrainedMod
     expected = greedy(routed, ids, attention_mask=mask)
     assert torch.equal(greedy(routed, ids, attention_mask=mask, cache_implementation="static"), expected)
     assert torch.equal(greedy(routed, ids, attention_mask=mask, prefill_chunk_size=5), expected)
-
-
-def test_a_static_cache_can_be_used_again(routed: PreTrainedModel, ids: torch.Tensor) -> None:
-    cache = StaticCache(config=routed.config, max_cache_len=40)
-    expected = greedy(routed, ids)
-    for _ in range(2):
-        assert torch.equal(greedy(routed, ids, past_key_values=cache), expected)
-        cache.reset()
 
 
 def test_a_cached_prompt_goes_on_as_if_it_had_been_read(routed: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -581,15 +545,6 @@ def test_what_the_routers_have_not_read_is_refused(built: Build, ids: torch.Tens
             model(input_ids=ids, attention_mask=square)
 
 
-def test_a_cache_with_averages_can_be_pickled(built: Build, ids: torch.Tensor) -> None:
-    model = opened(built(method="gating", router=ROUTERS["context"]))
-    with torch.inference_mode():
-        cache = model(input_ids=ids[:, :8], use_cache=True).past_key_values
-        again = pickle.loads(pickle.dumps(cache))
-        expected = model(input_ids=ids[:, 8:], past_key_values=cache).logits
-        assert_close(model(input_ids=ids[:, 8:], past_key_values=again).logits, expected)
-
-
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["ffn", "everything"])
 def test_logits_of_chosen_tokens(built: Build, ids: torch.Tensor, settings: dict[str, Any]) -> None:
     model = opened(built("llama", WHOLE, **(settings or {"method": "gating", "router": ROUTERS["context"]})))
@@ -638,24 +593,6 @@ def test_everything_mixed_is_each_expert_s_own_model(built: Build, ids: torch.Te
     assert_close(logits_of(model, ids), free)
 
 
-def test_each_sequence_can_have_its_own_expert(routed: PreTrainedModel) -> None:
-    ids, mask = left_padded(prompts())
-    places = torch.tensor([1, 0, 2, 1])
-    routed.use_expert(places)
-    texts = greedy(routed, ids, attention_mask=mask)
-    for row, prompt in enumerate(prompts()):
-        routed.use_expert(int(places[row]))
-        assert torch.equal(texts[row, ids.shape[1] :], greedy(routed, prompt[None])[0, len(prompt) :])
-
-
-@pytest.mark.parametrize("expert", ["nobody", 3, -1, torch.tensor([0, 3])], ids=str)
-def test_an_expert_that_does_not_exist_is_refused(built: Build, expert: Any) -> None:
-    model = opened(built(method="gating", router=TOKEN))
-    for part in (model, model.model):
-        with pytest.raises(ValueError, match="itself, one, low"):
-            part.use_expert(expert)
-
-
 # --- training
 
 
@@ -668,12 +605,11 @@ def trained_step(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]])
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, batches: int, reentrant: bool) -> None:
+def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, reentrant: bool) -> None:
     ids, mask = left_padded(prompts())
     given = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:2].flip(1), "attention_mask": mask[:2].flip(1)}]
-    loss, gradients = trained_step(routed, given[:batches])
+    loss, gradients = trained_step(routed, given)
     assert any(name.endswith("router.gate") for name in gradients)
     assert {name for name, parameter in routed.named_parameters() if parameter.requires_grad} == set(gradients)
     shared = len([module for module in routed.modules() if isinstance(module, Router)]) == 1
@@ -682,7 +618,7 @@ def test_gradient_checkpointing_changes_no_gradient(routed: PreTrainedModel, bat
             routed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         return
     routed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    again, others = trained_step(routed, given[:batches])
+    again, others = trained_step(routed, given)
     assert again == pytest.approx(loss, abs=1e-6)
     assert gradients.keys() == others.keys()
     for name in gradients:
@@ -754,8 +690,8 @@ def test_device_maps_change_nothing(built: Build, ids: torch.Tensor, tmp_path: P
             assert torch.equal(greedy(placed, ids), text)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(routed: PreTrainedModel, ids: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision(routed: PreTrainedModel, ids: torch.Tensor, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
     exact = logits_of(routed, ids).log_softmax(-1)
     routed.save_pretrained(tmp_path / "whole")
     model = opened(tmp_path / "whole", dtype=dtype)
@@ -770,21 +706,6 @@ def test_half_precision(routed: PreTrainedModel, ids: torch.Tensor, tmp_path: Pa
     assert_close(logits_of(again, ids), logits)
 
 
-def test_a_half_precision_build_opens_in_its_own_precision(built: Build, ids: torch.Tensor) -> None:
-    root = built()
-    recipe = {"base_model": "./base", "experts": MIXED, "mixture": {"router": {"fit": "random", **ROUTERS["context"]}}}
-    out = root / "half"
-    build(make_plan(parse_recipe({**recipe, "output": {"format": "modekit", "dtype": "bfloat16"}}), root), out)
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.config.dtype}
-    assert torch.isfinite(logits_of(model, ids)).all()
-
-
-def slow_but(one: str, names: Iterable[str]) -> list[Any]:
-    """All cases, of which one is run each time."""
-    return [name if name == one else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 def test_autocast_runs_and_trains(routed: PreTrainedModel, ids: torch.Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = routed(input_ids=ids, labels=ids).loss
@@ -792,7 +713,7 @@ def test_autocast_runs_and_trains(routed: PreTrainedModel, ids: torch.Tensor) ->
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("router", slow_but("two contexts", ROUTERS))
+@pytest.mark.parametrize("router", ["two contexts", "context per feature"])
 def test_blocks_compile_without_a_break(built: Build, ids: torch.Tensor, router: str) -> None:
     model = opened(built(method="routing", top_k=2, router=ROUTERS[router]))
     expected = logits_of(model, ids)
@@ -806,16 +727,6 @@ def test_blocks_compile_without_a_break(built: Build, ids: torch.Tensor, router:
     close(logits_of(model, ids), expected)
     close(in_pieces(model, ids, [9, 1]), expected)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("family", slow_but("llama", FAMILIES))
-def test_whole_models_compile_without_a_break(built: Build, ids: torch.Tensor, family: str) -> None:
-    for mixture in ({"router": ROUTERS["two contexts"]}, EVERYTHING):
-        model = opened(built(family, WHOLE, **mixture))
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        with torch.inference_mode():
-            close(compiled(input_ids=ids, use_cache=False).logits, logits_of(model, ids))
-        torch._dynamo.reset()
 
 
 class Replaced(nn.Module):
@@ -835,19 +746,6 @@ def replace_linear(model: nn.Module) -> int:
     for name in names:
         model.set_submodule(name, Replaced(model.get_submodule(name)))
     return len(names)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_linear_layers_can_be_replaced(built: Build, ids: torch.Tensor, family: str) -> None:
-    """What quantisation does: every nn.Linear becomes something else; adapters and gates stay as they are."""
-    for mixture in ({"method": "routing", "top_k": 2, "router": ROUTERS["context"]}, {**EVERYTHING, "experts": WHOLE}):
-        model = opened(built(family, **mixture))
-        expected = logits_of(model, ids)
-        kept = {name for name, _ in model.named_parameters() if "lora_" in name or name.endswith("router.gate")}
-        assert replace_linear(model) > 0
-        assert kept <= {name for name, _ in model.named_parameters()}
-        close(logits_of(model, ids), expected)
-        close(in_pieces(model, ids, [8, 1]), expected)
 
 
 def test_four_bits(built: Build, ids: torch.Tensor) -> None:
@@ -889,17 +787,6 @@ def test_from_a_config_on_no_device_with_weights_by_name(built: Build, ids: torc
     assert not config.base_model_tp_plan and not model.tp_plan
 
 
-def test_a_model_made_of_the_config_alone_is_its_base(built: Build) -> None:
-    """Nothing to load: the gates and B start at zero, so that adapters change nothing and all experts weigh the same."""
-    config = AutoConfig.from_pretrained(built(experts=LOW, method="gating", router=TOKEN))
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("lora_B", "router.gate")):
-            assert not parameter.any(), name
-        elif name.endswith("lora_A"):
-            assert parameter.std() > 0
-
-
 def test_the_tokenizer_and_the_pipeline_open(built: Build) -> None:
     from transformers import pipeline
 
@@ -924,16 +811,6 @@ def test_experts_are_named_or_refused(built: Build, ids: torch.Tensor) -> None:
     model.use_expert(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="2 experts, for 1 sequences"):
         model(input_ids=ids[:1])
-
-
-def test_the_config_opens_after_import_modekit_alone(built: Build) -> None:
-    out = built(method="gating", router=TOKEN)
-    script = (
-        "import sys, modekit\nfrom transformers import AutoConfig\n"
-        f"assert AutoConfig.from_pretrained({str(out)!r}).modekit['experts']"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_embeddings_of_experts_are_not_resized(built: Build) -> None:

@@ -6,9 +6,7 @@ The reference is the base model of transformers with hooks before its FFNs: a lo
 from __future__ import annotations
 
 import copy
-import io
 import json
-import pickle
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
@@ -23,13 +21,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PreTrainedModel
 
 from conftest import character_tokenizer, save, tiny_model
 from modekit.architecture.modekit_router import causal_average, select
 from modekit.building.build import build
-from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import (
     CheckpointError,
@@ -40,12 +36,10 @@ from modekit.errors import (
     TextError,
     UnsupportedError,
 )
-from modekit.files.read import LARGE
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import inputs_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.run import Run
 from modekit.sources.families import family_of
 from modekit.sources.family import Family
 from modekit.text.document import Pair
@@ -94,7 +88,7 @@ def random_gates(top_k: int = 2, **router: Any) -> dict[str, Any]:
     return {"method": "routing", "top_k": top_k, "router": {"fit": "random", "seed": 3, **router}}
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=["bart", "t5"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Of every kind."""
     kind = str(request.param)
@@ -125,25 +119,15 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 # --- promise 2: one expert alone
 
 
-@pytest.mark.parametrize("scope", [{}, {"fit": "random"}])
-def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench, scope: dict[str, Any]) -> None:
-    model = load_model(bench.build(random_gates(**scope)))
+@pytest.mark.parametrize("bench", list(KINDS), indirect=True)
+def test_an_expert_alone_is_its_own_model_bit_for_bit(bench: Bench) -> None:
+    model = load_model(bench.build(random_gates()))
     for name in NAMES:
         model.use_expert(name)
         for pads in ("right", "left"):
             assert torch.equal(logits_of(model, inputs(pads)), logits_of(bench.made[name], inputs(pads))), (name, pads)
         for how in ({}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0}):
             assert torch.equal(written(model, inputs(), **how), written(bench.made[name], inputs(), **how)), (name, how)
-
-
-def test_every_sequence_may_have_its_own_expert(bench: Bench) -> None:
-    model = load_model(bench.build(random_gates()))
-    model.use_expert(["two", "three", "one"])
-    said = inputs()
-    together, beams = logits_of(model, said), written(model, said, num_beams=2)
-    for row, name in enumerate(("two", "three", "one")):
-        torch.testing.assert_close(together[row], logits_of(bench.made[name], said)[row], atol=1e-5, rtol=1e-5)
-        assert torch.equal(beams[row], written(bench.made[name], said, num_beams=2)[row])
 
 
 def test_an_adapter_alone_is_peft_s_model(bench: Bench) -> None:
@@ -313,43 +297,6 @@ def test_an_encoder_that_is_called_by_itself_says_the_same(bench: Bench) -> None
         assert torch.equal(logits_of(model, said), expected)  # what was refused left nothing behind
 
 
-def test_a_copy_is_a_mixture_of_its_own_and_pickles(bench: Bench) -> None:
-    model = load_model(bench.build(random_gates(granularity="sequence", per="model")))
-    before = logits_of(model, inputs())
-    other = copy.deepcopy(model)
-    other.use_expert("one")
-    assert torch.equal(logits_of(other, inputs()), logits_of(bench.made["one"], inputs()))
-    assert torch.equal(logits_of(model, inputs()), before)
-    stream = io.BytesIO()
-    pickle.dump(model, stream)
-    again = pickle.loads(stream.getvalue())
-    assert torch.equal(logits_of(again, inputs()), before)
-
-
-def test_gradients_with_checkpointing_are_those_without(bench: Bench) -> None:
-    out, found = bench.build(random_gates(granularity="context")), []
-    for checkpointing in (False, True):
-        model = load_model(out).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(0)
-        model(**inputs(), use_cache=False).logits.square().mean().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and any("router.gate" in name for name in found[0])
-    for name, gradient in found[0].items():
-        # computed again in blocks of other shapes: sums in float32 round otherwise, by how much depends on the processor
-        torch.testing.assert_close(gradient, found[1][name], atol=1e-4 * float(gradient.abs().max()), rtol=1e-4, msg=name)
-
-
-def test_it_is_proven_and_saved_again_as_it_was(bench: Bench, tmp_path: Path) -> None:
-    out = bench.build(random_gates())
-    assert is_proven(verify(open_checkpoint(out)))
-    model = load_model(out)
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
-    assert torch.equal(logits_of(again, inputs()), logits_of(model, inputs()))
-
-
 def test_it_opens_without_modekit(bench: Bench, tmp_path: Path) -> None:
     out = bench.build(random_gates())
     expected = logits_of(load_model(out), inputs())
@@ -385,7 +332,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (
         ("base", pair_model("bart")),
         ("one", pair_model("bart", 1)),
-        ("marian", pair_model("marian")),
         ("wide", pair_model("bart", encoder_ffn_dim=64)),
         ("deep", pair_model("bart", decoder_layers=3)),
     ):
@@ -398,7 +344,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("mixture", "expert", "kind", "says"),
     [
         ({}, "causal", MismatchError, r"another family[\s\S]*e1[\s\S]*causal"),
-        ({}, "marian", MismatchError, "another family"),
         ({}, "wide", MismatchError, "encoder_ffn_dim"),
         ({}, "deep", MismatchError, "tensors that the base model lacks"),
         (
@@ -429,7 +374,6 @@ def test_what_cannot_be_mixed_is_one_clear_error(
 OLDER: dict[str, list[str]] = {
     "bart": ["activation_function", "scale_embedding", "max_position_embeddings", "tie_word_embeddings"],
     "marian": ["decoder_vocab_size", "share_encoder_decoder_embeddings"],
-    "m2m_100": ["activation_function", "scale_embedding"],
     "t5": ["num_decoder_layers", "relative_attention_max_distance", "tie_word_embeddings"],
 }
 
@@ -463,32 +407,10 @@ def test_a_base_whose_config_is_older_than_its_experts(tmp_path: Path, model_typ
     assert torch.equal(logits_of(model, inputs()), logits_of(own, inputs()))
 
 
-@pytest.mark.parametrize("model_type", ["bart", "t5"])
-def test_a_config_without_the_tokens_that_a_decoder_begins_with(tmp_path: Path, model_type: str) -> None:
-    model = pair_model(model_type)
-    batch = next(make_batches(encode(pair_tokenizer(), [Pair("one", "two")], max_tokens=99, sequence_length=64)))
-    for key in ("decoder_start_token_id", "pad_token_id"):
-        before = getattr(model.config, key)
-        setattr(model.config, key, None)
-        with pytest.raises(SourceError, match=key):
-            inputs_of(model, batch)
-        setattr(model.config, key, before)
-
-
 def test_a_pair_that_is_longer_than_the_model(tmp_path: Path) -> None:
     batch = next(make_batches(encode(pair_tokenizer(), [Pair("a" * 200, "b")], max_tokens=999, sequence_length=400)))
     with pytest.raises(TextError, match="more tokens than the model has positions"):
         inputs_of(pair_model("bart"), batch)
-
-
-def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None:
-    recipe = {
-        "base_model": "./causal",
-        "experts": [{"name": "a", "model": "./one"}, {"name": "b", "model": "base"}],
-        "mixture": {"router": {"fit": "random"}},
-    }
-    with pytest.raises(ModekitError, match="another family"):
-        make_plan(parse_recipe(recipe, where="test"), folders)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +418,6 @@ def test_a_translation_model_among_causal_ones_is_refused(folders: Path) -> None
     [
         ("config.json", "forced_bos_token_id", (5, 7)),
         ("config.json", "decoder_start_token_id", (2, 7)),
-        ("generation_config.json", "forced_bos_token_id", (5, 7)),
         ("tokenizer_config.json", "tgt_lang", ("fr_XX", "de_DE")),
     ],
 )
@@ -530,7 +451,7 @@ def test_models_of_other_vocabularies_are_refused(folders: Path, tmp_path: Path)
         planned(tmp_path, {"router": {"fit": "random"}}, "one", "two")
 
 
-@pytest.mark.parametrize("file", ["spiece.model", "source.spm", "target.spm", "sentencepiece.bpe.model", "target_vocab.json"])
+@pytest.mark.parametrize("file", ["spiece.model", "target_vocab.json"])
 def test_tokenizer_files_that_differ_are_refused(folders: Path, tmp_path: Path, file: str) -> None:
     """The base's would be copied for all. Where both have a tokenizer.json, that is what is read, and it says it all."""
     for name in ("base", "one", "two"):
@@ -564,37 +485,16 @@ def test_all_files_of_a_tokenizer_go_along(folders: Path, tmp_path: Path) -> Non
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_files_that_cannot_go_along_are_refused_before_anything_is_written(folders: Path, tmp_path: Path) -> None:
-    for name in ("base", "one"):
-        shutil.copytree(folders / name, tmp_path / name)
-    pieces = tmp_path / "base" / "spiece.model"
-    with pieces.open("wb") as stream:
-        stream.truncate(LARGE + 1)
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
-    said: list[str] = []
-    with pytest.raises(SourceError, match=r"a file of the base model cannot be read[\s\S]*spiece\.model"):
-        build(make_plan(recipe, tmp_path), tmp_path / "out", run=Run(progress=lambda what, *_: said.append(what)))
-    assert said == ["check the models"]
-    pieces.unlink()
-    pieces.mkdir()
-    with pytest.raises(SourceError, match=r"no regular file[\s\S]*put the file itself there, or remove") as caught:
-        make_plan(recipe, tmp_path)
-    assert "link" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"junk", b"\x0a\xff\xff\xff\xff\x0fjunk"])
-def test_a_file_that_is_no_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_sentencepiece_model(tmp_path: Path) -> None:
     pair_model("t5").save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    (tmp_path / "spiece.model").write_bytes(content)
+    (tmp_path / "spiece.model").write_bytes(b"\x0a\xff\xff\xff\xff\x0fjunk")
     with pytest.raises(SourceError, match=r"spiece\.model cannot be read as a sentencepiece model") as caught:
         load_tokenizer(tmp_path)
     assert "tiktoken" not in str(caught.value)
 
 
-@pytest.mark.parametrize("whose", ["base", "one"])
-@pytest.mark.parametrize("model_type", ["t5", "bart"])
+@pytest.mark.parametrize(("model_type", "whose"), [("t5", "base"), ("bart", "one")])
 def test_embeddings_that_are_to_be_one_and_are_not(tmp_path: Path, model_type: str, whose: str) -> None:
     """Transformers keeps both: what it computes with is not what config.json says. The same values under several names pass."""
     for seed, name in enumerate(("base", "one")):
@@ -654,29 +554,3 @@ def test_a_damaged_config_is_a_checkpoint_error(folders: Path, tmp_path: Path, d
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         _ = open_checkpoint(out).tensors
-
-
-def test_a_causal_class_does_not_open_it(folders: Path, tmp_path: Path) -> None:
-    experts = [{"name": "one", "model": "./one"}, {"name": "still", "model": "base"}]
-    recipe = parse_recipe({"base_model": "./base", "experts": experts, "mixture": {"router": {"fit": "random"}}}, where="test")
-    build(make_plan(recipe, folders), tmp_path / "out")
-    with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-@pytest.mark.parametrize("router", [{}, {"granularity": "sequence", "per": "model"}])
-def test_another_expert_writes_on_from_what_the_encoder_read_by_layers(bench: Bench, router: dict[str, Any]) -> None:
-    """As the source's router decided, or not: with an expert that is named afterwards, the decoder is that expert's."""
-    model, said = load_model(bench.build(random_gates(**router))), inputs()
-    rest = {"attention_mask": said["attention_mask"], "decoder_input_ids": said["decoder_input_ids"]}
-    with torch.inference_mode():
-        encoded = model.get_encoder()(said["input_ids"], said["attention_mask"])
-        routed = model(encoder_outputs=encoded, **rest).logits
-        plain = BaseModelOutput(encoded.last_hidden_state)
-        model.use_expert("two")
-        expected = bench.made["two"](encoder_outputs=plain, **rest).logits
-        for given in (encoded, plain):
-            found = model(encoder_outputs=given, **rest).logits
-            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
-        model.use_expert(None)
-        assert torch.equal(model(encoder_outputs=encoded, **rest).logits, routed)

@@ -15,11 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MIXTURES: dict[str, dict[str, Any]] = {
     "whole models": {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}},
     "FFNs": {"top_k": 2},
-    "FFNs of the decoder": {"top_k": 2, "layers": ["decoder"]},
 }
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two full models."""
     return write_models(tmp_path_factory.mktemp("sources"), str(request.param))

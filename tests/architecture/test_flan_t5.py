@@ -100,11 +100,10 @@ OF_THE_EMBEDDING: dict[str, dict[str, Any]] = {
 }
 
 
-@SAID
 @pytest.mark.parametrize("how", list(OF_THE_EMBEDDING))
-def test_an_adapter_of_an_embedding_that_nothing_reads_is_refused(tmp_path: Path, said: dict[str, Any], how: str) -> None:
+def test_an_adapter_of_an_embedding_that_nothing_reads_is_refused(tmp_path: Path, how: str) -> None:
     """Encoder and decoder have embeddings of their own: PEFT's model does not read what the adapter makes of `shared`."""
-    write_base(tmp_path, said)
+    write_base(tmp_path, AS_ON_THE_HUB)
     own, base = adapter_of(tmp_path, **OF_THE_EMBEDDING[how]), load_model(tmp_path / "base")
     with torch.no_grad():
         for name, parameter in own.named_parameters():

@@ -28,11 +28,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import VOCAB, save, tiny_model
-from modekit.architecture.modekit_router import causal_average, select
+from modekit.architecture.modekit_router import causal_average
 from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.errors import UnsupportedError
 from modekit.loaded.shapes import expert_view, mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.fits import FITS
@@ -582,7 +581,7 @@ def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]]
 
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @FEW
@@ -594,13 +593,6 @@ def test_a_mixture_of_adapters_is_routed_by_what_its_gates_say(drawn: dict[str, 
 @FEW
 @given(drawn=recipes(), seed=st.integers(0, 99))
 def test_a_mixture_is_the_weighted_sum_of_its_experts(drawn: dict[str, Any], seed: int) -> None:
-    check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
-
-
-@pytest.mark.slow
-@MANY
-@given(drawn=recipes(LOW_RANK, ("arrow",)), seed=st.integers(0, 99))
-def test_many_mixtures_of_adapters_are_routed_by_what_their_gates_say(drawn: dict[str, Any], seed: int) -> None:
     check_mixture(bench_of(drawn["family"]), drawn["recipe"], seed)
 
 
@@ -649,15 +641,13 @@ EVERY_FAMILY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY_FAMILY)
-@pytest.mark.parametrize("model_type", TYPES)
+ROWS_AND_KINDS = [*((row, "all kinds") for row in TYPES), *(("llama", name) for name in EVERY_FAMILY if name != "all kinds")]
+
+
+@pytest.mark.parametrize(("model_type", "name"), ROWS_AND_KINDS)
 def test_every_family_mixes_every_kind_of_expert(model_type: str, name: str) -> None:
     kinds, mixture = EVERY_FAMILY[name]
     recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
-    if name in {"everything", "decoder"} and model_type in NO_ALL:
-        with pytest.raises(UnsupportedError, match="cannot mix this kind of tensor"):
-            make_plan(parse_recipe(recipe), bench_of(model_type).root)
-        return
     check_mixture(bench_of(model_type), recipe)
 
 
@@ -697,67 +687,7 @@ def test_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) 
     check_copies(drawn, seed)
 
 
-@pytest.mark.slow
-@MANY
-@given(drawn=copies(), seed=st.integers(0, 99))
-def test_many_copies_of_one_expert_are_that_expert(drawn: dict[str, Any], seed: int) -> None:
-    check_copies(drawn, seed)
-
-
-@pytest.mark.parametrize("kind", [ONE, PLAIN], ids=["full", "adapter"])
-@pytest.mark.parametrize("model_type", TYPES)
-def test_copies_in_every_family(model_type: str, kind: dict[str, Any]) -> None:
-    mixture: dict[str, Any] = {"modules": "auto", "top_k": 2, "router": {"fit": "random", "temperature": 0.001}}
-    recipe = {"base_model": "./base", "experts": expert_list([kind] * 3), "mixture": mixture}
-    check_copies({"family": model_type, "recipe": recipe}, 5)
-
-
 # --- routers
-
-
-LOGITS = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(rows=LOGITS, top_p=st.floats(0.01, 1.0), own=st.none() | st.integers(0, 3))
-def test_top_p_takes_the_fewest_experts_that_reach_it(rows: list[list[float]], top_p: float, own: int | None) -> None:
-    logits = torch.tensor(rows)
-    always_on = None if own is None else {"expert": own, "weight": None}
-    weights = select(logits, {"method": "routing", "top_k": None, "top_p": top_p, "always_on": always_on})
-    for weight, shares in zip(weights, logits.double().softmax(-1), strict=True):
-        taken = (weight > 0).nonzero().flatten().tolist()
-        left = [expert for expert in range(4) if expert not in taken and shares[expert] > 1e-6]
-        others = [expert for expert in taken if expert != own]
-        assert own is None or own in taken or shares[own] < 1e-6
-        assert float(shares[taken].sum()) > top_p - 1e-5
-        if others:
-            assert float(shares[taken].sum() - shares[others].min()) < top_p + 1e-5, "one expert fewer would do"
-            assert all(shares[expert] <= shares[others].min() + 1e-7 for expert in left)
-        torch.testing.assert_close(weight[taken].double(), shares[taken] / shares[taken].sum(), atol=1e-5, rtol=0)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(rows=LOGITS, top_k=st.integers(1, 5), own=st.integers(0, 3), share=st.none() | st.floats(0.05, 0.95), base=st.booleans())
-def test_always_on_takes_its_share_and_the_rest_is_routed(
-    rows: list[list[float]], top_k: int, own: int, share: float | None, base: bool
-) -> None:
-    logits = torch.tensor(rows)
-    routing: dict[str, Any] = {"method": "routing", "top_k": top_k, "top_p": None}
-    free = select(logits, {**routing, "always_on": None})
-    assert bool(((free > 0).sum(-1) <= top_k).all())
-    torch.testing.assert_close(free.sum(-1), torch.ones(len(rows)))
-    if share is None:
-        weights = select(logits, {**routing, "always_on": {"expert": own, "weight": None}})
-        assert bool(((weights > 0).sum(-1) <= top_k).all())
-        ratio = (logits[:, own].double() - logits.double().max(-1).values).exp()  # it is chosen, and weighs what its logit says
-        assert bool((weights[:, own].double() >= ratio / 4 - 1e-6).all())
-        torch.testing.assert_close(weights.sum(-1), torch.ones(len(rows)))
-        return
-    weights = select(logits, {**routing, "always_on": {"expert": None if base else own, "weight": share}})
-    expected = free * (1 - share)
-    if not base:
-        expected[:, own] += share
-    torch.testing.assert_close(weights, expected)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -785,48 +715,6 @@ def test_causal_averages_are_the_sums_one_by_one(
     torch.testing.assert_close(torch.cat(parts, 1).double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def mixed_module(model: PreTrainedModel, name: str) -> nn.Module:
-    """A mixed module of a loaded mixture, called on its own."""
-    module = model.get_submodule(name)
-    model.base_model.flow.mask_BS = None
-    return module
-
-
-@pytest.mark.parametrize("kinds", [[BASE, ONE, TWO], [BASE, ONE, PLAIN, UNEVEN]], ids=["whole", "whole and low-rank"])
-def test_the_deep_router_weighs_every_output_feature(kinds: list[dict[str, Any]]) -> None:
-    """y_f = sum_e g_ef E_e(x)_f."""
-    bench, name = bench_of("llama"), "model.layers.1.mlp.down_proj"
-    mixture = {"top_k": 2, "modules": ["down"], "router": {"fit": "random", "per": "feature", "temperature": 0.01}}
-    recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
-    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
-    with built(bench, recipe) as (checkpoint, model), torch.inference_mode():
-        y = mixed_module(model, name)(x)
-        gate, _ = read_gates(checkpoint)[name]
-    logits = torch.einsum("oed,bsd->bsoe", gate.reshape(32, len(kinds), 48), x.double())
-    lowest = logits.topk(2).values[..., 1:]
-    weights = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
-    outputs = torch.stack([bench.dense(kind).get_submodule(name)(x) for kind in kinds], -1)
-    torch.testing.assert_close(y, (weights * outputs).sum(-1).float(), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kinds", [[ONE, TWO], [ONE, BASE, PLAIN], [PLAIN, UNEVEN]], ids=["whole", "all", "low-rank"])
-@pytest.mark.parametrize("method", ["routing", "gating"])
-def test_an_always_on_base_adds_its_share(kinds: list[dict[str, Any]], method: str) -> None:
-    """Y = w base(x) + (1 - w) mixture(x), and the same when the base is in the list of experts."""
-    bench, name, share = bench_of("llama"), "model.layers.1.mlp.down_proj", 0.3
-    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
-    outputs = {}
-    for always_on in (None, "base", "e0"):
-        mixture: dict[str, Any] = {"method": method, "modules": ["down"], "router": {"fit": "random", "temperature": 0.01}}
-        mixture |= {"always_on": {"expert": always_on, "weight": share}} if always_on else {}
-        recipe = {"base_model": "./base", "experts": expert_list(kinds), "mixture": mixture}
-        with built(bench, recipe) as (_, model), torch.inference_mode():
-            outputs[always_on] = mixed_module(model, name)(x)
-    for always_on, kind in (("base", BASE), ("e0", kinds[0])):
-        alone = bench.dense(kind).get_submodule(name)(x)
-        torch.testing.assert_close(outputs[always_on], share * alone + (1 - share) * outputs[None], atol=1e-5, rtol=1e-5)
-
-
 # --- promise 5: the same recipe twice gives the same bytes
 
 TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
@@ -851,7 +739,6 @@ TWICE: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
         "auto",
     ),
     "arrow": ("glm4", [BASE, PLAIN, PART], {"router": {"fit": "arrow", "granularity": "sequence"}}, "auto"),
-    "deep": ("olmo2", [BASE, TWO, PLAIN], {"top_p": 0.7, "router": {"fit": "centroid", "per": "feature"}}, "auto"),
 }
 
 
@@ -954,7 +841,7 @@ def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkey
 
 
 @pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text", "gemma3_text", "cohere2"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "cohere2"])
 def test_padding_batch_order_and_cache_never_change_a_mixture(model_type: str, reads: str) -> None:
     bench = bench_of(model_type)
     mixture = {"modules": ["mlp", "o"], "router": {"fit": "random", "temperature": 0.05, **READS[reads]}}
@@ -978,35 +865,3 @@ def test_padding_batch_order_and_cache_never_change_a_mixture(model_type: str, r
                 cache = output.past_key_values
                 steps.append(output.logits)
         torch.testing.assert_close(torch.cat(steps, 1)[0], together[0], atol=1e-4, rtol=0)
-
-
-# --- promise 8: it opens in transformers
-
-RELOAD = """
-import sys
-sys.modules["modekit"] = None  # not importable
-import torch
-from transformers import AutoModelForCausalLM
-ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
-with torch.inference_mode():
-    torch.save(model(input_ids=ids).logits, sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("form", ["native", "modekit"])
-def test_transformers_alone_says_the_same(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = bench_of("llama")
-    recipe = {
-        "base_model": "./base",
-        "experts": expert_list([BASE, ONE, PLAIN]),
-        "output": {"format": form},
-        "mixture": {"router": {"fit": "random", "temperature": 0.1}},
-    }
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    ids = torch.tensor([[5, 9, 30, 41, 7, 8]])
-    with built(bench, recipe) as (checkpoint, model):
-        ours = logits_of(model, ids, torch.ones_like(ids))
-        run = run_python(RELOAD, checkpoint.folder, tmp_path / "logits.pt")
-        assert run.returncode == 0, run.stderr
-    assert_close(torch.load(tmp_path / "logits.pt"), ours)

@@ -38,7 +38,6 @@ from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
-from modekit.sources.towers import KEPT, WRAPPERS
 from sources.test_wrappers import RANDOM, adapter, changed, own
 from wrapped_models import WRAPPED, picture, save_wrapped, wrapped_model
 
@@ -89,10 +88,6 @@ def seen(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor
     """Logits of the real tokens."""
     logits: torch.Tensor = model(**given).logits[given["attention_mask"].bool()]
     return logits
-
-
-def test_every_wrapper_can_be_kept() -> None:
-    assert KEPT.keys() == WRAPPERS.keys()
 
 
 def test_an_expert_alone_is_its_own_multimodal_model_bit_for_bit(shop: Path) -> None:
@@ -277,9 +272,7 @@ LAYER = "vision_tower.encoder.layers.0."
     ("who", "tensors", "config", "wanted"),
     [
         ("base", {}, {"vision_config": None}, "no usable vision_config"),
-        ("base", {}, {"vision_config": [1]}, "no usable vision_config"),
         ("base", {"vision_tower.": None}, {}, "the vision tower is missing"),
-        ("base", {"multi_modal_projector.": None}, {}, "the vision tower is missing"),
         ("full", {f"{LAYER}mlp.fc1.bias": None}, {}, "vision tower or projector is not the base"),
         ("full", {f"{LAYER}mlp.fc1.bias": (7,)}, {}, "vision tower or projector is not the base"),
         ("full", {f"{LAYER}mlp.fc1.bias": 0.5}, {}, "vision tower or projector is not the base"),
@@ -321,11 +314,9 @@ def test_parts_are_named_where_not_everything_can_be_mixed(tmp_path: Path) -> No
     ("change", "wanted"),
     [
         (lambda said: said.pop("text_config"), "missing or damaged"),
-        (lambda said: said.update(text_config=[1]), "missing or damaged"),
         (lambda said: said["text_config"].update(hidden_size="wide"), "hidden_size"),
         (lambda said: said["text_config"].update(num_hidden_layers=10**9), "disagree"),
         (lambda said: said["modekit"].update(wrapper="qwen3_5"), "does not say what is mixed"),
-        (lambda said: said["modekit"].update(wrapper=["gemma3"]), "does not say what is mixed"),
     ],
 )
 def test_a_config_of_a_mixture_that_lies(gemma: Path, tmp_path: Path, change: Any, wanted: str) -> None:

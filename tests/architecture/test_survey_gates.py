@@ -42,24 +42,20 @@ GATES: dict[str, dict[str, Any]] = {
     "segment": {"method": "gating", "router": SEGMENT},
     "segment of whole models": {"method": "gating", "modules": "all", "router": {**SEGMENT, "per": "model"}},
 }
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"head_dim": 8, "sliding_window": 16}}
 Opened = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture(scope="module")
-def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
-    """A workshop of each family."""
-    return {
-        name: make_workshop(tmp_path_factory.mktemp(name), name, num_hidden_layers=2, **said) for name, said in FAMILIES.items()
-    }
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
-def opened(shops: dict[str, Workshop]) -> Opened:
+def opened(shop: Workshop) -> Opened:
     """Opens a mixture, which is built once."""
 
-    def open_it(gate: str, family: str = "llama") -> PreTrainedModel:
-        return load_model(built(shops[family], gate), dtype=torch.float32).eval()
+    def open_it(gate: str) -> PreTrainedModel:
+        return load_model(built(shop, gate), dtype=torch.float32).eval()
 
     return open_it
 
@@ -72,7 +68,6 @@ def built(shop: Workshop, gate: str) -> Path:
 
 
 EVERY = pytest.mark.parametrize("gate", GATES)
-EACH = pytest.mark.parametrize(("gate", "family"), [(gate, family) for gate in GATES for family in FAMILIES])
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -90,11 +85,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 2e-5) -> None:
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
 
 
-@EACH
-def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(
-    opened: Opened, gate: str, family: str, ids: torch.Tensor
-) -> None:
-    found, active = weights(opened(gate, family), ids), set()
+@EVERY
+def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(opened: Opened, gate: str, ids: torch.Tensor) -> None:
+    found, active = weights(opened(gate), ids), set()
     for weights_BSE in found.values():
         close(weights_BSE.sum(-1), torch.ones(weights_BSE.shape[:-1]))
         active |= set((weights_BSE > 0).sum(-1).flatten().tolist())
@@ -109,18 +102,9 @@ def test_weights_sum_to_one_and_as_many_experts_take_part_as_is_said(
     assert spread > 0.005, "no decision differs from any other"
 
 
-@EACH
-def test_a_later_token_changes_nothing_before_it(opened: Opened, gate: str, family: str, ids: torch.Tensor) -> None:
-    model, changed = opened(gate, family), ids.clone()
-    changed[:, 17] = (changed[:, 17] + 31) % (VOCAB - 3) + 3
-    before, after = logits(model, ids), logits(model, changed)
-    close(after[:, :17], before[:, :17], atol=1e-6)
-    assert (after[:, 17:] - before[:, 17:]).abs().max() > 1e-3
-
-
-@EACH
-def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, family: str, ids: torch.Tensor) -> None:
-    model = opened(gate, family)
+@EVERY
+def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, ids: torch.Tensor) -> None:
+    model = opened(gate)
     whole = logits(model, ids)
     cache, pieces, start = DynamicCache(config=model.config), [], 0
     for size in (7, 1, 2, *[1] * 14):
@@ -140,27 +124,19 @@ def test_cache_and_left_padding_are_the_whole_pass(opened: Opened, gate: str, fa
 
 
 @EVERY
-def test_it_is_proven_saved_and_loaded(shops: dict[str, Workshop], gate: str, ids: torch.Tensor, tmp_path: Path) -> None:
-    out = built(shops["llama"], gate)
+def test_it_is_proven_saved_and_loaded(shop: Workshop, gate: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    out = built(shop, gate)
     assert is_proven(verify(open_checkpoint(out)))
     model = load_model(out, dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
     close(logits(load_model(tmp_path / "again", dtype=torch.float32), ids), logits(model, ids), atol=1e-6)
 
 
-@EVERY
-def test_the_gate_gets_a_gradient(opened: Opened, gate: str, ids: torch.Tensor) -> None:
-    model = copy.deepcopy(opened(gate)).train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    gates = {name: each.grad for name, each in model.named_parameters() if name.endswith("router.gate")}
-    assert gates and all(grad is not None and torch.isfinite(grad).all() and grad.any() for grad in gates.values())
-
-
 # --- scores
 
 
-def test_hash_is_a_function_of_the_token_alone(shops: dict[str, Workshop], opened: Opened, ids: torch.Tensor) -> None:
-    checkpoint = open_checkpoint(built(shops["llama"], "hash"))
+def test_hash_is_a_function_of_the_token_alone(shop: Workshop, opened: Opened, ids: torch.Tensor) -> None:
+    checkpoint = open_checkpoint(built(shop, "hash"))
     (gate_EV,) = checkpoint.gates()
     best_V = torch.from_numpy(gate_EV.copy()).argmax(0)
     assert torch.bincount(best_V, minlength=3).min() > VOCAB / 6  # about a third of the tokens each
@@ -168,7 +144,7 @@ def test_hash_is_a_function_of_the_token_alone(shops: dict[str, Workshop], opene
     assert torch.equal(found.argmax(-1), best_V[ids])
     assert (found[found > 0] - 0.5).abs().max() < 0.01  # those chosen weigh the same
     assert checkpoint.record.router.status == "unfitted" and checkpoint.record.router.text == {}
-    again = shops["llama"].build("again", mixture={**GATES["hash"], "router": {"fit": "hash", "seed": 5}})
+    again = shop.build("again", mixture={**GATES["hash"], "router": {"fit": "hash", "seed": 5}})
     assert (open_checkpoint(again).gates()[0] != gate_EV).any()
 
 
@@ -265,46 +241,33 @@ def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any
 LOGISTIC, SEGMENTS = {"fit": "logistic"}, {"fit": "logistic", "granularity": "segment"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 2, "groups": 2}, "give top_k or groups, not both"),
-    ({"top_p": 0.5, "groups": 2, "threshold": 0.2}, "give top_p or groups or threshold, not all"),
-    ({"groups": 4}, "only 3 experts"),
-    ({"groups": 1}, "mixture.groups"),
     ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
-    ({"threshold": 1.0}, "between 0 and 1"),
     ({"threshold": {"law": 0.2}}, "must name every expert"),
     ({"router": SEGMENTS}, "write method: gating"),
     ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
     ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads the tokens so far by itself"),
-    ({"router": {"fit": "hash", "granularity": "context"}}, "reads ids by itself"),
     ({"method": "gating", "router": {"fit": "hash"}}, "weighs experts alike"),
     ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
-    ({"router": {"fit": "attention", "temperature": 2.0}}, "'temperature' has no effect with fit: attention"),
     ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),
-    ({"router": {"fit": "cosine", "dimensions": 4}}, "no use for more"),
-    ({"router": {"fit": "logistic", "dimensions": 2}}, "only with cosine"),
-    ({"router": {"fit": "attention", "keep_tokens": 0}}, "keep_tokens must be at least 1"),
 ]
 
 
 @pytest.mark.parametrize(("mixture", "says"), REFUSED, ids=[says for _, says in REFUSED])
-def test_what_makes_no_sense_together_is_refused(shops: dict[str, Workshop], mixture: dict[str, Any], says: str) -> None:
-    assert says in refused(shops["llama"], **{"router": LOGISTIC, **mixture})
+def test_what_makes_no_sense_together_is_refused(shop: Workshop, mixture: dict[str, Any], says: str) -> None:
+    assert says in refused(shop, **{"router": LOGISTIC, **mixture})
 
 
-@EVERY
-def test_no_native_architecture_says_it(shops: dict[str, Workshop], gate: str) -> None:
-    assert "output.format native cannot say" in refused(shops["llama"], output={"format": "native"}, **GATES[gate])
+@pytest.mark.parametrize("gate", ["hash", "cosine", "groups", "segment"])
+def test_no_native_architecture_says_it(shop: Workshop, gate: str) -> None:
+    assert "output.format native cannot say" in refused(shop, output={"format": "native"}, **GATES[gate])
 
 
-def test_vllm_is_told_which_it_cannot_serve(shops: dict[str, Workshop]) -> None:
-    why = {
-        gate: open_checkpoint(built(shops["llama"], gate)).shape.without_vllm
-        for gate in ("hash", "cosine", "groups", "segment")
-    }
+def test_vllm_is_told_which_it_cannot_serve(shop: Workshop) -> None:
+    why = {gate: open_checkpoint(built(shop, gate)).shape.without_vllm for gate in ("hash", "cosine", "groups", "segment")}
     assert {gate for gate, said in why.items() if said} == {"segment"}
 
 
-def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torch.Tensor) -> None:
-    shop = shops["llama"]
+def test_a_refit_goes_from_one_to_the_next(shop: Workshop, ids: torch.Tensor) -> None:
     shop.build("walk", mixture=GATES["groups"], output={"format": "modekit"})
     for changes in (
         {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
@@ -319,10 +282,10 @@ def test_a_refit_goes_from_one_to_the_next(shops: dict[str, Workshop], ids: torc
     assert (mixture.top_k, mixture.threshold, mixture.groups, mixture.router.segment) == (None, None, 3, None)
 
 
-@pytest.mark.parametrize("gate", ["hash", "cosine", "attention"])
-def test_experts_come_and_go(shops: dict[str, Workshop], gate: str, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("gate", ["hash", "attention"])
+def test_experts_come_and_go(shop: Workshop, gate: str, ids: torch.Tensor) -> None:
     """Rows that are no expert's and rows by threes follow; thresholds by name lose one that goes."""
-    shop, threshold = shops["llama"], {"medicine": 0.3, "law": 0.4, "code": 0.2}
+    threshold = {"medicine": 0.3, "law": 0.4, "code": 0.2}
     mixture = {"method": "routing", "threshold": threshold, "router": GATES[gate]["router"]}
     out = shop.build(f"members of {gate}", mixture=mixture, output={"format": "modekit"})
     checkpoint = open_checkpoint(out)
