@@ -12,7 +12,6 @@ import pytest
 
 nothing = r"^$"
 _PAIRS = r"^(marian|t5)\b(?! gated)"
-_ONE_OF_LLAMA = r"^(?!llama-mixtral-[1-5]|mistral-mixtral-8)"
 _DROPPED = r"^(logistic-layer|lexical-projection|arrow-feature)$"
 _FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2|granitemoehybrid|lfm2)"
 _INSPECTED = r"^(0-)?(native|best|gating|context|everything|model|feature)$"
@@ -118,7 +117,6 @@ SAMPLED = {
     "sources/test_decoders.py::test_an_expert_alone_is_its_own_model": r"^(gpt2|bert|gpt_oss|bamba)$",
     "sources/test_decoders.py::test_an_expert_has_a_head_of_its_own_and_its_base_none": r"^gpt2$",
     "sources/test_families.py::test_an_expert_left_out_is_a_mixture_without_it": _FEW_ROWS,
-    "sources/test_families.py::test_weights_are_those_that_the_layers_use": _ONE_OF_LLAMA,
     "sources/test_vocabulary.py::test_an_expert_forced_is_its_own_model_on_the_tokens_that_it_has": r"-True$",
     "sources/test_vocabulary.py::test_experts_with_more_tokens_come_and_go": r"0$",
     "sources/test_wrappers.py::test_one_recipe_of_every_form": r"^(qwen3_5|gemma3|gemma4 shared)-base$",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ from modekit.routing.linear import fit_gates
 from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from modekit.text.sequences import Batch, TokenSequence, make_batches
-from refusal import run_python, tree
+from refusal import tree
 from rounding import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -757,31 +756,6 @@ def test_the_same_recipe_twice_gives_the_same_bytes_and_is_proven(name: str) -> 
     assert "modekit.json" in first and "model-router.safetensors" in first
 
 
-BUILD = """
-import json, sys
-from pathlib import Path
-from modekit.building.build import build
-from modekit.planning.make import make_plan
-from modekit.recipes.read import parse_recipe
-build(make_plan(parse_recipe(json.loads(sys.argv[1])), Path(sys.argv[2])), Path(sys.argv[3]))
-"""
-
-
-def test_another_process_writes_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of sets differs from process to process; nothing may depend on it."""
-    bench = bench_of("llama")
-    mixture = {"modules": ["q", "v", "o", "mlp"], "backbone": "average", "router": {"fit": "random"}}
-    recipe = {"base_model": "./base", "experts": expert_list([ONE, PLAIN, UNEVEN, DORA, PART]), "mixture": mixture}
-    results = []
-    with tempfile.TemporaryDirectory(dir=bench.root) as folder:
-        for seed in ("1", "2"):
-            monkeypatch.setenv("PYTHONHASHSEED", seed)
-            run = run_python(BUILD, json.dumps(recipe), bench.root, Path(folder) / seed)
-            assert run.returncode == 0, run.stderr
-            results.append(tree(Path(folder) / seed))
-    assert results[0] == results[1]
-
-
 # --- promise 7: neither padding nor the order of batches changes a fit, or a mixture
 
 READS: dict[str, dict[str, Any]] = {
@@ -838,30 +812,3 @@ def test_padding_and_batch_order_never_change_a_fit(reads: str, per: str, monkey
                 gates = [fit_gates(Router(fit=fit), each) for each in (captured(checkpoint, sequences), expected)]
                 for one, other in zip(*gates, strict=True):
                     torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3 * float(other.abs().max()))
-
-
-@pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "cohere2"])
-def test_padding_batch_order_and_cache_never_change_a_mixture(model_type: str, reads: str) -> None:
-    bench = bench_of(model_type)
-    mixture = {"modules": ["mlp", "o"], "router": {"fit": "random", "temperature": 0.05, **READS[reads]}}
-    recipe = {"base_model": "./base", "experts": expert_list([BASE, ONE, PLAIN, TWO]), "mixture": mixture}
-    ids, _ = a_batch(length=18)
-    lengths = [18, 11, 4]
-    mask = torch.tensor([[int(place < length) for place in range(18)] for length in lengths])
-    with built(bench, recipe) as (_, model):
-        together = logits_of(model, ids.masked_fill(mask == 0, 9), mask)
-        torch.testing.assert_close(
-            logits_of(model, ids.flip(0), mask.flip(0)).flip(0)[mask.bool()], together[mask.bool()], atol=1e-5, rtol=0
-        )
-        for row, length in enumerate(lengths):
-            with torch.inference_mode():
-                alone = model(input_ids=ids[row : row + 1, :length]).logits[0]
-            torch.testing.assert_close(alone, together[row, :length], atol=1e-5, rtol=0)
-        cache, steps = None, []
-        with torch.inference_mode():
-            for start, end in ((0, 5), (5, 6), (6, 7), (7, 18)):
-                output = model(input_ids=ids[:1, start:end], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                steps.append(output.logits)
-        torch.testing.assert_close(torch.cat(steps, 1)[0], together[0], atol=1e-4, rtol=0)

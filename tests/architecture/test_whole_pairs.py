@@ -193,16 +193,6 @@ def test_another_expert_writes_on_from_what_the_encoder_read(bench: Bench, befor
             torch.testing.assert_close(found[row], own, atol=1e-5 * float(own.abs().max()), rtol=1e-5)
 
 
-def test_offloaded_to_disk_it_is_the_same(bench: Bench, tmp_path: Path) -> None:
-    out = bench.build({"router": ONCE})
-    there = load_model(out)
-    model = AutoModelForSeq2SeqLM.from_pretrained(out, device_map={"": "disk"}, offload_folder=tmp_path).eval()
-    for who in (None, "two", ["two", "one", "three", "two"]):
-        there.use_expert(who)
-        model.use_expert(who)
-        assert torch.equal(logits_of(model, four()), logits_of(there, four())), who
-
-
 # --- several experts at once
 
 
@@ -231,6 +221,18 @@ def test_adapters_are_peft_s_models(bench: Bench) -> None:
 
 
 # --- as any other mixture
+
+
+def test_full_models_as_low_rank_changes_of_whole_models(bench: Bench) -> None:
+    """Embeddings and positions are no linear maps: they stay the base's."""
+    said = [{"name": name, "model": f"./{name}", "as": "lora", "rank": 4} for name in NAMES[:2]]
+    out = bench.build({"router": ONCE}, *said)
+    places = open_checkpoint(out).shape.mixture.places
+    assert all(place.ranks == [4, 4] or not any(place.ranks) for place in places.values())
+    assert not any(
+        any(place.ranks) for name, place in places.items() if "embed" in name or "shared" in name or "relative" in name
+    )
+    assert torch.isfinite(logits_of(load_model(out), four())).all()
 
 
 def test_it_is_proven_saved_copied_and_pickled(bench: Bench, tmp_path: Path) -> None:

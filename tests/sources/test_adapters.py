@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_folders import quiet
 from adapter_folders import train_adapter as train
-from conftest import SMALL, logits_of, tiny_model
+from conftest import logits_of, tiny_model
 from modekit.building.build import build
 from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError
 from modekit.loaded.shapes import mixture_of
@@ -150,22 +149,14 @@ def test_lora_folds_to_what_peft_merges(bases: Callable[[str], Path], family: st
 
 
 EACH_SETTING: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {}),
-    "rslora": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 9}}),
-    "dora": ("qwen2", {"use_dora": True}),
-    "dora on embedding and head": ("llama", {"use_dora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
-    "lora_bias": ("qwen2", {"lora_bias": True}),
-    "lora_bias on trained biases": ("llama with biases", {"lora_bias": True, "bias": "all", "use_rslora": True}),
     "biases of saved modules": ("llama with biases", {"bias": "all", "modules_to_save": ["o_proj", "input_layernorm"]}),
     "a saved block": ("llama", {"modules_to_save": ["0.mlp"]}),
-    "named layers": ("llama", {"layers_to_transform": [1]}),
     "fused modules": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"], "use_dora": True}),
     "every linear layer": ("phi3", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "mica": ("llama", {"init_lora_weights": "mica"}),
     "eva": ("llama", {"init_lora_weights": "eva"}),
     "tied, embedding left alone": ("tied llama", {"target_modules": "all-linear"}),
-    "tied copies": ("tied llama", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 
 
@@ -274,18 +265,6 @@ def test_an_adapter_of_a_fused_module_is_split_for_a_base_that_keeps_its_parts(
         np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    names = [f"base_model.model.model.layers.{layer}.mlp.gate_up_proj.ia3_l" for layer in range(2)]
-    vector = np.arange(96, dtype=np.float32)[:, None]
-    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["gate_up_proj"], "feedforward_modules": []}
-    ours = opened(bases("llama"), write_adapter(tmp_path, dict.fromkeys(names, vector), **config))
-    source = open_source("", "", bases("llama"))
-    up = "model.layers.0.mlp.up_proj.weight"
-    assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
-    original = to_float32(reader(OpenFiles())(source.tensors[up])).reshape(48, 32)
-    assert np.array_equal(folded(source, ours)[up], original * vector[48:])
-
-
 # --- built into a mixture, in both architectures (promise 3)
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -337,6 +316,18 @@ BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
 EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
 
 
+def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    names = [f"base_model.model.model.layers.{layer}.mlp.gate_up_proj.ia3_l" for layer in range(2)]
+    vector = np.arange(96, dtype=np.float32)[:, None]
+    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["gate_up_proj"], "feedforward_modules": []}
+    ours = opened(bases("llama"), write_adapter(tmp_path, dict.fromkeys(names, vector), **config))
+    source = open_source("", "", bases("llama"))
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
+    original = to_float32(reader(OpenFiles())(source.tensors[up])).reshape(48, 32)
+    assert np.array_equal(folded(source, ours)[up], original * vector[48:])
+
+
 def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: str, mixture: dict[str, Any]) -> torch.Tensor:
     """Logits of a mixture of base and adapter whose routers are fixed on the adapter."""
     recipe = parse_recipe(
@@ -370,7 +361,7 @@ def test_a_mixture_fixed_on_an_adapter_is_the_model_of_peft(
 
 
 @pytest.mark.parametrize("form", ["native", "modekit"])
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", ["uneven targets", "biases", "ia3", "saved FFN", "fused modules", "embedding and head, dora"])
 def test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s(
     bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str, form: str
 ) -> None:
@@ -457,25 +448,6 @@ def test_rows_that_the_adapter_leaves_alone_keep_every_bit() -> None:
     assert not np.array_equal(values[20:], made.base[20:])
 
 
-def test_folding_a_large_weight_needs_a_few_blocks_of_memory() -> None:
-    import tracemalloc
-
-    made = _Made(3000, 4000, "dora", np.random.default_rng(0))
-    weight = made.folded()
-    tracemalloc.start()
-    for part in folding_blocks(len(weight)):
-        weight[part]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 6 * 4 * folding.BLOCK
-
-
-def folding_blocks(count: int) -> Iterator[slice]:
-    from modekit.weights.numeric import blocks
-
-    return blocks(count)
-
-
 # --- refusals
 
 
@@ -533,26 +505,13 @@ def test_refuses_missing_and_pickled_weights(bases: Callable[[str], Path], tmp_p
     refused(SourceError, bases("llama"), tmp_path, "pickled", "adapter_model.bin")
 
 
-def test_refuses_a_truncated_file(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    file = write_adapter(tmp_path) / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    refused(SourceError, bases("llama"), tmp_path, "damaged, or none")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "null", '"LORA"', "{}", '{"peft_type": 3}', '{"peft_type": null}', "[" * 10**5]
-)
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", "[" * 10**5])
 def test_refuses_a_config_that_is_none(bases: Callable[[str], Path], tmp_path: Path, text: str) -> None:
     (write_adapter(tmp_path) / "adapter_config.json").write_text(text)
     refused(SourceError, bases("llama"), tmp_path, "adapter_config.json")
 
 
-def test_refuses_a_config_that_is_no_text(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    (write_adapter(tmp_path) / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
-    refused(SourceError, bases("llama"), tmp_path, "adapter_config.json")
-
-
-@pytest.mark.parametrize("kind", ["ADALORA", "OFT", "made up"])
+@pytest.mark.parametrize("kind", ["ADALORA"])
 def test_refuses_other_kinds_of_adapters_and_lists_the_known_ones(
     bases: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
@@ -574,13 +533,13 @@ REFUSED_SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", REFUSED_SETTINGS)
+@pytest.mark.parametrize("key", ["layer_replication", "a_setting_of_a_later_peft"])
 def test_refuses_settings_whose_maths_is_not_known(bases: Callable[[str], Path], tmp_path: Path, key: str) -> None:
     write_adapter(tmp_path, **{key: REFUSED_SETTINGS[key]})
     refused(UnsupportedError, bases("llama"), tmp_path, f"{key}: ", "merge_and_unload")
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_16", "olora"])
 def test_refuses_initialisations_that_change_the_base(bases: Callable[[str], Path], tmp_path: Path, init: str) -> None:
     refused(UnsupportedError, bases("llama"), write_adapter(tmp_path, init_lora_weights=init), init)
 
@@ -593,49 +552,6 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
         "modules_to_save",
         "feedforward_modules",
     }
-
-
-def test_what_a_default_config_says_is_accepted(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(write_adapter(tmp_path))
-    assert opened(bases("llama"), tmp_path).notes == ()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora_alpha": [8]},
-        {"lora_alpha": "x"},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": float("inf")},
-        {"lora_alpha": 10**400},
-        {"alpha_pattern": {"q_proj": []}},
-        {"alpha_pattern": 3},
-        {"use_rslora": "yes"},
-        {"use_dora": 1},
-        {"modules_to_save": "lm_head"},
-        {"modules_to_save": [3]},
-        {"init_lora_weights": 3},
-        {"lora_bias": "no"},
-        {"peft_type": "IA3"},
-        {"peft_type": "IA3", "feedforward_modules": 1},
-    ],
-    ids=str,
-)
-def test_refuses_values_of_the_wrong_kind(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
-    key = "feedforward_modules" if "peft_type" in changes else next(iter(changes))
-    endless = isinstance(changes.get(key), float) and not math.isfinite(changes[key])
-    refused(SourceError, bases("llama"), write_adapter(tmp_path, **changes), "is no JSON" if endless else key)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"alpha_pattern": {"(": 1}},
-    ],
-    ids=str,
-)
-def test_refuses_patterns_that_are_none(bases: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
-    refused(SourceError, bases("llama"), write_adapter(tmp_path, **changes), "regular expression")
 
 
 JSON = st.recursive(
@@ -668,13 +584,6 @@ def test_refuses_other_sizes_and_names_both(bases: Callable[[str], Path], tmp_pa
     refused(MismatchError, bases("narrow llama"), tmp_path, "[4, 32]", "[4, 16]", "q_proj.lora_A")
 
 
-def test_refuses_a_head_of_another_width(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    """How many rows it has is not the adapter's alone to say (test_vocabulary.py)."""
-    name = "base_model.model.lm_head.weight"
-    write_adapter(tmp_path, {**plain_tensors(), name: np.ones((98, 16), np.float32)})
-    refused(MismatchError, bases("llama"), tmp_path, "[98, 16]", f"[{SMALL['vocab_size']}, 32]", name)
-
-
 def test_refuses_layers_beyond_the_base_s(bases: Callable[[str], Path], tmp_path: Path) -> None:
     more = {
         Q.format(7) + part: value[:]
@@ -684,25 +593,16 @@ def test_refuses_layers_beyond_the_base_s(bases: Callable[[str], Path], tmp_path
     refused(MismatchError, bases("llama"), tmp_path, "more layers", "layer 7", "2 layers")
 
 
-@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+@pytest.mark.parametrize("part", ["lora_A.weight"])
 def test_refuses_half_a_lora(bases: Callable[[str], Path], tmp_path: Path, part: str) -> None:
     tensors = {name: value for name, value in plain_tensors().items() if name != FIRST + part}
     refused(SourceError, bases("llama"), write_adapter(tmp_path, tensors), "lacks a part", part, "layers.0.self_attn.q_proj")
-
-
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
-def test_refuses_missing_magnitudes_and_biases(bases: Callable[[str], Path], tmp_path: Path, config: dict[str, Any]) -> None:
-    refused(SourceError, bases("llama"), write_adapter(tmp_path, **config), "lacks a part")
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
         (FIRST + "lora_magnitude_vector", (32,)),
-        (FIRST + "lora_B.bias", (32,)),
-        (FIRST + "weight", (32, 32)),
-        (FIRST + "lora_embedding_A", (4, 32)),
-        (FIRST + "ia3_l", (32, 1)),
         ("base_model.model.model.layers.0.self_attn.k_proj.base_layer.weight", (16, 32)),
     ],
 )

@@ -59,22 +59,7 @@ def planned(bench: Workshop, form: str, **changes: Any) -> Any:
     return make_plan(parse_recipe({**bench.recipe, "output": {"format": form}, **changes}), bench.root)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_adapter_of_these_tests_is_good(bench: Workshop, form: str) -> None:
-    assert planned(bench, form).notes is not None
-    bench.build(output={"format": form})
-
-
 # Folders and files
-
-
-def test_missing_folders(bench: Workshop) -> None:
-    file = "./law/adapter_config.json"
-    for spec in ("./nowhere", "../nowhere/at/all", "~nobody-of-that-name/adapter", "x" * 300, "a\0b", file):
-        experts = [{"name": "law", "adapter": spec}]
-        message = refuse_build(bench, experts=experts)
-        assert ("a file is named in place of a folder" if spec == file else "model folder does not exist") in message
-        assert "experts[0] 'law'" in message
 
 
 def test_a_full_model_given_as_an_adapter_and_the_other_way_round(bench: Workshop, shared_workshop: Workshop) -> None:
@@ -85,31 +70,6 @@ def test_a_full_model_given_as_an_adapter_and_the_other_way_round(bench: Worksho
     message = refuse_build(bench)
     assert LAW in message
     assert "this is an adapter" in message and "adapter: in place of model:" in message
-
-
-def test_an_adapter_of_an_adapter(bench: Workshop) -> None:
-    write_adapter(bench.root / "first")
-    message = refuse_build(bench, base_model="./first")
-    assert "base_model (./first)" in message
-    assert "this is an adapter, not a full model" in message
-
-
-def test_an_empty_folder(bench: Workshop) -> None:
-    for file in law(bench).iterdir():
-        file.unlink()
-    refused(bench, "adapter_config.json")
-
-
-def test_missing_config(bench: Workshop) -> None:
-    (law(bench) / "adapter_config.json").unlink()
-    refused(bench, "adapter_config.json is missing")
-
-
-def test_folders_where_files_should_be(bench: Workshop) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (law(bench) / name).unlink()
-        (law(bench) / name).mkdir()
-        refused(bench, name)
 
 
 def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -125,40 +85,21 @@ def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 # What the config and the file say
 
 
-@pytest.mark.parametrize("alpha", [math.nan, math.inf])
-def test_an_alpha_that_no_json_can_say(bench: Workshop, alpha: Any) -> None:
-    write_adapter(law(bench), lora_alpha=alpha)
-    refused(bench, "adapter_config.json cannot be read", "is no JSON")
-
-
 def test_without_alpha_it_is_the_one_of_peft(bench: Workshop) -> None:
     write_adapter(law(bench), lora_alpha=...)
     plan = planned(bench, "modekit")
     assert plan.config["modekit"]["places"]["model.layers.1.mlp.up_proj"]["scales"] == [1.0, 8 / 4]
 
 
-def test_a_revision_of_a_folder(bench: Workshop) -> None:
-    bench.recipe["experts"][1]["revision"] = "main"
-    refused(bench, "a revision has no effect with a folder")
-
-
 # Adapters of another base
 
 
-@pytest.mark.parametrize("base", ["someone/else", "", None, "../../etc", "/nowhere"])
+@pytest.mark.parametrize("base", ["someone/else", None])
 def test_the_name_of_another_base_alone_is_no_mistake(bench: Workshop, base: Any) -> None:
     """Folders are renamed and hub ids copied; the shapes and names of tensors are what has to fit."""
     write_adapter(law(bench), base_model_name_or_path=base)
     for form in FORMATS:
         assert planned(bench, form)
-
-
-def test_another_tokenizer(bench: Workshop, shared_workshop: Workshop) -> None:
-    tokenizer = json.loads((shared_workshop.root / "base" / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (law(bench) / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(bench, "tokenizer differs", "2 tokens")
 
 
 # What is mixed and what is not
@@ -175,14 +116,6 @@ def test_adapters_of_what_is_not_mixed(bench: Workshop) -> None:
     assert "no expert differs from the base" in refuse_build(bench, experts=alone, mixture={**RANDOM, "modules": ["k"]})
 
 
-def test_adapters_of_layers_that_are_not_mixed(bench: Workshop) -> None:
-    first = {name: value for name, value in UP.items() if ".0." in name}
-    write_adapter(law(bench), first, layers_to_transform=[0])
-    message = refuse_build(bench, mixture={**RANDOM, "layers": [1, 2]})
-    assert LAW in message and "changes nothing that this recipe mixes" in message
-    assert "there is no such layer" in refuse_build(bench, mixture={**RANDOM, "layers": [0, 3]})
-
-
 def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) -> None:
     write_adapter(law(bench), {**UP, **Q}, target_modules=["up_proj", "q_proj"])
     for form, mixture in (("native", RANDOM), ("modekit", {**RANDOM, "modules": ["mlp"]})):
@@ -192,45 +125,21 @@ def test_what_an_adapter_changes_beside_what_is_mixed_is_noted(bench: Workshop) 
         assert "mixture.backbone: average" in note
 
 
-def test_what_a_native_mixture_would_lose_the_modekit_architecture_keeps(bench: Workshop) -> None:
-    """The way that messages of lost tensors name is one that works."""
-    write_adapter(law(bench), Q, target_modules=["q_proj"])
-    native = refuse_build(bench, output={"format": "native"})
-    assert "changes nothing that this recipe mixes" in native and "mixture.layers" not in native
-    assert "mixtral mixes whole FFNs alone; output: {format: modekit} mixes any part (mixture.modules)" in native
-    assert not any("law changes" in note for note in planned(bench, "modekit").notes)
-
-
 # Routers
 
 
-@pytest.mark.parametrize("fit", ["arrow"])
-def test_routers_of_adapters_refuse_full_models(bench: Workshop, fit: str) -> None:
-    message = refuse_build(bench, mixture={"router": {"fit": fit}})
-    assert f"router fit '{fit}' scores low-rank changes" in message and "medicine" in message and "as: lora" in message
+def test_routers_of_adapters_refuse_full_models(bench: Workshop) -> None:
+    message = refuse_build(bench, mixture={"router": {"fit": "arrow"}})
+    assert "router fit 'arrow' scores low-rank changes" in message and "medicine" in message and "as: lora" in message
 
 
-@pytest.mark.parametrize("fit", ["arrow"])
-def test_routers_of_adapters_refuse_what_is_no_low_rank_change(bench: Workshop, fit: str) -> None:
+def test_routers_of_adapters_refuse_what_is_no_low_rank_change(bench: Workshop) -> None:
     magnitudes = {f"{PREFIX}{layer}.mlp.up_proj.lora_magnitude_vector": np.ones(48, np.float32) for layer in range(3)}
     write_adapter(law(bench), {**UP, **magnitudes}, use_dora=True)
     experts = [{"name": "plain", "model": "base"}, bench.recipe["experts"][1]]
-    message = refuse_build(bench, experts=experts, mixture={"router": {"fit": fit}})
+    message = refuse_build(bench, experts=experts, mixture={"router": {"fit": "arrow"}})
     assert "no low-rank change" in message and "expert 'law': model.layers.0.mlp.up_proj" in message
     assert "as plain LoRA (without DoRA" in message and "as: lora" not in message
-
-
-@pytest.mark.parametrize("fit", ["arrow"])
-def test_routers_of_adapters_are_no_deep_routers(bench: Workshop, fit: str) -> None:
-    message = refuse_build(bench, experts=[bench.recipe["experts"][1]], mixture={"router": {"fit": fit, "per": "feature"}})
-    assert "mixture.router" in message and "one decision per module" in message
-
-
-@pytest.mark.parametrize("fit", ["arrow"])
-def test_routers_of_adapters_have_nothing_to_score_at_the_embedding(bench: Workshop, fit: str) -> None:
-    router = {"fit": fit, "granularity": "sequence", "per": "model"}
-    message = refuse_build(bench, experts=[bench.recipe["experts"][1]], mixture={"modules": "all", "router": router})
-    assert "reads the embedding" in message and "name the parts under modules" in message
 
 
 # As: lora
@@ -246,16 +155,6 @@ def test_as_lora_of_what_is_no_full_model(bench: Workshop) -> None:
 def test_as_lora_in_a_native_architecture(bench: Workshop) -> None:
     experts = [{**bench.recipe["experts"][0], "as": "lora"}, bench.recipe["experts"][1]]
     assert "as: lora" in refuse_build(bench, experts=experts, output={"format": "native"})
-
-
-@pytest.mark.parametrize("rank", [0, -3, 1.5, "4", 10**30])
-def test_ranks_of_as_lora(bench: Workshop, rank: Any) -> None:
-    experts = [{**bench.recipe["experts"][0], "as": "lora", "rank": rank}]
-    if rank == 10**30:  # larger than the matrix: all of it
-        ranks = planned(bench, "modekit", experts=experts).config["modekit"]["places"]["model.layers.0.mlp.up_proj"]["ranks"]
-        assert ranks == [32]
-    else:
-        assert "experts[0].rank" in refuse_build(bench, experts=experts)
 
 
 def test_a_rank_larger_than_the_matrix_is_the_whole_difference(bench: Workshop, ids: torch.Tensor) -> None:
@@ -280,7 +179,7 @@ def test_a_difference_that_overflows(bench: Workshop, shared_workshop: Workshop)
 # Values
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("key", [UP_A, UP_B])
 def test_nan_and_inf(bench: Workshop, key: str, value: float) -> None:
     tensors = {name: tensor.copy() for name, tensor in UP.items()}
@@ -299,14 +198,6 @@ def test_values_that_overflow_the_result(bench: Workshop) -> None:
     write_adapter(law(bench), {**UP, UP_A: np.full_like(UP[UP_A], 1e30), UP_B: np.full_like(UP[UP_B], 1e30)})
     message = refuse_build(bench, output={"format": "native"})
     assert LAW in message and "do not fit float32" in message
-
-
-def test_nan_in_a_magnitude_and_a_row_of_zeros(bench: Workshop) -> None:
-    name = f"{PREFIX}1.mlp.up_proj.lora_magnitude_vector"
-    magnitudes = {f"{PREFIX}{layer}.mlp.up_proj.lora_magnitude_vector": np.ones(48, np.float32) for layer in range(3)}
-    magnitudes[name] = np.full(48, np.nan, np.float32)
-    write_adapter(law(bench), {**UP, **magnitudes}, use_dora=True)
-    refused(bench, "NaN or Inf", name)
 
 
 # In a process of its own

@@ -20,12 +20,10 @@ from modekit.building.build import build
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.cli.shell import main
-from modekit.errors import SourceError
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.members.change import before_change
 from modekit.members.edits import NewExpert, add_expert
-from modekit.sources.config import refuse_other_kinds
 from modekit.sources.source import open_source
 from modekit.sources.tokenizer import copied_content
 from refusal import borrow, copy_base, copy_expert, refuse_build
@@ -91,19 +89,6 @@ def test_a_gguf_names_what_unpacks_it(bench: Workshop) -> None:
     assert "GGUF files are not read" in message and "model-q8_0.gguf" in message and "gguf_file=NAME" in message
 
 
-@pytest.mark.parametrize("spec", ["some/name", "some name/with spaces"])
-def test_a_hub_model_without_the_hub(bench: Workshop, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refuse_build(bench, base_model=spec)
-    assert f"base_model ({spec})" in message
-    assert "hub" in message
-
-
-def test_an_empty_folder(bench: Workshop) -> None:
-    (bench.root / "empty").mkdir()
-    assert "config.json is missing" in refuse_build(bench, base_model="./empty")
-
-
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"architectures": []}', "\udcff"])
 def test_damaged_config(bench: Workshop, content: str) -> None:
     (copy_expert(bench) / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -112,7 +97,7 @@ def test_damaged_config(bench: Workshop, content: str) -> None:
     assert "config.json" in message
 
 
-@pytest.mark.parametrize("value", ["absent", None, "three", -1])
+@pytest.mark.parametrize("value", ["absent", -1])
 def test_config_without_a_size(bench: Workshop, value: object) -> None:
     change_config(copy_base(bench), num_hidden_layers=value)
     message = refuse_build(bench)
@@ -134,7 +119,7 @@ def test_weights_of_other_sizes_than_the_config_says(bench: Workshop) -> None:
         (folder / "config.json").write_text(kept)
 
 
-@pytest.mark.parametrize("name", [FFN, NORM, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("name", [FFN, "lm_head.weight"])
 def test_missing_tensor(bench: Workshop, name: str) -> None:
     change_tensors(copy_base(bench), lambda tensors: tensors.pop(name))
     assert f"base_model: {name}" in refuse_build(bench)
@@ -237,13 +222,12 @@ def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], objec
 # Values
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         (FFN, {}),
-        (FFN, {"output": {"dtype": "float32"}}),
         (FFN, {"output": {"dtype": "float16"}}),
         (
             "model.layers.1.mlp.down_proj.weight",
@@ -251,10 +235,8 @@ def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], objec
         ),
         (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": {"expert": "law"}}}),
         (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "average"}}),
-        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "task_arithmetic"}}),
-        (NORM, {"mixture": {"router": {"fit": "random"}, "backbone": "ties"}}),
     ],
-    ids=["copied", "to float32", "to float16", "scaled", "copied backbone", "average", "task_arithmetic", "ties"],
+    ids=["copied", "to float16", "scaled", "copied backbone", "average"],
 )
 def test_nan_and_inf(bench: Workshop, value: float, dtype: torch.dtype, name: str, changes: dict[str, Any]) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -267,15 +249,10 @@ def test_nan_and_inf(bench: Workshop, value: float, dtype: torch.dtype, name: st
     assert "NaN or Inf" in message
 
 
-def test_nan_in_the_base_and_under_slerp(bench: Workshop) -> None:
+def test_nan_in_the_base(bench: Workshop) -> None:
     folder = copy_base(bench)
     change_tensors(folder, lambda tensors: tensors[NORM].fill_(math.nan))
     assert f"base_model (./base): {NORM}" in refuse_build(bench)
-    bench.recipe["base_model"] = bench.recipe["experts"][2]["model"]
-    shutil.rmtree(folder)
-    change_tensors(copy_expert(bench), lambda tensors: tensors[NORM][3].fill_(math.nan))
-    mixture = {"router": {"fit": "random"}, "backbone": "slerp"}
-    assert f"{LAW}: {NORM}" in refuse_build(bench, mixture=mixture, experts=bench.recipe["experts"][:2])
 
 
 def test_values_that_overflow_the_result(bench: Workshop) -> None:
@@ -299,12 +276,9 @@ def test_values_that_overflow_the_result(bench: Workshop) -> None:
     [
         ({"intermediate_size": 64}, "intermediate_size"),
         ({"num_hidden_layers": 2}, "num_hidden_layers"),
-        ({"hidden_size": 64}, "hidden_size"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_parameters"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, "rope_parameters"),
     ],
 )
 def test_expert_of_another_architecture(bench: Workshop, overrides: dict[str, Any], key: str) -> None:
@@ -325,13 +299,6 @@ def test_expert_of_another_family(bench: Workshop) -> None:
     assert "qwen3" in message
 
 
-def test_base_whose_tensors_are_not_those_of_its_class(bench: Workshop) -> None:
-    change_config(copy_base(bench), model_type="gpt_neox")
-    message = refuse_build(bench)
-    assert "tensor is missing" in message
-    assert "base_model: gpt_neox.embed_in.weight" in message
-
-
 def test_expert_with_one_tensor_of_another_shape(bench: Workshop) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(64, 32)
@@ -341,21 +308,6 @@ def test_expert_with_one_tensor_of_another_shape(bench: Workshop) -> None:
     assert f"{LAW}: model.layers.1.self_attn.q_proj.weight" in message
     assert "[64, 32]" in message
     assert "[32, 32]" in message
-
-
-def test_tokenizers_that_differ_name_their_tokens(bench: Workshop) -> None:
-    folder = copy_expert(bench)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    path.write_text(json.dumps(tokenizer))
-    message = refuse_build(bench)
-    assert LAW in message
-    assert "2 tokens" in message
-    assert f"'a' (base {vocab['b']}, expert {vocab['a']})" in message
-    path.write_text("{")
-    assert f"{LAW}: tokenizer.json" in refuse_build(bench)
 
 
 # Weights that modekit does not read
@@ -368,21 +320,6 @@ def test_pickled_weights(bench: Workshop) -> None:
     assert LAW in message
     assert "pytorch_model.bin" in message
     assert "save_pretrained" in message
-
-
-@pytest.mark.parametrize("with_config", [True, False])
-def test_an_adapter(bench: Workshop, with_config: bool) -> None:
-    folder = copy_expert(bench)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    if not with_config:
-        (folder / "config.json").unlink()
-    message = refuse_build(bench)
-    assert LAW in message
-    assert "adapter" in message
-    assert "name it as adapter:" in message
-    with pytest.raises(SourceError, match="like the one that it was trained on"):  # `extract --base`, where there is no recipe
-        refuse_other_kinds([path.name for path in folder.iterdir()], where="BASE")
 
 
 def test_no_weights_at_all(bench: Workshop) -> None:

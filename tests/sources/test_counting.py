@@ -29,13 +29,6 @@ _OLMOE = {
     **{"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16},
     **{"num_key_value_heads": 16, "vocab_size": 50304, "num_experts": 64, "num_experts_per_tok": 8},
 }
-_DEEPSEEK = {
-    "model_type": "deepseek_v2",
-    **{"hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27},
-    **{"num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512, "v_head_dim": 128},
-    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "first_k_dense_replace": 1, "vocab_size": 102400},
-    **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
-}
 _QWEN15 = {
     "model_type": "qwen2_moe",
     **{"hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408, "num_hidden_layers": 24},
@@ -83,22 +76,6 @@ def test_experts_are_told_from_shared_ones_by_where_they_stand(tmp_path: Path) -
     assert (found.layers, found.experts, found.top_k) == (3, [4], [2])
     assert found.expert_parameters == 3 * 4 * 3 * 64 * 32
     assert found.total - found.active == found.expert_parameters // 2
-
-
-def test_attention_and_ffn_of_a_layer_are_one_layer(tmp_path: Path) -> None:
-    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "kv_channels": 16, "vocab_size": 96}
-    found = _count(tmp_path, {"model_type": "jetmoe", **small, "num_key_value_heads": 2, "num_local_experts": 4})
-    assert (found.layers, found.experts, found.top_k) == (3, [4], [2])
-
-
-def test_what_the_count_of_deepseek_leaves_out(tmp_path: Path) -> None:
-    """Its card gives 15.7 and 2.4 billion; the active ones without the embedding, of which a token reads one row."""
-    found = _count(tmp_path, _DEEPSEEK)
-
-    embedding = 102400 * 2048
-    assert found.total / 1e9 == pytest.approx(15.7, rel=0.01)
-    assert (found.active - embedding) / 1e9 == pytest.approx(2.4, abs=0.06)
-    assert (found.layers, found.experts, found.top_k) == (26, [64], [6])
 
 
 def test_counts_are_those_of_a_model_that_exists(tmp_path: Path) -> None:

@@ -148,28 +148,6 @@ def test_whole_ffns_are_experts(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(forced(model, 1), logits(by_hand), atol=1e-4, rtol=0)
 
 
-def test_few_bits_keep_most_of_a_model(tmp_path: Path) -> None:
-    """Alone, and sequence by sequence, it is the same model."""
-    save_models("gpt_neox", tmp_path)
-    base, other = (logits(opened(tmp_path / name)) for name in ("base", "other"))
-    said = {"name": "other", "model": "./other", "bits": 4}
-    model = mixture(tmp_path, "OUT", [{"name": "plain", "model": "base"}, said], router=ONE_ROUTER)
-    assert any(any(place.get("bits", ())) for place in model.config.modekit["places"].values())
-    alone = forced(model, 1)
-    torch.testing.assert_close(forced(model, torch.tensor([1, 1])), alone, atol=1e-4, rtol=0)
-    assert (alone - other).norm() < (base - other).norm()
-    assert is_proven(verify(open_checkpoint(tmp_path / "OUT")))
-
-
-def test_a_common_expert_beside_an_adapter(tmp_path: Path) -> None:
-    """A head without a bias: logits are averaged as the last hidden states are."""
-    save_models("gpt_neox", tmp_path)
-    adapted, base = save_adapter(tmp_path), logits(opened(tmp_path / "base"))
-    common = {"expert": "base", "weight": 0.25, "apart": True}
-    model = mixture(tmp_path, "OUT", [{"name": "low", "adapter": "./lora"}], router={"fit": "random"}, always_on=common)
-    torch.testing.assert_close(logits(model), 0.75 * adapted + 0.25 * base, atol=1e-4, rtol=0)
-
-
 def test_beams_with_a_common_expert_where_attentions_have_caches_of_their_own(tmp_path: Path) -> None:
     save_models("diffllama", tmp_path)
     experts = [{"name": "plain", "model": "base"}, {"name": "other", "model": "./other"}]
@@ -190,23 +168,6 @@ def test_whole_decoders_are_experts_where_it_is_known_what_runs_first(model_type
     model, expected = mixture(tmp_path, "OUT", experts, modules="decoder", router=ONE_ROUTER), opened(tmp_path / "base")
     assert torch.isfinite(logits(model)).all()
     torch.testing.assert_close(forced(model, 0), logits(expected), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("model_type", ["gpt_neox", "glm"])
-def test_logits_of_some_tokens(model_type: str, tmp_path: Path) -> None:
-    """Of heads that are an expert's own, and changed by an adapter."""
-    save_models(model_type, tmp_path)
-    head = structure(json.loads((tmp_path / "base" / "config.json").read_text()), where="base").family.head
-    config = peft.LoraConfig(r=4, target_modules=[head], init_lora_weights=False)
-    peft.get_peft_model(opened(tmp_path / "base"), config).save_pretrained(tmp_path / "lora")
-    experts = [{"name": "other", "model": "./other"}, {"name": "low", "adapter": "./lora"}]
-    model = mixture(tmp_path, "OUT", experts, modules="all", router=ONE_ROUTER)
-    with torch.no_grad():
-        next(iter(model.base_model.flow.mixed.values())).leader.router.gate.mul_(100)
-        expected = logits(model)
-        for kept in (3, torch.tensor([2, 5])):
-            wanted = expected[:, -kept:] if isinstance(kept, int) else expected[:, kept]
-            torch.testing.assert_close(model(input_ids=IDS, logits_to_keep=kept).logits, wanted, atol=1e-5, rtol=0)
 
 
 def test_an_expert_has_more_tokens_than_a_base_without_a_row(tmp_path: Path) -> None:

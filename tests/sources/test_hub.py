@@ -149,10 +149,6 @@ def _token(hub: StandIn) -> None:
     hub.refuse["acme/law"] = (401, {"X-Error-Message": "Invalid credentials in Authorization header"})
 
 
-def _forbidden(hub: StandIn) -> None:
-    hub.refuse["acme/law"] = (403, {"X-Error-Message": "Not in your plan"})
-
-
 def _broken(hub: StandIn) -> None:
     hub.refuse["acme/law"] = (418, {})
 
@@ -166,7 +162,6 @@ def _broken(hub: StandIn) -> None:
         (lambda _: None, {"model": "acme/lwa"}, ["no repository of that name", "hf auth login"]),
         (lambda _: None, {"model": "acme/law", "revision": "v9"}, ["no such revision"]),
         (lambda _: None, {"model": "acme/law-lora"}, ["an adapter, not a full model", "adapter:"]),
-        (_forbidden, {"model": "acme/law"}, ["Not in your plan"]),
     ],
 )
 def test_what_the_hub_refuses_is_one_message(
@@ -185,16 +180,14 @@ def test_what_the_hub_refuses_is_one_message(
         (["notes.txt"], ["no safetensors weights"]),
     ],
 )
-@pytest.mark.parametrize("configured", [True, False])
 def test_a_repository_without_safetensors_says_what_it_has(
-    workshop: Workshop, hub: StandIn, tmp_path: Path, names: list[str], words: list[str], configured: bool
+    workshop: Workshop, hub: StandIn, tmp_path: Path, names: list[str], words: list[str]
 ) -> None:
     hub.repos["acme/odd"] = odd = tmp_path / "odd"
     odd.mkdir()
     for name in names:
         (odd / name).write_bytes(b"x")
-    if configured:
-        shutil.copy(hub.repos["acme/law"] / "config.json", odd)
+    shutil.copy(hub.repos["acme/law"] / "config.json", odd)
     said = refused(workshop, {"model": "acme/odd"})
     assert not [word for word in words if word not in said], said
     assert not hub.whole() & {f"acme/odd/{name}" for name in names}
