@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import modekit
 from adapter_folders import lora, write_adapter
-from command_line import ended
 from conftest import Workshop, save, tiny_model, write_text
 from modekit.building.verify import is_proven
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -83,13 +82,6 @@ def test_an_expert_that_changed_is_left_out_and_comes_back(bench: Workshop) -> N
     assert losses(scores(checkpoint)) == before
 
 
-def test_the_command_says_which_file_it_was(bench: Workshop) -> None:
-    out = bench.build()
-    change(bench.root / "law")
-    code, stdout, _ = ended("eval", out, "--tokens", "100")
-    assert code == 0 and "mixture" in stdout and "experts[1] 'law' (model.safetensors)" in " ".join(stdout.split())
-
-
 def test_a_base_that_changed_is_no_base(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     change(bench.root / "base")
@@ -136,13 +128,6 @@ def test_an_adapter_of_another_scale_is_another_model(adapters: Checkpoint) -> N
     found = scores(adapters)
     assert "law (adapter_config.json)" in " ".join(found.notes).replace("'", "")
     assert {"base", "medicine", "oracle", "mixture"} == {row.name for row in found.rows}
-
-
-def test_an_adapter_is_nothing_on_another_base(adapters: Checkpoint) -> None:
-    change(adapters.folder.parent / "base")
-    assert {row.name for row in scores(adapters).rows} == {"oracle", "mixture"}
-    said = why_not(adapters, 1)
-    assert said is not None and "base_model (model.safetensors)" in said
 
 
 def test_what_did_not_change_is_read_once(bench: Workshop, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,21 +14,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modekit.evaluation.jobs as jobs_module
 import modekit.loaded.experts as experts_module
-from conftest import DOMAINS, Workshop, save, tiny_model
+from conftest import DOMAINS, Workshop, save
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError
-from modekit.evaluation.domains import Domain, held_out_domains
+from modekit.evaluation.domains import held_out_domains
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.loss import score_domain
 from modekit.evaluation.results import Results
-from modekit.evaluation.uncertainty import gap_error, in_blocks, mean_error
+from modekit.evaluation.uncertainty import gap_error, mean_error
 from modekit.experts.moving import trainable_parameters
 from modekit.experts.specialize import specialize
 from modekit.loaded.text_training import Training
 from modekit.routing.refit import refit
 from modekit.text.documents import read_documents
 from modekit.text.held_out import fit_documents
-from modekit.text.sequences import TokenSequence, encode, make_batches
+from modekit.text.sequences import encode
 from modekit.text.splits import digest_of, split_of
 
 LOGISTIC = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -138,13 +138,6 @@ def test_text_given_for_evaluation_loses_what_an_expert_was_trained_on(workshop:
     assert domain.record.documents == len([d for d in documents if split_of(d) != "fit"]) < len(documents)
 
 
-def test_domains_without_a_gap_are_named(evaluated: tuple[Checkpoint, Results]) -> None:
-    """Random experts: where one is not better than the base, there is no gap, and the table says so."""
-    _, results = evaluated
-    gapless = [name for name in DOMAINS if results.row("mixture").scores[name].gap_closed is None]
-    assert all(name in " ".join(results.notes) for name in gapless) and bool(gapless) == bool(results.notes)
-
-
 def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> None:
     ffn_specialists(workshop)
     checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
@@ -183,15 +176,6 @@ def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeyp
     assert len(loaded) > 5  # other tokens: every row again
 
 
-def test_results_on_disk_are_the_results(evaluated: tuple[Checkpoint, Results]) -> None:
-    checkpoint, results = evaluated
-    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
-    assert data == json.loads(json.dumps(results.as_data()))
-    markdown = (checkpoint.folder / "results" / "eval.md").read_text()
-    for row in results.rows:
-        assert f"{row.scores['code'].loss:.3f} / {row.scores['code'].perplexity:.1f}" in markdown
-
-
 def test_parameters_are_counted(evaluated: tuple[Checkpoint, Results]) -> None:
     checkpoint, results = evaluated
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint.folder).parameters())
@@ -218,19 +202,6 @@ def test_given_weights_weigh_the_experts_and_leave_no_oracle(workshop: Workshop)
     for name in DOMAINS:
         assert results.row("mixture").scores[name].loss == pytest.approx(results.row("law").scores[name].loss, abs=1e-4)
     assert "oracle" not in [row.name for row in results.rows] and "oracle" in results.notes[0]
-
-
-def test_batches_of_any_size_score_the_same() -> None:
-    model = tiny_model()
-    sequences = [TokenSequence(tuple(range(3, 3 + n)), n) for n in (5, 17, 30, 2)]
-    domain = Domain("x", None, sequences)
-    expected = score_domain(model, domain, lambda _: None).loss
-    total = 0.0
-    for batch in make_batches(sequences, tokens=1):
-        ids = batch.input_ids
-        with torch.inference_mode():
-            total += float(torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
-    assert expected == pytest.approx(total / domain.scored_tokens, rel=1e-5)
 
 
 def test_errors_are_the_spread_over_parts_of_the_text() -> None:
@@ -264,40 +235,6 @@ def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(workshop: Worksho
     with pytest.raises(CheckpointError, match=r"the loss is not finite\n\s+where:\s+oracle on the text 'medicine'"):
         evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
     assert not (out / "results").exists()
-
-
-def test_parts_are_consecutive_and_lose_nothing() -> None:
-    assert in_blocks([1, 2, 4]) == (1, 2, 4)
-    parts = in_blocks([1.0] * 45)
-    assert len(parts) == 20 and sum(parts) == 45 and set(parts) == {2, 3}
-
-
-def test_a_table_carries_its_errors(evaluated: tuple[Checkpoint, Results]) -> None:
-    _, results = evaluated
-    for row in results.rows:
-        for name, score in row.scores.items():
-            assert score.loss_error is not None and 0 < score.loss_error < score.loss
-            assert score.blocks is not None and sum(score.blocks) == pytest.approx(
-                score.loss * (results.text[name].tokens - results.text[name].documents), rel=0.2
-            )
-            assert (score.gap_error is None) or score.gap_closed is not None
-    read = Results.from_data(json.loads(json.dumps(results.as_data())))
-    assert read.rows == results.rows
-
-
-def test_a_table_of_an_earlier_version_is_read_and_gets_its_errors(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
-    results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
-    path = checkpoint.folder / "results" / "eval.json"
-    data = json.loads(path.read_text())
-    for row in data["rows"]:
-        for score in row["domains"].values():
-            for key in ("loss_error", "gap_error", "blocks"):
-                del score[key]
-    path.write_text(json.dumps(data))
-    assert Results.from_data(data).rows[0].scores["law"].loss == results.rows[0].scores["law"].loss
-    assert Results.from_data(data).belongs_to(checkpoint)
-    assert evaluate(checkpoint, tokens_per_domain=300, sequence_length=32).rows == results.rows
 
 
 def test_results_know_whose_they_are(workshop: Workshop) -> None:

@@ -13,11 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import modekit.loaded.experts as experts_module
 from adapter_folders import quiet, train_adapter
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, make_workshop
-from modekit.building.preview import forced_cost
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.evaluation.domains import held_out_domains
@@ -101,19 +99,6 @@ def test_a_native_mixture_leaves_attention_behind(adapters: Workshop) -> None:
     for row in found.rows:
         assert row.not_carried is not None and 0.01 < row.not_carried < 2, row
         assert row.largest > 0.1 and row.forced_loss != row.own_loss
-
-
-def test_wider_plain_checkpoints_are_compared_too(adapters: Workshop) -> None:
-    """Channels of a lexical router stand beside the base's."""
-    ffn = peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL[3:], task_type="CAUSAL_LM")
-    experts = [{**expert, "adapter": f"./ffn-{expert['name']}"} for expert in adapters.recipe["experts"][:2]]
-    for expert in experts:
-        train_adapter(adapters.root / "base", ffn, adapters.root / expert["adapter"])
-    router = {"fit": "lexical"}
-    folder = adapters.build("LEXICAL", experts=experts, output={"format": "native"}, mixture={"top_k": 2, "router": router})
-    found = forced(folder)
-    assert open_checkpoint(folder).shape.channels is not None
-    assert all(row.base_kl > 0.01 and row.not_carried is not None and row.not_carried < 1e-3 for row in found.rows), found.rows
 
 
 def test_full_models_and_the_base_as_experts(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -214,33 +199,6 @@ def test_pairs_are_read_by_models_with_an_encoder(tmp_path: Path) -> None:
     assert all(row.kl < 1e-7 < row.base_kl for row in found.rows)
 
 
-def test_peft_reads_patterns_of_modules_too(adapters: Workshop, tmp_path: Path) -> None:
-    folder = tmp_path / "patterns"
-    folder.mkdir()
-    source = adapters.root / "medicine-adapter"
-    (folder / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
-    config = json.loads((source / "adapter_config.json").read_text())
-    config["target_modules"] = r".*\.(q|v|o|gate|up|down)_proj"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    expert = {**adapters.recipe["experts"][0], "adapter": str(folder)}
-    found = forced(adapters.build("PATTERNS", experts=[expert], mixture={"top_k": 1, "router": {"fit": "random"}}))
-    assert found.own_models == {"medicine": "PEFT"} and all(row.kl < 1e-7 < row.base_kl for row in found.rows)
-
-
-def test_an_adapter_that_peft_does_not_take_whole_is_folded(
-    adapters: Workshop, whole: tuple[Checkpoint, ForcedExperts], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = peft.PeftModel.load_adapter
-
-    def loses_one(*arguments: Any, **options: Any) -> Any:
-        loaded = load(*arguments, **options)
-        loaded.missing_keys.append("one")
-        return loaded
-
-    monkeypatch.setattr(peft.PeftModel, "load_adapter", loses_one)
-    assert experts_module.load_own_model(whole[0], 1)[1] == "folded"
-
-
 def test_the_commands(adapters: Workshop) -> None:
     adapters.write()
     out = adapters.root / "TYPED"
@@ -253,11 +211,3 @@ def test_the_commands(adapters: Workshop) -> None:
     assert {check["verdict"] for check in both["checks"]} == {"proven"} and len(both["forced"]["rows"]) == 9
     assert "gates forced on it" in modekit("inspect", out, "--tokens", "200")
     assert isinstance(json.loads(modekit("verify", out, "--no-reload", "--json")), list)
-
-
-def test_the_cost_is_said_before(whole: tuple[Checkpoint, ForcedExperts]) -> None:
-    checkpoint, _ = whole
-    cost = forced_cost(checkpoint)
-    sizes = checkpoint.parameters
-    assert 0 < cost.seconds[0] < cost.seconds[1]
-    assert cost.memory == 4 * (sizes.total + sizes.dense + 3 * 1_024 * 96)

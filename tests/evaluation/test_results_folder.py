@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path: Path, checkpoint: Checkpoint) -> None
     assert Results.read(checkpoint) == results
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "[3]", "{}", '{"rows": NaN}', "[" * 100_000, *WRONG])
+@pytest.mark.parametrize("damage", ["absent", "cut", "{}", "[" * 100_000, *WRONG])
 def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) -> None:
     path = checkpoint.folder / "results" / "eval.json"
     content = path.read_text()
@@ -52,14 +52,6 @@ def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) ->
     assert Results.find(checkpoint, problems) is None and len(problems) == 1
     assert "modekit eval" in make_card(checkpoint, ask_hub=False).notes[0]
     path.write_text(content)
-
-
-def test_a_damaged_table_is_made_anew(checkpoint: Checkpoint) -> None:
-    path = checkpoint.folder / "results" / "eval.json"
-    before = Results.read(checkpoint)
-    path.write_text(path.read_text()[:100])
-    assert evaluate(checkpoint, tokens_per_domain=60, sequence_length=32).domains == before.domains
-    assert [row.identity for row in Results.read(checkpoint).rows] == [row.identity for row in before.rows]
 
 
 def test_a_table_in_markdown() -> None:

@@ -105,19 +105,6 @@ def test_entries_are_read_as_they_stand() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "class FTPHandler(BaseHandler):\n    def ftp_open(self, req):\n        if not host:\n            raise URLError",
-        "7.4. Creative Commons Corporation is not a party to this Licence: it says so. Term: it says that too.",
-        "Croup: a disease. Angina: another.",
-        "a text: that begins small. Croup: a disease. Angina: another. Quinsy: a third.",
-    ],
-)
-def test_other_text_has_no_entries(text: str) -> None:
-    assert entries_of(text) == []
-
-
 # -------------------------------------------------------------------------------------------------------------- questions
 
 
@@ -275,17 +262,16 @@ def test_every_model_is_loaded_once_and_its_answers_are_its_own(checkpoint: Chec
         assert scores.rows[row].error == pytest.approx((share * (1 - share) / 11) ** 0.5)
 
 
-@pytest.mark.parametrize("form", ["glosses", "continuations"])
-def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def test_the_harness_itself_runs_what_was_written(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the folder, with stock HFLM: the same score."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    ours = evaluate_tasks(checkpoint, [form], TaskSettings(models=["mixture"], limit=8))
+    ours = evaluate_tasks(checkpoint, ["continuations"], TaskSettings(models=["mixture"], limit=8))
     monkeypatch.chdir(checkpoint.folder / "results" / "tasks")
     lm = HFLM(pretrained=str(checkpoint.folder), device="cpu", dtype="float32", batch_size=1)
     manager = TaskManager(include_path=".", include_defaults=False)
-    theirs = simple_evaluate(lm, tasks=[f"modekit_{form}"], task_manager=manager, limit=8, bootstrap_iters=0)
+    theirs = simple_evaluate(lm, tasks=["modekit_continuations"], task_manager=manager, limit=8, bootstrap_iters=0)
     assert theirs is not None
     compared = 0
     for name, scores in ours.tasks.items():
@@ -416,10 +402,9 @@ def test_a_model_of_nan_has_no_score(
             evaluate_tasks(checkpoint, names, settings)
 
 
-@pytest.mark.parametrize("granularity", ["context", "sequence"])
-def test_no_router_reads_pads(workshop: Workshop, tmp_path: Path, granularity: str) -> None:
+def test_no_router_reads_pads(workshop: Workshop, tmp_path: Path) -> None:
     """Answers of several lengths, each against the model on it alone."""
-    router = {"fit": "random", "granularity": granularity}
+    router = {"fit": "random", "granularity": "context"}
     checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 2, "router": router}))
     letters = {'["a", "b", "c"]': '["a", "bbbbbbbb", "ccc"]', "acc_norm, aggregation": "acc, aggregation"}
     found = evaluate_tasks(checkpoint, ["spell"], own(own_task(tmp_path / "tasks", **letters), "mixture"))
@@ -428,26 +413,6 @@ def test_no_router_reads_pads(workshop: Workshop, tmp_path: Path, granularity: s
         likely = [direct(model, tokenizer, f"word {number}", answer) for answer in ("a", "bbbbbbbb", "ccc")]
         right += likely.index(max(likely)) == number % 3
     assert found.tasks["spell"].rows["mixture"].value == pytest.approx(right / 9)
-
-
-def test_tasks_are_written_to_be_read_by_domain(asked: Workshop) -> None:
-    folder = asked.build("beside")
-    found = evaluate_tasks(open_checkpoint(folder), ["continuations"], TaskSettings(models=["mixture"], limit=8))
-    text = (folder / "results" / "tasks.md").read_text()
-    assert "| model | continuations / (acc_mutual_info, 8) |" in text and "## Questions: law" in text
-    assert text == found.markdown()
-
-
-def test_a_model_that_is_gone_is_left_out(asked: Workshop, tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, {**asked.recipe})
-    for name in ("base", "medicine", "law", "code"):
-        save(tiny_model(seed=1), tmp_path / name)
-    (tmp_path / "text").symlink_to(asked.root / "text")
-    folder = workshop.build()
-    (tmp_path / "law").rename(tmp_path / "moved")
-    found = evaluate_tasks(open_checkpoint(folder), ["spell"], own(own_task(tmp_path / "tasks")))
-    assert found.models == ["base", "medicine", "code", "mixture"]
-    assert any("law left out" in note for note in found.notes)
 
 
 def test_a_model_that_changed_is_left_out(asked: Workshop, tmp_path: Path) -> None:
@@ -481,14 +446,6 @@ def test_what_is_wrong_is_said(asked: Workshop, tmp_path: Path) -> None:
     message = refuse("eval-tasks", out, "spell", "--include-path", wrong, "--trust-tasks")
     assert "task spell" in message and "'nothing' is undefined" in message
     assert "task spell" in refuse("eval-tasks", out, "spell", "--include-path", unmeasured(tmp_path / "b"), "--trust-tasks")
-
-
-@pytest.mark.slow
-def test_tasks_of_the_harness(asked: Workshop) -> None:
-    """Its thousands of files are looked through: half a minute."""
-    assert "perhaps hellaswag" in refuse("eval-tasks", asked.root / "OUT", "helaswag")
-    message = refuse("eval-tasks", asked.root / "OUT", "hellaswag")
-    assert "task hellaswag" in message and "on a hub that can be reached" in message
 
 
 def test_without_the_extra(asked: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,18 +152,9 @@ def test_the_oracle_is_every_domains_own_expert(checkpoint: Checkpoint, results:
     assert results.row("base").total_parameters == results.row("law").active_parameters == checkpoint.parameters.dense
 
 
-def test_a_mean_is_of_the_domains_that_have_an_expert(results: TranslationResults) -> None:
-    row = results.row("mixture")
-    mean = row.mean(results.domains)
-    assert mean is not None and mean.chrf == sum(row.scores[name].chrf for name in EXPERTS) / 3
-    assert mean.bleu == sum(row.scores[name].bleu for name in EXPERTS) / 3
-    assert results.row("oracle").mean([*EXPERTS, "mail"]) is None and row.mean([]) is None
-
-
-@pytest.mark.parametrize("model_type", ["bart", "t5", "m2m_100"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_neither_batch_nor_padding_changes_a_translation(model_type: str, beams: int) -> None:
-    model, tokenizer = writer(model_type, 3), tokenizer_of()
+def test_neither_batch_nor_padding_changes_a_translation(beams: int) -> None:
+    model, tokenizer = writer("t5", 3), tokenizer_of()
     set_decoding(model, Decoding(beams, 1, 12), None)
     read = encode(tokenizer, pairs(9), max_tokens=10_000, sequence_length=512)
     assert len({len(each.ids) for each in read}) > 3
@@ -223,20 +213,6 @@ def test_what_is_written_is_what_was_found(checkpoint: Checkpoint, results: Tran
     table = (checkpoint.folder / "results" / "translate.md").read_text()
     assert "translated with 2 beams, at most 8 tokens each" in table and "| model | news |" in table
     assert "limit of 8 tokens" in table and "pairs: news 5, law 5, songs" in table
-
-
-def test_it_comes_out_the_same_again(checkpoint: Checkpoint, results: TranslationResults) -> None:
-    again = evaluate_translation(checkpoint, pairs=5, decoding=SHORT, write=False)
-    assert [row.scores for row in again.rows] == [row.scores for row in results.rows]
-
-
-def test_without_its_base_a_mixture_is_scored_alone(tmp_path: Path) -> None:
-    shop = make_shop(tmp_path, "marian")
-    checkpoint = open_checkpoint(shop.build("OUT"))
-    shutil.rmtree(shop.root / "base")
-    found = evaluate_translation(checkpoint, pairs=2, decoding=Decoding(1, 2, 4))
-    assert found.rows[0].name == "news"
-    assert any("base left out" in note for note in found.notes)
 
 
 def test_pairs_that_are_too_long_are_left_out(tmp_path: Path) -> None:

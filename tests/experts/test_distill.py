@@ -55,10 +55,6 @@ def asked(shop: Workshop, **changes: Any) -> Distillation:
     return Distillation(shop.root / "base", texts=["./text/law.jsonl"], root=shop.root, **given)
 
 
-def weights_of(folder: Path) -> bytes:
-    return next(folder.glob("*model.safetensors")).read_bytes()
-
-
 def test_a_taught_student_is_nearer_to_the_teacher_than_one_without(shop: Workshop) -> None:
     """At equal steps on equal text, on held-out text, whichever loss says how far it is."""
     teacher = load_model(shop.root / "teacher")
@@ -109,7 +105,7 @@ def test_a_taught_adapter_is_an_ordinary_one(shop: Workshop) -> None:
     assert model.peft_config["default"].r == 4
 
 
-@pytest.mark.parametrize("changes", [{"adaptive": True}, {"adaptive": True, "alternate": True}, {"weights": 0.0}])
+@pytest.mark.parametrize("changes", [{"adaptive": True, "alternate": True}, {"weights": 0.0}])
 def test_the_same_command_gives_the_same_bytes(shop: Workshop, changes: dict[str, Any]) -> None:
     for name in ("one", "two"):
         distill(asked(shop, train="lora", settings=DistillSettings(**changes)), shop.root / name)
@@ -135,16 +131,15 @@ def a_state_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_state_after_every_step")
-@pytest.mark.parametrize("train", ["mlp", "lora"])
-def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop, train: Any) -> None:
+def test_a_training_goes_on_and_ends_in_the_same_bytes(shop: Workshop) -> None:
     settings = DistillSettings(adaptive=True, alternate=True)
-    wanted = asked(shop, train=train, settings=settings)
+    wanted = asked(shop, train="lora", settings=settings)
     distill(wanted, shop.root / "whole")
     with pytest.raises(StoppedError):
         distill(wanted, shop.root / "new", run=stopping_at(8))
     assert list((shop.root / "new.training").glob("checkpoint-*")) and not (shop.root / "new").exists()
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
-        distill(asked(shop, train=train), shop.root / "new")
+        distill(asked(shop, train="lora"), shop.root / "new")
     seen: list[tuple[str, int]] = []
     distill(wanted, shop.root / "new", run=Run(progress=lambda stage, done, total: seen.append((stage, done))))
     assert min(done for stage, done in seen if stage == "train") >= 6  # it did not begin anew
@@ -159,31 +154,6 @@ def test_a_teacher_that_was_changed_meanwhile_is_another_training(shop: Workshop
     save(tiny_model("qwen2", seed=3, hidden_size=48, num_hidden_layers=2), shop.root / "teacher")
     with pytest.raises(TrainingError, match="an unfinished training is in the way"):
         distill(asked(shop), shop.root / "new")
-
-
-def test_one_that_is_stopped_before_its_first_state_leaves_nothing(shop: Workshop) -> None:
-    with pytest.raises(StoppedError):
-        distill(asked(shop), shop.root / "new", run=stopping_at(1))
-    assert not list(shop.root.glob("new*"))
-
-
-def test_a_loss_that_is_not_finite_stops(shop: Workshop) -> None:
-    model = AutoModelForCausalLM.from_pretrained(shop.root / "base")
-    model.lm_head.weight.data.fill_(float("inf"))
-    save(model, shop.root / "base")
-    with pytest.raises(TrainingError, match=r"not finite[^!]*step 1"):
-        distill(asked(shop), shop.root / "new")
-    assert not (shop.root / "new").exists()
-
-
-def test_an_output_that_exists_is_replaced_only_when_that_is_said(shop: Workshop) -> None:
-    distill(asked(shop), shop.root / "new")
-    before = tree(shop.root / "new")
-    with pytest.raises(OutputError, match="exists"):
-        distill(asked(shop, training=TRAINING.with_(seed=5)), shop.root / "new")
-    assert tree(shop.root / "new") == before
-    distill(asked(shop, training=TRAINING.with_(seed=5)), shop.root / "new", overwrite=True)
-    assert weights_of(shop.root / "new") != before["model.safetensors"]
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -241,16 +211,10 @@ def test_a_teacher_without_embeddings_for_the_tokens_is_refused(shop: Workshop) 
     ("words", "said"),
     [
         (("temperature=3",), "temperature"),
-        (("losses=forward_kl",), "losses"),
-        (("weights=0.5",), "weights"),
-        (("adaptive=true",), "adaptive"),
-        (("alternate=true",), "alternate"),
         (("--teacher", "teacher", "adaptive=true", "weights=0.5"), "weights has no effect with adaptive"),
         (("--teacher", "nowhere"), "model folder does not exist"),
         (("--teacher", "text"), "config.json"),
         (("--teacher", "teacher", "losses=kl"), "unknown loss or weight"),
-        (("--teacher", "teacher", "batch_tokens=8"), "batch_tokens"),
-        (("--teacher", "teacher", "learning_rate=0"), "found:    learning_rate: must be"),
     ],
 )
 def test_dead_and_wrong_options_are_refused(

@@ -13,7 +13,7 @@ from modekit.experts.distill.settings import DistillSettings
 from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, Lesson, Student, kl_to_teacher
 from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Batches, DomainSequences, plan_parts, predicted_in
-from modekit.training.losses import DIVERGENCES, distillation
+from modekit.training.losses import distillation
 from modekit.training.settings import train_settings
 
 NAMES = ["forward_kl", "reverse_kl", "teacher_ce", "total_variation"]
@@ -38,12 +38,6 @@ def test_teacher_cross_entropy_pulls_as_forward_kl_does_and_not_as_reverse_kl(te
     assert (gradient("reverse_kl", student, teacher, temperature) - forward).abs().max() > 0.01
 
 
-def test_the_gradient_of_forward_kl_is_the_difference_of_probabilities() -> None:
-    student, teacher = logits(1), logits(2)
-    wanted = student.softmax(-1) - teacher.softmax(-1)
-    assert torch.allclose(gradient("forward_kl", student, teacher), wanted, atol=1e-6)
-
-
 def test_losses_are_their_formulas_at_a_temperature() -> None:
     student, teacher = logits(1), logits(2)
     q, p = (student / 2).softmax(-1), (teacher / 2).softmax(-1)
@@ -55,29 +49,6 @@ def test_losses_are_their_formulas_at_a_temperature() -> None:
     }
     for name, value in wanted.items():
         assert distillation(name, student, teacher, 2.0) == pytest.approx(float(value), rel=1e-4), name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_equal_logits_are_at_no_distance(name: str) -> None:
-    same = logits(3)
-    value = float(distillation(name, same, same.clone(), 2.0))
-    if name == "teacher_ce":
-        p = (same / 2).softmax(-1)
-        assert value == pytest.approx(-4 * float((p * p.log()).sum()), rel=1e-5)  # the teacher's entropy
-    else:
-        assert value == pytest.approx(0.0, abs=1e-6)
-    assert gradient(name, same, same.clone(), 2.0).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "teacher_ce"])
-def test_the_square_of_the_temperature_keeps_the_gradient_as_large(name: str) -> None:
-    student, teacher = logits(1, 0.1), logits(2, 0.1)
-    norms = [float(gradient(name, student, teacher, temperature).norm()) for temperature in (1.0, 2.0, 4.0)]
-    assert max(norms) < 2 * min(norms), norms
-
-
-def test_the_names_of_training_mean_the_same() -> None:
-    assert DIVERGENCES["distill"] is DIVERGENCES["forward_kl"] and DIVERGENCES["distill_reverse"] is DIVERGENCES["reverse_kl"]
 
 
 # Tokens that count.
@@ -108,11 +79,10 @@ def test_pads_change_no_loss(name: str) -> None:
     assert float(together.detach()) == pytest.approx((31 * alone[0] + 16 * alone[1]) / 47, rel=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> None:
+def test_tags_and_what_stands_first_behind_them_are_no_targets() -> None:
     """As where a text is scored: what counts is what counts without tags, in training and in the distance to the teacher."""
     student = student_of(weights=0.25, temperature=1.0)
-    texts = [LONG.with_tag(90, place), SHORT, SHORT.with_tag(91, place)]
+    texts = [LONG.with_tag(90, 0), SHORT, SHORT.with_tag(91, 0)]
     item = batch_of(texts)
     assert int(predicted_in(item).sum()) == int(item["targets"]) == sum(each.scored for each in texts) == 31 + 16 + 16
     teacher = student._lesson.teacher
@@ -128,12 +98,6 @@ def test_tags_and_what_stands_first_behind_them_are_no_targets(place: int) -> No
     assert figures[CROSS_ENTROPY] == pytest.approx(cross_entropy / 63, rel=1e-5)
     assert figures[DISTILLATION] == pytest.approx(distance / 63, rel=1e-4)
     assert kl_to_teacher(student.model, student._lesson, texts) == pytest.approx(distance / 63, rel=1e-4)
-
-
-def test_a_loss_is_per_token_whatever_the_length_and_number_of_texts() -> None:
-    student = student_of()
-    once, twice = (student(**batch_of([SHORT] * count))["loss"] for count in (1, 2))
-    assert float(once.detach()) == pytest.approx(float(twice.detach()), rel=1e-6)
 
 
 def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path: Path) -> None:

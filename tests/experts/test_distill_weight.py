@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 
@@ -22,11 +21,6 @@ def test_a_text_loss_that_rises_by_half_its_mean_counts_a_third() -> None:
     rising = [0.75, 1.0, 1.25]  # by 0.5, of a mean of 1
     assert adaptive_share(rising, FALLING) == pytest.approx(1 / 3)
     assert adaptive_share(FALLING, rising) == pytest.approx(2 / 3)
-
-
-def test_where_both_rise_by_all_of_their_mean_the_share_is_one_half() -> None:
-    rising = [0.1, 0.2, 4.0]
-    assert adaptive_share(rising, rising) == 0.5
 
 
 def test_one_that_explodes_counts_nothing() -> None:
@@ -49,24 +43,6 @@ def test_only_the_last_steps_are_remembered() -> None:
     assert weight.share() == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
 
 
-def test_a_long_training_remembers_a_hundredth_of_its_steps() -> None:
-    weight = CrossEntropyWeight(DistillSettings(adaptive=True), steps=4_000)
-    for step in range(40):
-        weight.remember(1.0 + 0.01 * step, 1.0)
-    assert weight.share() == pytest.approx((1 - 0.39 / 1.195) / (2 - 0.39 / 1.195))
-
-
-def test_noisy_losses_that_fall_keep_the_share_near_one_half() -> None:
-    """What the rule does in practice (docs/training.md): it hardly ever moves."""
-    noise = random.Random(0)
-    weight, shares = CrossEntropyWeight(DistillSettings(adaptive=True), steps=1_000), []
-    for step in range(1_000):
-        weight.remember(*(level * (1 + math.exp(-step / 200)) * noise.gauss(1, 0.02) for level in (3.0, 1.0)))
-        shares.append(weight.share())
-    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.005)
-    assert 0.45 < min(shares) < max(shares) < 0.55
-
-
 def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -> None:
     fixed = CrossEntropyWeight(DistillSettings(weights=0.3), steps=10)
     turns = CrossEntropyWeight(DistillSettings(weights=0.3, alternate=True), steps=10)
@@ -83,14 +59,8 @@ def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -
     "values",
     [
         {"losses": {"forward_kl": 0.0}},
-        {"losses": {}},
-        {"losses": {"kl": 1.0}},
-        {"temperature": 0.0},
-        {"weights": 1.1},
-        {"weights": -0.1},
         {"adaptive": True, "weights": 0.5},
         {"temperature": float("nan")},
-        {"top_k": 3},
     ],
 )
 def test_wrong_and_dead_settings_are_refused(values: dict[str, object]) -> None:

@@ -166,14 +166,6 @@ def test_what_is_no_adapter_is_refused_with_the_names_of_those_that_are(bench: W
     assert not (tmp_path / "exported").exists()
 
 
-def test_the_command_line(bench: Workshop) -> None:
-    bench.build()
-    bench.build("NATIVE", experts=[{"name": "law", "model": "./law"}, {"name": "code", "model": "./code"}])
-    assert "native checkpoint" in refuse("export", bench.root / "NATIVE", bench.root / "exported")
-    assert "no adapter" in refuse("export", bench.root / "OUT", bench.root / "exported", "--expert", "general")
-    assert not (bench.root / "exported").exists()
-
-
 def test_an_existing_folder_is_kept(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     out = bench.root / "exported"

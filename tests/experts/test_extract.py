@@ -21,8 +21,6 @@ from modekit.text.splits import TRAINED_FILE
 from pair_models import pair_model, pair_tokenizer
 from refusal import run_python, tree
 
-State = dict[str, torch.Tensor]
-
 
 def is_linear(name: str) -> bool:
     return ".layers." in name and name.endswith("_proj.weight")
@@ -97,7 +95,7 @@ def test_a_low_rank_fine_tune_is_recovered_and_loads_in_peft(root: Path, ids: to
     assert Path(config["base_model_name_or_path"]) == root / "base"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_full_rank_is_the_model(tmp_path: Path, model_type: str, ids: torch.Tensor) -> None:
     save(tiny_model(model_type), tmp_path / "base")
     tuned = tune(tmp_path, lambda name, weight: noise(name, weight) if is_linear(name) else None)
@@ -120,10 +118,9 @@ def test_what_an_adapter_cannot_carry_is_named(root: Path) -> None:
     assert record.kinds["mlp.up_proj"].modules == 3
 
 
-@pytest.mark.parametrize("model_type", ["bart", "t5"])
-def test_encoder_and_decoder_are_told_apart(tmp_path: Path, model_type: str) -> None:
+def test_encoder_and_decoder_are_told_apart(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "tuned")):
-        pair_model(model_type, seed).save_pretrained(tmp_path / name)
+        pair_model("t5", seed).save_pretrained(tmp_path / name)
         pair_tokenizer().save_pretrained(tmp_path / name)
     record = run(tmp_path)
     stacks = [kind.partition(".")[0] for kind in record.kinds]
@@ -205,11 +202,6 @@ def test_models_of_another_shape(root: Path) -> None:
     refused(root, MismatchError, "intermediate_size|shape")
 
 
-def test_models_of_another_vocabulary(root: Path) -> None:
-    save(tiny_model(vocab_size=100), root / "tuned")
-    refused(root, MismatchError, "vocab_size|shape")
-
-
 def test_models_of_another_family(root: Path) -> None:
     save(tiny_model("qwen2"), root / "tuned")
     refused(root, MismatchError, "qwen2")
@@ -223,8 +215,8 @@ def test_settings_that_change_what_a_weight_means(root: Path) -> None:
     refused(root, MismatchError, "rope_parameters")
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_weights_that_are_not_finite(root: Path, name: str) -> None:
+def test_weights_that_are_not_finite(root: Path) -> None:
+    name = "model.norm.weight"
     tune(root, lambda key, weight: torch.full_like(weight, torch.nan) if key == name else None)
     refused(root, SourceError, f"(?s)NaN.*MODEL.*{name}")
 

@@ -13,11 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 import modekit.members.licences as licences_module
-from conftest import DOMAINS, Workshop, save, tiny_model
-from modekit.building.verify import is_proven, verify
+from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
-from modekit.members.licences import facts, front_matter, sources_of
+from modekit.members.licences import front_matter, sources_of
 from modekit.report.card import Card, make_card
 from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
@@ -92,16 +91,11 @@ def test_licences_that_differ_are_named_in_plain_words(mine: Workshop) -> None:
     ("name", "content", "expected"),
     [
         ("LICENSE", APACHE, "apache-2.0"),
-        ("LICENSE.txt", GPL, "gpl-3.0"),
-        ("LICENCE.md", "MIT License\n\nCopyright (c) 2020", "mit"),
         ("LICENSE", "Permission is hereby granted, free of charge, to any person obtaining a copy of this", "mit"),
-        ("COPYING", BSD.format("Neither"), "bsd-3-clause"),
         ("COPYING", BSD.format("where"), "bsd-2-clause"),
-        ("LICENSE", "Attribution-NonCommercial 4.0 International\n=====", "cc-by-nc-4.0"),
         ("LICENSE", "Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
         ("LICENSE", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
         ("LICENSE", "You may do what you like on Sundays. " * 60 + "GNU GENERAL PUBLIC LICENSE Version 3", "other"),
-        ("LICENSE", "\x00\xff", "other"),
         ("NOTICE", APACHE, None),
     ],
 )
@@ -118,17 +112,9 @@ def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content
         ("license: MIT", ("mit", None)),
         ("license: [mit, apache-2.0]", ("other", "mit and apache-2.0")),
         ("license: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms", ("other", "my-terms")),
-        ("license: Ask me!", ("other", "Ask me!")),
-        ("license: unknown", (None, None)),
-        ("license: 3", (None, None)),
-        ("license: {a: b}", (None, None)),
         ("license: &a [*a]", (None, None)),
         ("license: !!python/object/apply:os.system [id]", (None, None)),
-        ("license: !!bool mit", (None, None)),
-        ("license: mit\nlanguage: !!timestamp en", (None, None)),
         ('license: mit\nlanguage: "\\ud800"', (None, None)),
-        ("- mit", (None, None)),
-        ("a: [", (None, None)),
     ],
 )
 def test_a_front_matter_is_read_and_not_trusted(mine: Workshop, matter: str, expected: tuple[str | None, str | None]) -> None:
@@ -145,15 +131,6 @@ def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
     assert front_matter(mine.root / "law" / "README.md") == {}
     shutil.rmtree(mine.root / "law")
     assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is missing"
-
-
-def test_a_licence_of_its_own_keeps_its_name_and_link(mine: Workshop) -> None:
-    for name in ("base", *DOMAINS):
-        says(mine.root / name, license="other", license_name="terms", license_link="https://example.org/terms")
-    checkpoint = open_checkpoint(mine.build())
-    data, text = card_of(checkpoint)
-    assert [data[key] for key in ("license", "license_name", "license_link")] == ["other", "terms", "https://example.org/terms"]
-    assert "terms of its own, to be read: other \\(terms\\)" in text
 
 
 def hub_model(mine: Workshop, monkeypatch: pytest.MonkeyPatch, readme: str | None) -> Checkpoint:
@@ -211,11 +188,6 @@ def test_without_the_hub_what_is_not_known_is_said(mine: Workshop, monkeypatch: 
     assert ModelCard.load(checkpoint.folder / "README.md").data.license == "other"
 
 
-def test_offline_the_hub_is_not_reached(mine: Workshop) -> None:
-    """The tests run offline: the library's own refusal is no error here."""
-    assert licences_module._hub_readme("org/nothing-there", None) is None
-
-
 def test_texts_that_are_hub_data_sets_are_named(mine: Workshop) -> None:
     experts = [{**expert} for expert in mine.recipe["experts"]]
     checkpoint = open_checkpoint(mine.build(experts=experts))
@@ -242,11 +214,8 @@ def test_the_snippet_runs(mine: Workshop, mixture: dict[str, Any]) -> None:
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_the_snippet_asks_a_model_that_knows_conversations(mine: Workshop, file: str) -> None:
-    template, path = "{% for m in messages %}{{ m.content }}{% endfor %}", mine.root / "base" / file
-    is_json = file.endswith(".json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}) if is_json else template)
+def test_the_snippet_asks_a_model_that_knows_conversations(mine: Workshop) -> None:
+    (mine.root / "base" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     checkpoint = open_checkpoint(mine.build())
     (snippet,) = re.findall(r"```python\n(.*?)```", card_of(checkpoint)[1], re.DOTALL)
     assert "apply_chat_template" in snippet and '"The"' not in snippet
@@ -329,26 +298,3 @@ def test_what_others_wrote_is_text_in_it(mine: Workshop) -> None:
         assert "<script>" not in outside and "\n# <" not in outside and "](javascript" not in outside
         rows = [line for line in outside.splitlines() if line.startswith("| expert law")]
         assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
-
-
-def test_facts_are_none_when_all_say_the_same(mine: Workshop) -> None:
-    for name in ("base", *DOMAINS):
-        says(mine.root / name, license="apache-2.0")
-    assert facts(sources_of(open_checkpoint(mine.build()))) == []
-
-
-def test_an_expert_that_is_the_base_is_one_source(mine: Workshop) -> None:
-    experts = [*mine.recipe["experts"], {"name": "general", "model": "base", "text": mine.recipe["experts"][0]["text"]}]
-    sources = sources_of(open_checkpoint(mine.build(experts=experts)))
-    assert sources[0].used_as == ("base model", "expert general") and len(sources) == 4
-
-
-def test_a_native_mixture_with_its_card_is_still_loaded(mine: Workshop) -> None:
-    from transformers import AutoModelForCausalLM
-
-    save(tiny_model(seed=9), mine.root / "law")
-    checkpoint = open_checkpoint(mine.build())
-    write_card(checkpoint)
-    assert is_proven(verify(checkpoint))
-    assert AutoModelForCausalLM.from_pretrained(checkpoint.folder) is not None
-    assert open_checkpoint(checkpoint.folder).names == list(DOMAINS)

@@ -25,7 +25,7 @@ from modekit.evaluation.inspection.result import Inspection
 from modekit.evaluation.results import Results, Row, Score, with_gaps
 from modekit.evaluation.tables import cells_of
 from modekit.evaluation.tasks.results import TaskResults
-from modekit.report.drawing import gap_chart, shade, ticks, tint
+from modekit.report.drawing import gap_chart
 from modekit.report.page import make_page, write_report
 from modekit.report.sections import SAMPLE_BYTES, make_content
 from modekit.routing.refit import refit
@@ -33,7 +33,6 @@ from modekit.search.results import TuneResults
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop
-from refusal import refuse
 from searches import candidate, search_of
 
 LIMIT = 2_000_000
@@ -386,20 +385,6 @@ def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
     assert narrow <= 390
 
 
-def test_a_table_says_that_it_goes_on_to_the_right_until_it_is_at_its_end(opened: Opened) -> None:
-    """By a line over the table and a fading edge; where all of it is seen neither is there."""
-    sign = "node => getComputedStyle(node.querySelector('caption'), '::after').content + getComputedStyle(node).maskImage"
-    tab = opened(viewport={"width": 390, "height": 800})
-    wide = [box for box in tab.locator(".box:has(caption)").all() if box.is_visible()]
-    goes_on = [box.evaluate("node => node.scrollWidth - node.clientWidth > 2") for box in wide]
-    assert [box.evaluate(sign) != "nonenone" for box in wide] == goes_on and True in goes_on and False in goes_on
-    box = wide[goes_on.index(True)]
-    assert "More columns to the right" in box.evaluate(sign) and "gradient" in box.evaluate(sign)
-    box.evaluate("node => { node.scrollLeft = node.scrollWidth; }")
-    tab.wait_for_function("node => !node.classList.contains('more')", arg=box.element_handle())
-    assert box.evaluate(sign) == "nonenone"
-
-
 _CONTRASTS = """() => {
   const blank = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
   const canvas = blank.getContext("2d", {willReadFrequently: true});
@@ -434,33 +419,6 @@ def test_all_text_stands_out_from_what_is_behind_it(opened: Opened, scheme: str)
     assert [entry for entry in found if entry[0] < 4.5] == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_colour_of_a_heat_map_can_be_read(opened: Opened, scheme: str) -> None:
-    """Whatever the shares of this page: all steps of both scales."""
-    tab = opened(color_scheme=scheme)
-    steps = [shade(value / 20) for value in range(21)] + [tint(value / 10) for value in range(-10, 11)]
-    assert len(set(steps)) == 10 + 11
-    cell = "Object.assign(document.createElement('td'), {className: step, textContent: '12'})"
-    tab.evaluate(
-        f"steps => document.querySelector('#losses tbody tr').replaceChildren(...steps.map((step) => {cell}))",
-        sorted(set(steps)),
-    )
-    cells = [entry for entry in tab.evaluate(_CONTRASTS) if entry[1].endswith(": 12")]
-    assert len(cells) >= 21 and min(cells)[0] >= 4.5
-
-
-def test_dark_is_not_light(opened: Opened) -> None:
-    looks = []
-    for scheme in ("light", "dark"):
-        tab = opened(color_scheme=scheme)
-        looks.append(
-            tab.evaluate(
-                "[document.body, document.querySelector('.q5, .q4, .q3')].map(n => getComputedStyle(n).backgroundColor)"
-            )
-        )
-    assert looks[0][0] != looks[1][0] and looks[0][1] != looks[1][1]
-
-
 def test_who_does_not_see_it_can_use_it(opened: Opened, page: Path) -> None:
     """Landmarks, headings in order, captions, scopes, names; every scrolling box can be reached by keyboard."""
     tags = Tags(page.read_text()).tags
@@ -484,15 +442,6 @@ def test_who_does_not_see_it_can_use_it(opened: Opened, page: Path) -> None:
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"
     assert tab.locator(".skip").bounding_box()["x"] >= 0
-
-
-def test_without_scripts_all_but_the_words_is_there(opened: Opened, browser: Any, page: Path) -> None:
-    context = browser.new_context(java_script_enabled=False)
-    tab = context.new_page()
-    tab.goto(page.as_uri())
-    text = tab.locator("body").inner_text()
-    assert "This part needs JavaScript" in text and "Held-out loss in nats per token" in text
-    context.close()
 
 
 def test_each_expert_has_a_look_that_is_not_its_colour_alone(opened: Opened) -> None:
@@ -522,20 +471,6 @@ def test_a_large_mixture_fits_into_a_page(workshop: Workshop, opened: Opened) ->
     assert tab.locator("#layer-name").text_content() == "layer 63"
 
 
-def test_names_at_their_limits(workshop: Workshop, opened: Opened, tmp_path: Path) -> None:
-    names = ["items", "constructor", "9" + "x._-" * 15 + "abc", "values"]
-    experts = [{"name": name, "model": "base", "text": "./text/law.jsonl"} for name in names]
-    checkpoint = open_checkpoint(workshop.build("NAMES", experts=experts, eval={}))
-    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
-    put(checkpoint, "inspect.json", inspection_of(checkpoint, domains=tuple(names), unseen=("get",)))
-    report = write_report(checkpoint)
-    assert report.notes == []
-    tab = opened(report.page, viewport={"width": 390, "height": 800})
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    assert tab.locator("header .chip").all_text_contents() == names
-    assert sorted(weights_shown(tab)) == sorted(names)
-
-
 def test_results_of_another_state_are_left_out_and_said_so(workshop: Workshop, opened: Opened) -> None:
     checkpoint = open_checkpoint(workshop.build("OLD", mixture=LOGISTIC))
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
@@ -559,9 +494,7 @@ def test_a_checkpoint_without_results_has_a_page_that_says_what_to_run(workshop:
     opened(report.page)
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[]", "null", '{"rows": 3}', '{"format": 1e999}', "\x00", "[" * 5000, '{"rows": [NaN]}']
-)
+@pytest.mark.parametrize("damage", ["", '{"rows": 3}', "[" * 5000, '{"rows": [NaN]}'])
 def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     folder = workshop.root / "DAMAGED"
     checkpoint = open_checkpoint(folder if folder.exists() else workshop.build("DAMAGED"))
@@ -576,8 +509,6 @@ def test_damaged_results_are_left_out(workshop: Workshop, damage: str) -> None:
     ("path", "value"),
     [
         (["per_domain", "law", "shares", 0], [0.5]),
-        (["per_domain", "law", "loss"], "4"),
-        (["texts", 0, "weights", 0], []),
         (["similarity", "experts"], [[1.0]]),
         (["per_domain", "law", "shares", 0, 0], 7.0),
     ],
@@ -608,24 +539,6 @@ def test_a_curve_of_another_training_is_left_out(told: Checkpoint, tmp_path: Pat
     assert len(content.missing) == 1 and content.missing[0].startswith("train.json is of another state")
 
 
-def translations_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A translate.json."""
-    scored = {"bleu": 12.34, "chrf": 45.67}
-    domains = dict.fromkeys(DOMAINS, scored)
-    row = {"total_parameters": 9, "active_parameters": 9, "tokens": 0, "seconds": 0.0, "cut": 0, "domains": domains}
-    return {
-        "format": 1,
-        "checkpoint": checkpoint.identity,
-        "settings": {"beams": 1, "batch": 4, "max_new_tokens": 8, "pairs": 2, "machine": "processor"},
-        "text": {},
-        "signatures": {"bleu": "a|b", "chrf": "c"},
-        "domains": list(DOMAINS),
-        "unseen": [],
-        "notes": ["few <pairs>"],
-        "rows": [{"name": kind, "kind": kind, **row} for kind in ("base", "mixture")],
-    }
-
-
 @pytest.fixture(scope="module")
 def pairs_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a mixture of models with an encoder, whose routers stand in both of its stacks."""
@@ -633,7 +546,6 @@ def pairs_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = make_pair_workshop(tmp_path_factory.mktemp("pairs"), "bart").build(mixture=mixture)
     checkpoint = open_checkpoint(out)
     inspect(checkpoint, tokens_per_domain=300, sequence_length=64)
-    put(checkpoint, "translate.json", translations_of(checkpoint))
     return write_report(checkpoint).page
 
 
@@ -659,16 +571,6 @@ def test_a_router_colours_the_side_of_a_pair_that_it_reads(pairs_page: Path, ope
     assert {any(rows[0]) for rows in data["texts"][0]["weights"]} == {True, False}
 
 
-def test_source_and_target_of_a_pair_stand_apart(pairs_page: Path, opened: Opened, page: Path) -> None:
-    (sample, *_), tab = samples_in(pairs_page)["texts"], opened(pairs_page)
-    source = sample["source"]
-    assert tab.locator("#tokens .side").all_text_contents() == ["Source", "Target"]
-    ends, begins = (tab.locator(f"#t{place}").bounding_box()["y"] for place in (source - 1, source))
-    assert begins > ends + 10
-    assert tab.locator("#tokens [role=option]").count() == len(sample["tokens"])
-    assert opened(page).locator("#tokens .side").count() == 0
-
-
 def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     """One bar a row, from 0; a domain without a gap has none; with several domains their mean is the last."""
     losses = {"base": (5.0, 4.0), "<b>law": (4.0, 4.0), "code": (5.0, 3.0), "mixture": (4.25, 3.5)}
@@ -684,25 +586,8 @@ def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     assert gap_chart(Results(rows, ["code"], [], {})) == ""
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert ticks(3.97, 4.21) == [4, 4.05, 4.1, 4.15, 4.2]
-    assert ticks(1e-6, 3e-6)[0] >= 1e-6
-
-
-def test_shades_go_one_way() -> None:
-    assert [shade(value) for value in (0, 0.05, 0.5, 0.999, 1)] == ["q0", "q0", "q5", "q9", "q9"]
-    assert [tint(value) for value in (-2, -1, -0.05, 0, 0.01, 0.05, 1)] == ["dn5", "dn5", "dn1", "d0", "d0", "dp1", "dp5"]
-    assert shade(None) == tint(None) == ""
-
-
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     out = workshop.build("COMMAND")
     printed = modekit("report", out)
     assert "report.html" in printed and "modekit eval" in printed
     assert {path.name for path in (out / "results").iterdir()} == {"report.html"}
-
-
-def test_what_the_command_refuses(tmp_path: Path) -> None:
-    assert "not a modekit checkpoint" in refuse("report", tmp_path)
-    assert list(tmp_path.iterdir()) == []

@@ -116,11 +116,6 @@ def test_silent_rows_stay_silent() -> None:
     assert trained.table.shape == (3, 2, HEIGHT)
 
 
-def test_a_single_sequence_per_domain_is_enough() -> None:
-    trained = train_table([domain[:1] for domain in DOMAINS], HEIGHT, Averaging((0.9,)))
-    assert torch.isfinite(trained.table).all()
-
-
 def test_what_stands_before_the_start_is_read_and_not_learned_from() -> None:
     """The same tokens before the texts of all domains: they weigh in the averages, and no row of theirs is learned."""
     opening = torch.full((6,), 11, dtype=torch.int32)

@@ -91,13 +91,6 @@ def test_words_of_asking_are_in_the_language_of_the_text_and_in_english() -> Non
         assert all(question is not None and question.split()[0] in begins for question in questions), questions
 
 
-def test_a_term_is_of_its_document_and_no_word_of_asking() -> None:
-    draw, document = random.Random(0), "and what is there? The hypothyroidism of a patient is treated with care."
-    terms = {framed_question(document, ["{}"], draw) for _ in range(50)}
-    assert terms and all(term is not None and term in document and not term.startswith(("what", "there")) for term in terms)
-    assert framed_question("and what is it?", ["Why {}?"], draw) is None and framed_question("", ["Why {}?"], draw) is None
-
-
 def test_without_chats_it_is_the_documents_alone() -> None:
     plain = encode(TOKENIZER, DOCUMENTS, max_tokens=1_000, sequence_length=512)
     off = Router(fit="lexical", chat=False)
@@ -142,27 +135,6 @@ def test_a_change_of_domain_is_a_chat_behind_one_of_another_domain() -> None:
         for (ids, start), (asked, from_) in zip(own, chats, strict=True):
             assert ids[start:].tolist() == asked[from_:].tolist()
             assert ids[start - len(turn) : start].tolist() == turn and ids[: start - len(turn)].tolist() in others
-
-
-def test_one_domain_changes_no_topic() -> None:
-    (own,) = ([(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, DOCUMENTS, 3)],)
-    assert changes_of_domain(TEMPLATE, [own], 512) == [[]]
-
-
-def test_two_chats_together_are_no_longer_than_a_sequence() -> None:
-    domains = [
-        [(torch.tensor(each.ids, dtype=torch.int32), each.start) for each in cut_chats(TEMPLATE, documents_of(words), 40)]
-        for words in _WORDS.values()
-    ]
-    found = changes_of_domain(TEMPLATE, domains, 96)
-    lengths = [len(ids) for own in found for ids, _ in own]
-    assert 0 < len(lengths) < 120 and max(lengths) <= 96
-
-
-def test_a_base_with_conversations_alone_has_small_talk_too() -> None:
-    talk = Conversation([{"role": "user", "content": "what is a tort"}, {"role": "assistant", "content": "a breach"}])
-    own, base = (read_examples(TOKENIZER, [talk] * 9, expert, LEXICAL, most=100_000) for expert in (LAW, BASE))
-    assert len(own) == 9 and len(base) == 27
 
 
 def test_a_template_that_hides_what_is_said_is_none() -> None:

@@ -23,7 +23,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("length", [1, 2, 7, 300])
+@pytest.mark.parametrize("length", [1, 300])
 @torch.no_grad()
 def test_it_is_the_last_of_all_answers(name: str, length: int) -> None:
     routing = {"method": "gating", **ROUTINGS[name]}

@@ -26,20 +26,15 @@ CONTEXT = {"fit": "logistic", "granularity": "context", **TEXT}
         ({"router": CONTEXT}, {"router": {"granularity": "token"}}),
         ({"router": {**CONTEXT, "decay": [0.5, 0.9]}}, {"router": {"granularity": "sequence"}}),
         ({"router": CONTEXT, "top_p": 0.5}, {"top_k": 1}),
-        ({"router": CONTEXT, "top_k": 1}, {"top_p": 0.5}),
         ({"router": CONTEXT, "top_p": 0.5, "always_on": {"expert": "law", "weight": 0.3}}, {"method": "linear"}),
         (
             {"method": "linear", "modules": ["q", "mlp"], "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}},
             {"method": "routing", "router": CONTEXT},
         ),
         ({"router": {**CONTEXT, "l2": 0.1, "decay": [0.5]}}, {"router": {"fit": "random", "granularity": "token"}}),
-        ({"router": {"fit": "random"}, "modules": ["q", "mlp"], "method": "gating"}, {"method": "routing", "router": CONTEXT}),
         ({"router": CONTEXT, "modules": ["q", "v", "mlp"]}, {"router": {"per": "model"}}),
-        ({"router": {**CONTEXT, "per": "model"}, "modules": ["v", "mlp", "q"]}, {"method": "linear"}),
         ({"router": {**CONTEXT, "per": "feature"}, "modules": ["k", "down"]}, {"router": {"per": "layer"}}),
-        ({"router": {**CONTEXT, "per": "layer"}, "modules": ["k", "down"]}, {"router": {"per": "feature"}}),
         ({"router": {"fit": "lexical", "orders": [1, 2], "buckets": 64, "decay": [0.5]}}, {"router": CONTEXT}),
-        ({"router": {"fit": "random"}, "always_on": {"expert": "law"}, "modules": ["mlp", "q"]}, {"method": "gating"}),
     ],
 )
 def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -56,8 +51,6 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
     [
         ({}, {"backbone": "average"}, "backbone"),
         ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
-        ({"layers": [0, 1]}, {"layers": [0]}, "layers"),
-        ({}, {"tokens": "first"}, "tokens"),
         ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
         ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "per"),
         (
@@ -65,10 +58,8 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
             {"router": {"fit": "logistic"}},
             "router.fit",
         ),
-        ({"router": CONTEXT}, {"always_on": {"expert": "base", "weight": 0.5}}, "always_on"),
         ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
         ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot have granularity: context"),
-        ({"router": {"fit": "random"}}, {"top_p": 0.5}, "native checkpoint cannot have top_p"),
         ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
     ],
 )
@@ -83,45 +74,25 @@ def test_what_needs_another_build_is_refused(
     assert before == {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
 
 
-@pytest.mark.parametrize("always_on", [{"expert": "law"}])
 @pytest.mark.parametrize("mixture", [{"method": "gating"}, {"top_k": 1}])
-def test_an_always_on_expert_without_a_weight_must_leave_a_choice(
-    workshop: Workshop, always_on: dict[str, Any], mixture: dict[str, Any]
-) -> None:
+def test_an_always_on_expert_without_a_weight_must_leave_a_choice(workshop: Workshop, mixture: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="'always_on' without a weight"):
-        parse_recipe({**workshop.recipe, "mixture": {"router": {"fit": "random"}, "always_on": always_on, **mixture}})
-
-
-def test_other_settings_without_effect_or_meaning(workshop: Workshop) -> None:
-    whole = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
-    with pytest.raises(RecipeError, match="backbone has no effect"):
-        parse_recipe({**workshop.recipe, "mixture": {**whole, "backbone": "average"}})
-    with pytest.raises(RecipeError, match="'layers' must be numbers or ranges"):
-        parse_recipe({**workshop.recipe, "mixture": {"router": {"fit": "random"}, "layers": ["1-"]}})
-    workshop.recipe["experts"][0]["text"] = "./text/nothing.jsonl"
-    workshop.write(mixture={"router": {"fit": "logistic"}})
-    assert "the text does not exist" in refuse("plan", workshop.root / "recipe.yaml")
+        parse_recipe({**workshop.recipe, "mixture": {"router": {"fit": "random"}, "always_on": {"expert": "law"}, **mixture}})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda mixture: mixture.pop("dense_type"),
-        lambda mixture: mixture.update(dense_type="nothing"),
-        lambda mixture: mixture.pop("experts"),
         lambda mixture: mixture["places"].update(more={}),
-        lambda mixture: next(iter(mixture["places"].values())).pop("ranks"),
         lambda mixture: next(iter(mixture["places"].values())).update(ranks=["a"]),
-        lambda mixture: next(iter(mixture["places"].values())).pop("own"),
-        lambda mixture: next(iter(mixture["places"].values())).update(router="nowhere"),
         lambda mixture: next(iter(mixture["places"].values())).update(own=[7]),
         lambda mixture: mixture["routing"].update(method="guess"),
     ],
 )
-@pytest.mark.parametrize("command", ["verify", "fit"])
-def test_a_damaged_config_is_named(workshop: Workshop, damage: Any, command: str) -> None:
+def test_a_damaged_config_is_named(workshop: Workshop, damage: Any) -> None:
     out = workshop.build(mixture={"router": {"fit": "random"}, "modules": ["q", "mlp"]})
     config = json.loads((out / "config.json").read_text())
     damage(config["modekit"])
     (out / "config.json").write_text(json.dumps(config))
-    assert "config.json does not say what is mixed" in refuse(command, out)
+    assert "config.json does not say what is mixed" in refuse("verify", out)

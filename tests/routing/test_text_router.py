@@ -45,7 +45,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     }
 
 
-@pytest.mark.parametrize("name", ["lexical", "fading", "modekit", "bigrams"])
+@pytest.mark.parametrize("name", ["fading", "modekit", "bigrams"])
 def test_it_decides_as_the_mixture_does(mixtures: dict[str, Checkpoint], name: str) -> None:
     """Alone it has the logits that the router has inside the mixture; a native gate's depend on the size of the stream."""
     checkpoint = mixtures[name]

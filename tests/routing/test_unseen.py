@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from conftest import DOMAINS, Workshop, logits_of, make_workshop
 from generated import check_generation
 from modekit.architecture.modekit_router import Router, causal_average
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import CheckpointError, RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.modekit import routers_at
@@ -27,10 +25,9 @@ from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.tensors import EMBEDDING_FILE
 from modekit.recipes.edit import changed_mixture
 from modekit.recipes.read import load_recipe, parse_recipe
-from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, made_texts, over_base, room_of, train_table
+from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, over_base, room_of, train_table
 from modekit.routing.refit import refit
 from modekit.routing.text_router import TextRouter
-from modekit.routing.token_text import load_token_text
 
 BASE = len(DOMAINS)
 GENERAL = "river house green window morning street paper winter"
@@ -105,10 +102,6 @@ def test_no_domain_loses_more_than_it_may_and_one_cannot_lose_more(leads: list[l
     assert any(count > alarms * len(each) for count, each in zip(more, leads, strict=True))
 
 
-def test_nothing_is_added_without_a_token() -> None:
-    assert room_of([], 0.1) == room_of([torch.zeros(0)], 0.1) == 0.0
-
-
 def texts(seed: int, favourites: list[int], count: int) -> list[TokenRows]:
     weights = torch.ones(24)
     weights[favourites] = 8.0
@@ -116,7 +109,7 @@ def texts(seed: int, favourites: list[int], count: int) -> list[TokenRows]:
     return [TokenRows(torch.multinomial(weights, 30, replacement=True, generator=draw).int()) for _ in range(count)]
 
 
-@pytest.mark.parametrize("alarms", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("alarms", [0.02, 0.3])
 def test_fresh_text_of_the_domains_raises_as_many_false_alarms_as_were_allowed(alarms: float) -> None:
     kinds, averaging = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], Averaging((0.9,))
     domains = [texts(number, kind, 600) for number, kind in enumerate(kinds)]
@@ -133,19 +126,6 @@ def test_fresh_text_of_the_domains_raises_as_many_false_alarms_as_were_allowed(a
 
 
 # What a fit makes of it.
-
-
-def test_made_texts_are_of_no_special_token_and_as_long_as_the_domains(shop: Workshop, mixture: Checkpoint) -> None:
-    kept = [load_token_text(mixture.folder / STATISTICS_FOLDER / f"{name}.safetensors", 96) for name in mixture.names]
-    read = [each for each in kept if each is not None]
-    made, again = (made_texts(read, BASE, [0, 1, 2], 96, 7) for _ in range(2))
-    assert len(made) == max(2, len(read[BASE].lengths) // 3)
-    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
-    lengths = {length for text in read[:BASE] for length in text.lengths.tolist()}
-    assert {len(each) for each in made} <= lengths
-    assert min(int(each.min()) for each in made) >= 3
-    counts = torch.bincount(torch.cat(made[1::2]).long(), minlength=96)[3:]
-    assert (counts > 0).float().mean() > 0.8  # every other text takes all tokens alike
 
 
 def test_text_of_no_domain_goes_to_the_base_and_text_of_a_domain_to_its_expert(mixture: Checkpoint) -> None:
@@ -166,14 +146,6 @@ def test_a_larger_rate_adds_more(shop: Workshop, mixture: Checkpoint) -> None:
     fit = mixture.record.recipe.mixture.router.fit
     more = build(shop, f"MORE-{fit}", fit=fit, router={"false_alarms": 0.3})
     assert more.record.router.report["toward_base"] > mixture.record.router.report["toward_base"]
-
-
-def test_a_build_again_is_the_same_bytes_and_is_proven(shop: Workshop, mixture: Checkpoint) -> None:
-    fit = mixture.record.recipe.mixture.router.fit
-    again = build(shop, f"AGAIN-{fit}", fit=fit)
-    for name in (ROUTER_FILE, "config.json", "modekit.json"):
-        assert (again.folder / name).read_bytes() == (mixture.folder / name).read_bytes(), name
-    assert is_proven(verify(mixture))
 
 
 # What the mixture computes.
@@ -211,13 +183,10 @@ def test_the_base_takes_all_of_a_token_and_of_no_other(mixture: Checkpoint) -> N
 @pytest.mark.parametrize(
     "extra",
     [
-        {"always_on": {"expert": "base", "weight": 0.4}},
         {"always_on": {"expert": "law", "weight": 0.4}},
         {"method": "gating", "top_k": None},
-        {"top_k": None, "top_p": 0.9},
         {"modules": ["q", "up"]},
         {"modules": "all"},
-        {"router": {"orders": [1, 2], "buckets": 4096}},
     ],
     ids=str,
 )
@@ -230,15 +199,6 @@ def test_whatever_else_the_mixture_does(shop: Workshop, ids: torch.Tensor, extra
 
 def test_generation_padding_and_beams_equal_the_full_pass(mixture: Checkpoint) -> None:
     check_generation(mixture.folder)
-
-
-def test_it_is_the_same_saved_again_and_with_the_code_beside_it(mixture: Checkpoint, tmp_path: Path, ids: torch.Tensor) -> None:
-    model = load_model(mixture.folder)
-    model.save_pretrained(tmp_path)
-    wanted = logits_of(model, ids)
-    assert torch.equal(logits_of(load_model(tmp_path), ids), wanted)
-    trusted = AutoModelForCausalLM.from_pretrained(mixture.folder, trust_remote_code=True, dtype=torch.float32).eval()
-    torch.testing.assert_close(logits_of(trusted, ids), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_expert_that_is_forced_or_left_out_is_so_still(mixture: Checkpoint, shop: Workshop, ids: torch.Tensor) -> None:
@@ -307,7 +267,7 @@ def test_a_router_by_itself_sends_it_to_the_base(mixture: Checkpoint, native: Ch
         assert [router.decide(text).expert for text in SEEN] == list(DOMAINS)
 
 
-@pytest.mark.parametrize(("form", "top_k", "notes"), [("native", 2, 2), ("native", 1, 1), ("modekit", 2, 1)])
+@pytest.mark.parametrize(("form", "top_k", "notes"), [("native", 2, 2), ("modekit", 2, 1)])
 def test_the_plan_says_so(shop: Workshop, form: str, top_k: int, notes: int) -> None:
     mixture = {"top_k": top_k, "unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.05}}
     plan = make_plan(load_recipe(shop.write(mixture=mixture, output={"format": form})), shop.root)
@@ -322,10 +282,6 @@ def test_the_plan_says_so(shop: Workshop, form: str, top_k: int, notes: int) -> 
         ({"unseen": "base", "router": {"fit": "logistic"}}, "which fit 'logistic' does not do"),
         ({"unseen": "base", "backbone": "average", "router": {"fit": "lexical"}}, "needs backbone: base"),
         ({"router": {"fit": "lexical", "false_alarms": 0.1}}, "'false_alarms' has no effect without unseen: base"),
-        ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.0}}, "greater than 0"),
-        ({"unseen": "base", "router": {"fit": "lexical", "false_alarms": 1.0}}, "less than 1"),
-        ({"unseen": "law", "router": {"fit": "lexical"}}, "'base'"),
-        ({"router": {"fit": "logistic", "false_alarms": 0.1}}, "'false_alarms' has no effect with fit: logistic"),
     ],
 )
 def test_what_cannot_work_is_refused(shop: Workshop, mixture: dict[str, Any], message: str) -> None:
@@ -337,12 +293,6 @@ def test_without_the_base_among_the_experts_it_is_refused(shop: Workshop) -> Non
     recipe = {**shop.recipe, "experts": shop.recipe["experts"][:BASE]}
     with pytest.raises(RecipeError, match=r"mixture\.unseen: the base is not in the list of experts"):
         parse_recipe({**recipe, "mixture": {"unseen": "base", "router": {"fit": "lexical"}}})
-
-
-def test_a_recipe_that_does_not_say_it_has_the_digest_that_it_had(shop: Workshop) -> None:
-    recipe = parse_recipe({**shop.recipe, "mixture": {"router": {"fit": "lexical"}}})
-    dumped = recipe.model_dump(mode="json")
-    assert "unseen" not in dumped["mixture"] and "false_alarms" not in dumped["mixture"]["router"]
 
 
 def test_edits_drop_what_has_no_effect_any_more() -> None:

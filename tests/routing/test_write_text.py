@@ -17,13 +17,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from chatting import word_tokenizer
-from conftest import DOMAINS, Workshop, character_tokenizer, logits_of, tiny_model
+from conftest import DOMAINS, Workshop, logits_of, tiny_model
 from modekit.building.build import write_texts
 from modekit.building.preview import preview
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError, RecipeError, SourceError, TextError
 from modekit.evaluation.evaluate import evaluate
-from modekit.loaded import sampling
 from modekit.loaded.sampling import Script, Writer, read_texts
 from modekit.planning.make import make_plan
 from modekit.recipes.paths import from_folder
@@ -31,11 +30,10 @@ from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing import write_text
 from modekit.routing.refit import refit
 from modekit.routing.token_text import load_token_text
-from modekit.routing.write_text import _CommonTexts
 from modekit.run import QUIET, Run
 from modekit.text import written
 from modekit.text.held_out import RecipeTexts, fit_documents
-from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, documents_of, read_written, written_file
+from modekit.text.written import AGAINST, DOCUMENT_TOKENS, Written, read_written, written_file
 from refusal import tree
 
 BEGIN, END = 1, 2
@@ -88,14 +86,6 @@ def test_a_text_is_drawn_by_the_formula_without_a_cache() -> None:
     assert [parts[0] for parts in sampled(model, base, 1.0)] == [row[: row.index(END)] if END in row else row for row in rows]
 
 
-def test_a_model_that_keeps_no_cache_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, base = tiny_model(num_hidden_layers=1), tiny_model(seed=1, num_hidden_layers=1)
-    with_cache = sampled(model, base, 1.0)
-    monkeypatch.setattr(sampling, "cache_of", lambda output: None)
-    assert sampled(model, base, 1.0) == with_cache
-    assert len({tuple(parts[0]) for parts in with_cache}) == 4
-
-
 def test_fixed_tokens_follow_where_a_part_ends() -> None:
     model = tiny_model(num_hidden_layers=1)
     script = Script(((BEGIN, 40), (41, 42)), (6, 5))
@@ -110,20 +100,6 @@ def test_what_a_model_expects_of_texts_is_its_probabilities_and_their_sum() -> N
     logs = logits_of(model, ids)[:, :-1].log_softmax(-1)
     torch.testing.assert_close(expected, logs.exp().sum((0, 1))[:90])
     torch.testing.assert_close(found, logs.gather(-1, ids[:, 1:, None])[..., 0])
-
-
-def test_an_expert_goes_on_with_what_it_likes_best_of_what_the_base_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_text, "BEGUN_TOKENS", 4)
-    ids, base = torch.cat([torch.full((3, 1), BEGIN), torch.arange(30).view(3, 10)], 1), torch.zeros(3, 10)
-    own = base.clone()
-    own[1, 4:8], own[2, 0], own[0, 9] = 1.0, 3.0, 9.0  # the last tokens are no whole passage
-    passages = _CommonTexts(ids, base).passages(own)
-    assert passages[:2] == [[BEGIN, 14, 15, 16, 17], [BEGIN, 20, 21, 22, 23]]
-    assert len(passages) == 6
-    model = tiny_model(num_hidden_layers=1)
-    writer = Writer(model, None, 0.0, ends=range(50), vocabulary=96)
-    alone = [writer.write(Script((tuple(row),), (4,)), 6, seed=9)[place] for place, row in enumerate(passages)]
-    assert writer.write(Script(((BEGIN,),), (4,)), 6, seed=9, begun=passages) == alone
 
 
 def test_what_all_read_never_ends_and_is_the_same_for_all(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,22 +119,6 @@ def test_what_all_read_never_ends_and_is_the_same_for_all(bench: Workshop, monke
     assert not torch.allclose(counts[0], counts[1])
 
 
-def test_of_three_batches_the_last_goes_on_and_the_second_is_written_as_it_is(
-    bench: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[tuple[bool, int]] = []
-
-    class Listening(Writer):
-        def write(self, script: Script, rows: int, seed: int, advance: Any, begun: Any = ()) -> Any:
-            said.append((self.base is not None, len({tuple(row) for row in begun})))
-            return super().write(script, rows, seed, advance, begun)
-
-    monkeypatch.setattr(write_text, "Writer", Listening)
-    write(bench)
-    assert said[5:10] == [(True, 0), (False, 0), (True, 8), (True, 0), (False, 0)]  # behind what all read
-    assert said[15:] == [(False, 0)] * 5  # the base
-
-
 def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:
     files = write(bench)
     for name, file in files.items():
@@ -171,10 +131,6 @@ def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:
     before = tree(bench.root)
     write(bench)
     assert tree(bench.root) == before
-
-
-def test_experts_of_large_models_write_fewer_documents() -> None:
-    assert [documents_of(weights) for weights in (10**6, 134_515_008, 10**9, 7 * 10**10)] == [192, 96, 64, 64]
 
 
 def test_a_kill_costs_one_batch_and_changes_nothing(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +221,6 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
     assert not any("<|im" in message["content"] for line in lines for message in line["messages"])
 
 
-def test_a_fit_with_another_seed_reads_text_of_that_seed(bench: Workshop) -> None:
-    checkpoint = open_checkpoint(bench.build())
-    file = written_file(checkpoint.record.recipe.experts[0], bench.root)
-    before = file.read_bytes()
-    again = refit(checkpoint, {"router": {"seed": 1}})
-    assert made_of(file).made.seed == again.record.recipe.mixture.router.seed == 1 and file.read_bytes() != before
-
-
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     said = preview(bench.write())
     assert said.time.write_text > 0
@@ -318,10 +266,6 @@ def test_a_recipe_says_self_alone_and_keeps_it_elsewhere(tmp_path: Path) -> None
     assert recipe.experts[0].writes_text and recipe.experts[0].texts[0].startswith("./self-text/law-")
     with pytest.raises(RecipeError, match="cannot be combined"):
         parse_recipe({**said, "experts": [{**expert, "text": ["self", "./law.jsonl"]}]}, where="here")
-
-
-def test_a_text_begins_with_what_the_tokenizer_puts_there() -> None:
-    assert write_text._beginning(character_tokenizer()) == character_tokenizer().bos_token_id
 
 
 @pytest.mark.parametrize(("begin", "wanted"), [(None, "<end>"), ("<end>", "<end>"), ("<begin>", "<begin>")])

@@ -262,9 +262,9 @@ WITHOUT_DRAWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "lfm2"])
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_both_forms_choose_alike_with_the_same_gradients(tmp_path: Path, family: str) -> None:
-    overrides: dict[str, Any] = {"llama": {}, "qwen3": {"head_dim": 8}, "lfm2": {"layer_types": ["full_attention"] * 3}}[family]
+    overrides: dict[str, Any] = {"llama": {}, "lfm2": {"layer_types": ["full_attention"] * 3}}[family]
     shop = make_workshop(tmp_path, family, **overrides)
     mixture = {**shop.recipe["mixture"], "top_k": 1 if family == "lfm2" else 2}
     native = open_checkpoint(shop.build("NATIVE", mixture=mixture))
@@ -308,7 +308,6 @@ def test_a_dropped_token_passes_by_the_experts(workshop: Workshop, ids: torch.Te
 
 FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
-    "gemma2": ("gemma2", {"head_dim": 8}, {}),
     "features": (
         "llama",
         {},
@@ -368,8 +367,7 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("format_", ["native", "modekit"])
-def test_draws_are_the_same_after_a_kill_and_when_layers_are_computed_again(workshop: Workshop, format_: str) -> None:
+def test_draws_are_the_same_after_a_kill_and_when_layers_are_computed_again(workshop: Workshop) -> None:
     changes = {
         "what": ["experts"],
         "gate": "random",
@@ -379,8 +377,7 @@ def test_draws_are_the_same_after_a_kill_and_when_layers_are_computed_again(work
         "evaluate_every": 2,
         "backbone_learning_rate": 0.01,
     }
-    output = {"output": {"format": format_}}
-    whole, cut, again = (open_checkpoint(workshop.build(name, **output)) for name in ("WHOLE", "CUT", "AGAIN"))
+    whole, cut, again = (open_checkpoint(workshop.build(name)) for name in ("WHOLE", "CUT", "AGAIN"))
 
     def killed(stage: str, done: int, _total: int) -> None:
         if stage == "train" and done == 4:
@@ -413,7 +410,7 @@ def test_each_loss_of_routers_falls(workshop: Workshop, loss: str) -> None:
     assert values[-1] < values[0]
 
 
-@pytest.mark.parametrize("loss", ["balance", "importance", "load"])
+@pytest.mark.parametrize("loss", ["balance", "load"])
 def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str) -> None:
     checkpoint = open_checkpoint(workshop.build())
     shares = []
@@ -442,21 +439,12 @@ def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gate": "best"}, "gate"),
-        ({"overflow": "next"}, "without effect here: overflow"),
         ({"priority": "score"}, "without effect here: priority"),
         ({"gate": "base", "capacity": 1.0}, "without effect here: capacity"),
-        ({"gate": "base", "train_top_k": 2}, "without effect here: train_top_k"),
         ({"gate": "random"}, "so that none learns"),
         ({"gate": "domain-random", "losses": {"distill": 1.0}}, "so that none learns"),
-        ({"losses": {"lm": 1.0, "consistency": 1.0}}, "experts that are drawn"),
         ({"gate": "sinkhorn", "losses": {"lm": 1.0, "consistency": 1.0}}, "experts that are drawn"),
-        ({"gate": "base", "regime": "joint", "what": ["all"]}, "without effect here: gate"),
         ({"capacity": 1.0, "regime": "joint", "what": ["all"]}, "without effect here: capacity"),
-        (
-            {"gate": "domain-random", "what": ["experts"], "capacity": 1.0, "overflow": "random"},
-            "without effect here: overflow",
-        ),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -480,8 +468,6 @@ def test_a_gate_is_refused_where_nothing_is_left_to_choose(workshop: Workshop) -
     ("changes", "where"),
     [
         ({"gate": "sinkhorn"}, "gate: sinkhorn"),
-        ({"gate": "random", "what": ["experts"]}, "gate: random"),
-        ({"losses": {"lm": 1.0, "load": 0.1}}, "losses: load"),
         ({"losses": {"lm": 1.0, "balance": 0.1}}, "losses: balance"),
     ],
 )
@@ -496,11 +482,3 @@ def test_what_chooses_among_all_experts_is_refused(workshop: Workshop, changes: 
 def test_a_gate_gives_one_expert_where_the_mixture_does(workshop: Workshop, gate: str, what: str) -> None:
     single = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": {"fit": "random"}}))
     assert not any("experts per token" in note for note in run(single, what=[what], gate=gate).record.notes)
-
-
-def test_a_group_is_the_experts_of_the_same_text(workshop: Workshop) -> None:
-    experts = [*workshop.recipe["experts"], {"name": "law2", "model": "./code", "text": "./text/law.jsonl"}]
-    checkpoint = open_checkpoint(workshop.build(experts=experts))
-    objective, _ = objective_of(checkpoint, settings_of(gate="domain-random", what=["experts"]))
-    assert objective._gate is not None
-    assert objective._gate.groups_EE.sum(-1).tolist() == [1, 2, 1, 2]

@@ -143,11 +143,6 @@ from torch.distributed.fsdp import fully_shard
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.text.sequences import TokenSequence
 from modekit.loaded.load import load_model
-from modekit.text.sequences import TokenSequence
-from modekit.loaded.load import load_model
-from rounding import assert_close
-from modekit.text.sequences import TokenSequence
-from modekit.loaded.load import load_model
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.objective import Objective
 from modekit.training.settings import train_settings

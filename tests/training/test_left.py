@@ -48,9 +48,7 @@ def test_the_best_state_is_reached_by_no_link(folder: TrainingFolder, tmp_path: 
         folder.outcome()
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[", "null", "[]", "7", '{"request": 7, "state": "x"}', '{"request": "x"}', "[" * 5_000]
-)
+@pytest.mark.parametrize("content", ["", "null", '{"request": 7, "state": "x"}', "[" * 5_000])
 def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     for name in ("settings", "trained", "before"):
         (folder.path / f"{name}.json").write_text(content)

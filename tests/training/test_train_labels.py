@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from command_line import modekit
 from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_text
-from labelled import TAGGED, make_labelled, with_tags
-from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.training import train_words
 from modekit.errors import TextError, TrainingError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.loaded.load import load_model
-from modekit.run import QUIET, Run
+from modekit.run import QUIET
 from modekit.text.sequences import TokenSequence
-from modekit.text.tags import add_tags, tag_ids
+from modekit.text.tags import add_tags
 from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
 from modekit.training.end_to_end import packs
 from modekit.training.losses import GENERIC
@@ -87,12 +84,6 @@ def test_labels_become_what_is_asked_as_often_as_asked(to: str | None) -> None:
     assert parts == again
 
 
-def test_nothing_drawn_reads_what_would_be_read_without() -> None:
-    said, none = settings(losses={"label": 1.0}, randomise=0.0), settings(losses={"label": 1.0})
-    plans = [plan_parts(long_corpora(), each, steps=20, experts=4, parts=1, pack=True) for each in (said, none)]
-    assert plans[0] == plans[1]
-
-
 @pytest.mark.parametrize(
     ("changes", "domains"),
     [({"mix": "temperature", "mix_temperature": 2.0}, [2 / 3, 1 / 3]), ({"mix": "proportional"}, [0.8, 0.2]), ({}, [0.5, 0.5])],
@@ -114,19 +105,10 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
     assert [read[place] / sum(read.values()) for place in range(3)] == pytest.approx(wanted, abs=0.01)
 
 
-def test_options_are_settings() -> None:
-    said = train_words(["tags=true", "randomise=0.2", "randomise_to=others", "generic=[a]", "generic_share=0.4"])
-    assert said == {"tags": True, "randomise": 0.2, "randomise_to": "others", "generic": ["a"], "generic_share": 0.4}
-    assert train_words(None) == {}
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"randomise_to": "all"}, "without effect here: randomise_to"),
         ({"randomise": 0.2, "randomise_to": "all"}, "without effect here: randomise"),
-        ({"randomise": 0.2, "tags": True, "randomise_to": "mine"}, "randomise_to"),
-        ({"randomise": 1.0, "tags": True}, "randomise"),
         ({"randomise": 0.2, "losses": {"lm": 1.0, "distill": 0.1}, "teacher": "x"}, "effect here: randomise; .* add .* tags, "),
         ({"generic_share": 0.2}, "without effect here: generic_share"),
     ],
@@ -189,17 +171,6 @@ def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_w
         train(open_checkpoint(out), settings(tags=True), evaluate_tokens=None, texts=texts)
 
 
-def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(tagged_workshop: Workshop) -> None:
-    """It would be read with a tag after all; where no tags are asked for it is read as it is."""
-    file, out = tagged_workshop.root / "of-law.jsonl", tagged_workshop.build("generic-tags", mixture=ROUTED)
-    file.write_text("".join(json.dumps({"text": f"<domain:law> a deed {number}"}) + "\n" for number in range(40)))
-    said: dict[str, Any] = {"generic": [str(file)], "generic_share": 0.3}
-    with pytest.raises(TextError, match=r"text of no domain begins with a tag[\s\S]*where: +generic"):
-        train(open_checkpoint(out), settings(tags=True, **said), evaluate_tokens=None)
-    read = read_texts(open_checkpoint(out), settings(**said), {}, tagged_workshop.root, run=QUIET)[-1]
-    assert read.corpus.expert == GENERIC and {each.ids[0] for each in read.corpus.sequences} == {TAGS[1]}
-
-
 def check_rows(corpora: list[DomainSequences], rows: Any, item: dict[str, torch.Tensor]) -> int:
     """Compare every sequence of some rows with its own; how many had their label changed."""
     changed = 0
@@ -239,35 +210,6 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
         real = item["real"][number]
         taught = teachers[draw.corpus].logits(item["position"][number][real], torch.device("cpu"))  # type: ignore[union-attr]
         assert torch.allclose(taught, logits[number][real], atol=2e-2 * float(logits.abs().max()))
-
-
-def test_a_mixture_is_trained_on_tags_and_a_kill_changes_nothing(tagged_workshop: Workshop) -> None:
-    said = settings(
-        tags=True, randomise=0.4, randomise_to="all", what=["all"], steps=6, evaluate_every=2, losses={"lm": 1.0, "label": 0.1}
-    )
-    whole, cut = (open_checkpoint(tagged_workshop.build(name, mixture=ROUTED)) for name in ("WHOLE", "CUT"))
-    done = train(whole, said, evaluate_tokens=None)
-    assert done.improved and done.record.settings["randomise_to"] == "all"
-    with pytest.raises(_KilledError):
-        train(cut, said, evaluate_tokens=None, run=Run(progress=killed))
-    assert (tagged_workshop.root / "CUT.training" / "settings.json").exists()
-    train(cut, said, evaluate_tokens=None)
-    assert tensors_of(whole.folder).keys() == tensors_of(cut.folder).keys()
-    assert all(torch.equal(value, tensors_of(cut.folder)[name]) for name, value in tensors_of(whole.folder).items())
-    assert is_proven(verify(open_checkpoint(whole.folder)))
-
-
-class _KilledError(Exception):
-    pass
-
-
-def killed(stage: str, done: int, _total: int) -> None:
-    if stage == "train" and done == 4:
-        raise _KilledError
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def test_states_are_compared_by_text_with_its_own_tag(tagged_workshop: Workshop, tmp_path: Path) -> None:
@@ -317,25 +259,6 @@ def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Wor
     assert after < before
 
 
-def test_a_table_with_unseen_conversations_has_no_tags_and_says_so(tmp_path: Path) -> None:
-    tokenizer = with_tags(character_tokenizer())
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    shop = make_labelled(tmp_path, lambda seed: tiny_model(seed=seed, vocab_size=TAGGED, num_hidden_layers=1), tokenizer)
-    talk = [
-        [{"role": "user", "content": f"fever {n} of it"}, {"role": "assistant", "content": f"a dose {n}"}] for n in range(8)
-    ]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in talk))
-    checkpoint = open_checkpoint(shop.build(mixture=ROUTED, eval={"talk": "./talk.jsonl"}))
-    done = train(checkpoint, settings(tags=True, what=["all"]), evaluate_tokens=200)
-    assert done.improved and done.results is not None and done.results.unseen == ["talk"]
-    names = [row.name for row in done.results.rows]
-    assert "mixture before" in names and "mixture" in names and not any("tag" in name for name in names)
-    notes = [note for note in done.results.notes if "no row has tags" in note]
-    assert len(notes) == 1 and "a conversation has no place for a tag" in notes[0] and "talk" in notes[0]
-    for file in ("train.md", "eval.md"):
-        assert notes[0] in (checkpoint.folder / "results" / file).read_text()
-
-
 def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: Workshop) -> None:
     with pytest.raises(TrainingError, match="no tag for medicine, law, code"):
         train(open_checkpoint(workshop.build()), settings(tags=True))
@@ -350,19 +273,13 @@ def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: 
         train(checkpoint, settings(tags=True), texts={"law": [str(chats)]})
 
 
-def test_a_label_counts_where_something_reads_it() -> None:
-    for said in ({"losses": {"distill": 1.0}}, {"losses": {"label": 1.0, "distill": 1.0}, "teacher": "x"}, {"tags": True}):
-        assert train_settings({**said, "randomise": 0.2}, where="test").randomise == 0.2
-
-
-@pytest.mark.parametrize("to", ["all", "others"])
-def test_one_expert_has_no_other_label(tagged_workshop: Workshop, to: str) -> None:
+def test_one_expert_has_no_other_label(tagged_workshop: Workshop) -> None:
     experts = tagged_workshop.recipe["experts"][:1]
     checkpoint = open_checkpoint(
         tagged_workshop.build("alone", experts=experts, mixture={"top_k": 1, "router": {"fit": "random"}})
     )
     with pytest.raises(TrainingError, match="no other label"):
-        train(checkpoint, settings(what=["experts"], tags=True, randomise=0.1, randomise_to=to))
+        train(checkpoint, settings(what=["experts"], tags=True, randomise=0.1, randomise_to="others"))
 
 
 # Labels that decide the expert.
@@ -410,11 +327,6 @@ def test_the_expert_of_a_drawn_label_learns_and_no_other(tagged_workshop: Worksh
     assert any(".base." in name and p.grad is not None for name, p in model.named_parameters())
 
 
-def test_a_joint_training_with_drawn_labels_makes_the_mixture_better(tagged_workshop: Workshop) -> None:
-    checkpoint = joint_mixture(tagged_workshop, "better", **COMMON)
-    assert train(checkpoint, joint(steps=8, tags=True, randomise=0.3), evaluate_tokens=None).improved
-
-
 def test_the_command_line_trains_with_tags(tagged_workshop: Workshop) -> None:
     out = tagged_workshop.build("shown", mixture=ROUTED)
     few = ("steps=2", "sequence_length=48", "select_tokens=200", "--tokens", "0", "batch_tokens=400")
@@ -423,9 +335,3 @@ def test_the_command_line_trains_with_tags(tagged_workshop: Workshop) -> None:
     recorded = open_checkpoint(out).record.training
     assert not recorded or recorded[-1].settings["tags"] is True
     assert "without effect here: randomise_to" in refuse("train", out, "randomise_to=all", *few)
-
-
-def test_tags_of_a_tokenizer_are_those_of_the_labels() -> None:
-    tokenizer = character_tokenizer()
-    add_tags(tokenizer, ["law", "code"], where="test")
-    assert tag_ids(tokenizer, ["code", "law"]) == (97, 96)

@@ -36,7 +36,7 @@ from refusal import borrow
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["t5"])
 def pair_workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_pair_workshop(tmp_path_factory.mktemp("pairs"), request.param)
 
