@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS: dict[str, dict[str, Any]] = {
     "bart": {"encoder_layers": 3},
     "bart untied": {"tie_word_embeddings": False},
-    "mbart": {},
+    "mbart": {"scale_embedding": True},
     "marian": {"scale_embedding": True},
     "m2m_100": {"decoder_layers": 3, "encoder_ffn_dim": 40},
     "t5": {},

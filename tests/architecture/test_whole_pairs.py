@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from architecture.test_encoder_decoder import KINDS, NAMES
 from conftest import Workshop, router_logits
 from modekit.architecture.modekit_mixed import Mixed
 from modekit.building.build import build
@@ -39,16 +40,6 @@ from pair_models import inputs, logits_of, make_pair_workshop, pair_model, pair_
 from refusal import borrow
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-KINDS: dict[str, dict[str, Any]] = {
-    "bart": {"encoder_layers": 3},
-    "bart untied": {"tie_word_embeddings": False},
-    "mbart": {"scale_embedding": True},
-    "marian": {"scale_embedding": True},
-    "m2m_100": {"decoder_layers": 3, "encoder_ffn_dim": 40},
-    "t5": {},
-    "t5 gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-}
-NAMES = ("one", "two", "three")
 ONCE = {"fit": "random", "seed": 3, "granularity": "sequence", "per": "model"}
 SEARCHES: tuple[dict[str, Any], ...] = (
     {},

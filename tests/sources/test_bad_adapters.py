@@ -1,6 +1,6 @@
 """An adapter that is missing, damaged, foreign or hostile is refused by name, and nothing is left behind.
 
-What each setting of PEFT means is in tests/test_adapters.py; here the command line builds a recipe with such an adapter.
+What each setting of PEFT means is in test_adapters.py; here the command line builds a recipe with such an adapter.
 """
 
 from __future__ import annotations
