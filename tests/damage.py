@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,3 +216,20 @@ def in_time(seconds: int = 30, memory: int = 3 * 2**30) -> Iterator[None]:
 
 
 NO_FILES = ("gone", "folder", "pipe", "round", "device", "away", "nowhere")
+
+
+def change_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another header of a file of tensors, whose numbers stay."""
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Other settings in config.json; those that are "absent" go."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))

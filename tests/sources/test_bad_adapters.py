@@ -5,10 +5,7 @@ What each setting of PEFT means is in test_adapters.py; here the command line bu
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 
 from adapter_folders import PREFIX, UP, lora, write_adapter
 from conftest import Workshop, logits_of, save, tiny_model
+from damage import change_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from refusal import borrow, refuse_build, run_python, tree
@@ -70,16 +68,6 @@ def test_a_full_model_given_as_an_adapter_and_the_other_way_round(bench: Worksho
     message = refuse_build(bench)
     assert LAW in message
     assert "this is an adapter" in message and "adapter: in place of model:" in message
-
-
-def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "adapter_model.safetensors"
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
 # What the config and the file say
@@ -207,7 +195,7 @@ COMMAND = "import sys; from modekit.cli import main; sys.argv = ['modekit', *sys
 
 @pytest.mark.parametrize("key", ["\ud800", "\x1b[31mred", "\u202ered"], ids=["surrogate", "escape", "direction"])
 def test_names_that_no_terminal_can_show(bench: Workshop, key: str) -> None:
-    change_header(law(bench), lambda header: header.update({key: header.pop(UP_A)}))
+    change_header(law(bench) / "adapter_model.safetensors", lambda header: header.update({key: header.pop(UP_A)}))
     recipe = bench.write()
     before = tree(bench.root)
     run = run_python(COMMAND, "build", recipe, bench.root / "OUT")

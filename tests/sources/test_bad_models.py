@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import Workshop, save, tiny_model
+from damage import change_config, change_header
 from modekit.building.build import build
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
@@ -43,22 +44,6 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
-
-
-def change_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
 # Folders and files
@@ -213,7 +198,7 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
 
 @pytest.mark.parametrize("lie", [lie for _, lie in LIES], ids=[name for name, _ in LIES])
 def test_header_that_lies(bench: Workshop, lie: Callable[[dict[str, Any]], object]) -> None:
-    change_header(copy_expert(bench), lie)
+    change_header(copy_expert(bench) / "model.safetensors", lie)
     message = refuse_build(bench)
     assert f"{LAW}: model.safetensors" in message
     assert "download or save the file again" in message
@@ -339,7 +324,7 @@ def test_a_quantised_model(bench: Workshop) -> None:
     for dtype in (torch.int8, torch.float8_e4m3fn):
         change_tensors(folder, lambda tensors, dtype=dtype: tensors.update({FFN: torch.zeros(48, 32).to(dtype)}))
         assert f"{LAW}: {FFN}" in refuse_build(bench)
-    change_header(folder, lambda header: header[FFN].update(dtype="F4", shape=[48, 64]))
+    change_header(folder / "model.safetensors", lambda header: header[FFN].update(dtype="F4", shape=[48, 64]))
     assert f"{LAW}: {FFN}" in refuse_build(bench)
 
 

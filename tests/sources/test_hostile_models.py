@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 from adapter_folders import write_adapter
 from conftest import Workshop
+from damage import change_config, change_header
 from modekit.errors import ModekitError, SourceError
 from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
@@ -51,11 +51,6 @@ def refused(bench: Workshop, *words: str) -> str:
     return message
 
 
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def write_raw(folder: Path, key: str, raw: str) -> None:
     """A setting with a value that json.dumps does not write."""
     path = folder / "config.json"
@@ -74,7 +69,7 @@ def test_more_layers_than_there_are_tensors(bench: Workshop, layers: int) -> Non
 
 def test_layers_that_are_only_numbered_high(bench: Workshop) -> None:
     folder = copy_base(bench)
-    change_header(folder, lambda header: header.update({"model.layers.999999999.x": header.pop(NAME)}))
+    change_header(folder / "model.safetensors", lambda header: header.update({"model.layers.999999999.x": header.pop(NAME)}))
     change_config(folder, num_hidden_layers=10**9)
     refused(bench, "base_model")
 
@@ -152,18 +147,6 @@ def test_a_model_with_an_adapter_in_its_folder(bench: Workshop) -> None:
 
 
 # Weights
-
-
-def change_header(
-    folder: Path, change: Callable[[dict[str, Any]], object], encode: Callable[[str], bytes] = str.encode
-) -> None:
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    result = change(header)
-    text = encode(result if isinstance(result, str) else json.dumps(header))
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
 @pytest.mark.parametrize(
@@ -324,7 +307,9 @@ def test_tokens_and_names_of_any_length_make_short_messages(bench: Workshop) -> 
     path.write_text(json.dumps(data))
     refused(bench, "50 tokens")
     path.write_text(json.dumps({}))
-    change_header(folder, lambda header: header.update({"\x1b]0;x\x07" + "y" * 100_000: header.pop(NAME)}))
+    change_header(
+        folder / "model.safetensors", lambda header: header.update({"\x1b]0;x\x07" + "y" * 100_000: header.pop(NAME)})
+    )
     assert "\x1b" not in refused(bench, "base_model")
 
 
