@@ -49,7 +49,7 @@ BASES: dict[str, dict[str, Any]] = {
     "narrow llama": {"hidden_size": 16},
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+EXAMPLES = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="session")
@@ -549,7 +549,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(key=st.sampled_from(sorted({*LoraSettings.model_fields, *NO_EFFECT, "feedforward_modules"})), value=JSON, kind=JSON)
 def test_garbage_in_the_config_never_crashes(bases: Callable[[str], Path], key: str, value: Any, kind: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
