@@ -11,7 +11,6 @@ import re
 import pytest
 
 nothing = r"^$"
-_PAIRS = r"^(marian|t5)\b(?! gated)"
 _FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2|granitemoehybrid|lfm2)"
 _INSPECTED = r"^(native|gating|context|everything|feature)$"
 
@@ -105,7 +104,6 @@ SAMPLED = {
     "sources/test_vocabulary.py::test_experts_with_more_tokens_come_and_go": r"0$",
     "sources/test_wrappers.py::test_one_recipe_of_every_form": r"^(qwen3_5|gemma3|gemma4 shared)-base$",
     "sources/test_wrappers.py::test_text_is_generated_as_in_one_pass": r"^(qwen3_5|gemma4 shared)$",
-    "training/test_gates.py::test_a_balancing_loss_lowers_the_largest_share": r"^load$",
     "training/test_gates.py::test_both_forms_choose_alike_with_the_same_gradients": r"^llama$",
     "training/test_gates.py::test_each_loss_of_routers_falls": r"^mutual$",
     "training/test_train.py::test_a_damaged_state_says_what_to_remove": r"^model.*cut short",

@@ -104,13 +104,6 @@ def test_settings_are_looked_at_where_they_count(bench: Workshop, file: str) -> 
     assert why_not(checkpoint, 1) is None
 
 
-def test_other_shards_than_those_that_were_read_are_a_change(bench: Workshop) -> None:
-    checkpoint = open_checkpoint(bench.build())
-    (bench.root / "law" / "model.safetensors").unlink()
-    save(tiny_model(seed=9, num_hidden_layers=1), bench.root / "law", max_shard_size="20KB")
-    assert "law' (model" in str(why_not(checkpoint, 1))
-
-
 @pytest.fixture
 def adapters(tmp_path: Path) -> Checkpoint:
     save(tiny_model(), tmp_path / "base")

@@ -149,18 +149,6 @@ def test_oracle_of_ffn_specialists_closes_the_whole_gap(workshop: Workshop) -> N
             assert own.gap_closed == pytest.approx(1.0) and oracle.gap_closed == pytest.approx(1.0, abs=1e-2)
 
 
-def test_mixture_of_copies_is_worth_what_the_base_is(workshop: Workshop) -> None:
-    experts = [{"name": name, "model": "base", "text": f"./text/{name}.jsonl"} for name in DOMAINS]
-    results = evaluate(
-        open_checkpoint(workshop.build(experts=experts, mixture=LOGISTIC)), tokens_per_domain=300, sequence_length=32
-    )
-    assert [row.name for row in results.rows] == ["base", "weight average", "oracle", "mixture"]
-    for row in results.rows:
-        for name, score in row.scores.items():
-            assert score.loss == pytest.approx(results.row("base").scores[name].loss, abs=1e-4)
-            assert score.gap_closed is None  # no expert is better than the base, so there is no gap to close
-
-
 def test_after_a_refit_only_the_mixture_is_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
     first = evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
@@ -235,17 +223,3 @@ def test_a_loss_that_is_no_number_is_an_error_and_not_a_result(workshop: Worksho
     with pytest.raises(CheckpointError, match=r"the loss is not finite\n\s+where:\s+oracle on the text 'medicine'"):
         evaluate(open_checkpoint(out), tokens_per_domain=100, sequence_length=32)
     assert not (out / "results").exists()
-
-
-def test_results_know_whose_they_are(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build(mixture=LOGISTIC))
-    evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
-    data = json.loads((checkpoint.folder / "results" / "eval.json").read_text())
-    results = Results.from_data(data)
-    assert results.belongs_to(checkpoint)
-    changed = refit(checkpoint, {"router": {"temperature": 0.01}})
-    assert not results.belongs_to(changed)
-    trained = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"trained": {"model.norm.weight": "x"}}))
-    assert not results.belongs_to(trained)
-    assert not Results([], [], [], {}).belongs_to(checkpoint)
-    assert not Results.from_data({**data, "text": {}}).belongs_to(checkpoint)

@@ -152,23 +152,6 @@ def test_the_weights_are_those_of_the_modules(shared_workshop: Workshop, tmp_pat
 
 def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     """What docs/inspect.md promises of inspect.json."""
-    assert set(data) == {
-        "format",
-        "checkpoint",
-        "experts",
-        "domains",
-        "unseen",
-        "routers",
-        "top_k",
-        "per_domain",
-        "utilisation",
-        "dead",
-        "similarity",
-        "top_tokens",
-        "evidence",
-        "texts",
-        "notes",
-    }
     router = checkpoint.record.recipe.mixture.router
     assert (data["evidence"] is None) == (router.fit != "lexical" or router.hashes)
     count, routers = len(data["experts"]), len(data["routers"])
@@ -177,18 +160,6 @@ def check_schema(data: dict[str, Any], checkpoint: Checkpoint) -> None:
     assert all(set(router) == {"name", "layer", "module"} for router in data["routers"])
     assert set(data["per_domain"]) == {*data["domains"], *data["unseen"]}
     for name, entry in data["per_domain"].items():
-        assert set(entry) == {
-            "expert",
-            "documents",
-            "tokens",
-            "loss",
-            "shares",
-            "chosen",
-            "entropy",
-            "agreement",
-            "without",
-            "named",
-        }
         assert (entry["expert"] is None) == (entry["agreement"] is None) == (entry["named"] is None) == (name in data["unseen"])
         for key in ("shares", "chosen"):
             assert [len(row) for row in entry[key]] == [count] * routers
@@ -302,22 +273,6 @@ def test_a_text_names_the_expert_it_misses_most(shared_workshop: Workshop, tmp_p
                     changes.append(loss(sequence.ids))
             named += changes.index(max(changes)) == domain.expert
         assert data["per_domain"][domain.name]["named"] == pytest.approx(named / len(domain.sequences), abs=1e-5)
-
-
-def test_copies_are_alike_and_none_is_missed(shared_workshop: Workshop, tmp_path: Path) -> None:
-    workshop = borrow(shared_workshop, tmp_path)
-    law = workshop.recipe["experts"][1]
-    workshop.recipe["experts"] = [{**law, "name": name} for name in ("one", "two")] + [
-        {"name": "three", "model": "base", "text": law["text"]},
-        {"name": "four", "model": "base", "text": law["text"]},
-    ]
-    checkpoint = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 4, "router": RANDOM}))
-    cosines = similarity(checkpoint).experts
-    assert cosines == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
-    workshop.recipe["experts"] = workshop.recipe["experts"][:2]
-    data = inspect(open_checkpoint(workshop.build(mixture={"method": "routing", "router": RANDOM})), **SMALL).as_data()
-    for entry in data["per_domain"].values():
-        assert all(abs(change) < 1e-5 for change in entry["without"].values())
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), [("llama", {}), ("qwen3", {"head_dim": 8})], ids=["llama", "qwen3"])
@@ -529,17 +484,6 @@ def test_the_command_prints_tables(shared_workshop: Workshop, tmp_path: Path) ->
     data = json.loads(run("inspect", out, *options, "--json"))
     assert data == json.loads((out / "results" / "inspect.json").read_text())
     assert f"{data['per_domain']['law']['without']['code']:+.3f}" in shown
-
-
-def test_a_narrow_terminal_gets_every_number(shared_workshop: Workshop, tmp_path: Path) -> None:
-    data = inspect(built(shared_workshop, tmp_path, "native"), **SMALL).as_data()
-    shown = []
-    for width in (40, 200):
-        stream = io.StringIO()
-        with patch("modekit.cli.printing.mixtures.out", Console(file=stream, width=width)):
-            print_result(Inspection.from_data(data))
-        shown.append(sorted(cell for cell in stream.getvalue().replace("\n", " ").split(" ") if "0." in cell))
-    assert shown[0] == shown[1] and len(shown[0]) > 40
 
 
 def test_the_command_prints_a_text(shared_workshop: Workshop, tmp_path: Path) -> None:

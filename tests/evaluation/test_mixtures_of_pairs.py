@@ -20,7 +20,7 @@ from modekit.evaluation.inspection.text import inspect_text
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.passes import losses_of, reads_target
 from modekit.loaded.shapes import expert_view, mixture_of
-from modekit.routing.inputs import GateInput, capture_domain, load_statistics, run_with_inputs
+from modekit.routing.inputs import GateInput, run_with_inputs
 from modekit.text.sequences import TokenSequence, encode, make_batches
 from pair_models import make_pair_workshop, pair_tokenizer, pairs
 from refusal import borrow
@@ -83,27 +83,6 @@ def test_what_is_captured_times_a_gate_is_what_the_router_says(
             torch.testing.assert_close(found, logits[0].expand(lengths[side], -1), atol=1e-4, rtol=1e-4)
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     assert all(len(found) == starts[sides[slot]] for slot, found in taken.items())
-
-
-def test_statistics_count_the_side_that_a_router_reads(
-    pair_workshop: Workshop, tmp_path: Path, sequences: list[TokenSequence]
-) -> None:
-    checkpoint = built(pair_workshop, tmp_path, MIXTURES["token"])
-    view = expert_view(checkpoint)
-    view.use_expert(1)
-    read = GateInput([{"decay": None}])
-    found = capture_domain(view, sequences, [], read=read, keep_tokens=50)
-    counts = sum(len(each.ids) for each in sequences), sum(len(each.target) for each in sequences)
-    assert found.counts == tuple(counts[side] for side in view.in_decoder()) and found.tokens == sum(counts)
-    found.save(tmp_path / "kept.safetensors")
-    again = load_statistics(tmp_path / "kept.safetensors")
-    assert again is not None and again.counts == found.counts
-    for slot, each in enumerate(found.slots):
-        assert len(each.sample_ND) == min(50, found.count(slot))
-        assert each.sample_ND.float().abs().sum(1).min() > 0  # every kept token came by
-    plain = encode(pair_tokenizer(), ["fever"], max_tokens=100, sequence_length=64)
-    with pytest.raises(TextError, match="needs pairs"):
-        capture_domain(view, sequences, plain, read=read, keep_tokens=50)
 
 
 @pytest.mark.parametrize(

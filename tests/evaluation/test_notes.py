@@ -22,10 +22,6 @@ def test_a_base_expert_that_is_beaten_is_named() -> None:
     assert note == "general: the base model, which is its expert, has 3.600 on its text, worse than medicine with 3.440"
 
 
-def test_the_base_does_not_stand_for_an_expert_whose_row_is_left_out() -> None:
-    assert not list(beaten_notes([row("base", 3.6), row("medicine", 3.44)], {"general": "general"}))
-
-
 def test_an_expert_that_is_beaten_is_named() -> None:
     (note,) = beaten_notes([row("base", 3.8), row("general", 3.6), row("law", 3.5)], {"general": "general"})
     assert note.startswith("general: its own expert has 3.600") and note.endswith("worse than law with 3.500")

@@ -333,30 +333,6 @@ def test_a_task_of_one_s_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert scores.rows["mixture"].value == pytest.approx(right / 9)
 
 
-def test_adapters_are_rows(tmp_path: Path) -> None:
-    """An expert that is an adapter is scored as the base with the adapter folded in."""
-    from peft import LoraConfig, get_peft_model
-
-    from modekit.loaded.load import load_adapted
-    from modekit.sources.adapter import open_adapter
-    from modekit.sources.source import open_source
-
-    workshop = make_workshop(tmp_path)
-    torch.manual_seed(3)
-    tuned = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    tuned.save_pretrained(tmp_path / "lora")
-    workshop.recipe["experts"][1] = {"name": "law", "adapter": "./lora", "text": "./text/law.jsonl"}
-    folder = workshop.build()
-    found = evaluate_tasks(open_checkpoint(folder), ["spell"], own(own_task(tmp_path / "tasks")))
-    assert found.models == ["base", "medicine", "law", "code", "mixture"]
-    base = workshop.root / "base"
-    model = load_adapted(base, open_adapter("law", "lora", tmp_path / "lora", open_source("base_model", "base", base)))
-    tokenizer = load_tokenizer(folder)
-    likely = [[direct(model, tokenizer, f"word {n}", letter) for letter in "abc"] for n in range(9)]
-    expected = sum(each.index(max(each)) == n % 3 for n, each in enumerate(likely)) / 9
-    assert found.tasks["spell"].rows["law"].value == pytest.approx(expected)
-
-
 # -------------------------------------------------------------------------------------------------------------- the results
 
 

@@ -272,17 +272,3 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, tokenizer_folder: Path, ca
     before = tree(tmp_path)
     assert said in refuse(*typed(tmp_path, tokenizer_folder, *words, **texts))
     assert tree(tmp_path) == before
-
-
-def test_two_texts_of_one_name_no_tokenizer_and_an_output_in_the_way(tmp_path: Path, tokenizer_folder: Path) -> None:
-    texts = skewed(tmp_path)
-    twice = [*typed(tmp_path, tokenizer_folder, **texts), "--text", f"en={tmp_path / 'fr.jsonl'}"]
-    assert "named twice" in refuse(*twice)
-    assert "a text without its domain" in refuse(*typed(tmp_path, tokenizer_folder), "--text", "en.jsonl")
-    assert "does not exist" in refuse(*typed(tmp_path, tmp_path / "nowhere", **texts))
-    (tmp_path / "no tokenizer").mkdir()
-    refuse(*typed(tmp_path, tmp_path / "no tokenizer", **texts))
-    (tmp_path / "OUT").mkdir()
-    (tmp_path / "OUT" / "mine.txt").write_text("mine")
-    assert "the output folder exists" in refuse(*typed(tmp_path, tokenizer_folder, **texts))
-    assert "holds something else" in refuse(*typed(tmp_path, tokenizer_folder, "--overwrite", **texts))

@@ -43,18 +43,6 @@ def test_only_the_last_steps_are_remembered() -> None:
     assert weight.share() == pytest.approx((1 - 0.19 / 1.095) / (2 - 0.19 / 1.095))
 
 
-def test_a_fixed_share_stays_and_two_alternating_steps_are_two_combined_ones() -> None:
-    fixed = CrossEntropyWeight(DistillSettings(weights=0.3), steps=10)
-    turns = CrossEntropyWeight(DistillSettings(weights=0.3, alternate=True), steps=10)
-    seen = []
-    for _ in range(2):
-        assert fixed.factors() == (0.3, 0.7)
-        seen.append(turns.factors())
-        for each in (fixed, turns):
-            each.remember(5.0, 0.1)
-    assert seen == [(0.6, 0.0), (0.0, 1.4)]
-
-
 @pytest.mark.parametrize(
     "values",
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,8 @@ from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
-from modekit.public import evaluate
 from modekit.run import DETAIL, QUIET, Run
-from modekit.text.amounts import SAMPLE_TOKENS, TABLE_TOKENS
 from modekit.text.splits import TRAINED_FILE, digests_in, split_of
-from modekit.training.settings import TrainSettings
 from pair_models import built, inputs, logits_of, make_pair_workshop, pair_model
 from refusal import tree
 from rounding import assert_close
@@ -239,11 +235,6 @@ def test_held_out_text_is_scored_up_to_a_bound_and_every_phase_is_named_first(wo
     assert phases == ["read the text", "load a model", "score before", "train", "score after", "write"]
     assert next(done for stage, done, _ in seen if stage == "train") == 0
     assert any("loss " in stage for stage, _, _ in seen)
-
-
-def test_the_default_amounts_of_held_out_text_are_said_in_one_place() -> None:
-    assert Training().held_out_tokens == SAMPLE_TOKENS == TrainSettings().select_tokens
-    assert signature(evaluate).parameters["tokens"].default == TABLE_TOKENS
 
 
 def test_the_seed_decides_all_that_is_drawn(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from modekit.errors import MismatchError, SourceError, TextError, UnsupportedErr
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Generic, Labelled, Reading, RelabelledPasses, generic_share, read_material
+from modekit.experts.labelled import Generic, Labelled, Reading, RelabelledPasses, read_material
 from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -271,22 +270,6 @@ def test_tags_that_a_base_has_no_rows_for_get_some(shop: Path, tmp_path: Path, t
         run(tmp_path, "base", tmp_path / "NO", texts, train="lora")
 
 
-def test_models_with_an_encoder_get_rows_too(tmp_path: Path) -> None:
-    texts = write_pairs(tmp_path, 60)
-    pair_model("bart").save_pretrained(tmp_path / "base")
-    pair_tokenizer().save_pretrained(tmp_path / "base")
-    made = specialize(tmp_path / "base", tmp_path / "OUT", Labelled(texts), root=tmp_path, training=TRAINING)
-    record = made.as_data()
-    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
-    old, new = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name) for name in ("base", "OUT"))
-    rows = new.get_input_embeddings().weight
-    assert torch.equal(rows[:96], old.get_input_embeddings().weight) and len(rows) == 98
-    assert not torch.equal(rows[96], rows[97])
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "OUT")
-    assert labels_of(tokenizer) == ("loud", "numbered")
-    new.generate(**tokenizer([f"{tag_of('loud')} 3 dose"], return_tensors="pt"), max_new_tokens=4)
-
-
 def write_pairs(folder: Path, count: int) -> dict[str, list[str]]:
     """The same sources under two labels: one wants their letters in capitals, the other as numbers."""
     draw = random.Random(1)
@@ -382,20 +365,6 @@ def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(sho
     assert drawn["held_out_loss"]["before"] == plain["held_out_loss"]["before"]
     assert drawn["training_loss"] != plain["training_loss"]
     assert drawn["training"]["steps"] == plain["training"]["steps"] == 6
-
-
-@pytest.mark.parametrize("share", [0.05, 0.8])
-def test_generic_text_is_repeated_or_left_out_for_its_share(share: float) -> None:
-    draw = random.Random(0)
-    domains, generic = (
-        [TokenSequence(tuple([mark] * draw.randint(4, 40)), 1) for _ in range(count)] for mark, count in ((5, 1000), (6, 300))
-    )
-    added = generic_share(domains, generic, share, seed=1)
-    tokens = [sum(each.size for each in group) for group in (added, domains)]
-    assert tokens[0] / sum(tokens) == pytest.approx(share, abs=0.01)
-    counts = Counter(id(each) for each in added)
-    assert max(counts.values()) - min(counts.get(id(each), 0) for each in generic) <= 1
-    assert added == generic_share(domains, generic, share, seed=1) != generic_share(domains, generic, share, seed=2)
 
 
 def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None:

@@ -96,12 +96,6 @@ def test_the_command_compares_with_another(room: Path) -> None:
     assert changes["code"] < -0.2 < 0 < changes["general"]
 
 
-def test_balance_counts_with_a_folder_that_holds_a_tokenizer_alone(room: Path) -> None:
-    texts = [word for name in LANGUAGES for word in ("--text", f"{name}={room / name}.jsonl")]
-    said = modekit("data", "balance", room / "CORPUS", "--tokenizer", room / "ALL", *texts)
-    assert "3 domains, at most 5 % apart" in said
-
-
 def test_too_little_text_is_said(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"number {number}"}) for number in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from command_line import modekit
 from conftest import DOMAINS, Workshop, make_workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
@@ -444,14 +443,6 @@ def test_who_does_not_see_it_can_use_it(opened: Opened, page: Path) -> None:
     assert tab.locator(".skip").bounding_box()["x"] >= 0
 
 
-def test_each_expert_has_a_look_that_is_not_its_colour_alone(opened: Opened) -> None:
-    tab = opened()
-    looks = tab.locator("header .chip").evaluate_all(
-        "nodes => nodes.map(node => [getComputedStyle(node).textDecorationStyle, getComputedStyle(node).textDecorationColor])"
-    )
-    assert len({style for style, _ in looks}) == len({colour for _, colour in looks}) == len(DOMAINS)
-
-
 def large(checkpoint: Checkpoint) -> dict[str, Any]:
     """64 layers with a router per projection, and longer texts than a page has room for."""
     routers = [(layer, part) for layer in range(64) for part in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -584,10 +575,3 @@ def test_gaps_are_bars_with_errors_and_names_are_text() -> None:
     assert chart.count('class="of-mixture"') == 3 and ">0.75<" in chart and ">0.50<" in chart and ">0.62<" in chart
     assert "&lt;b&gt;law" in chart and "<b>" not in chart
     assert gap_chart(Results(rows, ["code"], [], {})) == ""
-
-
-def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
-    out = workshop.build("COMMAND")
-    printed = modekit("report", out)
-    assert "report.html" in printed and "modekit eval" in printed
-    assert {path.name for path in (out / "results").iterdir()} == {"report.html"}

@@ -14,9 +14,7 @@ from conftest import Workshop
 from modekit.architecture.modekit_router import select
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
-from modekit.errors import RecipeError
 from modekit.loaded.load import load_model
-from modekit.recipes.read import parse_recipe
 from refusal import refuse
 
 peft = pytest.importorskip("peft")
@@ -101,15 +99,3 @@ def test_a_mixture_of_given_scores_opens_without_its_text(bench: Workshop, tmp_p
     out = bench.build(mixture={"router": {"fit": "arrow"}})
     ids = torch.randint(3, 90, (1, 12))
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits).all()
-
-
-@pytest.mark.parametrize(
-    ("router", "key"),
-    [
-        ({"fit": "arrow", "seed": 5}, "seed"),
-        ({"fit": "logistic", "seed": 5}, "seed"),
-    ],
-)
-def test_a_setting_that_would_do_nothing_is_refused(bench: Workshop, router: dict[str, object], key: str) -> None:
-    with pytest.raises(RecipeError, match=f"'{key}' has no effect"):
-        parse_recipe({**bench.recipe, "mixture": {"router": router}})

@@ -226,18 +226,6 @@ def test_what_it_does_not_read_is_refused(shop: Workshop, router: dict[str, Any]
         load_recipe(path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"router": {"fit": "logistic", "classifier": "sgd"}},
-        {"unseen": "base", "router": {"fit": "classifier"}},
-    ],
-)
-def test_its_settings_and_other_fits_do_not_mix(shop: Workshop, changes: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"no effect|decided again"):
-        load_recipe(shop.write(mixture={"method": "routing", **changes}))
-
-
 def test_without_scikit_learn_the_plan_says_so(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modekit.recipes.fits.find_spec", lambda name: None)
     path = shop.write(mixture={"method": "routing", "router": {"fit": "classifier"}})

@@ -13,7 +13,7 @@ from conftest import _WORDS
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.recipes.router import Router
-from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, framed_chats, read_chats, read_examples
+from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation, Pair
 from modekit.text.question_frames import QUESTION_FRAMES, framed_question, language_of
@@ -69,15 +69,6 @@ def test_the_base_takes_small_talk() -> None:
     assert base[:80] == own and len(base) == 160
     encoded = {TOKENIZER.decode(TEMPLATE.ids(each)) for each in SMALL_TALK}
     assert all(said(chat.ids, chat.start) in encoded for chat in base[80:])
-
-
-def test_words_of_asking_are_as_likely_in_every_domain() -> None:
-    asked = []
-    for words in _WORDS.values():
-        chats = list(framed_chats(TEMPLATE, documents_of(words), 200))
-        assert len(chats) == 200
-        asked.append(sum("What" in said(chat.ids, chat.start).split() for chat in chats))
-    assert min(asked) > 20 and max(asked) - min(asked) <= 10, asked
 
 
 def test_words_of_asking_are_in_the_language_of_the_text_and_in_english() -> None:

@@ -149,16 +149,3 @@ def test_the_command_needs_no_more_than_the_name_of_the_fit(shop: Workshop, monk
         main()
     settings = open_checkpoint(out).record.recipe.mixture.router
     assert (settings.fit, settings.granularity, settings.decay) == ("lexical", "token", None)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fit": "lexical", "orders": [1, 2], "buckets": 512, "granularity": "context"}, "'granularity' has no effect"),
-        ({"fit": "logistic", "keep_tokens": 0}, "keep_tokens must be at least 1"),
-    ],
-)
-def test_what_is_asked_for_now_is_checked(shop: Workshop, changes: dict[str, Any], words: str) -> None:
-    checkpoint = built(shop, "CHECKED", {"router": {"fit": "random"}}, adapters=True)
-    with pytest.raises(RecipeError, match=words):
-        refit(checkpoint, {"router": changes})

@@ -23,7 +23,6 @@ from modekit.recipes.fits import FITS, Fit
 from modekit.recipes.read import load_recipe, parse_recipe, schema_text
 from modekit.routing.fit import SETTERS, FittedRouter, Fitting
 from modekit.routing.linear import RULES
-from modekit.routing.refit import refit
 
 
 def favour(fitting: Fitting) -> FittedRouter:
@@ -55,14 +54,6 @@ def test_it_goes_from_recipe_to_proof(workshop: Workshop, form: str) -> None:
     assert all((gate[-1] == 2).all() and not gate[:-1].any() for gate in gates)
     ids = torch.arange(8)[None] + 3
     assert torch.isfinite(load_model(checkpoint.folder)(input_ids=ids).logits).all()
-
-
-def test_a_checkpoint_goes_to_it_and_back(workshop: Workshop) -> None:
-    out = workshop.build(mixture={"router": {"fit": "random", "seed": 3}})
-    assert refit(open_checkpoint(out), {"router": {"fit": "favour"}}).record.router.status == "fitted"
-    assert is_proven(verify(open_checkpoint(out), reload=False))
-    done = refit(open_checkpoint(out), {"router": {"fit": "random"}})
-    assert is_proven(verify(done, reload=False))
 
 
 def test_the_recipe_and_its_schema_know_it(workshop: Workshop) -> None:

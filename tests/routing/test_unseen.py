@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from conftest import DOMAINS, Workshop, logits_of, make_workshop
-from generated import check_generation
 from modekit.architecture.modekit_router import Router, causal_average
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +22,6 @@ from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import ROUTER_FILE
 from modekit.planning.tensors import EMBEDDING_FILE
-from modekit.recipes.edit import changed_mixture
 from modekit.recipes.read import load_recipe, parse_recipe
 from modekit.routing.evidence import Averaging, BaseRoom, TableSchedule, TokenRows, over_base, room_of, train_table
 from modekit.routing.refit import refit
@@ -151,13 +149,6 @@ def test_a_larger_rate_adds_more(shop: Workshop, mixture: Checkpoint) -> None:
 # What the mixture computes.
 
 
-def test_where_the_base_leads_everywhere_the_mixture_is_the_base(
-    shop: Workshop, mixture: Checkpoint, ids: torch.Tensor
-) -> None:
-    found = logits_of(with_row(mixture, 1e3), ids)
-    torch.testing.assert_close(found, logits_of(shop.root / "base", ids), atol=1e-4, rtol=1e-5)
-
-
 def test_where_it_leads_nowhere_nothing_changes(mixture: Checkpoint, ids: torch.Tensor) -> None:
     model = with_row(mixture, -1e3)
     found = logits_of(model, ids)
@@ -195,10 +186,6 @@ def test_whatever_else_the_mixture_does(shop: Workshop, ids: torch.Tensor, extra
     assert is_proven(verify(checkpoint))
     found = logits_of(with_row(checkpoint, 1e3), ids)
     torch.testing.assert_close(found, logits_of(shop.root / "base", ids), atol=1e-4, rtol=1e-5)
-
-
-def test_generation_padding_and_beams_equal_the_full_pass(mixture: Checkpoint) -> None:
-    check_generation(mixture.folder)
 
 
 def test_an_expert_that_is_forced_or_left_out_is_so_still(mixture: Checkpoint, shop: Workshop, ids: torch.Tensor) -> None:
@@ -293,14 +280,6 @@ def test_without_the_base_among_the_experts_it_is_refused(shop: Workshop) -> Non
     recipe = {**shop.recipe, "experts": shop.recipe["experts"][:BASE]}
     with pytest.raises(RecipeError, match=r"mixture\.unseen: the base is not in the list of experts"):
         parse_recipe({**recipe, "mixture": {"unseen": "base", "router": {"fit": "lexical"}}})
-
-
-def test_edits_drop_what_has_no_effect_any_more() -> None:
-    old = {"unseen": "base", "router": {"fit": "lexical", "false_alarms": 0.1}}
-    assert changed_mixture(old, {"router": {"fit": "logistic"}}) == {"router": {"fit": "logistic"}}
-    assert changed_mixture(old, {"unseen": None}) == {"unseen": None, "router": {"fit": "lexical"}}
-    assert changed_mixture(old, {"method": "linear"}) == {"method": "linear"}
-    assert changed_mixture(old, {"unseen": None, "router": {"false_alarms": 0.2}})["router"]["false_alarms"] == 0.2
 
 
 def test_a_config_that_names_an_expert_that_is_not_there_is_refused(shop: Workshop) -> None:

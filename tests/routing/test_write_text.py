@@ -86,37 +86,12 @@ def test_a_text_is_drawn_by_the_formula_without_a_cache() -> None:
     assert [parts[0] for parts in sampled(model, base, 1.0)] == [row[: row.index(END)] if END in row else row for row in rows]
 
 
-def test_fixed_tokens_follow_where_a_part_ends() -> None:
-    model = tiny_model(num_hidden_layers=1)
-    script = Script(((BEGIN, 40), (41, 42)), (6, 5))
-    for question, answer in Writer(model, None, 0.0, ends=range(2, 50), vocabulary=96).write(script, 16, seed=0):
-        assert len(question) <= 6 and len(answer) <= 5
-        assert all(token >= 50 for token in (*question, *answer))
-
-
 def test_what_a_model_expects_of_texts_is_its_probabilities_and_their_sum() -> None:
     model, ids = tiny_model(num_hidden_layers=1), torch.randint(50, 96, (6, 9), generator=torch.Generator().manual_seed(1))
     expected, found = read_texts(model, ids, 90, lambda share: None)
     logs = logits_of(model, ids)[:, :-1].log_softmax(-1)
     torch.testing.assert_close(expected, logs.exp().sum((0, 1))[:90])
     torch.testing.assert_close(found, logs.gather(-1, ids[:, 1:, None])[..., 0])
-
-
-def test_what_all_read_never_ends_and_is_the_same_for_all(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[torch.Tensor] = []
-    wanted = write_text.read_texts
-
-    def reads(model: Any, texts: torch.Tensor, *others: Any) -> Any:
-        read.append(texts)
-        return wanted(model, texts, *others)
-
-    monkeypatch.setattr(write_text, "read_texts", reads)
-    files = write(bench)
-    assert len(read) == 4 and all(torch.equal(each, read[0]) for each in read)  # the base for its own sake, and three experts
-    assert read[0].shape == (40, 1 + DOCUMENT_TOKENS)
-    counts = [expected_of(file) for file in files.values()]
-    assert all(float(each.sum()) == pytest.approx(40 * DOCUMENT_TOKENS, rel=1e-3) for each in counts)
-    assert not torch.allclose(counts[0], counts[1])
 
 
 def test_experts_write_and_the_base_as_it_is(bench: Workshop) -> None:

@@ -22,7 +22,7 @@ from modekit.text.sequences import TokenSequence
 from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.finish import TrainedMixture
 from modekit.training.gates import CHOOSE, Situation, balanced, sinkhorn, smooth_step, within_capacity
-from modekit.training.losses import GENERIC, consistency, load, load_balance, mutual
+from modekit.training.losses import GENERIC, consistency, load, mutual
 from modekit.training.objective import Objective
 from modekit.training.settings import GATES, WEIGHTS, Gate, TrainSettings, train_settings
 from modekit.training.train import train
@@ -345,15 +345,6 @@ def test_every_gate_trains_a_mixture_that_afterwards_decides_by_itself(tmp_path:
             assert any("dropped, by quarter of the sequence" in note for note in done.record.notes)
 
 
-def test_packing_changes_nothing_of_a_gate(workshop: Workshop) -> None:
-    checkpoint = open_checkpoint(workshop.build())
-    totals = []
-    for packed in (False, True):
-        objective, item = objective_of(checkpoint, settings_of(gate="dselect"), packed=packed)
-        totals.append(float(objective(**item)["loss"].detach()))
-    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
-
-
 def test_early_tokens_are_served_first_and_the_log_shows_it(workshop: Workshop) -> None:
     objective, item = objective_of(open_checkpoint(workshop.build()), settings_of(capacity=0.5, sequence_length=32))
     objective(**item)
@@ -410,29 +401,6 @@ def test_each_loss_of_routers_falls(workshop: Workshop, loss: str) -> None:
     assert values[-1] < values[0]
 
 
-@pytest.mark.parametrize("loss", ["balance", "load"])
-def test_a_balancing_loss_lowers_the_largest_share(workshop: Workshop, loss: str) -> None:
-    checkpoint = open_checkpoint(workshop.build())
-    shares = []
-    for losses in ({"lm": 1.0}, {"lm": 1.0, loss: 1.0}):
-        objective, item = objective_of(checkpoint, settings_of(losses=losses))
-        gates = mixture_of(objective.model, checkpoint).gates()
-        with torch.no_grad():
-            for gate in gates:
-                gate *= 10  # decided, and for few of the experts
-        optimizer = torch.optim.Adam(gates, lr=0.02)
-        for _ in range(30):
-            optimizer.zero_grad()
-            objective(**item)["loss"].backward()
-            optimizer.step()
-        with torch.no_grad(), mixture_of(objective.model, checkpoint).traced() as trace:
-            objective.model(input_ids=item["input_ids"])
-            logits = torch.cat([each.flatten(0, -2) for each in trace])
-        shares.append(float(own(logits, 2).mean(0).max()))
-        assert load_balance(logits, 2) >= 0
-    assert shares[1] < shares[0]
-
-
 # What is refused.
 
 
@@ -476,9 +444,3 @@ def test_what_chooses_among_all_experts_is_refused(workshop: Workshop, changes: 
         mixture = {} if more else {"mixture": {"method": "gating", "router": {"fit": "random"}}}
         with pytest.raises(TrainingError, match=f"(?s)all experts.*{where}.*3 experts per token of 3.*train_top_k to 2"):
             run(open_checkpoint(workshop.build(f"OUT-{number}", **mixture)), **changes, **more)
-
-
-@pytest.mark.parametrize(("gate", "what"), [("random", "all"), ("sinkhorn", "routers")])
-def test_a_gate_gives_one_expert_where_the_mixture_does(workshop: Workshop, gate: str, what: str) -> None:
-    single = open_checkpoint(workshop.build(mixture={"method": "routing", "top_k": 1, "router": {"fit": "random"}}))
-    assert not any("experts per token" in note for note in run(single, what=[what], gate=gate).record.notes)

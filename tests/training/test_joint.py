@@ -118,16 +118,6 @@ def test_a_joint_training_of_all_domains_makes_the_mixture_better(workshop: Work
     assert done.checkpoint.record.router == checkpoint.record.router  # which was not trained, and says so
 
 
-def test_every_step_has_one_domain_and_all_domains_get_their_share(workshop: Workshop) -> None:
-    checkpoint, wanted = mixture(workshop), settings()
-    corpora = [text.corpus for text in read_texts(checkpoint, wanted, {}, workshop.root, run=QUIET)]
-    parts = plan_parts(corpora, wanted, steps=30, experts=3, parts=1, pack=True)
-    steps = [{draw.label for row in part.rows for draw in row} for part in parts]
-    assert all(labels == {part.expert} for labels, part in zip(steps, parts, strict=True))
-    counts = [sum(part.expert == expert for part in parts) for expert in range(3)]
-    assert max(counts) - min(counts) <= 2
-
-
 def test_a_teacher_of_all_domains_is_who_distillation_goes_towards(workshop: Workshop) -> None:
     """With distillation alone and enough steps, the mixture's divergence from the teacher falls."""
     teacher = save(tiny_model("llama", seed=9, hidden_size=48, num_hidden_layers=2), workshop.root / "teacher")

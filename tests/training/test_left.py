@@ -12,7 +12,7 @@ from modekit.errors import TrainingError
 from modekit.evaluation.results import Results
 from modekit.files.marker import claim_work_folder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
-from modekit.training.settings import read_settings, train_settings
+from modekit.training.settings import read_settings
 
 
 @pytest.fixture
@@ -68,10 +68,3 @@ def test_a_pipe_is_not_waited_for(folder: TrainingFolder, tmp_path: Path) -> Non
         folder.take("x", "y")
     with in_time(), pytest.raises(TrainingError, match="not a regular file"):
         read_settings(tmp_path / "train.yaml")
-
-
-def test_settings_that_are_not_there_or_wrong_are_said_in_words(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"No such file or directory\n\s+to do:\s+correct the path$"):
-        read_settings(tmp_path / "train.yaml")
-    with pytest.raises(TrainingError, match="regime: must be 'mixture' or 'joint'"):
-        train_settings({"regime": "alone"}, where="test")

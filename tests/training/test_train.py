@@ -703,14 +703,6 @@ def test_routers_that_score_by_a_norm_can_be_trained_beside_the_base(workshop: W
     assert done.failed is None and done.improved
 
 
-def test_checkpointing_changes_memory_and_no_result(workshop: Workshop) -> None:
-    changes = {"what": ["routers", "attention"], "losses": {"lm": 1.0, "label": 0.1}}
-    plain, again = built(workshop, "PLAIN"), built(workshop, "AGAIN")
-    assert run(plain, **changes).improved and run(again, **changes, checkpointing=True).improved
-    first, second = read(plain.folder), read(again.folder)
-    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
-
-
 def test_a_part_without_rows_has_no_loss(workshop: Workshop) -> None:
     done = run_routers(built(workshop), losses={"lm": 1.0, "balance": 0.01, "importance": 0.1}, accumulate=20)
     assert done.failed is None

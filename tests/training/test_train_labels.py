@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from command_line import modekit
 from conftest import DOMAINS, Workshop, character_tokenizer, tiny_model, write_text
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.cli.training import train_words
@@ -29,7 +28,6 @@ from modekit.training.settings import TrainSettings, given_settings, train_setti
 from modekit.training.texts import read_texts
 from modekit.training.train import train
 from pair_models import make_pair_workshop, pair_model, pair_tokenizer
-from refusal import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = tuple(range(96, 99))
@@ -325,13 +323,3 @@ def test_the_expert_of_a_drawn_label_learns_and_no_other(tagged_workshop: Worksh
     wanted = {str(part.expert) for part in parts} if to == "others" else set()
     assert moved - {""} == wanted and "1" not in moved
     assert any(".base." in name and p.grad is not None for name, p in model.named_parameters())
-
-
-def test_the_command_line_trains_with_tags(tagged_workshop: Workshop) -> None:
-    out = tagged_workshop.build("shown", mixture=ROUTED)
-    few = ("steps=2", "sequence_length=48", "select_tokens=200", "--tokens", "0", "batch_tokens=400")
-    generic = (f"generic={tagged_workshop.root / 'text' / 'code.jsonl'}", "generic_share=0.2")
-    modekit("train", out, "tags=true", "randomise=0.2", "randomise_to=others", *generic, *few, "--json")
-    recorded = open_checkpoint(out).record.training
-    assert not recorded or recorded[-1].settings["tags"] is True
-    assert "without effect here: randomise_to" in refuse("train", out, "randomise_to=all", *few)
