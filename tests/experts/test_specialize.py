@@ -116,13 +116,6 @@ def test_only_the_fit_split_is_read(workshop: Workshop, monkeypatch: pytest.Monk
     assert seen and {split_of(document) for document in seen} == {"fit"}
 
 
-def test_the_same_seed_gives_the_same_bytes(workshop: Workshop) -> None:
-    run(workshop, "one")
-    run(workshop, "two")
-    one, two = ((workshop.root / name / "model.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
-
-
 def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite"):
         specialize(

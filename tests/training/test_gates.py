@@ -306,30 +306,10 @@ def test_a_dropped_token_passes_by_the_experts(workshop: Workshop, ids: torch.Te
     assert torch.allclose(nothing, logits_of(backbone, ids), atol=1e-5)
 
 
-FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama": ("llama", {}, {}),
-    "features": (
-        "llama",
-        {},
-        {
-            "mixture": {
-                "method": "routing",
-                "top_k": 2,
-                "modules": ["q", "down"],
-                "router": {"fit": "random", "granularity": "context"},
-            }
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_gate_trains_a_mixture_that_afterwards_decides_by_itself(tmp_path: Path, form: str) -> None:
-    family, overrides, changes = FORMS[form]
-    shop = make_workshop(tmp_path, family, **overrides)
+def test_every_gate_trains_a_mixture_that_afterwards_decides_by_itself(workshop: Workshop) -> None:
     config = None
-    for gate, row in GATES.items() if form != "features" else [("random", GATES["random"])]:
-        checkpoint = open_checkpoint(shop.build(f"OUT-{gate}", **changes))
+    for gate, row in GATES.items():
+        checkpoint = open_checkpoint(workshop.build(f"OUT-{gate}"))
         config = config or (checkpoint.folder / "config.json").read_bytes()
         capacity = {} if row.balances else {"capacity": 1.0}
         done = run(

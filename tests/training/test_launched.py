@@ -83,14 +83,12 @@ def test_a_fit_adds_up_over_processes(workshop: Workshop) -> None:
     assert is_proven(verify(open_checkpoint(two)))
 
 
-@pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
-def test_training_with_two_processes_is_training_with_one(workshop: Workshop, mixture: dict[str, object] | None) -> None:
-    changes = {"mixture": mixture} if mixture else {}
-    one, two = workshop.build("ONE", **changes), workshop.build("TWO", **changes)
+def test_training_with_two_processes_is_training_with_one(workshop: Workshop) -> None:
+    one, two = workshop.build("ONE", mixture=CONTEXT), workshop.build("TWO", mixture=CONTEXT)
     settings = workshop.root / "training.yaml"
-    settings.write_text(yaml.safe_dump({**TRAINING, **({"accumulate": 2} if mixture else {})}))
+    settings.write_text(yaml.safe_dump({**TRAINING, "accumulate": 2}))
     modekit("train", str(one), "--settings", str(settings), "--tokens", "0")
-    settings.write_text(yaml.safe_dump({**TRAINING, **({"accumulate": 1} if mixture else {})}))
+    settings.write_text(yaml.safe_dump({**TRAINING, "accumulate": 1}))
     launch(2, "-m", "modekit", "train", str(two), "--settings", str(settings), "--tokens", "0")
     before, after = tensors(one), tensors(two)
     for name in before:

@@ -33,7 +33,7 @@ from modekit.loaded.load import load_model
 from modekit.run import Run
 from modekit.text.sequences import TokenSequence
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE, digest_of, digests_in
-from modekit.training.batches import Batches, DomainSequences, plan_parts, shares
+from modekit.training.batches import Batches, DomainSequences, plan_parts
 from modekit.training.end_to_end import packs
 from modekit.training.engine import JudgedModule
 from modekit.training.finish import TrainedMixture
@@ -348,36 +348,8 @@ def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
 # Text.
 
 
-def corpora_of(sizes: dict[str, int], generic: int = 0) -> list[DomainSequences]:
-    made = [DomainSequences(name, place, [sequence(10)] * (size // 10)) for place, (name, size) in enumerate(sizes.items())]
-    return [*made, DomainSequences("generic", GENERIC, [sequence(10)] * (generic // 10))] if generic else made
-
-
 def sequence(length: int) -> TokenSequence:
     return TokenSequence(tuple(range(3, 3 + length)), length)
-
-
-def read_per_corpus(corpora: list[DomainSequences], settings: TrainSettings, steps: int) -> list[float]:
-    counts = [0] * len(corpora)
-    for part in plan_parts(corpora, settings, steps=steps, experts=3, parts=1, pack=True):
-        for row in part.rows:
-            for draw in row:
-                counts[draw.corpus] += len(corpora[draw.corpus].sequences[draw.sequence].ids)
-    return [count / sum(counts) for count in counts]
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"mix": "equal"}, [0.5, 0.5]),
-        ({"mix": "proportional"}, [0.8, 0.2]),
-        ({"mix": "temperature", "mix_temperature": 2.0}, [2 / 3, 1 / 3]),
-    ],
-)
-def test_domains_are_read_in_their_shares_and_short_ones_begin_anew(changes: dict[str, Any], expected: list[float]) -> None:
-    corpora, settings = corpora_of({"law": 800, "code": 200}), settings_of(**changes)
-    assert shares(corpora, settings) == pytest.approx(expected)
-    assert read_per_corpus(corpora, settings, 20) == pytest.approx(expected, abs=0.01)
 
 
 def test_more_parts_read_the_same_step_and_rows_never_overflow() -> None:
