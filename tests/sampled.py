@@ -65,7 +65,6 @@ SAMPLED = {
     "evaluation/test_inspect.py::test_an_expert_left_out_is_a_mixture_without_it": _INSPECTED,
     "evaluation/test_inspect.py::test_every_mixture_is_inspected": _INSPECTED,
     "evaluation/test_inspect.py::test_padding_and_the_order_of_batches_change_nothing": nothing,
-    "evaluation/test_labels.py::test_by_gate_a_label_is_a_forced_pass": r"^(native|adapters)$",
     "evaluation/test_mixtures_of_pairs.py::test_it_is_fitted_scored_and_inspected": r"^t5-(bigrams|per model)$",
     "evaluation/test_translation.py::test_neither_batch_nor_padding_changes_a_translation": r"^3$",
     "experts/test_distill.py::test_the_same_command_gives_the_same_bytes": r"0$",

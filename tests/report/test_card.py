@@ -87,40 +87,43 @@ def test_licences_that_differ_are_named_in_plain_words(mine: Workshop) -> None:
     assert "advice" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("LICENSE", APACHE, "apache-2.0"),
-        ("LICENSE", "Permission is hereby granted, free of charge, to any person obtaining a copy of this", "mit"),
-        ("COPYING", BSD.format("where"), "bsd-2-clause"),
-        ("LICENSE", "Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
-        ("LICENSE", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
-        ("LICENSE", "You may do what you like on Sundays. " * 60 + "GNU GENERAL PUBLIC LICENSE Version 3", "other"),
-        ("NOTICE", APACHE, None),
-    ],
-)
-def test_a_licence_file_is_known_by_its_title(mine: Workshop, name: str, content: str, expected: str | None) -> None:
-    (mine.root / "law" / name).write_text(content, encoding="latin-1")
-    source = sources_of(open_checkpoint(mine.build()))[2]
-    assert source.licence == expected and source.used_as == ("expert law",)
-    assert source.said_by == (name if expected else "neither README.md nor a licence file names one")
+LICENCES = [
+    ("LICENSE", APACHE, "apache-2.0"),
+    ("LICENSE", "Permission is hereby granted, free of charge, to any person obtaining a copy of this", "mit"),
+    ("COPYING", BSD.format("where"), "bsd-2-clause"),
+    ("LICENSE", "Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
+    ("LICENSE", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
+    ("LICENSE", "You may do what you like on Sundays. " * 60 + "GNU GENERAL PUBLIC LICENSE Version 3", "other"),
+    ("NOTICE", APACHE, None),
+]
 
 
-@pytest.mark.parametrize(
-    ("matter", "expected"),
-    [
-        ("license: MIT", ("mit", None)),
-        ("license: [mit, apache-2.0]", ("other", "mit and apache-2.0")),
-        ("license: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms", ("other", "my-terms")),
-        ("license: &a [*a]", (None, None)),
-        ("license: !!python/object/apply:os.system [id]", (None, None)),
-        ('license: mit\nlanguage: "\\ud800"', (None, None)),
-    ],
-)
-def test_a_front_matter_is_read_and_not_trusted(mine: Workshop, matter: str, expected: tuple[str | None, str | None]) -> None:
-    (mine.root / "law" / "README.md").write_text(f"---\n{matter}\n---\ntext\n---\nlicense: gpl-3.0\n---\n")
-    source = sources_of(open_checkpoint(mine.build()))[2]
-    assert (source.licence, source.licence_name) == expected
+def test_a_licence_file_is_known_by_its_title(mine: Workshop) -> None:
+    checkpoint = open_checkpoint(mine.build())
+    for name, content, expected in LICENCES:
+        (mine.root / "law" / name).write_text(content)
+        source = sources_of(checkpoint)[2]
+        (mine.root / "law" / name).unlink()
+        assert source.licence == expected and source.used_as == ("expert law",), content
+        assert source.said_by == (name if expected else "neither README.md nor a licence file names one")
+
+
+MATTERS = [
+    ("license: MIT", ("mit", None)),
+    ("license: [mit, apache-2.0]", ("other", "mit and apache-2.0")),
+    ("license: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms", ("other", "my-terms")),
+    ("license: &a [*a]", (None, None)),
+    ("license: !!python/object/apply:os.system [id]", (None, None)),
+    ('license: mit\nlanguage: "\\ud800"', (None, None)),
+]
+
+
+def test_a_front_matter_is_read_and_not_trusted(mine: Workshop) -> None:
+    checkpoint = open_checkpoint(mine.build())
+    for matter, expected in MATTERS:
+        (mine.root / "law" / "README.md").write_text(f"---\n{matter}\n---\ntext\n---\nlicense: gpl-3.0\n---\n")
+        source = sources_of(checkpoint)[2]
+        assert (source.licence, source.licence_name) == expected, matter
 
 
 def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:

@@ -52,13 +52,11 @@ def test_a_changed_router_is_what_its_recipe_builds(workshop: Workshop, built: d
         ({}, {"backbone": "average"}, "backbone"),
         ({"modules": ["mlp", "q"]}, {"modules": ["mlp"]}, "modules"),
         ({"router": CONTEXT}, {"router": {"per": "projection"}}, "per"),
-        ({"router": {**CONTEXT, "per": "feature"}}, {"router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}}, "per"),
         (
             {"modules": "all", "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}},
             {"router": {"fit": "logistic"}},
             "router.fit",
         ),
-        ({"modules": "all", "router": {**CONTEXT, "granularity": "sequence", "per": "model"}}, {"method": "linear"}, "method"),
         ({"router": {"fit": "random"}}, {"router": CONTEXT}, "native checkpoint cannot have granularity: context"),
         ({"method": "linear", "weights": {"medicine": 2.0, "law": 1.0, "code": 1.0}}, {"method": "routing"}, "weights"),
     ],
