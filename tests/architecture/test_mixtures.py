@@ -525,7 +525,9 @@ def recipes(draw: st.DrawFn, kinds: list[dict[str, Any]] = KINDS, fits: tuple[st
 def draw_mixture(draw: st.DrawFn, model_type: str, experts: list[dict[str, Any]], fits: tuple[str, ...]) -> dict[str, Any]:
     family, names = BY_TYPE[model_type], [expert["name"] for expert in experts]
     modules = draw(
-        st.sampled_from(["auto", "auto", "some", "some", "some", *(["all", "decoder"] if model_type not in NO_ALL else [])])
+        st.sampled_from(
+            ["auto", "auto", *(["some"] * 3 if family.parts else []), *(["all", "decoder"] if model_type not in NO_ALL else [])]
+        )
     )
     whole = modules in {"all", "decoder"}
     if modules == "some":

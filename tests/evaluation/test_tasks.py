@@ -441,7 +441,7 @@ def test_at_the_command_line(asked: Workshop, monkeypatch: pytest.MonkeyPatch, c
         [sys.executable, "-m", "modekit", "eval-tasks", str(folder), *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and only_stages(done.stderr), done.stderr
-    assert "acc_mutual_info, 6" in done.stdout and "chance" in done.stdout and "tasks.json, tasks.md" in done.stdout
+    assert "acc_mutual_info" in done.stdout and "chance" in done.stdout and "tasks.json, tasks.md" in done.stdout
     monkeypatch.setattr(sys, "argv", ["modekit", "eval-tasks", str(folder), "continuations", *options[1:], "--json"])
     with pytest.raises(SystemExit) as end:
         main()

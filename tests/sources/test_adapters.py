@@ -488,7 +488,7 @@ def test_the_plain_adapter_of_these_tests_is_good(bases: Callable[[str], Path], 
 
 def test_refuses_missing_and_pickled_weights(bases: Callable[[str], Path], tmp_path: Path) -> None:
     (write_adapter(tmp_path) / "adapter_model.safetensors").unlink()
-    refused(SourceError, bases("llama"), tmp_path, "no weights", "adapter_model.safetensors")
+    refused(SourceError, bases("llama"), tmp_path, "no safetensors weights", "model.safetensors")
     (tmp_path / "adapter_model.bin").write_bytes(b"never opened")
     refused(SourceError, bases("llama"), tmp_path, "pickled", "adapter_model.bin")
 
