@@ -30,7 +30,7 @@ from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
-from .modekit_wrapped import causal_class, check_complete, path_of, renaming, text_alone, text_config
+from .modekit_wrapped import causal_class, check_complete, path_of, renaming, text_alone, text_config, wraps
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
@@ -113,7 +113,8 @@ class MixtureForCausalLM(InBoth):
 
 def _inner(causal: Any) -> Any:
     """The model within a causal one that all passes go through: its base model, or what holds the layers."""
-    name = causal.config.modekit.get("derived", {}).get("layers", "").rpartition(".")[0]
+    derived = {} if wraps(causal.config) else causal.config.modekit.get("derived", {})
+    name = derived.get("layers", "").rpartition(".")[0]
     while name and not isinstance(causal.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
     return causal.get_submodule(name) if name else causal.base_model

@@ -224,5 +224,4 @@ def row_of(config: Config) -> Family | None:
 
 def own_family(config: Config, other: Family) -> Family:
     """The row of a dense config, or where there is none another one."""
-    of_type = (row for row in FAMILIES if row.model_type == config.get("model_type") and row.is_variant(config))
-    return next(of_type, other)
+    return row_of(config) or other
