@@ -77,7 +77,7 @@ def densify(
         refuse_without_effect("--by distil", {key: course[key] for key in [*course] if key not in _OF_ANY})
     if by in ("average", "best"):
         refuse_without_effect("--by sum, svd or distil", {"--scale": options.scale})
-    target = writable(output, options.overwrite)
+    target = writable(output, options.overwrite, trains=True)
     with running() as run:
         from modekit.conversion.densify import Densify, course_of, densify
 

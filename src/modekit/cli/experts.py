@@ -128,7 +128,7 @@ def specialize(
         )
         if len(text) < 2:
             refuse_without_effect("several texts (--text A --text B)", {"mix": settings.mix})
-    target = writable(output, options.overwrite)
+    target = writable(output, options.overwrite, trains=True)
     with running() as run:
         from modekit.experts.specialize import checked_choice, specialize
         from modekit.loaded.text_training import Training

@@ -152,10 +152,14 @@ def checkpoint_in(folder: Path) -> Checkpoint:
     return opened
 
 
-def writable(path: Path, overwrite: bool) -> Path:
-    """The same of an OUT, which is looked at before anything is downloaded. Raises OutputError where it may not be written."""
+def writable(path: Path, overwrite: bool, *, trains: bool = False) -> Path:
+    """The same of an OUT, which is looked at before anything is downloaded. Raises OutputError where it may not be written.
+
+    A command that `trains` looks itself where OUT.training is left: it tidies up what a kill after the end left, then refuses.
+    """
     target = resolved(path)
-    refuse_existing(target, replaced_by(overwrite))
+    if not (trains and os.path.lexists(f"{target}.training")):
+        refuse_existing(target, replaced_by(overwrite))
     return target
 
 

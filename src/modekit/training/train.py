@@ -51,6 +51,8 @@ def train(
     target = (out or checkpoint.folder).resolve()
     folder = TrainingFolder(target)
     if target != checkpoint.folder and not folder.is_written:
+        if target.exists() and processes().is_main:
+            folder.tidy()
         refuse_existing(target, "nothing")
     read = read_texts(checkpoint, settings, texts or {}, root or Path.cwd(), run=run)
     teacher = _teacher(checkpoint, settings, root or Path.cwd(), run)
