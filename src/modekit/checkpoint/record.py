@@ -141,6 +141,7 @@ class _Shown(BaseModel):
     losses: dict[str, Number] = {}
     speed: str = ""
     generic: list[str] = []
+    teacher: str | None = None
 
 
 class TokensRecord(_Record):

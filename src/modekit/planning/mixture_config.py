@@ -20,6 +20,7 @@ from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
 from modekit.sources.structure import Derived, family_from
+from modekit.sources.towers import WRAPPERS
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -181,12 +182,18 @@ class MixtureConfig(_Said):
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
         if any(place >= count or label in self.experts for label, place in self.labels.items()):
             raise ValueError(f"labels are other names of {count} experts")
+        if self.wrapper is not None and self.dense_type not in WRAPPERS.get(self.wrapper, ()):
+            raise ValueError(f"wrapper: no '{self.wrapper}' model of this version of modekit wraps a '{self.dense_type}'")
         self.routing.check(count)
         self._check_places(count)
         return self
 
     def _check_places(self, count: int) -> None:
         for module, place in self.places.items():
+            layer, path = split_layer(module)
+            stack = None if layer is None else self.family.stack_of(layer)
+            if place.calls and (stack is None or (path, tuple(place.calls)) != (stack.ffn, stack.ffn_calls)):
+                raise ValueError(f"places.{module}: its layer does not call {', '.join(place.calls)} one after the other")
             leader = self.places.get(place.router)
             if len(place.ranks) != count or len(place.scales) != count:
                 raise ValueError(f"places.{module}: ranks and scales must have {count} entries")

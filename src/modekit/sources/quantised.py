@@ -174,10 +174,13 @@ class Coded:
         return np.asarray(_numbers(read, self.code)[index] * np.repeat(absmax, self.block)[: stop - start])
 
 
+_Block = Annotated[int, Field(ge=1, le=2**40)]  # numpy divides by it
+
+
 class _Fp8(BaseModel):
     """Settings of fp8."""
 
-    weight_block_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    weight_block_size: tuple[_Block, _Block] | None = None
 
 
 class _Bits4(BaseModel):
@@ -186,7 +189,7 @@ class _Bits4(BaseModel):
     quant_type: Literal["nf4", "fp4"]
     blocksize: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    nested_blocksize: Annotated[int, Field(ge=1)] | None = None
+    nested_blocksize: _Block | None = None
     nested_offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
