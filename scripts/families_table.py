@@ -62,7 +62,6 @@ Which causal models of transformers you can mix, and how. `modekit plan` shows t
 * **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
 * **whole models**: `modules: all`.
 * **FFN experts**: whole FFNs, with a router in every layer; "native": only in the native form; empty: no.
-* `keep: wrapper`: with its vision tower ([recipe.md](../docs/recipe.md#which-families)).
 * **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers. lfm2_moe
   needs `top_k: 1` or `method: linear`. [Why others have none](partners.md).
 
@@ -80,7 +79,7 @@ def page() -> str:
 
 def _line(model_type: str, rows: set[str]) -> str:
     if model_type in WRAPPERS:
-        return f"| {model_type} | as the language model within: {', '.join(WRAPPERS[model_type])}; `keep: wrapper` | | | |"
+        return f"| {model_type} | as the language model within: {', '.join(WRAPPERS[model_type])} | | | |"
     if model_type in REFUSED:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
     native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)

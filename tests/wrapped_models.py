@@ -146,26 +146,3 @@ def text_model(wrapper: PreTrainedModel) -> PreTrainedModel:
 def save_wrapped(case: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Saved by the wrapper's own class."""
     return save(wrapped_model(case, seed, **overrides), folder)
-
-
-def picture(case: str, *, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Two texts with a picture each, the first with two pads on the left, as the processor of a wrapper gives them."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 88, (2, 11), generator=generator)
-    ids[:, 4:8] = 90
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    ids[0, :2] = 0
-    kinds = (ids == 90).long()
-    given = {"input_ids": ids, "attention_mask": mask}
-    pixels = torch.rand((2, 3, 16, 16), generator=generator)
-    if case == "qwen3_5":  # 4 x 4 patches of two frames, side by side
-        patches = torch.rand((32, 3 * 2 * 4 * 4), generator=generator)
-        return {**given, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": kinds}
-    if case == "gemma3":
-        return {**given, "pixel_values": pixels, "token_type_ids": kinds}
-    if case.startswith("gemma4"):  # 6 x 6 patches, of which nine make a token
-        places = torch.tensor([[x, y] for y in range(6) for x in range(6)]).expand(2, -1, -1)
-        patches = torch.rand((2, 36, 48), generator=generator)
-        return {**given, "pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
-    return {**given, "pixel_values": pixels, "image_sizes": torch.tensor([[16, 16]] * 2)}

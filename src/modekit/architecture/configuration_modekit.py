@@ -1,7 +1,6 @@
 """The config of a modekit checkpoint: the dense family's own config, and what is mixed where under the key `modekit`.
 
     modekit.dense_type   model_type of the dense family, whose installed classes are used
-    modekit.wrapper      model_type of what wraps the language model, whose config then lies under text_config
     modekit.variant      of a family with several forms, which; a word for modekit alone
     modekit.experts      names in recipe order
     modekit.routing      how a router turns what it reads into weights (see modekit_router.py)
@@ -30,7 +29,7 @@ class ModekitConfig(PreTrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The family's config. Raises ValueError when the key `modekit` is missing."""
         try:
-            dense_type = config_dict["modekit"].get("wrapper") or config_dict["modekit"]["dense_type"]
+            dense_type = config_dict["modekit"]["dense_type"]
         except (KeyError, TypeError, AttributeError):
             raise ValueError("config.json says model_type modekit but does not say what is mixed (key 'modekit')") from None
         config_class = family_config(dense_type)
@@ -62,14 +61,13 @@ def family_config(dense_type: str) -> type[PreTrainedConfig]:
 
 
 def _register(config_class: type[PreTrainedConfig]) -> None:
-    """Let the Auto classes of decoders, and of what wraps one, know a family's config."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    """Let the Auto classes of decoders know a family's config."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    from .modeling_modekit import ModekitForCausalLM, ModekitForImageTextToText, ModekitModel
+    from .modeling_modekit import ModekitForCausalLM, ModekitModel
 
     AutoModel.register(config_class, ModekitModel, exist_ok=True)
     AutoModelForCausalLM.register(config_class, ModekitForCausalLM, exist_ok=True)
-    AutoModelForImageTextToText.register(config_class, ModekitForImageTextToText, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,11 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -30,7 +29,6 @@ from .modekit_mixed import Mixed
 from .modekit_router import Router, places_of
 from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
-from .modekit_wrapped import causal_class, check_complete, path_of, renaming, text_alone, text_config, wraps
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
 
@@ -113,8 +111,7 @@ class MixtureForCausalLM(InBoth):
 
 def _inner(causal: Any) -> Any:
     """The model within a causal one that all passes go through: its base model, or what holds the layers."""
-    derived = {} if wraps(causal.config) else causal.config.modekit.get("derived", {})
-    name = derived.get("layers", "").rpartition(".")[0]
+    name = causal.config.modekit.get("derived", {}).get("layers", "").rpartition(".")[0]
     while name and not isinstance(causal.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
     return causal.get_submodule(name) if name else causal.base_model
@@ -126,9 +123,8 @@ def install(root: nn.Module, prefix: str, config: PreTrainedConfig, flow: Flow) 
     kinds, other = ({}, MixedAny) if "derived" in modekit else (KINDS, Mixed)
     head = modekit.get("derived", {}).get("head", "lm_head")
     for name, place in modekit["places"].items():
-        path = path_of(name, config)
-        if path.startswith(prefix):
-            parent, _, leaf = path.removeprefix(prefix).rpartition(".")
+        if name.startswith(prefix):
+            parent, _, leaf = name.removeprefix(prefix).rpartition(".")
             owner = root.get_submodule(parent) if parent else root
             calls = place.get("calls") or []
             dense: Any = Chain(owner, calls) if calls else getattr(owner, leaf, None)
@@ -157,9 +153,10 @@ def initialise(module: nn.Module) -> None:
 def family_classes(config_class: Any) -> tuple[Any, Any]:
     """Base model and causal language model of the family that a config class (from `family_config`) descends from."""
     dense_config = config_class.__mro__[1]
-    kind, dense_causal = causal_class(dense_config)
-    members = {**members_of(config_class, f"Modekit{kind}"), "forward": _causal_forward_of(dense_causal)}
-    causal = type(f"Modekit{kind}", (MixtureForCausalLM, dense_causal), {**members, "_auto_class": f"AutoModel{kind}"})
+    dense_causal = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    members = {**members_of(config_class, "ModekitForCausalLM"), "forward": _causal_forward_of(dense_causal)}
+    members["_auto_class"] = "AutoModelForCausalLM"
+    causal = type("ModekitForCausalLM", (MixtureForCausalLM, dense_causal), members)
     dense_model = MODEL_MAPPING.get(dense_config, None)
     return dense_model and _mixture_class(dense_model, config_class), causal
 
@@ -232,7 +229,7 @@ def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:
 def __getattr__(name: str) -> Any:
     """The class of a family, which pickle looks for under its qualified name."""
     kind, _, dense_type = name.partition("_")
-    if kind in {"ModekitModel", "ModekitForCausalLM", "ModekitForImageTextToText"} and dense_type in CONFIG_MAPPING:
+    if kind in {"ModekitModel", "ModekitForCausalLM"} and dense_type in CONFIG_MAPPING:
         config_class: Any = family_config(dense_type)
         return family_classes(config_class)[kind != "ModekitModel"]
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
@@ -294,8 +291,6 @@ def _averages(flow: Flow) -> bool:
 def _is_packed(flow: Flow, kwargs: dict[str, Any]) -> bool:
     """Whether positions do not count from 0 where no mask and no earlier tokens explain it."""
     positions = kwargs.get("position_ids")
-    if positions is not None and positions.ndim == 3:  # those of pictures, behind the text's where there are four
-        positions = positions[0] if len(positions) == 4 else None
     if kwargs.get("cu_seq_lens_q") is not None:
         return True
     if positions is None or flow.mask_BS is not None or flow.states or torch.compiler.is_compiling():
@@ -324,24 +319,12 @@ class ModekitModel:
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The family's model from a checkpoint folder or hub id."""
-        whole = config if config is not None else ModekitConfig.from_pretrained(path)
-        config = cls._config_of(whole)
-        kind, names = cls._class_for(config.__class__), renaming(config)
-        more = {**kwargs, "output_loading_info": True, **({} if names is None else {"key_mapping": names})}
-        with text_alone(kind) if config is not whole else nullcontext():
-            model, info = kind.from_pretrained(path, *args, config=config, **more)
-        check_complete(config, info["missing_keys"])
-        return (model, info) if kwargs.get("output_loading_info") else model
+        config = config if config is not None else ModekitConfig.from_pretrained(path)
+        return cls._class_for(config.__class__).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        config = cls._config_of(config)
         return cls._class_for(config.__class__)._from_config(config, **kwargs)
-
-    @staticmethod
-    def _config_of(config: Any) -> Any:
-        """What the class reads of a checkpoint's config."""
-        return config
 
     @classmethod
     def _class_for(cls, config_class: Any) -> Any:
@@ -352,14 +335,7 @@ class ModekitModel:
         """Nothing to do: the family's classes say where their code is."""
 
 
-class ModekitForImageTextToText(ModekitModel):
-    """What AutoModelForImageTextToText is given: the whole model, where the mixture keeps what wraps its language model."""
-
-    _place = 1
-
-
 class ModekitForCausalLM(ModekitModel):
-    """What AutoModelForCausalLM is given: opens as the causal language model of the checkpoint's family, that alone."""
+    """What AutoModelForCausalLM is given: opens as the causal language model of the checkpoint's family."""
 
     _place = 1
-    _config_of = staticmethod(text_config)

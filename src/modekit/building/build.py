@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -39,9 +39,7 @@ from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
-from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content
-from modekit.sources.towers import kept_beside, other_tower, own_towers
 from modekit.text.documents import is_local
 from modekit.text.glance import check_texts
 from modekit.text.held_out import fit_documents
@@ -131,7 +129,7 @@ def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: Chec
     run.begin("check the models")
     hashes = inspector.finish()
     write_index(plan, stage.folder)
-    write_json(stage.folder / "config.json", dict(plan.shape.written))
+    write_json(stage.folder / "config.json", dict(plan.shape.config))
     for file in (*plan.copied_files, *plan.shape.code_files):
         write_file(stage.folder / file.name, _content(file), sync=False)
     recipe = {} if update is None else update.recipe_file(stage.out)
@@ -197,18 +195,6 @@ def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:
                         remedy="give a model that shares its embedding; where they are meant to differ, its config.json must "
                         "say tie_word_embeddings: false (which T5 does not know)",
                     )
-        if plan.recipe.output.keep is not None:
-            _check_towers([plan.sources[0], *new], opened)
-
-
-def _check_towers(sources: Sequence[ModelSource], opened: OpenFiles) -> None:
-    """Raise MismatchError where an expert's vision tower holds other numbers than the base's, which all share."""
-    kept = kept_beside(sources[0])
-    for expert in own_towers(sources):
-        theirs = kept_beside(expert)
-        for name, ref in kept.items():
-            if theirs[name].dtype != ref.dtype or not same_bytes(opened, theirs[name], ref):
-                raise other_tower(expert, name, f"other numbers ({theirs[name].dtype})", f"those of the base ({ref.dtype})")
 
 
 def _content(file: Path) -> bytes:

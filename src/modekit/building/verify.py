@@ -115,7 +115,7 @@ def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
-    planned, found = dict(plan.shape.written), checkpoint.shape.written
+    planned, found = dict(plan.shape.config), checkpoint.shape.config
     wrong = list(_differences(planned, found))
     if wrong:
         return Check("config.json", "failed", f"{len(wrong)} settings differ: {wrong[0]}")
@@ -207,16 +207,13 @@ def _check_router(checkpoint: Checkpoint) -> Check:
 
 def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     import torch
-    from transformers import AutoModelForImageTextToText
 
     from modekit.loaded.load import LOADING, auto_class, check_loadable, said_by, without_bars, without_report
 
     run.begin(LOADING)
     try:
         check_loadable(checkpoint.folder, run=run)
-        keeps = checkpoint.record.recipe.output.keep is not None
-        kind = AutoModelForImageTextToText if keeps else auto_class(checkpoint.folder)
-        load: Callable[..., Any] = kind.from_pretrained
+        load: Callable[..., Any] = auto_class(checkpoint.folder).from_pretrained
         with without_bars(), without_report(checkpoint.folder):
             model, report = load(checkpoint.folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
     except Exception as error:  # whatever transformers raises, the proof has failed

@@ -47,7 +47,6 @@ from modekit.sources.config import Config, whole
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
 from modekit.sources.names import weight_of
-from modekit.sources.towers import without_wrapper
 from modekit.weights.numeric import is_finite
 
 _WRITTEN = "give the folder that `modekit mix` or `modekit build` wrote"
@@ -87,7 +86,7 @@ class Checkpoint:
         record = self.record
         try:
             config = read_json(self.folder / "config.json")
-            as_kind(without_wrapper(config)[0] if isinstance(config, dict) else config, _Config)
+            as_kind(config, _Config)
         except UNREADABLE as error:
             raise self._damaged("config.json", error) from None
         return open_shape(config, record.recipe, str(self.folder), record.native_type, record.dense_config, record.carry)
@@ -268,7 +267,7 @@ class Checkpoint:
             kept = sum(ref.nbytes for name, ref in self.tensors.items() if name not in old)
             gates_size = sum(math.prod(slot.shape) * ITEMSIZE[dtype] for slot in changed.slots)
             files[INDEX_FILE] = changed_index(self.folder, changed.slots, kept + gates_size)
-        files["config.json"] = json_bytes(changed.shape.written)
+        files["config.json"] = json_bytes(changed.shape.config)
         update = {"router": fitted, "recipe": recipe, "recipe_digest": recipe.digest(), "trained": trained}
         return self.record.model_copy(update=update), files
 

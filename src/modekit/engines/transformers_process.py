@@ -142,8 +142,7 @@ def main() -> None:
     from modekit.architecture.modeling_modekit import ModekitForCausalLM
     from modekit.loaded.load import load_tokenizer
 
-    # Text alone is served, of a mixture that keeps a vision tower, too.
-    transformers.ModekitForCausalLM = transformers.ModekitForImageTextToText = ModekitForCausalLM
+    transformers.ModekitForCausalLM = ModekitForCausalLM
     transformers.AutoProcessor = transformers.AutoTokenizer
     _draw_where_asked()
     folder = Path(settings["model"])

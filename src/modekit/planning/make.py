@@ -34,7 +34,6 @@ from modekit.sources.natives import choose_native
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.sources.towers import check_kept, kept_beside, processor_files
 from modekit.sources.vocabulary import Rule, Vocabulary, one_vocabulary
 from modekit.weights.made import Copy, Made, Merged
 
@@ -134,10 +133,9 @@ def _laid(recipe: Recipe, family: Family, vocabulary: Vocabulary) -> _Settled:
 
 def _planned(settled: _Settled, root: Path, run: Run) -> Plan:
     recipe, vocabulary, layout = settled.recipe, settled.vocabulary, settled.layout
-    sources, code_of, keeps = vocabulary.sources, partial(_code_of, recipe.output.dtype), recipe.output.keep is not None
+    sources, code_of = vocabulary.sources, partial(_code_of, recipe.output.dtype)
     _check_text(recipe, vocabulary.tokenizer.source)
     tensors = [*_backbone(recipe, sources, settled.family, layout, code_of), *layout.tensors()]
-    tensors += _kept(sources, code_of) if keeps else ()
     return Plan(
         recipe=recipe,
         root=root,
@@ -147,7 +145,7 @@ def _planned(settled: _Settled, root: Path, run: Run) -> Plan:
         sources=sources,
         shards=cut_into_shards(sorted(tensors, key=lambda tensor: natural_key(tensor.name)), recipe.output.shard_size),
         router_dtype=layout.router_dtype,
-        copied_files=(*vocabulary.tokenizer.copied_files, *(processor_files(sources[0], run) if keeps else ())),
+        copied_files=vocabulary.tokenizer.copied_files,
         notes=(*vocabulary.notes, *notes_of(recipe, vocabulary, settled.family, layout, settled.mixed)),
         vocabulary=vocabulary,
         trust_remote_code=run.trust_remote_code,
@@ -199,13 +197,6 @@ def backbone_of(recipe: Recipe, sources: tuple[ModelSource, ...]) -> Callable[[T
     return lambda ref: as_in(sources[one], ref)
 
 
-def _kept(sources: tuple[ModelSource, ...], code_of: CodeOf) -> Iterable[PlannedTensor]:
-    """What lies beside the language model in the base's class, whatever becomes of that. Raises as `check_kept`."""
-    check_kept(sources)
-    for name, ref in kept_beside(sources[0]).items():
-        yield PlannedTensor(name, code_of(ref), ref.shape, "backbone", Copy(ref))
-
-
 def _native_layout(
     recipe: Recipe, sources: tuple[ModelSource, ...], family: Family, code_of: CodeOf
 ) -> tuple[NativeLayout | None, str]:
@@ -242,8 +233,6 @@ def _why_modekit(recipe: Recipe) -> str | None:
     """Why a recipe that does not ask for a native architecture gets none; None where it may."""
     beyond = recipe.beyond_native()
     adapters = [expert.name for expert in recipe.experts if expert.adapter is not None or expert.is_low_rank]
-    if recipe.output.keep is not None:
-        return "only the modekit architecture keeps what wraps a language model (output.keep)"
     if recipe.output.format == "modekit":
         return "the recipe asks for the modekit architecture"
     if beyond:

@@ -20,7 +20,6 @@ from modekit.sources.families import FAMILIES
 from modekit.sources.family import PARTS, READ_ALIKE, Family
 from modekit.sources.names import LOGITS_BIAS, module_of, natural_key, split_layer
 from modekit.sources.structure import Derived, family_from
-from modekit.sources.towers import WRAPPERS
 
 FORMAT = 1
 MOST_AVERAGES = 256
@@ -160,15 +159,13 @@ class Place(_Said):
 class MixtureConfig(_Said):
     """`config["modekit"]`: the experts, how they are routed, and module -> what they have there.
 
-    `labels`: other names under which a text's expert is known -> its place. `wrapper`: `model_type` of what wraps the language
-    model, where that is kept (sources/towers.py).
+    `labels`: other names under which a text's expert is known -> its place.
     """
 
     format: int
     dense_type: str
     derived: Derived | None = None
     variant: Annotated[str, Field(max_length=64)] = ""
-    wrapper: Annotated[str, Field(max_length=64)] | None = None
     experts: list[str] = Field(min_length=1, max_length=2**12)
     labels: Annotated[dict[Annotated[str, Field(max_length=64)], _Index], Field(max_length=2**18)] = {}
     routing: Routing
@@ -182,8 +179,6 @@ class MixtureConfig(_Said):
             raise ValueError(f"dense_type '{self.dense_type}' is no family of this version of modekit")
         if any(place >= count or label in self.experts for label, place in self.labels.items()):
             raise ValueError(f"labels are other names of {count} experts")
-        if self.wrapper is not None and self.dense_type not in WRAPPERS.get(self.wrapper, ()):
-            raise ValueError(f"wrapper: no '{self.wrapper}' model of this version of modekit wraps a '{self.dense_type}'")
         self.routing.check(count)
         self._check_places(count)
         return self
@@ -217,7 +212,6 @@ class MixtureConfig(_Said):
         """Why vLLM does not serve the mixture; None where it does."""
         routing, places = self.routing, self.places.values()
         reasons = {
-            "it keeps a vision tower (output.keep), which modekit's plug-in does not read": self.wrapper is not None,
             "its experts have heads of their own (modules: all), and vLLM computes logits outside the model": (
                 self.family.head in self.places
             ),

@@ -23,12 +23,10 @@ from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
-from modekit.sources.towers import kept_settings
 from modekit.weights.made import Bits, Copy, Delta, Factor, Join, Made
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
-_WHOLE = "ModekitForImageTextToText"
 _PAIR = {"AutoModelForSeq2SeqLM": f"modekit_pairs.{PAIR_CLASS}"}
 
 
@@ -72,17 +70,14 @@ class ModekitLayout:
         config = {key: value for key, value in self._base.config.items() if key not in ("torch_dtype", "_name_or_path")}
         if self.unties and not self._family.shares:  # whose class takes it for something else
             config["tie_word_embeddings"] = False
-        settings = kept_settings(self._base) if self._recipe.output.keep else None
-        whole = {} if settings is None else {f"AutoModel{_WHOLE.removeprefix('Modekit')}": f"modeling_modekit.{_WHOLE}"}
-        alone = PAIR_CLASS if self._family.pair else "ModekitForCausalLM"
         config |= {
-            "architectures": [alone if settings is None else _WHOLE],
+            "architectures": [PAIR_CLASS if self._family.pair else "ModekitForCausalLM"],
             "model_type": "modekit",
             "dtype": DTYPE_NAMES[self.router_dtype],
-            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL), **whole},
+            "auto_map": {**_CONFIG, **(_PAIR if self._family.pair else _CAUSAL)},
             "modekit": self._said.as_written(),
         }
-        return ModekitShape(config, self._recipe, where, self._said, settings)
+        return ModekitShape(config, self._recipe, where, self._said)
 
     def notes(self) -> Iterable[str]:
         """What a user should know of this form."""
@@ -122,7 +117,6 @@ class ModekitLayout:
     def _said(self) -> MixtureConfig:
         optional: dict[str, Any] = {
             "variant": self._family.variant,
-            "wrapper": (self._base.wrapper or {}).get("model_type") if self._recipe.output.keep else None,
             "labels": self._recipe.other_labels,
             "derived": self._family.derived,
         }

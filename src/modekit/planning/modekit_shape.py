@@ -29,7 +29,6 @@ from modekit.sources.config import Config, check_values, whole
 from modekit.sources.family import Family
 from modekit.sources.names import split_layer
 from modekit.sources.structure import SIZES
-from modekit.sources.towers import is_in_tower, with_wrapper, without_wrapper
 from modekit.weights.few_bits import bytes_of_codes
 
 _FIRST = ".experts.0."
@@ -38,12 +37,9 @@ _GATE_KEYS = {"router", "width", "rows", "features"}
 
 @dataclass(frozen=True)
 class ModekitShape(AnyShape):
-    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`, `wrapper` the settings of what wraps the
-    language model, where that is kept.
-    """
+    """A mixture in the modekit architecture; `mixture` is `config["modekit"]`."""
 
     mixture: MixtureConfig
-    wrapper: Config | None = None
 
     code_files = CODE_FILES
     native_type = None
@@ -52,7 +48,6 @@ class ModekitShape(AnyShape):
     @classmethod
     def opened(cls, config: Config, recipe: Recipe, where: str) -> ModekitShape:
         """By config.json. Raises CheckpointError when it does not say what is mixed, or of other experts."""
-        config, wrapper = without_wrapper(config)
         try:
             said = as_kind(config.get("modekit"), MixtureConfig)
         except ValueError as error:
@@ -71,12 +66,7 @@ class ModekitShape(AnyShape):
                 whole(config, key)
         except SourceError as error:
             raise CheckpointError(error.what, where=error.where, found=error.found, remedy=BUILD_AGAIN) from None
-        return cls(config, recipe, where, said, wrapper)
-
-    @property
-    def written(self) -> Config:
-        """config.json."""
-        return with_wrapper(self.config, self.wrapper)
+        return cls(config, recipe, where, said)
 
     @property
     def family(self) -> Family:
@@ -89,8 +79,6 @@ class ModekitShape(AnyShape):
         if self.mixture.family.pair:
             return "it has an encoder"
         adapters = [each.name for each in self.recipe.experts if each.adapter is not None or each.is_low_rank]
-        if self.wrapper is not None:
-            return "it keeps a vision tower (output.keep)"
         reasons = [f"it keeps adapters ({', '.join(adapters)})"] if adapters else []
         beyond = self.recipe.beyond_native()
         reasons += [f"only the modekit architecture has {', '.join(beyond)}"] if beyond else []
@@ -170,14 +158,13 @@ class ModekitShape(AnyShape):
             yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
-        """Adapters are active as a whole: their product with a weight of zero is computed. A vision tower is not."""
+        """Adapters are active as a whole: their product with a weight of zero is computed."""
         leaves = _leaves(sizes)
         one = {
             module: sum(sizes[f"{module}{_FIRST}{leaf}"] for leaf in leaves.get(module, [])) for module in self.mixture.places
         }
         total, idle = sum(sizes.values()), sum(size * self._idle(module) for module, size in one.items())
-        tower = sum(size for name, size in sizes.items() if is_in_tower(name, self.mixture.wrapper))
-        return Parameters(total, sum(one.values()), total - idle - tower, dense)
+        return Parameters(total, sum(one.values()), total - idle, dense)
 
     def _idle(self, module: str) -> int:
         """How many of the modules at a place, the experts' own and the base's, a token leaves out at least."""

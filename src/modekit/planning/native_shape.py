@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from modekit.errors import CheckpointError, SourceError, UnsupportedError
 from modekit.files.typed import shortened
@@ -44,7 +43,6 @@ class NativeShape(AnyShape):
     channels: Channels | None = None
 
     plain = True
-    wrapper: ClassVar[Config | None] = None
 
     @classmethod
     def opened(

@@ -26,7 +26,6 @@ from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
-from modekit.sources.towers import kept_beside
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.stored import Stored
 
@@ -56,7 +55,7 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, layout: _La
     yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, layout.mixes_more, mixed)
-    yield from _beside(recipe, sources)
+    yield from _beside(sources)
     yield from _without_effect(recipe, vocabulary, layout)
     yield from layout.notes()
     yield from _of_one_folder(recipe, sources)
@@ -203,21 +202,13 @@ def _lost_of_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: s
         )
 
 
-def _beside(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]:
-    """What is kept, and what stays behind, of models that wrap a language model, and of their adapters."""
+def _beside(sources: Sequence[ModelSource]) -> Iterator[str]:
+    """What stays behind of models that wrap a language model, and of their adapters."""
     of: dict[str, list[str]] = {}
-    kept = {ref.name for ref in kept_beside(sources[0]).values()} if recipe.output.keep is not None else set[str]()
-    if kept:
-        said = _parts_of({name: ref for name, ref in sources[0].beside.items() if name in kept})
-        yield f"kept of the base model, for all experts alike: {said}; a build compares those of full models"
     for source in dict.fromkeys(sources):
-        shared = kept if not isinstance(source, AdapterSource) else set[str]()
-        said = _parts_of({name: ref for name, ref in source.beside.items() if name not in shared})
-        of.setdefault(said, []).append(source.label)
+        of.setdefault(_parts_of(source.beside), []).append(source.label)
     of.pop("", None)
     yield from (f"{', '.join(labels)}: only the language model is mixed; {said} stay behind" for said, labels in of.items())
-    if not kept and kept_beside(sources[0]):
-        yield "pictures are left out; output: {keep: wrapper} keeps the base model's vision tower"
 
 
 def _without_effect(recipe: Recipe, vocabulary: Vocabulary, layout: _Layout) -> Iterator[str]:

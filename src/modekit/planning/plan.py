@@ -218,7 +218,7 @@ class Plan:
         identity = {
             "modekit": version("modekit"),
             "recipe": self.recipe.digest(),
-            "config": dict(self.shape.written),
+            "config": dict(self.shape.config),
             "tensors": list(map(repr, self.tensors)),
             "files": [
                 [str(file), state and [state.inode, state.size, state.modified_ns, state.changed_ns]]

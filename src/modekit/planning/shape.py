@@ -138,7 +138,7 @@ class AnyShape:
     """What both forms have; a plan and a checkpoint ask without knowing which they have.
 
     Attributes:
-        config: its config.json; of a language model alone, where it keeps what wraps it (`wrapper`).
+        config: its config.json.
         recipe: that it came from.
         where: what messages call it.
         plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
@@ -164,11 +164,6 @@ class AnyShape:
     def through_transformers(self) -> bool:
         """See above."""
         return False
-
-    @property
-    def written(self) -> Config:
-        """config.json as a file."""
-        return self.config
 
     @property
     def left_out(self) -> set[str]:

@@ -139,7 +139,7 @@ def place_of_base(experts: Sequence[Expert]) -> int | None:
 class Output(Strict):
     """Shape of the result."""
 
-    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank", "keep")
+    later: ClassVar[tuple[str, ...]] = ("channels", "carry", "rank")
 
     format: Literal["auto", "native", "modekit"] = Field(
         "auto",
@@ -167,9 +167,6 @@ class Output(Strict):
         le=2**12,
         description="Channels for attention's output, and for its input, head and embedding; default: as many as exact needs "
         "where those are few, else 64.",
-    )
-    keep: Literal["wrapper"] | None = Field(
-        None, description="wrapper: keep the vision tower that the base wraps its language model with; images work."
     )
 
 
@@ -208,7 +205,6 @@ class Recipe(Strict):
             *self._problems_of_labels(),
             *(self._problems_of_native() if self.output.format == "native" else ()),
             *(() if self.mixture.is_open else self._problems_of_channels()),
-            *(self._problems_of_keeping() if self.output.keep is not None else ()),
             *self._problems_of_low_rank(),
             *self._problems_of_the_backbone(),
             *self._problems_of_text(),
@@ -268,13 +264,6 @@ class Recipe(Strict):
             yield f"output.{asked[0]} has no effect without router: {{fit: lexical}} in a native architecture; remove it"
         if self.output.carry == "ffn" and self.output.rank is not None:
             yield "output.rank has no effect with carry: ffn; remove it"
-
-    def _problems_of_keeping(self) -> Iterator[str]:
-        always_on = self.mixture.always_on
-        if self.output.format == "native":
-            yield "output.keep: no native architecture has experts within a wrapper; use format: modekit or auto"
-        if always_on is not None and always_on.apart:
-            yield "output.keep: a common expert that runs apart is for text alone; leave 'apart' or 'keep' out"
 
     def _problems_of_low_rank(self) -> Iterator[str]:
         whole, fit = [each.name for each in self.experts if each.is_whole or each.bits is not None], self.mixture.fit

@@ -29,7 +29,6 @@ from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.config import architecture_of
 from modekit.sources.tokenizer import chat_template
-from modekit.sources.towers import PROCESSOR_FILES
 from modekit.text.documents import is_local
 
 CARD_FILE, LICENCE_FILE = "README.md", "LICENSE.md"
@@ -120,8 +119,6 @@ def _decides(checkpoint: Checkpoint) -> str:
 
 def _task_of(checkpoint: Checkpoint) -> str:
     """What the hub calls what it does."""
-    if checkpoint.record.recipe.output.keep is not None:
-        return "image-text-to-text"
     return "translation" if checkpoint.shape.family.pair else "text-generation"
 
 
@@ -160,8 +157,6 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "active": count_of(checkpoint.parameters.active),
         "folder": json.dumps(checkpoint.folder.name).replace("`", "\\u0060"),
         "pair": checkpoint.shape.family.pair,
-        "sees": recipe.output.keep is not None,
-        "has_processor": any((checkpoint.folder / name).exists() for name in PROCESSOR_FILES),
         "chats": chat_template(checkpoint.folder) is not None,
         "recipe_digest": record.recipe_digest[:16],
         "fixed_weights": recipe.mixture.method == "linear",

@@ -28,12 +28,11 @@ from modekit.recipes.paths import name_of, with_names
 from modekit.recipes.recipe import Recipe
 from modekit.report.card import CARD_FILE, LICENCE_FILE, make_card
 from modekit.sources.tokenizer import COPIED_FILES
-from modekit.sources.towers import PROCESSOR_FILES
 from modekit.text.splits import SELECTED_FILE, TRAINED_FILE
 
 _WRITTEN = (
     *(RECORD_FILE, RECIPE_FILE, CARD_FILE, LICENCE_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *PROCESSOR_FILES, *(file.name for file in CODE_FILES)),
+    *(CARRIED_FILE, TRAINED_FILE, SELECTED_FILE, *COPIED_FILES, *(file.name for file in CODE_FILES)),
 )
 """What modekit writes, and others need."""
 

@@ -31,9 +31,8 @@ from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
 from modekit.sources.config import refuse_other_kinds
 from modekit.sources.source import INDEX_FILE, SPECIALIST_FILE, named_weights, no_weights
 from modekit.sources.tokenizer import COPIED_FILES
-from modekit.sources.towers import PROCESSOR_FILES
 
-_SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, *PROCESSOR_FILES, "README.md")
+_SMALL_FILES = ("config.json", CONFIG_FILE, INDEX_FILE, SPECIALIST_FILE, *COPIED_FILES, "README.md")
 """Without a wildcard, which would stand for whatever a repository's owner calls so, in subfolders and of any size, too."""
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
