@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --d
 # Where computed numbers are compared.
 NUMERIC := $(addprefix tests/,architecture building checkpoint evaluation experts golden routing search sources training weights)
 
-.PHONY: demo demo-real test test-all test-hostile test-vllm test-litellm test-ray test-processors bench check lint docs clean
+.PHONY: demo demo-real test test-all test-hostile test-vllm test-litellm test-processors bench check lint docs clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +29,10 @@ demo-real: $(READY)  ## the same from SmolLM2-135M, within an hour
 	$(BIN)/modekit demo --real
 
 test: $(READY)  ## every capability once, minutes
-	$(PYTEST) -m "not slow and not vllm and not litellm and not ray"
+	$(PYTEST) -m "not slow and not vllm and not litellm"
 
 test-all: $(READY)  ## the tests and the slow ones: further families, engines, routers, kills and inputs
-	$(PYTEST) -m "not vllm and not litellm and not ray and not hostile"
+	$(PYTEST) -m "not vllm and not litellm and not hostile"
 
 test-hostile: $(READY)  ## every command killed, interrupted, raced, led by links and out of room; half an hour at most
 	timeout 1800 $(PYTEST) -m hostile tests/files tests/demo
@@ -56,15 +56,11 @@ $(LITELLM)/.ready: pyproject.toml
 	$(LITELLM)/bin/python -m pip install --quiet --editable '.[gguf,litellm]' 'pytest>=8' 'hypothesis>=6.100'
 	touch $(LITELLM)/.ready
 
-test-ray: $(READY)  ## a search on a real Ray, half a gigabyte more in the environment; minutes
-	$(BIN)/python -m pip install --quiet --editable '.[ray]'
-	$(BIN)/python -m pytest -m ray tests/search
-
 test-processors: $(READY)  ## numbers as other processors give them: two threads, AVX2 alone, no vector instructions but SSE; half an hour
-	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow and not vllm and not litellm and not ray" $(NUMERIC)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow and not vllm and not litellm and not ray" $(NUMERIC)
+	OMP_NUM_THREADS=2 $(PYTEST) --numprocesses 1 -m "not slow and not vllm and not litellm" $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Zen $(PYTEST) -m "not slow and not vllm and not litellm" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
-		$(PYTEST) -m "not slow and not vllm and not litellm and not ray" $(NUMERIC)
+		$(PYTEST) -m "not slow and not vllm and not litellm" $(NUMERIC)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts

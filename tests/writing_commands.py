@@ -28,8 +28,8 @@ FEW = ("--tokens", "200")
 MIXED = ("--text", "fever=text/code.jsonl", "--text", "law=text/law.jsonl")
 TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
 SHORT = ("steps=3", "batch_tokens=256", "sequence_length=64", "select_tokens=200")
-_VOLATILE = ("tensorboard", "tune.json", "tune.md", "NEW.tuning", ".modekit")
-"""What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
+_VOLATILE = ("tensorboard", ".modekit")
+"""What has the time in it, or the digest of something that has."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ COMMANDS = {
         3,
         "NEW.training",
     ),
-    "tune": Command(("tune", "native.yaml", "NEW", "top_k=1", *FEW), 100, 701, 61),
     "eval": Command(("eval", "OUT", *FEW), 10),
     "inspect": Command(("inspect", "OUT", *FEW), 8),
     "verify": Command(("verify", "OUT", "--deep", "--no-reload"), 10),

@@ -7,7 +7,6 @@ ModekitError            exit code 2 at the command line
 ├── UnsupportedError    a mixture that no native architecture can say exactly
 ├── TextError           text that cannot be used: empty, binary, a domain without held-out documents
 ├── TrainingError       a training that cannot start or go on: settings, memory, a loss that is not finite
-├── TuneError           a search that cannot start or go on: another search in its folder, no candidate with a loss
 ├── EngineError         another engine that cannot be started, or that says something else than transformers
 ├── OutputError         the result folder: exists, disk full, not writable
 ├── CheckpointError     a folder that is not (or no longer) a whole modekit checkpoint
@@ -92,10 +91,6 @@ class TextError(ModekitError):
 
 class TrainingError(ModekitError):
     """A training cannot start, or had to stop."""
-
-
-class TuneError(ModekitError):
-    """A search cannot start, or had to stop."""
 
 
 class EngineError(ModekitError):

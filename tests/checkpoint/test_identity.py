@@ -22,13 +22,11 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
-from modekit.search.results import TuneResults
 from modekit.training.folder import TrainingFolder
 from modekit.training.settings import train_settings
 from refusal import borrow, copy_expert
-from searches import search_of
 
-FINDERS = (Results.find, Inspection.find, TaskResults.find, TuneResults.find)
+FINDERS = (Results.find, Inspection.find, TaskResults.find)
 
 
 def other_weights(folder: Path, factor: float = 1.5) -> None:
@@ -72,7 +70,6 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     rows = {row.name: row for row in evaluate(before, tokens_per_domain=100, sequence_length=32).rows}
     inspect(before, tokens_per_domain=100, sequence_length=32)
     TaskResults({}, notes=["of before"], checkpoint=before.identity).write(before)
-    (out / "results" / "tune.json").write_text(json.dumps(search_of(before.record.recipe_digest)))
     problems: list[str] = []
     assert all(find(before, problems) for find in FINDERS) and not problems
     other_weights(bench.root / "law")
@@ -81,7 +78,7 @@ def test_what_was_found_out_before_is_not_shown_after(bench: Workshop) -> None:
     assert (out / "results" / "inspect.json").exists()
     for find in FINDERS:
         assert find(after, problems) is None
-    assert len(problems) == 4
+    assert len(problems) == 3
     assert "another state" in TaskResults({}, checkpoint=after.identity).with_earlier(after).notes[0]
     again = {row.name: row for row in evaluate(after, tokens_per_domain=100, sequence_length=32).rows}
     for name, row in again.items():

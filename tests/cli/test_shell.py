@@ -153,7 +153,7 @@ def test_help_without_a_command_is_no_error(capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_number_out_of_range_is_said_in_words() -> None:
-    assert "'--tokens': must be greater than or equal to 64" in ended("tune", "recipe.yaml", "OUT", "--tokens", "0")[2]
+    assert "'--tokens': must be greater than or equal to 64" in ended("eval", "OUT", "--tokens", "0")[2]
 
 
 def test_a_recipe_or_a_number_without_end_where_a_mixture_or_a_scale_belongs(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ COMMANDS: dict[str, tuple[Sequence[str], int]] = {
     "inspect": (("inspect", "OUT", *FEW), 1_000),
     "report": (("report", "OUT"), 4_000),
     "train": (("train", "OUT", "what=experts", "backbone_learning_rate=0.01", *SHORT, *FEW), 60_000),
-    "tune": (("tune", "recipe.yaml", "NEW", "top_k=1", *FEW), 20_000),
     "specialize": (("specialize", "BASE", "NEW", "--text", "TEXT", "steps=1"), 20_000),
     "specialize with a teacher": (
         ("specialize", "BASE", "NEW", "--text", "TEXT", "steps=2", "--teacher", "MODEL"),
@@ -81,9 +80,9 @@ def test_a_full_disk(shop: Workshop, tmp_path: Path, name: str) -> None:
     assert "File too large" in said or "is the disk full?" in said
     assert re.search(rf"\n  where:    {re.escape(str(root))}/\S", said), said
     after = tree(root)
-    kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.training", "NEW.tuning"}}  # to go on from
+    kept = {path for path in after if path.split("/")[0] in {"OUT.training", "NEW.training"}}  # to go on from
     assert {path: content for path, content in after.items() if path not in kept} == before
-    assert not [path for path in kept if ".tmp" in path and "tuning" not in path]
+    assert not [path for path in kept if ".tmp" in path]
 
 
 def let_be_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -21,10 +21,10 @@ from writing_commands import COMMANDS, Command, check_whole, run_in, stable
 CODES: dict[Fate, int] = {"kill": -KILLED, "interrupt": 130, "full": 2, "stuck": 2}
 RARER: dict[Fate, int] = {"kill": 1, "interrupt": 5, "full": 5, "stuck": 11}
 """Fate -> one in this many of the moments of a command's stride is tried."""
-_TAKES_LONG = {"tune", "export gguf"}
+_TAKES_LONG = {"export gguf"}
 _WORK_FOLDERS = ("OUT.partial", "NEW.partial", "THREE.partial", "OUT.training", "NEW.training")
 _FINISHED = "was finished by then"
-_TO_GO_ON_FROM = {"OUT.training", "NEW.training", "NEW.tuning", "KEPT.partial"}
+_TO_GO_ON_FROM = {"OUT.training", "NEW.training", "KEPT.partial"}
 
 
 def try_moments(shop: Workshop, tmp_path: Path, command: Command, stride: int, fate: Fate) -> None:

@@ -97,7 +97,6 @@ RACES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "add against replace": (COMMANDS["add"].words, COMMANDS["replace"].words),
     "train against fit": (COMMANDS["train gates"].words, COMMANDS["fit"].words),
     "report against itself": (COMMANDS["report"].words, COMMANDS["report"].words),
-    "a search twice": (COMMANDS["tune"].words, COMMANDS["tune"].words),
     "a command against its clean-up": (COMMANDS["build"].words, COMMANDS["build"].words),
 }
 

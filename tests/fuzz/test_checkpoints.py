@@ -6,7 +6,6 @@ that reads is asked. The same inputs every time: with the slow tests 2,600 and m
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,7 +44,6 @@ from modekit.routing.token_text import TokenText, load_token_text
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import train_settings
 from modekit.training.train import train
-from searches import candidate, search_of
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
@@ -105,9 +103,6 @@ def with_results(checkpoint: Checkpoint) -> Stranger:
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
     TaskResults({"modekit_law_questions": TASK, "qa": TASK}, notes=["a note"], checkpoint=checkpoint.identity).write(checkpoint)
-    candidates = (candidate("own", 3.1, 10_000, best=True, pareto=True), candidate("noisy", 3.4, 10_000))
-    search = search_of(checkpoint.record.recipe_digest, *candidates, seconds=1.5)
-    (checkpoint.folder / "results" / "tune.json").write_text(json.dumps(search))
     for name, content in make_card(checkpoint, ask_hub=False).contents.items():
         (checkpoint.folder / name).write_bytes(content)
     return Stranger(checkpoint.folder)

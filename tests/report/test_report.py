@@ -28,11 +28,9 @@ from modekit.report.drawing import gap_chart
 from modekit.report.page import make_page, write_report
 from modekit.report.sections import SAMPLE_BYTES, make_content
 from modekit.routing.refit import refit
-from modekit.search.results import TuneResults
 from modekit.training.settings import train_settings
 from modekit.training.train import train
 from pair_models import make_pair_workshop
-from searches import candidate, search_of
 
 LIMIT = 2_000_000
 LOGISTIC = {"method": "routing", "top_k": 2, "router": {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32}}
@@ -147,17 +145,6 @@ def tasks_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def search_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    return search_of(
-        checkpoint.record.recipe_digest,
-        candidate("own <b>T</b>", 3.1, 2_000_000, best=True, pareto=True),
-        candidate("top_k 1", 3.2, 1_500_000, pareto=True),
-        candidate("noisy", 3.4, 2_000_000),
-        candidate("arrow", 0.0, 0, losses={}, why="no adapters"),
-        seconds=12.5,
-    )
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("report"))
@@ -187,7 +174,6 @@ def told(workshop: Workshop) -> Checkpoint:
     evaluate(done.checkpoint, tokens_per_domain=400, sequence_length=32)
     put(done.checkpoint, "inspect.json", inspection_of(done.checkpoint))
     put(done.checkpoint, "tasks.json", tasks_of(done.checkpoint))
-    put(done.checkpoint, "tune.json", search_data(done.checkpoint))
     return done.checkpoint
 
 
@@ -274,7 +260,7 @@ def samples_in(page: Path) -> dict[str, Any]:
 def test_the_page_shows_what_was_found(told: Checkpoint, page: Path) -> None:
     """Every figure of the tables in the files beside it, the gap, and the curve with titles of both axes."""
     html = page.read_text()
-    for kind in (Results, Inspection, TaskResults, TuneResults):
+    for kind in (Results, Inspection, TaskResults):
         found = kind.find(told)
         assert found is not None
         for table in found.tables():

@@ -4,7 +4,6 @@ A file per group of commands; arrangement.py says how `--help` lists them.
 """
 
 # ruff: noqa: I001
-from modekit.cli import discovery as discovery
 from modekit.cli import data as data
 from modekit.cli import mixtures as mixtures
 from modekit.cli import members as members

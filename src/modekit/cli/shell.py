@@ -58,7 +58,7 @@ class Common:
 _asked = Common()
 _COMMON = ("--trust-remote-code", "--json", "--no-fsync")
 _PRINT_JSON = {
-    *("plan", "eval", "eval-tasks", "eval-translation", "inspect", "route", "verify", "train", "extract", "densify", "tune"),
+    *("plan", "eval", "eval-tasks", "eval-translation", "inspect", "route", "verify", "train", "extract", "densify"),
     "data",
 }
 

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 _Kind = TypeVar("_Kind", bound="BaseModel")
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, listed below; values as in YAML.")]
-_MIXTURE = ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"]
 SETTINGS = {
     "train": ["modekit.training.settings:TrainSettings"],
-    "fit": _MIXTURE,
-    "tune": _MIXTURE,
+    "fit": ["modekit.recipes.router:Router", "modekit.recipes.mixture:Mixture"],
     "densify": ["modekit.cli.conversion:DensifySettings"],
     "add": ["modekit.recipes.recipe:Expert"],
     "replace": ["modekit.recipes.recipe:Expert"],
@@ -39,8 +37,8 @@ _NO_WORDS = {"router", "name", "model", "adapter", "text"}
 """Fields that hold others, or are options."""
 
 
-def said_in(words: Sequence[str] | None, command: str, *, lists: bool = False, besides: Iterable[str] = ()) -> RecipeData:
-    """Key -> value, as in YAML, of the words of a command; with `lists` every value is several with commas between them.
+def said_in(words: Sequence[str] | None, command: str, *, besides: Iterable[str] = ()) -> RecipeData:
+    """Key -> value, as in YAML, of the words of a command.
 
     `besides`: keys that none of its classes has. Raises ModekitError, with the nearest of the known keys.
     """
@@ -57,11 +55,11 @@ def said_in(words: Sequence[str] | None, command: str, *, lists: bool = False, b
             raise ModekitError(
                 "this is no setting",
                 where=word,
-                expected="KEY=VALUE,VALUE" if lists else "KEY=VALUE",
+                expected="KEY=VALUE",
                 remedy=f"{hint + ' ' if hint else ''}modekit {command} --help lists the settings",
             )
         try:
-            said[key] = parse_yaml(f"[{value}]" if lists else value, key)
+            said[key] = parse_yaml(value, key)
         except ValueError as error:
             raise ModekitError("the value cannot be read", where=word, found=error, expected="a value as in YAML") from None
     return said

@@ -1,7 +1,7 @@
 """`.modekit`: what in a folder is modekit's own. Nothing else is ever replaced or removed.
 
 An output's marker lists the files that were written into it, with the digest of those that people edit; what is not listed, or
-was changed since, is the user's. A work folder's (OUT.partial, OUT.training, OUT.tuning) names the output that it belongs to:
+was changed since, is the user's. A work folder's (OUT.partial, OUT.training) names the output that it belongs to:
 a copy under another name is no longer ours.
 """
 
@@ -26,14 +26,14 @@ _WEIGHTS = (".safetensors", ".gguf")
 _SMALL = 2**20
 """Bytes of a weight file that has its digest in the marker; of other files LARGE."""
 
-Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "tokenizer", "partial", "training", "tuning"]
+Kind = Literal["checkpoint", "adapter", "model", "gguf", "texts", "tokenizer", "partial", "training"]
 
 
 class Marker(BaseModel):
     """What `.modekit` says.
 
     Attributes:
-        kind: what the folder is; partial, training and tuning are work folders.
+        kind: what the folder is; partial and training are work folders.
         of: the name of the output that a work folder belongs to; empty for an output.
         files: path with slashes -> sha256; empty for a large file.
         areas: folders in which everything is modekit's.

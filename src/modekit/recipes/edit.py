@@ -15,7 +15,7 @@ from modekit.recipes.router import CHAT_DECAY, without_effect
 from modekit.recipes.strict import BASE, RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"
-"""Beside a mixture that a search, or `modekit mix`, made: its recipe."""
+"""Beside a mixture that `modekit mix` made: its recipe."""
 _METHODS = {
     **{key: {"routing"} for key in CHOICES},
     "always_on": {"routing", "gating"},

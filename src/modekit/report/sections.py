@@ -27,7 +27,6 @@ from modekit.files.read import LARGE, read_text
 from modekit.members.licences import facts, sources_of
 from modekit.recipes.layers import order_of
 from modekit.report.drawing import Line, gap_chart, line_chart
-from modekit.search.results import TuneResults
 
 Block = ResultTable | Markup | str
 """A table, a chart, or a paragraph."""
@@ -46,7 +45,6 @@ _OTHERS: tuple[tuple[str, type[Result]], ...] = (
     ("Each expert and its own model", ForcedExperts),
     ("Tasks", TaskResults),
     ("Translations", TranslationResults),
-    ("Search", TuneResults),
 )
 
 

@@ -42,16 +42,8 @@ def refit(
     `changes` updates the recipe's `mixture` (nested `router` is merged). Raises RecipeError when a change would need
     another build. Under a launcher only the main process writes.
     """
-    return _set(checkpoint, _changed_recipe(checkpoint, changes), run)
+    recipe = _changed_recipe(checkpoint, changes)
 
-
-def refit_as(checkpoint: Checkpoint, recipe: Recipe, *, run: Run = QUIET) -> Checkpoint:
-    """Set the router as a recipe of the same experts has it. Raises RecipeError when it needs other tensors."""
-    _check_same_tensors(checkpoint, recipe)
-    return _set(checkpoint, checkpoint.shape.pinned(recipe), run)
-
-
-def _set(checkpoint: Checkpoint, recipe: Recipe, run: Run) -> Checkpoint:
     if recipe.mixture.needs_text and processes().is_main:
         _write_missing_text(checkpoint, recipe, run)
     statistics = checkpoint.folder / STATISTICS_FOLDER

@@ -13,17 +13,16 @@ of the mixture (selected-by.txt beside it).
     train, to compare states     the same                                            select       set, trained
     densify                      as train
     densify, its table           experts[].text, or the recipe's eval                 report       set, trained, chosen
-    tune, to choose              experts[].text, else the recipe's eval              select       set, trained
-    eval, inspect, tasks,        the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
-      report of tune               report split                                      report
+    eval, inspect, tasks         the recipe's eval, whole; else experts[].text,      all,         set, trained, chosen
+                                   report split                                      report
     tasks: which terms are known experts[].prompts, experts[].text                   all, fit     -
     data balance                 --text                                              all          -
     data tokenizer               --text                                              fit          -
     data tokenizer, fertility    --text                                              report       -
 
 What a router's classifier was chosen by (`chooses` of its row in recipes/fits.py) is the select split of the experts' own text,
-so that an `eval` that names this text, too, is shown without that part. What tune has chosen by is kept in selected-by.txt, so
-that a recipe's `eval` can give it text and be shown without that part.
+so that an `eval` that names this text, too, is shown without that part. What a training's states were compared on is kept in
+selected-by.txt, and is not shown either.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from modekit.text.document import Document, text_of
 Split = Literal["fit", "select", "report"]
 HeldOutSplit = Literal["select", "report"]
 TRAINED_FILE = "trained-on.txt"  # beside a specialist: digests of its documents, one per line
-SELECTED_FILE = "selected-by.txt"  # beside a trained or searched mixture: digests of documents that chose its state
+SELECTED_FILE = "selected-by.txt"  # beside a trained mixture: digests of documents that chose its state
 TRAINED_DIGITS = 16  # of a digest, in both
 
 

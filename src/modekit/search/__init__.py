@@ -1,1 +1,0 @@
-"""Which variant of a recipe's mixture is best, by held-out text?"""
