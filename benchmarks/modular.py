@@ -29,17 +29,13 @@ from modekit.experts.distill.settings import DistillSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.run import Run
-from modular_models import CLASSIFIER, COMMON, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
+from modular_models import COMMON, LEXICAL, TEXTS, WHOLE, WITHOUT_TEACHER, Languages, ffn_specialists, whole_models
 from study import mean_losses, spread
 
 WAYS_OF_TEACHING: dict[str, DistillSettings] = {
     "text alone": WITHOUT_TEACHER,
     "forward KL, adaptive": DistillSettings(adaptive=True),
     "forward KL, in turn": DistillSettings(alternate=True),
-}
-ROUTERS: dict[str, dict[str, Any]] = {
-    "classifier": CLASSIFIER,
-    "lexical": {"fit": "lexical"},
 }
 TOGETHER, TURNS, UNEVEN = "all in every step", "one language a step, in turn", "shuffled, sizes 1:2:4:8"
 Losses = dict[str, float]
@@ -122,11 +118,9 @@ def ways(study: Study) -> None:
     study.keep("teacher", lambda: study.losses(made.folder / "teacher"))
     study.keep("base", lambda: study.losses(made.folder / "base"))
     study.keep("each language's own student", lambda: {each: study.losses(made.folder / each)[each] for each in TEXTS})
-    for name, router in ROUTERS.items():
-        out = "ple" if name == "classifier" else f"ple-{name}"
-        study.keep(f"PLE, {name}", partial(routed, study, out, router))
-    study.keep("JEET", lambda: study.losses(made.joint("jeet", {}, CLASSIFIER).folder))
-    study.keep("MoE-CE", lambda: study.losses(made.joint("moe-ce", COMMON, CLASSIFIER).folder))
+    study.keep("PLE, lexical", partial(routed, study, "ple", LEXICAL))
+    study.keep("JEET", lambda: study.losses(made.joint("jeet", {}, LEXICAL).folder))
+    study.keep("MoE-CE", lambda: study.losses(made.joint("moe-ce", COMMON, LEXICAL).folder))
     study.keep("MoE-CE without the common expert", lambda: without_common(study, made.folder / "moe-ce"))
     for top_k in (1, 2):
         study.keep(f"FFN specialists, lexical top-{top_k}", partial(specialists, study, top_k))

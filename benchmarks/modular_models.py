@@ -58,7 +58,7 @@ STUDENT: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 WITH_TEACHER, WITHOUT_TEACHER = DistillSettings(), DistillSettings(weights=1.0)
-CLASSIFIER = {"fit": "classifier"}
+LEXICAL = {"fit": "lexical"}
 COMMON = {"always_on": {"expert": "base", "weight": 0.5, "apart": True}}
 _TRAINING = Training(batch_tokens=512, sequence_length=256, learning_rate=4e-3, warmup=0.2, weight_decay=0.05)
 _EMBEDDING = 1.0  # of a student: with the 0.02 of a Llama, seeds differ for long by when they leave the frequencies of tokens
@@ -219,7 +219,7 @@ class Languages:
 
 def whole_models(router: dict[str, Any] | None = None) -> dict[str, Any]:
     """One whole model per text."""
-    return {"modules": "all", "top_k": 1, "router": router or CLASSIFIER}
+    return {"modules": "all", "top_k": 1, "router": router or LEXICAL}
 
 
 def ffn_specialists(made: Languages, top_k: int = 1) -> Checkpoint:

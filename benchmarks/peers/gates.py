@@ -135,7 +135,6 @@ SET: list[Gate] = [
     ),
     Gate("logistic, context, top-2", "modekit's fit", _routed("logistic", granularity="context")),
     Gate("logistic, per text, top-1", "2110.03742", _routed("logistic", top_k=1, granularity="sequence", per="model")),
-    Gate("classifier, per text", "2205.12701", _routed("classifier", top_k=1)),
     Gate("lexical, top-1", "2204.08396", _routed("lexical", top_k=1)),
     Gate("lexical, top-2", "2204.08396", _routed("lexical")),
     Gate("lexical, unseen: base", "2406.13233", {**_routed("lexical"), "unseen": "base"}, None, general=True),

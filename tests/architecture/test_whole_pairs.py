@@ -255,7 +255,6 @@ SMALL: dict[str, Any] = {"tokens_per_domain": 300, "sequence_length": 64}
 FITS: dict[str, dict[str, Any]] = {
     "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 512},
     "lexical": {"fit": "lexical"},
-    "classifier": {"fit": "classifier", "prefix": 16},
     "logistic": {"fit": "logistic", "granularity": "sequence", "per": "model", **SMALL},
 }
 

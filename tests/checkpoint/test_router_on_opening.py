@@ -30,7 +30,6 @@ from refusal import refuse
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
     "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 256},
-    "classifier": {"fit": "classifier"},
 }
 TEXT = "fever artery lesion dose nerve"
 

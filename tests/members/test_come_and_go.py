@@ -62,7 +62,6 @@ KINDS = {
     "native uniform": Kind({"method": "linear"}, NATIVE),
     "whole models by pairs": Kind(_routed("lexical", orders=[1, 2], buckets=512), MODEKIT),
     "whole models per projection": Kind(_routed("centroid", per="projection", **SHORT), MODEKIT),
-    "whole models by a classifier": Kind({**_routed("classifier", prefix=16), "modules": "all"}, MODEKIT),
     "everything": Kind({**_routed("lexical"), "modules": "all"}, MODEKIT),
     "context": Kind(_routed("logistic", granularity="context", **SHORT), MODEKIT),
     "adapters": Kind(_routed("logistic", **SHORT), MODEKIT, LOW_RANK),

@@ -60,7 +60,6 @@ def test_a_router_is_left_open_by_default_and_without_effect_on_fixed_weights() 
 @pytest.mark.parametrize(
     ("mixture", "said"),
     [
-        ({"router": {"classifier": "sgd"}}, "only with classifier"),
         ({"router": {"l2": 0.1, "orders": [1, 2]}}, "'l2' has no effect"),
         ({"modules": "all", "router": {"granularity": "context"}}, "granularity"),
     ],

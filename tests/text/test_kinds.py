@@ -27,7 +27,6 @@ PAIRS = [data_of(pair) for pair in pairs(60)]
 FITS: dict[str, dict[str, Any]] = {
     "lexical": {"fit": "lexical"},
     "bigrams": {"fit": "lexical", "orders": [1, 2], "buckets": 64},
-    "classifier": {"fit": "classifier"},
     "logistic": {"fit": "logistic"},
 }
 

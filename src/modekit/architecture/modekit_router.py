@@ -18,10 +18,8 @@ from torch import nn
 from .modekit_flow import Flow
 from .modekit_scores import FINISHED, chosen, segment_means
 from .modekit_streams import common_weight, no_weight_for_common
-from .modekit_terms import classify
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
-_READ_IDS = ("lexical", "tfidf")  # scores that read token ids and not x
 _CHUNK = 128  # tokens whose average is taken in one matrix product
 
 
@@ -36,7 +34,7 @@ class Router(nn.Module):
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
         score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|w x|: Arrow), lexical (the
             gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
-            rows as "ngram" says; x is not read), tfidf (a classifier: modekit_terms.py).
+            rows as "ngram" says; x is not read).
         unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.
@@ -64,7 +62,7 @@ class Router(nn.Module):
         self.features = features  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing)
-        parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or int(routing.get("score") == "tfidf")
+        parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or 0
         if self.routing["method"] != "linear":
             self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(rows) + shared, parts * width))
 
@@ -72,7 +70,7 @@ class Router(nn.Module):
         """Decide by this routing from now on. All routers of a model decide by one routing."""
         self.routing = dict(routing)
         self._flow[0].common = common_weight(self.routing)
-        of_source = self._flow[0].pair and self.routing.get("score") in _READ_IDS  # nothing is kept from pass to pass
+        of_source = self._flow[0].pair and self.routing.get("score") == "lexical"  # nothing is kept from pass to pass
         self._flow[0].averages = not of_source and any(average["decay"] is not None for average in self.routing["averages"])
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
@@ -109,16 +107,13 @@ class Router(nn.Module):
     @property
     def decides_by_ids(self) -> bool:
         """Whether it decides once, by the ids of a source, whatever module it stands at."""
-        return self._flow[0].pair and self.routing.get("score") in _READ_IDS and self.routing["method"] != "linear"
+        return self._flow[0].pair and self.routing.get("score") == "lexical" and self.routing["method"] != "linear"
 
     def logits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Scores after averaging, (B, S, E) or (B, S, O E), float32; (B, 1, ...) where they are of a source as a whole."""
         rows = self._rows_of_tokens(x_BSD.device)
         flow = self._flow[0]
         by_source = flow.pair and (bool(rows) or flow.encoding or self.of_source)
-        if self.routing.get("score") == "tfidf":
-            scores = self._classified(rows[0])
-            return last_real(scores, flow.source_mask_BS) if by_source else scores
         if not rows:
             x_BSD = x_BSD.float()
             jitter = self.routing.get("jitter", 0.0)
@@ -145,8 +140,7 @@ class Router(nn.Module):
         """Per part of the gate its columns that the text's tokens choose, (B, S): of the n-gram that ends in each, or of the
         token itself; none for a router that reads x.
         """
-        score, parts = self.routing.get("score"), len(self.routing["averages"])
-        if score not in _READ_IDS:
+        if self.routing.get("score") != "lexical":
             return []
         flow = self._flow[0]
         ids_BS = flow.source_ids_BS if flow.pair else flow.ids_BS
@@ -159,7 +153,7 @@ class Router(nn.Module):
         ids_BS = ids_BS.to(device)
         ngram = self.routing.get("ngram")
         if ngram is None:
-            return [ids_BS] * parts
+            return [ids_BS] * len(self.routing["averages"])
         orders = self.routing["orders"]
         found = {order: self._ngram_rows(ids_BS, order, ngram["buckets"], len(set(orders))) for order in dict.fromkeys(orders)}
         return [found[order] for order in orders]
@@ -175,13 +169,6 @@ class Router(nn.Module):
         if not flow.pair:
             flow.fresh[key] = state
         return rows_BS
-
-    def _classified(self, rows_BS: torch.Tensor) -> torch.Tensor:
-        flow, prefix, key = self._flow[0], self.routing["prefix"], f"{self.place}.terms"
-        if flow.pair:
-            return classify(rows_BS, flow.source_mask_BS, None, prefix, self.gate.float())[0]
-        scores, flow.fresh[key] = classify(rows_BS, flow.mask_BS, flow.states.get(key), prefix, self.gate.float())
-        return scores
 
     def _averaged(self, scores_BSG: torch.Tensor, average: Mapping[str, Any], number: int, *, by_source: bool) -> torch.Tensor:
         flow, key = self._flow[0], f"{self.place}.{number}"

@@ -165,7 +165,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         also_runs_in=plan.shape.also_runs_in,
         method=recipe.mixture.method,
         top_k=recipe.top_k,
-        router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.said,
+        router="none (fixed weights)" if recipe.mixture.method == "linear" else recipe.mixture.router.fit,
         router_why=why_chosen(recipe, native=plan.shape.plain),
         backbone=backbone_label(recipe),
         experts=[ExpertSummary(name=e.name, model=e.source, text=bool(e.text or e.prompts)) for e in recipe.experts],

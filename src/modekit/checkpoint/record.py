@@ -68,29 +68,6 @@ class SourceRecord(_Record):
         return [self.config, *(file.blake3 for _, file in sorted(self.files.items()))]
 
 
-class ClassifierChoice(BaseModel):
-    """Which classifier a router has, of those that were fitted.
-
-    Attributes:
-        classifier: its name.
-        macro_f1: of all of them on text that may choose; none where there was no such text.
-        chosen_on: texts of each domain, in the order of the experts.
-    """
-
-    classifier: str
-    macro_f1: dict[str, Number] = {}
-    chosen_on: list[Count] = []
-
-    @property
-    def said(self) -> str:
-        """In words."""
-        if not self.macro_f1:
-            return f"{self.classifier}, without held-out text to choose or calibrate it by"
-        ranked = sorted(self.macro_f1.items(), key=lambda item: (item[0] != self.classifier, -item[1]))
-        scores = ", ".join(f"{name} {score:.4f}" for name, score in ranked)
-        return f"{self.classifier}; macro-F1 on {sum(self.chosen_on):,} held-out pieces of text: {scores}"
-
-
 class RouterRecord(_Record):
     """How the router was set."""
 
@@ -100,13 +77,6 @@ class RouterRecord(_Record):
     text: dict[str, dict[str, Any]]
     report: dict[str, Any]
 
-    @field_validator("report")
-    @classmethod
-    def _choice_can_be_shown(cls, report: dict[str, Any]) -> dict[str, Any]:
-        if "classifier" in report:
-            as_kind(report, ClassifierChoice)
-        return report
-
     @property
     def evidence(self) -> str:
         """sha256 of the columns of the embedding that carry it; empty where none do."""
@@ -115,11 +85,6 @@ class RouterRecord(_Record):
     def with_evidence(self, sha256: str) -> RouterRecord:
         """The same, and the embedding carries this evidence."""
         return self.model_copy(update={"report": {**self.report, "evidence_sha256": sha256}})
-
-    @property
-    def choice(self) -> ClassifierChoice | None:
-        """Of a router that is a classifier."""
-        return as_kind(self.report, ClassifierChoice) if "classifier" in self.report else None
 
     @classmethod
     def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:

@@ -136,11 +136,9 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
     if not processes().is_main:
         return
     settings = done.record.router.settings
-    name = settings.said if settings is not None else "zero gate"
+    name = settings.fit if settings is not None else "zero gate"
     said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
     out.print(Text.assemble((str(checkpoint), "bold"), f": router {name}, {done.record.router.status}, {said}"))
-    if done.record.router.choice is not None:
-        out.print(Text(f"classifier: {done.record.router.choice.said}"))
 
 
 def fit_words(words: list[str] | None) -> RecipeData:

@@ -246,8 +246,6 @@ def _why_modekit(recipe: Recipe) -> str | None:
 
 def _check_text(recipe: Recipe, reader: ModelSource) -> None:
     """Raise SourceError where a fit has nothing to read text with; `reader` is the model whose tokenizer the result has."""
-    if recipe.mixture.fit is not None:
-        recipe.mixture.fit.check_library()
     if recipe.mixture.needs_text and not any((reader.folder / name).exists() for name in TOKENIZER_FILES):
         raise SourceError(
             "the router fit reads text and the base model has no tokenizer",

@@ -101,7 +101,7 @@ class Routing(_Said):
     @property
     def shared_rows(self) -> int:
         """Rows of a gate that are no expert's: how rare each term is, or a projection."""
-        return self.dimensions or int(self.score == "tfidf")
+        return self.dimensions or 0
 
     @property
     def reads_averages(self) -> bool:
@@ -220,9 +220,6 @@ class MixtureConfig(_Said):
             ),
             "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text": (
                 routing.runs_common
-            ),
-            "its router (fit: classifier) counts the tokens of every text, which modekit's plug-in does not keep there": (
-                routing.score == "tfidf"
             ),
             "it decides per segment, which modekit's plug-in does not": routing.averages[0].segment is not None,
             "its routers decide per feature over averages, and would keep kilobytes for every token and place": (

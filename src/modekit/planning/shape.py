@@ -65,7 +65,7 @@ class RouterSlot:
         rows: of the gate, per expert.
         features: decisions, when there is one per output feature; else 0.
         parts: J, causal averages that the gate reads.
-        shared: rows that are no expert's (of a classifier: how rare each term is; of a cosine router: the projection).
+        shared: rows that are no expert's (of a cosine router: the projection).
     """
 
     name: str

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from modekit.errors import RecipeError
 from modekit.recipes.strict import RecipeData
 
 Scope = Literal["layer", "model", "projection", "feature"]
 """What shares a router."""
-ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical", "tfidf"]
+ScoreKind = Literal["linear", "norm", "cosine", "attention", "lexical"]
 """What a router makes of its input and gate; see architecture/modekit_router.py."""
 MOST_TOKENS = 2**20
 """Tokens of a domain that a table of evidence is made from: more hardly change it."""
@@ -70,14 +68,12 @@ class Fit:
         sample: whether the kept sample of router inputs is all that it is made from.
         score: how routers score experts, as the architecture's config says it.
         rows: of the gate for an expert.
-        besides: columns of the gate besides those that tokens choose, and rows besides the experts'.
         native_as: how native architectures say it: as their router's gate, or as that of a router that reads channels which
             the checkpoint has besides the base's (planning/channels.py); None: not at all.
-        when: granularity: every router for itself, as `granularity` and `per` say; text: one router for the model, before its
-            first layer, anew with every token; prefix: the same, but the decision on the first `prefix` tokens stays.
+        for_model: whether one router decides for the whole model, before its first layer runs, anew with every token; else
+            every router for itself, as `granularity` and `per` say.
         fading: the decay, unless a recipe says another, of evidence over a text; None: there is none.
         settings: of a router or an expert, those that this fit takes and some other does not.
-        library: which it is fitted by, besides what modekit always has; not needed afterwards.
     """
 
     name: str
@@ -88,11 +84,9 @@ class Fit:
     sample: bool = False
     score: ScoreKind = "linear"
     rows: int = 1
-    besides: int = 0
     native_as: Literal["gate", "channels"] | None = None
-    when: Literal["granularity", "text", "prefix"] = "granularity"
+    for_model: bool = False
     fading: float | None = None
-    library: str = ""
 
     @property
     def is_open(self) -> bool:
@@ -120,26 +114,6 @@ class Fit:
         return self.reads == "changes"
 
     @property
-    def by_token(self) -> bool:
-        """Whether a row of its table says what one token is worth, unless a setting makes n-grams of them."""
-        return self.score in {"lexical", "tfidf"}
-
-    @property
-    def for_model(self) -> bool:
-        """Whether one router decides for the whole model, before its first layer runs."""
-        return self.when != "granularity"
-
-    @property
-    def once(self) -> bool:
-        """Whether the decision is of the first `prefix` tokens and stays, whatever `granularity` says."""
-        return self.when == "prefix"
-
-    @property
-    def chooses(self) -> bool:
-        """Whether the select split of every domain's text is kept, too, and chooses between variants of the router."""
-        return self.reads_ids and "classifier" in self.settings
-
-    @property
     def carried(self) -> bool:
         """Whether what a native router reads is carried to it in channels."""
         return self.native_as == "channels"
@@ -159,16 +133,6 @@ class Fit:
         """Whether it says of a text as a whole, on token ids alone, whose it is."""
         return self.reads == "tokens"
 
-    def check_library(self) -> None:
-        """Raise RecipeError where the library that it needs is not installed. Imports nothing."""
-        if self.library and find_spec(self.library) is None:
-            raise RecipeError(
-                f"fit: {self.name} is fitted by a library that is not installed",
-                where="mixture.router.fit",
-                found=f"no {self.library}",
-                remedy="pip install 'modekit[classifier]', or choose fit: lexical",
-            )
-
 
 _OF_SUMS = ("temperature", "tokens_per_domain", "sequence_length", "keep_tokens", "compute_dtype", "jitter", "chat")
 _REGULAR = (*_OF_SUMS, "l2")
@@ -176,7 +140,6 @@ _OF_ATTENTION = (*_OF_SUMS[1:], "l2")
 """Without a temperature, which a product of query and key would take twice."""
 _SCORED = ("temperature", "jitter")
 _EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms", "seed", "orders")
-_OF_CLASSIFIERS = ("temperature", "sequence_length", "seed", "classifier", "chat")
 
 
 def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKind = "linear") -> Fit:
@@ -193,7 +156,7 @@ _ROWS = (
         "ids",
         ("seed",),
         score="lexical",
-        when="text",
+        for_model=True,
     ),
     replace(
         _of_inputs("centroid", "the mean of what a router reads in a domain", (*_OF_SUMS, "negative_prompts")), sample=False
@@ -211,19 +174,8 @@ _ROWS = (
         _TOKEN_IDS,
         score="lexical",
         native_as="channels",
-        when="text",
+        for_model=True,
         fading=0.98,
-    ),
-    Fit(
-        "classifier",
-        "one decision for a text, by a scikit-learn classifier of its first tokens",
-        "tokens",
-        _OF_CLASSIFIERS,
-        _TOKEN_IDS,
-        score="tfidf",
-        besides=1,
-        when="prefix",
-        library="sklearn",
     ),
     Fit("arrow", "the direction that an adapter amplifies most, without text", "changes", _SCORED, score="norm"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,9 +16,7 @@ CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/
 FALSE_ALARMS = 0.02
 """benchmarks/unseen.md."""
 PREFIX = 64
-"""Tokens after which a decision stays, unless a recipe says another number; a classifier's compares each with all of them."""
-MOST_PREFIX = 1_024
-"""Of a classifier that counts: its state is so long, and what is compared is its square."""
+"""Tokens after which a decision stays, unless a recipe says another number."""
 SEGMENT = 64
 """Tokens of a segment, unless a recipe says another number."""
 READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
@@ -28,7 +26,7 @@ READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "classifier", "segment", "dimensions")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "segment", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -49,17 +47,12 @@ class Router(Strict):
         max_length=256,
         description="Decays of averages; 1: the mean so far, 0: the token. Lexical: default 0.91 with chats, else 0.98.",
     )
-    prefix: int | None = Field(
-        None, ge=1, description="Sequence, classifier: tokens after which the decision stays (default 64)."
-    )
+    prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
     segment: int | None = Field(
         None, ge=1, description="Segment: tokens that share a decision, made on the segment before (default 64)."
     )
     dimensions: int | None = Field(
         None, ge=2, description="Cosine: dimensions that what the router reads is projected to (default: one per expert)."
-    )
-    classifier: Literal["auto", "logistic", "sgd", "naive_bayes", "centroid"] | None = Field(
-        None, description="Classifier: which of scikit-learn's; auto, the default, fits all, and held-out text picks the best."
     )
     per: Scope = Field(
         "layer", description="One router for attention and one for the FFN of each layer, one for the model, ..."
@@ -93,28 +86,17 @@ class Router(Strict):
             yield "'decay' must lie between 0 and 1"
         if self.orders is not None and len(set(self.orders)) < len(self.orders):
             yield "'orders' names an order twice"
-        if self.row.score == "tfidf" and (self.prefix or 0) > MOST_PREFIX:
-            yield f"'prefix' may be {MOST_PREFIX:,} at most with fit: {self.fit}, whose tokens are compared pairwise"
 
     @property
     def row(self) -> Fit:
         """All that is known of the fit."""
         return row_of(self.fit)
 
-    def classifiers(self, known: Iterable[str]) -> list[str]:
-        """The one of the known classifiers that is asked for, or all."""
-        return [*known] if self.classifier in (None, "auto") else [str(self.classifier)]
-
-    @property
-    def said(self) -> str:
-        """The fit, and of a classifier which it is."""
-        return f"{self.fit} ({self.classifier or 'auto'})" if "classifier" in self.row.settings else self.fit
-
     def gate_width(self, vocabulary: int) -> int | None:
         """Width of the gate, when a setting or the vocabulary says it; None: as wide as what the router reads."""
         if not self.row.reads_ids:
             return None
-        return (self.buckets if self.hashes else vocabulary) + self.row.besides
+        return self.buckets if self.hashes else vocabulary
 
     @property
     def hashes(self) -> bool:
@@ -124,7 +106,7 @@ class Router(Strict):
     @property
     def prefix_tokens(self) -> int | None:
         """Tokens after which the decision stays; None when it never does."""
-        return (self.prefix or PREFIX) if self.granularity == "sequence" or self.row.once else None
+        return (self.prefix or PREFIX) if self.granularity == "sequence" else None
 
     @property
     def alarms(self) -> float:
@@ -159,14 +141,13 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
     """Of the settings that a router has, those without an effect under its fit, or against it; and what is wrong with each."""
     if row.is_open:
         return
-    by_itself, granularity = row.once or row.reads_ids, router.get("granularity", "token")
-    if by_itself and "granularity" in router:
-        does = "decides for the text" if row.once else "reads the tokens so far" if row.tells_unseen else "reads ids"
+    granularity = router.get("granularity", "token")
+    if row.reads_ids and "granularity" in router:
+        does = "reads the tokens so far" if row.tells_unseen else "reads ids"
         yield "granularity", f"fit '{row.name}' {does} by itself: 'granularity' has no effect; remove it"
         granularity = "token"
     for key, reads_it in READ_AT.items():
-        read_anyway = {"prefix": row.once, "decay": row.fading is not None}
-        if key in router and granularity != reads_it and not read_anyway.get(key):
+        if key in router and granularity != reads_it and not (key == "decay" and row.fading is not None):
             yield key, f"'{key}' has no effect without granularity: {reads_it}; remove it"
     if row.score != "linear" and not row.for_model and router.get("per") == "feature":
         yield "per", f"fit '{row.name}' makes one decision per module, not one per output feature; choose another"

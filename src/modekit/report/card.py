@@ -150,7 +150,6 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
     of_others = {key: plain(value) if isinstance(value, str) else value for key, value in facts_of(checkpoint).items()}
     return {
         **of_others,
-        "choice": plain(router.choice.said) if router.choice is not None else "",
         "why": plain(why_chosen(recipe, native=checkpoint.shape.plain)),
         "experts": [plain(name) for name in checkpoint.names],
         "total": count_of(checkpoint.parameters.total),

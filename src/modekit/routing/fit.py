@@ -111,8 +111,7 @@ def fit_router(fitting: Fitting) -> FittedRouter:
 
 
 def _setter(fit: Fit) -> Callable[[Fitting], FittedRouter]:
-    """The function of a fit. Raises RecipeError where a library that it needs is not installed."""
-    fit.check_library()
+    """The function of a fit."""
     found = SETTERS[fit.name]
     setter: Callable[[Fitting], FittedRouter] = resolve_name(found) if isinstance(found, str) else found
     return setter
@@ -151,7 +150,6 @@ SETTERS: dict[str, Callable[[Fitting], FittedRouter] | str] = {
     "hash": _hash,
     **dict.fromkeys(("centroid", "logistic", "cosine", "attention"), "modekit.routing.linear:solve_gates"),
     "lexical": "modekit.routing.lexical:lexical_gates",
-    "classifier": "modekit.routing.classifier:classifier_gates",
     "arrow": "modekit.routing.linear:low_rank_gates",
 }
 """By the name of the fit (recipes/fits.py): a function, or where it needs torch its place."""

@@ -1,6 +1,6 @@
 """Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
 
-Routers that read tokens (lexical, classifiers) need nothing else to decide. A proxy before engines that serve the
+Routers that read tokens (lexical) need nothing else to decide. A proxy before engines that serve the
 experts asks one which of them takes a request (engines/litellm_hook.py), and so may anybody.
 
 Inside a mixture a router answers at every token (architecture/modekit_router.py). Here only the last answer is wanted, which is
@@ -76,7 +76,7 @@ class TextRouter:
                 "the mixture's router needs the model",
                 where=str(checkpoint.folder),
                 found="fixed weights" if settings is None else f"fit: {settings.fit}",
-                remedy="`modekit fit OUT fit=lexical`, or classifier; gates of a plain checkpoint have no room "
+                remedy="`modekit fit OUT fit=lexical`; gates of a plain checkpoint have no room "
                 "for a table: build again with mixture: {router: {fit: lexical}}",
             )
         self._folder, self._names = checkpoint.folder, checkpoint.names
@@ -90,16 +90,12 @@ class TextRouter:
         """Whose a text is, or a conversation: then what the system said weighs nothing, and an expert keeps it over its turns.
 
         It goes to another only where that one is clearly likelier. The newest 16,384 characters decide, of a conversation its
-        last turns, so that no text takes long; the oldest where the router reads the first tokens, which decide once. Raises
-        TextError when the chat template does not take it; CheckpointError where the answer would be no number.
+        last turns, so that no text takes long. Raises TextError when the chat template does not take it; CheckpointError where
+        the answer would be no number.
         """
         if isinstance(said, str):
-            read = said[:_CHARACTERS] if self._router.reads_first else said[-_CHARACTERS:]
-            return self._decide(self._tokenizer(_clean(read), verbose=False)["input_ids"], None)
-        turns = [message for message in said if message["role"] != "system"]
-        if self._router.reads_first:
-            return self._decide(self._ids(_oldest(turns)) if turns else [], None)
-        turns = _newest(turns)
+            return self._decide(self._tokenizer(_clean(said[-_CHARACTERS:]), verbose=False)["input_ids"], None)
+        turns = _newest([message for message in said if message["role"] != "system"])
         asked = [end for end, message in enumerate(turns, 1) if message["role"] == "user"]
         found = self._decide([], None)
         for end in asked[-_TURNS:]:
@@ -153,18 +149,6 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
     return kept[::-1]
 
 
-def _oldest(turns: Sequence[Message]) -> list[Message]:
-    """The first turns that decide; of a long one its beginning."""
-    kept: list[Message] = []
-    left = _CHARACTERS
-    for message in turns[:_MESSAGES]:
-        if left <= 0:
-            break
-        kept.append({**message, "content": _clean(message["content"][:left])})
-        left -= len(message["content"])
-    return kept
-
-
 class LastToken:
     """A router that reads tokens, with its gate: what it says after the last token of a text."""
 
@@ -173,32 +157,18 @@ class LastToken:
         averages = routing["averages"]
         self._decays: list[float] = [average["decay"] for average in averages]
         self._orders: Sequence[int | None] = routing.get("orders") or [None] * len(averages)
-        self._prefix: int | None = routing.get("prefix") if routing.get("score") == "tfidf" else None
-        parts = [np.ascontiguousarray(part_EV.T, dtype=np.float32) for part_EV in np.split(gate_EG, len(averages), axis=1)]
-        self._parts_VE = parts
-        # Of a classifier's table (architecture/modekit_terms.py) the last column.
-        self._same_E: np.ndarray = parts[0][-1, :-1] if self.reads_first else np.zeros(1, np.float32)
-
-    @property
-    def reads_first(self) -> bool:
-        """Whether the first tokens of a text decide, and no others."""
-        return self._prefix is not None
+        self._parts_VE = [
+            np.ascontiguousarray(part_EV.T, dtype=np.float32) for part_EV in np.split(gate_EG, len(averages), axis=1)
+        ]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """After the last of some tokens (E,), float32."""
-        said_E: np.ndarray = self.by_token(ids).sum(0) + self._same_E
+        said_E: np.ndarray = self.by_token(ids).sum(0)
         return said_E
 
     def by_token(self, ids: Sequence[int]) -> np.ndarray:
-        """What each of some tokens adds to the logits after the last one, (S, E), float32; a token that is not read adds 0, and
-        what all texts have in common is not in it.
-        """
+        """What each of some tokens adds to the logits after the last one, (S, E), float32."""
         ids_S = np.asarray(ids, dtype=np.int64)
-        if self.reads_first:
-            (gate_VG,), read_S = self._parts_VE, ids_S[: self._prefix]
-            terms_V, counts_V = np.unique(read_S, return_counts=True)
-            length = np.float32(np.linalg.norm(counts_V * gate_VG[terms_V, -1]) or 1.0)
-            return np.pad(gate_VG[read_S, :-1] / length, ((0, len(ids_S) - len(read_S)), (0, 0)))
         found = []
         for rows_VE, order, decay in zip(self._parts_VE, self._orders, self._decays, strict=True):
             rows_S = ids_S if order is None else rows_of_ngrams(ids_S, order, len(rows_VE))

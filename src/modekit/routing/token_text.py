@@ -24,9 +24,7 @@ from modekit.recipes.recipe import Expert
 from modekit.routing.examples import Tokens, chats_of, read_examples
 from modekit.routing.fit import Fitting
 from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
-from modekit.text.document import Document
-from modekit.text.held_out import RecipeTexts
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, none_fits
 from modekit.text.splits import text_record
 from modekit.text.written import read_written, written_file
 
@@ -40,7 +38,6 @@ class TokenText:
         lengths: tokens of each, int32.
         starts: tokens of each before the first that says something, int32.
         source: what they were made from: settings and a digest of the text.
-        held_N, held_lengths: the same of documents that may choose (the select split), where the fit chooses.
         expected_V: of an expert that wrote its text, how often it expects each token where all experts read the same.
     """
 
@@ -48,8 +45,6 @@ class TokenText:
     lengths: torch.Tensor
     starts: torch.Tensor
     source: Provenance
-    held_N: torch.Tensor | None = None
-    held_lengths: torch.Tensor | None = None
     expected_V: torch.Tensor | None = None
 
     def sequences(self) -> list[Tokens]:
@@ -66,23 +61,12 @@ class TokenText:
             most -= len(ids)
         return taken
 
-    def held_out(self) -> list[Tokens]:
-        """Every sequence of the documents that may choose."""
-        if self.held_N is None or self.held_lengths is None:
-            return []
-        return [(ids, 0) for ids in torch.split(self.held_N, self.held_lengths.tolist())]
-
     def save(self, path: Path) -> None:
         """Write atomically."""
         starts = {"starts": self.starts} if "chat" in self.source["how"] else {}
-        held = {}
-        if self.held_N is not None and self.held_lengths is not None:
-            held = {"held_ids": self.held_N, "held_lengths": self.held_lengths}
         expected = {} if self.expected_V is None else {"expected": self.expected_V}
-        tensors = {"ids": self.ids_N, "lengths": self.lengths, **starts, **held, **expected}
-        said = {"held_out": bool(held), "expected": bool(expected)}
-        about = {"token_text": True, "source": self.source, **{key: True for key, there in said.items() if there}}
-        save_kept(path, tensors, about)
+        tensors = {"ids": self.ids_N, "lengths": self.lengths, **starts, **expected}
+        save_kept(path, tensors, {"token_text": True, "source": self.source, **({"expected": True} if expected else {})})
 
 
 def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
@@ -95,22 +79,17 @@ def load_token_text(path: Path, vocabulary: int) -> TokenText | None:
         ids_N, lengths = _tokens(get("ids"), get("lengths"), vocabulary)
         if not len(lengths):
             raise ValueError("there are no tokens")
-        held = _tokens(get("held_ids"), get("held_lengths"), vocabulary) if said.held_out else _NONE_HELD
         starts = checked(get("starts"), (len(lengths),)) if "chat" in said.source.get("how", {}) else torch.zeros_like(lengths)
         if int(starts.min()) < 0 or not bool((starts < lengths).all()):
             raise ValueError("texts that start behind their end")
         expected = _counts(get("expected"), vocabulary) if said.expected else None
-        return TokenText(ids_N, lengths, starts.int(), said.source, *held, expected)
+        return TokenText(ids_N, lengths, starts.int(), said.source, expected)
 
     return load_kept(path, make)
 
 
-_NONE_HELD: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-
-
 class _TokensHeader(BaseModel):
     source: Provenance
-    held_out: bool = False
     expected: bool = False
 
 
@@ -148,35 +127,25 @@ def read_token_texts(fitting: Fitting, tokenizer: PreTrainedTokenizerBase) -> li
 
     Raises TextError.
     """
-    checkpoint, experts, texts, select = fitting.checkpoint, fitting.recipe.experts, list[TokenText](), None
-    if fitting.settings.row.chooses:
-        models = [checkpoint.folder / source.folder for source in checkpoint.record.sources]
-        select = RecipeTexts(fitting.recipe, fitting.root, models=models, mixture=checkpoint.folder)
+    experts, texts = fitting.recipe.experts, list[TokenText]()
     fitting.run.begin("read tokens", len(experts))
     for place in range(len(experts)):
-        texts.append(_read(fitting, tokenizer, place, select))
+        texts.append(_read(fitting, tokenizer, place))
         fitting.run.progress("read tokens", place + 1, len(experts))
     return texts
 
 
-def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, select: RecipeTexts | None) -> TokenText:
-    """`select`: where the fit chooses between variants, whose documents it may choose by."""
+def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int) -> TokenText:
     expert, settings = fitting.recipe.experts[place], fitting.settings
     path = fitting.statistics_file(expert.name)
     kept = load_token_text(path, fitting.checkpoint.vocabulary)
     how = {"sequence_length": settings.sequence_length, **chats_of(tokenizer, expert, settings)}
-    if kept is not None and select is not None and kept.held_N is None:
-        kept = None
     documents = documents_to_read(fitting, place, None if kept is None else kept.source, how)
     if documents is None:
         assert kept is not None
         return kept
-    record, chosen = text_record(documents, 0), list[Document]()
+    record = text_record(documents, 0)
     said = {"sha256": record["sha256"], "how": how}
-    if select is not None:
-        own = select.own(place)
-        chosen = [] if own is None else select.select_of(own)
-        said["held_out"] = text_record(chosen, 0)
     if kept is not None and {key: kept.source.get(key) for key in said} == said:
         return kept
     sequences = read_examples(tokenizer, documents, expert, settings, most=MOST_TOKENS)
@@ -184,10 +153,8 @@ def _read(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, place: int, sele
         raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'")
     ids_N, lengths = _joined(sequences)
     starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int32)
-    source, held = {"text": {**record, "tokens": len(ids_N)}, **said}, _NONE_HELD
-    if select is not None:
-        held = _joined(encode(tokenizer, chosen, max_tokens=MOST_TOKENS // 8, sequence_length=settings.sequence_length))
-    made = TokenText(ids_N, lengths, starts, source, *held, _expected(fitting, expert))
+    source = {"text": {**record, "tokens": len(ids_N)}, **said}
+    made = TokenText(ids_N, lengths, starts, source, _expected(fitting, expert))
     made.save(path)
     return made
 

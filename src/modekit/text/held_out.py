@@ -6,7 +6,6 @@ of the mixture (selected-by.txt beside it).
 
     asks                         of                                                  split        less
     router fit                   experts[].prompts, experts[].text                   all, fit     -
-    router fit, to choose        experts[].text                                      select       set, trained
     specialize (with a teacher)  --text                                              fit          -
     specialize, loss shown       --text                                              report       -
     train, to move by            --text of the domain, else experts[].text; generic  fit          -
@@ -20,9 +19,7 @@ of the mixture (selected-by.txt beside it).
     data tokenizer               --text                                              fit          -
     data tokenizer, fertility    --text                                              report       -
 
-What a router's classifier was chosen by (`chooses` of its row in recipes/fits.py) is the select split of the experts' own text,
-so that an `eval` that names this text, too, is shown without that part. What a training's states were compared on is kept in
-selected-by.txt, and is not shown either.
+What a training's states were compared on is kept in selected-by.txt, and is not shown.
 """
 
 from __future__ import annotations
@@ -175,9 +172,6 @@ class RecipeTexts:
         names = self._recipe.names
         used = {*self._made, *self._chosen, *_marks(seen)}
         used |= {mark_of(document) for place in range(len(names)) for document in self.fit(place)}
-        fit = self._recipe.mixture.fit
-        chosen = map(self.own, range(len(names)) if fit is not None and fit.chooses else ())
-        used |= {mark_of(document) for own in chosen if own is not None for document in own.select()}
         found = []
         for name in [*names, *(name for name in self._recipe.eval if name not in names)]:
             place = names.index(name) if name in names else None

@@ -223,10 +223,6 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     if _base_is_outside(checkpoint) and recipe.mixture.always_on is not None:
         share = recipe.mixture.always_on.weight
         notes.append(f"the base model takes part in every token with {share}: the experts' weights sum to the rest")
-    if checkpoint.record.router.choice is not None:
-        notes.append(
-            f"classifier of the first {recipe.mixture.router.prefix_tokens} tokens: {checkpoint.record.router.choice.said}"
-        )
     notes += written_notes(recipe, checkpoint.recipe_root)
     if len(recipe.experts) == 1:
         notes.append("there is one expert: none can be left out")

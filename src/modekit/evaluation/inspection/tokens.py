@@ -156,11 +156,10 @@ def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
     if checkpoint.shape.channels is not None:
         table_VN = read_table(*checkpoint.carrier)
         return np.asarray(table_VN.reshape(len(table_VN), -1, experts).sum(1))
-    if mixture.fit is None or not mixture.fit.by_token or mixture.router.hashes:
+    if mixture.fit is None or mixture.fit.score != "lexical" or mixture.router.hashes:
         return None
     (gate_GN,) = checkpoint.gates()
-    gate_EN = gate_GN[:experts, : gate_GN.shape[1] - mixture.fit.besides]
-    return np.asarray(gate_EN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
+    return np.asarray(gate_GN.reshape(experts, -1, checkpoint.vocabulary).sum(1).T)
 
 
 def strongest(
