@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.engines.chat import AnswerToken, Chat, ChatAnswer
 
-_COMMANDS = "/why: words that decided; /expert NAME: always this expert (/expert: as the routers choose); /reset; /quit"
 _PROMPT = "> "
-_SHOWN = 3  # experts of /why
-_LEAST = 0.005
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,7 @@ def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     _introduce(talk, opened)
     with suppress(EOFError):
         for line in _lines():
-            if line.startswith("/") and sys.stdin.isatty():
-                if not _obey(talk, opened, line):
-                    break
-            elif line.strip():
+            if line.strip():
                 _answer(talk, opened, line)
 
 
@@ -74,7 +68,7 @@ def _introduce(talk: Chat, checkpoint: Checkpoint) -> None:
     if not talk.has_template:
         err.print(Text("The base model has no chat template: what you write is continued, not answered.", style="yellow"))
     if sys.stdin.isatty():
-        err.print(Text(f"{_COMMANDS}. Ctrl-C stops an answer, Ctrl-D ends.", style="dim"))
+        err.print(Text("Ctrl-C stops an answer, Ctrl-D ends.", style="dim"))
 
 
 def _lines() -> Iterator[str]:
@@ -123,43 +117,3 @@ def _notes(answer: ChatAnswer, talk: Chat, checkpoint: Checkpoint) -> Iterator[s
         yield f"[cut: the context of {talk.context:,} tokens is full]"
     if answer.ended == "stopped":
         yield "[stopped]"
-
-
-def _obey(talk: Chat, checkpoint: Checkpoint, line: str) -> bool:
-    """Do what a line with a slash says; False where it ends the chat."""
-    command, _, rest = line.strip().partition(" ")
-    if command == "/quit":
-        return False
-    if command == "/reset":
-        talk.reset()
-    elif command == "/why":
-        _print_why(talk)
-    elif command == "/expert":
-        _use_expert(talk, checkpoint, rest.strip())
-    else:
-        err.print(Text(_COMMANDS))
-    return True
-
-
-def _use_expert(talk: Chat, checkpoint: Checkpoint, name: str) -> None:
-    if name and name not in checkpoint.names:
-        err.print(Text(f"there is no expert {name}; there are {', '.join(checkpoint.names)}"))
-        return
-    talk.expert = checkpoint.names.index(name) if name else None
-
-
-def _print_why(talk: Chat) -> None:
-    found = talk.why()
-    if talk.answer is None:
-        out.print("Nothing was answered yet.")
-    elif found is None:
-        out.print("This router reads more than words, so no words can be named; modekit inspect OUT --text shows who leads.")
-    else:
-        ranked = sorted(found.weights.items(), key=lambda each: -each[1])[:_SHOWN]
-        out.print(
-            Text("The answer began with ").append(", ".join(f"{n} {w:.2f}" for n, w in ranked if w >= _LEAST), style="bold")
-        )
-        out.print("Words that spoke for each, in nats:")
-        for name, _ in ranked:
-            words = ", ".join(f"{word} {nats:+.2f}" for word, nats in found.words[name] if nats >= _LEAST) or "no word"
-            out.print(Text.assemble((f"{name}: ", "bold"), words), highlight=False)

@@ -1,4 +1,4 @@
-"""A conversation with a mixture: `modekit chat OUT`. What it answers, which experts led to each token, and which words decided.
+"""A conversation with a mixture: `modekit chat OUT`. What it answers, and which experts led to each token.
 
 Shape legend: B batch (1), S sequence, E experts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -19,16 +19,14 @@ from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.serve import context_of
 from modekit.errors import TextError
 from modekit.evaluation.inspection.passes import router_weights
-from modekit.evaluation.inspection.tokens import RunningText, token_texts
+from modekit.evaluation.inspection.tokens import RunningText
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.mixture import RouterTrace
 from modekit.loaded.shapes import mixture_of
-from modekit.routing.text_router import last_token_of, reads_tokens
 from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
 
-_WORDS = 8  # that are named per expert
 _COLDEST = 1e-4  # a temperature below it takes the likeliest token: logits divided by it have no probabilities
 _GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
 
@@ -82,17 +80,8 @@ class ChatAnswer:
         return {expert: count / leaders.total() for expert, count in leaders.most_common()}
 
 
-@dataclass(frozen=True)
-class DecidingWords:
-    """Why an answer began as it did: weights of experts at its first token; per expert, words that spoke for it, in nats."""
-
-    weights: Mapping[str, float]
-    words: Mapping[str, Sequence[tuple[str, float]]]
-
-
 class Chat:
-    """A conversation so far. `answer` is the last one; `expert`: place of the one that always answers, None: as the routers
-    choose.
+    """A conversation so far.
 
     Raises UnsupportedError for a mixture with an encoder; EngineError for a context that the model was not trained for;
     SourceError.
@@ -104,23 +93,16 @@ class Chat:
         self.context = context_of(checkpoint, settings.context)
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
         self._template = chat_template_of(self._tokenizer)
-        self._router = last_token_of(checkpoint) if reads_tokens(checkpoint) else None
         self._model: Any = load_model(checkpoint.folder, dtype="auto", run=run)
         self._mixture = mixture_of(self._model, checkpoint)
         self._ends = _ends_of(self._model, self._tokenizer, None if self._template is None else self._template.turn())
         torch.seed() if settings.seed is None else torch.manual_seed(settings.seed)
-        self.expert: int | None = None
-        self.reset()
+        self._said: list[Message] = []
 
     @property
     def has_template(self) -> bool:
         """Whether questions are answered; else texts are continued."""
         return self._template is not None
-
-    def reset(self) -> None:
-        """Forget what was said."""
-        self._said: list[Message] = []
-        self.answer: ChatAnswer | None = None
 
     def ask(self, said: str, on_token: OnToken) -> ChatAnswer:
         """Answer; each token goes to `on_token` as it comes. KeyboardInterrupt ends the answer, which counts as far as it came.
@@ -140,9 +122,9 @@ class Chat:
         with suppress(KeyboardInterrupt):
             at_end = self._write_on(ids, room, keep)
             ended = "end" if at_end else "length" if room == self._settings.answer_tokens else "context"
-        self.answer = ChatAnswer(tokens, ids, left_out, ended)
-        self._said = [*messages, message_of("assistant", self.answer.text.strip())]
-        return self.answer
+        answer = ChatAnswer(tokens, ids, left_out, ended)
+        self._said = [*messages, message_of("assistant", answer.text.strip())]
+        return answer
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Tokens of the conversation, and how many of its first messages were left out. Raises TextError."""
@@ -187,8 +169,7 @@ class Chat:
                 weights, read = self._weights(trace, read), 1
                 on_token(AnswerToken(text.add(token), weights))
 
-        forced = nullcontext() if self.expert is None else self._mixture.forced(self.expert)
-        with torch.inference_mode(), self._mixture.traced() as trace, forced:
+        with torch.inference_mode(), self._mixture.traced() as trace:
             given = torch.tensor([ids], device=self._model.device)
             self._model.generate(
                 input_ids=given,
@@ -202,31 +183,13 @@ class Chat:
         return at_end
 
     def _weights(self, trace: RouterTrace, read: int) -> tuple[float, ...] | None:
-        """Of the experts at the last token of a pass that has read so many. With a forced expert it is all of it."""
+        """Of the experts at the last token of a pass that has read so many."""
         names, positions = self.checkpoint.names, self.checkpoint.shape.positions
-        if self.expert is not None:
-            return tuple(float(place == self.expert) for place in range(len(names)))
         found = list(router_weights(self.checkpoint, trace, [torch.Size((1, read))] * len(positions)))
         if not found:
             return None
         last = torch.stack([each[0, -1].float().reshape(-1, len(names)).mean(0).cpu() for each in found])
         return tuple(last.mean(0).tolist())
-
-    def why(self) -> DecidingWords | None:
-        """The words that decided with whom the last answer began; None where the router reads more than words, or has none."""
-        answer = self.answer
-        if self._router is None or answer is None or not answer.tokens or answer.tokens[0].weights is None:
-            return None
-        added_SE, names = self._router.by_token(answer.prompt), self.checkpoint.names
-        others_SE = (added_SE.sum(1, keepdims=True) - added_SE) / max(1, len(names) - 1)
-        lead_SE = added_SE - others_SE
-        words = words_at(token_texts(self._tokenizer, answer.prompt))
-        weights = dict(zip(names, answer.tokens[0].weights, strict=True))
-        strongest: dict[str, list[tuple[str, float]]] = {}
-        for expert, name in enumerate(names):
-            sums = [(word, float(lead_SE[places, expert].sum())) for word, places in words.items()]
-            strongest[name] = sorted((each for each in sums if each[1] > 0), key=lambda each: -each[1])[:_WORDS]
-        return DecidingWords(weights, strongest)
 
 
 def _ends_of(model: Any, tokenizer: PreTrainedTokenizerBase, turn: str | None) -> frozenset[int]:
@@ -240,17 +203,3 @@ def _ends_of(model: Any, tokenizer: PreTrainedTokenizerBase, turn: str | None) -
         *(token for token in behind if token in special),
     }
     return frozenset(token for token in ends if token is not None)
-
-
-def words_at(texts: Sequence[str]) -> Mapping[str, list[int]]:
-    """Word -> places of the tokens that it is made of, wherever it stands. Words have letters and digits alone."""
-    found: dict[str, list[int]] = {}
-    word, places = "", list[int]()
-    for place, text in enumerate([*texts, " "]):
-        if not (text[:1].isalnum() and word[-1:].isalnum()):
-            if word.strip():
-                found.setdefault(word.strip(), []).extend(places)
-            word, places = "", []
-        word += text
-        places.append(place)
-    return found
