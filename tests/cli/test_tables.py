@@ -22,8 +22,7 @@ from modekit.cli.printing.table import Cell, Table
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Similarity, Usage
 from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.tasks.harness import Estimate
-from modekit.evaluation.tasks.results import TaskResults, TaskScores
+from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
 from modekit.experts.extract_record import AdaptedRow, Extraction
@@ -165,9 +164,9 @@ def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
 
 def test_tasks(shown: Callable[..., str]) -> None:
     rows = {name: Estimate(0.1234, 0.01) for name in ["base", *NAMES, "mixture"]}
-    scores = TaskScores(metric="acc", higher_is_better=True, chance=0.25, items=1234, rows=rows, groups="acc", asked="")
+    scores = TaskScores(metric="acc", higher_is_better=True, items=1234, rows=rows)
     found = TaskResults(dict.fromkeys(NAMES, scores), checkpoint={})
-    check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234", "0.250"], mixtures.print_result, found)
+    check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234"], mixtures.print_result, found)
 
 
 def inspection_of(experts: list[str], layers: list[int | str]) -> Inspection:

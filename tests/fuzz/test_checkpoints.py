@@ -30,8 +30,7 @@ from modekit.errors import ModekitError
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.inspection.inspect import inspect
 from modekit.evaluation.results import Results
-from modekit.evaluation.tasks.harness import Estimate
-from modekit.evaluation.tasks.results import TaskResults, TaskScores
+from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.files.read import UNREADABLE
 from modekit.report.card import make_card
 from modekit.report.page import make_page
@@ -48,9 +47,7 @@ from modekit.training.train import train
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 ROUTER = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32, "keep_tokens": 50}
 ROWS = {"base": Estimate(0.3, 0.1), "mixture": Estimate(0.5)}
-TASK = TaskScores(
-    metric="accuracy", higher_is_better=True, chance=0.25, items=40, rows=ROWS, groups="questions", asked="", domain="law"
-)
+TASK = TaskScores(metric="accuracy", higher_is_better=True, items=40, rows=ROWS, form="glosses", domain="law")
 
 
 @dataclass
@@ -183,9 +180,6 @@ def read_everything(folder: Path) -> None:
     with told():
         choose_engine(checkpoint, "auto")
         context_of(checkpoint, None)
-    with told():
-        kept = TaskResults({}, checkpoint=checkpoint.identity).with_earlier(checkpoint)
-        kept.markdown()
     for file in (folder / "router").iterdir():
         with told():
             load_statistics(file)

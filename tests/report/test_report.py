@@ -131,7 +131,7 @@ def put(checkpoint: Checkpoint, name: str, data: object) -> None:
 
 
 def tasks_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    asked = {"higher_is_better": True, "chance": None, "items": 8, "groups": "x", "asked": ""}
+    asked = {"higher_is_better": True, "items": 8}
     rows = {"base": {"value": 0.25, "error": 0.03}, "mixture": {"value": 0.5}}
     return {
         "format": 1,

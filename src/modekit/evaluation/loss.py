@@ -58,19 +58,14 @@ def not_finite(what: str, where: str) -> CheckpointError:
 
 
 @contextmanager
-def only_finite(model: PreTrainedModel, name: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[None]:
-    """While open, a pass whose logits are not finite raises CheckpointError. `advance` gets the number of texts of each pass
-    that does not go on from a cache.
-    """
+def only_finite(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """While open, a pass whose logits are not finite raises CheckpointError."""
 
-    def check(_: object, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+    def check(_: object, _inputs: object, output: Any) -> None:
         if not torch.isfinite(output.logits).all():
             raise not_finite("what the model says is", name)
-        ids_BS = arguments[0] if arguments else keywords.get("input_ids")
-        if ids_BS is not None and ids_BS.shape[1] > 1:
-            advance(len(ids_BS))
 
-    hook = model.register_forward_hook(check, with_kwargs=True)
+    hook = model.register_forward_hook(check)
     try:
         yield
     finally:

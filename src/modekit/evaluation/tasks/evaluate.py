@@ -1,4 +1,4 @@
-"""`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks, each loaded once and freed before the next.
+"""`modekit eval-tasks OUT`: what base, experts and mixture are worth on tasks of lm-evaluation-harness, run by its own HFLM.
 
 OUT/results/tasks.json, tasks.md    scores with standard errors over items
 OUT/results/tasks/                  the questions, as tasks that `lm_eval` itself can run
@@ -6,40 +6,38 @@ OUT/results/tasks/                  the questions, as tasks that `lm_eval` itsel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import difflib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.checkpoint.sources import why_not
-from modekit.errors import ModekitError, SourceError, check_packages
+from modekit.errors import ModekitError, SourceError, TextError, check_packages
+from modekit.evaluation.loss import only_finite
 from modekit.evaluation.results_folder import RESULTS_FOLDER, write_results
 from modekit.evaluation.tables import MIXTURE
-from modekit.evaluation.tasks.harness import (
-    Estimate,
-    Metric,
-    asked_of,
-    folders_state,
-    harness_task,
-    named_tasks,
-    quiet,
-    run_tasks,
-)
 from modekit.evaluation.tasks.questions import GROUPS, Questions, make_questions
-from modekit.evaluation.tasks.results import TaskResults, TaskScores
+from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.recipes.strict import BASE
-from modekit.run import QUIET, ProgressCount, Run
+from modekit.run import QUIET, Run
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 FOLDER = "tasks"
+_SEED = 1234  # of few-shot examples, as in the harness's own command
+_BATCH = 16  # texts that are read side by side
+_RESAMPLED = 1_000  # draws for errors of scores that are no means
+_PREFERRED = ("acc_norm", "acc", "exact_match")  # of the metrics of a task that is not ours; else its first
 
 
 @dataclass(frozen=True)
@@ -56,34 +54,6 @@ class TaskSettings:
     folders: Sequence[Path] = ()
     trusted: bool = False
     limit: int | None = None
-
-    def check(self) -> None:
-        """Raise ModekitError for folders that are not there, or not trusted."""
-        gone = [str(folder) for folder in self.folders if not folder.is_dir()]
-        if gone:
-            raise ModekitError(
-                "the folder of tasks does not exist", where="--include-path", found=gone[0], remedy="correct the path"
-            )
-        if self.folders and not self.trusted:
-            raise ModekitError(
-                "task files can run code, and read any file",
-                where="--include-path",
-                found=", ".join(map(str, self.folders)),
-                remedy="read them, and give --trust-tasks if all of it may run",
-            )
-
-
-@dataclass(frozen=True)
-class TaskRun:
-    """A task to run. `asked`: a digest of it; `groups`: what it is averaged with, separated by commas; `questions`: what it
-    asks, None for a task by name.
-    """
-
-    harness: Task
-    metric: Metric
-    asked: str
-    groups: str
-    questions: Questions | None = None
 
 
 def evaluate_tasks(
@@ -102,24 +72,41 @@ def evaluate_tasks(
         option="",
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
-    others = [name for name in names if name not in GROUPS]
-    forms = list(dict.fromkeys(form for name in names for form in GROUPS.get(name, ())))
-    settings.check()
+    _check_folders(settings)
     run.progress("prepare tasks", 0, 1)  # the harness takes seconds to load, and its own tasks half a minute
     check_packages(("lm_eval.models.huggingface",), "pip install 'modekit[eval]'")
-    chosen = _chosen(checkpoint, settings.models)
-    notes: list[str] = []
-    with quiet():
-        found = named_tasks(others, settings.folders, list(GROUPS)) if others else {}
-        tasks = _question_tasks(checkpoint, forms, settings, notes) if forms else {}
-        for name, made in found.items():
-            asked, metric = asked_of(name, made, settings.limit)
-            tasks[name] = TaskRun(made, metric, asked, metric.metric)
-        scored = _run(checkpoint, tasks, chosen, settings, notes, run)
-    results = TaskResults(_scores(tasks, scored, settings.folders), notes=notes, checkpoint=checkpoint.identity)
-    results = results.with_earlier(checkpoint)
+    models = _chosen(checkpoint, settings.models)
+    forms = {form for name in names for form in GROUPS.get(name, ())}
+    questions, notes = _written_questions(checkpoint, forms) if forms else ({}, [])
+    folder = (checkpoint.folder / RESULTS_FOLDER / FOLDER).resolve()
+    with _quiet():
+        named = [name for name in names if name not in GROUPS]
+        tasks = _harness_tasks(named, settings.folders, [each.config(folder) for each in questions.values()])
+        found = _run(checkpoint, tasks, models, settings, notes, run)
+    scores = {}
+    for name, (metric, items, _) in next(iter(found.values())).items():
+        rows, better = {model: found[model][name][2] for model in found}, bool(tasks[name].higher_is_better()[metric])
+        scores[name] = TaskScores(metric=metric, higher_is_better=better, items=items, rows=rows)
+        if (asked := questions.get(name)) is not None:
+            scores[name] = replace(scores[name], form=asked.form, domain=asked.domain, unseen=asked.unseen)
+    results = TaskResults(scores, notes=notes, checkpoint=checkpoint.identity)
     results.write(checkpoint)
     return results
+
+
+def _check_folders(settings: TaskSettings) -> None:
+    gone = [str(folder) for folder in settings.folders if not folder.is_dir()]
+    if gone:
+        raise ModekitError(
+            "the folder of tasks does not exist", where="--include-path", found=gone[0], remedy="correct the path"
+        )
+    if settings.folders and not settings.trusted:
+        raise ModekitError(
+            "task files can run code, and read any file",
+            where="--include-path",
+            found=", ".join(map(str, settings.folders)),
+            remedy="read them, and give --trust-tasks if all of it may run",
+        )
 
 
 def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
@@ -134,59 +121,65 @@ def _chosen(checkpoint: Checkpoint, models: Sequence[str]) -> list[str]:
     return [name for name in known if not models or name in models]
 
 
-def _load(checkpoint: Checkpoint, name: str, run: Run) -> PreTrainedModel | str:
-    """The model of a row, or why there is none."""
-    if name == MIXTURE:
-        return load_model(checkpoint.folder, run=run)
-    expert = None if name == BASE else checkpoint.names.index(name)
-    return why_not(checkpoint, expert, run=run) or load_expert_source(checkpoint, expert, run=run)
-
-
-def _question_tasks(
-    checkpoint: Checkpoint, forms: Sequence[str], settings: TaskSettings, notes: list[str]
-) -> dict[str, TaskRun]:
-    made, said = make_questions(checkpoint)
-    notes += said
-    folder = checkpoint.folder / RESULTS_FOLDER / FOLDER
+def _written_questions(checkpoint: Checkpoint, forms: set[str]) -> tuple[dict[str, Questions], list[str]]:
+    """Those of these forms by name of their task, and notes. All are written for `lm_eval`."""
+    made, notes = make_questions(checkpoint)
     files = {f"{FOLDER}/{name}": content for each in made for name, content in each.files().items()}
     write_results(checkpoint, files, all_of=FOLDER)
-    tasks = {}
-    for questions in made:
-        if questions.form in forms:
-            task = harness_task(questions.config(folder.resolve()))
-            asked, metric = asked_of(questions.name, task, settings.limit)
-            # All are one mean, too: accuracies of the same number of choices.
-            tasks[questions.name] = TaskRun(task, metric, asked, f"{questions.form},questions", questions)
-    for form in forms:
-        if not any(questions.form == form for questions in made):
-            notes.append(f"no domain's text gives {form}")
+    lacking = sorted(forms - {each.form for each in made})
+    return {each.name: each for each in made if each.form in forms}, [
+        *notes,
+        *(f"no domain's text gives {form}" for form in lacking),
+    ]
+
+
+def _harness_tasks(names: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, object]]) -> dict[str, Task]:
+    """Tasks by name (tasks, groups, tags, with * and ?) from folders and the harness's own, and what task files would say."""
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=paths)  # with its own: thousands of files
+    for name in names:
+        if not manager.match_tasks([name]):
+            close = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], 3)
+            raise ModekitError(
+                "unknown task",
+                where="TASKS",
+                found=name,
+                expected=f"perhaps {', '.join(close)}" if close else None,
+                remedy="see `lm_eval ls tasks`, or give the folder of your own tasks with --include-path",
+            )
+    tasks: dict[str, Task] = {}
+    for wanted in [*dict.fromkeys(match for name in names for match in manager.match_tasks([name])), *configs]:
+        with _explained([wanted] if isinstance(wanted, str) else []):
+            tasks.update(manager.load([wanted])["tasks"])
     return tasks
 
 
 def _run(
     checkpoint: Checkpoint,
-    tasks: Mapping[str, TaskRun],
+    tasks: Mapping[str, Task],
     models: Sequence[str],
     settings: TaskSettings,
     notes: list[str],
     run: Run,
-) -> dict[str, dict[str, Estimate]]:
-    """Model -> task -> score. One model is in memory at a time."""
+) -> dict[str, dict[str, tuple[str, int, Estimate]]]:
+    """Model -> task -> metric, items and score. One model is in memory at a time."""
     tokenizer = load_tokenizer(checkpoint.folder, run=run)
-    asked = {name: (task.harness, task.metric.metric) for name, task in tasks.items()}
-    each = sum(len(task.instances) for task, _ in asked.values())
-    work = ProgressCount(run, each * len(models))
-    scored: dict[str, dict[str, Estimate]] = {}
-    for place, model in enumerate(models):
-        advance = partial(work.advance, f"score {model}")
-        advance(0)  # what is left is said while the model loads
-        loaded = _load(checkpoint, model, run)
-        if isinstance(loaded, str):
-            notes.append(f"{model} left out: {loaded}")
+    scored = {}
+    for place, name in enumerate(models):
+        run.progress(f"score {name}", place, len(models))
+        expert = checkpoint.names.index(name) if name in checkpoint.names else None
+        reason = None if name == MIXTURE else why_not(checkpoint, expert, run=run)
+        if reason:
+            notes.append(f"{name} left out: {reason}")
             continue
-        scored[model] = run_tasks(loaded, tokenizer, asked, limit=settings.limit, trusted=settings.trusted, advance=advance)
-        advance((place + 1) * each - work.done)  # what was asked twice is read once
-        del loaded
+        model = load_model(checkpoint.folder, run=run) if name == MIXTURE else load_expert_source(checkpoint, expert, run=run)
+        scored[name] = _scored(model, tokenizer, tasks, settings)
+        del model
+    run.progress("score", len(models), len(models))
     if not scored:
         raise SourceError(
             "none of the models that were asked for can be scored",
@@ -197,22 +190,75 @@ def _run(
     return scored
 
 
-def _scores(
-    tasks: Mapping[str, TaskRun], scored: Mapping[str, Mapping[str, Estimate]], folders: Sequence[Path]
-) -> dict[str, TaskScores]:
-    entries = {}
-    paths = [str(folder.resolve()) for folder in folders]
-    for name, task in tasks.items():
-        own = paths if task.questions is None else []
-        entries[name] = TaskScores(
-            **vars(task.metric),
-            items=len({instance.doc_id for instance in task.harness.instances}),
-            rows={model: found[name] for model, found in scored.items()},
-            groups=task.groups,
-            asked=task.asked,
-            domain=None if task.questions is None else task.questions.domain,
-            unseen=task.questions is not None and task.questions.unseen,
-            folders=own,
-            state=folders_state(own),
+def _scored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task], settings: TaskSettings
+) -> dict[str, tuple[str, int, Estimate]]:
+    """Per task the metric, the number of items, and the score by the first of several filters.
+
+    A router may decide by a whole text, and HFLM masks no pads, so that a model of ours reads likelihoods one text at a time.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    batch = 1 if hasattr(model.config, "modekit") else _BATCH
+    for task in tasks.values():
+        task.set_fewshot_seed(_SEED)  # the same examples for every model
+    with _explained(tasks), only_finite(model, str(model.config.name_or_path)):
+        found: Any = evaluate(
+            lm=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32"),
+            task_dict={"tasks": dict(tasks), "groups": {}},
+            limit=settings.limit,
+            bootstrap_iters=_RESAMPLED,
+            log_samples=False,
+            confirm_run_unsafe_code=settings.trusted,
         )
-    return entries
+        scores = {}
+        for name, task in tasks.items():
+            better, results = task.higher_is_better(), found["results"][name]
+            metric = next(each for each in (*_PREFERRED, *better) if each in better)
+            key = next(key for key in results if key.startswith(f"{metric},"))
+            error = results.get(key.replace(",", "_stderr,", 1))
+            estimate = Estimate(float(results[key]), float(error) if isinstance(error, float) else None)
+            scores[name] = metric, int(found["n-samples"][name]["effective"]), estimate
+        return scores
+
+
+@contextmanager
+def _explained(tasks: Sequence[str] | Mapping[str, object]) -> Iterator[None]:
+    """While open, whatever goes wrong in the harness ends in TextError."""
+    try:
+        yield
+    except ModekitError:
+        raise
+    except Exception as error:  # data sets, the hub, filters and metrics raise errors that share no base class
+        raise TextError(
+            "a task cannot be run",
+            where=f"task {', '.join(tasks)[:200]}",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="run the tasks one at a time to see which. Its data set has to be on this machine or on a hub that can be "
+            "reached (HF_HUB_OFFLINE); its text, answers and metrics have to fit together",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open the harness logs, warns and draws nothing."""
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
+    logger = logging.getLogger("lm_eval")
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        if datasets.is_progress_bar_enabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
+        for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+            bar = module.tqdm
+            stack.callback(setattr, module, "tqdm", bar)
+            module.tqdm = lambda *of, bar=bar, **settings: bar(*of, **{**settings, "disable": True})
+        yield

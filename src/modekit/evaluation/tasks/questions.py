@@ -27,7 +27,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TextError
 from modekit.evaluation.domains import held_out_texts, recipe_texts
 from modekit.text.document import text_of
-from modekit.text.splits import digest_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "glosses": ("glosses",),
@@ -35,23 +34,17 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "questions": ("glosses", "continuations"),
 }
 """Names that TASKS takes for the questions -> forms."""
-_SAYS: Mapping[str, Mapping[str, str]] = {
-    "glosses": {
-        "doc_to_text": "answer",
-        "doc_to_choice": "heads",
-        "doc_to_target": "gloss",
-        "target_delimiter": " ",
-        "metric": "acc",
-    },
-    "continuations": {
-        "doc_to_text": "beginning",
-        "doc_to_choice": "continuations",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric": "acc_mutual_info",
-    },
+_SAYS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "glosses": (
+        "acc",
+        {"doc_to_text": "answer", "doc_to_choice": "heads", "doc_to_target": "gloss", "target_delimiter": " "},
+    ),
+    "continuations": (
+        "acc_mutual_info",
+        {"doc_to_text": "beginning", "doc_to_choice": "continuations", "doc_to_target": "answer", "target_delimiter": ""},
+    ),
 }
-"""Form -> what its task file says besides names and data."""
+"""Form -> metric, and what else its task file says besides names and data."""
 CHOICES = 4
 BEGINNING, CONTINUATION = 16, 16  # words of a passage
 QUESTIONS = 200  # of a domain and form at most
@@ -60,7 +53,7 @@ _WORD = re.compile(r"\S+")
 
 
 Item = Mapping[str, str | int | Sequence[str]]
-"""`document`; `gloss` and four `heads`, or `beginning` and four `continuations`; place of the `answer` among these."""
+"""`gloss` and four `heads`, or `beginning` and four `continuations`; place of the `answer` among these."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +78,7 @@ class Questions:
 
     def config(self, folder: Path) -> dict[str, object]:
         """What the task file says, with its data in a folder."""
-        says = dict(_SAYS[self.form])
-        metric = {"metric": says.pop("metric"), "aggregation": "mean", "higher_is_better": True}
+        metric, says = _SAYS[self.form]
         return {
             "task": self.name,
             "tag": f"modekit_{self.form}",
@@ -95,7 +87,7 @@ class Questions:
             "test_split": "test",
             "output_type": "multiple_choice",
             **says,
-            "metric_list": [metric],
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
             "num_fewshot": 0,
             "metadata": {"version": 1.0},
         }
@@ -105,30 +97,27 @@ class Questions:
         return f"{self.domain}_{self.form}.jsonl"
 
 
-def make_questions(checkpoint: Checkpoint, seed: int = 0) -> tuple[list[Questions], list[str]]:
+def make_questions(checkpoint: Checkpoint) -> tuple[list[Questions], list[str]]:
     """All forms for all domains, and notes about what a domain's text was too little for. Raises TextError when no domain's
     held-out text gives questions.
     """
     fit = recipe_texts(checkpoint).fit
-    known = set[str]().union(*(head_words(map(text_of, fit(place))) for place in range(len(checkpoint.names))))
+    known = head_words(text_of(document) for place in range(len(checkpoint.names)) for document in fit(place))
     made: list[Questions] = []
     notes = []
     for held in held_out_texts(checkpoint):
         texts = list(map(text_of, held.documents))
         forms = {
-            "glosses": gloss_items(texts, known, random.Random(f"{seed} {held.name} glosses")),
-            "continuations": continuation_items(texts, random.Random(f"{seed} {held.name} continuations")),
+            "glosses": gloss_items(texts, known, random.Random(f"0 {held.name} glosses")),
+            "continuations": continuation_items(texts, random.Random(f"0 {held.name} continuations")),
         }
-        for form, items in forms.items():
-            if len(items) >= _FEWEST:
-                made.append(Questions(form, held.name, held.expert is None, items))
-            elif form == "continuations" or any(map(entries_of, texts)):
-                notes.append(f"{held.name}: no {form}, its held-out text gives {len(items)} and {_FEWEST} is the fewest")
+        made += [Questions(form, held.name, held.expert is None, each) for form, each in forms.items() if len(each) >= _FEWEST]
+        if len(forms["continuations"]) < _FEWEST:
+            notes.append(f"{held.name}: its held-out text is too short for continuations")
     if not made:
         raise TextError(
             "no domain has enough held-out text for questions",
             where="experts[].text, eval",
-            found="; ".join(notes),
             expected=f"passages of {BEGINNING + CONTINUATION} words from {CHOICES} documents, or dictionary entries",
             remedy="give more or longer documents (one in ten is held out), or other text under eval",
         )
@@ -137,60 +126,37 @@ def make_questions(checkpoint: Checkpoint, seed: int = 0) -> tuple[list[Question
 
 def gloss_items(documents: Sequence[str], known: Collection[str], chance: random.Random) -> list[Item]:
     """One item per entry that is not `known`: its gloss, and four heads."""
-    entries = [(digest_of(document), entry) for document in documents for entry in entries_of(document)]
-    entries = _first_of_each([(digest, entry) for digest, entry in entries if not entry.keys & set(known)])
+    entries: list[Entry] = []
+    taken = set(known)
+    for entry in (entry for document in documents for entry in entries_of(document)):
+        marks = {*entry.keys, f": {entry.gloss}"}
+        if entry.gloss and not marks & taken:  # no question has two right answers
+            taken |= marks
+            entries.append(entry)
     chance.shuffle(entries)
     items: list[Item] = []
-    for digest, entry in entries[:QUESTIONS]:
-        others = [other for _, other in entries if other is not entry]
-        others = chance.sample(others, min(CHOICES - 1, len(others)))
-        if len(others) == CHOICES - 1:
-            choices = [entry, *others]
-            chance.shuffle(choices)
-            items.append(
-                {
-                    "document": digest[:16],
-                    "gloss": entry.gloss + ".",
-                    "heads": [f"{choice.head}:" for choice in choices],
-                    "answer": choices.index(entry),
-                }
-            )
+    for entry in entries[:QUESTIONS] if len(entries) >= CHOICES else ():
+        choices = [entry, *chance.sample([other for other in entries if other is not entry], CHOICES - 1)]
+        chance.shuffle(choices)
+        heads = [f"{choice.head}:" for choice in choices]
+        items.append({"gloss": entry.gloss + ".", "heads": heads, "answer": choices.index(entry)})
     return items
-
-
-def _first_of_each(entries: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entry]]:
-    """Entries none of which shares a term or a gloss with one before it: no question has two right answers."""
-    taken: set[str] = set()
-    kept = []
-    for digest, entry in entries:
-        marks = {*entry.keys, f": {entry.gloss}"}
-        if entry.gloss and not marks & taken:
-            taken |= marks
-            kept.append((digest, entry))
-    return kept
 
 
 def continuation_items(documents: Sequence[str], chance: random.Random) -> list[Item]:
     """Passages of the documents from their beginnings on, none overlapping, each with continuations of three others."""
-    passages = [(digest_of(document), *passage) for document in documents for passage in _passages(document)]
+    passages = [(document, *passage) for document in documents for passage in _passages(document)]
     items: list[Item] = []
-    for digest, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
+    for home, beginning, own in chance.sample(passages, min(QUESTIONS, len(passages))):
         continuations = [own]
         for other, _, continuation in chance.sample(passages, len(passages)):
             if len(continuations) == CHOICES:
                 break
-            if other != digest and " ".join(continuation.split()) not in {" ".join(c.split()) for c in continuations}:
+            if other != home and continuation.split() not in [each.split() for each in continuations]:
                 continuations.append(continuation)
         if len(continuations) == CHOICES:
             chance.shuffle(continuations)
-            items.append(
-                {
-                    "document": digest[:16],
-                    "beginning": beginning,
-                    "continuations": continuations,
-                    "answer": continuations.index(own),
-                }
-            )
+            items.append({"beginning": beginning, "continuations": continuations, "answer": continuations.index(own)})
     return items
 
 
