@@ -61,9 +61,9 @@ Which causal models of transformers you can mix, and how. `modekit plan` shows t
 
 * **adapters**: LoRA on any linear module of the layers. Adapters on fused experts (`target_parameters`) are refused.
 * **whole models**: `modules: all`.
-* **FFN experts**: whole FFNs, with a router in every layer; "native": only in the native form; empty: no.
-* **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers. lfm2_moe
-  needs `top_k: 1` or `method: linear`. [Why others have none](partners.md).
+* **FFN experts**: whole FFNs, with a router in every layer.
+* **native**: the architecture that holds such a mixture exactly, and what runs it besides transformers.
+  [Why others have none](partners.md).
 
 | type | adapters | whole models | FFN experts | native |
 |---|---|---|---|---|
@@ -84,7 +84,7 @@ def _line(model_type: str, rows: set[str]) -> str:
         return f"| {model_type} | no: {REFUSED[model_type]} | no | no | |"
     native = dict.fromkeys(f"{each.native_type} ({each.serves})" for each in NATIVES if each.family.model_type == model_type)
     whole = "yes" if model_type not in NO_WHOLE else f"no: {NO_WHOLE[model_type]}"
-    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in {*rows, *WHOLE_FFNS} else "native" if native else ""
+    adapters, ffn = PARTLY.get(model_type, "yes"), "yes" if model_type in {*rows, *WHOLE_FFNS} else ""
     return f"| {model_type} | {adapters} | {whole} | {ffn} | {'; '.join(native)} |"
 
 

@@ -11,7 +11,7 @@ import re
 import pytest
 
 nothing = r"^$"
-_FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2|granitemoehybrid|lfm2)"
+_FEW_ROWS = r"^(llama-mixtral-0|qwen2-qwen2_moe-9|olmo2)"
 _INSPECTED = r"^(native|gating|context|everything|feature)$"
 
 SAMPLED = {

@@ -33,7 +33,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.text_training import Training
 from modekit.sources.natives import NATIVES
 from refusal import refuse
-from sources.test_families import BY_SIGMOIDS, GRANITE_4, LLAMA3_ROPE, WINDOWED, YARN_ROPE
+from sources.test_families import LLAMA3_ROPE, WINDOWED, YARN_ROPE
 
 EXACT: Outtype = "f32"
 RANDOM: dict[str, Any] = {"method": "routing", "top_k": 2, "router": {"fit": "random"}}
@@ -57,11 +57,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("cohere2", "cohere2_moe", {"sliding_window": 4, "layer_types": WINDOWED, "logit_scale": 0.3}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
-    ("granitemoehybrid", "granitemoehybrid", {**GRANITE_4, "layer_types": ["attention"] * 3}),
-    ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     ("phi3", "granitemoe", {}),
-    ("ministral", "mixtral", {"sliding_window": None, "head_dim": 16}),
-    ("exaone", "mixtral", {"head_dim": 16}),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {}),
@@ -84,8 +80,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 def mixture(root: Path, dense: str, overrides: dict[str, Any], mixed: dict[str, Any] = RANDOM) -> Checkpoint:
     """Two random models as one mixture."""
     experts = model_experts(root, family=dense, **overrides)
-    rows = {row.family.model_type: row for row in NATIVES}
-    mixed = {**mixed, "top_k": 1} if rows[dense].native_type in BY_SIGMOIDS else mixed
     return built(root, {"base_model": "./medicine", "experts": experts, "mixture": mixed})
 
 

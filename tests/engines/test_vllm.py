@@ -47,11 +47,8 @@ FLEXIBLE = {
     "gemma2",
     "gemma3_text",
     "glm4",
-    "ministral",
-    "exaone",
 }
 NOT_RUN = {"qwen3_5_text"}  # vLLM's linear attention on processors takes no model as small as these
-NOT_RUN |= {row.family.model_type for row in NATIVES if "vLLM" not in row.serves}
 ROWS = [(dense, overrides) for dense, _, overrides in IN_LLAMA if dense not in NOT_RUN]
 ROWS += [row for row in NOT_IN_LLAMA if row[0] not in NOT_RUN] + [("cohere2", {"tie_word_embeddings": False})]
 DIFFERS = [row for row in ROWS if row[1].get("attention_bias") or (row[0] == "cohere2" and "sliding_window" in row[1])]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import DOMAINS, Workshop, logits_of, make_workshop
+from conftest import DOMAINS, Workshop, logits_of
 from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import TrainingError
@@ -245,7 +244,7 @@ def objective_of(checkpoint: Checkpoint, settings: TrainSettings, *, packed: boo
     parts = plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=packed)
     model = load_model(checkpoint.folder)
     model.requires_grad_(True)
-    with torch.no_grad():  # those of native routers by sigmoids are shifted
+    with torch.no_grad():
         for seed, gate in enumerate(mixture_of(model, checkpoint).gates()):
             gate.copy_(drawn(*gate.shape, seed=seed, spread=0.05))
     objective = Objective(model, checkpoint, settings, teachers=[], train_top_k=None, packed=packed)
@@ -262,13 +261,10 @@ WITHOUT_DRAWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "lfm2"])
-def test_both_forms_choose_alike_with_the_same_gradients(tmp_path: Path, family: str) -> None:
-    overrides: dict[str, Any] = {"llama": {}, "lfm2": {"layer_types": ["full_attention"] * 3}}[family]
-    shop = make_workshop(tmp_path, family, **overrides)
-    mixture = {**shop.recipe["mixture"], "top_k": 1 if family == "lfm2" else 2}
-    native = open_checkpoint(shop.build("NATIVE", mixture=mixture))
-    other = open_checkpoint(shop.build("OTHER", mixture=mixture, **MODEKIT))
+def test_both_forms_choose_alike_with_the_same_gradients(workshop: Workshop) -> None:
+    mixture = {**workshop.recipe["mixture"], "top_k": 2}
+    native = open_checkpoint(workshop.build("NATIVE", mixture=mixture))
+    other = open_checkpoint(workshop.build("OTHER", mixture=mixture, **MODEKIT))
     assert native.shape.plain and not other.shape.plain
     for changes in WITHOUT_DRAWS:
         losses = {"lm": 1.0, "label": 0.1, "mutual": 0.1}

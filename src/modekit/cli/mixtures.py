@@ -16,7 +16,6 @@ from modekit.cli.options import grouped, texts_by_domain
 from modekit.cli.printing.console import err, out, print_json
 from modekit.cli.printing.mixtures import (
     print_checks,
-    print_count,
     print_mix,
     print_next,
     print_notes,
@@ -45,21 +44,16 @@ _QUICK_TOKENS = 2_000  # per domain: minutes, where all that eval reads by defau
 
 
 @app.command()
-def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.yaml; or the config.json of any mixture.")],
-) -> None:
-    """Show what a build would do, from configs and headers alone; or count the parameters of a published mixture."""
-    from modekit.building.preview import Preview, preview
-    from modekit.sources.counting import count_parameters, is_config
+def plan(recipe: RecipePath) -> None:
+    """Show what a build would do, from configs and headers alone."""
+    from modekit.building.preview import preview
 
     with running() as run:
-        found = count_parameters(recipe, run=run) if is_config(recipe) else preview(recipe, run=run)
+        found = preview(recipe, run=run)
     if common().json:
         print_json(found.model_dump(mode="json"))
-    elif isinstance(found, Preview):
-        print_plan(found)
     else:
-        print_count(found)
+        print_plan(found)
 
 
 @app.command()

@@ -124,11 +124,11 @@ class NativeMixture(LoadedMixture):
         """By logits that say the weights, and by the blocks' outputs, which are scaled by the sum of the weights."""
         for number, (layer, gate) in enumerate(zip(decoder_layers(self.model), self.gates(), strict=True)):
             router, block = layer.get_submodule(self.native.router_module), self.ffn(layer)
-            _ChosenWeights(partial(chooser, number), block, self.native.by_sigmoids).stand_at(router, gate)
+            _ChosenWeights(partial(chooser, number), block).stand_at(router, gate)
 
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
-        """The expert's logit is 10,000 and the others' less by twice as much: softmax and sigmoids are exactly one-hot."""
+        """The expert's logit is 10,000 and the others' less by twice as much: softmax is exactly one-hot."""
 
         def change(logits: torch.Tensor) -> torch.Tensor:
             return torch.full_like(logits, -_FAR).index_fill(-1, torch.tensor([expert], device=logits.device), _FAR)
@@ -209,10 +209,8 @@ class _ChosenWeights:
     weight has a gradient. Hooks stay: a layer that is computed again for its gradient finds them.
     """
 
-    def __init__(
-        self, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], block: nn.Module, by_sigmoids: bool
-    ) -> None:
-        self._choose, self._by_sigmoids = choose, by_sigmoids
+    def __init__(self, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], block: nn.Module) -> None:
+        self._choose = choose
         self._top_k_of = next(module for module in block.modules() if hasattr(module, "top_k"))
         self._sums_T1 = torch.ones(1, 1)
         block.register_forward_hook(self._scaled)
@@ -235,10 +233,7 @@ class _ChosenWeights:
         sums = weights.sum(-1, keepdim=True)
         self._sums_T1 = sums.view(-1, 1)
         shares = torch.where(sums > 0, weights / sums.clamp_min(1e-12), 1.0 / len(gate))
-        said = shares.clamp_min(1e-12).log()
-        if self._by_sigmoids:  # the sigmoid of this is half the share, and the halves are renormalised
-            said = said - torch.log(2.0 - shares)
-        said = torch.where(shares > 0, said, -_FAR).to(x.dtype)
+        said = torch.where(shares > 0, shares.clamp_min(1e-12).log(), -_FAR).to(x.dtype)
         self._owner._parameters[self._name] = nn.Parameter(torch.eye(*gate.shape).to(gate), requires_grad=False)
         return (nn.functional.pad(said, (0, x.shape[-1] - said.shape[-1])), *args[1:])
 

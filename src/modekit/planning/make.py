@@ -205,15 +205,13 @@ def _native_layout(
     why_not = None if is_asked else _why_modekit(recipe)
     if why_not is not None:
         return None, why_not
-    native, tried = choose_native(family, base.config, recipe)
+    native, tried = choose_native(family, base.config)
     if native is None and is_asked:
-        is_routing = choose_native(family, base.config)[0] is not None
-        change = "set mixture.top_k: 1" if is_routing else "choose a base model without these features"
         raise UnsupportedError(
             f"no native architecture holds a mixture of this '{family.model_type}' model exactly",
             where=f"base_model ({base.spec})",
             found=" | ".join(tried),
-            remedy=f"use output: {{format: modekit}}, or {change}",
+            remedy="use output: {format: modekit}, or choose a base model without these features",
         )
     if native is None:
         return None, " | ".join(tried)

@@ -26,7 +26,6 @@ from modekit.planning.shape import (
 )
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
-from modekit.sources.families import FAMILIES
 from modekit.sources.family import Family
 from modekit.sources.names import in_layer
 from modekit.sources.native import Native
@@ -43,6 +42,7 @@ class NativeShape(AnyShape):
     channels: Channels | None = None
 
     plain = True
+    without_vllm = None
 
     @classmethod
     def opened(
@@ -79,11 +79,6 @@ class NativeShape(AnyShape):
         return self.native.native_type
 
     @property
-    def by_sigmoids(self) -> bool:
-        """Whether routers weigh each expert by a sigmoid of its own."""
-        return self.native.by_sigmoids
-
-    @property
     def also_runs_in(self) -> str:
         """Where the result runs besides transformers."""
         biased = bool(self.config.get("attention_bias")) and bool(self.native.serves_with_biases)
@@ -97,15 +92,6 @@ class NativeShape(AnyShape):
         if "llama.cpp" in self.also_runs_in:
             return None
         return self.native.without_gguf or f"as it is, {self.native_type} runs in {self.also_runs_in}"
-
-    @property
-    def without_vllm(self) -> str | None:
-        """Why vLLM does not serve it; None where it does."""
-        if "vLLM" in self.native.serves:
-            return None
-        runs = self.native.family in FAMILIES and not self.native.family.without_vllm
-        instead = "; built with output: {format: modekit}, it runs there" if runs else ""
-        return f"modekit was not tested with a mixture in {self.native_type} there yet{instead}"
 
     @property
     def through_transformers(self) -> bool:
@@ -159,7 +145,7 @@ class NativeShape(AnyShape):
 
     def refusals(self, recipe: Recipe) -> list[str]:
         """Settings of a recipe's mixture that only the modekit architecture says."""
-        return [*recipe.beyond_native(), *self.native.beyond(recipe), *segments_of(self.recipe).refusals(recipe.top_k)]
+        return [*recipe.beyond_native(), *segments_of(self.recipe).refusals(recipe.top_k)]
 
     def carries(self, recipe: Recipe) -> bool:
         """Whether the router of a recipe needs the channels that this checkpoint has, and no others."""

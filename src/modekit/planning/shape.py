@@ -144,7 +144,6 @@ class AnyShape:
         plain: whether transformers opens it without code of modekit's. Then each expert with the backbone is a model of its
             own, and holds the weight that is given to it.
         code_files: what is copied into the checkpoint so that it opens.
-        by_sigmoids: whether routers weigh each expert by a sigmoid of its own.
         through_transformers: whether vLLM must run transformers' class, since its own computes something else.
     """
 
@@ -154,11 +153,6 @@ class AnyShape:
 
     plain: ClassVar[bool] = False
     code_files: ClassVar[tuple[Path, ...]] = ()
-
-    @property
-    def by_sigmoids(self) -> bool:
-        """See above."""
-        return False
 
     @property
     def through_transformers(self) -> bool:

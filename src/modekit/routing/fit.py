@@ -6,7 +6,7 @@ What needs torch is imported only where it runs: a fit that reads no text costs 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
@@ -103,11 +103,7 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     keeps = None if fit is None else fit.keeps
     if not processes().is_main and (keeps is None or not keeps.shared):
         return fitting.unfitted()
-    fitted = _zero(fitting) if fit is None else _setter(fit)(fitting)
-    if not fitting.checkpoint.shape.by_sigmoids:
-        return fitted
-    # The best of logits around 0 is at least 0: no expert is chosen whose sigmoid is next to nothing.
-    return replace(fitted, gates=[gate - gate.mean(0, keepdims=True) for gate in fitted.gates])
+    return _zero(fitting) if fit is None else _setter(fit)(fitting)
 
 
 def _setter(fit: Fit) -> Callable[[Fitting], FittedRouter]:

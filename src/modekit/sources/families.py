@@ -10,18 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from modekit.errors import UnsupportedError
-from modekit.sources.config import Config, whole, words
+from modekit.sources.config import Config, whole
 from modekit.sources.family import LINEAR, Family, Stack, every
 from modekit.sources.pairs import PAIRS
 from modekit.sources.structure import is_installed, structure
 
 _FUSED_GATE_UP = {**LINEAR, "gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 _FUSED = {**_FUSED_GATE_UP, **dict.fromkeys("qkv", "self_attn.qkv_proj")}
-_SHARED_MLP = {**LINEAR, **dict.fromkeys(("gate", "up"), "shared_mlp.input_linear"), "down": "shared_mlp.output_linear"}
-_LFM2 = {
-    **{**LINEAR, "o": "self_attn.out_proj"},
-    **{"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
-}
 _SILU = {"hidden_act": "silu", "tie_word_embeddings": False}
 _LLAMA = {**_SILU, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 _WIDE = {**_LLAMA, "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
@@ -37,18 +32,6 @@ def _windows_after(config: Config) -> list[str]:
     layers, first = whole(config, "num_hidden_layers"), whole(config, "max_window_layers")
     windowed = config.get("sliding_window") is not None
     return ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(layers)]
-
-
-def _windows_in_all(config: Config) -> list[str]:
-    """Ministral: all layers have the window, if there is one."""
-    return ["sliding_attention" if config["sliding_window"] else "full_attention"] * whole(config, "num_hidden_layers")
-
-
-def _attends_where_said(config: Config) -> list[str]:
-    """LFM2: attention in the layers that are named, a short convolution in the others."""
-    layers = range(whole(config, "num_hidden_layers"))
-    attends = words(config, "full_attn_idxs") if config.get("full_attn_idxs") is not None else layers
-    return ["full_attention" if layer in attends else "conv" for layer in layers]
 
 
 def _rope_by_kind(config: Config) -> Config:
@@ -71,17 +54,9 @@ def _partial_rope(config: Config) -> Config:
 DECODERS: tuple[Family, ...] = (
     Family("llama", defaults={**_LLAMA, "attention_bias": False}),
     Family("mistral", defaults=_WIDE),
-    Family("ministral", by_class=True, defaults=_WIDE, layer_types=_windows_in_all),
     Family("qwen2", defaults=_QWEN_WINDOW, layer_types=_windows_after),
     Family("qwen3", head_dim=128, defaults={**_QWEN_WINDOW, "attention_bias": False}, layer_types=_windows_after),
     Family("granite", defaults={**_LLAMA, "attention_bias": False, **dict.fromkeys(_FACTORS, 1.0)}),
-    Family(
-        "granitemoehybrid",
-        by_class=True,
-        is_variant=lambda config: config.get("num_local_experts") == 0,
-        stacks=(Stack(parts=_SHARED_MLP, ffn="shared_mlp", ffn_width="shared_intermediate_size"),),
-        defaults={**_LLAMA, "attention_bias": False, "mamba_n_heads": 128, "mamba_d_state": 256, "mamba_chunk_size": 256},
-    ),
     Family(
         "olmo2",
         defaults={
@@ -108,30 +83,9 @@ DECODERS: tuple[Family, ...] = (
         },
     ),
     Family(
-        "exaone",
-        by_class=True,
-        rope_theta=500_000.0,
-        same_as={"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
-        defaults={
-            **{**_LLAMA, "attention_bias": False, "mlp_bias": False, "pad_token_id": 0, "eos_token_id": 361},
-            **{"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_key_value_heads": 8},
-        },
-    ),
-    Family(
         "hunyuan_v1_dense",
         heads_first=("self_attn.query_layernorm", "self_attn.key_layernorm"),
         defaults={**_LLAMA, "pad_token_id": 0, "rms_norm_eps": 1e-5, "attention_bias": False},
-    ),
-    Family(
-        "lfm2",
-        by_class=True,
-        rope_theta=1_000_000.0,
-        stacks=(Stack(parts=_LFM2, ffn="feed_forward"),),
-        defaults={
-            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True},
-            **{"max_position_embeddings": 128_000, "norm_eps": 1e-5, "num_key_value_heads": 8},
-        },
-        layer_types=_attends_where_said,
     ),
     Family(
         "phi3",
@@ -192,7 +146,7 @@ DECODERS: tuple[Family, ...] = (
     ),
 )
 
-FAMILIES: tuple[Family, ...] = (*(row for row in DECODERS if not row.by_class), *PAIRS)
+FAMILIES: tuple[Family, ...] = (*DECODERS, *PAIRS)
 """Those that are known by their row alone."""
 
 

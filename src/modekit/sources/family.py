@@ -113,7 +113,6 @@ class Family:
         model_type: `model_type` of its config.
         stacks: its decoder, or its encoder and its decoder.
         variant: of several rows with one `model_type`, which of them; the row for it says `is_variant`.
-        by_class: whether the row is for the native partner alone, and the modekit architecture asks the class.
         heads_first: modules under the layer that see (B, heads, S, width) and not (B, S, ...).
         head_dim: the default when config.json is silent; None means hidden / heads.
         rope_theta: the default; None for families without rotary embeddings.
@@ -127,7 +126,7 @@ class Family:
         shares: whether they are so whatever config.json says of tying, and the head has weights of its own or is the embedding.
         computed: tensors that files may hold and that every model computes for itself.
         optional: tensors that an expert may have and its base may lack, where they are zero.
-        same_as: key of config.json -> the key whose value it has where it says none; of decoders, an older name.
+        same_as: key of config.json -> the key whose value it has where it says none.
         meant: a config with what the class makes of settings that say the same in several ways, for a comparison of two.
         must_match: keys of config.json, besides those of all families, in which experts must equal their base.
         derived: what was found in the class; None of a row. `tensors`, name -> shape of all that a model has, and `called`,
@@ -138,7 +137,6 @@ class Family:
     stacks: tuple[Stack, ...] = (Stack(),)
     variant: str = ""
     is_variant: Callable[[Config], bool] = lambda config: True
-    by_class: bool = False
     heads_first: tuple[str, ...] = ()
     head_dim: int | None = None
     rope_theta: float | None = 10_000.0
@@ -240,8 +238,7 @@ class Family:
 
     def dense_config(self, config: Config) -> dict[str, object]:
         """The dense config with every default written out and rope in one form."""
-        said = {key: config[other] for key, other in self.same_as.items() if other in config and not self.pair}
-        full: dict[str, object] = {**self.defaults, **said, **config}  # an explicit null is a setting, too
+        full: dict[str, object] = {**self.defaults, **config}  # an explicit null is a setting, too
         if self.pair:
             return full | {key: full.get(other) for key, other in self.same_as.items() if full.get(key) is None}
         if full.get("num_key_value_heads") is None:

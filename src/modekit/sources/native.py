@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.names import in_layer
@@ -84,8 +83,6 @@ class Native:
         rules: what must hold.
         serves: where the result runs besides transformers; `serves_with_biases`: when attention has biases, where that differs.
         without_gguf: why llama.cpp does not run it; empty where it does.
-        by_sigmoids: whether its router weighs each expert by a sigmoid, and not all by one softmax: where all experts weigh the
-            same, and where one alone is chosen, it is the same.
         split: module of the base's layers that the result has in several -> those, each of whole heads of its part.
         vllm_differs: where vLLM's own class computes something else, and what; transformers' class is right there.
         widening: how it takes channels of a router's own, or the reason why it cannot.
@@ -111,7 +108,6 @@ class Native:
     serves: str = "vLLM"
     serves_with_biases: str = ""
     without_gguf: str = ""
-    by_sigmoids: bool = False
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vllm_differs: tuple[Rule, ...] = ()
     widening: Widening | str = Widening()
@@ -146,12 +142,6 @@ class Native:
         """Why this row does not fit a dense config; empty when it does."""
         full = self.family.dense_config(config)
         return [reason for holds, reason in self.rules if not holds(full)]
-
-    def beyond(self, recipe: Recipe) -> list[str]:
-        """What of a recipe's routing its router cannot decide exactly; empty when it can."""
-        exact = not self.by_sigmoids or recipe.top_k == 1 or recipe.mixture.method == "linear"
-        said = f"{recipe.top_k} experts per token, which its router weighs in another way"
-        return [] if exact else [f"{said} (mixture: {{top_k: 1}} or {{method: linear}} is exact)"]
 
     def native_config(self, config: Config, *, experts: int, top_k: int, expert_hidden: int, dtype: str) -> dict[str, object]:
         """The native config.json: the dense one, renamed and completed.

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.families import DECODERS
 from modekit.sources.family import Family
@@ -31,17 +30,6 @@ def _plain_rope(config: Config) -> bool:
     rope, factor = config["rope_parameters"], config.get("partial_rotary_factor")
     assert isinstance(rope, Mapping)
     return rope.get("rope_type") != "longrope" and {factor, rope.get("partial_rotary_factor")} <= {None, 1}
-
-
-def _window_of_all(config: Config) -> object:
-    """Ministral's window, where its layers have one."""
-    return config["sliding_window"] if "sliding_attention" in words(config, "layer_types") else None
-
-
-def _kinds_of_granite(config: Config) -> list[object]:
-    """As llama.cpp's converter and published models call them."""
-    named: dict[object, object] = {"linear_attention": "mamba", "full_attention": "attention"}
-    return [named.get(kind, kind) for kind in words(config, "layer_types")]
 
 
 def _row(model_type: str, native_type: str, native_class: str, **says: Any) -> Native:
@@ -64,7 +52,6 @@ _ONE_WINDOW: Rule = (
     lambda c: len(set(words(c, "layer_types"))) < 2,
     "layers differ in their attention window, Mixtral's are all alike",
 )
-_NO_ATTENTION = "its first layers have no attention that could average over the text"
 _HEADS_ARE_NORMED = Widening(recency=False)
 """Norms of queries and keys with weights that only the model's files know: a constant is no constant behind them."""
 _RENORMALISED = {"norm_topk_prob": True, "output_router_logits": False}
@@ -102,11 +89,6 @@ _GRANITE_MOE: dict[str, Any] = {
 NATIVES: tuple[Native, ...] = (
     Native(_ROWS["llama"], **_MIXTRAL, rules=(_NO_BIASES, _NO_MLP_BIAS, _SILU)),
     Native(
-        _ROWS["exaone"],
-        **{**_MIXTRAL, "dropped": _MIXTRAL["dropped"] | set(_ROWS["exaone"].same_as.values())},
-        rules=(_NO_BIASES, _NO_MLP_BIAS, _SILU),
-    ),
-    Native(
         _ROWS["llama"],
         **_GRANITE_MOE,
         fixed=_NO_FACTORS,
@@ -114,7 +96,6 @@ NATIVES: tuple[Native, ...] = (
         rules=(_NO_MLP_BIAS, _SILU, heads_fill("GraniteMoE")),
     ),
     Native(_ROWS["mistral"], **_MIXTRAL, rules=(_SILU, _ONE_WINDOW)),
-    Native(_ROWS["ministral"], **_MIXTRAL, computed={"sliding_window": _window_of_all}, rules=(_SILU, _ONE_WINDOW)),
     Native(_ROWS["granite"], **_GRANITE_MOE, rules=(_NO_MLP_BIAS, _SILU, heads_fill("GraniteMoE"))),
     _row(
         *("cohere2", "cohere2_moe", "Cohere2MoeForCausalLM"),
@@ -140,24 +121,6 @@ NATIVES: tuple[Native, ...] = (
         serves="vLLM, llama.cpp",
         widening=Widening(interleaved=True),
         rules=(_SILU, (lambda c: not c.get("use_bias"), "layers have biases (use_bias), the experts' are not copied")),
-    ),
-    _row(
-        *("granitemoehybrid", "granitemoehybrid", "GraniteMoeHybridForCausalLM"),
-        **{**_FUSED_IN_GRANITE, "serves": "llama.cpp"},
-        fixed={"shared_intermediate_size": 0, "output_router_logits": False},
-        computed={"layer_types": _kinds_of_granite},
-        constants=(
-            Constant("shared_mlp.input_linear.weight", ("0", "D")),
-            Constant("shared_mlp.output_linear.weight", ("D", "0")),
-        ),
-        widening=_NO_ATTENTION,
-        rules=(
-            _SILU,
-            (
-                lambda c: c.get("intermediate_size") == c.get("shared_intermediate_size"),
-                "intermediate_size is not shared_intermediate_size, the width of its FFN",
-            ),
-        ),
     ),
     Native(
         _ROWS["phi3"],
@@ -233,19 +196,6 @@ NATIVES: tuple[Native, ...] = (
         widening="its first layers have linear attention, which cannot average over the text",
         rules=(_SILU,),
     ),
-    _row(
-        *("lfm2", "lfm2_moe", "Lfm2MoeForCausalLM"),
-        router="feed_forward.gate.weight",
-        experts=experts_in("feed_forward", "w1", "w3", "w2"),
-        router_module="feed_forward.gate",
-        block_module="feed_forward",
-        expert_hidden_key="moe_intermediate_size",
-        by_sigmoids=True,
-        fixed={**_RENORMALISED, "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0},
-        constants=(Constant("feed_forward.expert_bias", ("E",)),),
-        serves="llama.cpp",
-        widening=_NO_ATTENTION,
-    ),
 )
 _WITHOUT_PARTNER = {
     "m2m_100": "NLLB-MoE in transformers runs no more than its first two experts",
@@ -258,15 +208,12 @@ _WITHOUT_PARTNER = {
 }
 
 
-def choose_native(family: Family, config: Config, recipe: Recipe | None = None) -> tuple[Native | None, list[str]]:
-    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried.
-
-    Without a recipe, of some mixture.
-    """
+def choose_native(family: Family, config: Config) -> tuple[Native | None, list[str]]:
+    """The first row that says a mixture of this dense config exactly, or None and the reason of every row tried."""
     tried = []
     for row in NATIVES:
         if row.family.model_type == family.model_type and row.family.is_variant(config):
-            refusals = row.refusals(config) or ([] if recipe is None else row.beyond(recipe))
+            refusals = row.refusals(config)
             if not refusals:
                 return row, []
             tried.append(f"{row.native_type}: {'; '.join(refusals)}")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from modekit.evaluation.results_folder import Result
     from modekit.experts.extract_record import Extraction
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
-    from modekit.sources.counting import ParameterCount
     from modekit.training.finish import TrainedMixture
 
 
@@ -167,18 +166,6 @@ def print_plan(plan: Preview) -> None:
     out.print(table)
     if disk["needed"] > disk["free"]:
         err.print(Text("the disk has too little free space for this build", style="yellow"))
-
-
-def print_count(count: ParameterCount) -> None:
-    """Draw what a published model holds, and what a token uses of it."""
-    numbers = (" or ".join(str(each) for each in some) for some in (count.experts, count.top_k))
-    table = Table("", [""], prose=True, name_style="bold")
-    table.add("model", count.model_type)
-    table.add("parameters", f"{count_of(count.total)} total, {count_of(count.active)} active per token")
-    if count.layers:
-        table.add("experts", f"{next(numbers)} in each of {count.layers} layers, top_k {next(numbers)}")
-        table.add("of experts", f"{count_of(count.expert_parameters)}, without shared ones")
-    out.print(table)
 
 
 def _with_engines(architecture: str, engines: str) -> str:
