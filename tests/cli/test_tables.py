@@ -102,9 +102,7 @@ def test_plan(shown: Callable[..., str]) -> None:
         "also_runs_in": "transformers alone",
         "why": "why " * 40,
         "method": "routing",
-        "experts": [{"name": name, "model": f"./{name}", "text": True} for name in NAMES],
-        "mixed": ["gate", "up", "down"],
-        "layers": 2,
+        "experts": {name: f"./{name}" for name in NAMES},
         "top_k": 2,
         "router": "logistic",
         "router_why": "",
@@ -117,8 +115,6 @@ def test_plan(shown: Callable[..., str]) -> None:
         "disk": {"needed": 1, "free": 2},
         "memory": {"build": 1, "fit": 2, "load": 3},
         "notes": ["note " * 40],
-        "fit": {"reads": True, "tokens": 8 * 65_536, "flops": 10**15},
-        "time": {"write": 40.0, "write_text": 0.0, "fit": 2500.0, "accelerated": True, "range": [1500.0, 4100.0]},
     }
     preview = Preview.model_validate(figures)
     check_whole(shown, ["1000.00B total"], mixtures.print_plan, preview)

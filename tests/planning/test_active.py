@@ -10,7 +10,6 @@ import torch
 
 from conftest import SMALL, Workshop
 from modekit.architecture.modekit_mixed import Mixed
-from modekit.building.preview import fit_work
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.loaded.load import load_model
 from modekit.planning.make import make_plan
@@ -92,17 +91,3 @@ def test_what_a_token_runs_through(shared_workshop: Workshop, tmp_path: Path, mi
     checkpoint = open_checkpoint(workshop.build(mixture=said, output={"format": "modekit"}))
     ran, active = run_by_a_token(checkpoint), checkpoint.parameters.active
     assert ran == active if "always_on" not in mixture else ran <= active <= ran + FFN
-
-
-def test_the_work_of_a_fit_does_not_count_the_base_twice(shared_workshop: Workshop, tmp_path: Path) -> None:
-    router = {"fit": "logistic", "tokens_per_domain": 1000}
-    work = []
-    for count in (0, 1):
-        workshop = borrow(shared_workshop, tmp_path)
-        workshop.recipe["experts"] += [{**BASE, "text": workshop.recipe["experts"][0]["text"]}] * count
-        changes = {"mixture": {"router": router}, "output": {"format": "modekit"}}
-        found = fit_work(make_plan(load_recipe(workshop.write(**changes)), tmp_path))
-        assert found is not None
-        work.append(found)
-    assert [each.tokens for each in work] == [3000, 4000]
-    assert work[1].flops / 4000 == pytest.approx(work[0].flops / 3000, rel=1e-3)

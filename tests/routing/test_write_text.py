@@ -198,11 +198,9 @@ def test_a_chat_model_writes_questions_with_answers(bench: Workshop, monkeypatch
 
 def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     said = preview(bench.write())
-    assert said.time.write_text > 0
     assert any("medicine, law, general will write text" in note for note in said.notes)
     assert not (bench.root / "self-text").exists()
     checkpoint = open_checkpoint(bench.build())
-    assert preview(bench.write()).time.write_text == 0
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     notes = " ".join(results.notes)
     assert "text written by medicine, law: 40 documents" in notes and "no real text of medicine, law, general" in notes

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import err, out, print_json
+from modekit.cli.printing.console import out, print_json
 from modekit.cli.printing.mixtures import (
     print_checks,
     print_mix,
@@ -21,7 +21,6 @@ from modekit.cli.printing.mixtures import (
     print_notes,
     print_plan,
     print_result,
-    time_said,
 )
 from modekit.cli.progress import running
 from modekit.cli.serving import serve_until_stopped
@@ -30,7 +29,7 @@ from modekit.cli.words import Words, said_in
 from modekit.engines.registry import Outtype, ServeSettings
 from modekit.engines.threads import ASKED
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of, range_of
+from modekit.files.figures import bytes_of
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 
@@ -67,14 +66,14 @@ def build(
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
-    from modekit.building.preview import needed_time
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
+    from modekit.text.glance import check_texts
 
     wanted, target = load_recipe(recipe), writable(output, overwrite)
     with running() as run:
         made = make_plan(wanted, resolved(recipe).parent, run=run)
-    err.print(Text.assemble("0:00  takes ", time_said(needed_time(made))), soft_wrap=True)
+    print_notes(check_texts(made.recipe, made.root, made.family.reads))
     checkpoint = show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
     if prove:
         print_result(_forced(checkpoint))
@@ -83,7 +82,6 @@ def build(
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> Checkpoint:
     """Write a mixture, with its progress drawn, and say what it has become."""
-    from modekit.building.preview import notes_of
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen
@@ -102,18 +100,13 @@ def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> Checkpoint:
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
-    print_notes(notes_of(checkpoint))
     return checkpoint
 
 
 def _forced(checkpoint: Checkpoint) -> ForcedExperts:
-    """Every expert beside its own model; how long that takes is said before it starts."""
-    from modekit.building.preview import forced_cost
+    """Every expert beside its own model."""
     from modekit.evaluation.forced import force_experts
 
-    cost = forced_cost(checkpoint)
-    said = f"comparing the experts takes {range_of(*cost.seconds)} on this machine and {bytes_of(cost.memory)} of memory"
-    err.print(Text(said), soft_wrap=True)
     with running() as run:
         return force_experts(checkpoint, run=run)
 
@@ -208,7 +201,6 @@ def mix(
         os.environ[ASKED] = str(options.threads)
     from modekit.building.build import build
     from modekit.building.mix import Models, plan_mix
-    from modekit.building.preview import needed_time
     from modekit.engines.converter import check_installed, check_tokenizer, is_installed
     from modekit.recipes.edit import RECIPE_FILE, as_file
 
@@ -223,7 +215,7 @@ def mix(
         if options.gguf is not None or (options.serve and is_installed() and planned.plan.shape.without_gguf is None):
             run.begin("try the tokenizer in llama.cpp")
             check_tokenizer(planned.plan.sources[0].folder)
-    print_mix(planned, needed_time(planned.plan))
+    print_mix(planned)
     beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
     checkpoint = show_build(
         options.output,

@@ -41,19 +41,10 @@ def time_of(seconds: float) -> str:
     """About how long something takes, in words."""
     if seconds < 1:
         return "under a second"
-    unit, size = _unit_for(seconds)
+    unit, size = next(
+        ((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= 1.5 * size), ("s", 1.0)
+    )
     return f"about {seconds / size:.{int(unit != 's' and seconds < 10 * size)}f} {unit}"
-
-
-def _unit_for(seconds: float) -> tuple[str, float]:
-    return next(((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= 1.5 * size), ("s", 1.0))
-
-
-def range_of(least: float, most: float) -> str:
-    """How long something takes at least and at most, in the unit of the longer time."""
-    unit, size = _unit_for(most)
-    low, high = (f"{seconds / size:.{int(unit != 's' and seconds < 10 * size)}f}" for seconds in (least, most))
-    return f"about {low} to {high} {unit}" if low != high else f"about {high} {unit}"
 
 
 def or_dash(value: float | None, form: str) -> str:

@@ -10,14 +10,14 @@ from rich.text import Text
 from modekit.cli.printing.console import err, out, shows_bold
 from modekit.cli.printing.table import OWN, Cell, Table
 from modekit.evaluation.tables import MIXTURE, ResultTable, cells_of
-from modekit.files.figures import bytes_of, count_of, file_count, range_of, three_digits, time_of
+from modekit.files.figures import bytes_of, count_of, file_count, three_digits
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from modekit.building.again import Check
     from modekit.building.mix import MixPlan
-    from modekit.building.preview import FitWork, NeededTime, Preview
+    from modekit.building.preview import Preview
     from modekit.evaluation.results_folder import Result
     from modekit.experts.extract_record import Extraction
     from modekit.experts.specialist import BeforeAfter, SpecialistRecord
@@ -143,7 +143,7 @@ def print_plan(plan: Preview) -> None:
     rows = [
         ("architecture", _with_engines(plan.architecture, plan.also_runs_in)),
         ("why", plan.why),
-        ("experts", ", ".join(f"{expert.name} ({expert.model})" for expert in plan.experts)),
+        ("experts", ", ".join(f"{name} ({model})" for name, model in plan.experts.items())),
         ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
         ("router", plan.router_why or plan.router),
         ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
@@ -157,8 +157,6 @@ def print_plan(plan: Preview) -> None:
             "memory",
             f"{bytes_of(memory['build'])} to build, {bytes_of(memory['fit'])} to fit, {bytes_of(memory['load'])} to load",
         ),
-        ("fit", fit_said(plan.fit)),
-        ("time", time_said(plan.time)),
         *(("note", note) for note in plan.notes),
     ]
     for name, value in rows:
@@ -172,8 +170,8 @@ def _with_engines(architecture: str, engines: str) -> str:
     return f"{architecture} ({'' if engines.startswith('transformers') else 'also '}runs in {engines})"
 
 
-def print_mix(planned: MixPlan, needed: NeededTime) -> None:
-    """Draw in five lines what will be mixed, and how."""
+def print_mix(planned: MixPlan) -> None:
+    """Draw in four lines what will be mixed, and how."""
     from modekit.recipes.auto import why_chosen
 
     plan, size = planned.plan, planned.plan.parameters()
@@ -187,24 +185,5 @@ def print_mix(planned: MixPlan, needed: NeededTime) -> None:
     table.add("router", router + (f"; text written by {', '.join(authors)}" if authors else ""))
     table.add("result", f"{_with_engines(plan.architecture, plan.shape.also_runs_in)}, {parameters}")
     table.add("disk", f"{bytes_of(plan.disk_needed)} needed, {bytes_of(planned.free)} free")
-    table.add("time", time_said(needed))
     out.print(table)
     print_notes(planned.notes)
-
-
-def time_said(needed: NeededTime) -> str:
-    """How long a build takes, in a line."""
-    parts = [f"{time_of(needed.write)} to write"]
-    parts += [f"{time_of(needed.write_text)} for experts to write their text"] if needed.write_text else []
-    parts += [f"{time_of(needed.fit)} to fit the router"] if needed.fit else []
-    faster = "; less on the accelerator" if needed.accelerated else ""
-    return f"{range_of(*needed.range)} on this machine as busy as it is now ({', '.join(parts)}){faster}"
-
-
-def fit_said(work: FitWork | None) -> str:
-    """How much the fit of the router has to do."""
-    if work is None:
-        return "nothing to read: the router is set without text"
-    if not work.reads:
-        return "reads tokens alone: no model is run, seconds"
-    return f"at most {work.tokens:,} tokens, {work.flops:.1e} floating-point operations"
