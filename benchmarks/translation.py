@@ -24,7 +24,6 @@ from translation_models import labelled, match_width, tagged
 from translation_sparse import BALANCE, trained, untrained
 from translation_study import BEAMS, P, Study, Way, losses, of_adapters, of_dense, of_loaded, of_mixture
 from translation_tables import tables
-from translation_text import GENERIC
 
 CAPACITY = 1.25
 """Of the one row that drops tokens in training."""
@@ -36,7 +35,6 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "lexical, top-2": {**LEXICAL, "top_k": 2},
     "lexical of tokens and pairs, top-1": {"top_k": 1, "router": {"fit": "lexical", "orders": [1, 2]}},
     "lexical of tokens and pairs, top-2": {"top_k": 2, "router": {"fit": "lexical", "orders": [1, 2]}},
-    "lexical, unseen: base": {**LEXICAL, "unseen": "base"},
 }
 
 
@@ -188,10 +186,7 @@ def built(study: Study, generic: bool, routers: Mapping[str, dict[str, Any]], *,
     experts = study.made.specialists(group, base, texts_of(study, randomised, f"text-{group}"))
     for name, mixture in routers.items():
         slug = name.replace(", ", "-").replace(": ", "-").replace(" ", "-")
-        texts, chosen = study.corpus.seen, experts
-        if "unseen" in mixture:  # the way back leads to an expert like others, with text of its own
-            texts, chosen = {**texts, GENERIC: study.corpus.generic}, {**experts, GENERIC: study.made.folder / base}
-        checkpoint = study.made.mixture(f"{group}-{slug}", base, chosen, texts, study.corpus.unseen, mixture)
+        checkpoint = study.made.mixture(f"{group}-{slug}", base, experts, study.corpus.seen, study.corpus.unseen, mixture)
         if name == "lexical, top-2":
             known = study.scores.setdefault("parameters of the mixture", {})
             known |= {"total": checkpoint.parameters.total, "active in top-2": checkpoint.parameters.active}

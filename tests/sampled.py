@@ -81,8 +81,6 @@ SAMPLED = {
     "routing/test_chat_routing.py::test_other_fits_read_chats_too": r"^bigrams$",
     "routing/test_chat_routing.py::test_what_was_kept_before_there_were_chats_does_without_them": r"^bigrams$",
     "routing/test_refit.py::test_a_changed_router_is_what_its_recipe_builds": r"^built(0|3|4|6|7)-",
-    "routing/test_unseen.py::test_another_fit_keeps_it_where_that_reads_tokens": r"^lexical",
-    "routing/test_unseen.py::test_whatever_else_the_mixture_does": r"gating|'all'",
     "routing/test_write_text.py::test_a_build_writes_fits_and_evaluates": nothing,
     "routing/test_write_text.py::test_another_model_writes_anew": nothing,
     "sources/test_adapters.py::test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s": r"-native$",

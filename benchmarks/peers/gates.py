@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.demo.text import GENERAL
 from modekit.errors import ModekitError
 from modekit.evaluation.inspection.passes import Decided, traced_losses
 from modekit.loaded.load import load_model
@@ -40,23 +39,20 @@ class Gate:
     Attributes:
         source: paper, by arXiv number.
         training: settings; None: the gate stays as it was set.
-        general: whether the base is an expert, on general text.
     """
 
     name: str
     source: str
     mixture: RecipeData
     training: RecipeData | None = None
-    general: bool = False
     kinds: frozenset[str] = field(default_factory=lambda: frozenset({"ffn"}))
 
     def missing(self) -> str:
         """What this version lacks for it; empty where it has all."""
         experts = [{"name": name, "model": f"./{name}", "text": f"{name}.jsonl"} for name in ("a", "b", "c", "d")]
-        general = [{"name": GENERAL, "model": "base", "text": "g.jsonl"}] if self.general else []
         try:
             parse_recipe(
-                {"base_model": "./base", "experts": experts + general, "mixture": self.mixture, "output": FORMAT},
+                {"base_model": "./base", "experts": experts, "mixture": self.mixture, "output": FORMAT},
                 where=self.name,
             )
             train_settings(self.training or {}, where=self.name)
@@ -69,9 +65,7 @@ class Gate:
 
     def make(self, pool: Pool, out: Path) -> Made:
         """Build, train, and look at the load."""
-        text = pool.base.parents[1] / "text" / f"{GENERAL}.jsonl"
-        besides = [{"name": GENERAL, "model": "base", "text": str(text)}] if self.general else []
-        made = built(pool, out, {"mixture": self._seeded(pool), "output": FORMAT}, besides=besides)
+        made = built(pool, out, {"mixture": self._seeded(pool), "output": FORMAT})
         checkpoint, note = open_checkpoint(out / "mixture"), ""
         if self.training is not None:
             done = train(
@@ -137,7 +131,6 @@ SET: list[Gate] = [
     Gate("logistic, per text, top-1", "2110.03742", _routed("logistic", top_k=1, granularity="sequence", per="model")),
     Gate("lexical, top-1", "2204.08396", _routed("lexical", top_k=1)),
     Gate("lexical, top-2", "2204.08396", _routed("lexical")),
-    Gate("lexical, unseen: base", "2406.13233", {**_routed("lexical"), "unseen": "base"}, None, general=True),
     Gate("hash, top-1", "2106.04426", _routed("hash", top_k=1)),
     Gate("cosine, top-2", "2204.09179", _routed("cosine")),
     Gate("attention, top-2", "2405.17976", _routed("attention")),

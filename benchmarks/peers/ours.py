@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,9 @@ from peers.training import STEPS
 ADAPTERS = frozenset({"adapters"})
 
 
-def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real", besides: Sequence[dict[str, Any]] = ()) -> Made:
-    """A mixture by a recipe, over the text that peers have: a recipe reads its fit split to fit, its select split to choose.
-
-    `besides`: experts that the pool lacks.
-    """
-    experts = list(besides)
+def built(pool: Pool, out: Path, said: dict[str, Any], text: str = "real") -> Made:
+    """A mixture by a recipe, over the text that peers have: a recipe reads its fit split to fit, its select split to choose."""
+    experts: list[dict[str, Any]] = []
     for name, path in pool.experts.items():
         both = write_text([*read_text(pool.text[name]), *read_text(pool.select[name])], out / "text" / f"{name}.jsonl")
         which = "adapter" if is_adapter(path) else "model"

@@ -245,7 +245,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"threshold": {"law": 0.2}}, "must name every expert"),
     ({"router": SEGMENTS}, "write method: gating"),
     ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
-    ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads the tokens so far by itself"),
+    ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads token ids by itself"),
     ({"method": "gating", "router": {"fit": "hash"}}, "weighs experts alike"),
     ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
     ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),

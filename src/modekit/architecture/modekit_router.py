@@ -35,7 +35,6 @@ class Router(nn.Module):
         score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|w x|: Arrow), lexical (the
             gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
             rows as "ngram" says; x is not read).
-        unseen: place of the base, which takes all of a token where its logit is the largest: text of no domain.
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
             it is the common expert of modekit_streams.py, of which routers know nothing}.
         jitter, noise: in training only.
@@ -288,10 +287,6 @@ def select(logits: torch.Tensor, routing: Mapping[str, Any], left_out: int | Non
         weights = weights * (1.0 - share)
         if own is not None:
             weights = weights + share * (torch.arange(logits.shape[-1], device=logits.device) == own)
-    base = routing.get("unseen")
-    if base is not None:
-        best = logits.argmax(-1, keepdim=True)
-        weights = torch.where(best == base, torch.arange(logits.shape[-1], device=logits.device) == base, weights)
     return weights
 
 

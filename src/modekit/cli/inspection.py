@@ -89,7 +89,6 @@ def inspect(
 
 _MOST_WORDS = 200
 _UNSURE = 0.8  # of the largest entropy
-_SAYS_SCORE = "; then the score of the experts over the base (below zero the base leads)."
 _GOLDEN = 0.618034  # hues that far apart stay distinct however many there are
 
 
@@ -105,7 +104,7 @@ def print_trace(trace: TextTrace) -> None:
         if coloured
         else "Below each word: the leading expert's letter and its weight in percent, and the word's loss"
     )
-    out.print(said + (_SAYS_SCORE if any(word.over_base is not None for word in words) else "."))
+    out.print(f"{said}.")
     if coloured:
         _print_glossed(words, _loss, lambda word: tint(word.leader, float(word.weights_E.max())))
     else:
@@ -173,7 +172,7 @@ def _print_lines(above: Text, below: Text) -> None:
 
 
 def _loss(word: Word) -> str:
-    return or_dash(word.loss, ".1f") + ("" if word.over_base is None else f" {word.over_base:+.1f}")
+    return or_dash(word.loss, ".1f")
 
 
 def tint(expert: int, strength: float) -> Style:

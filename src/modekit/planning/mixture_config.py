@@ -78,7 +78,6 @@ class Routing(_Said):
     jitter: float = 0.0
     noise: float = 0.0
     prefix: _Size | None = None
-    unseen: _Index | None = None
     ngram: Ngram | None = None
     orders: Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=MOST_AVERAGES)] | None = None
     groups: _Size | None = None
@@ -95,8 +94,6 @@ class Routing(_Said):
                 raise ValueError(f"routing.{key} must have {count} entries")
         if self.always_on is not None and not 0 <= (self.always_on.expert or 0) < count:
             raise ValueError(f"routing.always_on: there are only {count} experts")
-        if self.unseen is not None and self.unseen >= count:
-            raise ValueError(f"routing.unseen: there are only {count} experts")
 
     @property
     def shared_rows(self) -> int:

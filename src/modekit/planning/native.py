@@ -10,7 +10,7 @@ from modekit.planning.channel_choice import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.segments import segments_of
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
-from modekit.recipes.recipe import Recipe, place_of_base
+from modekit.recipes.recipe import Recipe
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.adapter_rules import LowRank
 from modekit.sources.config import whole
@@ -133,10 +133,6 @@ class NativeLayout:
             yield "llama.cpp's own qwen2moe does not renormalise router weights: modekit export --gguf writes a Mixtral instead"
         if self.channels is not None:
             yield from self.channels.notes(self._recipe)
-        place = place_of_base(self._recipe.experts)
-        if self._recipe.mixture.unseen is not None and place is not None and self._recipe.top_k > 1:
-            leads = f"where '{self._recipe.names[place]}' leads"
-            yield f"{form} weighs the next expert in, too, {leads}: top_k: 1 leaves it out"
         if any(isinstance(tensor.inner, Copy) and tensor.inner.ref.dtype != tensor.dtype for tensor in self._experts(1)):
             yield "some experts have another dtype than the result: their tensors are cast"
 

@@ -17,7 +17,7 @@ from modekit.errors import RecipeError, SourceError, UnsupportedError
 from modekit.files.figures import bytes_of
 from modekit.files.read import UNREADABLE, read_json
 from modekit.recipes.mixture import BackboneExpert
-from modekit.recipes.recipe import Expert, Recipe, place_of_base
+from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatible import forced_by_one_side
@@ -52,7 +52,6 @@ def notes_of(recipe: Recipe, vocabulary: Vocabulary, family: Family, layout: _La
     yield from _of_routing(recipe, sources)
     yield from _lost_of_adapters(recipe, sources, layout.mixes_more, mixed)
     yield from _of_chats(recipe, vocabulary)
-    yield from _of_unseen(recipe)
     yield from _of_targets(recipe, sources, family)
     yield from _lost_of_models(recipe, sources, layout.mixes_more, mixed)
     yield from _beside(sources)
@@ -131,16 +130,6 @@ def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
             where="mixture.router.chat",
             found=str(tokenizer.source.folder),
             remedy="remove 'chat', or put a chat_template.jinja into the base model's folder",
-        )
-
-
-def _of_unseen(recipe: Recipe) -> Iterable[str]:
-    """Where text of no domain goes."""
-    place, mixture = place_of_base(recipe.experts), recipe.mixture
-    if mixture.unseen is not None and place is not None:
-        yield (
-            f"text of no domain goes to the base model, as expert '{recipe.names[place]}': where that leads; of held-out text "
-            f"of every other domain it may lead on {mixture.router.alarms:.1%} of the tokens"
         )
 
 

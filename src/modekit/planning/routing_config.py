@@ -8,7 +8,7 @@ from typing import Any
 from modekit.errors import UnsupportedError
 from modekit.planning.mixture_config import AlwaysOnConfig, Average, Ngram, Routing
 from modekit.recipes.layers import order_of
-from modekit.recipes.recipe import Expert, Recipe, place_of_base
+from modekit.recipes.recipe import Expert, Recipe
 from modekit.recipes.strict import BASE
 from modekit.sources.family import Family
 from modekit.sources.names import split_layer
@@ -37,8 +37,6 @@ def routing_config(recipe: Recipe) -> Routing:
     read: dict[str, Any] = {}
     if mixture.method != "linear":
         read = {"score": router.row.score, "jitter": router.jitter, "noise": router.noise, "prefix": router.prefix_tokens}
-        if mixture.unseen is not None:
-            read["unseen"] = place_of_base(recipe.experts)
         if router.hashes and router.orders is not None:
             read["ngram"] = Ngram(order=max(router.orders), buckets=router.buckets)
             read["orders"] = [order for order in router.orders for _ in router.decays]

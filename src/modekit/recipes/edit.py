@@ -12,14 +12,13 @@ from modekit.recipes.mixture import CHOICES
 from modekit.recipes.paths import from_folder
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import CHAT_DECAY, without_effect
-from modekit.recipes.strict import BASE, RecipeData, RecipePart
+from modekit.recipes.strict import RecipeData, RecipePart
 
 RECIPE_FILE = "recipe.yaml"
 """Beside a mixture that `modekit mix` made: its recipe."""
 _METHODS = {
     **{key: {"routing"} for key in CHOICES},
     "always_on": {"routing", "gating"},
-    "unseen": {"routing", "gating"},
     "weights": {"linear"},
 }
 """Settings of a mixture -> methods that read them."""
@@ -63,7 +62,7 @@ def changed_mixture(mixture: RecipePart, changes: RecipePart) -> RecipeData:
         router = dict(asked)
     elif changed.get("modules") in ("all", "decoder") and not _row(router).is_open and not _row(router).for_model:
         router |= {key: value for key, value in _BEFORE_THE_FIRST_LAYER.items() if key not in asked}
-    return unseen_with_effect({**changed, "router": router} if router else changed, {*changes, *asked})
+    return {**changed, "router": router} if router else changed
 
 
 def with_following(recipe: Recipe) -> Recipe:
@@ -73,19 +72,6 @@ def with_following(recipe: Recipe) -> Recipe:
         return recipe
     mixture = recipe.mixture.model_copy(update={"router": router.model_copy(update={"decay": [CHAT_DECAY]})})
     return recipe.model_copy(update={"mixture": mixture})
-
-
-def unseen_with_effect(mixture: RecipePart, asked: Collection[str] = ()) -> RecipeData:
-    """A mixture without `unseen` where nothing can decide on it, and without its rate where there is none; what is `asked` for
-    stays.
-    """
-    reads = mixture.get("method") != "linear" and _fit_of(mixture).tells_unseen
-    works = reads and mixture.get("backbone", BASE) == BASE
-    left = dict(mixture) if works or "unseen" in asked else _omit(mixture, "unseen")
-    if left.get("unseen") or "false_alarms" in asked or "false_alarms" not in left.get("router", {}):
-        return left
-    router = _omit(left["router"], "false_alarms")
-    return {**left, "router": router} if router else _omit(left, "router")
 
 
 def settings_with_effect(router: RecipePart, asked: Collection[str] = ()) -> RecipeData:

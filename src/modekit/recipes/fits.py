@@ -124,11 +124,6 @@ class Fit:
         return self.carried or (self.native_as == "gate" and not self.for_model)
 
     @property
-    def tells_unseen(self) -> bool:
-        """Whether it can tell text of no domain on the tokens so far."""
-        return self.reads_ids and self.fading is not None
-
-    @property
     def tells_texts(self) -> bool:
         """Whether it says of a text as a whole, on token ids alone, whose it is."""
         return self.reads == "tokens"
@@ -139,7 +134,7 @@ _REGULAR = (*_OF_SUMS, "l2")
 _OF_ATTENTION = (*_OF_SUMS[1:], "l2")
 """Without a temperature, which a product of query and key would take twice."""
 _SCORED = ("temperature", "jitter")
-_EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "false_alarms", "seed", "orders")
+_EVIDENCE = ("temperature", "sequence_length", "buckets", "chat", "seed", "orders")
 
 
 def _of_inputs(name: str, about: str, settings: tuple[str, ...], score: ScoreKind = "linear") -> Fit:

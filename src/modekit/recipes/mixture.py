@@ -81,7 +81,7 @@ class AlwaysOn(Strict):
 class Mixture(Strict):
     """How the experts are mixed."""
 
-    later: ClassVar[tuple[str, ...]] = ("unseen", "tokens", "groups", "threshold")
+    later: ClassVar[tuple[str, ...]] = ("tokens", "groups", "threshold")
 
     method: Method = Field("routing", description="linear: fixed weights; gating: all experts; routing: top_k of them.")
     top_k: int | None = Field(None, ge=1, description="Experts per token (routing only; default 2).")
@@ -108,9 +108,6 @@ class Mixture(Strict):
     )
     always_on: AlwaysOn | None = Field(None, description="An expert, or the base, that takes part in every token.")
     weights: dict[Name, float] | None = Field(None, description="Relative weight per expert (linear only).")
-    unseen: Literal["base"] | None = Field(
-        None, description="base: text of no domain goes to the base model, one of the experts (fit: lexical)."
-    )
     router: Router = Field(default_factory=Router)
     backbone: Backbone = Field("base", description="Where everything that is not an expert or a router comes from.")
     tokens: Literal["mean", "first"] | None = Field(
@@ -122,7 +119,6 @@ class Mixture(Strict):
         problems = [
             *self._problems_of_the_method(),
             *self._problems_of_always_on(),
-            *self._problems_of_unseen(),
             *self._problems_of_modules(),
             *(self._problems_of_whole_models() if self.is_whole else ()),
             *self._problems_of_numbers(),
@@ -164,21 +160,6 @@ class Mixture(Strict):
                     "'always_on' with apart: true averages what one head reads, and with modules: all experts have heads of "
                     "their own; write modules: decoder"
                 )
-
-    def _problems_of_unseen(self) -> Iterator[str]:
-        if self.unseen is None:
-            if self.router.false_alarms is not None:
-                yield "'false_alarms' has no effect without unseen: base; remove it"
-            return
-        if self.method == "linear":
-            yield "'unseen' has no effect with method 'linear', whose weights do not read the input; remove it"
-        elif not self.is_open and not self.router.row.tells_unseen:
-            yield (
-                f"'unseen' is decided again after every token, which fit '{self.router.fit}' does not do; "
-                "set router: {fit: lexical}, or remove it"
-            )
-        if self.backbone != BASE:
-            yield "'unseen' sends text to the base model, which needs backbone: base; remove one of them"
 
     def _problems_of_modules(self) -> Iterator[str]:
         if not isinstance(self.modules, list):

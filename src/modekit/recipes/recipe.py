@@ -229,11 +229,6 @@ class Recipe(Strict):
             yield f"mixture.always_on.expert '{always_on.expert}' is not an expert: {', '.join([*names, BASE])}"
         if always_on is not None and always_on.weight is None and always_on.expert not in names:
             yield "mixture.always_on: the base is not in the list of experts, so it needs a weight"
-        if mixture.unseen is not None and place_of_base(self.experts) is None:
-            yield (
-                "mixture.unseen: the base is not in the list of experts; add it with text of no domain, "
-                "such as {name: general, model: base, text: ./general.jsonl}"
-            )
 
     def _problems_of_labels(self) -> Iterator[str]:
         known = {name: f"the name of expert '{name}'" for name in self.names}

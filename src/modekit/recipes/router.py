@@ -13,8 +13,6 @@ from modekit.recipes.strict import RecipePart, Strict, checked
 CONTEXT_DECAYS = (0.9,)
 """One average: several side by side fit what they were fitted on better, and other text worse (benchmarks/routers.md)."""
 CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
-FALSE_ALARMS = 0.02
-"""benchmarks/unseen.md."""
 PREFIX = 64
 """Tokens after which a decision stays, unless a recipe says another number."""
 SEGMENT = 64
@@ -26,7 +24,7 @@ READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "false_alarms", "segment", "dimensions")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "segment", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -71,10 +69,6 @@ class Router(Strict):
         description="Fit inside the chat template, too, on short questions cut from the text; default: if the base has one.",
     )
 
-    false_alarms: float | None = Field(
-        None, gt=0, lt=1, description="With unseen: share of a domain's tokens that may go to the base (default 0.02)."
-    )
-
     @model_validator(mode="after")
     def _no_dead_setting(self) -> Router:
         fields = type(self).model_fields.items()
@@ -109,11 +103,6 @@ class Router(Strict):
         return (self.prefix or PREFIX) if self.granularity == "sequence" else None
 
     @property
-    def alarms(self) -> float:
-        """Share of a domain's tokens that may be taken for text of no domain."""
-        return FALSE_ALARMS if self.false_alarms is None else self.false_alarms
-
-    @property
     def scope(self) -> Scope:
         """What shares a router: as `per` says, the model where one decision is all there can be."""
         return "model" if self.row.for_model else self.per
@@ -143,8 +132,7 @@ def without_effect(router: RecipePart, row: Fit) -> Iterator[tuple[str, str]]:
         return
     granularity = router.get("granularity", "token")
     if row.reads_ids and "granularity" in router:
-        does = "reads the tokens so far" if row.tells_unseen else "reads ids"
-        yield "granularity", f"fit '{row.name}' {does} by itself: 'granularity' has no effect; remove it"
+        yield "granularity", f"fit '{row.name}' reads token ids by itself: 'granularity' has no effect; remove it"
         granularity = "token"
     for key, reads_it in READ_AT.items():
         if key in router and granularity != reads_it and not (key == "decay" and row.fading is not None):

@@ -10,11 +10,6 @@ counts once, where naive Bayes counts it with every token). Adam on batches of w
 texts that are kept aside by their own hash, a tenth of them. No model is run. Where experts wrote the text themselves, W starts
 as naive Bayes and the log-odds of what they expect in equal contexts, with the weight that is best on texts kept aside.
 
-Text of no domain goes to a base that is an expert, where its row leads. That is made from the base's text (general text, of
-which the domains are none) and from texts of tokens drawn at random, which stand for all that nobody has thought of: other
-languages, other scripts. How far it must lead is one number, added to the row, such that of held-out text of every domain no
-more tokens go there than are allowed (false alarms).
-
 Shape legend: B batch, S sequence, E experts, J averages, H rows of a part of the table (the vocabulary, or
 hashed n-grams), V vocabulary, N tokens.
 """
@@ -22,15 +17,12 @@ hashed n-grams), V vocabulary, N tokens.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch.nn.functional import cross_entropy, embedding
-
-from modekit.routing.token_text import TokenText
 
 
 @dataclass(frozen=True)
@@ -87,25 +79,13 @@ class TableSchedule:
 
 
 @dataclass(frozen=True)
-class BaseRoom:
-    """How many of a domain's tokens the base, an expert by its place, may take by a raise, or a lowering, of its logit."""
-
-    base: int
-    lost: float
-
-
-@dataclass(frozen=True)
 class TrainedTable:
-    """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken.
-
-    `room`: by how much the logit of the base, where it is an expert, may be raised for all texts.
-    """
+    """A table (E, J, H) float32, and what it was worth on the texts kept aside: mean cross-entropy, and steps taken."""
 
     table: torch.Tensor
     before: float
     after: float
     steps: int
-    room: float = 0.0
 
 
 def train_table(
@@ -115,12 +95,11 @@ def train_table(
     *,
     seed: int = 0,
     silent: Sequence[int] = (),
-    room: BaseRoom | None = None,
     expected: torch.Tensor | None = None,
     schedule: TableSchedule = TableSchedule(),
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainedTable:
-    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence; `room`: the base's;
+    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence;
     `expected`: how often experts expect each row in equal contexts, (E, H), in small steps from there.
 
     `advance` is told the steps done and the most there can be.
@@ -160,13 +139,9 @@ def train_table(
             if waited >= schedule.patience:
                 break
     table = state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous()
-    return TrainedTable(table, before, best, taken, 0.0 if room is None else _room(held, state, averaging, len(domains), room))
+    return TrainedTable(table, before, best, taken)
 
 
-_SHARE = 3
-"""One made text for so many of the base's own."""
-_POWERS = (0.5, 0.0)
-"""Tokens are drawn by their frequency in the domains' text to these powers, in equal parts of the texts."""
 _BLOCK = 512  # tokens whose average is taken in one matrix product
 _SCALES = [2.0 ** (step / 2) for step in range(-12, 13)]
 _WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -267,51 +242,3 @@ def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging
         losses[batch.place] += float(_mean_loss(batch, weights, averaging, experts, batch.place)) * count
         counts[batch.place] += count
     return float((losses / counts.clamp_min(1)).mean())
-
-
-@torch.no_grad()
-def _room(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int, room: BaseRoom) -> float:
-    """By how much the base's logit may be raised until some domain loses as many of its tokens as it may."""
-    leads: list[list[torch.Tensor]] = [[] for _ in range(experts)]
-    for batch in held:
-        leads[batch.place].append(over_base(_logits(batch, weights, averaging, experts)[batch.mask_BS], room.base))
-    known = [torch.cat(each) for place, each in enumerate(leads) if place != room.base and each]
-    return room_of(known, room.lost)
-
-
-def made_texts(texts: Sequence[TokenText], base: int, special: Sequence[int], vocabulary: int, seed: int) -> list[torch.Tensor]:
-    """Texts of no domain (S,) int32, as long as those of the domains; `texts` are in the order of the experts."""
-    draw = torch.Generator().manual_seed(seed)
-    domains = [text for place, text in enumerate(texts) if place != base] or list(texts)
-    counts_V = torch.bincount(torch.cat([text.ids_N for text in domains]).long(), minlength=vocabulary).double().clamp_min(0.5)
-    lengths = torch.cat([text.lengths for text in domains])
-    found = []
-    for number in range(max(len(_POWERS), len(texts[base].lengths) // _SHARE)):
-        weights_V = counts_V ** _POWERS[number % len(_POWERS)]
-        weights_V[list(special)] = 0.0
-        length = int(lengths[torch.randint(len(lengths), (1,), generator=draw)])
-        if bool(weights_V.any()):
-            found.append(torch.multinomial(weights_V, length, replacement=True, generator=draw).int())
-    return found
-
-
-def over_base(logits: torch.Tensor, base: int) -> torch.Tensor:
-    """By how much the likeliest expert stands above the base: (..., E) -> (...)."""
-    others = [place for place in range(logits.shape[-1]) if place != base]
-    if not others:
-        return torch.zeros_like(logits[..., base])
-    return logits[..., others].max(-1).values - logits[..., base]
-
-
-def room_of(leads: Sequence[torch.Tensor], alarms: float) -> float:
-    """What may be added to the base's logit such that of no domain more than a share `alarms` of the tokens goes to it.
-
-    `leads`: per domain, by how much experts stand above the base at each of its tokens (N,). 0 without any token.
-    """
-    rooms = []
-    for lead_N in leads:
-        if len(lead_N):  # the largest of those that may be lost: what equals it goes on to the experts' side by a hair
-            lost = min(int(alarms * len(lead_N)), len(lead_N) - 1)
-            lowest = lead_N.double().kthvalue(lost + 1).values
-            rooms.append(math.nextafter(float(lowest), -math.inf))
-    return min(rooms, default=0.0)

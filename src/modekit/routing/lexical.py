@@ -30,9 +30,9 @@ from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS, Channels
-from modekit.recipes.recipe import Expert, Recipe, place_of_base
+from modekit.recipes.recipe import Expert, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, BaseRoom, TokenRows, made_texts, train_table
+from modekit.routing.evidence import Averaging, TokenRows, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.token_text import TokenText, read_token_texts
@@ -107,24 +107,19 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     averaging = Averaging(tuple(settings.decays) if channels is None else channels.decays)
     table = LexicalTable(settings, fitting.checkpoint.vocabulary)
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
-    examples, room = _examples(texts, table, template, settings.sequence_length), _room(recipe)
-    if room is not None:
-        made = made_texts(texts, room.base, special, fitting.checkpoint.vocabulary, settings.seed)
-        examples[room.base] += [TokenRows(table.rows(ids)) for ids in made]
+    examples = _examples(texts, table, template, settings.sequence_length)
     trained = train_table(
         examples,
         table.height,
         averaging,
         seed=settings.seed,
-        room=room,
         silent=table.of_tokens(torch.tensor(special, dtype=torch.long)).tolist(),
         expected=table.expected([text.expected_V for text in texts]),
         advance=lambda done, total: fitting.run.progress("train evidence", done, total),
     )
-    toward = trained.room - _LEAN if room is not None else TOWARD_BASE if template is not None else 0.0
-    leaning = lean(recipe.experts, toward)[:, None, None] / len(averaging.decays)
+    leaning = lean(recipe.experts, TOWARD_BASE if template is not None else 0.0)[:, None, None] / len(averaging.decays)
     said_EJV = table.parts(trained.table)
-    if template is not None and room is None and not settings.hashes:
+    if template is not None and not settings.hashes:
         said_EJV = _with_borrowed(fitting, said_EJV, examples, special)
     table_EJV = (said_EJV + leaning / len(table.orders)) / settings.temperature
     report: dict[str, object] = {
@@ -134,8 +129,6 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     }
     if template is not None:
         report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
-    if room is not None:
-        report |= {"toward_base": trained.room}
     fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
     return fitted if channels is None else gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
 
@@ -183,12 +176,6 @@ class LexicalTable:
         experts, averages, _ = table_EJH.shape
         by_order = table_EJH.reshape(experts, averages, len(self.orders), self._buckets).transpose(1, 2)
         return by_order.reshape(experts, averages * len(self.orders), self._buckets)
-
-
-def _room(recipe: Recipe) -> BaseRoom | None:
-    """What the base may take of the domains, where it is an expert that takes what is no domain's."""
-    base = place_of_base(recipe.experts)
-    return None if base is None or recipe.mixture.unseen is None else BaseRoom(base, recipe.mixture.router.alarms)
 
 
 def _with_borrowed(

@@ -17,10 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from modekit.architecture.modekit_flow import Flow
-from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.errors import CheckpointError, UnsupportedError
@@ -194,23 +191,6 @@ def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
 def last_token_of(checkpoint: Checkpoint) -> LastToken:
     """A mixture's router that reads tokens, without any model."""
     return LastToken(*_routing_and_gate(checkpoint))
-
-
-class RunningLogits:
-    """What a mixture's router that reads tokens says after each token of a text, without any model."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._flow = Flow()
-        routing, gate_EG = _routing_and_gate(checkpoint)
-        experts, width = len(checkpoint.names), gate_EG.shape[1] // len(routing["averages"])
-        self._router = Router("text", self._flow, width, experts, routing, [1] * experts, 0).eval()
-        self._router.gate = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(gate_EG)), requires_grad=False)
-
-    @torch.inference_mode()
-    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits (S, E), float32."""
-        self._flow.ids_BS = torch.tensor([ids])
-        return self._router.logits(torch.zeros(1, len(ids), 1))[0]
 
 
 def _routing_and_gate(checkpoint: Checkpoint) -> tuple[RoutingData, np.ndarray]:

@@ -66,7 +66,6 @@ class TextTrace(TokenTrace):
         base_loss: of the base model on the same tokens; None where it is not at hand.
         entropy: mean over tokens and routers.
         windows: in which the text was read, each starting anew.
-        over_base: by how much experts stand above the base at every token, of a router that reads tokens and has the base.
         prompt_end: of a chat the weights (E) where the answer begins.
     """
 
@@ -76,7 +75,6 @@ class TextTrace(TokenTrace):
     base_loss: Figure | None
     entropy: Figure
     windows: Count
-    over_base: Sequence[Figure] | None
     prompt_end: Sequence[Share] | None
     notes: Sequence[str]
 

@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
@@ -24,9 +23,6 @@ from modekit.evaluation.inspection.tokens import split_text, token_texts
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.planning.shape import RouterPosition
-from modekit.recipes.recipe import place_of_base
-from modekit.routing.evidence import over_base
-from modekit.routing.text_router import RunningLogits, reads_tokens
 from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
 from modekit.text.document import message_of
@@ -84,7 +80,6 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
             for token in tokens_of(window, texts[start : start + window.size], each)
         ],
         weights=weights_RTE.tolist(),
-        over_base=_over_base(checkpoint, windows),
         prompt_end=weights_RTE[:, -1].mean(0).tolist() if isinstance(text, UserMessage) else None,
         without=named_changes(checkpoint, np.sum([each.changes_E for each in traced], axis=0) / scored),
         notes=_notes(len(windows), length, detailed, without_base),
@@ -95,18 +90,6 @@ def _loss_of_base(checkpoint: Checkpoint, windows: Sequence[TokenSequence], run:
     """Mean loss of the base model on the same tokens, in nats."""
     losses = token_losses(load_expert_source(checkpoint, None, run=run), windows, lambda _: None)
     return float(sums_of(losses).sum()) / sum(window.scored for window in windows)
-
-
-def _over_base(checkpoint: Checkpoint, windows: Sequence[TokenSequence]) -> list[float] | None:
-    """By how much the experts stand above the base after each token; None where the router reads more than tokens, or the base
-    is no expert.
-    """
-    base = place_of_base(checkpoint.record.recipe.experts)
-    if base is None or not reads_tokens(checkpoint):
-        return None
-    logits = RunningLogits(checkpoint)
-    found: list[float] = torch.cat([over_base(logits(window.ids), base) for window in windows]).tolist()
-    return found
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | UserMessage) -> tuple[list[int], list[str]]:

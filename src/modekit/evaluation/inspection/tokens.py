@@ -108,8 +108,7 @@ _LONGEST_WORD = 24  # characters; scripts without spaces are cut
 
 @dataclass(frozen=True)
 class Word:
-    """Text without the space around it, the sum of its tokens' losses (None when none was scored), mean weights (E), and by how
-    much experts stand above the base at its last token (None where the router does not say).
+    """Text without the space around it, the sum of its tokens' losses (None when none was scored), and mean weights (E).
 
     Tokens of space count with the word behind them.
     """
@@ -117,7 +116,6 @@ class Word:
     text: str
     loss: float | None
     weights_E: npt.NDArray[np.float64]
-    over_base: float | None = None
 
     @property
     def leader(self) -> int:
@@ -146,8 +144,7 @@ def words_of(trace: TextTrace, most: int) -> tuple[list[Word], bool]:
 def _word(trace: TextTrace, start: int, stop: int, text: str) -> Word:
     losses = [token.loss for token in trace.tokens[start:stop] if token.loss is not None]
     weights = np.mean([np.mean(router[start:stop], axis=0) for router in trace.weights], axis=0)
-    over_base = None if trace.over_base is None else trace.over_base[stop - 1]
-    return Word(text.strip(), sum(losses) if losses else None, weights, over_base)
+    return Word(text.strip(), sum(losses) if losses else None, weights)
 
 
 def evidence_of(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
