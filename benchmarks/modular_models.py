@@ -171,7 +171,7 @@ class Languages:
         settings = train_settings(
             {
                 "regime": "joint",
-                "losses": {"lm": 0.5, "distill": 0.5},
+                "losses": {"lm": 0.5, "forward_kl": 0.5},
                 "temperature": 2.0,
                 "teacher": str(self.folder / "teacher"),
                 "steps": self.budget.steps,

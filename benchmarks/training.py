@@ -61,7 +61,7 @@ ROBUST = {
 }
 FIVE_PERCENT = {
     "what": ["routers", "attention", "embeddings", "head", "norms"],
-    "losses": {"distill": 1.0},
+    "losses": {"forward_kl": 1.0},
     "share": 0.05,
     "steps": 240,
     "batch_tokens": 3072,
@@ -91,7 +91,7 @@ FIVE: dict[str, Variant] = {
     "FFN experts, average, distill, 480 steps": (AVERAGE, {**FIVE_PERCENT, "steps": 480}),
     "FFN experts, average, distill, all text": (AVERAGE, {**FIVE_PERCENT, "share": 1.0}),
     "FFN experts, average, lm": (AVERAGE, {**FIVE_PERCENT, "losses": {"lm": 1.0}}),
-    "FFN experts, average, lm and distill": (AVERAGE, {**FIVE_PERCENT, "losses": {"lm": 0.5, "distill": 1.0}}),
+    "FFN experts, average, lm and distill": (AVERAGE, {**FIVE_PERCENT, "losses": {"lm": 0.5, "forward_kl": 1.0}}),
     "FFN experts, average, distill": (AVERAGE, FIVE_PERCENT),
     "FFN experts, average, distill, token router": ({**TOKEN, "backbone": "average"}, FIVE_PERCENT),
     "attention and FFN experts, average": (MOST, None),

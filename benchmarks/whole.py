@@ -126,7 +126,7 @@ def trained(folder: Path, kind: str, seed: int) -> None:
         make_plan(parse_recipe(recipe(kind, VARIANTS[kind][name]), where=name), home), home / f"{kind}-start", overwrite=True
     )
     asked = {
-        **{"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH},
+        **{"what": ["all"], "losses": {"forward_kl": 1.0}, "backbone_learning_rate": 1e-3, "sequence_length": SEQUENCE_LENGTH},
         **{"steps": STEPS, "batch_tokens": 8_192, "select_tokens": 2_048},
     }
     start = time.process_time()

@@ -28,7 +28,6 @@ LOAD_TOKENS = 1_024
 """Per domain, of the select split."""
 RANDOM: RecipeData = {"fit": "random"}
 FORMAT = {"format": "modekit"}
-EXPERTS: RecipeData = {"what": ["experts"], "backbone_learning_rate": STEPS.rate}
 BOTH: RecipeData = {"what": ["experts", "routers"], "backbone_learning_rate": STEPS.rate}
 
 
@@ -139,23 +138,8 @@ LEARNT: list[Gate] = [
     _trained("lm alone", "1701.06538"),
     _trained("lm alone, experts too", "2101.03961", **BOTH),
     Gate("trained: noise", "1701.06538", _routed("random", noise=1.0), {}),
-    _with_loss("importance", "1701.06538", 0.1),
-    _with_loss("load", "1701.06538", 0.1),
     _with_loss("balance", "2101.03961", 0.01),
     _with_loss("z", "2202.08906", 0.001),
-    _with_loss("mutual", "2212.08066", 0.001),
     _with_loss("label", "modekit's loss", 0.1),
     _trained("all experts, then two", "2404.05567", train_top_k=0),
-    _trained("base", "2103.16716", gate="base"),
-    _trained("sinkhorn", "2202.01169", gate="sinkhorn"),
-    _trained("dselect", "2106.03760", gate="dselect"),
-    _trained("dense-to-sparse", "2112.14397", gate="dense-to-sparse"),
-    _trained("domain-random, experts too", "2303.10845", **BOTH, gate="domain-random", losses={"lm": 1.0, "label": 0.1}),
-    _trained(
-        "random and consistency, experts alone", "2110.04260", **EXPERTS, gate="random", losses={"lm": 1.0, "consistency": 5.0}
-    ),
-    _trained("capacity 1.25, drop", "2101.03961", capacity=1.25),
-    _trained("capacity 1.25, next", "2207.04672", capacity=1.25, overflow="next"),
-    _trained("capacity 1.25, by score", "2106.05974", capacity=1.25, priority="score"),
-    _trained("capacity 1.25, random second", "2006.16668", capacity=1.25, overflow="random"),
 ]

@@ -49,7 +49,7 @@ def _trained(pool: Pool, out: Path) -> Made:
     _plain(pool, out)
     checkpoint = open_checkpoint(out / "mixture")
     asked = {
-        **{"what": ["all"], "losses": {"distill": 1.0}, "backbone_learning_rate": STEPS.rate, "steps": STEPS.count},
+        **{"what": ["all"], "losses": {"forward_kl": 1.0}, "backbone_learning_rate": STEPS.rate, "steps": STEPS.count},
         **{"sequence_length": STEPS.length, "batch_tokens": STEPS.length * len(pool.text), "select_tokens": 1_024},
     }
     done = train_mixture(checkpoint, train_settings(asked, where="scoreboard"), evaluate_tokens=None)

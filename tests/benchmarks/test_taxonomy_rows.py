@@ -31,7 +31,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
             "trained",
             "",
             {"top_k": 2, "router": {"fit": "random"}},
-            {"steps": 2, "evaluate_every": 1, "losses": {"importance": 1.0}},
+            {"steps": 2, "evaluate_every": 1, "losses": {"z": 1.0}},
         ),
     ],
     ids=lambda gate: gate.name,

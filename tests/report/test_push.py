@@ -78,7 +78,12 @@ def test_a_history_names_no_path(shared_workshop: Workshop, tmp_path: Path, hub:
 def test_a_training_names_no_path(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = made(shared_workshop, tmp_path)
     record = json.loads((out / "modekit.json").read_text())
-    settings = {"what": ["routers"], "losses": {"distill": 1.0}, "teacher": f"{tmp_path}/big", "generic": [f"{tmp_path}/a.txt"]}
+    settings = {
+        "what": ["routers"],
+        "losses": {"forward_kl": 1.0},
+        "teacher": f"{tmp_path}/big",
+        "generic": [f"{tmp_path}/a.txt"],
+    }
     trained = {"settings": settings, "text": {}, "parameters": 1, "steps": 1, "tokens": 1, "select_loss": {}, "notes": []}
     (out / "modekit.json").write_text(json.dumps({**record, "training": [trained]}))
     content = pack(open_checkpoint(out), ask_hub=False).files["modekit.json"]

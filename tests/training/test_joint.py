@@ -122,7 +122,7 @@ def test_a_teacher_of_all_domains_is_who_distillation_goes_towards(workshop: Wor
     """With distillation alone and enough steps, the mixture's divergence from the teacher falls."""
     teacher = save(tiny_model("llama", seed=9, hidden_size=48, num_hidden_layers=2), workshop.root / "teacher")
     checkpoint = mixture(workshop)
-    said = settings(steps=15, losses={"lm": 0.1, "distill": 1.0}, teacher=str(teacher), batch_tokens=128)
+    said = settings(steps=15, losses={"lm": 0.1, "forward_kl": 1.0}, teacher=str(teacher), batch_tokens=128)
     done = train(checkpoint, said, out=workshop.root / "BETTER", evaluate_tokens=None)
     assert done.improved
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))

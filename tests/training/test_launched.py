@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 FIT = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 TRAINING = {
     "what": ["routers", "attention", "experts"],
-    "losses": {"lm": 1.0, "label": 0.1, "distill": 0.5},
+    "losses": {"lm": 1.0, "label": 0.1, "forward_kl": 0.5},
     "steps": 4,
     "batch_tokens": 400,
     "sequence_length": 64,

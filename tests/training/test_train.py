@@ -41,7 +41,6 @@ from modekit.training.losses import (
     GENERIC,
     distillation,
     domain_label,
-    importance,
     language_model,
     load_balance,
     z_loss,
@@ -238,23 +237,21 @@ def test_losses_are_their_formulas() -> None:
     assert distillation("forward_kl", logits, other, 1.0) == pytest.approx(float((q * (q / p).log()).sum()), rel=1e-4)
     assert distillation("reverse_kl", logits, other, 1.0) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
     p2, q2 = (logits / 2).softmax(-1), (other / 2).softmax(-1)
-    assert distillation("distill", logits, other, 2.0) == pytest.approx(4 * float((q2 * (q2 / p2).log()).sum()), rel=1e-4)
+    assert distillation("forward_kl", logits, other, 2.0) == pytest.approx(4 * float((q2 * (q2 / p2).log()).sum()), rel=1e-4)
     labels = torch.tensor([0, 3, GENERIC, 1, 2])
     own = -p.log()[[0, 1, 3, 4], [0, 3, 1, 2]].sum()
     assert domain_label(logits, labels, None) == pytest.approx(float(own - p.log()[2].mean()), rel=1e-5)
     assert domain_label(logits, labels, 2) == pytest.approx(float(own - p.log()[2, 2]), rel=1e-5)
     assert z_loss(logits) == pytest.approx(float(logits.exp().sum(-1).log().square().sum()), rel=1e-5)
-    sums = p.sum(0)
-    assert importance(logits) == pytest.approx(5 * float(sums.var(unbiased=False) / sums.mean() ** 2), rel=1e-5)
     sent = torch.zeros(5, 4)
     for row in range(5):
         sent[row, logits[row].topk(2).indices] = 0.5
     assert load_balance(logits, 2) == pytest.approx(5 * 4 * float((sent.mean(0) * p.mean(0)).sum()), rel=1e-5)
     even = torch.zeros(4, 4)
-    assert load_balance(even, 4) == pytest.approx(4.0) and importance(even) == pytest.approx(0.0)
+    assert load_balance(even, 4) == pytest.approx(4.0)
 
 
-ALL = {"lm": 1.0, "distill": 0.5, "distill_reverse": 0.3, "label": 0.2, "balance": 0.01, "importance": 0.1, "z": 0.001}
+ALL = {"lm": 1.0, "forward_kl": 0.5, "reverse_kl": 0.3, "label": 0.2, "balance": 0.01, "z": 0.001}
 
 
 @pytest.mark.parametrize("mixture", [None, CONTEXT], ids=["native", "context"])
@@ -264,7 +261,7 @@ def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[st
     teachers = make_teachers(
         checkpoint, corpora, workshop.root / "work", run=Run(trust_remote_code=False, progress=lambda *_: None)
     )
-    names = {name: weight for name, weight in ALL.items() if name not in {"balance", "importance"}}  # products over a batch
+    names = {name: weight for name, weight in ALL.items() if name != "balance"}  # a product over a batch
     settings = settings_of(losses=names, what=["all"])
 
     def total(packed: bool, parts: int) -> dict[str, float]:
@@ -315,7 +312,7 @@ def test_a_teacher_says_what_its_expert_says_of_every_token(workshop: Workshop) 
             start += len(sequence.ids)
 
 
-@pytest.mark.parametrize("loss", ["label", "balance", "z", "distill"])
+@pytest.mark.parametrize("loss", ["label", "balance", "z", "forward_kl"])
 def test_each_loss_falls_when_it_is_trained_on(workshop: Workshop, loss: str) -> None:
     router = {"fit": "random", "temperature": 0.05}  # gates that are far from even
     checkpoint = built(workshop, mixture={"method": "routing", "top_k": 2, "router": router})
@@ -335,13 +332,13 @@ def test_an_adaptive_weight_follows_the_larger_loss(workshop: Workshop) -> None:
     objective = Objective(
         load_model(checkpoint.folder),
         checkpoint,
-        settings_of(losses={"lm": 1.0, "distill": 3.0}, adaptive=True),
+        settings_of(losses={"lm": 1.0, "forward_kl": 3.0}, adaptive=True),
         teachers=[],
         train_top_k=None,
         packed=False,
     )
-    weights = objective.weights({"lm": torch.tensor(3.0), "distill": torch.tensor(1.0)})
-    assert weights == pytest.approx({"lm": 3.0, "distill": 1.0})
+    weights = objective.weights({"lm": torch.tensor(3.0), "forward_kl": torch.tensor(1.0)})
+    assert weights == pytest.approx({"lm": 3.0, "forward_kl": 1.0})
     assert sum(weights.values()) == pytest.approx(4.0)
 
 
@@ -662,7 +659,7 @@ def adapters(workshop: Workshop, mixture: dict[str, Any]) -> Checkpoint:
 
 def test_adapters_move_themselves_under_low_rank_training(workshop: Workshop) -> None:
     checkpoint = adapters(workshop, {"method": "routing", "top_k": 2, "router": {"fit": "random"}})
-    done = run(checkpoint, what=["all"], lora=2, losses={"lm": 1.0, "label": 0.1, "distill": 0.1})
+    done = run(checkpoint, what=["all"], lora=2, losses={"lm": 1.0, "label": 0.1, "forward_kl": 0.1})
     assert done.improved and is_proven(verify(open_checkpoint(checkpoint.folder)))
     export_adapter(open_checkpoint(checkpoint.folder), "law", workshop.root / "law-again", overwrite=False)
     record = json.loads((workshop.root / "law-again" / "export.json").read_text())
@@ -676,7 +673,7 @@ def test_routers_that_score_by_a_norm_can_be_trained_beside_the_base(workshop: W
 
 
 def test_a_part_without_rows_has_no_loss(workshop: Workshop) -> None:
-    done = run_routers(built(workshop), losses={"lm": 1.0, "balance": 0.01, "importance": 0.1}, accumulate=20)
+    done = run_routers(built(workshop), losses={"lm": 1.0, "balance": 0.01}, accumulate=20)
     assert done.failed is None
 
 

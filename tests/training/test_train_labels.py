@@ -107,7 +107,10 @@ def test_generic_text_has_its_share_beside_domains_of_any_mix(
     ("values", "words"),
     [
         ({"randomise": 0.2, "randomise_to": "all"}, "without effect here: randomise"),
-        ({"randomise": 0.2, "losses": {"lm": 1.0, "distill": 0.1}, "teacher": "x"}, "effect here: randomise; .* add .* tags, "),
+        (
+            {"randomise": 0.2, "losses": {"lm": 1.0, "forward_kl": 0.1}, "teacher": "x"},
+            "effect here: randomise; .* add .* tags, ",
+        ),
         ({"generic_share": 0.2}, "without effect here: generic_share"),
     ],
 )
@@ -196,7 +199,7 @@ def test_a_teacher_is_asked_about_what_is_read(tagged_workshop: Workshop, tmp_pa
     checkpoint = open_checkpoint(
         tagged_workshop.build("taught", mixture={"modules": "decoder", "top_k": 1, "router": DECODERS["router"]})
     )
-    said = settings(tags=True, losses={"distill": 1.0}, teacher="law", what=["all"])
+    said = settings(tags=True, losses={"forward_kl": 1.0}, teacher="law", what=["all"])
     corpora = [text.corpus for text in read_texts(checkpoint, said, {}, tmp_path, run=QUIET)]
     teachers = make_teachers(checkpoint, corpora, tmp_path / "kept", tagged_workshop.root / "law", run=QUIET)
     parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=False)

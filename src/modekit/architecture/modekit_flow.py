@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-_OF_A_PASS = ("listener", "keeper", "chooser")  # what no copy of a model takes with it
+_OF_A_PASS = ("listener", "keeper")  # what no copy of a model takes with it
 _HELD = (
     "mask_BS",
     "ids_BS",
@@ -56,7 +56,6 @@ class Flow:
         forced: an expert's place, or one per sequence (B,), that gets all weight whatever the routers say.
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
-        chooser: called with a router's place, its logits and the weights that they give, while it trains: the weights to take.
         keeper: who remembers in place of `states`, where an engine runs the model.
         common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
         beside: with `forced`: whether the common expert takes part all the same.
@@ -94,7 +93,6 @@ class Flow:
         self.beside = False
         self.sequences: int | None = None
         self.listener: Callable[[str, torch.Tensor], None] | None = None
-        self.chooser: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._lock = threading.RLock()
         self._depth = 0  # how often the thread that holds the lock has begun
         self._owner: int | None = None  # that thread

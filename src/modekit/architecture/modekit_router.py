@@ -95,8 +95,7 @@ class Router(nn.Module):
             flow.listener(self.place, logits)
         if self.training and self.routing.get("noise"):
             logits = logits + torch.randn_like(logits) * self.routing["noise"]
-        weights = select(logits, self.routing, flow.left_out)
-        return flow.chooser(self.place, logits, weights) if self.training and flow.chooser is not None else weights
+        return select(logits, self.routing, flow.left_out)
 
     @property
     def has_decided(self) -> bool:

@@ -1,4 +1,4 @@
-"""A loaded mixture, whatever its shape: its gates, and routers that are overruled, traced, or choose otherwise for a while.
+"""A loaded mixture, whatever its shape: its gates, and routers that are overruled or traced for a while.
 
 native.py and modekit.py answer for the two shapes, shapes.py has the table of them.
 
@@ -8,7 +8,7 @@ Shape legend: B batch, S sequence, T target of a pair, D width, E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
-
-Chooser = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""A router slot, its logits, and the weights that they give -> the weights to take, of the same shape, at most 1 in sum."""
 
 
 class RouterTrace:
@@ -93,10 +90,6 @@ class LoadedMixture(ABC):
     @abstractmethod
     def set_top_k(self, top_k: int | None) -> None:
         """Let every router choose `top_k` experts per token; None: as many as the checkpoint says. The config stays."""
-
-    @abstractmethod
-    def choose_by(self, chooser: Chooser) -> None:
-        """From now on take the chooser's weights while the model trains, and the config's own otherwise."""
 
     @abstractmethod
     def forced(self, expert: int) -> AbstractContextManager[None]:

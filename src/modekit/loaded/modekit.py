@@ -16,7 +16,7 @@ from modekit.architecture.modekit_flow import Flow
 from modekit.architecture.modekit_router import Router
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.loaded.load import load_model
-from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
+from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import reads_target
 from modekit.planning.mixture_config import leader_of
 from modekit.planning.shape import RouterSlot
@@ -56,11 +56,6 @@ class ModekitMixture(LoadedMixture):
             routing |= {"method": "routing", **dict.fromkeys(CHOICES), "top_k": top_k}
         for router in routers_at(self.model, self.checkpoint.slots):
             router.set(routing)
-
-    def choose_by(self, chooser: Chooser) -> None:
-        """By the flow that all routers share."""
-        numbers = self._numbers()
-        flow_of(self.model).chooser = lambda place, logits, weights: chooser(numbers[place], logits, weights)
 
     def forced(self, expert: int) -> AbstractContextManager[None]:
         """By the flow that all routers share."""

@@ -18,12 +18,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from modekit.architecture.modekit_router import select
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.errors import CheckpointError
 from modekit.loaded.load import LOADING, decoder_layers, default_device, said_by, without_bars
-from modekit.loaded.mixture import Chooser, LoadedMixture, RouterTrace
+from modekit.loaded.mixture import LoadedMixture, RouterTrace
 from modekit.loaded.passes import removed
 from modekit.planning.channels import Channels
 from modekit.planning.native_shape import NativeShape
@@ -120,12 +119,6 @@ class NativeMixture(LoadedMixture):
                 if hasattr(module, "top_k"):
                     setattr(module, "top_k", chosen)  # noqa: B010
 
-    def choose_by(self, chooser: Chooser) -> None:
-        """By logits that say the weights, and by the blocks' outputs, which are scaled by the sum of the weights."""
-        for number, (layer, gate) in enumerate(zip(decoder_layers(self.model), self.gates(), strict=True)):
-            router, block = layer.get_submodule(self.native.router_module), self.ffn(layer)
-            _ChosenWeights(partial(chooser, number), block).stand_at(router, gate)
-
     @contextmanager
     def forced(self, expert: int) -> Iterator[None]:
         """The expert's logit is 10,000 and the others' less by twice as much: softmax is exactly one-hot."""
@@ -158,10 +151,7 @@ class NativeMixture(LoadedMixture):
         def read(number: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             trace.said[number] = args[0]
 
-        handles = [  # in front of choosers, which change what is read
-            router.register_forward_pre_hook(partial(read, number), prepend=True)
-            for number, router in enumerate(self.routers())
-        ]
+        handles = [router.register_forward_pre_hook(partial(read, number)) for number, router in enumerate(self.routers())]
         with removed(handles):
             yield trace
 
@@ -199,49 +189,6 @@ class NativeMixture(LoadedMixture):
                 handles.append(self.ffn(layer).register_forward_hook(lambda _module, _args, y: y * factor))
         with removed(handles):
             yield
-
-
-class _ChosenWeights:
-    """Weights of another's choice in one layer, while it trains, with a gradient to its gate; `choose`: a chooser for its slot.
-
-    The router reads logits in place of x through the gate [I | 0], as when it is overruled, and makes them weights that sum to
-    1; the block's output is scaled by what they are to sum to. So a token without experts gets nothing, and a single expert's
-    weight has a gradient. Hooks stay: a layer that is computed again for its gradient finds them.
-    """
-
-    def __init__(self, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], block: nn.Module) -> None:
-        self._choose = choose
-        self._top_k_of = next(module for module in block.modules() if hasattr(module, "top_k"))
-        self._sums_T1 = torch.ones(1, 1)
-        block.register_forward_hook(self._scaled)
-
-    def stand_at(self, router: nn.Module, gate: nn.Parameter) -> None:
-        """Take part in what the router computes while it trains."""
-        found = ((owner, name) for owner in router.modules() for name, each in owner._parameters.items() if each is gate)
-        self._owner, self._name = next(found)
-        self._gate = self._owner._parameters[self._name]
-        router.register_forward_pre_hook(self._before)
-        router.register_forward_hook(self._after, always_call=True)
-
-    def _before(self, router: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        x, gate = args[0], self._owner._parameters[self._name]
-        self._gate = gate
-        if not router.training or gate is None:
-            return None
-        logits = nn.functional.linear(x.to(gate.dtype), gate).float()
-        weights = self._choose(logits, select(logits, {"method": "routing", "top_k": self._top_k_of.top_k}))
-        sums = weights.sum(-1, keepdim=True)
-        self._sums_T1 = sums.view(-1, 1)
-        shares = torch.where(sums > 0, weights / sums.clamp_min(1e-12), 1.0 / len(gate))
-        said = torch.where(shares > 0, shares.clamp_min(1e-12).log(), -_FAR).to(x.dtype)
-        self._owner._parameters[self._name] = nn.Parameter(torch.eye(*gate.shape).to(gate), requires_grad=False)
-        return (nn.functional.pad(said, (0, x.shape[-1] - said.shape[-1])), *args[1:])
-
-    def _after(self, *_: object) -> None:
-        self._owner._parameters[self._name] = self._gate
-
-    def _scaled(self, block: nn.Module, _: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        return y * self._sums_T1.view(*y.shape[:-1], 1).to(y.dtype) if block.training else y
 
 
 def _read_logits(

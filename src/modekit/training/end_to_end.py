@@ -19,7 +19,7 @@ from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
 from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
-from modekit.training.objective import DomainTeacher, Objective, lost_teachers, make_teachers
+from modekit.training.objective import DomainTeacher, Objective, make_teachers
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
 from modekit.training.texts import silent_domains
@@ -37,12 +37,12 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     steps = settings.steps or steps_of_one_pass(corpora, settings)
     per_step = accumulate * processes().count
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
-    teachers = _teachers(request, folder, notes, run) if DISTILLS & set(settings.losses) else []
+    teachers = _teachers(request, folder, run) if DISTILLS & set(settings.losses) else []
     mixture, held_out = trainable.model, [text.held_out for text in request.texts]
-    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed, steps=steps)
+    objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     loop = loop_of(settings, steps, mixture.device, parts=accumulate)
     done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
-    notes += [*([done.stopped] if done.stopped else []), *objective.notes()]
+    notes += [done.stopped] if done.stopped else []
     if not done.improved:
         notes.append("no state was better on held-out text than the start: nothing was changed")
     read = (draw for part in parts[: done.steps * per_step] for row in part.rows for draw in row)
@@ -51,18 +51,13 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
     return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
 
 
-def _teachers(request: Request, folder: Path, notes: list[str], run: Run) -> list[DomainTeacher | None]:
-    """One per corpus; `notes` get what they are where an expert's own model is missing."""
-    checkpoint, corpora = request.checkpoint, request.corpora
-    if checkpoint.shape.family.pair:
+def _teachers(request: Request, folder: Path, run: Run) -> list[DomainTeacher | None]:
+    if request.checkpoint.shape.family.pair:
         found = ", ".join(DISTILLS & set(request.settings.losses))
         raise TrainingError(
             "models with an encoder are not distilled yet", where="losses", found=found, remedy="train them on text alone"
         )
-    lost = lost_teachers(checkpoint, corpora, run=run) if request.teacher is None else {}
-    forced = "had the mixture with this expert forced as its teacher"
-    notes += [f"{checkpoint.names[expert]} {forced}: {why}" for expert, why in lost.items()]
-    return make_teachers(checkpoint, corpora, folder, request.teacher, lost=lost, run=run)
+    return make_teachers(request.checkpoint, request.corpora, folder, request.teacher, run=run)
 
 
 def _trainable(request: Request, run: Run) -> TrainableMixture:
@@ -84,38 +79,25 @@ def _trainable(request: Request, run: Run) -> TrainableMixture:
 
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     """How many experts a token gets while training, and what has to be said about it. Raises TrainingError."""
-    top_k, notes = _top_k_and_notes(checkpoint, settings)
-    experts, taken = len(checkpoint.names), top_k or checkpoint.record.recipe.top_k
-    without = [f"losses: {name}" for name in ("balance", "load") if name in settings.losses]
-    if settings.gate is not None and settings.gate_row.reads_top_k and not settings.gate_row.takes_any:
-        without.append(f"gate: {settings.gate}")
-    if without and 1 < experts <= taken:
-        raise TrainingError(
-            "every token gets all experts, so that nothing is left to choose",
-            where=", ".join(without),
-            found=f"{taken} experts per token of {experts}",
-            remedy=f"set train_top_k to {experts - 1}, or leave this out (the loss importance evens out weights)",
-        )
-    return top_k, notes
-
-
-def _top_k_and_notes(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
     experts, own = len(checkpoint.names), checkpoint.record.recipe.top_k
-    if settings.is_joint or not settings.gate_row.reads_top_k:
+    asked = experts if settings.train_top_k == 0 else settings.train_top_k
+    if asked is not None and asked > experts:
+        most = f"at most {experts}, or 0 for all"
+        raise TrainingError("there are fewer experts", where="train_top_k", found=asked, expected=most, remedy="lower it")
+    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and not settings.is_joint
+    alone = own == 1 and experts > 1 and not has_no_router(checkpoint) and bool(moves_routers)
+    top_k = 2 if asked is None and alone else asked
+    if "balance" in settings.losses and 1 < experts <= (top_k or own):
+        raise TrainingError(
+            "every token gets all experts, so that nothing is left to balance",
+            where="losses: balance",
+            found=f"{top_k or own} experts per token of {experts}",
+            remedy=f"set train_top_k to {experts - 1}, or leave this out",
+        )
+    if top_k is None:
         return None, []
-    if settings.train_top_k is not None:
-        wanted = settings.train_top_k or experts
-        if wanted > experts:
-            most = f"at most {experts}, or 0 for all"
-            raise TrainingError("there are fewer experts", where="train_top_k", found=wanted, expected=most, remedy="lower it")
-        return wanted, [f"trained with {wanted} experts per token; the checkpoint goes on to use {own}"]
-    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and settings.gate is None
-    if own == 1 and experts > 1 and not has_no_router(checkpoint) and (moves_routers or settings.overflow == "random"):
-        return 2, [
-            "trained with 2 experts per token: a single expert's renormalised weight is 1, which gives its router no gradient; "
-            "the checkpoint goes on to use 1"
-        ]
-    return None, []
+    why = ": a single expert's renormalised weight is 1, which gives its router no gradient" if asked is None else ""
+    return top_k, [f"trained with {top_k} experts per token{why}; the checkpoint goes on to use {own}"]
 
 
 def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:

@@ -44,14 +44,14 @@ from modekit.training.settings import TrainSettings
 
 
 class JudgedModule(TrainedModule):
-    """A model whose losses are summed over a batch's tokens, and that scores held-out text; `steps` are those of the whole run.
+    """A model whose losses are summed over a batch's tokens, and that scores held-out text.
 
     `gate_names`: parameters of routers, which have a learning rate of their own.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: TrainSettings, steps: int) -> None:
+    def __init__(self, model: PreTrainedModel, settings: TrainSettings) -> None:
         super().__init__(model)
-        self.settings, self.steps = settings, steps
+        self.settings = settings
         self.gate_names: list[str] = []
         self._sums: dict[str, float] = {}
 

@@ -1,5 +1,5 @@
 """What a training moves towards. Every loss is a sum over real tokens, so that parts of a step add up; pads never count.
-(balance, importance, load and mutual are of means over the tokens of a part: they depend on how a step is cut.)
+(balance is of means over the tokens of a part: it depends on how a step is cut.)
 
 Shape legend: N tokens, V vocabulary, C classes that two distributions are compared over (the vocabulary, or some of its
 tokens and all others as one), E experts.
@@ -13,7 +13,6 @@ import torch
 
 GENERIC = -1
 """Label of a token of no domain."""
-_TINY = 1e-30
 
 
 def language_model(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -42,8 +41,6 @@ def total_variation(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch
 
 
 DIVERGENCES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "distill": forward_kl,
-    "distill_reverse": reverse_kl,
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "teacher_ce": teacher_ce,
@@ -96,49 +93,6 @@ def load_balance(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
         return logits_NE.sum()
     taken_NE = torch.zeros_like(logits_NE).scatter(-1, logits_NE.topk(top_k, dim=-1).indices, 1.0 / top_k)
     return count * experts * (taken_NE.mean(0) * logits_NE.softmax(-1).mean(0)).sum()
-
-
-def importance(logits_NE: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation of the experts' summed probabilities (Eq. 7, arXiv:1701.06538), times the tokens."""
-    if len(logits_NE) == 0:
-        return logits_NE.sum()
-    return len(logits_NE) * _variation(logits_NE.softmax(-1).sum(0))
-
-
-def _variation(values_E: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation."""
-    variation: torch.Tensor = values_E.var(unbiased=False) / values_E.mean().square()
-    return variation
-
-
-def load(logits_NE: torch.Tensor, noisy_NE: torch.Tensor, top_k: int, deviation: float) -> torch.Tensor:
-    """Squared coefficient of variation of the experts' loads (Eq. 8-11, arXiv:1701.06538), times the number of tokens.
-
-    The load of an expert is the sum over tokens of the probability that it is among the top_k when its noise is drawn anew and
-    the others keep theirs: Phi((logit - k-th largest of the other noisy logits) / deviation).
-    """
-    count, experts = logits_NE.shape
-    if count == 0 or top_k >= experts:
-        return logits_NE.sum() * 0.0
-    best_NK = noisy_NE.topk(top_k + 1, dim=-1).values
-    is_taken_NE = noisy_NE >= best_NK[:, top_k - 1, None]
-    others_NE = torch.where(is_taken_NE, best_NK[:, top_k, None], best_NK[:, top_k - 1, None])
-    return count * _variation(torch.special.ndtr((logits_NE - others_NE) / deviation).sum(0))
-
-
-def mutual(logits_NE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """-I(E; M) of experts and domains (arXiv:2212.08066), times the number of tokens; tokens of no domain do not count."""
-    probabilities_NE, labels_N = logits_NE[labels_N != GENERIC].softmax(-1), labels_N[labels_N != GENERIC]
-    if len(labels_N) == 0:
-        return logits_NE.sum() * 0.0
-    joint_ME = torch.nn.functional.one_hot(labels_N).to(probabilities_NE).t() @ probabilities_NE / len(labels_N)
-    apart_ME = joint_ME.sum(1, keepdim=True) * joint_ME.sum(0, keepdim=True)
-    return -len(labels_N) * (joint_ME * (joint_ME.clamp_min(_TINY) / apart_ME.clamp_min(_TINY)).log()).sum()
-
-
-def consistency(first_NC: torch.Tensor, second_NC: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the symmetric divergence of two passes' log-probabilities (N, C) (arXiv:2110.04260)."""
-    return 0.5 * (forward_kl(first_NC, second_NC) + reverse_kl(first_NC, second_NC))
 
 
 def z_loss(logits_NE: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import torch
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
 from modekit.training.batches import DomainSequences
-from modekit.training.losses import GENERIC
 from modekit.training.settings import OF_ROUTERS, TrainSettings
 from modekit.training.texts import TrainingText, silent_domains
 
@@ -52,7 +51,7 @@ class Request:
         checkpoint, settings = self.checkpoint, self.settings
         of_routers = OF_ROUTERS & set(settings.losses)
         routers_only = set(settings.what) == {"routers"}
-        if has_no_router(checkpoint) and (routers_only or of_routers or settings.chooses):
+        if has_no_router(checkpoint) and (routers_only or of_routers):
             raise TrainingError(
                 "this mixture has no router to train",
                 where=str(checkpoint.folder),
@@ -61,8 +60,6 @@ class Request:
             )
         if checkpoint.record.carry is not None:
             self._check_carrying(routers_only or bool(of_routers))
-        if settings.chooses:
-            self._check_gate()
         if settings.is_joint:
             self._check_joint()
         if settings.randomise > 0 and settings.randomise_to in ("all", "others") and len(checkpoint.names) == 1:
@@ -73,19 +70,12 @@ class Request:
                 remedy="write randomise_to: generic",
             )
         silent = silent_domains(checkpoint, self.texts)
-        if "mutual" in settings.losses and len({corpus.expert for corpus in self.corpora} - {GENERIC}) < 2:
-            raise TrainingError(
-                "experts tell nothing of domains where there is one",
-                where="losses",
-                found="mutual, and text of one domain",
-                remedy="give text of two domains at least, or leave it out",
-            )
         if silent and "label" in settings.losses:
             raise TrainingError(
                 "labels of some domains alone would turn every router to them",
                 where="--text",
                 found=f"no text of {', '.join(silent)}",
-                remedy="give text of every domain, or train on lm or distill",
+                remedy="give text of every domain, or train on lm or forward_kl",
             )
 
     def _check_carrying(self, of_routers: bool) -> None:
@@ -100,17 +90,6 @@ class Request:
                 where=str(self.checkpoint.folder),
                 found=found,
                 remedy=beside if of_routers else f"leave out {found}",
-            )
-
-    def _check_gate(self) -> None:
-        """Raise TrainingError where what an expert always has would be shared out."""
-        settings, routing = self.settings, self.checkpoint.shape.routing
-        if routing.always_on is not None and not routing.runs_common:
-            raise TrainingError(
-                "an expert that is always on has its share of every token, which no gate or capacity may take",
-                where="gate" if settings.gate is not None else "capacity",
-                found="always_on",
-                remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
             )
 
     def _check_joint(self) -> None:

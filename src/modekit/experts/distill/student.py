@@ -60,7 +60,7 @@ class Student(JudgedModule):
     """A student with its losses. Nothing but the student has parameters; the teacher is no part of the module."""
 
     def __init__(self, student: PreTrainedModel, lesson: Lesson, settings: TrainSettings, steps: int) -> None:
-        super().__init__(student, settings, steps)
+        super().__init__(student, settings)
         self._lesson = lesson
         self._weight = CrossEntropyWeight(lesson.settings, steps)
 
