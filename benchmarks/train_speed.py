@@ -73,7 +73,7 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
             optimizer: torch.optim.Optimizer = optimizer,
         ) -> None:
             for number in range(len(parts)):
-                objective(**batches[number])["loss"].backward()
+                objective(**batches[number]).backward()
             torch.nn.utils.clip_grad_norm_(moving, 1.0)
             optimizer.step()
             optimizer.zero_grad()

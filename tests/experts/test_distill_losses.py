@@ -57,10 +57,10 @@ LONG, SHORT = TokenSequence(tuple(range(4, 36)), 31), TokenSequence(tuple(range(
 @pytest.mark.parametrize("name", NAMES)
 def test_pads_change_no_loss(name: str) -> None:
     student = student_of(losses={name: 1.0})
-    together = student(**batch_of([LONG, SHORT]))["loss"]
-    other_pads = student(**batch_of([LONG, SHORT], pad_id=77))["loss"]
+    together = student(**batch_of([LONG, SHORT]))
+    other_pads = student(**batch_of([LONG, SHORT], pad_id=77))
     assert float(together.detach()) == pytest.approx(float(other_pads.detach()), rel=1e-6)
-    alone = [float(student(**batch_of([each]))["loss"].detach()) for each in (LONG, SHORT)]
+    alone = [float(student(**batch_of([each])).detach()) for each in (LONG, SHORT)]
     assert float(together.detach()) == pytest.approx((31 * alone[0] + 16 * alone[1]) / 47, rel=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_tags_and_what_stands_first_behind_them_are_no_targets() -> None:
 def test_the_teacher_is_no_part_of_what_is_trained_and_gets_no_gradient(tmp_path: Path) -> None:
     student = student_of()
     assert {name.partition(".")[0] for name, _ in student.named_parameters()} == {"model"}
-    student(**batch_of([LONG]))["loss"].backward()
+    student(**batch_of([LONG])).backward()
     teacher = student._lesson.teacher
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
 
@@ -97,7 +97,7 @@ def test_alternating_steps_move_by_one_loss_each_beginning_with_the_text() -> No
     student = student_of(alternate=True, weights=0.25)
     said: list[tuple[float, dict[str, float]]] = []
     for _ in range(2):
-        loss = float(student(**batch_of([LONG]))["loss"].detach())
+        loss = float(student(**batch_of([LONG])).detach())
         said.append((loss, student.drain()))
     assert said[0][0] == pytest.approx(2 * 0.25 * said[0][1][CROSS_ENTROPY], rel=1e-6)
     assert said[1][0] == pytest.approx(2 * 0.75 * said[1][1][DISTILLATION], rel=1e-6)

@@ -94,7 +94,6 @@ def test_mixed_dtypes_of_the_base_are_kept(workshop: Workshop) -> None:
 
 
 def test_nothing_else_is_changed_by_a_training(workshop: Workshop) -> None:
-    """Trainer sets `use_cache` of a model and seeds all generators of the process."""
     draws = [np.random.get_state()[1].tolist(), random.getstate()]
     run(workshop, "new")
     assert [np.random.get_state()[1].tolist(), random.getstate()] == draws

@@ -43,9 +43,6 @@ LIBRARIES = {
     "save_pretrained",
     "savefig",
     "convert",
-    "_save_checkpoint",
-    "TrainingArguments",
-    "TensorBoardCallback",
     "SummaryWriter",
     "JournalFileBackend",
     "JournalFileOpenLock",
@@ -61,9 +58,6 @@ DOORS = {"library_writes", "appearing"}
 """What gives it a place: a call in such a block is in order."""
 ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into the folder that specialize.py and distill.py get from `library_writes`",
-    ("loaded/engine.py", "_save_checkpoint"): "into a folder that `new_folder` made",
-    ("loaded/engine.py", "TrainingArguments"): "OUT.training, in which states_folder.py finds no link (`link_in`)",
-    ("training/engine.py", "TensorBoardCallback"): "OUT.training, likewise",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
     ("members/licences.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",

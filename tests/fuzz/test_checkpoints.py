@@ -61,7 +61,7 @@ class Stranger:
     def files(self) -> list[str]:
         """Everything that modekit reads of it."""
         names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return [name for name in names if not name.endswith((".py", ".md.partial")) and "tensorboard" not in name]
+        return [name for name in names if not name.endswith((".py", ".md.partial"))]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def train_only(checkpoint: Checkpoint, text: dict[str, list[str]]) -> dict[str, 
     batches = Batches(corpora, parts, pad_id=0)
     for number in range(0, len(batches), 2):
         for part in (number, number + 1):
-            objective(**batches[part])["loss"].backward()
+            objective(**batches[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name in tensors_of(checkpoint.folder)}

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 import modekit.training.finish as finish_module
 import modekit.training.objective as objective_module
@@ -270,7 +270,7 @@ def test_padding_and_packing_change_no_loss(workshop: Workshop, mixture: dict[st
         )
         planned = plan_parts(corpora, settings, steps=1, experts=3, parts=parts, pack=packed)
         batches = Batches(corpora, planned, pad_id=0)
-        losses = sum(float(objective(**batches[number])["loss"].detach()) for number in range(parts))
+        losses = sum(float(objective(**batches[number]).detach()) for number in range(parts))
         return {"total": losses, **objective.drain()}
 
     alone = total(False, 40)
@@ -443,9 +443,9 @@ def test_a_state_that_a_kill_cut_short_is_not_gone_on_from(workshop: Workshop) -
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("trainer_state.json", b'{"epoch": 0.5, "global_st'),
+        ("history.json", b'{"history": [{"lo'),
         ("model.safetensors", b"cut short"),
-        ("optimizer.pt", b"cut short"),
+        ("optimizer.safetensors", b"cut short"),
     ],
 )
 def test_a_damaged_state_says_what_to_remove(workshop: Workshop, file: str, content: bytes) -> None:
@@ -546,7 +546,6 @@ def test_results_show_before_and_after(workshop: Workshop) -> None:
     assert data["training"]["settings"]["what"] == ["head"]
     assert "mixture before" in (checkpoint.folder / "results" / "train.md").read_text()
     assert {"loss", "loss_lm", "eval_law_loss", "learning_rate", "step"} <= set(log_of(checkpoint)[0])
-    assert any((checkpoint.folder / "results" / "tensorboard").iterdir())
     record = open_checkpoint(checkpoint.folder).record
     assert len(record.training) == 1 and len(record.training[0].text["law"]["sha256"]) == 64
 
@@ -687,14 +686,6 @@ def test_a_training_does_not_touch_what_another_left(workshop: Workshop) -> None
     assert precious.read_text() == "mine"
 
 
-def test_several_devices_without_a_launcher_are_used_as_one(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, other = built(workshop, "WHOLE"), built(workshop, "OTHER")
-    run(whole, what=["head"])
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2), raising=False)
-    run(other, what=["head"])
-    assert tensors_of(whole.folder) == tensors_of(other.folder)
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5_text"])
 def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, family: str) -> None:
     overrides = OVERRIDES_QWEN3_5 if family == "qwen3_5_text" else FAMILIES[family]
@@ -710,7 +701,7 @@ def test_packed_documents_do_not_see_each_other_in_any_family(tmp_path: Path, fa
     for pack in (False, True):
         objective = Objective(load_model(checkpoint.folder), checkpoint, settings, teachers=[], train_top_k=None, packed=pack)
         batches = Batches(corpora, plan_parts(corpora, settings, steps=1, experts=3, parts=1, pack=pack), pad_id=0)
-        losses.append(float(objective(**batches[0])["loss"].detach()))
+        losses.append(float(objective(**batches[0]).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -145,7 +145,7 @@ def test_a_sequence_is_read_with_the_tag_of_its_label(tagged_workshop: Workshop,
         assert check_rows(corpora, parts[0].rows, item) >= 3
         objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packed)
         with torch.no_grad():
-            found = float(objective(**item)["loss"])
+            found = float(objective(**item))
         read = [corpora[draw.corpus].read_as(draw.sequence, draw.label) for row in parts[0].rows for draw in row]
         assert found == pytest.approx(score_domain(model, Domain("all", None, read), lambda _: None).loss, rel=1e-4)
         assert int(item["targets"]) == sum(sequence.scored for sequence in read)
@@ -164,7 +164,7 @@ def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_w
     assert {each.silent for each in read} == {None, 1}
     objective = Objective(load_model(out), checkpoint, said, teachers=[], train_top_k=None, packed=True)
     with torch.no_grad():
-        found = float(objective(**Batches(corpora, parts, pad_id=0)[0])["loss"])
+        found = float(objective(**Batches(corpora, parts, pad_id=0)[0]))
     wanted = score_domain(load_model(out), Domain("all", None, read), lambda _: None).loss
     assert found == pytest.approx(wanted, rel=1e-4)
     train(checkpoint, said, evaluate_tokens=None, texts=texts)
@@ -321,7 +321,7 @@ def test_the_expert_of_a_drawn_label_learns_and_no_other(tagged_workshop: Worksh
     objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packs(checkpoint, said))
     batches = Batches(law, parts, pad_id=0)
     for number in range(3):
-        objective(**batches[number])["loss"].backward()
+        objective(**batches[number]).backward()
     moved = {name.partition(".experts.")[2].partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     wanted = {str(part.expert) for part in parts} if to == "others" else set()
     assert moved - {""} == wanted and "1" not in moved

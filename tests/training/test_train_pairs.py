@@ -91,7 +91,7 @@ def test_losses_of_a_step_are_those_of_its_pairs(pair_workshop: Workshop, tmp_pa
     model = load_model(checkpoint.folder)
     objective = Objective(model, checkpoint, wanted, teachers=[], train_top_k=None, packed=False)
     with torch.no_grad():
-        found = float(objective(**item)["loss"])
+        found = float(objective(**item))
         draws = [draw for row in parts[0].rows for draw in row]
         lm, label = 0.0, 0.0
         for draw in draws:

@@ -1,47 +1,41 @@
-"""The one training loop: transformers' Trainer over planned batches, whatever launcher and however many processes.
+"""The one training loop: planned batches through accelerate, whatever launcher and however many processes.
 
 What is trained is a `TrainedModule`: a model with its loss. Batches come in their order, states hold only what moves
-(states.py), and nothing is judged: training/engine.py adds held-out losses, by which a mixture's best state is found.
+(states.py). Whoever gives a judge (training/engine.py) has states compared by it.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel
 
 from modekit.errors import TrainingError
-from modekit.files.write import appearing, disk_errors, make_folder, new_folder, sync_tree, write_file
-from modekit.loaded.load import verbosity_kept
-from modekit.loaded.states import COMPLETE, STATE_FILE, check_names, state_read, state_to_resume
+from modekit.loaded.states import History, Tensors, damaged, read_state, tidy, whole_states, write_state
+from modekit.processes import processes
 from modekit.run import DETAIL, Run
 
 STATE_SECONDS = 120.0
 """Between two states of a training that is not judged: what a kill costs at most, unless writing one takes long."""
 _STATE_SHARE = 20  # at most one second of so many is spent on writing states
-BETAS = (0.9, 0.95)
-"""Of AdamW."""
+_BETAS = (0.9, 0.95)
 
 
 class TrainedModule(nn.Module):
-    """A model with its loss: a batch goes in, {"loss": ...} comes out, times `factor` where that is given.
+    """A model with its loss: a batch goes in, its share of the step's loss comes out.
 
     Attributes:
         model: the submodule that is trained, with whose name a state's names begin.
         config: of the model.
-        moving: names of the parameters that move, within the model.
         skips_parameters: whether a step may leave some that move without a gradient.
     """
 
@@ -51,28 +45,24 @@ class TrainedModule(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config  # where accelerate looks for sizes and for layers to shard
-        self.moving = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Of the module's parameters, as they are named and sharded when training begins."""
+    def groups(self) -> list[dict[str, Any]]:
+        """Of what moves, for AdamW: parameters, `lr` at its peak, `weight_decay`."""
         raise NotImplementedError
 
     def drain(self) -> dict[str, float]:
         """Figures of the step that has just ended, for the log. Called once per step."""
         raise NotImplementedError
 
-    def as_configured(self) -> AbstractContextManager[None]:
-        """While open, the model is as it will be used."""
-        return nullcontext()
-
-    def go_on(self, history: Sequence[Mapping[str, float]]) -> None:
+    def go_on(self, history: History) -> None:
         """Called before the first step, with the log of the steps before: those of a training that is gone on with."""
 
 
 class PlannedBatches(Protocol):
-    """All parts of all steps, in order."""
+    """All parts of all steps, in order; what a part holds has a method `to`."""
 
     def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Mapping[str, Any]: ...
     def describe(self, number: int) -> str:
         """Which text a part holds, for messages."""
 
@@ -86,7 +76,7 @@ class LoopSettings:
         parts: of how many parts each process makes a step.
         warmup: share of the steps over which rates rise; then they fall linearly.
         clip: largest norm of the gradient.
-        seed: of all generators; None leaves them as they are.
+        seed: of torch's generators; afterwards they go on from where they were.
         bfloat16: whether products are in bfloat16.
         least: share of its peak below which a rate does not fall.
         seconds: the training ends after so many, counted from its start or from where it goes on; rates fall with them.
@@ -96,10 +86,21 @@ class LoopSettings:
     parts: int
     warmup: float
     clip: float
-    seed: int | None
+    seed: int
     bfloat16: bool = False
     least: float = 0.0
     seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Every so many steps `losses(model)` gives held-out losses by name; training ends after `patience` states that are no
+    better than the best. `losses` gets the model as it is wrapped, in evaluation.
+    """
+
+    losses: Callable[[nn.Module], Mapping[str, float]]
+    every: int
+    patience: int
 
 
 class NotFiniteError(TrainingError):
@@ -112,24 +113,6 @@ class NotFiniteError(TrainingError):
         return cls(what, where=where, found=found, remedy=remedy)
 
 
-def run_all_steps(
-    module: TrainedModule, batches: PlannedBatches, loop: LoopSettings, folder: Path | None, run: Run
-) -> list[dict[str, float]]:
-    """Train until the steps are done, from the last whole state in `folder` on, and judge none; the log of all steps.
-
-    A state is kept every two minutes; without a folder, none is. `module` then holds what came of it. Raises TrainingError
-    when the last state is damaged, or a loss is not finite.
-    """
-    with verbosity_kept():  # Trainer sets it for the whole process
-        last = state_to_resume(folder) if folder is not None else None
-        arguments = arguments_of(module, loop, folder, eval_strategy="no", save_strategy="no")
-        with _generators_kept() if loop.seed is None else nullcontext():  # Trainer seeds them
-            trainer = ModuleTrainer(module, batches, loop, arguments, [_StateEvery()] if folder is not None else [], run)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        history: list[dict[str, float]] = trainer.state.log_history
-        return history
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """While open, torch's own generators, from which adapters, dropout, jitter and noise are drawn, go on from a seed."""
@@ -138,214 +121,212 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Afterwards the generators of torch, numpy and Python go on from where they were."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+class Loop:
+    """A training under way, from the last whole state in `folder` on; without a folder no state is kept.
 
-
-def arguments_of(module: TrainedModule, loop: LoopSettings, folder: Path | None, **more: Any) -> TrainingArguments:
-    """What Trainer is told; `more` has what is judged and kept, and when. Without a folder nothing is written."""
-    arguments = TrainingArguments(
-        output_dir=str(folder or gettempdir()),
-        max_steps=loop.steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=loop.parts,
-        max_grad_norm=loop.clip,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        seed=loop.seed or 0,
-        bf16=loop.bfloat16,
-        use_cache=bool(getattr(module.config, "use_cache", False)),  # Trainer writes it into the model's config
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=module.skips_parameters,
-        log_level="error",
-        **more,
-    )
-    if arguments.n_gpu > 1:  # several devices without a launcher: Trainer would cut every part anew
-        arguments._n_gpu = 1
-    return arguments
-
-
-class ModuleTrainer(Trainer):  # type: ignore[misc]
-    """Reads the batches in their order, and keeps only what moves."""
-
-    optimizer: Any
-    control: Any
+    `step` is how many are done, `history` what they logged: `loss` per predicted token, `learning_rate`, what the module says,
+    and in entries of their own the judge's `eval_NAME_loss` and their mean, `eval_loss`.
+    """
 
     def __init__(
         self,
         module: TrainedModule,
         batches: PlannedBatches,
         loop: LoopSettings,
-        arguments: TrainingArguments,
-        callbacks: Sequence[TrainerCallback],
+        folder: Path | None,
         run: Run,
+        judge: Judge | None = None,
     ) -> None:
-        super().__init__(
-            model=module,
-            args=arguments,
-            train_dataset=batches,
-            eval_dataset=batches,
-            data_collator=lambda items: items[0],
-            callbacks=list(callbacks),
+        self._module, self._batches, self._loop, self._folder, self._run, self._judge = (
+            module,
+            batches,
+            loop,
+            folder,
+            run,
+            judge,
         )
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # the loss is per step, not per part: `compute_loss` sees to it
-        self._module = module
-        self._moving = {f"model.{name}" for name in module.moving}
-        self._batches, self._run = batches, run
-        self._loop, self._began = loop, time.monotonic()
-        self.add_callback(_StepReport(module, run, self.elapsed))
-        if self.is_fsdp_enabled:  # one whole state, so that it can be written as a checkpoint
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        unused = DistributedDataParallelKwargs(find_unused_parameters=module.skips_parameters)
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        if getattr(self._accelerator.state, "fsdp_plugin", None) is not None and not self._accelerator.is_fsdp2:
+            raise TrainingError("FSDP's first version is not supported", where="accelerate", remedy="set fsdp_version: 2")
+        groups = module.groups()
+        self._peaks = [group["lr"] for group in groups]
+        self._wrapped, self._optimizer = self._accelerator.prepare(module, torch.optim.AdamW(groups, betas=_BETAS))
+        self._moving = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self.step = 0
+        self.history: History = []
+        self._began = self._kept = time.monotonic()
+        self._wait = STATE_SECONDS
 
-    def get_train_dataloader(self) -> Any:
-        """Trainer's; where torch's generators are to be left as they are, it draws from one of its own."""
-        loader = super().get_train_dataloader()
-        if self._loop.seed is None:
-            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
-        return loader
-
-    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self._batches)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The module's own; only what moves is in it."""
-        if self.optimizer is None:
-            self.optimizer = self._module.optimizer((model or self.model).named_parameters())
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Linear up over the warm-up, then linear to zero after the last step, or to the least rate."""
-        warm = max(1, math.ceil(num_training_steps * self._loop.warmup))
-        rest, least = max(1, num_training_steps - warm), self._loop.least
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: min((step + 1) / warm, max(least, 1.0 - max((step - warm) / rest, self.elapsed()))),
-        )
-        return self.lr_scheduler
+    def go(self) -> None:
+        """Do the steps that are left. Raises TrainingError when the last state is damaged, NotFiniteError for a loss."""
+        with seeded(self._loop.seed, self._accelerator.device):
+            self._resume()
+            self._module.go_on(self.history)
+            self._report()
+            if self._judge is not None and not self.history:
+                self._evaluate()
+            while self.step < self._loop.steps and self.elapsed() < 1.0 and not self._no_longer_better():
+                self._step()
+                self._keep()
 
     def elapsed(self) -> float:
         """The share of its time that is over, at most 1; 0 without a limit."""
         seconds = self._loop.seconds
         return 0.0 if seconds is None else min(1.0, (time.monotonic() - self._began) / max(seconds, 1e-9))
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The part's share of the step's mean loss. Trainer divides by the parts, DDP by the processes."""
-        factor = float(self.args.gradient_accumulation_steps * self.args.world_size)
-        loss = model(factor=factor, **inputs)["loss"]
-        finite = self.accelerator.reduce(torch.isfinite(loss.detach()).float(), reduction="mean") == 1.0
-        if not finite:
-            part = self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
-            parts = range(part, min(len(self._batches), part + int(factor)))
-            where = f"step {self.state.global_step + 1}: {'; '.join(self._batches.describe(number) for number in parts)}"
-            raise NotFiniteError.at(where, f"loss {float(loss.detach())}")
-        return (loss, {"loss": loss}) if return_outputs else loss
+    def held_out(self, step: int) -> float | None:
+        """The judge's mean loss after a step."""
+        return next((each["eval_loss"] for each in self.history if each["step"] == step and "eval_loss" in each), None)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs with the module's figures."""
-        if "loss" in logs:
-            logs |= self._module.drain()
-        super().log(logs, start_time)
+    @property
+    def best_step(self) -> int:
+        """After which the held-out loss was lowest, the start not counted; 0 where no state was judged."""
+        judged = {int(each["step"]): each["eval_loss"] for each in self.history if each["step"] and "eval_loss" in each}
+        return min(judged, key=judged.__getitem__, default=0)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Only what moves."""
-        if not self.args.should_save:
+    def _step(self) -> None:
+        loop, ranks = self._loop, processes()
+        rate = self._rate()
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate
+        self._wrapped.train()
+        total = 0.0
+        first = self.step * loop.parts * ranks.count
+        for part in range(loop.parts):
+            numbers = range(first + part * ranks.count, first + (part + 1) * ranks.count)
+            batch = {name: each.to(self._accelerator.device) for name, each in self._batches[numbers[ranks.rank]].items()}
+            with self._accelerator.no_sync(self._wrapped) if part + 1 < loop.parts else nullcontext():
+                with self._autocast():
+                    loss = self._wrapped(**batch)
+                total += self._finite(loss, numbers)
+                self._accelerator.backward(loss * ranks.count)  # gradients are the processes' mean
+        self._accelerator.clip_grad_norm_(self._wrapped.parameters(), loop.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        self._report()
+        of_all = float(ranks.add_up(torch.tensor(total, dtype=torch.float64)))
+        self.history.append({"step": self.step, "loss": of_all, "learning_rate": self._peaks[0] * rate, **self._module.drain()})
+        self._report(f"{DETAIL}loss {of_all:.3f}")
+
+    def _rate(self) -> float:
+        """What the next step's rate is of its peak: linear up over the warm-up, then linear to zero, or to the least."""
+        loop = self._loop
+        warm = max(1, math.ceil(loop.steps * loop.warmup))
+        rest = max(1, loop.steps - warm)
+        return min((self.step + 1) / warm, max(loop.least, 1.0 - max((self.step - warm) / rest, self.elapsed())))
+
+    def _finite(self, loss: torch.Tensor, numbers: Sequence[int]) -> float:
+        value = float(loss.detach())
+        if processes().add_up(torch.tensor(float(math.isfinite(value)))) < processes().count:
+            texts = "; ".join(self._batches.describe(number) for number in numbers)
+            raise NotFiniteError.at(f"step {self.step + 1}: {texts}", f"loss {value}")
+        return value
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=self._loop.bfloat16)
+
+    def _report(self, detail: str = "") -> None:
+        if processes().is_main:
+            self._run.progress(f"train{detail}", self.step, self._loop.steps)
+
+    def _evaluate(self) -> None:
+        assert self._judge is not None
+        self._wrapped.eval()
+        with torch.no_grad(), self._autocast():
+            losses = self._judge.losses(self._wrapped)
+        mean = sum(losses.values()) / len(losses)
+        if not math.isfinite(mean):
+            raise NotFiniteError.at(f"held-out text after step {self.step}", f"loss {mean}")
+        self.history.append(
+            {"step": self.step, "eval_loss": mean, **{f"eval_{name}_loss": loss for name, loss in losses.items()}}
+        )
+
+    def _no_longer_better(self) -> bool:
+        if self._judge is None or not self.best_step:
+            return False
+        since = [each for each in self.history if "eval_loss" in each and each["step"] > self.best_step]
+        return len(since) >= self._judge.patience
+
+    def _keep(self) -> None:
+        """Judge and keep a state where one is due; without a judge every two minutes, or as often as writing one allows."""
+        began = time.monotonic()
+        if self._judge is not None:
+            due = self.step % self._judge.every == 0 or self.elapsed() >= 1.0
+            if due:
+                self._evaluate()
+        else:
+            due = began >= self._kept + self._wait
+        if due and self._folder is not None:
+            self._write(self._folder)
+            self._kept = time.monotonic()
+            self._wait = max(STATE_SECONDS, _STATE_SHARE * (self._kept - began))
+
+    def _write(self, folder: Path) -> None:
+        moved = {name: _whole(each) for name, each in self._moving.items()}
+        kept = {
+            f"{key} {name}": _whole(value)
+            for name, each in self._moving.items()
+            for key, value in self._optimizer.state.get(each, {}).items()
+        }
+        for name, state in _generators(self._accelerator.device).items():
+            kept[name] = self._accelerator.gather(state[None].to(self._accelerator.device)).cpu()
+        if processes().is_main:
+            write_state(folder, self.step, moved, kept, self.history)
+            tidy(folder, self.best_step)
+        processes().wait()
+
+    def _resume(self) -> None:
+        """Take the newest whole state."""
+        state = next(iter(whole_states(self._folder)), None) if self._folder is not None else None
+        if state is None:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        make_folder(folder)
-        state = state_dict if state_dict is not None else dict(self.model.named_parameters())
-        moved = {name: state[name].detach().contiguous().cpu() for name in sorted(self._moving)}
-        with appearing(folder / STATE_FILE) as temporary:
-            save_file(moved, temporary)
+        with damaged(state):
+            moved, kept, self.history = read_state(state, self._moving)
+            self.step = int(state.name.rpartition("-")[2])
+            with torch.no_grad():
+                for name, parameter in self._moving.items():
+                    parameter.copy_(_like(moved[name], parameter))
+            self._take_optimizer(kept)
+        processes().wait()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            new_folder(state)
-        self.accelerator.wait_for_everyone()
-        with disk_errors(state):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            sync_tree(state)
-            write_file(state / COMPLETE, b"")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = Path(resume_from_checkpoint)
-        with state_read(state):
-            check_names(state, self._moving)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with state_read(Path(checkpoint or "")):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with state_read(Path(checkpoint or "")):
-            super()._load_rng_state(checkpoint)
-
-    def _issue_warnings_after_load(self, _result: Any) -> None:
-        """Nothing: what does not move is not in the file."""
+    def _take_optimizer(self, kept: Tensors) -> None:
+        for key in _generators(self._accelerator.device):
+            _set_generator(key, kept[key][processes().rank % len(kept[key])], self._accelerator.device)
+        for saved, value in kept.items():
+            key, _, name = saved.partition(" ")
+            if name:
+                parameter = self._moving[name]
+                self._optimizer.state[parameter][key] = _like(value, parameter) if value.ndim else value
 
 
-class _StepReport(TrainerCallback):  # type: ignore[misc]
-    """Reports every step, gives the module the log of the steps before a kill, and ends the training when its time is over."""
-
-    def __init__(self, module: TrainedModule, run: Run, elapsed: Callable[[], float]) -> None:
-        self._module, self._progress, self._elapsed = module, run.progress, elapsed
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What is kept, before the first step."""
-        self._module.go_on(state.log_history)
-        self._report(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """How many steps are done; of a training whose time is over, the last state is judged and kept."""
-        self._report(state)
-        if self._elapsed() >= 1.0:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        """The loss of the step."""
-        if logs is not None and "loss" in logs:
-            self._report(state, f"{DETAIL}loss {logs['loss']:.3f}")
-
-    def _report(self, state: Any, detail: str = "") -> None:
-        if state.is_world_process_zero:
-            self._progress(f"train{detail}", state.global_step, state.max_steps)
+def _whole(tensor: Any) -> torch.Tensor:
+    """On the CPU; of which each process may hold a shard."""
+    whole: torch.Tensor = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return whole.cpu().contiguous()
 
 
-class _StateEvery(TrainerCallback):  # type: ignore[misc]
-    """Asks for a state every two minutes, or as often as writing one allows."""
+def _like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """A tensor of a parameter's shape, where and sharded as the parameter is. Raises ValueError for another shape."""
+    if value.shape != parameter.shape:
+        raise ValueError(f"{tuple(value.shape)} for {tuple(parameter.shape)}")
+    value = value.to(parameter.device)
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
 
-    def __init__(self) -> None:
-        self._next = time.monotonic() + STATE_SECONDS
-        self._asked = 0.0
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._asked = time.monotonic()
-        control.should_save = self._asked >= self._next
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.monotonic()
-        self._next = now + max(STATE_SECONDS, _STATE_SHARE * (now - self._asked))
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators, (bytes,) uint8."""
+    found = {"generator": torch.get_rng_state()}
+    return found | ({"generator_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_generator(key: str, state: torch.Tensor, device: torch.device) -> None:
+    if key == "generator":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)

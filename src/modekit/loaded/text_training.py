@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.loaded.engine import BETAS, LoopSettings, TrainedModule, run_all_steps, seeded
+from modekit.loaded.engine import Loop, LoopSettings, TrainedModule
 from modekit.loaded.passes import check_text, head_of, inputs_of
 from modekit.run import QUIET, Run
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.text.document import Document
 from modekit.text.sequences import NO_LABEL, Batch, TokenSequence, encode, make_batches
 
-LOSS = "loss_lm"
-"""What the log calls the mean loss of a step's predicted tokens."""
 _SORTED_TOGETHER = 8  # batches whose sequences are sorted: enough that little is padding, few enough that each is mixed
 _LEAST_RATE = 0.02  # of its peak
 
@@ -102,11 +99,11 @@ def train_on_text(
     """
     check_text(model, sequences)
     batches = TextBatches(sequences, training, read)
-    loop = LoopSettings(len(batches), 1, training.warmup, training.clip, seed=None, least=_LEAST_RATE)
-    with seeded(training.seed, model.device):
-        history = run_all_steps(TextLoss(model, training), batches, loop, folder, run)
+    loop = LoopSettings(len(batches), 1, training.warmup, training.clip, training.seed, least=_LEAST_RATE)
+    going = Loop(TextLoss(model, training), batches, loop, folder, run)
+    going.go()
     model.eval()
-    return [entry[LOSS] for entry in history if LOSS in entry]
+    return [entry["loss"] for entry in going.history]
 
 
 class TextLoss(TrainedModule):
@@ -120,10 +117,9 @@ class TextLoss(TrainedModule):
         super().__init__(model)
         self._training = training
         self._bfloat16 = training.autocast and has_bfloat16_products(model.device)
-        self._last = 0.0
 
-    def forward(self, batch: Batch, factor: float = 1.0) -> dict[str, torch.Tensor]:
-        """The mean over all predicted tokens, times `factor`."""
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The mean over all predicted tokens."""
         inputs = inputs_of(self.model, batch)
         labels = batch.labels.to(self.model.device)
         keep = labels != NO_LABEL
@@ -134,18 +130,16 @@ class TextLoss(TrainedModule):
                 mask = None if self._training.by_length else inputs["attention_mask"]
                 hidden = self.model.model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
                 logits = head_of(self.model)(hidden[:, :-1][keep])  # (real tokens, V)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[keep])
-        self._last = float(loss.detach())
-        return {"loss": loss * factor}
+        return torch.nn.functional.cross_entropy(logits.float(), labels[keep])
 
-    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """AdamW."""
-        moving, training = [parameter for _, parameter in named if parameter.requires_grad], self._training
-        return torch.optim.AdamW(moving, training.learning_rate, betas=BETAS, weight_decay=training.weight_decay)
+    def groups(self) -> list[dict[str, Any]]:
+        """One for all."""
+        moving, training = [each for each in self.model.parameters() if each.requires_grad], self._training
+        return [{"params": moving, "lr": training.learning_rate, "weight_decay": training.weight_decay}]
 
     def drain(self) -> dict[str, float]:
-        """The loss of the last step."""
-        return {LOSS: self._last}
+        """Nothing besides the loss."""
+        return {}
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

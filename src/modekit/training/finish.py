@@ -19,12 +19,12 @@ from modekit.evaluation.labels import Labels
 from modekit.evaluation.results import Results, Row
 from modekit.evaluation.results_folder import write_results
 from modekit.files.read import LARGE, read_bytes
-from modekit.files.write import files_below, json_bytes, library_writes, remove
+from modekit.files.write import json_bytes, library_writes, remove
 from modekit.loaded.load import load_model, without_bars
 from modekit.loaded.states import take_state
 from modekit.processes import processes
 from modekit.run import Run
-from modekit.training.engine import LOG_FILE, TENSORBOARD_FOLDER
+from modekit.training.engine import LOG_FILE
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.moving import make_trainable, moving_of
 from modekit.training.request import Request
@@ -164,7 +164,4 @@ def _write_results(checkpoint: Checkpoint, record: TrainingRecord, results: Resu
         files["train.md"] = results.markdown().encode()
     if (folder.path / LOG_FILE).exists():
         files["train.csv"] = read_bytes(folder.path / LOG_FILE, LARGE)
-    logs = folder.path / TENSORBOARD_FOLDER
-    if logs.is_dir():
-        files |= {f"{TENSORBOARD_FOLDER}/{name}": read_bytes(logs / name, LARGE) for name in files_below(logs)}
     write_results(checkpoint, files)

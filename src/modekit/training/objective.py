@@ -10,17 +10,19 @@ Shape legend: B rows, S sequence, N predicted tokens, T real tokens, D width, V 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.sources import why_not
 from modekit.errors import TrainingError
+from modekit.evaluation.domains import Domain
 from modekit.files.write import make_folder, remove
 from modekit.loaded.experts import load_expert_source
 from modekit.loaded.load import load_model
@@ -223,12 +225,11 @@ class Objective(JudgedModule):
                 weights |= {name: whole * value / total for name, value in values.items()}
         return weights
 
-    @contextmanager
-    def as_configured(self) -> Iterator[None]:
-        """While open, routers choose as the checkpoint's config says and not as they do in training."""
+    def scored(self, select: Sequence[Domain], run: Run, wrapped: nn.Module) -> dict[str, float]:
+        """With routers that choose as the checkpoint's config says and not as they do in training."""
         mixture_of(self.model, self._checkpoint).set_top_k(None)
         try:
-            yield
+            return super().scored(select, run, wrapped)
         finally:
             mixture_of(self.model, self._checkpoint).set_top_k(self._train_top_k)
 

@@ -28,7 +28,7 @@ from modekit.experts.specialist import NewSpecialist, SpecialistFolder, Speciali
 from modekit.experts.specialize import RANK
 from modekit.files.output import refuse_existing, replaced_by
 from modekit.files.write import digest_of_data
-from modekit.loaded.engine import run_all_steps, seeded
+from modekit.loaded.engine import Loop, seeded
 from modekit.loaded.load import load_model
 from modekit.loaded.text_training import Training
 from modekit.run import QUIET, Run
@@ -91,10 +91,11 @@ def distill(asked: Distillation, out: Path, *, overwrite: bool = False, run: Run
             steps, corpora = engine.steps or steps_of_one_pass(texts.corpora, engine), texts.corpora
             parts = plan_parts(corpora, engine, steps=steps, experts=len(corpora), parts=1, pack=False)
             batches, loop = Batches(corpora, parts, pad_id=0), loop_of(engine, steps, student.device)
-            history = run_all_steps(Student(student, lesson, engine, steps), batches, loop, folder.path, run)
+            going = Loop(Student(student, lesson, engine, steps), batches, loop, folder.path, run)
+            going.go()
             student.eval()
             after = _measured(student, lesson, texts.held_out, "after", run)
-        taken = [entry for entry in history if CROSS_ENTROPY in entry]
+        taken = going.history
         draws = [draw for part in parts for row in part.rows for draw in row]
         tokens = sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for draw in draws)
         measured = {name: {"before": value, "after": after[name]} for name, value in before.items()}
