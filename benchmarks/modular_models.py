@@ -14,7 +14,7 @@ After "Mixture of Modular Experts" (arXiv 2407.19610). All ways read as many tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from modekit.demo.text import LANGUAGES
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.experts.distill.distill import Distillation, distill
-from modekit.experts.distill.inputs import Mix
 from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.teaching import Mix, Teaching
 from modekit.experts.moving import What
+from modekit.experts.specialize import specialize
 from modekit.files.output import is_there
 from modekit.files.staging import staging
 from modekit.files.write import library_writes, write_file
@@ -125,18 +125,8 @@ class Languages:
     ) -> Path:
         """A student of the teacher, distilled on one language."""
         training = _TRAINING.with_(steps=steps, seed=1000 * self.seed + len(name))
-        return self._taught(
-            name,
-            Distillation(
-                self.folder / of,
-                self.folder / "teacher",
-                [str(self.texts[language])],
-                self.folder,
-                what,
-                training=training,
-                settings=settings,
-            ),
-        )
+        teaching = Teaching(self.folder / "teacher", settings)
+        return self._taught(name, of, [self.texts[language]], train=what, training=training, teaching=teaching)
 
     def session(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings = WITH_TEACHER) -> Path:
         """A student for all languages that reads some texts in one session."""
@@ -195,25 +185,18 @@ class Languages:
         return evaluate(checkpoint, tokens_per_domain=self.budget.eval_tokens, known=known, run=named)
 
     def _together(self, name: str, mix: Mix | None, texts: Mapping[str, Path], settings: DistillSettings, steps: int) -> Path:
-        return self._taught(
-            name,
-            Distillation(
-                self.folder / "student",
-                self.folder / "teacher",
-                [str(path) for path in texts.values()],
-                self.folder,
-                "full",
-                training=_TRAINING.with_(steps=steps, seed=1000 * self.seed),
-                settings=settings,
-                mix=mix,
-            ),
+        training, teaching = (
+            _TRAINING.with_(steps=steps, seed=1000 * self.seed),
+            Teaching(self.folder / "teacher", settings, mix),
         )
+        return self._taught(name, "student", texts.values(), train="full", training=training, teaching=teaching)
 
-    def _taught(self, name: str, asked: Distillation) -> Path:
+    def _taught(self, name: str, of: str, texts: Iterable[Path], **asked: Any) -> Path:
         """The student of a name: the one that is there, or a new one."""
         out = self.folder / name
         if not is_there(out):
-            distill(asked, out, run=self.run.about(name))
+            run = self.run.about(name)
+            specialize(self.folder / of, out, [str(path) for path in texts], root=self.folder, run=run, **asked)
         return out
 
 

@@ -201,16 +201,13 @@ def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
 
 
 def test_data(shown: Callable[..., str]) -> None:
-    share = Share(found_documents=123_456, found_tokens=9_876_543, documents=99_999, tokens=8_999_999, sha256="")
+    share = Share(found_tokens=9_876_543, documents=99_999, tokens=8_999_999)
     splits = {"train": share, "validation": share}
     found = Balanced(
         settings=BalanceSettings(common=True),
         tokenizer="./TOKENIZER",
-        tokenizer_sha256="",
         diff_percent={"train": 4.9, "validation": 3.9},
-        domains=[
-            BalancedDomain(name=name, text=f"./{name}", duplicates=17, without_tokens=3, splits=splits) for name in NAMES[:4]
-        ],
+        domains=[BalancedDomain(name=name, text=f"./{name}", duplicates=17, splits=splits) for name in NAMES[:4]],
     )
     check_whole(shown, [*NAMES[:4], "99,999", "8,999,999", "8.9%"], data.print_balanced, found, Path("OUT"))
     size = {"documents": 1_234, "bytes": 5_678_900, "words": 987, "tokens": 1_234_567, "per_1000_bytes": 217.4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -19,7 +20,7 @@ from modekit.errors import MismatchError, SourceError, TextError, UnsupportedErr
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.labels import with_tag
 from modekit.evaluation.loss import score_domain
-from modekit.experts.labelled import Generic, Labelled, Reading, RelabelledPasses, read_material
+from modekit.experts.labelled import Generic, Labelled, Reading, read_material, relabelled
 from modekit.experts.moving import add_rows
 from modekit.experts.specialize import specialize
 from modekit.loaded.load import load_model
@@ -335,18 +336,17 @@ def test_labels_are_drawn_every_time_anew_and_read_in_the_place_of_the_own() -> 
     add_tags(tokenizer, ["a", "b", "c", "d"], where="test")
     documents = [tagged(f"text {number}", "ab"[number % 2]) for number in range(500)]
     sequences = encode(tokenizer, documents, max_tokens=10**6, sequence_length=64)
-    drawn = RelabelledPasses(sequences, Labelled({}, 0.25, "half"), Reading(tokenizer, Path(), Training(seed=3)))
-    labels = [label for number in range(100) for label in drawn.labels(number)]
-    assert len(labels) == 50_000
+    read = relabelled(sequences, Labelled({}, 0.25, "half"), Reading(tokenizer, Path(), Training(seed=3)))
+    places = {None: -1, **{tag: place for place, tag in enumerate(tag_ids(tokenizer, "abcd"))}}
+    labels = []
+    for number, row in itertools.product(range(100), range(500)):
+        found, sequence = read(number, row), sequences[row]
+        rest = tuple(each for each in found.ids if each not in places)
+        assert rest == sequence.with_tag(None).ids and found.scored == sequence.scored
+        (tag,) = [each for each in found.ids if each in places] or [None]
+        labels.append(places[tag])
     assert set(labels) == {-1, 0, 1, 2, 3} and labels.count(-1) / 50_000 == pytest.approx(0.125, abs=0.01)
-    assert drawn.labels(0) != drawn.labels(1)
-    ids = tag_ids(tokenizer, "abcd")
-    for place in range(0, 50_000, 997):
-        number, row = divmod(place, 500)
-        read, sequence, label = drawn.read(number, row), sequences[row], labels[place]
-        rest = tuple(each for each in read.ids if each not in ids)
-        assert rest == sequence.with_tag(None).ids and read.scored == sequence.scored
-        assert [each for each in read.ids if each in ids] == ([] if label == -1 else [ids[label]])
+    assert labels[:500] != labels[500:1000]
 
 
 def test_nothing_drawn_is_nothing_changed_and_drawing_changes_training_alone(shop: Path, tmp_path: Path) -> None:
@@ -372,9 +372,10 @@ def test_generic_text_has_no_tag_and_is_said(shop: Path, tmp_path: Path) -> None
     add_tags(tokenizer, ["law"], where="test")
     material = read_material(labelled(shop, "law"), generic, Reading(tokenizer, shop, TRAINING))
     without = sum(each.size for each in material.sequences if each.tag is None)
-    assert without / material.tokens == pytest.approx(0.4, abs=0.01) == material.as_data()["generic"]["share"]
+    tokens = sum(each.size for each in material.sequences)
+    assert without / tokens == pytest.approx(0.4, abs=0.01) == material.record["generic"]["share"]
     record = run(shop, "tied", tmp_path / "OUT", labelled(shop, "law"), generic=generic)
-    assert record["generic"] == material.as_data()["generic"] and record["text"]["documents"] == len(material.fit)
+    assert record["generic"] == material.record["generic"] and record["text"]["documents"] == len(material.fit)
     plain = specialize(
         shop / "tied", tmp_path / "plain", [str(shop / "text" / "law.jsonl")], root=shop, training=TRAINING, generic=generic
     ).as_data()

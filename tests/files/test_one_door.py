@@ -57,7 +57,7 @@ LIBRARIES = {
 DOORS = {"library_writes", "appearing"}
 """What gives it a place: a call in such a block is in order."""
 ALLOWED = {
-    ("experts/moving.py", "save_pretrained"): "into the folder that specialize.py and distill.py get from `library_writes`",
+    ("experts/moving.py", "save_pretrained"): "into the folder that specialist.py gets from `library_writes`",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
     ("members/licences.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",

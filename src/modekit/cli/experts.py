@@ -137,26 +137,25 @@ def specialize(
         shared = {key: getattr(settings, key) for key in ("steps", "batch_tokens", "sequence_length", "seed")}
         training = Training(learning_rate=rate, **shared)
         folder = model_folder(base, None, root=Path.cwd(), label="BASE", run=run)
+        teaching = None
         if options.teacher is not None:
-            from modekit.experts.distill.distill import Distillation, distill
+            from modekit.experts.distill.teaching import Teaching
 
             teacher = model_folder(options.teacher, None, root=Path.cwd(), label="--teacher", run=run)
-            distillation = settings.distillation()
-            wanted = Distillation(folder, teacher, text, Path.cwd(), train, rank, training, distillation, settings.mix)
-            record = distill(wanted, target, overwrite=options.overwrite, run=run)
-        else:
-            record = specialize(
-                folder,
-                target,
-                options.texts(text, settings),
-                root=Path.cwd(),
-                train=train,
-                rank=rank,
-                training=training,
-                generic=options.of_no_domain(settings),
-                overwrite=options.overwrite,
-                run=run,
-            )
+            teaching = Teaching(teacher, settings.distillation(), settings.mix)
+        record = specialize(
+            folder,
+            target,
+            options.texts(text, settings),
+            root=Path.cwd(),
+            train=train,
+            rank=rank,
+            training=training,
+            generic=options.of_no_domain(settings),
+            teaching=teaching,
+            overwrite=options.overwrite,
+            run=run,
+        )
     print_specialist(output, record)
 
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.experts.specialist import TagsUsed, TextUsed
-from modekit.loaded.text_training import Training, training_sequences
+from modekit.loaded.text_training import ReadInPass, Training, training_sequences
 from modekit.text.document import Document
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
 from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
-from modekit.training.batches import drawn_label
+from modekit.training.batches import DomainSequences, drawn_label
 from modekit.training.losses import GENERIC
 from modekit.training.settings import RandomiseTo
 
@@ -62,69 +62,71 @@ class Material:
 
     Attributes:
         fit: documents that it is trained on.
-        sequences: what is read in training, as often as it stands here.
+        corpora: what is read in training, by text, as often as it stands here.
         held_out: what the loss is shown on, per label; one domain of no name without labels.
-        tokens: of `sequences`, each once.
         labels, generic: what specialist.json says of tags, and of generic text.
     """
 
     fit: list[Document]
-    sequences: Sequence[TokenSequence]
+    corpora: list[DomainSequences]
     held_out: list[Domain]
-    tokens: int
     labels: TagsUsed | None = None
     generic: TextUsed | None = None
 
-    def as_data(self) -> dict[str, object]:
-        """What specialist.json says of labels and generic text, where there are any."""
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """All that is read in training."""
+        return [sequence for corpus in self.corpora for sequence in corpus.sequences]
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What specialist.json says of the text."""
         found = {"labels": self.labels, "generic": self.generic}
-        return {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
+        others = {name: each.model_dump(mode="json", exclude_unset=True) for name, each in found.items() if each is not None}
+        return {"text": text_record(self.fit, sum(corpus.tokens for corpus in self.corpora)), **others}
 
     def as_asked(self) -> list[object]:
         """The same, and all that is held out: what was measured on it before the first step is not measured again."""
-        return [self.as_data(), [[domain.name, [each.ids for each in domain.sequences]] for domain in self.held_out]]
+        return [self.record, [[domain.name, [each.ids for each in domain.sequences]] for domain in self.held_out]]
 
 
-def read_material(texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading) -> Material:
-    """Read the fit split of all texts, and what is held out of those of a domain.
+def read_material(
+    texts: Sequence[str] | Labelled, generic: Generic | None, reading: Reading, *, apart: bool = False
+) -> Material:
+    """Read the fit split of all texts, and what is held out of those of a domain; `apart`: each text is a domain.
 
     Raises TextError where one has nothing left, or is to have a tag and is a conversation.
     """
-    named = texts.texts if isinstance(texts, Labelled) else {None: texts}
-    fit: list[Document] = []
-    sequences: list[TokenSequence] = []
-    held_out: list[Domain] = []
-    for label, specs in named.items():
-        documents, of_these, domain = read_domain(label, specs, reading)
-        fit += documents
-        sequences += of_these
-        held_out.append(domain)
-    labels = of_generic = None
+    found = Material([], [], [])
     if isinstance(texts, Labelled):
+        for label, specs in texts.texts.items():
+            _read_domain(found, specs, reading, f"--text {label}=...", label)
         drawn = {"randomise": texts.randomise, "randomise_to": texts.randomise_to} if texts.randomise else {}
-        labels = TagsUsed.model_validate({"tags": list(texts.texts), **drawn})
-    if generic is not None:
-        documents, of_these, _ = read_domain(None, generic.texts, reading, where="--generic", tags=isinstance(texts, Labelled))
-        added = generic_share(sequences, of_these, generic.share, reading.training.seed)
-        tokens = sum(sequence.size for sequence in added)
-        share = tokens / (tokens + sum(sequence.size for sequence in sequences))
-        of_generic = TextUsed(**text_record(documents, tokens), share=share)
-        fit, sequences = fit + documents, sequences + added
-    tokens = sum(sequence.size for sequence in sequences)
-    return Material(fit, sequences, held_out, tokens, labels, of_generic)
+        found = Material(found.fit, found.corpora, found.held_out, TagsUsed(tags=list(texts.texts), **drawn))
+    else:
+        for specs in [[text] for text in texts] if apart else [texts]:
+            _read_domain(found, specs, reading, f"--text {specs[0]}" if apart else "--text")
+    if generic is None:
+        return found
+    beside = Material([], [], [])
+    _read_domain(beside, generic.texts, reading, "--generic", tags=found.labels is not None)
+    added = generic_share(found.sequences, beside.sequences, generic.share, reading.training.seed)
+    tokens, of_domains = (sum(each.size for each in sequences) for sequences in (added, found.sequences))
+    used = TextUsed(**text_record(beside.fit, tokens), share=tokens / (tokens + of_domains))
+    corpora = [*found.corpora, DomainSequences("--generic", GENERIC, added)]
+    return Material([*found.fit, *beside.fit], corpora, found.held_out, found.labels, used)
 
 
-def read_domain(
-    label: str | None, specs: Sequence[str], reading: Reading, where: str = "--text", *, tags: bool = False
-) -> tuple[list[Document], list[TokenSequence], Domain]:
-    """Documents to train on, the same as sequences, and sequences that are held out; with the tag of a label, if there is one.
+def _read_domain(
+    into: Material, specs: Sequence[str], reading: Reading, where: str, label: str | None = None, *, tags: bool = False
+) -> None:
+    """Add documents of a text, with the tag of a label, if there is one.
 
     Raises TextError when nothing is left, and for text of no label that has a tag of its own where others are read with
     `tags`.
     """
-    where = where if label is None else f"{where} {label}=..."
-    text = read_text(specs, root=reading.root, where=where)
-    fit, report, training = text.fit(), text.report(), reading.training
+    text, training = read_text(specs, root=reading.root, where=where), reading.training
+    fit = text.fit()
 
     def written(documents: list[Document]) -> list[Document]:
         if label is not None:
@@ -136,10 +138,10 @@ def read_domain(
         raise text.nothing_left("no document is left for training after the held-out split")
     if not sequences:
         raise text.none_fits(fit, training.sequence_length)
-    held_out = encode(
-        reading.tokenizer, written(report), max_tokens=training.held_out_tokens, sequence_length=training.sequence_length
-    )
-    return fit, sequences, Domain(label or where, None, held_out)
+    bounds = {"max_tokens": training.held_out_tokens, "sequence_length": training.sequence_length}
+    into.fit.extend(fit)
+    into.corpora.append(DomainSequences(label or where, len(into.corpora), sequences))
+    into.held_out.append(Domain(label or where, None, encode(reading.tokenizer, written(text.report()), **bounds)))
 
 
 def generic_share(
@@ -163,35 +165,25 @@ def generic_share(
         tokens += following.size
 
 
-class RelabelledPasses:
-    """Sequences with their tags, each of which every pass reads under a label that is drawn for it."""
+def relabelled(sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> ReadInPass:
+    """Sequences with tags, each of which every pass reads under a label that is drawn for it: with that label's tag, or none.
 
-    def __init__(self, sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> None:
-        """Raises TextError where there is no other label."""
-        self._sequences, self._asked = sequences, asked
-        self._tags = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
-        if asked.randomise_to in ("all", "others") and len(self._tags) == 1:
-            raise TextError(
-                "there is no other label",
-                where="randomise_to",
-                found=f"{asked.randomise_to}, and one label",
-                remedy="write generic",
-            )
-        places = {tag: place for place, tag in enumerate(self._tags)}
-        self._own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
-        self._generator = torch.Generator().manual_seed(reading.training.seed)
-        self._drawn: list[list[int]] = []
+    Raises TextError where there is no other label.
+    """
+    tags = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
+    if asked.randomise_to in ("all", "others") and len(tags) == 1:
+        found = f"{asked.randomise_to}, and one label"
+        raise TextError("there is no other label", where="randomise_to", found=found, remedy="write generic")
+    places = {tag: place for place, tag in enumerate(tags)}
+    own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
+    generator, passes = torch.Generator().manual_seed(reading.training.seed), list[list[int]]()
 
-    def labels(self, number: int) -> list[int]:
-        """Labels of all sequences in a pass: places among those that the tokenizer has tags for, GENERIC for none."""
-        while len(self._drawn) <= number:
-            randomise, to = self._asked.randomise, self._asked.randomise_to
-            self._drawn.append([drawn_label(each, randomise, to, len(self._tags), self._generator) for each in self._own])
-        return self._drawn[number]
-
-    def read(self, number: int, place: int) -> TokenSequence:
-        """A sequence with the tag of the label that it has in a pass, or without one."""
-        sequence, label = self._sequences[place], self.labels(number)[place]
-        if sequence.tag is None or (label != GENERIC and self._tags[label] == sequence.ids[sequence.tag]):
+    def read(number: int, place: int) -> TokenSequence:
+        while len(passes) <= number:
+            passes.append([drawn_label(each, asked.randomise, asked.randomise_to, len(tags), generator) for each in own])
+        sequence, label = sequences[place], passes[number][place]
+        if sequence.tag is None or (label != GENERIC and tags[label] == sequence.ids[sequence.tag]):
             return sequence
-        return sequence.with_tag(None if label == GENERIC else self._tags[label])
+        return sequence.with_tag(None if label == GENERIC else tags[label])
+
+    return read

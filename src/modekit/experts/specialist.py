@@ -103,22 +103,16 @@ class SpecialistRecord(BaseModel, frozen=True):
 class NewSpecialist:
     """Where an expert goes, and by which request (a digest of all that decides what comes out).
 
-    `verb` and `sources` say what makes it, and of which folders; `overwrite`, whether another result may go; `documents`, what
-    it is trained on; a whole model gets the `tokenizer`.
+    `sources` says of which folders it is made; `overwrite`, whether another result may go; `documents`, what it is trained on;
+    a whole model gets the `tokenizer`.
     """
 
     folder: SpecialistFolder
-    verb: str
     request: str
     sources: tuple[Path, ...]
     overwrite: bool
     tokenizer: PreTrainedTokenizerBase
     documents: Sequence[Document]
-
-    @property
-    def made_by(self) -> str:
-        """What OUT says of the command that made it, until that has tidied up."""
-        return f"{self.verb} {self.request}"
 
     def write(self, record: SpecialistRecord, save: Save, run: Run, **beside: bytes) -> None:
         """Put it in its place: weights by `save`, the record, and CSV files `beside`.
@@ -128,7 +122,9 @@ class NewSpecialist:
         run.begin("write")
         is_adapter, replace = record.specialist == "lora", replaced_by(self.overwrite)
         kind: Kind = "adapter" if is_adapter else "model"
-        with staging(self.folder.out, self.made_by, kind, sources=self.sources, replace=replace, sync=run.sync) as stage:
+        with staging(
+            self.folder.out, f"specialize {self.request}", kind, sources=self.sources, replace=replace, sync=run.sync
+        ) as stage:
             with library_writes(stage.folder) as written:
                 save(written)
                 if not is_adapter:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modekit.errors import ModekitError, SourceError, UnsupportedError
-from modekit.experts.labelled import Generic, Labelled, Material, Reading, RelabelledPasses, read_material
+from modekit.experts.distill.student import Lesson, kl_to_teacher
+from modekit.experts.distill.teaching import Teaching, losses_said, losses_table
+from modekit.experts.labelled import Generic, Labelled, Material, Reading, read_material, relabelled
 from modekit.experts.moving import What, make_trainable
 from modekit.experts.specialist import NewSpecialist, SpecialistFolder, SpecialistRecord, digest_of_source, held_out_losses
 from modekit.files.output import refuse_existing, replaced_by
@@ -29,8 +33,8 @@ from modekit.run import QUIET, Run
 from modekit.sources.config import whole
 from modekit.sources.source import open_source
 from modekit.sources.tokenizer import beyond_rows, no_embedding_for
-from modekit.text.splits import text_record
 from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of
+from modekit.training.request import memory_errors
 
 RANK = 16
 """Of an adapter, when nothing is said."""
@@ -61,66 +65,108 @@ def specialize(
     rank: int = RANK,
     training: Training | None = None,
     generic: Generic | None = None,
+    teaching: Teaching | None = None,
     overwrite: bool = False,
     run: Run = QUIET,
 ) -> SpecialistRecord:
     """Train a specialist and write it: a plain model folder with the base's tokenizer and dtypes, or a LoRA adapter.
 
     `rank` is that of the adapter, and so is its alpha: scale 1. `texts` with labels are read with their tags (labelled.py): the
-    tokenizer gets those that it does not have, and the model rows for them, which move whatever else does.
+    tokenizer gets those that it does not have, and the model rows for them, which move whatever else does. With a teacher
+    (distill/teaching.py), which knows no tags, `training.by_length` and `autocast` have no effect.
 
     Only documents of the fit split are read, so that the held-out ones stay held out. Of those `training.held_out_tokens` per
     domain are scored, before and after. Goes on after a kill from the last state in OUT.training (specialist.py).
 
-    Returns what specialist.json in OUT says. Raises TextError,
+    Returns what specialist.json in OUT says. Raises TextError, MismatchError (a teacher with another tokenizer),
     SourceError, OutputError, TrainingError, and InterruptError for Ctrl-C, which says what was kept.
     """
     training = training or Training()
     folder = SpecialistFolder(out)
     folder.tidy()
-    refuse_existing(out, replaced_by(overwrite), sources=(base,))
+    sources = (base,) if teaching is None else (base, teaching.teacher)
+    refuse_existing(out, replaced_by(overwrite), sources=sources)
     source = open_source("BASE", str(base), base, run=run)
     run.begin("read the text")
     reading = Reading(load_tokenizer(base, run=run), root, training)
+    teacher = None if teaching is None else teaching.open(source, run)
     new = _new_tags(texts, reading, train, source.config)
-    material = read_material(texts, generic, reading)
+    material = read_material(texts, generic, reading, apart=teaching is not None and teaching.mix is not None)
     read: ReadInPass | None = None
     if isinstance(texts, Labelled) and texts.randomise:
-        read = RelabelledPasses(material.sequences, texts, reading).read
-    # Of all that decides what comes out, but for the base's weights.
-    of_text = text_record(material.fit, material.tokens)
-    request = digest_of_data([train, rank, dataclasses.asdict(training), [of_text, *material.as_asked()], list(new)])
-    wanted = NewSpecialist(folder, "specialize", request, (base,), overwrite, reading.tokenizer, material.fit)
-    with folder.held(request, digest_of_source(source)):
+        read = relabelled(material.sequences, texts, reading)
+    digests = [digest_of_source(each) for each in (source, teacher) if each is not None]
+    # Of all that decides what comes out, but for the weights of base and teacher.
+    learned = None if teaching is None else [teaching.as_data(), teaching.mix]
+    request = digest_of_data([train, rank, dataclasses.asdict(training), material.as_asked(), list(new), learned])
+    wanted = NewSpecialist(folder, request, sources, overwrite, reading.tokenizer, material.fit)
+    with folder.held(request, digest_of_data(digests)), memory_errors():
+        lesson = None
+        if teaching is not None and teacher is not None:
+            lesson = teaching.lesson(source, teacher, reading.tokenizer, run)
         model = load_model(base, run=run)
         with seeded(training.seed, model.device):  # a new adapter's first weights
             save = make_trainable(model, source, train, rank, new)
-        before = _before(model, material, folder, run)
-        losses = train_on_text(model, material.sequences, training, read=read, folder=folder.path, run=run)
-        after = held_out_losses(model, material.held_out, "after", run)
-        record = SpecialistRecord.model_validate(
-            {
-                "specialist": train,
-                "base_model": base.name,
-                **({"rank": rank} if train == "lora" else {}),
-                "training": {**dataclasses.asdict(training), "steps": len(losses)},
-                "text": of_text,
-                **material.as_data(),
-                "training_loss": {"before": losses[0], "after": losses[-1]},
-                **_held_out(before, after),
-            }
-        )
-        wanted.write(record, save, run)
+        work = _Work(model, material, training, folder, run)
+        before = folder.recall("before", lambda data: as_kind(data, Measured)) or work.measured(lesson, "before")
+        folder.keep("before", before.model_dump(mode="json"))
+        said, beside = work.alone(read) if teaching is None or lesson is None else work.taught(teaching, lesson, digests[-1])
+        after = work.measured(lesson, "after")
+        about = {"specialist": train, "base_model": base.name, **({"rank": rank} if train == "lora" else {})}
+        record = SpecialistRecord.model_validate({**about, **said, **material.record, **before.until(after)})
+        wanted.write(record, save, run, **beside)
     return record
 
 
-def _before(model: PreTrainedModel, material: Material, folder: SpecialistFolder, run: Run) -> dict[str, float]:
-    """The losses of the base, which a run that was killed may have measured."""
-    kept = folder.recall("before", lambda data: as_kind(data, dict[str, float]))
-    if kept is None:
-        kept = held_out_losses(model, material.held_out, "before", run)
-        folder.keep("before", kept)
-    return kept
+@dataclass(frozen=True)
+class _Work:
+    model: PreTrainedModel
+    material: Material
+    training: Training
+    folder: SpecialistFolder
+    run: Run
+
+    def alone(self, read: ReadInPass | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Train on the text; what the record says of it, and no table."""
+        sequences, training = self.material.sequences, self.training
+        losses = train_on_text(self.model, sequences, training, read=read, folder=self.folder.path, run=self.run)
+        said = {**dataclasses.asdict(training), "steps": len(losses)}
+        return {"training": said, "training_loss": {"before": losses[0], "after": losses[-1]}}, {}
+
+    def taught(self, teaching: Teaching, lesson: Lesson, digest: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Train with a teacher; what the record says of it, and the table of its steps."""
+        steps, tokens = teaching.teach(self.model, lesson, self.material, self.training, self.folder.path, self.run)
+        said = {**dataclasses.asdict(self.training), "steps": len(steps), "tokens_read": tokens}
+        teacher = {"name": teaching.teacher.name, "digest": digest, **teaching.as_data()}
+        return {"training": said, "teacher": teacher, **losses_said(steps)}, {"distill": losses_table(steps)}
+
+    def measured(self, lesson: Lesson | None, when: str) -> Measured:
+        """What held-out text says of the model."""
+        held_out = self.material.held_out
+        losses = held_out_losses(self.model, held_out, when, self.run)
+        if lesson is None:
+            return Measured(losses=losses)
+        self.run.begin(f"compare {when}")
+        sequences = [sequence for domain in held_out for sequence in domain.sequences]
+        return Measured(losses=losses, kl=kl_to_teacher(self.model, lesson, sequences), taught=True)
+
+
+class Measured(BaseModel, frozen=True):
+    """Held-out losses by domain, and with a teacher how far it is; None where there is no held-out text."""
+
+    losses: dict[str, float]
+    kl: float | None = None
+    taught: bool = False
+
+    def until(self, after: Measured) -> dict[str, object]:
+        """What the record says of both: the mean over the domains, and each where there are several."""
+        one, two = (sum(each.losses.values()) / len(each.losses) if each.losses else None for each in (self, after))
+        each = {name: {"before": loss, "after": after.losses[name]} for name, loss in self.losses.items()}
+        return {
+            "held_out_loss": {"before": one, "after": two},
+            **({"held_out_loss_by_label": each} if len(each) > 1 else {}),
+            **({"held_out_kl": {"before": self.kl, "after": after.kl}} if self.taught else {}),
+        }
 
 
 def _new_tags(texts: Sequence[str] | Labelled, reading: Reading, train: What, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -162,12 +208,3 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, *, but: Collectio
         tags = set(map(tag_of, labels_of(tokenizer)))
         first = "" if tags.isdisjoint(beyond) else "read text with --tags, which gives tags their rows, or "
         raise no_embedding_for(beyond, rows, where="BASE", remedy=f"{first}give the tokenizer that belongs to the model")
-
-
-def _held_out(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, object]:
-    """What the record says of losses: their mean over the domains, and each where there are several."""
-    mean = {
-        when: sum(losses.values()) / len(losses) if losses else None for when, losses in (("before", before), ("after", after))
-    }
-    each = {name: {"before": loss, "after": after[name]} for name, loss in before.items()}
-    return {"held_out_loss": mean, **({"held_out_loss_by_label": each} if len(each) > 1 else {})}

@@ -166,9 +166,11 @@ class Loop:
             self._report()
             if self._judge is not None and not self.history:
                 self._evaluate()
-            while self.step < self._loop.steps and self.elapsed() < 1.0 and not self._no_longer_better():
+            while self.step < self._loop.steps and not self._no_longer_better():
                 self._step()
                 self._keep()
+                if self.elapsed() >= 1.0:
+                    break
 
     def elapsed(self) -> float:
         """The share of its time that is over, at most 1; 0 without a limit."""

@@ -35,7 +35,7 @@ from modekit.experts.corpus.texts import (
 )
 from modekit.files.output import Replace, refuse_existing
 from modekit.files.staging import staging
-from modekit.files.write import make_folder, write_file, write_json
+from modekit.files.write import json_bytes, make_folder, write_file
 from modekit.recipes.paths import locate, name_of
 from modekit.run import QUIET, Run
 from modekit.text.document import text_of
@@ -44,7 +44,6 @@ from modekit.text.records import data_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-JSON_FILE = "balance.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Units = Mapping[Key, int]
@@ -56,69 +55,47 @@ _BATCH = 0.005  # of the tuples left is taken out before the totals are looked a
 
 
 class BalanceSettings(BaseModel, frozen=True, allow_inf_nan=False):
-    """Attributes:
-    max_diff_percent: largest 100 (largest - smallest) / smallest of the domains' totals of tokens, in every split.
-    common: only documents that every domain has, by their id.
-    validation: share of the documents that is held out; 0 for none.
-    max_tokens: limit of tokens per domain, both splits together.
-    seed: random seed of the order in which documents are chosen.
-    """
+    """Settings of `modekit data balance`."""
 
-    max_diff_percent: float = Field(5.0, ge=0, le=1e6)
-    common: bool = False
-    validation: float = Field(0.1, ge=0, le=0.5)
-    max_tokens: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-
-    def share(self, split: Split) -> float:
-        """Share of the documents that a split has."""
-        return self.validation if split == "validation" else 1 - self.validation
+    max_diff_percent: float = Field(
+        5.0, ge=0, le=1e6, description="Largest 100 (largest - smallest) / smallest total of tokens, in every split."
+    )
+    common: bool = Field(False, description="Keep only documents that every domain has, by their id.")
+    validation: float = Field(0.1, ge=0, le=0.5, description="Share of the documents to hold out; 0: none.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens per domain at most, both splits together.")
+    seed: int = Field(0, ge=0, description="Random seed of the order in which documents are chosen.")
 
 
 class Share(BaseModel, frozen=True):
-    """A domain's share of a split: documents and tokens that were found (duplicates once) and kept; the sha256 of the file."""
+    """A domain's share of a split: tokens found (duplicates once), documents and tokens kept."""
 
-    found_documents: int
     found_tokens: int
     documents: int
     tokens: int
-    sha256: str
 
 
 class BalancedDomain(BaseModel, frozen=True):
-    """A domain: its name, its text as it was named, documents that did not count, and its share of each split."""
+    """A domain: its name, its text as it was named, copies of documents, and its share of each split."""
 
     name: str
     text: str
     duplicates: int
-    without_tokens: int
     splits: dict[Split, Share]
 
 
 class Balanced(BaseModel, frozen=True):
-    """A balanced corpus, as balance.json has it.
-
-    Attributes:
-        tokenizer: name of what counted the tokens, and a digest of what it does.
-        diff_percent: per split 100 (largest - smallest) / smallest of the domains' totals of tokens.
-    """
+    """A balanced corpus, as balance.json has it; `diff_percent` per split, as `max_diff_percent` has it."""
 
     format: int = 1
     settings: BalanceSettings
     tokenizer: str
-    tokenizer_sha256: str
     diff_percent: dict[Split, float]
     domains: list[BalancedDomain]
 
     def notes(self) -> list[str]:
-        """Which documents did not count, and why."""
-        notes = []
-        for domain in self.domains:
-            if domain.duplicates:
-                notes.append(f"{domain.name}: {domain.duplicates:,} documents are copies of others, and count once")
-            if domain.without_tokens:
-                notes.append(f"{domain.name}: the tokenizer makes no token of {domain.without_tokens:,} documents")
-        return notes
+        """Which documents did not count."""
+        copies = "documents are copies of others, and count once"
+        return [f"{domain.name}: {domain.duplicates:,} {copies}" for domain in self.domains if domain.duplicates]
 
 
 def diff_percent(totals: Sequence[int]) -> float:
@@ -202,12 +179,11 @@ class TextsToBalance:
 
 @dataclass(frozen=True)
 class _Domain:
-    """A domain's text, the tokens of its units, and the documents of each."""
+    """A domain's text, the tokens of its units by split, and the documents of each unit."""
 
     text: DomainText
-    tokens: Mapping[Key, int]
+    tokens: Mapping[Split, Units]
     units: Mapping[Key, Sequence[Key]]
-    without_tokens: int
 
     def lines(self, units: Sequence[Key]) -> bytes:
         """The documents of some units as a .jsonl."""
@@ -215,15 +191,10 @@ class _Domain:
         said = ({"id": record.id or key.hex(), **data_of(record.document)} for key, record in records)
         return "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in said).encode()
 
-    def share(self, found: Units, kept: Sequence[Key]) -> Share:
+    def share(self, split: Split, kept: Sequence[Key]) -> Share:
         """What was found of a split, and what is kept of it."""
-        return Share(
-            found_documents=sum(len(self.units[unit]) for unit in found),
-            found_tokens=sum(found.values()),
-            documents=sum(len(self.units[unit]) for unit in kept),
-            tokens=sum(found[unit] for unit in kept),
-            sha256=hashlib.sha256(self.lines(kept)).hexdigest(),
-        )
+        tokens, documents = self.tokens[split], sum(len(self.units[unit]) for unit in kept)
+        return Share(found_tokens=sum(tokens.values()), documents=documents, tokens=sum(tokens[unit] for unit in kept))
 
 
 def balance(
@@ -240,37 +211,34 @@ def balance(
     sources = [*(path for spec in texts.values() if (path := locate(spec, given.root))), given.tokenizer_folder]
     refuse_existing(out, replace, sources=sources)
     domains = [_read(name, spec, given, settings, run) for name, spec in texts.items()]
-    found: dict[Split, list[Units]] = {}
-    for split in SPLITS if settings.validation else SPLITS[:1]:
-        found[split] = [_of_split(domain.tokens, split, settings) for domain in domains]
-    kept = {split: _choose(split, domains, units, settings) for split, units in found.items()}
-    shares: list[dict[Split, Share]] = [
-        {split: domain.share(found[split][place], kept[split][place]) for split in found}
-        for place, domain in enumerate(domains)
-    ]
+    splits = SPLITS if settings.validation else SPLITS[:1]
+    kept = {split: _choose(split, domains, settings) for split in splits}
+    shares = [{split: domain.share(split, kept[split][place]) for split in splits} for place, domain in enumerate(domains)]
     balanced = Balanced(
         settings=settings,
         tokenizer=name_of(str(given.tokenizer_folder), given.root),
-        tokenizer_sha256=_digest_of(given.tokenizer),
-        diff_percent={split: round(diff_percent([each[split].tokens for each in shares]), 4) for split in found},
+        diff_percent={split: round(diff_percent([each[split].tokens for each in shares]), 4) for split in splits},
         domains=[
             BalancedDomain(
                 name=domain.text.name,
                 text=name_of(domain.text.spec, given.root),
                 duplicates=domain.text.duplicates,
-                without_tokens=domain.without_tokens,
                 splits=each,
             )
             for domain, each in zip(domains, shares, strict=True)
         ],
     )
-    digest = hashlib.sha256(balanced.model_dump_json().encode()).hexdigest()
+    files = {
+        f"{split}/{domain.text.name}.jsonl": domain.lines(units)
+        for split in splits
+        for domain, units in zip(domains, kept[split], strict=True)
+    }
+    files["balance.json"] = json_bytes(balanced.model_dump(mode="json"))
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
     with staging(out, f"balance {digest}", "texts", sources=sources, replace=replace, sync=run.sync) as stage:
-        for split in kept:
-            make_folder(stage.folder / split)
-            for domain, units in zip(domains, kept[split], strict=True):
-                write_file(stage.folder / split / f"{domain.text.name}.jsonl", domain.lines(units), sync=False)
-        write_json(stage.folder / JSON_FILE, balanced.model_dump(mode="json"), sync=False)
+        for name, content in files.items():
+            make_folder((stage.folder / name).parent)
+            write_file(stage.folder / name, content, sync=False)
     return balanced
 
 
@@ -279,57 +247,44 @@ def _read(name: str, spec: str, given: TextsToBalance, settings: BalanceSettings
     run.begin(f"count {name}")
     counts = count_tokens(given.tokenizer, [text_of(record.document) for record in text.documents.values()])
     units: dict[Key, list[Key]] = {}
-    tokens: dict[Key, int] = {}
+    tokens: dict[Split, dict[Key, int]] = {split: {} for split in SPLITS}
     for (key, record), count in zip(text.documents.items(), counts, strict=True):
         if count:
             unit = key_of_id(record.id or "") if settings.common else key
             units.setdefault(unit, []).append(key)
-            tokens[unit] = tokens.get(unit, 0) + count
-    if not tokens:
+            of_split = tokens["validation" if is_held_out(unit, settings.validation) else "train"]
+            of_split[unit] = of_split.get(unit, 0) + count
+    if not units:
         remedy = "give a tokenizer that knows its letters"
         raise TextError("the tokenizer makes no token of the text", where=f"{WHERE} {name}", found=spec, remedy=remedy)
-    return _Domain(text, tokens, units, counts.count(0))
+    return _Domain(text, tokens, units)
 
 
-def _of_split(units: Units, split: Split, settings: BalanceSettings) -> Units:
-    held_out = split == "validation"
-    return {unit: tokens for unit, tokens in units.items() if is_held_out(unit, settings.validation) == held_out}
-
-
-def _choose(split: Split, domains: Sequence[_Domain], units: Sequence[Units], settings: BalanceSettings) -> KeptUnits:
+def _choose(split: Split, domains: Sequence[_Domain], settings: BalanceSettings) -> KeptUnits:
     """What is kept of a split. Raises TextError where that is nothing of some domain."""
+    units, share = [domain.tokens[split] for domain in domains], settings.validation
+    share = share if split == "validation" else 1 - share
     for domain, each in zip(domains, units, strict=True):
         if not each:
-            found, expected = f"{len(domain.tokens)} in all", f"a share of about {settings.share(split):g}"
-            remedy = "give more documents, or another validation (0: none)"
-            raise none_in_split(split, domain.text.name, found, expected, remedy)
-    if settings.common and not set.intersection(*(set(domain.tokens) for domain in domains)):
+            expected, remedy = f"a share of about {share:g}", "give more documents, or another validation (0: none)"
+            raise none_in_split(split, domain.text.name, f"{len(domain.units)} in all", expected, remedy)
+    if settings.common and not set.intersection(*(set(domain.units) for domain in domains)):
         raise TextError(
             "no document is in all domains",
             where="common=true",
-            found=", ".join(f"{domain.text.name}: {len(domain.tokens)} ids" for domain in domains),
             expected="the same 'id' in the records of every domain, or the same path of files below their folders",
             remedy="correct the ids, or leave out common=true",
         )
-    most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * settings.share(split)))
+    most = None if settings.max_tokens is None else max(1, round(settings.max_tokens * share))
     choose = choose_common if settings.common else choose_apart
     chosen = choose(units, settings.max_diff_percent, most, settings.seed)
     if chosen is None:
-        said = (
-            f"{domain.text.name}: {len(each):,} of {min(each.values()):,} to {max(each.values()):,} tokens"
-            for domain, each in zip(domains, units, strict=True)
-        )
+        found = (f"{domain.text.name}: {len(each):,} documents" for domain, each in zip(domains, units, strict=True))
         others = "leave out common=true" if settings.common else "cut long documents"
         raise TextError(
             f"no choice of whole documents brings the domains within {settings.max_diff_percent:g} %",
             where=f"max_diff_percent ({split})",
-            found="; ".join(said),
+            found="; ".join(found),
             remedy=f"raise it, validation or max_tokens, {others}, or give more text",
         )
     return chosen
-
-
-def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what a tokenizer does, where it can say it; else of its vocabulary."""
-    said = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,132 @@
+"""`modekit specialize STUDENT OUT --teacher MODEL`: a student learns from a text and from a teacher's output on it.
+
+The teacher may be of any size and family, but has the student's tokenizer. The last state is what is taken: no held-out text
+chooses one, so that students of equal steps can be compared. Several texts share the steps:
+
+None     shuffled together, so that a larger text has more of every step
+equal    as many tokens of each in every step, short texts begun anew
+turns    one text a step, in turn
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modekit.errors import UnsupportedError
+from modekit.experts.distill.settings import DistillSettings
+from modekit.experts.distill.student import CROSS_ENTROPY, DISTILLATION, SHARE, Lesson, Student
+from modekit.experts.labelled import Material
+from modekit.loaded.engine import Loop
+from modekit.loaded.load import load_model
+from modekit.loaded.passes import check_text
+from modekit.loaded.states import History
+from modekit.loaded.text_training import Training
+from modekit.run import Run
+from modekit.sources.pairs import PAIRS
+from modekit.sources.source import ModelSource, open_source
+from modekit.sources.tokenizer import Readers, check_ids_fit, check_same_tokenizer, read_tokens
+from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
+from modekit.training.end_to_end import loop_of
+from modekit.training.settings import TrainSettings, train_settings
+
+Mix = Literal["equal", "turns"]
+_MOST_ROWS = 1_000
+_READERS = Readers("student", "teacher", "use a teacher that has the student's tokenizer")
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The folder of a teacher, what is learned from it, and how several texts share the steps."""
+
+    teacher: Path
+    settings: DistillSettings = field(default_factory=DistillSettings)
+    mix: Mix | None = None
+
+    def open(self, student: ModelSource, run: Run) -> ModelSource:
+        """The teacher by header. Raises SourceError, UnsupportedError (an encoder), MismatchError where tokenizers differ."""
+        source = open_source("--teacher", self.teacher.name, self.teacher, run=run)
+        where = f"--teacher ({self.teacher.name})"
+        check_same_tokenizer(student.folder, self.teacher, where=where, readers=_READERS)
+        for each, label in ((student, f"STUDENT ({student.folder.name})"), (source, where)):
+            if each.config["model_type"] in {family.model_type for family in PAIRS}:
+                remedy = "leave --teacher away, and train it on text alone"
+                raise UnsupportedError("models with an encoder are not distilled yet", where=label, remedy=remedy)
+            check_ids_fit(read_tokens(each.folder, where=label), _vocab_size(each.config), where=label)
+        return source
+
+    def lesson(self, student: ModelSource, teacher: ModelSource, tokenizer: PreTrainedTokenizerBase, run: Run) -> Lesson:
+        """The teacher in memory. All logits are compared where both models have as many, else those of the tokenizer's ids:
+        embeddings are padded to round numbers of rows, of which no text has the ids.
+        """
+        ours, theirs = (_vocab_size(source.config) for source in (student, teacher))
+        vocabulary = ours if ours == theirs else max(tokenizer.get_vocab().values()) + 1
+        return Lesson(load_model(self.teacher, run=run), vocabulary, self.settings)
+
+    def as_data(self) -> dict[str, object]:
+        """What specialist.json says of what is learned."""
+        settings = self.settings
+        return {
+            "losses": settings.losses,
+            "temperature": settings.temperature,
+            "weights": "adaptive" if settings.adaptive else settings.weights,
+            "combined": "in turn" if settings.alternate else "sum",
+        }
+
+    def teach(
+        self, student: PreTrainedModel, lesson: Lesson, material: Material, training: Training, folder: Path, run: Run
+    ) -> tuple[History, int]:
+        """Train the student, from the last state in `folder` on: what its steps logged, and how many tokens they read."""
+        check_text(student, material.sequences)
+        settings, corpora = self._settings(training), material.corpora
+        steps = settings.steps or steps_of_one_pass(corpora, settings)
+        parts = plan_parts(corpora, settings, steps=steps, experts=len(corpora), parts=1, pack=False)
+        loop = loop_of(settings, steps, student.device)
+        going = Loop(Student(student, lesson, settings, steps), Batches(corpora, parts, pad_id=0), loop, folder, run)
+        going.go()
+        student.eval()
+        draws = (draw for part in parts for row in part.rows for draw in row)
+        return going.history, sum(len(corpora[draw.corpus].sequences[draw.sequence].ids) for draw in draws)
+
+    def _settings(self, training: Training) -> TrainSettings:
+        """The same as those of a mixture's training: everything that moves has the backbone's rate."""
+        same = ("steps", "batch_tokens", "seed", "sequence_length", "weight_decay", "warmup", "clip")
+        values = {
+            "what": ["all"],
+            "backbone_learning_rate": training.learning_rate,
+            **{name: getattr(training, name) for name in same},
+            **({"regime": "joint"} if self.mix == "turns" else {}),
+        }
+        return train_settings(values, where="modekit specialize --teacher")
+
+
+def losses_said(steps: History) -> dict[str, object]:
+    """What specialist.json says of the steps."""
+    named = {"training_loss": CROSS_ENTROPY, "distillation_loss": DISTILLATION}
+    losses = {name: {"before": steps[0][key], "after": steps[-1][key]} for name, key in named.items()}
+    return {**losses, "cross_entropy_weight": sum(each[SHARE] for each in steps) / len(steps)}
+
+
+def losses_table(steps: History) -> bytes:
+    """distill.csv: losses and weight by step: of every step, or of _MOST_ROWS evenly spaced ones."""
+    every = -(-len(steps) // _MOST_ROWS)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "cross_entropy", "distillation", "cross_entropy_weight"])
+    for entry in steps[::every]:
+        figures = (f"{entry[name]:.6g}" for name in (CROSS_ENTROPY, DISTILLATION, SHARE))
+        writer.writerow([int(entry["step"]), *figures])
+    return text.getvalue().encode()
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int:
+    """Rows of the embedding, by config; of a model with parts, that of its text."""
+    inner = config.get("text_config")
+    said = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return said if isinstance(said, int) else 0
