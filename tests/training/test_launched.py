@@ -36,6 +36,23 @@ TRAINING = {
 CONTEXT = {"method": "routing", "top_k": 2, "router": {"fit": "random", "granularity": "context"}}
 
 
+SHARDING = """
+import sys
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+import modekit.loaded.engine as engine
+from modekit.cli import main
+
+def sharding(**asked):
+    accelerator = Accelerator(**asked)  # which does not shard on processors by itself
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    return accelerator
+
+engine.Accelerator = sharding
+sys.exit(main())
+"""
+
+
 def launch(processes: int, *args: str) -> str:
     """Run a module under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -83,13 +100,17 @@ def test_a_fit_adds_up_over_processes(workshop: Workshop) -> None:
     assert is_proven(verify(open_checkpoint(two)))
 
 
-def test_training_with_two_processes_is_training_with_one(workshop: Workshop) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_training_with_two_processes_is_training_with_one(workshop: Workshop, sharded: bool) -> None:
     one, two = workshop.build("ONE", mixture=CONTEXT), workshop.build("TWO", mixture=CONTEXT)
     settings = workshop.root / "training.yaml"
     settings.write_text(yaml.safe_dump({**TRAINING, "accumulate": 2}))
     modekit("train", str(one), "--settings", str(settings), "--tokens", "0")
     settings.write_text(yaml.safe_dump({**TRAINING, "accumulate": 1}))
-    launch(2, "-m", "modekit", "train", str(two), "--settings", str(settings), "--tokens", "0")
+    script = workshop.root / "sharding.py"
+    script.write_text(SHARDING)
+    command = [str(script)] if sharded else ["-m", "modekit"]
+    launch(2, *command, "train", str(two), "--settings", str(settings), "--tokens", "0")
     before, after = tensors(one), tensors(two)
     for name in before:
         # A hundredth of the first step: where a gradient is all but zero, Adam makes a step of its rounding.
