@@ -28,13 +28,8 @@ FEW = ("--tokens", "200")
 MIXED = ("--text", "fever=text/code.jsonl", "--text", "law=text/law.jsonl")
 TWO = ("--text", "law=text/law.jsonl", "--text", "code=text/code.jsonl")
 SHORT = ("steps=3", "batch_tokens=256", "sequence_length=64", "select_tokens=200")
-<<<<<<< HEAD
-_VOLATILE = ("tensorboard", ".modekit")
+_VOLATILE = (".modekit",)
 """What has the time in it, or the digest of something that has."""
-=======
-_VOLATILE = ("tune.json", "tune.md", "NEW.tuning", ".modekit")
-"""What has the time in it, the digest of something that has, or the order in which a search came upon candidates."""
->>>>>>> f9068ad8 (One plain loop with accelerate in place of transformers' Trainer; states are safetensors and JSON; TensorBoard files go)
 
 
 @dataclass(frozen=True)
