@@ -26,6 +26,7 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
+from modekit.loaded.load import load_model
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.carry import CarrySize
@@ -180,7 +181,7 @@ def test_biases_are_carried_where_the_base_has_them(tmp_path: Path, ids: torch.T
     """As a linear map of what all tokens share, which in a tiny random model is little; exactly in the first layer."""
     save(tiny_model("qwen2", **SIZES), tmp_path / "base")
     write_text(tmp_path / "text")
-    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_bias=True)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj"], bias="lora_only")
     experts = []
     for seed, name in enumerate(DOMAINS[:2]):
         train_adapter(tmp_path / "base", config, tmp_path / name)
@@ -195,11 +196,12 @@ def test_biases_are_carried_where_the_base_has_them(tmp_path: Path, ids: torch.T
     own = own_model(tmp_path, experts[0])
     whole = logits_of(own, ids)
     with torch.no_grad():
+        base = dict(load_model(tmp_path / "base").named_parameters())
         for name, parameter in own.named_parameters():
-            if "lora_B" in name and name.endswith("bias"):
-                parameter.zero_()
+            if name.endswith("_proj.bias") or name.endswith("_proj.base_layer.bias"):
+                parameter.copy_(base[name.removeprefix("base_model.model.").replace(".base_layer", "")])
     without = divergence(whole, logits_of(own, ids)) / divergence(whole, logits_of(tmp_path / "base", ids))
-    assert (found := shares(shop, out, ids)[0]) < 0.15 * without, (found, without)
+    assert (found := shares(shop, out, ids)[0]) < 0.25 * without, (found, without)
     assert is_proven(checks := verify(open_checkpoint(out))), checks
 
 

@@ -36,7 +36,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"k_proj": 11},
     },
     "some layers": {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [1]},
-    "bias of its own": {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ["q_proj", "k_proj"]},
 }
 
 
@@ -60,7 +59,6 @@ def bench(tmp_path: Path) -> Workshop:
 
 WHOLE: dict[str, peft.PeftConfig] = {
     "dora": peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "up_proj"]),
-    "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "biases": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, bias="all", target_modules=["v_proj"]),
     "head": peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["o_proj"], modules_to_save=["lm_head"]),
 }
@@ -123,15 +121,15 @@ def test_what_was_folded_is_skipped_and_said(whole_bench: Workshop, capsys: pyte
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     for line in (
-        "dora: not exported: parts of it are no low-rank changes (DoRA, IA3, biases): ./dora has them",
+        "dora: not exported: parts of it are no low-rank changes (DoRA, biases): ./dora has them",
         "general: not exported: it is the base",
         "law: not exported: it is a full model",
         "head: LoRA, rank 2, 3 modules only what the mixture mixes is here",
     ):
         assert line in said
     assert {path.name for path in (whole_bench.root / "exported").iterdir()} == {"rslora", "head"}
-    message = refuse("export", out, whole_bench.root / "again", "--expert", "rslora", "--expert", "ia3")
-    assert "expert 'ia3'" in message and not (whole_bench.root / "again").exists()
+    message = refuse("export", out, whole_bench.root / "again", "--expert", "rslora", "--expert", "dora")
+    assert "expert 'dora'" in message and not (whole_bench.root / "again").exists()
 
 
 def test_a_mixture_of_what_was_exported_is_the_same_mixture(bench: Workshop) -> None:

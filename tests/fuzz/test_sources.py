@@ -464,7 +464,7 @@ def fuzz_tokenizers(root: Path, recipe: dict[str, Any]) -> Target:
 
 
 def fuzz_vocabularies(root: Path, recipe: dict[str, Any]) -> Target:
-    """Of an expert that has more tokens than the base, and of an adapter that trains some."""
+    """Of an expert that has more tokens than the base, and of an adapter that saves them."""
     shutil.rmtree(root / "law")
     write_headers(root / "law", "llama", num_hidden_layers=2, vocab_size=VOCAB + 2)
     said = json.loads((root / "base" / "tokenizer.json").read_text())
@@ -472,12 +472,12 @@ def fuzz_vocabularies(root: Path, recipe: dict[str, Any]) -> Target:
     (root / "base" / "tokenizer.json").write_text(json.dumps({**said, "model": few, "added_tokens": []}))
     more = {**few, "vocab": {**few["vocab"], "<|im_start|>": 96}}
     added = {"model": more, "added_tokens": [{"id": 97, "content": "<|im_end|>"}]}
-    rows = np.zeros((2, SMALL["hidden_size"]), np.float32)
-    trained = f"{PREFIX.removesuffix('layers.')}embed_tokens.token_adapter.trainable_tokens_delta"
-    write_adapter(root / "code", {**{name: each for name, each in UP.items() if ".2." not in name}, trained: rows})
+    rows = np.zeros((VOCAB + 2, SMALL["hidden_size"]), np.float32)
+    saved = f"{PREFIX.removesuffix('layers.')}embed_tokens.weight"
+    write_adapter(root / "code", {**{name: each for name, each in UP.items() if ".2." not in name}, saved: rows})
     config = json.loads((root / "code" / "adapter_config.json").read_text())
     texts = st.one_of(hostile_json(added, most=2), hostile_json({"<|im_start|>": 96, "<|im_end|>": 97}))
-    indices = hostile_json({**config, "trainable_token_indices": {"embed_tokens": [3, 9]}}, most=1)
+    indices = hostile_json({**config, "modules_to_save": ["embed_tokens"]}, most=1)
 
     def door(drawn: tuple[bytes, str, bytes]) -> object:
         content, name, settings = drawn

@@ -77,9 +77,9 @@ def test_a_router_without_data_scores_what_the_adapters_make_of_x(
 
 
 def test_whole_modules_are_refused_before_a_byte_is_copied(bench: Workshop) -> None:
-    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    train_adapter(bench.root / "base", config, bench.root / "ia3")
-    bench.recipe["experts"][0]["adapter"] = "./ia3"
+    config = peft.LoraConfig(target_modules=["k_proj", "down_proj"], use_dora=True, task_type="CAUSAL_LM")
+    train_adapter(bench.root / "base", config, bench.root / "dora")
+    bench.recipe["experts"][0]["adapter"] = "./dora"
     bench.write(mixture={"router": {"fit": "arrow"}})
     assert "no low-rank change" in refuse("plan", bench.root / "recipe.yaml")
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
@@ -31,13 +31,11 @@ from modekit.errors import MismatchError, ModekitError, SourceError, Unsupported
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.sources.adapter import AdapterSource, is_adapter, open_adapter
-from modekit.sources.adapter_config import NO_EFFECT, LoraSettings
-from modekit.sources.adapter_rules import LowRank, Scaling
+from modekit.sources.adapter import NO_EFFECT, AdapterSource, LoraSettings, LowRank, is_adapter, open_adapter
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights import folding
-from modekit.weights.folding import Folded, folded_bias, reader
+from modekit.weights.folding import Folded, reader
 from modekit.weights.numeric import to_float32
 
 BASES: dict[str, dict[str, Any]] = {
@@ -86,8 +84,6 @@ def folded(base: ModelSource, adapter: AdapterSource) -> dict[str, np.ndarray]:
         values: Any = read(adapter.replaced.get(name, ref))
         if name in adapter.changes:
             values = Folded(adapter.changes[name], values, (ref.shape[0], ref.shape[1]), read)[:]
-        elif name in adapter.bias_changes:
-            values = folded_bias(adapter.bias_changes[name], values, read)
         result[name] = to_float32(values).reshape(ref.shape).copy()
     opened.close()
     return result
@@ -98,7 +94,7 @@ def check_as_merged(base: Path, adapter: Path) -> AdapterSource:
     theirs, source = merged(base, adapter), open_source("base_model", "./base", base)
     ours = opened(base, adapter)
     for name, values in folded(source, ours).items():
-        if name in {*ours.changes, *ours.bias_changes}:
+        if name in ours.changes:
             np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=1e-5, err_msg=name)
         else:
             assert np.array_equal(values.view(np.uint32), theirs[name].view(np.uint32)), name
@@ -168,31 +164,6 @@ def test_each_setting_of_lora(bases: Callable[[str], Path], tmp_path: Path, name
     check_as_merged(bases(family), tmp_path)
 
 
-@EXAMPLES
-@given(
-    family=st.sampled_from(["llama with biases", "qwen2", "phi3"]),
-    targets=st.sampled_from(
-        [["q_proj", "k_proj", "down_proj"], r".*\.(v_proj|up_proj|qkv_proj)", ["gate_up_proj", "o_proj"], "all-linear"]
-    ),
-    feedforward=st.sampled_from([["down_proj"], ["_proj"], [], r".*up_proj"]),
-    saved=st.sampled_from([None, ["lm_head", "norm"]]),
-)
-def test_ia3_folds_to_what_peft_merges(
-    bases: Callable[[str], Path], family: str, targets: Any, feedforward: Any, saved: list[str] | None
-) -> None:
-    if isinstance(targets, list) and isinstance(feedforward, list):
-        feedforward = [name for name in targets if name.endswith(tuple(feedforward))]  # PEFT wants a subset
-    assume(isinstance(targets, str) == isinstance(feedforward, str))
-    with tempfile.TemporaryDirectory() as folder:
-        config = IA3Config(target_modules=targets, feedforward_modules=feedforward, modules_to_save=saved)
-        try:
-            train(bases(family), config, Path(folder))
-        except ValueError as error:
-            assume("not found in the base" not in str(error))
-            raise
-        check_as_merged(bases(family), Path(folder))
-
-
 def test_keys_may_lack_the_prefix_of_peft(bases: Callable[[str], Path], tmp_path: Path) -> None:
     train(bases("llama"), LoraConfig(target_modules=["q_proj"]), tmp_path)
     before = folded(open_source("", "", bases("llama")), opened(bases("llama"), tmp_path))
@@ -207,7 +178,7 @@ def test_an_embedding_in_the_adapter_file_comes_before_the_change(bases: Callabl
     change_tensors(tmp_path, lambda tensors: {**tensors, name: tensors[name] * 1.5})
     ours = check_as_merged(bases("llama"), tmp_path)
     assert "model.embed_tokens.weight" in ours.changes
-    assert any("its own copy of model.embed_tokens.weight" in note for note in ours.notes)
+    assert "model.embed_tokens.weight" in ours.replaced
 
 
 def test_an_embedding_saved_without_being_adapted_replaces_the_base_s(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -223,45 +194,9 @@ def test_an_adapter_in_half_precision(bases: Callable[[str], Path], tmp_path: Pa
     check_as_merged(bases("llama"), tmp_path)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_of_a_fused_module_is_split_for_a_base_that_keeps_its_parts(
-    bases: Callable[[str], Path], tmp_path: Path, dora: bool
-) -> None:
-    base = bases("llama")
-    source = open_source("base_model", "./base", base)
-    generator = np.random.default_rng(0)
-    split = {"mlp": (["gate_proj", "up_proj"], [48, 48]), "self_attn": (["q_proj", "k_proj", "v_proj"], [32, 16, 16])}
-    fused, apart = {}, {}
-    for layer in range(2):
-        for block, (parts, rows) in split.items():
-            prefix = f"base_model.model.model.layers.{layer}.{block}."
-            name = prefix + ("gate_up_proj" if block == "mlp" else "qkv_proj")
-            a = generator.normal(size=(4, 32)).astype(np.float32)
-            b, m = (generator.normal(size=(sum(rows), *rest)).astype(np.float32) for rest in ((4,), ()))
-            fused |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.lora_magnitude_vector": m}
-            ends = np.cumsum(rows)[:-1]
-            for part, own_b, own_m in zip(parts, np.split(b, ends), np.split(m, ends), strict=True):
-                apart |= {f"{prefix}{part}.lora_A.weight": a, f"{prefix}{part}.lora_B.weight": own_b}
-                apart |= {f"{prefix}{part}.lora_magnitude_vector": own_m}
-    for folder, tensors, targets in (
-        ("fused", fused, ["qkv_proj", "gate_up_proj"]),
-        ("apart", apart, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
-    ):
-        kept = {name: value for name, value in tensors.items() if dora or "magnitude" not in name}
-        write_adapter(tmp_path / folder, kept, target_modules=targets, use_dora=dora, r=4, lora_alpha=6)
-    check_as_merged(base, tmp_path / "apart")
-    ours = opened(base, tmp_path / "fused")
-    assert isinstance(ours.changes["model.layers.1.mlp.up_proj.weight"], LowRank)
-    assert ours.changes["model.layers.1.mlp.up_proj.weight"].rows == (48, 96)
-    expected = folded(source, opened(base, tmp_path / "apart"))
-    for name, values in folded(source, ours).items():
-        np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
-
-
 # --- built into a mixture, in both architectures (promise 3)
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FUSED_FFN = ["gate_up_proj", "down_proj"]
 BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     "rank and alpha": ("llama", LoraConfig(r=5, lora_alpha=3, target_modules=ALL)),
     "rslora": ("llama", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=ALL)),
@@ -279,9 +214,6 @@ BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     "fan_in_fan_out": ("llama", LoraConfig(r=3, target_modules=ALL, fan_in_fan_out=True)),
     "dora": ("qwen2", LoraConfig(r=3, target_modules=ALL, use_dora=True)),
     "biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL, bias="all")),
-    "lora_bias": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, use_rslora=True)),
-    "lora_bias and biases": ("llama with biases", LoraConfig(r=3, target_modules=ALL[:4], lora_bias=True, bias="lora_only")),
-    "ia3": ("qwen2", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "embedding and head": ("llama", LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "up_proj"])),
     "embedding and head, dora": (
         "llama",
@@ -304,21 +236,8 @@ BUILT: dict[str, tuple[str, peft.PeftConfig]] = {
     ),
     "fused modules": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
     "fused modules, dora": ("phi3", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"], use_dora=True)),
-    "fused modules, ia3": ("phi3", IA3Config(target_modules=FUSED_FFN, feedforward_modules=FUSED_FFN)),
 }
 EVERYTHING = {"modules": "all", "router": {"fit": "random", "granularity": "sequence", "per": "model"}}
-
-
-def test_ia3_of_a_fused_module_is_split(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    names = [f"base_model.model.model.layers.{layer}.mlp.gate_up_proj.ia3_l" for layer in range(2)]
-    vector = np.arange(96, dtype=np.float32)[:, None]
-    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["gate_up_proj"], "feedforward_modules": []}
-    ours = opened(bases("llama"), write_adapter(tmp_path, dict.fromkeys(names, vector), **config))
-    source = open_source("", "", bases("llama"))
-    up = "model.layers.0.mlp.up_proj.weight"
-    assert ours.changes[up] == Scaling(ours.tensors[names[0]], "rows", (48, 96))
-    original = to_float32(reader(OpenFiles())(source.tensors[up])).reshape(48, 32)
-    assert np.array_equal(folded(source, ours)[up], original * vector[48:])
 
 
 def in_mixture(base: Path, adapter: Path, ids: torch.Tensor, out: Path, form: str, mixture: dict[str, Any]) -> torch.Tensor:
@@ -354,7 +273,7 @@ def test_a_mixture_fixed_on_an_adapter_is_the_model_of_peft(
 
 
 @pytest.mark.parametrize("form", ["native", "modekit"])
-@pytest.mark.parametrize("name", ["uneven targets", "biases", "ia3", "saved FFN", "fused modules", "embedding and head, dora"])
+@pytest.mark.parametrize("name", ["uneven targets", "biases", "saved FFN", "fused modules", "embedding and head, dora"])
 def test_parts_of_an_adapter_that_are_not_mixed_are_the_base_s(
     bases: Callable[[str], Path], tmp_path: Path, ids: torch.Tensor, name: str, form: str
 ) -> None:
@@ -384,17 +303,13 @@ class _Made:
     """A change over random tensors of given shapes, without a file."""
 
     def __init__(self, rows: int, columns: int, kind: str, generator: np.random.Generator) -> None:
-        shapes: dict[str, tuple[int, ...]] = {"a": (3, columns), "b": (rows, 3), "m": (rows,), "v": (rows, 1)}
+        shapes: dict[str, tuple[int, ...]] = {"a": (3, columns), "b": (rows, 3), "m": (rows,)}
         if kind == "embedding":
             shapes |= {"a": (3, rows), "b": (columns, 3), "m": (columns,)}
         self.values = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         refs = {name: _ref(name, shape) for name, shape in shapes.items()}
-        self.change: LowRank | Scaling
-        if kind == "ia3":
-            self.change = Scaling(refs["v"], "rows")
-        else:
-            magnitude = refs["m"] if kind in {"dora", "embedding"} else None
-            self.change = LowRank(refs["a"], refs["b"], 0.5, None, magnitude, transposed=kind == "embedding")
+        magnitude = refs["m"] if kind in {"dora", "embedding"} else None
+        self.change = LowRank(refs["a"], refs["b"], 0.5, None, magnitude, transposed=kind == "embedding")
         self.base = generator.normal(size=rows * columns).astype(np.float32)
         self.shape = (rows, columns)
 
@@ -410,7 +325,7 @@ def _ref(name: str, shape: tuple[int, ...]) -> Any:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(["lora", "dora", "embedding", "ia3"]),
+    kind=st.sampled_from(["lora", "dora", "embedding"]),
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
     block=st.integers(1, 2000),
@@ -462,7 +377,7 @@ def write_adapter(folder: Path, tensors: Tensors | None = None, **config: Any) -
     """An adapter folder by hand, by default `plain_tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors")
-    defaults = {"peft_type": "LORA", "target_modules": ["q_proj"], **({} if config.get("peft_type") == "IA3" else {"r": 4})}
+    defaults = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps({**defaults, **config}))
     return folder
 
@@ -499,15 +414,17 @@ def test_refuses_a_config_that_is_none(bases: Callable[[str], Path], tmp_path: P
     refused(SourceError, bases("llama"), tmp_path, "adapter_config.json")
 
 
-@pytest.mark.parametrize("kind", ["ADALORA"])
+@pytest.mark.parametrize("kind", ["ADALORA", "IA3"])
 def test_refuses_other_kinds_of_adapters_and_lists_the_known_ones(
     bases: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
-    refused(UnsupportedError, bases("llama"), write_adapter(tmp_path, peft_type=kind), kind, "LORA or IA3")
+    refused(UnsupportedError, bases("llama"), write_adapter(tmp_path, peft_type=kind), kind, "LORA")
 
 
 REFUSED_SETTINGS: dict[str, Any] = {
     "layer_replication": [[0, 2]],
+    "lora_bias": True,
+    "trainable_token_indices": [3],
     "target_parameters": ["mlp.experts.down_proj"],
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
@@ -535,11 +452,6 @@ def test_refuses_initialisations_that_change_the_base(bases: Callable[[str], Pat
 def test_every_setting_of_the_installed_peft_is_known() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert fields <= LoraSettings.model_fields.keys() | NO_EFFECT | REFUSED_SETTINGS.keys()
-    assert {field.name for field in dataclasses.fields(IA3Config)} <= {
-        *NO_EFFECT,
-        "modules_to_save",
-        "feedforward_modules",
-    }
 
 
 JSON = st.recursive(
@@ -550,11 +462,10 @@ JSON = st.recursive(
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(key=st.sampled_from(sorted({*LoraSettings.model_fields, *NO_EFFECT, "feedforward_modules"})), value=JSON, kind=JSON)
+@given(key=st.sampled_from(sorted({*LoraSettings.model_fields, *NO_EFFECT})), value=JSON, kind=JSON)
 def test_garbage_in_the_config_never_crashes(bases: Callable[[str], Path], key: str, value: Any, kind: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ia3 = {"peft_type": "IA3", "feedforward_modules": [], key: value}
-        for changes in ({key: value}, {"peft_type": kind}, ia3):
+        for changes in ({key: value}, {"peft_type": kind}):
             write_adapter(Path(folder), **changes)
             try:
                 opened(bases("llama"), Path(folder))
@@ -606,12 +517,6 @@ def test_refuses_one_module_under_two_names(bases: Callable[[str], Path], tmp_pa
     refused(SourceError, bases("llama"), write_adapter(tmp_path, {**plain_tensors(), **twice}), "mean the same")
 
 
-def test_refuses_a_fused_module_together_with_its_parts(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    fused = {name.replace("q_proj", "qkv_proj"): value for name, value in plain_tensors().items()}
-    write_adapter(tmp_path, {**plain_tensors(), **fused}, target_modules=["q_proj", "qkv_proj"])
-    refused(SourceError, bases("llama"), tmp_path, "qkv_proj", "its parts")
-
-
 @pytest.mark.parametrize("dtype", [np.int8, np.float64])
 def test_refuses_tensors_that_are_no_floats_of_a_model(bases: Callable[[str], Path], tmp_path: Path, dtype: type) -> None:
     write_adapter(tmp_path, {name: value.astype(dtype) for name, value in plain_tensors().items()})
@@ -623,22 +528,6 @@ def test_refuses_lora_on_a_norm(bases: Callable[[str], Path], tmp_path: Path) ->
     tensors = {name: np.ones(shape, np.float32) for name, shape in names.items()}
     write_adapter(tmp_path, tensors, target_modules=["model.norm"])
     refused(UnsupportedError, bases("llama"), tmp_path, "no linear layer", "model.norm")
-
-
-def test_refuses_ia3_on_an_embedding_and_vectors_of_the_other_axis(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    name = "base_model.model.model.embed_tokens.ia3_l"
-    config: dict[str, Any] = {"peft_type": "IA3", "target_modules": ["embed_tokens"], "feedforward_modules": []}
-    write_adapter(tmp_path, {name: np.ones((96, 1), np.float32)}, **config)
-    refused(UnsupportedError, bases("llama"), tmp_path, "no linear layer", "embed_tokens")
-    vectors = {Q.format(layer) + "ia3_l": np.ones((1, 32), np.float32) for layer in range(2)}
-    write_adapter(tmp_path, vectors, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])
-    refused(MismatchError, bases("llama"), tmp_path, "[1, 32]", "[32, 1]")
-
-
-def test_refuses_a_bias_where_the_layer_has_none(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    biases = {Q.format(layer) + "lora_B.bias": np.ones(32, np.float32) for layer in range(2)}
-    write_adapter(tmp_path, {**plain_tensors(), **biases}, lora_bias=True)
-    refused(UnsupportedError, bases("llama"), tmp_path, "lora_bias", "q_proj")
 
 
 @pytest.mark.parametrize(

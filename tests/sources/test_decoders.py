@@ -276,20 +276,6 @@ def test_files_that_transformers_computes_with_are_mixed_once_saved_under_names_
     torch.testing.assert_close(forced(model, 1), expected, atol=1e-4, rtol=0)
 
 
-def test_ia3_on_a_square_weight_that_is_kept_by_columns(tmp_path: Path) -> None:
-    """GPT-2's attn.c_proj and c_attn: outputs are scaled, whichever way the weight lies."""
-    save_models("gpt2", tmp_path)
-    targets = ["attn.c_proj", "attn.c_attn", "mlp.c_fc"]
-    config = peft.IA3Config(
-        target_modules=targets, feedforward_modules=["mlp.c_fc"], fan_in_fan_out=True, init_ia3_weights=False
-    )
-    adapted = peft.get_peft_model(opened(tmp_path / "base"), config)
-    adapted.save_pretrained(tmp_path / "lora")
-    experts = [{"name": "plain", "model": "base"}, {"name": "low", "adapter": "./lora"}]
-    model = mixture(tmp_path, "OUT", experts, router=ONE_ROUTER)
-    torch.testing.assert_close(forced(model, 1), logits(adapted), atol=1e-4, rtol=0)
-
-
 def test_tensors_of_an_expert_alone_are_not_dropped(tmp_path: Path) -> None:
     save_models("gpt_neox", tmp_path)
     file = tmp_path / "other" / "model.safetensors"

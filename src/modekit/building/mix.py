@@ -24,8 +24,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_rules import LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.compatible import check_same_architecture
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of

@@ -13,8 +13,7 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
 from modekit.errors import SourceError
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import WEIGHTS_FILE, is_adapter
-from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
 from modekit.sources.config import read_config, settings_digest
 from modekit.sources.contents import known_blake3
 from modekit.sources.source import weight_files

@@ -3,7 +3,7 @@
 FOLDER/<expert>/adapter_config.json, adapter_model.safetensors    what PEFT reads
 FOLDER/<expert>/export.json                                       where it comes from, and what to know of it
 
-Low-rank parts are cut out of the mixture, bit for bit. What was folded into whole modules (DoRA, IA3, biases) cannot be: the
+Low-rank parts are cut out of the mixture, bit for bit. What was folded into whole modules (DoRA, biases) cannot be: the
 adapter's own folder still has it.
 """
 
@@ -62,7 +62,7 @@ def why_not(checkpoint: Checkpoint, expert: int) -> str | None:
     if checkpoint.record.tokens is not None and HEAD in places:
         return "its head has rows for the tokens of other models"
     if not places or any(not place.ranks[expert] for place in places.values()):
-        return f"parts of it are no low-rank changes (DoRA, IA3, biases): {asked.adapter} has them"
+        return f"parts of it are no low-rank changes (DoRA, biases): {asked.adapter} has them"
     return None
 
 
@@ -148,26 +148,21 @@ def adapter_config_of(checkpoint: Checkpoint, expert: int) -> dict[str, object]:
     """adapter_config.json of what the mixture has of an expert."""
     places = places_of(checkpoint, expert)
     changes = {module: ModuleChange(place.ranks[expert], place.scales[expert]) for module, place in places.items()}
-    biased = any(expert in place.biased for place in places.values())
     recipe = checkpoint.record.recipe
     folder = locate(recipe.base_model, checkpoint.recipe_root)
     base = recipe.base_model if folder is None else str(folder.resolve())  # PEFT finds it, whatever folder it is called from
-    config = lora_config(base, changes, has_encoder=checkpoint.shape.family.reads == "pairs", lora_bias=biased)
+    config = lora_config(base, changes, has_encoder=checkpoint.shape.family.reads == "pairs")
     return {**config, "revision": recipe.revision}
 
 
 def adapter_tensors_of(checkpoint: Checkpoint, expert: int, opened: OpenFiles) -> Iterator[PeftTensor]:
-    """A (R, I), B (O, R) and, where it has one, the bias (O,) of every module."""
+    """A (R, I) and B (O, R) of every module."""
     for module, place in sorted(places_of(checkpoint, expert).items()):
         start, rank = sum(place.ranks[:expert]), place.ranks[expert]
         own = slice(start, start + rank)
         a, b = (checkpoint.tensors[f"{module}.lora_{side}"] for side in "AB")
         yield _tensor(peft_name(module, "lora_A.weight"), a, (own, slice(None)), (rank, a.shape[1]), opened)
         yield _tensor(peft_name(module, "lora_B.weight"), b, (slice(None), own), (b.shape[0], rank), opened)
-        if expert in place.biased:
-            bias = checkpoint.tensors[f"{module}.lora_bias"]
-            row = (place.biased.index(expert), slice(None))
-            yield _tensor(peft_name(module, "lora_B.bias"), bias, row, (bias.shape[1],), opened)
 
 
 _Index = tuple[slice | int, slice]

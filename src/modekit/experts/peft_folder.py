@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from modekit.files.staging import Staging
 from modekit.files.tensors import Entry, write_all
 from modekit.files.write import write_json
-from modekit.sources.adapter import WEIGHTS_FILE
-from modekit.sources.adapter_config import CONFIG_FILE
+from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ModuleChange:
 
 
 def peft_name(module: str, part: str) -> str:
-    """PEFT's name of a tensor: `part` is lora_A.weight, lora_B.weight or lora_B.bias."""
+    """PEFT's name of a tensor: `part` is lora_A.weight or lora_B.weight."""
     return f"base_model.model.{module}.{part}"
 
 
@@ -54,7 +53,6 @@ def lora_config(
     *,
     targets: Sequence[str] | None = None,
     has_encoder: bool = False,
-    lora_bias: bool = False,
 ) -> dict[str, object]:
     """adapter_config.json of these modules, which are its targets unless `targets` says it shorter.
 
@@ -76,7 +74,7 @@ def lora_config(
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
-        "lora_bias": lora_bias,
+        "lora_bias": False,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: each for module, each in ranks.items() if each != rank},

@@ -37,7 +37,7 @@ from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.source import ModelSource, is_quantised, open_source
 from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
 from modekit.sources.towers import may_wrap
-from modekit.weights.folding import Folded, folded_bias, reader
+from modekit.weights.folding import Folded, reader
 from modekit.weights.numeric import to_float32
 
 LOADING = "load a model"
@@ -211,7 +211,7 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
     parameters = dict(model.named_parameters())
     with OpenFiles() as opened:
         read = reader(opened)
-        for name in {*adapter.changes, *adapter.bias_changes, *adapter.replaced}:
+        for name in {*adapter.changes, *adapter.replaced}:
             parameter = parameters[name]
             values = parameter.detach().cpu().float().numpy().ravel()
             if name in adapter.replaced:
@@ -219,7 +219,5 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
             if name in adapter.changes:
                 rows, columns = parameter.shape
                 values = Folded(adapter.changes[name], values, (rows, columns), read)[:]
-            elif name in adapter.bias_changes:
-                values = folded_bias(adapter.bias_changes[name], values, read)
             parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
     return model

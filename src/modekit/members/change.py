@@ -27,15 +27,13 @@ from modekit.members.edits import MixtureEdit
 from modekit.planning.make import plan_of
 from modekit.planning.plan import Plan
 from modekit.planning.reuse import Origins, reusing
-from modekit.planning.shape import LowRankPart, MixedTensor
+from modekit.planning.shape import LowRankPart
 from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_rules import Change, LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.contents import blake3_of
 from modekit.sources.header import TensorRef
-from modekit.sources.names import module_of
 from modekit.sources.open import Opener, label_of
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import copied_content, copied_files, gone_pair_files
@@ -256,28 +254,20 @@ def recorded_model(label: str, expert: Expert, base: ModelSource, checkpoint: Ch
         tensors = {name: _ref(name, file, ref.dtype, ref.shape) for name, ref in base.tensors.items()}
         return ModelSource(label, recorded.spec, folder, recorded.revision, base.config, tensors)
     mixed = list(checkpoint.shape.mixed_tensors(checkpoint.tensors))
-    own = [each for each in mixed if number in each.own]
     replaced = {
-        each.name: _ref(each.name, file, base.tensor(each.name).dtype, each.shape) for each in own if not each.holds_changes
+        each.name: _ref(each.name, file, base.tensor(each.name).dtype, each.shape) for each in mixed if number in each.own
     }
-    added = {module_of(each.name): each for each in own if each.holds_changes}
-    changes: dict[str, Change] = {
-        each.name: _low_rank(each.name, each.low_rank[number], added.get(module_of(each.name)), file)
-        for each in mixed
-        if number in each.low_rank
-    }
+    changes = {each.name: _low_rank(each.name, each.low_rank[number], file) for each in mixed if number in each.low_rank}
     nothing = {"": _ref("", file, "U8", (0,))}  # so that its file is known
-    return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, {}, replaced)
+    return AdapterSource(label, recorded.spec, folder, recorded.revision, {}, nothing, changes, replaced)
 
 
-def _low_rank(name: str, part: LowRankPart, added: MixedTensor | None, file: Path) -> LowRank:
+def _low_rank(name: str, part: LowRankPart, file: Path) -> LowRank:
     rank = part.ranks.stop - part.ranks.start
-    bias = None if added is None else _ref(f"{name} bias", file, next(iter(added.own.values())).dtype, added.shape)
     return LowRank(
         _ref(f"{name} A", file, part.a.dtype, (rank, part.a.shape[1])),
         _ref(f"{name} B", file, part.b.dtype, (part.b.shape[0], rank)),
         part.scale,
-        bias=bias,
     )
 
 

@@ -105,7 +105,7 @@ def blocks_of(channels: int) -> int:
 def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
     """Whether an adapter changes more than FFNs."""
     ffn = f".{family.mlp_module}."
-    changed = {*source.changes, *source.replaced, *source.bias_changes}
+    changed = {*source.changes, *source.replaced}
     return any(name in base.tensors and ffn not in name for name in changed)
 
 

@@ -16,7 +16,7 @@ from modekit.planning.places import InBits, Places, PlannedPlace
 from modekit.planning.routing_config import routing_config, whole_module_unscored
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter_rules import LowRank
+from modekit.sources.adapter import LowRank
 from modekit.sources.family import Family
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import split_layer, weight_of
@@ -84,7 +84,7 @@ class ModekitLayout:
         for expert, said in enumerate(self._recipe.experts):
             if said.adapter is not None and any(expert in place.own for place in self._places):
                 yield (
-                    f"{said.name}: parts of its adapter are no plain low-rank change (DoRA, IA3, biases) "
+                    f"{said.name}: parts of its adapter are no plain low-rank change (DoRA, biases) "
                     "and are kept as whole modules"
                 )
         if self._places.splits_ffn and "mlp" in self._places.wanted and any(place.own for place in self._places):
@@ -131,13 +131,11 @@ class ModekitLayout:
 
     def _entry(self, place: PlannedPlace) -> Place:
         """The place in config.json; see architecture/modekit_mixed.py."""
-        changes = [self._places.change(place, expert) for expert in range(len(place.kinds))]
         biased, mixture = [*self._added_biases(place)], self._recipe.mixture
-        scaled = changes if biased else place.kinds  # also where it is folded into a module, and only its bias is scaled
         layer, path = split_layer(place.module)
         entry: dict[str, object] = {
             "ranks": place.ranks,
-            "scales": [each.scale if isinstance(each, LowRank) else 1.0 for each in scaled],
+            "scales": [each.scale if isinstance(each, LowRank) else 1.0 for each in place.kinds],
             "own": place.own,
             "base": self._places.keeps_base(place),
             "router": self._places.leaders[place.module],
@@ -190,18 +188,12 @@ class ModekitLayout:
                 yield PlannedTensor(name, code, made.shape, "adapter", made, expert)
 
     def _added_biases(self, place: PlannedPlace) -> dict[int, Made]:
-        """Expert -> the bias that its LoRA adds by itself, where the base has no bias that could take it in; of a difference
-        in a few bits, by what the expert's differs from the base's.
-        """
+        """Expert with a difference in a few bits -> what its bias differs by from the base's."""
         found = dict[int, Made]()
         bias = next((ref for ref in place.refs if ref != place.weight), None)
-        has_bias = any(ref.name == f"{place.module}.bias" for ref in place.refs)
         for expert, kind in enumerate(place.kinds):
-            change = self._places.change(place, expert)
             if isinstance(kind, InBits) and bias is not None:
                 found[expert] = Delta(*self._pair(expert, bias))
-            elif change is not None and change.bias is not None and not (kind == "own" and has_bias):
-                found[expert] = Copy(_rows(change.bias, change.rows))
         return found
 
     def _pair(self, expert: int, ref: TensorRef) -> tuple[TensorRef, TensorRef]:

@@ -143,7 +143,7 @@ class ModekitShape(AnyShape):
                 raise disagreement(f"{self.where}: {wrong}")
 
     def mixed_tensors(self, tensors: Tensors) -> Iterator[MixedTensor]:
-        """Every tensor of every place: the experts' own modules, their low-rank changes, and the biases these add."""
+        """Every tensor of every place: the experts' own modules, and their low-rank changes."""
         of_module = _leaves(tensors)
         for module, place in self.mixture.places.items():
             leaves = of_module.get(module, [])
@@ -155,7 +155,6 @@ class ModekitShape(AnyShape):
                 shape = next(iter(own.values())).shape if kept is None else kept.shape
                 low_rank = _low_rank(tensors, module, place) if leaf == "weight" else {}
                 yield MixedTensor(place.tensor(module, leaf), shape, own, low_rank)
-            yield from _added_bias(tensors, module, place)
 
     def parameters(self, sizes: Mapping[str, int], dense: int) -> Parameters:
         """Adapters are active as a whole: their product with a weight of zero is computed."""
@@ -226,14 +225,6 @@ def _low_rank(tensors: Tensors, module: str, place: Place) -> dict[int, LowRankP
         for expert, (rank, stop) in enumerate(zip(place.ranks, stops, strict=True))
         if rank
     }
-
-
-def _added_bias(tensors: Tensors, module: str, place: Place) -> Iterator[MixedTensor]:
-    """What adapters add where the base has no bias: a row each of one tensor."""
-    biased = [expert for expert in place.biased if place.scales[expert]]
-    if biased:
-        ref = tensors[f"{module}.lora_bias"]
-        yield MixedTensor(f"{module}.bias", (ref.shape[1],), dict.fromkeys(biased, ref), holds_changes=True)
 
 
 def rerouted(mixture: MixtureConfig, recipe: Recipe, config: Config, tensors: Tensors) -> MixtureConfig:

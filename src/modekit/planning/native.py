@@ -11,8 +11,6 @@ from modekit.planning.native_shape import NativeShape
 from modekit.planning.segments import segments_of
 from modekit.planning.tensors import CodeOf, PlannedTensor, as_in
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_rules import LowRank
 from modekit.sources.config import whole
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
@@ -218,13 +216,6 @@ class NativeLayout:
     def _part(self, expert: int, part: str, ref: TensorRef) -> Made:
         """What an expert has of a part of the FFN."""
         source = self._sources[1 + expert]
-        change = source.changes.get(ref.name) if isinstance(source, AdapterSource) else None
-        if isinstance(change, LowRank) and change.bias is not None:
-            raise UnsupportedError(
-                "the adapter adds a bias where the native experts have none",
-                where=f"{source.label} ({source.spec}): {ref.name}",
-                remedy="use output: {format: modekit}",
-            )
         made, rows = as_in(source, ref), self._rows(part, ref)
         return self._segments.cut(made if rows is None else made.cut(rows), expert, part)
 

@@ -106,9 +106,6 @@ def _of_routing(recipe: Recipe, sources: Sequence[ModelSource]) -> Iterator[str]
         )
     if mixture.method == "routing" and len(recipe.experts) == recipe.top_k and not mixture.varies:
         yield "top_k equals the number of experts: every token runs through every expert, as with method: gating"
-    for expert, source in zip(recipe.experts, sources[1:], strict=True):
-        if isinstance(source, AdapterSource):
-            yield from (f"{expert.name}: {note}" for note in source.notes)
 
 
 def _of_chats(recipe: Recipe, vocabulary: Vocabulary) -> Iterable[str]:
@@ -160,7 +157,7 @@ def _lost_of_models(recipe: Recipe, sources: Sequence[ModelSource], way_out: str
 
 
 def _changed(source: AdapterSource) -> set[str]:
-    return {*source.changes, *source.bias_changes, *source.replaced}
+    return {*source.changes, *source.replaced}
 
 
 def check_adapters(recipe: Recipe, sources: Sequence[ModelSource], way_out: str, mixed: Collection[str]) -> None:

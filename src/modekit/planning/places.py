@@ -19,8 +19,7 @@ from modekit.planning.routing_config import first_to_run, leaders_of, needs_base
 from modekit.planning.tensors import low_rank, touched
 from modekit.recipes.layers import Layer, named_layers
 from modekit.recipes.recipe import Recipe
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_rules import LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.config import whole
 from modekit.sources.family import Family, Stack
 from modekit.sources.header import TensorRef
@@ -168,12 +167,6 @@ class Places:
     def keeps_base(self, place: PlannedPlace) -> bool:
         """Whether the base's module stays beside what the experts have."""
         return needs_base(self._recipe, self._family, place.module, place.own)
-
-    def change(self, place: PlannedPlace, expert: int) -> LowRank | None:
-        """What an expert's adapter does to the weight of a place, if that is a low-rank change."""
-        source = self._sources[1 + expert]
-        change = source.changes.get(weight_of(place.module)) if isinstance(source, AdapterSource) else None
-        return change if isinstance(change, LowRank) else None
 
     def width(self, place: PlannedPlace) -> int:
         """Width of the gate of a router at this place: of what it reads, unless its fit says another."""

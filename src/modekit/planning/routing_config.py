@@ -75,7 +75,7 @@ def whole_module_unscored(expert: Expert, module: str) -> UnsupportedError:
     """The error for a fit that scores low-rank changes where an expert has a module of its own."""
     remedy = "choose a router fit that reads text (lexical or logistic)"
     if expert.adapter is not None:
-        remedy += ", or train the adapter as plain LoRA (without DoRA, IA3 and modules_to_save)"
+        remedy += ", or train the adapter as plain LoRA (without DoRA and modules_to_save)"
     elif not expert.is_low_rank:
         remedy += ", or keep a low-rank part of the model (as: lora)"
     return UnsupportedError(

@@ -121,16 +121,14 @@ class MixedTensor:
     Attributes:
         name: of the base's tensor.
         shape: of it.
-        own: expert -> the tensor that holds its own, or, with `holds_changes`, its change.
+        own: expert -> the tensor that holds its own.
         low_rank: expert -> its low-rank change.
-        holds_changes: the base has no such tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     own: dict[int, TensorRef] = field(default_factory=dict)
     low_rank: dict[int, LowRankPart] = field(default_factory=dict)
-    holds_changes: bool = False
 
 
 @dataclass(frozen=True)

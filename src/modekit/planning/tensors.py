@@ -23,8 +23,7 @@ from typing import Literal
 import numpy as np
 
 from modekit.errors import SourceError
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_rules import LowRank
+from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
 from modekit.sources.source import ModelSource
@@ -143,16 +142,14 @@ def as_in(source: ModelSource, ref: TensorRef) -> Copy | Fold:
     if not isinstance(source, AdapterSource):
         return Copy(source.matching(ref))
     given = source.replaced.get(ref.name, ref)
-    if ref.name in source.changes:
-        return Fold(given, source.changes[ref.name])
-    return Fold(given, source.bias_changes[ref.name], of_bias=True) if ref.name in source.bias_changes else Copy(given)
+    return Fold(given, source.changes[ref.name]) if ref.name in source.changes else Copy(given)
 
 
 def touched(source: ModelSource, name: str) -> bool:
     """Whether an adapter does anything to a tensor of the base; a full model always has its own."""
     if not isinstance(source, AdapterSource):
         return True
-    return name in source.changes or name in source.replaced or name in source.bias_changes
+    return name in source.changes or name in source.replaced
 
 
 def low_rank(source: ModelSource, weight: str) -> LowRank | None:

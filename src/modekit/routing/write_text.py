@@ -23,8 +23,7 @@ from modekit.loaded.load import load_model, load_tokenizer
 from modekit.loaded.sampling import Script, Writer, read_texts, rows_at_once
 from modekit.recipes.recipe import Expert, Recipe
 from modekit.run import DETAIL, ProgressCount, Run
-from modekit.sources.adapter import is_adapter
-from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.adapter import CONFIG_FILE, is_adapter, read_adapter_config
 from modekit.sources.config import read_config, settings_digest
 from modekit.sources.contents import known_blake3
 from modekit.sources.source import ModelSource

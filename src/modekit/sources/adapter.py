@@ -1,22 +1,91 @@
-"""PEFT adapter folders read by header: which weights of the base an adapter changes.
+"""PEFT's LoRA adapters read by config and header: which weights of the base one changes, and how.
 
-Nothing here imports peft or torch, and nothing reads a tensor; by which rule says adapter_rules.py. PEFT's merged models are
-the oracle of tests/sources/test_adapters.py.
+Tensors are named as PEFT names them when it saves (`get_peft_model_state_dict`). Which modules an adapter changes, and with
+which rank, its file says; a setting whose effect on the weights is not known here, and a tensor that has no place in the base,
+are refused, never ignored. Nothing here imports peft or torch. PEFT's merged models are the oracle of
+tests/sources/test_adapters.py.
+
+Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
-from modekit.sources.adapter_config import CONFIG_FILE, damaged, parse_settings, read_adapter_config
-from modekit.sources.adapter_rules import Change, Rules, peft_plain
-from modekit.sources.header import TensorRef, read_header
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modekit.errors import MismatchError, SourceError, UnsupportedError
+from modekit.files.read import UNREADABLE, read_json
+from modekit.files.typed import shortened
+from modekit.sources.config import Config
+from modekit.sources.families import family_of
+from modekit.sources.family import UNTIE, Family
+from modekit.sources.header import TensorRef, check_floats, read_header
+from modekit.sources.names import embedding_in, layers_of, split_layer, weight_of
 from modekit.sources.source import ModelSource, no_weights
-from modekit.sources.towers import naming_of
+from modekit.sources.towers import Naming, naming_of
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and give the full model"
+_GIVE_SAVED = "give an adapter that PEFT saved (save_pretrained)"
+_LARGEST = 2**20  # bytes of a config: ten times what one with a rank for every module of a large model has
+_Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+)
+_COPIES = (".original_module", ".modules_to_save")
+"""With bias: all, PEFT saves biases of modules_to_save three times; these two of the names are never read again."""
+NO_EFFECT = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+    # which modules, layers and ranks there are, the file says
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("r", "rank_pattern", "bias", "fan_in_fan_out"),
+    # read only while the matching init_lora_weights initialises; those that change the base are refused there
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Settings that say nothing about what the saved tensors do."""
+_INITS_OF_THE_ADAPTER = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+"""Initialisations that leave the base's weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA on one weight of the base: W' = W + scale * B A, for W (O, I), A (R, I), B (O, R).
+
+    Attributes:
+        a: A. For an embedding, (R, V).
+        b: B. For an embedding, (D, R).
+        scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
+        rows: the rows of B and magnitude that belong to this weight, where it is a part of the module's; None means all.
+        magnitude: DoRA's m, (O,): W' = m * (W + scale * B A) / norms of its rows. For an embedding, (D,) and columns.
+        transposed: an embedding, W (V, D): W' = W + scale * (B A)^T.
+    """
+
+    a: TensorRef
+    b: TensorRef
+    scale: float
+    rows: tuple[int, int] | None = None
+    magnitude: TensorRef | None = None
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All tensors that the change is computed from."""
+        return tuple(ref for ref in (self.a, self.b, self.magnitude) if ref is not None)
 
 
 @dataclass(frozen=True)
@@ -27,15 +96,11 @@ class AdapterSource(ModelSource):
 
     Attributes:
         changes: name of a 2-D weight of the base -> change.
-        bias_changes: name of a bias of the base -> the change that holds lora_bias or IA3's scaling of it.
         replaced: name of a tensor of the base -> the whole tensor that takes its place.
-        notes: what a user may want to know.
     """
 
-    changes: Mapping[str, Change] = field(default_factory=dict, compare=False)
-    bias_changes: Mapping[str, Change] = field(default_factory=dict, compare=False)
+    changes: Mapping[str, LowRank] = field(default_factory=dict, compare=False)
     replaced: Mapping[str, TensorRef] = field(default_factory=dict, compare=False)
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -51,14 +116,247 @@ def open_adapter(label: str, spec: str, folder: Path, base: ModelSource, *, revi
     """
     where = f"{label} ({spec})"
     config = read_adapter_config(folder, where=where)  # before the weights, so that another kind of folder is named first
-    parse_settings(config, where=where)
+    settings = _settings(config, where=f"{where}: {CONFIG_FILE}")
     if not (folder / WEIGHTS_FILE).exists():
         raise no_weights([path.name for path in folder.iterdir()], where=where)
     tensors = read_header(folder / WEIGHTS_FILE, where=where)
-    naming = naming_of((peft_plain(name) for name in tensors), where=where)
-    rules = Rules(where, parse_settings(config, where=where, naming=naming), base, tensors, naming)
-    changes, replaced, notes = rules.changes(), rules.replaced(), tuple(rules.notes())
+    check_floats(tensors.values(), where=where)
+    naming = naming_of((name.removeprefix(_PREFIX) for name in tensors), where=where)
+    reading = _Reading(where, settings, base, naming)
+    beside = reading.sort(tensors)
+    changes, replaced = reading.changes(), reading.replaced()
     if not changes and not replaced:
-        raise damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
-    bias_changes, beside = rules.bias_changes(changes), rules.beside
-    return AdapterSource(label, spec, folder, revision, config, tensors, changes, bias_changes, replaced, notes, beside=beside)
+        raise _damaged("the adapter changes nothing", where, f"no tensor in {WEIGHTS_FILE}")
+    return AdapterSource(label, spec, folder, revision, config, tensors, changes, replaced, beside=beside)
+
+
+def read_adapter_config(folder: Path, *, where: str) -> dict[str, object]:
+    """An adapter's config as data. Raises SourceError when it is missing, not JSON, or names no peft_type."""
+    try:
+        config = read_json(folder / CONFIG_FILE, _LARGEST)
+    except FileNotFoundError:
+        if (folder / "config.json").exists():
+            remedy = "name it as model: in place of adapter: in the recipe"
+            raise SourceError("this is a full model, not an adapter", where=where, remedy=remedy) from None
+        raise SourceError(f"{CONFIG_FILE} is missing", where=where, remedy=_GIVE_SAVED) from None
+    except UNREADABLE as error:
+        raise _damaged(f"{CONFIG_FILE} cannot be read", where, error) from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise SourceError(f"{CONFIG_FILE} names no peft_type", where=where, expected="LORA", remedy=_GIVE_SAVED)
+    return config
+
+
+class LoraSettings(BaseModel):
+    """What of the settings of LoRA, rsLoRA and DoRA shapes the weights, with PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    lora_alpha: _Alpha = 8.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    alpha_pattern: dict[Annotated[str, Field(max_length=1000)], _Alpha] | None = Field(None, max_length=10_000)
+    init_lora_weights: bool | str | None = True
+    modules_to_save: list[str] | None = Field(None, max_length=10_000)
+    ensure_weight_tying: bool = False
+
+
+def _settings(config: Config, *, where: str) -> LoraSettings:
+    """Raises SourceError for values of the wrong kind, UnsupportedError for what is not LoRA, or not known to be."""
+    if config["peft_type"] != "LORA":
+        found = f"peft_type {shortened(config['peft_type'])}"
+        what = "an adapter of this kind cannot be read"
+        raise UnsupportedError(what, where=where, found=found, expected="LORA", remedy=MERGE_FIRST)
+    known = {*LoraSettings.model_fields, *NO_EFFECT}
+    for key, value in config.items():
+        if key not in known and value not in (None, False, [], {}, ""):
+            said = "modekit does not know what this setting does to the weights"
+            raise UnsupportedError(said, where=where, found=f"{key}: {shortened(value)}", remedy=MERGE_FIRST)
+    try:
+        settings = LoraSettings.model_validate(dict(config))
+    except ValidationError as error:
+        key, problem = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
+        raise _damaged(f"{key} has no usable value", where, shortened(config.get(key, "nothing")), problem) from None
+    if str(settings.init_lora_weights).lower() not in _INITS_OF_THE_ADAPTER:
+        raise UnsupportedError(
+            "this initialisation may have changed the base model's weights, which the adapter does not hold",
+            where=where,
+            found=f"init_lora_weights: {shortened(settings.init_lora_weights)}",
+            remedy="save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or " + MERGE_FIRST,
+        )
+    return settings
+
+
+def _damaged(what: str, where: str, found: object = None, expected: object = None) -> SourceError:
+    """The error of an adapter that contradicts itself."""
+    return SourceError(what, where=where, found=found, expected=expected, remedy="download or save the adapter again")
+
+
+class _Reading:
+    """What the tensors of one adapter file mean for one base model; `naming` is that of the model it was trained on.
+
+    Everything here raises SourceError, MismatchError or UnsupportedError.
+    """
+
+    def __init__(self, where: str, settings: LoraSettings, base: ModelSource, naming: Naming) -> None:
+        self._where, self._settings, self._base, self._naming = where, settings, base, naming
+        self._parts: dict[str, dict[str, TensorRef]] = {}  # adapted module -> its adapter tensors by part
+        self._whole: dict[str, TensorRef] = {}  # saved modules, biases, embeddings: by their name in the base
+
+    @cached_property
+    def _family(self) -> Family:
+        return family_of(self._base.config, where=self._base.where)
+
+    @cached_property
+    def _is_tied(self) -> bool:
+        head = self._family.head
+        return self._family.is_tied(self._base) or (head != "" and weight_of(head) not in self._base.tensors)
+
+    @cached_property
+    def _ends(self) -> tuple[str, str]:
+        """Modules of embedding and head."""
+        found = embedding_in(self._base.tensors)
+        return (found if weight_of(found) in self._base.tensors else self._family.embedding), self._family.head
+
+    @cached_property
+    def _base_names(self) -> frozenset[str]:
+        """Names of tensors that the adapter may change; the head of a tied base is not one of its own."""
+        head = weight_of(self._family.head)
+        return frozenset(name for name in self._base.tensors if not (self._is_tied and name == head))
+
+    def sort(self, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+        """Take every tensor by the module that it belongs to. Gives those that are for no part of the language model."""
+        beside: dict[str, TensorRef] = {}
+        taken: dict[str, str] = {}
+        for key, ref in tensors.items():
+            plain = key.removeprefix(_PREFIX)
+            name = self._naming.plain(plain)
+            if name is None:
+                beside[plain] = ref
+                continue
+            if (first := taken.setdefault(name, key)) != key:
+                raise _damaged("two tensors of the adapter mean the same", f"{self._where}: {name}", f"{first} and {key}")
+            match = _PART.fullmatch(name)
+            if match is not None:
+                self._parts.setdefault(match["module"], {})[match["part"]] = ref
+            elif not name.rpartition(".")[0].endswith(_COPIES):
+                self._whole[name] = ref
+        return beside
+
+    def changes(self) -> dict[str, LowRank]:
+        """Name of a weight of the base -> its change."""
+        found: dict[str, LowRank] = {}
+        for module, parts in self._parts.items():
+            first, name = next(iter(parts.values())), weight_of(module)
+            if (self._is_tied and module in self._ends) or (self._family.shares and module == self._ends[0]):
+                raise self._tied(first)
+            if name not in self._base_names:
+                raise self._unknown(first, module)
+            shape = self._whole.get(weight_of(f"{module}.base_layer"), self._base.tensors[name]).shape
+            if len(shape) != 2:
+                raise UnsupportedError(
+                    "the adapter is on a module that is no linear layer or embedding",
+                    where=f"{self._where}: {name}",
+                    found=f"shape {list(shape)}",
+                    expected="a 2-D weight",
+                    remedy="train the adapter on linear layers",
+                )
+            found[name] = self._change(module, parts, shape)
+        return found
+
+    def _change(self, module: str, parts: Mapping[str, TensorRef], shape: tuple[int, ...]) -> LowRank:
+        """The change of a module with a weight of this shape, by exactly the tensors that the config asks for."""
+        is_embedding = self._family.looks_up(module)
+        turned = is_embedding or self._family.keeps_columns(module)
+        inputs, outputs = shape if turned else shape[::-1]
+        a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        rank = parts[a].shape[0] if a in parts and parts[a].shape else 0
+        expected: dict[str, tuple[int, ...]] = {a: (rank, inputs), b: (outputs, rank)}
+        expected |= {"lora_magnitude_vector": (outputs,)} if self._settings.use_dora else {}
+        missing = sorted(expected.keys() - parts.keys())
+        if missing:
+            where, there = f"{self._where}: {module}", ", ".join(sorted(parts))
+            raise _damaged("the adapter lacks a part of a module", where, there, f"{', '.join(missing)} as well")
+        for part, ref in parts.items():
+            if part not in expected:
+                raise self._unexplained(ref, "the config does not ask for it")
+            if ref.shape != expected[part]:
+                raise self._other_shape(ref, expected[part])
+        scale = self._alpha(self._naming.named(module)) / (math.sqrt(rank or 1) if self._settings.use_rslora else rank or 1)
+        return LowRank(parts[a], parts[b], scale, None, parts.get("lora_magnitude_vector"), transposed=turned)
+
+    def _alpha(self, module: str) -> float:
+        """The first pattern counts that is a module's name or its end (PEFT's `get_pattern_key`)."""
+        import regex  # which stops when it is told to, as `re` does not
+
+        for pattern, alpha in (self._settings.alpha_pattern or {}).items():
+            try:
+                if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=1.0):
+                    return alpha
+            except (regex.error, TimeoutError, MemoryError, OverflowError, RecursionError) as error:
+                what = "a pattern is no regular expression, or takes too long to match"
+                raise _damaged(what, f"{self._where}: {CONFIG_FILE}: alpha_pattern", f"{pattern[:200]}: {error}") from None
+        return self._settings.lora_alpha
+
+    def replaced(self) -> dict[str, TensorRef]:
+        """Name of a tensor of the base -> the tensor of the file that takes its place."""
+        found: dict[str, TensorRef] = {}
+        embedding, head = map(weight_of, self._ends)
+        for name, ref in self._whole.items():
+            module, _, leaf = name.rpartition(".")
+            own = module.removesuffix(".base_layer")  # the adapted module itself lies under base_layer
+            self._check_whole(ref, own, leaf)
+            if (own in self._parts) != (own != module):
+                raise self._unexplained(ref, "PEFT gives it no place beside the module's adapter")
+            found[f"{own}.{leaf}"] = ref
+        if self._is_tied and head in found:  # one parameter with the embedding, saved under both names
+            found.setdefault(embedding, found[head])
+            del found[head]
+        # Of what has a row for each token the adapter may have more or fewer than the base.
+        of_tokens = () if self._family.shares else (embedding, head, f"{self._family.head}.bias")
+        for name, ref in found.items():
+            expected = self._base.tensors[name].shape
+            if ref.shape != expected and not (name in of_tokens and ref.shape[1:] == expected[1:]):
+                raise self._other_shape(ref, expected)
+        return found
+
+    def _check_whole(self, ref: TensorRef, module: str, leaf: str) -> None:
+        """Raise unless a whole tensor can take the place of the base's."""
+        is_tied = self._is_tied and module in self._ends and leaf == "weight"
+        parts = self._naming.named(module).split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        saved = any(name.endswith(tuple(self._settings.modules_to_save or ())) for name in around)
+        if is_tied and saved and not self._settings.ensure_weight_tying:
+            raise self._tied(ref)
+        if self._family.shares and not is_tied and module == self._ends[0] and saved:
+            raise self._tied(ref)
+        if not is_tied and f"{module}.{leaf}" not in self._base_names:
+            raise self._unknown(ref, module)
+
+    # --- errors
+
+    def _tied(self, ref: TensorRef) -> UnsupportedError:
+        """PEFT computes both apart until it merges; then one change lands in both, so that no tied model is the adapter's."""
+        return UnsupportedError(
+            "the adapter changes the embedding or the head, which are one tensor in this base model",
+            where=f"{self._where}: {ref.name}",
+            remedy=f"train the adapter without embeddings and lm_head, or {UNTIE}",
+        )
+
+    def _unknown(self, ref: TensorRef, module: str) -> MismatchError:
+        layers, (layer, _) = layers_of(self._base_names), split_layer(module)
+        if layer is not None and layer not in layers:
+            return self._other_base("has more layers than the base model", ref, f"layer {layer}", f"{len(layers)} layers")
+        expected = f"a module of {self._base.spec} ({self._base.config.get('model_type')})"
+        return self._other_base("has a tensor for a part that the base model lacks", ref, module, expected)
+
+    def _other_shape(self, ref: TensorRef, expected: tuple[int, ...]) -> MismatchError:
+        wanted = f"{list(expected)}, for {self._base.spec}"
+        return self._other_base("does not fit the base model's sizes", ref, list(ref.shape), wanted)
+
+    def _other_base(self, what: str, ref: TensorRef, found: object, expected: str) -> MismatchError:
+        where, remedy = f"{self._where}: {ref.name}", "use an adapter that was trained on this base model"
+        return MismatchError(f"the adapter {what}", where=where, found=found, expected=expected, remedy=remedy)
+
+    def _unexplained(self, ref: TensorRef, why: str) -> SourceError:
+        expected = f"only tensors that {CONFIG_FILE} explains"
+        return _damaged("a tensor of the adapter would be lost", f"{self._where}: {ref.name}", why, expected)

@@ -26,8 +26,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from modekit.errors import SourceError
 from modekit.files.typed import shortened
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import WEIGHTS_FILE
-from modekit.sources.adapter_config import CONFIG_FILE, read_adapter_config
+from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from modekit.sources.config import refuse_other_kinds
 from modekit.sources.source import INDEX_FILE, SPECIALIST_FILE, named_weights, no_weights
 from modekit.sources.tokenizer import COPIED_FILES

@@ -41,6 +41,8 @@ class Naming:
 
     def plain(self, name: str) -> str | None:
         """What the language model's own class calls a module or tensor; None for what is no part of it."""
+        if self.stack == _STACK:
+            return name
         if name.startswith(self.stack):
             return _STACK + name.removeprefix(self.stack)
         head = next((head for head in (self.head, HEAD) if f"{name}.".startswith(f"{head}.")), None)
@@ -80,7 +82,7 @@ def plain_names(tensors: Iterable[str], *, where: str) -> dict[str, str]:
     naming = naming_of(tensors, where=where)
     found: dict[str, str] = {}
     for name in tensors:
-        plain = naming.plain(name) if naming is not PLAIN else name
+        plain = naming.plain(name)
         if plain in found:
             both = f"{found[plain]} and {name}"
             raise damaged_model("two tensors of the model mean the same", f"{where}: {plain}", both)

@@ -24,9 +24,7 @@ from typing import Literal
 
 from modekit.errors import MismatchError, UnsupportedError, some_of
 from modekit.files.write import json_bytes
-from modekit.sources.adapter import AdapterSource
-from modekit.sources.adapter_config import MERGE_FIRST
-from modekit.sources.adapter_rules import Change, LowRank
+from modekit.sources.adapter import MERGE_FIRST, AdapterSource, LowRank
 from modekit.sources.config import Config, whole
 from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
@@ -201,14 +199,14 @@ class _Grown:
         elsewhere = sorted(lacking.union(range(own.shape[0], self._rows)))
         return with_rows(own, {row: giver(row) for row in elsewhere})
 
-    def _change(self, model: _Model, name: str, change: Change) -> Change:
+    def _change(self, model: _Model, name: str, change: LowRank) -> LowRank:
         """An adapter's change of embedding or head, which is zero for tokens that the adapter does not know."""
         count = (model.tensor(name) or self._base.tensors.get(name, change.refs[0])).shape[0]
         if name not in (weight_of(model.family.embedding), weight_of(model.family.head)) or count == self._rows:
             return change
-        if not isinstance(change, LowRank) or change.magnitude is not None or change.bias is not None:
+        if change.magnitude is not None:
             raise UnsupportedError(
-                "an adapter with DoRA, lora_bias or IA3 on embedding or head cannot be given more tokens",
+                "an adapter with DoRA on embedding or head cannot be given more tokens",
                 where=f"{model.source.where}: {name}",
                 found=f"{count} tokens",
                 expected=f"{self._rows}, as the mixture has",

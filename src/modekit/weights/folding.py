@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from modekit.sources.adapter_rules import Change, LowRank, Scaling
+from modekit.sources.adapter import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.weights.numeric import BLOCK, moved, to_float32
@@ -56,14 +56,12 @@ class Folded:
         read: gives the adapter's tensors; see `reader`.
     """
 
-    def __init__(self, change: Change, base: FlatArray, shape: tuple[int, int], read: Read) -> None:
+    def __init__(self, change: LowRank, base: FlatArray, shape: tuple[int, int], read: Read) -> None:
         self._size = len(base)
         rows = _Rows(base, shape)
         self._columns = shape[1]
         self._group = max(1, BLOCK // 4 // max(1, shape[1]))  # float64 and its temporaries fit in a block
-        self._change: _LowRankRows | _ScaledRows = (
-            _LowRankRows(change, rows, self._group, read) if isinstance(change, LowRank) else _ScaledRows(change, rows, read)
-        )
+        self._change = _LowRankRows(change, rows, self._group, read)
         self._last: tuple[int, _Single] = (-1, np.empty(0, np.float32))
 
     def __len__(self) -> int:
@@ -86,17 +84,6 @@ class Folded:
         if self._last[0] != place:
             self._last = (place, self._change(slice(place * self._group, (place + 1) * self._group)).ravel())
         return self._last[1]
-
-
-def folded_bias(change: Change, base: Array, read: Read) -> _Single:
-    """A module's bias, (O,), with lora_bias added or scaled by IA3 (`AdapterSource.bias_changes`); `base` in any dtype."""
-    bias = to_float32(base)
-    if isinstance(change, Scaling):
-        return bias * to_float32(_part(read(change.vector), change.rows))
-    if change.bias is None:
-        return bias
-    with np.errstate(over="ignore"):
-        return moved(bias, change.scale * _part(read(change.bias), change.rows).astype(np.float64)).astype(np.float32)
 
 
 class _LowRankRows:
@@ -139,17 +126,6 @@ class _LowRankRows:
                 squares += np.square(self._plain(slice(start, start + self._group))).sum(axis=0)
             self._factor_of_columns = _ratio(self._magnitude, squares)
         return self._factor_of_columns
-
-
-class _ScaledRows:
-    """Rows of W with outputs or inputs scaled (IA3, arXiv:2205.05638)."""
-
-    def __init__(self, change: Scaling, base: _Rows, read: Read) -> None:
-        self._base, self._by_row = base, change.axis == "rows"
-        self._vector = to_float32(_part(read(change.vector), change.rows))
-
-    def __call__(self, rows: slice) -> _Single:
-        return self._base[rows] * (self._vector[rows, None] if self._by_row else self._vector)
 
 
 def _part(array: Array, rows: tuple[int, int] | None) -> Array:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
-from modekit.sources.adapter_rules import Change, Scaling
+from modekit.sources.adapter import LowRank
 from modekit.sources.header import TensorRef
 from modekit.sources.rows import rows_of, stored_refs
 from modekit.weights.few_bits import bytes_of_codes, codes_of, steps_of
-from modekit.weights.folding import Folded, folded_bias
+from modekit.weights.folding import Folded
 from modekit.weights.merge import merged
 from modekit.weights.numeric import to_float32
 from modekit.weights.padded import Pad, PaddedRows
@@ -119,11 +119,10 @@ class Columns(_Stored):
 
 @dataclass(frozen=True)
 class Fold(_Making):
-    """A weight of the base, or its bias, with an adapter's change; `refs` are the weight's, then the adapter's."""
+    """A weight of the base with an adapter's change; `refs` are the weight's, then the adapter's."""
 
     ref: TensorRef
-    change: Change
-    of_bias: bool = False
+    change: LowRank
     hides = True
 
     @property
@@ -136,14 +135,10 @@ class Fold(_Making):
 
     def cut(self, rows: Rows) -> Fold:
         """Some of its rows."""
-        scales_columns = isinstance(self.change, Scaling) and self.change.axis == "columns"
-        change = self.change if scales_columns else replace(self.change, rows=rows)
-        return replace(self, ref=rows_of(self.ref, *rows), change=change)
+        return replace(self, ref=rows_of(self.ref, *rows), change=replace(self.change, rows=rows))
 
     def numbers(self, reading: WeightReader) -> FlatArray:
         """In float32."""
-        if self.of_bias:
-            return folded_bias(self.change, reading.small(self.ref), reading.small)
         rows, columns = self.ref.shape
         return Folded(self.change, Stored(reading.opened, self.ref), (rows, columns), reading.small)
 
