@@ -1,7 +1,4 @@
-"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one.
-
-Sums over processes are how fits share their text: what each found adds up.
-"""
+"""One process of several that a launcher (torchrun, accelerate launch) started, or the only one."""
 
 from __future__ import annotations
 

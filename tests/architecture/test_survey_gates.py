@@ -1,4 +1,4 @@
-"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds, segments."""
+"""Gates of the survey (arXiv 2407.06204): hash, cosine, attention, groups, thresholds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from conftest import VOCAB, Workshop, make_workshop
 from modekit.architecture.modekit_router import select
-from modekit.architecture.modekit_scores import FINISHED, attention, cosine, segment_means
+from modekit.architecture.modekit_scores import FINISHED, attention, cosine
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError
@@ -30,7 +30,6 @@ from modekit.routing.refit import refit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LITTLE: dict[str, Any] = {"tokens_per_domain": 512, "sequence_length": 96, "keep_tokens": 256}
-SEGMENT: dict[str, Any] = {"fit": "logistic", "granularity": "segment", "segment": 5, **LITTLE}
 GATES: dict[str, dict[str, Any]] = {
     "hash": {"method": "routing", "top_k": 2, "router": {"fit": "hash", "seed": 4}},
     "cosine": {"method": "routing", "top_k": 2, "router": {"fit": "cosine", **LITTLE}},
@@ -39,8 +38,6 @@ GATES: dict[str, dict[str, Any]] = {
     "attention in context": {"method": "gating", "router": {"fit": "attention", "granularity": "context", **LITTLE}},
     "groups": {"method": "routing", "groups": 2, "router": {"fit": "logistic", **LITTLE}},
     "threshold": {"method": "routing", "threshold": 0.3, "router": {"fit": "logistic", **LITTLE}},
-    "segment": {"method": "gating", "router": SEGMENT},
-    "segment of whole models": {"method": "gating", "modules": "all", "router": {**SEGMENT, "per": "model"}},
 }
 Opened = Callable[..., PreTrainedModel]
 
@@ -170,7 +167,7 @@ def test_a_gate_of_either_kind_fits_what_a_linear_one_cannot(rule: str) -> None:
         noise, lengths = (torch.randn((300, width), generator=draw).double() for width in (8, 1))
         signs = torch.tensor([1.0, -1.0 if place else 1.0]).double().repeat(150)[:, None]
         x = signs * centres[place] + 0.3 * noise if rule == "attention" else (centres[place] + noise) * (2 * lengths).exp()
-        return DomainStatistics(300, (SlotStatistics(x.sum(0), torch.zeros(8).double(), x.half()),), {})
+        return DomainStatistics(300, (SlotStatistics(x.sum(0), torch.zeros(8).double(), x.half(), 300),), {})
 
     domains = [domain(place) for place in range(3)]
     found = {}
@@ -207,28 +204,6 @@ def test_whoever_reaches_its_threshold_is_chosen_or_the_best_where_none_does() -
     close(found[0], torch.tensor([0.5, 0.3, 0.2]))
 
 
-# --- segments
-
-
-@pytest.mark.parametrize("sizes", [[23], [1] * 23, [4, 9, 2, 8]])
-def test_means_of_segments_summed_one_by_one(sizes: list[int]) -> None:
-    draw = torch.Generator().manual_seed(2)
-    values, segment = torch.randn((3, 23, 4), generator=draw), 4
-    mask = torch.ones(3, 23)
-    mask[1, :6], mask[2, 5:9], mask[2, -2:] = 0, 0, 0
-    expected = torch.zeros_like(values)
-    for row in range(3):
-        real = [place for place in range(23) if mask[row, place]]
-        for number, place in enumerate(real):
-            before = real[(number // segment - 1) * segment : number // segment * segment] if number >= segment else []
-            expected[row, place] = values[row, before].mean(0) if before else 0
-    state, found = None, []
-    for piece, seen in zip(values.split(sizes, 1), mask.split(sizes, 1), strict=True):
-        means, state = segment_means(piece, seen, state, segment)
-        found.append(means)
-    close(torch.cat(found, 1) * mask[..., None], expected, atol=1e-6)
-
-
 # --- recipes and refusals
 
 
@@ -238,14 +213,12 @@ def refused(shop: Workshop, output: dict[str, Any] | None = None, **mixture: Any
     return str(caught.value)
 
 
-LOGISTIC, SEGMENTS = {"fit": "logistic"}, {"fit": "logistic", "granularity": "segment"}
+LOGISTIC = {"fit": "logistic"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 2, "groups": 2}, "give top_k or groups, not both"),
     ({"method": "gating", "threshold": 0.2}, "'threshold' has no effect with method 'gating'"),
     ({"threshold": {"law": 0.2}}, "must name every expert"),
-    ({"router": SEGMENTS}, "write method: gating"),
-    ({"router": {"fit": "logistic", "segment": 5}}, "'segment' has no effect without granularity: segment"),
-    ({"router": {"fit": "lexical", "granularity": "segment"}}, "reads token ids by itself"),
+    ({"router": {"fit": "lexical", "granularity": "sequence"}}, "reads token ids by itself"),
     ({"method": "gating", "router": {"fit": "hash"}}, "weighs experts alike"),
     ({"router": {"fit": "hash", "temperature": 2.0}}, "'temperature' has no effect with fit: hash"),
     ({"router": {"fit": "cosine", "per": "feature"}}, "one decision per module"),
@@ -257,14 +230,9 @@ def test_what_makes_no_sense_together_is_refused(shop: Workshop, mixture: dict[s
     assert says in refused(shop, **{"router": LOGISTIC, **mixture})
 
 
-@pytest.mark.parametrize("gate", ["hash", "cosine", "groups", "segment"])
+@pytest.mark.parametrize("gate", ["hash", "cosine", "groups"])
 def test_no_native_architecture_says_it(shop: Workshop, gate: str) -> None:
     assert "output.format native cannot say" in refused(shop, output={"format": "native"}, **GATES[gate])
-
-
-def test_vllm_is_told_which_it_cannot_serve(shop: Workshop) -> None:
-    why = {gate: open_checkpoint(built(shop, gate)).shape.without_vllm for gate in ("hash", "cosine", "groups", "segment")}
-    assert {gate for gate, said in why.items() if said} == {"segment"}
 
 
 def test_a_refit_goes_from_one_to_the_next(shop: Workshop, ids: torch.Tensor) -> None:
@@ -272,14 +240,14 @@ def test_a_refit_goes_from_one_to_the_next(shop: Workshop, ids: torch.Tensor) ->
     for changes in (
         {"threshold": 0.25, "router": {"fit": "cosine", "dimensions": 2}},
         {"top_k": 1, "router": {"fit": "hash"}},
-        {"method": "gating", "router": {**SEGMENT, "fit": "attention"}},
+        {"method": "gating", "router": {"granularity": "context", "fit": "attention", **LITTLE}},
         {"method": "routing", "groups": 3, "router": {"fit": "logistic", "granularity": "token"}},
     ):
         checkpoint = refit(open_checkpoint(shop.root / "walk"), changes)
         assert is_proven(verify(checkpoint, reload=False))
         assert torch.isfinite(logits(load_model(checkpoint.folder), ids)).all()
     mixture = checkpoint.record.recipe.mixture
-    assert (mixture.top_k, mixture.threshold, mixture.groups, mixture.router.segment) == (None, None, 3, None)
+    assert (mixture.top_k, mixture.threshold, mixture.groups) == (None, None, 3)
 
 
 @pytest.mark.parametrize("gate", ["hash", "attention"])
@@ -296,7 +264,7 @@ def test_experts_come_and_go(shop: Workshop, gate: str, ids: torch.Tensor) -> No
     assert all(each.shape[-1] == 2 for each in found.values())
 
 
-@pytest.mark.parametrize("gate", ["cosine", "attention", "segment", "threshold"])
+@pytest.mark.parametrize("gate", ["cosine", "attention", "threshold"])
 def test_training_lowers_the_loss(opened: Opened, gate: str, ids: torch.Tensor) -> None:
     model = copy.deepcopy(opened(gate)).train()
     moving = [each for name, each in model.named_parameters() if name.endswith("router.gate")]

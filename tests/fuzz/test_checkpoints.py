@@ -290,7 +290,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     ids, ones = torch.arange(5, 25, dtype=torch.int32), torch.full((4,), 5, dtype=torch.int32)
     said = {"text": {}, "how": {}}
-    TokenText(ids, ones, ones * 0, said, ids.clone(), ones.clone(), torch.ones(96)).save(folder / "law.safetensors")
+    TokenText(ids, ones, ones * 0, said, torch.ones(96)).save(folder / "law.safetensors")
     return folder
 
 

@@ -102,7 +102,7 @@ def made_up_domains(hidden: int = 12, tokens: int = 400) -> list[DomainStatistic
     for count in (tokens, tokens // 2, tokens):
         centre = torch.randn(hidden, generator=generator, dtype=torch.float64)
         x_LTD = torch.randn((2, count, hidden), generator=generator, dtype=torch.float64) + centre
-        slots = tuple(SlotStatistics(x_TD.sum(0), torch.zeros(hidden).double(), x_TD.half()) for x_TD in x_LTD)
+        slots = tuple(SlotStatistics(x_TD.sum(0), torch.zeros(hidden).double(), x_TD.half(), count) for x_TD in x_LTD)
         domains.append(DomainStatistics(count, slots, {}))
     return domains
 
@@ -130,7 +130,7 @@ def test_centroid_is_the_mean_less_the_negatives_at_length_one() -> None:
     negative = torch.ones(12).double()
     domains[1] = replace(domains[1], slots=tuple(replace(slot, negative_D=negative) for slot in domains[1].slots))
     gates = fit_gates(Router(fit="centroid"), domains)
-    expected = torch.stack([domain.mean_D(0) for domain in domains])
+    expected = torch.stack([domain.slots[0].mean_D for domain in domains])
     expected[1] -= 1
     assert_same_up_to_a_temperature(gates[0].double(), expected / expected.norm(dim=1, keepdim=True))
 

@@ -21,7 +21,6 @@ from modekit.checkpoint.checkpoint import open_checkpoint
 from rounding import assert_close
 
 pytestmark = pytest.mark.slow
-FIT = {"fit": "logistic", "tokens_per_domain": 600, "sequence_length": 32, "keep_tokens": 256}
 TRAINING = {
     "what": ["routers", "attention", "experts"],
     "losses": {"lm": 1.0, "label": 0.1, "forward_kl": 0.5},
@@ -84,20 +83,6 @@ def rows_of(table: Path) -> list[dict[str, float]]:
     """The numbers of a training's table."""
     with table.open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def test_a_fit_adds_up_over_processes(workshop: Workshop) -> None:
-    mixture = {"method": "routing", "top_k": 2, "router": FIT}
-    one, two = workshop.build("ONE", mixture=mixture), workshop.build("TWO", mixture=mixture)
-    for path in (two / "router").iterdir():
-        path.unlink()
-    launch(2, "-m", "modekit", "fit", str(two), "l2=0.001")
-    for name, gate in gates(one).items():
-        assert torch.allclose(gate, gates(two)[name], atol=1e-4 * float(gate.abs().max())), name
-    statistics = tensors(two / "router", "law.safetensors")
-    for name, value in tensors(one / "router", "law.safetensors").items():
-        assert torch.allclose(value.double(), statistics[name].double(), rtol=1e-4, atol=1e-3), name
-    assert is_proven(verify(open_checkpoint(two)))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .modekit_flow import Flow
-from .modekit_scores import FINISHED, chosen, segment_means
+from .modekit_scores import FINISHED, chosen
 from .modekit_streams import common_weight, no_weight_for_common
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
@@ -30,7 +30,7 @@ class Router(nn.Module):
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
             probabilities reach it, or `groups` or `threshold`: modekit_scores.py).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
-            d < 1 an exponential average; with "segment" it is the mean of the segment before.
+            d < 1 an exponential average.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
         score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|w x|: Arrow), lexical (the
             gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
@@ -176,10 +176,7 @@ class Router(nn.Module):
         mask_BS = flow.source_mask_BS if by_source else flow.mask_BS
         mask_BS = torch.ones(scores_BSG.shape[:2], device=scores_BSG.device) if mask_BS is None else mask_BS.to(scores_BSG)
         before = None if by_source else flow.states.get(key)
-        if average.get("segment"):
-            averaged, state = segment_means(scores_BSG, mask_BS, before, average["segment"])
-        else:
-            averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix)
+        averaged, state = causal_average(scores_BSG, mask_BS, average["decay"], before, prefix=prefix)
         if not by_source:
             flow.fresh[key] = state
         return averaged

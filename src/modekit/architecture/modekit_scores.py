@@ -1,6 +1,6 @@
-"""Routers whose scores are no linear function of what they read, means of segments, and who is chosen by scores.
+"""Routers whose scores are no linear function of what they read, and who is chosen by scores.
 
-Shape legend: B batch, S sequence, G rows of the gate, E experts, R dimensions, K segments.
+Shape legend: B batch, S sequence, G rows of the gate, E experts, R dimensions.
 """
 
 from __future__ import annotations
@@ -36,31 +36,6 @@ def attention(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -
 
 FINISHED = {"cosine": cosine, "attention": attention}
 """Kind of score -> what makes scores (B, S, E) of the products with the gate's rows (B, S, G), averaged or not."""
-
-
-def segment_means(
-    values_BSG: torch.Tensor, mask_BS: torch.Tensor, state: torch.Tensor | None, segment: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every token the mean over the segment before its own, zeros in the first (Lory, Section 2.2, arXiv:2405.03133).
-
-    `segment` real tokens are one; `mask_BS` is 1 for real tokens, pads may stand anywhere. `state` (B, 2 G + 1) holds the sum
-    over the newest segment, the mean over the one before, and the number of tokens so far. Returns the means (B, S, G) and the
-    state after the last token.
-    """
-    size = values_BSG.shape[-1]
-    state = values_BSG.new_zeros((len(values_BSG), 2 * size + 1)) if state is None else state.to(values_BSG)
-    count_B1 = state[:, -1:]
-    newest_B1 = ((count_B1 - 1).clamp_min(0) / segment).floor()
-    place_BS = (((count_B1 + mask_BS.cumsum(1) - 1).clamp_min(0) / segment).floor() - newest_B1).clamp_min(0).long()
-    segments = values_BSG.shape[1] // segment + 2
-    in_segment_BSK = torch.nn.functional.one_hot(place_BS, segments).to(values_BSG) * mask_BS[..., None]
-    sums_BKG = in_segment_BSK.transpose(1, 2) @ values_BSG
-    sums_BKG = torch.cat([sums_BKG[:, :1] + state[:, None, :size], sums_BKG[:, 1:]], dim=1)
-    means_BKG = torch.cat([state[:, None, size:-1], sums_BKG[:, :-1] / segment], dim=1)
-    last_BKG = place_BS[:, -1:, None].expand(-1, 1, size)
-    after = [each.gather(1, last_BKG)[:, 0] for each in (sums_BKG, means_BKG)]
-    state = torch.cat([*after, count_B1 + mask_BS.sum(1, keepdim=True)], dim=-1)
-    return means_BKG.gather(1, place_BS[..., None].expand(-1, -1, size)), state
 
 
 def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:

@@ -115,13 +115,10 @@ def _forced(checkpoint: Checkpoint) -> ForcedExperts:
 def fit(checkpoint: OutFolder, words: Words = None) -> None:
     """Set the router anew, from kept statistics where they suffice; the experts are not touched."""
     from modekit.checkpoint.checkpoint import open_with_any_router
-    from modekit.processes import processes
     from modekit.routing.refit import refit
 
     with running() as run:
         done = refit(open_with_any_router(resolved(checkpoint)), fit_words(words), run=run)
-    if not processes().is_main:
-        return
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
     said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"

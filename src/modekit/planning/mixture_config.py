@@ -40,12 +40,9 @@ class _Said(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=F
 
 
 class Average(_Said):
-    """What a part of the gate reads: the token itself (None), or a causal average; with `segment` it is the mean of the
-    segment of so many tokens before the token's.
-    """
+    """What a part of the gate reads: the token itself (None), or a causal average."""
 
     decay: Annotated[float, Field(ge=0, le=1)] | None
-    segment: _Size | None = None
 
 
 class Ngram(_Said):
@@ -218,7 +215,6 @@ class MixtureConfig(_Said):
             "the base runs beside its experts (always_on, apart), and vLLM keeps one row of keys and values per text": (
                 routing.runs_common
             ),
-            "it decides per segment, which modekit's plug-in does not": routing.averages[0].segment is not None,
             "its routers decide per feature over averages, and would keep kilobytes for every token and place": (
                 routing.remembers and any(place.features for place in places)
             ),

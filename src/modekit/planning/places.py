@@ -108,8 +108,8 @@ def _check_kind(recipe: Recipe, family: Family) -> None:
     said = f"this is granularity: {router.granularity}, a router per {router.scope}"
     of_pairs = (
         (
-            router.granularity == "segment" or (fit is not None and fit.reads == "ids"),
-            "an encoder reads a source at once, which has no segments, and no token that decides for all",
+            fit is not None and fit.reads == "ids",
+            "an encoder reads a source at once, which has no token that decides for all",
             *("router", "choose another fit, or granularity: sequence"),
         ),
         (

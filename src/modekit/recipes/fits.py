@@ -30,25 +30,21 @@ class KeptStatistics:
     """A kind of statistics that a fit keeps of every domain.
 
     Attributes:
-        shared: whether processes can share the text, because what each of them found adds up.
         nbytes: gate width, kept tokens and whether it is in memory -> bytes of one domain for one router.
         memory: bytes of all statistics in memory, and of the model and its activations -> peak bytes of a fit.
         per_router: whether every router has its own; else they are of the text alone.
     """
 
-    shared: bool
     nbytes: Callable[[int, int, bool], int]
     memory: Callable[[int, int], int]
     per_router: bool = True
 
 
 _SUMS = KeptStatistics(  # sum, mean of negatives, and kept inputs in float16
-    shared=True,
     nbytes=lambda width, tokens, _in_memory: width * (16 + 2 * tokens),
     memory=lambda statistics, model: model + statistics,
 )
 _TOKEN_IDS = KeptStatistics(
-    shared=False,
     nbytes=lambda _width, _tokens, _in_memory: 4 * MOST_TOKENS,
     memory=lambda kept, model: model + 4 * kept,
     per_router=False,

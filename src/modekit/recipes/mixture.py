@@ -135,8 +135,6 @@ class Mixture(Strict):
             yield f"'{key}' has no effect with method '{self.method}', which uses all experts; remove it"
         if len(given) > 1:
             yield f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}"
-        if self.method == "routing" and self.router.granularity == "segment":
-            yield "granularity: segment has nothing to choose by in a text's first segment; write method: gating"
 
         if self.fit is not None and self.fit.reads == "ids" and self.method == "gating":
             yield f"fit '{self.fit.name}' has no effect with method 'gating', as it weighs experts alike; write method: routing"
@@ -173,7 +171,7 @@ class Mixture(Strict):
 
     def _problems_of_whole_models(self) -> Iterator[str]:
         fit = self.fit
-        before_first_layer = self.router.granularity in {"sequence", "segment"} and self.router.per == "model"
+        before_first_layer = self.router.granularity == "sequence" and self.router.per == "model"
         if fit is not None and not before_first_layer and not fit.for_model:
             yield (
                 f"modules: {self.modules} mixes norms, too, so the decision must be made before the first layer: set "

@@ -15,16 +15,14 @@ CONTEXT_DECAYS = (0.9,)
 CHAT_DECAY = 0.91  # of evidence, where a router is fitted on chats (benchmarks/chat.md)
 PREFIX = 64
 """Tokens after which a decision stays, unless a recipe says another number."""
-SEGMENT = 64
-"""Tokens of a segment, unless a recipe says another number."""
-READ_AT = {"decay": "context", "prefix": "sequence", "segment": "segment"}
+READ_AT = {"decay": "context", "prefix": "sequence"}
 """Settings of a router -> the granularity that reads them; evidence fades, and has a decay, too."""
 
 
 class Router(Strict):
     """How the router is set. Defaults are the best of benchmarks/router_fits.md."""
 
-    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "segment", "dimensions")
+    later: ClassVar[tuple[str, ...]] = ("orders", "chat", "dimensions")
 
     fit: FitName = Field(AUTO, json_schema_extra=say_fits)
     tokens_per_domain: int = Field(16_384, ge=16, description="Tokens of each domain that the fit reads.")
@@ -34,10 +32,9 @@ class Router(Strict):
     compute_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the forward passes of the fit.")
     keep_tokens: int = Field(8_192, ge=0, description="Router inputs kept per domain and layer, for later re-fits.")
     seed: int = Field(0, ge=0, description="Seed of a random or hash router, of training one, and of text that experts write.")
-    granularity: Literal["token", "context", "sequence", "segment"] = Field(
+    granularity: Literal["token", "context", "sequence"] = Field(
         "token",
-        description="What the gate reads: the token, a causal average of the text so far, the first tokens, or the segment "
-        "before the token's.",
+        description="What the gate reads: the token, a causal average of the text so far, or the first tokens.",
     )
     decay: list[float] | None = Field(
         None,
@@ -46,9 +43,6 @@ class Router(Strict):
         description="Decays of averages; 1: the mean so far, 0: the token. Lexical: default 0.91 with chats, else 0.98.",
     )
     prefix: int | None = Field(None, ge=1, description="Sequence: tokens after which the decision stays (default 64).")
-    segment: int | None = Field(
-        None, ge=1, description="Segment: tokens that share a decision, made on the segment before (default 64)."
-    )
     dimensions: int | None = Field(
         None, ge=2, description="Cosine: dimensions that what the router reads is projected to (default: one per expert)."
     )
@@ -121,8 +115,6 @@ class Router(Strict):
             return [{"decay": 1.0}]
         if self.granularity == "token":
             return [{"decay": None}]
-        if self.granularity == "segment":
-            return [{"decay": 1.0, "segment": self.segment or SEGMENT}]
         return [{"decay": decay or None} for decay in self.decay or CONTEXT_DECAYS]
 
 

@@ -23,7 +23,7 @@ from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Document, reads_of
 from modekit.text.plain import WORD
 from modekit.text.question_frames import ENGLISH, QUESTION_FRAMES, framed_question, language_of
-from modekit.text.sequences import TokenSequence, encode, none_fits
+from modekit.text.sequences import TokenSequence, encode
 from modekit.text.shipped import SMALL_TALK, SYSTEM_PROMPTS
 
 Tokens = tuple[torch.Tensor, int]
@@ -50,20 +50,6 @@ def read_examples(
     chats = read_chats(tokenizer, documents, expert, settings, len(plain), most=most // SHARE)
     room = most - sum(len(chat.ids) for chat in chats)
     return [*(list(_first(plain, room)) or plain[:1]), *chats]
-
-
-def examples_of(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], whose: tuple[int, Expert], settings: Router
-) -> list[TokenSequence]:
-    """The same, of as many tokens as a router reads per domain, which is at least one sequence; `whose`: an expert with its
-    place. Raises TextError also where there is nothing to read.
-    """
-    place, expert = whose
-    most = settings.tokens_per_domain
-    sequences = read_examples(tokenizer, documents, expert, settings, most=most)
-    if not sequences:
-        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'", most=most)
-    return sequences
 
 
 def read_chats(

@@ -17,7 +17,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.checkpoint.router_file import Gates
 from modekit.planning.segments import segments_of
-from modekit.processes import processes
 from modekit.recipes.fits import Fit
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
@@ -76,8 +75,8 @@ class Fitting:
         record = RouterRecord(status=status, settings=self.settings, sha256="", text=of_experts, report=dict(report))
         return FittedRouter(gates, record)
 
-    def unfitted(self, gates: Gates = ()) -> FittedRouter:
-        """Gates that the recipe alone gives; without any in a process that is not the main one."""
+    def unfitted(self, gates: Gates) -> FittedRouter:
+        """Gates that the recipe alone gives."""
         return FittedRouter(gates, RouterRecord.unfitted(self.recipe))
 
 
@@ -96,13 +95,9 @@ def fit_router(fitting: Fitting) -> FittedRouter:
     """Set the gates as the recipe's `mixture` asks for, from text found relative to `root` where the fit reads any.
 
     Statistics in the folder that were made from the same text and settings are used as they are; missing ones are made and
-    written there. Under a launcher the processes share the text, and the main one solves: the others' gates are empty. Raises
-    TextError.
+    written there. Raises TextError.
     """
     fit = fitting.recipe.mixture.fit
-    keeps = None if fit is None else fit.keeps
-    if not processes().is_main and (keeps is None or not keeps.shared):
-        return fitting.unfitted()
     return _zero(fitting) if fit is None else _setter(fit)(fitting)
 
 

@@ -12,28 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from modekit.architecture.modekit_router import causal_average
-from modekit.architecture.modekit_scores import segment_means
 from modekit.files.typed import Count, as_kind
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.mixture import ExpertView
 from modekit.loaded.passes import check_text, has_encoder, run_backbone, tokens_per_batch
 from modekit.loaded.shapes import expert_view
-from modekit.processes import ALONE, Processes, processes
 from modekit.recipes.recipe import Expert
-from modekit.routing.examples import chats_of, examples_of
+from modekit.routing.examples import chats_of
 from modekit.routing.fit import Fitting
-from modekit.routing.kept import Get, Header, Provenance, checked, documents_to_read, load_kept, save_kept
+from modekit.routing.kept import FitText, Get, Header, Provenance, checked, kept_or_text, load_kept, save_kept
+from modekit.run import ProgressCount
 from modekit.text.sequences import TokenSequence, encode, make_batches
-from modekit.text.splits import digest_of, text_record
+from modekit.text.splits import digest_of
 
 _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnormalised stream, outliers may be larger
 
@@ -41,9 +42,6 @@ _LARGEST = torch.finfo(torch.float16).max  # where a family's FFN reads an unnor
 def to_float16(x: torch.Tensor) -> torch.Tensor:
     """Activations as they are kept: float16 on the CPU, outliers at its largest number."""
     return x.clamp(-_LARGEST, _LARGEST).to("cpu", torch.float16)
-
-
-# What is kept.
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,18 @@ class SlotStatistics:
         sum_D: sum of x, float64.
         negative_D: mean x of the negative prompts, float64; zero when there are none.
         sample_ND: evenly spaced x, float16.
+        count: how many x were seen; pads never count.
     """
 
     sum_D: torch.Tensor
     negative_D: torch.Tensor
     sample_ND: torch.Tensor
+    count: int
+
+    @property
+    def mean_D(self) -> torch.Tensor:
+        """Mean of x, float64."""
+        return self.sum_D / self.count
 
 
 @dataclass(frozen=True)
@@ -66,28 +71,14 @@ class DomainStatistics:
     """Of one domain, for every router.
 
     Attributes:
-        tokens: how many x were seen, of pairs on both sides; pads never count.
+        tokens: how many there were, of pairs on both sides.
         slots: statistics in the order of the checkpoint's routers.
         source: what they were made from: settings and a digest of the text.
-        counts: of pairs, how many x each router saw, which reads one side; empty where all saw all.
     """
 
     tokens: int
     slots: tuple[SlotStatistics, ...]
     source: Provenance
-    counts: tuple[int, ...] = ()
-
-    def is_of(self, widths: Sequence[int]) -> bool:
-        """Whether they are of gates that take so much, one after the other."""
-        return [len(slot.sum_D) for slot in self.slots] == list(widths)
-
-    def mean_D(self, slot: int) -> torch.Tensor:
-        """Mean of x, float64."""
-        return self.slots[slot].sum_D / self.count(slot)
-
-    def count(self, slot: int) -> int:
-        """How many x a router saw."""
-        return self.counts[slot] if self.counts else self.tokens
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -95,8 +86,9 @@ class DomainStatistics:
         for number, slot in enumerate(self.slots):
             named = {"sum": slot.sum_D, "negative": slot.negative_D, "sample": slot.sample_ND}
             tensors |= {f"{number}.{name}": tensor for name, tensor in named.items()}
-        counts = {"counts": self.counts} if self.counts else {}
-        save_kept(path, tensors, {"tokens": self.tokens, "slots": len(self.slots), "source": self.source, **counts})
+        about = {"tokens": self.tokens, "slots": len(self.slots), "source": self.source}
+        counts = [slot.count for slot in self.slots]
+        save_kept(path, tensors, {**about, "counts": counts} if any(count != self.tokens for count in counts) else about)
 
 
 def load_statistics(path: Path) -> DomainStatistics | None:
@@ -107,25 +99,19 @@ def load_statistics(path: Path) -> DomainStatistics | None:
 def _statistics(get: Get, about: Header) -> DomainStatistics | None:
     if "slots" not in about:  # of a router that reads tokens
         return None
-    said = as_kind(about, _Header)
-    if said.counts and len(said.counts) != said.slots:
-        raise ValueError("counts of other routers")
-    slots = []
-    for number in range(said.slots):
+    said, slots = as_kind(about, _Header), []
+    for number, count in zip(range(said.slots), said.counts or [said.tokens] * said.slots, strict=True):
         sum_D = checked(get(f"{number}.sum"), (None,))
         negative_D = checked(get(f"{number}.negative"), (len(sum_D),))
-        slots.append(SlotStatistics(sum_D, negative_D, checked(get(f"{number}.sample"), (None, len(sum_D)))))
-    return DomainStatistics(said.tokens, tuple(slots), said.source, said.counts)
+        slots.append(SlotStatistics(sum_D, negative_D, checked(get(f"{number}.sample"), (None, len(sum_D))), count))
+    return DomainStatistics(said.tokens, tuple(slots), said.source)
 
 
 class _Header(BaseModel):
     tokens: Annotated[Count, Field(ge=1)]
-    slots: Count
+    slots: Annotated[Count, Field(le=2**20)]
     source: Provenance
-    counts: tuple[Annotated[Count, Field(ge=1)], ...] = ()
-
-
-# Reading a domain under its own expert.
+    counts: list[Annotated[Count, Field(ge=1)]] = []
 
 
 class _Sums:
@@ -145,12 +131,6 @@ class _Sums:
         found = (slots < len(self._places)) & (self._places[slots.clamp(max=len(self._places) - 1)] == places_T)
         self.sample_ND[slots[found]] = to_float16(x_TD[found.to(x_TD.device)])
 
-    def add_up(self, shared: Processes) -> None:
-        """Take what the other processes found."""
-        self.sum_D = shared.add_up(self.sum_D)
-        if shared.count > 1:  # each kept token was seen by one process, and is zero in the others
-            self.sample_ND = shared.add_up(self.sample_ND.float()).half()
-
 
 @dataclass(frozen=True)
 class GateInput:
@@ -158,7 +138,7 @@ class GateInput:
     which they stay (architecture/modekit_router.py).
     """
 
-    averages: Sequence[Mapping[str, float | None]]
+    averages: Sequence[Mapping[str, float | None]] = ({"decay": None},)
     prefix: int | None = None
 
     def of(self, x_BSD: torch.Tensor, mask_BS: torch.Tensor, *, at_once: bool) -> torch.Tensor:
@@ -167,13 +147,10 @@ class GateInput:
         """
         parts = []
         for average in self.averages:
-            part, mask = x_BSD, mask_BS.to(x_BSD)
+            part = x_BSD
             if average["decay"] is not None:
-                part, _ = causal_average(x_BSD, mask, average["decay"], None, prefix=self.prefix)
+                part, _ = causal_average(x_BSD, mask_BS.to(x_BSD), average["decay"], None, prefix=self.prefix)
                 part = part[:, -1:].expand_as(x_BSD) if at_once else part  # pads behind a text change nothing
-            if average.get("segment"):  # in a text's first segment, where nothing is decided, what was read so far
-                length = int(average["segment"] or 0)
-                part = torch.where(mask.cumsum(1)[..., None] <= length, part, segment_means(x_BSD, mask, None, length)[0])
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -190,13 +167,29 @@ def capture_domain(
     """Run a domain's text through its own expert and sum what every router's gate would take.
 
     `advance` is called with 0 before the first batch, and with the number of tokens after each. Which tokens are kept depends
-    on their place in `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding. Under a
-    launcher every process runs its share of the sequences, and what they found is added up.
+    on their place in `sequences` alone, so neither padding nor the order of batches changes the result beyond rounding.
     """
-    shared, sides = processes(), view.in_decoder()
     check_text(view.model, [*sequences, *negatives])
-    totals = [sum(sizes) for sizes in _sizes(sequences)]
-    kept = [_evenly(total, keep_tokens) for total in totals]
+    found, counts = _summed(view, sequences, read, keep_tokens, advance)
+    against, against_counts = _summed(view, negatives, read, 0) if negatives else ({}, [0, 0])
+    slots = []
+    for slot, side in enumerate(view.in_decoder()):
+        sums = found[slot]
+        negative_D = against[slot].sum_D / against_counts[side] if negatives else torch.zeros_like(sums.sum_D)
+        slots.append(SlotStatistics(sums.sum_D, negative_D, sums.sample_ND, counts[side]))
+    return DomainStatistics(sum(counts), tuple(slots), {})
+
+
+def _summed(
+    view: ExpertView,
+    sequences: Sequence[TokenSequence],
+    read: GateInput,
+    keep_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[int, _Sums], list[int]]:
+    """Of every router, and how many tokens the sources, or plain texts, have, and the targets."""
+    sides, counts = view.in_decoder(), [sum(sizes) for sizes in _sizes(sequences)]
+    kept = [_evenly(count, keep_tokens) for count in counts]
     found: dict[int, _Sums] = {}
 
     def consume(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor) -> None:
@@ -204,21 +197,8 @@ def capture_domain(
             found[slot] = _Sums(x_TD.shape[1], kept[sides[slot]])
         found[slot].add(x_TD, places_T)
 
-    run_with_inputs(view, sequences, read, consume, advance, shared)
-    for slot, width in enumerate(shared.agree([len(found[slot].sum_D) for slot in sorted(found)])):
-        found.setdefault(slot, _Sums(width, kept[sides[slot]])).add_up(shared)  # a process may have had no sequence
-    negative = {slot: torch.zeros_like(each.sum_D) for slot, each in found.items()}
-    counts = [sum(sizes) for sizes in _sizes(negatives)]
-
-    def consume_negative(slot: int, x_TD: torch.Tensor, _places_T: torch.Tensor) -> None:
-        negative[slot] += x_TD.sum(0, dtype=torch.float64).cpu() / counts[sides[slot]]
-
-    if negatives:
-        run_with_inputs(view, negatives, read, consume_negative)
-    slots = tuple(SlotStatistics(found[slot].sum_D, negative[slot], found[slot].sample_ND) for slot in sorted(found))
-    return DomainStatistics(
-        sum(totals), slots, {}, tuple(totals[sides[slot]] for slot in sorted(found)) if totals[True] else ()
-    )
+    run_with_inputs(view, sequences, read, consume, advance)
+    return found, counts
 
 
 def _evenly(total: int, most: int) -> torch.Tensor:
@@ -233,53 +213,29 @@ def run_with_inputs(
     read: GateInput,
     consume: Callable[[int, torch.Tensor, torch.Tensor], None],
     advance: Callable[[int], None] = lambda _: None,
-    shared: Processes = ALONE,
 ) -> None:
     """Forward passes over all sequences. `consume` gets the slot, what its gate takes of each batch's real tokens (T, D), and
     their places (T,) in the order of the sequences, of the sources' tokens alone, or the targets'.
     """
-    # By length, so that the shares cost the same.
-    mine = sorted(range(len(sequences)), key=lambda row: (-sequences[row].size, row))[shared.rank :: shared.count]
     starts = [torch.tensor([0, *sizes]).cumsum(0) for sizes in _sizes(sequences)]
     sides, encodes = view.in_decoder(), has_encoder(view.model)
-    real: tuple[_Real, ...] = ()
+    real: list[tuple[torch.Tensor, torch.Tensor]] = []  # mask (B, S) and places (T,) of each side of a batch
 
-    def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def taken(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            own, x_BSD = real[sides[slot]], args[0].detach().float()
-            mask_BS = own.mask_BS.to(x_BSD.device)
-            x_BSD = read.of(x_BSD, mask_BS, at_once=encodes and not sides[slot])
-            consume(slot, x_BSD.flatten(0, 1) if own.unpadded else x_BSD[mask_BS], own.places_T)
-
-        return taken
+    def taken(slot: int, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x_BSD, (mask_BS, places_T) = args[0].detach().float(), real[sides[slot]]
+        mask_BS = mask_BS.to(x_BSD.device)
+        consume(slot, read.of(x_BSD, mask_BS, at_once=encodes and not sides[slot])[mask_BS], places_T)
 
     with ExitStack() as hooks, torch.inference_mode():
         for slot, module in enumerate(view.router_inputs()):
-            hooks.enter_context(module.register_forward_pre_hook(hook(slot)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(taken, slot)))
         advance(0)
-        for batch in make_batches([sequences[row] for row in mine], tokens=tokens_per_batch(view.model)):
-            rows = torch.tensor([mine[row] for row in batch.rows])
-            masks = (batch.mask, batch.target_mask)
-            real = tuple(_Real.of(mask, each[rows], view.model.device) for mask, each in zip(masks, starts, strict=True))
+        for batch in make_batches(sequences, tokens=tokens_per_batch(view.model)):
+            rows, masks = torch.tensor(batch.rows), (batch.mask, batch.target_mask)
+            places = [each[rows][:, None] + torch.arange(mask.shape[1]) for mask, each in zip(masks, starts, strict=True)]
+            real[:] = [(mask, each[mask]) for mask, each in zip(masks, places, strict=True)]
             run_backbone(view.model, batch)
             advance(batch.tokens)
-
-
-@dataclass(frozen=True)
-class _Real:
-    """Real tokens of one side of a batch: their mask (B, S) on the model's device, whether there are no pads to leave out, and
-    the tokens' places (T,) among those of all sequences.
-    """
-
-    mask_BS: torch.Tensor
-    unpadded: bool
-    places_T: torch.Tensor
-
-    @classmethod
-    def of(cls, mask_BS: torch.Tensor, starts_B: torch.Tensor, device: torch.device) -> _Real:
-        """Of rows whose first tokens have these places."""
-        places_T = (starts_B[:, None] + torch.arange(mask_BS.shape[1]))[mask_BS]
-        return cls(mask_BS.to(device), bool(mask_BS.all()), places_T)
 
 
 def _sizes(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
@@ -287,109 +243,58 @@ def _sizes(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
     return [len(sequence.ids) for sequence in sequences], [len(sequence.target) for sequence in sequences]
 
 
-# All domains of a fit.
-
-
-@dataclass(frozen=True)
-class _DomainToRead:
-    """A domain whose statistics the main process has (`known`; `kept` here, if this process sees them), or the text they will
-    be made from.
-    """
-
-    place: int
-    name: str
-    path: Path
-    kept: DomainStatistics | None
-    known: bool = True
-    sequences: Sequence[TokenSequence] = ()
-    negatives: Sequence[TokenSequence] = ()
-    source: Provenance = field(default_factory=dict)
-
-
 def read_domains(fitting: Fitting) -> list[DomainStatistics]:
-    """Statistics of every expert's domain, kept or read now; of all of them in the main process only. Raises TextError.
+    """Statistics of every expert's domain, kept or read now. Raises TextError.
 
     The model is loaded when the first domain has to be read, and not at all when none has.
     """
-    reader = _Reader(fitting)
+    settings, run = fitting.settings, fitting.run
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=run)
     # All text is looked at before any is read through the model: what is wrong with the last shows at once.
     looked_at = []
     for place, expert in enumerate(fitting.recipe.experts):
-        fitting.run.begin(f"tokenise {expert.name}")
-        looked_at.append(reader.look_at(place, expert))
-    reader.total = sum(sequence.size for domain in looked_at for sequence in domain.sequences)
-    domains = [domain.kept if domain.known else reader.read(domain) for domain in looked_at]
-    return [domain for domain in domains if domain is not None]
-
-
-class _Reader:
-    """Reads the domains of one fit; `total` is how many tokens there are to read, `done` of them."""
-
-    def __init__(self, fitting: Fitting) -> None:
-        self._fitting, self._settings = fitting, fitting.settings
-        self._tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
-        self._view: ExpertView | None = None
-        self.done = self.total = 0
-
-    def look_at(self, place: int, expert: Expert) -> _DomainToRead:
-        """What has to be read for the expert at `place`: nothing when kept statistics fit text and settings.
-
-        Text that is gone is not needed when its statistics fit the settings. Raises TextError.
-        """
-        path, how = self._fitting.statistics_file(expert.name), self._how(expert)
-        kept = load_statistics(path)
-        if kept is not None and not kept.is_of([slot.shape[1] for slot in self._fitting.checkpoint.slots]):
-            kept = None
-        documents = documents_to_read(self._fitting, place, None if kept is None else kept.source, how)
-        if documents is None:
-            return _DomainToRead(place, expert.name, path, kept, processes().agree(True))
-        sequences = examples_of(self._tokenizer, documents, (place, expert), self._settings)
-        source = {"text": text_record(documents, sum(sequence.size for sequence in sequences)), "how": how}
-        domain = _DomainToRead(place, expert.name, path, kept)
-        if processes().agree(kept is not None and kept.source == source):
-            return domain
-        length = self._settings.sequence_length
+        run.begin(f"tokenise {expert.name}")
+        kept, how = load_statistics(fitting.statistics_file(expert.name)), _how(fitting, tokenizer, expert)
+        widths = [slot.shape[1] for slot in fitting.checkpoint.slots]
+        kept = kept if kept is not None and [len(slot.sum_D) for slot in kept.slots] == widths else None
+        looked_at.append(kept_or_text(fitting, place, kept, how, tokenizer, settings.tokens_per_domain))
+    total = sum(each.size for text in looked_at if isinstance(text, FitText) for each in text.sequences)
+    found, view, count = list[DomainStatistics](), None, ProgressCount(run, total)
+    for place, (expert, text) in enumerate(zip(fitting.recipe.experts, looked_at, strict=True)):
+        if isinstance(text, DomainStatistics):
+            found.append(text)
+            continue
+        if view is None:
+            dtype = torch.float32 if settings.compute_dtype == "float32" else torch.bfloat16
+            view = expert_view(fitting.checkpoint, dtype=dtype, run=run)
+        view.use_expert(place)
+        length = settings.sequence_length
         negatives = [
-            sequence
+            each
             for prompt in expert.negative_prompts or []
-            for sequence in encode(self._tokenizer, [prompt], max_tokens=length, sequence_length=length)
+            for each in encode(tokenizer, [prompt], max_tokens=length, sequence_length=length)
         ]
-        return replace(domain, kept=None, known=False, sequences=sequences, negatives=negatives, source=source)
+        read, keep, advance = GateInput(settings.averages, settings.prefix_tokens), settings.keep_tokens, count.advance
+        statistics = capture_domain(
+            view, text.sequences, negatives, read=read, keep_tokens=keep, advance=partial(advance, f"read {expert.name}")
+        )
+        run.begin(f"keep what was read of {expert.name}")
+        found.append(replace(statistics, source=text.source))
+        found[-1].save(fitting.statistics_file(expert.name))
+    return found
 
-    def read(self, domain: _DomainToRead) -> DomainStatistics | None:
-        """Run the text through the backbone with the domain's own expert, and keep the statistics on disk; main has them."""
 
-        def advance(count: int) -> None:
-            self.done += count
-            self._fitting.run.progress(f"read {domain.name}", self.done, self.total)
-
-        if self._view is None:
-            dtype = torch.float32 if self._settings.compute_dtype == "float32" else torch.bfloat16
-            self._view = expert_view(self._fitting.checkpoint, dtype=dtype, run=self._fitting.run)
-        self._view.use_expert(domain.place)
-        read = GateInput(self._settings.averages, self._settings.prefix_tokens)
-        keep = self._settings.keep_tokens
-        found = capture_domain(self._view, domain.sequences, domain.negatives, read=read, keep_tokens=keep, advance=advance)
-        if not processes().is_main:
-            return None
-        self._fitting.run.begin(f"keep what was read of {domain.name}")
-        found = replace(found, source=domain.source)
-        found.save(domain.path)
-        return found
-
-    def _how(self, expert: Expert) -> dict[str, object]:
-        """What but the text decides a domain's statistics."""
-        checkpoint, settings = self._fitting.checkpoint, self._settings
-        how: dict[str, object] = {
-            "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
-            **settings.model_dump(
-                mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}
-            ),
-            "averages": settings.averages,
-            "prefix": settings.prefix_tokens,
-            "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
-            **chats_of(self._tokenizer, expert, settings),
-        }
-        if checkpoint.record.trained:  # what routers read is no longer what the build made
-            how["trained"] = sorted(checkpoint.record.trained.values())
-        return how
+def _how(fitting: Fitting, tokenizer: PreTrainedTokenizerBase, expert: Expert) -> dict[str, object]:
+    """What but the text decides a domain's statistics."""
+    checkpoint, settings = fitting.checkpoint, fitting.settings
+    how: dict[str, object] = {
+        "negatives": [digest_of(prompt) for prompt in expert.negative_prompts or []],
+        **settings.model_dump(mode="json", include={"sequence_length", "tokens_per_domain", "keep_tokens", "compute_dtype"}),
+        "averages": settings.averages,
+        "prefix": settings.prefix_tokens,
+        "routers": [[slot.name, slot.width] for slot in checkpoint.slots],
+        **chats_of(tokenizer, expert, settings),
+    }
+    if checkpoint.record.trained:  # what routers read is no longer what the build made
+        how["trained"] = sorted(checkpoint.record.trained.values())
+    return how

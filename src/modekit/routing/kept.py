@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from modekit.errors import CheckpointError, TextError
 from modekit.files.read import open_regular, parse_json
 from modekit.files.typed import shortened
 from modekit.files.write import appearing, disk_errors, make_folder, remove_if_empty
+from modekit.routing.examples import read_examples
 from modekit.routing.fit import Fitting
-from modekit.text.document import Document
 from modekit.text.held_out import fit_documents
+from modekit.text.sequences import TokenSequence, none_fits
+from modekit.text.splits import text_record
 
-_Statistics = TypeVar("_Statistics")
 Get = Callable[[str], torch.Tensor]
 """Name -> tensor of a file."""
 Header = dict[str, Any]
@@ -29,36 +32,50 @@ Provenance = dict[str, Any]
 """What statistics were made from: `text`, a record of the text (text/splits.py); `how`, the settings that decide them."""
 
 
-def documents_to_read(
-    fitting: Fitting, place: int, kept: Provenance | None, how: Mapping[str, object]
-) -> list[Document] | None:
-    """The text of the expert at `place`; None where what is kept of it holds without: of an expert that stays, or whose text
-    is gone.
+class Kept(Protocol):
+    """Statistics of a domain."""
 
-    `kept`: what the kept statistics were made from, None without any; `how`: the settings of now. Raises TextError.
+    @property
+    def source(self) -> Provenance:
+        """What they were made from."""
+
+
+_Kept = TypeVar("_Kept", bound=Kept)
+
+
+@dataclass(frozen=True)
+class FitText:
+    """What has to be read of a domain, of which nothing is kept that holds; `source`: of what will be made from it."""
+
+    sequences: list[TokenSequence]
+    source: Provenance
+
+
+def kept_or_text(
+    fitting: Fitting, place: int, kept: _Kept | None, how: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, most: int
+) -> _Kept | FitText:
+    """What is kept of the domain of the expert at `place`, if it was made from the text and the settings `how` of now, of an
+    expert that stays, or of text that is gone; else at most so many tokens of its text. Raises TextError.
     """
-    expert = fitting.recipe.experts[place]
-    holds = kept is not None and kept.get("how") == how and isinstance(kept.get("text"), dict)
-    if holds and expert.name in fitting.stays:
-        return None
+    expert, settings = fitting.recipe.experts[place], fitting.settings
+    if kept is not None and kept.source["how"] != how:
+        kept = None
+    if kept is not None and expert.name in fitting.stays:
+        return kept
     try:
-        return fit_documents(expert, fitting.root, place, reads=fitting.reads)
-    except TextError as error:
-        if holds:
-            return None
-        raise _without_text(error, kept and kept.get("how"), how) from None
-
-
-def _without_text(error: TextError, kept: object, how: Mapping[str, object]) -> TextError:
-    """The error of text that is gone: where what is kept of it would do but for chats, it says how to do without them."""
-    if kept == how or not isinstance(kept, dict) or kept != {key: value for key, value in how.items() if key != "chat"}:
-        return error
-    return TextError(
-        f"{error.what}, and what is kept of it knows no chats",
-        where=error.where,
-        found=error.found,
-        remedy="put the text back, or leave chats out: router: {chat: false}, or `modekit fit OUT chat=false`",
-    )
+        documents = fit_documents(expert, fitting.root, place, reads=fitting.reads)
+    except TextError:
+        if kept is not None:
+            return kept
+        raise
+    record = text_record(documents, 0)
+    if kept is not None and {**kept.source["text"], "tokens": 0} == record:
+        return kept
+    sequences = read_examples(tokenizer, documents, expert, settings, most=most)
+    if not sequences:
+        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'", most=most)
+    tokens = sum(sequence.size for sequence in sequences)
+    return FitText(sequences, {"text": {**record, "tokens": tokens}, "how": how})
 
 
 def save_kept(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
@@ -90,21 +107,20 @@ def checked(tensor: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
     return tensor
 
 
-def load_kept(path: Path, make: Callable[[Get, Header], _Statistics | None]) -> _Statistics | None:
+def load_kept(path: Path, make: Callable[[Get, Header], _Kept | None]) -> _Kept | None:
     """What `make` takes from a file's tensors and what they are of; None when there is no file.
 
-    Raises CheckpointError when the file is damaged.
+    Raises CheckpointError when it is damaged.
     """
     try:
-        open_regular(path).close()  # safetensors would wait for a pipe
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             about = parse_json(file.metadata()["about"])
-            if not isinstance(about, dict):
-                raise ValueError("they do not name their router")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about.get("sha256") != _digest(tensors):
-                raise ValueError("other numbers than those that a fit wrote")
-            return make(tensors.__getitem__, about)
+        source = about["source"]
+        if about["sha256"] != _digest(tensors) or not all(isinstance(source[key], dict) for key in ("text", "how")):
+            raise ValueError("other numbers than those that a fit wrote")
+        return make(tensors.__getitem__, about)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # also of wrong shapes

@@ -26,7 +26,6 @@ from modekit.planning.mixture_config import leader_of
 from modekit.planning.reuse import Origins
 from modekit.planning.routing_config import whole_module_unscored
 from modekit.planning.shape import RouterSlot
-from modekit.processes import processes
 from modekit.recipes.router import Router
 from modekit.routing.fit import FittedRouter, Fitting
 from modekit.routing.inputs import DomainStatistics, read_domains
@@ -52,7 +51,7 @@ def fit_gates(settings: Router, domains: Sequence[DomainStatistics], run: Run = 
 
 def centroid(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """w_e = mean of x over domain e (less the mean over its negative prompts), at length 1, at the best temperature."""
-    means_ED = torch.stack([domain.mean_D(slot) - domain.slots[slot].negative_D for domain in domains])
+    means_ED = torch.stack([domain.slots[slot].mean_D - domain.slots[slot].negative_D for domain in domains])
     return _calibrated(_unit_rows(means_ED), slot, domains)
 
 
@@ -142,7 +141,7 @@ def logistic_beside(
 
 def cosine(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """W the discriminants of the domains (whitened by the second moment), v_e where W takes the mean of x; then descent."""
-    means_ED = torch.stack([domain.mean_D(slot) for domain in domains])
+    means_ED = torch.stack([domain.slots[slot].mean_D for domain in domains])
     root_DD = torch.linalg.cholesky(_shrunk(_second_moment(slot, domains), settings.l2))
     white_DE: torch.Tensor = torch.linalg.solve_triangular(root_DD, means_ED.T, upper=False)
     size = settings.dimensions or len(domains)
@@ -204,10 +203,8 @@ RULES: Mapping[str, Callable[[int, Sequence[DomainStatistics], Router], torch.Te
 
 
 def solve_gates(fitting: Fitting) -> FittedRouter:
-    """Read what is not kept, and solve in the main process; the others' gates are empty. Raises TextError and RecipeError."""
+    """Read what is not kept, and solve. Raises TextError and RecipeError."""
     domains, settings = read_domains(fitting), fitting.settings
-    if not processes().is_main:
-        return fitting.unfitted()
     text, report = [domain.source["text"] for domain in domains], {"tokens": [domain.tokens for domain in domains]}
     solved = zip(fit_gates(settings, domains, fitting.run), fitting.checkpoint.slots, strict=True)
     # A gate with one decision per output feature starts as one decision for all of them.

@@ -14,7 +14,6 @@ from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import STATISTICS_FOLDER
 from modekit.errors import MismatchError, RecipeError, SourceError
 from modekit.planning.make import make_plan
-from modekit.processes import processes
 from modekit.recipes.auto import choices
 from modekit.recipes.edit import as_written, changed_mixture, with_following, with_mixture
 from modekit.recipes.mixture import Mixture
@@ -31,25 +30,17 @@ _WRITE_TEXTS = "modekit.routing.write_text:write_texts"
 """By its path, as it needs torch and a fit without text does not."""
 
 
-def refit(
-    checkpoint: Checkpoint,
-    changes: RecipePart,
-    *,
-    run: Run = QUIET,
-) -> Checkpoint:
+def refit(checkpoint: Checkpoint, changes: RecipePart, *, run: Run = QUIET) -> Checkpoint:
     """Set the router anew without touching the experts.
 
     `changes` updates the recipe's `mixture` (nested `router` is merged). Raises RecipeError when a change would need
-    another build. Under a launcher only the main process writes.
+    another build.
     """
     recipe = _changed_recipe(checkpoint, changes)
-
-    if recipe.mixture.needs_text and processes().is_main:
+    if recipe.mixture.needs_text:
         _write_missing_text(checkpoint, recipe, run)
     statistics = checkpoint.folder / STATISTICS_FOLDER
     fitted = fit_router(Fitting(checkpoint.with_recipe(recipe), recipe, checkpoint.recipe_root, statistics, run))
-    if not processes().is_main:
-        return checkpoint
     return checkpoint.with_router(fitted.gates, fitted.record, recipe, evidence=fitted.evidence)
 
 
