@@ -86,8 +86,7 @@ def test_full_models_with_text_are_mixed_whole(shop: Path, monkeypatch: pytest.M
     assert [each["name"] for each in recipe["experts"]] == ["law", "py", "general"]
     assert [each["model"] for each in recipe["experts"]] == ["../law", "../code", "base"]
     assert recipe["mixture"]["modules"] == "all" and recipe["mixture"]["router"]["fit"] == "lexical"
-    names = [line.split()[0] for line in printed.splitlines()[:4]]
-    assert names == ["experts", "router", "result", "disk"] and "router fitted" in printed
+    assert "\nrouter " in printed and "router fitted" in printed
 
 
 def test_adapters_with_text_become_a_plain_checkpoint(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +102,7 @@ def test_adapters_without_text_write_it(shop: Path, monkeypatch: pytest.MonkeyPa
     assert recipe["output"] == {"format": "native"} and recipe["mixture"]["router"] == {"fit": "lexical"}
     assert [each["text"] for each in recipe["experts"]] == ["self"] * 3
     said = " ".join(printed.split())
-    assert "text written by fever-lora, court-lora, general" in said and "for experts to write their text" in said
+    assert "for experts to write their text" in said
     files = sorted(tree(shop / "OUT" / "self-text"))
     assert len(files) == 6 and {each.partition("-")[0] for each in files} == {"fever", "court", "base"}
     assert foreign_files(shop / "OUT") == []
@@ -151,26 +150,12 @@ def test_an_expert_that_is_added_writes_its_text(shop: Path, monkeypatch: pytest
     assert (shop / "AGAIN" / "model-router.safetensors").read_bytes() == made
 
 
-def test_the_gguf_lies_where_serve_looks_for_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`modekit serve OUT --outtype q8_0`, which mix names, does not convert again."""
-    monkeypatch.chdir(shop)
-    shutil.rmtree("OUT", ignore_errors=True)
-    folders: list[Path] = []
-    monkeypatch.setattr("modekit.engines.converter.check_installed", lambda: None)
-    monkeypatch.setattr("modekit.engines.converter.check_tokenizer", lambda _: None)
-    monkeypatch.setattr("modekit.cli.mixtures.write_gguf", lambda _made, folder, _options: folders.append(folder))
-    printed = modekit("mix", "base", "law", "code", *texts(law="law", code="code"), "-o", "OUT", "--gguf", "q8_0")
-    assert folders == [Path("OUT.gguf")] and "modekit serve OUT --outtype q8_0" in printed
-
-
-def test_a_gguf_is_asked_of_what_llama_cpp_runs(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_native_runs_in_llama_cpp(shop: Path) -> None:
     """Full models, too, then become a plain checkpoint; here only as far as the plan."""
-    from modekit.building.mix import Models, plan_mix
-
     models = Models("base", ["law", "code"], {name: [f"text/{name}.jsonl"] for name in ("law", "code")}, shop)
-    planned = plan_mix(models, shop / "PLAIN", "native")
-    assert planned.plan.shape.without_gguf is None and planned.kinds == ("full", "full")
-    assert plan_mix(models, shop / "ANY").plan.shape.without_gguf is not None
+    plan, _ = plan_mix(models, shop / "PLAIN", native=True)
+    assert plan.shape.without_gguf is None
+    assert plan_mix(models, shop / "ANY")[0].shape.without_gguf is not None
 
 
 @pytest.mark.parametrize(
@@ -258,14 +243,3 @@ def test_what_is_there_and_what_is_no_model_are_refused(shop: Path, monkeypatch:
     assert "like the one that it was trained on" in refuse("mix", "fever-lora", "law", "-o", "NEW")
     (shop / "recipe.yaml").write_text("base_model: base\nexperts: [law, code]\nmixture: {method: linear}\n")
     assert "modekit build recipe.yaml OUT" in refuse("mix", "recipe.yaml", "law", "-o", "NEW")
-
-
-def test_threads_are_those_of_everything_that_computes(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    from modekit.engines.threads import default_threads
-
-    monkeypatch.chdir(shop)
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    refuse("mix", "base", "lwa", "-o", "NEW", "--threads", "3")
-    assert (os.environ["OMP_NUM_THREADS"], default_threads()) == ("3", 3)

@@ -16,7 +16,7 @@ from rich.text import Text
 import modekit.cli.shell as shell
 from command_line import ended
 from conftest import Workshop, make_workshop
-from modekit.cli.printing.console import console_for
+from modekit.cli.printing import console_for
 from modekit.errors import ModekitError
 from refusal import borrow, refuse, run_python
 
@@ -36,15 +36,10 @@ def ended_by(error: BaseException, *args: object) -> tuple[object, str, str]:
 @pytest.mark.parametrize(
     "error", [KeyError("x"), RecursionError(), MemoryError(), AssertionError("[/x]\x1b[31m"), TypeError("\ud800")]
 )
-def test_what_nobody_foresaw_is_one_line_and_a_log(error: Exception) -> None:
+def test_what_nobody_foresaw_is_one_line(error: Exception) -> None:
     code, stdout, stderr = ended_by(error, "verify", "OUT")
     assert code == 1 and stdout == "" and stderr.count("\n") == 1
-    assert stderr.startswith(f"error: this is a bug in modekit ({type(error).__name__}); please report it with ")
-    log = Path(stderr.rpartition(" ")[2].strip())
-    told = log.read_text()
-    assert told.startswith("modekit verify\npython 3.") and f"\n{type(error).__name__}" in told and "in fail" in told
-    assert re.search(r"^modekit \d", told, re.MULTILINE) and log.stat().st_mode & 0o077 == 0
-    log.unlink()
+    assert stderr.startswith(f"error: this is a bug in modekit ({type(error).__name__}); MODEKIT_DEBUG=1 shows where")
 
 
 class PanicException(BaseException):
@@ -56,16 +51,6 @@ def test_a_panic_is_no_other_kind_of_end() -> None:
     assert code == 1 and "this is a bug in modekit (PanicException)" in stderr
     with pytest.raises(GeneratorExit):
         ended_by(GeneratorExit(), "verify")
-
-
-def test_a_log_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.mkstemp", failing_with_no_space)
-    code, _, stderr = ended_by(KeyError("x"), "verify")
-    assert code == 1 and "no log could be written (No space left on device); MODEKIT_DEBUG=1 shows it" in stderr
-
-
-def failing_with_no_space(**_: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def test_debugging_lets_it_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +80,7 @@ def test_a_reader_that_goes_away_is_no_error(shared_workshop: Workshop) -> None:
 
 def test_a_message_does_not_grow_with_what_is_wrong() -> None:
     _, _, stderr = ended_by(ModekitError("x" * 10**6, found="\n".join("abc" * 1_000)), "verify")
-    assert len(stderr) < 10_000 and stderr.count("…") == 2
+    assert len(stderr) < 10_000 and stderr.count("characters more") == 2
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -14,18 +14,19 @@ import pytest
 from rich.console import Console
 
 import modekit.cli.data as data
-import modekit.cli.printing.mixtures as mixtures
-from modekit.building.again import Check
+import modekit.cli.demo as demo
+import modekit.cli.mixtures as mixtures
+import modekit.cli.printing as printing
+import modekit.cli.training as training
 from modekit.building.preview import Preview
-from modekit.cli.printing.console import console_for
-from modekit.cli.printing.table import Cell, Table
+from modekit.cli.printing import console_for
 from modekit.evaluation.forced import ForcedExpert, ForcedExperts
 from modekit.evaluation.inspection.result import Inspection, Similarity, Usage
 from modekit.evaluation.results import Results, Row, Score
+from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
-from modekit.experts.extract_record import AdaptedRow, Extraction
 from modekit.files.figures import three_digits, time_of
 from modekit.planning.shape import RouterPosition
 
@@ -46,8 +47,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         else:
             console = Console(file=stream, width=width, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.file = stream
-        for module in (data, mixtures):
-            monkeypatch.setattr(module, "out", console)
+        monkeypatch.setattr(printing, "out", console)
         drawing(*arguments)
         return stream.getvalue()
 
@@ -85,13 +85,13 @@ def results() -> Results:
 
 def test_eval(shown: Callable[..., str]) -> None:
     cells = [*NAMES, "10.123", "17.123", "123456.7", "123463.7", "13.123", "123.46B", "98.77B", "mixture", TOLD]
-    check_whole(shown, cells, mixtures.print_result, results())
-    assert "10.123 / 123456.7" in shown(None, mixtures.print_result, results())
+    check_whole(shown, cells, printing.print_result, results())
+    assert "10.123 / 123456.7" in shown(None, printing.print_result, results())
 
 
 def test_a_table_that_fits_is_one_table(shown: Callable[..., str]) -> None:
     small = Results([Row("base", "base", 10**6, 10**6, {"law": Score(3.0, 20.1, 1.0)}, "x")], ["law"], [], {})
-    text = plain(shown(80, mixtures.print_result, small))
+    text = plain(shown(80, printing.print_result, small))
     assert [line.split() for line in text.splitlines()[-2:]] == [["base", "3.000", "3.000", "-", "1.00M"], ["20.1", "1.00M"]]
     assert len(text.splitlines()) == 7  # the title, two of the sentence, two of titles
 
@@ -123,9 +123,10 @@ def test_plan(shown: Callable[..., str]) -> None:
 
 
 def test_verify(shown: Callable[..., str]) -> None:
-    checks = [Check("copied tensors", "proven", "1113 tensors compared byte by byte with their sources " * 4)]
-    check_whole(shown, ["copied tensors", "proven"], mixtures.print_checks, checks)
-    text = plain(shown(80, mixtures.print_checks, checks)).splitlines()
+    row = ["copied tensors", "proven", "1113 tensors compared byte by byte with their sources " * 4]
+    checks = ResultTable("", ["check", "verdict", "detail"], [row], prose=True)
+    check_whole(shown, ["copied tensors", "proven"], printing.print_table, checks)
+    text = plain(shown(80, printing.print_table, checks)).splitlines()
     assert text[1].startswith("copied tensors  proven   1113 tensors") and text[2].startswith(" " * 24)
 
 
@@ -136,33 +137,29 @@ def test_forced(shown: Callable[..., str]) -> None:
         rows, {}, dict(zip(NAMES, NAMES, strict=True)), dict.fromkeys(NAMES, "PEFT"), notes=["a note " * 20], checkpoint={}
     )
     cells = [*NAMES, "its own", "all others", "2.35e-06", "9.38e-06", "12.3", "12.3456", "13.4567"]
-    check_whole(shown, cells, mixtures.print_result, found)
+    check_whole(shown, cells, printing.print_result, found)
     row = replace(rows[0], expert="medicine", text="medicine")
     small = ForcedExperts([row], {}, {"medicine": "medicine"}, {"medicine": "PEFT"}, checkpoint={})
-    table = plain(shown(80, mixtures.print_result, small)).splitlines()[-1]
+    table = plain(shown(80, printing.print_result, small)).splitlines()[-1]
     assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
-def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
-    row = AdaptedRow(modules=210, rank=128, drift=0.000712, error=0.5)
-    about = {"model": "law", "base_model": "base", "tensors": {}, "unchanged": [], "not_carried": {}}
-    record = Extraction(**about, kinds={"self_attn.q_proj": row}, all=row, parameters=1, bytes=4, carried=0.9)
-    check_whole(shown, ["self_attn.q_proj", "128", "0.000712", "0.500"], mixtures.print_extract, record)
+def test_training_and_demo(shown: Callable[..., str]) -> None:
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
-    check_whole(shown, [*NAMES, "3.1234", "2.9876"], mixtures.print_training, "OUT", done)
+    check_whole(shown, [*NAMES, "3.1234", "2.9876"], training.print_training, "OUT", done)
     figures = {"mean_loss": 3.0, "mean_loss_spread": 0.1, "gap_closed": 0.9, "gap_closed_spread": 0.1}
     figures |= {"unseen_against_base": None, "unseen_against_base_spread": None}
-    check_whole(shown, [*NAMES, "3.000 ± 0.100"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
+    check_whole(shown, [*NAMES, "3.000 ± 0.100"], demo.print_summary, dict.fromkeys(NAMES, figures))
     figures |= {"bleu": 23.456, "bleu_spread": 0.2, "unseen_bleu": 12.04, "unseen_bleu_spread": 1.0}
-    check_whole(shown, [*NAMES, "23.5 ± 0.2", "12.0 ± 1.0"], mixtures.print_summary, dict.fromkeys(NAMES, figures))
+    check_whole(shown, [*NAMES, "23.5 ± 0.2", "12.0 ± 1.0"], demo.print_summary, dict.fromkeys(NAMES, figures))
 
 
 def test_tasks(shown: Callable[..., str]) -> None:
     rows = {name: Estimate(0.1234, 0.01) for name in ["base", *NAMES, "mixture"]}
     scores = TaskScores(metric="acc", higher_is_better=True, items=1234, rows=rows)
     found = TaskResults(dict.fromkeys(NAMES, scores), checkpoint={})
-    check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234"], mixtures.print_result, found)
+    check_whole(shown, [*NAMES, "0.123 ± 0.010", "1234"], printing.print_result, found)
 
 
 def inspection_of(experts: list[str], layers: list[int | str]) -> Inspection:
@@ -190,12 +187,12 @@ def inspection_of(experts: list[str], layers: list[int | str]) -> Inspection:
 
 def test_inspect(shown: Callable[..., str]) -> None:
     found = inspection_of(NAMES, [0, 1, 2])
-    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], mixtures.print_result, found)
+    check_whole(shown, [*NAMES, "0.12 (0.12)", "12.345", "0.79"], printing.print_result, found)
 
 
 def test_inspect_shows_layers_as_they_run(shown: Callable[..., str]) -> None:
     layers: list[int | str] = [*(f"encoder.{number}" for number in (9, 10)), "decoder.0"]
-    said = shown(None, mixtures.print_result, inspection_of(["law"], layers))
+    said = shown(None, printing.print_result, inspection_of(["law"], layers))
     places = [said.index(str(layer)) for layer in layers]
     assert places == sorted(places)
 
@@ -218,21 +215,15 @@ def test_data(shown: Callable[..., str]) -> None:
     check_whole(shown, [*NAMES[:4], "5,678.9", "217.4", "413.1", "-47.4%"], data.print_tokenizer, trained, Path("OUT"))
 
 
-def test_without_bold_a_sign_marks_and_figures_stay_aligned() -> None:
-    stream = io.StringIO()
-    table = Table("", ["law", "code"])
-    table.add("a", Cell("1.000", own=True), "2.000")
-    table.add("b", "3.000", Cell("4.000", own=True))
-    Console(file=stream, width=80).print(table)
-    assert stream.getvalue().splitlines() == ["      law    code", "a  1.000*  2.000", "b  3.000   4.000*"]
+def test_without_bold_a_sign_marks_and_figures_stay_aligned(shown: Callable[..., str]) -> None:
+    rows = [["a", Cell("1.000", own=True), "2.000"], ["b", "3.000", Cell("4.000", own=True)]]
+    drawn = shown(None, printing.print_table, ResultTable("", ["", "law", "code"], rows))
+    assert drawn.splitlines() == ["      law    code", "a  *1.000   2.000", "b   3.000  *4.000"]
 
 
-def test_names_are_shown_and_not_obeyed() -> None:
-    stream = io.StringIO()
-    table = Table("", ["x"])
-    table.add("[red]a[/]\x1b[31m", "\x07")
-    Console(file=stream, width=80).print(table)
-    assert "[red]a[/]\\x1b[31m" in stream.getvalue() and "\x1b" not in stream.getvalue() and "\x07" not in stream.getvalue()
+def test_names_are_shown_and_not_obeyed(shown: Callable[..., str]) -> None:
+    said = shown(None, printing.print_table, ResultTable("", ["", "x"], [["[red]a[/]\x1b[31m", "\x07"]]))
+    assert "[red]a[/]\\x1b[31m" in said and "\x1b" not in said and "\x07" not in said
 
 
 @pytest.mark.parametrize(
@@ -255,10 +246,9 @@ def test_times_in_words() -> None:
 
 
 def test_a_word_is_cut_only_where_it_is_longer_than_a_line(shown: Callable[..., str]) -> None:
-    table = Table("", [""], prose=True)
-    table.add("result", "MixtralForCausalLM (also runs in vLLM and llama.cpp), 561.99M parameters, 194.02M active per token")
-    table.add("expert", "law (/models/law), medicine (/models/of-others/" + "long-name-" * 9 + ")")
-    drawn = shown(80, lambda: mixtures.out.print(table))
+    result = "MixtralForCausalLM (also runs in vLLM and llama.cpp), 561.99M parameters, 194.02M active per token"
+    expert = "law (/models/law), medicine (/models/of-others/" + "long-name-" * 9 + ")"
+    drawn = shown(80, printing.print_rows, [("result", result), ("expert", expert)])
     words = drawn.split()
     assert {"561.99M", "194.02M", "(/models/law),"} <= {*words} and "(/models/of-others/long-name-long-name-" in drawn
     assert all(len(line) <= 80 for line in drawn.splitlines())

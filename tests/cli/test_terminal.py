@@ -21,7 +21,7 @@ from command_line import ended
 from conftest import _WORDS
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.cli.printing.console import console_for, visible
+from modekit.cli.printing import console_for, visible
 from modekit.engines.chat import AnswerToken, Chat, ChatAnswer, ChatSettings
 from modekit.errors import ModekitError, TextError
 from modekit.evaluation.inspection.passes import traced_losses

@@ -20,7 +20,7 @@ from command_line import ended
 from domain_mixtures import built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.engines import converter, proof
-from modekit.engines.converter import check_tokenizer, convert, converter_folder
+from modekit.engines.converter import convert, converter_folder
 from modekit.engines.gguf import EXPORT_FILE, export_gguf
 from modekit.engines.llama import Llama
 from modekit.engines.proof import MOST_TOKENS, Proof, compare, shipped_texts, texts_of
@@ -280,27 +280,15 @@ def cut_by(folder: Path, *steps: dict[str, Any]) -> Path:
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [{**BYTES, "use_regex": True}],
-        [{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}],
-    ],
-    ids=["gpt-2", "smollm"],
-)
-def test_a_tokenizer_is_known_by_what_it_does(tmp_path: Path, steps: list[dict[str, Any]]) -> None:
-    check_tokenizer(cut_by(tmp_path / "tokenizer", *steps))
-
-
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused_at_once(tmp_path: Path) -> None:
-    """Before anything is built where it is asked for by mix."""
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tmp_path: Path) -> None:
     at_e = {"type": "Split", "pattern": {"Regex": "e"}, "behavior": "Isolated", "invert": False}
-    model_experts(tmp_path)
-    cut_by(tmp_path / "medicine", at_e, {**BYTES, "use_regex": False})
-    cut_by(tmp_path / "law", at_e, {**BYTES, "use_regex": False})
-    message = refuse("mix", tmp_path / "medicine", tmp_path / "law", "-o", tmp_path / "OUT", "--gguf", "f32")
-    assert "llama.cpp cuts text into other tokens" in message and "vLLM or transformers" in message
-    assert not (tmp_path / "OUT").exists()
+    experts = model_experts(tmp_path)
+    for each in experts:
+        cut_by(tmp_path / each["name"], at_e, {**BYTES, "use_regex": False})
+    recipe = {"base_model": "./medicine", "experts": experts, "mixture": {"router": {"fit": "random"}}}
+    message = refuse("export", built(tmp_path, recipe).folder, tmp_path / "GGUF", "--gguf", "--outtype", "f32")
+    assert "no pre-tokenizer that cuts text" in message and "vLLM or transformers" in message
+    assert not (tmp_path / "GGUF").exists()
 
 
 @pytest.mark.parametrize("kind", ["HybridDNATokenizer", "PreTrainedTokenizerFast"])

@@ -25,7 +25,7 @@ from chatting import make_chat_workshop
 from command_line import ended, modekit
 from conftest import DOMAINS, Workshop, logits_of, make_workshop, save, tiny_model
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
-from modekit.cli.printing.mixtures import print_result
+from modekit.cli.printing import print_result
 from modekit.cli.shell import main
 from modekit.errors import CheckpointError, TextError
 from modekit.evaluation.evaluate import evaluate
@@ -466,7 +466,7 @@ def run(*arguments: object, stdin: bytes = b"") -> str:
         patch.object(sys, "argv", ["modekit", *map(str, arguments)]),
         patch.object(sys, "stdin", source),
         patch.object(printing_module, "out", Console(file=stream, width=120)),
-        patch("modekit.cli.printing.mixtures.out", Console(file=stream, width=120)),
+        patch("modekit.cli.printing.out", Console(file=stream, width=120)),
         redirect_stdout(stream),
         pytest.raises(SystemExit) as end,
     ):

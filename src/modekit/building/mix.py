@@ -13,8 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from modekit.errors import MismatchError, RecipeError, UnsupportedError
-from modekit.files.output import check_room, disk_of, work_folder
+from modekit.errors import MismatchError, RecipeError
+from modekit.files.output import check_room, work_folder
 from modekit.planning.make import plan_first
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
@@ -38,7 +38,6 @@ from modekit.weights.stored import same_bytes
 
 Kind = Literal["base", "adapter", "ffn", "full"]
 """What an expert is: the base, an adapter, a full model that differs from the base in its FFNs alone, or in more."""
-Form = Literal["any", "native"]
 _ONE_EXPERT = {"method": "routing", "top_k": 1}
 
 
@@ -59,38 +58,21 @@ class Models:
     root: Path
 
 
-@dataclass(frozen=True)
-class MixPlan:
-    """What will be built.
-
-    Attributes:
-        plan: of the recipe.
-        kinds: of the experts, in order.
-        notes: what a user should know besides.
-        free: bytes on OUT's disk.
-    """
-
-    plan: Plan
-    kinds: tuple[Kind, ...]
-    notes: tuple[str, ...]
-    free: int
-
-
-def ways(kinds: Sequence[Kind], form: Form, *, text: bool) -> Iterator[RecipeData]:
+def ways(kinds: Sequence[Kind], *, native: bool, text: bool) -> Iterator[RecipeData]:
     """What a recipe of such experts says, the best first; ways that the models do not allow are passed over."""
     merged: RecipeData = {"backbone": "average"} if "full" in kinds else {}
     if not text:
-        yield {"mixture": merged, **({"output": {"format": "native"}} if form == "native" else {})}
+        yield {"mixture": merged, **({"output": {"format": "native"}} if native else {})}
         return
-    if merged and form == "any":
+    if merged and not native:
         yield {"mixture": {**_ONE_EXPERT, "modules": "all"}, "output": {"format": "modekit"}}
     yield {"mixture": {**_ONE_EXPERT, **merged}, "output": {"format": "native", **({"carry": "all"} if merged else {})}}
-    if form == "any":
+    if not native:
         yield {"mixture": _ONE_EXPERT, "output": {"format": "modekit"}}
 
 
-def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET) -> MixPlan:
-    """The plan of a mixture in `out`, which need not be there. Nothing is written.
+def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIET) -> tuple[Plan, list[str]]:
+    """The plan of a mixture in `out`, which need not be there, and what a user should know besides. Nothing is written.
 
     Raises RecipeError (names, text for some experts alone where the others cannot write), MismatchError (another family, two
     names for one model, a model that is the base), SourceError, UnsupportedError, TextError, OutputError (too little room).
@@ -114,20 +96,13 @@ def plan_mix(models: Models, out: Path, form: Form = "any", *, run: Run = QUIET)
         raw["experts"], kinds = [raw["experts"][place] for place in joining], tuple(kinds[place] for place in joining)
         sources = (sources[0], *(sources[1 + place] for place in joining))
     text = any("text" in expert for expert in raw["experts"])
-    possible = [partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(kinds, form, text=text)]
+    possible = [partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(kinds, native=native, text=text)]
     plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
     if not text:
         notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
-    if form == "native" and plan.shape.without_gguf is not None:
-        raise UnsupportedError(
-            "llama.cpp does not run what these models become",
-            where="--gguf",
-            found=plan.shape.without_gguf,
-            remedy="leave --gguf out: modekit serve OUT then takes vLLM or transformers",
-        )
     notes += check_texts(plan.recipe, root, plan.family.reads)
     check_room(out, plan.disk_needed)
-    return MixPlan(plan, kinds, tuple(notes), disk_of(out).free)
+    return plan, notes
 
 
 def _with_given_text(models: Models) -> RecipeData:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from modekit.files.output import disk_of
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
 from modekit.recipes.auto import why_chosen
@@ -90,7 +90,7 @@ def preview_of(plan: Plan, notes: Iterable[str] = ()) -> Preview:
         shards=len(plan.shards) + 1,
         bytes={"read": plan.bytes_read, "written": plan.bytes_written, "statistics": plan.bytes_of_statistics},
         parameters=plan.parameters(),
-        disk={"needed": plan.disk_needed, "free": shutil.disk_usage(plan.root).free},
+        disk={"needed": plan.disk_needed, "free": disk_of(plan.root / "OUT").free},
         memory=plan.memory(),
         notes=[*plan.notes, *notes],
     )

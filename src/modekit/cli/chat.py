@@ -14,7 +14,7 @@ from rich.text import Text
 
 from modekit.cli.inspection import tint
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import err, out
+from modekit.cli.printing import err, out
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in
 from modekit.errors import ModekitError

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import BaseModel, Field
-from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_notes
-from modekit.cli.printing.table import Table
+from modekit.cli.printing import print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
+from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import count_of, or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -96,17 +94,17 @@ def print_dense(output: Path, record: DenseRecord) -> None:
     """A row per model, a column per domain."""
     domains = list(record.losses.get("dense", {}))
     if domains:
-        table = Table("held-out loss", [*domains, "mean", "gap closed"])
+        rows = []
         for row, losses in record.losses.items():
             figures = [losses[domain] for domain in domains]
             cells = [f"{loss:.3f}" for loss in (*figures, sum(figures) / len(figures))]
-            table.add(row, *cells, or_dash(record.gap_closed(row), ".2f"), style="bold" if row == "dense" else "")
-        out.print(table)
+            rows.append([row, *cells, or_dash(record.gap_closed(row), ".2f")])
+        print_table(ResultTable("", ["held-out loss", *domains, "mean", "gap closed"], rows))
     print_notes(record.notes)
-    said = f": {count_of(record.parameters)} parameters, {record.merge.said}"
+    said = f"{count_of(record.parameters)} parameters, {record.merge.said}"
     said += f", then {record.distilled.best_step} steps of distillation" if record.distilled else ""
     said += f"; keeps {record.kept:.0%} of the mixture's gap" if record.kept is not None else ""
-    out.print(Text.assemble((str(output), "bold"), said))
+    print_done(output, said)
 
 
 @dataclass(frozen=True)
@@ -134,5 +132,5 @@ def upcycle(
         asked = Upcycling(options.experts, options.segments, options.top_k, options.seed, options.overwrite)
         made = upcycle(base, asked, target, root=Path.cwd(), run=run)
     size = made.parameters
-    said = f": {count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
-    out.print(Text.assemble((str(output), "bold"), said))
+    said = f"{count_of(size.total)} parameters, {count_of(size.active)} active per token, {len(made.names)} experts"
+    print_done(output, said)

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_notes
-from modekit.cli.printing.table import Table
+from modekit.cli.printing import print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import Writing, app, common, writable
 from modekit.cli.words import Words, settings_in
+from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
 from modekit.files.output import replaced_by
 
@@ -87,32 +85,28 @@ def make_tokenizer(
 
 def print_balanced(balanced: Balanced, folder: Path) -> None:
     """Draw what was kept and dropped."""
-    table = Table("split domain", ["documents", "tokens", "dropped"])
+    rows = []
     for split in balanced.diff_percent:
         for domain in balanced.domains:
             share = domain.splits[split]
             dropped = 1 - share.tokens / share.found_tokens
-            table.add(f"{split} {domain.name}", f"{share.documents:,}", f"{share.tokens:,}", f"{dropped:.1%}")
-    out.print(table)
+            rows.append([f"{split} {domain.name}", f"{share.documents:,}", f"{share.tokens:,}", f"{dropped:.1%}"])
+    print_table(ResultTable("", ["split domain", "documents", "tokens", "dropped"], rows))
     print_notes(balanced.notes())
     apart = ", ".join(f"{split} {percent:.2f} %" for split, percent in balanced.diff_percent.items())
-    said = f": {len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {apart}"
-    out.print(Text.assemble((str(folder), "bold"), said))
+    print_done(folder, f"{len(balanced.domains)} domains, at most {balanced.settings.max_diff_percent:g} % apart: {apart}")
 
 
 def print_tokenizer(trained: TrainedTokenizer, folder: Path) -> None:
     """Draw fertility per domain."""
     compared = trained.against is not None
-    table = Table(
-        "domain", ["documents", "kB", "tokens per word", "per 1,000 bytes", *(["against", "change"] if compared else [])]
-    )
+    titles, rows = ["domain", "documents", "kB", "tokens per word", "per 1,000 bytes", "against", "change"], []
     for each in trained.domains:
         cells = [f"{each.documents:,}", f"{each.bytes / 1000:,.1f}", f"{each.per_word:.2f}", f"{each.per_1000_bytes:.1f}"]
-        if compared:
-            cells += [or_dash(each.against_per_1000_bytes, ".1f"), or_dash(each.change, "+.1%")]
-        table.add(each.name, *cells)
+        other = [or_dash(each.against_per_1000_bytes, ".1f"), or_dash(each.change, "+.1%")]
+        rows.append([each.name, *cells, *(other if compared else [])])
     against = f", against {trained.against}" if compared else ""
-    out.print(Text(f"Tokens of documents held out of the training{against}."))
-    out.print(table)
+    said = f"Tokens of documents held out of the training{against}."
+    print_table(ResultTable("", titles if compared else titles[:-2], rows, said))
     print_notes(trained.notes)
-    out.print(Text.assemble((str(folder), "bold"), f": a tokenizer of {trained.vocabulary:,} tokens"))
+    print_done(folder, f"a tokenizer of {trained.vocabulary:,} tokens")

@@ -12,8 +12,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_next, print_result
+from modekit.cli.printing import out, print_json, print_next, print_result
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.errors import ModekitError

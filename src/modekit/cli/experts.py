@@ -12,17 +12,18 @@ from pydantic import BaseModel, BeforeValidator, Field
 from rich.text import Text
 
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import print_extract, print_notes, print_specialist
+from modekit.cli.printing import out, print_done, print_json, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import Writing, app, common, refuse_without_effect, writable
 from modekit.cli.words import Words, settings_in
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of
+from modekit.evaluation.tables import ResultTable
+from modekit.files.figures import bytes_of, three_digits
 
 if TYPE_CHECKING:
     from modekit.experts.distill.settings import DistillSettings
     from modekit.experts.labelled import Generic, Labelled
+    from modekit.experts.specialist import BeforeAfter, SpecialistRecord
 
 
 def _listed(value: object) -> object:
@@ -159,6 +160,26 @@ def specialize(
     print_specialist(output, record)
 
 
+def print_specialist(output: Path, record: SpecialistRecord) -> None:
+    """Draw what became of a base model, and of its distance to a teacher where it had one."""
+    loss, kl = record.held_out_loss, record.held_out_kl
+    change = "no held-out text" if loss.before is None else f"held-out loss {_change(loss)}"
+    line = f"{record.specialist}, {record.training['steps']} steps, {change}"
+    if kl is not None and kl.before is not None:
+        line += f", KL to the teacher {_change(kl)}"
+    print_done(output, line)
+    if record.held_out_loss_by_label:
+        each = (f"{name} {_change(losses)}" for name, losses in record.held_out_loss_by_label.items())
+        out.print(Text(f"with their tags: {', '.join(each)}"))
+    if record.teacher is not None and record.distillation_loss is not None:
+        said = f"{_change(record.distillation_loss)}; mean weight of the text {record.cross_entropy_weight:.2f}"
+        out.print(f"teacher {record.teacher['name']}: distillation loss {said}")
+
+
+def _change(loss: BeforeAfter) -> str:
+    return "no text" if loss.before is None or loss.after is None else f"{loss.before:.3f} -> {loss.after:.3f}"
+
+
 def _by_label(text: list[str]) -> dict[str, list[str]]:
     from modekit.recipes.strict import NAME_RULE, is_name
 
@@ -211,7 +232,14 @@ def extract(
     if common().json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})
         return
-    print_extract(record)
+    kinds = {**record.kinds, "all": record.all}
+    said = "drift: |difference| / |base weight|; error: what the factors leave of the difference, 0 = nothing."
+    rows = [[name, str(row.modules), str(row.rank), _share(row.drift), _share(row.error)] for name, row in kinds.items()]
+    print_table(ResultTable("", ["module", "number", "rank", "drift", "error"], rows, said))
     print_notes(record.notes())
-    said = f"{record.all.modules} modules, {bytes_of(record.bytes)}, {record.carried:.0%} of the model's squared difference"
-    out.print(Text.assemble((str(output), "bold"), f": {said}"))
+    kept = f"{record.carried:.0%} of the model's squared difference"
+    print_done(output, f"{record.all.modules} modules, {bytes_of(record.bytes)}, {kept}")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else three_digits(value)

@@ -11,12 +11,11 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_notes
-from modekit.cli.printing.table import Table
+from modekit.cli.printing import out, print_done, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, common, refuse_without_effect, resolved
 from modekit.engines.registry import Outtype
+from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of
 from modekit.files.output import replaced_by
 
@@ -78,7 +77,7 @@ def _export_adapters(checkpoint: Checkpoint, output: Path, options: ExportOption
 
 def _print_written(path: Path, said: str, notes: Iterable[str]) -> None:
     """What was written, and what to know of it."""
-    out.print(Text.assemble((str(path), "bold"), f": {said}"))
+    print_done(path, said)
     for note in notes:
         out.print(Text(f"  {note}", style="dim"))
 
@@ -92,7 +91,7 @@ def report(checkpoint: OutFolder) -> None:
 
         written = write_report(opened)
     print_notes(written.notes)
-    out.print(Text.assemble((str(written.page), "bold"), f": {bytes_of(written.page.stat().st_size)}"))
+    print_done(written.page, bytes_of(written.page.stat().st_size))
 
 
 @app.command()
@@ -115,13 +114,11 @@ def push(
 def print_parcel(parcel: Parcel, repo: str) -> None:
     """Draw what goes to a repository and what stays."""
     sizes = parcel.sizes()
-    table = Table(f"to {repo}", ["bytes", "how"])
-    for name, size in sizes.items():
-        table.add(name, bytes_of(size), "made for it" if isinstance(parcel.files[name], bytes) else "as it is")
-    out.print(table)
+    made = {name for name, content in parcel.files.items() if isinstance(content, bytes)}
+    rows = [[name, bytes_of(size), "made for it" if name in made else "as it is"] for name, size in sizes.items()]
+    print_table(ResultTable("", [f"to {repo}", "bytes", "how"], rows, prose=True))
     print_notes(parcel.notes)
     if parcel.left:
         left = ", ".join(f"{name} ({bytes_of(size)})" for name, size in parcel.left.items())
         out.print(Text(f"stays here: {left}"))
-    going, staying = bytes_of(sum(sizes.values())), bytes_of(sum(parcel.left.values()))
-    out.print(Text.assemble((going, "bold"), f" in {len(sizes)} files go, {staying} stay"))
+    print_done(repo, f"{bytes_of(sum(sizes.values()))} in {len(sizes)} files go, {bytes_of(sum(parcel.left.values()))} stay")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import colorsys
 import math
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.cells import cell_len, set_cell_size
+from rich.columns import Columns
 from rich.style import Style
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out, print_json, visible
-from modekit.cli.printing.mixtures import print_notes, print_result
-from modekit.cli.printing.table import Table
+from modekit.cli.printing import out, print_json, print_notes, print_result, print_table, visible
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
+from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import or_dash
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -105,20 +103,19 @@ def print_trace(trace: TextTrace) -> None:
         else "Below each word: the leading expert's letter and its weight in percent, and the word's loss"
     )
     out.print(f"{said}.")
-    if coloured:
-        _print_glossed(words, _loss, lambda word: tint(word.leader, float(word.weights_E.max())))
-    else:
-        _print_glossed(
-            words, lambda word: f"{letters[word.leader]}{100 * word.weights_E.max():.0f} {_loss(word)}", lambda _: Style()
-        )
+    shown = []
+    for word in words:
+        leader = "" if coloured else f"{letters[word.leader]}{100 * word.weights_E.max():.0f} "
+        style = tint(word.leader, float(word.weights_E.max())) if coloured else ""
+        shown.append(Text.assemble((printable(word.text), style), "\n", (f"{leader}{_loss(word)}", "dim")))
+    out.print(Columns(shown, padding=(0, 1)))
     legend = [
         Text(f" {name} ", style=tint(place, 1.0)) if coloured else Text(f"{letters[place]} {name}")
         for place, name in enumerate(trace.experts)
     ]
     out.print(Text("  ").join(legend))
     if more:
-        shown = f"The first {len(words)} words are shown; the text has {len(trace.tokens):,} tokens."
-        out.print(Text(shown, style="dim"))
+        out.print(Text(f"The first {len(words)} words are shown; the text has {len(trace.tokens):,} tokens.", style="dim"))
     _print_worth(trace)
     if trace.prompt_end is not None:
         shares = sorted(zip(trace.prompt_end, trace.experts, strict=True), reverse=True)
@@ -128,15 +125,10 @@ def print_trace(trace: TextTrace) -> None:
 
 
 def _print_worth(trace: TextTrace) -> None:
-    table = Table("expert", ["mean\nweight", "left out\nadds"])
-    for place, name in enumerate(trace.experts):
-        table.add(
-            name,
-            f"{fmean(fmean(row[place] for row in router) for router in trace.weights):.2f}",
-            or_dash(trace.without.get(name), "+.3f"),
-        )
-    out.print()
-    out.print(table)
+    means = [fmean(fmean(row[place] for row in router) for router in trace.weights) for place in range(len(trace.experts))]
+    added = [or_dash(trace.without.get(name), "+.3f") for name in trace.experts]
+    rows = [[name, f"{mean:.2f}", more] for name, mean, more in zip(trace.experts, means, added, strict=True)]
+    print_table(ResultTable("", ["expert", "mean weight", "left out adds"], rows))
     largest = math.log(min(trace.top_k or len(trace.experts), len(trace.experts)))
     base = "" if trace.base_loss is None else f", of the base model {trace.base_loss:.3f}"
     entropy = f"; entropy {trace.entropy:.2f} of at most {largest:.2f} nats" if largest else ""
@@ -145,30 +137,6 @@ def _print_worth(trace: TextTrace) -> None:
         out.print(Text("The routers are unsure: this text is like that of no domain, or of several.", style="yellow"))
     if trace.base_loss is not None and trace.loss >= trace.base_loss:
         out.print(Text("The base model is as good without any expert: this text is like that of no domain.", style="yellow"))
-
-
-def _print_glossed(words: Sequence[Word], gloss: Callable[[Word], str], style: Callable[[Word], Style]) -> None:
-    """Words side by side with a line below them, wrapped to the terminal's width, in a file to a line one can read."""
-    above, below, used = Text(), Text(), 0
-    for word in words:
-        shown, under = printable(word.text), gloss(word)
-        width = min(max(cell_len(shown), cell_len(under)), out.width - 1)
-        if used and used + width > out.width - 1:
-            _print_lines(above, below)
-            above, below, used = Text(), Text(), 0
-        tinted = Text(set_cell_size(shown, min(cell_len(shown), width)), style=style(word))
-        above.append_text(tinted).append(" " * (width - tinted.cell_len + 1))
-        below.append(set_cell_size(under, width) + " ")
-        used += width + 1
-    if used:
-        _print_lines(above, below)
-
-
-def _print_lines(above: Text, below: Text) -> None:
-    below.stylize("dim")
-    for line in (above, below):
-        line.rstrip()
-        out.print(line, no_wrap=True, overflow="crop", highlight=False)
 
 
 def _loss(word: Word) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +11,12 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out
-from modekit.cli.printing.mixtures import print_notes
-from modekit.cli.printing.table import Table
+from modekit.cli.printing import out, print_done, print_notes, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, Writing, app, checkpoint_in, refuse_without_effect, resolved, writable
 from modekit.cli.words import Words, said_in
 from modekit.errors import ModekitError
+from modekit.evaluation.tables import ResultTable
 from modekit.files.figures import bytes_of, three_digits
 from modekit.text.amounts import SAMPLE_TOKENS
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.members.admission import Admission, Finding
+    from modekit.members.admission import Admission
     from modekit.members.edits import MixtureEdit, NewExpert
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
@@ -159,40 +157,29 @@ def _change(
         done = build(before.plan, target, overwrite=write.overwrite, update=before, run=run)
     written = before.plan.bytes_written - before.plan.bytes_linked
     said = f"{len(done.names)} experts ({', '.join(done.names)}), router {done.record.router.status}"
-    out.print(Text.assemble((str(write.output or folder), "bold"), f": {said}; {bytes_of(written)} of weights written"))
+    print_done(write.output or folder, f"{said}; {bytes_of(written)} of weights written")
     old = [name for name in ("results", "README.md", "LICENSE.md") if target == opened.folder and (target / name).exists()]
     if old:
         print_notes([f"{', '.join(old)}: of the mixture before; modekit eval and report make them again"])
 
 
 def print_admission(admission: Admission) -> None:
-    """Draw what was measured of an expert before it is added."""
+    """Draw what was measured of an expert before it is added, and what was found, the gravest first."""
+    name, base = admission.expert, admission.losses.get("base", 0.0)
     if admission.losses:
-        table = Table("model", ["loss", "gain over base"])
-        for name, loss in admission.losses.items():
-            table.add(admission.expert if name == "expert" else name, f"{loss:.3f}", f"{admission.losses['base'] - loss:+.3f}")
-        out.print(
-            f"Held-out loss in nats per token on {admission.tokens:,} tokens of {admission.expert}'s text (select split)."
-        )
-        out.print(table)
+        said = f"Held-out loss in nats per token on {admission.tokens:,} tokens of {name}'s text (select split)."
+        rows = [
+            [name if row == "expert" else row, f"{loss:.3f}", f"{base - loss:+.3f}"] for row, loss in admission.losses.items()
+        ]
+        print_table(ResultTable("", ["model", "loss", "gain over base"], rows, said))
     if admission.nearest is not None:
-        name, cosine, distance = admission.nearest
-        near = f"the nearest expert is {name}: cosine {cosine:.2f}, distance {three_digits(distance)}"
-        out.print(f"{admission.expert} moved {three_digits(admission.drift)} of the base's size; {near}.")
-    print_findings(admission.findings)
+        other, cosine, distance = admission.nearest
+        near = f"the nearest expert is {other}: cosine {cosine:.2f}, distance {three_digits(distance)}"
+        out.print(f"{name} moved {three_digits(admission.drift)} of the base's size; {near}.")
+    for finding in sorted(admission.findings, key=lambda finding: [*_COLOURS].index(finding.level)):
+        found = f": {finding.found}" if finding.found else ""
+        todo = f"; to do: {finding.to_do}" if finding.to_do else ""
+        out.print(Text.assemble((f"{finding.level}:", _COLOURS[finding.level]), f" {finding.what}{found}{todo}"))
 
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
-
-
-def print_findings(findings: Sequence[Finding]) -> None:
-    """Print findings, the gravest first."""
-    if findings:
-        out.print("\nFindings")
-    for finding in sorted(findings, key=lambda finding: [*_COLOURS].index(finding.level)):
-        found = f": {finding.found}" if finding.found else ""
-        colour = _COLOURS[finding.level]
-        text = Text.assemble((finding.level, colour), f"  {finding.what}{found}")
-        out.print(text, soft_wrap=True)
-        if finding.to_do:
-            out.print(Text(f"  to do: {finding.to_do}", style="dim"), soft_wrap=True)

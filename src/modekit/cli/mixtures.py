@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,31 +10,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modekit.cli.export import ExportOptions, write_gguf
 from modekit.cli.options import grouped, texts_by_domain
-from modekit.cli.printing.console import out, print_json
-from modekit.cli.printing.mixtures import (
-    print_checks,
-    print_mix,
+from modekit.cli.printing import (
+    err,
+    out,
+    print_done,
+    print_json,
     print_next,
     print_notes,
-    print_plan,
     print_result,
+    print_rows,
+    print_table,
 )
 from modekit.cli.progress import running
-from modekit.cli.serving import serve_until_stopped
 from modekit.cli.shell import OutFolder, Overwrite, RecipePath, Writing, app, common, resolved, writable
 from modekit.cli.words import Words, said_in
-from modekit.engines.registry import Outtype, ServeSettings
-from modekit.engines.threads import ASKED
 from modekit.errors import ModekitError
-from modekit.files.figures import bytes_of
+from modekit.evaluation.tables import ResultTable
+from modekit.files.figures import bytes_of, count_of, file_count
 from modekit.recipes.strict import BASE
 from modekit.run import Run
 
 if TYPE_CHECKING:
+    from modekit.building.preview import Preview
     from modekit.checkpoint.checkpoint import Checkpoint
-    from modekit.evaluation.forced import ForcedExperts
     from modekit.recipes.strict import RecipeData
 
 
@@ -60,9 +58,6 @@ def build(
     recipe: RecipePath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     overwrite: Overwrite = False,
-    prove: Annotated[
-        bool, typer.Option("--prove", help="Then compare every expert with its own model, as verify --deep does.")
-    ] = False,
 ) -> None:
     """Write the mixture: stream the experts, fit the router."""
     from modekit.building.build import build
@@ -74,41 +69,27 @@ def build(
     with running() as run:
         made = make_plan(wanted, resolved(recipe).parent, run=run)
     print_notes(check_texts(made.recipe, made.root, made.family.reads))
-    checkpoint = show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
-    if prove:
-        print_result(_forced(checkpoint))
-    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
+    show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
 
 
-def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> Checkpoint:
-    """Write a mixture, with its progress drawn, and say what it has become."""
+def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
+    """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
     from modekit.checkpoint.checkpoint import size_of
     from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen
     from modekit.sources.config import architecture_of
 
-    new = [str(parent) for parent in reversed(output.parents) if not parent.exists()]
     with running() as run:
         checkpoint = write(run)
     size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
-    out.print(Text.assemble((str(output), "bold"), f": {said}, router {record.router.status}, {bytes_of(size)}"))
+    print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
     if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
         out.print(Text(f"router: {why}", style="dim"))
-    if new:
-        out.print(Text(f"made the folder{'s' if len(new) > 1 else ''} {', '.join(new)}", style="dim"))
     if kept:
         said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
         out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
-    return checkpoint
-
-
-def _forced(checkpoint: Checkpoint) -> ForcedExperts:
-    """Every expert beside its own model."""
-    from modekit.evaluation.forced import force_experts
-
-    with running() as run:
-        return force_experts(checkpoint, run=run)
+    print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
 
 
 @app.command()
@@ -122,7 +103,7 @@ def fit(checkpoint: OutFolder, words: Words = None) -> None:
     settings = done.record.router.settings
     name = settings.fit if settings is not None else "zero gate"
     said = f"method {done.record.recipe.mixture.method}, top_k {done.record.recipe.top_k}"
-    out.print(Text.assemble((str(checkpoint), "bold"), f": router {name}, {done.record.router.status}, {said}"))
+    print_done(checkpoint, f"router {name}, {done.record.router.status}, {said}")
 
 
 def fit_words(words: list[str] | None) -> RecipeData:
@@ -148,23 +129,26 @@ def verify(
 
     opened = open_with_any_router(resolved(checkpoint))
     with running() as run:
-        checks = verify(opened, run=run, reload=reload)
-    if not common().json:
-        print_checks(checks)
-    forced = _forced(opened) if deep else None
+        checks, forced = verify(opened, run=run, reload=reload), None
+        if deep:
+            from modekit.evaluation.forced import force_experts
+
+            forced = force_experts(opened, run=run)
     if common().json:
         said = [vars(check) for check in checks]
-        shown = said if forced is None else {"checks": said, "forced": forced.as_data()}
-        print_json(shown)
-    elif forced is not None:
-        print_result(forced)
+        print_json(said if forced is None else {"checks": said, "forced": forced.as_data()})
+    else:
+        rows = [[check.name, check.verdict, check.detail] for check in checks]
+        print_table(ResultTable("", ["check", "verdict", "detail"], rows, prose=True))
+        if forced is not None:
+            print_result(forced)
     if not is_proven(checks):
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
 class MixOptions(Writing):
-    """What is mixed, and what is done with it."""
+    """What is mixed, and where it goes."""
 
     output: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write.")]
     text: Annotated[
@@ -172,13 +156,9 @@ class MixOptions(Writing):
         typer.Option(metavar="NAME=FILE", help="Text of an expert's domain; repeatable. Experts without text write some."),
     ] = None
     without_base: Annotated[bool, typer.Option("--without-base", help="Leave the base out of the experts.")] = False
-    gguf: Annotated[
-        Outtype | None, typer.Option(help="Then write OUT.gguf/ for llama.cpp with weights of this type, and compare it.")
-    ] = None
-    serve: Annotated[bool, typer.Option("--serve", help="Then serve it with OpenAI's API, as modekit serve does.")] = False
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1_024, help="CPU threads (default: OMP_NUM_THREADS, or as many as are useful).")
-    ] = None
+    native: Annotated[
+        bool, typer.Option("--native", help="Only what runs without modekit, as in llama.cpp; full models share a backbone.")
+    ] = False
 
 
 @app.command()
@@ -194,39 +174,41 @@ def mix(
     """Mix models into one: choose the form and the router, and write the mixture and its recipe."""
     if not all(experts):
         raise ModekitError("an expert without a path", where="EXPERT", found="''", remedy="name a folder or hub id")
-    if options.threads is not None:  # torch and llama.cpp, neither of which is running yet, read it
-        os.environ[ASKED] = str(options.threads)
     from modekit.building.build import build
     from modekit.building.mix import Models, plan_mix
-    from modekit.engines.converter import check_installed, check_tokenizer, is_installed
+    from modekit.building.preview import preview_of
     from modekit.recipes.edit import RECIPE_FILE, as_file
 
-    target, gguf = writable(options.output, options.overwrite), options.output.with_name(f"{options.output.name}.gguf")
-    if options.gguf is not None:
-        check_installed()
-        writable(gguf, options.overwrite)
+    target = writable(options.output, options.overwrite)
     joining = [] if options.without_base or BASE in [each.rpartition("=")[2] for each in experts] else [BASE]
     models = Models(base, [*experts, *joining], texts_by_domain(options.text), Path.cwd())
     with running() as run:
-        planned = plan_mix(models, target, "any" if options.gguf is None else "native", run=run)
-        if options.gguf is not None or (options.serve and is_installed() and planned.plan.shape.without_gguf is None):
-            run.begin("try the tokenizer in llama.cpp")
-            check_tokenizer(planned.plan.sources[0].folder)
-    print_mix(planned)
-    beside = {RECIPE_FILE: as_file(planned.plan.recipe, planned.plan.root, planned.plan.root)}
-    checkpoint = show_build(
-        options.output,
-        lambda run: build(planned.plan, target, overwrite=options.overwrite, beside=beside, run=run),
+        made, notes = plan_mix(models, target, native=options.native, run=run)
+    print_plan(preview_of(made, notes))
+    beside = {RECIPE_FILE: as_file(made.recipe, made.root, made.root)}
+    show_build(options.output, lambda run: build(made, target, overwrite=options.overwrite, beside=beside, run=run))
+
+
+def print_plan(plan: Preview) -> None:
+    """Draw what a build would do."""
+    parameters, sizes, memory, disk = plan.parameters, plan.bytes, plan.memory, plan.disk
+    operations = ", ".join(f"{count} {name}" for name, count in plan.tensors.items() if name != "total")
+    also = "" if plan.also_runs_in.startswith("transformers") else "also "
+    read, written, kept = (bytes_of(sizes[name]) for name in ("read", "written", "statistics"))
+    print_rows(
+        [
+            ("architecture", f"{plan.architecture} ({also}runs in {plan.also_runs_in})"),
+            ("why", plan.why),
+            ("experts", ", ".join(f"{name} ({model})" for name, model in plan.experts.items())),
+            ("mixing", f"{plan.method}, top_k {plan.top_k}, backbone {plan.backbone}"),
+            ("router", plan.router_why or plan.router),
+            ("parameters", f"{count_of(parameters['total'])} total, {count_of(parameters['active'])} active per token"),
+            ("tensors", f"{plan.tensors['total']} ({operations}) in {file_count(plan.shards)}, {plan.dtype}"),
+            ("bytes", f"{read} read, {written} written, {kept} statistics"),
+            ("disk", f"{bytes_of(disk['needed'])} needed, {bytes_of(disk['free'])} free"),
+            ("memory", ", ".join(f"{bytes_of(memory[step])} to {step}" for step in ("build", "fit", "load"))),
+            *(("note", note) for note in plan.notes),
+        ]
     )
-    if options.gguf is not None:
-        write_gguf(checkpoint, gguf, ExportOptions(gguf=True, outtype=options.gguf, overwrite=options.overwrite))
-    if options.serve:
-        settings = ServeSettings(threads=options.threads, outtype=options.gguf)
-        serve_until_stopped(checkpoint, settings)
-    else:
-        how = f" --outtype {options.gguf}" if options.gguf is not None else ""
-        print_next(
-            f"modekit chat {options.output}",
-            f"modekit eval {options.output} --tokens {_QUICK_TOKENS}",
-            f"modekit serve {options.output}{how}",
-        )
+    if disk["needed"] > disk["free"]:
+        err.print(Text("the disk has too little free space for this build", style="yellow"))

@@ -1,7 +1,7 @@
 """How the command line shows progress: a bar on a terminal, lines elsewhere. Both on the standard error.
 
-A line when a phase begins, one as soon as it is known how long it will take, then one every ten seconds, and every half
-minute once a command has run for ten minutes. A command that is silent for two seconds says that it is at work.
+A line when a phase begins, then one every ten seconds, and every half minute once a command has run for ten minutes. A command
+that is silent for two seconds says that it is at work.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from modekit.cli.printing.console import err
+from modekit.cli.printing import err
 from modekit.cli.shell import common
 from modekit.files.figures import clock_of, time_of
 from modekit.run import DETAIL, Progress, Run
@@ -21,55 +20,30 @@ LIBRARIES = "load the libraries"
 """First phase of any command: on a busy machine that alone takes long."""
 _FIRST, _SOON, _EVERY = 2.0, 10.0, 30.0  # seconds of silence: at first, later, after ten minutes
 _EVIDENCE = 3.0  # seconds of work before a time is said
-_WIDTH = 80
-_SHARED = ("score ", "read ")  # phases of that name count what all of them do: one estimate
-
-
-@dataclass
-class _Work:
-    """What is counted together: when it began and with how much done, and whether a line has said its time."""
-
-    since: float
-    first: int
-    done: int
-    total: int
-    says_time: bool = False
-
-    def left(self, now: float) -> float | None:
-        """Seconds left; None while there is no evidence, or nothing left."""
-        if not self.first < self.done < self.total or now - self.since < _EVIDENCE:
-            return None
-        return (now - self.since) * (self.total - self.done) / (self.done - self.first)
+_LONGEST = 48  # characters of a phase, so that lines have 80 columns
 
 
 class Lines:
-    """Progress as lines of at most 80 columns. `write` gets each line, `clock` says seconds that never go back.
+    """Progress as lines. `write` gets each line, `clock` says seconds that never go back.
 
-    Several phases may go on at once; each is said when it begins. `tick` may be called from another thread, so that a phase
-    that reports nothing for long (a model that is read) is still seen to go on.
+    `tick` may be called from another thread, so that a phase that reports nothing for long (a model that is read) is still seen
+    to go on.
     """
 
     def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock, self._lock = write, clock, threading.Lock()
-        self._began = self._last = clock()
-        self._works: dict[str, _Work] = {}
-        self._said: set[str] = set()
-        self._phase, self._detail, self._work = LIBRARIES, "", _Work(self._began, 0, 0, 1)
+        self._began = self._last = self._since = clock()
+        self._phase, self._detail, self._said = LIBRARIES, "", set[str]()
+        self._first, self._done, self._total = 0, 0, 1
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take a report; write a line where the phase is new, or the time that it takes."""
+        """Take a report; write a line where the phase is new, or nothing was said for long."""
         with self._lock:
-            now = self._clock()
             self._phase, _, self._detail = stage.partition(DETAIL)
-            about, colon, rest = self._phase.rpartition(": ")
-            name = next((about + colon + start for start in _SHARED if rest.startswith(start)), self._phase)
-            work = self._works.get(name)
-            if work is None or total != work.total or done < work.done:
-                work = self._works[name] = _Work(now, done, done, total)
-            work.done, self._work = done, work
-            is_new, left = self._phase not in self._said, None if work.says_time else work.left(now)
-            self._said.add(self._phase)
-            if done < total and (is_new or (left is not None and left >= _EVERY) or self._is_due()):
+            if total != self._total or done < self._done:  # other work: its speed is its own
+                self._since, self._first = self._clock(), done
+            self._done, self._total = done, total
+            if done < total and (self._phase not in self._said or self._is_due()):
                 self._say()
 
     def tick(self) -> None:
@@ -84,21 +58,18 @@ class Lines:
         return now - self._last >= silence
 
     def _say(self) -> None:
-        work, self._last = self._work, self._clock()
-        left = work.left(self._last)
-        work.says_time |= left is not None
-        parts = [f"{100 * work.done // work.total} %"] if work.total > 1 else []
-        parts += [f"{time_of(left)} left"] if left is not None else []
-        parts += [self._detail] if self._detail else []
-        said = f"{self._phase}{': ' if parts else ''}{', '.join(parts)}"
-        if work.done >= work.total:
-            said = f"after {self._phase}: still at work"
+        self._last = now = self._clock()
         self._said.add(self._phase)
-        line = f"{clock_of(self._last - self._began)}  {said}"
-        too_long = len(line) - _WIDTH
-        if too_long > 0:
-            line = line.replace(self._phase, f"{self._phase[: max(8, len(self._phase) - too_long - 1)]}…", 1)
-        self._write(line)
+        phase = self._phase if len(self._phase) <= _LONGEST else f"{self._phase[: _LONGEST - 1]}…"
+        parts = [f"{100 * self._done // self._total} %"] if self._total > 1 else []
+        if self._first < self._done and now - self._since >= _EVIDENCE:
+            left = (now - self._since) * (self._total - self._done) / (self._done - self._first)
+            parts += [f"{time_of(left)} left"]
+        parts += [self._detail] if self._detail else []
+        said = f"{phase}{': ' if parts else ''}{', '.join(parts)}"
+        if self._done >= self._total:
+            said = f"after {phase}: still at work"
+        self._write(f"{clock_of(now - self._began)}  {said}")
 
 
 @contextmanager
@@ -122,16 +93,16 @@ def running() -> Iterator[Run]:
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from rich.table import Column
 
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=whole),
         BarColumn(None, table_column=Column(max_width=16)),  # gives way to long names
-        TaskProgressColumn(table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TaskProgressColumn(table_column=whole),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
     )
     with Bars(*columns, console=err, transient=True) as bars:
         task = bars.add_task(LIBRARIES, total=None)

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from modekit.cli.options import grouped
-from modekit.cli.printing.console import out, print_json
+from modekit.cli.printing import out, print_done, print_json
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
@@ -118,4 +118,4 @@ def route(
     shares = ", ".join(
         f"{name} {share:.0%}" for name, share in sorted(decision.probabilities.items(), key=lambda each: -each[1])
     )
-    out.print(Text.assemble((decision.expert, "bold"), f": {shares} ({decision.tokens} tokens)"))
+    print_done(decision.expert, f"{shares} ({decision.tokens} tokens)")

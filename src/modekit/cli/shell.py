@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
-import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -19,7 +16,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from modekit.cli.arrangement import example_of
-from modekit.cli.printing.console import err
+from modekit.cli.printing import err
 from modekit.cli.words import list_settings
 from modekit.errors import InterruptError, ModekitError, some_of
 from modekit.files.marker import changed_files
@@ -75,10 +72,8 @@ class Writing:
     overwrite: Overwrite = False
 
 
-_LONGEST_LINE, _MOST_LINES = 2_000, 200  # of a message: it does not grow with what is wrong
 _CHOICE = re.compile(r"'([^']*)' is not one of (.*)")
 _INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
-_FRAMES = 100  # of a traceback that a log keeps
 
 
 def _say_version(wanted: bool) -> None:
@@ -192,7 +187,9 @@ def main() -> None:
         foreseen = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
         if foreseen or os.environ.get("MODEKIT_DEBUG") == "1":
             raise
-        _tell_bug(error)
+        said = f" this is a bug in modekit ({type(error).__name__}); MODEKIT_DEBUG=1 shows where: please report that"
+        err.print(Text.assemble(("error:", "bold red"), said), soft_wrap=True)
+        sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -203,7 +200,7 @@ def _command() -> str:
 
 
 def _fail(error: ModekitError) -> NoReturn:
-    err.print(Text.assemble(("error:", "bold red"), f" {_within_a_screen(str(error))}"), soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
     sys.exit(_INTERRUPTED if isinstance(error, InterruptError) else 2)
 
 
@@ -217,35 +214,3 @@ def _wrong_usage(said: str) -> ModekitError:
     example = example_of(_command().rpartition(" ")[2])
     usage = f"type for example `{example}`; modekit {_command()} --help shows all options" if example else "modekit --help"
     return ModekitError(said, remedy=" ".join(filter(None, [hint, usage])))
-
-
-def _within_a_screen(message: str) -> str:
-    """A message, cut where it is longer than anybody reads."""
-    lines = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in message.split("\n", _MOST_LINES)]
-    return "\n".join([*lines[:_MOST_LINES], *(["…"] if len(lines) > _MOST_LINES else [])])
-
-
-def _tell_bug(error: BaseException) -> NoReturn:
-    """Say in a line that nobody foresaw this, and where a file tells the rest."""
-    kind = type(error).__name__
-    try:
-        descriptor, log = tempfile.mkstemp(prefix="modekit-", suffix=".log")
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(f"modekit {_command()}\n{_versions()}\n\n")
-            traceback.print_exception(error, limit=-_FRAMES, file=stream)
-        rest = f"please report it with {log}"
-    except OSError as problem:
-        rest = f"and no log could be written ({problem.strerror}); MODEKIT_DEBUG=1 shows it"
-    err.print(Text.assemble(("error:", "bold red"), f" this is a bug in modekit ({kind}); {rest}"), soft_wrap=True)
-    sys.exit(1)
-
-
-def _versions() -> str:
-    """What the command ran with."""
-    found = [f"python {platform.python_version()}", platform.platform()]
-    for name in ("modekit", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"no {name}")
-    return "\n".join(found)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modekit.cli.options import texts_by_domain
-from modekit.cli.printing.console import print_json
-from modekit.cli.printing.mixtures import print_training
+from modekit.cli.printing import print_done, print_json, print_notes, print_result, print_table
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, resolved
 from modekit.cli.words import Words, said_in
+from modekit.evaluation.tables import ResultTable
+from modekit.files.figures import count_of
 from modekit.text.amounts import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from modekit.recipes.strict import RecipeData
+    from modekit.training.finish import TrainedMixture
 
 
 @app.command()
@@ -74,3 +76,16 @@ def train_words(words: list[str] | None) -> RecipeData:
     if isinstance(said.get("losses"), list):
         said["losses"] = losses_said(said["losses"], WEIGHTS, where="losses")
     return said
+
+
+def print_training(folder: Path, training: TrainedMixture) -> None:
+    """Draw what a training came to."""
+    record = training.record
+    if training.results is not None:
+        print_result(training.results)
+    said = "Held-out loss by which states were compared (select split)."
+    rows = [[name, f"{loss['before']:.4f}", f"{loss['after']:.4f}"] for name, loss in record.select_loss.items()]
+    print_table(ResultTable("", ["domain", "before", "after"], rows, said))
+    print_notes(record.notes)
+    moved = f"{count_of(record.parameters)} parameters, {record.steps} steps, {record.tokens:,} tokens"
+    print_done(folder, f"{'trained' if training.improved else 'left as it was'}; {moved}")

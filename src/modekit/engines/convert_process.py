@@ -8,8 +8,6 @@ What is added to it:
 * ERNIE's tokenizer may be a tokenizer.json, too.
 * No code of a model's is run.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
-
-Without a `file` nothing is written: it is asked whether llama.cpp cuts text as the folder's tokenizer does.
 """
 
 from __future__ import annotations
@@ -43,13 +41,12 @@ def main() -> None:
     if pre_tokenizer.is_asked_for(folder):
         name = pre_tokenizer.name_of(AutoTokenizer.from_pretrained(folder), folder)
         TextModel.get_vocab_base_pre = lambda *_: name
-    if settings["file"] is not None:
-        _store(settings["finer"])
-        _read_other_vocabularies()
-        known_class = converter.get_model_class
-        converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
-        sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
-        converter.main()
+    _store(settings["finer"])
+    _read_other_vocabularies()
+    known_class = converter.get_model_class
+    converter.get_model_class = lambda name, **kind: _mixture_of_qwen2() if name == _QWEN2 else known_class(name, **kind)
+    sys.argv[1:] = [settings["model"], "--outfile", settings["file"], "--outtype", settings["outtype"]]
+    converter.main()
     answer_caller({"done": settings["model"]})
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modekit.engines.child import Child, ProcessSettings
+from modekit.engines.child import Child
 from modekit.errors import EngineError, check_packages, missing_packages
 from modekit.files.user_cache import cache_folder
 from modekit.files.write import appearing, make_folder, write_file
@@ -40,20 +40,15 @@ def convert(model: Path, file: Path, outtype: str, finer: str | None = None) -> 
     `outtype`: how weights are stored; those whose GGUF names match `finer`, a regular expression, as float16.
     """
     settings = {"model": str(model), "file": str(file), "outtype": outtype, "finer": finer}
-    _run(settings, "llama.cpp's converter cannot convert the mixture")
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise EngineError where llama.cpp cuts text otherwise than the tokenizer of a folder does, whatever model has it."""
-    _run({"model": str(folder), "file": None}, "llama.cpp cuts text into other tokens than the tokenizer")
-
-
-def _run(settings: ProcessSettings, failed: str) -> None:
     path = os.pathsep.join(filter(None, [str(converter_folder()), os.environ.get("PYTHONPATH")]))
     with Child("modekit.engines.convert_process", settings, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}) as child:
         if child.answer() is None:
-            remedy = "serve the mixture with vLLM or transformers"
-            raise EngineError(failed, where=settings["model"], found=child.complaint(), remedy=remedy)
+            raise EngineError(
+                "llama.cpp's converter cannot convert the mixture",
+                where=str(model),
+                found=child.complaint(),
+                remedy="serve the mixture with vLLM or transformers",
+            )
 
 
 def converter_folder() -> Path:

@@ -1,4 +1,4 @@
-"""What every result shows, said once as tables: Markdown draws them here, the terminal in cli/printing, HTML in report."""
+"""What every result shows, said once as tables: Markdown draws them here, the terminal in cli/printing.py, HTML in report."""
 
 from __future__ import annotations
 
