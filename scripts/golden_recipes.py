@@ -59,10 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mixture": {"router": {"fit": "random", "seed": 3}, "backbone": {"method": "task_arithmetic", "scale": 0.4}},
     },
     "native-centroid-average": {"experts": _full(), "mixture": {"router": _CENTROID, "backbone": "average"}},
-    "native-cosine-slerp": {
-        "experts": _full(DOMAINS[:2]),
-        "mixture": {"router": {"fit": "cosine", **_TEXT}, "backbone": "slerp"},
-    },
     "native-folded": {
         "experts": _adapters(("medicine", "law", "dora")),
         "output": {"format": "native"},

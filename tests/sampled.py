@@ -99,7 +99,7 @@ SAMPLED = {
     "training/test_train.py::test_each_loss_falls_when_it_is_trained_on": r"^(balance|z|forward_kl)$",
     "training/test_train.py::test_only_what_was_named_has_other_bytes": r"-native$|^routers-context$",
     "training/test_train_pairs.py::test_a_training_lowers_the_held_out_loss_and_is_written": r"^t5-token$",
-    "weights/test_merge.py::test_a_merged_backbone": r"^float32-(average|task_arithmetic|ties|slerp)-\d$|^bfloat16-ties-3$",
+    "weights/test_merge.py::test_a_merged_backbone": r"^float32-(average|task_arithmetic|ties)-\d$|^bfloat16-ties-3$",
 }
 """File and test -> a pattern for the cases that `make test` runs."""
 

@@ -22,7 +22,7 @@ from modekit.text.amounts import TABLE_TOKENS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from modekit.building.again import Check
+    from modekit.building.verify import Check
     from modekit.checkpoint.checkpoint import Checkpoint
     from modekit.evaluation.labels import By, LabelKind
     from modekit.evaluation.results import Results

@@ -35,8 +35,7 @@ from modekit.recipes.read import load_recipe
 from modekit.routing.refit import refit
 from modekit.training.settings import train_settings
 from modekit.training.train import train
-from modekit.weights.bases import Stream
-from modekit.weights.pass_through import fit_pass_through
+from modekit.weights.bases import Stream, fit_pass_through
 from sources.test_families import WINDOWED
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

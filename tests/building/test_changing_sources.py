@@ -75,8 +75,8 @@ def test_a_source_that_shrinks_while_tensors_are_computed_of_it(
 class Idle(Inspector):
     """One that looks at nothing, so that what the copying finds is seen."""
 
-    def _run(self) -> dict[str, str]:
-        return {}
+    def _inspect(self, *_: object) -> str:
+        return ""
 
 
 @pytest.mark.parametrize("watched", ["copying", "hashing"])
@@ -93,18 +93,19 @@ def test_a_source_replaced_between_plan_and_build(bench: Workshop, monkeypatch: 
 
 def test_a_source_changed_after_it_was_copied_and_before_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, law, copied = plan_of(bench), law_of(bench), threading.Event()
-    run, finish = Inspector._run, Inspector.finish
+    inspect, finish = Inspector._inspect, Inspector.finish
 
-    def late(inspector: Inspector) -> dict[str, str]:
+    def late(inspector: Inspector, file: Path, refs: list[Any]) -> str:
         assert copied.wait(60)
-        other_bytes(law)
-        return run(inspector)
+        if file == law:
+            other_bytes(law)
+        return inspect(inspector, file, refs)
 
     def finished(inspector: Inspector) -> dict[str, str]:
         copied.set()
         return finish(inspector)
 
-    monkeypatch.setattr(Inspector, "_run", late)
+    monkeypatch.setattr(Inspector, "_inspect", late)
     monkeypatch.setattr(Inspector, "finish", finished)
     assert refused(plan, SourceError, "has changed since").where == str(law)
 

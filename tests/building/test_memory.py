@@ -43,7 +43,6 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, Any]]] = {
     "cast": (WIDE, (1, 3), {"experts": FULL, "mixture": RANDOM, "output": {"dtype": "float32"}}),
     "average": (WIDE, (2, 6), {"experts": FULL, "mixture": {**FIRST, "backbone": "average"}}),
     "ties": (NARROW, (2, 4), {"experts": FULL, "mixture": {**FIRST, "backbone": "ties"}}),
-    "slerp": (NARROW, (2, 4), {"experts": FULL, "mixture": {**FIRST, "backbone": "slerp"}}),
     "folded": (WIDE, (1, 3), {"experts": ADAPTERS, "mixture": RANDOM, "output": {"format": "native"}}),
     "as lora": (NARROW, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),
     "as lora, exactly": (SMALL, (1, 3), {"experts": [{**each, "as": "lora", "rank": 8} for each in FULL], "mixture": RANDOM}),

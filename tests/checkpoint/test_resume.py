@@ -272,7 +272,7 @@ def test_a_recipe_that_changed_after_the_kill(bench: Workshop, changes: dict[str
         RANDOM,
         {"method": "linear", "weights": {"medicine": 1, "law": 2}},
         {"method": "gating", **FITTED, "backbone": "average"},
-        *({"router": {**FITTED["router"], "fit": fit}, "backbone": "slerp"} for fit in ("centroid", "logistic")),
+        *({"router": {**FITTED["router"], "fit": fit}, "backbone": "ties"} for fit in ("centroid", "logistic")),
     ],
 )
 def test_the_same_recipe_twice_gives_the_same_bytes(bench: Workshop, mixture: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def test_a_tag_is_seen_behind_special_tokens_that_a_text_was_written_out_with(op
         for document in (text, Pair(text, "deed")):
             with pytest.raises(TextError, match="a text begins with a tag already"):
                 all_tagged(tokenizer, ["a deed", document], "law", where="test")
-            with pytest.raises(TextError, match="text of no domain begins with a tag"):
+            with pytest.raises(TextError, match="a text begins with a tag already"):
                 none_tagged(tokenizer, ["a deed", document], where="test")
     plain = [f"{begun}a deed", f"{begun}<domain:unknown> of", f"{begun}of <domain:law>", Pair("a", "<domain:law> of")]
     assert none_tagged(tokenizer, plain, where="test") == plain
@@ -449,7 +449,7 @@ def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(shop: Pa
         path.write_text(path.read_text().replace(f'"{key}": "', f'"{key}": "<domain:{label}> '))
         add_tags(tokenizer, [label], where="test")
         reading, generic = Reading(tokenizer, shop, TRAINING), Generic([str(path)])
-        with pytest.raises(TextError, match=r"text of no domain begins with a tag[\s\S]*--generic"):
+        with pytest.raises(TextError, match=r"a text begins with a tag already[\s\S]*--generic"):
             read_material(Labelled({label: texts}), generic, reading)
         (tag,) = tag_ids(tokenizer, [label])
         read = read_material(texts, generic, reading).sequences

@@ -41,7 +41,7 @@ from modekit.sources.families import FAMILIES
 from modekit.sources.header import read_header
 from modekit.sources.source import ModelSource, open_source
 from modekit.text.documents import read_documents
-from modekit.text.glance import check_texts
+from modekit.text.held_out import check_texts
 from modekit.text.sequences import encode
 from mutations import VALUES, Raw, hostile_bytes, hostile_json, inputs, limited, written
 from pair_models import PAIR_FAMILIES

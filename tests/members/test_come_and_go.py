@@ -346,14 +346,6 @@ def test_vocabulary_of_the_texts(shop: Workshop) -> None:
     assert max(ord(sign) for path in (shop.root / "text").iterdir() for sign in path.read_text()) < 32 + VOCAB
 
 
-def test_the_two_files_of_a_parallel_text_are_moved_each(tmp_path: Path) -> None:
-    (tmp_path / "here").mkdir()
-    for name in ("n.en", "n.fr"):
-        (tmp_path / "here" / name).write_text("text")
-    new = NewExpert({"model": "./x", "text": ["n.en+n.fr"]}, tmp_path / "here")
-    assert new.in_folder(tmp_path / "there") == {"model": "../here/x", "text": ["../here/n.en+../here/n.fr"]}
-
-
 def test_recipes_are_kept_as_they_were_written(shop: Workshop, tmp_path: Path) -> None:
     kind = KINDS["native logistic"]
     before = built(shop, kind, WHOLE[:2], tmp_path / "somewhere" / "else" / "OUT")

@@ -134,15 +134,6 @@ ONE_PROBLEM: list[tuple[str, dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        "slerp of three",
-        {**with_mixture(**RANDOM, backbone="slerp"), "experts": [*EXPERTS, {"name": "x", "model": "./x"}]},
-        [
-            "slerp",
-            "exactly two",
-            "found 3",
-        ],
-    ),
-    (
         "merge of nothing",
         {**with_mixture(**RANDOM, backbone="ties"), "experts": [{"name": "x", "model": "base"}]},
         [

@@ -203,7 +203,7 @@ def test_a_build_writes_fits_and_evaluates(bench: Workshop) -> None:
     checkpoint = open_checkpoint(bench.build())
     results = evaluate(checkpoint, tokens_per_domain=300, sequence_length=64, write=False)
     notes = " ".join(results.notes)
-    assert "text written by medicine, law: 40 documents" in notes and "no real text of medicine, law, general" in notes
+    assert "text written by medicine: 40 documents" in notes and "no real text of medicine, law, general" in notes
     kept = {name: load_token_text(checkpoint.folder / "router" / f"{name}.safetensors", 96) for name in checkpoint.names}
     for name, expert in zip(checkpoint.names, checkpoint.record.recipe.experts, strict=True):
         text = kept[name]

@@ -35,8 +35,8 @@ from modekit.sources.adapter import NO_EFFECT, AdapterSource, LoraSettings, LowR
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import ModelSource, open_source
 from modekit.weights import folding
-from modekit.weights.folding import Folded, reader
-from modekit.weights.numeric import to_float32
+from modekit.weights.folding import reader
+from modekit.weights.numeric import FlatArray, to_float32
 
 BASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -83,7 +83,7 @@ def folded(base: ModelSource, adapter: AdapterSource) -> dict[str, np.ndarray]:
     for name, ref in base.tensors.items():
         values: Any = read(adapter.replaced.get(name, ref))
         if name in adapter.changes:
-            values = Folded(adapter.changes[name], values, (ref.shape[0], ref.shape[1]), read)[:]
+            values = folding.folded(adapter.changes[name], values, (ref.shape[0], ref.shape[1]), read)[:]
         result[name] = to_float32(values).reshape(ref.shape).copy()
     opened.close()
     return result
@@ -313,8 +313,8 @@ class _Made:
         self.base = generator.normal(size=rows * columns).astype(np.float32)
         self.shape = (rows, columns)
 
-    def folded(self) -> Folded:
-        return Folded(self.change, self.base, self.shape, lambda ref: self.values[ref.name].ravel())
+    def folded(self) -> FlatArray:
+        return folding.folded(self.change, self.base, self.shape, lambda ref: self.values[ref.name].ravel())
 
 
 def _ref(name: str, shape: tuple[int, ...]) -> Any:

@@ -13,7 +13,7 @@ from modekit.errors import SourceError
 from modekit.files.staging import safetensors_header
 from modekit.sources.contents import CHUNK, OpenFiles, blake3_of
 from modekit.sources.header import TensorRef, read_header
-from modekit.weights.stored import Stored, same_bytes
+from modekit.weights.numeric import same_bytes, stored
 
 COUNT = 3 * CHUNK // 4 + 5
 
@@ -35,10 +35,10 @@ def test_all_and_any_part_of_a_tensor_are_its_bytes(ref: TensorRef) -> None:
         assert bytes(opened.read(ref, 8, 24)) == whole[8:24]
         chunks = [bytes(chunk) for chunk in opened.chunks(ref)]
         assert b"".join(chunks) == whole and {len(chunk) for chunk in chunks[:-1]} == {CHUNK}
-        stored = Stored(opened, ref)
+        found = stored(opened, ref)
         for part in (slice(0, 7), slice(COUNT - 3, COUNT + 9), slice(5, 5), slice(9, 4), slice(None)):
-            assert np.array_equal(stored[part], numbers[part])
-        assert len(stored) == COUNT
+            assert np.array_equal(found[part], numbers[part])
+        assert len(found) == COUNT
         assert same_bytes(opened, ref, ref)
     assert blake3_of(ref.file) == blake3(ref.file.read_bytes()).hexdigest()
 

@@ -26,7 +26,7 @@ from modekit.recipes.read import parse_recipe
 from modekit.report.card import make_card
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import open_source
-from modekit.weights.stored import Stored
+from modekit.weights.numeric import stored
 from quantised import FORMS, quantise
 from rounding import assert_close
 
@@ -43,7 +43,7 @@ def numbers_of(folder: Path) -> dict[str, torch.Tensor]:
     source = open_source("m", str(folder), folder)
     with OpenFiles() as opened:
         return {
-            name: torch.from_numpy(Stored(opened, ref)[:].astype("float32")).view(ref.shape)
+            name: torch.from_numpy(stored(opened, ref)[:].astype("float32")).view(ref.shape)
             for name, ref in source.tensors.items()
         }
 
@@ -59,9 +59,9 @@ def test_numbers(form: str, tmp_path: Path) -> None:
     source = open_source("m", "m", tmp_path / "packed")
     ref = source.tensor("model.layers.0.mlp.down_proj.weight")
     with OpenFiles() as opened:  # any part is that of the whole
-        whole, stored = Stored(opened, ref)[:], Stored(opened, ref)
-        for start, stop in ((0, 1), (37, 205), (700, len(stored)), (95, 97)):
-            assert (stored[start:stop] == whole[start:stop]).all()
+        whole, found = stored(opened, ref)[:], stored(opened, ref)
+        for start, stop in ((0, 1), (37, 205), (700, len(found)), (95, 97)):
+            assert (found[start:stop] == whole[start:stop]).all()
         assert b"".join(bytes(chunk) for chunk in opened.chunks(ref)) == whole.tobytes()
 
 

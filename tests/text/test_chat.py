@@ -151,4 +151,4 @@ def test_an_error_says_which_conversation_it_is() -> None:
     template = ChatTemplate(word_tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(TextError) as error:
         template.text(SAID)
-    assert "roles must alternate (messages of user, assistant: 'what is fever')" in str(error.value)
+    assert "roles must alternate (in [{'role': 'user', 'content': 'what is fever'}" in str(error.value)

@@ -6,8 +6,6 @@ import json
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 
 from command_line import ended
@@ -53,24 +51,6 @@ def test_text_that_only_an_evaluation_reads_is_looked_at_too(bench: Workshop) ->
     assert "eval.music: music.txt" in refuse("plan", recipe) == refuse("build", recipe, bench.root / "OUT")
 
 
-@pytest.mark.parametrize("name", ["law.jsonl", "law.csv", "law.parquet", "folder"])
-def test_of_a_large_text_the_beginning_is_read(bench: Workshop, name: str) -> None:
-    path, texts = bench.root / name, [f"{number} some words of a document" * 40 for number in range(9_000)]
-    if name == "folder":
-        path.mkdir()
-        for number in range(50):
-            (path / f"{number}.txt").write_text("\n".join(texts[:200]))
-        (path / "50.jsonl").write_text('{"body": 1}\n')
-    elif name == "law.parquet":
-        parquet.write_table(pa.table({"body": texts}), path, compression="none")
-    else:
-        body = "".join(json.dumps({"body" if name == "law.jsonl" else "text": text}) + "\n" for text in texts)
-        path.write_text(body if name == "law.jsonl" else "body\n" + "\n".join(texts))
-    bench.recipe["experts"][1]["text"] = f"./{name}"
-    recipe = bench.write()
-    assert refuse("plan", recipe) == refuse("build", recipe, bench.root / "OUT")
-
-
 def test_a_text_of_gigabytes_is_not_read_to_its_end(bench: Workshop) -> None:
     with (bench.root / "law.jsonl").open("w") as stream:
         stream.write('{"text": "a document of some words"}\n' * 200_000)
@@ -104,7 +84,7 @@ def test_too_little_text_and_one_model_twice_are_noted(bench: Workshop) -> None:
     recipe = bench.write()
     code, planned, _ = ended("plan", recipe)
     said = " ".join(planned.split())
-    assert code == 0 and "law: its text is 3 documents in 1 file with 39 characters, too little" in said, said
+    assert code == 0 and "law: its text is 3 documents with 39 characters, too little" in said, said
     assert "law and code are one model" in said
     code, built, _ = ended("build", recipe, bench.root / "OUT")
     said = " ".join(built.split())

@@ -124,4 +124,4 @@ def test_nothing_for_a_fit_says_what_there_was(tmp_path: Path) -> None:
     expert = recipe_of(tmp_path, text=write(tmp_path / "law.jsonl", held_out)).experts[0]
     with pytest.raises(TextError, match="no document is left for the fit") as caught:
         fit_documents(expert, tmp_path, 0)
-    assert caught.value.found == "3 documents in 1 file" and "blank lines" in str(caught.value.remedy)
+    assert caught.value.found == "3 documents" and "blank lines" in str(caught.value.remedy)

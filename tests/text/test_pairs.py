@@ -14,7 +14,7 @@ import torch
 from modekit.errors import TextError
 from modekit.recipes.recipe import Expert
 from modekit.text.document import Document, Pair, text_of
-from modekit.text.documents import bytes_of_text, check_present, found_in, is_local, read_documents
+from modekit.text.documents import read_documents
 from modekit.text.held_out import fit_documents
 from modekit.text.records import data_of, record_of
 from modekit.text.sequences import TokenSequence, encode, make_batches
@@ -70,12 +70,12 @@ def test_the_same_pairs_in_any_format_are_the_same_documents(tmp_path: Path) -> 
     sides = {"source": [source for source, _ in SAID], "target": [target for _, target in SAID]}
     parquet.write_table(pa.table(sides), tmp_path / "c.parquet")
     parquet.write_table(pa.table({"translation": [{"en": s, "fr": t} for s, t in SAID]}), tmp_path / "d.parquet")
-    (tmp_path / "news.en").write_text("".join(f"{source}\r\n" for source, _ in SAID))
-    (tmp_path / "news.fr").write_text("\n".join(target for _, target in SAID))
-    found = [read(tmp_path, spec) for spec in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet", "news.en+news.fr")]
+    rows = "".join(f"{source}\t{target}\n" for source, target in SAID)
+    (tmp_path / "news.tsv").write_text(f"source\ttarget\n{rows}")
+    found = [read(tmp_path, spec) for spec in ("a.jsonl", "b.jsonl", "c.parquet", "d.parquet", "news.tsv")]
     assert all(documents == found[0] and all(isinstance(each, Pair) for each in documents) for documents in found)
     assert set(found[0]) == set(PAIRS)
-    assert len(read(tmp_path, "a.jsonl", "news.en+news.fr")) == 3
+    assert len(read(tmp_path, "a.jsonl", "news.tsv")) == 3
 
 
 def test_text_counts_before_a_source_that_says_where_it_is_from(tmp_path: Path) -> None:
@@ -94,10 +94,6 @@ def test_an_empty_side_is_an_error_that_says_where(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"source": ["a", ""], "target": ["b", "c"]}), tmp_path / "b.parquet")
     with pytest.raises(TextError, match=r"empty source[\s\S]*b\.parquet: row 2"):
         read(tmp_path, "b.parquet")
-    write_lines(tmp_path / "x", ["a", "", "c"])
-    write_lines(tmp_path / "y", ["b", "", " "])
-    with pytest.raises(TextError, match=r"empty target[\s\S]*line 3 of x and y"):
-        read(tmp_path, "x+y")
 
 
 @pytest.mark.parametrize(
@@ -124,37 +120,6 @@ def test_of_several_languages_the_two_that_are_there(tmp_path: Path) -> None:
     rows = [{"en": "a", "fr": "b", "de": None}, {"en": None, "fr": "c", "de": "d"}]
     parquet.write_table(pa.table({"translation": rows}), tmp_path / "a.parquet")
     assert sorted(read(tmp_path, "a.parquet"), key=text_of) == [Pair("a", "b"), Pair("c", "d")]
-
-
-def test_files_that_are_not_aligned(tmp_path: Path) -> None:
-    write_lines(tmp_path / "x", ["a", "b", "c"])
-    write_lines(tmp_path / "y", ["d", "e"])
-    with pytest.raises(TextError, match=r"x: 3 lines, y: 2 lines"):
-        read(tmp_path, "x+y")
-    (tmp_path / "z").write_bytes(b"a\n\xff\nc\n")
-    with pytest.raises(TextError, match=r"not UTF-8[\s\S]*z:2"):
-        read(tmp_path, "x+z")
-
-
-def test_a_plus_in_a_name(tmp_path: Path) -> None:
-    write_lines(tmp_path / "c++.en", ["a"])
-    write_lines(tmp_path / "c++.fr", ["b"])
-    assert read(tmp_path, "c++.en+c++.fr") == [Pair("a", "b")]
-    write_lines(tmp_path / "c++.en+c++.fr", ["whole"])
-    with pytest.raises(TextError, match="kind of text file is not known"):  # a file of that whole name is that file
-        read(tmp_path, "c++.en+c++.fr")
-
-
-def test_two_files_as_one_are_local(tmp_path: Path) -> None:
-    write_lines(tmp_path / "x", ["a"])
-    write_lines(tmp_path / "y", ["bc"])
-    assert is_local("x+y", tmp_path) and is_local("x+gone", tmp_path) and not is_local("user/data", tmp_path)
-    check_present(["x+y"], root=tmp_path, where="text")
-    for gone in ("x+gone", "gone+y", "x+", "./x+gone"):
-        with pytest.raises(TextError, match="does not exist"):
-            check_present([gone], root=tmp_path, where="text")
-    assert found_in(read(tmp_path, "x+y"), ["x+y"], tmp_path) == "1 document in 2 files"
-    assert bytes_of_text(["x+y"], tmp_path) == 5
 
 
 def test_one_domain_has_pairs_or_plain_text(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
     assert train(checkpoint, said, evaluate_tokens=None).improved
     own = tmp_path / "own-tags.jsonl"
     own.write_text((tmp_path / "law.jsonl").read_text().replace('"source": "', '"source": "<domain:law> '))
-    with pytest.raises(TextError, match="text of no domain begins with a tag"):
+    with pytest.raises(TextError, match="a text begins with a tag already"):
         read_texts(checkpoint, said.model_copy(update={"generic": [str(own)]}), {}, tmp_path, run=QUIET)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 
@@ -31,7 +30,6 @@ from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
 from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Plan
-from modekit.planning.reuse import Origins
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import FittedRouter, Fitting, fit_router
@@ -41,22 +39,13 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local
-from modekit.text.glance import check_texts
-from modekit.text.held_out import fit_documents
+from modekit.text.held_out import check_texts, fit_documents
 from modekit.text.written import files_of
-from modekit.weights.bases import Stream
+from modekit.weights.numeric import same_bytes
 from modekit.weights.reading import WeightReader
-from modekit.weights.stored import same_bytes
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
-
-_TRAINED_GATES = "modekit.routing.linear:trained_gates"
-"""By its path, as it needs torch and a build without text does not."""
-_MEASURE_STREAM = "modekit.routing.stream:measure_stream"
-_WRITE_TEXTS = "modekit.routing.write_text:write_texts"
-_MeasureStream = Callable[[Plan, Path, Run], Stream]
-_TrainedGates = Callable[[Fitting, Checkpoint, Origins], FittedRouter]
 
 
 def build(
@@ -98,18 +87,25 @@ def build(
 
 
 def _complete_text(plan: Plan, update: CheckpointUpdate | None, run: Run) -> None:
-    """Have written what experts write, and look at all text on disk that the fit will read."""
-    write_texts(plan, run, but=update.statistics if update is not None else ())
+    """Have written what experts write, and read all text on disk that the fit will read, so that what is wrong with it shows
+    before gigabytes are copied. That of experts with kept statistics may be gone.
+    """
+    known = update.statistics if update is not None else ()
+    write_texts(plan, run, but=known)
     if plan.recipe.mixture.needs_text:
         run.begin("check the text")
-        _check_text(plan, update)
+        for number, expert in enumerate(plan.recipe.experts):
+            if expert.name not in known and all(is_local(spec, plan.root) for spec in expert.texts):
+                fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 
 def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
     """Let the experts of a plan write the text that its recipe asks them for, if it reads any and they are not in `but`."""
     recipe = plan.recipe
     if recipe.mixture.needs_text and any(expert.writes_text and expert.name not in but for expert in recipe.experts):
-        resolve_name(_WRITE_TEXTS)(recipe, plan.root, plan.sources, run, but=but)
+        from modekit.routing import write_text  # this and others that need torch, as a build without text does not
+
+        write_text.write_texts(recipe, plan.root, plan.sources, run, but=but)
 
 
 def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
@@ -155,23 +151,13 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
         )
     if (stage.folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
         return carried_of(plan, stage.folder)
-    measure: _MeasureStream = resolve_name(_MEASURE_STREAM)
-    stream = measure(plan, stage.folder / STATISTICS_FOLDER, run)
+    from modekit.routing.stream import measure_stream
+
+    stream = measure_stream(plan, stage.folder / STATISTICS_FOLDER, run)
     with OpenFiles() as opened:
         carried = carry_bases(Differences(plan, WeightReader(opened, plan.models)), size, stream, run)
     write_file(stage.folder / CARRIED_FILE, carried.write)
     return carried
-
-
-def _check_text(plan: Plan, update: CheckpointUpdate | None) -> None:
-    """Read the text on disk that the fit will read, so that what is wrong with it shows before gigabytes are copied.
-
-    That of experts with kept statistics may be gone.
-    """
-    for number, expert in enumerate(plan.recipe.experts):
-        known = update is not None and expert.name in update.statistics
-        if not known and all(is_local(spec, plan.root) for spec in expert.texts):
-            fit_documents(expert, plan.root, number, reads=plan.family.reads)
 
 
 def _check_copies(plan: Plan, update: CheckpointUpdate | None) -> None:
@@ -233,7 +219,8 @@ def _kept_router(fitting: Fitting, update: CheckpointUpdate | None) -> FittedRou
     """Of a mixture that is changed the router that it has, with rows for who is new; None where a fit sets it."""
     if update is None or not update.keeps_training:
         return None
-    trained_gates: _TrainedGates = resolve_name(_TRAINED_GATES)
+    from modekit.routing.linear import trained_gates
+
     return trained_gates(fitting, update.checkpoint, update.origins)
 
 

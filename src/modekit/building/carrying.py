@@ -17,36 +17,28 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.building.differences import Difference, Differences, in_rows
 from modekit.checkpoint.carried import Carried, read_carried
 from modekit.planning.channels import CONSTANT
 from modekit.planning.plan import Plan
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
+from modekit.weights.numeric import Singles
 from modekit.weights.padded import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
-
-Singles = npt.NDArray[np.float32]
 
 _EPS = 2.0**-6
 """Size of U and V over that of the stream: its square is what norms see of them."""
 
 
-@dataclass(frozen=True)
-class _Expert:
-    """What an expert writes in a layer of the result.
-
-    Attributes:
-        outputs: O (D, R_U).
-        inputs: C of what reads V next, (R_V, D).
-        constant: in front, what V gets of the biases of the base's first layer, (R_V,); else zeros.
-        norm, own_norm: weights of the norm before the FFN, (D,): the shared ones, and the expert's.
+class _Expert(NamedTuple):
+    """What an expert writes in a layer of the result: O (D, R_U); C of what reads V next, (R_V, D); in front, what V gets of
+    the biases of the base's first layer, (R_V,), else zeros; weights (D,) of the norm before the FFN, the shared and its own.
     """
 
     outputs: Singles
@@ -75,17 +67,20 @@ class Carrying:
 
     def fill(self, part: CarriedPart, matrix: int) -> Fill:
         """Of the matrix with this number, where a tensor has several."""
+        layer = part.layer or 0
         match part.kind:
             case "q" | "k" | "v":
-                return Fill(beside=self._in_columns((self._channels.inputs, self._reading(part.kind, part.layer or 0))))
+                return Fill(beside=self._in_columns((self._channels.inputs, self._reading(part.kind, layer))))
             case "o":
-                return Fill(below=self._writing(part.layer or 0))
+                return Fill(below=self._writing(layer))
             case "head":
                 return Fill(beside=self._head)
             case "embedding":
                 return Fill(beside=self._embedding)
-            case "gate" | "up" | "gate_up" | "down":
-                return self._ffn(part.kind, part, matrix)
+            case "gate_up":
+                return self._ffn("up" if matrix % 2 else "gate", layer, matrix // 2)
+            case "gate" | "up" | "down":
+                return self._ffn(part.kind, layer, matrix if part.expert is None else part.expert)
 
     def _in_columns(self, *parts: tuple[slice, Singles]) -> Callable[[slice], Singles]:
         def beside(rows: slice) -> Singles:
@@ -98,9 +93,9 @@ class Carrying:
 
     def _reading(self, kind: str, layer: int) -> Singles:
         """What q, k or v of a layer of the result make of V, (O, R_V)."""
-        counts = self._differences.attention_rows(layer - 1)
-        first = sum(counts[: "qkv".index(kind)])
-        said: Singles = self._carried.inputs[layer - 1][first : first + counts["qkv".index(kind)]]
+        counts, place = self._differences.attention_rows(layer - 1), "qkv".index(kind)
+        first = sum(counts[:place])
+        said: Singles = self._carried.inputs[layer - 1][first : first + counts[place]]
         return np.asarray(said * np.float32(self._carried.input_sizes[layer - 1] / _EPS))
 
     def _writing(self, layer: int) -> Singles:
@@ -134,12 +129,7 @@ class Carrying:
             parts.append((self._channels.outputs, said))
         return self._in_columns(*parts)(slice(0, count))
 
-    def _ffn(self, kind: FFNKind, part: CarriedPart, matrix: int) -> Fill:
-        layer = part.layer or 0
-        if kind == "gate_up":
-            expert, kind = matrix // 2, "up" if matrix % 2 else "gate"
-        else:
-            expert = matrix if part.expert is None else part.expert
+    def _ffn(self, kind: FFNKind, layer: int, expert: int) -> Fill:
         said = self._expert(layer, expert)
         return self._down(layer, expert, said) if kind == "down" else self._gate_or_up(kind, layer, expert, said)
 

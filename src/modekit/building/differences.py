@@ -21,14 +21,10 @@ from modekit.run import Run
 from modekit.sources.adapter import AdapterSource
 from modekit.sources.header import TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, split_layer, weight_of
-from modekit.weights.bases import LayerStream, Stream, input_duals, output_basis, row_basis
+from modekit.weights.bases import LayerStream, Stream, fit_pass_through, input_duals, output_basis, row_basis
 from modekit.weights.made import Copy, Made
-from modekit.weights.numeric import as_array, to_float32
-from modekit.weights.pass_through import fit_pass_through
+from modekit.weights.numeric import Singles, as_array, read_float32, to_float32
 from modekit.weights.reading import WeightReader
-from modekit.weights.stored import FlatArray, read_float32
-
-Singles = npt.NDArray[np.float32]
 
 _STILL = 2.0**-5
 """Of the smallest stream: the channel that is the same everywhere, which all norms see."""
@@ -50,16 +46,18 @@ class Difference:
 
     def times(self, columns_IX: Singles) -> Singles:
         """M columns, (O, X)."""
-        if self.right is not None:
-            columns_IX = self.right @ columns_IX
-        return np.asarray(self.left @ columns_IX)
+        return np.asarray(self.left @ (columns_IX if self.right is None else self.right @ columns_IX))
 
     def under(self, rows_XO: Singles) -> Singles:
         """Rows M, (X, I)."""
         product: Singles = rows_XO @ self.left
-        if self.right is not None:
-            product = product @ self.right
-        return product
+        return product if self.right is None else product @ self.right
+
+    def scaled(self, weights_I: Singles) -> Difference:
+        """With weights before its inputs."""
+        if self.right is None:
+            return Difference(self.left * weights_I)
+        return Difference(self.left, self.right * weights_I)
 
 
 class Differences:
@@ -71,21 +69,12 @@ class Differences:
         channels = plan.shape.channels
         assert channels is not None
         self._widening = channels.widening
-        self._head = EMBEDDING if plan.family.is_tied(self._base) else HEAD
+        self._head = weight_of(EMBEDDING if plan.family.is_tied(self._base) else HEAD)
         self._whole: dict[str, Singles] = {}
         self._finite: set[TensorRef] = set()
         shards = plan.shards if plan.reused is None else plan.reused.otherwise
         self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
-
-    @property
-    def experts(self) -> range:
-        """Their numbers."""
-        return range(self._plan.experts)
-
-    @property
-    def layers(self) -> int:
-        """Of the base."""
-        return self._plan.layers - 1
+        self.experts, self.layers = range(plan.experts), plan.layers - 1
 
     def attention(self, layer: int, expert: int, ones_D: Singles | None = None) -> tuple[Difference | None, ...]:
         """Of q, k and v of a layer of the base, over a stream x of size 1: the norm's weight is in it.
@@ -100,7 +89,7 @@ class Differences:
             if not np.array_equal(weights_D, own_D):
                 found.append(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D))
             else:
-                found.append(None if plain is None else _scaled(plain, weights_D))
+                found.append(plain and plain.scaled(weights_D))
         if ones_D is None or layer == 0:
             return tuple(found)
         biases = self.constants(layer, expert)
@@ -137,37 +126,36 @@ class Differences:
         """Rows of the head's difference over a stream of size 1, (rows, D)."""
         norm = weight_of(FINAL_NORM)
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
-        return self._own_rows(self._head, expert, rows) * own_D - self._shared_rows(self._head, rows) * weights_D
+        return self.own(self._head, expert, rows) * own_D - self._shared_rows(self._head, rows) * weights_D
 
     def embedding_rows(self, expert: int, rows: slice) -> Singles:
         """Rows of the embedding's difference, (rows, D)."""
-        return self._own_rows(EMBEDDING, expert, rows) - self._shared_rows(EMBEDDING, rows)
+        name = weight_of(EMBEDDING)
+        return self.own(name, expert, rows) - self._shared_rows(name, rows)
 
     def of(self, name: str, expert: int) -> Difference | None:
         """Of a weight of the base; None where there is none."""
-        source = self._plan.sources[1 + expert]
-        plain = self._is_plain(name)
+        source, plain = self._plan.sources[1 + expert], self._is_plain(name)
         if plain and (source is self._base or not touched(source, name)):
             return None
         change = low_rank(source, name)
         if plain and change is not None and isinstance(source, AdapterSource):
-            rows = slice(*(change.rows or (0, change.b.shape[0])))
-            return Difference(self._stored(change.b)[rows] * np.float32(change.scale), self._stored(change.a))
+            self._read.check_all_finite([change.a, change.b])
+            b, a = (read_float32(self._read.opened, ref) for ref in (change.b, change.a))
+            return Difference(b[slice(*(change.rows or (0, len(b))))] * np.float32(change.scale), a)
         return Difference(self.own(name, expert) - self.shared(name))
 
-    def _stored(self, ref: TensorRef) -> Singles:
-        self._read.check_all_finite([ref])
-        return read_float32(self._read.opened, ref)
+    def own(self, name: str, expert: int, rows: slice | None = None) -> Singles:
+        """A tensor of the base, or some of its rows, as an expert has it."""
+        return self._numbers(as_in(self._plan.sources[1 + expert], self._base.tensor(name)), name, rows)
 
-    def own(self, name: str, expert: int) -> Singles:
-        """A tensor of the base as an expert has it."""
-        ref = self._base.tensor(name)
-        return to_float32(self._values(as_in(self._plan.sources[1 + expert], ref))[:]).reshape(ref.shape)
-
-    def _values(self, made: Made) -> FlatArray:
+    def _numbers(self, made: Made, name: str, rows: slice | None) -> Singles:
         self._read.check_all_finite([ref for ref in made.refs if ref not in self._finite])
         self._finite.update(made.refs)
-        return made.numbers(self._read)
+        flat, shape = made.numbers(self._read), self._base.tensor(name).shape
+        if rows is None:
+            return to_float32(flat[:]).reshape(shape)
+        return to_float32(flat[rows.start * shape[1] : rows.stop * shape[1]]).reshape(-1, shape[1])
 
     def shared(self, name: str) -> Singles:
         """A tensor of the base as the backbone has it."""
@@ -185,22 +173,12 @@ class Differences:
         """Whether the backbone has the base's tensor itself."""
         return self._backbone(name).made == Copy(self._base.tensor(name))
 
-    def _own_rows(self, module: str, expert: int, rows: slice) -> Singles:
-        ref = self._base.tensor(weight_of(module))
-        return _rows(self._values(as_in(self._plan.sources[1 + expert], ref)), ref.shape[1], rows)
-
-    def _shared_rows(self, module: str, rows: slice) -> Singles:
-        name = weight_of(module)
+    def _shared_rows(self, name: str, rows: slice) -> Singles:
         if self._is_plain(name):
-            ref = self._base.tensor(name)
-            return _rows(self._values(Copy(ref)), ref.shape[1], rows)
+            return self._numbers(Copy(self._base.tensor(name)), name, rows)
         if name not in self._whole:
             self._whole[name] = self.shared(name)
         return self._whole[name][rows]
-
-
-def _rows(flat: FlatArray, width: int, rows: slice) -> Singles:
-    return to_float32(flat[rows.start * width : rows.stop * width]).reshape(-1, width)
 
 
 def _added(plain: Difference | None, bias: Difference | None, ones_D: Singles) -> Difference | None:
@@ -212,61 +190,45 @@ def _added(plain: Difference | None, bias: Difference | None, ones_D: Singles) -
     return Difference(np.concatenate([plain.left, bias.left], axis=1), np.concatenate([plain.right, ones_D[None, :]]))
 
 
-def _scaled(difference: Difference, weights_D: Singles) -> Difference:
-    if difference.right is None:
-        return Difference(difference.left * weights_D)
-    return Difference(difference.left, difference.right * weights_D)
-
-
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
     """All of it, layer by layer."""
-    steps = differences.layers + size.head + size.embedding
-    run.begin("find what experts differ by", steps)
+    stage, steps = "find what experts differ by", differences.layers + size.head + size.embedding
+    run.begin(stage, steps)
     units = [fit_pass_through(stream.layers[0].before_attention, size.terms)]
-    found: list[_OfLayer] = []
+    inputs, input_shares, outputs, ones = (list[Singles]() for _ in range(4))
+    input_sizes, output_sizes = list[float](), [1.0 / units[0].size]
     for layer, each in enumerate(stream.layers):
         units.append(fit_pass_through(each.before_ffn, size.terms))
-        found.append(_of_layer(differences, size, layer, each))
-        run.progress("find what experts differ by", layer + 1, steps)
+        if size.biases:
+            ones.append(ones_of(each.read))
+        input_size = output_size = 1.0
+        if size.inputs:
+            basis, parts, input_size = _inputs(differences, size, layer, each, ones[-1] if ones else None)
+            inputs.append(basis)
+            input_shares.append(parts)
+        if size.outputs:
+            duals, output_size = _outputs(differences, size, layer, each)
+            outputs.append(duals)
+        input_sizes.append(input_size)
+        output_sizes.append(output_size)
+        run.progress(stage, layer + 1, steps)
     head, head_size = _head(differences, size, stream) if size.head else (None, 0.0)
     shares = (stream.counts + 1.0) / (stream.counts + 1.0).sum()
     embedding = _embedding(differences, size, shares) if size.embedding else None
-    run.progress("find what experts differ by", steps, steps)
+    run.progress(stage, steps, steps)
     return Carried(
         tuple(units),
-        (1.0 / units[0].size, *(each.output_size for each in found)),
-        (*(each.input_size for each in found), head_size),
+        tuple(output_sizes),
+        (*input_sizes, head_size),
         _STILL * min(each.size for each in units),
-        tuple(each.inputs for each in found) if size.inputs else (),
-        tuple(each.shares for each in found) if size.inputs else (),
-        tuple(each.outputs for each in found) if size.outputs else (),
+        tuple(inputs),
+        tuple(input_shares),
+        tuple(outputs),
         head,
         embedding,
         shares.astype(np.float32) if size.embedding else None,
-        tuple(each.ones for each in found) if size.biases else (),
+        tuple(ones),
     )
-
-
-@dataclass(frozen=True)
-class _OfLayer:
-    """Bases of one layer of the base, with the sizes of what goes through them."""
-
-    inputs: Singles
-    shares: Singles
-    input_size: float
-    outputs: Singles
-    output_size: float
-    ones: Singles
-
-
-def _of_layer(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> _OfLayer:
-    ones = ones_of(stream.read) if size.biases else None
-    inputs, shares, input_size = _inputs(differences, size, layer, stream, ones) if size.inputs else _NOTHING
-    outputs, _, output_size = _outputs(differences, size, layer, stream) if size.outputs else _NOTHING
-    return _OfLayer(inputs, shares, input_size, outputs, output_size, _NOTHING[1] if ones is None else ones)
-
-
-_NOTHING = np.zeros((0, 0), np.float32), np.ones(3, np.float32), 1.0
 
 
 def ones_of(sample_TD: Singles) -> Singles:
@@ -308,16 +270,16 @@ def _stacked(parts: Sequence[Difference | None], columns_IX: Singles, rows: Sequ
     return np.concatenate([none if part is None else part.times(columns_IX) / share for part, none, share in found])
 
 
-def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
+def _outputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, float]:
     """G, and the root mean square of P a over that of the stream."""
     changes = [change for expert in differences.experts if (change := differences.output(layer, expert)) is not None]
     if not changes:
-        return np.zeros((stream.attended.shape[1], size.outputs), np.float32), _NOTHING[1], 1.0
+        return np.zeros((stream.attended.shape[1], size.outputs), np.float32), 1.0
     real, attended_TA = len(stream.attended), _wider_sample(stream.attended, size, size.outputs)
     products = [change.times(attended_TA.T) for change in changes]
     duals_AR = input_duals(products, attended_TA, size.outputs)
     read = sum(change.times(duals_AR).T @ product[:, :real] for change, product in zip(changes, products, strict=True))
-    return duals_AR, _NOTHING[1], (_size(np.asarray(read)) or 1.0) / float(np.median(stream.before_ffn))
+    return duals_AR, (_size(np.asarray(read)) or 1.0) / float(np.median(stream.before_ffn))
 
 
 def _wider_sample(sample_TI: Singles, size: CarrySize, rank: int) -> Singles:

@@ -7,11 +7,10 @@ recipe goes into OUT, and its paths are relative to that folder, so that a build
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
 from modekit.files.output import check_room, work_folder
@@ -24,7 +23,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.recipes.short import spelled_out
 from modekit.recipes.strict import BASE, SELF, RecipeData, did_you_mean
 from modekit.run import QUIET, Run
-from modekit.sources.adapter import AdapterSource, LowRank
+from modekit.sources.adapter import AdapterSource
 from modekit.sources.compatible import check_same_architecture
 from modekit.sources.contents import OpenFiles
 from modekit.sources.families import family_of
@@ -32,24 +31,15 @@ from modekit.sources.names import natural_key
 from modekit.sources.open import open_recipe_sources
 from modekit.sources.source import ModelSource
 from modekit.sources.tokenizer import TOKENIZER_FILES
-from modekit.text.glance import check_texts
-from modekit.text.held_out import check_texts_present
-from modekit.weights.stored import same_bytes
+from modekit.text.held_out import check_texts
+from modekit.weights.numeric import same_bytes
 
-Kind = Literal["base", "adapter", "ffn", "full"]
-"""What an expert is: the base, an adapter, a full model that differs from the base in its FFNs alone, or in more."""
 _ONE_EXPERT = {"method": "routing", "top_k": 1}
 
 
-@dataclass(frozen=True)
-class Models:
-    """What to mix, as the command line says it.
-
-    Attributes:
-        base: folder or hub id.
-        experts: in short form (recipes/short.py).
-        texts: name of an expert -> its text.
-        root: folder that all paths are relative to.
+class Models(NamedTuple):
+    """What to mix, as the command line says it: folders or hub ids, experts in short form (recipes/short.py); name of an expert
+    -> its text; the folder that all paths are relative to.
     """
 
     base: str
@@ -58,9 +48,11 @@ class Models:
     root: Path
 
 
-def ways(kinds: Sequence[Kind], *, native: bool, text: bool) -> Iterator[RecipeData]:
-    """What a recipe of such experts says, the best first; ways that the models do not allow are passed over."""
-    merged: RecipeData = {"backbone": "average"} if "full" in kinds else {}
+def ways(*, whole: bool, native: bool, text: bool) -> Iterator[RecipeData]:
+    """What a recipe says, the best first; ways that the models do not allow are passed over. `whole`: an expert differs from
+    the base in more than its FFNs.
+    """
+    merged: RecipeData = {"backbone": "average"} if whole else {}
     if not text:
         yield {"mixture": merged, **({"output": {"format": "native"}} if native else {})}
         return
@@ -82,21 +74,21 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
     root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
     given = _with_given_text(models)
     typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
-    check_texts_present(typed, models.root)
+    check_texts(typed, models.root, "text")
     run.begin("compare the models")
     as_typed = open_recipe_sources(typed, models.root, run=run)  # so that messages name the paths that were typed
-    kinds, notes = _kinds(typed, as_typed), list[str]()
+    whole, notes = _differs_whole(typed, as_typed), list[str]()
     raw = from_folder(given, models.root, out)
-    bare = parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix")
-    sources = open_recipe_sources(bare, root, run=run)
-    if _can_write(sources[0]):
+    if _can_write(as_typed[0]):
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
     elif models.texts:
         notes, joining = _joining(raw["experts"])
-        raw["experts"], kinds = [raw["experts"][place] for place in joining], tuple(kinds[place] for place in joining)
-        sources = (sources[0], *(sources[1 + place] for place in joining))
+        raw["experts"] = [raw["experts"][place] for place in joining]
     text = any("text" in expert for expert in raw["experts"])
-    possible = [partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(kinds, native=native, text=text)]
+    possible = [
+        partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(whole=whole, native=native, text=text)
+    ]
+    sources = open_recipe_sources(parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix"), root, run=run)
     plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
     if not text:
         notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
@@ -108,26 +100,23 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
 def _with_given_text(models: Models) -> RecipeData:
     """Base and experts, with text where there is some. Raises RecipeError."""
     raw = spelled_out({"base_model": models.base, "experts": list(models.experts)}, models.root)
-    texts = models.texts
-    experts = [{**each, "text": texts[each["name"]]} if each["name"] in texts else each for each in raw["experts"]]
-    names = [each["name"] for each in experts]
-    for name in models.texts:
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise RecipeError(
-                "text for an expert that is not there",
-                where=f"--text {name}",
-                found=f"the experts {', '.join(names)}",
-                remedy=hint or "use one of these names, or give the expert this one: NAME=PATH",
-            )
-    if len(experts) < 2 or [each.get("model") for each in experts].count(BASE) > 1:
+    names = [each["name"] for each in raw["experts"]]
+    for name in (name for name in models.texts if name not in names):
+        raise RecipeError(
+            "text for an expert that is not there",
+            where=f"--text {name}",
+            found=f"the experts {', '.join(names)}",
+            remedy=did_you_mean(name, names) or "use one of these names, or give the expert this one: NAME=PATH",
+        )
+    if len(names) < 2 or [each.get("model") for each in raw["experts"]].count(BASE) > 1:
         raise RecipeError(
             "a mixture needs two experts; the base may be one of them",
             where="modekit mix",
             found=", ".join(names),
             remedy="name another model, or let the base join (without --without-base)",
         )
-    return {**raw, "experts": experts}
+    texts = {name: {"text": text} for name, text in models.texts.items()}
+    return {**raw, "experts": [{**each, **texts.get(each["name"], {})} for each in raw["experts"]]}
 
 
 def _can_write(base: ModelSource) -> bool:
@@ -140,50 +129,54 @@ def _joining(experts: Sequence[RecipeData]) -> tuple[list[str], list[int]]:
     """What to say, and the places of the experts that join where some have text and none can write. Raises RecipeError."""
     lacking = [each for each in experts if "text" not in each]
     add = " ".join(f"--text {each['name']}=FILE" for each in lacking)
+    if not lacking:
+        return [], list(range(len(experts)))
     if [each.get("model") for each in lacking] == [BASE] and len(experts) > 2:
         places = [place for place, each in enumerate(experts) if "text" in each]
         return [f"the base does not join, as it has no text: {add} (text of no domain) lets it"], places
-    if lacking:
-        raise RecipeError(
-            "some experts have text, others have none, and these models cannot write any",
-            where="--text",
-            found=f"no text of {', '.join(each['name'] for each in lacking)}",
-            remedy=f"add {add}, or leave --text out",
-        )
-    return [], list(range(len(experts)))
+    raise RecipeError(
+        "some experts have text, others have none, and these models cannot write any",
+        where="--text",
+        found=f"no text of {', '.join(each['name'] for each in lacking)}",
+        remedy=f"add {add}, or leave --text out",
+    )
 
 
-def _kinds(recipe: Recipe, sources: Sequence[ModelSource]) -> tuple[Kind, ...]:
-    """Of the experts; `sources` begin with the base. Raises MismatchError where two of all these are one model."""
+def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
+    """Whether an expert is a full model that differs from the base in more than its FFNs; `sources` begin with the base.
+
+    Raises MismatchError where two of all these are one model.
+    """
     base = sources[0]
     named = [(expert.name, each) for expert, each in zip(recipe.experts, sources[1:], strict=True) if not expert.is_base]
     with OpenFiles() as opened:
-        kinds = {name: _kind(opened, base, name, source) for name, source in named}
+        whole = [_is_whole(opened, base, name, source) for name, source in named]
         for (name, source), (other, second) in combinations(named, 2):
-            if _are_one(opened, source, second):
+            same = source.folder.resolve() == second.folder.resolve()
+            if same or (source.tensors.keys() == second.tensors.keys() and not _differ(opened, source, second)):
                 raise MismatchError(
                     "two experts are one model",
                     where=f"{name}, {other}",
                     found=" and ".join(dict.fromkeys((source.spec, second.spec))),
                     remedy="keep one of them, or correct the paths: no router can choose between them",
                 )
-    return tuple(kinds.get(expert.name, "base") for expert in recipe.experts)
+    return any(whole)
 
 
-def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> Kind:
-    """Of an expert. Raises MismatchError where it is the base."""
+def _is_whole(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> bool:
+    """The same of one. Raises MismatchError where it is the base."""
     if isinstance(source, AdapterSource):
-        return "adapter"
+        return False
     family = family_of(base.config, where=base.where)
-    ffn = f".{family.mlp_module}."
     if source.config.get("model_type") != base.config.get("model_type"):
         check_same_architecture(base, source, family)
-        return "full"
+        return True
     if source.folder.resolve() != base.folder.resolve():
+        ffn = f".{family.mlp_module}."
         if not changed_ffn_alone(source) and _differ(opened, base, source, lambda tensor: ffn not in tensor):
-            return "full"
+            return True
         if _differ(opened, base, source, lambda tensor: ffn in tensor):
-            return "ffn"
+            return False
     raise MismatchError(
         "an expert is the base model itself",
         where=f"{name} ({source.spec})",
@@ -192,20 +185,7 @@ def _kind(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) 
     )
 
 
-def _are_one(opened: OpenFiles, first: ModelSource, second: ModelSource) -> bool:
-    if first.folder.resolve() == second.folder.resolve():
-        return True
-    if _scales(first) != _scales(second) or first.tensors.keys() != second.tensors.keys():
-        return False
-    return not _differ(opened, first, second, lambda _tensor: True)
-
-
-def _scales(source: ModelSource) -> dict[str, float]:
-    changes = source.changes if isinstance(source, AdapterSource) else {}
-    return {name: change.scale for name, change in changes.items() if isinstance(change, LowRank)}
-
-
-def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool]) -> bool:
+def _differ(opened: OpenFiles, first: ModelSource, second: ModelSource, among: Callable[[str], bool] = lambda _: True) -> bool:
     """Whether a tensor differs, of those that both have and that are asked for: layers first, where models differ soon."""
     names = [name for name in first.tensors.keys() & second.tensors.keys() if among(name)]
     for name in sorted(names, key=lambda name: (".layers." not in name, natural_key(name))):

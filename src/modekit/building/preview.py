@@ -17,7 +17,7 @@ from modekit.recipes.read import load_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
-from modekit.text.glance import check_texts
+from modekit.text.held_out import check_texts
 
 
 class Preview(BaseModel, frozen=True):

@@ -2,29 +2,61 @@
 
 Each check is a row with its own verdict; a checkpoint is proven when no row failed. Sources that are gone make the
 comparison impossible, which is reported as such and never as a success.
+
+Every tensor is made again from its sources, and comes out bit for bit. Low-rank parts of full models (`as: lora`) do so on the
+kind of processor that built them. Elsewhere the factors may be turned or differ in their last bits; what counts is their
+product, the change that an expert makes. What a native checkpoint carries besides FFNs is computed with the bases that it
+keeps, and may differ in its last bits, too.
+
+Shape legend: O, I rows and columns of a weight, R ranks of all experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from modekit.building.again import Check, check_made
+import numpy as np
+
+from modekit.building.carrying import Carrying, carried_of
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.sources import changed_settings
-from modekit.errors import ModekitError
+from modekit.errors import ModekitError, SourceError
 from modekit.files.figures import file_count
 from modekit.files.read import LARGE, UNREADABLE, read_bytes
 from modekit.files.typed import shortened
 from modekit.planning.make import make_plan
 from modekit.planning.plan import Plan
+from modekit.planning.tensors import PlannedTensor
 from modekit.run import QUIET, Run
 from modekit.sources.contents import OpenFiles, blake3_of
 from modekit.sources.header import DTYPE_NAMES
 from modekit.sources.tokenizer import copied_content, gone_pair_files
-from modekit.weights.stored import holds_only_finite
+from modekit.weights.made import Delta, Join
+from modekit.weights.numeric import Array, as_array, holds_only_finite, read_float32, to_float32
+from modekit.weights.reading import WeightReader
+
+_ALIKE = {"F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
+"""Dtype of factors -> largest difference of two products, as a share of the product: some roundings of the dtype."""
+
+Verdict = Literal["proven", "failed", "not possible"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the proof."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+def _row(name: str, wrong: str | None, said: str) -> Check:
+    return Check(name, "failed" if wrong else "proven", wrong or said)
 
 
 def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> list[Check]:
@@ -32,9 +64,12 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
 
     Raises SourceError when a weight file cannot be read to its end, or changes meanwhile: then nothing is said of it.
     """
-    checks = [_check_digest(checkpoint), *_check_sources(checkpoint, run)]
+    record = checkpoint.record
+    same = record.recipe.digest() == record.recipe_digest
+    checks = [_row("recipe digest", None if same else f"{RECORD_FILE} was edited", record.recipe_digest[:16])]
+    checks += _check_sources(checkpoint, run)
     try:
-        plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
+        plan = make_plan(record.pinned_recipe, checkpoint.recipe_root, run=run)
     except ModekitError as error:
         checks.append(Check("copied tensors", "not possible", f"the recipe's sources cannot be read: {error.what}"))
         plan = None
@@ -44,8 +79,8 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
             checks += _check_code(checkpoint, plan)
-            checks += check_made(checkpoint, plan, opened, run)
-        if checkpoint.record.trained:
+            checks += _check_made(checkpoint, plan, opened, run)
+        if record.trained:
             checks.append(_check_trained(checkpoint, opened))
         checks.append(_check_finite(checkpoint, opened, run))
     checks.append(_check_router(checkpoint))
@@ -59,23 +94,10 @@ def is_proven(checks: Iterable[Check]) -> bool:
     return all(check.verdict == "proven" for check in checks)
 
 
-def _check_digest(checkpoint: Checkpoint) -> Check:
-    record = checkpoint.record
-    same = record.recipe.digest() == record.recipe_digest
-    return Check(
-        "recipe digest", "proven" if same else "failed", record.recipe_digest[:16] if same else f"{RECORD_FILE} was edited"
-    )
-
-
 def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
     for source in checkpoint.record.sources:
-        folder = checkpoint.source_folder(source)
-        name = f"source {source.label}"
+        folder, name = checkpoint.source_folder(source), f"source {source.label}"
         read = {file: expected for file, expected in source.files.items() if expected.blake3}
-        gone = [file for file in read if not (folder / file).exists()]
-        if gone:
-            yield Check(name, "not possible", f"no longer at {folder}")
-            continue
         changed = []
         try:
             for file, expected in read.items():
@@ -83,43 +105,41 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
                 if path.stat().st_size != expected.size or blake3_of(path, progress) != expected.blake3:
                     changed.append(file)
         except OSError as error:
-            yield Check(name, "not possible", f"cannot be read: {error.strerror}")
+            yield Check(name, "not possible", f"cannot be read at {folder}: {error.strerror}")
             continue
         changed += changed_settings(source, folder)
-        if changed:
-            yield Check(name, "failed", f"changed since the build: {', '.join(changed)}")
-        else:
-            yield Check(name, "proven", f"{file_count(len(read))}, blake3 as recorded")
+        wrong = f"changed since the build: {', '.join(changed)}" if changed else None
+        yield _row(name, wrong, f"{file_count(len(read))}, blake3 as recorded")
 
 
 def _check_names(checkpoint: Checkpoint, plan: Plan | None) -> Check:
-    found = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
+    name, found = "tensor names and shapes", {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
     if plan is None:
-        return Check("tensor names and shapes", "not possible", "no plan without the sources")
+        return Check(name, "not possible", "no plan without the sources")
     planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
     names = (planned.keys() | found.keys()) - checkpoint.shape.left_out
-    wrong = sorted(name for name in names if planned.get(name) != found.get(name))
-    if wrong:
-        return Check("tensor names and shapes", "failed", f"{len(wrong)} differ from the plan, first {wrong[0]}")
-    return Check("tensor names and shapes", "proven", f"{len(found)} tensors as planned")
+    wrong = sorted(each for each in names if planned.get(each) != found.get(each))
+    said = f"{len(wrong)} differ from the plan, first {wrong[0]}" if wrong else None
+    return _row(name, said, f"{len(found)} tensors as planned")
 
 
 def _check_trained(checkpoint: Checkpoint, opened: OpenFiles) -> Check:
     """What a training moved cannot be computed again; it is what modekit.json records."""
-    for name, digest in checkpoint.record.trained.items():
-        ref = checkpoint.tensors.get(name)
-        if ref is None or opened.blake3(ref) != digest:
-            return Check("trained tensors", "failed", f"{name} is not the one that {RECORD_FILE} records")
+    refs, digests = checkpoint.tensors, checkpoint.record.trained
+    wrong = next((name for name, digest in digests.items() if name not in refs or opened.blake3(refs[name]) != digest), None)
     runs = len(checkpoint.record.training)
-    return Check("trained tensors", "proven", f"{len(checkpoint.record.trained)} tensors as recorded by {runs} training(s)")
+    return _row(
+        "trained tensors",
+        wrong and f"{wrong} is not the one that {RECORD_FILE} records",
+        f"{len(digests)} tensors as recorded by {runs} training(s)",
+    )
 
 
 def _check_config(checkpoint: Checkpoint, plan: Plan) -> Check:
     planned, found = dict(plan.shape.config), checkpoint.shape.config
     wrong = list(_differences(planned, found))
-    if wrong:
-        return Check("config.json", "failed", f"{len(wrong)} settings differ: {wrong[0]}")
-    return Check("config.json", "proven", f"{len(found)} settings as planned")
+    said = f"{len(wrong)} settings differ: {wrong[0]}" if wrong else None
+    return _row("config.json", said, f"{len(found)} settings as planned")
 
 
 def _differences(planned: Mapping[str, object], found: Mapping[str, object], within: str = "") -> Iterator[str]:
@@ -136,10 +156,10 @@ def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
     expected = {file.name: partial(copied_content, file) for file in plan.copied_files}
     wrong = _differing(checkpoint, expected | {name: partial(bytes, content) for name, content in plan.written_files.items()})
     gone = gone_pair_files(checkpoint.folder, plan.copied_files)
-    if wrong is not None or gone:
-        return Check("tokenizer files", "failed", wrong or f"{gone[0]} is no longer beside the base model")
+    if gone and wrong is None:
+        wrong = f"{gone[0]} is no longer beside the base model"
     owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return Check("tokenizer files", "proven", f"{file_count(len(plan.copied_files) + len(plan.written_files))} as {owner}")
+    return _row("tokenizer files", wrong, f"{file_count(len(plan.copied_files) + len(plan.written_files))} as {owner}")
 
 
 def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
@@ -147,9 +167,8 @@ def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
     files = plan.shape.code_files
     if files:
         wrong = _differing(checkpoint, {file.name: partial(copied_content, file) for file in files})
-        why = "another version of modekit wrote it, or somebody changed it: build again"
-        said = f"{file_count(len(files))} as this version's" if wrong is None else f"{wrong}; {why}"
-        yield Check("code that opens it", "proven" if wrong is None else "failed", said)
+        why = f"{wrong}; another version of modekit wrote it, or somebody changed it: build again"
+        yield _row("code that opens it", wrong and why, f"{file_count(len(files))} as this version's")
 
 
 def _differing(checkpoint: Checkpoint, expected: Mapping[str, Callable[[], bytes]]) -> str | None:
@@ -165,21 +184,21 @@ def _differing(checkpoint: Checkpoint, expected: Mapping[str, Callable[[], bytes
 
 
 def _check_finite(checkpoint: Checkpoint, opened: OpenFiles, run: Run) -> Check:
-    total, done = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0
+    total, done, wrong = sum(ref.nbytes for ref in checkpoint.tensors.values()), 0, None
     for name, ref in checkpoint.tensors.items():
-        if ref.dtype == "U8":  # codes: any byte is one
-            done += ref.nbytes
-            continue
-        if ref.dtype not in DTYPE_NAMES:
-            return Check("finite values", "failed", f"{name} is of no dtype that a mixture has")
-        if not holds_only_finite(opened, ref):
-            return Check("finite values", "failed", f"NaN or Inf in {name}")
+        if ref.dtype not in {*DTYPE_NAMES, "U8"}:
+            wrong = f"{name} is of no dtype that a mixture has"
+        elif ref.dtype != "U8" and not holds_only_finite(opened, ref):  # of codes any byte is one
+            wrong = f"NaN or Inf in {name}"
+        if wrong:
+            break
         done += ref.nbytes
         run.progress("finite", done, total)
-    return Check("finite values", "proven", f"{total:,} bytes")
+    return _row("finite values", wrong, f"{total:,} bytes")
 
 
 def _check_router(checkpoint: Checkpoint) -> Check:
+    recipe = checkpoint.record.recipe
     for slot in checkpoint.slots:
         ref = checkpoint.tensors.get(slot.name)
         if ref is None or ref.shape != slot.shape:
@@ -189,16 +208,13 @@ def _check_router(checkpoint: Checkpoint) -> Check:
         checkpoint.check_router()
     except ModekitError as error:
         return Check("router", "failed", f"{error.what}: {error.found}")
-    recipe = checkpoint.record.recipe
+    again = "modekit fit sets it again"
     if checkpoint.with_recipe(recipe).config != checkpoint.config:
-        return Check(
-            "router", "failed", "config.json routes in another way than the recipe in modekit.json; modekit fit sets it again"
-        )
+        return Check("router", "failed", f"config.json routes in another way than the recipe in {RECORD_FILE}; {again}")
     evidence = ""
     if checkpoint.shape.channels is not None:
         if not (checkpoint.record.router.evidence or checkpoint.carrier[1].name in checkpoint.record.trained):
-            why = f"{RECORD_FILE} does not say which table the embedding carries: modekit fit sets it again"
-            return Check("router", "not possible", why)
+            return Check("router", "not possible", f"{RECORD_FILE} does not say which table the embedding carries: {again}")
         evidence = ", its table in the embedding as recorded"
     shapes = ", ".join(sorted({str(list(slot.shape)) for slot in checkpoint.slots})) or "none"
     status = checkpoint.record.router.status
@@ -211,28 +227,116 @@ def _check_reload(checkpoint: Checkpoint, run: Run) -> Check:
     from modekit.loaded.load import LOADING, auto_class, check_loadable, said_by, without_bars, without_report
 
     run.begin(LOADING)
+    name = "reload in transformers"
     try:
         check_loadable(checkpoint.folder, run=run)
         load: Callable[..., Any] = auto_class(checkpoint.folder).from_pretrained
         with without_bars(), without_report(checkpoint.folder):
             model, report = load(checkpoint.folder, trust_remote_code=run.trust_remote_code, output_loading_info=True)
-    except Exception as error:  # whatever transformers raises, the proof has failed
-        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
-    missing = set(report["missing_keys"]) - checkpoint.shape.left_out
-    wrong = [*sorted(missing), *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        return Check(
-            "reload in transformers", "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}"
-        )
-    try:
+        wrong = [*sorted({*report["missing_keys"]} - checkpoint.shape.left_out), *report["unexpected_keys"]]
+        wrong += report["mismatched_keys"]
+        if wrong:
+            return Check(name, "failed", f"{len(wrong)} keys missing, unexpected or mismatched, first {wrong[0]}")
         with torch.inference_mode():
             ids_BS = torch.arange(8)[None] % checkpoint.vocabulary
             written = {"decoder_input_ids": ids_BS} if model.config.is_encoder_decoder else {}
             logits = model(input_ids=ids_BS, **written).logits
-    except Exception as error:  # a model's code raises what it likes, and the proof has failed
-        return Check("reload in transformers", "failed", f"{type(error).__name__}: {said_by(error)}")
-    if not torch.isfinite(logits).all():
-        return Check("reload in transformers", "failed", "the logits of a first pass are not finite")
-    empty = set(report["missing_keys"]) & checkpoint.shape.left_out
+    except Exception as error:  # transformers and a model's code raise what they like, and the proof has failed
+        return Check(name, "failed", f"{type(error).__name__}: {said_by(error)}")
+    empty = {*report["missing_keys"]} & checkpoint.shape.left_out
     but = f" but {len(empty)} tensors without a number, which are left out" if empty else ""
-    return Check("reload in transformers", "proven", f"{type(model).__name__}, all keys matched{but}, finite logits")
+    wrong_logits = None if torch.isfinite(logits).all() else "the logits of a first pass are not finite"
+    return _row(name, wrong_logits, f"{type(model).__name__}, all keys matched{but}, finite logits")
+
+
+def _check_made(checkpoint: Checkpoint, plan: Plan, opened: OpenFiles, run: Run) -> list[Check]:
+    """Compare every tensor, gates and trained ones aside, with what the recipe makes of its sources."""
+    read = WeightReader(opened, plan.models)
+    tensors = [each for each in plan.tensors if each.role != "router" and each.name not in checkpoint.record.trained]
+    done, total = 0, sum(each.nbytes for each in tensors)
+    wrong, alike = {True: "", False: _wrong_bases(checkpoint, plan, read)}, dict[str, None]()
+    for tensor in tensors:
+        is_copied = tensor.copied is not None
+        if not wrong[is_copied] and not _is_same(checkpoint, tensor, read):
+            if isinstance(tensor.made, Join) and any(isinstance(part, Delta) and part.rank for part in tensor.made.of):
+                alike[tensor.name.rpartition(".")[0]] = None
+            else:
+                wrong[is_copied] = tensor.name
+        done += tensor.nbytes
+        run.progress("compare", done, total)
+    copied = [each for each in tensors if each.copied is not None]
+    computed = wrong[False] or next((each for each in alike if not _same_change(checkpoint, plan, each, read)), "")
+    said = f"{len(tensors) - len(copied)} cast, scaled, folded, merged, widened or zero tensors computed again"
+    if alike:
+        said += f"; low-rank parts of {len(alike)} modules give the same change in other bits (another processor)"
+    both = f"{len(copied)} tensors, {sum(each.nbytes for each in copied):,} bytes, bit for bit"
+    return [
+        _row("copied tensors", wrong[True] and f"{wrong[True]} differs from its source", both),
+        _row("computed tensors", computed and f"{computed} is not what the recipe makes of its sources", said),
+    ]
+
+
+def _wrong_bases(checkpoint: Checkpoint, plan: Plan, read: WeightReader) -> str:
+    """What is wrong with the bases by which more than FFNs is carried; else they are read."""
+    record, planned = checkpoint.record.carry, plan.shape.channels and plan.shape.channels.carry
+    if record is None:
+        return ""
+    if not planned or dict(planned) != record.model_dump(exclude={"sha256"}):
+        return "carry in modekit.json"
+    try:
+        if carried_digest(checkpoint.folder) == record.sha256:
+            read.fills = Carrying(plan, read, carried_of(plan, checkpoint.folder)).fill
+            return ""
+    except SourceError:
+        pass
+    return CARRIED_FILE
+
+
+def _is_same(checkpoint: Checkpoint, tensor: PlannedTensor, read: WeightReader) -> bool:
+    ref, pad = checkpoint.tensors.get(tensor.name), tensor.pad
+    if ref is None or ref.nbytes != tensor.nbytes:
+        return False
+    start = 0
+    for block in tensor.blocks(read):
+        found = np.frombuffer(read.opened.read(ref, start, start + len(block)), np.uint8)
+        start += len(block)
+        if pad is None:
+            if not np.array_equal(found, np.frombuffer(block, np.uint8)):
+                return False
+            continue
+        ours, theirs = (as_array(view, tensor.dtype).reshape(-1, tensor.shape[-1]) for view in (found.data, block))
+        if pad.free is not None:  # what the router's fit wrote is not of the recipe alone
+            ours = ours.copy()
+            ours[:, pad.free] = 0
+        if not (_alike(tensor, ours, theirs) if pad.carried is not None else ours.tobytes() == theirs.tobytes()):
+            return False
+    return True
+
+
+def _alike(tensor: PlannedTensor, ours: Array, theirs: Array) -> bool:
+    """Whether whole rows have the base's numbers as they are, and the new ones up to some roundings."""
+    assert tensor.pad is not None
+    columns = tensor.shape[-1] - tensor.pad.columns
+    parts = [(to_float32(ours[:, cut]), to_float32(theirs[:, cut])) for cut in (slice(columns), slice(columns, None))]
+    return all(
+        bool(np.linalg.norm(one - other) <= _ALIKE[tensor.dtype] * np.linalg.norm(other)) for one, other in parts if one.size
+    )
+
+
+def _same_change(checkpoint: Checkpoint, plan: Plan, module: str, read: WeightReader) -> bool:
+    """Whether B A of every expert is what its source gives."""
+    a, b = (next(t for t in plan.tensors if t.name == f"{module}.lora_{side}") for side in "AB")
+    here = [checkpoint.tensors.get(tensor.name) for tensor in (a, b)]
+    if [(ref.dtype, ref.shape) for ref in here if ref is not None] != [(tensor.dtype, tensor.shape) for tensor in (a, b)]:
+        return False
+    a_RI, b_OR = (read_float32(read.opened, checkpoint.tensors[tensor.name]) for tensor in (a, b))
+    start = 0
+    for made_a, made_b in zip(a.made.parts, b.made.parts, strict=True):
+        again_RI = to_float32(made_a.numbers(read)[:]).reshape(-1, a.shape[1])
+        again_OR = to_float32(made_b.numbers(read)[:]).reshape(b.shape[0], -1)
+        stop = start + len(again_RI)
+        again_OI, found_OI = again_OR @ again_RI, b_OR[:, start:stop] @ a_RI[start:stop]
+        if not np.linalg.norm(found_OI - again_OI) <= _ALIKE[a.dtype] * np.linalg.norm(again_OI):
+            return False
+        start = stop
+    return True

@@ -24,8 +24,8 @@ from modekit.files.tensors import safetensors_header, write_all
 from modekit.planning.channels import Channels
 from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.header import read_header
-from modekit.weights.pass_through import PassThrough
-from modekit.weights.stored import read_float32
+from modekit.weights.bases import PassThrough
+from modekit.weights.numeric import read_float32
 
 CARRIED_FILE = "carried.safetensors"
 

@@ -21,8 +21,7 @@ from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Plan
 from modekit.planning.shape import RouterSlot
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
-from modekit.weights.numeric import DTYPES, is_finite, to_bytes
-from modekit.weights.stored import read_float32
+from modekit.weights.numeric import DTYPES, is_finite, read_float32, to_bytes
 
 Gates = Sequence[npt.NDArray[np.float32]]
 """The gate of every router slot, in the order of the slots, each of its slot's shape, float32."""

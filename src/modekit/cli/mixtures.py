@@ -63,7 +63,7 @@ def build(
     from modekit.building.build import build
     from modekit.planning.make import make_plan
     from modekit.recipes.read import load_recipe
-    from modekit.text.glance import check_texts
+    from modekit.text.held_out import check_texts
 
     wanted, target = load_recipe(recipe), writable(output, overwrite)
     with running() as run:

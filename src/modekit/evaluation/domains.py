@@ -74,7 +74,7 @@ def held_out_domains(
         check_kind(held.documents, checkpoint.shape.family.reads, where=held.text.where)
         domain = domain_of(held, tokenizer, tokens_per_domain=tokens_per_domain, sequence_length=sequence_length)
         if not domain.sequences:
-            raise held.text.none_fits(held.documents, sequence_length, most=tokens_per_domain)
+            raise held.text.none_fits(held.documents, sequence_length)
         domains.append(domain)
     return domains
 

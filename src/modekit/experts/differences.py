@@ -17,8 +17,7 @@ from modekit.sources.family import Family
 from modekit.sources.header import TensorRef
 from modekit.sources.names import module_of, split_layer, weight_of
 from modekit.sources.source import ModelSource
-from modekit.weights.numeric import blocks, to_float32
-from modekit.weights.stored import Stored, holds_only_finite
+from modekit.weights.numeric import blocks, holds_only_finite, stored, to_float32
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def compare(tuned: ModelSource, origin: ModelSource, name: str, opened: OpenFile
                 where=f"{source.where}: {name}",
                 remedy="the model is damaged: save or download it again",
             )
-    moved, still = (Stored(opened, ref) for ref in refs)
+    moved, still = (stored(opened, ref) for ref in refs)
     squared_delta = squared_base = 0.0
     for part in blocks(len(still)):
         base_block = to_float32(still[part])

@@ -28,8 +28,7 @@ from modekit.sources.contents import OpenFiles
 from modekit.sources.source import open_source
 from modekit.text.splits import TRAINED_FILE
 from modekit.weights.factorise import factorise
-from modekit.weights.numeric import to_bytes
-from modekit.weights.stored import read_float32
+from modekit.weights.numeric import read_float32, to_bytes
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def extract(
     record = extraction_of(model.name, name, adapted, differences, [each.name for each in linears])
     run.begin("write")
     # alpha equals the rank in every module, so that every scale is exactly 1
-    changes = {entry.difference.module: ModuleChange(entry.factors.rank, 1.0) for entry in adapted}
+    changes = {entry.difference.module: ModuleChange(len(entry.factors.a), 1.0) for entry in adapted}
     config = lora_config(
         settings.base_name or str(base),
         changes,

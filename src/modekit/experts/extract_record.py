@@ -26,7 +26,7 @@ class AdaptedWeight:
     @property
     def row(self) -> AdaptedRow:
         """What the record says of it."""
-        return AdaptedRow(rank=self.factors.rank, error=self.factors.error, drift=self.difference.drift)
+        return AdaptedRow(rank=len(self.factors.a), error=self.factors.error, drift=self.difference.drift)
 
 
 class AdaptedRow(BaseModel, frozen=True):
@@ -52,7 +52,7 @@ class AdaptedRow(BaseModel, frozen=True):
         missed = sum(entry.difference.squared_delta * entry.factors.error**2 for entry in adapted)
         return cls(
             modules=len(adapted),
-            rank=max(entry.factors.rank for entry in adapted),
+            rank=max(len(entry.factors.a) for entry in adapted),
             error=math.sqrt(missed / delta),
             drift=math.sqrt(delta / base) if base else None,
         )

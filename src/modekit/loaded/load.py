@@ -37,7 +37,7 @@ from modekit.sources.pairs import PAIR_CLASS, PAIRS
 from modekit.sources.source import ModelSource, is_quantised, open_source
 from modekit.sources.tokenizer import PAIR_FILES, check_tokenizer_files
 from modekit.sources.towers import may_wrap
-from modekit.weights.folding import Folded, reader
+from modekit.weights.folding import folded, reader
 from modekit.weights.numeric import to_float32
 
 LOADING = "load a model"
@@ -218,6 +218,6 @@ def load_adapted(base: Path, adapter: AdapterSource, *, run: Run = QUIET) -> Pre
                 values = to_float32(read(adapter.replaced[name]))
             if name in adapter.changes:
                 rows, columns = parameter.shape
-                values = Folded(adapter.changes[name], values, (rows, columns), read)[:]
+                values = folded(adapter.changes[name], values, (rows, columns), read)[:]
             parameter.data = torch.from_numpy(values.copy()).view(parameter.shape).to(parameter)
     return model

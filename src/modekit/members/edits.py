@@ -14,7 +14,7 @@ from modekit.checkpoint.record import Change
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import as_written
-from modekit.recipes.paths import locate, may_be_hub_id, sides_of
+from modekit.recipes.paths import locate, may_be_hub_id
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
@@ -45,14 +45,10 @@ class NewExpert:
                 entry[key] = self._moved(value, folder)
         text = entry.get("text")
         if isinstance(text, str) and text:
-            entry["text"] = self._moved_text(text, folder)
+            entry["text"] = self._moved(text, folder)
         elif isinstance(text, list | tuple):
-            entry["text"] = [self._moved_text(spec, folder) if isinstance(spec, str) else spec for spec in text]
+            entry["text"] = [self._moved(spec, folder) if isinstance(spec, str) else spec for spec in text]
         return entry
-
-    def _moved_text(self, spec: str, folder: Path) -> str:
-        """A text from elsewhere, or the two files of a parallel one."""
-        return "+".join(self._moved(side, folder) for side in sides_of(spec, self.root) or (spec,))
 
     def _moved(self, spec: str, folder: Path) -> str:
         """A path from elsewhere; a hub id, which is none here, as it is."""

@@ -2,7 +2,7 @@
 
 docs/lexical.md says how it works, benchmarks/whole.md has the mathematics. Every layer has two further sets of channels. Into U
 its attention writes what the experts' output projections are to make of it; V tells queries, keys and values, or the head, what
-the expert differs by. Some more hidden units of every expert read and clear them (weights/pass_through.py). A layer in front of
+the expert differs by. Some more hidden units of every expert read and clear them (weights/bases.py). A layer in front of
 the base's first gives V its first content.
 
 Shape legend: D hidden size, F hidden units of an expert, E experts, K units per channel, R_U and R_V channels.

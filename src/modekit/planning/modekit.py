@@ -23,7 +23,7 @@ from modekit.sources.names import split_layer, weight_of
 from modekit.sources.pairs import PAIR_CLASS
 from modekit.sources.rows import rows_of
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Bits, Copy, Delta, Factor, Join, Made
+from modekit.weights.made import Copy, Delta, Join, Made
 
 _CONFIG = {"AutoConfig": "configuration_modekit.ModekitConfig"}
 _CAUSAL = {"AutoModel": "modeling_modekit.ModekitModel", "AutoModelForCausalLM": "modeling_modekit.ModekitForCausalLM"}
@@ -168,7 +168,7 @@ class ModekitLayout:
                 a[expert], b[expert] = Copy(kind.a), Copy(_rows(kind.b, kind.rows))
             elif isinstance(kind, int):
                 pair = self._pair(expert, place.matrix)
-                a[expert], b[expert] = Factor(*pair, "A", kind), Factor(*pair, "B", kind)
+                a[expert], b[expert] = Delta(*pair, "A", kind), Delta(*pair, "B", kind)
         if a:
             (outputs, inputs), ranks, code = (
                 place.matrix.shape,
@@ -183,8 +183,8 @@ class ModekitLayout:
         kept = [(expert, bits) for expert, bits in enumerate(place.bits) if bits]
         for number, (expert, bits) in enumerate(kept):
             pair = self._pair(expert, place.matrix)
-            for made, code in ((Bits(*pair, "codes", bits), "U8"), (Bits(*pair, "steps", bits), "F32")):
-                name = f"{place.module}.differences.{number}.{made.side}"
+            for made, code in ((Delta(*pair, "codes", bits), "U8"), (Delta(*pair, "steps", bits), "F32")):
+                name = f"{place.module}.differences.{number}.{made.part}"
                 yield PlannedTensor(name, code, made.shape, "adapter", made, expert)
 
     def _added_biases(self, place: PlannedPlace) -> dict[int, Made]:
@@ -220,7 +220,7 @@ def _dtype(part: Made) -> str:
     """Of what it is made of: of a difference the base's, of its best low-rank part float32."""
     if isinstance(part, Copy):
         return part.ref.dtype
-    return part.base.dtype if isinstance(part, Delta) and not isinstance(part, Factor) else "F32"
+    return part.base.dtype if isinstance(part, Delta) and not part.rank else "F32"
 
 
 def _rows(ref: TensorRef, rows: tuple[int, int] | None) -> TensorRef:

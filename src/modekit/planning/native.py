@@ -16,7 +16,7 @@ from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Filled, Fold, Join, Made, Merged, padded, scaled
+from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded, Zeros, scaled
 from modekit.weights.padded import FFNKind, Pad
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
@@ -86,7 +86,7 @@ class NativeLayout:
         for place, part in enumerate(self._native.split[path]):
             rows = whole(dense, "num_key_value_heads" if place else "num_attention_heads") * whole(dense, "head_dim")
             made, shape = tensor.made, (rows, *tensor.shape[1:])
-            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Filled(shape)
+            made = made.cut((start, start + rows)) if isinstance(made, Copy | Fold | Merged) else Zeros(shape)
             yield PlannedTensor(f"{in_layer(layer, part)}.{leaf}", tensor.dtype, shape, "backbone", made)
             start += rows
 
@@ -144,7 +144,7 @@ class NativeLayout:
         for layer in range(self._layers + self._front):
             for constant in self._native.written_constants:
                 shape, name = tuple(letters.get(each) or int(each) for each in constant.shape), in_layer(layer, constant.name)
-                yield PlannedTensor(name, self.router_dtype, shape, "constant", Filled(shape))
+                yield PlannedTensor(name, self.router_dtype, shape, "constant", Zeros(shape))
 
     def _in_front(self) -> Iterable[PlannedTensor]:
         """The layer before the base's first, of the shapes that the first has: attention that averages evidence and nothing
@@ -156,7 +156,7 @@ class NativeLayout:
         within = in_layer(0)
         for name, ref in self._base.tensors.items():
             if name.startswith(within) and name not in self._ffn and not is_ignored(name):
-                made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Filled(ref.shape)
+                made = Copy(ref) if name.rpartition(".")[0].removeprefix(within) in norms else Zeros(ref.shape)
                 yield from self.widened(PlannedTensor(name, self._code_of(ref), ref.shape, "backbone", made))
         yield from self._of_layer(0, dict.fromkeys(self._family.mlp, [None] * len(self._recipe.experts)))
 
@@ -179,7 +179,7 @@ class NativeLayout:
             ref = self._as_in_base(max(0, layer - self._front), part)
             for expert, own in enumerate(parts[part]):
                 name, shape = in_layer(layer, path.format(expert=expert)), self._segments.shape(part, *ref.shape)
-                made = scaled(own or Filled(shape), factors[expert] if part == "down" else 1.0)
+                made = scaled(own or Zeros(shape), factors[expert] if part == "down" else 1.0)
                 plain = PlannedTensor(name, self._code_of(ref), shape, "expert", self._segments.scaled(part, made), expert)
                 yield _widened(plain, self._pad(_FFN_KINDS[part], layer, expert))
 
@@ -240,11 +240,11 @@ def _widened(tensor: PlannedTensor, pad: Pad | None) -> PlannedTensor:
     """The tensor in a larger one; itself without a pad."""
     if pad is None:
         return tensor
-    made = padded(tensor.made, pad, tensor.dtype, tensor.shape)
+    made = Padded(tensor.made, pad, tensor.dtype, tensor.shape)
     return PlannedTensor(tensor.name, tensor.dtype, made.shape, tensor.role, made, tensor.expert)
 
 
 def _of_all(parts: Sequence[Made | None], shape: tuple[int, ...], each: int) -> Made:
     """All experts in one tensor, `each` matrices of every one below each other; zeros without parts."""
     found = tuple(made for made in parts if made is not None)
-    return Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Filled(shape)
+    return Join(found, experts=tuple(place // each for place in range(len(found)))) if found else Zeros(shape)

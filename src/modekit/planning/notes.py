@@ -27,7 +27,7 @@ from modekit.sources.header import TensorRef
 from modekit.sources.names import is_ignored
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
 from modekit.sources.vocabulary import Vocabulary
-from modekit.weights.stored import Stored
+from modekit.weights.numeric import stored
 
 BASE_AGAIN = "it is the base model itself: write `model: base`, which needs no tensors of its own"
 _MEASURED = "`modekit verify --deep` measures after a build what that is worth"
@@ -85,7 +85,7 @@ def _drift(model: ModelSource, base: ModelSource) -> float | None:
     with OpenFiles() as opened, suppress(SourceError):
         for pair in both[:: -(-len(both) // _TENSORS) or 1]:
             count = min(ref.numel for ref in pair)
-            x, y = (Stored(opened, ref)[: min(count, _NUMBERS)].astype(np.float64) for ref in pair)
+            x, y = (stored(opened, ref)[: min(count, _NUMBERS)].astype(np.float64) for ref in pair)
             moved, size = moved + float(np.square(x - y).sum()), size + float(np.square(y).sum())
         return float(np.sqrt(moved / size)) if size and np.isfinite(moved) else None
     return None

@@ -24,7 +24,7 @@ from modekit.sources.family import Family
 from modekit.sources.source import ModelSource
 from modekit.sources.vocabulary import Vocabulary
 from modekit.weights.factorise import working_bytes
-from modekit.weights.made import Factor, Filled
+from modekit.weights.made import Delta, Zeros
 
 ROUTER_FILE = "model-router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -129,7 +129,7 @@ class Plan:
     def router(self) -> tuple[PlannedTensor, ...]:
         """The gates."""
         code = self.router_dtype
-        return tuple(PlannedTensor(slot.name, code, slot.shape, "router", Filled(slot.shape)) for slot in self.slots)
+        return tuple(PlannedTensor(slot.name, code, slot.shape, "router", Zeros(slot.shape)) for slot in self.slots)
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -209,7 +209,7 @@ class Plan:
             working_bytes(part.base.shape, part.rank) + 8 * tensor.numel  # one expert's; the factors of all
             for tensor in self.tensors
             for part in tensor.made.parts
-            if isinstance(part, Factor)
+            if isinstance(part, Delta) and part.rank
         )
         return {"build": _BUILD_FLOOR + max(factored, default=0), "fit": fit, "load": self.bytes_written}
 

@@ -27,11 +27,10 @@ from modekit.sources.adapter import AdapterSource, LowRank
 from modekit.sources.header import ITEMSIZE, TensorRef
 from modekit.sources.rows import is_joined
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded, Scale
-from modekit.weights.numeric import BLOCK, DTYPES, blocks, is_finite, to_bytes, to_float32
+from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded
+from modekit.weights.numeric import BLOCK, DTYPES, FlatArray, blocks, is_finite, to_bytes, to_float32
 from modekit.weights.padded import Pad
 from modekit.weights.reading import WeightReader, where_of
-from modekit.weights.stored import FlatArray
 
 EMBEDDING_FILE = "model-embedding.safetensors"
 """The embedding where it carries a router's evidence, which a new fit replaces."""
@@ -78,10 +77,7 @@ class PlannedTensor:
     @property
     def inner(self) -> Made:
         """How it is made but for channels and the scale that they need."""
-        if not isinstance(self.made, Padded):
-            return self.made
-        of = self.made.of
-        return of.of if isinstance(of, Scale) and self.made.pad.scale != 1.0 else of
+        return self.made.of if isinstance(self.made, Padded) else self.made
 
     @property
     def is_merged(self) -> bool:

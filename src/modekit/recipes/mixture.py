@@ -17,14 +17,13 @@ from modekit.recipes.strict import BASE, Name, Strict, checked
 class BackboneMerge(Strict):
     """A backbone merged from the experts, with its settings."""
 
-    method: Literal["average", "task_arithmetic", "ties", "slerp", "svd"]
+    method: Literal["average", "task_arithmetic", "ties", "svd"]
     scale: float = Field(1.0, description="Strength of task_arithmetic, ties and svd (lambda).")
     density: float = Field(0.2, gt=0, le=1, description="Share of each difference that ties keeps.")
-    t: float = Field(0.5, ge=0, le=1, description="Position of slerp between the two experts.")
 
     @model_validator(mode="after")
     def _no_dead_setting(self) -> BackboneMerge:
-        live = {"average": set(), "ties": {"scale", "density"}, "slerp": {"t"}}.get(self.method, {"scale"})
+        live = {"average": set(), "ties": {"scale", "density"}}.get(self.method, {"scale"})
         for key in self.model_fields_set - {"method"} - live:
             raise ValueError(f"'{key}' has no effect with method '{self.method}'; remove it")
         return self
@@ -44,7 +43,7 @@ def _backbone_form(value: object) -> str:
 
 
 Backbone = Annotated[
-    Annotated[Literal["base", "average", "task_arithmetic", "ties", "slerp", "svd"], Tag("literal[]")]
+    Annotated[Literal["base", "average", "task_arithmetic", "ties", "svd"], Tag("literal[]")]
     | Annotated[BackboneExpert, Tag("BackboneExpert")]
     | Annotated[BackboneMerge, Tag("BackboneMerge")],
     Discriminator(_backbone_form),

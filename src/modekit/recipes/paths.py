@@ -23,20 +23,6 @@ def may_be_hub_id(spec: str) -> bool:
     return spec.count("/") == 1 and not spec.startswith((".", "/", "~"))
 
 
-def sides_of(spec: str, root: Path) -> tuple[str, str] | None:
-    """The names of the two files that are one parallel text, `news.en+news.fr`: None where it names something itself, or no two
-    files. A file may have a '+' in its name: the one that joins two has a file on either side.
-    """
-    if "+" not in spec or locate(spec, root) is not None:
-        return None
-    for place in (place for place, sign in enumerate(spec) if sign == "+"):
-        sides = spec[:place], spec[place + 1 :]
-        found = [locate(side, root) if side else None for side in sides]
-        if all(path is not None and path.is_file() for path in found):
-            return sides
-    return None
-
-
 def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
     """The recipe with every path on disk, relative to `root`, said relative to another folder. Hub ids stay as they are."""
 
@@ -47,12 +33,12 @@ def from_folder(recipe: RecipePart, root: Path, folder: Path) -> RecipeData:
         relative = os.path.relpath(root / spec, folder)
         return relative if relative.startswith("..") else f"./{relative}"
 
-    return with_specs(recipe, _each_side(moved, root))
+    return with_specs(recipe, moved)
 
 
 def with_names(recipe: RecipePart, root: Path) -> RecipeData:
     """The recipe with every path, relative to `root`, cut to its last name: ./medicine. Hub ids stay as they are."""
-    return with_specs(recipe, _each_side(lambda spec: name_of(spec, root), root))
+    return with_specs(recipe, lambda spec: name_of(spec, root))
 
 
 def name_of(spec: str, root: Path) -> str:
@@ -62,15 +48,6 @@ def name_of(spec: str, root: Path) -> str:
         return spec
     name = Path(spec).name
     return f"./{name if name not in ('', '..') or folder is None else folder.name}"
-
-
-def _each_side(moved: Callable[[str], str], root: Path) -> Callable[[str], str]:
-    """`moved`, for the two files of a parallel text each."""
-
-    def moved_sides(spec: str) -> str:
-        return "+".join(map(moved, sides_of(spec, root) or (spec,)))
-
-    return moved_sides
 
 
 def with_specs(recipe: RecipePart, moved: Callable[[str], str]) -> RecipeData:

@@ -273,12 +273,8 @@ class Recipe(Strict):
         whole = not any(expert.is_low_rank or expert.layers for expert in self.experts)
         if mixture.modules == "all" and mixture.backbone != BASE and whole:
             yield "mixture.backbone has no effect with modules: all, where experts bring everything; remove it"
-        if mixture.merge is not None:
-            merged = [expert for expert in self.experts if not expert.is_base]
-            if not merged:
-                yield "mixture.backbone cannot be merged: every expert is 'base'"
-            elif mixture.merge.method == "slerp" and len(merged) != 2:
-                yield f"mixture.backbone: slerp goes between exactly two experts; found {len(merged)} besides 'base'"
+        if mixture.merge is not None and all(expert.is_base for expert in self.experts):
+            yield "mixture.backbone cannot be merged: every expert is 'base'"
 
     def _problems_of_text(self) -> Iterator[str]:
         silent = [expert.name for expert in self.experts if not expert.text and not expert.prompts]

@@ -73,7 +73,7 @@ def kept_or_text(
         return kept
     sequences = read_examples(tokenizer, documents, expert, settings, most=most)
     if not sequences:
-        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'", most=most)
+        raise none_fits(documents, settings.sequence_length, where=f"experts[{place}] '{expert.name}'")
     tokens = sum(sequence.size for sequence in sequences)
     return FitText(sequences, {"text": {**record, "tokens": tokens}, "how": how})
 

@@ -35,7 +35,7 @@ class ChatTemplate:
             raise TextError(
                 "the tokenizer's chat template does not take these messages",
                 where=str(self._tokenizer.name_or_path),
-                found=f"{str(error)[:300]} (messages of {_shown(messages)})",
+                found=f"{str(error)[:300]} (in {str(messages)[:100]})",
                 remedy="correct the messages, or the template",
             ) from None
         return str(written).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
@@ -48,17 +48,12 @@ class ChatTemplate:
     def turn(self) -> str | None:
         """What stands between an answer and what the user says next; None where that cannot be said."""
         said = [message_of("user", "."), message_of("assistant", _ANSWER), message_of("user", _USER)]
-        try:
-            _, answer, rest = self.text(said).partition(_ANSWER)
-        except TextError:
-            return None
-        between, user, _ = rest.partition(_USER)
-        return between if answer and user else None
+        found = self._parts(said, _ANSWER, _USER)
+        return None if found is None else found[1]
 
     def opening(self, messages: Sequence[Message]) -> int:
         """Tokens before what the user says first."""
-        system = messages[0]["content"] if messages[0]["role"] == "system" else None
-        found = self.around(system)
+        found = self.around(messages[0]["content"] if messages[0]["role"] == "system" else None)
         return 0 if found is None else len(self.ids(found[0]))
 
     def _around(self, system: str | None) -> tuple[str, str] | None:
@@ -67,19 +62,16 @@ class ChatTemplate:
         `system` None: without a message of the system, for which templates may put one of their own.
         """
         above = [] if system is None else [message_of("system", system)]
-        said = [*above, message_of("user", _USER), message_of("assistant", _ANSWER)]
+        return self._parts([*above, message_of("user", _USER), message_of("assistant", _ANSWER)], _USER, _ANSWER)
+
+    def _parts(self, said: Sequence[Message], first: str, second: str) -> tuple[str, str] | None:
+        """What stands before the first of two contents, and between them."""
         try:
-            before, user, rest = self.text(said).partition(_USER)
+            before, one, rest = self.text(said).partition(first)
         except TextError:
             return None
-        between, answer, _ = rest.partition(_ANSWER)
-        return (before, between) if user and answer else None
-
-
-def _shown(messages: Sequence[Message]) -> str:
-    """Roles, and how the first message begins, by which it can be found."""
-    roles = ", ".join(message["role"] for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
-    return f"{roles}: {messages[0]['content'][:60]!r}" if messages else "nobody"
+        between, other, _ = rest.partition(second)
+        return (before, between) if one and other else None
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

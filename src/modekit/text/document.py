@@ -74,17 +74,16 @@ def message_of(role: str, content: str) -> Message:
 
 def whole_pair(source: str, target: str, *, where: str) -> Pair:
     """The pair of two sides without the space around them. Raises TextError when one is empty."""
-    sides = {"source": source.strip(), "target": target.strip()}
-    empty = [name for name, side in sides.items() if not side]
-    if empty:
+    pair = Pair(source.strip(), target.strip())
+    if not (pair.source and pair.target):
         raise TextError(
-            f"a pair has an empty {' and an empty '.join(empty)}",
+            f"a pair has an empty {' and an empty '.join(name for name, side in vars(pair).items() if not side)}",
             where=where,
-            found=f"{sides['source'][:30]!r} and {sides['target'][:30]!r}",
+            found=f"{pair.source[:30]!r} and {pair.target[:30]!r}",
             expected="text on both sides",
             remedy="fill in what is missing, or remove the pair",
         )
-    return Pair(**sides)
+    return pair
 
 
 def both_kinds(*, where: str | None = None, found: str | None = None) -> TextError:
@@ -108,17 +107,9 @@ def check_kind(documents: Iterable[Document], reads: Reads, *, where: str) -> No
 def other_kind(reads: Reads, *, where: str | None = None, found: str | None = None) -> TextError:
     """The error of text that is not of the kind that a model reads."""
     if reads == "pairs":
-        return TextError(
-            "a model with an encoder needs pairs of source and target, and this is plain text",
-            where=where,
-            found=found,
-            expected='{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
-            "or two files with a line for a line: news.en+news.fr",
-            remedy="give parallel text; a record that has a 'text', too, is read as that alone: take it out",
-        )
-    return TextError(
-        "a model without an encoder reads plain text, and these are pairs of source and target",
-        where=where,
-        found=found,
-        remedy="give plain text, or write source and target of each pair into one text",
-    )
+        what, remedy = "a model with an encoder needs pairs of source and target, and this is plain text", "give parallel text"
+        expected = '{"source": "...", "target": "..."} or {"translation": {"en": "...", "fr": "..."}} per line of a .jsonl, '
+        expected += "without a 'text'; or such columns of a .tsv"
+        return TextError(what, where=where, found=found, expected=expected, remedy=remedy)
+    what, remedy = "a model without an encoder reads plain text, and these are pairs of source and target", "give plain text"
+    return TextError(what, where=where, found=found, remedy=f"{remedy}, or write source and target of each pair into one text")

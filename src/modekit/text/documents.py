@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from sys import getsizeof
 
@@ -12,13 +12,12 @@ from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
-from modekit.text.formats import RECORDS, SEARCHED, SUFFIXES, aligned_files, read_aligned, read_file, read_hub
+from modekit.text.formats import RECORDS, SEARCHED, SUFFIXES, read_file, read_hub
 from modekit.text.records import TextRecord
 from modekit.text.splits import digest_of
 
 MOST_TEXT = 2**28
 """Bytes in memory of the documents of one text: 60 million tokens or so, far more than any fit or evaluation reads."""
-_BEGINNING = 64  # records of a file, and files of a text, that are looked at
 
 
 def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Document]:
@@ -26,9 +25,9 @@ def read_documents(specs: Sequence[str], *, root: Path, where: str) -> list[Docu
 
     Plain text (.txt, .md, .py) is cut into passages of about 2,000 characters, at blank lines or, where there are none, at
     line ends; .jsonl, .parquet, .csv and .tsv hold one document per record, text in `text`, a conversation in `messages`, a
-    pair in `source` and `target` or in `translation`, or a prompt and its answer (records.py). Two plain files named as one,
-    `news.en+news.fr`, are a pair per line. Anything that is no path is taken for a hub data set (split `train`). Of more than
-    MOST_TEXT those are kept that come first in this order: a sample by the hash, whatever the order of the files.
+    pair in `source` and `target` or in `translation`, or a prompt and its answer (records.py). Anything that is no path is
+    taken for a hub data set (split `train`). Of more than MOST_TEXT those are kept that come first in this order: a sample by
+    the hash, whatever the order of the files.
 
     Raises TextError when nothing is there, it is empty or binary, or some of it is pairs and some is not.
     """
@@ -95,82 +94,48 @@ def stream_records(specs: Sequence[str], *, root: Path, where: str) -> Iterator[
                 yield TextRecord(text, record.id) if isinstance(record.document, str) else record
 
 
-def check_beginnings(specs: Sequence[str], *, root: Path, where: str) -> None:
-    """Raise TextError for what is wrong with the beginning of a text: with that of some of its files, not with all of it."""
-    for spec in specs:
-        for records in islice(_by_file(spec, root=root, where=where), _BEGINNING):
-            for _ in islice(records, _BEGINNING):
-                pass
-
-
 def _by_file(spec: str, *, root: Path, where: str) -> Iterator[Iterator[TextRecord]]:
     """The records of each file of a text."""
-    path, both = locate(spec, root), aligned_files(spec, root)
-    if both is not None:
-        yield map(TextRecord, read_aligned(*both, where=where))
-    elif path is None:
+    path = locate(spec, root)
+    if path is None:
         check_present([spec], root=root, where=where)
         yield read_hub(spec, where=where)
-    else:
-        files = _files_in(path)
-        if not files:
-            raise TextError(
-                "the folder holds no text",
-                where=where,
-                found=str(path),
-                expected=", ".join(SEARCHED),
-                remedy="put text there, or correct the path",
-            )
-        for file in files:
-            relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
-            records = read_file(file, where=where)
-            yield records if file.suffix in RECORDS else _named(records, relative)
-
-
-def _named(records: Iterator[TextRecord], name: str) -> Iterator[TextRecord]:
-    return (TextRecord(record.document, name) for record in records)
+        return
+    files = _files_in(path)
+    if not files:
+        raise TextError(
+            "the folder holds no text",
+            where=where,
+            found=str(path),
+            expected=", ".join(SEARCHED),
+            remedy="put text there, or correct the path",
+        )
+    for file in files:
+        relative = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
+        records = read_file(file, where=where)
+        yield records if file.suffix in RECORDS else (TextRecord(each.document, relative) for each in records)
 
 
 def is_local(spec: str, root: Path) -> bool:
-    """Whether a text is a file or folder, or two files joined by '+', there or not, rather than a hub data set."""
-    named = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or "+" in spec  # no data set has a '+' in its name
-    return named or locate(spec, root) is not None
+    """Whether a text is a file or folder, there or not, rather than a hub data set."""
+    return spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or locate(spec, root) is not None
 
 
 def check_present(specs: Sequence[str], *, root: Path, where: str) -> None:
     """Raise TextError when a text on disk is not there; nothing is read."""
     for spec in specs:
-        if is_local(spec, root) and _files_of(spec, root) is None:
-            remedy = "correct the paths: 'a+b' are two files with a line for a line" if "+" in spec else "correct the path"
-            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy=remedy)
-
-
-def found_in(documents: Sequence[Document], specs: Sequence[str], root: Path) -> str:
-    """What `read_documents` found there, in words: 1 document in 1 file."""
-    found = [_files_of(spec, root) for spec in specs]
-    counts = [(sum(len(files) for files in found if files is not None), "file"), (found.count(None), "data set")]
-    return f"{_counted(len(documents), 'document')} in " + " and ".join(_counted(*each) for each in counts if each[0])
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "s")
+        if is_local(spec, root) and locate(spec, root) is None:
+            raise TextError("the text does not exist", where=where, found=str(root / spec), remedy="correct the path")
 
 
 def bytes_of_text(specs: Sequence[str], root: Path) -> int:
     """How much there is to read on disk, about: files that cannot be looked at, and hub data sets, count nothing."""
     total = 0
-    for file in (file for spec in specs for file in _files_of(spec, root) or ()):
-        with suppress(OSError):
-            total += file.stat().st_size
+    for path in (path for spec in specs if (path := locate(spec, root)) is not None):
+        for file in _files_in(path):
+            with suppress(OSError):
+                total += file.stat().st_size
     return total
-
-
-def _files_of(spec: str, root: Path) -> list[Path] | None:
-    """The files that a text is read from; None of what is not on disk."""
-    path, both = locate(spec, root), aligned_files(spec, root)
-    if path is None:
-        return None if both is None else list(both)
-    return _files_in(path)
 
 
 def _files_in(path: Path) -> list[Path]:

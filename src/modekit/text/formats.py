@@ -1,4 +1,4 @@
-"""Files of text and hub data sets -> records: plain text, a record per line, tables, two files with a pair per line."""
+"""Files of text and hub data sets -> records: plain text, a record per line, tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 
 from modekit.errors import TextError
 from modekit.files.read import open_regular
-from modekit.recipes.paths import locate, sides_of
-from modekit.text.document import Pair, whole_pair
 from modekit.text.plain import LARGEST, lines_of, passages
 from modekit.text.records import KEYS, TextRecord, no_record, record_of
 
@@ -35,11 +33,10 @@ def read_file(file: Path, *, where: str) -> Iterator[TextRecord]:
             where=place,
             found=file.suffix or "no suffix",
             expected=", ".join(SUFFIXES),
-            remedy="unpack it, or save it as .txt (plain text) or .jsonl (a record per line); a side of parallel text is named "
-            f"with the other: {file.name}+OTHER",
+            remedy="unpack it, or save it as .txt or .jsonl; parallel text as .tsv with the columns source and target",
         )
     try:
-        with _opened(file) as stream:
+        with io.BufferedReader(open_regular(file)) as stream:
             if file.suffix == ".parquet":
                 yield from _records_of(_read_parquet(stream, where=place), where=place)
             elif file.suffix in _SEPARATED:
@@ -50,10 +47,6 @@ def read_file(file: Path, *, where: str) -> Iterator[TextRecord]:
                 yield from map(TextRecord, passages(lambda: lines_of(stream, where=place)))
     except OSError as error:
         raise TextError("the text cannot be read", where=place, found=error.strerror, remedy="make it readable") from None
-
-
-def _opened(file: Path) -> io.BufferedReader:
-    return io.BufferedReader(open_regular(file))
 
 
 def _read_lines(stream: io.BufferedReader, *, where: str) -> Iterator[TextRecord]:
@@ -128,61 +121,21 @@ def _read_parquet(stream: io.BufferedReader, *, where: str) -> Iterator[Mapping[
         ) from None
 
 
-def aligned_files(spec: str, root: Path) -> tuple[Path, Path] | None:
-    """The two files that `news.en+news.fr` names, source and target; None where it names something itself, or no two files."""
-    sides = sides_of(spec, root)
-    if sides is None:
-        return None
-    source, target = (locate(side, root) for side in sides)
-    return None if source is None or target is None else (source, target)
-
-
-def read_aligned(source: Path, target: Path, *, where: str) -> Iterator[Pair]:
-    """A pair per line of two files; a line that is empty in both is none.
-
-    Raises TextError when one has more lines than the other, a line is empty in one alone, or they cannot be read.
-    """
-    counts = [0, 0]
-    try:
-        with _opened(source) as first, _opened(target) as second:
-            lines = (lines_of(first, where=f"{where}: {source.name}"), lines_of(second, where=f"{where}: {target.name}"))
-            for number, (ours, theirs) in enumerate(zip_longest(*lines), 1):
-                counts = [counts[0] + (ours is not None), counts[1] + (theirs is not None)]
-                if ours is not None and theirs is not None and (ours.strip() or theirs.strip()):
-                    yield whole_pair(ours, theirs, where=f"{where}: line {number} of {source.name} and {target.name}")
-    except OSError as error:
-        raise TextError("the text cannot be read", where=where, found=error.strerror, remedy="make it readable") from None
-    if counts[0] != counts[1]:
-        raise TextError(
-            "two files of parallel text have different numbers of lines",
-            where=where,
-            found=f"{source.name}: {counts[0]:,} lines, {target.name}: {counts[1]:,} lines",
-            expected="a line for a line",
-            remedy="align the files: line 1 of one is the translation of line 1 of the other",
-        )
-
-
 def read_hub(spec: str, *, where: str) -> Iterator[TextRecord]:
     """The documents of a hub data set (split `train`). Raises TextError when there is none that can be reached."""
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise TextError(
-            "no such file or folder, and hub data sets cannot be read without the library",
-            where=where,
-            found=spec,
-            remedy="correct the path, or pip install 'modekit[data]' for hub data sets",
-        ) from None
-    try:
+
         rows = islice(load_dataset(spec, split="train", streaming=True), _HUB_DOCUMENTS)
         yield from _records_of(rows, where=f"{where}: {spec}")
     except TextError:
         raise
-    except Exception as error:  # network, missing data set, missing split: the library raises many kinds
+    except Exception as error:  # no library, no network, no data set, no such split: many kinds are raised
         said = " ".join(str(error).split())[:300]
         raise TextError(
             "no such file or folder, and no hub data set that can be read",
             where=where,
             found=f"{spec}: {type(error).__name__}: {said}",
-            remedy="correct the path, or connect to the hub; a data set without a split 'train' is saved as a file first",
+            remedy="correct the path, or pip install 'modekit[data]' and connect to the hub; save a data set without a split "
+            "'train' as a file first",
         ) from None

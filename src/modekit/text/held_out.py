@@ -29,16 +29,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.errors import TextError
-from modekit.recipes.recipe import Expert, Recipe
+from modekit.recipes.recipe import WRITTEN_FOLDER, Expert, Recipe
 from modekit.sources.family import Reads
-from modekit.text.document import Document, check_kind, reads_of
-from modekit.text.documents import check_present, found_in, read_documents
+from modekit.text.document import Document, check_kind, reads_of, text_of
+from modekit.text.documents import bytes_of_text, check_present, is_local, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
-from modekit.text.written import check_written
+from modekit.text.written import check_written, is_written
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
+_WHOLE = 2**22  # bytes of a text that is read whole before anything is written
+_PACKED = 8  # as many bytes of text as this has one of a parquet file, about
+_FEWEST_DOCUMENTS, _FEWEST_CHARACTERS = 10, 2_000  # of a text that says what its domain is
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,21 @@ class DomainText:
         """What may set and train."""
         return documents_of_split(self.documents, "fit")
 
-    def select(self, seen: Collection[str] = ()) -> list[Document]:
-        """What may choose, less documents whose marks are `seen`."""
-        return unseen(documents_of_split(self.documents, "select"), seen)
+    def select(self) -> list[Document]:
+        """What may choose, if nothing was made from it."""
+        return documents_of_split(self.documents, "select")
 
-    def report(self, seen: Collection[str] = ()) -> list[Document]:
-        """What may be shown, less documents whose marks are `seen`."""
-        return unseen(documents_of_split(self.documents, "report"), seen)
+    def report(self) -> list[Document]:
+        """What may be shown, if nothing was made from it or chosen by it."""
+        return documents_of_split(self.documents, "report")
 
     def nothing_left(self, what: str, *, expected: str | None = None, remedy: str = MORE) -> TextError:
         """The error to raise when no document is left, with what there was."""
         return TextError(what, where=self.where, found=self.found, expected=expected, remedy=remedy)
 
-    def none_fits(self, documents: Sequence[Document], sequence_length: int, *, most: int | None = None) -> TextError:
-        """The error to raise when no sequence could be made of some of them, be it of at most `most` tokens altogether."""
-        return none_fits(documents, sequence_length, where=self.where, found=self.found, most=most)
+    def none_fits(self, documents: Sequence[Document], sequence_length: int) -> TextError:
+        """The error to raise when no sequence could be made of some of them."""
+        return none_fits(documents, sequence_length, where=self.where, found=self.found)
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,67 @@ class HeldOutText:
     text: DomainText
     used: int = 0
 
+    @classmethod
+    def of(
+        cls, name: str, expert: int | None, documents: Sequence[Document], text: DomainText, used: Collection[str]
+    ) -> HeldOutText:
+        """Without documents whose marks are `used`."""
+        left = unseen(documents, used)
+        return cls(name, expert, left, text, len(documents) - len(left))
+
 
 def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
     """The text that files, folders and data sets give together. Raises TextError when there is none."""
     documents = read_documents(specs, root=root, where=where)
-    return DomainText(documents, where, found_in(documents, specs, root))
+    return DomainText(documents, where, f"{len(documents):,} document{'' if len(documents) == 1 else 's'}")
 
 
-def check_texts_present(recipe: Recipe, root: Path) -> None:
-    """Raise TextError where a text that a recipe names on disk is not there, whoever would read it; nothing is read."""
+def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
+    """Look at the texts of a recipe whose base `reads` plain text or pairs, before anything is written; what to say of them.
+
+    Small ones are read. Raises TextError for a text that is not there, and for what is wrong with one that is read.
+    """
+    notes, writers = list[str](), list[str]()
     for place, expert in enumerate(recipe.experts):
-        if not expert.writes_text:
-            check_present(expert.texts, root=root, where=f"experts[{place}] '{expert.name}': text")
-    for domain, texts in recipe.eval.items():
-        check_present(texts, root=root, where=f"eval.{domain}")
+        where = _where(expert, place)
+        if expert.writes_text and not is_written(expert, root):
+            if reads == "pairs":
+                raise TextError(
+                    "a model with an encoder cannot write text of its own",
+                    where=where,
+                    found="self",
+                    expected="pairs of source and target",
+                    remedy="give parallel text",
+                )
+            writers.append(expert.name)
+            continue
+        text = _small(expert.texts, root, where)
+        if recipe.mixture.needs_text and (text is not None or not expert.text):
+            fit_documents(expert, root, place, reads=reads)
+        characters = _FEWEST_CHARACTERS if text is None else sum(len(text_of(document)) for document in text.documents)
+        if text is not None and (len(text.documents) < _FEWEST_DOCUMENTS or characters < _FEWEST_CHARACTERS):
+            notes.append(
+                f"{expert.name}: its text is {text.found} with {characters:,} characters, too little to learn a domain from; "
+                "hundreds of documents are better"
+            )
+    for domain, specs in recipe.eval.items():
+        _small(specs, root, f"eval.{domain}")
+    if writers:
+        notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
+    return notes
+
+
+def _small(specs: Sequence[str], root: Path, where: str) -> DomainText | None:
+    """A text; None where there is none, it is not on this disk, or it is large. Raises TextError."""
+    check_present(specs, root=root, where=where)
+    if not specs or not all(is_local(spec, root) for spec in specs):
+        return None
+    size = sum(bytes_of_text([spec], root) * (_PACKED if spec.endswith(".parquet") else 1) for spec in specs)
+    return read_text(specs, root=root, where=where) if size <= _WHOLE else None
+
+
+def _where(expert: Expert, place: int) -> str:
+    return f"experts[{place}] '{expert.name}': text"
 
 
 def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None = None) -> list[Document]:
@@ -103,7 +153,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
 
     Raises TextError when none are left, and where they are not what the base `reads` (None: not known).
     """
-    where = f"experts[{place}] '{expert.name}': text"
+    where = _where(expert, place)
     check_written(expert, root, where)
     text = read_text(expert.texts, root=root, where=where) if expert.text else DomainText((), where, None)
     fit, prompts = text.fit(), expert.prompts or []
@@ -112,7 +162,7 @@ def fit_documents(expert: Expert, root: Path, place: int, *, reads: Reads | None
     if prompts and "pairs" in (reads, *map(reads_of, fit)):
         raise TextError(
             "prompts are plain text, and cannot be combined with pairs",
-            where=f"experts[{place}] '{expert.name}': prompts",
+            where=where.replace(": text", ": prompts"),
             found=repr(prompts[0][:60]),
             expected="no prompts: a model with an encoder needs a target for every source",
             remedy="remove them, or give them with their targets as text",
@@ -146,7 +196,8 @@ class RecipeTexts:
 
     def own(self, place: int) -> DomainText | None:
         """All of experts[place].text."""
-        expert, where = self._recipe.experts[place], f"experts[{place}] '{self._recipe.names[place]}': text"
+        expert = self._recipe.experts[place]
+        where = _where(expert, place)
         check_written(expert, self._root, where)
         return self._text(expert.texts, where) if expert.text else None
 
@@ -157,12 +208,12 @@ class RecipeTexts:
 
     def select_of(self, text: DomainText) -> list[Document]:
         """The documents of a text, one of the recipe's or another, that may choose."""
-        return text.select(self._made)
+        return unseen(text.select(), self._made)
 
     def select(self) -> list[HeldOutText]:
         """What may choose, of every expert that has text: its own, else what `eval` gives for its domain."""
         texts = [(place, name, self.own(place) or self._given(name)) for place, name in enumerate(self._recipe.names)]
-        return [_held_out(name, place, text.select(), text, self._made) for place, name, text in texts if text is not None]
+        return [HeldOutText.of(name, place, text.select(), text, self._made) for place, name, text in texts if text is not None]
 
     def report(self, seen: Collection[str] = ()) -> list[HeldOutText]:
         """What may be shown, of the experts' domains and then of unseen ones: all that `eval` gives, else the experts' own.
@@ -176,10 +227,10 @@ class RecipeTexts:
         for name in [*names, *(name for name in self._recipe.eval if name not in names)]:
             place = names.index(name) if name in names else None
             given, own = self._given(name), None if place is None else self.own(place)
-            if given is not None:
-                found.append(_held_out(name, place, given.documents, given, used))
-            elif own is not None:
-                found.append(_held_out(name, place, own.report(), own, used))
+            text = given or own
+            if text is not None:
+                shown = text.documents if given is not None else text.report()
+                found.append(HeldOutText.of(name, place, shown, text, used))
         return found
 
     def _given(self, name: str) -> DomainText | None:
@@ -189,13 +240,6 @@ class RecipeTexts:
         if where not in self._read:
             self._read[where] = read_text(specs, root=self._root, where=where)
         return self._read[where]
-
-
-def _held_out(
-    name: str, expert: int | None, documents: Sequence[Document], text: DomainText, used: Collection[str]
-) -> HeldOutText:
-    left = unseen(documents, used)
-    return HeldOutText(name, expert, left, text, len(documents) - len(left))
 
 
 def _marks(digests: Iterable[str]) -> set[str]:

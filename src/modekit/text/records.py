@@ -81,9 +81,7 @@ def _document_of(data: _Data, where: str) -> Document | None:
 
 def _is_empty(data: _Data) -> bool:
     """Whether what a document would be made of is there, and null or empty, as tables have it."""
-    if any(key in data and not data[key] for key in (MESSAGES, _TURNS)):
-        return True
-    if TEXT in data and not str(data[TEXT] or "").strip():
+    if any(key in data and not data[key] for key in (MESSAGES, _TURNS)) or (TEXT in data and not str(data[TEXT] or "").strip()):
         return True
     said = [data[key] for key in (*_ASKED, *_GIVEN, *_ANSWERED) if key in data]
     return bool(said) and not any(said)

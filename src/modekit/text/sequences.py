@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from modekit.errors import TextError
 from modekit.text.chat import ChatTemplate, chat_template_of, needed_template
 from modekit.text.document import Conversation, Document, Pair, both_kinds, reads_of
-from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
+from modekit.text.tags import opening_ids, place_of_tag, split_tag
 
 if TYPE_CHECKING:
     import torch
@@ -157,21 +157,16 @@ def encode(
     return sequences
 
 
-def none_fits(
-    documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None, most: int | None = None
-) -> TextError:
-    """The error of documents that `encode` has made no sequence of, be it of at most `most` tokens altogether."""
+def none_fits(documents: Sequence[Document], sequence_length: int, *, where: str, found: str | None = None) -> TextError:
+    """The error of documents that `encode` has made no sequence of."""
     if "pairs" not in map(reads_of, documents):
         return TextError("the text is shorter than two tokens", where=where, found=found, remedy="give more text")
-    few = most is not None and most < 2 * sequence_length  # a first pair that is larger is the end, however short its sides
-    longer = "read more tokens" if few else "ask for a longer sequence_length, up to the model's positions"
-    count = f"{len(documents)} pair{'' if len(documents) == 1 else 's'}, of which every one is longer"
     return TextError(
         "no pair is short enough to be read",
         where=where,
-        found=f"{found}: {count}" if found else count,
-        expected=f"sides of at most {sequence_length} tokens" + (f", and of {most} together" if few else ""),
-        remedy=f"give shorter pairs, or {longer}",
+        found=found or f"{len(documents)} longer pairs",
+        expected=f"sides of at most {sequence_length} tokens",
+        remedy="give shorter pairs, or ask for more tokens and a longer sequence_length, up to the model's positions",
     )
 
 
@@ -220,24 +215,20 @@ class _Writer:
     def written(self, document: str | Conversation, wanted: int) -> _Written:
         """Of a long one at least the first `wanted` tokens. Raises TextError for messages without a template."""
         if isinstance(document, Conversation):
-            template = self._template
-            if template is None and not document.is_exchange:
-                template = needed_template(self.tokenizer, "messages")
-            if template is not None:
+            if self._template is not None or not document.is_exchange:
+                template = self._template or needed_template(self.tokenizer, "messages")
                 text = template.text(document.messages)
                 ids, offsets = _tokenise(self.tokenizer, text, wanted, whole=True)
                 return _Written(text, ids, offsets, template.opening(document.messages))
             document = document.text
-        tag = leading_tag(self.tokenizer, document)
-        text = document if tag is None else without_tag(document)
+        tag, text = split_tag(self.tokenizer, document)
         return _Written(text, *_tokenise(self.tokenizer, text, wanted), tag=tag)
 
     def pair(self, pair: Pair, longest: int) -> TokenSequence | None:
         """A pair as the tokenizer writes sources and targets; None when a side has no token, or more than `longest`."""
         if max(len(pair.source), len(pair.target)) > _LONG:  # longer than any sequence
             return None
-        tag = leading_tag(self.tokenizer, pair.source)
-        source = pair.source if tag is None else without_tag(pair.source)
+        tag, source = split_tag(self.tokenizer, pair.source)
         ids: list[int] = self.tokenizer(source, verbose=False)["input_ids"]
         target: list[int] = self.tokenizer(text_target=pair.target, verbose=False)["input_ids"]
         if not 0 < min(len(ids), len(target)) <= max(len(ids) + (tag is not None), len(target)) <= longest:

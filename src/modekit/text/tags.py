@@ -55,42 +55,28 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
     """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one, and for text that
     begins with a tag already: two could say different things.
     """
-    found = list(documents)
-    if any(_source_of(document) is None for document in found):
+    found = none_tagged(tokenizer, documents, where=where)
+    if any(isinstance(document, Conversation) for document in found):
         raise TextError(
             "a conversation has no place for a tag: its template decides what comes first",
             where=where,
             expected="text, or pairs",
             remedy="leave --tags away, or give the conversations as text",
         )
-    remedy = f"take the tags out of the text: {tag_of(label)} is put before it"
-    _check_untagged(tokenizer, found, "a text begins with a tag already", where=where, remedy=remedy)
     return [tagged(document, label) for document in found]
 
 
 def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, where: str) -> list[Document]:
-    """Documents of no domain as they are. Raises TextError for text that begins with a tag: it is read without one."""
-    found, remedy = list(documents), "take the tags out of the text, or give it as text of its domain"
-    _check_untagged(tokenizer, found, "text of no domain begins with a tag", where=where, remedy=remedy)
-    return found
-
-
-def _check_untagged(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], what: str, *, where: str, remedy: str
-) -> None:
-    """Raise TextError for a text, or source, that begins with a tag, also behind special tokens of the tokenizer."""
-    opening = [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
-    for document in documents:
-        rest = source = _source_of(document) or ""
+    """Documents as they are. Raises TextError for text, or a source, that begins with a tag, also behind special tokens."""
+    found, opening = list(documents), [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
+    for document in (each for each in found if not isinstance(each, Conversation)):
+        rest = source = document.source if isinstance(document, Pair) else document
         for token in opening:
             rest = rest.removeprefix(token).lstrip()
         if leading_tag(tokenizer, rest) is not None:
-            raise TextError(what, where=where, found=shortened(source), expected="text without its tag", remedy=remedy)
-
-
-def _source_of(document: Document) -> str | None:
-    """What a tag stands before; None of a conversation, which has no place for one."""
-    return document.source if isinstance(document, Pair) else document if isinstance(document, str) else None
+            remedy = "take the tags out of the text"
+            raise TextError("a text begins with a tag already", where=where, found=shortened(source), remedy=remedy)
+    return found
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:
@@ -102,9 +88,10 @@ def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None
     return None if found is None or found == tokenizer.unk_token_id else found
 
 
-def without_tag(document: str) -> str:
-    """The text behind a leading tag: of the white space before it the one space that `tagged` writes is taken away."""
-    return document.partition(_CLOSES)[2].removeprefix(" ")
+def split_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[int | None, str]:
+    """The tag that a document begins with, and the text behind it without the one space that `tagged` writes."""
+    tag = leading_tag(tokenizer, document)
+    return tag, document if tag is None else document.partition(_CLOSES)[2].removeprefix(" ")
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -125,46 +112,35 @@ def place_of_tag(opening: tuple[int, ...], ids: Sequence[int]) -> int:
 def add_tags(tokenizer: PreTrainedTokenizerBase, labels: Iterable[str], *, where: str) -> tuple[int, ...]:
     """Give the tokenizer a reserved token for every label that it has none for; ids of the new ones, in order.
 
-    No text is ever cut into a part of one. Where a tag and a space are written by hand before a text that begins with no white
-    space, what follows is cut as it would be without them, where the tokenizer can do that; what modekit reads never depends
-    on it (sequences.py). Raises SourceError where the tokenizer cannot keep a tag whole.
+    No text is ever cut into a part of one. Where a tag and a space are written by hand before a text, what follows is cut as it
+    would be without them, where the tokenizer can do that. Raises SourceError where it cannot keep a tag whole.
     """
     known = set(labels_of(tokenizer))
     new = [tag_of(label) for label in dict.fromkeys(labels) if label not in known]
-    if new:
-        _add(tokenizer, new, strips=_strips(tokenizer))
+    alone: list[int] = tokenizer(_SAMPLE)["input_ids"]
+    strips = bool(new) and _cut_behind_tag(tokenizer, False) != alone == _cut_behind_tag(tokenizer, True)
+    _add(tokenizer, new, strips)
+    added: dict[str, int] = tokenizer.get_added_vocab()
     for tag in new:
-        _check_whole(tokenizer, tag, where)
-    return tuple(tokenizer.get_added_vocab()[tag] for tag in new)
+        ids: list[int] = tokenizer(f"{tag} {_SAMPLE}")["input_ids"]
+        if tag not in added or ids.count(added[tag]) != 1:
+            raise SourceError(
+                "the tokenizer has no place for a tag: it does not keep an added token whole",
+                where=where,
+                found=f"{tag} is read as {ids[:8]}",
+                remedy="use a base with another tokenizer, or leave --tags away",
+            )
+    return tuple(added[tag] for tag in new)
 
 
-def _add(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], *, strips: bool) -> None:
+def _add(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], strips: bool) -> None:
     from transformers import AddedToken
 
-    added = [AddedToken(tag, special=True, normalized=False, rstrip=strips) for tag in tags]
-    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False, rstrip=strips) for tag in tags], special_tokens=True)
 
 
-def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether tags are to take the space behind them along: where a text is cut so as it is without one, and only so."""
-    alone: list[int] = tokenizer(_SAMPLE)["input_ids"]
-    tag = tag_of("any")
-    for strips in (False, True):
-        other = copy.deepcopy(tokenizer)
-        _add(other, [tag], strips=strips)
-        ids: list[int] = other(f"{tag} {_SAMPLE}")["input_ids"]
-        if [each for each in ids if each != other.get_added_vocab().get(tag)] == alone:
-            return strips
-    return False
-
-
-def _check_whole(tokenizer: PreTrainedTokenizerBase, tag: str, where: str) -> None:
-    found = tokenizer.get_added_vocab().get(tag)
-    ids: list[int] = tokenizer(f"{tag} {_SAMPLE}")["input_ids"]
-    if found is None or ids.count(found) != 1:
-        raise SourceError(
-            "the tokenizer has no place for a tag: it does not keep an added token whole",
-            where=where,
-            found=f"{tag} is read as {ids[:8]}",
-            remedy="use a base with another tokenizer, or leave --tags away",
-        )
+def _cut_behind_tag(tokenizer: PreTrainedTokenizerBase, strips: bool) -> list[int]:
+    """Tokens of a text behind a tag, which takes the space along or not."""
+    other, tag = copy.deepcopy(tokenizer), tag_of("any")
+    _add(other, [tag], strips)
+    return [each for each in other(f"{tag} {_SAMPLE}")["input_ids"] if each != other.get_added_vocab().get(tag)]

@@ -165,14 +165,10 @@ def check_written(expert: Expert, root: Path, where: str) -> None:
 def written_notes(recipe: Recipe, root: Path) -> Iterator[str]:
     """What has to be said of a result that was measured on text which experts wrote themselves."""
     given = [expert for expert in recipe.experts if expert.writes_text and expert.name not in recipe.eval]
-    wrote: dict[str, list[str]] = {}
     for expert in given:
         known = read_written(written_file(expert, root))
         if known is not None:
-            against = f"against the base (weight {known.made.against:g})" if known.made.against else "as the base"
-            said = f"{known.documents} documents of at most {known.made.tokens} tokens, {against}, seed {known.made.seed}"
-            wrote.setdefault(said, []).append(expert.name)
-    yield from (f"text written by {', '.join(names)}: {said}" for said, names in wrote.items())
+            yield f"text written by {expert.name}: {known.documents} documents of at most {known.made.tokens} tokens"
     if given:
         names = ", ".join(expert.name for expert in given)
         yield (

@@ -126,8 +126,7 @@ def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[Doc
     held_out = reader.encode(select, name, expert, max_tokens=settings.select_tokens)
     for documents, found, what in ((fit, sequences, "training"), (select, held_out, "comparing states")):
         if not found and documents:
-            most = None if documents is fit else settings.select_tokens
-            raise text.none_fits(documents, settings.sequence_length, most=most)
+            raise text.none_fits(documents, settings.sequence_length)
         if not found:
             raise text.nothing_left(
                 f"no document is left for {what}",

@@ -10,7 +10,7 @@ Shape legend: O outputs, I inputs, R rank of the factors, P columns of a trial s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,42 +28,31 @@ _TOLERANCE = 2e-4  # of the squared error: an iteration that gains less is the l
 _ROUNDING = 1e-10  # of the energy (1e-5 of the norm): below it float32 weights hold only rounding
 
 
-@dataclass(frozen=True)
-class Factors:
-    """B A, close to a weight difference D.
-
-    Attributes:
-        a: (R, I) float32, the weight of lora_A.
-        b: (O, R) float32, the weight of lora_B.
-        error: || D - B A || / || D || (Frobenius); 0 when D is 0.
-    """
+class Factors(NamedTuple):
+    """B A, close to a weight difference D: A (R, I) and B (O, R); || D - B A || / || D || (Frobenius), 0 when D is 0."""
 
     a: Array32
     b: Array32
     error: float
 
-    @property
-    def rank(self) -> int:
-        """R."""
-        return len(self.a)
 
-
-def factorise(delta_OI: Array32, *, rank: int, seed: int = 0) -> Factors:
+def factorise(delta_OI: Array32, *, rank: int) -> Factors:
     """The best factors of a weight difference (O, I). No rank exceeds min(O, I); a difference of zero has factors of zero.
 
     Differences with more than 512 rows and columns are decomposed by a seeded subspace iteration when the rank is below
     a quarter of them: its error exceeds the exact one by less than 1e-3 of it. The same input gives the same bytes (on one
     machine and number of threads). Raises ValueError for a rank below 1, and for a difference that is not finite.
     """
-    if rank < 1:
-        raise ValueError("a rank must be at least 1")
+    largest = float(np.abs(delta_OI).max(initial=0.0))
+    if rank < 1 or not np.isfinite(largest):
+        raise ValueError("a rank must be at least 1, and a weight difference finite")
     rank = min(*delta_OI.shape, rank)
-    scale = _power_of_two(float(np.abs(delta_OI).max(initial=0.0)))
-    if scale == 0:
+    if largest == 0:
         return Factors(np.zeros((rank, delta_OI.shape[1]), np.float32), np.zeros((delta_OI.shape[0], rank), np.float32), 0.0)
+    scale = float(2.0 ** (int(np.frexp(largest)[1]) - 1))  # the power of two below it
     delta_OI = delta_OI / np.float32(scale)  # exact; squares neither overflow nor vanish
     exact = _is_exact(min(delta_OI.shape), rank)
-    basis_OX = _exact(delta_OI) if exact else _subspace(delta_OI, rank, seed)
+    basis_OX = _exact(delta_OI) if exact else _subspace(delta_OI, rank)
     a_RI, b_OR = _balanced(basis_OX[:, :rank], delta_OI)
     root = np.sqrt(scale)
     return Factors((a_RI * root).astype(np.float32), (b_OR * root).astype(np.float32), _error(delta_OI, a_RI, b_OR))
@@ -89,13 +78,6 @@ def _error(delta_OI: Array32, a_RI: Array32, b_OR: Array32) -> float:
     return float(np.sqrt(missed / total)) if total > 0 else 0.0
 
 
-def _power_of_two(largest: float) -> float:
-    """The power of two below a number, 0 for 0. Raises ValueError when the number is not finite."""
-    if not np.isfinite(largest):
-        raise ValueError("the weight difference is not finite")
-    return float(2.0 ** (int(np.frexp(largest)[1]) - 1)) if largest > 0 else 0.0
-
-
 def _exact(delta_OI: Array32) -> Array64:
     """All eigenvectors of C = D D^T (O, min(O, I)), the largest first, in float64."""
     delta = delta_OI.astype(np.float64)
@@ -106,7 +88,7 @@ def _exact(delta_OI: Array32) -> Array64:
     return basis if frame_OI is None else frame_OI @ basis
 
 
-def _subspace(delta_OI: Array32, rank: int, seed: int) -> Array64:
+def _subspace(delta_OI: Array32, rank: int) -> Array64:
     """Approximate top eigenvectors (O, P) of C = D D^T, the largest first.
 
     Randomised subspace iteration with Rayleigh-Ritz (Algorithm 4.4, arXiv:0909.4061). A QR after every product keeps
@@ -115,7 +97,7 @@ def _subspace(delta_OI: Array32, rank: int, seed: int) -> Array64:
     """
     total = float(np.square(delta_OI, dtype=np.float64).sum())
     columns = min(rank + max(_OVERSAMPLING, rank // 4), *delta_OI.shape)
-    start_IP = np.random.default_rng(seed).standard_normal((delta_OI.shape[1], columns), np.float32)
+    start_IP = np.random.default_rng(0).standard_normal((delta_OI.shape[1], columns), np.float32)
     basis_OP = _orthonormal(delta_OI @ start_IP)
     kept = -np.inf
     for _ in range(_MOST_ITERATIONS):

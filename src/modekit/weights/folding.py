@@ -9,6 +9,7 @@ Shape legend: O output, I input of a linear layer, R rank, V vocabulary, D hidde
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -16,116 +17,67 @@ import numpy.typing as npt
 from modekit.sources.adapter import LowRank
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import TensorRef
-from modekit.weights.numeric import BLOCK, moved, to_float32
-from modekit.weights.stored import FlatArray, Stored
+from modekit.weights.numeric import BLOCK, Array, FlatArray, Rows, Singles, moved, stored, to_float32
 
-Array = npt.NDArray[np.generic]
 Read = Callable[[TensorRef], Array]
 """The whole of a tensor of the adapter as a flat array, in its own dtype."""
-_Single = npt.NDArray[np.float32]
 _Double = npt.NDArray[np.float64]
+_Given = Callable[[int, int], Singles]
+"""Rows of a weight (O, I)."""
 
 
 def reader(opened: OpenFiles) -> Read:
     """Read adapter tensors into memory."""
-    return lambda ref: Stored(opened, ref)[:]
+    return lambda ref: stored(opened, ref)[:]
 
 
-class _Rows:
-    """Rows of a weight (O, I) that is given as a flat array, in float32."""
+def folded(change: LowRank, base: FlatArray, shape: tuple[int, ...], read: Read) -> Rows:
+    """A changed weight (O, I), or (V, D) of an embedding, as a flat float32 array.
 
-    def __init__(self, flat: FlatArray, shape: tuple[int, int]) -> None:
-        self._flat, self.shape = flat, shape
-
-    def __getitem__(self, rows: slice) -> _Single:
-        count, columns = self.shape
-        start, stop = min(rows.start, count), min(rows.stop, count)
-        return to_float32(self._flat[start * columns : stop * columns]).reshape(stop - start, columns)
-
-
-class Folded:
-    """One changed weight as a flat float32 array that is computed where it is read: `len(folded)`, `folded[start:stop]`.
-
-    An element never depends on the slices by which it is read, since rows are always computed in the same groups. Reading
-    in order computes every row once (a DoRA embedding twice, for the norms of its columns).
-
-    Args:
-        change: what the adapter does to the weight.
-        base: the base's weight, or the adapter's replacement of it, flat, in any float dtype; read by rows.
-        shape: (O, I), or (V, D) of an embedding.
-        read: gives the adapter's tensors; see `reader`.
+    `base` is the base's weight, or the adapter's replacement of it, flat, in any float dtype. An element never depends on the
+    slices by which it is read. Reading in order computes every row once (a DoRA embedding twice, for the norms of its columns).
     """
+    count, columns = shape
+    group = max(1, BLOCK // 4 // max(1, columns))  # float64 and its temporaries fit in a block
 
-    def __init__(self, change: LowRank, base: FlatArray, shape: tuple[int, int], read: Read) -> None:
-        self._size = len(base)
-        rows = _Rows(base, shape)
-        self._columns = shape[1]
-        self._group = max(1, BLOCK // 4 // max(1, shape[1]))  # float64 and its temporaries fit in a block
-        self._change = _LowRankRows(change, rows, self._group, read)
-        self._last: tuple[int, _Single] = (-1, np.empty(0, np.float32))
+    def given(first: int, last: int) -> Singles:
+        return to_float32(base[first * columns : last * columns]).reshape(last - first, columns)
 
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, part: slice) -> _Single:
-        start, stop, step = part.indices(len(self))
-        if step != 1:
-            raise ValueError(f"a folded weight is read in order, not by steps of {step}")
-        size = self._group * self._columns
-        result = np.empty(max(0, stop - start), np.float32)
-        for place in range(start // size, -(-stop // size)) if stop > start else ():
-            offset = place * size
-            values = self._rows(place)[max(0, start - offset) : stop - offset]
-            at = max(0, offset - start)
-            result[at : at + len(values)] = values
-        return result
-
-    def _rows(self, place: int) -> _Single:
-        if self._last[0] != place:
-            self._last = (place, self._change(slice(place * self._group, (place + 1) * self._group)).ravel())
-        return self._last[1]
+    return Rows(count, columns, _low_rank(change, given, shape, group, read), group)
 
 
-class _LowRankRows:
+def _low_rank(change: LowRank, given: _Given, shape: tuple[int, ...], group: int, read: Read) -> Callable[[int, int], Singles]:
     """Rows of W + scale * B A (LoRA, arXiv:2106.09685), and of DoRA's m * W' / ||W'|| (Eq. 5, arXiv:2402.09353)."""
+    a, b = read(change.a).reshape(change.a.shape), read(change.b).reshape(change.b.shape)
+    # One factor is needed whole for every row and is small; of the other, rows are taken as they come.
+    left = a.T if change.transposed else _part(b, change.rows)
+    right = (b.T if change.transposed else a).astype(np.float64)
+    magnitude = None if change.magnitude is None else _part(read(change.magnitude), change.rows).astype(np.float64)
 
-    def __init__(self, change: LowRank, base: _Rows, group: int, read: Read) -> None:
-        self._base, self._group, self._scale = base, group, change.scale
-        a, b = read(change.a).reshape(change.a.shape), read(change.b).reshape(change.b.shape)
-        # One factor is needed whole for every row and is small; of the other, rows are taken as they come.
-        self._left: Array = a.T if change.transposed else _part(b, change.rows)
-        right: Array = b.T if change.transposed else a
-        self._right = right.astype(np.float64)
-        self._by_column = change.transposed
-        self._magnitude: _Double | None = None
-        if change.magnitude is not None:
-            self._magnitude = _part(read(change.magnitude), change.rows).astype(np.float64)
-        self._factor_of_columns: _Double | None = None
+    def plain(first: int, last: int) -> _Double:
+        origin, some = given(first, last), left[first:last].astype(np.float64)
+        shift = np.zeros(origin.shape, np.float64)  # of tokens that the adapter does not know, nothing
+        shift[: len(some)] = change.scale * (some @ right)
+        return moved(origin, shift)
 
-    def __call__(self, rows: slice) -> _Single:
-        weight = self._plain(rows)
-        if self._magnitude is not None:
-            if self._by_column:
-                weight *= self._column_factor()
-            else:
-                weight *= _ratio(self._magnitude[rows], np.square(weight).sum(axis=1))[:, None]
+    @cache
+    def of_columns() -> _Double:
+        assert magnitude is not None
+        squares = np.zeros(shape[1], np.float64)
+        for first in range(0, shape[0], group):
+            squares += np.square(plain(first, min(shape[0], first + group))).sum(axis=0)
+        return _ratio(magnitude, squares)
+
+    def rows(first: int, last: int) -> Singles:
+        weight = plain(first, last)
+        if magnitude is not None and change.transposed:
+            weight *= of_columns()
+        elif magnitude is not None:
+            weight *= _ratio(magnitude[first:last], np.square(weight).sum(axis=1))[:, None]
         with np.errstate(over="ignore"):  # whoever writes the weight checks that it is finite
             return weight.astype(np.float32)
 
-    def _plain(self, rows: slice) -> _Double:
-        base, left = self._base[rows], self._left[rows].astype(np.float64)
-        shift = np.zeros(base.shape, np.float64)  # of tokens that the adapter does not know, nothing
-        shift[: len(left)] = self._scale * (left @ self._right)
-        return moved(base, shift)
-
-    def _column_factor(self) -> _Double:
-        if self._factor_of_columns is None:
-            assert self._magnitude is not None
-            squares = np.zeros(self._base.shape[1], np.float64)
-            for start in range(0, self._base.shape[0], self._group):
-                squares += np.square(self._plain(slice(start, start + self._group))).sum(axis=0)
-            self._factor_of_columns = _ratio(self._magnitude, squares)
-        return self._factor_of_columns
+    return rows
 
 
 def _part(array: Array, rows: tuple[int, int] | None) -> Array:

@@ -1,4 +1,4 @@
-"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SLERP, SVD (of a whole tensor).
+"""Backbone merges, tensor by tensor and block by block: average, task arithmetic, TIES, SVD (of a whole tensor).
 
 Sources are read as float32; sums are kept in float64 and rounded once, so that merging copies of one model gives that
 model back bit for bit. Memory is a few blocks, whatever the tensor's size and however many models there are.
@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from modekit.recipes.mixture import BackboneMerge
 from modekit.weights.factorise import factorise
-from modekit.weights.numeric import blocks, moved
-from modekit.weights.stored import ByRows, FlatArray
+from modekit.weights.numeric import FlatArray, Rows, blocks, moved
 
 _COPIES = 2  # of every model's block, in float64 where a block of numeric.py is float32
 Block = npt.NDArray[np.float64]
@@ -29,13 +28,13 @@ def merged(settings: BackboneMerge, base: FlatArray, experts: Sequence[FlatArray
     """
     if settings.method == "svd" and len(shape) == 2:
         return _gathered(settings, base, experts, shape)
-    rule = _slerp(settings.t, *experts) if settings.method == "slerp" else _elementwise(settings, base, experts)
+    rule = _elementwise(settings, base, experts)
 
     def rows(first: int, last: int) -> Block:
         part = slice(first, last)
         return rule(_read(base, part), [_read(expert, part) for expert in experts])
 
-    return ByRows(len(base), 1, rows)
+    return Rows(len(base), 1, rows)
 
 
 def _read(array: FlatArray, part: slice) -> Block:
@@ -106,20 +105,3 @@ def _magnitude_threshold(base: FlatArray, expert: FlatArray, density: float) -> 
 
 def _magnitude_bits(base: FlatArray, expert: FlatArray, part: slice) -> npt.NDArray[np.uint32]:
     return np.abs(_read(expert, part) - _read(base, part)).astype(np.float32).view(np.uint32)
-
-
-def _slerp(t: float, first: FlatArray, second: FlatArray) -> _Rule:
-    """Spherical interpolation of two flattened tensors (Shoemake 1985); nearly parallel ones are interpolated linearly."""
-    dot = square_first = square_second = 0.0
-    for part in blocks(len(first)):
-        a, b = _read(first, part), _read(second, part)
-        dot += float(a @ b)
-        square_first += float(a @ a)
-        square_second += float(b @ b)
-    norms = np.sqrt(square_first * square_second)
-    cosine = float(np.clip(dot / norms, -1.0, 1.0)) if norms > 0 else 1.0
-    if 1.0 - abs(cosine) < 1e-6:
-        return lambda _, values: moved(values[0], t * (values[1] - values[0]))
-    angle = np.arccos(cosine)
-    weights = float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle))
-    return lambda _, values: weights[0] * values[0] + weights[1] * values[1]

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from modekit.weights.numeric import DTYPES, to_float32
-from modekit.weights.stored import ByRows, FlatArray
+from modekit.weights.numeric import DTYPES, Array, FlatArray, Rows, Singles, to_float32
 
-Array = npt.NDArray[np.generic]
-Singles = npt.NDArray[np.float32]
 Entry = tuple[int, int, float]
 """Row, column and value of one number in the new part."""
 FFNKind = Literal["gate", "up", "gate_up", "down"]
@@ -43,14 +40,9 @@ class MeasuredColumn:
         return np.asarray(np.sqrt(squares + self.norm_eps) / self.scale)
 
 
-@dataclass(frozen=True)
-class CarriedPart:
-    """Whose numbers stand in the new rows and columns where a native checkpoint carries more than FFNs (planning/carry.py).
-
-    Attributes:
-        kind: which part of a layer it is.
-        layer: of the result; 0 is the one in front.
-        expert: whose it is; None for what all share, and for all experts in one tensor.
+class CarriedPart(NamedTuple):
+    """Whose numbers stand in the new rows and columns where a native checkpoint carries more than FFNs (planning/carry.py):
+    part and layer of the result, 0 being the one in front; expert, None for what all share, and for all in one tensor.
     """
 
     kind: CarriedKind
@@ -87,14 +79,9 @@ class Pad:
         return (*shape[:-2], shape[-2] + self.rows, shape[-1] + self.columns)
 
 
-@dataclass(frozen=True)
-class Fill:
-    """New numbers beside and below a matrix (O, I).
-
-    Attributes:
-        beside: rows -> their numbers in the new columns, (rows, P).
-        below: the new rows, as wide as the result or less.
-        column_scales: what the columns of the matrix are multiplied with, (I,).
+class Fill(NamedTuple):
+    """New numbers beside and below a matrix (O, I): by rows those in the new columns, (rows, P); the new rows, as wide as the
+    result or less; what the columns of the matrix are multiplied with, (I,).
     """
 
     beside: Callable[[slice], Singles] | None = None
@@ -106,47 +93,43 @@ Fills = Callable[[CarriedPart, int], Fill]
 """What is carried, and the number of a matrix -> its new part (building/carrying.py)."""
 
 
-class PaddedRows:
+def padded_rows(pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, fills: Fills | None) -> Rows:
     """The rows of a larger tensor, matrix by matrix, from the numbers of the base's tensor of this shape."""
+    rows, columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
+    tall, code = rows + pad.rows, DTYPES[dtype]
 
-    def __init__(self, pad: Pad, dtype: str, shape: tuple[int, ...], given: FlatArray, fills: Fills | None) -> None:
-        self._pad, self._dtype, self._given = pad, DTYPES[dtype], given
-        self._rows, self._columns = (1, shape[0]) if len(shape) == 1 else shape[-2:]
-        self._fill = lru_cache(maxsize=1)(lambda matrix: fills(pad.carried, matrix) if fills and pad.carried else Fill())
-        count = len(given) // (self._rows * self._columns)
-        self._tall = self._rows + pad.rows
-        self.flat = ByRows(count * self._tall, self._columns + pad.columns, self._of_matrices)
+    @lru_cache(maxsize=1)
+    def fill_of(matrix: int) -> Fill:
+        return fills(pad.carried, matrix) if fills and pad.carried else Fill()
 
-    def _of_matrices(self, first: int, last: int) -> Array:
-        out, row = np.zeros((last - first, self._columns + self._pad.columns), self._dtype), first
-        while row < last:  # what does not fit the dtype is infinite, which whoever writes it finds
-            matrix, at = divmod(row, self._tall)
-            stop = min(last, (matrix + 1) * self._tall)
-            with np.errstate(over="ignore"):
-                self._of_matrix(out[row - first : stop - first], matrix, at)
-            row = stop
-        return out
-
-    def _of_matrix(self, out: Array, matrix: int, at: int) -> None:
+    def of_matrix(out: Array, matrix: int, at: int) -> None:
         """Fill rows of one matrix, of which `at` is the first here."""
-        fill, own, columns = self._fill(matrix), max(0, min(len(out), self._rows - at)), self._columns
+        fill, own = fill_of(matrix), max(0, min(len(out), rows - at))
         if own:
-            numbers = self._numbers(matrix * self._rows + at, own)
+            first = (matrix * rows + at) * columns
+            numbers = given[first : first + own * columns].reshape(own, columns)
+            numbers = numbers if numbers.dtype == code else to_float32(numbers).astype(code)
             out[:own, :columns] = numbers if fill.column_scales is None else to_float32(numbers) * fill.column_scales
             if fill.beside is not None:
                 out[:own, columns:] = fill.beside(slice(at, at + own))
-            measured = self._pad.measured
-            if measured is not None:
-                sizes = measured.sizes(to_float32(numbers)) * measured.value
-                out[:own, measured.column] = sizes.astype(np.float32)
+            if pad.measured is not None:
+                sizes = pad.measured.sizes(to_float32(numbers)) * pad.measured.value
+                out[:own, pad.measured.column] = sizes.astype(np.float32)
         if fill.below is not None and own < len(out):
-            start = at + own - self._rows
+            start = at + own - rows
             out[own:, : fill.below.shape[1]] = fill.below[start : start + len(out) - own]
-        for row, column, value in self._pad.entries if matrix == 0 else ():
+        for row, column, value in pad.entries if matrix == 0 else ():
             if at <= row < at + len(out):
                 out[row - at, column] = np.float32(value)
 
-    def _numbers(self, first: int, count: int) -> Array:
-        """Rows of the base's tensor, in the dtype of the result."""
-        values = self._given[first * self._columns : (first + count) * self._columns].reshape(count, self._columns)
-        return values if values.dtype == self._dtype else to_float32(values).astype(self._dtype)
+    def of_matrices(first: int, last: int) -> Array:
+        out, row = np.zeros((last - first, columns + pad.columns), code), first
+        while row < last:  # what does not fit the dtype is infinite, which whoever writes it finds
+            matrix, at = divmod(row, tall)
+            stop = min(last, (matrix + 1) * tall)
+            with np.errstate(over="ignore"):
+                of_matrix(out[row - first : stop - first], matrix, at)
+            row = stop
+        return out
+
+    return Rows(len(given) // (rows * columns) * tall, columns + pad.columns, of_matrices)

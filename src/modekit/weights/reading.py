@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from modekit.errors import SourceError
 from modekit.sources.contents import OpenFiles
@@ -13,11 +12,8 @@ from modekit.sources.header import TensorRef
 from modekit.sources.source import ModelSource
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.folding import reader
-from modekit.weights.numeric import blocks, is_finite, to_float32
+from modekit.weights.numeric import Singles, blocks, is_finite, stored, to_float32
 from modekit.weights.padded import Fills
-from modekit.weights.stored import Stored
-
-Singles = npt.NDArray[np.float32]
 
 
 class WeightReader:
@@ -59,7 +55,7 @@ class WeightReader:
 
     def difference(self, expert: TensorRef, base: TensorRef) -> Singles:
         """Expert - base, in their shape."""
-        moved, still = Stored(self.opened, expert), Stored(self.opened, base)
+        moved, still = stored(self.opened, expert), stored(self.opened, base)
         delta = np.empty(len(still), np.float32)
         with np.errstate(over="ignore"):
             for part in blocks(len(still)):

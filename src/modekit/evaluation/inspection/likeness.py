@@ -19,9 +19,8 @@ from modekit.planning.tensors import as_in, touched
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
 from modekit.sources.source import ModelSource
-from modekit.weights.numeric import BLOCK, to_float32
+from modekit.weights.numeric import BLOCK, FlatArray, holds_only_finite, to_float32
 from modekit.weights.reading import WeightReader
-from modekit.weights.stored import FlatArray, holds_only_finite
 
 _Double = npt.NDArray[np.float64]
 _STEP = BLOCK // 8  # float64 rows of every expert side by side stay as small as one block of a copy

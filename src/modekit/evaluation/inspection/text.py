@@ -27,7 +27,7 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import needed_template
 from modekit.text.document import message_of
 from modekit.text.sequences import TokenSequence
-from modekit.text.tags import leading_tag, opening_ids, place_of_tag, without_tag
+from modekit.text.tags import opening_ids, place_of_tag, split_tag
 
 _MOST_DETAIL = 4_096  # tokens up to which every router's weights are kept, and not only their mean
 
@@ -119,12 +119,9 @@ def _windows(
     """Windows as `encode` cuts a document, each with the tag that the text begins with, if it does; the text of every token of
     them; and how many one has at most.
     """
-    tag: int | None = None
-    body, before = text, ""
-    opening: tuple[int, ...] = ()
-    if isinstance(text, str) and (tag := leading_tag(tokenizer, text)) is not None:
-        body = without_tag(text)
-        before, opening = text[: len(text) - len(body)], opening_ids(tokenizer)
+    tag, body = split_tag(tokenizer, text) if isinstance(text, str) else (None, text)
+    before = text[: len(text) - len(body)] if isinstance(text, str) and isinstance(body, str) else ""
+    opening = opening_ids(tokenizer) if tag is not None else ()
     ids, texts = _encoded(tokenizer, body)
     room = int(tag is not None)
     length = max(2 + room, length)

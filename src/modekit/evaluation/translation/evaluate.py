@@ -125,7 +125,7 @@ def _domain(held: HeldOutText, tokenizer: PreTrainedTokenizerBase, count: int, l
         if not isinstance(document, Pair):
             raise held.text.nothing_left(
                 "held-out text to translate must be pairs of source and target, and this is plain text",
-                expected='{"source": "...", "target": "..."} per line of a .jsonl, or two files: news.en+news.fr',
+                expected='{"source": "...", "target": "..."} per line of a .jsonl',
                 remedy="give parallel text",
             )
         found = encode(tokenizer, [document], max_tokens=2 * longest, sequence_length=longest)
