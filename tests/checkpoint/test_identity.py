@@ -22,8 +22,7 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.tasks.results import TaskResults
 from modekit.members.change import write_change
 from modekit.members.edits import NewExpert, replace_expert
-from modekit.training.folder import TrainingFolder
-from modekit.training.settings import train_settings
+from modekit.training.folder import TrainingFolder, state_of
 from refusal import borrow, copy_expert
 
 FINDERS = (Results.find, Inspection.find, TaskResults.find)
@@ -179,15 +178,17 @@ def test_an_expert_that_was_replaced_is_exported_anew(tmp_path: Path) -> None:
 def test_a_training_of_other_weights_is_not_gone_on_with(bench: Workshop) -> None:
     out = bench.build()
     folder = TrainingFolder(bench.root / "TRAINED")
-    settings = train_settings({"steps": 2}, where="test")
-    folder.claim(open_checkpoint(out), settings, [])
+
+    def take() -> None:
+        folder.take("a request", state_of(open_checkpoint(out)))
+
+    take()
     (folder.path / "checkpoint-1").mkdir()
-    folder.claim(open_checkpoint(out), settings, [])  # the same mixture: it goes on
-    folder.release()
+    take()  # the same mixture: it goes on
     other_weights(bench.root / "law")
     built_again(bench, out)
-    with pytest.raises(modekit.ModekitError, match="no longer what it started from"):
-        folder.claim(open_checkpoint(out), settings, [])
+    with pytest.raises(modekit.ModekitError, match="what it started from is no longer the same"):
+        take()
 
 
 def test_a_copy_is_the_same_mixture(bench: Workshop) -> None:

@@ -152,14 +152,6 @@ def test_a_mixture_whose_experts_are_all_the_base_is_the_base(tmp_path: Path, by
     assert all(torch.equal(parameter, base[name]) for name, parameter in opened(tmp_path / "DENSE").named_parameters())
 
 
-def test_no_minutes_stop_a_distillation_after_a_step(tmp_path: Path) -> None:
-    shop = make_workshop(tmp_path)
-    shop.build()
-    record = made(shop, "OUT", "distil", course={"steps": 50, "minutes": 0.0})
-    assert record.distilled is not None and record.distilled.steps == 1
-    assert any("ended after step 1 of 50: its time was over" in note for note in record.notes)
-
-
 def test_a_merge_that_is_given_needs_no_text_and_reads_held_out_text_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

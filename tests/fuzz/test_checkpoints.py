@@ -301,7 +301,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, native: Stranger) -> Stranger
     (folder.path / "checkpoint-2").mkdir(parents=True)
     best = folder.path / "checkpoint-2" / "model.safetensors"
     best.write_bytes((native.folder / "model-router.safetensors").read_bytes())
-    outcome = TrainingOutcome(steps=4, best_step=2, before={"law": 3.0}, after={"law": 2.5}, notes=["a note"], tokens=1_000)
+    outcome = TrainingOutcome(steps=4, best_step=2, losses={"law": (3.0, 2.5)}, notes=["a note"], tokens=1_000)
     folder.keep("trained", outcome.model_dump(mode="json"))
     folder.keep("before", Results.read(open_checkpoint(native.folder)).as_data())
     folder.keep("settings", {"request": "0" * 64, "state": "1" * 64})

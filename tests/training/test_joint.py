@@ -164,7 +164,7 @@ def test_forcing_an_expert_leaves_the_common_one_out_and_teaching_does_not(works
     [
         ({"what": ["routers", "experts"]}, {}, "trains no router"),
         ({"losses": {"lm": 1.0, "balance": 0.1}}, {}, "trains no router"),
-        ({"randomise": 0.1}, {}, "leaves a step's text to no expert"),
+        ({"randomise": 0.1}, {}, "without a label has no expert of its own"),
         ({"generic": ["text/law.jsonl"]}, {}, "no expert of its own"),
         ({}, {"modules": "auto", "router": {"fit": "random"}}, "lie in one tensor"),
     ],

@@ -274,15 +274,6 @@ def test_a_mixture_without_tags_is_told_so(workshop: Workshop, tagged_workshop: 
         train(checkpoint, settings(tags=True), texts={"law": [str(chats)]})
 
 
-def test_one_expert_has_no_other_label(tagged_workshop: Workshop) -> None:
-    experts = tagged_workshop.recipe["experts"][:1]
-    checkpoint = open_checkpoint(
-        tagged_workshop.build("alone", experts=experts, mixture={"top_k": 1, "router": {"fit": "random"}})
-    )
-    with pytest.raises(TrainingError, match="no other label"):
-        train(checkpoint, settings(what=["experts"], tags=True, randomise=0.1, randomise_to="others"))
-
-
 # Labels that decide the expert.
 
 

@@ -26,7 +26,6 @@ class DensifySettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fals
     """Settings of `modekit densify`; but for the last two of distillation alone."""
 
     steps: int | None = Field(None, description="Optimiser steps (default 200).")
-    minutes: float | None = Field(None, description="Ends after so many.")
     learning_rate: float | None = Field(None, description="Peak learning rate (default 1e-4).")
     batch_tokens: int | None = Field(None, description="Tokens per step (default 4096).")
     evaluate_every: int | None = Field(None, description="Steps between states that are compared.")

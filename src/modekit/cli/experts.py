@@ -208,7 +208,6 @@ class ExtractOptions(Writing):
     """How large an adapter becomes."""
 
     rank: Annotated[int, typer.Option(min=1, help="Rank of every module's adapter.")] = 16
-    module: Annotated[list[str] | None, typer.Option(help="Only modules of this name (q_proj, mlp.down_proj).")] = None
 
 
 @app.command()
@@ -220,15 +219,14 @@ def extract(
     options: ExtractOptions,
 ) -> None:
     """Extract a LoRA adapter from a full fine-tune, and show what that loses."""
-    from modekit.experts.extract import ExtractSettings, extract
+    from modekit.experts.extract import extract
     from modekit.sources.open import model_folder
 
-    settings = ExtractSettings(options.rank, options.module, base_name=base)
     target = writable(output, options.overwrite)
     with running() as run:
         tuned = model_folder(model, None, root=Path.cwd(), label="MODEL", run=run)
         origin = model_folder(base, None, root=Path.cwd(), label="--base", run=run)
-        record = extract(tuned, origin, target, settings, overwrite=options.overwrite, run=run)
+        record = extract(tuned, origin, target, rank=options.rank, base_name=base, overwrite=options.overwrite, run=run)
     if common().json:
         print_json({**record.model_dump(mode="json"), "notes": record.notes()})
         return

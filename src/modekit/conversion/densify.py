@@ -50,7 +50,7 @@ from modekit.text.splits import TRAINED_FILE, digests_in
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.end_to_end import loop_of
 from modekit.training.engine import run_trainer
-from modekit.training.folder import TrainingOutcome
+from modekit.training.folder import TrainingOutcome, state_of
 from modekit.training.request import memory_errors
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.texts import TrainingText, check_given, read_texts
@@ -114,15 +114,13 @@ class Course:
     Attributes:
         settings: of the training loop; everything that moves has the backbone's rate.
         lesson: what counts how much, and the temperature. Half is the teacher's: benchmarks/densify.md has other shares.
-        minutes: ends after so many, and so does the fall of the rate; None: after the last step.
     """
 
     settings: TrainSettings
     lesson: DistillSettings
-    minutes: float | None = None
 
 
-def course_of(minutes: float | None = None, **said: object) -> Course:
+def course_of(**said: object) -> Course:
     """Of settings by name: those of a training loop, `learning_rate`, `weights` and `temperature`.
 
     Raises TrainingError.
@@ -131,14 +129,12 @@ def course_of(minutes: float | None = None, **said: object) -> Course:
     lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
     loop = {names.get(name, name): value for name, value in said.items()}
     settings = train_settings({"what": ["all"], "steps": STEPS, **loop}, where=where)
-    return Course(settings, distill_settings(lesson, where=where), minutes)
+    return Course(settings, distill_settings(lesson, where=where))
 
 
 class DenseFolder(SpecialistFolder):
     """DENSE.training."""
 
-    changed: ClassVar[str] = "the mixture is no longer what it started from"
-    also_kept: ClassVar[tuple[str, ...]] = ("trained",)
     record_file: ClassVar[str] = DENSE_FILE
 
 
@@ -183,7 +179,7 @@ def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUI
     plan = make_plan(checkpoint.record.pinned_recipe, checkpoint.recipe_root, run=run)
     merger = Merger(checkpoint, plan, [text.held_out for text in texts], run)
     request = digest_of_data([_asked(asked), [[text.corpus.name, text.record, text.selected_by] for text in texts]])
-    state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
+    state = state_of(checkpoint)
     with ExitStack() as stack:
         if asked.by == "distil":
             stack.enter_context(folder.held(request, state))
@@ -253,11 +249,11 @@ class _Work:
         checkpoint, course, corpora = self.checkpoint, self.asked.course, [text.corpus for text in self.texts]
         teacher = load_model(checkpoint.folder, run=self.run)
         mixture_of(teacher, checkpoint).prepare_training()
-        settings, seconds = course.settings, None if course.minutes is None else 60 * course.minutes
+        settings = course.settings
         steps = settings.steps or steps_of_one_pass(corpora, settings)
         parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=1, pack=False)
         lesson = Lesson(teacher, checkpoint.vocabulary, course.lesson)
-        loop, module = loop_of(settings, steps, student.device, seconds=seconds), Student(student, lesson, settings, steps)
+        loop, module = loop_of(settings, steps, student.device), Student(student, lesson, settings, steps)
         held_out = [text.held_out for text in self.texts]
         outcome = run_trainer(module, Batches(corpora, parts, pad_id=0), held_out, loop, self.folder.path, self.run)
         self.folder.keep("trained", outcome.model_dump(mode="json"))
@@ -341,7 +337,7 @@ class _Work:
                 weight=course.lesson.weights,
                 steps=outcome.steps,
                 best_step=outcome.best_step,
-                select_loss={name: (before, outcome.after[name]) for name, before in outcome.before.items()},
+                select_loss=outcome.losses,
             )
         record = DenseRecord(
             by=self.asked.by,

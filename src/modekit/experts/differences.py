@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modekit.errors import MismatchError, ModekitError, SourceError, UnsupportedError, some_of
+from modekit.errors import MismatchError, SourceError, UnsupportedError, some_of
 from modekit.recipes.layers import order_of, stack_of
 from modekit.sources.compatible import check_dtypes, check_same_architecture, check_sizes
 from modekit.sources.contents import OpenFiles
@@ -117,26 +117,6 @@ def linears_of(differences: Sequence[TensorDifference]) -> list[TensorDifference
             remedy="save both models with a current transformers",
         )
     return [each for _, _, each in sorted(found, key=lambda entry: (order_of(entry[0]), entry[1]))]
-
-
-def chosen_of(linears: Sequence[TensorDifference], modules: Sequence[str] | None) -> list[TensorDifference]:
-    """The linears whose names end as asked for. Raises ModekitError for an ending that none has."""
-    if modules is None:
-        return list(linears)
-    found = {
-        ending: [each for each in linears if f".{each.module}".endswith(f".{ending}") or f".{each.kind}".endswith(f".{ending}")]
-        for ending in modules
-    }
-    for ending, matching in found.items():
-        if not matching:
-            raise ModekitError(
-                "no linear weight of the decoder layers has this name",
-                where="--module",
-                found=ending,
-                expected=", ".join(dict.fromkeys(each.kind for each in linears)),
-                remedy="write one of them",
-            )
-    return [each for each in linears if any(each in matching for matching in found.values())]
 
 
 def check_differs(chosen: Sequence[TensorDifference], differences: Sequence[TensorDifference]) -> None:

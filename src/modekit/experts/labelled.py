@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modekit.errors import TextError
 from modekit.evaluation.domains import Domain
 from modekit.experts.specialist import TagsUsed, TextUsed
 from modekit.loaded.text_training import ReadInPass, Training, training_sequences
@@ -166,14 +165,8 @@ def generic_share(
 
 
 def relabelled(sequences: Sequence[TokenSequence], asked: Labelled, reading: Reading) -> ReadInPass:
-    """Sequences with tags, each of which every pass reads under a label that is drawn for it: with that label's tag, or none.
-
-    Raises TextError where there is no other label.
-    """
+    """Sequences with tags, which every pass reads under labels that are drawn for it: each with its label's tag, or none."""
     tags = tag_ids(reading.tokenizer, labels_of(reading.tokenizer))
-    if asked.randomise_to in ("all", "others") and len(tags) == 1:
-        found = f"{asked.randomise_to}, and one label"
-        raise TextError("there is no other label", where="randomise_to", found=found, remedy="write generic")
     places = {tag: place for place, tag in enumerate(tags)}
     own = [GENERIC if each.tag is None else places.get(each.ids[each.tag], GENERIC) for each in sequences]
     generator, passes = torch.Generator().manual_seed(reading.training.seed), list[list[int]]()

@@ -9,8 +9,7 @@ OUT/<TRAINED_FILE>            marks of the documents that it was made of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import ClassVar
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modekit.errors import InterruptError
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import score_domain
 from modekit.experts.moving import Save, What
@@ -28,7 +26,6 @@ from modekit.files.output import replaced_by
 from modekit.files.read import SMALL, UNREADABLE, read_bytes
 from modekit.files.staging import staging
 from modekit.files.write import digest_of_data, json_bytes, library_writes, write_file, write_json
-from modekit.loaded.states import whole_states
 from modekit.run import Run
 from modekit.sources.contents import blake3_of
 from modekit.sources.source import SPECIALIST_FILE, ModelSource
@@ -141,8 +138,6 @@ class NewSpecialist:
 class SpecialistFolder(StatesFolder):
     """OUT.training of a model or adapter that is made alone."""
 
-    changed: ClassVar[str] = "student or teacher, or the base, are no longer what it started from"
-    also_kept: ClassVar[tuple[str, ...]] = ("before",)
     record_file: ClassVar[str] = SPECIALIST_FILE
 
     def digest_in_out(self) -> str | None:
@@ -151,33 +146,6 @@ class SpecialistFolder(StatesFolder):
             return hashlib.sha256(read_bytes(self.out / self.record_file, SMALL)).hexdigest()
         except UNREADABLE:
             return None
-
-    @contextmanager
-    def held(self, request: str, state: str) -> Iterator[None]:
-        """Hold the folder while the block trains and writes; digests as `take` has them. When all is done, it goes.
-
-        A training that stops before its first state leaves nothing. Raises InterruptError for Ctrl-C.
-        """
-        try:
-            self.take(request, state)
-            yield
-            self.remove()
-        except BaseException as error:
-            steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
-            if self.is_held and steps is None:
-                self.remove()
-            if isinstance(error, (KeyboardInterrupt, InterruptError)):
-                if steps is None:
-                    remedy = "run the command again to start over"
-                    raise InterruptError("interrupted; nothing was kept", remedy=remedy) from None
-                raise InterruptError(
-                    f"interrupted; the training is kept up to step {steps}",
-                    where=str(self.path),
-                    remedy="run the same command again to go on from there, or remove the folder",
-                ) from None
-            raise
-        finally:
-            self.release()
 
 
 def digest_of_source(source: ModelSource) -> str:

@@ -79,7 +79,7 @@ class LoopSettings:
         seed: of torch's generators; afterwards they go on from where they were.
         bfloat16: whether products are in bfloat16.
         least: share of its peak below which a rate does not fall.
-        seconds: the training ends after so many, counted from its start or from where it goes on; rates fall with them.
+        every, patience: with a judge: steps between states that it gets; states no better than the best until training ends.
     """
 
     steps: int
@@ -89,18 +89,12 @@ class LoopSettings:
     seed: int
     bfloat16: bool = False
     least: float = 0.0
-    seconds: float | None = None
+    every: int = 1
+    patience: int = 1
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Every so many steps `losses(model)` gives held-out losses by name; training ends after `patience` states that are no
-    better than the best. `losses` gets the model as it is wrapped, in evaluation.
-    """
-
-    losses: Callable[[nn.Module], Mapping[str, float]]
-    every: int
-    patience: int
+Judge = Callable[[nn.Module], Mapping[str, float]]
+"""Held-out losses by name, of the model as it is wrapped, in evaluation."""
 
 
 class NotFiniteError(TrainingError):
@@ -155,7 +149,7 @@ class Loop:
         self._moving = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self.step = 0
         self.history: History = []
-        self._began = self._kept = time.monotonic()
+        self._kept = time.monotonic()
         self._wait = STATE_SECONDS
 
     def go(self) -> None:
@@ -169,17 +163,6 @@ class Loop:
             while self.step < self._loop.steps and not self._no_longer_better():
                 self._step()
                 self._keep()
-                if self.elapsed() >= 1.0:
-                    break
-
-    def elapsed(self) -> float:
-        """The share of its time that is over, at most 1; 0 without a limit."""
-        seconds = self._loop.seconds
-        return 0.0 if seconds is None else min(1.0, (time.monotonic() - self._began) / max(seconds, 1e-9))
-
-    def held_out(self, step: int) -> float | None:
-        """The judge's mean loss after a step."""
-        return next((each["eval_loss"] for each in self.history if each["step"] == step and "eval_loss" in each), None)
 
     @property
     def best_step(self) -> int:
@@ -217,7 +200,7 @@ class Loop:
         loop = self._loop
         warm = max(1, math.ceil(loop.steps * loop.warmup))
         rest = max(1, loop.steps - warm)
-        return min((self.step + 1) / warm, max(loop.least, 1.0 - max((self.step - warm) / rest, self.elapsed())))
+        return min((self.step + 1) / warm, max(loop.least, 1.0 - (self.step - warm) / rest))
 
     def _finite(self, loss: torch.Tensor, numbers: Sequence[int]) -> float:
         value = float(loss.detach())
@@ -237,7 +220,7 @@ class Loop:
         assert self._judge is not None
         self._wrapped.eval()
         with torch.no_grad(), self._autocast():
-            losses = self._judge.losses(self._wrapped)
+            losses = self._judge(self._wrapped)
         mean = sum(losses.values()) / len(losses)
         if not math.isfinite(mean):
             raise NotFiniteError.at(f"held-out text after step {self.step}", f"loss {mean}")
@@ -249,13 +232,13 @@ class Loop:
         if self._judge is None or not self.best_step:
             return False
         since = [each for each in self.history if "eval_loss" in each and each["step"] > self.best_step]
-        return len(since) >= self._judge.patience
+        return len(since) >= self._loop.patience
 
     def _keep(self) -> None:
         """Judge and keep a state where one is due; without a judge every two minutes, or as often as writing one allows."""
         began = time.monotonic()
         if self._judge is not None:
-            due = self.step % self._judge.every == 0 or self.elapsed() >= 1.0
+            due = self.step % self._loop.every == 0
             if due:
                 self._evaluate()
         else:

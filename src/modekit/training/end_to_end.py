@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,11 +117,11 @@ def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
     return not (averaging or running or pair) if settings.pack is None else settings.pack
 
 
-def loop_of(
-    settings: TrainSettings, steps: int, device: torch.device, *, parts: int = 1, seconds: float | None = None
-) -> LoopSettings:
+def loop_of(settings: TrainSettings, steps: int, device: torch.device, *, parts: int = 1) -> LoopSettings:
     """How a training goes; products are in bfloat16 as the settings say, else where an accelerator is faster with it."""
     bfloat16 = settings.precision == "bfloat16"
     if settings.precision is None:
         bfloat16 = device.type != "cpu" and has_bfloat16_products(device)
-    return LoopSettings(steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16, seconds=seconds)
+    every = min(steps, settings.evaluate_every or max(1, steps // 10))
+    loop = LoopSettings(steps, parts, settings.warmup, settings.clip, settings.seed, bfloat16)
+    return replace(loop, every=every, patience=settings.patience)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from modekit.evaluation.domains import Domain
 from modekit.evaluation.loss import tokens_per_pass
 from modekit.files.write import write_file
-from modekit.loaded.engine import Judge, Loop, LoopSettings, NotFiniteError, TrainedModule
+from modekit.loaded.engine import Loop, LoopSettings, NotFiniteError, TrainedModule
 from modekit.loaded.passes import losses_of
 from modekit.loaded.states import History
 from modekit.processes import processes
@@ -109,10 +109,7 @@ def run_trainer(
 
     Raises TrainingError when that state is damaged.
     """
-    settings = module.settings
-    every = min(loop.steps, settings.evaluate_every or max(1, loop.steps // 10))
-    judge = Judge(partial(module.scored, select, run), every, settings.patience)
-    going = Loop(module, batches, loop, folder, run, judge)
+    going = Loop(module, batches, loop, folder, run, partial(module.scored, select, run))
     failed: NotFiniteError | None = None
     try:
         going.go()
@@ -120,32 +117,24 @@ def run_trainer(
         failed = error
     if processes().is_main:
         write_log(folder / LOG_FILE, going.history)
-    why = "its time was over" if going.elapsed() >= 1.0 else "the held-out loss no longer fell"
-    return _outcome(going, loop.steps, why if failed is None else "a loss was not finite", failed)
-
-
-def _outcome(going: Loop, steps: int, why: str, failed: NotFiniteError | None) -> TrainingOutcome:
-    """`why` it ended before its last step. Raises TrainingError when the start was not judged."""
-    start = going.held_out(0)
-    if start is None:
+    judged = {int(entry["step"]): entry for entry in going.history if "eval_loss" in entry}
+    if not judged:  # then a loss of the start was not finite
         assert failed is not None
         raise failed
-    best = going.held_out(going.best_step)
-    best_step = going.best_step if best is not None and best < start else 0
-    stopped = f"ended after step {going.step} of {steps}: {why}; the state of step {best_step} was taken"
+    best = going.best_step if judged[going.best_step]["eval_loss"] < judged[0]["eval_loss"] else 0
+    why = "the held-out loss no longer fell" if failed is None else "a loss was not finite"
+    stopped = f"ended after step {going.step} of {loop.steps}: {why}; the state of step {best} was taken"
     return TrainingOutcome(
         steps=going.step,
-        best_step=best_step,
-        before=_by_domain(going.history, 0),
-        after=_by_domain(going.history, best_step),
-        stopped=None if going.step >= steps else stopped,
+        best_step=best,
+        losses={text.name: (judged[0][_column(text)], judged[best][_column(text)]) for text in select},
+        stopped=None if going.step >= loop.steps else stopped,
         failed=None if failed is None else (failed.what, failed.where, str(failed.found)),
     )
 
 
-def _by_domain(history: History, step: int) -> dict[str, float]:
-    entry = next(each for each in history if each["step"] == step and "eval_loss" in each)
-    return {key[len("eval_") : -len("_loss")]: value for key, value in entry.items() if key not in ("step", "eval_loss")}
+def _column(text: Domain) -> str:
+    return f"eval_{text.name}_loss"
 
 
 def write_log(path: Path, history: History) -> None:

@@ -5,8 +5,7 @@ A kill in between is gone on from: what is there already is not made again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -50,8 +49,6 @@ class TrainedMixture:
 def finish(request: Request, outcome: TrainingOutcome, folder: TrainingFolder, run: Run) -> TrainedMixture:
     """Write the trained mixture if it is better, and the tables; whatever of this a kill left undone."""
     record, improved, error = _record(request, outcome), outcome.improved, outcome.error
-    if not improved and processes().is_main:
-        folder.remove()
     if not improved or not processes().is_main:
         return TrainedMixture(request.checkpoint, improved, record, None, error)
     before = folder.recall("before", Results.from_data)
@@ -68,7 +65,6 @@ def finish(request: Request, outcome: TrainingOutcome, folder: TrainingFolder, r
     after = _evaluate(request, written, before, run, write=True)
     results = _compared(before, after) if before is not None and after is not None else None
     _write_results(written, record, results, folder)
-    folder.remove()
     return TrainedMixture(written, improved, record, results, error)
 
 
@@ -80,7 +76,7 @@ def _record(request: Request, outcome: TrainingOutcome) -> TrainingRecord:
         steps=outcome.steps,
         tokens=outcome.tokens,
         notes=outcome.notes,
-        select_loss={name: {"before": before, "after": outcome.after[name]} for name, before in outcome.before.items()},
+        select_loss={name: {"before": before, "after": after} for name, (before, after) in outcome.losses.items()},
     )
 
 
@@ -112,35 +108,21 @@ def _evaluate(
     *,
     write: bool,
 ) -> Results | None:
-    """The table of `modekit eval`, on text that this training does not see; None when there is none or it is not wanted.
-
-    Where a text has no place for a tag, as unseen conversations have none, no row has tags, and a note says so.
-    """
+    """The table of `modekit eval`, on text that this training does not see; None when there is none or it is not wanted."""
     if request.evaluate_tokens is None:
         return None
-    table = partial(
-        evaluate,
-        checkpoint,
-        tokens_per_domain=request.evaluate_tokens,
-        run=run,
-        known=before,
-        seen={*request.trained_on, *request.selected_by},
-    )
-    without: str | None = None
     try:
-        if request.settings.tags:
-            try:
-                return table(labels=Labels("tag", ("right",)), write=write)
-            except TextError as error:
-                without = f"no row has tags: {error.what} ({error.where})"
-        found = table(write=write and without is None)
+        return evaluate(
+            checkpoint,
+            tokens_per_domain=request.evaluate_tokens,
+            run=run,
+            known=before,
+            seen={*request.trained_on, *request.selected_by},
+            write=write,
+            labels=Labels("tag", ("right",)) if request.settings.tags else None,
+        )
     except TextError:
         return None
-    if without is not None:
-        found = replace(found, notes=[*found.notes, without])
-        if write:
-            found.write(checkpoint)
-    return found
 
 
 def _compared(before: Results, after: Results) -> Results:

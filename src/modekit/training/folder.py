@@ -1,26 +1,20 @@
 """OUT.training of a mixture: what its training has come to, so that the same command goes on after a kill in whatever phase.
 
-Besides what states_folder.py says:
-
-trained.json       how it ended, once it has
-before.json        the table of the mixture as it was
-writing.json       what the record in OUT will tell once the trained mixture is in its place: then only tables are missing
+It has what states_folder.py says. Once the trained mixture is in its place, only tables are missing.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, PlainSerializer, model_validator
+from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.checkpoint.record import RECORD_FILE, TrainingRecord
 from modekit.errors import TrainingError
-from modekit.files.typed import Count, as_kind
+from modekit.files.typed import Count, Number, as_kind
 from modekit.files.write import digest_of_data
 from modekit.loaded.states import STATE_FILE
 from modekit.training.settings import TrainSettings
@@ -31,9 +25,7 @@ _OF_MEMORY = {"accumulate", "checkpointing"}  # what a training may go on with o
 
 
 class TrainingFolder(StatesFolder):
-    """Beside the folder `out` that the trained mixture goes to. Use `claim`."""
-
-    also_kept: ClassVar[tuple[str, ...]] = ("trained", "before")
+    """Beside the folder `out` that the trained mixture goes to."""
 
     def digest_in_out(self) -> str | None:
         """Of the trainings that the record tells of, which is written last."""
@@ -55,10 +47,10 @@ class TrainingFolder(StatesFolder):
 
         return self.recall("trained", read)
 
-    def claim(self, checkpoint: Checkpoint, settings: TrainSettings, texts: Sequence[TrainingText]) -> None:
-        """Begin here, or go on with what a kill left. Raises TrainingError when it is another training's."""
-        state = digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
-        self.take(digest_of_request(settings, texts), state)
+
+def state_of(checkpoint: Checkpoint) -> str:
+    """A digest of what a training of a mixture starts from."""
+    return digest_of_data([checkpoint.identity, len(checkpoint.record.training)])
 
 
 def digest_of_request(settings: TrainSettings, texts: Sequence[TrainingText]) -> str:
@@ -71,21 +63,13 @@ def _digest_of(trainings: Sequence[TrainingRecord]) -> str:
     return digest_of_data([training.model_dump(mode="json") for training in trainings])
 
 
-Loss = Annotated[
-    float,
-    BeforeValidator(lambda loss: math.nan if loss is None else loss),
-    PlainSerializer(lambda loss: loss if math.isfinite(loss) else None),
-]
-"""Nats per token; null in JSON where it is not finite."""
-
-
 class TrainingOutcome(BaseModel, frozen=True):
     """How a training ended, before anything of it is written: trained.json, so that a kill costs no step.
 
     Attributes:
         steps: how many were taken.
         best_step: after which the held-out loss was lowest; 0 where no state was better than the start.
-        before, after: held-out losses by domain, at the start and at the best state.
+        losses: held-out losses by domain, at the start and at the best state.
         stopped: after which step it ended and why, if that was not the last one.
         failed: the error that ended it: what, where, found.
         notes: what is to be said of it.
@@ -95,19 +79,12 @@ class TrainingOutcome(BaseModel, frozen=True):
 
     steps: Count
     best_step: Count
-    before: dict[str, Loss]
-    after: dict[str, Loss]
+    losses: dict[str, tuple[Number, Number]]
     stopped: str | None = None
     failed: tuple[str, str | None, str | None] | None = None
     notes: list[str] = []
     parameters: Count = 0
     tokens: Count = 0
-
-    @model_validator(mode="after")
-    def _of_the_same_domains(self) -> TrainingOutcome:
-        if self.before.keys() != self.after.keys():
-            raise ValueError("before and after are of other domains")
-        return self
 
     @property
     def improved(self) -> bool:

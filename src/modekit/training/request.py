@@ -48,76 +48,58 @@ class Request:
 
     def check(self) -> None:
         """Raise TrainingError when the settings ask for what this mixture or its text cannot give."""
+        for wrong, what, where, found, remedy in (*self._of_routers(), *self._of_labels()):
+            if wrong:
+                raise TrainingError(what, where=where, found=found, remedy=remedy)
+
+    def _of_routers(self) -> list[_Problem]:
         checkpoint, settings = self.checkpoint, self.settings
-        of_routers = OF_ROUTERS & set(settings.losses)
-        routers_only = set(settings.what) == {"routers"}
-        if has_no_router(checkpoint) and (routers_only or of_routers):
-            raise TrainingError(
-                "this mixture has no router to train",
-                where=str(checkpoint.folder),
-                found=f"method {checkpoint.record.recipe.mixture.method}",
-                remedy="set one first: modekit fit OUT method=routing top_k=2",
-            )
-        if checkpoint.record.carry is not None:
-            self._check_carrying(routers_only or bool(of_routers))
-        if settings.is_joint:
-            self._check_joint()
-        if settings.randomise > 0 and settings.randomise_to in ("all", "others") and len(checkpoint.names) == 1:
-            raise TrainingError(
-                "there is no other label",
-                where="randomise_to",
-                found=f"{settings.randomise_to}, and one expert",
-                remedy="write randomise_to: generic",
-            )
-        silent = silent_domains(checkpoint, self.texts)
-        if silent and "label" in settings.losses:
-            raise TrainingError(
-                "labels of some domains alone would turn every router to them",
-                where="--text",
-                found=f"no text of {', '.join(silent)}",
-                remedy="give text of every domain, or train on lm or forward_kl",
-            )
+        asked = set(settings.what) == {"routers"} or bool(OF_ROUTERS & set(settings.losses))
+        carrying = "this mixture carries whole experts through channels that must stay as they are"
+        set_one = "set one first: modekit fit OUT method=routing top_k=2"
+        beside = "train what is beside them: what=[attention,experts,head]; `modekit fit OUT` fits the router"
+        method, carries = checkpoint.record.recipe.mixture.method, checkpoint.record.carry is not None
+        widens, folder = settings.lora is not None or settings.weight_decay > 0, str(checkpoint.folder)
+        return [
+            (asked and has_no_router(checkpoint), "this mixture has no router to train", folder, f"method {method}", set_one),
+            (carries and asked, carrying, folder, "its router", beside),
+            (carries and widens, carrying, folder, "lora or weight_decay", "leave it out"),
+        ]
 
-    def _check_carrying(self, of_routers: bool) -> None:
-        """Raise TrainingError for what would move the channels through which whole experts are carried."""
-        settings = self.settings
-        refused = {"its router": of_routers, "lora": settings.lora is not None, "weight_decay": settings.weight_decay > 0}
-        found = next((key for key, asked in refused.items() if asked), None)
-        if found is not None:
-            beside = "train what is beside them: what=[attention,experts,head]; `modekit fit OUT` fits the router"
-            raise TrainingError(
-                "this mixture carries whole experts through channels that must stay as they are",
-                where=str(self.checkpoint.folder),
-                found=found,
-                remedy=beside if of_routers else f"leave out {found}",
-            )
-
-    def _check_joint(self) -> None:
-        """Raise TrainingError unless every expert has tensors of its own, which stay as they are while others learn."""
-        shape = self.checkpoint.shape
-        if shape.plain or any(any(place.ranks) for place in shape.mixture.places.values()):
-            raise TrainingError(
+    def _of_labels(self) -> list[_Problem]:
+        settings, shape = self.settings, self.checkpoint.shape
+        # In a joint training every expert has tensors of its own, which stay as they are while others learn.
+        shared = settings.is_joint and (shape.plain or any(any(place.ranks) for place in shape.mixture.places.values()))
+        alone = settings.is_joint and not shape.routing.runs_common
+        takes_away = settings.randomise > 0 and settings.randomise_to in ("half", "generic")
+        silent = ", ".join(silent_domains(self.checkpoint, self.texts))
+        return [
+            (
+                shared,
                 "a joint training moves one expert a step, and the experts of this mixture lie in one tensor",
-                where="regime",
-                found=f"output.format {'native' if shape.plain else 'modekit, with adapters'}",
-                remedy="build it from whole models with output: {format: modekit}, or mixture: {modules: decoder}",
-            )
-        if self.settings.generic and not shape.routing.runs_common:
-            raise TrainingError(
-                "text of no domain has no expert of its own here",
-                where="generic",
-                found="regime: joint",
-                remedy="leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
-            )
-        takes_away = self.settings.randomise > 0 and self.settings.randomise_to in ("half", "generic")
-        if takes_away and not shape.routing.runs_common:
-            raise TrainingError(
-                "a label that is taken away leaves a step's text to no expert here",
-                where="randomise_to",
-                found=f"{self.settings.randomise_to}, regime: joint",
-                expected="all or others, which name an expert",
-                remedy="write one of these, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
-            )
+                "regime",
+                f"output.format {'native' if shape.plain else 'modekit, with adapters'}",
+                "build it from whole models with output: {format: modekit}, or mixture: {modules: decoder}",
+            ),
+            (
+                alone and (bool(settings.generic) or takes_away),
+                "text without a label has no expert of its own here",
+                "regime: joint",
+                f"generic, or randomise_to: {settings.randomise_to}",
+                "leave it out, or build the mixture with always_on: {expert: base, weight: 0.5, apart: true}",
+            ),
+            (
+                bool(silent) and "label" in settings.losses,
+                "labels of some domains alone would turn every router to them",
+                "--text",
+                f"no text of {silent}",
+                "give text of every domain, or train on lm or forward_kl",
+            ),
+        ]
+
+
+_Problem = tuple[bool, str, str, str, str]
+"""Whether it is there; what is wrong, where, what was found, what to do."""
 
 
 def has_no_router(checkpoint: Checkpoint) -> bool:

@@ -1,24 +1,28 @@
 """What a training keeps beside its output, OUT.training, so that the same command goes on after a kill, and another does not.
 
 settings.json      whose training this is: digests of what was asked for and of what it started from
-checkpoint-N/      states while it trains (engine.py)
+checkpoint-N/      states while it trains (loaded/states.py)
+before.json        held-out losses before the first step
+trained.json       how it ended, once it has
 writing.json       the digest of what will be in OUT once it is written: then what is here is done with
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from modekit.errors import TrainingError
+from modekit.errors import InterruptError, TrainingError
 from modekit.files.lock import Lock
 from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
 from modekit.files.write import empty_folder, link_in, remove, remove_if_empty, sweep, write_json
+from modekit.loaded.states import whole_states
 from modekit.processes import processes
 
 _Kept = TypeVar("_Kept")
@@ -34,9 +38,6 @@ class _Claim(BaseModel):
 
 class StatesFolder:
     """Beside the folder `out` that will hold what was trained. Use `take`. The main process writes; all read."""
-
-    also_kept: ClassVar[tuple[str, ...]] = ()
-    """Names that more is kept under, which goes before what says whose folder it is."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -96,7 +97,7 @@ class StatesFolder:
 
     def remove(self) -> None:
         """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
-        last = [*(f"{name}.json" for name in (WRITING, *self.also_kept, _SETTINGS)), MARKER, _LOCK]
+        last = [*(f"{name}.json" for name in (WRITING, "trained", "before", _SETTINGS)), MARKER, _LOCK]
         empty_folder(self.path, but=last)
         for name in last[:-1]:
             remove(self.path / name)
@@ -111,9 +112,33 @@ class StatesFolder:
         if left and self._lock.take():
             self.remove()
 
-    def release(self) -> None:
-        """Let another command at it; what is kept stays."""
-        self._lock.release()
+    @contextmanager
+    def held(self, request: str, state: str) -> Iterator[None]:
+        """Hold the folder while the block trains and writes; digests as `take` has them. When all is done, it goes.
+
+        A training that stops before its first state leaves nothing. Raises InterruptError for Ctrl-C, and as `take`.
+        """
+        try:
+            self.take(request, state)
+            yield
+            if self.is_held:
+                self.remove()
+        except BaseException as error:
+            steps = next((path.name.rpartition("-")[2] for path in whole_states(self.path)), None)
+            if self.is_held and steps is None:
+                self.remove()
+            if isinstance(error, (KeyboardInterrupt, InterruptError)):
+                if steps is None:
+                    remedy = "run the command again to start over"
+                    raise InterruptError("interrupted; nothing was kept", remedy=remedy) from None
+                raise InterruptError(
+                    f"interrupted; the training is kept up to step {steps}",
+                    where=str(self.path),
+                    remedy="run the same command again to go on from there, or remove the folder",
+                ) from None
+            raise
+        finally:
+            self._lock.release()
 
     def take(self, request: str, state: str) -> None:
         """Begin here, or go on with what a kill left; digests of what is asked for and of what it starts from.
@@ -143,9 +168,7 @@ class StatesFolder:
         if kept is not None and kept.request == request and (kept.state == state or self.is_written):
             return None
         if kept is not None and self.has_states and not self.is_written:
-            return "other settings or text" if kept.request != request else self.changed
+            return "other settings or text" if kept.request != request else "what it started from is no longer the same"
         empty_folder(self.path, but=(MARKER, _LOCK))
         self.keep(_SETTINGS, {"request": request, "state": state})
         return None
-
-    changed: ClassVar[str] = "OUT is no longer what it started from"

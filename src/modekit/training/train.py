@@ -23,7 +23,7 @@ from modekit.sources.tokenizer import Readers, check_same_tokenizer
 from modekit.text.amounts import SAMPLE_TOKENS
 from modekit.training.end_to_end import train_end_to_end
 from modekit.training.finish import TrainedMixture, finish
-from modekit.training.folder import TrainingFolder, TrainingOutcome
+from modekit.training.folder import TrainingFolder, digest_of_request, state_of
 from modekit.training.request import Request, memory_errors
 from modekit.training.settings import TrainSettings
 from modekit.training.texts import read_texts
@@ -58,11 +58,13 @@ def train(
     teacher = _teacher(checkpoint, settings, root or Path.cwd(), run)
     request = Request(checkpoint, target, settings, read, evaluate_tokens, teacher)
     request.check()
-    try:
-        folder.claim(checkpoint, settings, read)
-        return finish(request, _go_on(request, folder, run), folder, run)
-    finally:
-        folder.release()
+    with folder.held(digest_of_request(settings, read), state_of(checkpoint)), memory_errors():
+        outcome = folder.outcome()
+        if outcome is None:  # else a kill came after that
+            outcome = train_end_to_end(request, folder.path, run)
+            if processes().is_main:
+                folder.keep("trained", outcome.model_dump(mode="json"))
+        return finish(request, outcome, folder, run)
 
 
 def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: Run) -> Path | None:
@@ -83,24 +85,3 @@ def _teacher(checkpoint: Checkpoint, settings: TrainSettings, root: Path, run: R
             remedy="use a teacher whose embedding has as many rows as the mixture's",
         )
     return folder
-
-
-def _go_on(
-    request: Request,
-    folder: TrainingFolder,
-    run: Run,
-) -> TrainingOutcome:
-    """How the training ended: as it is kept, when a kill came after that; else it is trained, from the last state that is."""
-    kept = folder.outcome()
-    if kept is not None:
-        return kept
-    try:
-        with memory_errors():
-            outcome = train_end_to_end(request, folder.path, run)
-    except BaseException:
-        if processes().is_main and not folder.has_states:
-            folder.remove()
-        raise
-    if processes().is_main:
-        folder.keep("trained", outcome.model_dump(mode="json"))
-    return outcome
