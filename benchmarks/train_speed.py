@@ -24,7 +24,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.text.held_out import fit_documents
 from modekit.text.sequences import encode
 from modekit.training.batches import Batches, DomainSequences, plan_parts
-from modekit.training.moving import make_trainable, moving_of
+from modekit.training.moving import make_trainable, moving_of, names_of
 from modekit.training.objective import Objective
 from modekit.training.settings import TrainSettings
 
@@ -55,7 +55,7 @@ def measure(folder: Path, tokens: int, repeats: int) -> None:
         mixture = load_model(checkpoint.folder)
         mixture_of(mixture, checkpoint).prepare_training()
         groups = ["routers"] if what == "routers" else ["routers", "attention"]
-        make_trainable(mixture, moving_of(mixture, checkpoint).names(groups), None)  # type: ignore[arg-type]
+        make_trainable(mixture, names_of(moving_of(mixture, checkpoint), groups))  # type: ignore[arg-type]
         objective = Objective(mixture, checkpoint, settings, teachers=[], train_top_k=None, packed=not averaging)
         moving = [parameter for parameter in mixture.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(moving, lr=1e-4)

@@ -19,7 +19,7 @@ from modekit.loaded.shapes import mixture_of
 from modekit.run import QUIET
 from modekit.training.batches import Batches, plan_parts
 from modekit.training.end_to_end import packs
-from modekit.training.moving import moving_of
+from modekit.training.moving import moving_of, names_of
 from modekit.training.objective import Objective
 from modekit.training.settings import TrainSettings, train_settings
 from modekit.training.texts import read_texts
@@ -88,12 +88,12 @@ def train_only(checkpoint: Checkpoint, text: dict[str, list[str]]) -> dict[str, 
     """The tensors after a training on text of some domains alone, whether that made anything better or not."""
     wanted = settings()
     model = load_model(checkpoint.folder)
-    names = moving_of(model, checkpoint).names(wanted.what, but=("routers",))
+    names = names_of(moving_of(model, checkpoint), wanted.what, but=("routers",))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     texts = read_texts(checkpoint, wanted, text, checkpoint.folder, run=QUIET)
     corpora = [each.corpus for each in texts if each.corpus.name in text]
-    packed = packs(checkpoint, wanted)
+    packed = packs(checkpoint)
     parts = plan_parts(corpora, wanted, steps=3, experts=3, parts=2, pack=packed)
     objective = Objective(model, checkpoint, wanted, teachers=[], train_top_k=None, packed=packed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)

@@ -36,15 +36,6 @@ def test_how_it_ended_comes_back(folder: TrainingFolder) -> None:
     assert again.model_dump(mode="json") == ended().model_dump(mode="json")
 
 
-def test_the_best_state_is_reached_by_no_link(folder: TrainingFolder, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"x")
-    (folder.path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
-    folder.keep("trained", ended(3).model_dump(mode="json"))
-    with pytest.raises(TrainingError, match="leads out of the folder"):
-        folder.outcome()
-
-
 @pytest.mark.parametrize("content", ["", "null", '{"request": 7, "state": "x"}', "[" * 5_000])
 def test_damaged_files_are_said(folder: TrainingFolder, content: str) -> None:
     for name in ("settings", "trained", "before"):

@@ -84,7 +84,7 @@ def test_labels_become_what_is_asked_as_often_as_asked(to: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "domains"),
-    [({"mix": "temperature", "mix_temperature": 2.0}, [2 / 3, 1 / 3]), ({"mix": "proportional"}, [0.8, 0.2]), ({}, [0.5, 0.5])],
+    [({"mix": "proportional"}, [0.8, 0.2]), ({}, [0.5, 0.5])],
 )
 def test_generic_text_has_its_share_beside_domains_of_any_mix(
     tmp_path: Path, changes: dict[str, Any], domains: list[float]
@@ -236,7 +236,7 @@ def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(shop.build(mixture={"top_k": 2, "router": {"fit": "random"}}))
     said = settings(tags=True, randomise=0.5, what=["all"], sequence_length=64, select_tokens=256)
     corpora = [text.corpus for text in read_texts(checkpoint, said, {}, tmp_path, run=QUIET)]
-    parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=packs(checkpoint, said))
+    parts = plan_parts(corpora, said, steps=1, experts=3, parts=1, pack=packs(checkpoint))
     item = Batches(corpora, parts, pad_id=0)[0]
     for number, (draw,) in enumerate(parts[0].rows):
         ids = item["input_ids"][number][item["real"][number]].tolist()
@@ -305,11 +305,11 @@ def test_the_expert_of_a_drawn_label_learns_and_no_other(tagged_workshop: Worksh
     checkpoint = joint_mixture(tagged_workshop, f"learns-{to}", **COMMON)
     said = joint(randomise=0.999, randomise_to=to)
     law = [text.corpus for text in read_texts(checkpoint, said, {}, tagged_workshop.root, run=QUIET)][1:2]
-    parts = plan_parts(law, said, steps=3, experts=3, parts=1, pack=packs(checkpoint, said))
+    parts = plan_parts(law, said, steps=3, experts=3, parts=1, pack=packs(checkpoint))
     model = load_model(checkpoint.folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".router." not in name)
-    objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packs(checkpoint, said))
+    objective = Objective(model, checkpoint, said, teachers=[], train_top_k=None, packed=packs(checkpoint))
     batches = Batches(law, parts, pad_id=0)
     for number in range(3):
         objective(**batches[number]).backward()

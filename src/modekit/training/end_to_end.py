@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.errors import TrainingError
-from modekit.loaded.engine import LoopSettings, seeded
+from modekit.loaded.engine import LoopSettings
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
 from modekit.loaded.text_training import has_bfloat16_products
@@ -19,7 +20,7 @@ from modekit.sources.config import words
 from modekit.training.batches import Batches, plan_parts, steps_of_one_pass
 from modekit.training.engine import run_trainer
 from modekit.training.folder import TrainingOutcome
-from modekit.training.moving import TrainableMixture, keep_channels, make_trainable, moving_of
+from modekit.training.moving import make_trainable, moving_of, names_of
 from modekit.training.objective import DomainTeacher, Objective, make_teachers
 from modekit.training.request import Request, has_no_router
 from modekit.training.settings import DISTILLS, Group, TrainSettings
@@ -29,17 +30,17 @@ from modekit.training.texts import silent_domains
 def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcome:
     """Train; what is needed to go on after a kill is kept in `folder`. Raises TrainingError."""
     checkpoint, settings, corpora = request.checkpoint, request.settings, request.corpora
-    trainable = _trainable(request, run)
+    mixture = _trainable(request, run)
     train_top_k, notes = _train_top_k(checkpoint, settings)
     silent = silent_domains(checkpoint, request.texts)
     notes += [f"no text of {', '.join(silent)}: nothing was trained on it"] if silent else []
-    packed = packs(checkpoint, settings)
+    packed = packs(checkpoint)
     accumulate = settings.accumulate or (1 if packed else 2)
     steps = settings.steps or steps_of_one_pass(corpora, settings)
     per_step = accumulate * processes().count
     parts = plan_parts(corpora, settings, steps=steps, experts=len(checkpoint.names), parts=per_step, pack=packed)
     teachers = _teachers(request, folder, run) if DISTILLS & set(settings.losses) else []
-    mixture, held_out = trainable.model, [text.held_out for text in request.texts]
+    held_out = [text.held_out for text in request.texts]
     objective = Objective(mixture, checkpoint, settings, teachers=teachers, train_top_k=train_top_k, packed=packed)
     loop = loop_of(settings, steps, mixture.device, parts=accumulate)
     done = run_trainer(objective, Batches(corpora, parts, pad_id=0), held_out, loop, folder, run)
@@ -48,7 +49,7 @@ def train_end_to_end(request: Request, folder: Path, run: Run) -> TrainingOutcom
         notes.append("no state was better on held-out text than the start: nothing was changed")
     read = (draw for part in parts[: done.steps * per_step] for row in part.rows for draw in row)
     tokens = sum(corpora[draw.corpus].sequences[draw.sequence].size for draw in read)
-    moving = sum(parameter.numel() for parameter in trainable.parameters())
+    moving = sum(parameter.numel() for parameter in mixture.parameters() if parameter.requires_grad)
     return done.model_copy(update={"notes": notes, "parameters": moving, "tokens": tokens})
 
 
@@ -61,21 +62,17 @@ def _teachers(request: Request, folder: Path, run: Run) -> list[DomainTeacher | 
     return make_teachers(request.checkpoint, request.corpora, folder, request.teacher, run=run)
 
 
-def _trainable(request: Request, run: Run) -> TrainableMixture:
+def _trainable(request: Request, run: Run) -> PreTrainedModel:
     """The mixture in memory, frozen but for what is to move."""
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
-    loaded = mixture_of(mixture, checkpoint)
-    loaded.prepare_training()
+    mixture_of(mixture, checkpoint).prepare_training()
     but: tuple[Group, ...] = ("routers",) if settings.is_joint else ()
-    names = moving_of(mixture, checkpoint).names(settings.what, but=but)
-    with seeded(settings.seed, mixture.device):  # of low-rank changes the first weights
-        trainable = make_trainable(mixture, names, settings.lora)
-    keep_channels(trainable, loaded)
+    make_trainable(mixture, names_of(moving_of(mixture, checkpoint), settings.what, but=but))
     if settings.checkpointing:
         mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.enable_input_require_grads()
-    return trainable
+    return mixture
 
 
 def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int | None, list[str]]:
@@ -85,7 +82,7 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
     if asked is not None and asked > experts:
         most = f"at most {experts}, or 0 for all"
         raise TrainingError("there are fewer experts", where="train_top_k", found=asked, expected=most, remedy="lower it")
-    moves_routers = {"routers", "all"} & set(settings.what) and checkpoint.record.carry is None and not settings.is_joint
+    moves_routers = {"routers", "all"} & set(settings.what) and not settings.is_joint
     alone = own == 1 and experts > 1 and not has_no_router(checkpoint) and bool(moves_routers)
     top_k = 2 if asked is None and alone else asked
     if "balance" in settings.losses and 1 < experts <= (top_k or own):
@@ -101,20 +98,10 @@ def _train_top_k(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[int |
     return top_k, [f"trained with {top_k} experts per token{why}; the checkpoint goes on to use {own}"]
 
 
-def packs(checkpoint: Checkpoint, settings: TrainSettings) -> bool:
-    """Whether rows hold several documents. Raises TrainingError where they must not."""
-    averaging = checkpoint.shape.routing.reads_averages
+def packs(checkpoint: Checkpoint) -> bool:
+    """Whether rows hold several documents: not where something reads a row from its beginning."""
     running = any("linear" in str(kind) or "conv" in str(kind) for kind in words(checkpoint.config, "layer_types"))
-    pair = checkpoint.shape.family.pair
-    if settings.pack and (averaging or running or pair):
-        what = "context, sequence and lexical routers" if averaging else "layers with linear attention"
-        what = "models with an encoder" if pair else what
-        raise TrainingError(
-            f"{what} read a row from its beginning, so that it can hold one document only",
-            where="pack",
-            remedy="leave pack away",
-        )
-    return not (averaging or running or pair) if settings.pack is None else settings.pack
+    return not (checkpoint.shape.routing.reads_averages or running or checkpoint.shape.family.pair)
 
 
 def loop_of(settings: TrainSettings, steps: int, device: torch.device, *, parts: int = 1) -> LoopSettings:

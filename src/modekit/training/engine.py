@@ -51,7 +51,7 @@ class JudgedModule(TrainedModule):
 
     def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         """How much each of these losses counts."""
-        raise NotImplementedError
+        return {name: self.settings.losses[name] for name in losses}  # type: ignore[index]
 
     def forward(self, score: bool = False, **item: torch.Tensor) -> torch.Tensor:
         """The loss of a batch from `Batches`: its share of the step's, per predicted token of the step.
@@ -142,10 +142,10 @@ def write_log(path: Path, history: History) -> None:
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         rows.setdefault(int(entry["step"]), {}).update(entry)
-    named = sorted({key for row in rows.values() for key in row} - {"step"})  # a state that was read back has another order
-    columns = ["step", *sorted(named, key=lambda key: (key.startswith("eval_"), not key.startswith("loss")))]
+    named = {key for row in rows.values() for key in row}
+    columns = sorted(named, key=lambda key: (key != "step", key.startswith("eval_"), not key.startswith("loss"), key))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "step": step} for step, row in sorted(rows.items()))
+    writer.writerows(row | {"step": step} for step, row in sorted(rows.items()))
     write_file(path, text.getvalue().encode())

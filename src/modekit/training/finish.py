@@ -25,7 +25,7 @@ from modekit.processes import processes
 from modekit.run import Run
 from modekit.training.engine import LOG_FILE
 from modekit.training.folder import TrainingFolder, TrainingOutcome
-from modekit.training.moving import make_trainable, moving_of
+from modekit.training.moving import moving_of, names_of
 from modekit.training.request import Request
 from modekit.training.write import write_trained
 
@@ -88,12 +88,13 @@ def _moved(request: Request, outcome: TrainingOutcome, kept: TrainingFolder, run
     """
     checkpoint, settings = request.checkpoint, request.settings
     mixture = load_model(checkpoint.folder, run=run)
-    trainable = make_trainable(mixture, moving_of(mixture, checkpoint).names(settings.what), settings.lora)
+    names = names_of(moving_of(mixture, checkpoint), settings.what)
     take_state(mixture, outcome.best_state(kept.path))
+    parameters = dict(mixture.named_parameters())
     folder = kept.path / "moved"
     remove(folder)
     with without_bars(), library_writes(folder) as new:
-        mixture.save_pretrained(new, state_dict=trainable.moved())
+        mixture.save_pretrained(new, state_dict={name: parameters[name].detach().cpu() for name in names})
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))

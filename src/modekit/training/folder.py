@@ -5,7 +5,6 @@ It has what states_folder.py says. Once the trained mixture is in its place, onl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,14 +37,8 @@ class TrainingFolder(StatesFolder):
         self.announce_digest(_digest_of(trainings))
 
     def outcome(self) -> TrainingOutcome | None:
-        """How the training ended, if it has. Raises TrainingError where what is kept of that is damaged, or leads elsewhere."""
-
-        def read(data: object) -> TrainingOutcome:
-            outcome = as_kind(data, TrainingOutcome)
-            outcome.best_state(self.path)
-            return outcome
-
-        return self.recall("trained", read)
+        """How the training ended, if it has. Raises TrainingError where what is kept of that is damaged."""
+        return self.recall("trained", lambda data: as_kind(data, TrainingOutcome))
 
 
 def state_of(checkpoint: Checkpoint) -> str:
@@ -101,11 +94,5 @@ class TrainingOutcome(BaseModel, frozen=True):
         return TrainingError(what, where=where, found=found, remedy=remedy)
 
     def best_state(self, folder: Path) -> Path:
-        """The file with what moved as it was in the best state, by its names in the model; it may be gone when all is written.
-
-        Raises ValueError where a link leads out of `folder`.
-        """
-        file = folder / f"checkpoint-{self.best_step}" / STATE_FILE
-        if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{file.parent.name} leads out of the folder")
-        return file
+        """The file with what moved as it was in the best state, by its names in the model; gone when all is written."""
+        return folder / f"checkpoint-{self.best_step}" / STATE_FILE

@@ -214,17 +214,6 @@ class Objective(JudgedModule):
             real, labels = real[:, :1], labels[:, :1]
         return real.to(logits.device), labels.to(logits.device)
 
-    def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
-        """The settings' weights; adaptive ones give the larger of lm and distillation the larger share."""
-        weights: dict[str, float] = {name: weight for name, weight in self.settings.losses.items() if name in losses}
-        if self.settings.adaptive:
-            shared = [name for name in ("lm", *DIVERGENCES) if name in losses]
-            whole, values = sum(weights[name] for name in shared), {name: float(losses[name].detach()) for name in shared}
-            total = sum(values.values())
-            if total > 0:
-                weights |= {name: whole * value / total for name, value in values.items()}
-        return weights
-
     def scored(self, select: Sequence[Domain], run: Run, wrapped: nn.Module) -> dict[str, float]:
         """With routers that choose as the checkpoint's config says and not as they do in training."""
         mixture_of(self.model, self._checkpoint).set_top_k(None)

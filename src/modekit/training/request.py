@@ -55,15 +55,22 @@ class Request:
     def _of_routers(self) -> list[_Problem]:
         checkpoint, settings = self.checkpoint, self.settings
         asked = set(settings.what) == {"routers"} or bool(OF_ROUTERS & set(settings.losses))
-        carrying = "this mixture carries whole experts through channels that must stay as they are"
-        set_one = "set one first: modekit fit OUT method=routing top_k=2"
-        beside = "train what is beside them: what=[attention,experts,head]; `modekit fit OUT` fits the router"
-        method, carries = checkpoint.record.recipe.mixture.method, checkpoint.record.carry is not None
-        widens, folder = settings.lora is not None or settings.weight_decay > 0, str(checkpoint.folder)
+        folder, method = str(checkpoint.folder), checkpoint.record.recipe.mixture.method
         return [
-            (asked and has_no_router(checkpoint), "this mixture has no router to train", folder, f"method {method}", set_one),
-            (carries and asked, carrying, folder, "its router", beside),
-            (carries and widens, carrying, folder, "lora or weight_decay", "leave it out"),
+            (
+                asked and has_no_router(checkpoint),
+                "this mixture has no router to train",
+                folder,
+                f"method {method}",
+                "set one first: modekit fit OUT method=routing top_k=2",
+            ),
+            (
+                checkpoint.record.carry is not None,
+                "this mixture carries whole experts through channels that must stay as they are",
+                folder,
+                "output.carry",
+                "train the experts and build it again; `modekit fit OUT` fits the router",
+            ),
         ]
 
     def _of_labels(self) -> list[_Problem]:

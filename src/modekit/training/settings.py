@@ -55,12 +55,10 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     """
 
     what: list[Group] = Field(["routers"], min_length=1, description=f"Groups that move: {', '.join(get_args(Group))}.")
-    lora: int | None = Field(None, ge=1, description="Rank of a low-rank change of every large matrix that moves.")
     losses: dict[Loss, float] = Field(
         {"lm": 1.0}, min_length=1, description=f"Names, or names with weights (default lm): {', '.join(WEIGHTS)}."
     )
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of distillation.")
-    adaptive: bool = Field(False, description="Weight lm and distillation in proportion to their values.")
     regime: Literal["mixture", "joint"] = Field("mixture", description="joint: text of one domain a step, for its expert.")
     teacher: str | None = Field(None, description="Folder or hub id of one teacher for all domains, not their experts.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps; default: once over the text.")
@@ -73,14 +71,12 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps over which rates rise.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     train_top_k: int | None = Field(None, ge=0, description="Experts per token in training alone; 0: all.")
-    mix: Literal["equal", "proportional", "temperature"] = Field("equal", description="Tokens per domain (docs/training.md).")
-    mix_temperature: float = Field(2.0, ge=1, description="mix=temperature: domains count by size^(1 / this).")
+    mix: Literal["equal", "proportional"] = Field("equal", description="Tokens per domain: equal, or proportional to its text.")
     generic: list[str] = Field([], description="Text of no domain.")
     generic_share: float = Field(0.1, gt=0, lt=1, description="Share of the tokens for generic text.")
     randomise: float = Field(0.0, ge=0, lt=1, description="Probability of a random label.")
     randomise_to: RandomiseTo = Field("half", description="Labels to draw from: half, all, others, generic.")
     tags: bool = Field(False, description="Read every text with the reserved token of its domain.")
-    pack: bool | None = Field(None, description="Put several documents into one row (default: where possible).")
     share: float = Field(1.0, gt=0, le=1, description="Share of the documents to train on.")
     select_tokens: int = Field(
         SAMPLE_TOKENS, ge=_FEWEST_SELECT_TOKENS, description="Held-out tokens per domain that states are compared on."
@@ -104,8 +100,6 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         dead = {
             "temperature": not DISTILLS & set(self.losses),
             "teacher": not DISTILLS & set(self.losses),
-            "adaptive": self.adaptive and not ("lm" in self.losses and DISTILLS & set(self.losses)),
-            "mix_temperature": self.mix != "temperature",
             "generic_share": not self.generic,
             "randomise": self.randomise > 0 and not self._reads_label,
             "randomise_to": self.randomise == 0,
@@ -124,8 +118,6 @@ class TrainSettings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
             raise ValueError("regime: joint trains no router: remove what and losses of routers")
         if set(self.losses) <= OF_ROUTERS and set(self.what) == {"head"}:
             raise ValueError("losses of routers do not reach the head; add lm or forward_kl")
-        if self.lora is not None and set(self.what) <= {"routers", "norms"}:
-            raise ValueError("lora needs matrices that are worth it: name attention, mlp, embeddings, head, experts or all")
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,51 +79,50 @@ def read_texts(
         given.append((GENERIC_NAME, GENERIC, read_text(settings.generic, root=root, where="generic")))
     for _, _, text in given:
         check_kind(text.documents, checkpoint.shape.family.reads, where=text.where)
-    reader = _TextReader.of(load_tokenizer(checkpoint.folder, run=run), names, settings)
-    return [_in_sequences(name, expert, text, own.select_of(text), reader) for name, expert, text in given]
+    tokenizer = load_tokenizer(checkpoint.folder, run=run)
+    tags = _tags(tokenizer, names) if settings.tags else ()
+    corpora = (DomainSequences(name, expert, [], tags if expert != GENERIC else ()) for name, expert, _ in given)
+    return [
+        _in_sequences(tokenizer, corpus, text, own.select_of(text), settings)
+        for corpus, (_, _, text) in zip(corpora, given, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class _TextReader:
-    """How text is read: by which tokenizer, and with the tags of which experts, if with any."""
-
-    tokenizer: PreTrainedTokenizerBase
-    settings: TrainSettings
-    tags: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings: TrainSettings) -> _TextReader:
-        """Raises TrainingError where tags are asked for and an expert has none."""
-        if not settings.tags:
-            return cls(tokenizer, settings, ())
-        known = labels_of(tokenizer)
-        without = [name for name in names if name not in known]
-        if without:
-            raise TrainingError(
-                f"the mixture's tokenizer has no tag for {', '.join(without)}",
-                where="tags",
-                found=f"tags for {', '.join(known)}" if known else "no tags at all",
-                expected="a tag for the name of every expert",
-                remedy="leave it out, or mix experts of a base that knows tags: modekit specialize --tags",
-            )
-        return cls(tokenizer, settings, tag_ids(tokenizer, names))
-
-    def encode(self, documents: Sequence[Document], name: str, expert: int, **bounds: int) -> list[TokenSequence]:
-        """Documents as sequences, those of a domain with its tag."""
-        if self.tags and expert != GENERIC:
-            documents = all_tagged(self.tokenizer, documents, name, where=f"text of {name}")
-        elif self.tags:
-            documents = none_tagged(self.tokenizer, documents, where="generic")
-        return encode(self.tokenizer, documents, sequence_length=self.settings.sequence_length, **bounds)
+def _tags(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int, ...]:
+    """Ids of all experts' tags. Raises TrainingError where one has none."""
+    known = labels_of(tokenizer)
+    without = [name for name in names if name not in known]
+    if without:
+        raise TrainingError(
+            f"the mixture's tokenizer has no tag for {', '.join(without)}",
+            where="tags",
+            found=f"tags for {', '.join(known)}" if known else "no tags at all",
+            expected="a tag for the name of every expert",
+            remedy="leave it out, or mix experts of a base that knows tags: modekit specialize --tags",
+        )
+    return tag_ids(tokenizer, names)
 
 
-def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[Document], reader: _TextReader) -> TrainingText:
+def _in_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: DomainSequences,
+    text: DomainText,
+    select: Sequence[Document],
+    settings: TrainSettings,
+) -> TrainingText:
     """What moves, as far as it belongs to the share, and what states are compared on. Raises TextError without either."""
-    settings = reader.settings
     # By hash alone, of other digits than those of the splits.
     fit = [document for document in text.fit() if int(digest_of(document)[8:16], 16) < settings.share * 2**32]
-    sequences = reader.encode(fit, name, expert, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
-    held_out = reader.encode(select, name, expert, max_tokens=settings.select_tokens)
+
+    def encoded(documents: Sequence[Document], **bounds: int) -> list[TokenSequence]:
+        if corpus.tags:
+            documents = all_tagged(tokenizer, documents, corpus.name, where=f"text of {corpus.name}")
+        elif settings.tags:
+            documents = none_tagged(tokenizer, documents, where="generic")
+        return encode(tokenizer, documents, sequence_length=settings.sequence_length, **bounds)
+
+    sequences = encoded(fit, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)
+    held_out = encoded(select, max_tokens=settings.select_tokens)
     for documents, found, what in ((fit, sequences, "training"), (select, held_out, "comparing states")):
         if not found and documents:
             raise text.none_fits(documents, settings.sequence_length)
@@ -133,7 +132,7 @@ def _in_sequences(name: str, expert: int, text: DomainText, select: Sequence[Doc
                 expected="eight in ten are trained on, one in ten is for comparing, one in ten for the tables",
                 remedy=MORE if settings.share == 1.0 else f"{MORE}; or raise share",
             )
-    corpus = DomainSequences(name, expert, sequences, reader.tags if expert != GENERIC else ())
+    corpus = replace(corpus, sequences=sequences)
     return TrainingText(corpus, held_out, list(map(mark_of, fit)), list(map(mark_of, select)), text_record(fit, corpus.tokens))
 
 
