@@ -219,10 +219,10 @@ def test_data(shown: Callable[..., str]) -> None:
         domains=[BalancedDomain(name=name, text=f"./{name}", duplicates=17, splits=splits) for name in NAMES[:4]],
     )
     check_whole(shown, [*NAMES[:4], "99,999", "8,999,999", "8.9%"], data.print_balanced, found, Path("OUT"))
-    size = {"documents": 1_234, "bytes": 5_678_900, "words": 987, "tokens": 1_234_567, "per_1000_bytes": 217.4}
-    other = {"per_word": 1_250.8, "against_tokens": 2_345_678, "against_per_1000_bytes": 413.1, "change": -0.474}
+    size = {"documents": 1_234, "bytes": 5_678_900, "per_1000_bytes": 217.4}
+    other = {"per_word": 1_250.8, "against_per_1000_bytes": 413.1, "change": -0.474}
     fertilities = [Fertility(name=name, **size, **other) for name in NAMES[:4]]
-    about = {"vocabulary": 31_999, "asked": 32_000, "against": NAMES[4], "bytes_per_domain": 10**6}
+    about = {"vocabulary": 31_999, "against": NAMES[4]}
     trained = TrainedTokenizer(**about, domains=fertilities, notes=["a note " * 20])
     check_whole(shown, [*NAMES[:4], "5,678.9", "217.4", "413.1", "-47.4%"], data.print_tokenizer, trained, Path("OUT"))
 

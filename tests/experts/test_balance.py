@@ -255,7 +255,6 @@ BAD: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
     "one huge document": (("validation=0",), {"en": "en.jsonl", "fr": "huge.jsonl"}, "no choice of whole documents"),
     "one domain": ((), {"en": "en.jsonl"}, "nothing to balance"),
     "a name in two cases": ((), {"en": "en.jsonl", "EN": "fr.jsonl"}, "named twice"),
-    "one text for two": ((), {"en": "en.jsonl", "fr": "en.jsonl"}, "the same text"),
     "a path as a name": ((), {"../en": "en.jsonl", "fr": "fr.jsonl"}, "not a name"),
     "no tokens": (("max_tokens=0",), {"en": "en.jsonl", "fr": "fr.jsonl"}, "a setting is wrong"),
     "no ids": (("common=true",), {"en": "named.jsonl", "fr": "fr.jsonl"}, "has no id"),

@@ -52,7 +52,7 @@ class TrainedModule(nn.Module):
 
     def drain(self) -> dict[str, float]:
         """Figures of the step that has just ended, for the log. Called once per step."""
-        raise NotImplementedError
+        return {}
 
     def go_on(self, history: History) -> None:
         """Called before the first step, with the log of the steps before: those of a training that is gone on with."""
@@ -61,7 +61,6 @@ class TrainedModule(nn.Module):
 class PlannedBatches(Protocol):
     """All parts of all steps, in order; what a part holds has a method `to`."""
 
-    def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Mapping[str, Any]: ...
     def describe(self, number: int) -> str:
         """Which text a part holds, for messages."""
@@ -159,7 +158,7 @@ class Loop:
             self._module.go_on(self.history)
             self._report()
             if self._judge is not None and not self.history:
-                self._evaluate()
+                self._evaluate(self._judge)
             while self.step < self._loop.steps and not self._no_longer_better():
                 self._step()
                 self._keep()
@@ -216,33 +215,26 @@ class Loop:
         if processes().is_main:
             self._run.progress(f"train{detail}", self.step, self._loop.steps)
 
-    def _evaluate(self) -> None:
-        assert self._judge is not None
+    def _evaluate(self, judge: Judge) -> None:
         self._wrapped.eval()
         with torch.no_grad(), self._autocast():
-            losses = self._judge(self._wrapped)
+            losses = judge(self._wrapped)
         mean = sum(losses.values()) / len(losses)
         if not math.isfinite(mean):
             raise NotFiniteError.at(f"held-out text after step {self.step}", f"loss {mean}")
-        self.history.append(
-            {"step": self.step, "eval_loss": mean, **{f"eval_{name}_loss": loss for name, loss in losses.items()}}
-        )
+        each = {f"eval_{name}_loss": loss for name, loss in losses.items()}
+        self.history.append({"step": self.step, "eval_loss": mean, **each})
 
     def _no_longer_better(self) -> bool:
-        if self._judge is None or not self.best_step:
-            return False
-        since = [each for each in self.history if "eval_loss" in each and each["step"] > self.best_step]
+        since = [each for each in self.history if "eval_loss" in each and each["step"] > self.best_step > 0]
         return len(since) >= self._loop.patience
 
     def _keep(self) -> None:
         """Judge and keep a state where one is due; without a judge every two minutes, or as often as writing one allows."""
         began = time.monotonic()
-        if self._judge is not None:
-            due = self.step % self._loop.every == 0
-            if due:
-                self._evaluate()
-        else:
-            due = began >= self._kept + self._wait
+        due = began >= self._kept + self._wait if self._judge is None else self.step % self._loop.every == 0
+        if due and self._judge is not None:
+            self._evaluate(self._judge)
         if due and self._folder is not None:
             self._write(self._folder)
             self._kept = time.monotonic()
@@ -277,11 +269,13 @@ class Loop:
         processes().wait()
 
     def _take_optimizer(self, kept: Tensors) -> None:
-        for key in _generators(self._accelerator.device):
-            _set_generator(key, kept[key][processes().rank % len(kept[key])], self._accelerator.device)
         for saved, value in kept.items():
             key, _, name = saved.partition(" ")
-            if name:
+            if key == "generator":
+                torch.set_rng_state(value[processes().rank % len(value)])
+            elif key == "generator_cuda" and self._accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(value[processes().rank % len(value)], self._accelerator.device)
+            elif name:
                 parameter = self._moving[name]
                 self._optimizer.state[parameter][key] = _like(value, parameter) if value.ndim else value
 
@@ -308,10 +302,3 @@ def _generators(device: torch.device) -> dict[str, torch.Tensor]:
     """States of torch's generators, (bytes,) uint8."""
     found = {"generator": torch.get_rng_state()}
     return found | ({"generator_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_generator(key: str, state: torch.Tensor, device: torch.device) -> None:
-    if key == "generator":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)

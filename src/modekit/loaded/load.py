@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,23 +56,17 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
-def verbosity_kept() -> Iterator[None]:
-    """Afterwards transformers says as much as it did before."""
-    before = transformers_logging.get_verbosity()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-@contextmanager
 def without_report(folder: Path) -> Iterator[None]:
     """While open, nothing is said of tensors that have no number and are left out: that they are missing, or made anew."""
-    with verbosity_kept(), warnings.catch_warnings():
-        if leaves_out(read_config(folder, where=str(folder))):
-            transformers_logging.set_verbosity_error()
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        yield
+    before = transformers_logging.get_verbosity()
+    try:
+        with warnings.catch_warnings():
+            if leaves_out(read_config(folder, where=str(folder))):
+                transformers_logging.set_verbosity_error()
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def default_device() -> torch.device:
@@ -97,19 +90,10 @@ def check_loadable(folder: Path, *, run: Run = QUIET) -> None:
 
 def _check_no_pipes(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        mode = _mode_of(path)
-        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise SourceError(
                 "no file that could be read, but a pipe or device, is in the model folder", where=str(path), remedy="remove it"
             )
-
-
-def _mode_of(path: Path) -> int | None:
-    """Of a file; None of a link that leads nowhere."""
-    try:
-        return path.stat().st_mode
-    except OSError:
-        return None
 
 
 def load_tokenizer(folder: Path, *, run: Run = QUIET) -> PreTrainedTokenizerBase:

@@ -28,7 +28,6 @@ class ModekitMixture(LoadedMixture):
     """A mixture in the modekit architecture, as transformers loads it."""
 
     def gates(self) -> list[nn.Parameter]:
-        """By their names."""
         return [self.model.get_parameter(slot.name) for slot in self.checkpoint.slots]
 
     def experts(self) -> Iterator[nn.Parameter]:
@@ -39,18 +38,12 @@ class ModekitMixture(LoadedMixture):
             yield from mixed.differences.parameters() if mixed.few_bits else ()
 
     def ffn(self, layer: nn.Module) -> nn.Module:
-        """The family's own module, mixed or with mixed parts."""
         return layer.get_submodule(self.checkpoint.shape.mixture.family.mlp_module)
 
     def floats_per_token(self) -> int:
-        """The routers' logits."""
         return max(1, sum(max(slot.features, 1) * len(self.checkpoint.names) for slot in self.checkpoint.slots))
 
-    def prepare_training(self) -> None:
-        """There is one way only."""
-
     def set_top_k(self, top_k: int | None) -> None:
-        """By another routing in every router."""
         routing = self.checkpoint.shape.routing.as_written()
         if top_k is not None:
             routing |= {"method": "routing", **dict.fromkeys(CHOICES), "top_k": top_k}
@@ -58,19 +51,15 @@ class ModekitMixture(LoadedMixture):
             router.set(routing)
 
     def forced(self, expert: int) -> AbstractContextManager[None]:
-        """By the flow that all routers share."""
         return flow_of(self.model).forcing(expert)
 
     def on_own_text(self, expert: int) -> AbstractContextManager[None]:
-        """By the flow that all routers share."""
         return flow_of(self.model).changed(forced=expert, beside=True)
 
     def without_common(self) -> AbstractContextManager[None]:
-        """By the flow that all routers share."""
         return flow_of(self.model).changed(common=0.0)
 
     def left_out(self, expert: int) -> AbstractContextManager[None]:
-        """By the flow that all routers share."""
         return flow_of(self.model).changed(left_out=expert)
 
     @contextmanager
@@ -97,7 +86,6 @@ class ModekitView:
         self._slots = checkpoint.slots
 
     def use_expert(self, expert: int) -> None:
-        """Give all weight to an expert."""
         self.model.use_expert(expert)
 
     def router_inputs(self) -> list[nn.Module]:
@@ -106,7 +94,6 @@ class ModekitView:
         return [place if place.router is None else place.router for place in places]
 
     def in_decoder(self) -> list[bool]:
-        """By the names of the places."""
         return [reads_target(leader_of(slot)) for slot in self._slots]
 
 

@@ -49,7 +49,6 @@ class NativeMixture(LoadedMixture):
         return [layer.get_submodule(self.native.router_module) for layer in decoder_layers(self.model)]
 
     def gates(self) -> list[nn.Parameter]:
-        """The parameter of each router that has a gate's shape."""
         shape = (len(self.checkpoint.names), int(self.model.config.hidden_size))
         return [next(parameter for parameter in router.parameters() if parameter.shape == shape) for router in self.routers()]
 
@@ -68,11 +67,9 @@ class NativeMixture(LoadedMixture):
                 yield named[name]
 
     def ffn(self, layer: nn.Module) -> nn.Module:
-        """The block of experts."""
         return layer.get_submodule(self.native.block_module)
 
     def floats_per_token(self) -> int:
-        """All that the routers read."""
         return max(1, sum(slot.width for slot in self.checkpoint.slots))
 
     def prepare_training(self) -> None:
@@ -81,7 +78,6 @@ class NativeMixture(LoadedMixture):
             self.model.set_experts_implementation("eager")
 
     def set_top_k(self, top_k: int | None) -> None:
-        """In every module of the blocks that has a top_k."""
         chosen = top_k or whole(self.checkpoint.config, self.native.top_k_key)
         for layer in decoder_layers(self.model):
             for module in self.ffn(layer).modules():
@@ -219,7 +215,6 @@ class DenseView:
         return [layer.get_submodule(self._native.family.mlp_module) for layer in decoder_layers(self.model)]
 
     def in_decoder(self) -> list[bool]:
-        """There is no encoder here."""
         return [False] * len(self.router_inputs())
 
     def _ffn(self, layer: int, expert: int) -> dict[str, torch.Tensor]:

@@ -37,7 +37,6 @@ class Training:
         batch_tokens: tokens per step, pads included.
         sequence_length: longest piece of a document, or side of a pair, in tokens.
         learning_rate: peak of AdamW; linear warm-up over `warmup` of the steps, then linear to zero.
-        weight_decay, warmup, clip: as usual.
         by_length: sequences of similar length share a step, and attention is not told which tokens are pads: on the right of
             a text they reach no real token of a causal model. A model with an encoder is always told.
         autocast: matrix products in bfloat16 where the processor has them; weights and sums stay in float32.
@@ -136,10 +135,6 @@ class TextLoss(TrainedModule):
         """One for all."""
         moving, training = [each for each in self.model.parameters() if each.requires_grad], self._training
         return [{"params": moving, "lr": training.learning_rate, "weight_decay": training.weight_decay}]
-
-    def drain(self) -> dict[str, float]:
-        """Nothing besides the loss."""
-        return {}
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from modekit.errors import ModekitError, TextError
 from modekit.files.typed import shortened
-from modekit.recipes.paths import locate
 from modekit.recipes.strict import NAME_RULE, is_name
 from modekit.run import Run
 from modekit.text.document import text_of
@@ -95,16 +94,11 @@ def checked_texts(texts: Mapping[str, Sequence[str]], root: Path) -> dict[str, s
 
     A name is a file's name in what is written, and one domain has one text: two of a name are a slip of the pen.
     """
-    whose: dict[str, str] = {}
     for name, specs in texts.items():
         if not is_name(name):
             raise ModekitError("not a name of a domain", where=WHERE, found=name, expected=NAME_RULE, remedy="rename it")
-        if len(specs) > 1 or name.lower() in map(str.lower, list(texts)[: len(whose)]):
+        if len(specs) > 1 or [each.lower() for each in texts].count(name.lower()) > 1:
             remedy = "give it one text, a folder where there are several files, or rename one"
             raise ModekitError("a domain is named twice", where=f"{WHERE} {name}", found=", ".join(specs), remedy=remedy)
         check_present(specs, root=root, where=f"{WHERE} {name}")
-        other = whose.setdefault(str(locate(specs[0], root) or specs[0]), name)
-        if other != name:
-            found = f"{specs[0]}: that of {other}, too"
-            raise TextError("two domains have the same text", where=f"{WHERE} {name}", found=found, remedy="correct the path")
     return {name: specs[0] for name, specs in texts.items()}

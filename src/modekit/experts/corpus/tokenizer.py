@@ -28,11 +28,8 @@ from modekit.text.held_out import MORE
 from modekit.text.splits import Split, split_of
 
 SPECIAL = ("<s>", "</s>", "<pad>")
-SMALLEST = 256 + len(SPECIAL)
-"""Tokens that there are before anything is joined: a byte each, and the special ones."""
-RECORD = "fertility.json"
+SMALLEST = 256 + len(SPECIAL)  # a byte each, and the special ones
 LARGEST = 2**20
-"""Tokens of a vocabulary at most."""
 _MOST_TRAINED = 2 * 10**8  # bytes of a domain: more text changes the words' ranks little, and takes minutes
 _MOST_READ = 2 * 10**7  # bytes of a domain on which fertility is measured
 
@@ -41,38 +38,27 @@ class Fertility(BaseModel, frozen=True):
     """How many tokens held-out documents of one domain take.
 
     Attributes:
-        documents, bytes, words: how much was read; a word is what stands between white space.
-        tokens: of the new tokenizer; also per 1,000 bytes and per word.
-        against_tokens: of the other tokenizer; also per 1,000 bytes; None without another.
+        documents, bytes: how much was read.
+        per_1000_bytes, per_word: tokens of the new tokenizer; a word is what stands between white space.
+        against_per_1000_bytes: of the other tokenizer; None without another.
         change: (new - other) / other, so that below zero the new one makes fewer.
     """
 
     name: str
     documents: int
     bytes: int
-    words: int
-    tokens: int
     per_1000_bytes: float
     per_word: float
-    against_tokens: int | None = None
     against_per_1000_bytes: float | None = None
     change: float | None = None
 
 
 class TrainedTokenizer(BaseModel, frozen=True):
-    """A tokenizer that was made, as fertility.json has it.
-
-    Attributes:
-        vocabulary: tokens that it has, of so many that were `asked`.
-        against: name of the tokenizer that it is compared with.
-        bytes_per_domain: that it was trained on.
-    """
+    """A tokenizer that was made, as fertility.json has it: its tokens, and the name of the one that it is compared with."""
 
     format: int = 1
     vocabulary: int
-    asked: int
     against: str | None
-    bytes_per_domain: int
     domains: list[Fertility]
     notes: list[str]
 
@@ -130,9 +116,7 @@ def train_tokenizer(
     too_few = f"the text has words for no more than {size:,} tokens of {vocabulary:,}: give more text"
     trained = TrainedTokenizer(
         vocabulary=size,
-        asked=vocabulary,
         against=mix.against_name,
-        bytes_per_domain=each,
         domains=[_fertility(name, documents["report"], tokenizer, mix.against) for name, documents in domains.items()],
         notes=[too_few] if size < vocabulary else [],
     )
@@ -140,19 +124,17 @@ def train_tokenizer(
     with staging(out, f"tokenizer {digest}", "tokenizer", sources=sources, replace=replace, sync=run.sync) as stage:
         with library_writes(stage.folder) as folder:
             tokenizer.save_pretrained(folder)
-        write_json(stage.folder / RECORD, trained.model_dump(mode="json"), sync=False)
+        write_json(stage.folder / "fertility.json", trained.model_dump(mode="json"), sync=False)
     return trained
 
 
 def _split_text(name: str, spec: str, root: Path, run: Run) -> dict[Split, dict[bytes, str]]:
     """Documents by their hash, of the splits that are read. Raises TextError where one has none."""
-    found: dict[Split, dict[bytes, str]] = {"fit": {}, "report": {}}
+    found: dict[Split, dict[bytes, str]] = {"fit": {}, "select": {}, "report": {}}
     for key, record in read_domain(name, spec, root, run).documents.items():
-        split = split_of(record.document)
-        if split in found:
-            found[split][key] = text_of(record.document)
-    for split, documents in found.items():
-        if not documents:
+        found[split_of(record.document)][key] = text_of(record.document)
+    for split in ("fit", "report"):
+        if not found[split]:
             raise none_in_split(split, name, spec, "one of ten documents to measure by, and more to train on", MORE)
     return found
 
@@ -188,11 +170,8 @@ def _fertility(
         name=name,
         documents=len(texts),
         bytes=text_bytes,
-        words=words,
-        tokens=tokens,
         per_1000_bytes=round(1000 * tokens / max(1, text_bytes), 4),
         per_word=round(tokens / max(1, words), 4),
-        against_tokens=against,
         against_per_1000_bytes=None if against is None else round(1000 * against / max(1, text_bytes), 4),
         change=round(tokens / against - 1, 6) if against else None,
     )

@@ -70,18 +70,14 @@ class Student(JudgedModule):
         predicted = predicted_in(item)
         logits_NV = logits[:, :-1][predicted]
         cross_entropy = language_model(logits_NV, batch.input_ids[:, 1:][predicted])
-        return {"lm": cross_entropy, "distill": self._distillation(logits_NV, item)}
+        settings = self._lesson.settings
+        both = self._lesson.beside(logits_NV, item, settings.temperature)
+        losses = [weight * divergence(name, *both, settings.temperature) for name, weight in settings.losses.items()]
+        return {"lm": cross_entropy, "distill": torch.stack(losses).sum()}
 
     def weights(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         """By what the steps before logged."""
         return dict(zip(losses, self._weight.factors(), strict=True))
-
-    def _distillation(self, logits_NV: torch.Tensor, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Weighted sum of the distillation losses, summed over tokens."""
-        settings = self._lesson.settings
-        both = self._lesson.beside(logits_NV, item, settings.temperature)
-        losses = [weight * divergence(name, *both, settings.temperature) for name, weight in settings.losses.items()]
-        return torch.stack(losses).sum()
 
     def drain(self) -> dict[str, float]:
         """Both losses of the step that has just ended, and what cross-entropy counted in it."""
@@ -122,21 +118,18 @@ class CrossEntropyWeight:
     def __init__(self, settings: DistillSettings, steps: int) -> None:
         self._settings = settings
         length = max(20, steps // 100)
-        self._cross_entropy: deque[float] = deque(maxlen=length)
-        self._distillation: deque[float] = deque(maxlen=length)
+        self._losses: tuple[deque[float], deque[float]] = (deque(maxlen=length), deque(maxlen=length))
         self.steps_done = 0
 
-    def remember(self, cross_entropy: float, distillation: float) -> None:
-        """The losses of the step that has just ended, per predicted token."""
-        self._cross_entropy.append(cross_entropy)
-        self._distillation.append(distillation)
+    def remember(self, *losses: float) -> None:
+        """Cross-entropy and distillation of the step that has just ended, per predicted token."""
+        for history, loss in zip(self._losses, losses, strict=True):
+            history.append(loss)
         self.steps_done += 1
 
     def share(self) -> float:
         """Between 0 and 1."""
-        if not self._settings.adaptive:
-            return self._settings.weights
-        return adaptive_share(self._cross_entropy, self._distillation)
+        return adaptive_share(*self._losses) if self._settings.adaptive else self._settings.weights
 
     def factors(self) -> tuple[float, float]:
         """What cross-entropy and distillation are multiplied with.
