@@ -27,10 +27,6 @@ from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
-<<<<<<< HEAD
-=======
-from modekit.experts.extract import AdaptedRow, Extraction
->>>>>>> 1705659d (wip)
 from modekit.files.figures import three_digits, time_of
 from modekit.planning.shape import RouterPosition
 
@@ -148,15 +144,7 @@ def test_forced(shown: Callable[..., str]) -> None:
     assert table.split() == ["medicine", "its", "own", "2.35e-06", "9.38e-06", "12.3", "12.3456", "12.3456", "13.4567"]
 
 
-<<<<<<< HEAD
 def test_training_and_demo(shown: Callable[..., str]) -> None:
-=======
-def test_extract_training_and_demo(shown: Callable[..., str]) -> None:
-    row = AdaptedRow(modules=210, rank=128, drift=0.000712, error=0.5)
-    about = {"model": "law", "base_model": "base", "not_carried": {}}
-    record = Extraction(**about, kinds={"self_attn.q_proj": row}, all=row, bytes=4, carried=0.9)
-    check_whole(shown, ["self_attn.q_proj", "128", "0.000712", "0.500"], mixtures.print_extract, record)
->>>>>>> 1705659d (wip)
     losses = {name: {"before": 3.1234, "after": 2.9876} for name in NAMES}
     done = Some(record=Some(select_loss=losses, notes=[], parameters=10, steps=1, tokens=5), results=results(), improved=True)
     check_whole(shown, [*NAMES, "3.1234", "2.9876"], training.print_training, "OUT", done)
