@@ -27,7 +27,7 @@ from modekit.files.output import is_there
 from modekit.loaded.load import load_tokenizer
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
-from modekit.routing.evidence import Averaging
+from modekit.routing.evidence import averaged
 from modekit.text.documents import read_documents
 from modekit.text.sequences import encode
 from modekit.text.splits import Split, documents_of_split, mark_of
@@ -67,13 +67,13 @@ def accuracy(checkpoint: Checkpoint, texts: Path) -> float:
     """On how many tokens of held-out real text the own expert leads."""
     tokenizer, names, channels = load_tokenizer(checkpoint.folder), checkpoint.names, checkpoint.shape.channels
     table_VE = torch.from_numpy(checkpoint.gates()[0].T if channels is None else read_table(*checkpoint.carrier))
-    averaging = Averaging(tuple(checkpoint.record.recipe.mixture.router.decays) if channels is None else channels.decays)
+    decays = checkpoint.record.recipe.mixture.router.decays if channels is None else channels.decays
     shares = []
     for place, name in enumerate(names):
         documents = read_documents([str(texts / f"{name}.jsonl")], root=texts, where=name)
         held = [each for split in ("select", "report") for each in documents_of_split(documents, split)]
         sequences = encode(tokenizer, held, max_tokens=2**20, sequence_length=SEQUENCE_LENGTH)
-        leads = [(averaging.matrices(len(each.ids))[0] @ table_VE[list(each.ids)]).argmax(-1) == place for each in sequences]
+        leads = [averaged(table_VE[list(each.ids)][None, :, None], decays)[0].argmax(-1) == place for each in sequences]
         shares.append(float(torch.cat(leads).float().mean()))
     return sum(shares) / len(shares)
 

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from conftest import VOCAB, Workshop, make_workshop
-from modekit.architecture.modekit_router import select
-from modekit.architecture.modekit_scores import FINISHED, attention, cosine
+from modekit.architecture.modekit_router import FINISHED, attention, cosine, select
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import RecipeError, UnsupportedError

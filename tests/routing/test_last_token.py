@@ -36,7 +36,8 @@ def test_it_is_the_last_of_all_answers(name: str, length: int) -> None:
     whole.gate = torch.nn.Parameter(torch.from_numpy(gate_EG))
     flow.ids_BS = torch.tensor([ids])
     expected_SE = whole.logits(torch.zeros(1, length, 1))[0].numpy()
-    found_E = LastToken(routing, gate_EG).logits(ids)
+    decays = [average["decay"] for average in routing["averages"]]
+    found_E = LastToken(np.split(gate_EG.T, parts), decays, routing.get("orders", ())).by_token(ids).sum(0)
     assert found_E.dtype == np.float32 and found_E.shape == (EXPERTS,)
     np.testing.assert_allclose(found_E, expected_SE[-1], rtol=1e-4, atol=1e-5)
     assert length < 2 or not np.allclose(found_E, expected_SE[0], atol=1e-3)

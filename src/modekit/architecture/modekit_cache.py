@@ -19,7 +19,7 @@ class CarriesRouterStates:
     of_modules: dict[tuple[int, int], Any]
     """Layer and number of an expert's module -> what that keeps of the text, where it keeps something (modekit_any.py)."""
     streams = 1
-    """How often every sequence stands in the cache (modekit_streams.py)."""
+    """How often every sequence stands in the cache (modeling_modekit.py)."""
 
     def _places(self, sequences: torch.Tensor) -> torch.Tensor:
         """Rows of the cache of some sequences."""

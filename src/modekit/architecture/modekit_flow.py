@@ -57,7 +57,7 @@ class Flow:
         left_out: place of an expert that gets no weight; the routers choose among the others.
         listener: called with a router's place and its logits (B, S, E) or (B, S, O, E), when somebody wants to know them.
         keeper: who remembers in place of `states`, where an engine runs the model.
-        common: weight of the base's own decoder beside the experts; 0.0 without one (modekit_streams.py).
+        common: weight of the base's own decoder beside the experts; 0.0 without one (modeling_modekit.py).
         beside: with `forced`: whether the common expert takes part all the same.
         sequences: B, while every sequence of the pass stands in the batch twice; None while it stands there once.
         pair: whether the model has an encoder (modekit_pairs.py). Then `encoding` says whether that is what runs, and routers

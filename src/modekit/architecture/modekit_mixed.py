@@ -10,19 +10,18 @@ where g_r and s_r are the weight and the scale (alpha / rank) of the adapter tha
 adapters' own tensors, bit for bit. Of an embedding, whose weight is (V, D) and whose x are ids, the change of row x is B[x] A.
 
 Shape legend: B batch, S sequence, T tokens of all sequences, E experts, R ranks of all adapters together, I and O width in and
-out.
+out (of an embedding O tokens), X any.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .modekit_few_bits import FewBits
 from .modekit_flow import Flow
 from .modekit_router import Router
 
@@ -32,7 +31,7 @@ class Mixed(nn.Module):
 
     `place` is its entry in `modekit.places`:
         ranks, scales: per expert the rank and scale of its adapter, 0 without one.
-        bits: per expert those of each number of its difference (modekit_few_bits.py), 0 without one.
+        bits: per expert those of each number of its difference (FewBits), 0 without one.
         own: experts with a module of their own here. biased: experts whose adapter adds a bias of its own.
         base: whether the base's module is kept (some expert is made of it).
         router: the place whose router decides here. Its first place in the order of execution owns it.
@@ -40,7 +39,7 @@ class Mixed(nn.Module):
         features: how many decisions, when there is one per output feature.
         sequence_axis: the axis of x that counts tokens (2 for norms that see heads first).
         of_source: whether it runs on an encoder's output, in a decoder.
-        calls: modules that the layer calls itself and that are one here (modekit_chain.py); the place has the first one's name.
+        calls: modules that the layer calls itself and that are one here (Chain); the place has the first one's name.
     """
 
     def __init__(
@@ -279,3 +278,69 @@ def _sparse_sum(x: torch.Tensor, parts: list[tuple[nn.Module, torch.Tensor]]) ->
 def _broadcast(weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """One weight per token, for a y with axes behind those of the tokens."""
     return weight.reshape(*weight.shape, *[1] * (y.ndim - weight.ndim)).to(y.dtype)
+
+
+class FewBits(nn.Module):
+    """y = D x, or of an embedding y = D[x], of a weight difference D (O, I) that is kept in P bits per number:
+    D = (code - (2^P - 1) / 2) step, a step per row.
+
+    The codes lie in planes of one bit, the lowest first, eight numbers of a row in a byte: C bytes. They are unpacked where
+    they are used: of a linear map all of them in every pass, of an embedding the rows that are looked up.
+    """
+
+    codes: torch.Tensor
+
+    def __init__(self, outputs: int, inputs: int, bits: int, *, looked_up: bool) -> None:
+        super().__init__()
+        self.inputs, self.looked_up = inputs, looked_up
+        self.register_buffer("codes", torch.zeros(outputs, bits, -(-inputs // 8), dtype=torch.uint8))
+        self.steps = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of x (X, I), or of ids (X,), (X, O) or (X, I) in a dtype."""
+        if self.looked_up:
+            return self._rows(self.codes[x], self.steps[x].to(dtype))
+        return nn.functional.linear(x, self._rows(self.codes, self.steps.to(x.dtype)))
+
+    def _rows(self, codes_XPC: torch.Tensor, steps_X: torch.Tensor) -> torch.Tensor:
+        """The numbers (X, I) that codes and steps stand for."""
+        bits, places = codes_XPC.shape[-2], torch.arange(8, dtype=torch.uint8, device=codes_XPC.device)
+        level_XI = torch.zeros((), dtype=torch.uint8, device=codes_XPC.device)
+        for plane in range(bits):
+            level_XI = level_XI + (((codes_XPC[..., plane, :, None] >> places) & 1) << plane)
+        centred_XI: torch.Tensor = level_XI.flatten(-2)[..., : self.inputs].to(steps_X.dtype) - (2**bits - 1) / 2
+        return centred_XI * steps_X[..., None]
+
+
+class Chain(nn.Module):
+    """Modules that a layer calls one after the other, as one of which experts can have their own: in Bart and its like no
+    module holds the FFN, y = fc2(activation(fc1(x))). What the layer drops before the last one is dropped here.
+    """
+
+    def __init__(self, layer: nn.Module, calls: Sequence[str]) -> None:
+        super().__init__()
+        self._calls = tuple(calls)
+        for name in self._calls:
+            setattr(self, name, getattr(layer, name))
+        self._dropout = float(getattr(layer, "activation_dropout", 0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        *before, last = (getattr(self, name) for name in self._calls)
+        for call in before:
+            x = call(x)
+        x = nn.functional.dropout(x, p=self._dropout, training=self.training)
+        y: torch.Tensor = last(x)
+        return y
+
+
+def put_in_place(layer: Any, calls: Sequence[str], module: Any) -> None:
+    """Let a layer call `module` first, and nothing after it until it has called all of `calls`."""
+    first, *others = calls
+    setattr(layer, first, module)
+    if hasattr(module, "stand_in"):
+        module.stand_in(layer)
+    for name in others:
+        setattr(layer, name, nn.Identity())
+    if hasattr(layer, "activation_dropout"):
+        layer.activation_dropout = 0.0  # the chain's

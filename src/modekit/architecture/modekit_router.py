@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 from .modekit_flow import Flow
-from .modekit_scores import FINISHED, chosen
-from .modekit_streams import common_weight, no_weight_for_common
 
 _TINY = 1e-30  # under a root, whose slope at zero is no number
 _CHUNK = 128  # tokens whose average is taken in one matrix product
@@ -28,15 +26,15 @@ class Router(nn.Module):
 
     `routing` is the config's `modekit.routing`:
         method: linear (given `weights`), gating (all experts) or routing (`top_k`, or `top_p`: the fewest experts whose
-            probabilities reach it, or `groups` or `threshold`: modekit_scores.py).
+            probabilities reach it, or `groups` or `threshold`: `chosen`).
         averages: what the gate's J parts read: {"decay": None} the token itself, 1.0 the mean of all tokens so far,
             d < 1 an exponential average.
         prefix: averages take no token after the first `prefix` ones, so that the decision stays.
-        score: linear (w x), cosine (of `dimensions`) and attention (both modekit_scores.py), norm (|w x|: Arrow), lexical (the
+        score: linear (w x), cosine (of `dimensions`) and attention (both below), norm (|w x|: Arrow), lexical (the
             gate is a table over token ids, or, with `orders`, part by part over n-grams of that order, hashed into as many
             rows as "ngram" says; x is not read).
         always_on: {"expert": place or None for the base, "weight": its share or None: what its logit says, "apart": whether
-            it is the common expert of modekit_streams.py, of which routers know nothing}.
+            it is the common expert of modeling_modekit.py, of which routers know nothing}.
         jitter, noise: in training only.
     """
 
@@ -75,7 +73,10 @@ class Router(nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Weights in float32; they sum to one over the experts (less what an always-on base takes)."""
         sequences = self._flow[0].sequences
-        return self._weights(x_BSD) if sequences is None else no_weight_for_common(self._weights(x_BSD[:sequences]))
+        if sequences is None:
+            return self._weights(x_BSD)
+        weights = self._weights(x_BSD[:sequences])
+        return torch.cat([weights, torch.zeros_like(weights)])
 
     def _weights(self, x_BSD: torch.Tensor) -> torch.Tensor:
         flow = self._flow[0]
@@ -314,22 +315,72 @@ def places_of(
         return None
     names, labels = said["experts"], said.get("labels")
     labels = {key: at for key, at in labels.items() if type(at) is int} if isinstance(labels, dict) else {}
-
-    def place(name: str) -> int:
-        found: int = names.index(name) if name in names else labels.get(name, -1)
-        return found
-
-    places: Any = expert
-    if isinstance(expert, str):
-        places = place(expert)
-    elif isinstance(expert, (list, tuple)):
-        places = [place(each) if isinstance(each, str) else -1 if isinstance(each, bool) else each for each in expert]
-    try:
-        places = torch.tensor(places) if isinstance(places, list) else places
-        flat = torch.as_tensor(places).flatten()
-    except (TypeError, ValueError, RuntimeError):  # no numbers
-        flat = torch.tensor([-1])
-    whole = not (flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool)
-    if not whole or flat.numel() == 0 or not all(0 <= each < len(names) for each in flat.tolist()):
+    known = {**labels, **{name: at for at, name in enumerate(names)}}
+    listed = isinstance(expert, (list, tuple)) or getattr(expert, "ndim", 0) > 0
+    given = list(expert) if listed else [expert]  # type: ignore[arg-type]
+    given = [each.item() if getattr(each, "ndim", None) == 0 else each for each in given]  # type: ignore[union-attr]
+    places = [known.get(each) if isinstance(each, str) else each for each in given]
+    if not places or not all(type(each) is int and 0 <= each < len(names) for each in places):
         raise ValueError(f"there is no expert {expert!r}; there are {', '.join([*names, *labels])} (or places from 0)")
-    return places  # type: ignore[no-any-return]
+    return torch.tensor(places) if listed else places[0]  # type: ignore[return-value]
+
+
+def common_weight(routing: Mapping[str, Any]) -> float:
+    """Weight w of the common expert; 0.0 without one."""
+    always_on = routing.get("always_on") or {}
+    return float(always_on["weight"]) if always_on.get("apart") else 0.0
+
+
+def cosine(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -> torch.Tensor:
+    """X-MoE's router (Section 3.2, arXiv:2204.09179): s_e = cos(W x, v_e) / tau, W (R, D), v_e (R,).
+
+    The gate has v_e in the first R columns of its first E rows, and W below. 1 / tau is the mean length of the v_e.
+    """
+    projected_BSR = products_BSG[..., experts:]
+    experts_ER = gate_GD[:experts, : projected_BSR.shape[-1]]
+    cosines_BSE = torch.nn.functional.linear(
+        torch.nn.functional.normalize(projected_BSR, dim=-1), torch.nn.functional.normalize(experts_ER, dim=-1)
+    )
+    return experts_ER.square().sum(-1).clamp_min(1e-30).sqrt().mean() * cosines_BSE
+
+
+def attention(products_BSG: torch.Tensor, gate_GD: torch.Tensor, experts: int) -> torch.Tensor:
+    """Yuan 2.0-M32's router (Section 3.1, arXiv:2405.17976): s = softmax(q k^T) v with q, k and v (E,) linear in x.
+
+    The gate has three rows for every expert: those of its query, key and value.
+    """
+    query, key, value = products_BSG.reshape(*products_BSG.shape[:-1], experts, 3).unbind(-1)
+    scores_BSE1: torch.Tensor = (query[..., :, None] * key[..., None, :]).softmax(-1) @ value[..., None]
+    return scores_BSE1.squeeze(-1)
+
+
+FINISHED = {"cosine": cosine, "attention": attention}
+"""Kind of score -> what makes scores (B, S, E) of the products with the gate's rows (B, S, G), averaged or not."""
+
+
+def chosen(ranked: torch.Tensor, logits: torch.Tensor, routing: Mapping[str, Any]) -> torch.Tensor:
+    """Which experts (last axis) take a token, by the order `ranked`: bool, of the logits' shape.
+
+    groups: the best of each group of experts, in order, as equal as can be (k top-1 prototyping, Section 3.2,
+    arXiv:2105.15082). threshold: all whose probability reaches theirs, the best where none does (top-any, Section 3.1,
+    arXiv:2405.14297; of the softmax, not the sigmoid there, since fits set logits only up to what all have in common).
+    """
+    experts = logits.shape[-1]
+    if routing.get("groups") is not None:
+        groups = ranked.tensor_split(routing["groups"], dim=-1)
+        return torch.cat([_best(each) for each in groups], dim=-1)
+    if routing.get("top_k") is not None and routing["top_k"] < experts:
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranked.topk(routing["top_k"], dim=-1).indices, True)
+    if routing.get("threshold") is not None:
+        enough = (logits.softmax(-1) >= torch.tensor(routing["threshold"], device=logits.device)) | ranked.isposinf()
+        return enough | (_best(ranked) & ~enough.any(-1, keepdim=True))
+    if routing.get("top_p") is not None:
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+        sorted_p = logits.softmax(-1).gather(-1, order)
+        enough = sorted_p.cumsum(-1) - sorted_p < routing["top_p"]  # what stands before it does not suffice
+        return torch.zeros_like(enough).scatter(-1, order, enough)
+    return torch.ones_like(logits, dtype=torch.bool)
+
+
+def _best(ranked: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranked.argmax(-1, keepdim=True), True)

@@ -23,11 +23,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .configuration_modekit import ModekitConfig, family_config
 from .modekit_any import MixedAny
 from .modekit_cache import CarriesRouterStates, remembering
-from .modekit_chain import Chain, put_in_place
 from .modekit_flow import Flow, Recomputing
-from .modekit_mixed import Mixed
+from .modekit_mixed import Chain, Mixed, put_in_place
 from .modekit_router import Router, places_of
-from .modekit_streams import averaged, sequences_of, twice
 from .modekit_whole import KINDS, BiasedHead, SharedEmbedding
 
 _LAYER = re.compile(r".*?\.(layers|block)\.\d+\.")
@@ -195,12 +193,13 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
             return output
 
         def run_twice(given: dict[str, Any]) -> Any:
-            sequences = flow.sequences = sequences_of(given)
+            assert flow.shape_BS is not None
+            sequences = flow.sequences = flow.shape_BS[0] // 2
             try:
-                doubled = {name: twice(value, sequences) for name, value in given.items() if name != PADDING}
+                doubled = {name: _twice(value, sequences) for name, value in given.items() if name != PADDING}
                 output = dense_model.forward(self, **doubled)
                 finish_pass(flow, output)
-                return averaged(output, sequences, flow.common)
+                return _averaged(output, sequences, flow.common)
             finally:
                 flow.sequences = None
 
@@ -208,6 +207,35 @@ def _forward_of(dense_model: Any) -> Callable[..., Any]:
             return run()
 
     return forward
+
+
+# A common expert beside the others: the base's own decoder reads every text, too (MoE-CE, arXiv 2407.19610). Every sequence of
+# a pass stands in the batch twice. In the first half the routers decide; in the second no expert has any weight, so that every
+# place is the base's. Behind the decoder the two are averaged, and the head, which all share, reads that:
+#
+#     h = (1 - w) h_routed + w h_common                         h (B, S, D), w = always_on.weight
+
+
+def _twice(value: Any, sequences: int) -> Any:
+    """An argument of a pass with every sequence in it twice: B rows become 2B. Masks by kind of layer come in a dict."""
+    if isinstance(value, dict):
+        return {key: _twice(each, sequences) for key, each in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == sequences:
+        return torch.cat([value, value])
+    return value
+
+
+def _averaged(output: Any, sequences: int, weight: float) -> Any:
+    """A pass's output for B sequences: the last hidden states averaged, all else as the routed half has it."""
+    routed, common = output[0][:sequences], output[0][sequences:]
+    hidden = (1.0 - weight) * routed + weight * common
+    if isinstance(output, tuple):
+        return (hidden, *(tuple(one[:sequences] for one in each) if isinstance(each, tuple) else each for each in output[1:]))
+    output["last_hidden_state"] = hidden
+    for key in ("hidden_states", "attentions"):
+        if output.get(key) is not None:
+            output[key] = tuple(each[:sequences] for each in output[key])
+    return output
 
 
 def _causal_forward_of(dense_causal: Any) -> Callable[..., Any]:

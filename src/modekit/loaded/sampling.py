@@ -10,7 +10,7 @@ Shape legend: B rows of a batch, S tokens that are fed at once, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,23 +91,16 @@ class Writer:
     endless: bool = False
 
     @torch.inference_mode()
-    def write(
-        self,
-        script: Script,
-        rows: int,
-        seed: int,
-        advance: Callable[[float], object] = lambda share: None,
-        begun: Sequence[Sequence[int]] = (),
-    ) -> list[list[list[int]]]:
-        """The parts of so many texts, as token ids; `advance` gets the share that is done, and `begun` stands in place of the
-        first that is fixed, of equal length in every row. Raises SourceError where a model computes NaN or Inf.
+    def write(self, script: Script, rows: int, seed: int, begun: Sequence[Sequence[int]] = ()) -> list[list[list[int]]]:
+        """The parts of so many texts, as token ids; `begun` stands in place of the first that is fixed, all of equal length.
+
+        Raises SourceError where a model computes NaN or Inf.
         """
         draw = torch.Generator().manual_seed(seed)
         ids_BS = torch.tensor(list(map(list, begun)) or [list(script.fixed[0])] * rows)
         texts = [_Row(script) for _ in range(len(ids_BS))]
         read = [_Reader(model) for model in (self.model, self.base) if model is not None]
-        for step in range(script.tokens):
-            advance(step / script.tokens)
+        for _ in range(script.tokens):
             probabilities_BV = self._probabilities([each.logits(ids_BS) for each in read])
             sampled = torch.multinomial(probabilities_BV, 1, generator=draw)[:, 0].tolist()
             ids_BS = torch.tensor([[row.take(token, self.ends)] for row, token in zip(texts, sampled, strict=True)])
@@ -129,15 +122,12 @@ class Writer:
 
 
 @torch.inference_mode()
-def read_texts(
-    model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, advance: Callable[[float], object]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def read_texts(model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model expects of texts: how often each token (V,) follows, its probabilities added, and log p of what follows each
-    token but the last, (B, S - 1). `advance` gets the share that is done.
+    token but the last, (B, S - 1).
     """
     expected_V, found = torch.zeros(()), list[torch.Tensor]()
-    for place, ids_BS in enumerate(torch.split(texts_BS.to(model.device), _READ_ROWS)):
-        advance(place * _READ_ROWS / len(texts_BS))
+    for ids_BS in torch.split(texts_BS.to(model.device), _READ_ROWS):
         inputs = with_cache(model, ids_BS, torch.ones_like(ids_BS), None)
         log_p_BSV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         expected_V = expected_V + log_p_BSV[..., :vocabulary].exp().sum((0, 1)).cpu()

@@ -39,28 +39,22 @@ Examples = Sequence[TokenRows]
 """Of one domain."""
 
 
-@dataclass(frozen=True)
-class Averaging:
-    """How evidence of a text comes together: causal averages with these decays."""
-
-    decays: tuple[float, ...]
-
-    def of(self, values_BSJE: torch.Tensor) -> torch.Tensor:
-        """The averages up to each token, added up, (B, S, E): block by block, as a text may be long."""
-        decays_J = torch.tensor(self.decays, dtype=torch.float64)
-        length = values_BSJE.shape[1]
-        powers_SJ = decays_J ** torch.arange(min(length, _BLOCK) + 1)[:, None]
-        age = (torch.arange(min(length, _BLOCK))[:, None] - torch.arange(min(length, _BLOCK))[None, :]).clamp_min(0)
-        weights_JTS = (decays_J[:, None, None] ** age).tril().float()
-        sums_BSJE, before_BJE = [], torch.zeros(())
-        for block_BSJE in torch.split(values_BSJE, _BLOCK, dim=1):
-            size = block_BSJE.shape[1]
-            sums_BSJE.append(torch.einsum("jts,bsje->btje", weights_JTS[:, :size, :size], block_BSJE))
-            if len(sums_BSJE) > 1:
-                sums_BSJE[-1] = sums_BSJE[-1] + powers_SJ[1 : size + 1, :, None].float() * before_BJE[:, None]
-            before_BJE = sums_BSJE[-1][:, -1]
-        totals_SJ = (decays_J ** torch.arange(length)[:, None]).cumsum(0)
-        return (torch.cat(sums_BSJE, dim=1) / totals_SJ[..., None].float()).sum(-2)
+def averaged(values_BSJE: torch.Tensor, decays: Sequence[float]) -> torch.Tensor:
+    """Causal averages with these decays up to each token, added up, (B, S, E): block by block, as a text may be long."""
+    decays_J = torch.tensor(decays, dtype=torch.float64)
+    length = values_BSJE.shape[1]
+    powers_SJ = decays_J ** torch.arange(min(length, _BLOCK) + 1)[:, None]
+    age = (torch.arange(min(length, _BLOCK))[:, None] - torch.arange(min(length, _BLOCK))[None, :]).clamp_min(0)
+    weights_JTS = (decays_J[:, None, None] ** age).tril().float()
+    sums_BSJE, before_BJE = [], torch.zeros(())
+    for block_BSJE in torch.split(values_BSJE, _BLOCK, dim=1):
+        size = block_BSJE.shape[1]
+        sums_BSJE.append(torch.einsum("jts,bsje->btje", weights_JTS[:, :size, :size], block_BSJE))
+        if len(sums_BSJE) > 1:
+            sums_BSJE[-1] = sums_BSJE[-1] + powers_SJ[1 : size + 1, :, None].float() * before_BJE[:, None]
+        before_BJE = sums_BSJE[-1][:, -1]
+    totals_SJ = (decays_J ** torch.arange(length)[:, None]).cumsum(0)
+    return (torch.cat(sums_BSJE, dim=1) / totals_SJ[..., None].float()).sum(-2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class TrainedTable:
 def train_table(
     domains: Sequence[Examples],
     height: int,
-    averaging: Averaging,
+    decays: Sequence[float],
     *,
     seed: int = 0,
     silent: Sequence[int] = (),
@@ -99,10 +93,10 @@ def train_table(
     schedule: TableSchedule = TableSchedule(),
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainedTable:
-    """Train the table of domains in the order of the experts. `silent`: rows that carry no evidence;
-    `expected`: how often experts expect each row in equal contexts, (E, H), in small steps from there.
+    """Train the table of domains in the order of the experts.
 
-    `advance` is told the steps done and the most there can be.
+    `silent`: rows that carry no evidence; `expected`: how often experts expect each row in equal contexts, (E, H), in small
+    steps from there; `advance` is told the steps done and the most there can be.
     """
     split = [_split(examples, schedule.aside) for examples in domains]
     tables = [_naive_bayes([own for own, _ in split], height, schedule.smoothing)]
@@ -111,34 +105,33 @@ def train_table(
     for table in tables:
         table[:, list(silent)] = 0.0
     held = [batch for place, (_, aside) in enumerate(split) for batch in _batches(aside, place, schedule.tokens)]
-    starts = [torch.cat([table / len(averaging.decays)] * len(averaging.decays)).t() for table in tables]  # (H, J E)
-    start, scale = min(product(starts, _SCALES), key=lambda each: _loss_of(held, each[0] * each[1], averaging, len(domains)))
+    starts = [torch.cat([table / len(decays)] * len(decays)).t() for table in tables]  # (H, J E)
+    start, scale = min(product(starts, _SCALES), key=lambda each: _loss_of(held, each[0] * each[1], decays))
     weights = (start * scale).contiguous().requires_grad_()
     rate = schedule.learning_rate if expected is None else schedule.small_rate
     optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.99), foreach=True)
-    best = before = _loss_of(held, weights.detach(), averaging, len(domains))
-    state, taken, waited = weights.detach().clone(), 0, 0
-    draw = _Draw([own for own, _ in split], schedule.tokens // len(domains), seed)
+    best = before = _loss_of(held, weights.detach(), decays)
+    state, taken = weights.detach().clone(), 0
+    drawn = _drawn([own for own, _ in split], schedule.tokens // len(domains), seed)
     for step in range(1, schedule.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - (step - 1) / schedule.steps)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros(())
-        for place, batch in enumerate(draw.next()):
-            loss = loss + _mean_loss(batch, weights, averaging, len(domains), place) / len(domains)
+        for batch in next(drawn):
+            loss = loss + _mean_loss(batch, weights, decays) / len(domains)
         loss.backward()  # type: ignore[no-untyped-call]
         assert weights.grad is not None
         weights.grad[list(silent)] = 0.0
         optimizer.step()
         advance(step, schedule.steps)
         if step % schedule.look_every == 0:
-            found = _loss_of(held, weights.detach(), averaging, len(domains))
-            waited += 1
+            found = _loss_of(held, weights.detach(), decays)
             if found < best:
-                best, state, taken, waited = found, weights.detach().clone(), step, 0
-            if waited >= schedule.patience:
+                best, state, taken = found, weights.detach().clone(), step
+            if step - taken >= schedule.patience * schedule.look_every:
                 break
-    table = state.t().reshape(len(averaging.decays), len(domains), height).transpose(0, 1).contiguous()
+    table = state.t().reshape(len(decays), len(domains), height).transpose(0, 1).contiguous()
     return TrainedTable(table, before, best, taken)
 
 
@@ -200,45 +193,34 @@ def _batches(examples: Examples, place: int, tokens: int) -> Iterator[_Batch]:
         left = left[count:]
 
 
-class _Draw:
-    """Batches of every domain, each of about so many tokens, over and over in an order that the seed gives."""
-
-    def __init__(self, domains: Sequence[Examples], tokens: int, seed: int) -> None:
-        self._domains, self._tokens = domains, tokens
-        self._generator = torch.Generator().manual_seed(seed)
-        self._left: list[list[int]] = [[] for _ in domains]
-
-    def next(self) -> Iterator[_Batch]:
-        """One batch of each domain."""
-        for place, examples in enumerate(self._domains):
+def _drawn(domains: Sequence[Examples], tokens: int, seed: int) -> Iterator[list[_Batch]]:
+    """A batch of every domain, each of about so many tokens, over and over in an order that the seed gives."""
+    generator, left = torch.Generator().manual_seed(seed), [list[int]() for _ in domains]
+    while True:
+        batches = []
+        for place, examples in enumerate(domains):
             taken: list[TokenRows] = []
-            length = 0
-            while length < self._tokens and len(taken) < len(examples):
-                if not self._left[place]:
-                    self._left[place] = torch.randperm(len(examples), generator=self._generator).tolist()
-                taken.append(examples[self._left[place].pop()])
-                length += len(taken[-1].rows)
-            yield _padded(taken, place)
+            while sum(len(each.rows) for each in taken) < tokens and len(taken) < len(examples):
+                if not left[place]:
+                    left[place] = torch.randperm(len(examples), generator=generator).tolist()
+                taken.append(examples[left[place].pop()])
+            batches.append(_padded(taken, place))
+        yield batches
 
 
-def _logits(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:
-    """(B, S, E) of a table (H, J E)."""
+def _mean_loss(batch: _Batch, weights: torch.Tensor, decays: Sequence[float]) -> torch.Tensor:
+    """Cross-entropy of a table (H, J E)."""
     values = embedding(batch.rows_BSK, weights).sum(-2)
-    parts = values.reshape(*values.shape[:2], len(averaging.decays), experts)
-    return averaging.of(parts)
-
-
-def _mean_loss(batch: _Batch, weights: torch.Tensor, averaging: Averaging, experts: int, place: int) -> torch.Tensor:
-    logits = _logits(batch, weights, averaging, experts)[batch.mask_BS]
-    return cross_entropy(logits, torch.full((len(logits),), place))
+    logits = averaged(values.reshape(*values.shape[:2], len(decays), -1), decays)[batch.mask_BS]
+    return cross_entropy(logits, torch.full((len(logits),), batch.place))
 
 
 @torch.no_grad()
-def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, averaging: Averaging, experts: int) -> float:
+def _loss_of(held: Sequence[_Batch], weights: torch.Tensor, decays: Sequence[float]) -> float:
     """Mean cross-entropy of texts; domains count equally."""
-    losses, counts = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+    losses, counts = torch.zeros(2, weights.shape[1] // len(decays), dtype=torch.float64)
     for batch in held:
         count = int(batch.mask_BS.sum())
-        losses[batch.place] += float(_mean_loss(batch, weights, averaging, experts, batch.place)) * count
+        losses[batch.place] += float(_mean_loss(batch, weights, decays)) * count
         counts[batch.place] += count
     return float((losses / counts.clamp_min(1)).mean())

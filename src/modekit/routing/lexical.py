@@ -15,32 +15,28 @@ Shape legend: B batch, S sequence, E experts, J averages, V vocabulary, N = J E 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 
 import numpy as np
 import torch
-from torch import nn
 
-from modekit.architecture.modekit_router import causal_average, ngram_rows
+from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import evidence_columns, evidence_values, rows_of
-from modekit.checkpoint.record import RouterRecord
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
-from modekit.planning.channels import MEASURED_TOKENS, Channels
+from modekit.planning.channels import MEASURED_TOKENS
 from modekit.recipes.recipe import Expert, place_of_base
 from modekit.recipes.router import Router
-from modekit.routing.evidence import Averaging, TokenRows, train_table
+from modekit.routing.evidence import TokenRows, averaged, train_table
 from modekit.routing.examples import changes_of_domain, template_for
 from modekit.routing.fit import FittedRouter, Fitting
+from modekit.routing.inputs import GateInput, run_with_inputs
 from modekit.routing.token_text import TokenText, read_token_texts
 from modekit.sources.contents import OpenFiles
 from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import embedding_in, weight_of
-from modekit.text.chat import ChatTemplate
-from modekit.text.sequences import make_batches
 from modekit.weights.numeric import as_array, to_float32
 
 _PRIOR = 25.0  # occurrences of a token that what it borrows counts as much as, were it all that there is to know
@@ -99,28 +95,33 @@ _LEAN = 0.01
 
 def lexical_gates(fitting: Fitting) -> FittedRouter:
     """The table, and the gates that read it. Raises TextError."""
-    settings, recipe = fitting.settings, fitting.recipe
-    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=fitting.run)
+    settings, run = fitting.settings, fitting.run
+    tokenizer = load_tokenizer(fitting.checkpoint.folder, run=run)
     texts = read_token_texts(fitting, tokenizer)
-    fitting.run.begin("prepare the examples")
+    run.begin("prepare the examples")
     channels = fitting.checkpoint.shape.channels  # of a native architecture, which may not let evidence fade
-    averaging = Averaging(tuple(settings.decays) if channels is None else channels.decays)
+    decays = settings.decays if channels is None else channels.decays
     table = LexicalTable(settings, fitting.checkpoint.vocabulary)
     template, special = template_for(tokenizer, settings), sorted(set(tokenizer.all_special_ids))
-    examples = _examples(texts, table, template, settings.sequence_length)
+    sequences = [text.sequences() for text in texts]
+    changes = [] if template is None else changes_of_domain(template, sequences, settings.sequence_length)
+    examples = [
+        [TokenRows(table.rows(ids), start) for ids, start in chain(*own)]
+        for own in zip_longest(sequences, changes, fillvalue=())
+    ]
     trained = train_table(
         examples,
         table.height,
-        averaging,
+        decays,
         seed=settings.seed,
         silent=table.of_tokens(torch.tensor(special, dtype=torch.long)).tolist(),
         expected=table.expected([text.expected_V for text in texts]),
-        advance=lambda done, total: fitting.run.progress("train evidence", done, total),
+        advance=lambda done, total: run.progress("train evidence", done, total),
     )
-    leaning = lean(recipe.experts, TOWARD_BASE if template is not None else 0.0)[:, None, None] / len(averaging.decays)
     said_EJV = table.parts(trained.table)
     if template is not None and not settings.hashes:
         said_EJV = _with_borrowed(fitting, said_EJV, examples, special)
+    leaning = lean(fitting.recipe.experts, TOWARD_BASE if template is not None else 0.0)[:, None, None] / len(decays)
     table_EJV = (said_EJV + leaning / len(table.orders)) / settings.temperature
     report: dict[str, object] = {
         "tokens": [len(each.ids_N) for each in texts],
@@ -130,7 +131,7 @@ def lexical_gates(fitting: Fitting) -> FittedRouter:
     if template is not None:
         report |= {"chats": [int((text.starts > 0).sum()) for text in texts]}
     fitted = fitting.fitted([table_EJV.flatten(1).numpy()], [each.source["text"] for each in texts], report)
-    return fitted if channels is None else gates_on_channels(fitting, texts, table_EJV, averaging, fitted.record)
+    return fitted if channels is None else _on_channels(fitting, texts, table_EJV, fitted)
 
 
 class LexicalTable:
@@ -193,98 +194,56 @@ def _with_borrowed(
     return table_VN.t().reshape(table_EJV.shape).contiguous()
 
 
-def _examples(
-    texts: Sequence[TokenText], table: LexicalTable, template: ChatTemplate | None, longest: int
-) -> list[list[TokenRows]]:
-    """What the tokens of every domain's sequences choose, and of changes of domain in chats."""
-    sequences = [text.sequences() for text in texts]
-    changes = [] if template is None else changes_of_domain(template, sequences, longest)
-    return [
-        [TokenRows(table.rows(ids), start) for ids, start in chain(*own)]
-        for own in zip_longest(sequences, changes, fillvalue=())
-    ]
-
-
-def lean(experts: Sequence[Expert], room: float = 0.0) -> torch.Tensor:
-    """Logits (E,) of a text without evidence: falling from expert to expert, the base first if it is one, by `room` more.
+def lean(experts: Sequence[Expert], toward_base: float) -> torch.Tensor:
+    """Logits (E,) of a text without evidence: falling from expert to expert, the base first if it is one, by so much more.
 
     Every token has them, so that every average does, too.
     """
-    order = sorted(range(len(experts)), key=lambda place: (not experts[place].is_base, place))
-    logits = torch.zeros(len(experts))
+    base, logits = place_of_base(experts), torch.zeros(len(experts))
+    order = sorted(range(len(experts)), key=lambda place: (place != base, place))
     for rank, place in enumerate(order):
         logits[place] = _LEAN * (len(experts) - 1 - rank) / max(1, len(experts) - 1)
-    base = place_of_base(experts)
     if base is not None:
-        logits[base] += room
+        logits[base] += toward_base
     return logits
 
 
-def gates_on_channels(
-    fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.Tensor, averaging: Averaging, record: RouterRecord
-) -> FittedRouter:
-    """Gates and evidence of a native checkpoint that has channels for them."""
+def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.Tensor, fitted: FittedRouter) -> FittedRouter:
+    """Gates and evidence of a native checkpoint that has channels for them: each gate multiplies the channels that reach it by
+    what makes them the average of the table.
+    """
     channels, embedding = fitting.checkpoint.carrier
-    table_VN = table_EJV.permute(2, 1, 0).flatten(1).contiguous().numpy()
-    columns = evidence_columns(channels, embedding, table_VN)
-    factors = _factors(fitting, channels, texts, table_VN, evidence_values(columns, embedding), averaging)
-    gates = []
-    for slot, factor in zip(fitting.checkpoint.slots, factors, strict=True):
-        gate_ED = np.zeros(slot.shape, np.float32)
-        for number in range(table_VN.shape[1]):
-            gate_ED[number % channels.experts, channels.context.start + number] = factor
-        gates.append(gate_ED)
-    return FittedRouter(gates, record, columns)
-
-
-def _factors(
-    fitting: Fitting,
-    channels: Channels,
-    texts: Sequence[TokenText],
-    table_VN: np.ndarray,
-    evidence_VN: np.ndarray,
-    averaging: Averaging,
-) -> list[float]:
-    """Per router, by what the channels that reach it must be multiplied to be the average of the table."""
+    table_VN = table_EJV.permute(2, 1, 0).flatten(1).contiguous()
+    columns = evidence_columns(channels, embedding, table_VN.numpy())
     view = expert_view(fitting.checkpoint, run=fitting.run)
     fitting.run.begin("measure the stream", len(texts))
-    routers = view.router_inputs()
     weight: torch.Tensor = view.model.get_input_embeddings().weight
-    weight.data[:, channels.evidence] = torch.from_numpy(evidence_VN).to(weight)
-    table = torch.from_numpy(table_VN)
-    found: list[list[torch.Tensor]] = [[] for _ in routers]
-    wanted_BSN: torch.Tensor | None = None
-    mask_BS: torch.Tensor | None = None
+    weight.data[:, channels.evidence] = torch.from_numpy(evidence_values(columns, embedding)).to(weight)
+    ratios: list[list[torch.Tensor]] = [[] for _ in fitting.checkpoint.slots]
+    for place, text in enumerate(texts):
+        sequences = text.beginning(max(16, MEASURED_TOKENS // len(texts)))
+        wanted_TN = torch.cat([_averages(table_VN[list(each.ids)], channels.decays) for each in sequences])
 
-    def hook(slot: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert wanted_BSN is not None and mask_BS is not None
-            arrived_BSN = args[0].reshape(*wanted_BSN.shape[:2], -1)[..., channels.context].float().cpu()
-            size = (wanted_BSN * wanted_BSN).sum(-1)
-            ratio = size / (arrived_BSN * wanted_BSN).sum(-1)
-            found[slot].append(ratio[mask_BS & (size > 0) & ratio.isfinite()])
+        def compare(slot: int, x_TD: torch.Tensor, places_T: torch.Tensor, wanted_TN: torch.Tensor = wanted_TN) -> None:
+            wanted = wanted_TN[places_T]
+            size = (wanted * wanted).sum(-1)
+            ratio = size / (x_TD[:, channels.context].cpu() * wanted).sum(-1)
+            ratios[slot].append(ratio[(size > 0) & ratio.isfinite()])
 
-        return read
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for slot, module in enumerate(routers):
-            hooks.enter_context(module.register_forward_pre_hook(hook(slot)))
-        for place, text in enumerate(texts):
-            view.use_expert(place)
-            for batch in make_batches(text.beginning(max(16, MEASURED_TOKENS // len(texts)))):
-                mask_BS = batch.mask
-                wanted_BSN = _averages(table[batch.input_ids], batch.mask, averaging, channels.experts)
-                view.model.model(
-                    input_ids=batch.input_ids.to(view.model.device),
-                    attention_mask=batch.mask.long().to(view.model.device),
-                    use_cache=False,
-                )
-            fitting.run.progress("measure the stream", place + 1, len(texts))
-    said = [torch.cat(each) for each in found]
-    return [float(each.median()) if len(each) else 1.0 for each in said]  # of an expert alone no token says anything
+        view.use_expert(place)
+        run_with_inputs(view, sequences, GateInput(), compare)
+        fitting.run.progress("measure the stream", place + 1, len(texts))
+    gates = []
+    for slot, found in zip(fitting.checkpoint.slots, map(torch.cat, ratios), strict=True):
+        gate_ED = np.zeros(slot.shape, np.float32)
+        for number in range(table_VN.shape[1]):  # of an expert alone no token says anything
+            factor = float(found.median()) if len(found) else 1.0
+            gate_ED[number % channels.experts, channels.context.start + number] = factor
+        gates.append(gate_ED)
+    return FittedRouter(gates, fitted.record, columns)
 
 
-def _averages(values_BSN: torch.Tensor, mask_BS: torch.Tensor, averaging: Averaging, experts: int) -> torch.Tensor:
-    parts = torch.split(values_BSN, experts, dim=-1)
-    said = [causal_average(part, mask_BS.float(), decay, None)[0] for part, decay in zip(parts, averaging.decays, strict=True)]
-    return torch.cat(said, dim=-1)
+def _averages(values_SN: torch.Tensor, decays: Sequence[float]) -> torch.Tensor:
+    """Of the parts of a table, side by side (S, N)."""
+    parts = values_SN[None, :, None].chunk(len(decays), dim=-1)
+    return torch.cat([averaged(part, [decay])[0] for part, decay in zip(parts, decays, strict=True)], dim=-1)

@@ -10,7 +10,7 @@ Shape legend: D width of what a gate takes, E experts, N kept tokens of all doma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from modekit.architecture.modekit_scores import FINISHED
+from modekit.architecture.modekit_router import FINISHED
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RouterRecord
 from modekit.errors import RecipeError
@@ -221,43 +221,33 @@ def low_rank_gates(fitting: Fitting) -> FittedRouter:
 
     Raises UnsupportedError when an expert's part is no low-rank change.
     """
-    return fitting.fitted([_gate(fitting, slot).numpy() for slot in fitting.checkpoint.slots], [], {})
+    gates = []
+    for slot in fitting.checkpoint.slots:
+        gate_ED = np.zeros((len(slot.rows), slot.width))
+        for expert, w_D in enumerate(gate_ED):
+            changes = list(_changes(fitting.checkpoint, slot, expert))
+            if changes:
+                w_D[:] = torch.linalg.svd(torch.cat(changes), full_matrices=False)[2][0].numpy()
+        # A router that reads several averages scores their mean: the same rows for each part.
+        gate_ED = gate_ED / fitting.settings.temperature / slot.parts
+        gates.append(np.tile(gate_ED, slot.parts).astype(np.float32))
+    return fitting.fitted(gates, [], {})
 
 
-def _gate(fitting: Fitting, slot: RouterSlot) -> torch.Tensor:
-    gate_ED = torch.zeros((len(slot.rows), slot.width), dtype=torch.float64)
-    for expert, w_D in enumerate(gate_ED):
-        change_RD = _stacked(fitting.checkpoint, slot, expert)
-        if len(change_RD):
-            w_D[:] = torch.linalg.svd(change_RD, full_matrices=False)[2][0]
-    # A router that reads several averages scores their mean: the same rows for each part.
-    gate_ED = gate_ED / fitting.settings.temperature / slot.parts
-    return gate_ED.repeat(1, slot.parts).float()
-
-
-def _stacked(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> torch.Tensor:
-    """(R, D) float64 with |stacked x| = |all changes of the expert that read x|; empty for the base."""
+def _changes(checkpoint: Checkpoint, slot: RouterSlot, expert: int) -> Iterator[torch.Tensor]:
+    """(R, D) float64 for every change of an expert that reads x: together they have |stacked x| = |all changes of x|."""
     mixture = checkpoint.shape.mixture
-    parts = []
     for module in mixture.readers(leader_of(slot)):
         place = mixture.places[module]
         if expert in place.own:
             raise whole_module_unscored(checkpoint.record.recipe.experts[expert], module)
         if place.ranks[expert]:
-            a_RD, b_OR = low_rank_tensors(checkpoint, module, place.ranks, expert)
-            parts.append(place.scales[expert] * torch.linalg.qr(b_OR.double()).R @ a_RD.double())
-    return torch.cat(parts) if parts else torch.zeros((0, slot.width), dtype=torch.float64)
-
-
-def low_rank_tensors(
-    checkpoint: Checkpoint, module: str, ranks: Sequence[int], expert: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, D) and B (O, R) of one expert at a place, as the checkpoint holds them."""
-    own, found = slice(sum(ranks[:expert]), sum(ranks[: expert + 1])), []
-    for name, rows in ((f"{module}.lora_A", own), (f"{module}.lora_B", (slice(None), own))):
-        with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-            found.append(file.get_slice(name)[rows])
-    return found[0], found[1]
+            own, found = slice(sum(place.ranks[:expert]), sum(place.ranks[: expert + 1])), []
+            for name, rows in ((f"{module}.lora_A", own), (f"{module}.lora_B", (slice(None), own))):
+                with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+                    found.append(file.get_slice(name)[rows].double())
+            a_RD, b_OR = found
+            yield place.scales[expert] * torch.linalg.qr(b_OR).R @ a_RD
 
 
 # Of a trained router over other experts.

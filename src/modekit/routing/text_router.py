@@ -1,12 +1,10 @@
 """Whose text is this? What a mixture's router says of a text, without any model: one answer for all of it.
 
-Routers that read tokens (lexical) need nothing else to decide. A proxy before engines that serve the
-experts asks one which of them takes a request (engines/litellm_hook.py), and so may anybody.
+Lexical routers need nothing else to decide. A proxy before engines that serve the experts asks one which of them takes a
+request (engines/litellm_hook.py). Inside a mixture a router answers at every token (architecture/modekit_router.py). Here only
+the last answer is wanted, which is one weighted sum over rows of a table.
 
-Inside a mixture a router answers at every token (architecture/modekit_router.py). Here only the last answer is wanted, which is
-one weighted sum over rows of a table. numpy takes a tenth of the time that torch's operations need to be called.
-
-Shape legend: S tokens of the text, E experts, V rows of a table, J averages, G columns of the gate.
+Shape legend: S tokens of the text, E experts, V rows of a table.
 """
 
 from __future__ import annotations
@@ -14,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 
+from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.evidence import read_table
 from modekit.errors import CheckpointError, UnsupportedError
@@ -28,15 +27,11 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message
 
-RoutingData = Mapping[str, Any]
-"""The config's `modekit.routing` (planning/mixture_config.py) as plain data."""
 _UNSURE = 0.5
 """No expert's probability is above this: nobody knows whose text it is."""
 _CHARACTERS, _TURNS, _MESSAGES = 16_384, 8, 64
 _KEPT = 0.5
 """An expert that had a conversation keeps it while its probability is this share of the likeliest one's."""
-
-_PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -108,25 +103,20 @@ class TextRouter:
     def _decide(self, ids: list[int], before: str | None) -> Decision:
         if not ids:
             return Decision(self._unknown, dict.fromkeys(self._names, 1 / len(self._names)), 0)
-        probabilities = dict(zip(self._names, self._probabilities(ids), strict=True))
+        with np.errstate(all="ignore"):
+            logits_E = self._router.by_token(ids).sum(0).astype(np.float64)
+            powers_E = np.exp(logits_E - logits_E.max())
+            probabilities: dict[str, float] = dict(zip(self._names, (powers_E / powers_E.sum()).tolist(), strict=True))
+        if not all(map(math.isfinite, probabilities.values())):
+            raise CheckpointError(
+                "the router's answer is no number", where=str(self._folder), remedy="set the router again with `modekit fit`"
+            )
         best = max(probabilities, key=probabilities.__getitem__)
         if before in probabilities and probabilities[before] >= _KEPT * probabilities[best]:
             best = before
         elif probabilities[best] <= _UNSURE:
             best = self._unknown
         return Decision(best, probabilities, len(ids))
-
-    def _probabilities(self, ids: list[int]) -> list[float]:
-        """One per expert. Raises CheckpointError where the router's numbers are too large to be added up."""
-        with np.errstate(all="ignore"):
-            logits_E = self._router.logits(ids).astype(np.float64)
-            powers_E = np.exp(logits_E - logits_E.max())
-            found: list[float] = (powers_E / powers_E.sum()).tolist()
-        if not all(map(math.isfinite, found)):
-            raise CheckpointError(
-                "the router's answer is no number", where=str(self._folder), remedy="set the router again with `modekit fit`"
-            )
-        return found
 
 
 def _clean(text: str) -> str:
@@ -147,57 +137,30 @@ def _newest(turns: Sequence[Message]) -> list[Message]:
 
 
 class LastToken:
-    """A router that reads tokens, with its gate: what it says after the last token of a text."""
+    """A router that reads tokens, on its own: what it says after the last token of a text."""
 
-    def __init__(self, routing: RoutingData, gate_EG: np.ndarray) -> None:
-        """`routing` is the config's `modekit.routing` (see `Router`)."""
-        averages = routing["averages"]
-        self._decays: list[float] = [average["decay"] for average in averages]
-        self._orders: Sequence[int | None] = routing.get("orders") or [None] * len(averages)
-        self._parts_VE = [
-            np.ascontiguousarray(part_EV.T, dtype=np.float32) for part_EV in np.split(gate_EG, len(averages), axis=1)
-        ]
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """After the last of some tokens (E,), float32."""
-        said_E: np.ndarray = self.by_token(ids).sum(0)
-        return said_E
+    def __init__(self, tables_VE: Sequence[np.ndarray], decays: Sequence[float], orders: Sequence[int | None] = ()) -> None:
+        """A table for every average, with its decay, and if it is of n-grams, their order."""
+        self._tables_VE = [np.ascontiguousarray(each, dtype=np.float32) for each in tables_VE]
+        self._decays, self._orders = decays, orders or (None,) * len(decays)
 
     def by_token(self, ids: Sequence[int]) -> np.ndarray:
-        """What each of some tokens adds to the logits after the last one, (S, E), float32."""
-        ids_S = np.asarray(ids, dtype=np.int64)
-        found = []
-        for rows_VE, order, decay in zip(self._parts_VE, self._orders, self._decays, strict=True):
-            rows_S = ids_S if order is None else rows_of_ngrams(ids_S, order, len(rows_VE))
-            weights_S = np.power(decay, np.arange(len(rows_S) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
-            found.append((weights_S / weights_S.sum())[:, None] * rows_VE[rows_S])
+        """What each of some tokens adds to the logits after the last one, (S, E), float32; their sum is the logits."""
+        ids_1S, found = torch.tensor([ids]), []
+        for rows_VE, order, decay in zip(self._tables_VE, self._orders, self._decays, strict=True):
+            if order is not None:
+                ids_1S = ngram_rows(torch.tensor([ids]), torch.ones_like(ids_1S), None, order, len(rows_VE))[0]
+            weights_S = np.power(decay, np.arange(len(ids) - 1, -1, -1), dtype=np.float32)  # 0**0 is 1
+            found.append((weights_S / weights_S.sum())[:, None] * rows_VE[ids_1S[0].numpy()])
         added_SE: np.ndarray = np.stack(found).sum(axis=0, dtype=np.float32)
         return added_SE
 
 
-def rows_of_ngrams(ids_S: np.ndarray, order: int, buckets: int) -> np.ndarray:
-    """Row of a table for the n-gram that ends in each token (S,), int64: what `ngram_rows` says of a text without pads.
-
-    That is one of the files which are copied into checkpoints as they are, and works on batches; this is the same in numpy.
-    """
-    tokens = np.concatenate([np.zeros(order - 1, dtype=np.int64), ids_S + 1])
-    hashed_S = np.zeros_like(ids_S)
-    for start in range(order - 1, -1, -1):  # the newest token first
-        hashed_S = (hashed_S * 1_000_003 + tokens[start : start + len(ids_S)] * 7_919 + 13) % _PRIME
-    rows_S: np.ndarray = hashed_S % buckets
-    return rows_S
-
-
 def last_token_of(checkpoint: Checkpoint) -> LastToken:
-    """A mixture's router that reads tokens, without any model."""
-    return LastToken(*_routing_and_gate(checkpoint))
-
-
-def _routing_and_gate(checkpoint: Checkpoint) -> tuple[RoutingData, np.ndarray]:
-    """How a router that reads tokens decides, and its gate (E, G); also where channels of the embedding carry it."""
-    if checkpoint.shape.channels is None:
-        return checkpoint.shape.routing.model_dump(mode="json"), checkpoint.gates()[0]
-    channels, embedding = checkpoint.carrier
-    tables = np.split(read_table(channels, embedding), len(channels.decays), axis=1)
-    routing = {"method": "gating", "score": "lexical", "averages": [{"decay": decay} for decay in channels.decays]}
-    return routing, np.concatenate([table_VE.T for table_VE in tables], axis=1)
+    """A mixture's router that reads tokens, without any model; also where channels of the embedding carry its table."""
+    if checkpoint.shape.channels is not None:
+        channels, embedding = checkpoint.carrier
+        return LastToken(np.split(read_table(channels, embedding), len(channels.decays), axis=1), channels.decays)
+    routing = checkpoint.shape.routing.model_dump(mode="json")
+    decays = [average["decay"] for average in routing["averages"]]
+    return LastToken(np.split(checkpoint.gates()[0].T, len(decays)), decays, routing.get("orders") or ())

@@ -9,7 +9,7 @@ apart, without the luck of what was sampled. In memory are the base and one expe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,6 @@ from modekit.text.written import (
 
 _SEPARATOR = "<|endoftext|>"
 """Between the texts that a model was trained on, where its tokenizer puts nothing before one."""
-_READ = 3
-"""Tokens that are read in the time in which one is written, roughly."""
 
 
 def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run: Run, *, but: Collection[str] = ()) -> None:
@@ -69,14 +67,14 @@ def write_texts(recipe: Recipe, root: Path, sources: Sequence[ModelSource], run:
         return
     run.begin("write text")
     common = documents_of(base.parameters)
-    written = common + sum(author.left for author in authors)
-    count = ProgressCount(run, written * DOCUMENT_TOKENS + (1 + len(authors)) * _reading(common))
+    count = ProgressCount(run, common + sum(author.left for author in authors))
     model = load_model(base.folder, run=run)
     with _named(f"base_model ({base.spec})"):
         texts = _CommonTexts.written_by(model, load_tokenizer(base.folder, run=run), common, seed, count)
     for author in authors:
-        expert = model if author.is_base else load_expert(base.folder, author.source.folder, run=run)
-        author.write(expert, None if author.is_base else model, texts, count)
+        is_base = author.source is base
+        expert = model if is_base else load_expert(base.folder, author.source.folder, run=run)
+        author.write(expert, None if is_base else model, texts, count)
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,11 @@ class _CommonTexts:
         texts = list[list[int]]()
         while len(texts) < rows:
             more = min(at_once, rows - len(texts))
-            advance = _progress(count, "the base", more * DOCUMENT_TOKENS)
-            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, seed + len(texts), advance)
+            parts = writer.write(Script(((begin,),), (DOCUMENT_TOKENS,)), more, seed + len(texts))
             texts += [[begin, *part] for (part,) in parts]
-            count.done += more * DOCUMENT_TOKENS
+            count.advance(f"write text{DETAIL}the base", more)
         ids_BS = torch.tensor(texts)
-        return cls(ids_BS, _read(base, ids_BS, vocabulary, count, "the base")[1])
+        return cls(ids_BS, read_texts(base, ids_BS, vocabulary)[1])
 
     def passages(self, log_p_BS: torch.Tensor) -> list[list[int]]:
         """Beginnings of texts from these, those first that an expert, whose log p is given, makes likeliest beside the base."""
@@ -121,26 +118,6 @@ def _named(where: str) -> Iterator[None]:
         raise SourceError(error.what, where=where, remedy=error.remedy) from None
 
 
-def _progress(count: ProgressCount, what: str, tokens: int) -> Callable[[float], object]:
-    """Of a batch of so many tokens, what its share that is done makes of all the work."""
-    return lambda share: count.run.progress(f"write text{DETAIL}{what}", count.done + int(share * tokens), count.total)
-
-
-def _reading(texts: int) -> int:
-    """What reading so many texts counts, in tokens that are written."""
-    return texts * DOCUMENT_TOKENS // _READ
-
-
-def _read(
-    model: PreTrainedModel, texts_BS: torch.Tensor, vocabulary: int, count: ProgressCount, what: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model expects of the texts that all read (loaded/sampling.py), which counts as work."""
-    tokens = _reading(len(texts_BS))
-    found = read_texts(model, texts_BS, vocabulary, _progress(count, what, tokens))
-    count.done += tokens
-    return found
-
-
 @dataclass(frozen=True)
 class _Author:
     """An expert that writes, and what decides what it does."""
@@ -149,7 +126,6 @@ class _Author:
     where: str
     file: Path
     source: ModelSource
-    is_base: bool
     made: Made
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
@@ -162,7 +138,7 @@ class _Author:
 
     def write(self, model: PreTrainedModel, base: PreTrainedModel | None, common: _CommonTexts, count: ProgressCount) -> None:
         """Read what all read, and write what is left, in batches that are kept one by one."""
-        expected_V, log_p_BS = _read(model, common.ids_BS, len(self.tokenizer), count, self.name)
+        expected_V, log_p_BS = read_texts(model, common.ids_BS, len(self.tokenizer))
         passages, expected = common.passages(log_p_BS), expected_V.numpy().astype("<f4").tobytes()
         written, done = written_so_far(self.file, self.made)
         rows = min(rows_at_once(model, DOCUMENT_TOKENS), -(-self.documents // CHATS))  # so that there are all kinds
@@ -173,19 +149,17 @@ class _Author:
         ]
         while done < self.documents:
             at_once = min(rows, self.documents - done)
-            seed, advance = self.made.seed + done, _progress(count, self.name, at_once * DOCUMENT_TOKENS)
             writer = writers[done // rows % BEGUN]
             script, begun = self._script(chat=done // rows % CHATS == CHATS - 1), list[list[int]]()
             if base is not None and done // rows % BEGUN == BEGUN - 1 and len(script.free) == 1:
                 begun = passages[done // rows // BEGUN * rows :][:at_once]
             with _named(f"{self.where} ({self.source.spec})"):
-                texts = writer.write(script, at_once, seed, advance, begun)
+                texts = writer.write(script, at_once, self.made.seed + done, begun)
             documents = enumerate(map(self._document, texts), done)
             written += [TextRecord(document, str(place)) for place, document in documents if document is not None]
             done += at_once
             keep_written(self.file, self.made, written, done, expected)
-            count.done += at_once * DOCUMENT_TOKENS
-            _progress(count, self.name, 0)(0.0)
+            count.advance(f"write text{DETAIL}{self.name}", at_once)
 
     def _script(self, *, chat: bool) -> Script:
         around = self.template.around(None) if chat and self.template is not None else None
@@ -223,7 +197,6 @@ def _author(expert: Expert, place: int, root: Path, base: ModelSource, source: M
         where=f"experts[{place}] '{expert.name}': text",
         file=written_file(expert, root),
         source=source,
-        is_base=source is base,
         made=made,
         tokenizer=tokenizer,
         template=template,

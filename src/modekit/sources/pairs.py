@@ -1,7 +1,7 @@
 """Dense families of pairs: an encoder reads a source, a decoder writes its target (translation models). A row of data each.
 
 All of them are mixed in the modekit architecture. In Bart and its like no module holds the FFN: the layer calls `fc1`, the
-activation and `fc2` itself, so that a mixture of whole FFNs puts all three into one (architecture/modekit_chain.py).
+activation and `fc2` itself, so that a mixture of whole FFNs puts all three into one (`Chain` of architecture/modekit_mixed.py).
 """
 
 from __future__ import annotations
