@@ -94,12 +94,10 @@ class Flow:
         self.sequences: int | None = None
         self.listener: Callable[[str, torch.Tensor], None] | None = None
         self._lock = threading.RLock()
-        self._depth = 0  # how often the thread that holds the lock has begun
-        self._owner: int | None = None  # that thread
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key != "_lock"}
-        return kept | {"_depth": 0, "_owner": None} | dict.fromkeys(_OF_A_PASS)
+        return kept | dict.fromkeys(_OF_A_PASS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -107,42 +105,7 @@ class Flow:
 
     def one_pass(self) -> AbstractContextManager[object]:
         """Held during a forward pass: two threads take turns, since a pass leaves its decisions in the modules."""
-        return nullcontext() if torch.compiler.is_compiling() else self._until_it_ends()
-
-    @contextmanager
-    def _until_it_ends(self) -> Iterator[None]:
-        """However it does: torch calls no hook of a module that an interrupt leaves; what began inside is ended here."""
-        self.begin()
-        before = self._depth
-        try:
-            yield
-        finally:
-            self._end_down_to(before)
-            self.end()
-
-    def begin(self) -> None:
-        """The same for a part of a model that others call by itself, until `end`; the thread that holds it may begin again."""
-        if not torch.compiler.is_compiling():
-            self._lock.acquire()
-            self._depth, self._owner = self._depth + 1, threading.get_ident()
-
-    def end(self) -> None:
-        """Let others take their turn."""
-        if not torch.compiler.is_compiling():
-            self._depth -= 1
-            self._owner = self._owner if self._depth else None
-            self._lock.release()
-
-    def give_up(self) -> None:
-        """End whatever this thread has begun."""
-        if self._owner == threading.get_ident():
-            self._end_down_to(0)
-
-    def _end_down_to(self, depth: int) -> None:
-        if self._depth > depth:  # left by an interrupt
-            self.encoding = False
-        while self._depth > depth:
-            self.end()
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     @property
     def streams(self) -> int:

@@ -35,9 +35,8 @@ _IDS, _WEIGHTS = "source_ids", "source_weights"
 
 
 def _before_encoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the routers what the source is. Passes of one thread at a time: `generate` calls the encoder by itself."""
+    """Tell the routers what the source is."""
     given = _given(module, args, kwargs)
-    flow.begin()
     flow.encoding, flow.source_weights = True, None
     start_pass(flow, given)
     flow.source_ids_BS, flow.source_mask_BS = flow.ids_BS, flow.mask_BS
@@ -46,15 +45,9 @@ def _before_encoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs
 
 def _after_encoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
     """Let the source's ids, and what one router for all places says of it, go with the output."""
-    try:
-        flow.encoding, flow.fresh = False, {}
-        if output is not None:
-            _carry(flow, output)
-    finally:
-        flow.end()
-
-
-def _carry(flow: Flow, output: Any) -> None:
+    flow.encoding, flow.fresh = False, {}
+    if output is None:  # it was interrupted
+        return
     leaders = {id(mixed.leader): mixed.leader for mixed in flow.mixed.values()}
     if len(leaders) == 1:
         (leader,) = leaders.values()
@@ -70,18 +63,14 @@ def _before_decoder(flow: Flow, module: nn.Module, args: tuple[Any, ...], kwargs
     differ from the source's.
     """
     given = _given(module, args, kwargs)
-    flow.begin()
     start_pass(flow, {**given, **flow.padding})
     flow.target_weights = _target_weights(flow, given)
 
 
 def _after_decoder(flow: Flow, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
     """Keep the routers' averages beside the keys and values."""
-    try:
-        if output is not None:
-            finish_pass(flow, output)
-    finally:
-        flow.end()
+    if output is not None:
+        finish_pass(flow, output)
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -130,12 +119,13 @@ class MixtureForSeq2SeqLM(InBoth):
         self.post_init()  # type: ignore[attr-defined]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the family does; where it is interrupted in the encoder, which it runs by itself, that pass is over."""
-        try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            self.base_model.flow.give_up()
-            raise
+        """As the family does, which runs the encoder by itself; torch calls no hook of a module that an interrupt leaves."""
+        flow = self.base_model.flow
+        with flow.one_pass():
+            try:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                flow.encoding = False
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the family does; the routers see which tokens are pads even where it makes a 4-D mask of it (a static cache)."""
@@ -171,7 +161,7 @@ def _forward_of(dense: Any) -> Callable[..., Any]:
             try:
                 return dense.forward(self, *args, **kwargs)
             finally:
-                flow.padding = {}
+                flow.padding, flow.encoding = {}, False
 
     return forward
 

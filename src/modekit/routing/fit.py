@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from modekit.recipes.fits import Fit
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.router import Router
 from modekit.run import QUIET, Run
-from modekit.sources.family import Reads
 
 _HASHED = 0.01  # logits of the first expert of a token; half of it the second's, and so on: those chosen weigh the same
 _RANDOM_STD = 0.02  # the paper's noisy router: N(0, 0.02)
@@ -54,25 +53,14 @@ class Fitting:
         """Of the router."""
         return self.recipe.mixture.router
 
-    @property
-    def reads(self) -> Reads:
-        """What the mixture's models read."""
-        return self.checkpoint.shape.family.reads
-
     def statistics_file(self, expert: str) -> Path:
         """Where the statistics of an expert's domain are kept."""
         return self.folder / f"{expert}.safetensors"
 
-    def fitted(
-        self,
-        gates: Gates,
-        text: Sequence[TextProvenance],
-        report: Mapping[str, object],
-        status: Literal["fitted", "trained"] = "fitted",
-    ) -> FittedRouter:
+    def fitted(self, gates: Gates, text: Sequence[TextProvenance], report: Mapping[str, object]) -> FittedRouter:
         """Gates that were set from text; `text`: what the record remembers of each expert's, in their order."""
         of_experts = dict(zip(self.recipe.names, text, strict=True)) if text else {}
-        record = RouterRecord(status=status, settings=self.settings, sha256="", text=of_experts, report=dict(report))
+        record = RouterRecord(status="fitted", settings=self.settings, sha256="", text=of_experts, report=dict(report))
         return FittedRouter(gates, record)
 
     def unfitted(self, gates: Gates) -> FittedRouter:

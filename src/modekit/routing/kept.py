@@ -63,7 +63,7 @@ def kept_or_text(
     if kept is not None and expert.name in fitting.stays:
         return kept
     try:
-        documents = fit_documents(expert, fitting.root, place, reads=fitting.reads)
+        documents = fit_documents(expert, fitting.root, place, reads=fitting.checkpoint.shape.family.reads)
     except TextError:
         if kept is not None:
             return kept

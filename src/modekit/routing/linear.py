@@ -70,19 +70,6 @@ def _unit_rows(weights_ED: torch.Tensor) -> torch.Tensor:
     return weights_ED / lengths_E1.clamp_min(1e-30)
 
 
-def _second_moment(slot: int, domains: Sequence[DomainStatistics]) -> torch.Tensor:
-    """Mean of x x^T over the kept tokens, domains counting equally, (D, D) float64."""
-    tokens = _kept_tokens(slot, domains)
-    x_ND = tokens.x_ND.double()
-    return x_ND.T @ (x_ND * tokens.shares_N[:, None])
-
-
-def _shrunk(matrix_DD: torch.Tensor, l2: float) -> torch.Tensor:
-    """Add l2 times the mean of the diagonal, so that l2 does not depend on the scale of x."""
-    size = matrix_DD.shape[0]
-    return matrix_DD + max(l2, 1e-12) * matrix_DD.diagonal().mean() * torch.eye(size, dtype=matrix_DD.dtype)
-
-
 @dataclass(frozen=True)
 class _KeptTokens:
     """Kept x (N, D) in float32, the domain of each, and its share: domains weigh the same, shares sum to 1."""
@@ -142,7 +129,11 @@ def logistic_beside(
 def cosine(slot: int, domains: Sequence[DomainStatistics], settings: Router) -> torch.Tensor:
     """W the discriminants of the domains (whitened by the second moment), v_e where W takes the mean of x; then descent."""
     means_ED = torch.stack([domain.slots[slot].mean_D for domain in domains])
-    root_DD = torch.linalg.cholesky(_shrunk(_second_moment(slot, domains), settings.l2))
+    tokens = _kept_tokens(slot, domains)
+    x_ND = tokens.x_ND.double()
+    moment_DD = x_ND.T @ (x_ND * tokens.shares_N[:, None])
+    moment_DD.diagonal().add_(max(settings.l2, 1e-12) * moment_DD.diagonal().mean())  # l2 does not depend on the scale of x
+    root_DD = torch.linalg.cholesky(moment_DD)
     white_DE: torch.Tensor = torch.linalg.solve_triangular(root_DD, means_ED.T, upper=False)
     size = settings.dimensions or len(domains)
     directions_DR = torch.linalg.svd(white_DE, full_matrices=False)[0][:, :size]
