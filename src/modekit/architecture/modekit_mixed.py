@@ -70,16 +70,7 @@ class Mixed(nn.Module):
                 self.lora_bias = nn.Parameter(torch.zeros(len(self.biased), width_out))
         self.router: Router | None = None
         if place["router"] == name:
-            self.router = Router(
-                name,
-                flow,
-                place["width"],
-                experts,
-                routing,
-                place["rows"],
-                place.get("features", 0),
-                of_source=place.get("of_source", False),
-            )
+            self.router = Router(name, place, flow, experts, routing)
         self._leader = [self]
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.is_head = False

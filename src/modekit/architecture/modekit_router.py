@@ -38,30 +38,19 @@ class Router(nn.Module):
         jitter, noise: in training only.
     """
 
-    def __init__(
-        self,
-        place: str,
-        flow: Flow,
-        width: int,
-        experts: int,
-        routing: Mapping[str, Any],
-        rows: Sequence[int],
-        features: int,
-        *,
-        of_source: bool = False,
-    ) -> None:
+    def __init__(self, name: str, place: Mapping[str, Any], flow: Flow, experts: int, routing: Mapping[str, Any]) -> None:
+        """`place` is its entry in `modekit.places` (see `Mixed`)."""
         super().__init__()
-        self.of_source = of_source  # it stands in a decoder and reads an encoder's output
-        self.in_decoder = place.removeprefix("model.").startswith("decoder.")
-        self.reads_target = flow.pair and self.in_decoder and not of_source
-        self.place = place
-        self.experts = experts
-        self.features = features  # O, or 0 when one decision serves all
+        self.place, self.experts = name, experts
+        self.of_source = place.get("of_source", False)  # it stands in a decoder and reads an encoder's output
+        self.in_decoder = name.removeprefix("model.").startswith("decoder.")
+        self.reads_target = flow.pair and self.in_decoder and not self.of_source
+        self.features = place.get("features", 0)  # O, or 0 when one decision serves all
         self._flow = [flow]  # in a list, so that it is no attribute that saving or moving the module could touch
         self.set(routing)
         parts, shared = len(self.routing["averages"]), self.routing.get("dimensions") or 0
         if self.routing["method"] != "linear":
-            self.gate = nn.Parameter(torch.zeros(max(features, 1) * sum(rows) + shared, parts * width))
+            self.gate = nn.Parameter(torch.zeros(max(self.features, 1) * sum(place["rows"]) + shared, parts * place["width"]))
 
     def set(self, routing: Mapping[str, Any]) -> None:
         """Decide by this routing from now on. All routers of a model decide by one routing."""
