@@ -88,7 +88,7 @@ def test_a_text_is_drawn_by_the_formula_without_a_cache() -> None:
 
 def test_what_a_model_expects_of_texts_is_its_probabilities_and_their_sum() -> None:
     model, ids = tiny_model(num_hidden_layers=1), torch.randint(50, 96, (6, 9), generator=torch.Generator().manual_seed(1))
-    expected, found = read_texts(model, ids, 90, lambda share: None)
+    expected, found = read_texts(model, ids, 90)
     logs = logits_of(model, ids)[:, :-1].log_softmax(-1)
     torch.testing.assert_close(expected, logs.exp().sum((0, 1))[:90])
     torch.testing.assert_close(found, logs.gather(-1, ids[:, 1:, None])[..., 0])
