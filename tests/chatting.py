@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import _WORDS, DOMAINS, Workshop, make_workshop
-from modekit.text.question_frames import QUESTION_FRAMES
-from modekit.text.shipped import SMALL_TALK, SYSTEM_PROMPTS
+from modekit.text.shipped import QUESTION_FRAMES, SMALL_TALK, SYSTEM_PROMPTS
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

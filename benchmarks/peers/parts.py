@@ -10,7 +10,7 @@ import numpy
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from modekit.demo.text import DOMAINS
-from modekit.text.question_frames import ENGLISH, QUESTION_FRAMES
+from modekit.text.shipped import ENGLISH, QUESTION_FRAMES
 from modekit.text.splits import split_of
 
 _ENTRY = re.compile(r"(?:(?<=\. )|^)([A-Z][^.:;\n]{1,60}): ")

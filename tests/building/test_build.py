@@ -187,7 +187,7 @@ def test_an_unforeseen_error_of_the_second_thread_is_what_the_build_ends_with(
     def broken(*_: object) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("modekit.building.inspector.check_finite", broken)
+    monkeypatch.setattr("modekit.building.build.check_finite", broken)
     before = tree(bench.root)
     with pytest.raises(RuntimeError, match="unforeseen"):
         bench.build(mixture=RANDOM)

@@ -14,8 +14,7 @@ import pytest
 
 from conftest import Workshop
 from damage import other_bytes
-from modekit.building.build import build
-from modekit.building.inspector import Inspector
+from modekit.building.build import Inspector, build
 from modekit.building.verify import verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import ModekitError, SourceError
@@ -57,7 +56,7 @@ def refused(plan: Plan, kind: type[ModekitError], match: str, run: Run | None = 
 def test_a_source_that_shrinks_while_it_is_hashed(bench: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ended the process by SIGBUS, without a message."""
     law = law_of(bench)
-    monkeypatch.setattr("modekit.building.inspector.check_finite", lambda *_: os.truncate(law, 5000))
+    monkeypatch.setattr("modekit.building.build.check_finite", lambda *_: os.truncate(law, 5000))
     assert refused(plan_of(bench), SourceError, "became shorter|has changed").where == str(law)
 
 

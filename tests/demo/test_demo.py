@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _end(run: Run) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_calls_run_beside_each_other_or_here(count: int) -> None:
     reports: list[tuple[str, int, int]] = []
-    with Workers(count, 1, Run(progress=lambda *report: reports.append(report))) as workers:
+    with closing(Workers(count, 1, Run(progress=lambda *report: reports.append(report)))) as workers:
         found = workers.each("double", _double, {str(value): (value,) for value in range(4)})
     assert {name: doubled for name, (doubled, _) in found.items()} == {str(value): 2 * value for value in range(4)}
     assert {process == os.getpid() for _, process in found.values()} == {count == 1}
@@ -152,5 +153,5 @@ def test_calls_run_beside_each_other_or_here(count: int) -> None:
 
 def test_an_error_comes_with_its_parts_and_a_process_that_ends_is_told() -> None:
     for call, error, text in ((_fail, TextError, "write some"), (_end, ModekitError, "ended early")):
-        with pytest.raises(error, match=text), Workers(2, 1, Run(progress=silent)) as workers:
+        with pytest.raises(error, match=text), closing(Workers(2, 1, Run(progress=silent))) as workers:
             workers.each("one", call, {"one": ()})

@@ -14,20 +14,11 @@ import pytest
 import modekit.demo.seed as seed_module
 import modekit.demo.translation as translation_module
 from command_line import ended
-from modekit.demo.demo import DemoResults, run_demo
+from modekit.demo.demo import run_demo
 from modekit.demo.kinds import Kind
 from modekit.demo.text import CATALOGUES, GENERAL, PAIRED, UNSEEN_CATALOGUES, UNSEEN_PAIRED, aligned, unpack_pairs
 from modekit.demo.translation import make_pair_base
 from modekit.errors import ModekitError
-from modekit.evaluation.results import Kind as RowKind
-from modekit.evaluation.results import Results, Row, Score
-from modekit.evaluation.translation.results import (
-    Signatures,
-    TranslationResults,
-    TranslationRow,
-    TranslationScore,
-    TranslationSettings,
-)
 from modekit.recipes.read import parse_recipe
 from modekit.run import QUIET
 from modekit.text.document import Pair
@@ -124,27 +115,6 @@ def test_options_without_effect_and_a_lack_of_sacrebleu_are_said_before_anything
     assert not (tmp_path / "demo").exists()
 
 
-def test_shares_of_a_gap_are_shown_where_a_model_translates_and_a_smoke_run_says_so() -> None:
-    """BLEU of 0.0 everywhere: the losses differ, and nothing was gained."""
-    losses: list[tuple[RowKind, str, float]] = [
-        ("base", "base", 7.0),
-        ("expert", "gui", 6.0),
-        ("oracle", "oracle", 6.0),
-        ("mixture", "mixture", 6.02),
-    ]
-    rows = [Row(name, kind, 1, 1, {"gui": Score(loss, 2.0, 1.0)}, name) for kind, name, loss in losses]
-    results = Results(rows, ["gui"], [], {})
-    for bleu, quick in ((0.0, True), (0.9, False), (14.0, False)):
-        row = TranslationRow("base", "base", 1, 1, {"gui": TranslationScore(bleu, 9.0)}, 0, 0.0, 0)
-        settings = TranslationSettings(pairs=1, machine="")
-        table = TranslationResults([row], ["gui"], [], settings, Signatures("", ""), {}, checkpoint={})
-        found = DemoResults({0: {"lexical": results}}, 1.0, {0: table}, quick).merged(0)
-        closed = found.row("lexical").mean_gap(["gui"])
-        assert closed == (pytest.approx(0.98) if bleu > 1 else None)
-        assert any("no model here translates" in note for note in found.notes) == (bleu < 1)
-        assert any("smoke run" in note for note in found.notes) == quick
-
-
 @pytest.mark.slow
 def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_demo(tmp_path / "demo", quick=True, what="translation", run=QUIET)
@@ -162,8 +132,6 @@ def test_a_quick_demo_of_translation_and_its_resumption(tmp_path: Path, monkeypa
     assert set(saved["summary"]["lexical"]) >= {"bleu", "bleu_spread", "unseen_bleu"}
     assert saved["summary"]["weight average"]["bleu"] is None
     assert any("a smoke run (--quick)" in note for note in losses.notes)
-    assert any("no model here translates" in note for note in losses.notes)
-    assert {score.gap_closed for row in losses.rows for score in row.scores.values()} == {None}
 
     def again(*_: Any, **__: Any) -> Any:
         raise AssertionError("what was there was made again")

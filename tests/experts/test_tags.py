@@ -29,7 +29,7 @@ from modekit.run import Run
 from modekit.text.document import Pair
 from modekit.text.records import data_of
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.tags import add_tags, all_tagged, labels_of, none_tagged, tag_ids, tag_of, tagged
+from modekit.text.tags import add_tags, labels_of, tag_ids, tag_of, tagged
 from pair_models import PAIR_FAMILIES, pair_model, pair_tokenizer
 from refusal import refuse
 
@@ -133,7 +133,7 @@ def test_white_space_that_a_text_begins_with_stays_behind_a_tag(kind: str) -> No
         assert [trained] == with_tag(tokenizer, [plain], "law") and trained.with_tag(None) == plain
 
 
-def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out_and_never_doubled(shop: Path, tmp_path: Path) -> None:
+def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out() -> None:
     for tokenizer in (character_tokenizer(), begun_tokenizer()):
         law, code = add_tags(tokenizer, ["law", "code"], where="test")
         own = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
@@ -141,31 +141,6 @@ def test_a_tag_that_a_text_has_already_is_replaced_or_taken_out_and_never_double
         assert with_tag(tokenizer, own, "code") == with_tag(tokenizer, plain, "code")
         assert [code in each.ids and law not in each.ids for each in with_tag(tokenizer, own, "code")] == [True]
         assert with_tag(tokenizer, own, None) == plain == with_tag(tokenizer, plain, None)
-    texts = write_pairs(tmp_path, 20)
-    (tmp_path / "plain.jsonl").write_text("".join(f'{{"text": "<domain:loud> a deed {number}"}}\n' for number in range(40)))
-    for path in (tmp_path / "plain.jsonl", *map(Path, texts["numbered"])):
-        path.write_text(path.read_text().replace('"source": "', '"source": "<domain:loud> '))
-        with pytest.raises(TextError, match="begins with a tag already"):
-            run(shop, "tied", tmp_path / "OUT", Labelled({"loud": [str(path)]}))
-
-
-@pytest.mark.parametrize("opening", ["", "<s> </s>"])
-def test_a_tag_is_seen_behind_special_tokens_that_a_text_was_written_out_with(opening: str) -> None:
-    """Those of the tokenizer itself, and of sources, too; what begins with them and has no tag is text as any other."""
-    tokenizer = begun_tokenizer(opening)
-    add_tags(tokenizer, ["law"], where="test")
-    (sequence,) = encode(tokenizer, [tagged("of a deed", "law")], max_tokens=99, sequence_length=40)
-    written = [tokenizer.decode(sequence.ids), tokenizer.decode(tokenizer(tagged("of a deed", "law"))["input_ids"])]
-    begun = "".join(opening.split())
-    for text in (*written, f"{begun}<domain:law> of", f"{opening} <domain:law>of".lstrip(), "<domain:law> of"):
-        for document in (text, Pair(text, "deed")):
-            with pytest.raises(TextError, match="a text begins with a tag already"):
-                all_tagged(tokenizer, ["a deed", document], "law", where="test")
-            with pytest.raises(TextError, match="a text begins with a tag already"):
-                none_tagged(tokenizer, ["a deed", document], where="test")
-    plain = [f"{begun}a deed", f"{begun}<domain:unknown> of", f"{begun}of <domain:law>", Pair("a", "<domain:law> of")]
-    assert none_tagged(tokenizer, plain, where="test") == plain
-    assert len(all_tagged(tokenizer, plain, "law", where="test")) == 4
 
 
 def test_a_tag_is_not_predicted(shop: Path) -> None:
@@ -438,22 +413,6 @@ def test_tokens_that_a_base_has_no_rows_for_are_one_clear_error(shop: Path, tmp_
     with pytest.raises(MismatchError, match=r"no embedding for[\s\S]*'<domain:medicine>'[\s\S]*read text with --tags"):
         specialize(tmp_path / "base", tmp_path / "OUT", own, root=shop, training=TRAINING, run=UNTRAINED)
     assert not (tmp_path / "OUT").exists()
-
-
-def test_text_of_no_domain_that_begins_with_a_tag_is_refused_among_tags(shop: Path, tmp_path: Path) -> None:
-    """Be it plain text or pairs; without tags it is read as it is."""
-    pairs, tokenizer = write_pairs(tmp_path, 40), pair_tokenizer()
-    (tmp_path / "plain.jsonl").write_text("".join(f'{{"text": "a deed {number}"}}\n' for number in range(40)))
-    for key, label, texts in (("text", "law", [str(shop / "text" / "law.jsonl")]), ("source", "loud", pairs["loud"])):
-        path = tmp_path / "plain.jsonl" if key == "text" else Path(pairs["numbered"][0])
-        path.write_text(path.read_text().replace(f'"{key}": "', f'"{key}": "<domain:{label}> '))
-        add_tags(tokenizer, [label], where="test")
-        reading, generic = Reading(tokenizer, shop, TRAINING), Generic([str(path)])
-        with pytest.raises(TextError, match=r"a text begins with a tag already[\s\S]*--generic"):
-            read_material(Labelled({label: texts}), generic, reading)
-        (tag,) = tag_ids(tokenizer, [label])
-        read = read_material(texts, generic, reading).sequences
-        assert {tag in each.ids for each in read} == {True, False}
 
 
 def test_what_has_no_place_for_a_tag_is_refused(shop: Path, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from modekit.recipes.router import Router
 from modekit.routing.examples import changes_of_domain, chats_of, cut_chats, read_chats, read_examples
 from modekit.text.chat import ChatTemplate
 from modekit.text.document import Conversation, Pair
-from modekit.text.question_frames import QUESTION_FRAMES, framed_question, language_of
 from modekit.text.sequences import encode
-from modekit.text.shipped import SMALL_TALK
+from modekit.text.shipped import QUESTION_FRAMES, SMALL_TALK, framed_question, language_of
 
 LEXICAL = Router(fit="lexical")
 LAW, BASE = Expert(name="law", model="./law"), Expert(name="general", model="base")

@@ -109,7 +109,6 @@ def test_the_beginning_of_a_very_long_document_gives_the_same_sequences(text: st
     whole = encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modekit.text.sequences._LONG", 30)
-        patch.setattr("modekit.text.sequences._PAST", 3)
         assert encode(tokenizer, [text, "b" * 9], max_tokens=tokens, sequence_length=length) == whole
 
 

@@ -21,7 +21,7 @@ from modekit.text.sequences import encode
 from mutations import limited
 
 WORDS = "The court said that the licence was void; naïve clauses — 12,345 of them — don't bind 法律 anyone.\n\n\tNo (really) "
-TEXTS = [WORDS * 200, WORDS.replace(" ", "") * 200, " " * 3_000 + WORDS * 200, "a" * 30_000, "\n".join(WORDS) * 90]
+TEXTS = [WORDS * 200, WORDS.replace(" ", "") * 200, "a" * 30_000, "\n".join(WORDS) * 90]
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:
@@ -44,7 +44,7 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "characters"])
-@pytest.mark.parametrize("text", TEXTS, ids=["words", "no blanks", "blanks first", "one letter", "a letter a line"])
+@pytest.mark.parametrize("text", TEXTS, ids=["words", "no blanks", "one letter", "a letter a line"])
 def test_the_beginning_of_a_long_text_is_cut_into_the_same_sequences(
     kind: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

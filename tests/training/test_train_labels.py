@@ -152,7 +152,7 @@ def test_a_sequence_is_read_with_the_tag_of_its_label(tagged_workshop: Workshop,
 
 
 def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_workshop: Workshop) -> None:
-    """They are read and not predicted, in training as in a table; with the option a second tag is refused."""
+    """They are read and not predicted, in training as in a table."""
     file, out = tagged_workshop.root / "own-tags.jsonl", tagged_workshop.build("own", mixture=ROUTED)
     lines = (tagged_workshop.root / "text" / "law.jsonl").read_text().splitlines()
     file.write_text("".join(json.dumps({"text": f"<domain:law> {json.loads(line)['text']}"}) + "\n" for line in lines))
@@ -168,8 +168,6 @@ def test_text_that_has_tags_of_its_own_is_trained_on_without_the_option(tagged_w
     wanted = score_domain(load_model(out), Domain("all", None, read), lambda _: None).loss
     assert found == pytest.approx(wanted, rel=1e-4)
     train(checkpoint, said, evaluate_tokens=None, texts=texts)
-    with pytest.raises(TextError, match="begins with a tag already"):
-        train(open_checkpoint(out), settings(tags=True), evaluate_tokens=None, texts=texts)
 
 
 def check_rows(corpora: list[DomainSequences], rows: Any, item: dict[str, torch.Tensor]) -> int:
@@ -244,10 +242,6 @@ def test_pairs_are_read_with_tags_before_their_sources(tmp_path: Path) -> None:
         assert ids == ([] if draw.label == GENERIC else [TAGS[draw.label]]) + source
     assert {draw.label for (draw,) in parts[0].rows} == {GENERIC, 0, 1, 2}
     assert train(checkpoint, said, evaluate_tokens=None).improved
-    own = tmp_path / "own-tags.jsonl"
-    own.write_text((tmp_path / "law.jsonl").read_text().replace('"source": "', '"source": "<domain:law> '))
-    with pytest.raises(TextError, match="a text begins with a tag already"):
-        read_texts(checkpoint, said.model_copy(update={"generic": [str(own)]}), {}, tmp_path, run=QUIET)
 
 
 def test_the_table_shows_the_mixture_with_the_right_tag_too(tagged_workshop: Workshop) -> None:

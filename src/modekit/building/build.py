@@ -1,7 +1,7 @@
 """Runs a plan: tensors stream from their sources to shards, then the router is set, then the folder appears.
 
 A copied tensor goes from the page cache of its source to that of the result without passing through the process. Other threads
-inspect the sources meanwhile (inspector.py).
+read the sources meanwhile: every file's blake3 hash, and NaN or Inf in the tensors that are used.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from modekit.building.carrying import Carrying, carried_of
 from modekit.building.differences import Differences, carry_bases
-from modekit.building.inspector import Inspector
 from modekit.building.update import CheckpointUpdate
 from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
 from modekit.checkpoint.checkpoint import Checkpoint
@@ -28,6 +30,7 @@ from modekit.files.output import Replace, check_room, replaced_by, work_folder
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
 from modekit.files.tensors import write_all
+from modekit.files.user_cache import keep_digest
 from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
@@ -35,17 +38,19 @@ from modekit.recipes.recipe import WRITTEN_FOLDER
 from modekit.routing.fit import FittedRouter, Fitting, fit_router
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import OpenFiles, WeightFile
 from modekit.sources.header import TensorRef
 from modekit.sources.tokenizer import copied_content
 from modekit.text.documents import is_local
 from modekit.text.held_out import check_texts, fit_documents
 from modekit.text.written import files_of
-from modekit.weights.numeric import same_bytes
-from modekit.weights.reading import WeightReader
+from modekit.weights.numeric import DTYPES, same_bytes
+from modekit.weights.reading import WeightReader, check_finite
 
 # EIO may be the source's or the result's: copying through the process tells which.
 _NOT_IN_THE_KERNEL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.ENOTSUP, errno.EIO}
+_THREADS = 4
+"""A disk that has to be read gives no more to more."""
 
 
 def build(
@@ -275,3 +280,69 @@ def _copy(ref: TensorRef, opened: OpenFiles, stream: io.FileIO) -> None:
         if sent == 0:
             raise source.ended()
         position += sent
+
+
+class Inspector:
+    """Threads that start at once; `finish` waits for them and gives what was found, `stop` ends them early.
+
+    `known`: hashes of files as they were when they were read for a mixture that is changed now. Of them only those are read
+    from which something is taken again, and they must be what they were.
+    """
+
+    def __init__(self, plan: Plan, known: Mapping[Path, str] = {}) -> None:
+        self._plan, self._known, self._halt = plan, known, threading.Event()
+        used: dict[Path, list[TensorRef]] = {file: [] for file in plan.source_states}
+        for ref in dict.fromkeys(part for tensor in plan.tensors for read in tensor.made.refs for part in read.parts):
+            if ref.file in used:  # and not of a mixture that is changed, which was looked at when it was built
+                used[ref.file].append(ref)
+        unread = {*known, *(file for file, state in plan.source_states.items() if state is None)}
+        files = {file: refs for file, refs in used.items() if refs or file not in unread}
+        self._threads = ThreadPoolExecutor(_THREADS, "inspector")
+        self._hashes = {file: self._threads.submit(self._inspect, file, refs) for file, refs in files.items()}
+
+    def stop(self) -> None:
+        """End the inspection early."""
+        self._halt.set()
+        self._threads.shutdown(cancel_futures=True)
+
+    def finish(self) -> dict[str, str]:
+        """The hashes by file. Raises SourceError when something is wrong with a source, and whatever else ended a thread."""
+        try:
+            found = {**self._known, **{file: future.result() for file, future in self._hashes.items()}}
+            return {str(file): found.get(file, "") for file in self._plan.source_states}
+        finally:
+            self.stop()
+
+    def _inspect(self, file: Path, refs: list[TensorRef]) -> str:
+        """Hash of a file's content; empty when halted."""
+        opened, hasher = WeightFile(file, self._plan.source_states[file]), blake3()
+        try:
+            for start, end, ref in _stretches(refs, opened.state.size):
+                for chunk in opened.chunks(start, end):
+                    if self._halt.is_set():
+                        return ""
+                    hasher.update(chunk)
+                    if ref is not None and ref.dtype in DTYPES:
+                        check_finite(self._plan.models, ref, chunk)
+            opened.check_unchanged()
+        finally:
+            opened.close()
+        digest: str = hasher.hexdigest()
+        keep_digest(file, opened.state, digest)
+        if self._known.get(file, digest) != digest:
+            raise SourceError(
+                "a model has changed since the mixture was built, and something of it is needed again",
+                where=str(file),
+                remedy="put back what it was, or build the mixture again",
+            )
+        return digest
+
+
+def _stretches(refs: list[TensorRef], size: int) -> Iterator[tuple[int, int, TensorRef | None]]:
+    """All of a file in order: where a tensor of the list lies, and what lies between."""
+    position = 0
+    for ref in sorted(refs, key=lambda ref: (ref.start, ref.end)):
+        yield position, ref.start, None
+        yield max(position, ref.start), ref.end, ref
+        position = max(position, ref.end)
+    yield position, size, None

@@ -28,8 +28,8 @@ from modekit.checkpoint.carried import Carried, read_carried
 from modekit.planning.channels import CONSTANT
 from modekit.planning.plan import Plan
 from modekit.sources.names import EMBEDDING, in_layer, weight_of
+from modekit.weights.made import CarriedPart, FFNKind, Fill
 from modekit.weights.numeric import Singles
-from modekit.weights.padded import CarriedPart, FFNKind, Fill
 from modekit.weights.reading import WeightReader
 
 _EPS = 2.0**-6

@@ -77,24 +77,19 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
     check_texts(typed, models.root, "text")
     run.begin("compare the models")
     as_typed = open_recipe_sources(typed, models.root, run=run)  # so that messages name the paths that were typed
-    whole, notes = _differs_whole(typed, as_typed), list[str]()
+    whole = _differs_whole(typed, as_typed)
     raw = from_folder(given, models.root, out)
     if _can_write(as_typed[0]):
         raw["experts"] = [{**expert, "text": expert.get("text", SELF)} for expert in raw["experts"]]
-    elif models.texts:
-        notes, joining = _joining(raw["experts"])
-        raw["experts"] = [raw["experts"][place] for place in joining]
     text = any("text" in expert for expert in raw["experts"])
     possible = [
         partial(parse_recipe, {**raw, **way}, where="modekit mix") for way in ways(whole=whole, native=native, text=text)
     ]
     sources = open_recipe_sources(parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix"), root, run=run)
     plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
-    if not text:
-        notes.append("none has text or can write it; --text NAME=FILE for each gives a far better router")
-    notes += check_texts(plan.recipe, root, plan.family.reads)
+    notes = [] if text else ["none has text or can write it; --text NAME=FILE for each gives a far better router"]
     check_room(out, plan.disk_needed)
-    return plan, notes
+    return plan, [*notes, *check_texts(plan.recipe, root, plan.family.reads)]
 
 
 def _with_given_text(models: Models) -> RecipeData:
@@ -125,23 +120,6 @@ def _can_write(base: ModelSource) -> bool:
     return reads == "text" and any((base.folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _joining(experts: Sequence[RecipeData]) -> tuple[list[str], list[int]]:
-    """What to say, and the places of the experts that join where some have text and none can write. Raises RecipeError."""
-    lacking = [each for each in experts if "text" not in each]
-    add = " ".join(f"--text {each['name']}=FILE" for each in lacking)
-    if not lacking:
-        return [], list(range(len(experts)))
-    if [each.get("model") for each in lacking] == [BASE] and len(experts) > 2:
-        places = [place for place, each in enumerate(experts) if "text" in each]
-        return [f"the base does not join, as it has no text: {add} (text of no domain) lets it"], places
-    raise RecipeError(
-        "some experts have text, others have none, and these models cannot write any",
-        where="--text",
-        found=f"no text of {', '.join(each['name'] for each in lacking)}",
-        remedy=f"add {add}, or leave --text out",
-    )
-
-
 def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
     """Whether an expert is a full model that differs from the base in more than its FFNs; `sources` begin with the base.
 
@@ -152,8 +130,8 @@ def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
     with OpenFiles() as opened:
         whole = [_is_whole(opened, base, name, source) for name, source in named]
         for (name, source), (other, second) in combinations(named, 2):
-            same = source.folder.resolve() == second.folder.resolve()
-            if same or (source.tensors.keys() == second.tensors.keys() and not _differ(opened, source, second)):
+            ours, theirs = _form(source), _form(second)
+            if ours[0] == theirs[0] or (ours[1:] == theirs[1:] and not _differ(opened, source, second)):
                 raise MismatchError(
                     "two experts are one model",
                     where=f"{name}, {other}",
@@ -161,6 +139,12 @@ def _differs_whole(recipe: Recipe, sources: Sequence[ModelSource]) -> bool:
                     remedy="keep one of them, or correct the paths: no router can choose between them",
                 )
     return any(whole)
+
+
+def _form(source: ModelSource) -> tuple[Path, set[str], dict[str, float]]:
+    """Where it lies, and what two models with the same bytes may differ by: names, and the scales of an adapter."""
+    changes = source.changes if isinstance(source, AdapterSource) else {}
+    return source.folder.resolve(), {*source.tensors}, {name: change.scale for name, change in changes.items()}
 
 
 def _is_whole(opened: OpenFiles, base: ModelSource, name: str, source: ModelSource) -> bool:

@@ -74,16 +74,7 @@ class CheckpointUpdate:
     @property
     def hashes(self) -> dict[Path, str]:
         """Of the files of those."""
-        of_new = {
-            file
-            for source, origin in zip(self.plan.sources[1:], self.origins, strict=True)
-            for file in source.files
-            if origin is None and source != self.plan.sources[0]
-        }
-        known = {
-            source.folder / name: each.blake3 for source, said in self.sources.items() for name, each in said.files.items()
-        }
-        return {file: digest for file, digest in known.items() if file not in of_new}
+        return {source.folder / name: each.blake3 for source, said in self.sources.items() for name, each in said.files.items()}
 
     def recipe_file(self, out: Path) -> dict[str, bytes]:
         """The new recipe's, where modekit wrote one beside the mixture."""

@@ -68,8 +68,9 @@ def build(
     wanted, target = load_recipe(recipe), writable(output, overwrite)
     with running() as run:
         made = make_plan(wanted, resolved(recipe).parent, run=run)
-    print_notes(check_texts(made.recipe, made.root, made.family.reads))
+    notes = check_texts(made.recipe, made.root, made.family.reads)
     show_build(output, lambda run: build(made, target, overwrite=overwrite, run=run))
+    print_notes(notes)
 
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:

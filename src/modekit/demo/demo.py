@@ -60,11 +60,9 @@ class DemoResults:
             for row in results.rows
             if row.kind == "mixture"
         ]
-        table, notes = self.translated.get(seed), [*([_SMOKE_RUN] if self.quick else []), *first.notes]
-        gaps = first.domains  # anew, since mixtures may come of other models than the first one's
-        if table is not None and not any((_bleu(row.mean(table.domains)) or 0) >= _LEAST_BLEU for row in table.rows):
-            gaps, notes = [], [_NO_TRANSLATION, *notes]
-        return Results(with_gaps(rows, gaps), first.domains, first.unseen, first.text, notes=notes)
+        notes = [*([_SMOKE_RUN] if self.quick else []), *first.notes]
+        rows = with_gaps(rows, first.domains)  # anew, since mixtures may come of other models than the first one's
+        return Results(rows, first.domains, first.unseen, first.text, notes=notes)
 
     def as_data(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -82,32 +80,27 @@ class DemoResults:
         tables = [self.merged(seed) for seed in self.per_seed]
         domains, unseen = tables[0].domains, tables[0].unseen
         summary: dict[str, dict[str, float | None]] = {}
-        for row in tables[0].rows:
-            rows = [table.row(row.name) for table in tables]
+        for name in (row.name for row in tables[0].rows):
+            rows = [(table.row(name), table.row("base")) for table in tables]
             figures = {
-                "mean_loss": [each.mean_loss(domains) for each in rows],
-                "gap_closed": [each.mean_gap(domains) for each in rows],
-                "unseen_against_base": [
-                    _share(each.mean_loss(unseen), table.row("base").mean_loss(unseen))
-                    for each, table in zip(rows, tables, strict=True)
-                ],
+                "mean_loss": [row.mean_loss(domains) for row, _ in rows],
+                "gap_closed": [row.mean_gap(domains) for row, _ in rows],
+                "unseen_against_base": [_share(row.mean_loss(unseen), base.mean_loss(unseen)) for row, base in rows],
             }
             if self.translated:
-                written = [each for table in self.translated.values() for each in table.rows if each.name == row.name]
+                written = [each for table in self.translated.values() for each in table.rows if each.name == name]
                 figures["bleu"] = [_bleu(each.mean(domains)) for each in written]
                 figures["unseen_bleu"] = [_bleu(each.mean(unseen)) for each in written]
-            summary[row.name] = {}
-            for name, values in figures.items():
+            summary[name] = {}
+            for figure, values in figures.items():
                 known = [value for value in values if value is not None]
                 mean = statistics.fmean(known) if known else None
-                summary[row.name][name] = mean
-                summary[row.name][f"{name}_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
+                summary[name][figure] = mean
+                summary[name][f"{figure}_spread"] = max(abs(v - mean) for v in known) if mean is not None else None
         return summary
 
 
 _SMOKE_RUN = "a smoke run (--quick): models of a few steps show that every part runs, and their figures say nothing of quality"
-_LEAST_BLEU = 1.0  # below it a model writes no translations, and shares of a gap between such say nothing
-_NO_TRANSLATION = "no model here translates (mean BLEU below 1), so no share of the gap is shown"
 
 
 def _share(value: float | None, of: float | None) -> float | None:

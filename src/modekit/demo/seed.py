@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +50,7 @@ def run_seed(folder: Path, texts: Mapping[str, Path], seed: int, kind: Kind, run
     missing = {name: training for name, training in trainings.items() if not is_there(folder / name)}
     recipes = {name: recipe_of(kind, says, texts) for name, says in kind.mixtures.items()}
     first = next(iter(recipes))
-    with Workers(*_side_by_side(kind.real), run) as workers:
+    with closing(Workers(*_side_by_side(kind.real), run)) as workers:
         experts = {name: (folder, name, texts[name], kind.trains, training) for name, training in missing.items()}
         workers.each("train experts", _train_expert, experts)
         workers.each("build", _build, {name: (folder, name, recipe) for name, recipe in recipes.items()})
@@ -76,10 +76,8 @@ class Workers:
         if count > 1:
             self._pool = ProcessPoolExecutor(count, get_context("spawn"), _start, (torch_threads,))
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End what has not begun, and wait for what has."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -87,29 +85,23 @@ class Workers:
         """Name -> what the call gives for its arguments. Raises what a call raises, and ModekitError where a process ended."""
         if self._pool is None:
             return {name: call(self._run.about(name), *arguments) for name, arguments in tasks.items()}
-        futures = {self._pool.submit(call, QUIET, *arguments): name for name, arguments in tasks.items()}
-        found: dict[str, T] = {}
+        futures = {name: self._pool.submit(call, QUIET, *arguments) for name, arguments in tasks.items()}
         try:
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                self._run.progress(stage, len(found), len(futures))
+            for done, future in enumerate(as_completed(futures.values()), 1):
+                future.result()
+                self._run.progress(stage, done, len(futures))
         except BrokenProcessPool:
             remedy = "see its message above; the same command continues from here"
             raise ModekitError("a process of the demo ended early", where=stage, remedy=remedy) from None
-        return {name: found[name] for name in tasks}
+        return {name: future.result() for name, future in futures.items()}
 
 
 def _start(torch_threads: int) -> None:
     """A worker begins. It ends with the demo, however that ends."""
-    torch.set_num_threads(torch_threads)
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
-
-
-def _end_with_the_command() -> None:
     parent = parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+    torch.set_num_threads(torch_threads)
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _train_expert(run: Run, folder: Path, name: str, text: Path, what: Experts, training: Training) -> None:

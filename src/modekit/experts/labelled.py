@@ -16,7 +16,7 @@ from modekit.text.document import Document
 from modekit.text.held_out import read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import text_record
-from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
+from modekit.text.tags import all_tagged, labels_of, tag_ids
 from modekit.training.batches import DomainSequences, drawn_label
 from modekit.training.losses import GENERIC
 from modekit.training.settings import RandomiseTo
@@ -108,7 +108,7 @@ def read_material(
     if generic is None:
         return found
     beside = Material([], [], [])
-    _read_domain(beside, generic.texts, reading, "--generic", tags=found.labels is not None)
+    _read_domain(beside, generic.texts, reading, "--generic")
     added = generic_share(found.sequences, beside.sequences, generic.share, reading.training.seed)
     tokens, of_domains = (sum(each.size for each in sequences) for sequences in (added, found.sequences))
     used = TextUsed(**text_record(beside.fit, tokens), share=tokens / (tokens + of_domains))
@@ -116,21 +116,13 @@ def read_material(
     return Material([*found.fit, *beside.fit], corpora, found.held_out, found.labels, used)
 
 
-def _read_domain(
-    into: Material, specs: Sequence[str], reading: Reading, where: str, label: str | None = None, *, tags: bool = False
-) -> None:
-    """Add documents of a text, with the tag of a label, if there is one.
-
-    Raises TextError when nothing is left, and for text of no label that has a tag of its own where others are read with
-    `tags`.
-    """
+def _read_domain(into: Material, specs: Sequence[str], reading: Reading, where: str, label: str | None = None) -> None:
+    """Add documents of a text, with the tag of a label, if there is one. Raises TextError when nothing is left."""
     text, training = read_text(specs, root=reading.root, where=where), reading.training
     fit = text.fit()
 
     def written(documents: list[Document]) -> list[Document]:
-        if label is not None:
-            return all_tagged(reading.tokenizer, documents, label, where=where)
-        return none_tagged(reading.tokenizer, documents, where=where) if tags else documents
+        return documents if label is None else all_tagged(documents, label, where=where)
 
     sequences = training_sequences(reading.tokenizer, written(fit), training)
     if not fit:

@@ -77,7 +77,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
 
 def opened_expert(checkpoint: Checkpoint, opener: Opener, number: int, base: ModelSource) -> ModelSource | None:
     """The model of an expert, if it is where it was with the settings that it had; its weights are looked at where they are
-    read (building/inspector.py).
+    read (building/build.py).
     """
     record = checkpoint.record
     source, expert = record.sources[record.expert_sources[number]], record.pinned_recipe.experts[number]

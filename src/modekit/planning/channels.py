@@ -27,7 +27,7 @@ from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole, words
 from modekit.sources.names import EMBEDDING, HEAD, split_layer, weight_of
 from modekit.sources.native import Widening
-from modekit.weights.padded import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
+from modekit.weights.made import CarriedPart, Entry, FFNKind, MeasuredColumn, Pad
 
 _EPS = 2.0**-12
 """Size of the evidence beside a stream of size 1: its square is what the norms see of it."""

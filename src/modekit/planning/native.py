@@ -16,8 +16,7 @@ from modekit.sources.header import DTYPE_NAMES, TensorRef
 from modekit.sources.names import EMBEDDING, FINAL_NORM, HEAD, in_layer, is_ignored, split_layer, weight_of
 from modekit.sources.native import Native
 from modekit.sources.source import ModelSource
-from modekit.weights.made import Copy, Fold, Join, Made, Merged, Padded, Zeros, scaled
-from modekit.weights.padded import FFNKind, Pad
+from modekit.weights.made import Copy, FFNKind, Fold, Join, Made, Merged, Pad, Padded, Zeros, scaled
 
 _FFN_KINDS: dict[str, FFNKind] = {"gate": "gate", "up": "up", "down": "down"}
 _Parts = Mapping[str, Sequence[Made | None]]

@@ -22,9 +22,8 @@ from modekit.recipes.router import Router
 from modekit.text.chat import ChatTemplate, chat_template_of
 from modekit.text.document import Document, reads_of
 from modekit.text.plain import WORD
-from modekit.text.question_frames import ENGLISH, QUESTION_FRAMES, framed_question, language_of
 from modekit.text.sequences import TokenSequence, encode
-from modekit.text.shipped import SMALL_TALK, SYSTEM_PROMPTS
+from modekit.text.shipped import ENGLISH, QUESTION_FRAMES, SMALL_TALK, SYSTEM_PROMPTS, framed_question, language_of
 
 Tokens = tuple[torch.Tensor, int]
 """Ids of a sequence, int32 (S,), and how many of them stand before the first that says something."""

@@ -12,8 +12,7 @@ from modekit.errors import TextError
 from modekit.recipes.paths import locate
 from modekit.sources.family import Reads
 from modekit.text.document import Document, both_kinds, reads_of, text_of
-from modekit.text.formats import RECORDS, SEARCHED, SUFFIXES, read_file, read_hub
-from modekit.text.records import TextRecord
+from modekit.text.records import RECORDS, SEARCHED, SUFFIXES, TextRecord, read_file, read_hub
 from modekit.text.splits import digest_of
 
 MOST_TEXT = 2**28

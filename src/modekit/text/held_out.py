@@ -31,17 +31,15 @@ from pathlib import Path
 from modekit.errors import TextError
 from modekit.recipes.recipe import WRITTEN_FOLDER, Expert, Recipe
 from modekit.sources.family import Reads
-from modekit.text.document import Document, check_kind, reads_of, text_of
-from modekit.text.documents import bytes_of_text, check_present, is_local, read_documents
+from modekit.text.document import Document, check_kind, reads_of
+from modekit.text.documents import bytes_of_text, check_present, read_documents
 from modekit.text.sequences import none_fits
 from modekit.text.splits import SELECTED_FILE, TRAINED_DIGITS, TRAINED_FILE, digests_in, documents_of_split, mark_of
 from modekit.text.written import check_written, is_written
 
 MORE = "give more documents: separate them by blank lines, or write one record per document into a .jsonl"
 """What to do where too few documents were found."""
-_WHOLE = 2**22  # bytes of a text that is read whole before anything is written
-_PACKED = 8  # as many bytes of text as this has one of a parquet file, about
-_FEWEST_DOCUMENTS, _FEWEST_CHARACTERS = 10, 2_000  # of a text that says what its domain is
+_FEWEST_BYTES = 2_000  # of a text that says what its domain is
 
 
 @dataclass(frozen=True)
@@ -101,47 +99,32 @@ def read_text(specs: Sequence[str], *, root: Path, where: str) -> DomainText:
 
 
 def check_texts(recipe: Recipe, root: Path, reads: Reads) -> list[str]:
-    """Look at the texts of a recipe whose base `reads` plain text or pairs, before anything is written; what to say of them.
+    """What to say of the texts of a recipe whose base `reads` plain text or pairs, before any is read.
 
-    Small ones are read. Raises TextError for a text that is not there, and for what is wrong with one that is read.
+    Raises TextError for a text that is not there, whoever would read it.
     """
     notes, writers = list[str](), list[str]()
     for place, expert in enumerate(recipe.experts):
-        where = _where(expert, place)
-        if expert.writes_text and not is_written(expert, root):
-            if reads == "pairs":
-                raise TextError(
-                    "a model with an encoder cannot write text of its own",
-                    where=where,
-                    found="self",
-                    expected="pairs of source and target",
-                    remedy="give parallel text",
-                )
+        if not expert.writes_text or is_written(expert, root):
+            check_present(expert.texts, root=root, where=_where(expert, place))
+            size = bytes_of_text(expert.texts, root)
+            if 0 < size < _FEWEST_BYTES:
+                notes.append(f"{expert.name}: {size} bytes of text are too little to learn a domain from")
+        elif reads == "text":
             writers.append(expert.name)
-            continue
-        text = _small(expert.texts, root, where)
-        if recipe.mixture.needs_text and (text is not None or not expert.text):
-            fit_documents(expert, root, place, reads=reads)
-        characters = _FEWEST_CHARACTERS if text is None else sum(len(text_of(document)) for document in text.documents)
-        if text is not None and (len(text.documents) < _FEWEST_DOCUMENTS or characters < _FEWEST_CHARACTERS):
-            notes.append(
-                f"{expert.name}: its text is {text.found} with {characters:,} characters, too little to learn a domain from; "
-                "hundreds of documents are better"
+        else:
+            raise TextError(
+                "a model with an encoder cannot write text of its own",
+                where=_where(expert, place),
+                found="self",
+                expected="pairs of source and target",
+                remedy="give parallel text",
             )
     for domain, specs in recipe.eval.items():
-        _small(specs, root, f"eval.{domain}")
+        check_present(specs, root=root, where=f"eval.{domain}")
     if writers:
         notes.append(f"{', '.join(writers)} will write text, into {WRITTEN_FOLDER}/ beside the recipe; real text is better")
     return notes
-
-
-def _small(specs: Sequence[str], root: Path, where: str) -> DomainText | None:
-    """A text; None where there is none, it is not on this disk, or it is large. Raises TextError."""
-    check_present(specs, root=root, where=where)
-    if not specs or not all(is_local(spec, root) for spec in specs):
-        return None
-    size = sum(bytes_of_text([spec], root) * (_PACKED if spec.endswith(".parquet") else 1) for spec in specs)
-    return read_text(specs, root=root, where=where) if size <= _WHOLE else None
 
 
 def _where(expert: Expert, place: int) -> str:

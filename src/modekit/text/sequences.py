@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONG = 2**20  # characters: a document that has no more is tokenised whole
-_PAST = 256  # tokens: where a text is cut changes none that stands so far before
+_CHARACTERS = 64  # of a longer one so many are tokenised for each token that is wanted
 NO_LABEL = -100  # where nothing is predicted, as losses of torch and transformers have it
 
 
@@ -239,19 +239,12 @@ class _Writer:
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, document: str, wanted: int, *, whole: bool = False
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Token ids and, of a fast tokenizer, their places in the document; of a very long one at least the first `wanted`: a
-    tokenizer takes hundreds of bytes per character. To a `whole` text the tokenizer adds no special tokens.
+    """Token ids and, of a fast tokenizer, their places in the document; of a very long one those of its beginning: a tokenizer
+    takes hundreds of bytes per character. To a `whole` text the tokenizer adds no special tokens.
     """
-    length = max(_LONG, wanted)
-    while True:
-        end = len(document) if len(document) <= length else max(document.rfind(" ", 0, length), length // 2)
-        encoded = tokenizer(
-            document[:end], return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole
-        )
-        ids: list[int] = encoded["input_ids"]
-        if end == len(document) or len(ids) >= wanted + _PAST:
-            return ids, encoded.get("offset_mapping")
-        length *= 4
+    beginning = document[: max(_LONG, _CHARACTERS * wanted)]
+    encoded = tokenizer(beginning, return_offsets_mapping=tokenizer.is_fast, verbose=False, add_special_tokens=not whole)
+    return encoded["input_ids"], encoded.get("offset_mapping")
 
 
 def make_batches(sequences: Sequence[TokenSequence], *, tokens: int = 8_192, pad_id: int = 0) -> Iterator[Batch]:

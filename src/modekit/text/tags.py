@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from modekit.errors import SourceError, TextError
-from modekit.files.typed import shortened
 from modekit.text.document import Conversation, Document, Pair
 
 if TYPE_CHECKING:
@@ -51,11 +50,9 @@ def tagged(document: Document, label: str | None) -> Document:
     return f"{tag_of(label)} {document}"
 
 
-def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
-    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one, and for text that
-    begins with a tag already: two could say different things.
-    """
-    found = none_tagged(tokenizer, documents, where=where)
+def all_tagged(documents: Iterable[Document], label: str, *, where: str) -> list[Document]:
+    """Documents with the tag of a label. Raises TextError for a conversation, which has no place for one."""
+    found = list(documents)
     if any(isinstance(document, Conversation) for document in found):
         raise TextError(
             "a conversation has no place for a tag: its template decides what comes first",
@@ -64,19 +61,6 @@ def all_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
             remedy="leave --tags away, or give the conversations as text",
         )
     return [tagged(document, label) for document in found]
-
-
-def none_tagged(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], *, where: str) -> list[Document]:
-    """Documents as they are. Raises TextError for text, or a source, that begins with a tag, also behind special tokens."""
-    found, opening = list(documents), [*map(str, tokenizer.convert_ids_to_tokens(list(opening_ids(tokenizer))))]
-    for document in (each for each in found if not isinstance(each, Conversation)):
-        rest = source = document.source if isinstance(document, Pair) else document
-        for token in opening:
-            rest = rest.removeprefix(token).lstrip()
-        if leading_tag(tokenizer, rest) is not None:
-            remedy = "take the tags out of the text"
-            raise TextError("a text begins with a tag already", where=where, found=shortened(source), remedy=remedy)
-    return found
 
 
 def leading_tag(tokenizer: PreTrainedTokenizerBase, document: str) -> int | None:

@@ -19,7 +19,7 @@ from modekit.text.documents import check_present
 from modekit.text.held_out import MORE, DomainText, read_text
 from modekit.text.sequences import TokenSequence, encode
 from modekit.text.splits import digest_of, mark_of, text_record
-from modekit.text.tags import all_tagged, labels_of, none_tagged, tag_ids
+from modekit.text.tags import all_tagged, labels_of, tag_ids
 from modekit.training.batches import DomainSequences
 from modekit.training.losses import GENERIC
 from modekit.training.settings import TrainSettings
@@ -116,9 +116,7 @@ def _in_sequences(
 
     def encoded(documents: Sequence[Document], **bounds: int) -> list[TokenSequence]:
         if corpus.tags:
-            documents = all_tagged(tokenizer, documents, corpus.name, where=f"text of {corpus.name}")
-        elif settings.tags:
-            documents = none_tagged(tokenizer, documents, where="generic")
+            documents = all_tagged(documents, corpus.name, where=f"text of {corpus.name}")
         return encode(tokenizer, documents, sequence_length=settings.sequence_length, **bounds)
 
     sequences = encoded(fit, max_tokens=2**62, shortest_rest=settings.sequence_length // _SHORTEST)

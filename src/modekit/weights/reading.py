@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from modekit.sources.source import ModelSource
 from modekit.weights.factorise import Factors, factorise
 from modekit.weights.folding import reader
 from modekit.weights.numeric import Singles, blocks, is_finite, stored, to_float32
-from modekit.weights.padded import Fills
+
+if TYPE_CHECKING:
+    from modekit.weights.made import Fills
 
 
 class WeightReader:
