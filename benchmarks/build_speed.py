@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modekit.files.tensors import safetensors_header
+from modekit.files.write import safetensors_header
 
 HERE = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ WIDENED = """
 import io, sys
 from pathlib import Path
 from modekit.building.build import write_tensor
-from modekit.files.tensors import safetensors_header, write_all
+from modekit.files.write import safetensors_header, write_all
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from modekit.sources.contents import OpenFiles

@@ -39,7 +39,7 @@ from modekit.demo.text import DOMAINS, unpack_text
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Score
 from modekit.experts.corpus.tokenizer import byte_level_bpe
-from modekit.files.tensors import safetensors_header
+from modekit.files.write import safetensors_header
 from modekit.members.change import write_change
 from modekit.members.edits import remove_expert
 from modekit.text.document import text_of

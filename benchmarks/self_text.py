@@ -20,7 +20,7 @@ import torch
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.evidence import read_table
+from modekit.checkpoint.router_file import read_table
 from modekit.evaluation.evaluate import evaluate
 from modekit.evaluation.results import Results
 from modekit.files.output import is_there

@@ -25,7 +25,7 @@ from types import CodeType, FrameType
 import numpy as np
 
 import modekit
-from modekit.files.tensors import safetensors_header
+from modekit.files.write import safetensors_header
 
 PACKAGE = Path(modekit.__file__).parent
 ROOMS = ("recipes", "sources", "planning", "weights", "files", "checkpoint", "building")

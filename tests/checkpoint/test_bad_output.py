@@ -20,8 +20,7 @@ from conftest import Workshop, write_text
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
-from modekit.files.lock import Lock
-from modekit.files.marker import CHANGED, claim_work_folder
+from modekit.files.marker import CHANGED, Lock, WorkFolder
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import borrow, checked, copy_expert, refuse, refuse_build, run_python, tree
@@ -59,7 +58,7 @@ def test_an_ordinary_folder_is_never_overwritten(bench: Workshop, name: str) -> 
     assert "--overwrite" not in refuse_build(bench)  # it would be refused, too
     message = refuse_build(bench, "--overwrite")
     assert "holds something else" in message
-    assert "remove it yourself" in message
+    assert "move it away" in message
 
 
 def test_an_ordinary_file_is_never_overwritten(bench: Workshop) -> None:
@@ -99,7 +98,7 @@ def test_the_parent_is_a_file(bench: Workshop) -> None:
     assert tree(bench.root) == before
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "parent/" + "x" * 250])
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250])
 def test_a_name_that_the_file_system_refuses(bench: Workshop, name: str) -> None:
     recipe = bench.write()
     before = tree(bench.root)
@@ -120,14 +119,6 @@ def test_a_parent_that_is_not_writable(bench: Workshop) -> None:
     assert str(out) in message
     assert "cannot be written" in message
     assert not list(locked.iterdir())
-
-
-def test_parents_made_for_a_failed_build_go_too(bench: Workshop) -> None:
-    spoil(copy_expert(bench))
-    recipe = bench.write()
-    before = tree(bench.root)
-    refuse("build", recipe, bench.root / "new" / "deeper" / "OUT")
-    assert tree(bench.root) == before
 
 
 @pytest.mark.parametrize("name", ["/", "", "loop"])
@@ -195,6 +186,13 @@ def test_ctrl_c(bench: Workshop, moment: str, exists: bool) -> None:
 # Folders that are no checkpoint, or no longer
 
 
+def held(out: Path) -> WorkFolder:
+    """OUT.partial, as a command makes it."""
+    work = WorkFolder(out, "partial")
+    work.take()
+    return work
+
+
 COMMANDS = ("eval", "verify", "fit")
 
 
@@ -211,7 +209,7 @@ def test_a_folder_that_is_no_checkpoint(bench: Workshop, command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unfinished_build(bench: Workshop, command: str) -> None:
     partial = bench.root / "OUT.partial"
-    assert claim_work_folder(partial, "partial", "OUT")
+    held(bench.root / "OUT").lock.release()
     (partial / "journal").touch()
     (partial / "new").mkdir()
     for folder in (partial, bench.root / "OUT"):
@@ -289,7 +287,7 @@ def test_where_nothing_can_be_written_what_is_there_is_read(
 ) -> None:
     """As of a mixture on a disk that is read alone, beside which a killed command has left its work."""
     folder, work = shutil.copytree(checkpoint, tmp_path / "OUT"), tmp_path / "OUT.partial"
-    claim_work_folder(work, "partial", "OUT")
+    held(folder).lock.release()
     (folder / CHANGED).mkdir()
 
     def refused(_: Lock, **_given: float) -> bool:

@@ -12,8 +12,7 @@ from kills import dies
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import CheckpointError, OutputError
-from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK
+from modekit.files.marker import CHANGE_LOCK, Lock
 from modekit.routing.refit import refit
 from refusal import borrow, tree
 
@@ -56,10 +55,10 @@ def test_a_full_disk_changes_nothing(built: Path, tmp_path: Path, monkeypatch: p
     shutil.copytree(built, out)
     before = tree(out)
 
-    def full(_stream: object, _view: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modekit.files.change.write_content", full)
+    monkeypatch.setattr("modekit.files.change.write_file", full)
     with pytest.raises(OSError, match="No space left"):
         refit(open_checkpoint(out), CHANGES)
     assert tree(out) == before

@@ -201,6 +201,6 @@ def test_another_table_in_the_embedding_is_another_mixture(bench: Workshop) -> N
     out = bench.build(mixture={"top_k": 1, "router": {"fit": "lexical"}})
     before = open_checkpoint(out)
     assert before.identity["evidence_sha256"] == before.record.router.evidence != ""
-    changed = before.record.router.with_evidence("0" * 64)
+    changed = before.record.router.model_copy(update={"report": {"evidence_sha256": "0" * 64}})
     other = Checkpoint(out, before.record.model_copy(update={"router": changed}))
     assert other.identity != before.identity

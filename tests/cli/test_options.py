@@ -85,7 +85,7 @@ def test_the_version_is_said_without_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("modekit 0.")
 
 
-def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: Path) -> None:
+def test_a_build_says_what_it_wrote(shared_workshop: Workshop, tmp_path: Path) -> None:
     workshop = borrow(shared_workshop, tmp_path)
     router = {"fit": "logistic", "tokens_per_domain": 300, "sequence_length": 32}
     recipe = workshop.write(mixture={"method": "routing", "top_k": 2, "router": router})
@@ -95,9 +95,9 @@ def test_a_build_says_what_may_be_deleted(shared_workshop: Workshop, tmp_path: P
         text=True,
         check=True,
     )
-    said, *_, deletable = (line for line in done.stdout.splitlines() if not line.startswith(("note: ", "next: ")))
+    said = next(line for line in done.stdout.splitlines() if not line.startswith(("note: ", "next: ")))
     after = done.stdout.splitlines()[-1]
-    assert "router fitted" in said and "OUT/router: " in deletable and "may be deleted" in deletable
+    assert "router fitted" in said
     assert after.startswith("next: modekit eval ")
     # Progress went beside it, and counts the text of all domains together.
     stages = [line for line in done.stderr.splitlines() if "  read " in line]

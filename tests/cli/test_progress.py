@@ -41,9 +41,10 @@ def test_a_line_per_phase_and_every_ten_seconds(clock: Clock) -> None:
     lines("solve logistic", 1, 4)
     assert said == [
         "0:00  build: 0 %",
-        "0:10  build: 10 %, about 1.5 minutes left",
-        *(f"0:{second}  build: {second} %, about {100 - second} s left" for second in (20, 30, 40, 50)),
-        "1:00  build: 60 %, about 40 s left",
+        "0:10  build: 10 %, 1:30 left",
+        *(f"0:{second}  build: {second} %, 1:{40 - second:02} left" for second in (20, 30, 40)),
+        "0:50  build: 50 %, 0:50 left",
+        "1:00  build: 60 %, 0:40 left",
         "1:01  solve logistic: 25 %",
     ]
 
@@ -97,7 +98,7 @@ def test_no_time_is_said_without_evidence(clock: Clock) -> None:
     clock.now += 100
     lines.tick()
     assert not any("left" in line for line in said[:1])
-    assert said[-1] == "1:42  train: 50 %, about 1.7 minutes left"
+    assert said[-1] == "1:42  train: 50 %, 1:42 left"
 
 
 def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
@@ -109,8 +110,8 @@ def test_the_time_left_grows_while_nothing_advances(clock: Clock) -> None:
     for _ in range(4):
         clock.now += 60
         lines.tick()
-    left = [re.sub(".*about ", "", line) for line in said[1:]]
-    assert left == [f"{seconds} left" for seconds in ("60 s", "2.0 minutes", "3.0 minutes", "4.0 minutes", "5.0 minutes")]
+    left = [re.sub(".*, ", "", line) for line in said[1:]]
+    assert left == [f"{minutes}:00 left" for minutes in range(1, 6)]
 
 
 def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> None:
@@ -119,7 +120,7 @@ def test_the_time_is_said_after_the_first_step_with_its_loss(clock: Clock) -> No
     lines("train", 0, 10)
     clock.now += 20
     lines(f"train{DETAIL}loss 2.310", 1, 10)
-    assert said == ["0:00  train: 0 %", "0:20  train: 10 %, about 3.0 minutes left, loss 2.310"]
+    assert said == ["0:00  train: 0 %", "0:20  train: 10 %, 3:00 left, loss 2.310"]
 
 
 def test_phases_that_share_their_work_share_the_estimate(clock: Clock) -> None:
@@ -133,8 +134,8 @@ def test_phases_that_share_their_work_share_the_estimate(clock: Clock) -> None:
     lines("score law", 800, 1000)
     assert said == [
         "0:00  score base: 40 %",
-        "0:10  score law: 50 %, about 50 s left",
-        "0:40  score law: 80 %, about 20 s left",
+        "0:10  score law: 50 %, 0:50 left",
+        "0:40  score law: 80 %, 0:20 left",
     ]
 
 
@@ -146,7 +147,7 @@ def test_a_phase_that_begins_anew_is_timed_anew(clock: Clock) -> None:
     lines("compare", 1, 100)
     clock.now += 30
     lines("compare", 11, 100)
-    assert said[-1] == "5:30  compare: 11 %, about 4.5 minutes left"
+    assert said[-1] == "5:30  compare: 11 %, 4:27 left"
 
 
 def test_lines_go_to_the_standard_error_have_80_columns_and_hold_no_control_characters() -> None:

@@ -27,7 +27,7 @@ from modekit.evaluation.tables import Cell, ResultTable
 from modekit.evaluation.tasks.results import Estimate, TaskResults, TaskScores
 from modekit.experts.corpus.balance import Balanced, BalancedDomain, BalanceSettings, Share
 from modekit.experts.corpus.tokenizer import Fertility, TrainedTokenizer
-from modekit.files.figures import three_digits, time_of
+from modekit.files.figures import three_digits
 from modekit.planning.shape import RouterPosition
 
 NAMES = [f"{letter}-expert_" + "long_name_" * 5 + "of64" for letter in "abcdefgh"]
@@ -232,17 +232,6 @@ def test_names_are_shown_and_not_obeyed(shown: Callable[..., str]) -> None:
 )
 def test_small_figures_keep_their_digits(value: float, said: str) -> None:
     assert three_digits(value) == said
-
-
-def test_times_in_words() -> None:
-    assert [time_of(s) for s in (0.1, 12, 100, 400, 6000, 50_000)] == [
-        "under a second",
-        "about 12 s",
-        "about 1.7 minutes",
-        "about 6.7 minutes",
-        "about 1.7 hours",
-        "about 14 hours",
-    ]
 
 
 def test_a_word_is_cut_only_where_it_is_longer_than_a_line(shown: Callable[..., str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modekit.engines.guard import LARGEST_BODY, Body, Guard, RefusedError
+from modekit.engines.guard import LARGEST_BODY, Guard
 
 
 def asked(app: Any, content: bytes, path: str = "/v1/completions", method: str = "POST", key: str = "k") -> tuple[int, str]:
@@ -30,38 +30,27 @@ def asked(app: Any, content: bytes, path: str = "/v1/completions", method: str =
 async def echo(scope: Any, receive: Any, send: Any) -> None:
     """Answers what it was sent."""
     body = (await receive())["body"] if scope["method"] == "POST" else b"read"
-    assert scope["method"] != "POST" or dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": body})
-
-
-async def rewrite(body: Body) -> Body:
-    if "bad" in body:
-        raise RefusedError(400, "bad: leave it out")
-    return {**body, "more": 1}
 
 
 @pytest.mark.parametrize(
     ("content", "path", "method", "key", "status", "said"),
     [
-        (b'{"a": "\xc3\xa9"}', "/v1/completions", "POST", "k", 200, '"more": 1'),
+        (b"no JSON at all", "/v1/completions", "POST", "k", 200, "no JSON at all"),
         (b"", "/health", "GET", "", 200, "read"),
         (b"", "/v1/models", "GET", "k", 200, "read"),
         (b"", "/v1/models", "GET", "x", 401, "key"),
         (b"{}", "/v1/completions", "POST", "", 401, "key"),
         (b"{}", "/load_model", "POST", "k", 404, "nothing"),
         (b"{}", "/v1/audio/transcriptions", "POST", "k", 404, "nothing"),
-        (b'{"a":', "/v1/completions", "POST", "k", 400, "not JSON"),
-        (b"[1, 2]", "/v1/completions", "POST", "k", 400, "JSON object"),
-        (b"[" * 100_000, "/v1/completions", "POST", "k", 400, "not JSON"),
-        (b'{"bad": 1}', "/v1/completions", "POST", "k", 400, "leave it out"),
         (bytes(LARGEST_BODY + 1), "/v1/completions", "POST", "k", 413, "8,388,608 bytes"),
     ],
 )
 def test_who_comes_through(content: bytes, path: str, method: str, key: str, status: int, said: str) -> None:
-    found, answer = asked(Guard(echo, "k", rewrite), content, path, method, key)
+    found, answer = asked(Guard(echo, "k"), content, path, method, key)
     assert found == status and said in answer
 
 
-def test_without_a_key_or_a_check_all_comes_as_it_is() -> None:
+def test_without_a_key_all_comes_as_it_is() -> None:
     assert asked(Guard(echo, None), b"no JSON at all", key="") == (200, "no JSON at all")

@@ -52,7 +52,7 @@ def made_of_weights(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[P
         made.append(file)
         file.write_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))).digest())
 
-    passed = Proof("f32", 96, 96, "none", 4, 300, 1e-6, 1e-7, 10.0, 0.0, 0.0)
+    passed = Proof("f32", 96, 96, 4, 300, 1e-6, 1e-7, 10.0, 0.0, 0.0)
     monkeypatch.setattr(gguf, "convert", convert)
     monkeypatch.setattr(gguf, "compare", lambda *_, **__: passed)
     return made
@@ -115,6 +115,6 @@ def test_without_the_record_it_is_proven_anew(tmp_path: Path, made_of_weights: l
     """As on another machine: whoever wrote the folder, nobody here has compared it."""
     checkpoint, beside = mixture(tmp_path), tmp_path / "OUT.gguf"
     own = gguf_of(checkpoint, beside, EXACT).read_bytes()
-    shutil.rmtree(tmp_path / "cache" / "proven")
+    shutil.rmtree(tmp_path / "cache" / "known")
     assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made_of_weights) == 2
     assert gguf_of(checkpoint, beside, EXACT).read_bytes() == own and len(made_of_weights) == 2

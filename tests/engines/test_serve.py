@@ -168,40 +168,10 @@ def test_bad_requests_get_a_status_and_the_others_go_on(running: tuple[ServedMix
         ("/load_model", {"model": "someone/else"}, "secret"),
     ):
         status, said = asked(served, path, body, key=key)
-        # llama.cpp answers 500 to what is no JSON
-        assert 400 <= status < 500 or served.engine == "llama", (path, status)
+        assert status >= 400, (path, status)
         assert str(checkpoint.folder.parent) not in str(said) and "Traceback" not in str(said)
     assert asked(served, "/v1/completions", good)[0] == 200
     assert asked(served, "/health")[0] == 200
-
-
-def test_bad_values_are_named(running: tuple[ServedMixture, Checkpoint]) -> None:
-    """Transformers by itself answers 500, or gives one answer for two."""
-    served, checkpoint = running
-    if served.engine != "transformers":
-        pytest.skip("the engine's own affair")
-    good = {"model": checkpoint.folder.name, "prompt": "the", "max_tokens": 2}
-    said = {"role": "user", "content": "hi"}
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
-    for key, value in (
-        *{"temperature": "x", "stop": 5, "prompt": "", "n": 2, "max_tokens": -5, "top_p": [1], "seed": "s"}.items(),
-        *{"logit_bias": {"1": 1}, "generation_config": '{"max_new_tokens": 9999}', "echo": True, "presence_penalty": 1}.items(),
-        *{"response_format": {"type": "json_object"}}.items(),
-        *(
-            ("messages", value)
-            for value in ([said] * 10, [{}], [{**said, "content": 5}], [{**said, "content": ["hi"]}], [call])
-        ),
-        ("messages", [{**said, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-        ("stop", []),
-    ):
-        path = "/v1/chat/completions" if key == "messages" else "/v1/completions"
-        status, answer = asked(served, path, {**({} if key == "messages" else good), key: value})
-        assert status == 400 and (key in answer or "too many turns" in answer), (key, answer)
-    for path, more in (
-        ("/v1/completions", {**good, "n": 1, "stop": ["a", "b"], "temperature": 0.5, "presence_penalty": 0}),
-        ("/v1/chat/completions", {"messages": [said], "chat_template_kwargs": None, "tools": None, "max_tokens": 2}),
-    ):
-        assert asked(served, path, more)[0] == 200
 
 
 def test_a_text_in_parts_is_the_text(running: tuple[ServedMixture, Checkpoint]) -> None:
@@ -263,14 +233,15 @@ def test_a_context_that_nobody_asked_for_is_no_larger_than_memory() -> None:
 
 def test_the_engine_that_fits_is_taken(mixtures: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)  # of vLLM
-    assert choose_engine(mixtures["native"], "auto") == ("llama", "it fits") == choose_engine(mixtures["native"], "llama")
-    name, why = choose_engine(mixtures["adapters"], "auto")
+    native, adapters, out = mixtures["native"].shape, mixtures["adapters"].shape, Path("OUT")
+    assert choose_engine(native, "auto", out) == ("llama", "it fits") == choose_engine(native, "llama", out)
+    name, why = choose_engine(adapters, "auto", out)
     assert name == "transformers" and why.startswith("not llama: it keeps adapters")
     for engine in ("llama", "vllm"):
         with pytest.raises(UnsupportedError, match="cannot be served"):
-            choose_engine(mixtures["adapters"], engine)
+            choose_engine(adapters, engine, out)
     monkeypatch.setattr(converter, "is_installed", lambda: False)
-    name, why = choose_engine(mixtures["native"], "auto")
+    name, why = choose_engine(native, "auto", out)
     assert name == "transformers" and why.startswith("not llama: modekit[gguf] is not installed; not vllm: vllm is not")
 
 
@@ -299,37 +270,19 @@ def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], m
             assert asked(served, "/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
-@pytest.mark.parametrize(
-    ("variable", "load", "cores", "machine", "expected"),
-    [
-        ("3", 9.0, 2, 2, 3),
-        ("3,2", 0.0, 2, 2, 3),
-        ("", 0.0, 2, 2, 2),
-        ("", 0.4, 2, 2, 2),
-        ("", 1.0, 2, 2, 1),
-        ("", 40.0, 2, 2, 1),
-        ("", 30.0, 4, 64, 4),
-        ("", 62.0, 4, 64, 2),
-        ("none", 0.0, 8, 8, 8),
-        ("0", 0.0, 8, 8, 8),
-    ],
-)
-def test_threads_leave_busy_cores_alone(
-    monkeypatch: pytest.MonkeyPatch, variable: str, load: float, cores: int, machine: int, expected: int
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(threads, "_load", lambda: load)
-    monkeypatch.setattr(threads, "_cores", lambda: cores)
-    monkeypatch.setattr(os, "cpu_count", lambda: machine)
-    assert threads.default_threads() == expected
-
-
-def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
-    unbounded = threads._cores()
-    for written, expected in (("max 100000", unbounded), ("50000 100000", 1), ("100000000 100000", unbounded)):
-        (tmp_path / "cpu.max").write_text(f"{written}\n")
-        assert threads._cores() == expected
+    cores = len(os.sched_getaffinity(0))
+    for variable, quota, expected in (
+        ("3", "max 100000", 3),
+        ("3,2", "max 100000", 3),
+        ("none", "max 100000", cores),
+        ("0", "50000 100000", 1),
+        ("", "100000000 100000", cores),
+    ):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert threads.default_threads() == expected
 
 
 @pytest.mark.parametrize(
@@ -337,8 +290,7 @@ def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("0.0.0.0", None, "other machines could send requests without a key"),
         ("::", None, "other machines could send requests without a key"),
-        ("127.0.0.1", "", "the key is empty"),
-        ("0.0.0.0", " ", "the key is empty"),
+        ("0.0.0.0", " ", "other machines could send requests without a key"),
     ],
 )
 def test_nobody_is_served_without_a_key_by_accident(

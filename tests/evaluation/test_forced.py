@@ -144,7 +144,7 @@ def test_what_is_written_is_read_back_and_shown(whole: tuple[Checkpoint, ForcedE
     assert ForcedExperts.from_data(json.loads(json.dumps(found.as_data()))).as_data() == found.as_data()
     page = (checkpoint.folder / "results" / "forced.md").read_text()
     assert "| law | code |" in page and "| law | PEFT's of base and adapter |" in page
-    card = make_card(checkpoint, ask_hub=False).contents["README.md"].decode()
+    card = make_card(checkpoint).contents["README.md"].decode()
     assert f"| law | {OWN_TEXT} |" in card and f"| law | {OTHER_TEXTS} |" in card and "not carried" in card
     html = write_report(checkpoint).page.read_text()
     assert "Each expert and its own model" in html and f">{three_digits(found.rows[0].kl)}<" in html

@@ -50,7 +50,7 @@ def test_damage_is_the_same_to_everybody(checkpoint: Checkpoint, damage: str) ->
     with pytest.raises(UNREADABLE):
         Results.read(checkpoint)
     assert Results.find(checkpoint, problems) is None and len(problems) == 1
-    assert "modekit eval" in make_card(checkpoint, ask_hub=False).notes[0]
+    assert "modekit eval" in make_card(checkpoint).notes[0]
     path.write_text(content)
 
 

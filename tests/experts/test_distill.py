@@ -168,7 +168,7 @@ def test_what_a_kill_left_of_tidying_up_goes_with_the_next_command(shop: Worksho
     (shop.root / "new").mkdir()
     left = shop.root / "new.training"
     left.mkdir()
-    (left / "training.lock").touch()
+    (left / "lock").touch()
     if others:
         (left / "notes.txt").write_text("mine")
     with pytest.raises(OutputError):

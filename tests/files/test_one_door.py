@@ -59,12 +59,9 @@ DOORS = {"library_writes", "appearing"}
 ALLOWED = {
     ("experts/moving.py", "save_pretrained"): "into the folder that specialist.py gets from `library_writes`",
     ("sources/hub.py", "snapshot_download"): "the hub's cache, which is the user's own",
-    ("members/licences.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("demo/models.py", "save_model"): "its own function, which writes into what it gets from `library_writes`",
     ("demo/translation.py", "save_model"): "the same function",
-    ("engines/pre_tokenizer.py", "TemporaryDirectory"): "a new folder of the system, gone when the block ends",
-    ("engines/pre_tokenizer.py", "write_bytes"): "into that folder",
     ("cli/shell.py", "mkstemp"): "a log of an unforeseen error: a name nobody could foresee",
     ("cli/shell.py", "fdopen"): "that log",
 }

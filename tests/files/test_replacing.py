@@ -15,7 +15,7 @@ from conftest import Workshop
 from modekit.building.build import build
 from modekit.errors import OutputError
 from modekit.files.marker import changed_files, foreign_files, read_marker
-from modekit.files.output import refuse_existing, work_folder
+from modekit.files.output import refuse_existing, work_of
 from modekit.files.staging import staging
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
@@ -50,7 +50,7 @@ def test_a_folder_that_appears_during_a_build_is_not_replaced(
     monkeypatch.undo()
     shutil.rmtree(out)  # as the message says
     build(plan, out)
-    assert not work_folder(out).exists()
+    assert not work_of(out).path.exists()
     assert foreign_files(out) == []
 
 
@@ -89,7 +89,7 @@ def test_a_folder_of_the_users_with_the_work_folders_name(bench: Workshop, how: 
         bench.build("OUT.partial")
     elif how == "another's work":
         with pytest.raises(OutputError), staging(bench.root / "OTHER", "x", "model") as stage:
-            shutil.copytree(stage.work, partial)
+            shutil.copytree(stage.folder.parent, partial)
             raise OutputError("enough")
     else:
         partial.mkdir()
@@ -168,25 +168,18 @@ def test_a_training_in_place_keeps_what_the_user_put_there(bench: Workshop) -> N
 Entangled = Callable[[Path], tuple[Path, Path]]
 
 
-@pytest.mark.parametrize(
-    ("out", "relation"),
-    [
-        ("source", "is"),
-        ("source/OUT", "lies in"),
-        (".", "holds"),
-        ("link", "is"),
-        ("link/OUT", "lies in"),
-        ("source/../source", "is"),
-    ],
-)
-def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: str, relation: str) -> None:
+@pytest.mark.parametrize("out", ["source", "source/OUT", ".", "link", "link/OUT", "source/../source"])
+def test_an_output_and_its_sources_are_apart_by_real_path(tmp_path: Path, out: str) -> None:
     root = tmp_path / "models"
     (root / "source").mkdir(parents=True)
     (root / "link").symlink_to(root / "source")
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=f"it {relation} "), staging(root / out, "x", "model", sources=[root / "source"]):
+    with (
+        pytest.raises(OutputError, match="holds or lies in "),
+        staging(root / out, "x", "model", sources=[root / "source"]),
+    ):
         raise AssertionError
-    with pytest.raises(OutputError, match=f"it {relation} "):
+    with pytest.raises(OutputError, match="holds or lies in "):
         refuse_existing(root / out, "modekit's own", sources=[root / "source"])
     assert tree(tmp_path) == before
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modekit.files.tensors import safetensors_header
+from modekit.files.write import safetensors_header
 
 
 @pytest.mark.parametrize("length", range(1, 65, 7))

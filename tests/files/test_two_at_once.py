@@ -17,7 +17,7 @@ from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import open_checkpoint
 from modekit.errors import OutputError
-from modekit.files.output import work_folder
+from modekit.files.output import work_of
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 from refusal import Tree, borrow, tree
@@ -76,7 +76,7 @@ def check(out: Path, wanted: list[Tree], codes: tuple[int, ...]) -> None:
     found = tree(out)
     assert found in [each for each, code in zip(wanted, codes, strict=True) if code == DONE]
     assert is_proven(verify(open_checkpoint(out), reload=False))
-    assert not work_folder(out).exists()
+    assert not work_of(out).path.exists()
 
 
 def test_a_few_pairs(shop: Workshop) -> None:

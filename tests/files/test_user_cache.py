@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modekit.files import read, user_cache
+from modekit.files import read
 from modekit.files.read import FileState, open_regular
 from modekit.files.user_cache import is_proven_here, keep_digest, keep_proven, known_digest
 from modekit.sources import contents
@@ -75,34 +74,22 @@ def test_what_was_read_in_another_state_is_not_kept(cache: Path, file: Path) -> 
 @pytest.mark.parametrize("damage", ["", "[", "null", "[]", "{}", '{"path": 3}', "\0" * 100, "x" * 10**6])
 def test_damage_means_that_nothing_is_known(cache: Path, file: Path, damage: str) -> None:
     digest = known_blake3(file)
-    (kept,) = (cache / "digests").iterdir()
+    (kept,) = (cache / "known").iterdir()
     kept.write_text(damage)
     assert known_digest(file) is None and known_blake3(file) == digest == known_digest(file)
 
 
-def test_one_files_digest_is_no_others(cache: Path, file: Path) -> None:
-    """Not even where an entry is put in the other's place."""
-    other = file.with_name("other")
-    other.write_bytes(b"b" * 1_000)
-    digests = {known_blake3(file), known_blake3(other)}
-    assert len(digests) == 2
-    first, second = (cache / "digests").iterdir()
-    second.write_bytes(first.read_bytes())
-    assert sum(known_digest(each) is None for each in (file, other)) == 1
-
-
 @POSIX
-@pytest.mark.parametrize("name", ["digests", "proven"])
-def test_what_others_may_write_is_not_believed(cache: Path, file: Path, name: str) -> None:
+def test_what_others_may_write_is_not_believed(cache: Path, file: Path) -> None:
     known_blake3(file)
     keep_proven("this")
     assert known_digest(file) is not None and is_proven_here("this") and not is_proven_here("that")
-    (cache / name).chmod(0o777)
-    assert (known_digest(file) is None) == (name == "digests") and is_proven_here("this") == (name == "digests")
-    (cache / name).chmod(0o700)
-    (cache / name).rename(cache / "elsewhere")
-    (cache / name).symlink_to(cache / "elsewhere")
-    assert (known_digest(file) is None) == (name == "digests") and is_proven_here("this") == (name == "digests")
+    (cache / "known").chmod(0o777)
+    assert known_digest(file) is None and not is_proven_here("this")
+    (cache / "known").chmod(0o700)
+    (cache / "known").rename(cache / "elsewhere")
+    (cache / "known").symlink_to(cache / "elsewhere")
+    assert known_digest(file) is None and not is_proven_here("this")
 
 
 @POSIX
@@ -114,7 +101,7 @@ def test_a_lax_umask_makes_no_lax_folder(cache: Path, file: Path) -> None:
     finally:
         os.umask(before)
     assert known_digest(file) is not None and is_proven_here("this")
-    assert (cache / "proven").stat().st_mode & 0o777 == 0o700
+    assert (cache / "known").stat().st_mode & 0o777 == 0o700
 
 
 def test_where_nothing_can_be_kept_everything_is_read(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +109,3 @@ def test_where_nothing_can_be_kept_everything_is_read(tmp_path: Path, file: Path
     monkeypatch.setenv("MODEKIT_CACHE", str(tmp_path / "cache"))
     keep_proven("this")
     assert known_blake3(file) == blake3_of(file) and known_digest(file) is None and not is_proven_here("this")
-
-
-def test_it_does_not_grow_for_ever(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_cache, "_MOST", 10)
-    for number in range(30):
-        keep_proven(str(number))
-        assert is_proven_here(str(number)) and len(list((cache / "proven").iterdir())) <= 10
-
-
-def test_an_entry_says_what_it_is_of(cache: Path, file: Path) -> None:
-    known_blake3(file)
-    (kept,) = (cache / "digests").iterdir()
-    said = json.loads(kept.read_text())
-    assert said["path"] == os.path.realpath(file) and said["blake3"] == blake3_of(file)

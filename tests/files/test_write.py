@@ -9,7 +9,7 @@ import pytest
 
 from modekit.errors import OutputError
 from modekit.files.change import change_together
-from modekit.files.lock import Lock
+from modekit.files.marker import Lock
 from modekit.files.read import read_bytes
 from modekit.files.write import (
     appearing,

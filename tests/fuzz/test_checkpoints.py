@@ -100,7 +100,7 @@ def with_results(checkpoint: Checkpoint) -> Stranger:
     evaluate(checkpoint, tokens_per_domain=200, sequence_length=32)
     inspect(checkpoint, tokens_per_domain=200, sequence_length=32)
     TaskResults({"modekit_law_questions": TASK, "qa": TASK}, notes=["a note"], checkpoint=checkpoint.identity).write(checkpoint)
-    for name, content in make_card(checkpoint, ask_hub=False).contents.items():
+    for name, content in make_card(checkpoint).contents.items():
         (checkpoint.folder / name).write_bytes(content)
     return Stranger(checkpoint.folder)
 
@@ -174,9 +174,9 @@ def read_everything(folder: Path) -> None:
     with told():
         check_page(make_page(checkpoint, make_content(checkpoint)))
     with told():
-        check_card(make_card(checkpoint, ask_hub=False).contents["README.md"].decode())
+        check_card(make_card(checkpoint).contents["README.md"].decode())
     with told():
-        pack(checkpoint, ask_hub=False).sizes()
+        pack(checkpoint).sizes()
     with told():
         choose_engine(checkpoint, "auto")
         context_of(checkpoint, None)

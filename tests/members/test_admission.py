@@ -65,7 +65,7 @@ def test_a_specialist_brings_what_was_measured(shop: Workshop) -> None:
     found = door(shop, "python")
     assert found.losses["expert"] < found.losses["base"] - 0.1
     assert found.refused == [] and 0 < found.drift < 1 and 200 < found.tokens <= 300
-    assert set(found.likeness) == {"medicine", "law"} and all(cosine < 0.9 for cosine, _ in found.likeness.values())
+    assert found.nearest is not None and found.nearest[0] in ("medicine", "law") and found.nearest[1] < 0.9
 
 
 def test_one_that_knows_its_domain_less_than_the_base_is_kept_out(shop: Workshop, shared_workshop: Workshop) -> None:
@@ -95,8 +95,7 @@ def test_a_twin_with_an_encoder_is_kept_out(model_type: str, tmp_path: Path) -> 
     found = measure_admission(
         before_change(checkpoint, add_expert(checkpoint, "twin", NewExpert({"model": "./law"}, tmp_path)))
     )
-    assert found.drift > 0.1 and set(found.likeness) == set(checkpoint.names)
-    assert found.nearest is not None and found.nearest[0] == "law" and found.nearest[1] > 0.999
+    assert found.drift > 0.1 and found.nearest is not None and found.nearest[0] == "law" and found.nearest[1] > 0.999
     assert [finding.what for finding in found.refused] == ["it is nearly the same model as law"]
 
 
@@ -158,9 +157,6 @@ def test_the_commands(at: Path) -> None:
     assert "3 experts (medicine, law, code)" in said and "select split" in said and "code moved" in said
     record = open_checkpoint(at).record
     assert record.recipe.experts[2].model == "./python" and record.recipe.experts[2].text == ["./text/code.jsonl"]
-    numbers = record.history[0].door
-    assert numbers["loss_expert"] is not None and numbers["loss_base"] is not None
-    assert numbers["loss_expert"] < numbers["loss_base"]
     assert "2 experts" in modekit("remove", "COPY", "medicine")
     modekit("replace", "COPY", "law", "--model", "./twin", "--no-measure")
     record = open_checkpoint(at).record

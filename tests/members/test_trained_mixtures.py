@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import Workshop
+from modekit.building.build import build
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import RecipeError
-from modekit.members.change import write_change
-from modekit.members.edits import MixtureEdit, NewExpert, add_expert, remove_expert
+from modekit.members.change import before_change, write_change
+from modekit.members.edits import NewExpert, add_expert, remove_expert
 from modekit.routing.inputs import load_statistics
 from modekit.training.settings import train_settings
 from modekit.training.train import train
@@ -79,9 +80,8 @@ def test_a_router_that_is_set_as_a_whole_is_not_patched(bench: Workshop) -> None
     )
     with pytest.raises(RecipeError, match="--refit"):
         write_change(before, add_expert(before, "code", code(bench)), bench.root / "added")
-    wanted = add_expert(before, "code", code(bench))
-    refitted = MixtureEdit(wanted.recipe, wanted.origins, wanted.change, wanted.keeps_text, refits=True)
-    added = write_change(before, refitted, bench.root / "added")
+    change = before_change(before, add_expert(before, "code", code(bench)), refits=True)
+    added = build(change.plan, bench.root / "added", update=change)
     assert added.record.router.status == "fitted" and added.names == ["medicine", "law", "code"]
     three = trained(
         bench, {"fit": "lexical", "orders": [1, 2], "buckets": 512}, 3, "modekit", what=["routers"], learning_rate=0.05

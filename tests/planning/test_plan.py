@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Workshop
 from modekit.building.preview import preview_of
-from modekit.files.tensors import safetensors_header
+from modekit.files.write import safetensors_header
 from modekit.planning.make import make_plan
 from modekit.recipes.read import load_recipe
 

@@ -65,7 +65,7 @@ def hostile_record(record: dict[str, Any]) -> None:
 
 def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
     said = say(checkpoint, hostile_record)
-    card = make_card(said, ask_hub=False)
+    card = make_card(said)
     (said.folder / "README.md").write_bytes(card.contents["README.md"])
     read = ModelCard.load(said.folder / "README.md")
     assert read.data.library_name == "transformers" and read.text.startswith("\n# OUT\n")
@@ -79,15 +79,15 @@ def test_a_card_and_a_page_of_hostile_names(checkpoint: Checkpoint) -> None:
 def test_a_licence_front_matter_of_hostile_values(checkpoint: Checkpoint, shared_workshop: Workshop) -> None:
     import yaml
 
-    matter = dict.fromkeys(("license", "license_name", "license_link", "language", "base_model"), HOSTILE)
+    matter = dict.fromkeys(("license", "license_name", "license_link"), HOSTILE)
     folder = checkpoint.folder.parent / "evil"
     folder.mkdir()
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(matter)}---\n")
     said = say(checkpoint, lambda record: [source.update(folder="../evil") for source in record["sources"]])
-    card = make_card(said, ask_hub=False)
+    card = make_card(said)
     (said.folder / "README.md").write_bytes(card.contents["README.md"])
     read = ModelCard.load(said.folder / "README.md")
-    assert read.data.license == "other" and read.data.language == [HOSTILE] and read.text.startswith("\n# OUT\n")
+    assert read.data.license == "other" and read.text.startswith("\n# OUT\n")
     assert make_page(said, make_content(said)).count("<script") == 2
 
 
@@ -172,11 +172,11 @@ def test_a_link_out_of_the_folder_is_not_pushed(checkpoint: Checkpoint, tmp_path
     secret.write_text("mine")
     link = checkpoint.folder / "tokenizer.model"
     link.symlink_to("config.json")
-    assert "tokenizer.model" in pack(checkpoint, ask_hub=False).files
+    assert "tokenizer.model" in pack(checkpoint).files
     link.unlink()
     link.symlink_to(secret)
     with pytest.raises(OutputError, match="a link leads out of the folder"):
-        pack(checkpoint, ask_hub=False)
+        pack(checkpoint)
     assert str(link) in refuse("push", checkpoint.folder, "me/mine", "--dry-run")
 
 
@@ -188,7 +188,7 @@ def test_a_snapshot_of_the_hubs_cache_is_pushed(checkpoint: Checkpoint, tmp_path
         if file.is_file():
             shutil.copy(file, blobs / file.name)
             (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    assert "config.json" in pack(open_checkpoint(snapshot), ask_hub=False).files
+    assert "config.json" in pack(open_checkpoint(snapshot)).files
 
 
 # Statistics

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-import modekit.members.licences as licences_module
 from conftest import DOMAINS, Workshop
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.evaluation.evaluate import evaluate
@@ -22,9 +21,7 @@ from modekit.routing.refit import refit
 from pair_models import make_pair_workshop
 from refusal import borrow, copy_base, copy_expert, run_python
 
-APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n   http://www.apache.org/"
 GPL = "                    GNU GENERAL PUBLIC LICENSE\n                       Version 3, 29 June 2007\n\n Copyright (C) 2007"
-BSD = "Copyright (c) 2020, A\n\nRedistribution and use in source and binary forms, with or without\nmodification {} the name"
 
 
 @pytest.fixture
@@ -59,11 +56,10 @@ def card_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 def test_one_licence_of_all_is_that_of_the_mixture(mine: Workshop) -> None:
     for name in ("base", *DOMAINS):
-        says(mine.root / name, license="apache-2.0", language=["en", "de"] if name == "law" else "en")
+        says(mine.root / name, license="apache-2.0")
     checkpoint = open_checkpoint(mine.build())
     data, text = card_of(checkpoint)
     assert data["license"] == "apache-2.0" and "license_name" not in data and "license_link" not in data
-    assert data["language"] == ["en", "de"]
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert {"modekit", "moe", "merge"} <= set(data["tags"])
     assert "differ" not in text and not (checkpoint.folder / "LICENSE.md").exists()
@@ -80,32 +76,11 @@ def test_licences_that_differ_are_named_in_plain_words(mine: Workshop) -> None:
     page = (checkpoint.folder / "LICENSE.md").read_text()
     for shown in (text, page):
         plain = shown.replace("\\", "")
-        assert "licences differ (apache-2.0: base model; cc-by-nc-sa-4.0: expert medicine; gpl-3.0: expert law; " in plain
+        assert "licences differ (apache-2.0: base model; cc-by-nc-sa-4.0: expert medicine; other: expert law; " in plain
         assert "no licence was found for expert code" in plain
         assert "non-commercial use only: cc-by-nc-sa-4.0 (expert medicine)" in plain
-        assert "share-alike (what is made of it goes under the same licence): cc-by-nc-sa-4.0, gpl-3.0" in plain
+        assert "share-alike (what is made of it goes under the same licence): cc-by-nc-sa-4.0" in plain
     assert "advice" not in text
-
-
-LICENCES = [
-    ("LICENSE", APACHE, "apache-2.0"),
-    ("LICENSE", "Permission is hereby granted, free of charge, to any person obtaining a copy of this", "mit"),
-    ("COPYING", BSD.format("where"), "bsd-2-clause"),
-    ("LICENSE", "Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
-    ("LICENSE", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
-    ("LICENSE", "You may do what you like on Sundays. " * 60 + "GNU GENERAL PUBLIC LICENSE Version 3", "other"),
-    ("NOTICE", APACHE, None),
-]
-
-
-def test_a_licence_file_is_known_by_its_title(mine: Workshop) -> None:
-    checkpoint = open_checkpoint(mine.build())
-    for name, content, expected in LICENCES:
-        (mine.root / "law" / name).write_text(content)
-        source = sources_of(checkpoint)[2]
-        (mine.root / "law" / name).unlink()
-        assert source.licence == expected and source.used_as == ("expert law",), content
-        assert source.said_by == (name if expected else "neither README.md nor a licence file names one")
 
 
 MATTERS = [
@@ -114,7 +89,7 @@ MATTERS = [
     ("license: other\nlicense_name: my-terms\nlicense_link: https://example.org/terms", ("other", "my-terms")),
     ("license: &a [*a]", (None, None)),
     ("license: !!python/object/apply:os.system [id]", (None, None)),
-    ('license: mit\nlanguage: "\\ud800"', (None, None)),
+    ('license: "\\ud800"', (None, None)),
 ]
 
 
@@ -136,59 +111,19 @@ def test_a_front_matter_counts_more_than_a_licence_file(mine: Workshop) -> None:
     assert sources_of(open_checkpoint(mine.root / "OUT"))[2].said_by == "the folder is missing"
 
 
-def hub_model(mine: Workshop, monkeypatch: pytest.MonkeyPatch, readme: str | None) -> Checkpoint:
-    """A checkpoint whose base and law expert the recipe names by hub ids, as a record says after a build."""
+def test_hub_models_are_named(mine: Workshop) -> None:
+    """A checkpoint whose base and law expert the recipe names by hub ids, as a record says after a build; two say nothing."""
+    says(mine.root / "medicine", license="mit")
+    says(mine.root / "code", license="mit")
     checkpoint = open_checkpoint(mine.build())
     named = {"./base": "org/base-1b", "./law": "org/law-1b"}
-    sources = [
-        source.model_copy(
-            update={"spec": named.get(source.spec, source.spec), "revision": "abc" if source.spec in named else None}
-        )
-        for source in checkpoint.record.sources
-    ]
-    asked = mine.root / "asked.md"
-    if readme is not None:
-        asked.write_text(readme)
-
-    def ask(hub_id: str, revision: str | None) -> Path | None:
-        assert hub_id.startswith("org/") and revision == "abc"
-        return asked if readme is not None else None
-
-    monkeypatch.setattr(licences_module, "_hub_readme", ask)
-    return Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"sources": sources}))
-
-
-def test_hub_models_are_named_and_asked(mine: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    says(mine.root / "medicine", license="mit", base_model="org/base-1b")
-    says(mine.root / "code", license="mit", base_model=["org/code-1b"])
-    checkpoint = hub_model(mine, monkeypatch, "---\nlicense: mit\nlanguage: en\n---\n")
-    data, _ = card_of(checkpoint)
-    assert data["base_model"] == ["org/base-1b", "org/law-1b", "org/code-1b"]
-    assert data["base_model_relation"] == "merge"
-    assert data["license"] == "mit" and data["language"] == ["en"]
-
-
-def test_a_path_on_somebodys_machine_is_no_base_model(mine: Workshop, tmp_path: Path) -> None:
-    (tmp_path / "models" / "smol").mkdir(parents=True)
-    says(mine.root / "base", base_model=str(tmp_path / "base"))
-    says(mine.root / "medicine", base_model=["../base", "base", "C:\\models\\base", "models/smol", "a/b/c", "~/base"])
-    data, text = card_of(open_checkpoint(mine.build()))
-    assert "base_model" not in data and "base_model_relation" not in data
-    says(mine.root / "medicine", base_model=["../base", "org/base-1b"])
-    for name, said in (("base", "org/base-of-its-config"), ("law", str(tmp_path / "base"))):
-        config = mine.root / name / "config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": said}))
-    (mine.root / "base" / "README.md").unlink()
-    data, text = card_of(open_checkpoint(mine.build("AGAIN")))
-    assert data["base_model"] == ["org/base-of-its-config", "org/base-1b"]
-    assert str(tmp_path) not in text.split("## How it was made")[0]
-
-
-def test_without_the_hub_what_is_not_known_is_said(mine: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = hub_model(mine, monkeypatch, None)
-    card = write_card(checkpoint)
-    assert any(note.startswith("no licence was found for base model") for note in card.notes)
-    assert ModelCard.load(checkpoint.folder / "README.md").data.license == "other"
+    sources = [source.model_copy(update={"spec": named.get(source.spec, source.spec)}) for source in checkpoint.record.sources]
+    hub = Checkpoint(checkpoint.folder, checkpoint.record.model_copy(update={"sources": sources}))
+    data, _ = card_of(hub)
+    assert data["base_model"] == ["org/base-1b", "org/law-1b"] and data["base_model_relation"] == "merge"
+    assert data["license"] == "other"
+    assert any(note.startswith("no licence was found for base model") for note in make_card(hub).notes)
+    assert "base_model" not in card_of(checkpoint)[0]
 
 
 def test_texts_that_are_hub_data_sets_are_named(mine: Workshop) -> None:

@@ -86,7 +86,7 @@ def test_a_training_names_no_path(shared_workshop: Workshop, tmp_path: Path) -> 
     }
     trained = {"settings": settings, "text": {}, "parameters": 1, "steps": 1, "tokens": 1, "select_loss": {}, "notes": []}
     (out / "modekit.json").write_text(json.dumps({**record, "training": [trained]}))
-    content = pack(open_checkpoint(out), ask_hub=False).files["modekit.json"]
+    content = pack(open_checkpoint(out)).files["modekit.json"]
     assert isinstance(content, bytes) and str(tmp_path) not in content.decode()
     said = json.loads(content)["training"][0]["settings"]
     assert (said["teacher"], said["generic"]) == ("./big", ["./a.txt"])
@@ -107,7 +107,7 @@ def test_what_was_pushed_opens_and_names_no_path(shared_workshop: Workshop, tmp_
     evaluate(checkpoint, tokens_per_domain=300, sequence_length=32)
     inspect(checkpoint, tokens_per_domain=300, sequence_length=32)
     write_report(checkpoint)
-    parcel = pack(checkpoint, ask_hub=False)
+    parcel = pack(checkpoint)
     assert push(parcel, "mine", private=True) == "https://hub.example/me/mine"
     there = hub / "me" / "mine"
     assert (there / ".private").read_text() == "True"
@@ -150,10 +150,10 @@ def test_a_dry_run_says_what_goes_and_writes_nothing(
 def test_a_card_that_somebody_wrote_goes_as_it_is(shared_workshop: Workshop, tmp_path: Path) -> None:
     out = made(shared_workshop, tmp_path)
     (out / "README.md").write_text(f"# Mine\n\nfrom {shared_workshop.root}/text")
-    parcel = pack(open_checkpoint(out), ask_hub=False)
+    parcel = pack(open_checkpoint(out))
     assert parcel.files["README.md"] == out / "README.md"
     (out / "README.md").rename(out / "LICENSE.md")  # terms alone: the card is made beside them
-    parcel = pack(open_checkpoint(out), ask_hub=False)
+    parcel = pack(open_checkpoint(out))
     assert parcel.files["LICENSE.md"] == out / "LICENSE.md" and isinstance(parcel.files["README.md"], bytes)
 
 
@@ -166,7 +166,7 @@ def test_what_the_hub_refuses_is_one_error(shared_workshop: Workshop, tmp_path: 
 
         monkeypatch.setattr(HfApi, "create_repo", fail)
         with pytest.raises(OutputError, match=words):
-            push(pack(open_checkpoint(out), ask_hub=False), "a/b")
+            push(pack(open_checkpoint(out)), "a/b")
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "me/a b", "./out", "x" * 97])
@@ -193,7 +193,7 @@ def test_only_what_modekit_wrote_goes(shared_workshop: Workshop, tmp_path: Path)
     for name in own:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
-    parcel = pack(open_checkpoint(out), ask_hub=False)
+    parcel = pack(open_checkpoint(out))
     assert not set(own) & set(parcel.files)
     assert {"config.json", "modekit.json", "model.safetensors.index.json", "tokenizer.json"} <= set(parcel.files)
     assert {"id_rsa", "notes.txt", ".cache/", "results/"} <= set(parcel.left)

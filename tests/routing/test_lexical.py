@@ -14,8 +14,8 @@ from generated import check_generation
 from modekit.building.build import build as build_plan
 from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_with_any_router
-from modekit.checkpoint.evidence import read_table
 from modekit.checkpoint.record import STATISTICS_FOLDER
+from modekit.checkpoint.router_file import read_table
 from modekit.errors import CheckpointError, RecipeError
 from modekit.loaded.load import load_model
 from modekit.loaded.shapes import mixture_of
@@ -128,7 +128,7 @@ def test_an_edited_embedding_is_found(shop: Workshop) -> None:
     with (checkpoint.folder / EMBEDDING_FILE).open("r+b") as file:
         file.seek(embedding.start + 4 * (5 * embedding.shape[1] + channels.evidence.start))
         file.write(b"\x00\x00\x00\x41")
-    with pytest.raises(CheckpointError, match="table in the embedding is not the one"):
+    with pytest.raises(CheckpointError, match="table in the embedding, is not the one"):
         open_checkpoint(checkpoint.folder)
     failed = [check for check in verify(open_with_any_router(checkpoint.folder), reload=False) if check.verdict == "failed"]
     assert [check.name for check in failed] == ["router"] and "table in the embedding" in failed[0].detail
@@ -241,5 +241,5 @@ def test_damaged_tokens_are_refused(tmp_path: Path, wrong: dict[str, torch.Tenso
 
 def test_opening_reads_the_columns_of_the_evidence_alone(native: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an embedding of gigabytes, too."""
-    monkeypatch.setattr("modekit.checkpoint.evidence.rows_of", None)
+    monkeypatch.setattr("modekit.checkpoint.router_file.rows_of", None)
     assert open_checkpoint(native.folder).record == native.record

@@ -105,6 +105,7 @@ def test_route_from_the_command_line(mixtures: dict[str, Checkpoint]) -> None:
     assert said.startswith("law: law ") and "tokens" in said
     found = json.loads(modekit("route", mixtures["bigrams"].folder, TEXTS["law"], "--json"))
     assert found["expert"] == "law" and set(found["probabilities"]) == {"medicine", "law"}
+    assert ended("route", mixtures["bigrams"].folder, "")[0] == 2
     code, _, stderr = ended("route", mixtures["hidden"].folder, "x")
     assert code == 2 and "router needs the model" in stderr
     assert mixtures["hidden"].record.native_type is not None

@@ -109,7 +109,7 @@ def test_a_mixture(form: str, tmp_path: Path, ids: torch.Tensor) -> None:
     bits = "8 bits" if form == "fp8 uneven" else "4 bits"
     assert said.startswith(bits)
     assert any(said in note and note.startswith("base_model") for note in make_plan(recipe, tmp_path).notes)
-    assert f"base_model (from {said})" in make_card(checkpoint, ask_hub=False).contents["README.md"].decode().replace("\\", "")
+    assert f"base_model (from {said})" in make_card(checkpoint).contents["README.md"].decode().replace("\\", "")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     # A whole model that is loaded for evaluation is the one that its numbers give.
     assert_close(logits_of(load_model(tmp_path / "base"), ids), logits_of(models["still"], ids))

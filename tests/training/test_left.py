@@ -9,7 +9,7 @@ import pytest
 from damage import in_time, no_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results import Results
-from modekit.files.marker import claim_work_folder
+from modekit.files.marker import WorkFolder
 from modekit.training.folder import TrainingFolder, TrainingOutcome
 from modekit.training.settings import read_settings
 
@@ -17,7 +17,9 @@ from modekit.training.settings import read_settings
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     made = TrainingFolder(tmp_path / "OUT")
-    assert claim_work_folder(made.path, "training", "OUT")
+    work = WorkFolder(tmp_path / "OUT", "training")
+    work.take()
+    work.lock.release()
     (made.path / "checkpoint-2").mkdir()
     (made.path / "checkpoint-2" / "model.safetensors").write_bytes(b"x")
     return made

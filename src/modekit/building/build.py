@@ -18,20 +18,19 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from modekit.building.carrying import Carrying, carried_of
+from modekit.building.carrying import Carrying
 from modekit.building.differences import Differences, carry_bases
 from modekit.building.update import CheckpointUpdate
-from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest
+from modekit.checkpoint.carried import CARRIED_FILE, Carried, carried_digest, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, RouterRecord, make_record
 from modekit.checkpoint.router_file import write_index, write_router_file
 from modekit.errors import SourceError, UnsupportedError
-from modekit.files.output import Replace, check_room, replaced_by, work_folder
+from modekit.files.output import Replace, check_room, replaced_by, work_of
 from modekit.files.read import UNREADABLE
 from modekit.files.staging import Staging, staging
-from modekit.files.tensors import write_all
 from modekit.files.user_cache import keep_digest
-from modekit.files.write import copy_file, link_file, make_folder, remove, write_file, write_json
+from modekit.files.write import copy_file, link_file, make_folder, remove, write_all, write_file, write_json
 from modekit.planning.plan import ROUTER_FILE, Plan
 from modekit.planning.tensors import PlannedTensor
 from modekit.recipes.recipe import WRITTEN_FOLDER
@@ -72,7 +71,7 @@ def build(
     """
     if update is None:  # of a mixture that is changed, what is kept does without its text
         check_texts(plan.recipe, plan.root, plan.family.reads)
-    within = plan.root == work_folder(out)
+    within = plan.root == work_of(out).path
     if not within:
         _complete_text(plan, update, run)
     run.begin("check the models")
@@ -115,7 +114,6 @@ def write_texts(plan: Plan, run: Run, *, but: Collection[str] = ()) -> None:
 
 def _write(plan: Plan, stage: Staging, beside: Mapping[str, bytes], update: CheckpointUpdate | None, run: Run) -> MixtureRecord:
     """Everything of the checkpoint into its staged folder, the record last."""
-    stage.areas = (STATISTICS_FOLDER,)
     if update is not None:
         update.checkpoint.check_unchanged()
         update.carry_statistics(stage.folder)
@@ -155,7 +153,7 @@ def _carried(plan: Plan, stage: Staging, update: CheckpointUpdate | None, run: R
             remedy="build it with the other experts, and train it again",
         )
     if (stage.folder / CARRIED_FILE).exists():  # of a build that was killed: what it wrote reads and writes these channels
-        return carried_of(plan, stage.folder)
+        return read_carried(stage.folder)
     from modekit.routing.stream import measure_stream
 
     stream = measure_stream(plan, stage.folder / STATISTICS_FOLDER, run)

@@ -18,16 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from modekit.building.differences import Difference, Differences, in_rows
-from modekit.checkpoint.carried import Carried, read_carried
+from modekit.checkpoint.carried import Carried
 from modekit.planning.channels import CONSTANT
 from modekit.planning.plan import Plan
-from modekit.sources.names import EMBEDDING, in_layer, weight_of
+from modekit.sources.names import in_layer
 from modekit.weights.made import CarriedPart, FFNKind, Fill
 from modekit.weights.numeric import Singles
 from modekit.weights.reading import WeightReader
@@ -46,12 +45,6 @@ class _Expert(NamedTuple):
     constant: Singles
     norm: Singles
     own_norm: Singles
-
-
-def carried_of(plan: Plan, folder: Path) -> Carried:
-    """What the checkpoint of a plan keeps. Raises SourceError."""
-    assert plan.shape.channels is not None
-    return read_carried(folder, plan.shape.channels, plan.sources[0].tensor(weight_of(EMBEDDING)).shape[0])
 
 
 class Carrying:

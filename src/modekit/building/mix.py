@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modekit.errors import MismatchError, RecipeError
-from modekit.files.output import check_room, work_folder
+from modekit.files.output import check_room, refuse_entangled, work_of
 from modekit.planning.make import plan_first
 from modekit.planning.notes import changed_ffn_alone
 from modekit.planning.plan import Plan
@@ -71,7 +71,7 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
     """
     if models.base.endswith((".yaml", ".yml")):
         raise RecipeError("this is a recipe, not a model", where=models.base, remedy=f"modekit build {models.base} OUT")
-    root = work_folder(out)  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
+    root = work_of(out).path  # where the recipe and what experts write lie until they are in OUT; its paths are the same there
     given = _with_given_text(models)
     typed = parse_recipe({**given, "mixture": {"method": "linear"}}, where="modekit mix")
     check_texts(typed, models.root, "text")
@@ -88,6 +88,7 @@ def plan_mix(models: Models, out: Path, *, native: bool = False, run: Run = QUIE
     sources = open_recipe_sources(parse_recipe({**raw, "mixture": {"method": "linear"}}, where="modekit mix"), root, run=run)
     plan = plan_first(possible, root, sources, suits=lambda recipe: recipe.mixture.router.row.reads_ids, run=run)
     notes = [] if text else ["none has text or can write it; --text NAME=FILE for each gives a far better router"]
+    refuse_entangled(out, [model.folder for model in plan.models])
     check_room(out, plan.disk_needed)
     return plan, [*notes, *check_texts(plan.recipe, root, plan.family.reads)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from modekit.checkpoint.carried import CARRIED_FILE
@@ -52,10 +52,6 @@ class CheckpointUpdate:
         """Whether the router is what a training made, and stays that."""
         record = self.checkpoint.record
         return record.router.status == "trained" and bool(record.training) and not self.refits
-
-    def measured(self, numbers: Mapping[str, float | None]) -> CheckpointUpdate:
-        """The same, and the history will say what was measured of who comes."""
-        return replace(self, change=self.change.model_copy(update={"door": dict(numbers)}))
 
     def is_of(self, out: Path) -> bool:
         """Whether the new mixture takes the old one's place."""

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modekit.building.carrying import Carrying, carried_of
-from modekit.checkpoint.carried import CARRIED_FILE, carried_digest
+from modekit.building.carrying import Carrying
+from modekit.checkpoint.carried import CARRIED_FILE, carried_digest, read_carried
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import RECORD_FILE
 from modekit.checkpoint.sources import changed_settings
@@ -107,7 +107,7 @@ def _check_sources(checkpoint: Checkpoint, run: Run) -> Iterator[Check]:
         except OSError as error:
             yield Check(name, "not possible", f"cannot be read at {folder}: {error.strerror}")
             continue
-        changed += changed_settings(source, folder)
+        changed += filter(None, [changed_settings(source, folder)])
         wrong = f"changed since the build: {', '.join(changed)}" if changed else None
         yield _row(name, wrong, f"{file_count(len(read))}, blake3 as recorded")
 
@@ -285,7 +285,7 @@ def _wrong_bases(checkpoint: Checkpoint, plan: Plan, read: WeightReader) -> str:
         return "carry in modekit.json"
     try:
         if carried_digest(checkpoint.folder) == record.sha256:
-            read.fills = Carrying(plan, read, carried_of(plan, checkpoint.folder)).fill
+            read.fills = Carrying(plan, read, read_carried(checkpoint.folder)).fill
             return ""
     except SourceError:
         pass

@@ -18,16 +18,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modekit.errors import SourceError
 from modekit.files.read import open_regular
-from modekit.files.tensors import safetensors_header, write_all
-from modekit.planning.channels import Channels
+from modekit.files.write import safetensors_header, write_all
 from modekit.sources.contents import CHUNK, OpenFiles
 from modekit.sources.header import read_header
 from modekit.weights.bases import PassThrough
 from modekit.weights.numeric import read_float32
 
 CARRIED_FILE = "carried.safetensors"
+_OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs", "ones"), ("head", "embedding", "shares")
 
 Singles = npt.NDArray[np.float32]
 
@@ -69,48 +68,30 @@ class Carried:
             "output_sizes": np.array(self.output_sizes, np.float32),
             "input_sizes": np.array(self.input_sizes, np.float32),
             "still": np.array([self.still], np.float32),
-            **{f"inputs.{layer}": each for layer, each in enumerate(self.inputs)},
-            **{f"input_shares.{layer}": each for layer, each in enumerate(self.input_shares)},
-            **{f"outputs.{layer}": each for layer, each in enumerate(self.outputs)},
-            **{f"ones.{layer}": each for layer, each in enumerate(self.ones)},
+            **{f"{name}.{layer}": each for name in _OF_LAYERS for layer, each in enumerate(getattr(self, name))},
+            **{name: getattr(self, name) for name in _ALONE if getattr(self, name) is not None},
         }
-        for name, array in (("head", self.head), ("embedding", self.embedding), ("shares", self.shares)):
-            if array is not None:
-                arrays[name] = array
         header = safetensors_header([(name, "F32", each.shape, each.nbytes) for name, each in arrays.items()])
         write_all(stream, memoryview(header))
         for each in arrays.values():
             write_all(stream, np.ascontiguousarray(each, np.float32).ravel().view(np.uint8).data)
 
 
-def read_carried(folder: Path, channels: Channels, vocabulary: int) -> Carried:
-    """Of a checkpoint with these channels. Raises SourceError where the file is damaged, or other arrays are in it."""
-    refs = read_header(folder / CARRIED_FILE, where=str(folder))
-    found = {name: (ref.dtype, ref.shape) for name, ref in refs.items()}
-    expected = {name: ("F32", shape) for name, shape in _shapes(channels, vocabulary).items()}
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
-            raise SourceError(
-                "carried.safetensors is not that of this checkpoint",
-                where=f"{folder / CARRIED_FILE}: {name}",
-                found=found.get(name),
-                expected=expected.get(name),
-                remedy="build the mixture again",
-            )
+def read_carried(folder: Path) -> Carried:
+    """Of a checkpoint, whose record has the file's digest. Raises SourceError where it cannot be read."""
     with OpenFiles() as opened:
+        refs = read_header(folder / CARRIED_FILE, where=str(folder))
         arrays = {name: read_float32(opened, ref) for name, ref in refs.items()}
     return Carried(
-        tuple(_units(*map(float, row)) for row in arrays["units"]),
-        tuple(map(float, arrays["output_sizes"])),
-        tuple(map(float, arrays["input_sizes"])),
-        float(arrays["still"][0]),
-        _numbered(arrays, "inputs"),
-        _numbered(arrays, "input_shares"),
-        _numbered(arrays, "outputs"),
-        arrays.get("head"),
-        arrays.get("embedding"),
-        arrays.get("shares"),
-        _numbered(arrays, "ones"),
+        units=tuple(_units(*map(float, row)) for row in arrays["units"]),
+        output_sizes=tuple(map(float, arrays["output_sizes"])),
+        input_sizes=tuple(map(float, arrays["input_sizes"])),
+        still=float(arrays["still"][0]),
+        inputs=_numbered(arrays, "inputs"),
+        input_shares=_numbered(arrays, "input_shares"),
+        outputs=_numbered(arrays, "outputs"),
+        ones=_numbered(arrays, "ones"),
+        **{name: arrays.get(name) for name in _ALONE},
     )
 
 
@@ -123,32 +104,6 @@ def carried_digest(folder: Path) -> str:
         while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _shapes(channels: Channels, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Of every array."""
-    size, layers = channels.carry, channels.layers
-    assert size is not None
-    read = channels.heads * channels.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "units": (layers + 1, 2 + 2 * size.terms),
-        "output_sizes": (layers + 1,),
-        "input_sizes": (layers + 1,),
-        "still": (1,),
-    }
-    for layer in range(layers):
-        if size.inputs:
-            shapes[f"inputs.{layer}"] = (read + 2 * channels.kv_heads * channels.head_dim, size.inputs)
-            shapes[f"input_shares.{layer}"] = (3,)
-        if size.outputs:
-            shapes[f"outputs.{layer}"] = (read, size.outputs)
-        if size.biases:
-            shapes[f"ones.{layer}"] = (channels.hidden,)
-    if size.head:
-        shapes["head"] = (vocabulary, size.inputs)
-    if size.embedding:
-        shapes |= {"embedding": (vocabulary, size.outputs), "shares": (vocabulary,)}
-    return shapes
 
 
 def _units(size: float, error: float, *both: float) -> PassThrough:

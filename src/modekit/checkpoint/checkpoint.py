@@ -24,18 +24,27 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 
-from modekit.checkpoint.evidence import FIT_ANEW, changed_blake3, embedding_writer, read_evidence
-from modekit.checkpoint.identity import identity_of
 from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, RouterRecord, SourceRecord
-from modekit.checkpoint.router_file import Gates, changed_index, looked_through, read_gates, read_index, router_bytes, sha256_of
+from modekit.checkpoint.router_file import (
+    FIT_ANEW,
+    Gates,
+    changed_blake3,
+    changed_index,
+    embedding_writer,
+    read_evidence,
+    read_index,
+    router_bytes,
+    sha256_of,
+)
 from modekit.errors import CheckpointError, UnsupportedError
 from modekit.files.change import change_together, finish_change
 from modekit.files.output import is_in_the_making, mend
-from modekit.files.read import UNREADABLE, read_json
+from modekit.files.read import UNREADABLE, read_bytes, read_json
 from modekit.files.typed import Count, as_kind, shortened
 from modekit.files.user_cache import is_proven_here, keep_proven
-from modekit.files.write import Content, json_bytes
+from modekit.files.write import Content, digest_of_data, json_bytes
 from modekit.planning.channels import Channels
+from modekit.planning.modekit_shape import without_names
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE, Shape, open_shape
 from modekit.planning.shape import BUILD_AGAIN, Parameters, RouterSlot
 from modekit.planning.tensors import EMBEDDING_FILE
@@ -44,12 +53,11 @@ from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.sources.config import Config, whole
-from modekit.sources.contents import OpenFiles
+from modekit.sources.contents import OpenFiles, known_blake3
 from modekit.sources.header import DTYPE_NAMES, ITEMSIZE, TensorRef, read_header
 from modekit.sources.names import weight_of
-from modekit.weights.numeric import is_finite
-
-_WRITTEN = "give the folder that `modekit mix` or `modekit build` wrote"
+from modekit.sources.tokenizer import COPIED_FILES
+from modekit.weights.numeric import is_finite, read_float32
 
 
 class _Config(BaseModel):
@@ -125,55 +133,48 @@ class Checkpoint:
     def check_router(self) -> None:
         """Raise CheckpointError unless the router's gates, and its table in the embedding, are those of config.json and
         modekit.json, and finite; SourceError where they cannot be read. What a checkpoint without gates has is not compared.
+
+        Where a training moved the embedding, that is known by its own digest. One that this user's modekit has looked through
+        is not read again while its file is what it was.
         """
         inside = {name: ref for name, ref in self.tensors.items() if ref.file == self.folder / ROUTER_FILE}
-        if {slot.name: slot.shape for slot in self.slots} != {name: ref.shape for name, ref in inside.items()}:
-            raise self._other_router("gates of other names or shapes", "those of config.json")
-        strange = next((ref.dtype for ref in inside.values() if ref.dtype not in DTYPE_NAMES), None)
-        if strange is not None:
-            raise self._other_router(f"gates of dtype {strange}", ", ".join(DTYPE_NAMES))
+        shapes = {name: ref.shape for name, ref in inside.items() if ref.dtype in DTYPE_NAMES}
+        if {slot.name: slot.shape for slot in self.slots} != shapes:
+            raise self._other_router(
+                self.folder / ROUTER_FILE, "gates of other names or shapes, or a strange dtype", "those of config.json"
+            )
         if inside:
-            found, broken = looked_through(inside.values())
-            self._compare(found, self.record.router.sha256)
-            if broken is not None:
-                raise self._other_router(f"NaN or Inf in {broken}", "finite gates")
-        if self.shape.channels is not None:
-            self._check_evidence()
-
-    def _check_evidence(self) -> None:
-        """The same of a lexical router's table in the embedding; where a training moved that, it is known by its own digest.
-
-        An embedding that this user's modekit has looked through is not read again while its file is what it was.
-        """
+            digest, gates = sha256_of(_content(self.folder / ROUTER_FILE)), zip(self.slots, self.gates(), strict=True)
+            broken = next((slot.name for slot, gate in gates if not np.isfinite(gate).all()), None)
+            self._compare(self.folder / ROUTER_FILE, digest, broken, self.record.router.sha256)
+        if self.shape.channels is None:
+            return
         channels, embedding = self.carrier
         if embedding.dtype not in DTYPE_NAMES or embedding.shape[1:] != (channels.hidden + channels.spare,):
             found = f"{embedding.dtype} {list(embedding.shape)}"
-            raise self._other_router(found, f"{channels.hidden + channels.spare} columns", embedding.file)
+            raise self._other_router(embedding.file, found, f"{channels.hidden + channels.spare} columns")
         trained, state = self.record.trained.get(embedding.name), embedding.state
         expected = self.record.router.evidence if trained is None else trained
         claim = f"evidence {os.path.realpath(embedding.file)} {state and astuple(state)} {channels.evidence} {expected}"
         if is_proven_here(claim):
             return
         columns = read_evidence(channels, embedding)
-        if trained is None:
-            self._compare(sha256_of(columns), expected, embedding.file)
-        else:
-            with OpenFiles() as opened:
-                self._compare(opened.blake3(embedding), expected, embedding.file)
-        if not is_finite(columns, embedding.dtype):
-            raise self._other_router("NaN or Inf in the table", "finite numbers", embedding.file)
+        with OpenFiles() as opened:
+            digest = sha256_of(columns) if trained is None else opened.blake3(embedding)
+        self._compare(embedding.file, digest, None if is_finite(columns, embedding.dtype) else embedding.name, expected)
         if state is not None and state.is_settled:
             keep_proven(claim)
 
-    def _compare(self, found: str, expected: str, file: Path | None = None) -> None:
+    def _compare(self, file: Path, found: str, broken: str | None, expected: str) -> None:
         if found != expected:
-            raise self._other_router(f"digest {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it", file)
+            raise self._other_router(file, f"digest {found[:16]}", f"{expected[:16]}, as {RECORD_FILE} has it")
+        if broken is not None:
+            raise self._other_router(file, f"NaN or Inf in {broken}", "finite numbers")
 
-    def _other_router(self, found: str, expected: str, file: Path | None = None) -> CheckpointError:
-        which = "the router file" if file is None else "the router's table in the embedding"
+    def _other_router(self, file: Path, found: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{which} is not the one that modekit.json records",
-            where=str(file or self.folder / ROUTER_FILE),
+            "the router, its file or its table in the embedding, is not the one that modekit.json records",
+            where=str(file),
             found=shortened(found),
             expected=expected,
             remedy=FIT_ANEW,
@@ -187,12 +188,30 @@ class Checkpoint:
 
     def gates(self) -> list[npt.NDArray[np.float32]]:
         """The gate of every router slot as it is on disk."""
-        return read_gates(self.slots, self.tensors)
+        with OpenFiles() as opened:
+            return [read_float32(opened, self.tensors[slot.name]) for slot in self.slots]
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What names it as it is, so that results of another one, or of an earlier state, are recognised (identity.py)."""
-        return identity_of(self.record, self.config, self.folder, {ref.file for ref in self.tensors.values()})
+        """What names it as it is, in digests: everything that is kept beside it is of this very mixture, or made anew.
+
+        Weights (but for the two files that a router is written into), tokenizer and config are those that lie there now.
+        Raises SourceError.
+        """
+        files, record = {ref.file for ref in self.tensors.values()}, self.record
+        digests = {file.name: known_blake3(file) for file in sorted(files) if file.name != ROUTER_FILE}
+        made_from = [[source.digests for source in record.sources], record.expert_sources]
+        return {
+            "recipe_digest": record.recipe_digest,
+            "sources": digest_of_data(made_from),
+            "trained": digest_of_data(sorted(record.trained.items())) if record.trained else "",
+            "router_sha256": record.router.sha256,
+            "evidence_sha256": record.router.evidence,
+            "embedding": digests.pop(EMBEDDING_FILE, ""),
+            "weights": digest_of_data(digests),
+            "tokenizer": digest_of_data([sha256_of(_content(self.folder / name)) for name in sorted(COPIED_FILES)]),
+            "config": digest_of_data(without_names(self.config)),
+        }
 
     @property
     def names(self) -> list[str]:
@@ -247,7 +266,7 @@ class Checkpoint:
     ) -> tuple[MixtureRecord, dict[str, Content]]:
         """What becomes of the record, and of the files beside it, with another router.
 
-        `evidence`: the columns of the embedding that carry it, where the router reads it there (evidence.py).
+        `evidence`: the columns of the embedding that carry it, where the router reads it there (router_file.py).
         """
         changed = self.with_recipe(recipe)
         dtype = next(code for code, name in DTYPE_NAMES.items() if name == self.config["dtype"])
@@ -259,7 +278,7 @@ class Checkpoint:
         if evidence is not None:
             channels, embedding = self.carrier
             files[EMBEDDING_FILE] = embedding_writer(channels, embedding, evidence)
-            fitted = fitted.with_evidence(sha256_of(evidence))
+            fitted = fitted.model_copy(update={"report": {**fitted.report, "evidence_sha256": sha256_of(evidence)}})
             if embedding.name in trained:
                 trained = {**trained, embedding.name: changed_blake3(channels, embedding, evidence)}
         if changed.slots != self.slots:
@@ -321,13 +340,12 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     try:
         record = as_kind(read_json(folder / RECORD_FILE), MixtureRecord)
     except (FileNotFoundError, NotADirectoryError):
-        partial = f"{folder.name}.partial"
-        cut_short = f"the build of it was cut short ({partial} is there): run the same command again to finish it"
         raise CheckpointError(
             "not a modekit checkpoint: modekit.json is missing",
             where=str(folder),
             found=None if folder.is_dir() else "a file" if os.path.lexists(folder) else "there is no such folder",
-            remedy=cut_short if folder.name and (folder.parent / partial).exists() else _WRITTEN,
+            remedy="give the folder that `modekit mix` or `modekit build` wrote; to finish a build that was cut short "
+            "(OUT.partial), run the same command again",
         ) from None
     except UNREADABLE as error:
         raise CheckpointError(
@@ -338,21 +356,18 @@ def open_with_any_router(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 when there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path, 2**32)
+    except UNREADABLE:
+        return b""
 
 
-def refuse_pairs(checkpoint: Checkpoint, what: str, *, option: str, remedy: str = "") -> None:
+def refuse_pairs(checkpoint: Checkpoint, what: str, remedy: str = "call it in Python (docs/translation.md)") -> None:
     """Raise UnsupportedError for a mixture of models with an encoder. `what`: what such a one cannot have, in a sentence.
 
     Asked first, before any other reason, whose remedies such a mixture could not follow.
     """
     if checkpoint.shape.family.pair:
-        raise UnsupportedError(
-            what,
-            where=f"{checkpoint.folder}: {option}" if option else str(checkpoint.folder),
-            found="it has an encoder",
-            expected="a decoder alone",
-            remedy=remedy or "call it in Python (docs/translation.md)",
-        )
+        where = str(checkpoint.folder)
+        raise UnsupportedError(what, where=where, found="it has an encoder", expected="a decoder alone", remedy=remedy)

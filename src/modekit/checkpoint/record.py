@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_serializer,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
-from modekit.files.output import work_folder
+from modekit.files.marker import STATISTICS
+from modekit.files.output import work_of
 from modekit.files.typed import Count, Digest, Number, PlainName, RelativePath, Spec, as_kind
 from modekit.planning.carry import CarrySize
 from modekit.planning.plan import Plan
@@ -29,7 +30,7 @@ from modekit.sources.config import settings_digest
 from modekit.sources.source import ModelSource
 
 RECORD_FILE = "modekit.json"
-STATISTICS_FOLDER = "router"
+STATISTICS_FOLDER = STATISTICS
 
 
 class _Record(BaseModel):
@@ -82,10 +83,6 @@ class RouterRecord(_Record):
         """sha256 of the columns of the embedding that carry it; empty where none do."""
         return str(self.report.get("evidence_sha256", ""))
 
-    def with_evidence(self, sha256: str) -> RouterRecord:
-        """The same, and the embedding carries this evidence."""
-        return self.model_copy(update={"report": {**self.report, "evidence_sha256": sha256}})
-
     @classmethod
     def unfitted(cls, recipe: Recipe, sha256: str = "") -> RouterRecord:
         """Of a router whose gates the recipe alone gives: fixed weights have no settings."""
@@ -110,12 +107,8 @@ class _Shown(BaseModel):
 
 
 class TokensRecord(_Record):
-    """Whose tokens a mixture of models with different vocabularies has.
-
-    Attributes:
-        tokenizer: place in `sources` of the model whose tokenizer it is.
-        eos: ids of the tokens at which a text may end; empty: as the base says.
-        written: names of files beside the weights that were made of several models'.
+    """Whose tokens a mixture of models with different vocabularies has: the place of their model in `sources`, the ids at which
+    a text may end (empty: as the base says), and the files beside the weights that were made of several models'.
     """
 
     tokenizer: Count
@@ -124,18 +117,11 @@ class TokensRecord(_Record):
 
 
 class TrainingRecord(_Record):
-    """One run of `modekit train`: what moved, towards what, on which text, and what it was worth on held-out text.
-
-    Attributes:
-        settings: as training/settings.py has them.
-        text: domain -> how much was read, and a digest of its documents.
-        parameters: how many moved.
-        steps, tokens: done.
-        select_loss: held-out loss (select split) per domain, before and after.
-        notes: what was done in another way than asked, and why.
+    """One run of `modekit train`: its settings, what of each domain was read, how many parameters moved, what it took, and
+    held-out losses (select split) per domain, before and after.
     """
 
-    settings: dict[str, Any]
+    settings: Annotated[dict[str, Any], AfterValidator(lambda settings: as_kind(settings, _Shown) and settings)]
     text: dict[str, dict[str, Any]]
     parameters: Count
     steps: Count
@@ -143,36 +129,15 @@ class TrainingRecord(_Record):
     select_loss: dict[str, dict[str, float]]
     notes: list[str]
 
-    @field_validator("settings")
-    @classmethod
-    def _can_be_shown(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        as_kind(settings, _Shown)
-        return settings
-
 
 class Change(_Record):
-    """An expert that came, went or was replaced after the build.
-
-    Attributes:
-        what: which of these.
-        expert: its name.
-        on: the day, as YYYY-MM-DD.
-        was: the model or adapter before (replace, remove).
-        source: the model or adapter that came.
-        door: what was measured before it was let in, if it was.
-    """
+    """An expert that came, went or was replaced after the build: the day, as YYYY-MM-DD, and the models before and after."""
 
     what: Literal["add", "remove", "replace"]
     expert: str
     on: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     was: str | None = None
     source: str | None = None
-    door: dict[str, Number | None] = {}
-
-    @property
-    def specs(self) -> dict[str, str | None]:
-        """What it says of models, by attribute."""
-        return {"source": self.source, "was": self.was}
 
     @property
     def said(self) -> str:
@@ -254,7 +219,7 @@ def make_record(
         modekit_version=version("modekit"),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest(),
-        recipe_folder="." if plan.root == work_folder(out) else os.path.relpath(plan.root, out),
+        recipe_folder="." if plan.root == work_of(out).path else os.path.relpath(plan.root, out),
         dense_config=plan.family.dense_config(plan.sources[0].config),
         native_type=plan.shape.native_type,
         dense_parameters=plan.sources[0].parameters,

@@ -31,35 +31,30 @@ def why_not(checkpoint: Checkpoint, expert: int | None, *, run: Run = QUIET) -> 
     place = 0 if expert is None else record.expert_sources[expert]
     needed = [place, *([0] if is_adapter(checkpoint.source_folder(record.sources[place])) else [])]
     needed += range(len(record.sources)) if record.tokens is not None else ()
-    return next((why for each in dict.fromkeys(needed) if (why := _why_not(checkpoint, each, run)) is not None), None)
+    for source in (record.sources[each] for each in dict.fromkeys(needed)):
+        folder = checkpoint.source_folder(source)
+        if not folder.is_dir():
+            return "it is no longer where the recipe found it"
+        try:
+            changed = changed_settings(source, folder) or changed_weights(source, folder, run)
+        except SourceError as error:
+            changed = error.what
+        except OSError as error:
+            changed = str(error.strerror)
+        if changed:
+            return f"{source.label} ({changed}) has changed since the mixture was built: {_PUT_BACK}"
+    return None
 
 
-def _why_not(checkpoint: Checkpoint, place: int, run: Run) -> str | None:
-    """The same of the model at a place of the record's sources alone."""
-    record = checkpoint.record.sources[place]
-    folder = checkpoint.source_folder(record)
-    if not folder.is_dir():
-        return "it is no longer where the recipe found it"
-    try:
-        changed = next(iter(changed_settings(record, folder)), None) or changed_weights(record, folder, run)
-    except SourceError as error:
-        changed = error.what
-    except OSError as error:
-        changed = str(error.strerror)
-    return f"{record.label} ({changed}) has changed since the mixture was built: {_PUT_BACK}" if changed else None
-
-
-def changed_settings(record: SourceRecord, folder: Path) -> list[str]:
-    """The files whose settings are not those that were recorded, or cannot be read; a model's and an adapter's are one each."""
+def changed_settings(record: SourceRecord, folder: Path) -> str | None:
+    """The file whose settings are not those that were recorded, or cannot be read; a model's and an adapter's are one each."""
     adapter = set(record.files) == {WEIGHTS_FILE}
-    if is_adapter(folder) != adapter:
-        return [CONFIG_FILE]
     file, read = (CONFIG_FILE, read_adapter_config) if adapter else ("config.json", read_config)
     try:
-        now = settings_digest(read(folder, where=record.label))
+        same = is_adapter(folder) == adapter and settings_digest(read(folder, where=record.label)) == record.config
     except SourceError:
-        return [file]
-    return [file] if record.config != now else []
+        same = False
+    return None if same else file
 
 
 def changed_weights(record: SourceRecord, folder: Path, run: Run) -> str | None:

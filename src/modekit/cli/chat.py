@@ -53,8 +53,7 @@ def chat(checkpoint: OutFolder, options: ChatOptions) -> None:
     with running() as run:
         from modekit.engines.chat import Chat, ChatSettings
 
-        settings = ChatSettings(options.system, options.temperature, options.seed, options.max_tokens, options.context)
-        talk = Chat(opened, settings, run=run)
+        talk = Chat(opened, ChatSettings(**vars(options)), run=run)
     _introduce(talk, opened)
     with suppress(EOFError):
         for line in _lines():
@@ -111,9 +110,5 @@ def _notes(answer: ChatAnswer, talk: Chat, checkpoint: Checkpoint) -> Iterator[s
         yield f"[{led} of {len(answer.tokens)} tokens]"
     if answer.left_out:
         yield f"[the first {answer.left_out} messages no longer fit into {talk.context:,} tokens, and were left out]"
-    if answer.ended == "length":
-        yield f"[cut after {len(answer.tokens)} tokens; --max-tokens allows more]"
-    if answer.ended == "context":
-        yield f"[cut: the context of {talk.context:,} tokens is full]"
-    if answer.ended == "stopped":
-        yield "[stopped]"
+    if not answer.ended:
+        yield f"[cut after {len(answer.tokens)} tokens]"

@@ -101,7 +101,7 @@ def print_dense(output: Path, record: DenseRecord) -> None:
         print_table(ResultTable("", ["held-out loss", *domains, "mean", "gap closed"], rows))
     print_notes(record.notes)
     said = f"{count_of(record.parameters)} parameters, {record.merge.said}"
-    said += f", then {record.distilled.best_step} steps of distillation" if record.distilled else ""
+    said += f", then {record.best_step} steps of distillation" if record.by == "distil" else ""
     said += f"; keeps {record.kept:.0%} of the mixture's gap" if record.kept is not None else ""
     print_done(output, said)
 
@@ -110,8 +110,8 @@ def print_dense(output: Path, record: DenseRecord) -> None:
 class UpcycleOptions(Writing):
     """Which experts."""
 
-    experts: Annotated[int, typer.Option(min=2, help="Copies of the FFN in every layer.")] = 4
-    segments: Annotated[int, typer.Option(min=1, help="Parts that each copy is cut into.")] = 1
+    experts: Annotated[int, typer.Option(min=2, max=128, help="Copies of the FFN in every layer.")] = 4
+    segments: Annotated[int, typer.Option(min=1, max=8, help="Parts that each copy is cut into.")] = 1
     top_k: Annotated[int, typer.Option(min=1, help="Copies per token.")] = 2
     seed: Annotated[int, typer.Option(help="Random seed of the gates.")] = 0
 

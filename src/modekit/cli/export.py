@@ -105,7 +105,7 @@ def push(
     from modekit.report.push import check_repo, pack, push
 
     check_repo(repo)
-    parcel = pack(checkpoint_in(checkpoint), ask_hub=not dry_run)
+    parcel = pack(checkpoint_in(checkpoint))
     print_parcel(parcel, repo)
     if not dry_run:
         out.print(Text(push(parcel, repo, private=private or None), style="bold"), soft_wrap=True)

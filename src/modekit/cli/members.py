@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -137,7 +136,7 @@ def _change(
     if target != opened.folder:
         writable(target, write.overwrite)
     with running() as run:
-        before = before_change(opened, dataclasses.replace(edit(opened), refits=write.refit), run=run)
+        before = before_change(opened, edit(opened), refits=write.refit, run=run)
         found = None
         if admission is not None and admission.measure:
             from modekit.members.admission import measure_admission  # torch, which a change itself may not need
@@ -145,7 +144,6 @@ def _change(
             found = measure_admission(before, tokens=admission.tokens or SAMPLE_TOKENS, run=run)
     if found is not None and admission is not None:
         print_admission(found)
-        before = before.measured(found.numbers())
         if found.refused and not admission.force:
             raise ModekitError(
                 "the expert is not added",

@@ -75,21 +75,16 @@ def build(
 
 def show_build(output: Path, write: Callable[[Run], Checkpoint]) -> None:
     """Write a mixture, with its progress drawn, and say what it has become and what comes next."""
-    from modekit.checkpoint.checkpoint import size_of
-    from modekit.checkpoint.record import STATISTICS_FOLDER
     from modekit.recipes.auto import why_chosen
     from modekit.sources.config import architecture_of
 
     with running() as run:
         checkpoint = write(run)
-    size, kept, record = size_of(output), size_of(output / STATISTICS_FOLDER), checkpoint.record
+    size, record = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()), checkpoint.record
     said = f"{architecture_of(checkpoint.config)}, {len(checkpoint.names)} experts, top_k {record.recipe.top_k}"
     print_done(output, f"{said}, router {record.router.status}, {bytes_of(size)}")
     if why := why_chosen(record.recipe, native=checkpoint.shape.plain):
         out.print(Text(f"router: {why}", style="dim"))
-    if kept:
-        said = f"{output / STATISTICS_FOLDER}: {bytes_of(kept)} of statistics, which may be deleted: only "
-        out.print(Text(f"{said}`modekit fit` reads them, and can make them again from the text", style="dim"))
     print_next(f"modekit eval {output} --tokens {_QUICK_TOKENS}", f"modekit chat {output}", f"modekit serve {output}")
 
 

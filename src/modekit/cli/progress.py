@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from modekit.cli.printing import err
 from modekit.cli.shell import common
-from modekit.files.figures import clock_of, time_of
+from modekit.files.figures import clock_of
 from modekit.run import DETAIL, Progress, Run
 
 LIBRARIES = "load the libraries"
@@ -64,7 +64,7 @@ class Lines:
         parts = [f"{100 * self._done // self._total} %"] if self._total > 1 else []
         if self._first < self._done and now - self._since >= _EVIDENCE:
             left = (now - self._since) * (self._total - self._done) / (self._done - self._first)
-            parts += [f"{time_of(left)} left"]
+            parts += [f"{clock_of(left)} left"]
         parts += [self._detail] if self._detail else []
         said = f"{phase}{': ' if parts else ''}{', '.join(parts)}"
         if self._done >= self._total:

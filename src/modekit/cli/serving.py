@@ -16,6 +16,7 @@ from modekit.cli.printing import out, print_done, print_json
 from modekit.cli.progress import running
 from modekit.cli.shell import OutFolder, app, checkpoint_in, common, refuse_without_effect
 from modekit.engines.registry import ENGINES, EngineName, Outtype, ServeSettings
+from modekit.errors import ModekitError
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
@@ -49,9 +50,7 @@ class ServeOptions:
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=1_024, help=f"CPU threads ({_read_by('threads')}; default: OMP_NUM_THREADS, or the idle cores)."
-        ),
+        typer.Option(min=1, max=1_024, help=f"CPU threads ({_read_by('threads')}; default: OMP_NUM_THREADS, or all cores)."),
     ] = None
     outtype: Annotated[
         Outtype | None, typer.Option(help=f"Type of the weights ({_read_by('outtype')}; default: as in the checkpoint).")
@@ -65,23 +64,13 @@ def serve(checkpoint: OutFolder, options: ServeOptions) -> None:
     from modekit.engines.serve import choose_engine
 
     opened = checkpoint_in(checkpoint)
-    engine, _ = choose_engine(opened, options.engine)
+    engine, _ = choose_engine(opened.shape, options.engine, opened.folder)
     unread = sorted({option for each in ENGINES.values() for option in each.options} - ENGINES[engine].options)
     refuse_without_effect(
         f"an engine that reads it; {engine} serves this mixture",
         {f"--{name.replace('_', '-')}": getattr(options, name) or None for name in unread},
     )
-    settings = ServeSettings(
-        options.engine,
-        options.host,
-        options.port,
-        options.context,
-        options.parallel,
-        options.threads,
-        options.no_key,
-        options.outtype,
-    )
-    serve_until_stopped(opened, settings)
+    serve_until_stopped(opened, ServeSettings(**vars(options)))
 
 
 def serve_until_stopped(checkpoint: Checkpoint, settings: ServeSettings) -> None:
@@ -108,6 +97,8 @@ def route(
     from modekit.text.plain import decode
 
     opened, read = checkpoint_in(checkpoint), decode(sys.stdin.buffer.read(), where="standard input") if text == "-" else text
+    if not read:
+        raise ModekitError("the text is empty", where="TEXT", remedy="name a text, or - and give one on the standard input")
     with running() as run:
         from modekit.routing.text_router import TextRouter
 

@@ -62,32 +62,22 @@ _SMALLEST_GAIN = 1e-3  # nats per token: an expert that is better than the base 
 _SMALLEST_GAP = 0.05  # of what experts gain: of a mixture that closes less, no share can be kept
 
 
-class Distilled(BaseModel, frozen=True):
-    """How it went: `steps` taken, the state of `best_step` was written; `weight` of the text's own loss."""
-
-    settings: dict[str, object]
-    weight: float
-    steps: int
-    best_step: int
-    select_loss: dict[str, tuple[float, float]]
-
-
 class DenseRecord(BaseModel, frozen=True):
     """The content of densify.json.
 
     Attributes:
-        mixture: name of its folder.
         merge: what was written, or what a distillation began from.
         parameters: of the dense model.
+        steps, best_step: of a distillation, that were taken; and whose state was written, 0 where none was better.
         losses: row (base, experts, mixture, merge, dense) -> domain -> nats per token of the report split; empty without text.
             `experts` has each domain's own.
     """
 
     by: By
-    mixture: str
     merge: Merge
     parameters: int
-    distilled: Distilled | None = None
+    steps: int = 0
+    best_step: int = 0
     losses: dict[str, dict[str, float]] = {}
     notes: list[str] = []
 
@@ -109,21 +99,15 @@ class DenseRecord(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast a dense model learns from its mixture.
-
-    Attributes:
-        settings: of the training loop; everything that moves has the backbone's rate.
-        lesson: what counts how much, and the temperature. Half is the teacher's: benchmarks/densify.md has other shares.
-    """
+    """How a dense model learns from its mixture."""
 
     settings: TrainSettings
     lesson: DistillSettings
 
 
 def course_of(**said: object) -> Course:
-    """Of settings by name: those of a training loop, `learning_rate`, `weights` and `temperature`.
-
-    Raises TrainingError.
+    """Of settings by name: those of a training loop, `learning_rate`, `weights` (of the text; half: benchmarks/densify.md) and
+    `temperature`. Raises TrainingError.
     """
     where, names = "modekit densify", {"learning_rate": "backbone_learning_rate"}
     lesson = {name: said.pop(name, default) for name, default in (("weights", 0.5), ("temperature", 1.0))}
@@ -140,15 +124,8 @@ class DenseFolder(SpecialistFolder):
 
 @dataclass(frozen=True)
 class Densify:
-    """What is asked for.
-
-    Attributes:
-        by: see above.
-        course: of a distillation, and how text is read.
-        texts: of a domain, relative to `root`, instead of the recipe's.
-        scale: of a sum and of svd; None: the best of some on the select split.
-        tokens: of held-out text per domain for the figures in densify.json.
-        overwrite: whether another result may go.
+    """What is asked for: `texts` by domain, relative to `root`, instead of the recipe's; `scale` of a sum and of svd (None: the
+    best of some on the select split); `tokens` of held-out text per domain for the figures in densify.json.
     """
 
     by: By
@@ -161,13 +138,12 @@ class Densify:
 
 
 def densify(checkpoint: Checkpoint, asked: Densify, out: Path, *, run: Run = QUIET) -> DenseRecord:
-    """Write the dense model; returns what densify.json says.
+    """Write the dense model; returns what densify.json says. A distillation goes on after a kill or Ctrl-C from its last state.
 
-    A distillation goes on after a kill or Ctrl-C from its last state. Raises SourceError (an expert's folder that is gone or
-    changed; a model whose losses are not finite), UnsupportedError (a model with an encoder), TextError (distil and best
-    without text), TrainingError, OutputError.
+    Raises SourceError (an expert's folder that is gone or changed; losses that are not finite), UnsupportedError (an encoder),
+    TextError (distil and best without text), TrainingError, OutputError.
     """
-    refuse_pairs(checkpoint, "a mixture of models with an encoder has no dense form here", option="densify")
+    refuse_pairs(checkpoint, "a mixture of models with an encoder has no dense form here")
     folder = DenseFolder(out)
     folder.tidy()
     refuse_existing(out, replaced_by(asked.overwrite), sources=(checkpoint.folder,))
@@ -200,11 +176,10 @@ def _texts(checkpoint: Checkpoint, asked: Densify, run: Run) -> list[TrainingTex
     Raises TextError where there is none and something must be measured, and for a given text that is not there.
     """
     check_given(checkpoint, asked.texts, asked.root)
-    needs_text, chooses = asked.by in ("distil", "best"), asked.by in ("sum", "svd") and asked.scale is None
     known = asked.texts or any(expert.text for expert in checkpoint.record.recipe.experts)
-    if not needs_text and not (chooses and known):
-        return []
-    return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run)
+    chooses = asked.by in ("sum", "svd") and asked.scale is None and known
+    needs_text = chooses or asked.by in ("distil", "best")
+    return read_texts(checkpoint, asked.course.settings, asked.texts, asked.root, run=run) if needs_text else []
 
 
 @dataclass(frozen=True)
@@ -220,22 +195,33 @@ class _Work:
     def done(self) -> DenseRecord:
         """Write the best merge, or the best state of what was distilled into it."""
         merge, report = self.merger.best(self.asked.by, self.asked.scale), self._report()
-        student = self.merger.set(merge)
+        student, notes = self.merger.set(merge), list[str]()
         before, outcome = dict[str, dict[str, float]](), None
         save = make_trainable(student, self.merger.plan.sources[0], "full", 0)
+        if self.checkpoint.record.trained:
+            notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
         if self.asked.by == "distil":
             before = {"merge": held_out_losses(student, report, "the merge", self.run)}
             outcome = self._taught(student)
+            notes += [outcome.stopped] if outcome.stopped else []
             if outcome.improved:
                 take_state(student, outcome.best_state(self.folder.path))
             else:  # the student has gone on from it
                 self.merger.set(merge)
+                notes.append("no state of the distillation was better on held-out text than the merge that it began from")
         student.eval()
         vocabulary = self.merger.plan.vocabulary
         if vocabulary is not None and vocabulary.is_grown:
             student.config.update(dict(vocabulary.tokenizer.settings))
-        losses = self._losses(student, before, report) if report else {}
-        record = self._record(merge, losses, outcome, sum(parameter.numel() for parameter in student.parameters()))
+        record = DenseRecord(
+            by=self.asked.by,
+            merge=merge,
+            parameters=sum(parameter.numel() for parameter in student.parameters()),
+            steps=0 if outcome is None else outcome.steps,
+            best_step=0 if outcome is None else outcome.best_step,
+            losses=self._losses(student, before, report) if report else {},
+            notes=notes,
+        )
         self._write(record, save)
         if outcome is not None and outcome.error is not None:
             raise outcome.error
@@ -265,7 +251,7 @@ class _Work:
         data, folder, plan = record.model_dump(mode="json"), self.folder, self.merger.plan
         replace = replaced_by(self.asked.overwrite)
         sources = (self.checkpoint.folder, *(source.folder for source in plan.sources))
-        marks = [mark for text in self.texts for mark in text.trained_on] if record.distilled is not None else []
+        marks = [mark for text in self.texts for mark in text.trained_on] if record.by == "distil" else []
         trained = sorted({*marks, *(mark for source in sources for mark in digests_in(source / TRAINED_FILE))})
         with staging(folder.out, self.digest, "model", sources=sources, replace=replace, sync=self.run.sync) as stage:
             with library_writes(stage.folder) as written:
@@ -300,10 +286,7 @@ class _Work:
     def _losses(
         self, dense: PreTrainedModel, known: dict[str, dict[str, float]], domains: Sequence[Domain]
     ) -> dict[str, dict[str, float]]:
-        """Losses of base, of each domain's own expert, of the mixture and of the dense model; one other model at a time.
-
-        Raises SourceError where one is not finite.
-        """
+        """Of base, each domain's own expert, the mixture and the dense model. Raises SourceError where one is not finite."""
         ours, experts = held_out_losses(dense, domains, "the dense model", self.run), dict[str, float]()
         for domain in domains:
             expert = load_expert_source(self.checkpoint, domain.expert, run=self.run)
@@ -312,42 +295,7 @@ class _Work:
         mixture = held_out_losses(load_model(self.checkpoint.folder, run=self.run), domains, "the mixture", self.run)
         losses = {"base": base, "experts": experts, "mixture": mixture, **known, "dense": ours}
         for row, of_row in losses.items():
-            for domain_name, loss in of_row.items():
-                if not math.isfinite(loss):
-                    raise SourceError(
-                        "a loss is not finite, so that nothing can be compared",
-                        where=f"{row} on {domain_name}",
-                        found=loss,
-                        remedy="see with `modekit verify` whether weights hold NaN or Inf",
-                    )
+            if not all(map(math.isfinite, of_row.values())):
+                remedy = "see with `modekit verify` whether weights hold NaN or Inf"
+                raise SourceError("a loss is not finite, so that nothing can be compared", where=row, remedy=remedy)
         return losses
-
-    def _record(
-        self, merge: Merge, losses: dict[str, dict[str, float]], outcome: TrainingOutcome | None, parameters: int
-    ) -> DenseRecord:
-        notes, distilled, course = list[str](), None, self.asked.course
-        if self.checkpoint.record.trained:
-            notes.append("the mixture was trained: merges are of the experts' own models, only distil has what that changed")
-        if outcome is not None:
-            notes += [outcome.stopped] if outcome.stopped else []
-            if not outcome.improved:
-                notes.append("no state of the distillation was better on held-out text than the merge that it began from")
-            distilled = Distilled(
-                settings=course.settings.model_dump(mode="json", exclude_unset=True),
-                weight=course.lesson.weights,
-                steps=outcome.steps,
-                best_step=outcome.best_step,
-                select_loss=outcome.losses,
-            )
-        record = DenseRecord(
-            by=self.asked.by,
-            mixture=self.checkpoint.folder.name,
-            merge=merge,
-            parameters=parameters,
-            distilled=distilled,
-            losses=losses,
-            notes=notes,
-        )
-        if losses and record.kept is None:
-            notes.append("the mixture closes no gap on this text, so that there is none to keep")
-        return record.model_copy(update={"notes": notes})

@@ -30,8 +30,6 @@ SCALES = (1.0, 1.5, 2.0, 3.0)
 UNMEASURED = 2.0
 """The one where nothing can be measured (benchmarks/densify.md)."""
 
-_State = dict[str, torch.Tensor]
-
 
 class Merge(BaseModel, frozen=True):
     """A rule and its setting: the scale of a sum or of svd, or the one expert."""
@@ -70,46 +68,20 @@ class Merger:
         """The base's, whose weights are set to a merge's."""
         return load_expert_source(self.checkpoint, None, run=self.run)
 
-    @cached_property
-    def _base(self) -> _State:
-        """Of what a merge makes, the base's."""
-        return {tensor.name: self._named[tensor.name].detach().clone() for tensor in self._tensors(Merge(by="average"))}
-
-    @cached_property
-    def _named(self) -> _State:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-
-    def _tensors(self, merge: Merge) -> list[PlannedTensor]:
-        """Of a dense model of the base's size, each as the rule makes it of all models' or takes it of one's."""
-        mixture = self.plan.recipe.mixture.model_copy(update={"backbone": merge.backbone})
-        base, made = (
-            self.plan.sources[0],
-            backbone_of(self.plan.recipe.model_copy(update={"mixture": mixture}), self.plan.sources),
-        )
-        refs = [base.tensors[name] for name in sorted(self.plan.family.own_names(base), key=natural_key)]
-        return [PlannedTensor(ref.name, "F32", ref.shape, "backbone", made(ref)) for ref in refs]
-
+    @torch.no_grad()
     def set(self, merge: Merge) -> PreTrainedModel:
-        """The model with the weights of a merge."""
-        return self._set_between(self._state(merge), 1.0)
-
-    def _state(self, merge: Merge) -> _State:
-        tensors, found = self._tensors(merge), _State()
+        """The model with the weights of a merge: each as the rule makes it of all models' or takes it of one's."""
+        mixture = self.plan.recipe.mixture.model_copy(update={"backbone": merge.backbone})
+        made = backbone_of(self.plan.recipe.model_copy(update={"mixture": mixture}), self.plan.sources)
+        base, named = self.plan.sources[0], dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        names = sorted(self.plan.family.own_names(base), key=natural_key)
         with OpenFiles() as opened:
             read = WeightReader(opened, self.plan.models)
-            for tensor in self.run.over("merge", tensors, len(tensors)):
+            for ref in self.run.over("merge", [base.tensors[name] for name in names], len(names)):
                 data = bytearray()
-                for block in tensor.blocks(read):  # each lies where the one before it lay
-                    data += block
-                found[tensor.name] = torch.frombuffer(data, dtype=torch.float32).view(tensor.shape)
-        return found
-
-    @torch.no_grad()
-    def _set_between(self, merged: _State, scale: float) -> PreTrainedModel:
-        """Base + scale * (merged - base)."""
-        for name, origin in self._base.items():
-            moved = merged[name].to(origin.device)
-            self._named[name].copy_(moved if scale == 1 else origin + scale * (moved - origin))
+                for block in PlannedTensor(ref.name, "F32", ref.shape, "backbone", made(ref)).blocks(read):
+                    data += block  # each lies where the one before it lay
+                named[ref.name].copy_(torch.frombuffer(data, dtype=torch.float32).view(ref.shape))
         return self.model
 
     def best(self, by: By, scale: float | None) -> Merge:
@@ -119,16 +91,10 @@ class Merger:
             return found[0]
         if not self.domains:
             return next(merge for merge in found if merge.scale in (None, self._scale(UNMEASURED)))
-        losses: dict[Merge, float] = {}
-        direction: _State = {}
-        for merge in found:
-            if merge.scale is None:
-                self.set(merge)
-            else:  # every scale of a rule is a point on one line
-                direction = direction or self._state(merge.model_copy(update={"scale": 1.0}))
-                self._set_between(direction, merge.scale)
-            losses[merge] = sum(held_out_losses(self.model, self.domains, merge.said, self.run).values())
-        return min(losses, key=lambda merge: losses[merge])
+        return min(found, key=self._loss)
+
+    def _loss(self, merge: Merge) -> float:
+        return sum(held_out_losses(self.set(merge), self.domains, merge.said, self.run).values())
 
     def _scale(self, times: float) -> float:
         moved = sum(not expert.is_base for expert in self.plan.recipe.experts)

@@ -17,14 +17,10 @@ from pathlib import Path
 
 from modekit.building.build import build
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.errors import ModekitError
 from modekit.planning.make import make_plan
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.strict import BASE, RecipeData
 from modekit.run import QUIET, Run
-
-_MOST = 1_024
-"""Experts of a layer: far more than any architecture was trained with."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,7 @@ class Upcycling:
     overwrite: bool = False
 
     def recipe(self, base: str) -> RecipeData:
-        """Of the mixture. Raises ModekitError."""
-        if self.copies * self.segments > _MOST:
-            raise ModekitError(
-                "there are too many experts",
-                where="--experts times --segments",
-                found=self.copies * self.segments,
-                expected=f"{_MOST} at most",
-                remedy="lower one of them",
-            )
-        if self.top_k > self.copies:
-            most = f"{self.copies} at most"
-            raise ModekitError("there are fewer experts", where="--top-k", found=self.top_k, expected=most, remedy="lower it")
+        """Of the mixture."""
         parts = [f"{part + 1}/{self.segments}" for part in range(self.segments)]
         experts = [
             {"name": f"copy-{copy + 1}", "model": BASE}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,6 @@ from modekit.run import QUIET, Run
 from modekit.text.chat import chat_template_of
 from modekit.text.document import Message, message_of
 
-_COLDEST = 1e-4  # a temperature below it takes the likeliest token: logits divided by it have no probabilities
 _GREEDY = {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
 
 
@@ -38,7 +37,7 @@ class ChatSettings:
     system: str | None = None
     temperature: float | None = None
     seed: int | None = None
-    answer_tokens: int = 512
+    max_tokens: int = 512
     context: int | None = None
 
 
@@ -62,12 +61,12 @@ OnToken = Callable[[AnswerToken], None]
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What was answered. `left_out`: messages at the beginning of the conversation that no longer fitted."""
+    """What was answered, up to its own end or not. `left_out`: messages at the beginning of the talk that no longer fitted."""
 
     tokens: Sequence[AnswerToken]
     prompt: Sequence[int]
     left_out: int
-    ended: Literal["end", "length", "context", "stopped"]
+    ended: bool
 
     @property
     def text(self) -> str:
@@ -88,7 +87,7 @@ class Chat:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: ChatSettings, *, run: Run = QUIET) -> None:
-        refuse_pairs(checkpoint, "chats are with models that write a text on", option="")
+        refuse_pairs(checkpoint, "chats are with models that write a text on")
         self.checkpoint, self._settings = checkpoint, settings
         self.context = context_of(checkpoint, settings.context)
         self._tokenizer = load_tokenizer(checkpoint.folder, run=run)
@@ -111,17 +110,16 @@ class Chat:
         """
         messages = [*self._said, message_of("user", said.encode("utf-8", "replace").decode())]
         ids, left_out = self._prompt(messages)
-        room = min(self._settings.answer_tokens, self.context - len(ids))
+        room = min(self._settings.max_tokens, self.context - len(ids))
         tokens: list[AnswerToken] = []
 
         def keep(token: AnswerToken) -> None:
             tokens.append(token)
             on_token(token)
 
-        ended: Literal["end", "length", "context", "stopped"] = "stopped"
+        ended = False
         with suppress(KeyboardInterrupt):
-            at_end = self._write_on(ids, room, keep)
-            ended = "end" if at_end else "length" if room == self._settings.answer_tokens else "context"
+            ended = self._write_on(ids, room, keep)
         answer = ChatAnswer(tokens, ids, left_out, ended)
         self._said = [*messages, message_of("assistant", answer.text.strip())]
         return answer
@@ -129,7 +127,7 @@ class Chat:
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Tokens of the conversation, and how many of its first messages were left out. Raises TextError."""
         above = [] if self._settings.system is None else [message_of("system", self._settings.system)]
-        wanted = self.context - min(self._settings.answer_tokens, self.context // 4)
+        wanted = self.context - min(self._settings.max_tokens, self.context // 4)
         first = 0 if self._template is not None else len(messages) - 1
         for start in range(first, len(messages), 2):
             ids = self._ids([*above, *messages[start:]])
@@ -156,7 +154,7 @@ class Chat:
         temperature = self._settings.temperature
         drawn: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}  # whatever generation_config.json says
         if temperature is not None:
-            drawn |= _GREEDY if temperature < _COLDEST else {"do_sample": True, "temperature": temperature}
+            drawn |= {"do_sample": True, "temperature": temperature} if temperature else _GREEDY
 
         def put(tokens: torch.Tensor) -> None:  # the prompt (B, S), then one token (B,) after another
             nonlocal read, at_end
@@ -197,9 +195,5 @@ def _ends_of(model: Any, tokenizer: PreTrainedTokenizerBase, turn: str | None) -
     own = model.generation_config.eos_token_id
     behind = [] if turn is None else tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"][:1]
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    ends = {
-        *(own if isinstance(own, list) else [own]),
-        tokenizer.eos_token_id,
-        *(token for token in behind if token in special),
-    }
-    return frozenset(token for token in ends if token is not None)
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *special.intersection(behind)}
+    return frozenset(ends - {None})

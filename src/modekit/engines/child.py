@@ -67,7 +67,7 @@ class Child:
     def complaint(self) -> str:
         """Of the last lines that it said, those that speak of an error, or the last ones."""
         said = list(self._said)
-        telling = [line for line in said if _ERROR.search(line) and not line.startswith(" ")]
+        telling = [line for line in said if _ERROR.search(line) and line[0] != " "]
         code = self._process.poll() or 0
         ended = f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
         return ("; ".join(telling[-_SHOWN:] or said[-_SHOWN:]) or "nothing") + ended
@@ -106,14 +106,8 @@ class Child:
 
     def _end_group(self) -> None:
         """Once the process has ended, end what it started: that would hold its end of the pipes open."""
-        if not hasattr(os, "killpg"):  # Windows has no groups
-            return
-        with suppress(ChildProcessError):  # another thread has taken its exit code; what it started keeps its number taken
-            if hasattr(os, "waitid"):
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-            else:
-                self._process.wait()
-        with suppress(ProcessLookupError, PermissionError):  # nothing is left
+        self._process.wait()
+        with suppress(AttributeError, ProcessLookupError, PermissionError):  # Windows has no groups; nothing is left
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _listen(self, stream: IO[str]) -> None:

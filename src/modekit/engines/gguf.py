@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.converter import CONVERTER, check_installed, convert
-from modekit.engines.proof import Proof, compare, texts_of
+from modekit.engines.proof import Proof, compare, documents_of
 from modekit.engines.registry import Outtype
 from modekit.errors import SourceError, UnsupportedError
 from modekit.files.marker import foreign_files
-from modekit.files.output import Replace, is_there
+from modekit.files.output import Replace, mend
 from modekit.files.read import UNREADABLE, read_json
 from modekit.files.staging import staging
 from modekit.files.user_cache import is_proven_here, keep_proven
@@ -42,17 +42,9 @@ _CARRIER = r"token_embd\.weight|blk\.0\.attn_(q|k|v|output)\.weight"
 """
 
 
-class Made(TypedDict):
-    """What decides what an export holds, as export.json says it."""
-
-    identity: dict[str, str]
-    outtype: Outtype
-    engines: dict[str, str]
-
-
 @dataclass(frozen=True)
 class GgufFile:
-    """A file, the proof that llama.cpp computes what it holds, and what to know of both."""
+    """A file, the proof that llama.cpp computes what it holds, and what to know of it."""
 
     file: Path
     proof: Proof
@@ -67,7 +59,7 @@ def export_gguf(
     Raises UnsupportedError, before anything is written, when there is no such form; EngineError when it cannot be converted, or
     is another model there; OutputError.
     """
-    refuse_pairs(checkpoint, "llama.cpp does not run the mixture", option="--gguf")
+    refuse_pairs(checkpoint, "llama.cpp does not run the mixture")
     shape = checkpoint.shape
     if shape.without_gguf is not None:
         raise UnsupportedError(
@@ -85,9 +77,9 @@ def export_gguf(
         with library_writes(stage.folder) as folder:
             convert(checkpoint.folder, folder / name, made["outtype"], finer_of(checkpoint, made["outtype"]))
         file = stage.folder / name
-        proof = compare(checkpoint.folder, file, made["outtype"], texts=texts_of(checkpoint), run=run)
+        proof = compare(checkpoint.folder, file, made["outtype"], documents_of(checkpoint), run=run)
         proof.check(file)
-        written = GgufFile(out / name, proof, (*_notes(shape), *proof.notes))
+        written = GgufFile(out / name, proof, tuple(_notes(shape)))
         write_file(stage.folder / MODELFILE, f"FROM ./{name}\n".encode())
         said = {"file": name, "notes": written.notes, "proof": asdict(proof)}
         write_json(stage.folder / EXPORT_FILE, {**made, "transformers": version("transformers"), **said})
@@ -102,7 +94,7 @@ def gguf_of(checkpoint: Checkpoint, out: Path, outtype: Outtype | None, *, run: 
     (files/user_cache.py). Any other is made and proven anew. Raises as `export_gguf`.
     """
     try:
-        is_there(out)  # tidied up, if it is
+        mend(out)
         made = made_of(checkpoint, outtype)
         file, known = out / _name(checkpoint, made), read_json(out / EXPORT_FILE)
         said = foreign_files(out) == [] and all(known.get(key) == value for key, value in made.items()) and file.is_file()
@@ -118,19 +110,19 @@ def finer_of(checkpoint: Checkpoint, outtype: str) -> str | None:
     return _CARRIER if checkpoint.shape.channels is not None and outtype in _COARSE else None
 
 
-def made_of(checkpoint: Checkpoint, outtype: Outtype | None) -> Made:
-    """What decides what the file holds."""
+def made_of(checkpoint: Checkpoint, outtype: Outtype | None) -> dict[str, Any]:
+    """What decides what the file holds, as export.json says it: identity, outtype, engines."""
     engines = {"converter": CONVERTER, "xllamacpp": version("xllamacpp")}
     outtype = outtype or _BY_DTYPE[str(checkpoint.config["dtype"])]
     return {"identity": checkpoint.identity, "outtype": outtype, "engines": engines}
 
 
-def _claim(made: Made, file: Path, run: Run) -> str:
+def _claim(made: Mapping[str, Any], file: Path, run: Run) -> str:
     """That a file, by its bytes, is the mixture. Raises SourceError where it cannot be read."""
     return json.dumps([made, known_blake3(file, partial(run.progress, f"look at {file.name}"))], sort_keys=True)
 
 
-def _name(checkpoint: Checkpoint, made: Made) -> str:
+def _name(checkpoint: Checkpoint, made: Mapping[str, Any]) -> str:
     return f"{checkpoint.folder.name}-{made['outtype']}.gguf"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,10 @@ class Llama:
     def __exit__(self, *_: object) -> None:
         self._child.stop()
 
-    def tokenize(self, text: str, *, begun: bool = False) -> list[int]:
-        """The ids of a text, special tokens in it read as such; `begun`: with those that begin and end every text."""
-        answer = self._ask("tokenize", {"content": text, "add_special": begun, "parse_special": True})
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, special tokens in it read as such, without those that begin and end every text."""
+        answer = self._ask("tokenize", {"content": text, "add_special": False, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation inside the chat template, up to where the answer begins."""
-        return self.tokenize(self._ask("apply-template", {"messages": list(messages)})["prompt"], begun=True)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """At most `count` tokens after the given ones, always the likeliest; fewer where the text ends."""

@@ -7,9 +7,9 @@ must agree, up to the rounding of sums. With fewer bits, the loss of perplexity 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.engines.llama import Llama
-from modekit.engines.pre_tokenizer import TEXTS
 from modekit.engines.threads import default_threads
-from modekit.errors import EngineError, ModekitError, TextError
+from modekit.errors import EngineError, ModekitError
 from modekit.evaluation.domains import recipe_texts
 from modekit.evaluation.uncertainty import mean_error
 from modekit.loaded.load import load_model, load_tokenizer
 from modekit.run import QUIET, Run
-from modekit.text.chat import chat_template_of
-from modekit.text.document import Document, message_of
+from modekit.text.document import Document
 from modekit.text.sequences import encode
 from modekit.text.shipped import shipped_documents
 
@@ -38,17 +36,23 @@ LARGEST_TYPICAL = 0.1  # nats, of log-probabilities on average, with fewer bits:
 _SURE = 2.0  # standard errors
 GREEDY_TOKENS = 24
 _BEGINNING = 8  # tokens after which the model writes on
-MOST_TOKENS = 4_000
-"""Of all texts together."""
+MOST_TOKENS = 3_000
+"""Of all texts together, with fewer bits."""
 LONGEST = 128
 """Tokens of one text."""
-FEWEST_TEXTS = 16
-"""Of which a standard error says something."""
 _SHIPPED = ("general", "code", "medicine", "german", "french")
-_CHAT = [message_of("user", "Hi"), message_of("assistant", "Hello."), message_of("user", "Why?")]
-
-_Compared = tuple[list[float], list[float]]
-"""Log-probabilities of the tokens of one text, by transformers and by llama.cpp."""
+TEXTS = (
+    "The heart moves blood through the body. It beats about a hundred thousand times a day, and rests only between two beats.",
+    "def area(width, height):\n    # two sides, 3.14 would be for circles\n    return width * height\n\n\nprint(area(12, 7))\n",
+    "Das Gericht hat die Klage abgewiesen; die Kosten tr\u00e4gt der Kl\u00e4ger. L'appel est recevable, s'il est motiv\u00e9.",
+    "Item 27:  4,096 kg at 19.95 \u2013 \u201cas is\u201d, we're told\n\n\tTotal\t81,715.20  (VAT 7%)\n",
+)
+"""Prose, code, other languages, numbers and white space."""
+CUTTING = (
+    "\n \n\n \t\t  3 33 333 3333 33333 3.3 3..3 I've I'LL 'RE DON'T ======= ''''```\"\"\" \u043d\u0435\u0449\u043e "
+    "\u6211\u60f3\u5728apple\u5de5\u4f5c1314\u5929\uff5e \U0001f680 camelCase HTTPServer x_y\r\n  z"
+)
+"""What ways to cut a text into words differ in: digits, cases, apostrophes, signs, scripts."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,11 @@ class Proof:
         same, written: of the tokens written greedily, those that both write, up to the first that differs in a text, and all.
         difference, typical: largest and mean difference of the log-probabilities of a token, in nats.
         loss, margin: how much larger the perplexity is in llama.cpp, as a share, and two standard errors of that.
-        notes: where llama.cpp reads or ends a text otherwise.
     """
 
     outtype: str
     same: int
     written: int
-    text: str
     texts: int
     tokens: int
     difference: float
@@ -73,13 +75,12 @@ class Proof:
     perplexity: float
     loss: float
     margin: float
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.same} of {self.written} greedy tokens as in transformers, log-probabilities {self.typical:.1e} apart "
             f"(at most {self.difference:.1e}), perplexity {self.perplexity:.5g} ({self.loss:+.2%} \u00b1 {self.margin:.2%}) "
-            f"over {self.tokens:,} tokens of {self.texts:,} texts ({self.text})"
+            f"over {self.tokens:,} tokens of {self.texts:,} texts"
         )
 
     def check(self, file: Path) -> None:
@@ -104,101 +105,63 @@ class Proof:
             )
 
 
-@dataclass(frozen=True)
-class ProofTexts:
-    """Documents, and in words what they are."""
-
-    name: str
-    documents: Sequence[Document]
-
-    @classmethod
-    def of(cls, name: str, kinds: Iterable[Sequence[Document]]) -> ProofTexts:
-        """One document of each kind, then the next of each."""
-        rounds = zip_longest(*(documents[:MOST_TOKENS] for documents in kinds))
-        return cls(name, [document for document in chain.from_iterable(rounds) if document is not None])
-
-    def ids(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
-        """Their beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out.
-        Raises TextError for a conversation that the tokenizer has no template for.
-        """
-        left = MOST_TOKENS
-        length = min(longest, LONGEST)
-        for document in self.documents:
-            for sequence in encode(tokenizer, [document], max_tokens=min(left, length), sequence_length=length)[:1]:
-                left -= len(sequence.ids)
-                yield list(sequence.ids)
-            if left < 2:
-                return
-
-
-def texts_of(checkpoint: Checkpoint) -> ProofTexts:
-    """The held-out text of a mixture's domains, where it can be read; text that comes with modekit where that is little."""
+def documents_of(checkpoint: Checkpoint) -> list[Document]:
+    """Held-out text of a mixture's domains, as far as it can be read, and text that comes with modekit: one of each in turn."""
     try:
-        domains = {held.name: held.documents for held in recipe_texts(checkpoint).report() if held.documents}
+        own = [held.documents for held in recipe_texts(checkpoint).report()]
     except ModekitError:  # whatever is wrong with a text, the weights can be compared on another
-        domains = {}
-    own = ProofTexts.of(f"held-out text of {', '.join(domains)}", domains.values())
-    if len(own.documents) >= FEWEST_TEXTS:
-        return own
-    more = shipped_texts()
-    return ProofTexts(f"{own.name}; {more.name}", [*own.documents, *more.documents]) if domains else more
+        own = []
+    rounds = islice(zip_longest(*own, *map(shipped_documents, _SHIPPED)), MOST_TOKENS)
+    return [document for each in rounds for document in each if document is not None]
 
 
-def shipped_texts() -> ProofTexts:
-    """Prose, code, and other languages."""
-    return ProofTexts.of("text that comes with modekit", map(shipped_documents, _SHIPPED))
-
-
-def compare(folder: Path, file: Path, outtype: str, *, texts: ProofTexts | None = None, run: Run = QUIET) -> Proof:
+def compare(folder: Path, file: Path, outtype: str, documents: Sequence[Document], *, run: Run = QUIET) -> Proof:
     """Compare a GGUF file, whose weights are stored as `outtype`, with the model folder that it was made of; not judged yet.
 
-    `texts`: what it is compared on where that is not float32; None: text that comes with modekit. Raises EngineError where
-    llama.cpp cuts a text into other tokens, or cannot load the file.
+    `documents`: what it is compared on where that is not float32. Raises EngineError where llama.cpp cuts a text into other
+    tokens, or cannot load the file.
     """
     tokenizer, model = load_tokenizer(folder, run=run), load_model(folder, run=run)
-    longest = int(model.config.max_position_embeddings)
-    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"][: longest - GREEDY_TOKENS - 1] for text in TEXTS}
-    context = max(LONGEST, *map(len, known.values())) + GREEDY_TOKENS + 1
+    longest = int(model.config.max_position_embeddings) - 1
+    cut = {
+        text: tokenizer(text, add_special_tokens=False)["input_ids"][: longest - GREEDY_TOKENS] for text in (*TEXTS, CUTTING)
+    }
+    context = max(LONGEST, *map(len, cut.values())) + GREEDY_TOKENS + 1
     with Llama(file, context=context, threads=default_threads()) as llama:
-        _check_tokens(llama, known, folder)
-        begun = [ids[:_BEGINNING] for ids in known.values()]
+        _check_tokens(llama, cut, folder)
+        begun = [cut[text][:_BEGINNING] for text in TEXTS]
         written = [(_greedy(model, ids), llama.greedy(ids, GREEDY_TOKENS)) for ids in begun]
         if outtype == EXACT:
-            goes_on = [ids + ours for ids, (ours, _) in zip(begun, written, strict=True)]
-            name, wanted = "short, of several kinds", [*known.values(), *goes_on]
+            wanted = [*(cut[text] for text in TEXTS), *(ids + ours for ids, (ours, _) in zip(begun, written, strict=True))]
         else:
-            texts = texts or shipped_texts()
-            name, wanted = texts.name, list(texts.ids(tokenizer, longest - 1))
-        step, count = f"compare {file.name} in llama.cpp", len(wanted)
-        both = ((_logprobs(model, ids), llama.logprobs(ids)) for ids in run.over(step, wanted, count))
-        compared = list(both if outtype == EXACT else _till_known(both))
-        run.progress(step, count, count)
-        return _proof(outtype, written, name, compared, tuple(_other_readings(llama, tokenizer)))
-
-
-def _proof(
-    outtype: str, written: Sequence[tuple[list[int], list[int]]], name: str, compared: list[_Compared], notes: tuple[str, ...]
-) -> Proof:
-    ours, theirs = ([value for text in compared for value in text[engine]] for engine in (0, 1))
-    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+            wanted = list(_beginnings(documents, tokenizer, min(longest, LONGEST)))
+        step = run.over(f"compare {file.name} in llama.cpp", wanted, len(wanted))
+        compared = [(_logprobs(model, ids), llama.logprobs(ids)) for ids in step]
+    apart = [abs(a - b) for ours, theirs in compared for a, b in zip(ours, theirs, strict=True)]
     loss, margin = _loss(compared)
-    ends = sum(len(one) != len(other) for one, other in written)
-    if ends:
-        notes = (*notes, f"llama.cpp ends {ends} of {len(written)} texts elsewhere: it has other tokens for the end of a text")
     return Proof(
         outtype=outtype,
         same=sum(_parting(*each) for each in written),
         written=sum(min(map(len, each)) for each in written),
-        text=name,
         texts=len(compared),
-        tokens=len(ours),
+        tokens=len(apart),
         difference=max(apart),
         typical=sum(apart) / len(apart),
-        perplexity=math.exp(-sum(theirs) / len(theirs)),
+        perplexity=math.exp(-sum(sum(theirs) for _, theirs in compared) / len(apart)),
         loss=loss,
         margin=margin,
-        notes=notes,
     )
+
+
+def _beginnings(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[list[int]]:
+    """Beginnings of at most `longest` tokens, until there are MOST_TOKENS; texts of a single token are left out."""
+    left = MOST_TOKENS
+    for document in documents:
+        for sequence in encode(tokenizer, [document], max_tokens=min(left, longest), sequence_length=longest)[:1]:
+            left -= len(sequence.ids)
+            yield list(sequence.ids)
+        if left < 2:
+            return
 
 
 @torch.no_grad()
@@ -216,17 +179,6 @@ def _logprobs(model: Any, ids: list[int]) -> list[float]:
     return [float(logprobs_SV[place, token]) for place, token in enumerate(ids[1:])]
 
 
-def _till_known(compared: Iterable[_Compared]) -> Iterator[_Compared]:
-    """Text by text, until the loss is known well enough, or surely too large, or there is no more text."""
-    so_far: list[_Compared] = []
-    for each in compared:
-        so_far.append(each)
-        yield each
-        loss, margin = _loss(so_far)
-        if len(so_far) >= FEWEST_TEXTS and (margin <= LARGEST_LOSS / 3 or loss - 2 * margin > LARGEST_LOSS):
-            return
-
-
 def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path) -> None:
     for text, ids in known.items():
         found = llama.tokenize(text)[: len(ids)]
@@ -241,33 +193,16 @@ def _check_tokens(llama: Llama, known: Mapping[str, Sequence[int]], folder: Path
             )
 
 
-def _other_readings(llama: Llama, tokenizer: Any) -> Iterator[str]:
-    """Where llama.cpp begins a text, or puts a chat, otherwise than transformers."""
-    begun, ours = llama.tokenize(TEXTS[0], begun=True), tokenizer(TEXTS[0])["input_ids"]
-    if begun != ours:
-        yield f"llama.cpp begins a text with the ids {begun[:3]}, transformers with {ours[:3]}"
-    template = chat_template_of(tokenizer)
-    if template is None:
-        return
-    try:
-        ids = template.ids(template.text(_CHAT, answer=True))
-        theirs = llama.chat(_CHAT)
-    except (TextError, EngineError) as error:
-        yield f"the chat template was not compared: {error.found}"
-        return
-    if theirs != ids:
-        place = _parting(theirs, ids)
-        shown, expected = (tokenizer.convert_ids_to_tokens(each[place : place + 3]) for each in (theirs, ids))
-        yield f"llama.cpp puts a chat otherwise than the chat template: {shown} where it has {expected}, at token {place}"
-
-
 def _parting(a: Sequence[int], b: Sequence[int]) -> int:
     """The place where two lists of ids part."""
     return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
-def _loss(compared: Sequence[_Compared]) -> tuple[float, float]:
-    """The share that perplexity grows by, and two standard errors of it, over texts, whose tokens depend on each other."""
+def _loss(compared: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
+    """The share that perplexity grows by, and two standard errors of it, over texts, whose tokens depend on each other.
+
+    `compared`: of each text, log-probabilities by transformers and by llama.cpp.
+    """
     sums = [sum(ours) - sum(theirs) for ours, theirs in compared]
     counts = [len(ours) for ours, _ in compared]
     ratio = math.exp(sum(sums) / sum(counts))

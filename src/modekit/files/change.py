@@ -14,20 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from modekit.errors import OutputError
-from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, read_marker
-from modekit.files.write import (
-    FULL,
-    Content,
-    appearing,
-    create,
-    files_below,
-    is_temporary,
-    make_folder,
-    remove,
-    sync_folder,
-    write_content,
-)
+from modekit.files.marker import CHANGE_LOCK, CHANGED, MARKER, Lock, read_marker
+from modekit.files.write import Content, appearing, files_below, is_temporary, make_folder, remove, sync_folder, write_file
 
 _PATIENCE = 60.0
 """Seconds: a change takes a fraction of one."""
@@ -38,15 +26,11 @@ _LAST = ("modekit.json", MARKER)
 def change_together(
     folder: Path, files: Mapping[str, Content], *, remove_in: str | None = None, check: Callable[[], None] | None = None
 ) -> None:
-    """Replace files in a folder, or add them; each is seen whole. Keys are paths in it, with slashes.
+    """Replace files in a finished output, or add them, by their path in it, with slashes; each is seen whole.
 
-    Args:
-        folder: a finished output.
-        files: content by path. What writes one may read those that are there.
-        remove_in: a folder in it of which nothing else of modekit's is to stay.
-        check: called when nobody else can change the folder, before anything does; what it raises ends the change.
-
-    Raises OutputError when another process is changing the folder, and OSError; then nothing has changed.
+    Of the folder `remove_in`, nothing else of modekit's stays. `check` is called when nobody else can change the output, before
+    anything does. Raises OutputError when another process is changing it, what `check` raises, and OSError; then nothing has
+    changed.
     """
     lock = Lock(folder / CHANGE_LOCK)
     if not lock.take(patience=_PATIENCE):
@@ -64,10 +48,12 @@ def change_together(
         listed = marker.files if marker is not None and remove_in else ()
         gone = [name for name in listed if name.startswith(f"{remove_in}/") and name not in files]
         with appearing(folder / CHANGED) as staged:
+            make_folder(staged)
             for name, content in files.items():
-                _write(staged, name, content)
+                make_folder((staged / name).parent)
+                write_file(staged / name, content, sync=False)
             if marker is not None:
-                _write(staged, MARKER, marker.with_files(staged, files, but=gone).as_bytes())
+                write_file(staged / MARKER, marker.with_files(staged, files, but=gone).as_bytes(), sync=False)
         _put(folder)
         for name in gone:
             remove(folder / name)
@@ -94,18 +80,6 @@ def _refuse_in_the_way(folder: Path, name: str) -> None:
     path = folder / name
     if path.is_dir() and not path.is_symlink():
         raise OSError(errno.EISDIR, "a folder is in the way of a file", str(path))
-
-
-def _write(staged: Path, name: str, content: Content) -> None:
-    path = staged / name
-    make_folder(path.parent)
-    try:
-        with create(path) as stream:
-            write_content(stream, content)
-    except OSError as error:
-        if error.errno in FULL:
-            error.filename = str(staged.parent / name)
-        raise
 
 
 def _put(folder: Path) -> None:

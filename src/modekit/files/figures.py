@@ -37,16 +37,6 @@ def clock_of(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def time_of(seconds: float) -> str:
-    """About how long something takes, in words."""
-    if seconds < 1:
-        return "under a second"
-    unit, size = next(
-        ((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= 1.5 * size), ("s", 1.0)
-    )
-    return f"about {seconds / size:.{int(unit != 's' and seconds < 10 * size)}f} {unit}"
-
-
 def or_dash(value: float | None, form: str) -> str:
     """A figure in a format such as .3f; a dash where there is none."""
     return "-" if value is None else format(value, form)

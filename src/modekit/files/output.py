@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from modekit.errors import OutputError, some_of
-from modekit.files.lock import Lock
-from modekit.files.marker import CHANGE_LOCK, MARKER, foreign_files, is_remains, is_work_folder, read_marker
-from modekit.files.write import empty_folder, files_below, remove, remove_if_empty
+from modekit.files.marker import CHANGE_LOCK, WorkFolder, foreign_files, read_marker
+from modekit.files.write import files_below, remove
 
 Replace = Literal["nothing", "modekit's own", "in place"]
 """What may be at OUT: nothing; what modekit wrote, all of it (`--overwrite`); anything, since all of it is carried over."""
 
-PARTIAL: Literal["partial"] = "partial"
-LOCK, JOURNAL, NEW, OLD = "lock", "journal", "new", "old"
+JOURNAL, NEW, OLD = "journal", "new", "old"
 
 
 def replaced_by(overwrite: bool) -> Replace:
@@ -28,18 +26,16 @@ def replaced_by(overwrite: bool) -> Replace:
     return "modekit's own" if overwrite else "nothing"
 
 
-def work_folder(out: Path) -> Path:
+def work_of(out: Path) -> WorkFolder:
     """Where an output is made. Raises OutputError for a path without a name, such as /."""
-    if not out.name:
-        raise OutputError("the output needs a folder of its own", where=str(out), remedy="name a folder in it")
-    return out.with_name(f"{out.name}.{PARTIAL}")
+    return WorkFolder(out, "partial", last=(JOURNAL,))
 
 
 def is_in_the_making(folder: Path) -> bool:
     """Whether a folder is an output's work folder, or the unfinished output in it."""
     work = folder.parent if folder.name in {NEW, OLD} else folder
-    name = work.name.removesuffix(f".{PARTIAL}")
-    return name != work.name and is_work_folder(work, PARTIAL, name)
+    name = work.name.removesuffix(".partial")
+    return name not in ("", work.name) and work_of(work.with_name(name)).is_ours
 
 
 def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()) -> None:
@@ -51,18 +47,29 @@ def refuse_existing(out: Path, replace: Replace, *, sources: Sequence[Path] = ()
     try:
         mend(out)
     except OSError as error:
-        raise not_writable(out, error) from None
+        raise failed(out, error) from None
     refuse_what_is_there(out, replace)
 
 
-def not_writable(out: Path, error: OSError) -> OutputError:
-    """What is said of an output that cannot even be begun."""
+def failed(out: Path, error: OSError, *, finished: bool = False) -> OutputError:
+    """What is said of an output that cannot be written, and of what is left of it."""
+    free = disk_of(out).free
     return OutputError(
-        "the output folder cannot be written",
+        f"the output folder cannot be written; {left_of(out, finished=finished)}",
         where=str(out),
-        found=error.strerror,
-        remedy="choose a folder that can be written",
+        found=f"{error.strerror or error} ({free:,} bytes free)",
+        remedy=None if finished else "free space, or choose a folder that can be written",
     )
+
+
+def left_of(out: Path, *, finished: bool) -> str:
+    """What a command that gave up has left: nothing, unless it was finished or the disk would not let it be removed."""
+    work = work_of(out).path
+    if finished:
+        return f"{out.name} was finished by then"
+    if os.path.lexists(work / OLD):
+        return f"the old folder is {work.name}/{OLD}, and the next command that asks for {out.name} puts it back"
+    return f"{work.name} could not be removed" if os.path.lexists(work) else "nothing was left behind"
 
 
 def is_there(out: Path) -> bool:
@@ -75,21 +82,16 @@ def mend(out: Path) -> None:
     """Put right what a kill inside a commit left, unless a process is at it. Raises OutputError, OSError."""
     if not out.name:
         return
-    work = work_folder(out)
-    if not (is_work_folder(work, PARTIAL, out.name) or is_remains(work)):
-        return
-    lock = Lock(work / LOCK)
+    work = work_of(out)
     try:
-        if not lock.take():
-            return
+        if work.is_ours and work.lock.take():
+            mend_commit(work.path, out)
+            if not any((work.path / name).exists() for name in (JOURNAL, NEW, OLD)):
+                work.clear()
     except FileNotFoundError:  # whoever was at it has just finished
-        return
-    try:
-        mend_commit(work, out)
-        if not any((work / name).exists() for name in (JOURNAL, NEW, OLD)):
-            clear(work, lock)
+        pass
     finally:
-        lock.release()
+        work.lock.release()
 
 
 def mend_commit(work: Path, out: Path) -> None:
@@ -116,18 +118,6 @@ def mend_commit(work: Path, out: Path) -> None:
         remove(work / JOURNAL)
 
 
-def clear(work: Path, lock: Lock) -> None:
-    """Remove a work folder whose lock is held. A kill in between leaves what is still known to be ours.
-
-    Another process that comes just then finds the folder empty, or with its own lock in it, and it stays.
-    """
-    empty_folder(work, but=(JOURNAL, MARKER, LOCK))
-    for name in (JOURNAL, MARKER):
-        remove(work / name)
-    lock.release()
-    remove_if_empty(work)
-
-
 def refuse_what_is_there(out: Path, replace: Replace) -> None:
     """Raise OutputError when something is at OUT that may not be replaced."""
     if not os.path.lexists(out) or replace == "in place":
@@ -138,25 +128,18 @@ def refuse_what_is_there(out: Path, replace: Replace) -> None:
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     foreign = foreign_files(out) if out.is_dir() else None
-    if foreign is None:
+    if foreign is None or foreign:
         raise OutputError(
-            "the output path exists and holds something else, so it is not overwritten",
+            "the output path holds something else than what modekit wrote there, so it is not overwritten",
             where=str(out),
-            found="no mark of modekit's (the file .modekit, which every folder that it makes has)",
-            remedy="choose another folder, or remove it yourself",
-        )
-    if foreign:
-        raise OutputError(
-            "the output folder holds files that modekit did not write, or that were changed since",
-            where=str(out),
-            found=some_of(foreign, 5),
-            remedy="move them away, or choose another folder",
+            found=some_of(foreign, 5) if foreign else "no .modekit, which every folder that modekit makes has",
+            remedy="move it away, or choose another folder",
         )
 
 
 def check_room(out: Path, needed: int) -> None:
     """Raise OutputError when the disk has less room than OUT needs, besides what an unfinished one has written of it."""
-    new = work_folder(out) / NEW
+    new = work_of(out).path / NEW
     needed -= sum((new / name).lstat().st_size for name in files_below(new))
     disk = disk_of(out)
     if disk.total and needed > disk.free:  # some file systems do not say how large they are
@@ -177,15 +160,11 @@ def disk_of(out: Path) -> shutil._ntuple_diskusage:
 def refuse_entangled(out: Path, sources: Sequence[Path]) -> None:
     """Raise OutputError when OUT is, holds, or lies in a folder that the command reads, whatever links lead there."""
     real = Path(os.path.realpath(out))  # Path.resolve raises where links go round
-    for source in sources:
-        folder = Path(os.path.realpath(source))
-        relation = (
-            "is" if real == folder else "holds" if real in folder.parents else "lies in" if folder in real.parents else ""
-        )
-        if relation:
+    for folder in (Path(os.path.realpath(source)) for source in sources):
+        if real == folder or real in folder.parents or folder in real.parents:
             raise OutputError(
                 "the output must not touch what it is made from",
                 where=str(out),
-                found=f"it {relation} {source}",
+                found=f"it is, holds or lies in {folder}",
                 remedy="choose a folder beside it",
             )

@@ -47,13 +47,9 @@ class FileState:
         return max(self.modified_ns, self.changed_ns) < time.time_ns() - YOUNG_NS
 
     @classmethod
-    def of(cls, stream: io.FileIO) -> FileState:
-        """The state of an open file. Raises OSError."""
-        return cls.of_status(os.fstat(stream.fileno()))
-
-    @classmethod
-    def of_status(cls, found: os.stat_result) -> FileState:
-        """The same of what the system says of a file."""
+    def of(cls, file: io.FileIO | Path) -> FileState:
+        """The state of a file, open or not. Raises OSError."""
+        found = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -62,7 +58,7 @@ def open_regular(path: Path) -> io.FileIO:
 
     Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -26,32 +25,19 @@ Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or nothing."""
 
 
-def must_be(what: str, is_so: Callable[[_Kind], bool]) -> AfterValidator:
-    """A check of a value; `what` completes the message: must be ..."""
-
-    def checked(value: _Kind) -> _Kind:
-        if not is_so(value):
-            raise ValueError(f"must be {what}")
-        return value
-
-    return AfterValidator(checked)
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be a line of characters that can be printed")
+    return text
 
 
-def _is_relative(path: str) -> bool:
-    return not ("\0" in path or len(path) > 4_096 or Path(path).is_absolute() or PureWindowsPath(path).drive)
-
-
-def _is_plain_name(name: str) -> bool:
-    return not (name in ("", ".", "..") or any(sign in name for sign in "/\\\0") or PureWindowsPath(name).drive)
-
-
-Label = Annotated[str, StringConstraints(max_length=300), must_be("a line of characters that can be printed", str.isprintable)]
+Label = Annotated[str, StringConstraints(max_length=300), AfterValidator(_printable)]
 """What a table calls something."""
-PlainName = Annotated[str, must_be("a name without a path", _is_plain_name)]
-RelativePath = Annotated[str, must_be("a path relative to the folder that the file lies in", _is_relative)]
-Spec = Annotated[
-    str, StringConstraints(max_length=4_096), must_be("no text with a NUL, which no path has", lambda text: "\0" not in text)
-]
+PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00:]*[^/\\\x00:.][^/\\\x00:]*$")]
+"""A name without a path."""
+RelativePath = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^([^/\\\x00]([^:\x00][^\x00]*)?)?$")]
+"""A path relative to the folder that the file lies in."""
+Spec = Annotated[str, StringConstraints(max_length=4_096, pattern=r"^[^\x00]*$")]
 """A path or hub id, as somebody wrote it."""
 
 

@@ -1,7 +1,6 @@
-"""What this user's modekit found out about large files, kept where no folder that somebody else made can bring it.
+"""What this user's modekit found out, kept where no folder that somebody else made can bring it.
 
-    CACHE/digests/<path's sha256>.json   the blake3 of a file, and the state in which the file had it
-    CACHE/proven/<sha256>                what was proven here; the name says it all
+    CACHE/known/<sha256 of what>    what was proven; of a file in some state, its blake3
 
 CACHE is MODEKIT_CACHE, else XDG_CACHE_HOME/modekit, else ~/.cache/modekit. Whatever is wrong with it, nothing is known then: a
 file is read again, and a proof is made again.
@@ -11,27 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
-from pydantic import BaseModel
+from modekit.files.read import UNREADABLE, FileState, read_text
+from modekit.files.write import make_folder, write_file
 
-from modekit.files.read import UNREADABLE, FileState
-from modekit.files.typed import Digest, read_as
-from modekit.files.write import json_bytes, make_folder, remove, write_file
-
-_MOST = 2_000
-"""Entries of a folder: of more, those that were written longest ago go."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _WRONG = (*UNREADABLE, RuntimeError)
 """What asking the cache raises; RuntimeError where the user has no home."""
-
-
-class _Known(BaseModel):
-    path: str
-    state: tuple[int, ...]
-    blake3: Digest
 
 
 def cache_folder() -> Path:
@@ -45,8 +35,8 @@ def cache_folder() -> Path:
 def known_digest(path: Path) -> str | None:
     """The blake3 of a file that was read before and has not changed since, by size, times and inode; else None."""
     try:
-        known, now = read_as(_digest_file(path), _Known, 2**16), FileState.of_status(path.stat())
-        return known.blake3 if known.path == os.path.realpath(path) and known.state == astuple(now) else None
+        found = read_text(_file_of(_in_state(path, FileState.of(path))), 2**10)
+        return found if _DIGEST.fullmatch(found) else None
     except _WRONG:
         return None
 
@@ -54,47 +44,39 @@ def known_digest(path: Path) -> str | None:
 def keep_digest(path: Path, state: FileState, blake3: str) -> None:
     """Keep the blake3 of a file that was read in a state. Nothing is kept where that cannot be told for sure, or written."""
     with suppress(*_WRONG):
-        now = FileState.of_status(path.stat())
+        now = FileState.of(path)
         if now == state and now.is_settled:
-            known = _Known(path=os.path.realpath(path), state=astuple(now), blake3=blake3)
-            _keep(_digest_file(path), json_bytes(known.model_dump(mode="json")))
+            keep_proven(_in_state(path, now), blake3)
 
 
-def keep_proven(what: str) -> None:
-    """Keep that something was proven here."""
+def keep_proven(what: str, found: str = "") -> None:
+    """Keep that something was proven here, or what was found of it."""
     with suppress(*_WRONG):
-        _keep(_file_of("proven", what.encode()), b"")
+        file = _file_of(what)
+        if not file.parent.exists():
+            make_folder(file.parent)
+            file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
+        write_file(file, found.encode(), sync=False)
 
 
 def is_proven_here(what: str) -> bool:
     """Whether it was."""
     try:
-        return _file_of("proven", what.encode()).is_file()
+        return _file_of(what).is_file()
     except _WRONG:
         return False
 
 
-def _digest_file(path: Path) -> Path:
-    return _file_of("digests", os.fsencode(os.path.realpath(path)), ".json")
+def _in_state(path: Path, state: FileState) -> str:
+    return f"{os.path.realpath(path)} {astuple(state)}"
 
 
-def _file_of(folder: str, what: bytes, suffix: str = "") -> Path:
+def _file_of(what: str) -> Path:
     """A file of the cache. Raises OSError where its folder is a link, or another user may write into it."""
-    path = cache_folder() / folder
+    path = cache_folder() / "known"
     with suppress(FileNotFoundError):
         status = path.lstat()
-        others = os.name != "nt" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        others = status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if others or not stat.S_ISDIR(status.st_mode):
             raise PermissionError(f"{path} is not this user's alone")
-    return path / f"{hashlib.sha256(what).hexdigest()}{suffix}"
-
-
-def _keep(file: Path, content: bytes) -> None:
-    if not file.parent.exists():
-        make_folder(file.parent)
-        file.parent.chmod(stat.S_IRWXU)  # whatever the umask says
-    write_file(file, content, sync=False)
-    files = list(file.parent.iterdir())
-    if len(files) > _MOST:
-        for old in sorted(files, key=lambda file: file.lstat().st_mtime_ns)[: len(files) - _MOST // 2]:
-            remove(old)
+    return path / hashlib.sha256(os.fsencode(what)).hexdigest()

@@ -18,15 +18,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from modekit.files.read import open_regular
-from modekit.files.tensors import write_all
 
 _TEMPORARY = re.compile(r"\.modekit\.[0-9a-f]{16}\.tmp")
 _CHUNK = 2**20
+Entry = tuple[str, str, tuple[int, ...], int]
+"""name, safetensors dtype, shape, bytes: one tensor of a file's header."""
+_LENGTH, _BOUNDARY = 8, 64
+"""Bytes of the header's length in front of it, and what all of it is a multiple of."""
 Content = bytes | Callable[[io.FileIO], None]
 """Of a file: its bytes, or what writes them."""
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -43,9 +48,31 @@ def digest_of_data(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def safetensors_header(entries: Iterable[Entry]) -> bytes:
+    """Header of a safetensors file with the tensors in the given order.
+
+    Data starts on a boundary of 64 bytes, so that a tensor which is read in place lies in memory as one that is copied does:
+    on some processors the last bits of a product depend on that.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH + len(text)) % _BOUNDARY)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_all(stream: io.FileIO, view: memoryview) -> None:
+    """Write all of a view to an unbuffered stream, however little each call takes."""
+    while len(view):
+        view = view[stream.write(view) or 0 :]
+
+
 def create(path: Path) -> io.FileIO:
     """A new file, open for writing, unbuffered. Raises OSError where anything has that name, a link included."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     return io.FileIO(os.open(path, flags, 0o666), "wb")
 
 
@@ -141,15 +168,10 @@ def link_in(folder: Path) -> str | None:
 def write_file(path: Path, content: Content, *, sync: bool = True) -> None:
     """Write a file so that it is seen whole or not at all. Raises OSError."""
     with appearing(path, sync=sync) as temporary, create(temporary) as stream:
-        write_content(stream, content)
-
-
-def write_content(stream: io.FileIO, content: Content) -> None:
-    """Write all of it to an unbuffered stream."""
-    if isinstance(content, bytes):
-        write_all(stream, memoryview(content))
-    else:
-        content(stream)
+        if isinstance(content, bytes):
+            write_all(stream, memoryview(content))
+        else:
+            content(stream)
 
 
 def write_json(path: Path, value: object, *, sync: bool = True) -> None:
@@ -253,10 +275,8 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can say so."""
-    if os.name != "nt":
-        sync_file(path)
+sync_folder = sync_file
+"""Wait until the names in a folder are on the disk."""
 
 
 def sync_tree(path: Path, *, but: Collection[Path] = ()) -> None:

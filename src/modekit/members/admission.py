@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -52,39 +52,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Admission:
-    """What was found.
-
-    Attributes:
-        expert: its name.
-        losses: base, mixture and expert -> nats per token; empty without text.
-        tokens: read for them.
-        drift: from the base.
-        likeness: expert that is there -> cosine and relative distance; of those whose models are there, too.
-        findings: what follows; an error refuses the expert.
+    """What was found: losses of base, mixture and expert (nats per token; none without text) and the tokens read for them, the
+    way from the base, name, cosine and distance of the nearest expert whose model is there, and what follows.
     """
 
     expert: str
-    losses: Mapping[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    drift: float = 0.0
-    likeness: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    findings: Sequence[Finding] = ()
+    losses: Mapping[str, float]
+    tokens: int
+    drift: float
+    nearest: tuple[str, float, float] | None
+    findings: Sequence[Finding]
 
     @property
     def refused(self) -> list[Finding]:
         """Findings that refuse it."""
         return [finding for finding in self.findings if finding.level == "error"]
-
-    @property
-    def nearest(self) -> tuple[str, float, float] | None:
-        """The expert that it resembles most: its name, cosine and distance."""
-        return max(((name, *numbers) for name, numbers in self.likeness.items()), key=lambda each: each[1], default=None)
-
-    def numbers(self) -> dict[str, float | None]:
-        """As the history keeps them."""
-        cosine = None if self.nearest is None else round(self.nearest[1], 6)
-        losses = {f"loss_{name}": round(loss, 6) for name, loss in self.losses.items()}
-        return {**losses, "tokens": self.tokens, "drift": round(self.drift, 6), "nearest_cosine": cosine}
 
 
 def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, run: Run = QUIET) -> Admission:
@@ -95,13 +77,10 @@ def measure_admission(before: CheckpointUpdate, *, tokens: int = SAMPLE_TOKENS, 
     (place,) = (place for place, origin in enumerate(before.origins) if origin is None)
     write_texts(before.plan, run, but=before.statistics)
     name = before.plan.recipe.names[place]
-    others = _models_that_are_there(before, place, run)
-    drift, likeness = _likeness(before, place, others, run)
+    drift, nearest = _likeness(before, place, _models_that_are_there(before, place, run), run)
     losses, read = _losses(before, place, tokens, run)
-    low_rank = before.plan.recipe.experts[place].lora_rank
-    missed = [each.name for each in before.plan.recipe.experts if each.name not in (*others, name) and not each.is_base]
-    findings = [*_of_losses(losses, low_rank), *_of_likeness(drift, likeness, missed), *_of_licences(before, place)]
-    return Admission(name, losses, read, drift, likeness, findings)
+    findings = [*_of_losses(losses), *_of_likeness(drift, nearest), *_of_licences(before, place)]
+    return Admission(name, losses, read, drift, nearest, findings)
 
 
 def _losses(before: CheckpointUpdate, place: int, tokens: int, run: Run) -> tuple[dict[str, float], int]:
@@ -155,12 +134,12 @@ def _models_that_are_there(before: CheckpointUpdate, place: int, run: Run) -> di
 
 def _likeness(
     before: CheckpointUpdate, place: int, others: Mapping[str, ModelSource], run: Run
-) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Its drift, and cosine and distance to every expert whose model is there."""
+) -> tuple[float, tuple[str, float, float] | None]:
+    """Its drift, and name, cosine and distance of the nearest expert whose model is there."""
     plan = before.plan
     base, new = plan.sources[0], plan.sources[1 + place]
     if plan.recipe.experts[place].is_base:
-        return 0.0, {}
+        return 0.0, None
     names = plan.family.own_names(base)
     sizes = plan.family.sizes(base.config)  # layers of each stack
     looked_at = {layer_at(stack, number) for stack, count in sizes.items() for number in (0, count // 2, count - 1)}
@@ -168,19 +147,16 @@ def _likeness(
     assert sample, looked_at
     found = compare(base, [new, *others.values()], sample, run)
     if not found.drift:  # in those layers: perhaps in others
-        return compare(base, [new], names, run).drift, {}
-    pairs = {name: found.to(number) for number, name in enumerate(others, 1)}
-    return found.drift, {name: pair for name, pair in pairs.items() if pair is not None}
+        return compare(base, [new], names, run).drift, None
+    pairs = ((name, found.to(number)) for number, name in enumerate(others, 1))
+    return found.drift, max(((name, *pair) for name, pair in pairs if pair), key=lambda each: each[1], default=None)
 
 
-def _of_losses(losses: Mapping[str, float], low_rank: int | None) -> Iterator[Finding]:
+def _of_losses(losses: Mapping[str, float]) -> Iterator[Finding]:
     if not losses:
         to_do = "give --text, a few hundred documents"
         yield Finding("note", "what it brings was not measured", "no held-out text of its own", to_do)
         return
-    if low_rank is not None:
-        what = f"of its difference a part of rank {low_rank} comes, and the loss is that of the whole model"
-        yield Finding("note", what, to_do="`modekit extract` shows what a rank loses")
     base, mixture, expert = losses["base"], losses["mixture"], losses["expert"]
     found = f"base {base:.3f}, mixture {mixture:.3f}, expert {expert:.3f} nats per token"
     if not base - expert > _SMALLEST_GAIN:  # nor where it is no number
@@ -191,15 +167,12 @@ def _of_losses(losses: Mapping[str, float], low_rank: int | None) -> Iterator[Fi
         yield Finding("warning", what, found, "an expert for another domain would bring more")
 
 
-def _of_likeness(drift: float, likeness: Mapping[str, tuple[float, float]], missed: Sequence[str]) -> Iterator[Finding]:
-    if missed:
-        found = "their models are not where they were, or not what they were"
-        yield Finding("note", f"it was not compared with {', '.join(missed)}", found)
-    for other, (cosine, distance) in likeness.items():
-        if cosine >= _NEAR_COSINE:
-            found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"
-            to_do = f"put it in that one's place: modekit replace OUT {other} --model ..."
-            yield Finding("error", f"it is nearly the same model as {other}", found, to_do)
+def _of_likeness(drift: float, nearest: tuple[str, float, float] | None) -> Iterator[Finding]:
+    if nearest is not None and nearest[1] >= _NEAR_COSINE:
+        other, cosine, distance = nearest
+        found = f"cosine {cosine:.3f}, distance {distance:.3f} of the longer way from the base"
+        to_do = f"put it in that one's place: modekit replace OUT {other} --model ..."
+        yield Finding("error", f"it is nearly the same model as {other}", found, to_do)
     if not drift:
         yield Finding("note", "it equals the base model", to_do="give --model base, which needs no tensors of its own")
 

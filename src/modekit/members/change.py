@@ -32,7 +32,6 @@ from modekit.recipes.recipe import Expert
 from modekit.recipes.strict import BASE
 from modekit.run import QUIET, Run
 from modekit.sources.adapter import AdapterSource, LowRank
-from modekit.sources.contents import blake3_of
 from modekit.sources.header import TensorRef
 from modekit.sources.open import Opener, label_of
 from modekit.sources.source import ModelSource
@@ -50,8 +49,8 @@ def write_change(checkpoint: Checkpoint, edit: MixtureEdit, out: Path, *, run: R
     return build(before.plan, out, update=before, run=run)
 
 
-def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET) -> CheckpointUpdate:
-    """The change, planned: nothing is written. Raises as `write_change`."""
+def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, refits: bool = False, run: Run = QUIET) -> CheckpointUpdate:
+    """The change, planned: nothing is written. `refits`: the router is set anew even where it was trained. Raises as above."""
     record, opener = checkpoint.record, Opener(checkpoint.recipe_root, run)
     base = opener.base(record.recipe)
     _check_base(checkpoint, base, run)
@@ -60,7 +59,6 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
         for place, (expert, origin) in enumerate(zip(edit.recipe.experts, edit.origins, strict=True))
         if origin is None
     }
-    _check_is_another(checkpoint, edit, new)
     experts = list(enumerate(record.recipe.experts))
     recorded = [recorded_model(label_of(number, expert), expert, base, checkpoint, number) for number, expert in experts]
     opened = [opened_expert(checkpoint, opener, number, base) for number, _ in experts]
@@ -71,7 +69,7 @@ def before_change(checkpoint: Checkpoint, edit: MixtureEdit, *, run: Run = QUIET
         merges = record.recipe.mixture.backbone != BASE and any(isinstance(each, AdapterSource) for each in old)
         lacks = planned is None or _reads_recorded_model(planned.plan) or (merges and (None in opened or old is recorded))
         if planned is not None and not lacks:
-            return planned
+            return replace(planned, refits=refits)
     raise _lacking(checkpoint, [number for number, own in enumerate(opened) if own is None])
 
 
@@ -121,7 +119,7 @@ def _planned(
     planned = reusing(checkpoint.folder, checkpoint.tensors, before, after, edit.origins)
     names = {} if planned.reused is None else planned.reused.names
     _check_training_stays(checkpoint, names, edit.origins, before)
-    return CheckpointUpdate(checkpoint, planned, edit.origins, _statistics(edit, planned, names), edit.change, edit.refits)
+    return CheckpointUpdate(checkpoint, planned, edit.origins, _statistics(edit, planned, names), edit.change)
 
 
 def _reads_recorded_model(plan: Plan) -> bool:
@@ -143,76 +141,41 @@ def _lacking(checkpoint: Checkpoint, numbers: Sequence[int]) -> SourceError | Ch
             found=f"another {some_of(differs)}",
             remedy="put it back, or set the router again with `modekit fit`",
         )
-    if not numbers:
-        return SourceError(
-            "the models are not those that the mixture was built from",
-            where=str(checkpoint.folder),
-            found="other settings, ranks or scales than the mixture has",
-            remedy="put back what they were, or build the mixture again",
-        )
-    folders = [checkpoint.source_folder(record.sources[record.expert_sources[number]]) for number in numbers]
     labels = [label_of(number, record.recipe.experts[number]) for number in numbers]
-    changed = [f"{label}: {folder}" for label, folder in zip(labels, folders, strict=True) if folder.is_dir()]
-    if changed:
-        return SourceError(
-            "a model has changed since the mixture was built, and something of it is needed again",
-            where=some_of(changed),
-            remedy="put back what it was, or build the mixture again",
-        )
     return SourceError(
-        "an expert's model is missing, and this change needs it",
-        where=some_of(labels),
-        found=some_of(folders),
-        remedy="put it back: with this change something that it gave takes another form (docs/experts.md)",
+        "an expert's model is missing or has changed since the mixture was built, and this change needs it",
+        where=some_of(labels) or str(checkpoint.folder),
+        found=some_of([checkpoint.source_folder(record.sources[record.expert_sources[number]]) for number in numbers]) or None,
+        remedy="put back what it was, or build the mixture again (docs/experts.md)",
     )
-
-
-def _check_is_another(checkpoint: Checkpoint, edit: MixtureEdit, new: Mapping[int, ModelSource]) -> None:
-    """Raise RecipeError when the model that is to take an expert's place is the one that is there, byte for byte."""
-    record = checkpoint.record
-    if edit.change.what != "replace" or edit.recipe.digest() != record.recipe_digest:
-        return
-    ((place, source),) = new.items()
-    known = record.sources[record.expert_sources[place]].files
-    if {file.name: blake3_of(file) for file in source.files} == {name: file.blake3 for name, file in known.items()}:
-        raise RecipeError(
-            "this very model exists in its place already",
-            where=str(checkpoint.folder),
-            found=f"{edit.change.expert}: {edit.change.source}",
-            remedy="name another model or text",
-        )
 
 
 def _check_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> None:
     """Raise SourceError when the base is no longer the one that the mixture and its statistics were made with."""
-    differs = _changed_base(checkpoint, base, run)
-    if differs is not None:
+    record = checkpoint.record
+    file = changed_settings(record.sources[0], base.folder) or changed_weights(record.sources[0], base.folder, run)
+    if file := file or _changed_tokenizer(checkpoint, base):
         raise SourceError(
             "the base model is not the one that the mixture was built with",
             where=str(base.folder),
-            found=differs,
+            found=f"{file} is another, or gone",
             remedy="put it back, or build the mixture again",
         )
 
 
-def _changed_base(checkpoint: Checkpoint, base: ModelSource, run: Run) -> str | None:
-    folder, record = checkpoint.folder, checkpoint.record
-    changed = changed_settings(record.sources[0], base.folder) or changed_weights(record.sources[0], base.folder, run)
-    if changed:
-        return f"{changed if isinstance(changed, str) else changed[0]} is another"
-    if record.tokens is not None and record.tokens.tokenizer != 0:
+def _changed_tokenizer(checkpoint: Checkpoint, base: ModelSource) -> str | None:
+    """The first file that the mixture has of its base's tokenizer, and that is another there now."""
+    tokens = checkpoint.record.tokens
+    if tokens is not None and tokens.tokenizer != 0:
         return None
     copied = copied_files(base.folder, where=f"base_model ({base.spec})")
-    if gone := gone_pair_files(folder, copied):
-        return f"{gone[0]} is gone"
-    written = record.tokens.written if record.tokens is not None else ()
     for file in copied:
-        same = file.name in written
+        same = tokens is not None and file.name in tokens.written
         with suppress(*UNREADABLE):
-            same = same or copied_content(file) == copied_content(folder / file.name)
+            same = same or copied_content(file) == copied_content(checkpoint.folder / file.name)
         if not same:
-            return f"{file.name} is another"
-    return None
+            return file.name
+    return next(iter(gone_pair_files(checkpoint.folder, copied)), None)
 
 
 def _check_training_stays(checkpoint: Checkpoint, names: Mapping[str, str], origins: Origins, before: Plan) -> None:

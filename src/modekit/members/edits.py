@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,49 +13,31 @@ from modekit.checkpoint.record import Change
 from modekit.errors import RecipeError
 from modekit.planning.reuse import Origins
 from modekit.recipes.edit import as_written
-from modekit.recipes.paths import locate, may_be_hub_id
+from modekit.recipes.paths import from_folder
 from modekit.recipes.read import parse_recipe
 from modekit.recipes.recipe import Recipe
 from modekit.recipes.strict import BASE, SELF
 
-_FEWEST = 2
 _OF_ITS_MODEL = ("model", "adapter", "as", "rank", "bits", "revision")  # of what a recipe says of an expert
 
 
 @dataclass(frozen=True)
 class NewExpert:
-    """An expert that is to come.
-
-    Attributes:
-        entry: what a recipe says of one, but for its name: `model` or `adapter`, `text`, `prompts`, `as`, `rank`, ...
-        root: the folder that its paths are relative to.
-        weight: its share where a linear mixture has given weights.
+    """An expert that is to come: what a recipe says of one, but for its name, with paths relative to `root`; `weight` is its
+    share where a linear mixture has given weights.
     """
 
     entry: Mapping[str, object]
     root: Path = field(default_factory=Path)
     weight: float | None = None
 
-    def in_folder(self, folder: Path) -> dict[str, object]:
-        """The entry in a recipe in `folder`."""
-        entry = dict(self.entry)
-        for key in ("model", "adapter"):
-            if isinstance(value := entry.get(key), str) and value:
-                entry[key] = self._moved(value, folder)
-        text = entry.get("text")
-        if isinstance(text, str) and text:
-            entry["text"] = self._moved(text, folder)
-        elif isinstance(text, list | tuple):
-            entry["text"] = [self._moved(spec, folder) if isinstance(spec, str) else spec for spec in text]
-        return entry
-
-    def _moved(self, spec: str, folder: Path) -> str:
-        """A path from elsewhere; a hub id, which is none here, as it is."""
-        elsewhere = may_be_hub_id(spec) and locate(spec, self.root) is None
-        if elsewhere or spec in (BASE, SELF) or Path(spec).is_absolute():
-            return spec
-        relative = os.path.relpath(self.root / Path(spec).expanduser(), folder)
-        return relative if relative.startswith("..") else f"./{relative}"
+    def in_folder(self, folder: Path) -> dict[str, Any]:
+        """The entry in a recipe in `folder`; of what is no text, the recipe's own rules say so."""
+        try:
+            moved: dict[str, Any] = from_folder({"base_model": BASE, "experts": [self.entry]}, self.root, folder)["experts"][0]
+        except (TypeError, AttributeError):
+            return dict(self.entry)
+        return moved
 
 
 @dataclass(frozen=True)
@@ -68,42 +49,24 @@ class MixtureEdit:
         origins: per expert its number in the checkpoint; None for a new one.
         change: what the history will say.
         keeps_text: new experts whose text is that of an expert of the checkpoint, by the same name.
-        refits: the router is set anew even where it was trained.
     """
 
     recipe: Recipe
     origins: Origins
     change: Change
     keeps_text: Sequence[str] = ()
-    refits: bool = False
 
 
 def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit:
     """With one more expert, the last, which writes its text if it has none and others wrote theirs. Raises RecipeError."""
     data = as_written(checkpoint.record.recipe)
-    if name in checkpoint.names:
-        raise RecipeError(
-            "an expert of this name exists already",
-            where=str(checkpoint.folder),
-            found=f"{name}, one of {_list(checkpoint)}",
-            remedy="choose another name, or give it a new model with `modekit replace`",
-        )
     entry = new.in_folder(checkpoint.recipe_root)
     if not {"text", "prompts"} & entry.keys() and any(each.writes_text for each in checkpoint.record.recipe.experts):
         entry["text"] = SELF
     data["experts"] = [*data["experts"], {"name": name, **entry}]
-    weights = checkpoint.record.recipe.mixture.weights
-    if weights is None and new.weight is not None:
-        raise RecipeError("the mixture has no given weights", where="weight", found=new.weight, remedy="leave it out")
-    if weights is not None:
-        if new.weight is None:
-            raise RecipeError(
-                "the mixture's weights are given, and the new expert has none",
-                where="mixture.weights",
-                found=", ".join(f"{key} {value:g}" for key, value in weights.items()),
-                remedy="give it a weight (weight=1)",
-            )
-        data["mixture"] = {**data["mixture"], "weights": {**weights, name: new.weight}}
+    if new.weight is not None:
+        mixture = data.setdefault("mixture", {})
+        mixture["weights"] = {**(mixture.get("weights") or {}), name: new.weight}
     origins = [*range(len(checkpoint.names)), None]
     return MixtureEdit(_parsed(data, checkpoint), origins, _change("add", name, source=_source(entry)))
 
@@ -111,22 +74,15 @@ def add_expert(checkpoint: Checkpoint, name: str, new: NewExpert) -> MixtureEdit
 def remove_expert(checkpoint: Checkpoint, name: str) -> MixtureEdit:
     """Without an expert. Raises RecipeError where the mixture cannot do without it."""
     number = _number(checkpoint, name)
-    _check_unused(checkpoint, name)
-    if len(checkpoint.names) <= _FEWEST:
-        raise RecipeError(
-            "a mixture of one expert is none",
-            where=str(checkpoint.folder),
-            found=f"it has {_list(checkpoint)}",
-            remedy="use that model by itself, or add another expert first",
-        )
     data = as_written(checkpoint.record.recipe)
     gone = data["experts"].pop(number)
     data["eval"] = {key: texts for key, texts in data.get("eval", {}).items() if key != name}
     if not data["eval"]:
         del data["eval"]
     mixture = data.get("mixture", {})
-    for setting in _by_name(mixture):
-        mixture[setting] = {key: value for key, value in mixture[setting].items() if key != name}
+    for setting in ("weights", "threshold"):  # which may name every expert
+        if isinstance(mixture.get(setting), dict):
+            mixture[setting] = {key: value for key, value in mixture[setting].items() if key != name}
     origins = [other for other in range(len(checkpoint.names)) if other != number]
     return MixtureEdit(_parsed(data, checkpoint), origins, _change("remove", name, was=_source(gone)))
 
@@ -154,39 +110,16 @@ def _number(checkpoint: Checkpoint, name: str) -> int:
             "no expert of this name exists",
             where=str(checkpoint.folder),
             found=name,
-            expected=_list(checkpoint),
+            expected=", ".join(checkpoint.names),
             remedy="name one of these",
         )
     return checkpoint.names.index(name)
-
-
-def _check_unused(checkpoint: Checkpoint, name: str) -> None:
-    mixture = checkpoint.record.recipe.mixture
-    always_on, backbone = mixture.always_on, mixture.backbone
-    user = "always_on" if always_on is not None and always_on.expert == name else ""
-    user = "backbone" if getattr(backbone, "expert", None) == name else user
-    if user:
-        raise RecipeError(
-            "the mixture needs this expert",
-            where=f"mixture.{user}",
-            found=name,
-            remedy=f"build a recipe without it, or change mixture.{user} first",
-        )
-
-
-def _by_name(mixture: Mapping[str, object]) -> list[str]:
-    """Settings of a mixture that name every expert."""
-    return [key for key in ("weights", "threshold") if isinstance(mixture.get(key), dict)]
 
 
 def _source(entry: Mapping[str, object]) -> str | None:
     """The model or adapter that a recipe's expert names."""
     source = entry.get("model") or entry.get("adapter")
     return source if isinstance(source, str) else None
-
-
-def _list(checkpoint: Checkpoint) -> str:
-    return ", ".join(checkpoint.names)
 
 
 def _parsed(data: dict[str, Any], checkpoint: Checkpoint) -> Recipe:

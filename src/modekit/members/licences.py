@@ -1,7 +1,6 @@
-"""What a mixture's sources say of their licences and teachers: read from their own folders, nothing judged.
+"""What a mixture's sources say of their licences: read from their own folders, nothing judged.
 
-A model's README.md with front matter counts first, then a licence file whose title is known. Hub models that were downloaded
-without a README are asked for it, when asked to.
+A model's README.md with front matter counts first, then a licence file.
 """
 
 from __future__ import annotations
@@ -9,19 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel
 
 from modekit.checkpoint.checkpoint import Checkpoint
 from modekit.checkpoint.record import SourceRecord
-from modekit.files.read import UNREADABLE, parse_json, read_text
-from modekit.files.typed import Label, read_as
+from modekit.files.read import UNREADABLE, read_text
 from modekit.recipes.paths import locate
 from modekit.recipes.strict_yaml import StrictLoader
-from modekit.sources.source import SPECIALIST_FILE
 
 NONE_FOUND = "no licence found"
 _LARGEST = 2**20  # bytes of a README or licence file; more is not one
@@ -29,10 +24,6 @@ _LONGEST_MATTER = 2**16  # characters of front matter: YAML is read slowly
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?\Z")
 _LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.-]*\Z")
 _FRONT_MATTER = re.compile(r"^---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(\n|\Z)", re.DOTALL)
-_TITLE = 600  # characters in which a licence's title stands
-_LINES = files("modekit.members").joinpath("licence_titles.txt").read_text(encoding="utf-8").splitlines()
-_TITLES = {title: licence for licence, title in (line.split("\t") for line in _LINES)}
-"""What a licence file begins with -> the hub's id."""
 _KINDS = (
     ("non-commercial use only", re.compile(r"(^|-)nc(-|$)|non-?commercial")),
     ("share-alike (what is made of it goes under the same licence)", re.compile(r"(^|-)sa(-|$)|^a?gpl|^lgpl|^osl|^eupl|^odbl")),
@@ -44,16 +35,8 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a mixture: who it is and what its own files say.
-
-    Attributes:
-        used_as: "base model", and the experts made of it.
-        hub_id: when the recipe names a model of the hub.
-        licence: the hub's id of the licence, "other", or None when nothing was found.
-        licence_name, licence_link: of a licence that is "other", as the source says them.
-        said_by: where that stands.
-        languages: as its front matter says.
-        base_models: hub ids of what it was made from, as its front matter or its config says.
+    """One model of a mixture: who it is and what its own files say: the hub's id of the licence, "other" or None (nothing was
+    found), and where that stands.
     """
 
     used_as: tuple[str, ...]
@@ -64,8 +47,6 @@ class Source:
     licence_name: str | None
     licence_link: str | None
     said_by: str
-    languages: tuple[str, ...] = ()
-    base_models: tuple[str, ...] = ()
 
     @property
     def said(self) -> str:
@@ -75,14 +56,14 @@ class Source:
         return self.licence or NONE_FOUND
 
 
-def sources_of(checkpoint: Checkpoint, *, ask_hub: bool = False) -> list[Source]:
-    """Every model that a mixture was made from, in the order of modekit.json. `ask_hub` may use the network."""
+def sources_of(checkpoint: Checkpoint) -> list[Source]:
+    """Every model that a mixture was made from, in the order of modekit.json."""
     record = checkpoint.record
     sources = []
     for place, source in enumerate(record.sources):
         names = [name for name, own in zip(checkpoint.names, record.expert_sources, strict=True) if own == place]
         used_as = (*(["base model"] if place == 0 else []), *(f"expert {name}" for name in names))
-        sources.append(licence_of(source, used_as, checkpoint, ask_hub))
+        sources.append(licence_of(source, used_as, checkpoint))
     return sources
 
 
@@ -108,37 +89,15 @@ def _names(sources: Iterable[Source]) -> str:
     return ", ".join(name for source in sources for name in source.used_as)
 
 
-def licence_of(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint, ask_hub: bool = False) -> Source:
+def licence_of(record: SourceRecord, used_as: tuple[str, ...], checkpoint: Checkpoint) -> Source:
     """What a model's own files say, of a mixture's or of one that may come to it."""
     hub_id = record.spec if locate(record.spec, checkpoint.recipe_root) is None and _HUB_ID.match(record.spec) else None
     folder = checkpoint.source_folder(record)
-    readme = folder / "README.md"
-    if not readme.exists() and hub_id and ask_hub:
-        readme = _hub_readme(hub_id, record.revision) or readme
-    matter = front_matter(readme)
-    languages, bases = _strings(matter.get("language")), _base_models(matter, folder, checkpoint.recipe_root)
-    licence, name, link = _licence_in(matter)
+    licence, name, link = _licence_in(front_matter(folder / "README.md"))
     said_by = "README.md"
     if licence is None:
         said_by, licence = _licence_file(folder)
-    return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, said_by, languages, bases)
-
-
-def _base_models(matter: dict[str, object], folder: Path, root: Path) -> tuple[str, ...]:
-    """Hub ids that a model gives as its base: in its README, else in its config. A folder of somebody's machine is none."""
-    said = _strings(matter.get("base_model"))
-    for file, key in (("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")):
-        said = said or _strings(_json_in(folder / file).get(key))
-    ids = (name for name in said if name.count("/") == 1 and _HUB_ID.match(name))
-    return tuple(name for name in ids if not any(locate(name, at) for at in (folder, root)))
-
-
-def _json_in(path: Path) -> dict[str, object]:
-    try:
-        data = parse_json(_text_of(path) or "{}")
-    except ValueError:
-        data = None
-    return data if isinstance(data, dict) else {}
+    return Source(used_as, record.spec, hub_id, record.revision, licence, name, link, said_by)
 
 
 def front_matter(readme: Path) -> dict[str, object]:
@@ -175,50 +134,9 @@ def _licence_in(matter: dict[str, object]) -> tuple[str | None, str | None, str 
 
 
 def _licence_file(folder: Path) -> tuple[str, str | None]:
-    """Name of the licence file, or that there is none, and the licence's id."""
+    """Name of the licence file, or that there is none, and the licence's id: which it is, its reader sees."""
     try:
         names = sorted(path.name for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying)", path.name))
     except OSError:
         return "the folder is missing", None
-    for name in names:
-        beginning = " ".join(_text_of(folder / name)[: 4 * _TITLE].lower().replace(",", ", ").split())
-        head = beginning.replace(" ,", ",")[:_TITLE]
-        known = next((licence for title, licence in _TITLES.items() if title in head), None)
-        if known is None and "redistribution and use in source and binary forms" in beginning:
-            whole = _text_of(folder / name).lower()
-            known = "bsd-3-clause" if "neither the name" in whole else "bsd-2-clause"
-        return name, known or "other"
-    return "neither README.md nor a licence file names one", None
-
-
-def _hub_readme(hub_id: str, revision: str | None) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(hub_id, "README.md", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
-
-
-class _Teacher(BaseModel):
-    name: Label
-
-
-class _Specialist(BaseModel):
-    teacher: _Teacher | None = None
-
-
-def teachers_of(checkpoint: Checkpoint) -> list[str | None]:
-    """Per expert in recipe order the name of its teacher (`modekit specialize --teacher`), as its own folder says."""
-    record = checkpoint.record
-    return [teacher_of(checkpoint.source_folder(record.sources[place])) for place in record.expert_sources]
-
-
-def teacher_of(folder: Path) -> str | None:
-    """Name of the teacher of the model in a folder; None without one, or where nothing can be read."""
-    try:
-        specialist = read_as(folder / SPECIALIST_FILE, _Specialist)
-    except UNREADABLE:
-        return None
-    return None if specialist.teacher is None else specialist.teacher.name
+    return (names[0], "other") if names else ("neither README.md nor a licence file names one", None)

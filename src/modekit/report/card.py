@@ -24,7 +24,7 @@ from modekit.evaluation.results import Results
 from modekit.evaluation.tables import as_markdown, markdown_table, plain
 from modekit.evaluation.translation.results import TranslationResults
 from modekit.files.figures import count_of
-from modekit.members.licences import Source, facts, sources_of, teachers_of
+from modekit.members.licences import Source, facts, sources_of
 from modekit.recipes.auto import why_chosen
 from modekit.recipes.strict import BASE
 from modekit.sources.config import architecture_of
@@ -43,9 +43,9 @@ class Card:
     notes: Sequence[str]
 
 
-def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRecord | None = None) -> Card:
+def make_card(checkpoint: Checkpoint, *, shown: MixtureRecord | None = None) -> Card:
     """The card's files. `shown` is the record as it is shown to others, by default the checkpoint's own."""
-    sources = sources_of(checkpoint, ask_hub=ask_hub)
+    sources = sources_of(checkpoint)
     data = _metadata(checkpoint, sources)
     if shown is not None:
         sources = [replace(source, spec=said.spec) for source, said in zip(sources, shown.sources, strict=True)]
@@ -58,7 +58,7 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
     card = ModelCard.from_template(data, None, template, **values)
     notes = [*problems, *known]
     if data.base_model is None:
-        notes.append("base_model is left out: the sources are folders, and none of them names its base model")
+        notes.append("base_model is left out: the sources are folders, not models of the hub")
     contents = {CARD_FILE: f"{card.content}\n"}
     if data.license_link == LICENCE_FILE:
         contents[LICENCE_FILE] = _licence_page(table, known)
@@ -67,17 +67,15 @@ def make_card(checkpoint: Checkpoint, *, ask_hub: bool = True, shown: MixtureRec
 
 def _metadata(checkpoint: Checkpoint, sources: Sequence[Source]) -> ModelCardData:
     """The front matter. A mixture of fine-tunes is a `merge` in the hub's words (adapter, finetune, merge, quantized)."""
-    bases = list(dict.fromkeys(name for s in sources for name in ([s.hub_id] if s.hub_id else s.base_models)))
+    bases = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id))
     recipe, root = checkpoint.record.recipe, checkpoint.recipe_root
     texts = [spec for expert in recipe.experts for spec in expert.texts]
-    languages = list(dict.fromkeys(language for source in sources for language in source.languages))
     data_sets = list(dict.fromkeys(spec for spec in texts if not is_local(spec, root)))
     licence, name, link = _licence(sources)
     return ModelCardData(
         base_model=bases or None,
         base_model_relation="merge" if bases else None,
         datasets=data_sets or None,
-        language=languages or None,
         license=licence,
         license_name=name,
         license_link=link,
@@ -146,7 +144,6 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         [domain, *(str(used.get(key, "-"))[:16] for key in ("documents", "tokens", "sha256"))]
         for domain, used in router.text.items()
     ]
-    taught = zip(checkpoint.names, teachers_of(checkpoint), strict=True)
     of_others = {key: plain(value) if isinstance(value, str) else value for key, value in facts_of(checkpoint).items()}
     return {
         **of_others,
@@ -162,7 +159,6 @@ def _made_of(checkpoint: Checkpoint) -> dict[str, object]:
         "recipe": dumped,
         "fence": "`" * max(3, *(len(run) + 1 for run in re.findall("`+", dumped) or [""])),  # longer than any inside
         "packed": [plain(f"{source.label} (from {source.packed})") for source in record.sources if source.packed],
-        "taught": [f"{plain(name)} by {plain(teacher)}" for name, teacher in taught if teacher],
         "text_table": markdown_table(["domain", "documents", "tokens", "sha256"], text, plain) if text else "",
         "trainings": [_training(each) for each in record.training],
     }

@@ -52,8 +52,8 @@ class Parcel:
         }
 
 
-def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
-    """Everything of a checkpoint that others need. Nothing is written; `ask_hub` may look for licences there."""
+def pack(checkpoint: Checkpoint) -> Parcel:
+    """Everything of a checkpoint that others need. Nothing is written."""
     shown = _shown(checkpoint)
     made = {RECORD_FILE: json_bytes(shown.model_dump(mode="json"))}
     if (checkpoint.folder / RECIPE_FILE).exists():
@@ -61,7 +61,7 @@ def pack(checkpoint: Checkpoint, *, ask_hub: bool = True) -> Parcel:
         made[RECIPE_FILE] = yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
     notes: Sequence[str] = ()
     if not (checkpoint.folder / CARD_FILE).exists():
-        card = make_card(checkpoint, ask_hub=ask_hub, shown=shown)
+        card = make_card(checkpoint, shown=shown)
         made |= {name: content for name, content in card.contents.items() if not (checkpoint.folder / name).exists()}
         notes = card.notes
     files: dict[str, Path | bytes] = {}
@@ -153,7 +153,7 @@ def _shown(checkpoint: Checkpoint) -> MixtureRecord:
         sources.append(source.model_copy(update={"spec": spec, "folder": spec.removeprefix("./")}))
     training = [each.model_copy(update={"settings": _named(each.settings, root)}) for each in record.training]
     history = [
-        each.model_copy(update={key: spec and name_of(spec, root) for key, spec in each.specs.items()})
+        each.model_copy(update={key: spec and name_of(spec, root) for key, spec in each if key in ("source", "was")})
         for each in record.history
     ]
     return record.model_copy(

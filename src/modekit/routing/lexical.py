@@ -1,6 +1,6 @@
 """Lexical routers: what does every token say of the domain, averaged over the text so far?
 
-The table is trained without a model (evidence.py). In the modekit architecture it is the gate of one router before the first
+The table is trained without a model (router_file.py). In the modekit architecture it is the gate of one router before the first
 layer; a native checkpoint carries it in channels besides the base's: evidence in the embedding, gates that read its average.
 The channels of the average pass a norm before each gate, which divides them by the size of the stream there. By how much is
 measured on a little text: the gate of a layer multiplies with the median, over tokens, of what the average is over what
@@ -23,7 +23,7 @@ import torch
 
 from modekit.architecture.modekit_router import ngram_rows
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.evidence import evidence_columns, evidence_values, rows_of
+from modekit.checkpoint.router_file import evidence_columns, rows_of
 from modekit.loaded.load import load_tokenizer
 from modekit.loaded.shapes import expert_view
 from modekit.planning.channels import MEASURED_TOKENS
@@ -218,7 +218,9 @@ def _on_channels(fitting: Fitting, texts: Sequence[TokenText], table_EJV: torch.
     view = expert_view(fitting.checkpoint, run=fitting.run)
     fitting.run.begin("measure the stream", len(texts))
     weight: torch.Tensor = view.model.get_input_embeddings().weight
-    weight.data[:, channels.evidence] = torch.from_numpy(evidence_values(columns, embedding)).to(weight)
+    weight.data[:, channels.evidence] = torch.from_numpy(
+        to_float32(as_array(columns, embedding.dtype)).reshape(len(table_VN), -1)
+    ).to(weight)
     ratios: list[list[torch.Tensor]] = [[] for _ in fitting.checkpoint.slots]
     for place, text in enumerate(texts):
         sequences = text.beginning(max(16, MEASURED_TOKENS // len(texts)))

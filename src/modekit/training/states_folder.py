@@ -16,19 +16,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from modekit.errors import InterruptError, TrainingError
-from modekit.files.lock import Lock
-from modekit.files.marker import MARKER, claim_work_folder, is_remains, is_work_folder
+from modekit.errors import InterruptError, OutputError, TrainingError
+from modekit.files.marker import LOCK, MARKER, WorkFolder
 from modekit.files.read import LARGE, UNREADABLE, read_json
 from modekit.files.typed import as_kind, shortened
-from modekit.files.write import empty_folder, link_in, remove, remove_if_empty, sweep, write_json
+from modekit.files.write import empty_folder, link_in, sweep, write_json
 from modekit.loaded.states import whole_states
 from modekit.processes import processes
 
 _Kept = TypeVar("_Kept")
 _SETTINGS = "settings"
 WRITING = "writing"
-_LOCK = "training.lock"
 
 
 class _Claim(BaseModel):
@@ -41,18 +39,18 @@ class StatesFolder:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.path = out.with_name(out.name + ".training")
-        self._lock = Lock(self.path / _LOCK)
+        self._work = WorkFolder(out, "training", [f"{name}.json" for name in (WRITING, "trained", "before", _SETTINGS)])
+        self.path = self._work.path
 
     @property
     def is_held(self) -> bool:
         """Whether this object has it, and nobody else."""
-        return self._lock.is_held
+        return self._work.lock.is_held
 
     @property
     def is_ours(self) -> bool:
         """Whether a training of this output made it."""
-        return is_work_folder(self.path, "training", self.out.name)
+        return self._work.is_ours
 
     @property
     def has_states(self) -> bool:
@@ -96,20 +94,14 @@ class StatesFolder:
         write_json(self.path / f"{name}.json", value)
 
     def remove(self) -> None:
-        """All is done, or nothing has begun. What says so goes last: a kill in between leaves a folder that is still ours."""
-        last = [*(f"{name}.json" for name in (WRITING, "trained", "before", _SETTINGS)), MARKER, _LOCK]
-        empty_folder(self.path, but=last)
-        for name in last[:-1]:
-            remove(self.path / name)
-        self._lock.release()
-        remove_if_empty(self.path)
+        """All is done, or nothing has begun."""
+        self._work.clear()
 
     def tidy(self) -> None:
         """Remove what nothing can be gone on from: what a kill left of a training before its first state, after its end, or
         while it was taken away. Not where another command is at it.
         """
-        left = is_remains(self.path) or (self.is_ours and (self.is_written or not self.has_states))
-        if left and self._lock.take():
+        if self.is_ours and (self.is_written or not self.has_states) and self._work.lock.take():
             self.remove()
 
     @contextmanager
@@ -138,7 +130,7 @@ class StatesFolder:
                 ) from None
             raise
         finally:
-            self._lock.release()
+            self._work.lock.release()
 
     def take(self, request: str, state: str) -> None:
         """Begin here, or go on with what a kill left; digests of what is asked for and of what it starts from.
@@ -156,10 +148,10 @@ class StatesFolder:
             )
 
     def _claim(self, request: str, state: str) -> str | None:
-        if not claim_work_folder(self.path, "training", self.out.name):
-            return "a folder that no training made"
-        if not self._lock.take():
-            return "a command that is at it"
+        try:
+            self._work.take()
+        except OutputError as error:
+            return error.what
         sweep(self.path)
         leads_out = link_in(self.path)
         if leads_out is not None:
@@ -169,6 +161,6 @@ class StatesFolder:
             return None
         if kept is not None and self.has_states and not self.is_written:
             return "other settings or text" if kept.request != request else "what it started from is no longer the same"
-        empty_folder(self.path, but=(MARKER, _LOCK))
+        empty_folder(self.path, but=(MARKER, LOCK))
         self.keep(_SETTINGS, {"request": request, "state": state})
         return None

@@ -17,14 +17,13 @@ import torch
 from blake3 import blake3
 
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.checkpoint.record import RECORD_FILE, STATISTICS_FOLDER, MixtureRecord, TrainingRecord
+from modekit.checkpoint.record import RECORD_FILE, MixtureRecord, TrainingRecord
 from modekit.checkpoint.router_file import router_bytes, sha256_of, write_router_file
 from modekit.errors import TrainingError
 from modekit.evaluation.results_folder import RESULTS_FOLDER
 from modekit.files.marker import INTERNAL
 from modekit.files.staging import Staging, staging
-from modekit.files.tensors import write_all
-from modekit.files.write import carry_over, json_bytes, link_file, write_file
+from modekit.files.write import carry_over, json_bytes, link_file, write_all, write_file
 from modekit.planning.plan import INDEX_FILE, ROUTER_FILE
 from modekit.run import Run
 from modekit.sources.contents import OpenFiles
@@ -69,7 +68,6 @@ def write_trained(request: Request, tensors: Mapping[str, torch.Tensor], trainin
         sources=() if in_place else [checkpoint.folder],
         replace="in place" if in_place else "nothing",
     ) as stage:
-        stage.areas = (STATISTICS_FOLDER,)
         stage.last = checkpoint.check_unchanged
         _copy_rest(checkpoint, stage.folder, in_place=in_place)
         _write_shards(checkpoint, content, stage)

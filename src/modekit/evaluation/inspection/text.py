@@ -50,7 +50,6 @@ def inspect_text(checkpoint: Checkpoint, text: str | UserMessage, *, sequence_le
     refuse_pairs(
         checkpoint,
         "a source and its target are shown together, and this is one text",
-        option="--text",
         remedy="leave it out: inspect.json and the report have pairs of the held-out text, token by token",
     )
     routers = list(checkpoint.shape.positions)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
-from modekit.checkpoint.evidence import read_table
+from modekit.checkpoint.router_file import read_table
 from modekit.evaluation.inspection.result import TextTrace, TokenWeight, TopToken
 
 _INCOMPLETE = "\ufffd"  # what a decoder makes of the first bytes of a character

@@ -69,7 +69,6 @@ def evaluate_tasks(
     refuse_pairs(
         checkpoint,
         "tasks ask models that write a text on",
-        option="",
         remedy="score its pairs: `modekit eval OUT`, and `modekit eval-translation OUT` for BLEU and chrF",
     )
     _check_folders(settings)
