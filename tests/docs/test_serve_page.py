@@ -20,8 +20,8 @@ import pytest
 from byte_level import save_byte_model
 from chatting import TEMPLATE
 from domain_mixtures import built, model_experts
-from modekit.engines.listening import free_port
 from modekit.engines.registry import ENGINES
+from modekit.engines.serve import free_port
 from modekit.engines.vllm_process import SERVER
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text().replace("\\\n", " ")

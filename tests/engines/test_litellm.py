@@ -25,7 +25,7 @@ from conftest import _WORDS
 from domain_mixtures import TWO, built, model_experts
 from modekit.engines.child import Child
 from modekit.engines.converter import convert
-from modekit.engines.listening import free_port
+from modekit.engines.serve import free_port
 from waiting import until
 
 pytestmark = pytest.mark.litellm

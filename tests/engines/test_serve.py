@@ -25,11 +25,11 @@ import torch
 from command_line import ended
 from domain_mixtures import adapter_experts, built, model_experts
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from modekit.engines import converter, threads
+from modekit.engines import child, converter
 from modekit.engines import registry as module
-from modekit.engines.listening import KEY, key_of_clients
+from modekit.engines.child import KEY
 from modekit.engines.registry import ENGINES, EngineName, ServeSettings
-from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, serving
+from modekit.engines.serve import LONGEST, ServedMixture, choose_engine, context_of, key_of_clients, serving
 from modekit.errors import UnsupportedError
 from modekit.loaded.load import load_model, load_tokenizer
 
@@ -271,7 +271,7 @@ def test_threads_are_those_that_are_asked_for(mixtures: dict[str, Checkpoint], m
 
 
 def test_threads_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(child, "_QUOTA", tmp_path / "cpu.max")
     cores = len(os.sched_getaffinity(0))
     for variable, quota, expected in (
         ("3", "max 100000", 3),
@@ -282,7 +282,7 @@ def test_threads_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: p
     ):
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-        assert threads.default_threads() == expected
+        assert child.default_threads() == expected
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from byte_level import byte_tokenizer, save_byte_model
 from command_line import modekit
 from conftest import _WORDS as TEXTS
 from domain_mixtures import adapter_experts, built
-from modekit.engines.listening import free_port
 from modekit.engines.registry import ENGINES
+from modekit.engines.serve import free_port
 from modekit.engines.vllm_process import SERVER
 from waiting import until
 

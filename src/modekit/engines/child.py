@@ -3,11 +3,15 @@
 The parent starts MODULE in a new interpreter, says what is wanted as one line of JSON on its standard input, and keeps that
 open. The child ends when its standard input does, so that it never outlives whoever started it, killed or not. It answers with
 lines of JSON on its standard output; the parent keeps the end of its standard error for a message.
+
+llama.cpp's threads meet after every operation. Where one of them has no core to itself, the others wait for it and by default
+spin, which costs up to a hundred times the time (benchmarks/llama.md): so they sleep.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,8 +21,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
+KEY = "MODEKIT_API_KEY"
+"""The environment variable with the key that clients of a server must send."""
+_THREADS, _WAITING = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 ProcessSettings = dict[str, Any]
 """Settings of a process, as JSON; its module lists the keys that it reads."""
 _LINES = 40  # of what the child says, for a message
@@ -139,3 +148,25 @@ def _end_with_caller(at_end: Callable[[], None]) -> None:
     while os.read(0, 1024):  # not sys.stdin, whose lock an interpreter that ends by itself would miss
         pass
     at_end()
+
+
+def url_of(host: str, port: int) -> str:
+    """Of an address that is listened on."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS where it is set; else the cores that this process may use, by its affinity and its container's quota."""
+    asked = os.environ.get(_THREADS, "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max 100000" where there is no quota
+        quota, period = map(int, _QUOTA.read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return max(1, cores)
+
+
+def threads_environment(threads: int) -> Mapping[str, str]:
+    """What a process finds in its environment so that it computes with so many threads, which sleep while they wait."""
+    return {_THREADS: str(threads), _WAITING: os.environ.get(_WAITING, "passive")}

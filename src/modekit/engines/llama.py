@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modekit.engines.child import Child
-from modekit.engines.threads import threads_environment
+from modekit.engines.child import Child, threads_environment
 from modekit.errors import EngineError
 
 _LARGE_BIAS = 1e6

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modekit.checkpoint.checkpoint import Checkpoint
+from modekit.engines.child import default_threads
 from modekit.engines.llama import Llama
-from modekit.engines.threads import default_threads
 from modekit.errors import EngineError, ModekitError
 from modekit.evaluation.domains import recipe_texts
 from modekit.evaluation.uncertainty import mean_error

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modekit.engines.child import answer_caller, settings_of_caller
+from modekit.engines.child import answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard
-from modekit.engines.listening import url_of
 
 _LOOK_S = 0.05
 _GRACE_S = 8.0  # in which answers may end after the command did

@@ -17,9 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modekit.engines.child import ProcessSettings, answer_caller, settings_of_caller
+from modekit.engines.child import KEY, ProcessSettings, answer_caller, settings_of_caller, url_of
 from modekit.engines.guard import Guard
-from modekit.engines.listening import KEY, url_of
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
