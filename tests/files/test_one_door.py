@@ -62,8 +62,6 @@ ALLOWED = {
     ("recipes/short.py", "hf_hub_download"): "the hub's cache, which is the user's own",
     ("demo/models.py", "save_model"): "its own function, which writes into what it gets from `library_writes`",
     ("demo/translation.py", "save_model"): "the same function",
-    ("cli/shell.py", "mkstemp"): "a log of an unforeseen error: a name nobody could foresee",
-    ("cli/shell.py", "fdopen"): "that log",
 }
 """What other libraries write for us, by file and call, and where it goes."""
 
