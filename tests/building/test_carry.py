@@ -26,7 +26,6 @@ from modekit.building.verify import is_proven, verify
 from modekit.checkpoint.carried import CARRIED_FILE
 from modekit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from modekit.errors import ModekitError, SourceError, TrainingError, UnsupportedError
-from modekit.loaded.load import load_model
 from modekit.loaded.native import DenseView
 from modekit.loaded.shapes import mixture_of
 from modekit.planning.carry import CarrySize
@@ -174,34 +173,6 @@ def test_dora_is_carried_by_what_it_makes_of_the_weights(tmp_path: Path, ids: to
     folded = shares(shop, shop.build("FFN", output={"format": "native", "carry": "ffn"}), ids)
     found = shares(shop, shop.build("OUT"), ids)
     assert all(one < 0.15 * other for one, other in zip(found, folded, strict=True)), (found, folded)
-
-
-def test_biases_are_carried_where_the_base_has_them(tmp_path: Path, ids: torch.Tensor) -> None:
-    """As a linear map of what all tokens share, which in a tiny random model is little; exactly in the first layer."""
-    save(tiny_model("qwen2", **SIZES), tmp_path / "base")
-    write_text(tmp_path / "text")
-    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj"], bias="lora_only")
-    experts = []
-    for seed, name in enumerate(DOMAINS[:2]):
-        train_adapter(tmp_path / "base", config, tmp_path / name)
-        file, generator = tmp_path / name / "adapter_model.safetensors", np.random.default_rng(seed)
-        numbers = {key: generator.normal(0, 0.15, each.shape).astype(np.float32) for key, each in load_file(file).items()}
-        save_file(numbers, file)
-        experts.append({"name": name, "adapter": f"./{name}", "text": f"./text/{name}.jsonl"})
-    shop = Workshop(tmp_path, recipe_of(experts))
-    plan = make_plan(load_recipe(shop.write()), tmp_path)
-    assert plan.shape.channels.carry.biases and not any("lost" in note for note in plan.notes)
-    out = shop.build("OUT")
-    own = own_model(tmp_path, experts[0])
-    whole = logits_of(own, ids)
-    with torch.no_grad():
-        base = dict(load_model(tmp_path / "base").named_parameters())
-        for name, parameter in own.named_parameters():
-            if name.endswith("_proj.bias") or name.endswith("_proj.base_layer.bias"):
-                parameter.copy_(base[name.removeprefix("base_model.model.").replace(".base_layer", "")])
-    without = divergence(whole, logits_of(own, ids)) / divergence(whole, logits_of(tmp_path / "base", ids))
-    assert (found := shares(shop, out, ids)[0]) < 0.25 * without, (found, without)
-    assert is_proven(checks := verify(open_checkpoint(out))), checks
 
 
 def test_generation_pads_and_caches(carried: Checkpoint) -> None:

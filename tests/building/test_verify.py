@@ -119,25 +119,25 @@ def test_a_tokenizer_file_that_the_base_has_no_longer_is_found(tmp_path: Path) -
     pieces = tmp_path / "base" / "spiece.model"
     pieces.write_bytes(b"pieces")
     out = workshop.build(mixture={"router": {"fit": "random"}})
-    assert checks_of(out)["tokenizer files"].verdict == "proven"
+    assert checks_of(out)["tokenizer and code"].verdict == "proven"
     pieces.unlink()
-    check = checks_of(out)["tokenizer files"]
+    check = checks_of(out)["tokenizer and code"]
     assert check.verdict == "failed" and check.detail == "spiece.model is no longer beside the base model"
 
 
 def test_an_edited_tokenizer_is_found(workshop: Workshop) -> None:
     out = workshop.build()
     flip(out / "tokenizer.json", 30)
-    assert checks_of(out)["tokenizer files"].verdict == "failed"
+    assert checks_of(out)["tokenizer and code"].verdict == "failed"
 
 
 def test_code_that_is_not_this_versions_is_found(workshop: Workshop) -> None:
     out = workshop.build(mixture={**workshop.recipe["mixture"], "router": {"fit": "lexical", "orders": [1, 2], "buckets": 512}})
-    assert checks_of(out)["code that opens it"].verdict == "proven"
+    assert checks_of(out)["tokenizer and code"].verdict == "proven"
     code = out / "modekit_router.py"
     code.write_text(code.read_text() + "# of another version\n")
-    check = checks_of(out)["code that opens it"]
-    assert check.verdict == "failed" and "modekit_router.py differs" in check.detail and "build again" in check.detail
+    check = checks_of(out)["tokenizer and code"]
+    assert check.verdict == "failed" and "modekit_router.py differs" in check.detail and "another version" in check.detail
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_mixture_is_no_base(small_workshop: Workshop, tmp_path: Path, form: st
 
 def test_where_none_can_write_all_or_none_have_text(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
-    assert "--text code=FILE --text general=FILE" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
+    assert "missing: code, general" in refuse("mix", "mute", "law", "code", *texts(law="law"), "-o", "NEW")
 
 
 def test_an_adapter_and_its_copy_with_another_alpha_are_two_experts(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

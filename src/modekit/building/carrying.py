@@ -16,15 +16,14 @@ Shape legend: O rows of a tensor, F hidden units, D hidden size, P channels, R_U
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from modekit.building.differences import Difference, Differences, in_rows
+from modekit.building.differences import Differences, in_rows
 from modekit.checkpoint.carried import Carried
-from modekit.planning.channels import CONSTANT
 from modekit.planning.plan import Plan
 from modekit.sources.names import in_layer
 from modekit.weights.made import CarriedPart, FFNKind, Fill
@@ -36,13 +35,12 @@ _EPS = 2.0**-6
 
 
 class _Expert(NamedTuple):
-    """What an expert writes in a layer of the result: O (D, R_U); C of what reads V next, (R_V, D); in front, what V gets of
-    the biases of the base's first layer, (R_V,), else zeros; weights (D,) of the norm before the FFN, the shared and its own.
+    """What an expert writes in a layer of the result: O (D, R_U); C of what reads V next, (R_V, D); weights (D,) of the norm
+    before the FFN, the shared and its own.
     """
 
     outputs: Singles
     inputs: Singles
-    constant: Singles
     norm: Singles
     own_norm: Singles
 
@@ -151,7 +149,6 @@ class Carrying:
         once[np.arange(size.outputs), np.arange(channels.outputs.start, channels.outputs.stop)] = 1.0
         of_v = np.arange(size.outputs, size.channels)
         once[size.outputs :, : channels.hidden] = said.inputs / _divisor(said.norm) * self._into_v(layer)
-        once[size.outputs :, channels.constant] = said.constant / (channels.eps * CONSTANT) * self._into_v(layer)
         once[of_v, np.arange(channels.inputs.start, channels.inputs.stop)] = -1.0
         return np.tile(once, (size.terms, 1))
 
@@ -184,20 +181,13 @@ class Carrying:
     def _read_expert(self, layer: int, expert: int) -> _Expert:
         norm, own_norm = self._differences.ffn_norm(max(0, layer - 1), expert)
         own_norm = norm if layer == 0 else own_norm
-        return _Expert(
-            self._written(layer, expert), self._read_next(layer, expert), self._constant(layer, expert), norm, own_norm
-        )
+        return _Expert(self._written(layer, expert), self._read_next(layer, expert), norm, own_norm)
 
-    def _constant(self, layer: int, expert: int) -> Singles:
-        """What V gets for the biases of the base's first layer, in units of 1."""
-        if layer > 0 or not self._carried.ones:
-            return np.zeros(self._size.inputs, np.float32)
-        return self._of_attention(0, self._differences.constants(0, expert), 1)[:, 0]
-
-    def _of_attention(self, layer: int, parts: Sequence[Difference | None], width: int) -> Singles:
-        """C (R_V, width): what an expert writes into V for a stream h of size 1, so that q, k and v become M h ~ Q C h."""
-        start, total, inputs_NR = 0, np.zeros((self._size.inputs, width), np.float32), self._carried.inputs[layer]
-        counts = self._differences.attention_rows(layer)
+    def _of_attention(self, layer: int, expert: int) -> Singles:
+        """C (R_V, D): what an expert writes into V for a stream h of size 1, so that q, k and v become M h ~ Q C h."""
+        start, inputs_NR = 0, self._carried.inputs[layer]
+        total = np.zeros((self._size.inputs, self._channels.hidden), np.float32)
+        parts, counts = self._differences.attention(layer, expert), self._differences.attention_rows(layer)
         for part, count, share in zip(parts, counts, self._carried.input_shares[layer], strict=True):
             if part is not None:
                 total += part.under(inputs_NR[start : start + count].T / np.square(share))
@@ -225,8 +215,7 @@ class Carrying:
         """C (R_V, D) of what reads V behind a layer of the result: the next layer's attention, or the head."""
         total = np.zeros((self._size.inputs, self._channels.hidden))
         if self._size.inputs and layer < self._differences.layers:
-            ones = self._carried.ones[layer] if self._carried.ones else None
-            return self._of_attention(layer, self._differences.attention(layer, expert, ones), self._channels.hidden)
+            return self._of_attention(layer, expert)
         if self._size.inputs and self._carried.head is not None:
             for part in in_rows(len(self._carried.head)):
                 total += self._carried.head[part].T @ self._differences.head_rows(expert, part)

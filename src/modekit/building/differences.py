@@ -33,8 +33,6 @@ _HEAD_COLUMNS = 2_048
 """Of all experts together: their Gram matrix is bounded, however many they are."""
 _SMALL = 2.0**-6
 _ROWS = 4_096
-_RIDGE = 1e-3
-"""Of a direction's mean share: a sample has about as many tokens as the stream has directions."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,8 @@ class Differences:
         self._made = {tensor.name: tensor for shard in shards for tensor in shard.tensors if tensor.role == "backbone"}
         self.experts, self.layers = range(plan.experts), plan.layers - 1
 
-    def attention(self, layer: int, expert: int, ones_D: Singles | None = None) -> tuple[Difference | None, ...]:
-        """Of q, k and v of a layer of the base, over a stream x of size 1: the norm's weight is in it.
-
-        With `ones`, w x ~ 1, biases are in it, too, but for the first layer, where `constants` are exact.
-        """
+    def attention(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
+        """Of q, k and v of a layer of the base, over a stream of size 1: the norm's weight is in it."""
         norm = in_layer(layer, f"{self._widening.before_attention}.weight")
         weights_D, own_D = self.shared(norm), self.own(norm, expert)
         found: list[Difference | None] = []
@@ -90,16 +85,7 @@ class Differences:
                 found.append(Difference(self.own(name, expert) * own_D - self.shared(name) * weights_D))
             else:
                 found.append(plain and plain.scaled(weights_D))
-        if ones_D is None or layer == 0:
-            return tuple(found)
-        biases = self.constants(layer, expert)
-        return tuple(_added(plain, bias, ones_D) for plain, bias in zip(found, biases, strict=True))
-
-    def constants(self, layer: int, expert: int) -> tuple[Difference | None, ...]:
-        """Biases of q, k and v of a layer of the base, (O, 1)."""
-        names = [name.removesuffix("weight") + "bias" for name in self._projections(layer)]
-        found = [self.of(name, expert) if name in self._base.tensors else None for name in names]
-        return tuple(each and Difference(each.left[:, None]) for each in found)
+        return tuple(found)
 
     def shared_attention(self, layer: int) -> tuple[Singles, ...]:
         """q, k and v of the backbone over a stream of size 1."""
@@ -181,29 +167,18 @@ class Differences:
         return self._whole[name][rows]
 
 
-def _added(plain: Difference | None, bias: Difference | None, ones_D: Singles) -> Difference | None:
-    """A map and a bias as one map of a stream x with w x ~ 1."""
-    if plain is None or bias is None:
-        return plain if bias is None else Difference(bias.left, ones_D[None, :])
-    if plain.right is None:
-        return Difference(plain.left + bias.left * ones_D)
-    return Difference(np.concatenate([plain.left, bias.left], axis=1), np.concatenate([plain.right, ones_D[None, :]]))
-
-
 def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: Run) -> Carried:
     """All of it, layer by layer."""
     stage, steps = "find what experts differ by", differences.layers + size.head + size.embedding
     run.begin(stage, steps)
     units = [fit_pass_through(stream.layers[0].before_attention, size.terms)]
-    inputs, input_shares, outputs, ones = (list[Singles]() for _ in range(4))
+    inputs, input_shares, outputs = (list[Singles]() for _ in range(3))
     input_sizes, output_sizes = list[float](), [1.0 / units[0].size]
     for layer, each in enumerate(stream.layers):
         units.append(fit_pass_through(each.before_ffn, size.terms))
-        if size.biases:
-            ones.append(ones_of(each.read))
         input_size = output_size = 1.0
         if size.inputs:
-            basis, parts, input_size = _inputs(differences, size, layer, each, ones[-1] if ones else None)
+            basis, parts, input_size = _inputs(differences, size, layer, each)
             inputs.append(basis)
             input_shares.append(parts)
         if size.outputs:
@@ -227,34 +202,16 @@ def carry_bases(differences: Differences, size: CarrySize, stream: Stream, run: 
         head,
         embedding,
         shares.astype(np.float32) if size.embedding else None,
-        tuple(ones),
     )
 
 
-def ones_of(sample_TD: Singles) -> Singles:
-    """The w (D,) with w x ~ 1 for a text's stream of size 1, as far as tokens share a direction: ridge regression."""
-    sample = sample_TD.astype(np.float64)
-    gram_DD = sample.T @ sample
-    ridge = _RIDGE * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
-    return np.linalg.solve(gram_DD + ridge, sample.sum(0)).astype(np.float32)
-
-
-def _inputs(
-    differences: Differences, size: CarrySize, layer: int, stream: LayerStream, ones_D: Singles | None
-) -> tuple[Singles, Singles, float]:
+def _inputs(differences: Differences, size: CarrySize, layer: int, stream: LayerStream) -> tuple[Singles, Singles, float]:
     """Q, the sizes of q, k and v that errors are measured by, and the root mean square of C x."""
     real, read_DT = len(stream.read), _wider_sample(stream.read, size, size.inputs).T
-    constant_1T = (np.arange(read_DT.shape[1]) < real).astype(np.float32)[None]
     shares_3 = np.array([_size(each @ stream.read.T) for each in differences.shared_attention(layer)], np.float32)
     rows = differences.attention_rows(layer)
-    products = []
-    for expert in differences.experts:
-        read = [(differences.attention(layer, expert, ones_D), read_DT)]
-        if ones_D is not None and layer == 0:
-            read.append((differences.constants(layer, expert), constant_1T))
-        said = [_stacked(parts, columns, rows, shares_3) for parts, columns in read if any(part is not None for part in parts)]
-        if said:
-            products.append(np.sum(said, axis=0))
+    changes = (differences.attention(layer, expert) for expert in differences.experts)
+    products = [_stacked(parts, read_DT, rows, shares_3) for parts in changes if any(part is not None for part in parts)]
     if not products:
         return np.zeros((sum(rows), size.inputs), np.float32), shares_3, 1.0
     basis_NR = output_basis(products, size.inputs)

@@ -78,7 +78,6 @@ def verify(checkpoint: Checkpoint, *, run: Run = QUIET, reload: bool = True) -> 
         if plan is not None:
             checks.append(_check_config(checkpoint, plan))
             checks.append(_check_files(checkpoint, plan))
-            checks += _check_code(checkpoint, plan)
             checks += _check_made(checkpoint, plan, opened, run)
         if record.trained:
             checks.append(_check_trained(checkpoint, opened))
@@ -153,22 +152,14 @@ def _differences(planned: Mapping[str, object], found: Mapping[str, object], wit
 
 
 def _check_files(checkpoint: Checkpoint, plan: Plan) -> Check:
-    expected = {file.name: partial(copied_content, file) for file in plan.copied_files}
+    """Tokenizer and code: another version's code cannot be told from code that somebody changed."""
+    files = (*plan.copied_files, *plan.shape.code_files)
+    expected = {file.name: partial(copied_content, file) for file in files}
     wrong = _differing(checkpoint, expected | {name: partial(bytes, content) for name, content in plan.written_files.items()})
     gone = gone_pair_files(checkpoint.folder, plan.copied_files)
     if gone and wrong is None:
         wrong = f"{gone[0]} is no longer beside the base model"
-    owner = "the base model's" if plan.vocabulary is None else plan.vocabulary.tokenizer.owner
-    return _row("tokenizer files", wrong, f"{file_count(len(plan.copied_files) + len(plan.written_files))} as {owner}")
-
-
-def _check_code(checkpoint: Checkpoint, plan: Plan) -> Iterator[Check]:
-    """The code of the modekit architecture: another version's cannot be told from code that somebody changed."""
-    files = plan.shape.code_files
-    if files:
-        wrong = _differing(checkpoint, {file.name: partial(copied_content, file) for file in files})
-        why = f"{wrong}; another version of modekit wrote it, or somebody changed it: build again"
-        yield _row("code that opens it", wrong and why, f"{file_count(len(files))} as this version's")
+    return _row("tokenizer and code", wrong, f"{file_count(len(files) + len(plan.written_files))} as they were made")
 
 
 def _differing(checkpoint: Checkpoint, expected: Mapping[str, Callable[[], bytes]]) -> str | None:
@@ -179,7 +170,7 @@ def _differing(checkpoint: Checkpoint, expected: Mapping[str, Callable[[], bytes
         except UNREADABLE as error:
             return f"{name} cannot be compared with what it was made from ({error})"
         if not same:
-            return f"{name} differs from what it was made from"
+            return f"{name} differs from what it was made from (another version of modekit, or somebody changed it)"
     return None
 
 

@@ -26,7 +26,7 @@ from modekit.weights.bases import PassThrough
 from modekit.weights.numeric import read_float32
 
 CARRIED_FILE = "carried.safetensors"
-_OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs", "ones"), ("head", "embedding", "shares")
+_OF_LAYERS, _ALONE = ("inputs", "input_shares", "outputs"), ("head", "embedding", "shares")
 
 Singles = npt.NDArray[np.float32]
 
@@ -46,7 +46,6 @@ class Carried:
         head: Q (V, R_V), or nothing.
         embedding: Z (V, R_U), or nothing.
         shares: how often the text has each token, (V,), where there is an embedding.
-        ones: w (D,) per layer of the base, w x ~ 1 for what attention reads, where biases are carried.
     """
 
     units: tuple[PassThrough, ...]
@@ -59,7 +58,6 @@ class Carried:
     head: Singles | None = None
     embedding: Singles | None = None
     shares: Singles | None = None
-    ones: tuple[Singles, ...] = ()
 
     def write(self, stream: io.FileIO) -> None:
         """As a file of safetensors."""
@@ -90,7 +88,6 @@ def read_carried(folder: Path) -> Carried:
         inputs=_numbered(arrays, "inputs"),
         input_shares=_numbered(arrays, "input_shares"),
         outputs=_numbered(arrays, "outputs"),
-        ones=_numbered(arrays, "ones"),
         **{name: arrays.get(name) for name in _ALONE},
     )
 

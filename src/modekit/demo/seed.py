@@ -98,10 +98,15 @@ class Workers:
 
 def _start(torch_threads: int) -> None:
     """A worker begins. It ends with the demo, however that ends."""
+    torch.set_num_threads(torch_threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+
+
+def _end_with_the_command() -> None:
     parent = parent_process()
     assert parent is not None
-    torch.set_num_threads(torch_threads)
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 def _train_expert(run: Run, folder: Path, name: str, text: Path, what: Experts, training: Training) -> None:

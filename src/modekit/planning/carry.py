@@ -11,7 +11,7 @@ Shape legend: D hidden size, F hidden units of an expert, E experts, K units per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
@@ -40,7 +40,7 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
     Attributes:
         outputs, inputs: R_U and R_V.
         terms: K.
-        head, embedding, biases: whether what the experts' heads, embeddings and biases of q, k and v differ by is carried, too.
+        head, embedding: whether what the experts' heads and embeddings differ by is carried, too.
     """
 
     outputs: int = Field(ge=0, le=2**16, multiple_of=BLOCK)
@@ -48,7 +48,6 @@ class CarrySize(BaseModel, extra="forbid", frozen=True):
     terms: int = Field(ge=1, le=4)
     head: bool = False
     embedding: bool = False
-    biases: bool = False
 
     @property
     def channels(self) -> int:
@@ -73,20 +72,16 @@ def carried_size(recipe: Recipe, sources: Sequence[ModelSource], family: Family,
     tied = family.is_tied(sources[0])
     own = [any(touched(source, weight_of(module)) for source in experts) for module in (HEAD, EMBEDDING)]
     layers = whole(config, "num_hidden_layers")
-    biases = {name for layer in range(layers) for name in biases_of(sources[0], family, layer)}
-    biased = any(touched(source, name) for source in experts for name in biases)
-    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1], biases=biased)
-    needed = _needed(experts, sources[0], family, layers, size)
+    size = CarrySize(outputs=0, inputs=0, terms=TERMS, head=own[tied], embedding=own[1])
+    needed = _needed(experts, family, layers, size)
     most = output.rank or max(FULL_RANK, whole(config, "hidden_size") // 8)
     return _of_rank(size, needed, most, otherwise=output.rank or FULL_RANK)
 
 
-def _needed(
-    experts: Sequence[ModelSource], base: ModelSource, family: Family, layers: int, size: CarrySize
-) -> tuple[float, float]:
+def _needed(experts: Sequence[ModelSource], family: Family, layers: int, size: CarrySize) -> tuple[float, float]:
     """R_U and R_V that carry everything exactly; infinite where changes have no small rank."""
-    outputs = max(sum(_rank(source, base, family, layer, ("o",)) for source in experts) for layer in range(layers))
-    inputs = max(sum(_rank(source, base, family, layer, ("q", "k", "v")) for source in experts) for layer in range(layers))
+    outputs = max(sum(_rank(source, family, layer, ("o",)) for source in experts) for layer in range(layers))
+    inputs = max(sum(_rank(source, family, layer, ("q", "k", "v")) for source in experts) for layer in range(layers))
     return math.inf if size.embedding else outputs, math.inf if size.head else inputs
 
 
@@ -109,18 +104,11 @@ def _reaches(source: AdapterSource, base: ModelSource, family: Family) -> bool:
     return any(name in base.tensors and ffn not in name for name in changed)
 
 
-def _rank(source: ModelSource, base: ModelSource, family: Family, layer: int, parts: Sequence[str]) -> float:
+def _rank(source: ModelSource, family: Family, layer: int, parts: Sequence[str]) -> float:
     """Of what a source changes in some parts of a layer together; infinite where it has no small rank."""
     total = 0.0
     for name in (in_layer(layer, f"{family.parts[part]}.weight") for part in parts):
         if touched(source, name):
             change = low_rank(source, name)
             total += math.inf if change is None else change.rank
-    biased = parts != ("o",) and any(touched(source, name) for name in biases_of(base, family, layer))
-    return total + biased
-
-
-def biases_of(base: ModelSource, family: Family, layer: int) -> Iterator[str]:
-    """Names of the biases of q, k and v that a layer of the base has."""
-    names = (in_layer(layer, f"{family.parts[part]}.bias") for part in ("q", "k", "v"))
-    return (name for name in names if name in base.tensors)
+    return total

@@ -248,10 +248,9 @@ class Channels:
 
     def _carry_note(self, carry: CarrySize) -> str:
         parts = ", ".join(["attention", *(["head"] if carry.head else []), *(["embedding"] if carry.embedding else [])])
-        biases = "; biases of q, k and v as a linear map of the stream that is nearly constant" if carry.biases else ""
         return (
             f"{' and '.join(parts.rsplit(', ', 1))} of every expert: carried through {carry.channels} of these channels and "
-            f"{carry.units} hidden units{biases}; `modekit verify --deep` measures how exactly; "
+            f"{carry.units} hidden units; `modekit verify --deep` measures how exactly; "
             f"a build first runs the base over up to {STREAM_TOKENS:,} tokens of the experts' text"
         )
 
@@ -264,7 +263,6 @@ class Channels:
             passed = list(range(self.context.start, self.context.stop))
             if self.carry is not None:
                 passed += [self.still, *range(self.outputs.start, self.inputs.stop)]
-                passed += [self.constant] if self.carry.biases and layer == 0 else []
         elif module == self.widening.before_attention and layer == 0:
             passed = [*range(self.evidence.start, self.evidence.stop), self.constant]
         elif module == self.widening.before_attention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from modekit.errors import UnsupportedError
-from modekit.planning.carry import biases_of, carried_size
+from modekit.planning.carry import carried_size
 from modekit.planning.channel_choice import channels_of
 from modekit.planning.native_shape import NativeShape
 from modekit.planning.segments import segments_of
@@ -101,8 +101,6 @@ class NativeLayout:
         modules = [parts[part] for part in ("q", "k", "v", "o")]
         modules += [norm for norm in (widening.before_attention, widening.after_attention) if norm is not None]
         names = {weight_of(in_layer(layer, module)) for layer in range(self._layers) for module in modules}
-        if self._carry.biases:
-            names.update(name for layer in range(self._layers) for name in biases_of(self._base, self._family, layer))
         ends = {HEAD: self._carry.head, FINAL_NORM: self._carry.head, EMBEDDING: self._carry.embedding}
         return names | {weight_of(module) for module, carried in ends.items() if carried}
 

@@ -66,12 +66,12 @@ class _SmallestHashes:
         """By their hashes."""
         ordered, self._kept, self._size = sorted(self._kept.items()), {}, 0
         for digest, document in ordered:
-            self._size += _bytes_of(document)
-            if self._size > self._room and self._kept:
-                self._size -= _bytes_of(document)
+            size = _bytes_of(document)
+            if self._size + size > self._room and self._kept:
                 self._bound = digest
                 break
             self._kept[digest] = document
+            self._size += size
         return list(self._kept.values())
 
 

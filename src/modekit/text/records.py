@@ -186,7 +186,8 @@ def read_file(file: Path, *, where: str) -> Iterator[TextRecord]:
             remedy="unpack it, or save it as .txt or .jsonl; parallel text as .tsv with the columns source and target",
         )
     try:
-        with io.BufferedReader(open_regular(file)) as stream:
+        stream: io.BufferedReader = io.BufferedReader(open_regular(file))
+        with stream:
             if file.suffix == ".parquet":
                 yield from _records_of(_read_parquet(stream, where=place), where=place)
             elif file.suffix in _SEPARATED:

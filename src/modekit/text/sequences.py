@@ -199,7 +199,7 @@ class _Writer:
         return opening_ids(self.tokenizer)
 
     def _with_tag(self, sequence: TokenSequence, tag: int | None) -> TokenSequence:
-        """A sequence with its document's tag, if there is one, behind the special tokens that it begins with."""
+        """With its document's tag, if there is one, behind the special tokens that it begins with."""
         return sequence if tag is None else sequence.with_tag(tag, place_of_tag(self._opening, sequence.ids))
 
     def piece(self, written: _Written, start: int, stop: int) -> TokenSequence:
@@ -278,9 +278,6 @@ def _padded(sequences: Sequence[TokenSequence], rows: tuple[int, ...], pad_id: i
     mask = padded(([1] * len(each.ids) for each in sequences), 0).bool()
     silent = None
     if any(each.silent is not None for each in sequences):
-        silent = torch.zeros_like(mask)
-        for place, each in enumerate(sequences):
-            if each.silent is not None:
-                silent[place, each.silent] = True
+        silent = padded(([place == each.silent for place in range(len(each.ids))] for each in sequences), 0).bool()
     target = padded((each.target for each in sequences), NO_LABEL) if sequences[0].target else None
     return Batch(padded((each.ids for each in sequences), pad_id), mask, rows, target, silent)

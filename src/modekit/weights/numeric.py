@@ -5,7 +5,7 @@ and Inf, and flat arrays that are read or computed where they are asked for, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -72,14 +72,6 @@ def to_bytes(array: Array, dtype: str) -> memoryview:
     return view.cast("B")
 
 
-class FlatArray(Protocol):
-    """A flat array, or something that is read like one, in slices with a step of one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> Array: ...
-
-
 class Rows:
     """A flat array of rows (count, width) that are computed where they are read: `rows(first, last)` gives some of them.
 
@@ -114,6 +106,10 @@ class Rows:
             values, at = self._last[1][max(0, start - offset) : stop - offset], max(0, offset - start)
             found[at : at + len(values)] = values
         return found
+
+
+FlatArray: TypeAlias = Rows | Array
+"""Of numbers: all of them, or computed where they are asked for."""
 
 
 def stored(opened: OpenFiles, ref: TensorRef) -> FlatArray:
